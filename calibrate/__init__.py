@@ -1,0 +1,1 @@
+"""Calibration: measure a machine, fit a profile."""

@@ -1,0 +1,1 @@
+"""Ready-to-run scenarios, their reported tables, and the shipped profiles."""

@@ -1,0 +1,1 @@
+"""The simulator: pure Python, no torch, no vllm, no wall clock, no global random state."""

@@ -1,0 +1,30 @@
+"""The engine's configuration, in the names of ``vllm serve``'s flags."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """What the scheduler and the KV cache need to know. Counts are tokens, blocks or requests.
+
+    ``version`` picks the rule set ("0.23" or "0.32", sim.rules). ``num_gpu_blocks`` includes the null
+    block 0, as vLLM counts it, so num_gpu_blocks - 1 are usable.
+    """
+
+    version: str
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    num_gpu_blocks: int
+    block_size: int = 16
+    enable_prefix_caching: bool = True
+    enable_chunked_prefill: bool = True
+    scheduling_policy: str = "fcfs"  # or "priority"
+    async_scheduling: bool = True
+    scheduler_reserve_full_isl: bool = True
+    long_prefill_token_threshold: int = 0
+    long_prefill_token_threshold_adaptive: bool = False  # 0.32 only
+    watermark: float = 0.0  # 0.32 only
+    max_num_active_seqs: int | None = None  # 0.32 only

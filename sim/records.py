@@ -1,0 +1,86 @@
+"""The two tables that everything shown to a person is computed from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+SECONDS_COLUMNS = ("arrival", "sent", "queued", "scheduled", "first_token", "finish")
+
+
+@dataclass(slots=True)
+class RequestRecord:
+    """One request's life. Times are picoseconds from the start of the run; None is "did not happen".
+
+    arrival: the client meant to send it; sent: it was sent (after the concurrency semaphore; where
+    TTFT and E2E start); queued: the engine has it; scheduled: first scheduled; first_token, finish: the
+    client saw its first and last token.
+    """
+
+    request_id: int
+    stage: int
+    stream: int
+    prompt_tokens: int
+    arrival: int
+    replica: int | None = None
+    sent: int | None = None
+    queued: int | None = None
+    scheduled: int | None = None
+    first_token: int | None = None
+    finish: int | None = None
+    output_tokens: int = 0
+    cached_tokens: int | None = None
+    preemptions: int = 0
+    status: str = "unfinished"  # or "finished", "aborted", "failed"
+    group: int | None = None
+
+
+STEP_COLUMNS: dict[str, str] = {
+    "replica": "int64",
+    "start": "float64",  # s, from the start of the run
+    "duration": "float64",  # s
+    "prefill_tokens": "int64",  # tokens in prompt chunks
+    "prefill_requests": "int64",
+    "decodes": "int64",  # requests with one token each
+    "decode_context": "int64",  # KV tokens read by those
+    "running": "int64",
+    "waiting": "int64",
+    "kv_usage": "float64",  # 0..1 after schedule()
+    "preempted": "int64",
+    "emitted": "int64",  # tokens delivered by the step
+}
+
+
+@dataclass(slots=True)
+class Run:
+    """The result of one simulated or live run.
+
+    requests: a row a request, columns as RequestRecord, times in seconds (NaN where missing).
+    steps: a row an engine step, columns as STEP_COLUMNS. Empty where not known (live runs).
+    itl: inter-token gaps pooled over all requests: columns stage, gap (s), weight (how many tokens).
+    stages: names, in order. meta: provenance: scenario, seed, profile, engine version, assumptions, ...
+    """
+
+    requests: pd.DataFrame
+    steps: pd.DataFrame
+    itl: pd.DataFrame
+    stages: list[str] = field(default_factory=list)
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+def requests_frame(records: list[RequestRecord]) -> pd.DataFrame:
+    """RequestRecords to a table with times in seconds."""
+    names = list(RequestRecord.__slots__)
+    columns: dict[str, Any] = {}
+    for name in names:
+        values = [getattr(record, name) for record in records]
+        if name in SECONDS_COLUMNS:
+            columns[name] = np.array([np.nan if v is None else v * 1e-12 for v in values], dtype="float64")
+        elif name in ("replica", "cached_tokens", "group"):
+            columns[name] = pd.array(values, dtype="Int64")
+        else:
+            columns[name] = values
+    return pd.DataFrame(columns, columns=names)

@@ -1,0 +1,1 @@
+"""Validation: judge predictions and the engine model against the real vLLM."""
