@@ -92,29 +92,26 @@ class KVCache:
             else:
                 self._shared[block] = self._shared.get(block, 1) + 1
 
-    def take(self, count: int) -> list[int]:
-        """``count`` blocks from the head of the free list; their content is forgotten."""
-        assert count <= self.free_blocks
-        stack = self._stack
-        if count == 1 and stack:
-            return [stack.pop()]
-        taken: list[int] = []
-        if stack:
-            taken = stack[: -count - 1 : -1]
-            del stack[-len(taken) :]
-        missing = count - len(taken)
-        if missing and self._fresh < self.num_blocks:
-            end = min(self._fresh + missing, self.num_blocks)
-            taken.extend(range(self._fresh, end))
-            self._fresh = end
-            missing = count - len(taken)
-        for _ in range(missing):
-            block, _none = self._evictable.popitem(last=False)
-            key = self._key_of.pop(block, None)
-            if key is not None:
+    def take_one(self) -> int:
+        """The block at the head of the free list; its content is forgotten."""
+        if self._stack:
+            return self._stack.pop()
+        if self._fresh < self.num_blocks:
+            self._fresh += 1
+            return self._fresh - 1
+        block, _none = self._evictable.popitem(last=False)
+        key = self._key_of.pop(block, None)
+        if key is not None:
+            if self._copies:
                 self._forget(key, block)
-            taken.append(block)
-        return taken
+            else:
+                del self._first[key]
+        return block
+
+    def take(self, count: int) -> list[int]:
+        """``count`` blocks from the head of the free list."""
+        assert count <= self.free_blocks
+        return [self.take_one() for _ in range(count)]
 
     def cache(self, keys: Sequence[int], blocks: Sequence[int]) -> None:
         """Record the content of full blocks. A content that is known keeps being found where it was."""

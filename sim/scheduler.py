@@ -529,10 +529,9 @@ class Scheduler:
                 step.dropped += 1
 
     def _grow_cruiser(self, sequence: Sequence) -> None:
-        """One more block; the ones before it are full."""
-        sequence.blocks += self.kv.take(1)
-        if self.config.enable_prefix_caching:
-            self._cache_up_to(sequence, len(sequence.blocks) - 1)
+        """One more block. The full ones are its own outputs, which nobody else looks up: they become
+        known to the prefix cache when it stops cruising or ends."""
+        sequence.blocks.append(self.kv.take_one())
         sequence.block_tick += self._block_size
         if sequence.block_tick <= sequence.last_tick + 1:
             self._block_due[sequence.block_tick].append(sequence)

@@ -1,0 +1,141 @@
+"""Clients, router and replicas in simulated time: runs the stages of a workload to the end."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator
+
+import numpy as np
+import pandas as pd
+import simpy
+
+from servecast.sim.front_end import Client
+from servecast.sim.records import STEP_COLUMNS, RequestRecord, Run, requests_frame
+from servecast.sim.replica import Job, Replica
+from servecast.sim.request import Request, Stage, Stream
+from servecast.sim.router import Router
+from servecast.sim.units import to_ps
+
+
+class StreamClient:
+    """Sends the requests of one stream: each not before its arrival, at most so many at a time."""
+
+    def __init__(self, fleet: Fleet, stream: Stream, stage: int, index: int) -> None:
+        self.fleet, self.stream, self.stage, self.index = fleet, stream, stage, index
+        self.open = len(stream.requests)  # not yet done
+        self.finished = simpy.Event(fleet.env)
+        self._limit = stream.max_concurrency or len(stream.requests) or 1
+        self._in_flight = 0
+        self._ready: deque[Job] = deque()  # arrived, wait for the semaphore
+        self._stopped = False
+        fleet.env.process(self._arrivals())
+
+    def stop(self) -> None:
+        """Send no more."""
+        self._stopped = True
+        self._ready.clear()
+
+    def _arrivals(self) -> Generator[simpy.Event, None, None]:
+        env, start = self.fleet.env, int(self.fleet.env.now)
+        for request in self.stream.requests:
+            arrival = start + to_ps(request.arrival_s)
+            if arrival > env.now:
+                yield env.timeout(arrival - env.now)
+            if self._stopped:
+                return
+            record = RequestRecord(request.request_id, self.stage, self.index, request.prompt_tokens, arrival)
+            record.group = request.group
+            self.fleet.records.append(record)
+            self._ready.append(Job(request, record, self._done))
+            self._send()
+        if not self.stream.requests:
+            self.finished.succeed()
+
+    def _send(self) -> None:
+        while self._ready and self._in_flight < self._limit:
+            self._in_flight += 1
+            self.fleet.send(self._ready.popleft())
+
+    def _done(self) -> None:
+        self._in_flight -= 1
+        self.open -= 1
+        if not self.open:
+            self.finished.succeed()
+        self._send()
+
+
+class Fleet:
+    """Replicas behind a router, and the client that drives them.
+
+    Args:
+        env: SimPy environment whose clock counts picoseconds.
+        make_replica: called with (env, index, client) for each replica.
+        count: number of replicas, >= 1.
+        router: routing policy.
+        client: the process that sends and reads.
+    """
+
+    def __init__(
+        self,
+        env: simpy.Environment,
+        make_replica: Callable[[simpy.Environment, int, Client], Replica],
+        count: int,
+        router: Router,
+        client: Client,
+    ) -> None:
+        self.env = env
+        self.records: list[RequestRecord] = []
+        self.replicas = [make_replica(env, index, client) for index in range(count)]
+        self._router = router
+        self._client = client
+
+    def send(self, job: Job) -> None:
+        """The client starts on a request: its clocks run from here."""
+        env, record = self.env, job.record
+        now = record.sent = int(env.now)
+        if job.request.abort_after_s is not None:
+            env.process(self._give_up(job.request, record))
+        on_wire = self._client.send(now)
+        if on_wire > now:
+            env.timeout(on_wire - now).callbacks.append(lambda _event: self._route(job))
+        else:
+            self._route(job)
+
+    def _route(self, job: Job) -> None:
+        replica = self.replicas[self._router.pick(job.request, self.replicas)]
+        replica.submit(job)
+
+    def _give_up(self, request: Request, record: RequestRecord) -> Generator[simpy.Event, None, None]:
+        assert request.abort_after_s is not None
+        yield self.env.timeout(to_ps(request.abort_after_s))
+        if record.replica is not None:
+            self.replicas[record.replica].abort(request.request_id)
+
+    def run(self, stages: list[Stage]) -> Run:
+        """Run all stages, one after the other, on the same servers."""
+        self.env.run(until=self.env.process(self._stages(stages)))
+        steps = np.concatenate([np.frombuffer(r.steps).reshape(-1, len(STEP_COLUMNS)) for r in self.replicas])
+        gaps = np.concatenate([np.frombuffer(r.gaps).reshape(-1, 3) for r in self.replicas])
+        return Run(
+            requests=requests_frame(self.records),
+            steps=pd.DataFrame(steps, columns=list(STEP_COLUMNS)).astype(STEP_COLUMNS),
+            itl=pd.DataFrame(gaps, columns=["stage", "gap", "weight"]).astype({"stage": int, "weight": int}),
+            stages=[stage.name for stage in stages],
+        )
+
+    def _stages(self, stages: list[Stage]) -> Generator[simpy.Event, None, None]:
+        running: list[StreamClient] = []
+        for number, stage in enumerate(stages):
+            for replica in self.replicas:
+                replica.stage = number
+            clients = [StreamClient(self, stream, number, i) for i, stream in enumerate(stage.streams)]
+            running += clients
+            if not stage.drain and stage.duration_s is not None:
+                yield self.env.timeout(to_ps(stage.duration_s))
+                continue
+            foreground = [c.finished for c in clients if not c.stream.background]
+            yield self.env.all_of(foreground)
+            for client in clients:
+                if client.stream.background:
+                    client.stop()
+        yield self.env.all_of([c.finished for c in running if not c.stream.background])
