@@ -8,8 +8,9 @@ from collections.abc import Callable, Generator
 import numpy as np
 import pandas as pd
 import simpy
+from numpy.typing import NDArray
 
-from servecast.sim.front_end import Client
+from servecast.sim.front_end import Client, after
 from servecast.sim.records import STEP_COLUMNS, RequestRecord, Run, requests_frame
 from servecast.sim.replica import Job, Replica
 from servecast.sim.request import Request, Stage, Stream
@@ -72,7 +73,7 @@ class Fleet:
         make_replica: called with (env, index, client) for each replica.
         count: number of replicas, >= 1.
         router: routing policy.
-        client: the process that sends and reads.
+        client: the process that sends and reads. rng: for the order in which it reads.
     """
 
     def __init__(
@@ -82,8 +83,10 @@ class Fleet:
         count: int,
         router: Router,
         client: Client,
+        rng: np.random.Generator,
     ) -> None:
         self.env = env
+        self._rng = rng
         self.records: list[RequestRecord] = []
         self.replicas = [make_replica(env, index, client) for index in range(count)]
         self._router = router
@@ -97,7 +100,7 @@ class Fleet:
             env.process(self._give_up(job.request, record))
         on_wire = self._client.send(now)
         if on_wire > now:
-            env.timeout(on_wire - now).callbacks.append(lambda _event: self._route(job))
+            after(env, on_wire - now, lambda: self._route(job))
         else:
             self._route(job)
 
@@ -115,11 +118,11 @@ class Fleet:
         """Run all stages, one after the other, on the same servers."""
         self.env.run(until=self.env.process(self._stages(stages)))
         steps = np.concatenate([np.frombuffer(r.steps).reshape(-1, len(STEP_COLUMNS)) for r in self.replicas])
-        gaps = np.concatenate([np.frombuffer(r.gaps).reshape(-1, 3) for r in self.replicas])
+        gaps = np.concatenate([np.frombuffer(r.gaps).reshape(-1, 4) for r in self.replicas])
         return Run(
             requests=requests_frame(self.records),
             steps=pd.DataFrame(steps, columns=list(STEP_COLUMNS)).astype(STEP_COLUMNS),
-            itl=pd.DataFrame(gaps, columns=["stage", "gap", "weight"]).astype({"stage": int, "weight": int}),
+            itl=_pooled_gaps(gaps, self._rng),
             stages=[stage.name for stage in stages],
         )
 
@@ -139,3 +142,21 @@ class Fleet:
                 if client.stream.background:
                     client.stop()
         yield self.env.all_of([c.finished for c in running if not c.stream.background])
+
+
+_ORDERS = 4  # draws a row for the place of a stream in its batch
+
+
+def _pooled_gaps(rows: NDArray[np.float64], rng: np.random.Generator) -> pd.DataFrame:
+    """Rows (stage, gap, tokens, spread) to the table of inter-token gaps.
+
+    The tokens of a step are read over ``spread`` seconds, in an order that changes from step to step: a
+    stream's gap differs from the gap of the batches by the difference of two places in it, each uniform.
+    """
+    if rows[:, 3].any():
+        orders = rng.random((2, _ORDERS, len(rows)))
+        gaps = np.maximum(rows[:, 1] + (orders[0] - orders[1]) * rows[:, 3], 0.0)
+        rows = np.column_stack((np.tile(rows[:, 0], _ORDERS), gaps.ravel(), np.tile(rows[:, 2], _ORDERS)))
+        rows[:, 2] /= _ORDERS
+    frame = pd.DataFrame(rows[:, :3], columns=["stage", "gap", "weight"])
+    return frame.astype({"stage": "int64"})

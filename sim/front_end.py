@@ -8,12 +8,18 @@ arrives at t starts at max(t, end of the work before) (Lindley 1952).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import simpy
 
 from servecast.sim.units import to_ps
+
+GATHER_S = 0.002  # AsyncMicrobatchTokenizer's batch_wait_timeout_s
+MICROBATCH = 32  # and its max_batch_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,29 +90,87 @@ class Client:
 
 
 class ApiServer:
-    """One API server process in front of one engine."""
+    """One API server process in front of one engine.
 
-    __slots__ = ("_latency_ps", "_request_ps", "_token_ps", "_variation", "process")
+    Requests are tokenized in micro-batches, as vLLM's AsyncMicrobatchTokenizer does: the first one that
+    arrives waits ``GATHER_S`` for company, those that arrive while a batch is prepared form the next one,
+    and a batch reaches the engine as a whole. So a burst stays a burst.
 
-    def __init__(self, costs: FrontEndCosts, rng: np.random.Generator) -> None:
+    Args:
+        env: SimPy environment whose clock counts picoseconds.
+        costs: the costs of this process. rng: its generator.
+        deliver: called with (time, item) when an item reaches the engine's input queue.
+    """
+
+    __slots__ = (
+        "_batch_open",
+        "_deliver",
+        "_env",
+        "_gather_ps",
+        "_latency_ps",
+        "_request_ps",
+        "_token_ps",
+        "_variation",
+        "_waiting",
+        "process",
+    )
+
+    def __init__(
+        self,
+        env: simpy.Environment,
+        costs: FrontEndCosts,
+        rng: np.random.Generator,
+        deliver: Callable[[int, Any], None],
+    ) -> None:
         self.process = SerialProcess()
+        self._env = env
+        self._deliver = deliver
         self._request_ps = to_ps(costs.request_s)
+        self._gather_ps = to_ps(GATHER_S) if costs.request_s else 0
         self._token_ps = to_ps(costs.token_s)
         self._latency_ps = to_ps(costs.latency_s)
         self._variation = _gamma_factors(costs.cv, rng)
+        self._waiting: deque[Any] = deque()
+        self._batch_open = False
 
-    def latency(self) -> int:
-        """How long a request is on its way to this process."""
-        return int(self._latency_ps * next(self._variation))
-
-    def accept(self, now: int) -> int:
-        """When a request that arrives now reaches the engine's queue."""
-        return self.process.serve(now, int(self._request_ps * next(self._variation)))
+    def accept(self, item: Any) -> None:
+        """A request has been sent to this server; it arrives after the latency."""
+        latency = int(self._latency_ps * next(self._variation))
+        if latency:
+            after(self._env, latency, lambda: self._arrive(item))
+        else:
+            self._arrive(item)
 
     def stream(self, now: int, tokens: int) -> tuple[int, int]:
         """When the first of ``tokens`` that the engine delivers now is sent, and the spacing of the rest."""
         cost = self._token_ps
         return self.process.serve(now, cost * tokens) - cost * (tokens - 1), cost
+
+    def _arrive(self, item: Any) -> None:
+        if not self._request_ps:
+            self._deliver(int(self._env.now), item)
+            return
+        self._waiting.append(item)
+        if not self._batch_open:
+            self._batch_open = True
+            after(self._env, self._gather_ps, self._prepare)
+
+    def _prepare(self) -> None:
+        if not self._waiting:
+            self._batch_open = False
+            return
+        batch = [self._waiting.popleft() for _ in range(min(len(self._waiting), MICROBATCH))]
+        cost = sum(int(self._request_ps * next(self._variation)) for _ in batch)
+        now = int(self._env.now)
+        ready = self.process.serve(now, cost)
+        for item in batch:
+            self._deliver(ready, item)
+        after(self._env, ready - now, self._prepare)
+
+
+def after(env: simpy.Environment, delay: int, action: Callable[[], None]) -> None:
+    """Do something ``delay`` picoseconds from now."""
+    env.timeout(delay).callbacks.append(lambda _event: action())
 
 
 def _gamma_factors(cv: float, rng: np.random.Generator) -> Iterator[float]:

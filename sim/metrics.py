@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
-from servecast.sim.confidence import mser5, wilson
+from servecast.sim.confidence import wilson
 from servecast.sim.errors import InputError
 from servecast.sim.records import Run
+from servecast.sim.slo import Goodput
 
 Floats = NDArray[np.float64]
 PercentileLaw = Literal["linear", "exclusive"]
@@ -140,97 +140,9 @@ def _rank(name: str) -> float | None:
     except ValueError:
         rank = math.nan
     if not 0 <= rank <= 100:
-        raise InputError(
-            f"unknown statistic {name!r}",
-            where="statistic",
-            fix="Use mean, median, std, max or p and a rank: p95.",
-        )
+        fix = "Use mean, median, std, max, or p and a rank as in p95."
+        raise InputError(f"unknown statistic {name!r}", where="statistic", fix=fix)
     return rank
-
-
-@dataclass(frozen=True, slots=True)
-class Warmup:
-    """What to leave out at the start of a run: exactly one of these.
-
-    seconds: what was sent before this time; requests: the first so many sent; share: the first part of
-    all requests; auto: what MSER-5 cuts from the TTFT or the E2E series, whichever is more.
-    """
-
-    seconds: float | None = None
-    requests: int | None = None
-    share: float | None = None
-    auto: bool = False
-
-    @classmethod
-    def parse(cls, text: str) -> Warmup:
-        """ "30s", "100" (requests), "20%" or "auto"."""
-        text = text.strip()
-        try:
-            if text == "auto":
-                return cls(auto=True)
-            if text.endswith("s") and 0 <= (seconds := float(text[:-1])) < math.inf:
-                return cls(seconds=seconds)
-            if text.endswith("%") and 0 <= (percent := float(text[:-1])) < 100:
-                return cls(share=percent / 100)
-            if text.isdecimal():
-                return cls(requests=int(text))
-        except ValueError:
-            pass
-        raise InputError(
-            f"cannot read {text!r}", where="--warmup", fix="Give 30s, a number of requests, 20% or auto."
-        )
-
-
-def select(run: Run, *, stage: int | str | None = None, warmup: Warmup | None = None) -> Run:
-    """The part of a run that counts: one stage of it, without its warm-up.
-
-    The requests are those of the stage that were sent after the warm-up, the steps those that began
-    between its end and the last finish. Inter-token gaps carry no time, so the warm-up stays in them.
-    ``meta["start_s"]`` says where the part begins: at the end of the warm-up, else at the stage's start
-    (``meta["stage_starts_s"]``, or its first arrival where that is not recorded).
-    """
-    requests, itl, start = run.requests, run.itl, float(run.meta.get("start_s", 0.0))
-    if stage is not None:
-        index = _stage_index(run, stage)
-        requests, itl = requests[requests["stage"] == index], itl[itl["stage"] == index]
-        starts = run.meta.get("stage_starts_s")
-        start = float(starts[index] if starts else requests["arrival"].min())
-    if warmup is not None:
-        in_order = requests.sort_values("sent", kind="stable")
-        cut = _warmup_requests(in_order, warmup, start)
-        if cut >= len(in_order):
-            raise InputError(
-                f"the warm-up leaves none of {len(in_order)} requests",
-                where="warmup",
-                fix="Cut less, or run longer.",
-            )
-        requests = in_order.iloc[cut:].sort_index()
-        start = start + warmup.seconds if warmup.seconds is not None else float(requests["sent"].min())
-    steps = run.steps
-    if (stage is not None or warmup is not None) and len(steps):
-        steps = steps[(steps["start"] >= start) & (steps["start"] <= requests["finish"].max())]
-    return replace(run, requests=requests, steps=steps, itl=itl, meta={**run.meta, "start_s": start})
-
-
-def _stage_index(run: Run, stage: int | str) -> int:
-    if stage in run.stages:
-        return run.stages.index(str(stage))
-    if isinstance(stage, int) and 0 <= stage < max(len(run.stages), 1):
-        return stage
-    raise InputError(f"no stage {stage!r}", where="stage", fix=f"The run has {', '.join(run.stages)}.")
-
-
-def _warmup_requests(in_order: pd.DataFrame, warmup: Warmup, start: float) -> int:
-    """How many leading requests of a table in sending order are warm-up."""
-    if warmup.seconds is not None:
-        return int((in_order["sent"] < start + warmup.seconds).sum())
-    if warmup.requests is not None:
-        return warmup.requests
-    if warmup.share is not None:
-        return int(warmup.share * len(in_order))
-    done = latencies(in_order)
-    cut = max(mser5(done["ttft"])[0], mser5(done["e2el"])[0])
-    return int(in_order.index.get_indexer(done.index[cut : cut + 1])[0]) if cut else 0
 
 
 def duration(run: Run) -> float:
@@ -239,22 +151,23 @@ def duration(run: Run) -> float:
     return float(done.max()) - float(run.meta.get("start_s", 0.0)) if len(done) else math.nan
 
 
-def good_requests(run: Run, limits_ms: Mapping[str, float]) -> int:
-    """How many finished requests meet every limit (metric to milliseconds), each limit included.
+def good_requests(run: Run, goodput: Goodput) -> int:
+    """How many finished requests meet every limit, each limit included.
 
     A request of one token has no TPOT and meets any limit on it.
     """
     values = latencies(run.requests)
     good = np.ones(len(values), dtype=bool)
-    for metric, limit in limits_ms.items():
-        good &= values[metric].fillna(0.0).to_numpy() <= limit / 1000
+    for metric, limit_ms in goodput.limits_ms:
+        good &= values[metric].fillna(0.0).to_numpy() <= limit_ms / 1000
     return int(good.sum())
 
 
 def series(steps: pd.DataFrame, column: str) -> pd.Series[float]:
-    """A column of the step table over time (index: seconds), over all replicas: their sum, for shares their mean.
+    """A column of the step table over time (index: seconds).
 
-    A replica keeps its last value until its next step.
+    Over several replicas it is their sum (for kv_usage their mean), where each keeps its last value
+    until its next step.
     """
     if steps["replica"].nunique() <= 1:
         return pd.Series(steps[column].to_numpy(dtype=float), index=steps["start"].to_numpy())
@@ -282,11 +195,10 @@ def peaks(requests: pd.DataFrame) -> tuple[float, int]:
     gap = (finish - first) / np.maximum(tokens - 1, 1)
     for at in range(0, len(done), 10_000):  # bounds the memory: a float a token
         part = slice(at, at + 10_000)
-        number = np.arange(tokens[part].sum()) - np.repeat(
-            np.cumsum(tokens[part]) - tokens[part], tokens[part]
-        )
-        times = np.repeat(first[part] - origin, tokens[part]) + number * np.repeat(gap[part], tokens[part])
-        per_second += np.bincount(times.astype(int), minlength=seconds)[:seconds]
+        count = tokens[part]
+        number = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+        times = np.repeat(first[part] - origin, count) + number * np.repeat(gap[part], count)
+        per_second += np.bincount(times.astype(int), minlength=seconds)
     return float(per_second.max()), int(np.cumsum(edges).max())
 
 
@@ -301,13 +213,12 @@ def summary(
     run: Run,
     *,
     ranks: Sequence[float] = (95, 99),
-    goodput: Mapping[str, float] | None = None,
+    goodput: Goodput | None = None,
     law: PercentileLaw = "linear",
 ) -> dict[str, Any]:
     """The result of a run (or of the part that `select` gives) under the JSON keys of vllm bench serve.
 
-    ranks: percentiles to give. goodput: limit in milliseconds by metric ("ttft", "tpot", "e2el").
-    Besides vLLM's keys there are the engine's (kv_cache_usage_peak, max_num_running, max_num_waiting,
+    ranks: percentiles to give, in percent. Besides vLLM's keys there are the engine's (kv_cache_usage_peak, max_num_running, max_num_waiting,
     num_preemptions, prefix_cache_hit_rate) and, with goodput, goodput_share (of all requests sent, a
     failed one is not good) with its 95 % Wilson interval. What is not known is None.
     The load's own keys (request_rate, burstiness, max_concurrency) come from ``run.meta``.

@@ -94,7 +94,9 @@ class ModelShape:
             loaded = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise InputError(
-                f"cannot read it as JSON ({error})", where=str(path), fix="Give the path of a model's config.json."
+                f"cannot read it as JSON ({error})",
+                where=str(path),
+                fix="Give the path of a model's config.json.",
             ) from error
         if not isinstance(loaded, dict):
             raise InputError("is not a JSON object", where=str(path), fix="Give a model's config.json.")
@@ -131,10 +133,12 @@ class ModelShape:
 
     def _shared_linear_weights(self, tp: int = 1) -> int:
         """Elements of the linear layers that every token passes, on one rank: all but experts and router."""
-        return self.layers * self._attention_weights(tp) + (self.layers - self.moe_layers) * self._mlp_weights(tp)
+        return self.layers * self._attention_weights(tp) + (
+            self.layers - self.moe_layers
+        ) * self._mlp_weights(tp)
 
     def _small_weights(self) -> int:
-        """Norms, biases and routers of all layers: kept in ``dtype_bytes`` and, but for biases, on every rank."""
+        """Norms, biases and routers of all layers, which stay in ``dtype_bytes`` and on every rank."""
         query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
         per_layer = self.norms_per_layer * self.hidden_size
         per_layer += 2 * self.head_dim if self.qk_norm else 0
@@ -168,7 +172,9 @@ class ModelShape:
     def linear_flops_per_token(self, tensor_parallel_size: int = 1) -> float:
         """FLOPs of all linear layers for one token on one rank, the LM head left out."""
         tp = tensor_parallel_size
-        routed = self.moe_layers * (self.experts_per_token * self._expert_weights(tp) + self._router_weights())
+        routed = self.moe_layers * (
+            self.experts_per_token * self._expert_weights(tp) + self._router_weights()
+        )
         return 2.0 * (self._shared_linear_weights(tp) + routed)
 
     def linear_bytes(self, tokens: int, tensor_parallel_size: int = 1) -> float:
@@ -213,16 +219,23 @@ class ModelShape:
 
     # -- attention and KV cache --------------------------------------------------------------------
 
-    def attention_flops(self, tokens: int, context: int, tensor_parallel_size: int = 1) -> float:
-        """FLOPs of causal attention on one rank, all layers: ``tokens`` new tokens behind ``context`` older
-        ones, token i of which attends to context + i keys (at most the window in sliding layers): two
-        products of head_dim multiply-adds per head and key."""
-        pairs = (self.layers - self.sliding_layers) * (tokens * context + tokens * (tokens + 1) / 2)
+    def attention_pairs(self, tokens: int, context: int) -> float:
+        """Pairs of query and key token over all layers, for ``tokens`` new tokens behind ``context`` older
+        ones: token i attends to context + i keys, at most to the window in sliding layers."""
+        pairs = (self.layers - self.sliding_layers) * tokens * (context + 0.5 * (tokens + 1))
         if self.sliding_layers:
-            window = self.sliding_window
-            free = max(0, min(tokens, window - context))
-            pairs += self.sliding_layers * (free * context + free * (free + 1) / 2 + (tokens - free) * window)
-        return 4.0 * self.heads / tensor_parallel_size * self.head_dim * pairs
+            free = max(0, min(tokens, self.sliding_window - context))
+            seen = free * (context + 0.5 * (free + 1)) + (tokens - free) * self.sliding_window
+            pairs += self.sliding_layers * seen
+        return pairs
+
+    def attention_flops_per_pair(self, tensor_parallel_size: int = 1) -> float:
+        """FLOPs of a pair on one rank: two products of head_dim multiply-adds in every head."""
+        return 4.0 * self.heads / tensor_parallel_size * self.head_dim
+
+    def attention_flops(self, tokens: int, context: int, tensor_parallel_size: int = 1) -> float:
+        """FLOPs of causal attention of a prompt chunk on one rank, all layers."""
+        return self.attention_flops_per_pair(tensor_parallel_size) * self.attention_pairs(tokens, context)
 
     def kv_bytes_per_token_and_layer(self, tensor_parallel_size: int = 1, kv_dtype_bytes: int = 2) -> int:
         """Bytes of one token's keys and values in one layer on one rank."""
@@ -232,14 +245,14 @@ class ModelShape:
         """Bytes of one token's keys and values in all layers on one rank."""
         return self.layers * self.kv_bytes_per_token_and_layer(tensor_parallel_size, kv_dtype_bytes)
 
-    def kv_token_reads(self, context: int, sequences: int = 1, new_tokens: int = 1) -> int:
-        """Token-layers of KV that ``sequences`` with ``context`` tokens in total read, ``new_tokens`` of
-        each being new: the context itself in full layers, at most window + new - 1 a sequence in sliding
-        ones (an upper bound where lengths differ)."""
-        reads = (self.layers - self.sliding_layers) * context
-        if self.sliding_layers:
-            reads += self.sliding_layers * min(context, sequences * (self.sliding_window + new_tokens - 1))
-        return reads
+    def kv_token_layers(self, context: int, sequences: int = 1) -> int:
+        """Token-layers of KV that one new token each of ``sequences`` reads, with ``context`` tokens in
+        total: all of them in full layers, at most a window a sequence in sliding ones (an upper bound
+        where lengths differ)."""
+        if not self.sliding_layers:
+            return self.layers * context
+        seen = min(context, sequences * self.sliding_window)
+        return (self.layers - self.sliding_layers) * context + self.sliding_layers * seen
 
 
 def _parse(config: Mapping[str, Any], name: str, where: str) -> ModelShape:
@@ -264,7 +277,9 @@ def _parse(config: Mapping[str, Any], name: str, where: str) -> ModelShape:
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             problem = "is missing" if value is None else f"is {_short(value)}, not a positive integer"
             raise InputError(
-                f"{field} {problem}", where=f"{where}: {field}", fix="Take the file from the model's repository."
+                f"{field} {problem}",
+                where=f"{where}: {field}",
+                fix="Take the file from the model's repository.",
             )
         return value
 
@@ -296,7 +311,9 @@ def _parse(config: Mapping[str, Any], name: str, where: str) -> ModelShape:
         moe_layers=moe_layers,
         sliding_window=count("sliding_window") if sliding_layers else 0,
         sliding_layers=sliding_layers,
-        max_position_embeddings=count("max_position_embeddings") if "max_position_embeddings" in config else None,
+        max_position_embeddings=count("max_position_embeddings")
+        if "max_position_embeddings" in config
+        else None,
     )
 
 
@@ -309,7 +326,9 @@ def _dtype_bytes(config: Mapping[str, Any], where: str) -> int:
     dtype = config.get("torch_dtype", config.get("dtype", "bfloat16"))
     if dtype not in _DTYPE_BYTES:
         raise InputError(
-            f"torch_dtype {dtype!r} is not known", where=f"{where}: torch_dtype", fix=f"Use {', '.join(_DTYPE_BYTES)}."
+            f"torch_dtype {dtype!r} is not known",
+            where=f"{where}: torch_dtype",
+            fix=f"Use {', '.join(_DTYPE_BYTES)}.",
         )
     return 2  # vLLM's --dtype auto casts float32 weights down to half precision
 

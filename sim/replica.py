@@ -12,15 +12,17 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import simpy
 from simpy.events import EventPriority
 
 from servecast.sim.engine_config import EngineConfig
 from servecast.sim.errors import InputError
-from servecast.sim.front_end import ApiServer, Client
+from servecast.sim.front_end import ApiServer, Client, FrontEndCosts, after
 from servecast.sim.records import RequestRecord
 from servecast.sim.request import Request
-from servecast.sim.scheduler import Scheduler, Step
+from servecast.sim.scheduler import Scheduler
+from servecast.sim.step import Step
 from servecast.sim.step_time import StepTime
 from servecast.sim.units import PICOSECONDS
 
@@ -46,7 +48,7 @@ class Replica:
         step_time: how long a step takes.
         noise: factors of mean 1 on the step time, one a step.
         floor: a step's least duration in seconds, which noise does not undercut (its roofline).
-        api_server: the process in front of the engine. client: the process that reads its tokens.
+        costs, rng: of the API server in front of the engine. client: the process that reads its tokens.
 
     Raises:
         InputError: out of the simulation, when a request can never run.
@@ -60,7 +62,8 @@ class Replica:
         step_time: StepTime,
         noise: Iterator[float],
         floor: Callable[[Step], float],
-        api_server: ApiServer,
+        costs: FrontEndCosts,
+        rng: np.random.Generator,
         client: Client,
     ) -> None:
         self.env = env
@@ -70,11 +73,13 @@ class Replica:
         self.outstanding = 0
         self.stage = 0  # stage that pooled gaps are booked under
         self.steps = array("d")  # rows of records.STEP_COLUMNS, flat
-        self.gaps = array("d")  # rows (stage, gap in s, tokens), flat
+        self.gaps = array(
+            "d"
+        )  # rows (stage, gap in s, tokens, s over which the step's tokens are read), flat
         self._step_seconds = step_time.seconds
         self._noise = noise
         self._floor = floor
-        self._api_server = api_server
+        self._api_server = ApiServer(env, costs, rng, self._put)
         self._client = client
         self._inbox: deque[tuple[int, Job | int]] = deque()  # (time, new job or id to abort)
         self._jobs: dict[int, Job] = {}
@@ -88,17 +93,13 @@ class Replica:
         """A request has been sent to this replica."""
         self.outstanding += 1
         job.record.replica = self.index
-        arrives = self._api_server.latency()
-        self.env.timeout(arrives).callbacks.append(lambda _event: self._accept(job))
+        self._jobs[job.request.request_id] = job
+        self._api_server.accept(job)
 
     def abort(self, request_id: int) -> None:
         """The client has gone away."""
         if request_id in self._jobs:
             self._put(int(self.env.now), request_id)
-
-    def _accept(self, job: Job) -> None:
-        self._jobs[job.request.request_id] = job
-        self._put(self._api_server.accept(int(self.env.now)), job)
 
     def _put(self, time: int, item: Job | int) -> None:
         self._inbox.append((time, item))
@@ -205,11 +206,12 @@ class Replica:
         sent, spacing = self._api_server.stream(now, emitted)
         first, pace = self._client.read(sent, spacing, emitted)
         middle = first + pace * (emitted - 1) // 2
+        spread = pace * (emitted - 1) / PICOSECONDS
         seen = self._seen
         if step.steady and seen:
-            self.gaps.extend((self.stage, (middle - seen[-1]) / PICOSECONDS, step.steady))
+            self.gaps.extend((self.stage, (middle - seen[-1]) / PICOSECONDS, step.steady, spread))
         for tick in step.gaps:
-            self.gaps.extend((self.stage, (middle - seen[tick]) / PICOSECONDS, 1))
+            self.gaps.extend((self.stage, (middle - seen[tick]) / PICOSECONDS, 1, spread))
         seen.append(middle)
         last = first + pace * (emitted - 1)
         newest = len(step.first_tokens) - 1
@@ -231,6 +233,6 @@ class Replica:
                 job.request.output_tokens, self.config.max_model_len - job.request.prompt_tokens
             )
         if time > self.env.now:
-            self.env.timeout(time - self.env.now).callbacks.append(lambda _event: job.done())
+            after(self.env, time - int(self.env.now), job.done)
         else:
             job.done()

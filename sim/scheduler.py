@@ -11,80 +11,19 @@ Use: ``add``, then ``step = schedule()`` and ``complete(step)`` in turn; with as
 
 from __future__ import annotations
 
-from collections import defaultdict
 from operator import attrgetter
 
+from servecast.sim.cruise import Cruise
 from servecast.sim.engine_config import EngineConfig
 from servecast.sim.errors import InputError
 from servecast.sim.kv_cache import KVCache
 from servecast.sim.request import Request
 from servecast.sim.rules import rules_for
 from servecast.sim.sequence import FINISHED, PREEMPTED, RUNNING, Sequence
+from servecast.sim.step import Step
 from servecast.sim.waiting import QUEUES, WaitingQueue
 
 _by_order = attrgetter("order")
-
-
-class Step:
-    """What one ``schedule`` decided, and after ``complete`` what came of it.
-
-    Attributes:
-        chunks: (tokens, context) of each prompt chunk: computed now, KV tokens already there.
-        decodes, decode_context: requests with one token each; KV tokens they read, that one included.
-        samples: tokens sampled. total_tokens: tokens computed.
-        admitted, resumed, preempted: request ids, in order (victims in the order they fell).
-        cached_tokens: request id -> computed tokens at admission, for admitted and resumed.
-        first_tokens, finished: ids of requests that got their first or last token from this step.
-        gaps: ticks of the steps that delivered the previous token of those whose tokens do not come from
-            successive steps. steady: tokens delivered whose predecessor came from the step before.
-        emitted: tokens delivered.
-    """
-
-    __slots__ = (
-        "_composition",
-        "admitted",
-        "cached_tokens",
-        "chunks",
-        "cruisers",
-        "decode_context",
-        "decodes",
-        "dropped",
-        "emitted",
-        "entries",
-        "finished",
-        "first_tokens",
-        "gaps",
-        "preempted",
-        "resumed",
-        "samples",
-        "steady",
-        "stragglers",
-        "tick",
-        "total_tokens",
-    )
-
-    def __init__(self, tick: int) -> None:
-        self.tick = tick
-        self.chunks: list[tuple[int, int]] = []
-        self.decodes = self.decode_context = self.samples = self.total_tokens = 0
-        self.admitted: list[int] = []
-        self.resumed: list[int] = []
-        self.preempted: list[int] = []
-        self.cached_tokens: dict[int, int] = {}
-        self.first_tokens: list[int] = []
-        self.finished: list[int] = []
-        self.gaps: list[int] = []
-        self.steady = self.emitted = 0
-        self.entries: list[tuple[Sequence, int]] = []  # scheduled one by one: (sequence, tokens)
-        self.cruisers = 0  # scheduled as cruising
-        self.dropped = 0  # cruisers of this step whose token nobody takes any more
-        self.stragglers: list[Sequence] = []  # cruisers of this step that stopped cruising in flight
-        self._composition: dict[int, int] | None = None
-
-    def scheduled(self) -> dict[int, int]:
-        """Request id -> tokens, in vLLM's order. Only from a scheduler made with ``trace=True``."""
-        assert self._composition is not None, "the scheduler was not made with trace=True"
-        return self._composition
 
 
 class Scheduler:
@@ -113,11 +52,7 @@ class Scheduler:
         self._running: dict[int, Sequence] = {}  # by order, rising
         self._unsettled: dict[int, Sequence] = {}  # the running ones that prefill or were starved, by order
         self._next_order = 0
-        self._cruisers = 0
-        self._sum_base = 0
-        self._block_due: defaultdict[int, list[Sequence]] = defaultdict(list)
-        self._last_due: defaultdict[int, list[Sequence]] = defaultdict(list)
-        self._retire_due: defaultdict[int, list[Sequence]] = defaultdict(list)
+        self._cruise = Cruise(config.block_size, async_scheduling=config.async_scheduling)
         self._in_flight: list[Step] = []  # decided, not completed: at most two
         self._finished_unsent = False
 
@@ -240,18 +175,15 @@ class Scheduler:
 
     def _schedule_running(self, step: Step, budget: int, threshold: int) -> int:
         """Phase 1: running requests, in order of admission. Returns the budget left."""
-        for sequence in self._retire_due.pop(self.tick, ()):
-            if sequence.cruising and sequence.last_tick == self.tick - 1:
-                self._stop_cruising(sequence)  # the last token is in flight: it only waits to end
-        due = [s for s in self._block_due.pop(self.tick, ()) if s.cruising and s.block_tick == self.tick]
-        if not self._unsettled and self._cruisers <= budget and len(due) <= self.kv.free_blocks:
+        for sequence in self._cruise.last_in_flight(self.tick):
+            self._stop_cruising(sequence)
+        due = self._cruise.blocks_due(self.tick)
+        if not self._unsettled and self._cruise.count <= budget and len(due) <= self.kv.free_blocks:
             if len(due) > 1:
                 due.sort(key=_by_order)
             for sequence in due:
-                self._grow_cruiser(sequence)
-            step.cruisers = self._cruisers
-            step.decode_context = self._cruisers * (self.tick + 1) - self._sum_base
-            return budget - self._cruisers
+                self._cruise.add_block(sequence, self.kv.take_one())
+            return budget - self._cruise.count
         if self._settled_can_be_skipped(due, budget, threshold):
             if self._unsettled:
                 due = [*due, *self._unsettled.values()]
@@ -261,7 +193,7 @@ class Scheduler:
 
     def _settled_can_be_skipped(self, due: list[Sequence], budget: int, threshold: int) -> bool:
         """Whether all cruisers get their token whatever the order, so that only changes are visited."""
-        if self._cruisers > budget:
+        if self._cruise.count > budget:
             return False
         demands = [self._demand(sequence, threshold) for sequence in self._unsettled.values()]
         if self._priority:
@@ -271,14 +203,14 @@ class Scheduler:
             )
             if blocks > self.kv.free_blocks:
                 return False
-        if self._cruisers + sum(demands) <= budget:
+        if self._cruise.count + sum(demands) <= budget:
             return True
         tail = reversed(self._running)
         return all(next(tail) in self._unsettled for _ in demands)
 
     def _walk_changes(self, step: Step, members: list[Sequence], budget: int, threshold: int) -> int:
         """Visit only the sequences that need a block or prefill; preempt from the end of the running list."""
-        budget -= self._cruisers
+        budget -= self._cruise.count
         for sequence in members:
             if sequence.status != RUNNING:
                 continue  # a victim of this step
@@ -296,13 +228,11 @@ class Scheduler:
             if sequence.status != RUNNING:
                 break
             if sequence.cruising:
-                self._grow_cruiser(sequence)
+                self._cruise.add_block(sequence, self.kv.take_one())
             else:
                 self._grow(sequence, tokens, need)
                 step.entries.append((sequence, tokens))
                 budget -= tokens
-        step.cruisers = self._cruisers
-        step.decode_context = self._cruisers * (self.tick + 1) - self._sum_base
         return budget
 
     def _walk_all(self, step: Step, budget: int, threshold: int) -> int:
@@ -335,7 +265,7 @@ class Scheduler:
                 break
             if sequence.cruising:
                 if need > 0:
-                    self._grow_cruiser(sequence)
+                    self._cruise.add_block(sequence, self.kv.take_one())
             else:
                 self._grow(sequence, tokens, need)
             scheduled[sequence.order] = tokens
@@ -348,8 +278,6 @@ class Scheduler:
             elif sequence.cruising:  # starved
                 self._stop_cruising(sequence)
                 self._unsettled[sequence.order] = sequence
-        step.cruisers = self._cruisers
-        step.decode_context = self._cruisers * (self.tick + 1) - self._sum_base
         return budget
 
     def _victim(self, members: list[Sequence]) -> Sequence:
@@ -412,7 +340,8 @@ class Scheduler:
 
     def _advance(self, step: Step) -> None:
         """The step is on its way: computed tokens advance, and who now decodes starts cruising."""
-        cruisers, context = step.cruisers, step.decode_context
+        cruisers = step.cruisers = self._cruise.count
+        context = self._cruise.context(self.tick)
         if self.trace:
             tokens = {sequence.order: count for sequence, count in step.entries}
             step._composition = {
@@ -435,7 +364,7 @@ class Scheduler:
             if ends:
                 step.samples += 1
                 del self._unsettled[sequence.order]
-                self._start_cruising(sequence)
+                self._cruise.join(sequence, self.tick)
         step.decode_context = context
         self._in_flight.append(step)
 
@@ -465,10 +394,9 @@ class Scheduler:
             self._deliver(sequence, ended)
         step.steady = step.cruisers - step.dropped
         step.emitted += step.steady
-        for sequence in self._last_due.pop(step.tick, ()):
-            if sequence.cruising and sequence.last_tick == step.tick:
-                ended.append(sequence)
-                self._drop_in_flight(sequence)
+        for sequence in self._cruise.ended_by(step.tick):
+            ended.append(sequence)
+            self._drop_in_flight(sequence)
         if len(ended) > 1:
             ended.sort(key=_by_order)
         for sequence in ended:
@@ -489,28 +417,10 @@ class Scheduler:
 
     # ---- sequences change state -------------------------------------------------------------------
 
-    def _start_cruising(self, sequence: Sequence) -> None:
-        """From the next tick on it computes one token a step."""
-        base = self.tick - sequence.computed
-        sequence.cruising = True
-        sequence.base = base
-        sequence.join_tick = self.tick - 1
-        self._cruisers += 1
-        self._sum_base += base
-        last = sequence.last_tick = base + sequence.final_tokens - 2
-        self._last_due[last].append(sequence)
-        if self.config.async_scheduling and sequence.stops_by_length:
-            self._retire_due[last + 1].append(sequence)
-        sequence.block_tick = base + len(sequence.blocks) * self._block_size
-        if sequence.block_tick <= last + 1:
-            self._block_due[sequence.block_tick].append(sequence)
-
     def _stop_cruising(self, sequence: Sequence) -> None:
         """Bring its numbers up to date; a token in flight is delivered to it in person."""
         self._cache_full_blocks(sequence)
-        sequence.cruising = False
-        self._cruisers -= 1
-        self._sum_base -= sequence.base
+        self._cruise.leave(sequence)
         computed = sequence.computed = self.tick - sequence.base
         if self._in_flight:
             last = self._in_flight[-1]
@@ -528,14 +438,6 @@ class Scheduler:
             if step.tick > sequence.join_tick:
                 step.dropped += 1
 
-    def _grow_cruiser(self, sequence: Sequence) -> None:
-        """One more block. The full ones are its own outputs, which nobody else looks up: they become
-        known to the prefix cache when it stops cruising or ends."""
-        sequence.blocks.append(self.kv.take_one())
-        sequence.block_tick += self._block_size
-        if sequence.block_tick <= sequence.last_tick + 1:
-            self._block_due[sequence.block_tick].append(sequence)
-
     def _grow(self, sequence: Sequence, tokens: int, need: int) -> None:
         """Blocks for ``tokens`` more; full ones are known to the prefix cache at once."""
         if need > 0:
@@ -545,7 +447,7 @@ class Scheduler:
             self._cache_up_to(sequence, known // self._block_size)
 
     def _cache_full_blocks(self, sequence: Sequence, *, scheduled: bool = False) -> None:
-        """Catch up with the blocks that filled while cruising.
+        """Catch up with the blocks that filled while cruising: nobody else looks up its own outputs.
 
         A block is known once its last token is computed *and* known: under async scheduling the newest
         computed token is still in flight. ``scheduled``: the step being decided has already served it.
@@ -580,9 +482,7 @@ class Scheduler:
         if sequence.cruising:
             if computed is None:
                 self._cache_full_blocks(sequence)
-            sequence.cruising = False
-            self._cruisers -= 1
-            self._sum_base -= sequence.base
+            self._cruise.leave(sequence)
         if computed is not None and self.config.enable_prefix_caching:
             self._cache_up_to(sequence, computed // self._block_size)
         self._leave_running(sequence)

@@ -1,0 +1,57 @@
+# `make plan` answers the main question on a shipped scenario; `make test` runs all checks.
+# Both set up what they need inside this folder.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+SCENARIO ?= a6000-qwen2.5-7b
+SLO ?= --slo ttft:p95:500 --slo tpot:p95:60
+
+.PHONY: plan test lint types benchmark parity-long docs vllm clean
+
+plan: $(VENV)/.installed
+	$(BIN)/servecast plan $(SCENARIO) $(SLO) --report out/plan-$(SCENARIO).html
+
+test: $(VENV)/.installed-test vllm lint types
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+types: $(VENV)/.installed-test .typecheck/servecast
+	MYPYPATH=.typecheck $(BIN)/mypy -p servecast.sim -p servecast.calibrate -p servecast.validate
+
+# The real vLLM, in an environment of its own, for the comparison of schedulers.
+vllm:
+	PYTHON=$(PYTHON) bash validate/install_vllm.sh
+
+parity-long: $(VENV)/.installed-test vllm
+	$(BIN)/servecast validate parity --vllm 0.32 --steps 1000000
+	$(BIN)/servecast validate parity --vllm 0.23 --steps 1000000
+
+benchmark: $(VENV)/.installed-test
+	$(BIN)/python -m pytest tests/test_speed.py --benchmark-only
+
+docs: $(VENV)/.installed-test
+	$(BIN)/pip install -q '.[docs]'
+	$(BIN)/mkdocs build --strict
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/pip install -q -e .
+	touch $@
+
+$(VENV)/.installed-test: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/pip install -q -e '.[test]'
+	touch $@ $(VENV)/.installed
+
+# Type checkers do not follow setuptools' package mapping: give them the tree that it means.
+.typecheck/servecast:
+	mkdir -p $@
+	for package in sim calibrate validate; do ln -sfn ../../$$package $@/$$package; done
+
+clean:
+	rm -rf .venv .venv-vllm .typecheck out

@@ -1,0 +1,344 @@
+"""The fast engine makes the plain model's decisions, step by step, on random workloads and settings."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, NamedTuple
+
+import pytest
+from hypothesis import HealthCheck, event, given, settings
+from hypothesis import strategies as st
+from plain_engine import PlainEngine
+
+from servecast.sim.engine_config import EngineConfig
+from servecast.sim.request import Request
+from servecast.sim.scheduler import Scheduler
+
+Engine = PlainEngine | Scheduler
+MAX_STEPS = 5_000
+
+
+class Abort(NamedTuple):
+    """The client gives up before schedule() or, with the step in flight, before complete() of ``step``."""
+
+    step: int
+    moment: Literal["schedule", "complete"]
+    request_id: int
+
+
+@dataclass(slots=True)
+class State:
+    """Every read-out of the engine at one moment."""
+
+    running: list[int]
+    waiting: list[int]
+    has_requests: bool
+    free_blocks: int
+    free_list: list[int]
+    cached_blocks: int
+    block_ids: dict[int, list[int]]
+
+    @classmethod
+    def of(cls, engine: Engine) -> State:
+        running = list(engine.running)
+        return cls(
+            running=running,
+            waiting=list(engine.waiting),
+            has_requests=engine.has_requests,
+            free_blocks=engine.free_blocks,
+            free_list=list(engine.free_list(engine.free_blocks)),
+            cached_blocks=engine.cached_blocks,
+            block_ids={i: list(engine.block_ids(i)) for i in running},
+        )
+
+
+@dataclass(slots=True)
+class StepLog:
+    """One step: its decisions, what it delivered, and the engine after schedule() and after complete()."""
+
+    added: list[int]
+    aborted: list[int]  # since the schedule() before
+    scheduled: list[tuple[int, int]]
+    admitted: list[int]
+    resumed: list[int]
+    preempted: list[int]
+    cached_tokens: dict[int, int]
+    total_tokens: int
+    chunks: list[tuple[int, int]]
+    decodes: int
+    decode_context: int
+    samples: int
+    after_schedule: State
+    finished: list[int] = field(default_factory=list)
+    first_tokens: list[int] = field(default_factory=list)
+    emitted: int = 0
+    after_complete: State = field(init=False)
+
+
+def run(
+    engine: Engine,
+    requests: Sequence[Request],
+    arrive_step: Sequence[int],
+    aborts: Collection[Abort] = (),
+    *,
+    async_scheduling: bool,
+    trace: bool = True,
+) -> list[StepLog]:
+    """Drive ``engine`` until it is empty, as vLLM's engine core does, and log every step.
+
+    Request i is added before the schedule() numbered ``arrive_step[i]``; an idle engine skips to the
+    next arrival. With async scheduling one step stays in flight: the next schedule() comes before its
+    complete(), and an idle engine schedules twice before the first complete(). Without ``trace`` the log
+    leaves out which request got how many tokens, as the fast engine does not tell it then.
+    """
+    arrivals = deque(sorted(range(len(requests)), key=lambda i: arrive_step[i]))
+    pending = sorted(aborts, key=lambda abort: abort.step)
+    known: set[int] = set()
+    in_flight: deque[tuple[int, Any]] = deque()
+    log: list[StepLog] = []
+    now = 0  # number of the next schedule(), idle time included
+    numbers: list[int] = []  # of the logged steps
+    aborted: list[int] = []
+
+    def abort(moment: str, number: int) -> None:
+        for due in [a for a in pending if a.moment == moment and a.step <= number and a.request_id in known]:
+            pending.remove(due)
+            engine.abort(due.request_id)
+            aborted.append(due.request_id)
+
+    while engine.has_requests or arrivals or in_flight:
+        if not engine.has_requests and not in_flight:
+            now = max(now, arrive_step[arrivals[0]])
+        added: list[int] = []
+        while arrivals and arrive_step[arrivals[0]] <= now:
+            request = requests[arrivals.popleft()]
+            engine.add(request, len(known))
+            known.add(request.request_id)
+            added.append(request.request_id)
+        abort("schedule", now)
+        if engine.has_requests:
+            assert now < MAX_STEPS, "the engine makes no progress"
+            step = engine.schedule()
+            in_flight.append((len(log), step))
+            log.append(
+                StepLog(
+                    added=added,
+                    aborted=aborted.copy(),
+                    scheduled=list(step.scheduled().items()) if trace else [],
+                    admitted=list(step.admitted),
+                    resumed=list(step.resumed),
+                    preempted=list(step.preempted),
+                    cached_tokens=dict(step.cached_tokens),
+                    total_tokens=step.total_tokens,
+                    chunks=list(step.chunks),
+                    decodes=step.decodes,
+                    decode_context=step.decode_context,
+                    samples=step.samples,
+                    after_schedule=State.of(engine),
+                )
+            )
+            numbers.append(now)
+            aborted.clear()
+            now += 1
+            if async_scheduling and len(in_flight) < 2 and step.total_tokens > 0:
+                continue
+        if in_flight:
+            index, step = in_flight.popleft()
+            abort("complete", numbers[index])
+            engine.complete(step)
+            log[index].finished = list(step.finished)
+            log[index].first_tokens = list(step.first_tokens)
+            log[index].emitted = step.emitted
+            log[index].after_complete = State.of(engine)
+    return log
+
+
+def fast(config: EngineConfig) -> Scheduler:
+    return Scheduler(config, trace=True)
+
+
+def first_difference(one: list[StepLog], other: list[StepLog]) -> str:
+    """Where two logs part, "" if they do not."""
+    for number, (a, b) in enumerate(zip(one, other, strict=False)):
+        for name in (f.name for f in fields(StepLog)):
+            if getattr(a, name) != getattr(b, name):
+                return f"step {number}, {name}:\n  {getattr(a, name)}\n  {getattr(b, name)}"
+    return "" if len(one) == len(other) else f"{len(one)} steps against {len(other)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    config: EngineConfig
+    requests: list[Request]
+    arrive_step: list[int]
+    aborts: list[Abort]
+
+    def run(self, engine: Engine, *, trace: bool = True) -> list[StepLog]:
+        return run(
+            engine,
+            self.requests,
+            self.arrive_step,
+            self.aborts,
+            async_scheduling=self.config.async_scheduling,
+            trace=trace,
+        )
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> EngineConfig:
+    """Small engines, most of them short of blocks; always large enough for one sequence."""
+    version = draw(st.sampled_from(["0.32", "0.23"]))
+    block_size = draw(st.sampled_from([4, 1, 2, 8, 16]))
+    max_model_len = draw(st.integers(4, 96))
+    one_sequence = -(-max_model_len // block_size)
+    max_num_seqs = draw(st.integers(1, 8))
+    chunked = draw(st.sampled_from([True, True, True, False]))
+    least_tokens = max_num_seqs if chunked else max(max_num_seqs, max_model_len)
+    only_032: dict[str, Any] = {}
+    if version == "0.32":
+        only_032 = {
+            "long_prefill_token_threshold_adaptive": draw(st.booleans()),
+            "watermark": draw(st.sampled_from([0.0, 0.0, 0.1, 0.4])),
+            "max_num_active_seqs": draw(st.none() | st.integers(1, max_num_seqs)),
+        }
+    return EngineConfig(
+        version=version,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=least_tokens + draw(st.integers(0, 60)),
+        max_model_len=max_model_len,
+        num_gpu_blocks=1 + one_sequence + draw(st.integers(0, one_sequence * 2)),
+        block_size=block_size,
+        enable_prefix_caching=draw(st.sampled_from([True, True, True, False])),
+        enable_chunked_prefill=chunked,
+        scheduling_policy=draw(st.sampled_from(["fcfs", "priority"])),
+        async_scheduling=draw(st.booleans()),
+        scheduler_reserve_full_isl=draw(st.booleans()),
+        long_prefill_token_threshold=draw(st.sampled_from([0, 0, 3, 10])),
+        **only_032,
+    )
+
+
+@st.composite
+def contents(draw: st.DrawFn, prompt_tokens: int, ends: list[int]) -> tuple[tuple[int, int], ...]:
+    """A path down a tree of shared parts: equal ids mean equal paths; the last part may be cut short."""
+    parts: list[tuple[int, int]] = []
+    content_id = 0
+    for end in ends[: draw(st.integers(0, len(ends)))]:
+        content_id = content_id * 3 + draw(st.integers(1, 2))
+        parts.append((content_id, min(end, prompt_tokens)))
+        if end >= prompt_tokens:
+            break
+    return tuple(parts)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    config = draw(configs())
+    longest_prompt = config.max_model_len - 1
+    gaps = draw(st.lists(st.integers(1, 30), max_size=4))
+    ends = [sum(gaps[: i + 1]) for i in range(len(gaps))]
+    requests: list[Request] = []
+    arrive_step: list[int] = []
+    aborts: list[Abort] = []
+    for request_id in range(draw(st.integers(1, 14))):
+        prompt_tokens = draw(st.integers(1, longest_prompt))
+        max_tokens = draw(st.integers(1, 40))
+        stops_early = draw(st.sampled_from([False, False, True]))
+        requests.append(
+            Request(
+                request_id=request_id,
+                arrival_s=0.0,
+                prompt_tokens=prompt_tokens,
+                output_tokens=draw(st.integers(1, max_tokens)) if stops_early else max_tokens,
+                max_tokens=max_tokens,
+                content=draw(contents(prompt_tokens, ends)),
+                priority=draw(st.integers(0, 2)),
+            )
+        )
+        arrive_step.append(draw(st.integers(0, 25)))
+        if draw(st.integers(0, 5)) == 5:
+            moment: Literal["schedule", "complete"] = draw(st.sampled_from(["schedule", "complete"]))
+            aborts.append(Abort(arrive_step[-1] + draw(st.integers(0, 40)), moment, request_id))
+    return Case(config, requests, arrive_step, aborts)
+
+
+random_cases = settings(
+    max_examples=250, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+
+
+@random_cases
+@given(cases())
+def test_fast_engine_follows_the_plain_model(case: Case) -> None:
+    plain = case.run(PlainEngine(case.config))
+    event(f"preemptions: {any(step.preempted for step in plain)}")
+    assert first_difference(case.run(fast(case.config)), plain) == ""
+
+
+@pytest.mark.parametrize("make", [PlainEngine, fast])
+@random_cases
+@given(case=cases())
+def test_nothing_is_lost(make: Callable[[EngineConfig], Engine], case: Case) -> None:
+    """Blocks, tokens and requests balance, by replaying the log with nothing but addition."""
+    log = case.run(make(case.config))
+    config = case.config
+    usable = list(range(1, config.num_gpu_blocks))
+    by_id = {request.request_id: request for request in case.requests}
+    computed: dict[int, int] = {}
+    for step in log:
+        for request_id in step.preempted:
+            computed[request_id] = 0
+        computed.update(step.cached_tokens)
+        assert list(step.cached_tokens) == [i for i, _ in step.scheduled if i in step.admitted + step.resumed]
+        context = 0
+        for request_id, tokens in step.scheduled:
+            assert tokens > 0
+            if computed[request_id] < by_id[request_id].prompt_tokens:
+                assert (tokens, computed[request_id]) in step.chunks
+            context += tokens * (computed[request_id] + 1)
+            computed[request_id] += tokens
+            assert computed[request_id] < config.max_model_len
+        assert sum(tokens for tokens, _ in step.chunks) + step.decodes == step.total_tokens
+        assert sum(tokens * (before + 1) for tokens, before in step.chunks) + step.decode_context == context
+        assert step.total_tokens == sum(tokens for _, tokens in step.scheduled)
+        assert step.total_tokens <= config.max_num_batched_tokens
+        assert step.emitted <= step.samples <= len(step.scheduled) <= config.max_num_seqs
+        for state in (step.after_schedule, step.after_complete):
+            held = {block for blocks in state.block_ids.values() for block in blocks}
+            assert state.free_blocks == len(state.free_list)
+            assert sorted([*held, *state.free_list]) == usable
+            assert len(state.running) <= config.max_num_seqs
+        for request_id in step.after_schedule.running:
+            held_tokens = len(step.after_schedule.block_ids[request_id]) * config.block_size
+            assert 0 <= held_tokens - computed[request_id] < config.block_size
+
+    finished = {i for step in log for i in step.finished}
+    aborted = {abort.request_id for abort in case.aborts}
+    firsts = [i for step in log for i in step.first_tokens]
+    outputs = {
+        i: min(request.output_tokens, config.max_model_len - request.prompt_tokens)
+        for i, request in by_id.items()
+    }
+    assert len(firsts) == len(set(firsts))
+    assert finished <= set(firsts)
+    assert finished | aborted == set(by_id)
+    assert sum(outputs[i] for i in finished) <= sum(step.emitted for step in log) <= sum(outputs.values())
+    for request_id in finished:
+        final = by_id[request_id].prompt_tokens + outputs[request_id]
+        wasted = computed[request_id] - (final - 1)
+        early = outputs[request_id] < by_id[request_id].max_tokens
+        assert wasted in ((0, 1) if config.async_scheduling and early else (0,)) or computed[request_id] == 0
+    last = log[-1].after_complete
+    assert (last.running, last.waiting, last.has_requests) == ([], [], False)
+    assert last.free_blocks == len(usable)
+
+
+@random_cases
+@given(cases())
+def test_tracing_changes_nothing(case: Case) -> None:
+    traced = case.run(fast(case.config))
+    for step in traced:
+        step.scheduled = []
+    assert first_difference(case.run(Scheduler(case.config), trace=False), traced) == ""
