@@ -29,11 +29,10 @@ class Extent:
     duration_s: float | None
 
     def count(self, rate: float) -> int:
-        """The number of requests of a law that fixes it in advance."""
-        if self.num_requests is not None:
-            return self.num_requests
-        assert self.duration_s is not None
-        return max(1, int(rate * self.duration_s))
+        """The number of requests of a law that fixes it in advance: int(rate x duration_s), at least 1."""
+        in_time = None if self.duration_s is None else max(1, int(rate * self.duration_s))
+        given = [n for n in (self.num_requests, in_time) if n is not None]
+        return min(given)
 
 
 def _renewal(extent: Extent, rate: float, gaps: Draw) -> Times:
@@ -129,12 +128,15 @@ class VllmBench(Model):
             progress = np.arange(n) / max(n - 1, 1)
             linear = self.ramp_up_strategy == "linear"
             rates = start + (end - start) * progress if linear else start * (end / start) ** progress
-            return np.cumsum(_gamma(rng, self.burstiness)(n) / rates)
+            ramped: Times = np.cumsum(_gamma(rng, self.burstiness)(n) / rates)
+            return ramped
         if math.isinf(self.request_rate):
-            return np.zeros(extent.count(0.0))
+            assert extent.num_requests is not None
+            return np.zeros(extent.num_requests)
         n = extent.count(self.request_rate)
         unit = np.cumsum(_gamma(rng, self.burstiness)(n))
-        return unit * (n / unit[-1] / self.request_rate)
+        rescaled: Times = unit * (n / unit[-1] / self.request_rate)
+        return rescaled
 
 
 class InferencePerf(Model):
@@ -151,9 +153,11 @@ class InferencePerf(Model):
         """Arrival times, rising."""
         n = extent.count(self.request_rate)
         if self.load == "constant":
-            duration_s = extent.duration_s or n / self.request_rate
+            whole = extent.num_requests is None and extent.duration_s is not None
+            duration_s = extent.duration_s if whole else n / self.request_rate
             unit = np.cumsum(rng.standard_exponential(n))
-            return self.start_delay_s + unit * (duration_s / unit[-1])
+            times: Times = self.start_delay_s + unit * (duration_s / unit[-1])
+            return times
         counts_rng, gaps_rng = rng.spawn(2)
         counts = counts_rng.poisson(self.request_rate, int(n / self.request_rate) + 64)
         while counts.sum() < n:
@@ -162,7 +166,8 @@ class InferencePerf(Model):
         unit = np.cumsum(gaps_rng.standard_exponential(len(seconds)))
         at_second = np.concatenate([[0.0], unit])[np.concatenate([[0], np.cumsum(counts)])]
         within = (unit - at_second[seconds]) / np.diff(at_second)[seconds]
-        return (self.start_delay_s + seconds + within)[:n]
+        by_second: Times = self.start_delay_s + seconds + within
+        return by_second[:n]
 
 
 class Timestamps(Model):
@@ -200,7 +205,8 @@ class ClosedLoop(Model):
 
     def times(self, extent: Extent, rng: np.random.Generator) -> Times:
         """Zeros: the stream's ``max_concurrency`` does the rest."""
-        return np.zeros(extent.count(0.0))
+        assert extent.num_requests is not None
+        return np.zeros(extent.num_requests)
 
 
 def _kind(data: Any) -> str | None:

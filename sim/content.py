@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Discriminator, Tag, model_validator
+from pydantic import Discriminator, GetJsonSchemaHandler, Tag, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from servecast.sim.schema import Count, Model
 
@@ -16,6 +18,11 @@ class _Content(Model):
     @classmethod
     def _from_word(cls, data: Any) -> Any:
         return {"kind": data} if isinstance(data, str) else data
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        word = {"enum": list(get_args(cls.model_fields["kind"].annotation))}
+        return {"anyOf": [word, handler(core)]}
 
 
 class Unique(_Content):

@@ -1,9 +1,9 @@
 """What stands between the client's clock and the engine: client process, network, API server.
 
-Each process is serial: one Python event loop that handles a request or a token at a time. A burst
-therefore delays its own first tokens, and a large batch may produce tokens faster than they can be
-streamed. A first-in-first-out server with known service times needs no events of its own: work that
-arrives at t starts at max(t, end of the work before) (Lindley 1952).
+Client and API server are Python processes with one event loop each. Reading and writing tokens is serial:
+first come, first served, with known service times, which needs no events of its own: work that arrives at
+t starts at max(t, end of the work before) (Lindley 1952). Preparing a request takes several turns of the
+loop, see ``Preparation``.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ import simpy
 
 from servecast.sim.units import to_ps
 
-GATHER_S = 0.002  # AsyncMicrobatchTokenizer's batch_wait_timeout_s
-MICROBATCH = 32  # and its max_batch_size
+MAX_ROUND = 32  # max_batch_size of vLLM's AsyncMicrobatchTokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +26,7 @@ class FrontEndCosts:
     """Costs outside the engine, in seconds.
 
     Attributes:
-        request_s: API server, serial, per request: HTTP, chat template, tokenizer.
+        request_s: API server, per request: HTTP, chat template, tokenizer; requests in progress share it.
         token_s: API server, serial, per token streamed: detokenizer, one event.
         latency_s: per request, not serial: connection, network, wake-ups, first event.
         client_request_s, client_token_s: the client's process, serial, per request and per token read.
@@ -89,30 +88,67 @@ class Client:
         return start, (end - start) // (tokens - 1) if tokens > 1 else pace
 
 
+class Preparation:
+    """Requests in preparation take turns of one event loop, in rounds that are ready as a whole.
+
+    Each needs several turns (HTTP, chat template and tokenizer in a thread that waits for the interpreter
+    lock, micro-batched tokenization), and one that arrives meanwhile joins the round, up to the size of
+    vLLM's tokenizer batches. The mean time in it is near that of processor sharing, cost / (1 - load)
+    (Kleinrock 1976), but a burst of n stays a burst, ready after n times the cost of one.
+    """
+
+    __slots__ = ("_busy_until", "_env", "_rounds")
+
+    def __init__(self, env: simpy.Environment) -> None:
+        self._env = env
+        self._busy_until = 0
+        self._rounds: deque[_Round] = deque()
+
+    def start(self, cost: int, ready: Callable[[], None]) -> None:
+        """Begin with a request of ``cost`` picoseconds; ``ready`` is called when its round is."""
+        now = int(self._env.now)
+        self._busy_until = max(now, self._busy_until) + cost
+        if not self._rounds or len(self._rounds[-1].ready) == MAX_ROUND:
+            self._rounds.append(_Round())
+            if len(self._rounds) == 1:
+                after(self._env, cost, self._end)
+        self._rounds[-1].ready.append(ready)
+        self._rounds[-1].end = self._busy_until
+
+    def _end(self) -> None:
+        now = int(self._env.now)
+        if now == self._rounds[0].end:
+            for ready in self._rounds.popleft().ready:
+                ready()
+        if self._rounds:  # the next round, or others have joined this one
+            after(self._env, self._rounds[0].end - now, self._end)
+
+
+class _Round:
+    __slots__ = ("end", "ready")
+
+    def __init__(self) -> None:
+        self.end = 0
+        self.ready: list[Callable[[], None]] = []
+
+
 class ApiServer:
     """One API server process in front of one engine.
-
-    Requests are tokenized in micro-batches, as vLLM's AsyncMicrobatchTokenizer does: the first one that
-    arrives waits ``GATHER_S`` for company, those that arrive while a batch is prepared form the next one,
-    and a batch reaches the engine as a whole. So a burst stays a burst.
 
     Args:
         env: SimPy environment whose clock counts picoseconds.
         costs: the costs of this process. rng: its generator.
-        deliver: called with (time, item) when an item reaches the engine's input queue.
+        deliver: called with an item when it reaches the engine's input queue.
     """
 
     __slots__ = (
-        "_batch_open",
+        "_costs",
         "_deliver",
         "_env",
-        "_gather_ps",
-        "_latency_ps",
-        "_request_ps",
+        "_preparation",
+        "_streaming",
         "_token_ps",
         "_variation",
-        "_waiting",
-        "process",
     )
 
     def __init__(
@@ -120,52 +156,35 @@ class ApiServer:
         env: simpy.Environment,
         costs: FrontEndCosts,
         rng: np.random.Generator,
-        deliver: Callable[[int, Any], None],
+        deliver: Callable[[Any], None],
     ) -> None:
-        self.process = SerialProcess()
         self._env = env
+        self._costs = costs
         self._deliver = deliver
-        self._request_ps = to_ps(costs.request_s)
-        self._gather_ps = to_ps(GATHER_S) if costs.request_s else 0
+        self._preparation = Preparation(env)
+        self._streaming = SerialProcess()
         self._token_ps = to_ps(costs.token_s)
-        self._latency_ps = to_ps(costs.latency_s)
         self._variation = _gamma_factors(costs.cv, rng)
-        self._waiting: deque[Any] = deque()
-        self._batch_open = False
 
     def accept(self, item: Any) -> None:
         """A request has been sent to this server; it arrives after the latency."""
-        latency = int(self._latency_ps * next(self._variation))
+        latency = to_ps(self._costs.latency_s * next(self._variation))
         if latency:
-            after(self._env, latency, lambda: self._arrive(item))
+            after(self._env, latency, lambda: self._prepare(item))
         else:
-            self._arrive(item)
+            self._prepare(item)
 
     def stream(self, now: int, tokens: int) -> tuple[int, int]:
         """When the first of ``tokens`` that the engine delivers now is sent, and the spacing of the rest."""
         cost = self._token_ps
-        return self.process.serve(now, cost * tokens) - cost * (tokens - 1), cost
+        return self._streaming.serve(now, cost * tokens) - cost * (tokens - 1), cost
 
-    def _arrive(self, item: Any) -> None:
-        if not self._request_ps:
-            self._deliver(int(self._env.now), item)
-            return
-        self._waiting.append(item)
-        if not self._batch_open:
-            self._batch_open = True
-            after(self._env, self._gather_ps, self._prepare)
-
-    def _prepare(self) -> None:
-        if not self._waiting:
-            self._batch_open = False
-            return
-        batch = [self._waiting.popleft() for _ in range(min(len(self._waiting), MICROBATCH))]
-        cost = sum(int(self._request_ps * next(self._variation)) for _ in batch)
-        now = int(self._env.now)
-        ready = self.process.serve(now, cost)
-        for item in batch:
-            self._deliver(ready, item)
-        after(self._env, ready - now, self._prepare)
+    def _prepare(self, item: Any) -> None:
+        cost = to_ps(self._costs.request_s * next(self._variation))
+        if cost:
+            self._preparation.start(cost, lambda: self._deliver(item))
+        else:
+            self._deliver(item)
 
 
 def after(env: simpy.Environment, delay: int, action: Callable[[], None]) -> None:

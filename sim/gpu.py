@@ -37,9 +37,9 @@ class GPU:
     memory_bytes: int
     bandwidth: float
     bf16_flops: float
-    fp8_flops: float | None
     link_bandwidth: float
     capability: tuple[int, int]
+    fp8_flops: float | None = None
     sms: int | None = None
     source: str = "given"
     memory_source: str = "given"

@@ -17,7 +17,8 @@ from servecast.sim.records import Run
 COMPLETION_SHORTFALL = 0.02  # a load holds if its completion rate is within this of the offered rate
 QUEUE_GROWTH = 0.01  # a queue that grows by less than this share of the offered rate counts as level
 KNEE_SHORTFALL = 0.05  # the closed-loop knee's throughput is within this of the sweep's maximum
-SIGNIFICANCE = 0.05
+GROWTH_LEVEL = 0.05  # significance at which a queue counts as growing
+BACKLOG_LEVEL = 0.20  # the same for all in the system, where a missing completion rate already speaks
 BATCHES = 10
 
 
@@ -44,10 +45,10 @@ class Saturation:
     @property
     def reason(self) -> str:
         """Why the load did not hold, empty where it did."""
-        short = self.completion_ratio < 1 - COMPLETION_SHORTFALL and self.p_backlog < SIGNIFICANCE
+        short = self.completion_ratio < 1 - COMPLETION_SHORTFALL and self.p_backlog < BACKLOG_LEVEL
         if short:
             return f"completes {self.completion_ratio:.1%} of the offered rate"
-        if self.queue_growth > QUEUE_GROWTH * self.offered and self.p_queue < SIGNIFICANCE:
+        if self.queue_growth > QUEUE_GROWTH * self.offered and self.p_queue < GROWTH_LEVEL:
             return f"the waiting queue grows by {self.queue_growth:.3g} requests/s"
         return ""
 
@@ -59,11 +60,12 @@ class Saturation:
 def saturation(run: Run, *, start_s: float = 0.0) -> Saturation:
     """Tests an open-loop run for saturation, in the window from the end of its warm-up to its last arrival.
 
-    It is saturated if its completion rate is more than 2 % below the offered rate while the number in
-    the system grows, or if its waiting queue grows by more than 1 % of the offered rate (less is within
-    what a finite run can tell). A number grows when the least-squares slope over its means in ten equal
-    batches of the window is positive at the 5 % level (Student's t, 8 degrees of freedom; batches rather
-    than single values since neighbours are correlated).
+    It is saturated if its completion rate is more than 2 % below the offered rate, or if its waiting
+    queue grows by more than 1 % of the offered rate. Both could be chance in a short run, so a growth is
+    tested: the least-squares slope over the means in ten equal batches of the window against zero, one
+    sided (Student's t, 8 degrees of freedom; batches since neighbouring values are correlated). The
+    queue's must be significant at 5 %. That of the number in the system at 20 %, only to tell a
+    shortfall from requests that happen to be under way at the end.
 
     What waits is counted from the request table: it arrived and was not yet scheduled (where that is not
     known: has no first token), so it includes what waits in the client and in the front end.

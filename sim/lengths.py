@@ -8,7 +8,9 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, GetJsonSchemaHandler, Tag, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from servecast.sim.errors import InputError
 from servecast.sim.schema import Count, InputFile, Model, NonNegative, Positive, invalid
@@ -26,6 +28,10 @@ class Fixed(Model):
     @classmethod
     def _from_number(cls, data: Any) -> Any:
         return data if isinstance(data, dict) else {"tokens": data}
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return {"anyOf": [{"type": "integer", "minimum": 1}, handler(core)]}
 
     def draw(self, n: int, rng: np.random.Generator) -> Tokens:
         """``n`` lengths."""
@@ -109,10 +115,11 @@ class Empirical(Model):
 
     def draw(self, n: int, rng: np.random.Generator) -> Tokens:
         """``n`` lengths. Reads the file, if there is one."""
-        values = np.array(self.values if self.values is not None else self._column(), dtype=np.int64)
+        values: Tokens = np.array(self._column() if self.values is None else self.values, dtype=np.int64)
         weights = np.ones(len(values)) if self.weights is None else np.array(self.weights)
         cumulative = np.cumsum(weights)
-        return values[np.searchsorted(cumulative, rng.random(n) * cumulative[-1], side="right")]
+        chosen: Tokens = values[np.searchsorted(cumulative, rng.random(n) * cumulative[-1], side="right")]
+        return chosen
 
     def _column(self) -> list[int]:
         assert self.path is not None

@@ -216,12 +216,13 @@ def summary(
     goodput: Goodput | None = None,
     law: PercentileLaw = "linear",
 ) -> dict[str, Any]:
-    """The result of a run (or of the part that `select` gives) under the JSON keys of vllm bench serve.
+    """The result of a run (or of the part that ``warmup.select`` gives) under vllm bench serve's JSON keys.
 
-    ranks: percentiles to give, in percent. Besides vLLM's keys there are the engine's (kv_cache_usage_peak, max_num_running, max_num_waiting,
-    num_preemptions, prefix_cache_hit_rate) and, with goodput, goodput_share (of all requests sent, a
-    failed one is not good) with its 95 % Wilson interval. What is not known is None.
-    The load's own keys (request_rate, burstiness, max_concurrency) come from ``run.meta``.
+    ranks: percentiles to give, in percent. Besides vLLM's keys there are the engine's
+    (kv_cache_usage_peak, max_num_running, max_num_waiting, num_preemptions, prefix_cache_hit_rate) and,
+    with goodput, goodput_share (of all requests sent, a failed one is not good) with its 95 % Wilson
+    interval. What is not known is None. The load's own keys (request_rate, burstiness,
+    max_concurrency) come from ``run.meta``.
     """
     requests, steps, meta = run.requests, run.steps, run.meta
     done = requests[requests["status"] == "finished"]

@@ -35,7 +35,7 @@ _FAMILIES: Mapping[str, _Family] = {
     "qwen3_moe": _Family(qkv_bias=None, qk_norm=True, norms=2, tied=False),
     "gemma3_text": _Family(qkv_bias=None, qk_norm=True, norms=4, tied=True),
 }
-_DTYPE_BYTES: Mapping[str, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
+_DTYPES = ("bfloat16", "float16", "float32")
 _NOT_MODELLED = (
     "kv_lora_rank",
     "text_config",
@@ -324,11 +324,11 @@ def _short(value: object) -> str:
 
 def _dtype_bytes(config: Mapping[str, Any], where: str) -> int:
     dtype = config.get("torch_dtype", config.get("dtype", "bfloat16"))
-    if dtype not in _DTYPE_BYTES:
+    if dtype not in _DTYPES:
         raise InputError(
             f"torch_dtype {dtype!r} is not known",
             where=f"{where}: torch_dtype",
-            fix=f"Use {', '.join(_DTYPE_BYTES)}.",
+            fix=f"Use {', '.join(_DTYPES)}.",
         )
     return 2  # vLLM's --dtype auto casts float32 weights down to half precision
 

@@ -99,18 +99,18 @@ class Replica:
     def abort(self, request_id: int) -> None:
         """The client has gone away."""
         if request_id in self._jobs:
-            self._put(int(self.env.now), request_id)
+            self._put(request_id)
 
-    def _put(self, time: int, item: Job | int) -> None:
-        self._inbox.append((time, item))
+    def _put(self, item: Job | int) -> None:
+        self._inbox.append((int(self.env.now), item))
         if self._wake is not None:
             self._wake.succeed()
             self._wake = None
 
     def _drain(self) -> None:
         """All that has reached the engine's input queue by now."""
-        now, inbox, engine = int(self.env.now), self._inbox, self.engine
-        while inbox and inbox[0][0] <= now:
+        inbox, engine = self._inbox, self.engine
+        while inbox:
             time, item = inbox.popleft()
             if isinstance(item, Job):
                 engine.add(item.request, self._arrivals)
@@ -118,7 +118,7 @@ class Replica:
                 item.record.queued = time
             elif item in self._jobs:
                 engine.abort(item)
-                self._end(item, "aborted", now)
+                self._end(item, "aborted", int(self.env.now))
 
     def _at(self, time: int) -> simpy.Event:
         event = simpy.Event(self.env)
@@ -139,11 +139,8 @@ class Replica:
                 if len(in_flight) < depth and step.total_tokens:
                     continue
             elif not in_flight:
-                if self._inbox:
-                    yield self._at(self._inbox[0][0])
-                else:
-                    self._wake = simpy.Event(self.env)
-                    yield self._wake
+                self._wake = simpy.Event(self.env)
+                yield self._wake
                 continue
             step, end = in_flight.popleft()
             if end > self.env.now:

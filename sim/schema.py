@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -65,6 +66,17 @@ def invalid(what: str, fix: str, *, at: str | None = None) -> PydanticCustomErro
     return PydanticCustomError("servecast", "{what}", {"what": what, "fix": fix, "at": at})
 
 
+@contextmanager
+def within(path: str) -> Iterator[None]:
+    """Puts ``path`` in front of the fields that errors of ``invalid`` are about."""
+    try:
+        yield
+    except PydanticCustomError as error:
+        context = dict(error.context or {})
+        at = ".".join(part for part in (path, context.get("at")) if part)
+        raise invalid(context["what"], context["fix"], at=at) from None
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """ "Did you mean x?", or nothing when no known word is near."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
@@ -87,26 +99,42 @@ def parse(model: type[M], data: Any, *, source: str, folder: Path | None = None)
         raise InputError(what, where=f"{source}: {path}" if path else source, fix=fix) from None
 
 
+_EXPECTED = {  # pydantic's error types, in words that need no Python
+    "too_short": "a list that is not empty",
+    "tuple_type": "a list",
+    "dict_type": "a mapping",
+    "model_type": "a mapping of fields",
+    "model_attributes_type": "a mapping of fields",
+    "string_type": "text",
+    "bool_type": "true or false",
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+}
+
+
 def _explain(error: ErrorDetails, data: Any) -> tuple[str, str, str]:
     """what, fix and field path of a pydantic error."""
     kind, value, context = error["type"], error["input"], error.get("ctx") or {}
-    path = _path(error["loc"], data, keep_last=kind == "missing")
-    field = str(error["loc"][-1]) if error["loc"] else ""
+    path, field = _place(error["loc"], data)
     if kind == "servecast":
         return context["what"], context["fix"], ".".join(p for p in (path, context["at"]) if p)
     if kind == "missing":
-        return f"field {field!r} is missing", "Add it.", path
+        return f"field {field!r} is missing", "Add it.", f"{path}.{field}" if path else field
     if kind in ("literal_error", "union_tag_invalid"):
-        expected = re.findall(r"'([^']*)'", context.get("expected") or context["expected_tags"])
+        text = context["expected_tags" if kind == "union_tag_invalid" else "expected"]
+        expected = re.findall(r"'([^']*)'", text) or [text]
         word = context.get("tag", value)
-        hint = did_you_mean(str(word), expected)
-        return f"{word!r} is not known here", f"{hint} Known are {', '.join(expected)}.".strip(), path
+        what = (
+            f"{word!r} is not a known kind" if kind == "union_tag_invalid" else f"{field} cannot be {word!r}"
+        )
+        return what, f"{did_you_mean(str(word), expected)} Known: {', '.join(expected)}.".strip(), path
     if kind == "union_tag_not_found":
         return f"cannot tell what {_short(value)} is", "Give its 'kind'.", path
     if isinstance(value, str) and (fix := _unit_fix(field, value)):
         return f"{field} is a number without a unit, not {value!r}", fix, path
-    message = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-    return f"{field or 'this'} should be {message}, not {_short(value)}", "Correct it.", path
+    expected_text = _EXPECTED.get(kind) or error["msg"].removeprefix("Input should be ")
+    return f"{field} should be {expected_text}, not {_short(value)}", "Correct it.", path
 
 
 def _short(value: Any) -> str:
@@ -114,23 +142,25 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _path(loc: tuple[int | str, ...], data: Any, *, keep_last: bool) -> str:
-    """The path as the user wrote it: pydantic's location without the tags of its unions."""
+def _place(loc: tuple[int | str, ...], data: Any) -> tuple[str, str]:
+    """The path as the user wrote it (pydantic's location without the tags of its unions), and the field's
+    name: the last of the path, or the field inside it that the user did not write."""
     parts: list[str] = []
+    inside = ""
     for part in loc:
-        if isinstance(data, Mapping) and part in data:
+        try:
             data = data[part]
-        elif isinstance(data, (list, tuple)) and isinstance(part, int) and part < len(data):
-            data = data[part]
-        else:
+        except (KeyError, IndexError, TypeError):
+            inside = str(part)
             continue
         parts.append(str(part))
-    if keep_last and loc:
-        parts.append(str(loc[-1]))
-    return ".".join(parts)
+        inside = ""
+    named = [part for part in parts if not part.isdigit()]
+    unwritten = inside if isinstance(data, Mapping) or not named else ""
+    return ".".join(parts), unwritten or (named[-1] if named else "this")
 
 
-_FACTORS = {
+_FACTORS: dict[str, dict[str, float]] = {
     "s": {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0, "sec": 1.0, "min": 60.0, "m": 60.0, "h": 3600.0},
     "bytes": {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30},
     "rate": {
@@ -144,27 +174,26 @@ _FACTORS = {
     },
     "tokens": {"tokens": 1, "token": 1, "tok": 1, "k": 1000},
 }
-_UNIT_NAMES = {
-    "s": "seconds",
-    "bytes": "bytes",
-    "rate": "requests a second",
-    "tokens": "tokens",
-}
+_UNIT_NAMES = {"s": "seconds", "bytes": "bytes", "rate": "requests a second", "tokens": "tokens"}
 
 
 def _unit_fix(field: str, value: str) -> str | None:
     """What to write instead of a number with a unit ("10ms"), or None when it is not one."""
-    match = re.fullmatch(r"\s*([-+]?[\d.]+(?:[eE][-+]?\d+)?)\s*([A-Za-z/%]*)\s*", value)
+    match = re.fullmatch(r"\s*([-+]?\d*\.?\d+(?:[eE][-+]?\d+)?)\s*([A-Za-z/%]*)\s*", value)
     if match is None:
         return None
-    number, unit = match.groups()
+    number, unit = float(match[1]), match[2].lower()
     kind = "tokens" if field == "tokens" else field.rsplit("_", 1)[-1]
-    name = _UNIT_NAMES.get(kind)
     if not unit:
-        return f"Write {field}: {number}"
-    if name is None:
-        return f"Write the number only, {field}: {number}"
-    factor = _FACTORS[kind].get(unit.lower())
+        return f"Write {field}: {_plain(number)}"
+    if kind not in _UNIT_NAMES:
+        return "Write the number alone."
+    factor = _FACTORS[kind].get(unit)
     if factor is None:
-        return f"It is in {name}."
-    return f"It is in {name}: write {field}: {float(number) * factor:g}"
+        return f"It is in {_UNIT_NAMES[kind]}."
+    return f"It is in {_UNIT_NAMES[kind]}: write {field}: {_plain(number * factor)}"
+
+
+def _plain(number: float) -> str:
+    """As YAML 1.1 reads a number: without an exponent."""
+    return f"{number:.9f}".rstrip("0").rstrip(".")

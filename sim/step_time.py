@@ -116,14 +116,22 @@ def release(version: str) -> tuple[int, int]:
 
 
 def cudagraph_capture_sizes(
-    max_num_seqs: int, max_num_batched_tokens: int, *, version: str, capability: tuple[int, int]
+    max_num_seqs: int,
+    max_num_batched_tokens: int,
+    *,
+    version: str,
+    capability: tuple[int, int],
+    max_capture_size: int | None = None,
 ) -> tuple[int, ...]:
-    """Token counts that vLLM captures CUDA graphs for, rising: 1, 2, 4, then by 8 to 248, then by 16 up to
-    min(2 max_num_seqs, 512, max_num_batched_tokens); 1,024 replaces 512 in 0.32 on compute capability 10.
-    The token budget, and in 0.32 max_num_seqs, are added if they are under that maximum.
+    """Token counts that vLLM captures CUDA graphs for, rising: 1, 2, 4, then by 8 to 248, then by 16.
+
+    They end at ``max_capture_size`` (``--max-cudagraph-capture-size``), by default 2 max_num_seqs and at most
+    512 (1,024 in 0.32 on compute capability 10), and at the token budget. The budget itself, and in 0.32
+    max_num_seqs, are added if they are not beyond that end.
     """
     recent = release(version) >= (0, 32)
-    limit = min(2 * max_num_seqs, 1024 if recent and capability[0] == 10 else 512, max_num_batched_tokens)
+    usual = min(2 * max_num_seqs, 1024 if recent and capability[0] == 10 else 512)
+    limit = min(usual if max_capture_size is None else max_capture_size, max_num_batched_tokens)
     sizes = {1, 2, 4, *range(8, 256, 8), *range(256, limit + 1, 16), max_num_batched_tokens}
     if recent:
         sizes.add(max_num_seqs)
@@ -217,8 +225,8 @@ class PhysicalStepTime:
         tokens, requests = _count(step)
         if not tokens:
             return {}
-        host_fixed, *rest = self._token_parts(tokens).items()
-        parts = {"host": host_fixed[1] + requests * self.efficiencies.host_per_seq_s, **dict(rest)}
+        parts = self._token_parts(tokens)
+        parts["host"] += requests * self.efficiencies.host_per_seq_s
         parts["attention_prefill"] = self._attention_prefill(step.chunks)
         parts["attention_decode"] = self._attention_decode(step) if step.decodes else 0.0
         for name, seconds in self._row_parts(step.samples).items():
@@ -226,27 +234,32 @@ class PhysicalStepTime:
         return parts
 
     def binding(self, step: StepShape) -> Binding:
-        """What most of the step's time goes to, each part being counted for the larger of its two sides."""
+        """What most of the step's time goes to; a part counts for the larger of its two sides."""
         parts = self.breakdown(step)
-        tokens, _ = _count(step)
-        compute, memory = self._linear_sides(self._padded(tokens))
-        head_compute, head_memory = self._lm_head_sides(step.samples)
+        if not parts:
+            return "host"
+        decode_kv_s = self._mixed_decode_kv_s if step.chunks else self._decode_kv_s
+        sides: dict[str, tuple[float, float]] = {  # compute, memory
+            "linear": self._linear_sides(self._padded(_count(step)[0])),
+            "lm_head": self._lm_head_sides(step.samples),
+            "attention_prefill": (1.0, 0.0),
+            "attention_decode": (decode_kv_s, self._kv_read_s),
+            "elementwise": (0.0, 1.0),
+            "sampler": (0.0, 1.0),
+        }
         spent: dict[Binding, float] = {
             "compute": 0.0,
             "memory_bandwidth": 0.0,
             "interconnect": 0.0,
             "host": 0.0,
         }
-        spent["compute" if compute > memory else "memory_bandwidth"] += parts.get("linear", 0.0)
-        spent["compute" if head_compute > head_memory else "memory_bandwidth"] += parts.get("lm_head", 0.0)
-        decode_kv_s = self._mixed_decode_kv_s if step.chunks else self._decode_kv_s
-        decode_side: Binding = "compute" if decode_kv_s > self._kv_read_s else "memory_bandwidth"
-        spent[decode_side] += parts.get("attention_decode", 0.0)
-        spent["compute"] += parts.get("attention_prefill", 0.0)
-        spent["memory_bandwidth"] += parts.get("elementwise", 0.0) + parts.get("sampler", 0.0)
-        spent["interconnect"] += parts.get("all_reduce", 0.0)
-        spent["host"] += parts.get("host", 0.0) + parts.get("kernels", 0.0)
-        return max(spent, key=lambda name: spent[name])
+        for name, seconds in parts.items():
+            if name in sides:
+                compute, memory = sides[name]
+                spent["compute" if compute > memory else "memory_bandwidth"] += seconds
+            else:
+                spent["interconnect" if name == "all_reduce" else "host"] += seconds
+        return max(spent, key=lambda side: spent[side])
 
     def roofline_seconds(self, step: StepShape) -> float:
         """What no kernel can beat on this GPU: all FLOPs at the peak, or all weights and older KV read once
@@ -287,7 +300,7 @@ class PhysicalStepTime:
         return compute, self.model.lm_head_bytes(tp) / (self.gpu.bandwidth * eff.bandwidth)
 
     def _token_parts(self, tokens: int) -> dict[str, float]:
-        """Parts that the number of tokens decides; "host" first."""
+        """Parts that the number of tokens decides, the host's fixed time among them."""
         model, eff, tp = self.model, self.efficiencies, self.tensor_parallel_size
         padded = self._padded(tokens)
         elementwise = padded * model.elementwise_bytes_per_token(tp) / (self.gpu.bandwidth * eff.bandwidth)

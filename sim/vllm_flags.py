@@ -71,7 +71,7 @@ _TAKEN: dict[str, Callable[[str], Any]] = {
     "stream_interval": int,
 }
 _SAME_AS = {"device_memory_utilization": "gpu_memory_utilization"}
-_REFUSED = {  # flag -> what to do instead; a value of "1" asks for nothing
+_REFUSED = {  # flag -> what to do instead; "1" and --no-... ask for nothing
     "pipeline_parallel_size": "Pipeline parallelism is not modelled: use tensor_parallel_size.",
     "data_parallel_size": "Give the number of replicas as fleet.replicas.",
     "decode_context_parallel_size": "Context parallelism is not modelled.",
@@ -157,7 +157,7 @@ def parse_serve_command(command: str, *, version: str | None = None) -> ServeCom
         if name == "model":
             model = value
         elif name in _REFUSED:
-            if value != "1":
+            if value not in ("1", "no"):
                 raise InputError(f"{word} cannot be simulated", where=WHERE, fix=_REFUSED[name])
         elif name in _TAKEN:
             flags[name] = _value(word, _TAKEN[name], value)

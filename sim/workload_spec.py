@@ -1,16 +1,19 @@
-"""What a workload is made of, as a scenario writes it: streams, stages, and the levels of a sweep."""
+"""What a workload is made of, as a scenario writes it: streams, stages, sweeps, and plans."""
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
-from servecast.sim.arrivals import Arrivals, ClosedLoop, Poisson, Timestamps, VllmBench
+from servecast.sim.arrivals import Arrivals, ClosedLoop, Constant, Gamma, Poisson, Timestamps, VllmBench
 from servecast.sim.content import Content, Unique
 from servecast.sim.lengths import Lengths
-from servecast.sim.schema import Amount, Count, Flag, Model, NonNegative, Positive, invalid
+from servecast.sim.schema import Amount, Count, Flag, Model, NonNegative, Positive, invalid, within
 from servecast.sim.traces import TraceSpec
+
+Row = dict[str, int | float | str]  # keys of a reported table's row, and their values
 
 
 class StreamSpec(Model):
@@ -70,14 +73,11 @@ class StreamSpec(Model):
         if self.num_requests is None and self.duration_s is None and not own_end:
             raise invalid("the stream has no end", "Give num_requests or duration_s.")
         by_count = isinstance(law, ClosedLoop) or (
-            isinstance(law, VllmBench) and (law.ramp_up_strategy or law.request_rate == float("inf"))
+            isinstance(law, VllmBench) and (law.ramp_up_strategy is not None or math.isinf(law.request_rate))
         )
-        if by_count and self.num_requests is None and self.trace is None:
-            raise invalid(
-                "num_requests is missing",
-                "Add it: these arrivals are a number of requests.",
-                at="num_requests",
-            )
+        if by_count and self.duration_s is not None:
+            what = "these arrivals are a number of requests, not a duration"
+            raise invalid(what, "Give num_requests instead.", at="duration_s")
 
 
 class StageSpec(Model):
@@ -88,7 +88,7 @@ class StageSpec(Model):
     name: str | None = None
     drain: Flag = True
     duration_s: Positive | None = None
-    row: dict[str, float | int | str] | None = None
+    row: Row | None = None
 
     @model_validator(mode="after")
     def _complete(self) -> StageSpec:
@@ -123,7 +123,13 @@ class Level(Model):
     prompt_tokens: Lengths | None = None
     output_tokens: Lengths | None = None
     max_tokens: Count | None = None
-    row: dict[str, float | int | str] | None = None
+    row: Row | None = None
+
+    @model_validator(mode="after")
+    def _one_axis(self) -> Level:
+        if self.concurrency is not None and self.request_rate is not None:
+            raise invalid("concurrency and request_rate in one level", "Give one of them.")
+        return self
 
 
 class Sweep(Model):
@@ -141,23 +147,72 @@ class Sweep(Model):
         """
         stages = []
         for index, level in enumerate(self.levels):
-            given = level.model_dump(exclude={"row", "concurrency", "request_rate"}, exclude_none=True)
-            changes: dict[str, Any] = {name: getattr(level, name) for name in given}
-            row: dict[str, float | int | str] | None = level.row
-            if level.concurrency is not None:
-                changes["arrivals"] = ClosedLoop(kind="closed_loop", concurrency=level.concurrency)
-                row = row or {"concurrency": level.concurrency}
-            elif level.request_rate is not None:
-                changes["arrivals"] = at_rate(stream.arrivals, level.request_rate)
-                row = row or {"request_rate": level.request_rate}
-            name = " ".join(f"{key}={value}" for key, value in (row or {"level": index}).items())
-            at_level = stream.model_copy(update=changes)
-            at_level.check_complete()
-            duration_s = None if self.drain else at_level.duration_s
-            stages.append(
-                StageSpec(streams=(at_level,), name=name, row=row, drain=self.drain, duration_s=duration_s)
-            )
+            with within(f"sweep.levels.{index}"):
+                stages.append(self._stage(stream, level, index))
         return Workload(stages=tuple(stages))
+
+    def _stage(self, stream: StreamSpec, level: Level, index: int) -> StageSpec:
+        same = {"row", "concurrency", "request_rate"}
+        changes = {name: getattr(level, name) for name in level.model_fields_set - same}
+        row = level.row
+        if level.concurrency is not None:
+            changes["arrivals"] = ClosedLoop(kind="closed_loop", concurrency=level.concurrency)
+            row = row or {"concurrency": level.concurrency}
+        elif level.request_rate is not None:
+            changes["arrivals"] = at_rate(stream.arrivals, level.request_rate)
+            row = row or {"request_rate": level.request_rate}
+        at_level = stream.model_copy(update=changes)
+        at_level.check_complete()
+        if not self.drain and at_level.duration_s is None:
+            raise invalid("a level without drain needs an end", "Add duration_s.", at="duration_s")
+        return StageSpec(
+            streams=(at_level,),
+            name=" ".join(f"{key}={value}" for key, value in (row or {"level": index}).items()),
+            row=row,
+            drain=self.drain,
+            duration_s=None if self.drain else at_level.duration_s,
+        )
+
+
+class PlanSpec(Model):
+    """The open-loop traffic that ``plan`` probes: what differs from the workload's (first) stream."""
+
+    arrivals: Literal["poisson", "gamma", "constant", "vllm_bench"] = "poisson"
+    burstiness: Positive | None = None
+    num_requests: Count | None = None
+    duration_s: Positive | None = None
+    prompt_tokens: Lengths | None = None
+    output_tokens: Lengths | None = None
+    max_tokens: Count | None = None
+    content: Content = Unique()
+
+    @model_validator(mode="after")
+    def _burst(self) -> PlanSpec:
+        if self.burstiness is not None and self.arrivals not in ("gamma", "vllm_bench"):
+            raise invalid(f"{self.arrivals} arrivals have no burstiness", "Use gamma.", at="burstiness")
+        return self
+
+    def of(self, stream: StreamSpec) -> StreamSpec:
+        """The stream to probe, at 1 request/s."""
+        burstiness = self.burstiness or 1.0
+        laws: dict[str, Arrivals] = {
+            "poisson": Poisson(kind="poisson", request_rate=1.0),
+            "gamma": Gamma(kind="gamma", request_rate=1.0, burstiness=burstiness),
+            "constant": Constant(kind="constant", request_rate=1.0),
+            "vllm_bench": VllmBench(kind="vllm_bench", request_rate=1.0, burstiness=burstiness),
+        }
+        no_extent = self.num_requests is None and self.duration_s is None
+        changes: dict[str, Any] = {
+            "arrivals": laws[self.arrivals],
+            "content": self.content if stream.trace is None else None,
+            "max_concurrency": None,
+            "num_requests": 1000 if no_extent else self.num_requests,
+            "duration_s": self.duration_s,
+        }
+        for name in ("prompt_tokens", "output_tokens", "max_tokens"):
+            if getattr(self, name) is not None:
+                changes[name] = getattr(self, name)
+        return stream.model_copy(update=changes)
 
 
 def at_rate(law: Arrivals | None, request_rate: float) -> Arrivals:
@@ -174,3 +229,31 @@ def at_rate(law: Arrivals | None, request_rate: float) -> Arrivals:
             "Use open-loop arrivals, such as poisson; for a plan, give them in a 'plan' block.",
         )
     return law.model_copy(update={"request_rate": request_rate})
+
+
+def _form(data: object) -> str:
+    many = "stages" in data if isinstance(data, dict) else isinstance(data, Workload)
+    return "several stages" if many else "one stream"
+
+
+WorkloadSpec = Annotated[
+    Annotated[StreamSpec, Tag("one stream")] | Annotated[Workload, Tag("several stages")],
+    Discriminator(_form),
+]
+
+
+def expand(spec: StreamSpec | Workload, sweep: Sweep | None) -> Workload:
+    """The stages of a workload as written: a stream, a stream with a sweep over it, or stages.
+
+    Raises:
+        PydanticCustomError: the parts do not fit together.
+    """
+    if isinstance(spec, Workload):
+        if sweep is not None:
+            raise invalid("a sweep over several stages", "Give one stream, or the stages alone.", at="sweep")
+        return spec
+    if sweep is not None:
+        return sweep.of(spec)
+    with within("workload"):
+        spec.check_complete()
+    return Workload(stages=(StageSpec(streams=(spec,)),))

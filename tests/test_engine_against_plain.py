@@ -193,7 +193,7 @@ def configs(draw: st.DrawFn) -> EngineConfig:
     block_size = draw(st.sampled_from([4, 1, 2, 8, 16]))
     max_model_len = draw(st.integers(4, 96))
     one_sequence = -(-max_model_len // block_size)
-    max_num_seqs = draw(st.integers(1, 8))
+    max_num_seqs = draw(st.integers(1, 12))
     chunked = draw(st.sampled_from([True, True, True, False]))
     least_tokens = max_num_seqs if chunked else max(max_num_seqs, max_model_len)
     only_032: dict[str, Any] = {}
@@ -208,7 +208,7 @@ def configs(draw: st.DrawFn) -> EngineConfig:
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=least_tokens + draw(st.integers(0, 60)),
         max_model_len=max_model_len,
-        num_gpu_blocks=1 + one_sequence + draw(st.integers(0, one_sequence * 2)),
+        num_gpu_blocks=1 + one_sequence + draw(st.integers(0, one_sequence)),
         block_size=block_size,
         enable_prefix_caching=draw(st.sampled_from([True, True, True, False])),
         enable_chunked_prefill=chunked,
@@ -236,13 +236,15 @@ def contents(draw: st.DrawFn, prompt_tokens: int, ends: list[int]) -> tuple[tupl
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     config = draw(configs())
-    longest_prompt = config.max_model_len - 1
+    longest_prompt = draw(st.sampled_from([min(12, config.max_model_len - 1), config.max_model_len - 1]))
     gaps = draw(st.lists(st.integers(1, 30), max_size=4))
     ends = [sum(gaps[: i + 1]) for i in range(len(gaps))]
     requests: list[Request] = []
     arrive_step: list[int] = []
     aborts: list[Abort] = []
-    for request_id in range(draw(st.integers(1, 14))):
+    now = 0
+    for request_id in range(draw(st.integers(1, 16))):
+        now += draw(st.sampled_from([0, 0, 1, 4, 20]))
         prompt_tokens = draw(st.integers(1, longest_prompt))
         max_tokens = draw(st.integers(1, 40))
         stops_early = draw(st.sampled_from([False, False, True]))
@@ -257,19 +259,19 @@ def cases(draw: st.DrawFn) -> Case:
                 priority=draw(st.integers(0, 2)),
             )
         )
-        arrive_step.append(draw(st.integers(0, 25)))
+        arrive_step.append(now)
         if draw(st.integers(0, 5)) == 5:
             moment: Literal["schedule", "complete"] = draw(st.sampled_from(["schedule", "complete"]))
-            aborts.append(Abort(arrive_step[-1] + draw(st.integers(0, 40)), moment, request_id))
+            aborts.append(Abort(now + draw(st.integers(0, 40)), moment, request_id))
     return Case(config, requests, arrive_step, aborts)
 
 
-random_cases = settings(
-    max_examples=250, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
-)
+def random_cases(number: int) -> settings:
+    slow = [HealthCheck.too_slow]
+    return settings(max_examples=number, deadline=None, derandomize=True, suppress_health_check=slow)
 
 
-@random_cases
+@random_cases(400)
 @given(cases())
 def test_fast_engine_follows_the_plain_model(case: Case) -> None:
     plain = case.run(PlainEngine(case.config))
@@ -278,7 +280,7 @@ def test_fast_engine_follows_the_plain_model(case: Case) -> None:
 
 
 @pytest.mark.parametrize("make", [PlainEngine, fast])
-@random_cases
+@random_cases(150)
 @given(case=cases())
 def test_nothing_is_lost(make: Callable[[EngineConfig], Engine], case: Case) -> None:
     """Blocks, tokens and requests balance, by replaying the log with nothing but addition."""
@@ -335,7 +337,7 @@ def test_nothing_is_lost(make: Callable[[EngineConfig], Engine], case: Case) -> 
     assert last.free_blocks == len(usable)
 
 
-@random_cases
+@random_cases(100)
 @given(cases())
 def test_tracing_changes_nothing(case: Case) -> None:
     traced = case.run(fast(case.config))

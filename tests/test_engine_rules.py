@@ -265,15 +265,17 @@ def test_fcfs_preempts_the_last_admitted(engine: Make) -> None:
     log = simulate(engine(usable=6), [ask(A, 32, 3), ask(B, 32, 3), ask(C, 32, 3)])
     assert lines(log) == ["a32 b32 c32 +a +b +c", "a1 b1 -c", "a1 b1 .a .b", "c33 ^c", "c1 .c", ""]
     assert [step.after_schedule.waiting for step in log] == [[], [C], [C], [], [], []]
+    assert [step.after_schedule.cached_blocks for step in log] == [6, 4, 4, 5, 5, 5]
     assert log[3].chunks == [(33, 0)]
     assert [step.first_tokens for step in log] == [[A, B, C], [], [], [], [], []]
 
 
-def test_a_request_that_is_last_preempts_itself(engine: Make) -> None:
-    """3 blocks: a's 20 tokens hold 2, b's 16 the third. At step 1 b needs one and is itself the last. At
-    step 2 its own block is a hit, but it needs that one and another, and one is free. Its recomputed
-    last token is a chunk of one, not a decode."""
-    log = simulate(engine(usable=3), [ask(A, 20, 3), ask(B, 16, 3)])
+@pytest.mark.parametrize("policy", ["fcfs", "priority"])
+def test_a_request_that_is_last_preempts_itself(engine: Make, policy: str) -> None:
+    """3 blocks: a's 20 tokens hold 2, b's 16 the third. At step 1 b needs one and is itself the last (under
+    equal priorities the latest arrival). At step 2 its own block is a hit, but it needs that one and
+    another, and one is free. Its recomputed last token is a chunk of one, not a decode."""
+    log = simulate(engine(usable=3, scheduling_policy=policy), [ask(A, 20, 3), ask(B, 16, 3)])
     assert lines(log) == ["a20 b16 +a +b", "a1 -b", "a1 .a", "b1 ^b(16)", "b1 .b", ""]
     assert [step.chunks for step in log] == [[(20, 0), (16, 0)], [], [], [(1, 16)], [], []]
     assert [step.decode_context for step in log] == [0, 21, 22, 0, 18, 0]
@@ -311,6 +313,14 @@ def test_priority_queue_order(engine: Make) -> None:
     log = simulate(engine(scheduling_policy="priority", max_num_seqs=2), requests)
     assert lines(log) == ["c4 e4 +c +e .c .e", "a4 d4 +a +d .a .d", "b4 +b .b", ""]
     assert log[0].after_schedule.waiting == [A, D, B]
+
+
+def test_a_priority_victim_queues_by_its_priority(engine: Make) -> None:
+    """3 blocks. b is preempted at step 1 and goes behind c, which came in that step and needs all 3."""
+    requests = [ask(A, 20, 3), ask(B, 16, 2, priority=1), ask(C, 40, 1)]
+    log = simulate(engine(usable=3, scheduling_policy="priority"), requests, at={C: 1})
+    assert lines(log) == ["a20 b16 +a +b", "a1 -b", "a1 .a", "c40 +c .c", "b17 ^b .b", ""]
+    assert log[1].after_schedule.waiting == [C, B]
 
 
 def test_priority_victim_gives_its_tokens_back(engine: Make) -> None:
@@ -392,6 +402,15 @@ def test_requests_of_one_step_share_a_prefix(engine: Make) -> None:
     assert lines(log) == ["a104 b24 +a +b(80) .a .b", ""]
     assert log[0].after_schedule.block_ids[B] == [1, 2, 3, 4, 5, 8, 9]
     assert log[0].chunks == [(104, 0), (24, 80)]
+
+
+def test_a_shared_block_is_free_when_its_last_holder_goes(engine: Make) -> None:
+    """a holds 1 2 3 and b 1 2 4; a leaves first and frees only block 3."""
+    requests = [ask(A, 40, 1, content=((7, 32),)), ask(B, 40, 2, content=((7, 32),))]
+    log = simulate(engine(usable=5), requests)
+    assert lines(log) == ["a40 b8 +a +b(32) .a", "b1 .b", ""]
+    assert log[0].after_schedule.free_list == [5]
+    assert [step.after_complete.free_list for step in log[:2]] == [[3, 5], [4, 3, 5, 2, 1]]
 
 
 def test_a_block_belongs_to_the_content_of_its_last_token(engine: Make) -> None:
@@ -494,6 +513,13 @@ def test_async_hashes_a_decoded_block_one_step_later(engine: Make) -> None:
     log = simulate(engine(async_scheduling=True), [request], async_scheduling=True)
     assert [step.after_schedule.cached_blocks for step in log][:3] == [0, 0, 1]
     assert log[0].after_complete.cached_blocks == 0
+
+
+def test_async_hashes_the_last_block_as_its_token_arrives(engine: Make) -> None:
+    """No schedule() follows for a; its 16th computed token gets its id when step 1 is complete."""
+    log = simulate(engine(async_scheduling=True), [ask(A, 15, 2)], async_scheduling=True)
+    assert lines(log) == ["a15 +a", "a1 .a", "", ""]
+    assert [step.after_complete.cached_blocks for step in log] == [0, 1, 1, 1]
 
 
 @pytest.mark.parametrize("version", ["0.23", "0.32"])

@@ -62,7 +62,7 @@ def test_a_gpu_of_ones_own(tmp_path: Path) -> None:
     yaml_file, json_file = tmp_path / "gpu.yaml", tmp_path / "gpu.json"
     yaml_file.write_text("\n".join(f"{key}: {value}" for key, value in OWN.items()))
     json_file.write_text(str(OWN).replace("'", '"'))
-    expected = GPU("mine", 24_000_000_000, 1e12, 1e14, None, 3.2e10, (8, 9))
+    expected = GPU("mine", 24_000_000_000, 1e12, 1e14, 3.2e10, (8, 9))
     assert GPU.from_mapping(OWN) == GPU.from_file(yaml_file) == GPU.from_file(json_file) == expected
 
 

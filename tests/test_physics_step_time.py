@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_physics_model_shape import PUBLISHED, load
 
@@ -37,7 +37,8 @@ def decode(batch: int, context: int = 500) -> Step:
     return Step(decodes=batch, decode_context=batch * context, samples=batch)
 
 
-shares = st.floats(0.05, 1.0)
+shares = st.floats(0.05, 1.0) | st.just(1.0)
+IDEAL = Efficiencies(1, 1, 1, 1, 1e6, 0, 0, 0, 0, 1, 0)  # full rates, no fixed costs
 efficiencies = st.builds(
     Efficiencies,
     compute=shares,
@@ -68,7 +69,7 @@ def models(draw: st.DrawFn) -> PhysicalStepTime:
     return PhysicalStepTime(
         SHAPES[name],
         draw(st.sampled_from(CATALOGUE)),
-        draw(efficiencies),
+        draw(efficiencies | st.just(IDEAL)),
         tensor_parallel_size=draw(st.sampled_from(TENSOR_PARALLEL[name])),
         cudagraph_sizes=draw(st.sampled_from(((), SIZES))),
         kv_dtype_bytes=draw(st.sampled_from((1, 2))),
@@ -112,9 +113,18 @@ def test_the_parts_add_up(model: PhysicalStepTime, step: Step) -> None:
     assert all(seconds >= 0 for seconds in parts.values())
 
 
+@settings(max_examples=50, deadline=None)
+@given(st.lists(steps(), min_size=2, max_size=5))
+@example([decode(8), Step(chunks=((8, 0),), samples=1), decode(1)])
+def test_earlier_steps_do_not_change_later_ones(sequence: list[Step]) -> None:
+    used = PhysicalStepTime(SHAPES["Qwen3-4B"], find_gpu("L4"), cudagraph_sizes=SIZES)
+    for step in [*sequence, *sequence]:
+        fresh = PhysicalStepTime(SHAPES["Qwen3-4B"], find_gpu("L4"), cudagraph_sizes=SIZES)
+        assert used.seconds(step) == fresh.seconds(step)
+
+
 def test_at_full_efficiency_a_decode_step_is_its_roofline() -> None:
-    ideal = Efficiencies(1, 1, 1, 1, 1e6, 0, 0, 0, 0, 1, 0)
-    model = PhysicalStepTime(SHAPES["Llama-3.1-8B-Instruct"], find_gpu("A100"), ideal)
+    model = PhysicalStepTime(SHAPES["Llama-3.1-8B-Instruct"], find_gpu("A100"), IDEAL)
     step = decode(1)
     weights = (
         SHAPES["Llama-3.1-8B-Instruct"].linear_bytes(1) + SHAPES["Llama-3.1-8B-Instruct"].lm_head_bytes()
@@ -173,6 +183,11 @@ def test_capture_sizes() -> None:
     assert cudagraph_capture_sizes(12, 2048, version="0.32", capability=(9, 0)) == (1, 2, 4, 8, 12, 16, 24)
     assert cudagraph_capture_sizes(1024, 8192, version="0.32", capability=(10, 0))[-1] == 1024
     assert cudagraph_capture_sizes(1024, 100, version="0.23", capability=(10, 0))[-2:] == (96, 100)
+    assert cudagraph_capture_sizes(256, 2048, version="0.23", capability=(8, 9), max_capture_size=4) == (
+        1,
+        2,
+        4,
+    )
     with pytest.raises(InputError, match="'latest' is no vLLM version"):
         cudagraph_capture_sizes(1, 1, version="latest", capability=(9, 0))
 
@@ -198,6 +213,13 @@ def test_one_short_chunk_on_a_long_context_is_bound_by_its_thread_blocks() -> No
     seconds = [model.breakdown(Step(chunks=((n, 16_384),)))["attention_prefill"] for n in (16, 64, 128)]
     assert seconds[0] == seconds[1] == seconds[2]
     assert seconds[0] / 32 == pytest.approx(520e-6, rel=0.15)  # measured per layer
+
+
+def test_many_short_chunks_read_their_older_kv() -> None:
+    model = PhysicalStepTime(SHAPES["Llama-3.1-8B-Instruct"], find_gpu("A100"), IDEAL)
+    step = Step(chunks=((1, 10_000),) * 64, samples=64)
+    read = 64 * 10_000 * 131_072 / 2039e9
+    assert model.breakdown(step)["attention_prefill"] == pytest.approx(read, rel=1e-3)
 
 
 def test_tensor_parallel_ranks_pay_for_all_reduces() -> None:

@@ -23,6 +23,9 @@ class Step(Protocol):
     """One engine step as the loop sees it."""
 
     total_tokens: int
+    chunks: list[tuple[int, int]]  # (tokens, context) of prompt chunks
+    decode_context: int  # KV tokens that the other requests read
+    samples: int  # tokens that the step will sample
     admitted: list[int]
     resumed: list[int]
     preempted: list[int]  # in victim order
@@ -48,6 +51,8 @@ class Engine(Protocol):
     def free_blocks(self) -> int: ...
     @property
     def cached_blocks(self) -> int: ...
+    @property
+    def kv(self) -> Any: ...  # has ``usage``, the share of blocks in use
     @property
     def prefix_queries(self) -> int: ...
     @property
@@ -107,6 +112,8 @@ def _composition(engine: Engine, step: Step, observed: bool) -> dict[str, Any]:
         "resumed": step.resumed,
         "preempted": step.preempted,
         "cached_tokens": [list(item) for item in sorted(step.cached_tokens.items())],
+        "samples": step.samples,
+        "context": sum(sum(chunk) for chunk in step.chunks) + step.decode_context,
     }
     if observed:
         scheduled = step.scheduled()
@@ -121,6 +128,7 @@ def _outcome(engine: Engine, step: Step) -> dict[str, Any]:
         "emitted": step.emitted,
         "prefix_queries": engine.prefix_queries,
         "prefix_hits": engine.prefix_hits,
+        "usage": engine.kv.usage,
     }
 
 

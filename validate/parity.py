@@ -4,7 +4,7 @@ Both are driven by the same loop (engine_core) through the same scenario; vLLM's
 under another Python, so that nothing here can import vLLM. What is compared after every schedule() and
 every complete(), all of it in order: scheduled tokens per request, admitted, resumed and preempted
 requests, cached tokens at admission, block ids, running and waiting requests, free blocks and the head of
-their list, cached blocks, finished requests, delivered tokens, prefix-cache counters.
+their list, cached blocks, KV usage, finished requests, delivered tokens, prefix-cache counters.
 """
 
 from __future__ import annotations

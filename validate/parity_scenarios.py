@@ -103,39 +103,46 @@ def recorded_picks(seed: int, index: int) -> tuple[Pick, list[int]]:
 
 
 def draw_scenario(pick: Pick, version: str, name: str) -> Scenario:
-    """A scenario from choices: every flag and every kind of traffic that the rules speak of."""
-    block_size = (16, 16, 8, 4, 32)[pick(0, 4)]
+    """A scenario from choices: every flag and every kind of traffic that the rules speak of.
+
+    Every fourth or so is a crush: many short requests at once on small blocks and a small pool, so that
+    they preempt each other all the time.
+    """
+    crush = pick(0, 3) == 3
+    block_size = (4, 8)[pick(0, 1)] if crush else (16, 16, 8, 4, 32)[pick(0, 4)]
     max_model_len = block_size * pick(4, 40) + (0, 1, block_size - 1)[pick(0, 2)]
     chunked = pick(0, 5) != 5
-    budget = pick(block_size, 4 * block_size) if pick(0, 1) else pick(block_size, max_model_len)
-    priority = pick(0, 2) == 2
+    budget = pick(block_size, max_model_len) if not crush and pick(0, 1) == 0 else pick(16, 4 * max(block_size, 16))
+    priority = pick(0, 2) >= (1 if crush else 2)
     tied = pick(0, 3) == 3  # arrivals of one step have the same time
     aborting = pick(0, 2) == 2
     shared = _shared_parts(pick, block_size, max_model_len)
+    longest_own = 24 if crush else (100, max_model_len)[pick(0, 2) // 2]
+    longest_output = (12, 40)[pick(0, 1)] if crush else (40, 200)[pick(0, 1)]
 
     arrivals: list[Arrival] = []
     aborts: list[Abort] = []
     step = longest = 0
-    burst = pick(0, 3)
-    long_prompts, long_outputs = pick(0, 2) == 2, pick(0, 1) == 1
+    together = 3 if crush else pick(0, 3)
     while len(arrivals) < 48 and (not arrivals or pick(0, 24) != 0):
         request = Request(
             request_id=len(arrivals),
             arrival_s=0.0,
-            **_lengths(pick, shared, max_model_len, long_prompts=long_prompts, long_outputs=long_outputs),
+            **_lengths(pick, shared, max_model_len, longest_own, longest_output),
             priority=pick(0, 3),
         )
         longest = max(longest, min(request.prompt_tokens + request.output_tokens, max_model_len))
         arrivals.append(Arrival(step, step if tied else len(arrivals), request))
         if aborting and pick(0, 2) == 2:
             aborts.append(Abort(step + pick(0, 40), request.request_id, in_flight=pick(0, 1) == 1))
-        if pick(0, 3) >= burst:
+        if pick(0, 3) >= together:
             step += pick(0, 6) if pick(0, 9) else 100 * pick(1, 3)
 
     needed = -(-longest // block_size)
-    blocks = needed + (pick(0, needed // 2) if pick(0, 2) else pick(0, 12 * needed))
-    threshold = pick(1, 3 * block_size) if pick(0, 3) == 3 else 0
-    max_num_seqs = min(pick(1, 24) if pick(0, 3) else pick(1, 4), budget)  # vLLM refuses more
+    blocks = needed + (pick(0, needed // 2) if pick(0, 2) else pick(0, needed if crush else 12 * needed))
+    threshold = pick(1, 3 * block_size) if pick(0, 3) >= (2 if crush else 3) else 0
+    max_num_seqs = pick(6, 24) if crush else pick(1, 24) if pick(0, 3) else pick(1, 4)
+    max_num_seqs = min(max_num_seqs, budget)  # vLLM refuses more
     newest = version != "0.23"
     config = EngineConfig(
         version=version,
@@ -148,7 +155,7 @@ def draw_scenario(pick: Pick, version: str, name: str) -> Scenario:
         enable_chunked_prefill=chunked,
         scheduling_policy="priority" if priority else "fcfs",
         async_scheduling=pick(0, 1) == 1,
-        scheduler_reserve_full_isl=pick(0, 3) != 3,
+        scheduler_reserve_full_isl=pick(0, 3) < (2 if crush else 3),
         long_prefill_token_threshold=threshold,
         long_prefill_token_threshold_adaptive=newest and pick(0, 1) == 1,
         watermark=pick(1, 30) / 100 if newest and pick(0, 3) == 3 else 0.0,
@@ -174,13 +181,13 @@ def _lengths(
     pick: Pick,
     shared: list[tuple[tuple[int, int], ...]],
     max_model_len: int,
-    *,
-    long_prompts: bool,
-    long_outputs: bool,
+    longest_own: int,
+    longest_output: int,
 ) -> dict[str, Any]:
+    """Prompt, output and content of a request: a shared path, cut or extended by tokens of its own."""
     path = shared[pick(0, len(shared) - 1)]
     length = path[-1][1] if path else 0
-    own = (0, pick(0, 40), pick(0, max_model_len if long_prompts else 100))[pick(0, 2)]
+    own = (0, pick(0, 40), pick(0, longest_own))[pick(0, 2)]
     if path and pick(0, 7) == 7:
         own = -pick(0, length - 1)  # ends within a shared part
     prompt = min(max(length + own, 1), max_model_len - 1)
@@ -190,7 +197,7 @@ def _lengths(
         if end >= prompt:
             break
     room = max_model_len - prompt
-    max_tokens = min(pick(1, 200 if long_outputs else 40), room + 3)  # a few run into max_model_len
+    max_tokens = min(pick(1, longest_output), room + 3)  # a few run into max_model_len
     output = pick(1, max_tokens) if pick(0, 2) == 2 else max_tokens
     return {
         "prompt_tokens": prompt,

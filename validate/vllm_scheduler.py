@@ -71,12 +71,18 @@ class Step:
     preempted: list[int]
     cached_tokens: dict[int, int]
     samplers: frozenset[str]
+    decode_context: int  # KV tokens that the step reads, prompt chunks included
+    chunks: tuple[()] = ()
     finished: list[int] = field(default_factory=list)
     emitted: int = 0
 
     @property
     def total_tokens(self) -> int:
         return int(self.output.total_num_scheduled_tokens)
+
+    @property
+    def samples(self) -> int:
+        return len(self.samplers)
 
     def scheduled(self) -> dict[int, int]:
         return {int(name): tokens for name, tokens in self.output.num_scheduled_tokens.items()}
@@ -119,7 +125,8 @@ class VllmEngine:
         init_none_hash(hash_fn)
         caching = config["enable_prefix_caching"]
         self.hasher = get_request_block_hasher(config["block_size"], hash_fn) if caching else None
-        self.pool = self.scheduler.kv_cache_manager.block_pool
+        self.kv = self.scheduler.kv_cache_manager
+        self.pool = self.kv.block_pool
         self.victims: list[int] = []
         self.prefix_queries = 0  # tokens, as vLLM's counters have them: without preempted requests
         self.prefix_hits = 0
@@ -178,6 +185,7 @@ class VllmEngine:
             samplers=frozenset(
                 name for name in output.num_scheduled_tokens if not requests[name].is_prefill_chunk
             ),
+            decode_context=sum(requests[name].num_computed_tokens for name in output.num_scheduled_tokens),
         )
 
     def complete(self, step: Step) -> None:
@@ -239,7 +247,7 @@ class VllmEngine:
         return len(self.pool.cached_block_hash_to_block)
 
     def block_ids(self, request_id: int) -> list[int]:
-        return list(self.scheduler.kv_cache_manager.get_block_ids(_name(request_id))[0])
+        return list(self.kv.get_block_ids(_name(request_id))[0])
 
 
 def _vllm_config(config: dict[str, Any], model: str) -> VllmConfig:
