@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import ClassVar, Literal, Protocol
 
@@ -21,10 +21,20 @@ class StepShape(Protocol):
     the new token included. samples: tokens sampled (decodes plus the chunks that end their prompt).
     """
 
-    chunks: Sequence[tuple[int, int]]
-    decodes: int
-    decode_context: int
-    samples: int
+    @property
+    def chunks(self) -> Sequence[tuple[int, int]]: ...
+
+    @property
+    def decodes(self) -> int: ...
+
+    @property
+    def decode_context(self) -> int: ...
+
+    @property
+    def samples(self) -> int: ...
+
+
+Binding = Literal["compute", "memory_bandwidth", "interconnect", "host"]
 
 
 class StepTime(Protocol):
@@ -34,8 +44,18 @@ class StepTime(Protocol):
         """Duration of the step in seconds, without noise."""
         ...
 
+    def roofline_seconds(self, step: StepShape) -> float:
+        """The least that the step can take on this GPU, in seconds."""
+        ...
 
-Binding = Literal["compute", "memory_bandwidth", "interconnect", "host"]
+    def breakdown(self, step: StepShape) -> Mapping[str, float]:
+        """Part -> seconds; they add up to ``seconds``."""
+        ...
+
+    def binding(self, step: StepShape) -> Binding:
+        """What most of the step's time goes to."""
+        ...
+
 
 _ATTENTION_TILE = 64  # query rows of one thread block of FlashAttention 2 at head_dim 128
 _SAMPLER_BYTES_PER_LOGIT = (

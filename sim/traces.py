@@ -235,6 +235,8 @@ def read_azure(path: Path) -> Trace:
     start: np.datetime64 | None = None
     for record in _csv_records(records):
         text = str(records.field(record, "TIMESTAMP"))
+        prompt = records.length(record, "ContextTokens")
+        output = records.length(record, "GeneratedTokens")
         try:
             time = np.datetime64(text.split("+")[0], "ns")
         except ValueError:
@@ -243,9 +245,7 @@ def read_azure(path: Path) -> Trace:
         elapsed = int((time - start).astype(np.int64)) / 1e9
         if elapsed < 0:
             raise records.error("time goes backwards, to before the first request", "Sort the file by time.")
-        records.add(
-            elapsed, records.length(record, "ContextTokens"), records.length(record, "GeneratedTokens")
-        )
+        records.add(elapsed, prompt, output)
     return records.trace()
 
 

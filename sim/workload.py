@@ -285,8 +285,8 @@ def check_lengths(stages: list[Stage], max_model_len: int, *, where: str) -> Non
                 if request.prompt_tokens + request.max_tokens > max_model_len:
                     raise InputError(
                         f"request {request.request_id} (stage {stage.name!r}, stream {stream.name!r}) of "
-                        f"{request.prompt_tokens} prompt tokens and max_tokens {request.max_tokens} is longer "
-                        f"than max_model_len {max_model_len}",
+                        f"{request.prompt_tokens} prompt tokens and max_tokens {request.max_tokens} "
+                        f"is longer than max_model_len {max_model_len}",
                         where=where,
                         fix="Shorten the lengths, bound their distribution, or raise engine.max_model_len.",
                     )

@@ -324,6 +324,14 @@ def test_request_ids_count_over_all_streams_and_stages() -> None:
     assert [r.request_id for r in requests_of(staged(*stages))] == list(range(150))
 
 
+def test_priorities_aborts_and_background_reach_the_requests() -> None:
+    stream = open_loop(name="b", priority=3, abort_after_s=2.0, background=True, max_concurrency=4)
+    stage = drawn(staged({"streams": [open_loop(), stream]}))[0]
+    assert [(s.background, s.max_concurrency) for s in stage.streams] == [(False, None), (True, 4)]
+    assert {(r.priority, r.abort_after_s) for r in stage.streams[1].requests} == {(3, 2.0)}
+    assert {(r.priority, r.abort_after_s) for r in stage.streams[0].requests} == {(0, None)}
+
+
 def test_start_s_delays_a_stream_within_its_stage() -> None:
     plain, late = requests_of(workload(open_loop())), requests_of(workload(open_loop(start_s=2.5)))
     assert [r.arrival_s + 2.5 for r in plain] == [r.arrival_s for r in late]

@@ -22,7 +22,7 @@ from servecast.sim.request import Request
 
 Pick = Callable[[int, int], int]  # an integer between two, both included; 0 or the lowest is the simplest
 
-MAX_STEPS = 20_000
+MAX_STEPS = 2_000
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,138 @@
+"""A scenario made concrete: model, GPU, memory, engine configuration, profile and step-time model."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from importlib.metadata import version
+
+from servecast.sim.binding import Limits
+from servecast.sim.engine_config import EngineConfig
+from servecast.sim.engine_flags import ResolvedEngine, resolve_defaults
+from servecast.sim.gpu import GPU, find_gpu
+from servecast.sim.memory import KVMemory, kv_memory
+from servecast.sim.model_shape import ModelShape
+from servecast.sim.profile import Profile, build_step_time
+from servecast.sim.scenario import Scenario
+from servecast.sim.step_time import StepTime, cudagraph_capture_sizes
+
+
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    """What one replica of a scenario is.
+
+    Attributes:
+        model, gpu: sizes and peaks. engine: vLLM's flags with defaults filled in.
+        memory: the account of the KV pool. config: what the engine model takes.
+        profile: efficiencies, overheads and noise; a typical one where the scenario names none.
+        step_time: how long a step takes.
+    """
+
+    model: ModelShape
+    gpu: GPU
+    engine: ResolvedEngine
+    memory: KVMemory
+    config: EngineConfig
+    profile: Profile
+    step_time: StepTime
+
+    @classmethod
+    def of(cls, scenario: Scenario, profile: Profile | None = None) -> Deployment:
+        """Make a scenario concrete.
+
+        Args:
+            profile: instead of the one that the scenario names.
+
+        Raises:
+            InputError: a name is unknown, vLLM would refuse the flags, or the model does not fit.
+        """
+        flags = scenario.engine
+        model = ModelShape.from_config(scenario.config_file())
+        if flags.quantization in ("fp8", "fbgemm_fp8", "compressed-tensors"):
+            model = dataclasses.replace(model, weight_bytes_each=1)
+        gpu = _gpu(scenario)
+        engine = resolve_defaults(
+            flags,
+            gpu_name=gpu.name,
+            gpu_memory_bytes=gpu.memory_bytes,
+            max_position_embeddings=model.max_position_embeddings,
+            where=f"{scenario.source}: engine",
+        )
+        sizes: tuple[int, ...] = ()
+        if not flags.enforce_eager:
+            sizes = cudagraph_capture_sizes(
+                engine.max_num_seqs,
+                engine.max_num_batched_tokens,
+                version=flags.version,
+                capability=gpu.capability,
+                max_capture_size=flags.max_cudagraph_capture_size,
+            )
+        kv_dtype_bytes = 1 if flags.kv_cache_dtype.startswith("fp8") else 2
+        memory = kv_memory(
+            model,
+            gpu,
+            version=flags.version,
+            max_num_seqs=engine.max_num_seqs,
+            max_num_batched_tokens=engine.max_num_batched_tokens,
+            max_model_len=engine.max_model_len,
+            gpu_memory_utilization=engine.gpu_memory_utilization,
+            block_size=flags.block_size,
+            tensor_parallel_size=flags.tensor_parallel_size,
+            kv_dtype_bytes=kv_dtype_bytes,
+            cudagraph_sizes=sizes,
+            kv_cache_memory_bytes=flags.kv_cache_memory_bytes,
+            num_gpu_blocks_override=flags.num_gpu_blocks_override,
+        )
+        if profile is None:
+            profile = _profile(scenario, gpu, model)
+        step_time = build_step_time(
+            profile,
+            model,
+            gpu,
+            tensor_parallel_size=flags.tensor_parallel_size,
+            cudagraph_sizes=sizes,
+            kv_dtype_bytes=kv_dtype_bytes,
+        )
+        config = engine.config(memory.num_gpu_blocks)
+        return cls(model, gpu, engine, memory, config, profile, step_time)
+
+    @property
+    def limits(self) -> Limits:
+        """What could bind a run of this deployment."""
+        return Limits(
+            max_num_seqs=self.config.max_num_seqs,
+            max_num_batched_tokens=self.config.max_num_batched_tokens,
+            num_gpu_blocks=self.config.num_gpu_blocks,
+            bound_by=self.step_time.binding,
+            parts=self.step_time.breakdown,
+        )
+
+    def provenance(self) -> dict[str, object]:
+        """Where the numbers come from, for results and reports."""
+        profile = self.profile
+        return {
+            "basis": profile.basis(self.gpu.name, self.model.name),
+            "profile": f"{profile.model} on {profile.gpu}, vLLM {profile.engine_version}",
+            "error_band": profile.error_band,
+            "fitted_rows": list(profile.fitted_rows),
+            "parameters": [entry.model_dump() for entry in profile.provenance],
+            "gpu_source": self.gpu.source,
+            "memory": [dataclasses.asdict(line) for line in self.memory.lines],
+            "servecast_version": version("servecast"),
+        }
+
+
+def _gpu(scenario: Scenario) -> GPU:
+    if scenario.gpu.file is not None:
+        return GPU.from_file(scenario.gpu.file)
+    assert scenario.gpu.name is not None
+    return find_gpu(scenario.gpu.name, where=f"{scenario.source}: gpu.name")
+
+
+def _profile(scenario: Scenario, gpu: GPU, model: ModelShape) -> Profile:
+    path = scenario.profile_file()
+    if path is not None:
+        return Profile.load(path)
+    return Profile.typical(
+        gpu.name, model.name, scenario.engine.version, servecast_version=version("servecast")
+    )
