@@ -15,7 +15,7 @@ from servecast.sim.records import STEP_COLUMNS, RequestRecord, Run, requests_fra
 from servecast.sim.replica import Job, Replica
 from servecast.sim.request import Request, Stage, Stream
 from servecast.sim.router import Router
-from servecast.sim.units import to_ps
+from servecast.sim.units import to_ps, to_seconds
 
 
 class StreamClient:
@@ -88,6 +88,7 @@ class Fleet:
         self.env = env
         self._rng = rng
         self.records: list[RequestRecord] = []
+        self._stage_starts: list[float] = []
         self.replicas = [make_replica(env, index, client) for index in range(count)]
         self._router = router
         self._client = client
@@ -124,11 +125,13 @@ class Fleet:
             steps=pd.DataFrame(steps, columns=list(STEP_COLUMNS)).astype(STEP_COLUMNS),
             itl=_pooled_gaps(gaps, self._rng),
             stages=[stage.name for stage in stages],
+            meta={"stage_starts_s": self._stage_starts},
         )
 
     def _stages(self, stages: list[Stage]) -> Generator[simpy.Event, None, None]:
         running: list[StreamClient] = []
         for number, stage in enumerate(stages):
+            self._stage_starts.append(to_seconds(int(self.env.now)))
             for replica in self.replicas:
                 replica.stage = number
             clients = [StreamClient(self, stream, number, i) for i, stream in enumerate(stage.streams)]

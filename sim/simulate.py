@@ -64,7 +64,7 @@ def simulate(
     router = ROUTERS[scenario.fleet.router]()
     fleet = Fleet(simpy.Environment(), make_replica, count, router, Client(profile.front_end), reading)
     run = fleet.run(stages)
-    run.meta = {
+    run.meta |= {
         "scenario": scenario.name,
         "seed": seed,
         "engine_version": scenario.engine.version,

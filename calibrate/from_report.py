@@ -1,0 +1,206 @@
+"""Fit a profile to a few rows of a reported table, through the simulator itself.
+
+A table of latencies and throughputs says little about each part of a step, so most of the physical
+model stays at typical values, and every fitted parameter is held to its typical value by a prior: what the
+rows do not determine is not moved. Rows that the scenario does not name as ``fit_rows`` are never looked at.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy.optimize import least_squares
+
+from servecast.sim.deployment import Deployment
+from servecast.sim.errors import InputError
+from servecast.sim.front_end import FrontEndCosts
+from servecast.sim.noise import StepNoise
+from servecast.sim.profile import Domain, Profile, Provenance
+from servecast.sim.records import Run
+from servecast.sim.reported import Reported, stage_of
+from servecast.sim.reproduce import Cell, reproduce
+from servecast.sim.scenario import Scenario
+from servecast.sim.simulate import simulate
+from servecast.sim.step_time import Efficiencies
+from servecast.sim.warmup import select
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """A parameter that reports can tell something about.
+
+    typical: where the prior is centred. spread: standard deviation of the prior, in the logarithm.
+    low, high: bounds.
+    """
+
+    typical: float
+    spread: float
+    low: float
+    high: float
+
+
+PARAMETERS: dict[str, Parameter] = {
+    "efficiencies.bandwidth": Parameter(0.88, 0.1, 0.3, 1.0),
+    "efficiencies.compute": Parameter(0.7, 0.3, 0.1, 1.0),
+    "efficiencies.host_fixed_s": Parameter(3e-4, 0.7, 1e-5, 1e-2),
+    "efficiencies.host_per_seq_s": Parameter(5e-6, 1.0, 1e-7, 5e-4),
+    "front_end.request_s": Parameter(1.5e-3, 1.0, 1e-5, 3e-2),
+    "front_end.token_s": Parameter(3e-5, 1.0, 1e-6, 1e-3),
+    "front_end.latency_s": Parameter(8e-3, 1.0, 1e-4, 1e-1),
+    "front_end.client_request_s": Parameter(5e-4, 1.0, 1e-5, 1e-2),
+    "front_end.client_token_s": Parameter(3e-5, 1.0, 1e-6, 1e-3),
+    "front_end.cv": Parameter(0.2, 0.7, 0.01, 1.0),
+    "noise.cv": Parameter(0.05, 0.7, 0.005, 0.5),
+}
+
+PRIOR_WEIGHT = 0.3  # a prior counts this much beside a cell whose error is one precision
+_PRECISION = {  # how well a small benchmark knows a statistic, relative: medians and rates, tails
+    "ttft": (0.2, 0.3),
+    "itl": (0.08, 0.25),
+    "tpot": (0.08, 0.25),
+    "e2el": (0.08, 0.08),
+}
+_RATE_PRECISION = 0.05
+_FIT_SEEDS = 2
+_STEP = 0.03  # of the logarithm of a parameter, for differences: above the grain of the simulation
+_BAND_METRICS = ("tpot", "itl", "e2el", "output_throughput", "request_throughput")
+
+
+@dataclass(frozen=True, slots=True)
+class ReportFit:
+    """What a fit found. cells: the fitted rows, reported against predicted by ``profile``."""
+
+    profile: Profile
+    cells: tuple[Cell, ...]
+
+
+def fit_report(
+    scenario: Scenario, *, progress: Callable[[str], None] | None = None, max_evaluations: int = 25
+) -> ReportFit:
+    """Fit a profile to the rows that the scenario's main reported table gives for it.
+
+    The error band is found by leaving one row out: each of the rows is predicted by a fit to the others,
+    and the band covers 90 % of the errors of token times and throughputs.
+
+    Raises:
+        InputError: the scenario reports nothing, or names no rows to fit.
+    """
+    if not scenario.reported or not scenario.reported[0].fit_rows:
+        raise InputError(
+            "no rows to fit", where=f"{scenario.source}: reported", fix="Name them in reported.0.fit_rows."
+        )
+    reported = scenario.reported[0]
+    say = progress or (lambda _text: None)
+    say(f"fitting {len(PARAMETERS)} parameters to {len(reported.fit_rows)} rows")
+    profile, cells = _fit(scenario, reported, max_evaluations)
+    errors: list[float] = []
+    for row in reported.fit_rows if len(reported.fit_rows) > 1 else ():
+        rest = tuple(other for other in reported.fit_rows if other != row)
+        say(f"leaving out {row}")
+        without, _ = _fit(scenario, reported.model_copy(update={"fit_rows": rest}), max_evaluations)
+        errors += [
+            abs(cell.error)
+            for cell in cells_of(scenario, reported.model_copy(update={"fit_rows": (row,)}), without)
+            if cell.error is not None and reported.columns[cell.metric].metric in _BAND_METRICS
+        ]
+    band = float(np.quantile(errors, 0.9)) if errors else None
+    return ReportFit(profile.model_copy(update={"error_band": band}), cells)
+
+
+def cells_of(scenario: Scenario, reported: Reported, profile: Profile) -> tuple[Cell, ...]:
+    """The fitted rows' cells, as a profile predicts them."""
+    alone = scenario.model_copy(update={"reported": (reported,)})
+    cells = reproduce(alone, seeds=_FIT_SEEDS, profile=profile).tables[0].cells
+    return tuple(cell for cell in cells if cell.used == "fit")
+
+
+def _fit(scenario: Scenario, reported: Reported, max_evaluations: int) -> tuple[Profile, tuple[Cell, ...]]:
+    names = list(PARAMETERS)
+    prior = [PARAMETERS[name] for name in names]
+    centre = np.log([p.typical for p in prior])
+    spread = np.array([p.spread for p in prior])
+    base = Deployment.of(scenario.model_copy(update={"profile": None}))
+
+    def profile_at(point: NDArray[np.float64]) -> Profile:
+        return _profile(base, dict(zip(names, np.exp(point).tolist(), strict=True)))
+
+    def residuals(point: NDArray[np.float64]) -> NDArray[np.float64]:
+        cells = cells_of(scenario, reported, profile_at(point))
+        misfit = [math.log(c.predicted / c.reported) / _precision(reported, c) for c in cells if c.reported]
+        return np.array([*misfit, *(PRIOR_WEIGHT * (point - centre) / spread)])
+
+    found = least_squares(
+        residuals,
+        centre,
+        bounds=(np.log([p.low for p in prior]), np.log([p.high for p in prior])),
+        diff_step=_STEP / np.maximum(np.abs(centre), 1.0),
+        x_scale=spread,
+        loss="soft_l1",
+        max_nfev=max_evaluations,
+    )
+    profile = profile_at(found.x)
+    sample = simulate(scenario, deployment=Deployment.of(scenario, profile))
+    profile = profile.model_copy(
+        update={
+            "domain": _domain(scenario, reported, sample),
+            "fitted_rows": tuple(str(row) for row in reported.fit_rows),
+            "raw_data_sha256": hashlib.sha256(reported.table.read_bytes()).hexdigest(),
+        }
+    )
+    return profile, cells_of(scenario, reported, profile)
+
+
+def _precision(reported: Reported, cell: Cell) -> float:
+    column = reported.columns[cell.metric]
+    if column.metric not in _PRECISION:
+        return _RATE_PRECISION
+    median, tail = _PRECISION[column.metric]
+    return median if column.statistic in ("mean", "median", "p50") else tail
+
+
+def _profile(base: Deployment, values: dict[str, float]) -> Profile:
+    """A profile with these parameters; all others are typical."""
+    of = {
+        group: {n.split(".")[1]: v for n, v in values.items() if n.startswith(f"{group}.")}
+        for group in ("efficiencies", "front_end", "noise")
+    }
+    fitted = set(values)
+    typical = [f"efficiencies.{name}" for name in Efficiencies.__dataclass_fields__ if name != "SHARES"]
+    return Profile(
+        servecast_version=version("servecast"),
+        gpu=base.gpu.name,
+        model=base.model.name,
+        engine_version=base.engine.flags.version,
+        date=datetime.date.today(),
+        efficiencies=replace(Efficiencies(), **of["efficiencies"]),
+        noise=StepNoise(**of["noise"]),
+        front_end=FrontEndCosts(**of["front_end"]),
+        provenance=(
+            *(Provenance(parameter=n, origin="fitted", note="to a report, held by a prior") for n in values),
+            *(Provenance(parameter=n, origin="assumed", note="typical") for n in typical if n not in fitted),
+        ),
+    )
+
+
+def _domain(scenario: Scenario, reported: Reported, run: Run) -> Domain:
+    """What the steps of the fitted rows ranged over."""
+    workload = scenario.workload_of(reported)
+    parts = [select(run, stage=stage_of(row, workload)) for row in reported.fit_rows]
+    steps = pd.concat([part.steps for part in parts])
+    requests = pd.concat([part.requests for part in parts])
+    tokens = steps["prefill_tokens"] + steps["decodes"]
+    batch = steps["prefill_requests"] + steps["decodes"]
+    longest = requests["prompt_tokens"] + requests["output_tokens"]
+    return Domain(
+        tokens=(float(tokens.min()), float(tokens.max())),
+        batch=(float(batch.min()), float(batch.max())),
+        context=(1.0, float(longest.max())),
+    )
