@@ -12,13 +12,9 @@ class InputError(ValueError):
     The command line prints ``str(error)`` and exits with code 2.
     """
 
-    def __init__(self, what: str, *, where: str, fix: str) -> None:
+    def __init__(self, what: str, where: str, fix: str) -> None:
+        super().__init__(what, where, fix)  # all of it: SimPy and process pools rebuild it from its args
         self.what, self.where, self.fix = what, where, fix
-        super().__init__(f"{where}: {what}. {fix}")
 
-    def __reduce__(self) -> tuple[object, ...]:  # so that it crosses process pools
-        return (_rebuild, (self.what, self.where, self.fix))
-
-
-def _rebuild(what: str, where: str, fix: str) -> InputError:
-    return InputError(what, where=where, fix=fix)
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}. {self.fix}"

@@ -32,9 +32,11 @@ class StreamClient:
         fleet.env.process(self._arrivals())
 
     def stop(self) -> None:
-        """Send no more."""
+        """Send no more; what was not sent was never part of the run."""
         self._stopped = True
+        unsent = {id(job.record) for job in self._ready}
         self._ready.clear()
+        self.fleet.records = [record for record in self.fleet.records if id(record) not in unsent]
 
     def _arrivals(self) -> Generator[simpy.Event, None, None]:
         env, start = self.fleet.env, int(self.fleet.env.now)

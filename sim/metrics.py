@@ -76,18 +76,18 @@ def percentiles(
     weights: ArrayLike | None = None,
     law: PercentileLaw = "linear",
 ) -> list[float]:
-    """Percentiles of values, each of which counts ``weight`` times (whole numbers; None: once).
+    """Percentiles of values, each of which counts ``weight`` times (None: once).
 
-    ranks: in percent. law "linear" is NumPy's default (what vllm bench serve reports); "exclusive" is
-    that of ``statistics.quantiles(n=100)``, which places rank q at position q/100 * (n + 1) and goes past
-    the largest value when the sample is too small for the rank. NaN for an empty sample, and under
-    "exclusive" for a single value.
+    ranks: in percent. weights: their sum is taken as a whole number. law "linear" is NumPy's default (what
+    vllm bench serve reports); "exclusive" is that of ``statistics.quantiles(n=100)``, which places rank q
+    at position q/100 * (n + 1) and goes past the largest value when the sample is too small for the rank.
+    NaN for an empty sample, and under "exclusive" for a single value.
     """
     data = np.asarray(values, dtype=float)
     order = np.argsort(data, kind="stable")
     data = data[order]
     ends = np.arange(1, len(data) + 1) if weights is None else np.cumsum(np.asarray(weights)[order])
-    n = int(ends[-1]) if len(data) else 0
+    n = round(float(ends[-1])) if len(data) else 0
     if n == 0 or (n == 1 and law == "exclusive"):
         return [math.nan] * len(ranks)
     results = []

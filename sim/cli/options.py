@@ -1,0 +1,151 @@
+"""Options that commands share: which what-if to make of a scenario, and under which load."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cyclopts import Group, Parameter
+
+from servecast.sim.errors import InputError
+
+if TYPE_CHECKING:  # commands import what they run once their arguments are known to be right
+    from servecast.sim.scenario import Scenario
+    from servecast.sim.workload_spec import Workload
+
+WHAT_IF = Group("What-if", sort_key=10)
+LOAD = Group("Load", sort_key=11)
+
+_TEXT = ("engine.version", "name", "profile", "model.config", "gpu.name")  # 0.10 is a version, no number
+
+
+@Parameter(name="*", group=WHAT_IF)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WhatIf:
+    """What to change in a scenario.
+
+    Attributes:
+        set: a field of the scenario by its dotted path, as engine.max_num_seqs=128. Can be repeated.
+        seed: of the traffic and of the noise.
+        gpu: another GPU, by its name, or the file that describes it.
+        model_config: another model: a shipped config's name, or the path of a config.json.
+        profile: another profile: a shipped one's name, or its path.
+        engine_version: another vLLM version.
+        tensor_parallel_size: GPUs of a replica.
+        max_num_seqs: sequences that may run together.
+        replicas: engines behind the router.
+        router: routing policy, round_robin or least_outstanding.
+    """
+
+    set: list[str] | None = None
+    seed: int | None = None
+    gpu: str | None = None
+    model_config: str | None = None
+    profile: str | None = None
+    engine_version: str | None = None
+    tensor_parallel_size: int | None = None
+    max_num_seqs: int | None = None
+    replicas: int | None = None
+    router: str | None = None
+
+    def overrides(self) -> dict[str, Any]:
+        """Dotted field paths and values; ``--set`` wins over the other flags.
+
+        Raises:
+            InputError: a ``--set`` is not of the form FIELD=VALUE.
+        """
+        flags: dict[str, Any] = {
+            "seed": self.seed,
+            "gpu": None if self.gpu is None else _gpu(self.gpu),
+            "model.config": _file(self.model_config),
+            "profile": _file(self.profile),
+            "engine.version": self.engine_version,
+            "engine.tensor_parallel_size": self.tensor_parallel_size,
+            "engine.max_num_seqs": self.max_num_seqs,
+            "fleet.replicas": self.replicas,
+            "fleet.router": self.router,
+        }
+        given = {field: value for field, value in flags.items() if value is not None}
+        return given | dict(assignment(text) for text in self.set or ())
+
+    def load(self, scenario: str, more: Mapping[str, Any] | None = None) -> tuple[Scenario, dict[str, Any]]:
+        """The changed scenario, and what was changed. more: further changes, which win."""
+        from servecast.sim.scenario import load
+
+        overrides = self.overrides() | dict(more or {})
+        return load(scenario, overrides), overrides
+
+
+@Parameter(name="*", group=LOAD)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Load:
+    """Open-loop traffic instead of the scenario's own workload.
+
+    Attributes:
+        request_rate: requests a second, of the traffic that plan probes.
+        num_requests: how many requests at that rate.
+    """
+
+    request_rate: float | None = None
+    num_requests: int = 1000
+
+    def workload(self, scenario: Scenario) -> Workload | None:
+        """The workload to run instead of the scenario's, None: its own."""
+        if self.request_rate is None:
+            return None
+        return at_rate(scenario, self.request_rate, self.num_requests)
+
+
+def at_rate(scenario: Scenario, request_rate: float, num_requests: int) -> Workload:
+    """The scenario's open-loop traffic at a rate given on the command line, checked."""
+    from servecast.sim.workload import with_request_rate
+
+    if not 0 < request_rate < float("inf"):
+        raise InputError(
+            f"{request_rate:g} is not a rate", where="--request-rate", fix="Give requests a second, above 0."
+        )
+    if num_requests < 1:
+        raise InputError(f"{num_requests} requests", where="--num-requests", fix="Give at least 1.")
+    return with_request_rate(scenario.open_loop(), request_rate, num_requests=num_requests)
+
+
+def assignment(text: str, *, where: str = "--set") -> tuple[str, Any]:
+    """The field and the value of "engine.max_num_seqs=128"; values are read as in a scenario's YAML.
+
+    Raises:
+        InputError: it is not of that form, or the value is no YAML.
+    """
+    field, equals, value = text.partition("=")
+    if not equals or not all(field.split(".")):
+        raise InputError(
+            f"{text!r} is not of the form FIELD=VALUE",
+            where=where,
+            fix="Write for example engine.max_num_seqs=128.",
+        )
+    return field, scalar(field, value, where=where)
+
+
+def scalar(field: str, value: str, *, where: str) -> Any:
+    """A field's value, from text."""
+    import yaml
+
+    if field in _TEXT and value not in ("null", "~"):
+        return value
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise InputError(f"{value!r} is not a value", where=where, fix="Write it as in a scenario.") from None
+
+
+def _gpu(name: str) -> dict[str, str]:
+    file = _file(name)
+    return {"name": name} if file == name else {"file": str(file)}
+
+
+def _file(name: str | None) -> str | None:
+    """A name as it is; a path absolute, since scenarios read paths relative to their own folder."""
+    if name is None or not ("/" in name or Path(name).suffix in (".json", ".yaml", ".yml")):
+        return name
+    return str(Path(name).absolute())

@@ -1,0 +1,33 @@
+"""``servecast reproduce``."""
+
+from __future__ import annotations
+
+from servecast.sim.cli.options import WhatIf
+from servecast.sim.cli.output import print_json
+
+
+def reproduce(
+    scenario: str,
+    /,
+    *,
+    json: bool = False,
+    what_if: WhatIf = WhatIf(),  # noqa: B008 (frozen)
+) -> int:
+    """Compare predictions with a reported benchmark, cell by cell.
+
+    Says which rows were used to fit the profile and which are predicted, and the error of each metric.
+    Exits 0 once that is computed, whatever the error.
+
+    Args:
+        scenario: a shipped scenario's name, or a YAML file, with a reported table.
+        json: print one JSON object and nothing else.
+    """
+    from servecast.sim import reproduce as reproduction
+
+    loaded, _ = what_if.load(scenario)
+    found = reproduction.reproduce(loaded)
+    if json:
+        print_json(found.to_json())
+    else:
+        print(found.to_text())
+    return found.exit_code

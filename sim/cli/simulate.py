@@ -1,0 +1,137 @@
+"""``servecast simulate``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from servecast.sim.cli.options import Load, WhatIf
+from servecast.sim.cli.output import print_facts, print_json, print_table
+from servecast.sim.errors import InputError
+
+_COLUMNS = (  # of a table of stages: header, key
+    ("stage", "stage"),
+    ("done", "completed"),
+    ("req/s", "request_throughput"),
+    ("tok/s", "output_throughput"),
+    ("TTFT p50", "median_ttft_ms"),
+    ("p95 ms", "p95_ttft_ms"),
+    ("TPOT p50", "median_tpot_ms"),
+    ("p95 ms", "p95_tpot_ms"),
+    ("ITL p95 ms", "p95_itl_ms"),
+    ("E2EL p50", "median_e2el_ms"),
+    ("p95 ms", "p95_e2el_ms"),
+    ("KV peak", "kv_cache_usage_peak"),
+    ("running", "max_num_running"),
+    ("waiting", "max_num_waiting"),
+)
+
+
+def simulate(
+    scenario: str,
+    /,
+    *,
+    output: Path | None = None,
+    records: Path | None = None,
+    steps: Path | None = None,
+    save_detailed: bool = False,
+    metric_percentiles: str = "95,99",
+    warmup: str | None = None,
+    json: bool = False,
+    load: Load = Load(),  # noqa: B008 (frozen)
+    what_if: WhatIf = WhatIf(),  # noqa: B008
+) -> int:
+    """Run a scenario once, in simulated time.
+
+    Prints what vllm bench serve prints (a row a stage where there are several), the run context of the
+    benchmark that the scenario describes, and what the prediction rests on.
+
+    Args:
+        scenario: a shipped scenario's name, or a YAML file.
+        output: write the result as JSON, under vllm bench serve's keys.
+        records: write a row a request, as .csv or .parquet; times are in seconds.
+        steps: write a row an engine step, likewise.
+        save_detailed: add each request's lengths and TTFT to the JSON.
+        metric_percentiles: which percentiles to give, separated by commas.
+        warmup: what to leave out at the start of each stage: 30s, 100 (requests), 20% or auto.
+        json: print the result as JSON, and nothing else.
+    """
+    from servecast.sim import simulate as simulation
+    from servecast.sim.deployment import Deployment
+    from servecast.sim.metrics import vllm_bench_text
+    from servecast.sim.results import check_table, result, write_result, write_table
+    from servecast.sim.warmup import Warmup
+
+    ranks = _ranks(metric_percentiles)
+    cut = None if warmup is None else Warmup.parse(warmup)
+    for path, flag in ((records, "--records"), (steps, "--steps")):
+        if path is not None:
+            check_table(path, where=flag)
+    loaded, changes = what_if.load(scenario)
+    deployment = Deployment.of(loaded)
+    run = simulation.simulate(loaded, workload=load.workload(loaded), deployment=deployment)
+    document = result(
+        loaded, deployment, run, what_if=changes, ranks=ranks, warmup=cut, detailed=save_detailed
+    )
+    written = []
+    for path, table in ((records, run.requests), (steps, run.steps)):
+        if path is not None:
+            write_table(path, table)
+            written.append(path)
+    if output is not None:
+        write_result(output, document)
+        written.append(output)
+    if json:
+        print_json(document)
+        return 0
+    if document["stages"]:
+        print_stages(document["stages"])
+    else:
+        print(vllm_bench_text(document))
+    print_context(document)
+    for path in written:
+        print(f"written: {path}")
+    return 0
+
+
+def print_stages(stages: Sequence[Mapping[str, Any]]) -> None:
+    """A row a stage. Latencies are milliseconds."""
+    columns = [
+        (header, key) for header, key in _COLUMNS if any(stage.get(key) is not None for stage in stages)
+    ]
+    print_table([header for header, _ in columns], [[stage[key] for _, key in columns] for stage in stages])
+
+
+def print_context(document: Mapping[str, Any]) -> None:
+    """What a result was made of: run context, what-ifs, and what it rests on."""
+    if document["run_context"]:
+        said = {name: value for name, value in document["run_context"].items() if value is not None}
+        print_facts("Run context of the benchmark", said)
+    if document["what_if"]:
+        print_facts("What-if", document["what_if"])
+    provenance = document["provenance"]
+    band = document["error_band"]
+    facts = {
+        "basis": provenance["basis"],
+        "profile": f"{document['profile'] or 'none, typical efficiencies'} ({provenance['profile']})",
+        "error band": "not known" if band is None else f"+-{band:.0%}",
+        "engine": f"vLLM {document['engine_version']}, rules of {document['engine']['rules']}",
+        "seed": document["seed"],
+        "servecast": document["servecast_version"],
+    }
+    print_facts("What the prediction rests on", facts)
+    for note in document["notes"]:
+        print(f"note: {note}")
+
+
+def _ranks(text: str) -> list[float]:
+    try:
+        ranks = [float(word) for word in text.split(",")]
+    except ValueError:
+        ranks = []
+    if not ranks or not all(0 < rank < 100 for rank in ranks):
+        raise InputError(
+            f"{text!r} is not a list of percentiles", where="--metric-percentiles", fix="Write 95,99."
+        )
+    return ranks
