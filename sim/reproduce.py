@@ -87,7 +87,37 @@ class TableReproduction:
                 errors.setdefault(cell.metric, []).append(abs(cell.error))
         return {metric: 100 * float(np.mean(values)) for metric, values in errors.items()}
 
+    def to_text(self) -> str:
+        """A line a row: predicted values with their error; marked * where fitted, ( ) where excluded."""
+        columns = list(dict.fromkeys(cell.metric for cell in self.cells))
+        by_row: dict[str, dict[str, str]] = {}
+        for cell in self.cells:
+            name = " ".join(f"{key}={value}" for key, value in cell.keys.items()) or "whole run"
+            error = "" if cell.error is None else f" {100 * cell.error:+.1f}%"
+            text = f"{cell.predicted:.4g}{error}"
+            marked = {"fit": f"{text}*", "excluded": f"({text})"}.get(cell.used, text)
+            by_row.setdefault(name, {})[cell.metric] = marked
+        mape = {metric: f"{value:.1f}%" for metric, value in self.mape_predicted.items()}
+        lines = [["", *columns]]
+        lines += [[name, *(row.get(column, "") for column in columns)] for name, row in by_row.items()]
+        lines.append(["mean error, predicted", *(mape.get(column, "") for column in columns)])
+        widths = [max(len(line[i]) for line in lines) for i in range(len(columns) + 1)]
+        text = "\n".join(
+            "  ".join(
+                word.ljust(w) if i == 0 else word.rjust(w)
+                for i, (word, w) in enumerate(zip(line, widths, strict=True))
+            )
+            for line in lines
+        )
+        knee = ""
+        if self.knee is not None:
+            knee = (
+                f"\nknee: predicted {self.knee['concurrency']}, reported {self.knee['reported_concurrency']}"
+            )
+        return f"{self.name}: predicted, error against reported\n{text}{knee}"
+
     def to_json(self) -> dict[str, Any]:
+        """As described for ``servecast reproduce --json``."""
         return {
             "source": self.source,
             "fitted_rows": self.rows("fit"),
@@ -108,6 +138,23 @@ class Reproduction:
     provenance: dict[str, Any]
 
     exit_code = 0  # it was computed; whether it is good enough is for the reader
+
+    def to_text(self) -> str:
+        """All tables, what they rest on, and how to read them."""
+        parts = [table.to_text() for table in self.tables]
+        context = self.scenario.run_context
+        if context is not None:
+            parts.insert(
+                0, "\n".join(f"{name}: {value}" for name, value in context.model_dump().items() if value)
+            )
+        rests = self.provenance
+        band = "not known" if rests["error_band"] is None else f"+-{100 * rests['error_band']:.0f} %"
+        parts.append(
+            "* used to fit the profile; ( ) excluded, with the reason in --json. "
+            f"Means over {len(self.seeds)} seeds.\n"
+            f"profile: {rests['profile']}; {rests['basis']}; error band {band}"
+        )
+        return "\n\n".join(parts)
 
     def to_json(self) -> dict[str, Any]:
         """The main table's keys at the top, the others under "tables"."""
