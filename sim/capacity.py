@@ -123,12 +123,14 @@ def plan(
         "max_rate": max_rate,
         "tolerance": tolerance,
         "target_rate": target_rate,
-        "gpu_hour_cost": gpu_hour_cost,
+        "gpus": gpus,
     }.items():
         if value is not None and not 0 < value < math.inf:
             raise InputError(
                 f"{value:g} is not positive and finite", where=name, fix="Give a positive number."
             )
+    if gpu_hour_cost is not None and not 0 <= gpu_hour_cost < math.inf:
+        raise InputError(f"{gpu_hour_cost:g} is no cost", where="gpu_hour_cost", fix="Give 0 or more.")
     if not 0.5 < confidence < 1:
         raise InputError(f"{confidence:g} is out of range", where="confidence", fix="Give 0.5 to 1, as 0.95.")
     if not replications or min(replications) < 2 or list(replications) != sorted(set(replications)):
@@ -196,11 +198,8 @@ def _notes(best: ProbedRate | None, target_rate: float | None) -> tuple[str, ...
     notes = []
     if best is not None:
         window = best.num_requests * (1 - WARMUP_SHARE) / best.rate / best.e2e_s
-        if window < 0.8 * WINDOW_IN_E2E:
-            notes.append(
-                f"a replication at the answer counts {window:.1f} end-to-end latencies; "
-                "max_requests allows no longer window"
-            )
+        if window < WINDOW_IN_E2E / 2:
+            notes.append(f"a replication at the answer counts only {window:.1f} end-to-end latencies")
         if target_rate is not None:
             notes.append("replicas assume that traffic is split evenly between them")
     return tuple(notes)

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 
 from servecast.sim.capacity import Plan
 from servecast.sim.metrics import Floats, percentiles, series
+from servecast.sim.probe import Verdict
 from servecast.sim.records import Run
 
 # Stand-ins that Matplotlib draws with, and the CSS variables that replace them in the SVG.
@@ -83,15 +84,16 @@ def latency_by_rate(plan: Plan) -> str:
                 f"objective {limit:.0%}" if is_share else f"SLO {limit:g} ms",
                 (0, limit),
                 xycoords=("axes fraction", "data"),
-                xytext=(4, 3),
+                xytext=(4, -3 if is_share else 3),
                 textcoords="offset points",
+                va="top" if is_share else "bottom",
                 color=BAD,
                 fontsize=9,
             )
-            _mark(ax, plan.max_request_rate, "max", INK, 0.98)
-            _mark(ax, plan.knee, "knee", MUTED, 0.88)
+            _mark(ax, plan.max_request_rate, "max", INK, 0.6 if is_share else 0.98)
+            _mark(ax, plan.knee, "knee", MUTED, 0.5 if is_share else 0.88)
             ax.set_ylim(0, top)
-            ax.set_title(spoken(at_rates[0].objective))
+            ax.set_title(spoken(at_rates[0]))
             ax.set_ylabel("share of requests" if is_share else "ms")
             ax.set_xlim(left, right)
             ax.set_xlabel("requests/s")
@@ -173,12 +175,13 @@ def itl_histogram(run: Run) -> str:
         return finish("Inter-token latency")
 
 
-def spoken(objective: str) -> str:
-    """An objective for people: "TTFT p95 <= 500 ms" for "ttft:p95:500"."""
-    if objective.startswith("goodput "):
-        limits = (limit.split(":") for limit in objective.removeprefix("goodput ").split())
-        return "share of requests with " + ", ".join(f"{name.upper()} ≤ {ms} ms" for name, ms in limits)
-    metric, statistic, limit = objective.split(":")
+def spoken(verdict: Verdict) -> str:
+    """An objective for people: "TTFT p95 ≤ 500 ms" for "ttft:p95:500"."""
+    if verdict.objective.startswith("goodput "):
+        limits = (limit.split(":") for limit in verdict.objective.removeprefix("goodput ").split())
+        good = " and ".join(f"{name.upper()} ≤ {ms} ms" for name, ms in limits)
+        return f"{verdict.limit:.0%} of requests with {good}"
+    metric, statistic, limit = verdict.objective.split(":")
     return f"{metric.upper()} {statistic} ≤ {limit} ms"
 
 

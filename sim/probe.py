@@ -237,7 +237,8 @@ def _goodput_verdict(
     between = t_interval([each.good / each.requests for each in observations], confidence)
     good, total = sum(each.good for each in observations), sum(each.requests for each in observations)
     within = wilson(good, total, confidence)
-    value = replace(within, low=min(between.low, within.low), high=max(between.high, within.high))
+    low, high = max(0.0, min(between.low, within.low)), min(1.0, max(between.high, within.high))
+    value = replace(within, low=low, high=high)
     state: State = (
         "pass" if value.low >= attainment else "fail" if value.high < attainment else "inconclusive"
     )

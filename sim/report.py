@@ -105,6 +105,7 @@ def write_report(
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    environment.filters["figure"] = _figure
     limit, remedy = LIMITS.get(plan.binding.limit, (plan.binding.limit, ""))
     page = environment.from_string(template).render(
         plan=plan,
@@ -121,6 +122,11 @@ def write_report(
     return path
 
 
+def _figure(value: float) -> str:
+    """Four digits, and no powers of ten."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}" if abs(value) >= 0.0001 else "0"
+
+
 def _headline(plan: Plan) -> str:
     """The answer in a sentence, after its number."""
     objectives = " and ".join(_objectives(plan))
@@ -133,11 +139,11 @@ def _headline(plan: Plan) -> str:
     fail = plan.interval[1]
     if fail is None:
         return f"{sentence}; no rate that was tried fails."
-    return f"{sentence}; {fail:.4g} requests/s fails."
+    return f"{sentence}; {_figure(fail)} requests/s fails."
 
 
 def _objectives(plan: Plan) -> list[str]:
-    return [figures.spoken(verdict.objective) for verdict in plan.probes[0].verdicts]
+    return [figures.spoken(verdict) for verdict in plan.probes[0].verdicts]
 
 
 def _sweep_plot(sweep: Sequence[SweepPoint]) -> Plot:

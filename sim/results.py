@@ -24,6 +24,23 @@ from servecast.sim.warmup import Warmup, select
 SCHEMA_VERSION = 1
 TABLES = (".csv", ".parquet")
 
+_MEASURED = (  # besides what ends in _ms
+    "completed",
+    "failed",
+    "duration",
+    "request_throughput",
+    "request_goodput",
+    "goodput_share",
+    "output_throughput",
+    "total_token_throughput",
+    "max_output_tokens_per_s",
+    "max_concurrent_requests",
+    "kv_cache_usage_peak",
+    "max_num_running",
+    "max_num_waiting",
+    "num_preemptions",
+    "prefix_cache_hit_rate",
+)
 _VLLM_KEYS = ("completed", "duration", "output_throughput")  # in every result of vllm bench serve
 
 
@@ -100,6 +117,11 @@ def result(
     if detailed:
         document |= _detailed(whole)
     return document
+
+
+def measured(part: Mapping[str, Any]) -> dict[str, float | None]:
+    """The metrics among the keys of a result or of one of its stages."""
+    return {key: value for key, value in part.items() if key in _MEASURED or key.endswith("_ms")}
 
 
 def extrapolations(deployment: Deployment, run: Run) -> list[str]:

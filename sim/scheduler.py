@@ -116,7 +116,7 @@ class Scheduler:
                 where=where,
                 fix=f"Shorten it below max_model_len={config.max_model_len}, or raise max_model_len.",
             )
-        need = -(-sequence.final_tokens // self._block_size)
+        need = -(-(sequence.final_tokens - 1) // self._block_size)  # the last token is never computed
         if need > config.num_gpu_blocks - 1:
             raise InputError(
                 f"its {sequence.final_tokens} tokens need {need} KV blocks of {self._block_size}",

@@ -23,6 +23,7 @@ from servecast.sim.probe import (
 Progress = Callable[[float, str, float], None]
 
 DIGITS = 4  # significant digits of a probed rate
+TOO_SHORT = 1.25  # runs are repeated if they needed to be longer than this many times what they were
 ALONE = 0.05  # mean requests in flight below which a request has the server to itself
 
 
@@ -60,12 +61,16 @@ class Prober:
         if self._e2e is None:
             needed = requests_needed(self.objectives, rate, 0.0, most=most)
             self._e2e = (0.0, self._observe(rate, needed, range(1))[0].e2e_s)
-        needed = requests_needed(self.objectives, rate, self._e2e[1], least=least, most=most)
         look_confidence = 1 - 2 * (1 - self.confidence) / len(self.replications)
         observations: list[Observation] = []
+        needed = requests_needed(self.objectives, rate, self._e2e[1], least=least, most=most)
         for count in looks:
             observations += self._observe(rate, needed, range(len(observations), count))
             result = judge(rate, needed, observations, self.objectives, look_confidence)
+            more = requests_needed(self.objectives, rate, result.e2e_s, least=least, most=most)
+            if result.state != "fail" and more > TOO_SHORT * needed:  # latency has grown since the last rate
+                needed, observations = more, self._observe(rate, more, range(count))
+                result = judge(rate, needed, observations, self.objectives, look_confidence)
             if result.state != "inconclusive":
                 break
         if not result.saturated and rate > self._e2e[0]:

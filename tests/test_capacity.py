@@ -13,11 +13,13 @@ import pytest
 
 from servecast.sim.binding import Evidence, Limits, binding_limit, evidence
 from servecast.sim.capacity import Plan, plan
+from servecast.sim.engine_config import EngineConfig
 from servecast.sim.errors import InputError
 from servecast.sim.knee import closed_loop_knee, open_loop_knee, saturation
 from servecast.sim.probe import Objectives, requests_needed
 from servecast.sim.records import STEP_COLUMNS, Run
 from servecast.sim.slo import SLO, Goodput
+from servecast.sim.step_time import Binding as StepBinding
 from servecast.sim.step_time import StepShape
 
 SERVICE_RATE = 10.0
@@ -70,7 +72,17 @@ def mm1(request_rate: float, seed: int, num_requests: int) -> Run:
     return Run(table(arrival, start, finish), steps, pd.DataFrame({"stage": [], "gap": [], "weight": []}))
 
 
-LIMITS = Limits(max_num_seqs=1, max_num_batched_tokens=2048, num_gpu_blocks=101)
+def engine(max_num_seqs: int, max_num_batched_tokens: int) -> EngineConfig:
+    return EngineConfig(
+        version="0.32",
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        max_model_len=100,
+        num_gpu_blocks=11,
+    )
+
+
+LIMITS = Limits(engine(1, 2048))
 
 
 @pytest.fixture(scope="module")
@@ -200,6 +212,8 @@ def test_progress_rises_to_the_end() -> None:
     [
         ({"start_rate": 0.0}, "start_rate: 0 is not positive"),
         ({"target_rate": -1.0}, "target_rate: -1 is not positive"),
+        ({"gpu_hour_cost": -1.0}, "gpu_hour_cost: -1 is no cost"),
+        ({"gpus": 0}, "gpus: 0 is not positive"),
         ({"confidence": 1.0}, "confidence: 1 is out of range"),
         ({"replications": (1,)}, "replications:"),
         ({"replications": (8, 4)}, "replications:"),
@@ -287,9 +301,27 @@ def busy_run(**columns: Any) -> Run:
     return Run(requests, steps, pd.DataFrame({"stage": [0], "gap": [1.0], "weight": [3]}))
 
 
-ENGINE = Limits(
-    4, 100, 11, lambda step: "compute" if step.chunks else "memory_bandwidth", lambda _: {"linear": 1.0}
-)
+class StepCost:
+    """Steps with prompt chunks are bound by compute, others by memory; remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.shapes: list[StepShape] = []
+
+    def seconds(self, step: StepShape) -> float:
+        return 1.0
+
+    def roofline_seconds(self, step: StepShape) -> float:
+        return 0.0
+
+    def breakdown(self, step: StepShape) -> dict[str, float]:
+        return {"linear": 1.0}
+
+    def binding(self, step: StepShape) -> StepBinding:
+        self.shapes.append(step)
+        return "compute" if step.chunks else "memory_bandwidth"
+
+
+ENGINE = Limits(engine(4, 100), StepCost())
 
 
 @pytest.mark.parametrize(
@@ -334,15 +366,10 @@ def test_the_front_end_binds_by_time_to_first_token_or_by_late_tokens() -> None:
 
 def test_step_shapes_are_rebuilt_from_rows() -> None:
     """7 prompt tokens of 2 requests are chunks of 4 and 3."""
-    shapes: list[StepShape] = []
-
-    def bound_by(step: StepShape) -> str:
-        shapes.append(step)
-        return "compute"
-
+    cost = StepCost()
     run = busy_run(prefill_tokens=[7] * 4, prefill_requests=[2] * 4, decodes=[3] * 4, emitted=[5] * 4)
-    evidence(run, Limits(4, 100, 11, bound_by))
-    assert [(list(s.chunks), s.decodes, s.samples) for s in shapes] == [([(4, 0), (3, 0)], 3, 5)] * 4
+    evidence(run, Limits(engine(4, 100), cost))
+    assert [(list(s.chunks), s.decodes, s.samples) for s in cost.shapes] == [([(4, 0), (3, 0)], 3, 5)] * 4
 
 
 def test_evidence_is_averaged_over_replications() -> None:
@@ -351,3 +378,20 @@ def test_evidence_is_averaged_over_replications() -> None:
     mean = Evidence.mean([one, two])
     assert (mean.max_num_seqs, mean.kv_blocks, mean.busy) == pytest.approx((0.3, 0.1, 0.9))
     assert mean.bound_by == {"compute": 0.5, "host": 0.5}
+
+
+def test_replications_grow_with_the_latency_they_find() -> None:
+    """End-to-end latency is as many seconds as the rate: doubling it asks for four times the requests."""
+
+    def growing(request_rate: float, seed: int, num_requests: int) -> Run:
+        arrival = np.arange(1, num_requests + 1) / request_rate
+        empty = pd.DataFrame({"stage": [], "gap": [], "weight": []})
+        return Run(table(arrival, arrival, arrival + request_rate), steps_frame(start=[]), empty)
+
+    result = plan(growing, [SLO.parse("ttft:p95:20000")], replications=(2,), max_requests=100_000)
+    best = result.best
+    assert best is not None
+    assert best.rate == pytest.approx(20, rel=0.03)
+    for probe in result.probes:
+        if probe.state == "pass":
+            assert 0.8 * probe.num_requests >= max(1000, 10 * probe.rate**2 / 1.25) - 1

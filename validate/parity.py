@@ -136,9 +136,9 @@ def _first_difference(
             ours.append(event)
             if index == len(theirs):
                 return differ("end")
-            # event by event the keys are the same; those that were not read are missing on our side
-            if any(theirs[index].get(key) != value for key, value in event.items()):
-                return differ(*(key for key, value in event.items() if theirs[index].get(key) != value))
+            fields = _differences(event, theirs[index])
+            if fields:
+                return differ(*fields)
     except Exception as error:  # whatever breaks in our engine is a difference
         ours.append({"raised": f"{type(error).__name__}: {error}"})
         return differ("raised")
@@ -146,6 +146,13 @@ def _first_difference(
         ours.append(None)
         return differ("end")
     return None
+
+
+def _differences(ours: Event, theirs: Event) -> list[str]:
+    """Keys that differ. What one side has not read (or a live recording does not hold) is not compared."""
+    kinds = {"schedule", "complete", "raised"}
+    missing = kinds & (ours.keys() ^ theirs.keys())
+    return [*sorted(missing), *(key for key in ours if key in theirs and ours[key] != theirs[key])]
 
 
 def our_decisions(

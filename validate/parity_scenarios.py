@@ -88,6 +88,13 @@ def random_scenarios(version: str, seed: int, count: int) -> Iterator[Scenario]:
         yield draw_scenario(recorded_picks(seed, index)[0], version, f"random-{version}-{seed}-{index}")
 
 
+def corner_cases(version: str) -> list[Scenario]:
+    """Scenarios for what chance hardly ever brings about, made by shrinking a difference that was found."""
+    file = Path(__file__).with_name("parity_cases.jsonl")
+    cases = [Scenario.from_json(line, str(file)) for line in file.read_text().splitlines()]
+    return [case for case in cases if case.config.version == version]
+
+
 def recorded_picks(seed: int, index: int) -> tuple[Pick, list[int]]:
     """The source of choices of a random scenario, and the list that it records them in."""
     rng = np.random.default_rng([seed, index])

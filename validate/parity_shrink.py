@@ -1,11 +1,12 @@
 """A smaller scenario in which two schedulers still differ, found by hypothesis.
 
 A random scenario is a list of choices (parity_scenarios.recorded_picks); hypothesis is given that list as
-a stored example of the same strategy, and shrinks it.
+a stored example of the same strategy, and shrinks it. What is left is thinned out request by request.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 from hypothesis import HealthCheck, Phase, find, settings
@@ -16,6 +17,10 @@ from hypothesis.errors import NoSuchExample
 from servecast.validate.parity_scenarios import Scenario, draw_scenario, recorded_picks
 
 KEY = b"parity"
+
+
+class Enough(KeyboardInterrupt):
+    """The tries are used up. Hypothesis lets nothing else through."""
 
 
 def shrink(
@@ -42,7 +47,9 @@ def shrink(
     def condition(scenario: Scenario) -> bool:
         nonlocal best, calls
         calls += 1
-        if calls > tries or not differs(scenario):
+        if calls > tries:
+            raise Enough
+        if not differs(scenario):
             return False
         best = min(best, scenario, key=_size)
         return True
@@ -62,9 +69,26 @@ def shrink(
             ),
             database_key=KEY,
         )
-    except NoSuchExample:
-        pass  # it no longer differs, or the tries are used up: keep the best
-    return best
+    except (Enough, NoSuchExample):
+        pass
+    return thin_out(best, differs)
+
+
+def thin_out(scenario: Scenario, differs: Callable[[Scenario], bool]) -> Scenario:
+    """The scenario without the requests that the difference does not need."""
+    share = len(scenario.arrivals)
+    while share:
+        for start in range(0, len(scenario.arrivals), share):
+            kept = scenario.arrivals[:start] + scenario.arrivals[start + share :]
+            ids = {arrival.request.request_id for arrival in kept}
+            aborts = tuple(abort for abort in scenario.aborts if abort.request_id in ids)
+            thinner = dataclasses.replace(scenario, arrivals=kept, aborts=aborts)
+            if kept and differs(thinner):
+                scenario = thinner
+                break
+        else:
+            share //= 2
+    return scenario
 
 
 def _size(scenario: Scenario) -> tuple[int, int]:

@@ -117,22 +117,55 @@ def assignment(text: str, *, where: str = "--set") -> tuple[str, Any]:
     Raises:
         InputError: it is not of that form, or the value is no YAML.
     """
-    field, equals, value = text.partition("=")
-    if not equals or not all(field.split(".")):
+    field, value = _split(text, where)
+    return field, value if _is_text(field, value) else _read(value, where)
+
+
+def assignments(text: str, *, where: str = "--vary") -> tuple[str, list[Any]]:
+    """The same for the field and the values of "engine.max_num_seqs=64,128"."""
+    field, values = _split(text, where)
+    if _is_text(field, values):
+        return field, values.split(",")
+    return field, list(_read(f"[{values}]", where))
+
+
+def numbers(text: str, *, where: str) -> list[float]:
+    """Positive numbers separated by commas."""
+    try:
+        found = [float(word) for word in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or not all(0 < number < float("inf") for number in found):
+        raise InputError(
+            f"{text!r} is no list of numbers above 0", where=where, fix="Separate them by commas."
+        )
+    return found
+
+
+def check_jobs(jobs: int) -> None:
+    """Refuse a number of processes that is none."""
+    if jobs == 0 or jobs < -1:
+        raise InputError(f"{jobs} processes", where="--jobs", fix="Give at least 1, or -1 for all cores.")
+
+
+def _split(text: str, where: str) -> tuple[str, str]:
+    field, _, value = text.partition("=")
+    if not value or not all(field.split(".")):
         raise InputError(
             f"{text!r} is not of the form FIELD=VALUE",
             where=where,
             fix="Write for example engine.max_num_seqs=128.",
         )
-    return field, scalar(field, value, where=where)
+    return field, value
 
 
-def scalar(field: str, value: str, *, where: str) -> Any:
-    """A field's value, from text."""
+def _is_text(field: str, value: str) -> bool:
+    return field in _TEXT and value not in ("null", "~")
+
+
+def _read(value: str, where: str) -> Any:
     import yaml
 
-    if field in _TEXT and value not in ("null", "~"):
-        return value
     try:
         return yaml.safe_load(value)
     except yaml.YAMLError:

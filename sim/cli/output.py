@@ -1,4 +1,4 @@
-"""How commands print: rich on a terminal, plain text otherwise, and nothing but JSON where it is asked for."""
+"""How commands print: rich on a terminal, plain text otherwise, and one JSON object where asked."""
 
 from __future__ import annotations
 

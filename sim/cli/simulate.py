@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from servecast.sim.cli.options import Load, WhatIf
+from servecast.sim.cli.options import Load, WhatIf, numbers
 from servecast.sim.cli.output import print_facts, print_json, print_table
-from servecast.sim.errors import InputError
 
 _COLUMNS = (  # of a table of stages: header, key
     ("stage", "stage"),
@@ -57,24 +56,25 @@ def simulate(
         warmup: what to leave out at the start of each stage: 30s, 100 (requests), 20% or auto.
         json: print the result as JSON, and nothing else.
     """
+    ranks = numbers(metric_percentiles, where="--metric-percentiles")
+    loaded, changes = what_if.load(scenario)
+
     from servecast.sim import simulate as simulation
     from servecast.sim.deployment import Deployment
     from servecast.sim.metrics import vllm_bench_text
     from servecast.sim.results import check_table, result, write_result, write_table
     from servecast.sim.warmup import Warmup
 
-    ranks = _ranks(metric_percentiles)
     cut = None if warmup is None else Warmup.parse(warmup)
     for path, flag in ((records, "--records"), (steps, "--steps")):
         if path is not None:
             check_table(path, where=flag)
-    loaded, changes = what_if.load(scenario)
     deployment = Deployment.of(loaded)
     run = simulation.simulate(loaded, workload=load.workload(loaded), deployment=deployment)
     document = result(
         loaded, deployment, run, what_if=changes, ranks=ranks, warmup=cut, detailed=save_detailed
     )
-    written = []
+    written: list[Path] = []
     for path, table in ((records, run.requests), (steps, run.steps)):
         if path is not None:
             write_table(path, table)
@@ -123,15 +123,3 @@ def print_context(document: Mapping[str, Any]) -> None:
     print_facts("What the prediction rests on", facts)
     for note in document["notes"]:
         print(f"note: {note}")
-
-
-def _ranks(text: str) -> list[float]:
-    try:
-        ranks = [float(word) for word in text.split(",")]
-    except ValueError:
-        ranks = []
-    if not ranks or not all(0 < rank < 100 for rank in ranks):
-        raise InputError(
-            f"{text!r} is not a list of percentiles", where="--metric-percentiles", fix="Write 95,99."
-        )
-    return ranks

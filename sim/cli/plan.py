@@ -1,0 +1,276 @@
+"""``servecast plan``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from servecast.sim.cli.options import WhatIf, check_jobs
+from servecast.sim.cli.output import cell_text, print_json, print_table, progress_bar
+
+if TYPE_CHECKING:
+    from servecast.sim.capacity import Plan
+    from servecast.sim.figures import SweepPoint
+    from servecast.sim.scenario import Scenario
+    from servecast.sim.simulate import RateProbe
+
+_BURST = 400  # requests sent at once, to see roughly what can be served
+_BURST_RATE = 1e5
+
+
+def plan(
+    scenario: str,
+    /,
+    *,
+    slo: list[str] | None = None,
+    goodput: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
+    attainment: float = 0.95,
+    confidence: float = 0.95,
+    tolerance: float = 0.03,
+    max_num_requests: int = 20_000,
+    target_rate: float | None = None,
+    gpu_hour_cost: float | None = None,
+    sensitivity: bool = False,
+    report: Path | None = None,
+    jobs: int = -1,
+    json: bool = False,
+    what_if: WhatIf = WhatIf(),  # noqa: B008 (frozen)
+) -> int:
+    """Find the largest request rate that meets the SLOs, what binds there, and the knee.
+
+    Exits 0 with an answer, 1 if no rate meets the SLOs, 3 if it cannot be told.
+
+    Args:
+        scenario: a shipped scenario's name, or a YAML file.
+        slo: latency:statistic:milliseconds, as ttft:p95:500. Can be repeated. Without this and --goodput
+            the scenario's own.
+        goodput: what a good request meets, as ttft:500 tpot:50.
+        attainment: share of requests that must be good.
+        confidence: with which a rate must pass or fail.
+        tolerance: relative width to which the answer is bracketed.
+        max_num_requests: at most so many counted requests in a replication.
+        target_rate: requests a second to serve: prints the headroom, and the replicas for it.
+        gpu_hour_cost: what a GPU costs an hour: prints the cost of a million output tokens.
+        sensitivity: look at the answer with each assumed constant 20 % lower and higher. Takes longer.
+        report: HTML file to write (out/plan-NAME.html, unless --json).
+        jobs: processes; -1 is one for each core. The answer does not depend on it.
+        json: print one JSON object and nothing else.
+    """
+    check_jobs(jobs)
+    loaded, changes = what_if.load(scenario)
+
+    from servecast.sim import capacity
+    from servecast.sim.results import context, extrapolations
+    from servecast.sim.simulate import RateProbe
+    from servecast.sim.slo import SLO, Goodput
+
+    slos = tuple(SLO.parse(text) for text in slo or ())
+    good = Goodput.parse(" ".join(goodput)) if goodput is not None else None
+    if not slos and good is None:
+        slos = loaded.slos
+        good = None if slos else loaded.goodput_limits
+    probe = RateProbe(loaded)
+    deployment = probe.deployment
+    with progress_bar("plan") as advance:
+        advance(0.0, "first look")
+        start = start_rate(probe, loaded.seed)
+        found = capacity.plan(
+            probe,
+            slos,
+            goodput=good,
+            attainment=attainment,
+            limits=deployment.limits,
+            start_rate=start,
+            seed=loaded.seed,
+            tolerance=tolerance,
+            confidence=confidence,
+            max_requests=max_num_requests,
+            target_rate=target_rate,
+            gpu_hour_cost=loaded.gpu_hour_cost if gpu_hour_cost is None else gpu_hour_cost,
+            gpus=deployment.engine.flags.tensor_parallel_size * loaded.fleet.replicas,
+            jobs=jobs,
+            progress=lambda rate, state, share: advance(share, f"{rate:g} requests/s {state}"),
+        )
+        shown = found.best or found.probes[0]
+        run = probe(shown.rate, loaded.seed, shown.num_requests)
+        points = sweep_points(loaded)
+        changed = []
+        if sensitivity and found.best is not None:
+            from servecast.sim import sensitivity as assumed
+
+            advance(1.0, "sensitivity to the assumptions")
+            changed = assumed.sensitivity(
+                loaded,
+                partial(_reload, what_if, scenario),
+                found.objectives,
+                rate=found.best.rate,
+                num_requests=found.best.num_requests,
+                changed=changes,
+                seed=loaded.seed,
+                jobs=jobs,
+            )
+    document = context(loaded, deployment, seed=loaded.seed, what_if=changes) | found.to_json()
+    document["slo"] = document["objectives"]["slos"]
+    document["knee"] = {"request_rate": found.knee, "concurrency": _concurrency_knee(points)}
+    document["notes"] = [*loaded.engine.notes, *found.notes, *extrapolations(deployment, run)]
+    document["sensitivity"] = [each.to_json() for each in changed] if sensitivity else None
+    if report is None and not json:
+        report = Path("out") / f"plan-{loaded.name}.html"
+    document["report"] = None if report is None else str(report)
+    if report is not None:
+        from servecast.sim.report import write_report
+
+        report.parent.mkdir(parents=True, exist_ok=True)
+        write_report(report, found, context=_report_context(document), run=run, sweep=points)
+    if json:
+        print_json(document)
+    else:
+        _print(document, found)
+    return found.exit_code
+
+
+def start_rate(probe: RateProbe, seed: int) -> float:
+    """Half the rate at which a burst is served, in requests/s: a first guess that mostly passes."""
+    from servecast.sim.metrics import duration
+
+    run = probe(_BURST_RATE, seed, _BURST)
+    return float(f"{len(run.requests) / duration(run) / 2:.2g}")
+
+
+def sweep_points(scenario: Scenario) -> list[SweepPoint]:
+    """The scenario's own closed-loop sweep, simulated; empty where it has none."""
+    from servecast.sim.arrivals import ClosedLoop
+    from servecast.sim.figures import SweepPoint
+    from servecast.sim.metrics import summary
+    from servecast.sim.simulate import simulate
+    from servecast.sim.warmup import select
+
+    laws = [stage.streams[0].arrivals for stage in scenario.stages().stages]
+    levels = [law.concurrency for law in laws if isinstance(law, ClosedLoop)]
+    if scenario.sweep is None or len(levels) < len(laws):
+        return []
+    run = simulate(scenario)
+    throughput = [summary(select(run, stage=index))["output_throughput"] for index in range(len(levels))]
+    return [SweepPoint(level, value) for level, value in zip(levels, throughput, strict=True)]
+
+
+def _concurrency_knee(points: list[SweepPoint]) -> int | None:
+    from servecast.sim.knee import closed_loop_knee
+
+    return closed_loop_knee([p.concurrency for p in points], [p.output_throughput for p in points])
+
+
+def _reload(what_if: WhatIf, name: str, overrides: Mapping[str, Any]) -> Scenario:
+    return what_if.load(name, overrides)[0]
+
+
+def _report_context(document: Mapping[str, Any]) -> Any:
+    from servecast.sim.report import ReportContext
+
+    objectives = document["slo"] or [f"goodput {document['objectives']['goodput']}"]
+    band, provenance = document["error_band"], document["provenance"]
+    return ReportContext(
+        title=f"servecast plan: {document['scenario']}",
+        question=f"How many requests a second can {document['model_id']} on {document['gpu']} serve at "
+        f"{' and '.join(objectives)} ms?",
+        band="The error of this profile is not known." if band is None else f"Latencies within {band:.0%}.",
+        run_context={
+            **(document["run_context"] or {}),
+            **{f"what-if: {field}": value for field, value in document["what_if"].items()},
+        },
+        provenance={
+            "basis": provenance["basis"],
+            "profile": provenance["profile"],
+            "vLLM rules": document["engine"]["rules"],
+            "seed": document["seed"],
+            "servecast": document["servecast_version"],
+            **{f"note {number}": note for number, note in enumerate(document["notes"], 1)},
+        },
+        assumptions=_assumptions(document),
+    )
+
+
+def _assumptions(document: Mapping[str, Any]) -> list[dict[str, object]]:
+    """Each assumption with what 20 % of it changes, as far as that was asked for."""
+    rows = []
+    for assumption in document["assumptions"]:
+        row = {"assumed": assumption["name"], "value": assumption["value"], "origin": assumption["origin"]}
+        if document["sensitivity"] is not None:
+            row["changes the answer by"] = "; ".join(
+                f"{each['scaled']:g}: {_effect(each)}"
+                for each in document["sensitivity"]
+                if each["name"] == assumption["name"]
+            )
+        rows.append(row)
+    return rows
+
+
+def _effect(change: Mapping[str, Any]) -> str:
+    rate = change["max_request_rate"]
+    return change["error"] if rate is None else f"{rate:+.1%}"
+
+
+def _print(document: Mapping[str, Any], found: Plan) -> None:
+    header = ["requests/s", "verdict", *(v.objective for v in found.probes[0].verdicts), "tok/s", "why not"]
+    print_table(
+        header,
+        [
+            [
+                probe.rate,
+                probe.state,
+                *(verdict.value.estimate for verdict in probe.verdicts),
+                probe.output_throughput,
+                "; ".join(probe.reasons),
+            ]
+            for probe in found.probes
+        ],
+    )
+    rate, (low, high) = found.max_request_rate, found.interval
+    print()
+    if rate is None:
+        print(f"Largest request rate: none ({found.state})")
+    else:
+        end = "no rate that was tried fails" if high is None else f"{high:g} fails"
+        print(f"Largest request rate: {rate:g} requests/s")
+        print(f"  {found.state}: {low:g} passes, {end}, with {found.confidence:.0%} confidence")
+    print(f"What binds: {found.binding.limit}")
+    for reason in found.binding.reasons:
+        print(f"  {reason}")
+    knee = document["knee"]
+    concurrency = "" if knee["concurrency"] is None else f"; closed loop: concurrency {knee['concurrency']}"
+    print(f"Knee: {cell_text(knee['request_rate'])} requests/s{concurrency}")
+    if found.headroom is not None:
+        print(
+            f"For {found.target_rate:g} requests/s: {found.replicas} of these, headroom {found.headroom:.2f}"
+        )
+    if found.cost_per_million_output_tokens is not None:
+        print(f"Cost of a million output tokens: {found.cost_per_million_output_tokens:.3g}")
+    if document["sensitivity"]:
+        _print_sensitivity(document["sensitivity"])
+    band, provenance = document["error_band"], document["provenance"]
+    within = "error not known" if band is None else f"error band +-{band:.0%}"
+    print(f"Rests on: {provenance['basis']}; profile {provenance['profile']}; {within}; seed {found.seed}")
+    for note in document["notes"]:
+        print(f"note: {note}")
+    print(f"Report: {document['report']}")
+
+
+def _print_sensitivity(changes: list[Mapping[str, Any]]) -> None:
+    objectives = list(next((each["values"] for each in changes if each["values"]), {}))
+    rows = [
+        [
+            each["name"],
+            each["assumed"],
+            each["scaled"],
+            _effect(each),
+            *(f"{each['values'][name]:+.1%}" if name in each["values"] else None for name in objectives),
+        ]
+        for each in changes
+    ]
+    title = "\nWhat the assumptions are worth (change of the answer, and of the objectives at it)"
+    print_table(["assumed", "value", "instead", "max rate", *objectives], rows, title=title)
+    print()
