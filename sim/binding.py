@@ -8,15 +8,14 @@ applies). So the step table tells which, step by step.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
 import pandas as pd
 
-from servecast.sim.engine_config import EngineConfig
 from servecast.sim.records import Run
-from servecast.sim.step_time import StepTime
+from servecast.sim.step_time import StepShape
 
 QUEUE_LIMITS = ("max_num_seqs", "token_budget", "kv_blocks")
 WAITING_SHARE = 0.05  # a queue that stands for less of the engine's time does not bind
@@ -27,10 +26,18 @@ STEP_SAMPLE = 200
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What the engines of a run could not exceed, and what their steps cost (None: not known)."""
+    """What an engine of a run could not exceed, and what its step-time model knows.
 
-    config: EngineConfig
-    step_time: StepTime | None = None
+    num_gpu_blocks includes the null block. bound_by: what most of a step's time goes to
+    (``StepTime.binding``). parts: part of a step to seconds (``StepTime.breakdown``). None where the
+    step-time model cannot tell.
+    """
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    num_gpu_blocks: int
+    bound_by: Callable[[StepShape], str] | None = None
+    parts: Callable[[StepShape], Mapping[str, float]] | None = None
 
 
 @dataclass(slots=True)
@@ -89,15 +96,15 @@ def evidence(run: Run, limits: Limits) -> Evidence:
     time = steps["duration"].to_numpy(dtype=float)
     total = float(time.sum()) or math.nan
     waits = steps["waiting"].to_numpy() > 0
-    full = waits & (steps["running"].to_numpy() >= limits.config.max_num_seqs)
+    full = waits & (steps["running"].to_numpy() >= limits.max_num_seqs)
     scheduled = (steps["prefill_tokens"] + steps["decodes"]).to_numpy()
-    spent = waits & ~full & (scheduled >= limits.config.max_num_batched_tokens)
+    spent = waits & ~full & (scheduled >= limits.max_num_batched_tokens)
     window = float(steps["start"].max() - steps["start"].min()) + float(time[-1:].sum())
     ttft = (requests["first_token"] - requests["sent"]).mean()
     decodes = steps["decodes"].to_numpy(dtype=float)
     gap = float(np.average(run.itl["gap"], weights=run.itl["weight"])) if len(run.itl) else math.nan
     behind = float(np.average(time, weights=decodes)) if decodes.any() else math.nan
-    bound_by, parts = _step_shares(steps, limits.step_time)
+    bound_by, parts = _step_shares(steps, limits)
     return Evidence(
         max_num_seqs=float(time[full].sum()) / total,
         token_budget=float(time[spent].sum()) / total,
@@ -130,18 +137,18 @@ def binding_limit(found: Evidence, limits: Limits, *, only_token_times: bool) ->
         queue = {name: getattr(found, name) for name in QUEUE_LIMITS}
         cause = max(QUEUE_LIMITS, key=lambda name: queue[name])
         if sum(queue.values()) > WAITING_SHARE:
-            return Binding(cause, (_queue_reason(cause, queue[cause], limits.config), *step))
+            return Binding(cause, (_queue_reason(cause, queue[cause], limits), *step))
     if not found.bound_by:
         return Binding("unknown", ("no queue and no step-time model that could tell", *step))
     return Binding(max(found.bound_by, key=lambda name: found.bound_by[name]), tuple(step))
 
 
-def _queue_reason(cause: str, share: float, config: EngineConfig) -> str:
-    budget = f"{config.max_num_batched_tokens} tokens of a step (max_num_batched_tokens)"
+def _queue_reason(cause: str, share: float, limits: Limits) -> str:
+    budget = f"{limits.max_num_batched_tokens} tokens of a step (max_num_batched_tokens)"
     what = {
-        "max_num_seqs": f"all {config.max_num_seqs} sequence slots (max_num_seqs) are taken",
+        "max_num_seqs": f"all {limits.max_num_seqs} sequence slots (max_num_seqs) are taken",
         "token_budget": f"the {budget} are used up",
-        "kv_blocks": f"no more of the {config.num_gpu_blocks - 1} KV blocks can be had",
+        "kv_blocks": f"no more of the {limits.num_gpu_blocks - 1} KV blocks can be had",
     }
     return f"in {share:.0%} of the engine's time requests wait while {what[cause]}"
 
@@ -161,7 +168,7 @@ def _step_shares(
     """Shares of step time by what binds and by part, from steps spread evenly over the run."""
     bound: dict[str, float] = {}
     parts: dict[str, float] = {}
-    if not len(steps) or step_time is None:
+    if not len(steps) or limits.bound_by is None:
         return bound, parts
     rows = steps.iloc[np.unique(np.linspace(0, len(steps) - 1, STEP_SAMPLE).astype(int))]
     counts = rows[["prefill_tokens", "prefill_requests", "decodes", "decode_context", "emitted"]]
@@ -171,9 +178,9 @@ def _step_shares(
         each, extra = divmod(tokens, requests or 1)
         chunks = [(each + (number < extra), 0) for number in range(requests)]
         shape = StepRow(chunks, decodes, context, emitted)
-        name = step_time.binding(shape)
+        name = limits.bound_by(shape)
         bound[name] = bound.get(name, 0.0) + duration
-        for part, seconds in step_time.breakdown(shape).items():
+        for part, seconds in (limits.parts(shape) if limits.parts else {}).items():
             parts[part] = parts.get(part, 0.0) + seconds
     return _normalised(bound), _normalised(parts)
 

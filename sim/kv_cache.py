@@ -46,7 +46,7 @@ class KVCache:
         self._shared: dict[int, int] = {}  # block -> holders, where more than one
         self._first: dict[int, int] = {}  # key -> the block that a look-up finds
         self._copies: dict[int, list[int]] = {}  # key -> later blocks with the same content
-        self._key_of: dict[int, int] = {}  # block -> key
+        self._key_of: list[int | None] = [None] * num_blocks  # by block
 
     @property
     def free_blocks(self) -> int:
@@ -100,8 +100,9 @@ class KVCache:
             self._fresh += 1
             return self._fresh - 1
         block, _none = self._evictable.popitem(last=False)
-        key = self._key_of.pop(block, None)
+        key = self._key_of[block]
         if key is not None:
+            self._key_of[block] = None
             if self._copies:
                 self._forget(key, block)
             else:
@@ -115,13 +116,15 @@ class KVCache:
 
     def cache(self, keys: Sequence[int], blocks: Sequence[int]) -> None:
         """Record the content of full blocks. A content that is known keeps being found where it was."""
+        keys = list(keys)
         if self._first.keys().isdisjoint(keys):
             self._first.update(zip(keys, blocks, strict=True))
         else:
             for key, block in zip(keys, blocks, strict=True):
                 if self._first.setdefault(key, block) != block:
                     self._copies.setdefault(key, []).append(block)
-        self._key_of.update(zip(blocks, keys, strict=True))
+        for key, block in zip(keys, blocks, strict=True):
+            self._key_of[block] = key
 
     def release(self, blocks: list[int], hashed: int) -> None:
         """Give back a request's blocks, of which the first ``hashed`` have known content.

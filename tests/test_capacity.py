@@ -13,13 +13,11 @@ import pytest
 
 from servecast.sim.binding import Evidence, Limits, binding_limit, evidence
 from servecast.sim.capacity import Plan, plan
-from servecast.sim.engine_config import EngineConfig
 from servecast.sim.errors import InputError
 from servecast.sim.knee import closed_loop_knee, open_loop_knee, saturation
 from servecast.sim.probe import Objectives, requests_needed
 from servecast.sim.records import STEP_COLUMNS, Run
 from servecast.sim.slo import SLO, Goodput
-from servecast.sim.step_time import Binding as StepBinding
 from servecast.sim.step_time import StepShape
 
 SERVICE_RATE = 10.0
@@ -72,17 +70,7 @@ def mm1(request_rate: float, seed: int, num_requests: int) -> Run:
     return Run(table(arrival, start, finish), steps, pd.DataFrame({"stage": [], "gap": [], "weight": []}))
 
 
-def engine(max_num_seqs: int, max_num_batched_tokens: int) -> EngineConfig:
-    return EngineConfig(
-        version="0.32",
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
-        max_model_len=100,
-        num_gpu_blocks=11,
-    )
-
-
-LIMITS = Limits(engine(1, 2048))
+LIMITS = Limits(max_num_seqs=1, max_num_batched_tokens=2048, num_gpu_blocks=11)
 
 
 @pytest.fixture(scope="module")
@@ -301,27 +289,11 @@ def busy_run(**columns: Any) -> Run:
     return Run(requests, steps, pd.DataFrame({"stage": [0], "gap": [1.0], "weight": [3]}))
 
 
-class StepCost:
-    """Steps with prompt chunks are bound by compute, others by memory; remembers what it was asked."""
-
-    def __init__(self) -> None:
-        self.shapes: list[StepShape] = []
-
-    def seconds(self, step: StepShape) -> float:
-        return 1.0
-
-    def roofline_seconds(self, step: StepShape) -> float:
-        return 0.0
-
-    def breakdown(self, step: StepShape) -> dict[str, float]:
-        return {"linear": 1.0}
-
-    def binding(self, step: StepShape) -> StepBinding:
-        self.shapes.append(step)
-        return "compute" if step.chunks else "memory_bandwidth"
+def bound_by(step: StepShape) -> str:
+    return "compute" if step.chunks else "memory_bandwidth"
 
 
-ENGINE = Limits(engine(4, 100), StepCost())
+ENGINE = Limits(4, 100, 11, bound_by, lambda _: {"linear": 1.0})
 
 
 @pytest.mark.parametrize(
@@ -366,10 +338,15 @@ def test_the_front_end_binds_by_time_to_first_token_or_by_late_tokens() -> None:
 
 def test_step_shapes_are_rebuilt_from_rows() -> None:
     """7 prompt tokens of 2 requests are chunks of 4 and 3."""
-    cost = StepCost()
+    shapes: list[StepShape] = []
+
+    def remember(step: StepShape) -> str:
+        shapes.append(step)
+        return "compute"
+
     run = busy_run(prefill_tokens=[7] * 4, prefill_requests=[2] * 4, decodes=[3] * 4, emitted=[5] * 4)
-    evidence(run, Limits(engine(4, 100), cost))
-    assert [(list(s.chunks), s.decodes, s.samples) for s in cost.shapes] == [([(4, 0), (3, 0)], 3, 5)] * 4
+    evidence(run, Limits(4, 100, 11, remember))
+    assert [(list(s.chunks), s.decodes, s.samples) for s in shapes] == [([(4, 0), (3, 0)], 3, 5)] * 4
 
 
 def test_evidence_is_averaged_over_replications() -> None:
