@@ -32,8 +32,8 @@ from vllm.v1.core.sched.scheduler import Scheduler
 FLUSH_NS = 250_000_000
 
 
-class Recording:
-    """Mixed in before a vLLM scheduler class."""
+class RecordingScheduler(Scheduler):  # type: ignore[misc]
+    """For ``--no-async-scheduling``."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -44,7 +44,7 @@ class Recording:
         self._steps = self._own_ns = self._flushed = 0
         self._write(["engine", self._config()])
 
-    def _config(self: Any) -> dict[str, Any]:
+    def _config(self) -> dict[str, Any]:
         scheduler, cache = self.vllm_config.scheduler_config, self.vllm_config.cache_config
         optional = ("long_prefill_token_threshold_adaptive", "watermark", "max_num_active_seqs")
         return {
@@ -65,7 +65,7 @@ class Recording:
     def _write(self, line: list[Any]) -> None:
         self._file.write(json.dumps(line, separators=(",", ":")) + "\n")
 
-    def add_request(self: Any, request: Any) -> None:
+    def add_request(self, request: Any) -> None:
         start = monotonic_ns()
         number = self._numbers[request.request_id] = len(self._numbers)
         self._known[request.request_id] = request
@@ -76,7 +76,7 @@ class Recording:
         self._own_ns += monotonic_ns() - start
         super().add_request(request)
 
-    def finish_requests(self: Any, request_ids: Any, finished_status: Any) -> Any:
+    def finish_requests(self, request_ids: Any, finished_status: Any) -> Any:
         names = [request_ids] if isinstance(request_ids, str) else request_ids
         if names is not None:
             names = list(names)
@@ -85,11 +85,11 @@ class Recording:
                 self._write(["abort", monotonic_ns(), [self._numbers[name] for name in known]])
         return super().finish_requests(names, finished_status)
 
-    def _preempt_request(self: Any, request: Any, *args: Any, **kwargs: Any) -> None:
+    def _preempt_request(self, request: Any, *args: Any, **kwargs: Any) -> None:
         self._preempted.append(self._numbers[request.request_id])
         super()._preempt_request(request, *args, **kwargs)
 
-    def schedule(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
         start = monotonic_ns()
         output = super().schedule(*args, **kwargs)
         end = monotonic_ns()
@@ -105,7 +105,7 @@ class Recording:
         self._own_ns += monotonic_ns() - end
         return output
 
-    def update_from_output(self: Any, scheduler_output: Any, model_runner_output: Any) -> Any:
+    def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         start = monotonic_ns()
         by_client = super().update_from_output(scheduler_output, model_runner_output)
         end = monotonic_ns()
@@ -129,9 +129,5 @@ def _outputs(clients: Iterable[Any]) -> Iterable[Any]:
         yield from client.outputs
 
 
-class RecordingScheduler(Recording, Scheduler):
-    """For ``--no-async-scheduling``."""
-
-
-class RecordingAsyncScheduler(Recording, AsyncScheduler):
+class RecordingAsyncScheduler(RecordingScheduler, AsyncScheduler):  # type: ignore[misc]
     """For async scheduling, which vLLM turns off when the class is not an AsyncScheduler."""

@@ -162,9 +162,7 @@ def _step_reasons(found: Evidence) -> list[str]:
     return reasons
 
 
-def _step_shares(
-    steps: pd.DataFrame, step_time: StepTime | None
-) -> tuple[dict[str, float], dict[str, float]]:
+def _step_shares(steps: pd.DataFrame, limits: Limits) -> tuple[dict[str, float], dict[str, float]]:
     """Shares of step time by what binds and by part, from steps spread evenly over the run."""
     bound: dict[str, float] = {}
     parts: dict[str, float] = {}

@@ -187,6 +187,14 @@ def check_table(path: Path, *, where: str) -> None:
         raise InputError(
             "Parquet needs pyarrow", where=where, fix="Install servecast[parquet], or write a .csv."
         )
+    check_output(path, where=where)
+
+
+def check_output(path: Path, *, where: str) -> None:
+    """Refuse, before a long run, a file that could not be written. Missing folders are made later."""
+    folder = next(each for each in path.absolute().parents if each.exists())
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise InputError(f"{str(path)!r} cannot be written", where=where, fix="Give another path.")
 
 
 def _write(path: Path, write: Callable[[Path], object]) -> None:

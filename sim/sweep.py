@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -216,13 +217,7 @@ def _parallel(
         with _dask_client(dask_scheduler) as client, parallel_config(backend="dask", client=client):
             yield Parallel(n_jobs=-1, batch_size=1, return_as="generator_unordered")
     else:
-        try:
-            from ray.util.joblib import register_ray
-        except ImportError:
-            raise InputError(
-                "ray is not installed", where="--backend ray", fix="Install servecast[ray]."
-            ) from None
-        register_ray()
+        _optional("ray.util.joblib", "ray").register_ray()
         with parallel_config(backend="ray", n_jobs=jobs):
             yield lambda tasks: _in_chunks(Parallel(), tasks, size=4 * max(jobs, 1))
 
@@ -236,12 +231,6 @@ def _in_chunks(parallel: Parallel, tasks: Iterable[Any], *, size: int) -> Iterat
 
 @contextmanager
 def _dask_client(address: str | None) -> Iterator[Any]:
-    try:
-        from distributed import Client
-    except ImportError:
-        raise InputError(
-            "dask is not installed", where="--backend dask", fix="Install servecast[dask]."
-        ) from None
     if address is None:
         raise InputError(
             "dask needs the address of its scheduler",
@@ -249,7 +238,7 @@ def _dask_client(address: str | None) -> Iterator[Any]:
             fix="Start one with dask scheduler, and give for example tcp://127.0.0.1:8786.",
         )
     try:
-        client = Client(address, timeout=10, set_as_default=False)
+        client = _optional("distributed", "dask").Client(address, timeout=10, set_as_default=False)
     except (OSError, ValueError) as error:
         raise InputError(
             f"no dask scheduler answers at {address!r} ({error})",
@@ -258,3 +247,13 @@ def _dask_client(address: str | None) -> Iterator[Any]:
         ) from None
     with client:
         yield client
+
+
+def _optional(module: str, extra: str) -> Any:
+    """A module that servecast only needs for one backend."""
+    try:
+        return import_module(module)
+    except ImportError:
+        raise InputError(
+            f"{extra} is not installed", where=f"--backend {extra}", fix=f"Install servecast[{extra}]."
+        ) from None

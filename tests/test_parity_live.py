@@ -1,4 +1,4 @@
-"""A recorded run of a real ``vllm serve`` on the CPU replays through the simulator's scheduler, step by step."""
+"""A recorded run of a real ``vllm serve`` on the CPU replays through our scheduler, step by step."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import json
 import os
 import socket
 import subprocess
-import threading
 import time
-from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection
 from pathlib import Path
 
@@ -49,8 +48,7 @@ def _send(port: int, prompt: list[int], max_tokens: int, delay: float, leave_aft
     """One streaming request, sent after ``delay`` s; hang up after ``leave_after`` chunks."""
     time.sleep(delay)
     connection = HTTPConnection("127.0.0.1", port, timeout=120)
-    body = {"model": "tiny", "prompt": prompt, "max_tokens": max_tokens, "stream": True, "seed": 1}
-    body["ignore_eos"] = max_tokens % 4 != 0
+    body = {"model": "tiny", "prompt": prompt, "max_tokens": max_tokens, "stream": True, "ignore_eos": True}
     connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
     response = connection.getresponse()
     assert response.status == 200, response.read()
@@ -64,7 +62,7 @@ def _send(port: int, prompt: list[int], max_tokens: int, delay: float, leave_aft
 
 
 @pytest.fixture(scope="module")
-def recording(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Recording]:
+def recording(tmp_path_factory: pytest.TempPathFactory) -> Recording:
     """Prompts with shared prefixes on a pool so small that requests preempt each other; some hang up."""
     if not ENVIRONMENT.exists():
         pytest.skip("needs vLLM: run validate/install_vllm.sh")
@@ -90,23 +88,21 @@ def recording(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Recording]:
             _wait_until_ready(server, port, log)
             rng = np.random.default_rng(1)
             shared = rng.integers(0, 256, 256).tolist()
-            clients = []
-            for n in range(REQUESTS):
-                own = rng.integers(0, 256, int(rng.integers(1, 150))).tolist()
-                prompt = shared[: 128 * int(rng.integers(0, 3))] + own
-                leave = int(rng.integers(1, 15)) if n % 8 == 7 else None
-                delay = float(rng.uniform(0, 1.5))
-                arguments = (port, prompt, int(rng.integers(20, 100)), delay, leave)
-                clients.append(threading.Thread(target=_send, args=arguments))
-            for client in clients:
-                client.start()
-            for client in clients:
-                client.join()
+            with ThreadPoolExecutor(REQUESTS) as clients:
+                sent = []
+                for n in range(REQUESTS):
+                    own = rng.integers(0, 256, int(rng.integers(1, 150))).tolist()
+                    prompt = shared[: 128 * int(rng.integers(0, 3))] + own
+                    max_tokens, delay = int(rng.integers(20, 100)), float(rng.uniform(0, 1.5))
+                    leave = int(rng.integers(1, 15)) if n % 8 == 7 else None
+                    sent.append(clients.submit(_send, port, prompt, max_tokens, delay, leave))
+                for client in sent:
+                    client.result()
             time.sleep(1.0)  # the recorder flushes when the engine runs empty
         finally:
             server.terminate()
             server.wait(30)
-    yield read_recording(file)
+    return read_recording(file)
 
 
 def test_replay_of_a_live_run(recording: Recording) -> None:

@@ -13,7 +13,7 @@ from cyclopts import App, Parameter
 
 from servecast.sim.errors import InputError
 from servecast.sim.rules import RULES
-from servecast.validate.parity import Mismatch, ParityResult, Recorded, compare, nearest_rules
+from servecast.validate.parity import Mismatch, ParityResult, Recorded, compare, nearest_rules, record
 from servecast.validate.parity import parity as run_parity
 from servecast.validate.parity_scenarios import Scenario, random_scenarios
 from servecast.validate.vllm_process import VllmProcess, release
@@ -68,16 +68,13 @@ def parity(
         drawn = _load(replay) if replay else random_scenarios(rules, seed, scenarios)
         total = len(drawn) if isinstance(drawn, list) else scenarios
 
-        def show(recorded: Recorded, mismatch: Mismatch | None) -> None:
-            nonlocal done
-            done += 1
+        def show(sofar: ParityResult) -> None:
             if sys.stderr.isatty():
-                print(f"\r{done}/{total} scenarios", end="", file=sys.stderr)
+                end = "\n" if sofar.scenarios == total else ""
+                print(f"\r{sofar.scenarios}/{total} scenarios", end=end, file=sys.stderr)
 
-        done = 0
-        result = run_parity(process, drawn, rules=rules, progress=show)
-        if sys.stderr.isatty():
-            print(file=sys.stderr)
+        answers = record(process, drawn)
+        result = run_parity(process.version, answers, rules=rules, progress=show)
         smallest = _smallest(process, result, seed, shrink=replay is None) if result.mismatches else None
     written = _write(out, result, smallest)
     return _report(result, smallest, written, seed, started, json=json)
@@ -149,10 +146,8 @@ def _report(
     differences = Counter(mismatch.fields[0] for mismatch in result.mismatches)
     notes = []
     if not known:
-        notes.append(
-            f"There is no rule set for vLLM {result.vllm}"
-            + (f"; compared under the rules of {result.rules}." if result.scenarios else ", and it is not here.")
-        )
+        done = f"compared under those of {result.rules}" if result.scenarios else "and it is not here"
+        notes.append(f"There are no rules for vLLM {result.vllm}; {done}.")
     if differences:
         found = ", ".join(f"{field} in {count}" for field, count in differences.most_common())
         notes.append(f"First difference of a scenario: {found}.")
@@ -172,7 +167,8 @@ def _report(
         for note in notes:
             print(note)
         if smallest is not None:
-            print(f"\n{smallest}\n\nReplay: servecast validate parity --vllm {result.vllm} --replay {written[0]}")
+            replay = f"servecast validate parity --vllm {result.vllm} --replay {written[0]}"
+            print(f"\n{smallest}\n\nReplay: {replay}")
     if not known:
         return INCONCLUSIVE
     return MISMATCH if result.mismatches else MATCH

@@ -18,7 +18,7 @@ import yaml
 
 from servecast.validate.parity import MakeScheduler, Mismatch, Recorded, compare
 
-ENGINE = ("rules", "kv_cache", "sequence", "waiting", "cruise", "step", "scheduler")  # in the order in which they import
+ENGINE = ("rules", "kv_cache", "sequence", "waiting", "cruise", "step", "scheduler")  # import order
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class Mutation:
         source = Path(str(importlib.import_module(f"servecast.sim.{self.file}").__file__)).read_text()
         if source.count(self.old) != 1:
             raise LookupError(
-                f"mutations.yaml, {self.rule!r}: occurs {source.count(self.old)} times in sim/{self.file}.py, "
+                f"mutations.yaml, {self.rule!r}: {source.count(self.old)} times in sim/{self.file}.py, "
                 f"must be once:\n{self.old}"
             )
         return source.replace(self.old, self.new)

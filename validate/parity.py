@@ -16,7 +16,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from servecast.sim.request import Request
 from servecast.sim.rules import RULES
 from servecast.sim.scheduler import Scheduler
 from servecast.validate.engine_core import decisions
@@ -57,6 +56,20 @@ class Mismatch:
         return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class Recorded:
+    """A scenario and vLLM's answer to it."""
+
+    scenario: Scenario
+    answer: str
+
+    def events(self) -> list[Event]:
+        """vLLM's decisions; one that is ``{"raised": ...}`` where it refused the scenario."""
+        answer = json.loads(self.answer)
+        events: list[Event] = answer.get("decisions") or [{"raised": answer["error"]}]
+        return events
+
+
 @dataclass
 class ParityResult:
     """What a comparison covered, and every scenario in which the two differ."""
@@ -73,24 +86,26 @@ class ParityResult:
     priority_scenarios: int = 0
     mismatches: list[Mismatch] = field(default_factory=list)
 
+    def add(self, recorded: Recorded, mismatch: Mismatch | None) -> None:
+        """Count one scenario."""
+        scenario = recorded.scenario
+        self.scenarios += 1
+        self.requests += len(scenario.arrivals)
+        self.aborts += len(scenario.aborts)
+        self.async_scenarios += scenario.config.async_scheduling
+        self.priority_scenarios += scenario.config.scheduling_policy == "priority"
+        for event in recorded.events():
+            if "schedule" in event:
+                self.steps += 1
+                self.preemptions += len(event["preempted"])
+                self.prefix_hit_tokens += sum(tokens for _, tokens in event["cached_tokens"])
+        if mismatch is not None:
+            self.mismatches.append(mismatch)
+
     def counts(self) -> dict[str, Any]:
         """The figures, with ``mismatches`` as a number."""
         data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return data | {"mismatches": len(self.mismatches)}
-
-
-@dataclass(frozen=True)
-class Recorded:
-    """A scenario and vLLM's answer to it."""
-
-    scenario: Scenario
-    answer: str
-
-    def events(self) -> list[Event]:
-        """vLLM's decisions; one that is ``{"raised": ...}`` where it refused the scenario."""
-        answer = json.loads(self.answer)
-        events: list[Event] = answer.get("decisions") or [{"raised": answer["error"]}]
-        return events
 
 
 def record(vllm: VllmProcess, scenarios: Iterable[Scenario]) -> Iterator[Recorded]:
@@ -167,53 +182,34 @@ def our_decisions(
 def _as_dict(scenario: Scenario) -> dict[str, Any]:
     return {
         "config": {"async_scheduling": scenario.config.async_scheduling},
-        "arrivals": [
-            {"step": a.step, "arrival": a.arrival, "request": a.request} for a in scenario.arrivals
-        ],
+        "arrivals": [{"step": a.step, "arrival": a.arrival, "request": a.request} for a in scenario.arrivals],
         "aborts": [dataclasses.asdict(abort) for abort in scenario.aborts],
         "max_steps": scenario.max_steps,
     }
 
 
 def parity(
-    vllm: VllmProcess,
-    scenarios: Iterable[Scenario],
+    version: str,
+    recorded: Iterable[Recorded],
     *,
     rules: str | None = None,
     make_scheduler: MakeScheduler = Scheduler,
-    progress: Callable[[Recorded, Mismatch | None], None] | None = None,
+    progress: Callable[[ParityResult], None] | None = None,
 ) -> ParityResult:
     """Compare our engine with vLLM's scheduler over scenarios.
 
     Args:
-        vllm: the vLLM to compare with.
-        scenarios: each is run on both sides.
-        rules: rule set of our engine; None is the one of vLLM's version.
+        version: of the vLLM that answered.
+        recorded: its answers, as ``record`` gives them.
+        rules: rule set of our engine; None is the one of ``version``.
         progress: called after each scenario.
     """
-    result = ParityResult(vllm.version, rules or release(vllm.version))
-    for recorded in record(vllm, scenarios):
-        mismatch = compare(recorded, result.rules, make_scheduler)
-        _count(result, recorded)
-        if mismatch is not None:
-            result.mismatches.append(mismatch)
+    result = ParityResult(version, rules or release(version))
+    for one in recorded:
+        result.add(one, compare(one, result.rules, make_scheduler))
         if progress is not None:
-            progress(recorded, mismatch)
+            progress(result)
     return result
-
-
-def _count(result: ParityResult, recorded: Recorded) -> None:
-    scenario, events = recorded.scenario, recorded.events()
-    result.scenarios += 1
-    result.requests += len(scenario.arrivals)
-    result.aborts += len(scenario.aborts)
-    result.async_scenarios += scenario.config.async_scheduling
-    result.priority_scenarios += scenario.config.scheduling_policy == "priority"
-    for event in events:
-        if "schedule" in event:
-            result.steps += 1
-            result.preemptions += len(event["preempted"])
-            result.prefix_hit_tokens += sum(tokens for _, tokens in event["cached_tokens"])
 
 
 def nearest_rules(version: str) -> str:

@@ -119,7 +119,8 @@ def draw_scenario(pick: Pick, version: str, name: str) -> Scenario:
     block_size = (4, 8)[pick(0, 1)] if crush else (16, 16, 8, 4, 32)[pick(0, 4)]
     max_model_len = block_size * pick(4, 40) + (0, 1, block_size - 1)[pick(0, 2)]
     chunked = pick(0, 5) != 5
-    budget = pick(block_size, max_model_len) if not crush and pick(0, 1) == 0 else pick(16, 4 * max(block_size, 16))
+    small_budget = crush or pick(0, 1) == 1
+    budget = pick(16, 4 * max(block_size, 16)) if small_budget else pick(block_size, max_model_len)
     priority = pick(0, 2) >= (1 if crush else 2)
     tied = pick(0, 3) == 3  # arrivals of one step have the same time
     aborting = pick(0, 2) == 2
@@ -238,7 +239,7 @@ def trace_scenarios(trace: Path, version: str, count: int, *, requests: int = 60
     for window in range(count):
         start = window * (len(lines) - requests) // count
         rows = [json.loads(line) for line in lines[start : start + requests]]
-        arrivals = []
+        arrivals: list[Arrival] = []
         for row in rows:
             prompt = max(row["input_length"] // scale, 1)
             output = min(max(row["output_length"] // scale, 1), 60)

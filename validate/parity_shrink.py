@@ -6,6 +6,7 @@ a stored example of the same strategy, and shrinks it. What is left is thinned o
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 
@@ -56,7 +57,7 @@ def shrink(
 
     database = InMemoryExampleDatabase()
     database.save(KEY + b".secondary", choices_to_bytes(picks))  # the primary ones count as shrunk
-    try:
+    with contextlib.suppress(Enough, NoSuchExample):
         find(
             scenarios(),
             condition,
@@ -69,8 +70,6 @@ def shrink(
             ),
             database_key=KEY,
         )
-    except (Enough, NoSuchExample):
-        pass
     return thin_out(best, differs)
 
 

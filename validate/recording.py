@@ -52,9 +52,8 @@ def read_recording(file: Path) -> Recording:
 def _recording(lines: list[list[Any]], name: str) -> Recording:
     engine = lines[0][1]
     known = {field.name for field in fields(EngineConfig)}
-    config = EngineConfig(
-        **{key: value for key, value in engine.items() if key in known} | {"version": release(engine["version"])}
-    )
+    options = {key: value for key, value in engine.items() if key in known}
+    config = EngineConfig(**options | {"version": release(engine["version"])})
     outputs = {n: count for kind, *rest in lines if kind == "update" for n, count in rest[2]}
     arrivals: list[Arrival] = []
     aborts: list[Abort] = []
@@ -88,9 +87,7 @@ def _recording(lines: list[list[Any]], name: str) -> Recording:
             steps += 1
         elif kind == "update":
             _, _, finished, delivered = rest
-            events.append(
-                {"complete": updates, "finished": [n for n, _ in finished], "emitted": delivered}
-            )
+            events.append({"complete": updates, "finished": [n for n, _ in finished], "emitted": delivered})
             updates += 1
         elif kind == "cost":
             cost = rest[1]

@@ -39,7 +39,7 @@ class VllmProcess:
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         if sources is not None:
             environment["PYTHONPATH"] = str(sources)
-        self._said = tempfile.TemporaryFile("w+")
+        self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the process
         try:
             self._process = subprocess.Popen(
                 [str(python), str(HERE / "vllm_scheduler.py")],

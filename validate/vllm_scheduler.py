@@ -213,7 +213,7 @@ class VllmEngine:
         request = self.scheduler.requests.get(name)
         if request is None:
             return FIRST_TOKEN  # aborted or stopped while in flight: vLLM throws it away
-        index = request.num_output_tokens
+        index = int(request.num_output_tokens)
         if index + 1 == self.outputs[name]:
             return STOP_TOKEN
         return FIRST_TOKEN + int(name) * TOKENS_PER_REQUEST + TOKENS_PER_REQUEST // 2 + index
@@ -236,7 +236,8 @@ class VllmEngine:
 
     def free_list(self, limit: int) -> list[int]:
         queue = self.pool.free_block_queue
-        block, head = queue.fake_free_list_head.next_free_block, []
+        block = queue.fake_free_list_head.next_free_block
+        head: list[int] = []
         while block is not queue.fake_free_list_tail and len(head) < limit:
             head.append(block.block_id)
             block = block.next_free_block

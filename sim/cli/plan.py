@@ -64,10 +64,14 @@ def plan(
     loaded, changes = what_if.load(scenario)
 
     from servecast.sim import capacity
-    from servecast.sim.results import context, extrapolations
+    from servecast.sim.results import check_output, context, extrapolations
     from servecast.sim.simulate import RateProbe
     from servecast.sim.slo import SLO, Goodput
 
+    if report is None and not json:
+        report = Path("out") / f"plan-{loaded.name}.html"
+    if report is not None:
+        check_output(report, where="--report")
     slos = tuple(SLO.parse(text) for text in slo or ())
     good = Goodput.parse(" ".join(goodput)) if goodput is not None else None
     if not slos and good is None:
@@ -118,8 +122,6 @@ def plan(
     document["knee"] = {"request_rate": found.knee, "concurrency": _concurrency_knee(points)}
     document["notes"] = [*loaded.engine.notes, *found.notes, *extrapolations(deployment, run)]
     document["sensitivity"] = [each.to_json() for each in changed] if sensitivity else None
-    if report is None and not json:
-        report = Path("out") / f"plan-{loaded.name}.html"
     document["report"] = None if report is None else str(report)
     if report is not None:
         from servecast.sim.report import write_report

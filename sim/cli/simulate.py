@@ -62,13 +62,15 @@ def simulate(
     from servecast.sim import simulate as simulation
     from servecast.sim.deployment import Deployment
     from servecast.sim.metrics import vllm_bench_text
-    from servecast.sim.results import check_table, result, write_result, write_table
+    from servecast.sim.results import check_output, check_table, result, write_result, write_table
     from servecast.sim.warmup import Warmup
 
     cut = None if warmup is None else Warmup.parse(warmup)
     for path, flag in ((records, "--records"), (steps, "--steps")):
         if path is not None:
             check_table(path, where=flag)
+    if output is not None:
+        check_output(output, where="--output")
     deployment = Deployment.of(loaded)
     run = simulation.simulate(loaded, workload=load.workload(loaded), deployment=deployment)
     document = result(

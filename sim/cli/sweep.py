@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -66,7 +67,9 @@ def sweep(
     loaded, changes = what_if.load(scenario)
 
     from servecast.sim import sweep as sweeping
+    from servecast.sim.results import check_output
 
+    check_output(out / "summary.csv", where="--out")
     cells = sweeping.grid(
         varied,
         seeds=[loaded.seed + number for number in range(seeds)],
@@ -104,7 +107,10 @@ def sweep(
         print_table(columns, rows.to_numpy().tolist())
         print(f"{len(cells)} cells, {swept.reused} were there already, {swept.failed} failed")
         print(f"Summary: {summary}")
-    return 2 if swept.failed == len(cells) else 0
+    if swept.failed < len(cells):
+        return 0
+    print(f"servecast: no cell could run; the first: {swept.documents[0]['error']}", file=sys.stderr)
+    return 2
 
 
 def _reload(what_if: WhatIf, name: str, changes: Mapping[str, Any]) -> Scenario:

@@ -1,0 +1,123 @@
+"""Accuracy pages, from what ``servecast reproduce --json`` said of each scenario."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Document = Mapping[str, Any]
+
+INTRODUCTION = """# Accuracy
+
+What `servecast reproduce` says of the shipped scenarios: every number that the benchmark published,
+beside the prediction. A profile is fitted to at most two rows of a table, marked \\*; all other
+cells are predictions, and only these enter the mean errors. Cells that a comparison must leave out
+are numbered, with the reason below.
+
+Definitions, such as the percentile law of each source, are in [What is modelled](modelled.md).
+"""
+
+_CELL_FIELDS = ("metric", "reported", "predicted", "spread", "error_pct", "used", "reason")
+_WORDS = {
+    "ttft": "TTFT",
+    "tpot": "TPOT",
+    "itl": "ITL",
+    "e2e": "E2E",
+    "gpu": "GPU",
+    "kv": "KV",
+    "req": "requests",
+    "tok": "tokens",
+}
+_UNITS = {"s": "s", "ms": "ms", "pct": "%", "gib": "GiB"}
+
+
+def summary(documents: Sequence[Document]) -> str:
+    """Mean absolute error of the predicted cells, a row a metric and a column a scenario."""
+    metrics = dict.fromkeys(name(m)[0] for each in documents for m in each["mape_predicted"])
+    header = ["error of predicted cells", *(f"`{each['scenario']}`" for each in documents)]
+    rows = [[metric, *(_error(each, metric) for each in documents)] for metric in metrics]
+    return "\n".join(_lines([header, *rows]))
+
+
+def page(documents: Sequence[Document]) -> str:
+    """Every reported cell of every scenario beside its prediction."""
+    return "\n\n".join([INTRODUCTION.rstrip(), *(_section(each) for each in documents)]) + "\n"
+
+
+def name(metric: str) -> tuple[str, str]:
+    """A column's name and unit for people: ttft_p95_ms is ("TTFT p95", "ms")."""
+    *words, last = metric.split("_")
+    if last == "s" and words[-1:] in (["tok"], ["req"]):
+        return " ".join(_WORDS.get(word, word) for word in words), "/s"
+    if last not in _UNITS:
+        words, last = [*words, last], ""
+    return " ".join(_WORDS.get(word, word) for word in words), _UNITS.get(last, "")
+
+
+def _section(document: Document) -> str:
+    provenance, scenario = document["provenance"], document["scenario"]
+    band = "not known" if provenance["error_band"] is None else f"±{100 * provenance['error_band']:.0f} %"
+    lines = [f"## {scenario}", "", f"Source: {document['source']}.", ""]
+    lines += [f"Profile: {provenance['profile']}; {provenance['basis']}; error band {band}. Predictions"]
+    lines += [f"are means over {len(document['seeds'])} seeds.", "", *_table(document)]
+    if document["knee"]:
+        knee = {key: "none" if value is None else value for key, value in document["knee"].items()}
+        lines += ["", f"Knee: predicted {knee['concurrency']}, reported {knee['reported_concurrency']}."]
+    for title, table in document["tables"].items():
+        lines += ["", f"### {scenario}: {title}", "", *_table(table)]
+    if document["run_context"]:
+        rows = [[key, str(value)] for key, value in document["run_context"].items() if value]
+        lines += ["", f"### {scenario}: run context", "", *_lines([["", ""], *rows])]
+    if document["assumptions"]:
+        rows = [[each["name"], str(each["value"]), each["origin"]] for each in document["assumptions"]]
+        lines += ["", f"### {scenario}: assumptions", "", *_lines([["what", "value", "origin"], *rows])]
+    return "\n".join(lines)
+
+
+def _table(table: Document) -> list[str]:
+    """Reported → predicted (error) by row and metric, and the mean error of the predicted cells."""
+    metrics = list(dict.fromkeys(cell["metric"] for cell in table["rows"]))
+    rows: dict[str, dict[str, str]] = {}
+    reasons: list[str] = []
+    for cell in table["rows"]:
+        keys = [f"{key} {value}" for key, value in cell.items() if key not in _CELL_FIELDS]
+        rows.setdefault(", ".join(keys) or "whole run", {})[cell["metric"]] = _compared(cell, reasons)
+    header = ["", *(", ".join(part for part in name(metric) if part) for metric in metrics)]
+    body = [[key, *(row.get(metric, "") for metric in metrics)] for key, row in rows.items()]
+    errors = ["**mean error, predicted**", *(_mape(table, metric) for metric in metrics)]
+    lines = [*_lines([header, *body, errors]), ""]
+    lines += [f"{number}. excluded: {reason}" for number, reason in enumerate(reasons, start=1)]
+    return lines if reasons else lines[:-1]
+
+
+def _compared(cell: Mapping[str, Any], reasons: list[str]) -> str:
+    text = f"{cell['reported']:g} → "
+    text += "—" if cell["predicted"] is None else f"{cell['predicted']:.4g}"
+    if cell["error_pct"] is not None:
+        text += f" ({cell['error_pct']:+.1f} %)"
+    if cell["used"] == "excluded":
+        if cell["reason"] not in reasons:
+            reasons.append(cell["reason"])
+        text += f" [{reasons.index(cell['reason']) + 1}]"
+    return text + (" \\*" if cell["used"] == "fit" else "")
+
+
+def _mape(table: Document, metric: str) -> str:
+    error = table["mape_predicted"].get(metric)
+    return "" if error is None else f"**{error:.1f} %**"
+
+
+def _error(document: Document, metric: str) -> str:
+    for column, error in document["mape_predicted"].items():
+        if name(column)[0] == metric:
+            used = [c for c in document["rows"] if c["metric"] == column and c["used"] == "predicted"]
+            return f"{error:.1f} % ({len(used)} cells)"
+    return ""
+
+
+def _lines(rows: Sequence[Sequence[str]]) -> list[str]:
+    """A Markdown table; the first row is its header."""
+    texts = [
+        "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in row) + " |" for row in rows
+    ]
+    return [texts[0], "|---" * len(rows[0]) + "|", *texts[1:]]

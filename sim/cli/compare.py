@@ -1,0 +1,178 @@
+"""``servecast compare``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from servecast.sim.cli.options import Load, WhatIf, check_jobs
+from servecast.sim.cli.output import cell_text, print_json, print_table, progress_bar
+from servecast.sim.errors import InputError
+
+if TYPE_CHECKING:
+    from servecast.sim.compare import Comparison, Side
+    from servecast.sim.scenario import Scenario
+
+_SHOWN = (
+    "request_throughput",
+    "output_throughput",
+    "goodput_share",
+    "median_ttft_ms",
+    "p95_ttft_ms",
+    "p99_ttft_ms",
+    "median_tpot_ms",
+    "p95_tpot_ms",
+    "p99_tpot_ms",
+    "p95_itl_ms",
+    "median_e2el_ms",
+    "p95_e2el_ms",
+    "kv_cache_usage_peak",
+    "max_num_waiting",
+    "num_preemptions",
+    "prefix_cache_hit_rate",
+)
+
+
+def compare(
+    a: str,
+    b: str | None = None,
+    /,
+    *,
+    routers: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
+    seeds: int = 5,
+    stage: str | None = None,
+    all_metrics: bool = False,
+    jobs: int = -1,
+    json: bool = False,
+    load: Load = Load(),  # noqa: B008 (frozen)
+    what_if: WhatIf = WhatIf(),  # noqa: B008
+) -> int:
+    """Put two results, scenarios or routers side by side.
+
+    Give two of: a result's .json file (of servecast simulate or vllm bench serve) and a scenario, which is
+    simulated. Or one scenario with --routers to send the same traffic through each, or one scenario with
+    what-ifs to compare it before and after. What was simulated on both sides is compared seed by seed.
+
+    Args:
+        a: a result or a scenario.
+        b: another one.
+        routers: routing policies, as round_robin least_outstanding.
+        seeds: how many to simulate, from --seed on.
+        stage: compare this stage alone, as concurrency=32.
+        all_metrics: print all that the results have in common.
+        jobs: processes; -1 is one for each core.
+        json: print one JSON object and nothing else.
+    """
+    check_jobs(jobs)
+    if seeds < 1:
+        raise InputError(f"{seeds} seeds", where="--seeds", fix="Give at least 1.")
+    chosen = _scenarios(a, b, routers, what_if)
+
+    from servecast.sim import compare as comparing
+    from servecast.sim.results import read_result
+
+    sides = []
+    with progress_bar("compare") as advance:
+        for number, (label, source) in enumerate(chosen):
+            advance(number / len(chosen), label)
+            if isinstance(source, Path):
+                sides.append(comparing.Side(label, (read_result(source),)))
+            else:
+                sides.append(_simulated(label, *source, load=load, seeds=seeds, jobs=jobs))
+    found = comparing.compare(sides, stage=stage)
+    if json:
+        print_json(found.to_json())
+    else:
+        _print(found, all_metrics=all_metrics)
+    return 0
+
+
+def _scenarios(
+    a: str, b: str | None, routers: list[str] | None, what_if: WhatIf
+) -> list[tuple[str, Path | tuple[Scenario, dict[str, Any]]]]:
+    """What to compare: labels, and result files or scenarios with what was changed in them."""
+    if routers is not None:
+        if b is not None or len(routers) < 2 or _is_result(a):
+            raise InputError(
+                "routers are compared on one scenario, at least two of them",
+                where="--routers",
+                fix="Write for example SCENARIO --routers round_robin least_outstanding.",
+            )
+        found = [(name, what_if.load(a, {"fleet.router": name})) for name in routers]
+        if found[0][1][0].fleet.replicas < 2:
+            raise InputError(
+                "one replica leaves a router no choice", where="--routers", fix="Add --replicas 4."
+            )
+        return list(found)
+    if b is not None:
+        return [(name, Path(name) if _is_result(name) else what_if.load(name)) for name in (a, b)]
+    if _is_result(a) or not what_if.overrides():
+        raise InputError(
+            "there is nothing to compare with",
+            where="B",
+            fix="Give a second result or scenario, --routers, or a what-if.",
+        )
+    before = WhatIf(seed=what_if.seed)
+    return [(a, before.load(a)), ("what-if", what_if.load(a))]
+
+
+def _is_result(name: str) -> bool:
+    return name.endswith(".json")
+
+
+def _simulated(
+    label: str, scenario: Scenario, changes: Mapping[str, Any], *, load: Load, seeds: int, jobs: int
+) -> Side:
+    from joblib import Parallel, delayed
+
+    from servecast.sim.compare import Side
+
+    workload = load.workload(scenario)
+    numbers = range(scenario.seed, scenario.seed + seeds)
+    run = delayed(_result)
+    results = Parallel(n_jobs=jobs)(run(scenario, workload, seed, changes) for seed in numbers)
+    return Side(label, tuple(results))
+
+
+def _result(scenario: Scenario, workload: Any, seed: int, changes: Mapping[str, Any]) -> dict[str, Any]:
+    from servecast.sim.deployment import Deployment
+    from servecast.sim.results import result
+    from servecast.sim.simulate import simulate
+
+    deployment = Deployment.of(scenario)
+    run = simulate(scenario, seed=seed, workload=workload, deployment=deployment)
+    return result(scenario, deployment, run, what_if=changes)
+
+
+def _print(found: Comparison, *, all_metrics: bool) -> None:
+    first, *others = found.labels
+    header = ["metric", first]
+    for label in others:
+        header += [label, "ratio"] if found.seeds == 1 else [label, "ratio", "difference (95%)"]
+    for stage in dict.fromkeys(row.stage for row in found.rows):
+        rows: list[list[object]] = []
+        for row in found.rows:
+            if row.stage != stage or not (all_metrics or row.metric in _SHOWN):
+                continue
+            cells: list[object] = [row.metric, row.values[0]]
+            for value, ratio, difference in zip(
+                row.values[1:], row.ratios[1:], row.differences[1:], strict=True
+            ):
+                cells += [value, ratio]
+                if found.seeds > 1:
+                    cells.append(
+                        None if difference is None else f"{difference.low:+.3g}..{difference.high:+.3g}"
+                    )
+            rows.append(cells)
+        print_table(header, rows, title=f"\n{stage}" if stage else "")
+    if found.differences:
+        facts = [
+            [each.field, *(cell_text(value) for value in each.values), each.may_explain]
+            for each in found.differences
+        ]
+        print_table(["differs", *found.labels, "may explain"], facts, title="\nWhat differs between the runs")
+    if found.unstated:
+        print(f"\nnot stated on every side: {', '.join(found.unstated)}")
