@@ -1,8 +1,9 @@
 """Runs the code blocks of README.md and of this folder's pages, and renews the outputs that they show.
 
-A ``sh`` block runs in bash, a ``python`` block in one namespace a page, a block with a ``title="FILE"`` is
-written to that file; all in a folder of the page's own, in order. A ``text`` block right behind is the output,
-where a line ``...`` stands for any lines. Blocks of ``make`` are only checked: they set up what runs them.
+A ``sh`` block runs in bash, a ``python`` block in one namespace a page, a block with a ``title="FILE"``
+is written to that file; all in a folder of the page's own, in order. A ``text`` block right behind is the
+output, where a line ``...`` stands for any lines. Blocks of ``make`` are only checked: they set up what
+runs them.
 
 ``python docs/blocks.py [PAGE ...]`` renews outputs, except those with a ``...``.
 """

@@ -8,14 +8,16 @@ loop, see ``Preparation``.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 import simpy
 
+from servecast.sim.errors import InputError
 from servecast.sim.units import to_ps
 
 MAX_ROUND = 32  # max_batch_size of vLLM's AsyncMicrobatchTokenizer
@@ -40,20 +42,26 @@ class FrontEndCosts:
     client_token_s: float = 0.0
     cv: float = 0.0
 
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not 0.0 <= value < math.inf:
+                raise InputError(
+                    f"{field.name} is {value}", where=f"front_end.{field.name}", fix="Make it 0 or more."
+                )
+
 
 class SerialProcess:
     """A process that does one thing at a time, in order of arrival. Times in picoseconds."""
 
-    __slots__ = ("busy_ps", "free_at")
+    __slots__ = ("free_at",)
 
     def __init__(self) -> None:
         self.free_at = 0
-        self.busy_ps = 0
 
     def serve(self, now: int, cost: int) -> int:
         """When work of this cost that arrives now is done."""
         self.free_at = max(now, self.free_at) + cost
-        self.busy_ps += cost
         return self.free_at
 
 
@@ -81,11 +89,9 @@ class Client:
         if not cost:
             return first, spacing
         start = max(first, self.process.free_at) + cost
-        pace = cost if start > first + cost else max(spacing, cost)
         end = max(start + cost * (tokens - 1), first + spacing * (tokens - 1) + cost)
         self.process.free_at = end
-        self.process.busy_ps += cost * tokens
-        return start, (end - start) // (tokens - 1) if tokens > 1 else pace
+        return start, (end - start) // (tokens - 1) if tokens > 1 else 0
 
 
 class Preparation:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 
 import pandas as pd
@@ -136,29 +137,19 @@ def test_json_is_alone_on_stdout_and_has_the_keys_of_vllm_bench(tiny: str) -> No
 
 def test_the_same_seed_writes_the_same_bytes_and_another_does_not(tiny: str, tmp_path: Path) -> None:
     def write(name: str, seed: str) -> list[bytes]:
-        files = [
-            tmp_path / name / file for file in ("r.json", "requests.csv", "steps.csv", "requests.parquet")
-        ]
-        options = ["--output", "--records", "--steps", "--records"]
-        for option, file in zip(options, files, strict=True):
-            assert servecast("simulate", tiny, "--seed", seed, option, str(file)).returncode == 0
+        files = [tmp_path / name / file for file in ("result.json", "requests.csv", "steps.parquet")]
+        options = zip(("--output", "--records", "--steps"), map(str, files), strict=True)
+        assert servecast("simulate", tiny, "--seed", seed, *chain(*options)).returncode == 0
         return [file.read_bytes() for file in files]
 
     first = write("a", "3")
     assert write("b", "3") == first
     assert all(ours != theirs for ours, theirs in zip(write("c", "4"), first, strict=True))
-    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [
-        "r.json",
-        "requests.csv",
-        "requests.parquet",
-        "steps.csv",
-    ]
-    table = pd.read_csv(tmp_path / "a" / "requests.csv")
-    pd.testing.assert_frame_equal(
-        table, pd.read_parquet(tmp_path / "a" / "requests.parquet"), check_dtype=False
-    )
-    assert len(table) == 60
+    written = tmp_path / "a"
+    assert len(list(written.iterdir())) == 3
     assert json.loads(first[0])["seed"] == 3
+    assert len(pd.read_csv(written / "requests.csv")) == 60
+    assert pd.read_parquet(written / "steps.parquet")["emitted"].sum() == 480
 
 
 def test_request_rate_replaces_the_workload(tiny: str, capsys: pytest.CaptureFixture[str]) -> None:

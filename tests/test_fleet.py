@@ -236,3 +236,8 @@ def test_what_can_never_be_admitted_is_refused() -> None:
     engine = config(enable_chunked_prefill=False, max_num_batched_tokens=32)
     with pytest.raises(InputError, match="never admitted"):
         run(one_stream([Request(0, 0.0, 40, 1, 1)]), engine)
+
+
+def test_a_negative_cost_is_refused() -> None:
+    with pytest.raises(InputError, match=r"front_end.token_s: token_s is -0.1"):
+        FrontEndCosts(token_s=-0.1)
