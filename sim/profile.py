@@ -11,7 +11,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -97,14 +97,6 @@ class Profile(_Strict):
         unknown = sorted(set(value) - set(known)) if isinstance(value, dict) else []
         if unknown:
             raise ValueError(f"unknown parameter {', '.join(unknown)}; known are {', '.join(known)}")
-        return value
-
-    @field_validator("front_end")
-    @classmethod
-    def _no_negative_costs(cls, value: FrontEndCosts) -> FrontEndCosts:
-        for name, cost in asdict(value).items():
-            if not 0.0 <= cost < math.inf:
-                raise ValueError(f"{name} is {cost}, must be 0 or more")
         return value
 
     @classmethod

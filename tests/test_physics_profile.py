@@ -70,7 +70,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
         ({"efficiencies": {"compute": 1.2}}, "efficiencies: efficiencies.compute: compute is 1.2"),
         ({"efficiencies": {"warp": 1.0}}, "unknown parameter warp; known are compute, bandwidth"),
         ({"noise": {"cv": -1}}, "cv is -1"),
-        ({"front_end": {"token_s": -1e-5}}, "token_s is -1e-05, must be 0 or more"),
+        ({"front_end": {"token_s": -1e-5}}, "front_end.token_s: token_s is -1e-05"),
         ({"front_end": {"tokens_s": 0}}, "unknown parameter tokens_s"),
         ({"domain": {"batch": [8, 2]}}, "domain.batch: needs 0 <= lowest <= highest"),
         ({"colour": "red"}, "colour: Extra inputs are not permitted"),

@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 
 from servecast.sim.cli import main
+from servecast.sim.scenario import shipped_folder
 from servecast.sim.sweep import Cell, grid
 
 TINY = """
@@ -127,19 +128,18 @@ def test_resume_reuses_nothing_of_a_changed_scenario(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = tmp_path / "config.json"
-    shipped = Path("scenarios/models/Qwen2.5-0.5B-Instruct.json").read_text()
+    shipped = (shipped_folder() / "models" / "Qwen2.5-0.5B-Instruct.json").read_text()
     config.write_text(shipped)
-    out, options = tmp_path / "out", ("--seeds", "2", "--jobs", "1", "--resume")
-    options = (*options, "--model-config", str(config))
-    assert sweep(capsys, tiny, out, *options)["reused"] == 0
-    assert sweep(capsys, tiny, out, *options)["reused"] == 2
+    out, options = tmp_path / "out", ("--jobs", "1", "--resume", "--model-config", str(config))
+    two = (*options, "--seeds", "2")
+    assert sweep(capsys, tiny, out, *two)["reused"] == 0
+    assert sweep(capsys, tiny, out, *two)["reused"] == 2
     tiny.write_text(TINY.replace("output_tokens: 8", "output_tokens: 9"))
-    assert sweep(capsys, tiny, out, *options)["reused"] == 0
+    assert sweep(capsys, tiny, out, *two)["reused"] == 0
     config.write_text(shipped.replace('"num_hidden_layers": 24', '"num_hidden_layers": 12'))
     assert config.read_text() != shipped
-    assert sweep(capsys, tiny, out, *options)["reused"] == 0  # the same path, another content
-    assert sweep(capsys, tiny, out, *options, "--seed", "1")["reused"] == 1  # seeds 1 and 2
-    assert sweep(capsys, tiny, out, *options[:3])["reused"] == 0  # without --resume
+    assert sweep(capsys, tiny, out, *two)["reused"] == 0  # the same path, another content
+    assert sweep(capsys, tiny, out, *options, "--seeds", "3")["reused"] == 2
 
 
 def test_a_cell_with_wrong_input_is_recorded_and_tried_again(
