@@ -33,7 +33,6 @@ def fit(
         json_: print the fitted cells as JSON.
     """
     found = fit_report(load(scenario), progress=lambda text: print(text, file=sys.stderr))
-    output.parent.mkdir(parents=True, exist_ok=True)
     found.profile.save(output)
     if json_:
         print(json.dumps({"profile": str(output), "rows": [cell.to_json() for cell in found.cells]}))

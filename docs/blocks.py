@@ -5,7 +5,7 @@ is written to that file; all in a folder of the page's own, in order. A ``text``
 output, where a line ``...`` stands for any lines. Blocks of ``make`` are only checked: they set up what
 runs them.
 
-``python docs/blocks.py [PAGE ...]`` renews outputs, except those with a ``...``.
+``python docs/blocks.py [PAGE ...]`` renews outputs. Around a ``...`` as many lines are kept as were there.
 """
 
 from __future__ import annotations
@@ -96,10 +96,19 @@ def renew(path: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         ran = list(run_page(text, Path(folder)))
     for block, printed in reversed(ran):
-        if block.output is not None and "\n...\n" not in f"\n{block.output}":
+        if block.output is not None:
             start, end = block.output_at
-            text = text[:start] + _trimmed(printed) + text[end:]
+            text = text[:start] + _abridged(block.output, _trimmed(printed)) + text[end:]
     path.write_text(text, "utf-8")
+
+
+def _abridged(shown: str, printed: str) -> str:
+    """An output with as many first and last lines as the one that is shown has around its ``...``."""
+    parts = re.split(r"^\.\.\.\n", shown, flags=re.MULTILINE)
+    if len(parts) == 1:
+        return printed
+    lines, first, last = printed.splitlines(True), parts[0].count("\n"), parts[-1].count("\n")
+    return "".join([*lines[:first], "...\n", *lines[len(lines) - last :]])
 
 
 def _trimmed(printed: str) -> str:

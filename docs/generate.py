@@ -1,7 +1,7 @@
 """Writes what is generated: pages of this folder, the README's accuracy table, and the scenario's schema.
 
-``python docs/generate.py`` writes all of it. The accuracy tables come from results/reproduce-*.json, each
-the output of ``servecast reproduce SCENARIO --json``.
+``python docs/generate.py`` writes all of it. The accuracy tables come from results/SCENARIO.json, the
+output of ``servecast reproduce SCENARIO --json``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import accuracy_tables
 import scenario_reference
 
 from servecast.sim.cli import build_app
-from servecast.sim.scenario import Scenario
+from servecast.sim.scenario import Scenario, shipped_scenarios
 
 DOCS = Path(__file__).parent
 REPOSITORY = DOCS.parent
@@ -41,8 +41,9 @@ def command_line_page() -> str:
 
 
 def results() -> list[dict[str, Any]]:
-    """What ``servecast reproduce --json`` said of each scenario."""
-    return [json.loads(path.read_text("utf-8")) for path in sorted(DOCS.glob("results/reproduce-*.json"))]
+    """What ``servecast reproduce --json`` said of each shipped scenario."""
+    paths = [DOCS / "results" / f"{name}.json" for name in shipped_scenarios()]
+    return [json.loads(path.read_text("utf-8")) for path in paths if path.exists()]
 
 
 def between(text: str, mark: str, content: str) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import datetime
 import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -23,6 +22,7 @@ from servecast.sim.gpu import GPU
 from servecast.sim.model_shape import ModelShape
 from servecast.sim.noise import StepNoise
 from servecast.sim.step_time import Efficiencies, PhysicalStepTime, StepShape, StepTime
+from servecast.sim.whole_file import write_whole
 
 SCHEMA_VERSION: Literal[1] = 1
 
@@ -163,10 +163,8 @@ class Profile(_Strict):
 
     def save(self, path: str | Path) -> None:
         """Write the profile, whole or not at all."""
-        path = Path(path)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-        partial.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        partial.replace(path)
+        text = self.model_dump_json(indent=2) + "\n"
+        write_whole(Path(path), lambda partial: partial.write_text(text, encoding="utf-8"))
 
     def outside(self, step: StepShape) -> str | None:
         """What of a step lies beyond the data of the fit, in words; None inside. A request's context is the
@@ -194,11 +192,13 @@ class Profile(_Strict):
         return f"extrapolated: {', '.join(beyond)}" if beyond else None
 
     def basis(self, gpu: str, model: str) -> str:
-        """What a prediction for that GPU and model rests on: "measured here", "scaled from a measured
-        reference" or "physics only"."""
+        """What a prediction for that GPU and model rests on: "measured here", "fitted to a report" (of this
+        GPU and model), "scaled from a measured reference" or "physics only"."""
         if gpu != self.gpu or all(entry.origin == "assumed" for entry in self.provenance):
             return "physics only"
-        return "measured here" if model == self.model else "scaled from a measured reference"
+        if model != self.model:
+            return "scaled from a measured reference"
+        return "fitted to a report" if self.fitted_rows else "measured here"
 
 
 def _physical(

@@ -15,6 +15,7 @@ from servecast.sim.capacity import Plan
 from servecast.sim.figures import SweepPoint
 from servecast.sim.knee import closed_loop_knee
 from servecast.sim.records import Run
+from servecast.sim.whole_file import write_whole
 
 LIMITS = {  # a binding limit in words, and what moves it
     "compute": ("Compute", "A GPU with more FLOP/s, a smaller or quantised model, or more replicas."),
@@ -118,7 +119,7 @@ def write_report(
         objectives=_objectives(plan),
     )
     path = Path(path)
-    path.write_text(page, encoding="utf-8")
+    write_whole(path, lambda partial: partial.write_text(page, encoding="utf-8"))
     return path
 
 

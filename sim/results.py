@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +20,7 @@ from servecast.sim.metrics import latencies, summary
 from servecast.sim.records import Run
 from servecast.sim.scenario import Scenario
 from servecast.sim.warmup import Warmup, select
+from servecast.sim.whole_file import write_whole
 
 SCHEMA_VERSION = 1
 TABLES = (".csv", ".parquet")
@@ -167,16 +168,16 @@ def _plain(value: Any) -> Any:
 
 def write_result(path: Path, document: Mapping[str, Any]) -> None:
     """Write a result, whole or not at all. Raises InputError if the file cannot be written."""
-    _write(path, lambda partial: partial.write_text(to_text(document), encoding="utf-8"))
+    write_whole(path, lambda partial: partial.write_text(to_text(document), encoding="utf-8"))
 
 
 def write_table(path: Path, table: pd.DataFrame) -> None:
     """Write a table of a run as CSV or Parquet (times in seconds), whole or not at all."""
     check_table(path, where=str(path))
     if path.suffix == ".parquet":
-        _write(path, lambda partial: table.to_parquet(partial, index=False))
+        write_whole(path, lambda partial: table.to_parquet(partial, index=False))
     else:
-        _write(path, lambda partial: table.to_csv(partial, index=False, lineterminator="\n"))
+        write_whole(path, lambda partial: table.to_csv(partial, index=False, lineterminator="\n"))
 
 
 def check_table(path: Path, *, where: str) -> None:
@@ -195,19 +196,6 @@ def check_output(path: Path, *, where: str) -> None:
     folder = next(each for each in path.absolute().parents if each.exists())
     if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
         raise InputError(f"{str(path)!r} cannot be written", where=where, fix="Give another path.")
-
-
-def _write(path: Path, write: Callable[[Path], object]) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(partial)
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise InputError(
-            f"cannot be written: {error.strerror}", where=str(path), fix="Give another path."
-        ) from None
 
 
 def read_result(path: Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ SCALES = (0.8, 1.2)
 SEEDS = 2
 STEP = 1.25  # from rate to rate while the answer is bracketed
 TOLERANCE = 0.02
+FARTHEST = 50.0  # times the answer, up or down: beyond that no rate is looked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,21 +111,22 @@ def _estimate(
     scenario: Scenario, objectives: Objectives, rate: float, num_requests: int, seed: int
 ) -> Estimate:
     probe = RateProbe(scenario)
-    holds, values = _look(probe, objectives, rate, num_requests, seed)
-    passed, missed = (rate, None) if holds else (None, rate)
-    while passed is None or missed is None:
-        at = passed * STEP if passed is not None else (missed or rate) / STEP
-        if _look(probe, objectives, at, num_requests, seed)[0]:
-            passed = at
-        else:
-            missed = at
-    while missed > passed * (1 + TOLERANCE):
-        middle = (passed * missed) ** 0.5
-        if _look(probe, objectives, middle, num_requests, seed)[0]:
-            passed = middle
-        else:
-            missed = middle
-    return Estimate((passed * missed) ** 0.5, values)
+
+    def holds(at: float) -> bool:
+        return _look(probe, objectives, at, num_requests, seed)[0]
+
+    passed, values = _look(probe, objectives, rate, num_requests, seed)
+    low = high = rate
+    if passed:
+        while (high := high * STEP) < rate * FARTHEST and holds(high):
+            low = high
+    else:
+        while (low := low / STEP) > rate / FARTHEST and not holds(low):
+            high = low
+    while high > low * (1 + TOLERANCE):
+        middle = (low * high) ** 0.5
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return Estimate((low * high) ** 0.5, values)
 
 
 def _look(

@@ -218,7 +218,8 @@ def test_plan_prints_the_answer_and_writes_the_report(
 
 
 def test_plan_exits_with_1_where_nothing_meets_the_slo(tiny: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", tiny, *QUICK, "--json", "--slo", "ttft:p95:0.1"]) == 1
+    impossible = ("--slo", "ttft:p95:0.1", "--set", "workload.output_tokens=1")
+    assert main(["plan", tiny, *QUICK, "--json", *impossible]) == 1
     document = json.loads(capsys.readouterr().out)
     assert (document["state"], document["max_request_rate"]) == ("infeasible", None)
 

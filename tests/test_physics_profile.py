@@ -107,7 +107,9 @@ def test_steps_beyond_the_fit_are_named() -> None:
 
 
 def test_what_a_prediction_rests_on() -> None:
-    assert FITTED.basis("A6000", "Qwen2.5-7B-Instruct") == "measured here"
+    assert FITTED.basis("A6000", "Qwen2.5-7B-Instruct") == "fitted to a report"
+    measured = FITTED.model_copy(update={"fitted_rows": ()})
+    assert measured.basis("A6000", "Qwen2.5-7B-Instruct") == "measured here"
     assert FITTED.basis("A6000", "Qwen2.5-32B-Instruct") == "scaled from a measured reference"
     assert FITTED.basis("H100", "Qwen2.5-7B-Instruct") == "physics only"
     typical = Profile.typical("H100", "Qwen3-4B", "0.32", servecast_version="0.1.0")

@@ -225,8 +225,10 @@ def data_folder() -> Path | None:
 TRACE_BLOCK = 512  # tokens that a hash id of a Mooncake trace stands for
 
 
-def trace_scenarios(trace: Path, version: str, count: int, *, requests: int = 60) -> Iterator[Scenario]:
-    """Windows of a Mooncake trace, 1/16 of the length: who shares what with whom is the trace's.
+def trace_scenarios(trace: Path, version: str, count: int, *, requests: int = 200) -> Iterator[Scenario]:
+    """Windows of a Mooncake trace, 1/32 of the length: who shares what with whom is the trace's.
+
+    Every other one has a pool that hardly holds two requests.
 
     Args:
         trace: JSON lines with timestamp (ms), input_length, output_length, hash_ids.
@@ -234,7 +236,7 @@ def trace_scenarios(trace: Path, version: str, count: int, *, requests: int = 60
         requests: requests a window.
     """
     lines = trace.read_text().splitlines()
-    scale = 16
+    scale = 32
     part = TRACE_BLOCK // scale
     for window in range(count):
         start = window * (len(lines) - requests) // count
@@ -257,7 +259,7 @@ def trace_scenarios(trace: Path, version: str, count: int, *, requests: int = 60
             max_num_seqs=32,
             max_num_batched_tokens=512,
             max_model_len=longest + 1,
-            num_gpu_blocks=2 + -(-longest // 16) + 64 * window,
-            async_scheduling=window % 2 == 0,
+            num_gpu_blocks=2 + (20, 2)[window % 2] * -(-longest // 16),
+            async_scheduling=window % 4 < 2,
         )
         yield Scenario(f"{trace.stem}-{version}-{window}", config, tuple(arrivals))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -140,11 +141,12 @@ def start_rate(probe: RateProbe, seed: int) -> float:
     from servecast.sim.metrics import duration
 
     run = probe(_BURST_RATE, seed, _BURST)
-    return float(f"{len(run.requests) / duration(run) / 2:.2g}")
+    rate = len(run.requests) / duration(run) / 2
+    return float(f"{rate:.2g}") if rate > 0 else 1.0  # not where every request was aborted
 
 
 def sweep_points(scenario: Scenario) -> list[SweepPoint]:
-    """The scenario's own closed-loop sweep, simulated; empty where it has none."""
+    """The scenario's own closed-loop sweep, simulated, beside what was reported; empty where it has none."""
     from servecast.sim.arrivals import ClosedLoop
     from servecast.sim.figures import SweepPoint
     from servecast.sim.metrics import summary
@@ -157,7 +159,24 @@ def sweep_points(scenario: Scenario) -> list[SweepPoint]:
         return []
     run = simulate(scenario)
     throughput = [summary(select(run, stage=index))["output_throughput"] for index in range(len(levels))]
-    return [SweepPoint(level, value) for level, value in zip(levels, throughput, strict=True)]
+    reported = _reported_throughput(scenario)
+    return [
+        SweepPoint(level, value, reported.get(level)) for level, value in zip(levels, throughput, strict=True)
+    ]
+
+
+def _reported_throughput(scenario: Scenario) -> dict[int, float]:
+    """Output tokens/s by concurrency, as far as the scenario's sweep was reported."""
+    from servecast.sim.reported import read_rows
+
+    found = {}
+    for table in scenario.reported:
+        columns = [name for name, column in table.columns.items() if column.metric == "output_throughput"]
+        if table.keys == ("concurrency",) and table.workload is None and columns:
+            for row in read_rows(table):
+                if columns[0] not in row.excluded and not isnan(row.values[columns[0]]):
+                    found[int(row.keys["concurrency"])] = row.values[columns[0]]
+    return found
 
 
 def _concurrency_knee(points: list[SweepPoint]) -> int | None:
@@ -178,7 +197,7 @@ def _report_context(document: Mapping[str, Any]) -> Any:
     return ReportContext(
         title=f"servecast plan: {document['scenario']}",
         question=f"How many requests a second can {document['model_id']} on {document['gpu']} serve at "
-        f"{' and '.join(objectives)} ms?",
+        f"{' and '.join(objectives)}?",
         band="The error of this profile is not known." if band is None else f"Latencies within {band:.0%}.",
         run_context={
             **(document["run_context"] or {}),
