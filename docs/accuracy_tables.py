@@ -36,6 +36,7 @@ def summary(documents: Sequence[Document]) -> str:
     metrics = dict.fromkeys(name(m)[0] for each in documents for m in each["mape_predicted"])
     header = ["error of predicted cells", *(f"`{each['scenario']}`" for each in documents)]
     rows = [[metric, *(_error(each, metric) for each in documents)] for metric in metrics]
+    rows.append(["knee, concurrency", *(_knee(each["knee"]) for each in documents)])
     return "\n".join(_lines([header, *rows]))
 
 
@@ -60,9 +61,7 @@ def _section(document: Document) -> str:
     lines = [f"## {scenario}", "", f"Source: {document['source']}.", ""]
     lines += [f"Profile: {provenance['profile']}; {provenance['basis']}; error band {band}. Predictions"]
     lines += [f"are means over {len(document['seeds'])} seeds.", "", *_table(document)]
-    if document["knee"]:
-        knee = {key: "none" if value is None else value for key, value in document["knee"].items()}
-        lines += ["", f"Knee: predicted {knee['concurrency']}, reported {knee['reported_concurrency']}."]
+    lines += ["", f"Knee, concurrency: {_knee(document['knee'])}."]
     for title, table in document["tables"].items():
         lines += ["", f"### {scenario}: {title}", "", *_table(table)]
     if document["run_context"]:
@@ -113,6 +112,13 @@ def _error(document: Document, metric: str) -> str:
             used = [c for c in document["rows"] if c["metric"] == column and c["used"] == "predicted"]
             return f"{error:.1f} % ({len(used)} cells)"
     return ""
+
+
+def _knee(knee: Mapping[str, Any] | None) -> str:
+    if knee is None:
+        return "—"
+    found = ["none" if knee[key] is None else knee[key] for key in ("concurrency", "reported_concurrency")]
+    return f"{found[0]} (reported: {found[1]})"
 
 
 def _lines(rows: Sequence[Sequence[str]]) -> list[str]:

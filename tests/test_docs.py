@@ -122,7 +122,7 @@ def test_accuracy_tables_show_every_cell_once() -> None:
         "| concurrency 4 | 60 → 66 (+10.0 %) | 0 → 0 |",
         "| **mean error, predicted** | **10.0 %** |  |",
         "1. excluded: warm-up",
-        "Knee: predicted 4, reported none.",
+        "Knee, concurrency: 4 (reported: none).",
         "| gpu | a \\| b |",
         "| prompt | 11 | counted |",
     ):

@@ -266,7 +266,7 @@ def test_command_without_a_rule_set(
 
 def test_command_for_an_unknown_version_that_is_not_here(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.parity(vllm="0.99", json=True) == 3
-    assert "and it is not here" in json.loads(capsys.readouterr().out)["notes"][0]
+    assert "and it is not installed" in json.loads(capsys.readouterr().out)["notes"][0]
 
 
 @needs_vllm

@@ -16,6 +16,7 @@ import pytest
 
 from servecast.sim.errors import InputError
 from servecast.validate.parity import compare
+from servecast.validate.parity_scenarios import random_scenarios
 from servecast.validate.recording import Recording, read_recording
 from servecast.validate.tiny_model import write_tiny_model
 from servecast.validate.vllm_process import ENVIRONMENT, HERE
@@ -121,6 +122,47 @@ def test_the_live_run_is_worth_replaying(recording: Recording) -> None:
     first = {n: tokens for event in reversed(schedules) for n, tokens in event["scheduled"]}
     assert any(first[n] < prompts[n] for n in first), "no prefix hit and no chunked prompt"
     assert len({a.step for a in scenario.arrivals}) > 10
+
+
+@pytest.mark.parametrize("version", ["0.23", "0.32"])
+@pytest.mark.parametrize("async_scheduling", [False, True])
+def test_recording_without_a_server(tmp_path: Path, version: str, async_scheduling: bool) -> None:
+    """Both scheduler classes of the recorder, on both versions, with aborts at every kind of moment."""
+    if not ENVIRONMENT.exists():
+        pytest.skip("needs vLLM: run validate/install_vllm.sh")
+    drawn = random_scenarios(version, 11, 200)
+    scenario = next(
+        s
+        for s in drawn
+        if len(s.aborts) > 8
+        and s.config.async_scheduling == async_scheduling
+        and s.config.enable_prefix_caching
+    )
+    driver = (
+        "import recording_scheduler as r, vllm_scheduler as v;"
+        "v.Scheduler, v.AsyncScheduler = r.RecordingScheduler, r.RecordingAsyncScheduler; v.main()"
+    )
+    file = tmp_path / "steps.jsonl"
+    folders = [str(HERE), str(HERE.parent / "calibrate")]
+    sources = ENVIRONMENT / f"vllm-{version}"
+    environment = os.environ | {
+        "SERVECAST_RECORDING": str(file),
+        "PYTHONPATH": os.pathsep.join([*folders, *([str(sources)] if sources.is_dir() else [])]),
+    }
+    subprocess.run(
+        [str(ENVIRONMENT / "bin" / "python"), "-c", driver],
+        input=scenario.to_json() + "\n",
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    recording = read_recording(file)
+    assert recording.recorded.scenario.config == scenario.config
+    assert len(recording.recorded.scenario.arrivals) == len(scenario.arrivals)
+    assert {abort.in_flight for abort in recording.recorded.scenario.aborts} == {True, False}
+    mismatch = compare(recording.recorded, version)
+    assert mismatch is None, str(mismatch)
 
 
 def test_recording_is_cheap(recording: Recording) -> None:

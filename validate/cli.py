@@ -146,8 +146,10 @@ def _report(
     differences = Counter(mismatch.fields[0] for mismatch in result.mismatches)
     notes = []
     if not known:
-        done = f"compared under those of {result.rules}" if result.scenarios else "and it is not here"
-        notes.append(f"There are no rules for vLLM {result.vllm}; {done}.")
+        done = (
+            f"; compared under those of {result.rules}" if result.scenarios else ", and it is not installed"
+        )
+        notes.append(f"There are no rules for vLLM {result.vllm}{done}.")
     if differences:
         found = ", ".join(f"{field} in {count}" for field, count in differences.most_common())
         notes.append(f"First difference of a scenario: {found}.")

@@ -59,6 +59,7 @@ def _recording(lines: list[list[Any]], name: str) -> Recording:
     aborts: list[Abort] = []
     events: list[dict[str, Any]] = []
     admitted: set[int] = set()
+    gone: list[int] = []
     steps = updates = cost = 0
     for kind, *rest in lines[1:]:
         if kind == "add":
@@ -68,11 +69,11 @@ def _recording(lines: list[list[Any]], name: str) -> Recording:
             request = Request(n, 0.0, prompt, outputs.get(n, max_tokens), max_tokens, content, priority)
             arrivals.append(Arrival(steps, n, request))
         elif kind == "abort":
-            # before the update that follows a schedule, it reached the engine while the step ran
-            in_flight = steps > updates
-            aborts += [Abort(steps - in_flight, n, in_flight) for n in rest[1]]
+            gone += rest[1]
         elif kind == "schedule":
             _, _, scheduled, preempted, free_blocks = rest
+            aborts += [Abort(steps, n, in_flight=False) for n in gone]
+            gone = []
             events.append(
                 {
                     "schedule": steps,
@@ -87,6 +88,8 @@ def _recording(lines: list[list[Any]], name: str) -> Recording:
             steps += 1
         elif kind == "update":
             _, _, finished, delivered = rest
+            aborts += [Abort(steps - 1, n, in_flight=True) for n in gone]  # came while the step ran
+            gone = []
             events.append({"complete": updates, "finished": [n for n, _ in finished], "emitted": delivered})
             updates += 1
         elif kind == "cost":
