@@ -86,7 +86,11 @@ def _table(table: Document) -> list[str]:
     errors = ["**mean error, predicted**", *(_mape(table, metric) for metric in metrics)]
     lines = [*_lines([header, *body, errors]), ""]
     lines += [f"{number}. excluded: {reason}" for number, reason in enumerate(reasons, start=1)]
-    return lines if reasons else lines[:-1]
+    misses = [f"- known miss: {miss}" for miss in table.get("known_misses", ())]
+    if reasons and misses:
+        lines.append("")
+    lines += misses
+    return lines if reasons or misses else lines[:-1]
 
 
 def _compared(cell: Mapping[str, Any], reasons: list[str]) -> str:

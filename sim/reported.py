@@ -57,6 +57,7 @@ class Reported(Model):
         events_beyond_tokens: events a request that the client counts beside its output tokens; they enter
             its token throughput and the divisor of its TPOT.
         workload, sweep: how this table was measured, where it was not by the scenario's own workload.
+        known_misses: which cells are known to be missed, and what is known of why.
     """
 
     name: str = "sweep"
@@ -71,6 +72,7 @@ class Reported(Model):
     events_beyond_tokens: Amount = 0
     workload: WorkloadSpec | None = None
     sweep: Sweep | None = None
+    known_misses: tuple[str, ...] = ()
 
     @model_validator(mode="after")
     def _columns_named(self) -> Reported:

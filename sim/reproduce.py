@@ -69,6 +69,7 @@ class TableReproduction:
     source: str
     cells: tuple[Cell, ...]
     knee: dict[str, int | None] | None = None
+    known_misses: tuple[str, ...] = ()
 
     def rows(self, used: str) -> list[dict[str, float | int | str]]:
         """Keys of the rows that have cells of this use, each once."""
@@ -114,7 +115,8 @@ class TableReproduction:
             knee = (
                 f"\nknee: predicted {self.knee['concurrency']}, reported {self.knee['reported_concurrency']}"
             )
-        return f"{self.name}: predicted, error against reported\n{text}{knee}"
+        misses = "".join(f"\nknown miss: {miss}" for miss in self.known_misses)
+        return f"{self.name}: predicted, error against reported\n{text}{knee}{misses}"
 
     def to_json(self) -> dict[str, Any]:
         """As described for ``servecast reproduce --json``."""
@@ -125,6 +127,7 @@ class TableReproduction:
             "rows": [cell.to_json() for cell in self.cells],
             "mape_predicted": self.mape_predicted,
             "knee": self.knee,
+            "known_misses": list(self.known_misses),
         }
 
 
@@ -231,7 +234,7 @@ def _table(
             "concurrency": closed_loop_knee(levels, [throughput[level][0] for level in levels]),
             "reported_concurrency": closed_loop_knee(levels, [throughput[level][1] for level in levels]),
         }
-    return TableReproduction(reported.name, reported.source, tuple(cells), knee)
+    return TableReproduction(reported.name, reported.source, tuple(cells), knee, reported.known_misses)
 
 
 def _cell(row: ReportedRow, column: str, reported: float, values: list[float]) -> Cell:
