@@ -27,8 +27,7 @@ vllm:
 	PYTHON=$(PYTHON) bash validate/install_vllm.sh
 
 parity-long: $(VENV)/.installed-test vllm
-	$(BIN)/servecast validate parity --vllm 0.32 --steps 1000000
-	$(BIN)/servecast validate parity --vllm 0.23 --steps 1000000
+	$(BIN)/python -m servecast.validate.parity_report --long
 
 benchmark: $(VENV)/.installed-test
 	$(BIN)/python -m pytest tests/test_speed.py --benchmark-only

@@ -165,13 +165,10 @@ class Scheduler:
 
     def _demand(self, sequence: Sequence, threshold: int) -> int:
         """Tokens that an unsettled running sequence asks for."""
-        wanted = sequence.num_tokens + sequence.placeholders - sequence.computed
-        limit = sequence.request.prompt_tokens + sequence.request.max_tokens
-        if sequence.placeholders and sequence.computed + 2 - sequence.placeholders >= limit:
-            return 0  # its last token is in flight
+        wanted = sequence.num_tokens - sequence.computed
         if 0 < threshold < wanted:
             wanted = threshold
-        return min(wanted, self.config.max_model_len - sequence.computed - 1)
+        return wanted
 
     def _schedule_running(self, step: Step, budget: int, threshold: int) -> int:
         """Phase 1: running requests, in order of admission. Returns the budget left."""
@@ -355,7 +352,7 @@ class Scheduler:
             before = sequence.computed
             sequence.computed += count
             step.total_tokens += count
-            ends = sequence.computed >= sequence.num_tokens + sequence.placeholders
+            ends = sequence.computed >= sequence.num_tokens
             if before >= sequence.prefill_tokens:
                 step.decodes += 1
                 context += before + 1
@@ -409,7 +406,6 @@ class Scheduler:
 
     def _deliver(self, sequence: Sequence, ended: list[Sequence]) -> None:
         sequence.num_tokens += 1
-        sequence.placeholders = 0
         if sequence.status == RUNNING and self.config.enable_prefix_caching:
             self._cache_up_to(sequence, sequence.computed // self._block_size)
         if sequence.num_tokens >= sequence.final_tokens:
@@ -424,12 +420,12 @@ class Scheduler:
         computed = sequence.computed = self.tick - sequence.base
         if self._in_flight:
             last = self._in_flight[-1]
-            sequence.num_tokens, sequence.placeholders = computed, 1
+            sequence.num_tokens = computed
             if sequence.join_tick != last.tick:
                 last.stragglers.append(sequence)
                 sequence.token_tick = last.tick
         else:
-            sequence.num_tokens, sequence.placeholders = computed + 1, 0
+            sequence.num_tokens = computed + 1
             sequence.token_tick = self.tick - 1
 
     def _drop_in_flight(self, sequence: Sequence) -> None:
@@ -470,7 +466,7 @@ class Scheduler:
         if sequence.cruising:
             self._cache_full_blocks(sequence, scheduled=scheduled)
             self._stop_cruising(sequence)
-        sequence.computed = sequence.placeholders = 0
+        sequence.computed = 0
         self._leave_running(sequence)
         sequence.status = PREEMPTED
         sequence.preemptions += 1

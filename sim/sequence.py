@@ -24,7 +24,6 @@ class Sequence:
         num_tokens: prompt plus delivered outputs.
         computed: tokens whose KV is computed once the steps scheduled so far have run.
         prefill_tokens: what it had to compute before it decoded, at its last admission.
-        placeholders: async scheduling: 1 while a sampled token is on its way.
         blocks, num_cached: its KV blocks; how many leading ones have a key in the prefix cache.
         token_tick: tick of the step that delivered its newest token, None before the first.
     """
@@ -42,7 +41,6 @@ class Sequence:
         "num_cached",
         "num_tokens",
         "order",
-        "placeholders",
         "preemptions",
         "prefill_tokens",
         "private_key",
@@ -67,7 +65,6 @@ class Sequence:
         self.num_tokens = request.prompt_tokens
         self.computed = 0
         self.prefill_tokens = 0
-        self.placeholders = 0
         self.blocks: list[int] = []
         self.num_cached = 0
         self.token_tick: int | None = None
