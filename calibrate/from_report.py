@@ -25,7 +25,7 @@ from servecast.sim.front_end import FrontEndCosts
 from servecast.sim.noise import StepNoise
 from servecast.sim.profile import Domain, Profile, Provenance
 from servecast.sim.records import Run
-from servecast.sim.reported import Reported, stage_of
+from servecast.sim.reported import Reported, read_rows, stage_of
 from servecast.sim.reproduce import Cell, reproduce
 from servecast.sim.scenario import Scenario
 from servecast.sim.simulate import simulate
@@ -119,7 +119,11 @@ def cells_of(scenario: Scenario, reported: Reported, profile: Profile) -> tuple[
     """The fitted rows' cells, as a profile predicts them."""
     alone = scenario.model_copy(update={"reported": (reported,)})
     cells = reproduce(alone, seeds=_FIT_SEEDS, profile=profile).tables[0].cells
-    return tuple(cell for cell in cells if cell.used == "fit")
+    return tuple(
+        cell
+        for cell in cells
+        if cell.used == "fit" and any(row.items() <= cell.keys.items() for row in reported.fit_rows)
+    )
 
 
 def _fit(scenario: Scenario, reported: Reported, max_evaluations: int) -> tuple[Profile, tuple[Cell, ...]]:
@@ -134,7 +138,7 @@ def _fit(scenario: Scenario, reported: Reported, max_evaluations: int) -> tuple[
 
     def residuals(point: NDArray[np.float64]) -> NDArray[np.float64]:
         cells = cells_of(scenario, reported, profile_at(point))
-        misfit = [math.log(c.predicted / c.reported) / _precision(reported, c) for c in cells if c.reported]
+        misfit = [_misfit(reported, cell) for cell in cells if cell.reported]
         return np.array([*misfit, *(PRIOR_WEIGHT * (point - centre) / spread)])
 
     found = least_squares(
@@ -147,7 +151,8 @@ def _fit(scenario: Scenario, reported: Reported, max_evaluations: int) -> tuple[
         max_nfev=max_evaluations,
     )
     profile = profile_at(found.x)
-    sample = simulate(scenario, deployment=Deployment.of(scenario, profile))
+    workload = scenario.workload_of(reported)
+    sample = simulate(scenario, workload=workload, deployment=Deployment.of(scenario, profile))
     profile = profile.model_copy(
         update={
             "domain": _domain(scenario, reported, sample),
@@ -156,6 +161,16 @@ def _fit(scenario: Scenario, reported: Reported, max_evaluations: int) -> tuple[
         }
     )
     return profile, cells_of(scenario, reported, profile)
+
+
+def _misfit(reported: Reported, cell: Cell) -> float:
+    if not cell.predicted > 0:
+        raise InputError(
+            f"{cell.metric} is predicted as {cell.predicted}, which has no relative error",
+            where="reported.0.fit_rows",
+            fix="Exclude this column from the rows to fit.",
+        )
+    return math.log(cell.predicted / cell.reported) / _precision(reported, cell)
 
 
 def _precision(reported: Reported, cell: Cell) -> float:
@@ -193,7 +208,8 @@ def _profile(base: Deployment, values: dict[str, float]) -> Profile:
 def _domain(scenario: Scenario, reported: Reported, run: Run) -> Domain:
     """What the steps of the fitted rows ranged over."""
     workload = scenario.workload_of(reported)
-    parts = [select(run, stage=stage_of(row, workload)) for row in reported.fit_rows]
+    rows = [row.keys for row in read_rows(reported) if row.fit]
+    parts = [select(run, stage=stage_of(row, workload)) for row in rows]
     steps = pd.concat([part.steps for part in parts])
     requests = pd.concat([part.requests for part in parts])
     tokens = steps["prefill_tokens"] + steps["decodes"]

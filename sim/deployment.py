@@ -9,6 +9,7 @@ from importlib.metadata import version
 from servecast.sim.binding import Limits
 from servecast.sim.engine_config import EngineConfig
 from servecast.sim.engine_flags import ResolvedEngine, resolve_defaults
+from servecast.sim.errors import InputError
 from servecast.sim.gpu import GPU, find_gpu
 from servecast.sim.memory import KVMemory, kv_memory
 from servecast.sim.model_shape import ModelShape
@@ -47,9 +48,7 @@ class Deployment:
             InputError: a name is unknown, vLLM would refuse the flags, or the model does not fit.
         """
         flags = scenario.engine
-        model = ModelShape.from_config(scenario.config_file())
-        if flags.quantization in ("fp8", "fbgemm_fp8", "compressed-tensors"):
-            model = dataclasses.replace(model, weight_bytes_each=1)
+        model = _model(scenario)
         gpu = _gpu(scenario)
         engine = resolve_defaults(
             flags,
@@ -113,13 +112,33 @@ class Deployment:
         return {
             "basis": profile.basis(self.gpu.name, self.model.name),
             "profile": f"{profile.model} on {profile.gpu}, vLLM {profile.engine_version}",
-            "error_band": profile.error_band,
+            "error_band": profile.band(self.gpu.name, self.model.name),
             "fitted_rows": list(profile.fitted_rows),
             "parameters": [entry.model_dump() for entry in profile.provenance],
             "gpu_source": self.gpu.source,
             "memory": [dataclasses.asdict(line) for line in self.memory.lines],
             "servecast_version": version("servecast"),
         }
+
+
+def _model(scenario: Scenario) -> ModelShape:
+    flags = scenario.engine
+    model = ModelShape.from_config(scenario.config_file())
+    if flags.dtype in ("float32", "float"):
+        raise InputError(
+            f"dtype {flags.dtype} is not modelled",
+            where=f"{scenario.source}: engine.dtype",
+            fix="Use bfloat16 or float16, as serving does.",
+        )
+    if flags.quantization == "fp8":
+        return dataclasses.replace(model, weight_bytes_each=1)
+    if flags.quantization is not None and model.weight_bytes_each != 1:
+        raise InputError(
+            f"quantization {flags.quantization!r} is not modelled for this model's config",
+            where=f"{scenario.source}: engine.quantization",
+            fix="Use fp8, or a config.json of fp8 weights with its quantization_config.",
+        )
+    return model
 
 
 def _gpu(scenario: Scenario) -> GPU:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from servecast.sim.front_end import Client, after
 from servecast.sim.records import STEP_COLUMNS, RequestRecord, Run, requests_frame
 from servecast.sim.replica import Job, Replica
-from servecast.sim.request import Request, Stage, Stream
+from servecast.sim.request import Stage, Stream
 from servecast.sim.router import Router
 from servecast.sim.units import to_ps, to_seconds
 
@@ -100,7 +100,7 @@ class Fleet:
         env, record = self.env, job.record
         now = record.sent = int(env.now)
         if job.request.abort_after_s is not None:
-            env.process(self._give_up(job.request, record))
+            env.process(self._give_up(job))
         on_wire = self._client.send(now)
         if on_wire > now:
             after(env, on_wire - now, lambda: self._route(job))
@@ -108,14 +108,19 @@ class Fleet:
             self._route(job)
 
     def _route(self, job: Job) -> None:
+        if job.record.status == "aborted":
+            return
         replica = self.replicas[self._router.pick(job.request, self.replicas)]
         replica.submit(job)
 
-    def _give_up(self, request: Request, record: RequestRecord) -> Generator[simpy.Event, None, None]:
-        assert request.abort_after_s is not None
-        yield self.env.timeout(to_ps(request.abort_after_s))
-        if record.replica is not None:
-            self.replicas[record.replica].abort(request.request_id)
+    def _give_up(self, job: Job) -> Generator[simpy.Event, None, None]:
+        assert job.request.abort_after_s is not None
+        yield self.env.timeout(to_ps(job.request.abort_after_s))
+        if job.record.replica is not None:
+            self.replicas[job.record.replica].abort(job.request.request_id)
+        else:  # still in the client's process
+            job.record.status = "aborted"
+            job.done()
 
     def run(self, stages: list[Stage]) -> Run:
         """Run all stages, one after the other, on the same servers."""
@@ -139,14 +144,18 @@ class Fleet:
             clients = [StreamClient(self, stream, number, i) for i, stream in enumerate(stage.streams)]
             running += clients
             if not stage.drain and stage.duration_s is not None:
+                self.env.process(self._end_background(clients))
                 yield self.env.timeout(to_ps(stage.duration_s))
-                continue
-            foreground = [c.finished for c in clients if not c.stream.background]
-            yield self.env.all_of(foreground)
-            for client in clients:
-                if client.stream.background:
-                    client.stop()
+            else:
+                yield self.env.process(self._end_background(clients))
         yield self.env.all_of([c.finished for c in running if not c.stream.background])
+
+    def _end_background(self, clients: list[StreamClient]) -> Generator[simpy.Event, None, None]:
+        """A stage's background streams stop when its foreground is done."""
+        yield self.env.all_of([c.finished for c in clients if not c.stream.background])
+        for client in clients:
+            if client.stream.background:
+                client.stop()
 
 
 _ORDERS = 4  # draws a row for the place of a stream in its batch

@@ -112,10 +112,10 @@ def statistic(run: Run, metric: str, name: str, *, law: PercentileLaw = "linear"
     Raises InputError for a name that is none of these.
     """
     values, weights = samples(run, metric)
-    return _statistics(values, weights, [name], law)[0]
+    return statistics_of(values, weights, [name], law)[0]
 
 
-def _statistics(
+def statistics_of(
     values: Floats, weights: Floats | None, names: Sequence[str], law: PercentileLaw
 ) -> list[float]:
     """Several statistics of one sample, sorted once. NaN for an empty sample."""
@@ -263,7 +263,7 @@ def summary(
             shown.append("e2el_including_client_queue")
     names = ["mean", "median", "std", *(f"p{rank:g}" for rank in ranks)]
     for metric in shown:
-        for name, value in zip(names, _statistics(*samples(run, metric), names, law), strict=True):
+        for name, value in zip(names, statistics_of(*samples(run, metric), names, law), strict=True):
             result[f"{name}_{metric}_ms"] = value * 1000
     known = len(steps) > 0
     result["kv_cache_usage_peak"] = float(steps["kv_usage"].max()) if known else None

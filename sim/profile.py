@@ -107,7 +107,7 @@ class Profile(_Strict):
             gpu=gpu,
             model=model,
             engine_version=engine_version,
-            error_band=0.3,
+            error_band=TYPICAL_BAND,
             provenance=tuple(
                 Provenance(parameter=f"efficiencies.{field.name}", origin="assumed", note="typical value")
                 for field in fields(Efficiencies)
@@ -199,6 +199,19 @@ class Profile(_Strict):
         if model != self.model:
             return "scaled from a measured reference"
         return "fitted to a report" if self.fitted_rows else "measured here"
+
+    def band(self, gpu: str, model: str) -> float | None:
+        """Relative error band of a prediction for that GPU and model, wider the less was measured."""
+        basis = self.basis(gpu, model)
+        if basis == "physics only":
+            return max(TYPICAL_BAND, self.error_band or 0.0)
+        if basis == "scaled from a measured reference":
+            return max(TRANSFER_BAND, 1.5 * (self.error_band or 0.0))
+        return self.error_band
+
+
+TYPICAL_BAND = 0.3  # of a GPU that nobody measured
+TRANSFER_BAND = 0.2  # least band of another model on a measured GPU: assumed
 
 
 def _physical(

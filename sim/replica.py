@@ -113,6 +113,8 @@ class Replica:
         while inbox:
             time, item = inbox.popleft()
             if isinstance(item, Job):
+                if item.record.status == "aborted":
+                    continue  # given up while it was prepared
                 engine.add(item.request, self._arrivals)
                 self._arrivals += 1
                 item.record.queued = time

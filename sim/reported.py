@@ -36,6 +36,15 @@ class Column(Model):
     statistic: Statistic | None = None
     unit: Literal["s", "ms", "tok/s", "req/s", "percent", "requests", "GiB"]
 
+    @model_validator(mode="after")
+    def _makes_sense(self) -> Column:
+        if self.metric in ("ttft", "tpot", "itl", "e2el"):
+            if self.statistic is None:
+                raise invalid(f"{self.metric} without a statistic", "Add one, as p95.", at="statistic")
+            if self.unit not in ("s", "ms"):
+                raise invalid(f"{self.metric} in {self.unit}", "Its unit is s or ms.", at="unit")
+        return self
+
 
 class Excluded(Model):
     """Cells that a comparison leaves out, and why."""

@@ -11,7 +11,7 @@ import numpy as np
 from servecast.sim.deployment import Deployment
 from servecast.sim.errors import InputError
 from servecast.sim.knee import closed_loop_knee
-from servecast.sim.metrics import duration, good_requests, latencies, percentiles, series, statistic
+from servecast.sim.metrics import duration, good_requests, latencies, series, statistic, statistics_of
 from servecast.sim.profile import Profile
 from servecast.sim.records import Run
 from servecast.sim.reported import Column, Reported, ReportedRow, read_rows, stage_of
@@ -191,11 +191,11 @@ def reproduce(scenario: Scenario, *, seeds: int = 8, profile: Profile | None = N
         )
     deployment = Deployment.of(scenario, profile)
     numbers = tuple(scenario.seed + k for k in range(seeds))
-    runs: dict[int, list[Run]] = {}  # by workload: tables of one workload share its runs
+    runs: dict[str, list[Run]] = {}  # by table; those of the scenario's own workload share ""
     tables = []
     for reported in scenario.reported:
         workload = scenario.workload_of(reported)
-        own = id(workload) if reported.workload is not None else 0
+        own = reported.name if reported.workload is not None else ""
         if own not in runs:
             runs[own] = [
                 simulate(scenario, seed=seed, workload=workload, deployment=deployment) for seed in numbers
@@ -223,7 +223,8 @@ def _table(
                 continue
             what = reported.columns[column]
             values = [measure(part, what, reported, scenario.goodput_limits, deployment) for part in parts]
-            cell = _cell(row, column, reported_value, values)
+            fitted = row.fit or str(row.keys) in deployment.profile.fitted_rows
+            cell = _cell(row, column, reported_value, values, fitted=fitted)
             cells.append(cell)
             if what.metric == "output_throughput" and isinstance(row.keys.get("concurrency"), int):
                 throughput[int(row.keys["concurrency"])] = (cell.predicted, reported_value)
@@ -237,9 +238,9 @@ def _table(
     return TableReproduction(reported.name, reported.source, tuple(cells), knee, reported.known_misses)
 
 
-def _cell(row: ReportedRow, column: str, reported: float, values: list[float]) -> Cell:
+def _cell(row: ReportedRow, column: str, reported: float, values: list[float], *, fitted: bool) -> Cell:
     reason = row.excluded.get(column)
-    used = "excluded" if reason is not None else "fit" if row.fit else "predicted"
+    used = "excluded" if reason is not None else "fit" if fitted else "predicted"
     return Cell(dict(row.keys), column, reported, float(np.mean(values)), float(np.std(values)), used, reason)
 
 
@@ -255,24 +256,28 @@ def measure(
 ) -> float:
     """The value of a column in its unit, as the table's source would have measured it on this run."""
     metric, extra = column.metric, reported.events_beyond_tokens
+    done = run.requests[run.requests["status"] == "finished"]
     if metric == "gpu_memory":
         return deployment.memory.memory_used_bytes / GIB
     if metric in ("kv_usage", "running", "waiting"):
         return _gauge_peak(run, metric) * (100 if column.unit == "percent" else 1)
     if metric == "output_throughput":
-        return float((run.requests["output_tokens"] + extra).sum()) / duration(run)
+        return float((done["output_tokens"] + extra).sum()) / duration(run)
     if metric == "request_throughput":
-        return len(run.requests) / duration(run)
+        return len(done) / duration(run)
     if metric == "goodput":
-        assert goodput is not None
+        if goodput is None:
+            raise InputError(
+                "a goodput column, but no limits", where="goodput", fix='Add them, as goodput: "ttft:1000".'
+            )
         return 100 * good_requests(run, goodput) / len(run.requests)
     assert column.statistic is not None
     name = "p50" if column.statistic == "median" else column.statistic
     if metric == "tpot" and extra:
         values = latencies(run.requests)
-        events = run.requests.loc[values.index, "output_tokens"] + extra - 1
+        events = done["output_tokens"] + extra - 1
         sample = ((values["e2el"] - values["ttft"]) / events).to_numpy()
-        seconds = percentiles(sample, [float(name[1:])], law=reported.percentile_law)[0]
+        seconds = statistics_of(sample, None, [name], reported.percentile_law)[0]
     else:
         seconds = statistic(run, metric, name, law=reported.percentile_law)
     return seconds * _SCALE[column.unit]
@@ -286,8 +291,9 @@ def _gauge_peak(run: Run, column: str) -> float:
     peaks = []
     for offset in np.linspace(0.0, SCRAPE_INTERVAL_S, 60, endpoint=False):
         at = np.searchsorted(times, np.arange(offset, end, SCRAPE_INTERVAL_S), side="right") - 1
-        peaks.append(seen[at[at >= 0]].max() if (at >= 0).any() else 0.0)
-    return float(np.median(peaks))
+        if (at >= 0).any():
+            peaks.append(seen[at[at >= 0]].max())
+    return float(np.median(peaks)) if peaks else math.nan
 
 
 def _number(value: float) -> float | None:

@@ -241,3 +241,24 @@ def test_what_can_never_be_admitted_is_refused() -> None:
 def test_a_negative_cost_is_refused() -> None:
     with pytest.raises(InputError, match=r"front_end.token_s: token_s is -0.1"):
         FrontEndCosts(token_s=-0.1)
+
+
+def test_a_client_may_go_away_before_the_engine_has_its_request() -> None:
+    """Given up at 0.5: on the way, in preparation, and in the client, each of which takes until 1."""
+    requests = [Request(0, 0.0, 10, 2, 2), Request(1, 0.0, 10, 2, 2, abort_after_s=0.5)]
+    for costs in (
+        FrontEndCosts(latency_s=1.0),
+        FrontEndCosts(request_s=1.0),
+        FrontEndCosts(client_request_s=1.0),
+    ):
+        result = run(one_stream(requests), config(), costs)
+        assert result.requests["status"].tolist() == ["finished", "aborted"]
+        assert result.steps["prefill_requests"].sum() == 1
+
+
+def test_a_background_stream_stops_without_drain_too() -> None:
+    """The foreground ends at 2, the stage at 5: the background, a request each 2 s, sends nothing after 2."""
+    background = Stream("b", [Request(i, 0.0, 10, 2, 2) for i in range(1, 40)], 1, background=True)
+    first = Stage("a", [Stream("f", [Request(0, 0.0, 10, 2, 2)]), background], drain=False, duration_s=5.0)
+    result = run([first, Stage("b", [Stream("f", [Request(50, 0.0, 10, 2, 2)])])], config())
+    assert result.requests["request_id"].tolist() == [0, 1, 2, 50]

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from functools import cache
+from pathlib import Path
 
 import pytest
+import yaml
 
+from servecast.sim.deployment import Deployment
 from servecast.sim.errors import InputError
 from servecast.sim.reproduce import Cell, Reproduction, TableReproduction, reproduce
 from servecast.sim.scenario import load
@@ -115,3 +118,66 @@ def test_a_scenario_without_reported_tables_is_refused() -> None:
     scenario = load("l4-qwen2.5-0.5b").model_copy(update={"reported": ()})
     with pytest.raises(InputError, match="nothing was reported"):
         reproduce(scenario)
+
+
+def test_each_table_has_the_runs_of_its_own_workload(tmp_path: Path) -> None:
+    """Ten tables, each of one request of 10, 30, 50 ... tokens: latencies rise from table to table."""
+    (tmp_path / "t.csv").write_text("e2el_ms\n1\n")
+    tables = [
+        {
+            "name": f"t{tokens}",
+            "table": "t.csv",
+            "columns": {"e2el_ms": {"metric": "e2el", "statistic": "mean", "unit": "ms"}},
+            "workload": {
+                "arrivals": {"kind": "closed_loop", "concurrency": 1},
+                "num_requests": 1,
+                "prompt_tokens": 20,
+                "output_tokens": tokens,
+            },
+        }
+        for tokens in range(10, 210, 20)
+    ]
+    scenario = {
+        "schema_version": 1,
+        "name": "tables",
+        "model": {"config": "Qwen2.5-0.5B-Instruct"},
+        "gpu": {"name": "l4"},
+        "engine": {"version": "0.32"},
+        "workload": tables[0]["workload"],
+        "reported": tables,
+    }
+    (tmp_path / "tables.yaml").write_text(yaml.safe_dump(scenario))
+    found = reproduce(load(tmp_path / "tables.yaml"), seeds=1)
+    latencies = [table.cells[0].predicted for table in found.tables]
+    assert latencies == sorted(latencies)
+    assert len(set(latencies)) == 10
+
+
+def test_rows_that_the_profile_was_fitted_to_are_not_predictions() -> None:
+    """The scenario is told to call other rows the fitted ones: those of the profile stay fitted."""
+    scenario = load("a6000-qwen2.5-7b", {"reported.0.fit_rows": [{"concurrency": 8}]})
+    main = reproduce(scenario, seeds=1).tables[0]
+    assert [row["concurrency"] for row in main.rows("fit")] == [4, 8, 256]
+
+
+def test_what_was_not_measured_has_a_wider_band() -> None:
+    fitted = load("a6000-qwen2.5-7b")
+    bands = [
+        Deployment.of(load("a6000-qwen2.5-7b", changes)).provenance()["error_band"]
+        for changes in ({}, {"model.config": "Qwen2.5-0.5B-Instruct"}, {"gpu.name": "h100"})
+    ]
+    assert fitted.profile is not None
+    assert bands == sorted(bands)
+    assert len(set(bands)) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"engine.dtype": "float32"}, "engine.dtype: dtype float32 is not modelled"),
+        ({"engine.quantization": "awq"}, "engine.quantization: quantization 'awq' is not modelled"),
+    ],
+)
+def test_what_is_not_modelled_is_refused(changes: dict[str, str], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Deployment.of(load("a6000-qwen2.5-7b", changes))
