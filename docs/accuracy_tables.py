@@ -14,6 +14,13 @@ beside the prediction. A profile is fitted to at most two rows of a table, marke
 cells are predictions, and only these enter the mean errors. Cells that a comparison must leave out
 are numbered, with the reason below.
 
+These are not blind predictions. The parameters come from the marked rows alone, but the form of the
+front-end model was chosen with both sweeps in full view: five forms of how requests are prepared were
+tried (first come first served, micro-batches, processor sharing, rounds, rounds of at most 32), and the
+one kept is both what vLLM's source suggests and what fits the L4's TTFT. The typical values that the
+fit starts from were set by hand in the same days. The TTFT columns owe most to that; a live run
+predicted beforehand is the real test.
+
 Definitions, such as the percentile law of each source, are in [What is modelled](modelled.md).
 """
 
