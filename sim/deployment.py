@@ -106,13 +106,18 @@ class Deployment:
             parts=self.step_time.breakdown,
         )
 
+    @property
+    def error_band(self) -> float | None:
+        """Relative error band of predictions for this model and GPU; None if not known."""
+        return self.profile.band(self.gpu.name, self.model.name)
+
     def provenance(self) -> dict[str, object]:
         """Where the numbers come from, for results and reports."""
         profile = self.profile
         return {
             "basis": profile.basis(self.gpu.name, self.model.name),
             "profile": f"{profile.model} on {profile.gpu}, vLLM {profile.engine_version}",
-            "error_band": profile.band(self.gpu.name, self.model.name),
+            "error_band": self.error_band,
             "fitted_rows": list(profile.fitted_rows),
             "parameters": [entry.model_dump() for entry in profile.provenance],
             "gpu_source": self.gpu.source,

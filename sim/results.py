@@ -80,7 +80,7 @@ def context(
         "run_context": None if scenario.run_context is None else scenario.run_context.model_dump(),
         "assumptions": [each.model_dump() for each in scenario.assumptions],
         "provenance": deployment.provenance(),
-        "error_band": deployment.profile.band(deployment.gpu.name, deployment.model.name),
+        "error_band": deployment.error_band,
         "notes": list(flags.notes),
     }
 
