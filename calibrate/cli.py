@@ -5,64 +5,166 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from cyclopts import App, Parameter
 
+from servecast.calibrate import fit_plot
+from servecast.calibrate.black_box import endpoint
+from servecast.calibrate.fit_folder import fit_folder
+from servecast.calibrate.fit_layers import fit_layers
+from servecast.calibrate.fit_padded import fit_infer
+from servecast.calibrate.fit_text import profile_lines, summary_lines
 from servecast.calibrate.from_report import fit_report
+from servecast.calibrate.layer_tables import is_layer_folder
+from servecast.calibrate.measuring import measure
+from servecast.sim.errors import InputError
+from servecast.sim.gpu import GPU, find_gpu
 from servecast.sim.profile import Profile
 from servecast.sim.scenario import load
 
-app = App(name="calibrate", help="Fit a profile, or show what one says and where it ends.")
+app = App(name="calibrate", help="Measure a machine, fit a profile, or show what one says and where it ends.")
+app.command(measure, help_flags=())
+app.command(fit_infer)
+app.command(endpoint)
 
 
 @app.command
 def fit(
-    scenario: str,
+    source: str,
     *,
-    from_report: Annotated[bool, Parameter(negative=())],
     output: Path,
+    from_report: Annotated[bool, Parameter(negative=())] = False,
+    kind: Literal["physical", "grid", "layers"] = "physical",
+    scenario: str | None = None,
+    gpu: str | None = None,
     json_: Annotated[bool, Parameter(name="--json", negative=())] = False,
-) -> None:
-    """Fit a profile to the reported rows that a scenario names for it (reported.0.fit_rows).
+) -> int:
+    """Fit a profile to a folder of measurements, or to the reported rows that a scenario names for it.
+
+    A bad fit is not written: the reasons are printed, and the exit code is 1.
 
     Args:
-        scenario: a shipped scenario's name, or a YAML file.
+        source: a folder that calibrate measure wrote, or one of layer timing tables (dense.csv,
+            attention.csv, ...); with --from-report a scenario, a shipped one's name or a YAML file with
+            reported.0.fit_rows.
+        output: where the profile is written. Peaks that no datasheet gave go beside it, into NAME.gpu.json.
         from_report: fit to the scenario's reported table, through the simulator. Takes a few minutes.
-        output: where the profile is written.
-        json_: print the fitted cells as JSON.
+        kind: physical for efficiencies, which carry over to other models and GPUs; grid for the measured
+            steps themselves, interpolated; layers for layer timing tables, put together into steps.
+        scenario: for layer timing tables: names the model and the GPU that they are of.
+        gpu: the machine's, where its own name is not in the catalogue: a name, or a file that describes it.
+        json_: print what was found as JSON.
     """
-    found = fit_report(load(scenario), progress=lambda text: print(text, file=sys.stderr))
+    if from_report:
+        return _fit_report(source, output, json_=json_)
+    if is_layer_folder(Path(source)):
+        return _fit_layers(Path(source), scenario, kind, output, json_=json_)
+    if kind == "layers":
+        raise InputError(
+            "there are no layer timing tables",
+            where=source,
+            fix="Give a folder with dense.csv, per_sequence.csv and attention.csv, or another kind.",
+        )
+    own = None if gpu is None else (GPU.from_file(gpu) if Path(gpu).suffix else find_gpu(gpu, where="--gpu"))
+    found = fit_folder(source, kind=kind, gpu=own, progress=_say)
+    peaks = output.with_suffix(".gpu.json") if found.derived and found.good else None
+    if found.good:
+        found.profile.save(output)
+        if peaks is not None:
+            found.gpu.save(peaks)
+    if json_:
+        written = {
+            "profile": str(output) if found.good else None,
+            "gpu": None if peaks is None else str(peaks),
+        }
+        print(
+            json.dumps(
+                {
+                    "good": found.good,
+                    **written,
+                    "fit": found.summary.model_dump(mode="json", exclude={"shown"}),
+                }
+            )
+        )
+        return 0 if found.good else 1
+    for line in (*profile_lines(found.profile), *summary_lines(found.summary)):
+        print(line)
+    if not found.good:
+        print("nothing written: the model does not describe these measurements")
+        return 1
+    print(f"profile written to {output}")
+    if peaks is not None:
+        print(f"measured peaks written to {peaks}: name it as gpu.file in scenarios")
+    return 0
+
+
+def _fit_layers(folder: Path, scenario: str | None, kind: str, output: Path, *, json_: bool) -> int:
+    if scenario is None:
+        raise InputError(
+            "nothing says which model and GPU the layer timing tables are of",
+            where="--scenario",
+            fix="Name a scenario of that model and GPU.",
+        )
+    if kind == "grid":
+        raise InputError(
+            "layer timing tables hold no steps for a grid", where="--kind", fix="Use physical or layers."
+        )
+    profile = fit_layers(folder, load(scenario), kind="layers" if kind == "layers" else "physical")
+    good = profile.fit is None or not profile.fit.reasons
+    if good:
+        profile.save(output)
+    if json_:
+        fit = None if profile.fit is None else profile.fit.model_dump(mode="json")
+        print(json.dumps({"good": good, "profile": str(output) if good else None, "gpu": None, "fit": fit}))
+        return 0 if good else 1
+    for line in (*profile_lines(profile), *(() if profile.fit is None else summary_lines(profile.fit))):
+        print(line)
+    print(
+        f"profile written to {output}" if good else "nothing written: the model does not describe the tables"
+    )
+    return 0 if good else 1
+
+
+def _fit_report(source: str, output: Path, *, json_: bool) -> int:
+    found = fit_report(load(source), progress=_say)
     found.profile.save(output)
     if json_:
         print(json.dumps({"profile": str(output), "rows": [cell.to_json() for cell in found.cells]}))
-        return
+        return 0
     for cell in found.cells:
         row = " ".join(f"{key}={value}" for key, value in cell.keys.items())
         error = "" if cell.error is None else f"{100 * cell.error:+.1f} %"
         print(f"{row:20} {cell.metric:16} reported {cell.reported:9.4g} fitted {cell.predicted:9.4g} {error}")
     print(f"profile written to {output}")
+    return 0
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 @app.command
-def show(profile: Path, *, json_: Annotated[bool, Parameter(name="--json", negative=())] = False) -> None:
-    """Print what a profile says: parameters with their origin, domain, error band.
+def show(
+    profile: Path,
+    *,
+    plot: Path | None = None,
+    json_: Annotated[bool, Parameter(name="--json", negative=())] = False,
+) -> None:
+    """Print what a profile says: parameters with their origin, domain, error band, and how its fit did.
 
     Args:
         profile: a profile's JSON file.
+        plot: draw measured against fitted, and the roofline, into this .svg or .html.
         json_: print it as JSON.
     """
     loaded = Profile.load(profile)
+    if plot is not None:
+        fit_plot.plot(loaded, plot)
     if json_:
         print(loaded.model_dump_json(indent=2))
         return
-    print(f"{loaded.model} on {loaded.gpu}, vLLM {loaded.engine_version}, {loaded.dtype}, {loaded.date}")
-    for entry in loaded.provenance:
-        group, _, name = entry.parameter.partition(".")
-        value = getattr(getattr(loaded, group), name)
-        print(f"  {entry.parameter:32} {value:<12.4g} {entry.origin}: {entry.note}")
-    for name in ("tokens", "batch", "context"):
-        span = getattr(loaded.domain, name)
-        print(f"  domain {name:25} {'not restricted' if span is None else f'{span[0]:g} to {span[1]:g}'}")
-    band = "not known" if loaded.error_band is None else f"+-{100 * loaded.error_band:.0f} %"
-    print(f"  error band {band}; fitted rows: {', '.join(loaded.fitted_rows) or 'none'}")
+    for line in (*profile_lines(loaded), *(() if loaded.fit is None else summary_lines(loaded.fit))):
+        print(line)
+    if plot is not None:
+        print(f"plot written to {plot}")

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -25,12 +26,15 @@ from servecast.sim.front_end import FrontEndCosts
 from servecast.sim.noise import StepNoise
 from servecast.sim.profile import Domain, Profile, Provenance
 from servecast.sim.records import Run
-from servecast.sim.reported import Reported, read_rows, stage_of
-from servecast.sim.reproduce import Cell, reproduce
+from servecast.sim.reported import FitStep, Reported, read_rows, stage_of
+from servecast.sim.reproduce import reproduce
+from servecast.sim.reproduction import Cell
 from servecast.sim.scenario import Scenario
+from servecast.sim.schema import did_you_mean
 from servecast.sim.simulate import simulate
 from servecast.sim.step_time import Efficiencies
 from servecast.sim.warmup import select
+from servecast.sim.workload_spec import Row, Workload
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +65,12 @@ PARAMETERS: dict[str, Parameter] = {
     "noise.cv": Parameter(0.05, 0.7, 0.005, 0.5),
 }
 
+FURTHER: dict[str, Parameter] = {  # that only a report whose fit_steps name them can tell
+    "efficiencies.kv_bandwidth": Parameter(0.9, 0.1, 0.3, 1.0),
+    "efficiencies.attention_seq_s": Parameter(2e-7, 1.0, 1e-8, 2e-6),
+}
+_EAGER_KERNEL_S = 6e-6  # a kernel launched from Python, without a CUDA graph: 5 to 10 us of host time
+
 PRIOR_WEIGHT = 0.3  # a prior counts this much beside a cell whose error is one precision
 _PRECISION = {  # how well a small benchmark knows a statistic, relative: medians and rates, tails
     "ttft": (0.2, 0.3),
@@ -83,15 +93,24 @@ class ReportFit:
 
 
 def fit_report(
-    scenario: Scenario, *, progress: Callable[[str], None] | None = None, max_evaluations: int = 25
+    scenario: Scenario,
+    *,
+    progress: Callable[[str], None] | None = None,
+    max_evaluations: int = 25,
+    jobs: int = 1,
 ) -> ReportFit:
-    """Fit a profile to the rows that the scenario's main reported table gives for it.
+    """Fit a profile to the rows that the scenario's main reported table gives for it: all parameters to all
+    rows together, or as the table's ``fit_steps`` say.
 
-    The error band is found by leaving one row out: each of the rows is predicted by a fit to the others,
-    and the band covers 90 % of the errors of token times and throughputs.
+    The error band is found by leaving one row out: each of the rows of a step is predicted by a fit to its
+    others, and the band covers 90 % of the errors of token times and throughputs.
+
+    Args:
+        progress: called with what is being done. max_evaluations: of each least-squares search.
+        jobs: processes over which the simulations run; the fit does not depend on it.
 
     Raises:
-        InputError: the scenario reports nothing, or names no rows to fit.
+        InputError: the scenario reports nothing, or names no rows to fit, or a parameter that is not known.
     """
     if not scenario.reported or not scenario.reported[0].fit_rows:
         raise InputError(
@@ -99,26 +118,54 @@ def fit_report(
         )
     reported = scenario.reported[0]
     say = progress or (lambda _text: None)
-    say(f"fitting {len(PARAMETERS)} parameters to {len(reported.fit_rows)} rows")
-    profile, cells = _fit(scenario, reported, max_evaluations)
+    base = Deployment.of(scenario.model_copy(update={"profile": None}))
+    steps = _steps(reported)
+
+    def search(step: FitStep, known: dict[str, float]) -> dict[str, float]:
+        return known | _search(scenario, reported, step, base, known, max_evaluations, jobs)
+
+    values: dict[str, float] = {}
+    for step in steps:
+        say(f"fitting {len(step.parameters)} parameters to {len(step.rows)} rows")
+        values = search(step, values)
+    profile = _with_domain(scenario, reported, _profile(base, values))
     errors: list[float] = []
-    for row in reported.fit_rows if len(reported.fit_rows) > 1 else ():
-        rest = tuple(other for other in reported.fit_rows if other != row)
-        say(f"leaving out {row}")
-        without, _ = _fit(scenario, reported.model_copy(update={"fit_rows": rest}), max_evaluations)
-        errors += [
-            abs(cell.error)
-            for cell in cells_of(scenario, reported.model_copy(update={"fit_rows": (row,)}), without)
-            if cell.error is not None and reported.columns[cell.metric].metric in _BAND_METRICS
-        ]
+    for step in steps:
+        for row in step.rows if len(step.rows) > 1 else ():
+            say(f"leaving out {row}")
+            rest = step.model_copy(update={"rows": tuple(other for other in step.rows if other != row)})
+            known = {name: value for name, value in values.items() if name not in step.parameters}
+            without = _profile(base, search(rest, known))
+            errors += [
+                abs(cell.error)
+                for cell in cells_of(scenario, _only(reported, (row,)), without, jobs)
+                if cell.error is not None
+                and cell.metric in step.columns
+                and reported.columns[cell.metric].metric in _BAND_METRICS
+            ]
     band = float(np.quantile(errors, 0.9)) if errors else None
+    cells = cells_of(scenario, reported, profile, jobs)
     return ReportFit(profile.model_copy(update={"error_band": band}), cells)
 
 
-def cells_of(scenario: Scenario, reported: Reported, profile: Profile) -> tuple[Cell, ...]:
-    """The fitted rows' cells, as a profile predicts them."""
-    alone = scenario.model_copy(update={"reported": (reported,)})
-    cells = reproduce(alone, seeds=_FIT_SEEDS, profile=profile).tables[0].cells
+def _only(reported: Reported, rows: tuple[Row, ...]) -> Reported:
+    return reported.model_copy(update={"fit_rows": rows})
+
+
+def cells_of(scenario: Scenario, reported: Reported, profile: Profile, jobs: int = 1) -> tuple[Cell, ...]:
+    """The fitted rows' cells, as a profile predicts them. A fit in steps simulates only the stages of its
+    rows and those that no row is about, such as a warm-up."""
+    alone = scenario
+    if reported.fit_steps and reported.workload is None:
+        stages = scenario.stages()
+        rows = [row for row in read_rows(reported) if not row.summary]
+        about = {stage_of(reported.stage_keys(row.keys), stages): False for row in rows}
+        about |= {stage_of(reported.stage_keys(row.keys), stages): True for row in rows if row.fit}
+        kept = tuple(stage for index, stage in enumerate(stages.stages) if about.get(index, True))
+        alone = scenario.model_copy(update={"workload": Workload(stages=kept), "sweep": None})
+    only = reported.model_copy(update={"rows": reported.fit_rows, "ranking": None})
+    alone = alone.model_copy(update={"reported": (only,)})
+    cells = reproduce(alone, seeds=_FIT_SEEDS, profile=profile, jobs=jobs).tables[0].cells
     return tuple(
         cell
         for cell in cells
@@ -126,31 +173,37 @@ def cells_of(scenario: Scenario, reported: Reported, profile: Profile) -> tuple[
     )
 
 
-def _fit(scenario: Scenario, reported: Reported, max_evaluations: int) -> tuple[Profile, tuple[Cell, ...]]:
-    names = list(PARAMETERS)
-    prior = [PARAMETERS[name] for name in names]
-    centre = np.log([p.typical for p in prior])
-    spread = np.array([p.spread for p in prior])
-    base = Deployment.of(scenario.model_copy(update={"profile": None}))
-
-    def profile_at(point: NDArray[np.float64]) -> Profile:
-        return _profile(base, dict(zip(names, np.exp(point).tolist(), strict=True)))
-
-    def residuals(point: NDArray[np.float64]) -> NDArray[np.float64]:
-        cells = cells_of(scenario, reported, profile_at(point))
-        misfit = [_misfit(reported, cell) for cell in cells if cell.reported]
-        return np.array([*misfit, *(PRIOR_WEIGHT * (point - centre) / spread)])
-
-    found = least_squares(
-        residuals,
-        centre,
-        bounds=(np.log([p.low for p in prior]), np.log([p.high for p in prior])),
-        diff_step=_STEP / np.maximum(np.abs(centre), 1.0),
-        x_scale=spread,
-        loss="soft_l1",
-        max_nfev=max_evaluations,
+def _steps(reported: Reported) -> tuple[FitStep, ...]:
+    """The steps of the fit, as far as their rows are there."""
+    everything = FitStep(
+        rows=reported.fit_rows, parameters=tuple(PARAMETERS), columns=tuple(reported.columns)
     )
-    profile = profile_at(found.x)
+    steps = []
+    for step in reported.fit_steps or (everything,):
+        rows = tuple(row for row in step.rows if row in reported.fit_rows)
+        if rows:
+            steps.append(step.model_copy(update={"rows": rows}))
+    return tuple(steps)
+
+
+def _prior(name: str, base: Deployment, *, gateway: bool) -> Parameter:
+    """gateway: requests go through one, and through an endpoint picker."""
+    known = PARAMETERS | FURTHER
+    if name not in known:
+        raise InputError(
+            f"there is no parameter {name!r} to fit",
+            where="reported.0.fit_steps",
+            fix=did_you_mean(name, known) or f"Known: {', '.join(known)}.",
+        )
+    if name == "efficiencies.host_fixed_s" and base.engine.flags.enforce_eager:
+        return Parameter(base.model.kernels * _EAGER_KERNEL_S, 0.7, 1e-5, 1e-1)
+    if name == "front_end.latency_s" and gateway:
+        return replace(known[name], high=1.0)
+    return known[name]
+
+
+def _with_domain(scenario: Scenario, reported: Reported, profile: Profile) -> Profile:
+    """The profile, with what it was fitted to."""
     workload = scenario.workload_of(reported)
     sample = simulate(scenario, workload=workload, deployment=Deployment.of(scenario, profile))
     profile = profile.model_copy(
@@ -160,7 +213,47 @@ def _fit(scenario: Scenario, reported: Reported, max_evaluations: int) -> tuple[
             "raw_data_sha256": hashlib.sha256(reported.table.read_bytes()).hexdigest(),
         }
     )
-    return profile, cells_of(scenario, reported, profile)
+    return profile
+
+
+def _search(
+    scenario: Scenario,
+    reported: Reported,
+    step: FitStep,
+    base: Deployment,
+    known: dict[str, float],
+    max_evaluations: int,
+    jobs: int,
+) -> dict[str, float]:
+    """The parameters of one step, by least squares. known: those of the steps before it."""
+    names = list(step.parameters)
+    prior = [_prior(name, base, gateway=bool(reported.routers)) for name in names]
+    centre = np.log([p.typical for p in prior])
+    spread = np.array([p.spread for p in prior])
+    rows = _only(reported, step.rows)
+
+    def values_at(point: NDArray[np.float64]) -> dict[str, float]:
+        return dict(zip(names, np.exp(point).tolist(), strict=True))
+
+    def residuals(point: NDArray[np.float64]) -> NDArray[np.float64]:
+        cells = cells_of(scenario, rows, _profile(base, known | values_at(point)), jobs)
+        misfit = [_misfit(reported, c) for c in cells if c.reported and c.metric in step.columns]
+        return np.array([*misfit, *(PRIOR_WEIGHT * (point - centre) / spread)])
+
+    found = least_squares(
+        residuals,
+        centre,
+        bounds=(np.log([p.low for p in prior]), np.log([p.high for p in prior])),
+        diff_step=(
+            _STEP / np.maximum(np.abs(centre), 1.0)
+            if step.difference is None
+            else step.difference * spread / np.abs(centre)
+        ),
+        x_scale=spread,
+        loss="soft_l1",
+        max_nfev=min(max_evaluations, step.max_evaluations),
+    )
+    return values_at(found.x)
 
 
 def _misfit(reported: Reported, cell: Cell) -> float:
@@ -183,7 +276,7 @@ def _precision(reported: Reported, cell: Cell) -> float:
 
 def _profile(base: Deployment, values: dict[str, float]) -> Profile:
     """A profile with these parameters; all others are typical."""
-    of = {
+    of: dict[str, dict[str, Any]] = {
         group: {n.split(".")[1]: v for n, v in values.items() if n.startswith(f"{group}.")}
         for group in ("efficiencies", "front_end", "noise")
     }
@@ -193,8 +286,11 @@ def _profile(base: Deployment, values: dict[str, float]) -> Profile:
         servecast_version=version("servecast"),
         gpu=base.gpu.name,
         model=base.model.name,
+        models=(base.model,),
         engine_version=base.engine.flags.version,
+        tensor_parallel_size=base.engine.flags.tensor_parallel_size,
         date=datetime.date.today(),
+        flags={"enforce_eager": True} if base.engine.flags.enforce_eager else {},
         efficiencies=replace(Efficiencies(), **of["efficiencies"]),
         noise=StepNoise(**of["noise"]),
         front_end=FrontEndCosts(**of["front_end"]),
@@ -209,7 +305,7 @@ def _domain(scenario: Scenario, reported: Reported, run: Run) -> Domain:
     """What the steps of the fitted rows ranged over."""
     workload = scenario.workload_of(reported)
     rows = [row.keys for row in read_rows(reported) if row.fit]
-    parts = [select(run, stage=stage_of(row, workload)) for row in rows]
+    parts = [select(run, stage=stage_of(reported.stage_keys(row), workload)) for row in rows]
     steps = pd.concat([part.steps for part in parts])
     requests = pd.concat([part.requests for part in parts])
     tokens = steps["prefill_tokens"] + steps["decodes"]

@@ -28,14 +28,14 @@ STEP_SAMPLE = 200
 class Limits:
     """What an engine of a run could not exceed, and what its step-time model knows.
 
-    num_gpu_blocks includes the null block. bound_by: what most of a step's time goes to
-    (``StepTime.binding``). parts: part of a step to seconds (``StepTime.breakdown``). None where the
-    step-time model cannot tell.
+    num_gpu_blocks includes the null block; None where no request waits for blocks. bound_by: what most of a
+    step's time goes to (``StepTime.binding``). parts: part of a step to seconds (``StepTime.breakdown``).
+    None where the step-time model cannot tell.
     """
 
     max_num_seqs: int
     max_num_batched_tokens: int
-    num_gpu_blocks: int
+    num_gpu_blocks: int | None
     bound_by: Callable[[StepShape], str] | None = None
     parts: Callable[[StepShape], Mapping[str, float]] | None = None
 
@@ -96,7 +96,7 @@ def evidence(run: Run, limits: Limits) -> Evidence:
     time = steps["duration"].to_numpy(dtype=float)
     total = float(time.sum()) or math.nan
     waits = steps["waiting"].to_numpy() > 0
-    full = waits & (steps["running"].to_numpy() >= limits.max_num_seqs)
+    full = waits & ((steps["running"].to_numpy() >= limits.max_num_seqs) | (limits.num_gpu_blocks is None))
     scheduled = (steps["prefill_tokens"] + steps["decodes"]).to_numpy()
     spent = waits & ~full & (scheduled >= limits.max_num_batched_tokens)
     window = float(steps["start"].max() - steps["start"].min()) + float(time[-1:].sum())
@@ -148,7 +148,7 @@ def _queue_reason(cause: str, share: float, limits: Limits) -> str:
     what = {
         "max_num_seqs": f"all {limits.max_num_seqs} sequence slots (max_num_seqs) are taken",
         "token_budget": f"the {budget} are used up",
-        "kv_blocks": f"no more of the {limits.num_gpu_blocks - 1} KV blocks can be had",
+        "kv_blocks": f"no more of the {(limits.num_gpu_blocks or 1) - 1} KV blocks can be had",
     }
     return f"in {share:.0%} of the engine's time requests wait while {what[cause]}"
 

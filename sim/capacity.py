@@ -12,6 +12,7 @@ from joblib import Parallel
 from servecast.sim.binding import Binding, Limits, binding_limit
 from servecast.sim.errors import InputError
 from servecast.sim.knee import open_loop_knee
+from servecast.sim.metrics import duration
 from servecast.sim.probe import WARMUP_SHARE, WINDOW_IN_E2E, Objectives, Probe, ProbedRate
 from servecast.sim.search import Prober, Progress, RateSearch
 from servecast.sim.slo import SLO, Goodput
@@ -72,6 +73,17 @@ class Plan:
         result["binding_limit"], result["binding_evidence"] = binding["limit"], list(binding["reasons"])
         plain: dict[str, Any] = _plain(result)
         return plain
+
+
+_BURST = 400  # requests sent at once, to see roughly what can be served
+_BURST_RATE = 1e5
+
+
+def first_guess(probe: Probe, seed: int) -> float:
+    """Half the rate at which a burst is served, in requests/s: a ``start_rate`` that mostly passes."""
+    run = probe(_BURST_RATE, seed, _BURST)
+    rate = len(run.requests) / duration(run) / 2
+    return float(f"{rate:.2g}") if rate > 0 else 1.0  # not where every request was aborted
 
 
 def plan(

@@ -13,9 +13,11 @@ from servecast.sim.errors import InputError
 from servecast.sim.gpu import GPU, find_gpu
 from servecast.sim.memory import KVMemory, kv_memory
 from servecast.sim.model_shape import ModelShape
+from servecast.sim.padded_memory import MemoryRisk, padded_memory
 from servecast.sim.profile import Profile, build_step_time
 from servecast.sim.scenario import Scenario
 from servecast.sim.step_time import StepTime, cudagraph_capture_sizes
+from servecast.sim.transfer import Transfer, transfer
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +60,7 @@ class Deployment:
             where=f"{scenario.source}: engine",
         )
         sizes: tuple[int, ...] = ()
-        if not flags.enforce_eager:
+        if flags.policy == "vllm" and not flags.enforce_eager:
             sizes = cudagraph_capture_sizes(
                 engine.max_num_seqs,
                 engine.max_num_batched_tokens,
@@ -67,21 +69,7 @@ class Deployment:
                 max_capture_size=flags.max_cudagraph_capture_size,
             )
         kv_dtype_bytes = 1 if flags.kv_cache_dtype.startswith("fp8") else 2
-        memory = kv_memory(
-            model,
-            gpu,
-            version=flags.version,
-            max_num_seqs=engine.max_num_seqs,
-            max_num_batched_tokens=engine.max_num_batched_tokens,
-            max_model_len=engine.max_model_len,
-            gpu_memory_utilization=engine.gpu_memory_utilization,
-            block_size=flags.block_size,
-            tensor_parallel_size=flags.tensor_parallel_size,
-            kv_dtype_bytes=kv_dtype_bytes,
-            cudagraph_sizes=sizes,
-            kv_cache_memory_bytes=flags.kv_cache_memory_bytes,
-            num_gpu_blocks_override=flags.num_gpu_blocks_override,
-        )
+        memory = _memory(model, gpu, engine, kv_dtype_bytes, sizes)
         if profile is None:
             profile = _profile(scenario, gpu, model)
         step_time = build_step_time(
@@ -97,26 +85,51 @@ class Deployment:
 
     @property
     def limits(self) -> Limits:
-        """What could bind a run of this deployment."""
+        """What could bind a run of this deployment. Another engine than vLLM has a slot's worth of blocks for
+        each row, so that none is waited for, unless it was given fewer."""
+        flags = self.engine.flags
+        waits_for_blocks = flags.policy == "vllm" or flags.num_gpu_blocks_override is not None
         return Limits(
             max_num_seqs=self.config.max_num_seqs,
             max_num_batched_tokens=self.config.max_num_batched_tokens,
-            num_gpu_blocks=self.config.num_gpu_blocks,
+            num_gpu_blocks=self.config.num_gpu_blocks if waits_for_blocks else None,
             bound_by=self.step_time.binding,
             parts=self.step_time.breakdown,
+        )
+
+    def memory_risk(self, longest_prompt: int) -> MemoryRisk | None:
+        """What a joint prefill of a full batch may need; None for vLLM, which measures it and sets it aside.
+
+        Args:
+            longest_prompt: of the traffic, in tokens.
+        """
+        config = self.config
+        if config.policy == "vllm":
+            return None
+        tokens = longest_prompt
+        if config.enable_chunked_prefill and config.long_prefill_token_threshold:
+            tokens = min(tokens, config.long_prefill_token_threshold)
+        return MemoryRisk.of(
+            self.model, self.gpu, self.memory, max_num_seqs=config.max_num_seqs, tokens=tokens
         )
 
     @property
     def error_band(self) -> float | None:
         """Relative error band of predictions for this model and GPU; None if not known."""
-        return self.profile.band(self.gpu.name, self.model.name)
+        return self.transfer.error_band
+
+    @property
+    def transfer(self) -> Transfer:
+        """How far this is from what the profile's measurements were of."""
+        return transfer(self.profile, self.model, self.gpu, self.engine.flags.tensor_parallel_size)
 
     def provenance(self) -> dict[str, object]:
         """Where the numbers come from, for results and reports."""
         profile = self.profile
         return {
-            "basis": profile.basis(self.gpu.name, self.model.name),
-            "profile": f"{profile.model} on {profile.gpu}, vLLM {profile.engine_version}",
+            "basis": self.transfer.basis,
+            "distance": list(self.transfer.distance),
+            "profile": f"{profile.model} on {profile.gpu}, {profile.server}",
             "error_band": self.error_band,
             "fitted_rows": list(profile.fitted_rows),
             "parameters": [entry.model_dump() for entry in profile.provenance],
@@ -124,6 +137,36 @@ class Deployment:
             "memory": [dataclasses.asdict(line) for line in self.memory.lines],
             "servecast_version": version("servecast"),
         }
+
+
+def _memory(
+    model: ModelShape, gpu: GPU, engine: ResolvedEngine, kv_dtype_bytes: int, sizes: tuple[int, ...]
+) -> KVMemory:
+    flags = engine.flags
+    if flags.policy != "vllm":
+        return padded_memory(
+            model,
+            gpu,
+            max_num_seqs=engine.max_num_seqs,
+            max_model_len=engine.max_model_len,
+            block_size=flags.block_size,
+            num_gpu_blocks=flags.num_gpu_blocks_override,
+        )
+    return kv_memory(
+        model,
+        gpu,
+        version=flags.version,
+        max_num_seqs=engine.max_num_seqs,
+        max_num_batched_tokens=engine.max_num_batched_tokens,
+        max_model_len=engine.max_model_len,
+        gpu_memory_utilization=engine.gpu_memory_utilization,
+        block_size=flags.block_size,
+        tensor_parallel_size=flags.tensor_parallel_size,
+        kv_dtype_bytes=kv_dtype_bytes,
+        cudagraph_sizes=sizes,
+        kv_cache_memory_bytes=flags.kv_cache_memory_bytes,
+        num_gpu_blocks_override=flags.num_gpu_blocks_override,
+    )
 
 
 def _model(scenario: Scenario) -> ModelShape:
@@ -158,5 +201,9 @@ def _profile(scenario: Scenario, gpu: GPU, model: ModelShape) -> Profile:
     if path is not None:
         return Profile.load(path)
     return Profile.typical(
-        gpu.name, model.name, scenario.engine.version, servecast_version=version("servecast")
+        gpu.name,
+        model.name,
+        scenario.engine.version,
+        servecast_version=version("servecast"),
+        kind="physical" if scenario.engine.policy == "vllm" else "padded",
     )

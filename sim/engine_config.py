@@ -9,6 +9,8 @@ from dataclasses import dataclass
 class EngineConfig:
     """What the scheduler and the KV cache need to know. Counts are tokens, blocks or requests.
 
+    ``policy`` picks the engine (sim.engine); what follows ``max_num_active_seqs`` is not vLLM's.
+
     ``version`` picks the rule set ("0.23" or "0.32", sim.rules). ``num_gpu_blocks`` includes the null
     block 0, as vLLM counts it, so num_gpu_blocks - 1 are usable.
     """
@@ -28,3 +30,5 @@ class EngineConfig:
     long_prefill_token_threshold_adaptive: bool = False  # 0.32 only
     watermark: float = 0.0  # 0.32 only
     max_num_active_seqs: int | None = None  # 0.32 only
+    policy: str = "vllm"
+    batch_wait_s: float = 0.0

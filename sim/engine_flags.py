@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
+from servecast.sim.engine import ENGINES
 from servecast.sim.engine_config import EngineConfig
 from servecast.sim.errors import InputError
-from servecast.sim.schema import Amount, Count, Flag, Model, NonNegative, Positive, invalid
+from servecast.sim.schema import Amount, Count, Flag, Model, NonNegative, Positive, did_you_mean, invalid
 from servecast.sim.vllm_flags import ServeCommand, parse_serve_command
 
 GIB = 1 << 30
@@ -37,14 +38,23 @@ RELEASES = {
 }
 
 
+def _policy(name: str) -> str:
+    if name not in ENGINES:
+        fix = did_you_mean(name, ENGINES) or f"Known: {', '.join(ENGINES)}."
+        raise invalid(f"there is no engine policy {name!r}", fix)
+    return name
+
+
 class EngineFlags(Model):
     """``vllm serve``'s flags that matter here, by their names; None is vLLM's default.
 
     ``command`` is a pasted ``vllm serve ...`` line; fields given beside it win. ``assume_rules`` runs a
-    version without a rule set under the nearest one, labelled.
+    version without a rule set under the nearest one, labelled. Another ``policy`` than vLLM's is another
+    server: ``version`` is then its own, and flags that it does not know have no effect.
     """
 
     version: str
+    policy: Annotated[str, AfterValidator(_policy)] = "vllm"
     assume_rules: Flag = False
     command: str | None = None
     dtype: Literal["auto", "bfloat16", "float16", "half", "float32", "float"] = "auto"
@@ -71,6 +81,7 @@ class EngineFlags(Model):
     enforce_eager: Flag = False
     max_cudagraph_capture_size: Count | None = None
     stream_interval: Count = 1
+    batch_wait_s: NonNegative = 0.05
 
     @model_validator(mode="before")
     @classmethod
@@ -85,6 +96,8 @@ class EngineFlags(Model):
 
     @model_validator(mode="after")
     def _fits_release(self) -> EngineFlags:
+        if self.policy != "vllm":
+            return self
         release = self._release()
         if RELEASES[release].rules == "0.23":
             for name, default in _ONLY_032.items():
@@ -124,6 +137,8 @@ class EngineFlags(Model):
     @property
     def notes(self) -> tuple[str, ...]:
         """What a result should say about this configuration: an assumed rule set, ignored flags."""
+        if self.policy != "vllm":
+            return ()
         release, notes = self._release(), []
         if ".".join(self.version.split(".")[:2]) != release:
             notes.append(f"vLLM {self.version} has no rule set; assumed to behave as {release}")
@@ -171,6 +186,8 @@ class ResolvedEngine:
             long_prefill_token_threshold_adaptive=flags.long_prefill_token_threshold_adaptive,
             watermark=flags.watermark,
             max_num_active_seqs=flags.max_num_active_seqs,
+            policy=flags.policy,
+            batch_wait_s=flags.batch_wait_s,
         )
 
 
@@ -192,7 +209,6 @@ def resolve_defaults(
     Raises:
         InputError: vLLM would refuse the combination, or nothing says the longest context.
     """
-    release = flags.release
     max_model_len = flags.max_model_len or max_position_embeddings
     if max_model_len is None:
         raise InputError(
@@ -206,6 +222,9 @@ def resolve_defaults(
             where=f"{where}.max_model_len",
             fix=f"Lower it to at most {max_position_embeddings}.",
         )
+    if flags.policy != "vllm":
+        return _another_server(flags, max_model_len, where)
+    release = flags.release
     tokens, seqs = _batch_defaults(gpu_name, gpu_memory_bytes, release.rules, flags.tensor_parallel_size)
     if flags.performance_mode == "throughput":
         tokens, seqs = 2 * tokens, 2 * seqs
@@ -251,6 +270,33 @@ def resolve_defaults(
             if flags.scheduler_reserve_full_isl is None
             else flags.scheduler_reserve_full_isl
         ),
+    )
+
+
+def _another_server(flags: EngineFlags, max_model_len: int, where: str) -> ResolvedEngine:
+    """A server of padded batches: no token budget, no second step in flight, no default batch."""
+    if flags.max_num_seqs is None:
+        raise InputError(
+            f"the policy {flags.policy!r} has no default batch",
+            where=f"{where}.max_num_seqs",
+            fix="Give the requests that may run together.",
+        )
+    for name, known in (("tensor_parallel_size", 1), ("kv_cache_dtype", "auto")):
+        if getattr(flags, name) != known:
+            raise InputError(
+                f"{name} {getattr(flags, name)} is not modelled for the policy {flags.policy!r}",
+                where=f"{where}.{name}",
+                fix="Remove it.",
+            )
+    return ResolvedEngine(
+        flags=flags,
+        rules=flags.policy,
+        max_model_len=max_model_len,
+        max_num_seqs=flags.max_num_seqs,
+        max_num_batched_tokens=flags.max_num_seqs * max_model_len,
+        gpu_memory_utilization=1.0,
+        async_scheduling=False,
+        scheduler_reserve_full_isl=False,
     )
 
 

@@ -23,7 +23,9 @@ from servecast.sim.records import Run
 # Stand-ins that Matplotlib draws with, and the CSS variables that replace them in the SVG.
 INK, MUTED, GRID = "#010203", "#010204", "#010205"
 FIRST, SECOND, BAD = "#010206", "#010207", "#010208"
-_VARIABLES = {INK: "ink", MUTED: "muted", GRID: "line", FIRST: "first", SECOND: "second", BAD: "bad"}
+SERIES = (FIRST, SECOND, "#010209", "#01020a", "#01020b", "#01020c")
+_VARIABLES = {INK: "ink", MUTED: "muted", GRID: "line", BAD: "bad"}
+_VARIABLES |= dict(zip(SERIES, ("first", "second", "third", "fourth", "fifth", "sixth"), strict=True))
 
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -66,7 +68,7 @@ def latency_by_rate(plan: Plan) -> str:
     verdicts = [[probe.verdicts[i] for probe in plan.probes] for i in range(len(plan.probes[0].verdicts))]
     rates = np.array([probe.rate for probe in plan.probes])
     left, right = _rate_range(plan)
-    with _drawing(len(verdicts), "latency") as (axes, finish):
+    with drawing(len(verdicts), "latency") as (axes, finish):
         for ax, at_rates in zip(axes, verdicts, strict=True):
             limit = at_rates[0].limit
             is_share = at_rates[0].objective.startswith("goodput")
@@ -105,7 +107,7 @@ def throughput_by_rate(plan: Plan) -> str:
     rates = np.array([probe.rate for probe in plan.probes])
     tokens = np.array([probe.output_throughput for probe in plan.probes])
     ratios = np.array([probe.completion_ratio for probe in plan.probes])
-    with _drawing(1, "throughput") as ((ax,), finish):
+    with drawing(1, "throughput") as ((ax,), finish):
         ax.plot(rates, tokens / ratios, color=MUTED, ls=":", label="if every request completed")
         ax.plot(rates, tokens, "o-", color=FIRST, label="delivered")
         _mark(ax, plan.max_request_rate, "max", INK, 0.98)
@@ -122,7 +124,7 @@ def throughput_by_concurrency(sweep: Sequence[SweepPoint], knee: int | None) -> 
     """Output tokens/s against the concurrency of a closed loop, predicted and reported."""
     levels = [point.concurrency for point in sweep]
     reported = [(p.concurrency, p.reported) for p in sweep if p.reported is not None]
-    with _drawing(1, "sweep") as ((ax,), finish):
+    with drawing(1, "sweep") as ((ax,), finish):
         ax.plot(levels, [point.output_throughput for point in sweep], "o-", color=FIRST, label="predicted")
         if reported:
             ax.plot(*zip(*reported, strict=True), "D", color=SECOND, label="reported", fillstyle="none", ms=7)
@@ -139,7 +141,7 @@ def throughput_by_concurrency(sweep: Sequence[SweepPoint], knee: int | None) -> 
 
 def engine_over_time(run: Run) -> str:
     """Running and waiting requests, and KV cache usage, over a run."""
-    with _drawing(2, "engine") as ((queue, cache), finish):
+    with drawing(2, "engine") as ((queue, cache), finish):
         for column, color in (("running", FIRST), ("waiting", SECOND)):
             times, values = _thinned(series(run.steps, column))
             queue.plot(times, values, color=color, label=column, lw=1.2)
@@ -162,7 +164,7 @@ def itl_histogram(run: Run) -> str:
     """How the times between tokens are distributed, with their median and p95."""
     gaps, weights = run.itl["gap"].to_numpy(dtype=float) * 1000, run.itl["weight"].to_numpy(dtype=float)
     median, p95, end = percentiles(gaps, (50, 95, 99.9), weights=weights)
-    with _drawing(1, "itl") as ((ax,), finish):
+    with drawing(1, "itl") as ((ax,), finish):
         inside = gaps <= end
         counts, edges = np.histogram(gaps[inside], bins=60, range=(0, end), weights=weights[inside])
         ax.bar(edges[:-1], 100 * counts / weights.sum(), np.diff(edges), align="edge", color=FIRST, alpha=0.8)
@@ -222,7 +224,7 @@ def _thinned(values: pd.Series[float]) -> tuple[Floats, Floats]:
 
 
 @contextmanager
-def _drawing(panels: int, salt: str) -> Iterator[tuple[list[Axes], Callable[[str], str]]]:
+def drawing(panels: int, salt: str) -> Iterator[tuple[list[Axes], Callable[[str], str]]]:
     """A figure of panels side by side, and the function that turns it into SVG with a given label.
 
     The figure is Matplotlib's object, without pyplot and its global state; the salt makes ids that are

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Generator
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Sequence
 
 import numpy as np
 import pandas as pd
 import simpy
 from numpy.typing import NDArray
 
+from servecast.sim.endpoint import Endpoint
+from servecast.sim.fleet_spec import Life
 from servecast.sim.front_end import Client, after
 from servecast.sim.records import STEP_COLUMNS, RequestRecord, Run, requests_frame
 from servecast.sim.replica import Job, Replica
 from servecast.sim.request import Stage, Stream
-from servecast.sim.router import Router
+from servecast.sim.router import Informed, Router
+from servecast.sim.router_options import RouterOptions
 from servecast.sim.units import to_ps, to_seconds
+
+NOT_READY = "no replica was ready (503)"
+_REFUSED = "sent to a replica that had failed before the router knew"
+_LOST = "in flight on a replica that failed"
 
 
 class StreamClient:
@@ -76,6 +83,9 @@ class Fleet:
         count: number of replicas, >= 1.
         router: routing policy.
         client: the process that sends and reads. rng: for the order in which it reads.
+        options: how late the router knows things. routing: generator for when it scrapes.
+        lives: of each replica; without, all are there all the time.
+        detection_s: for so long the router still sends requests to a replica that has failed.
     """
 
     def __init__(
@@ -86,14 +96,33 @@ class Fleet:
         router: Router,
         client: Client,
         rng: np.random.Generator,
+        *,
+        options: RouterOptions | None = None,
+        routing: np.random.Generator | None = None,
+        lives: Sequence[Life] | None = None,
+        detection_s: float = 0.0,
     ) -> None:
         self.env = env
         self._rng = rng
         self.records: list[RequestRecord] = []
+        self.failures: Counter[str] = Counter()  # why requests failed
         self._stage_starts: list[float] = []
         self.replicas = [make_replica(env, index, client) for index in range(count)]
         self._router = router
         self._client = client
+        options, routing = options or RouterOptions(), routing or np.random.default_rng(0)
+        lives = lives or [Life()] * count
+        self._endpoints = [
+            Endpoint(env, replica, life, options, routing)
+            for replica, life in zip(self.replicas, lives, strict=True)
+        ]
+        self._ready = [endpoint for endpoint in self._endpoints if not endpoint.life.start_s]
+        for endpoint in self._endpoints:
+            if endpoint.life != Life():
+                env.process(self._live(endpoint, to_ps(detection_s)))
+        self._informed = router if isinstance(router, Informed) else None
+        if self._informed is not None:
+            self._informed.connect(self._endpoints)
 
     def send(self, job: Job) -> None:
         """The client starts on a request: its clocks run from here."""
@@ -108,14 +137,55 @@ class Fleet:
             self._route(job)
 
     def _route(self, job: Job) -> None:
+        """The request reaches the router."""
         if job.record.status == "aborted":
             return
-        replica = self.replicas[self._router.pick(job.request, self.replicas)]
-        replica.submit(job)
+        if not self._ready:  # HTTP 503
+            self._fail(job, NOT_READY)
+            return
+        replica = self._ready[self._router.pick(job.request, self._ready)].replica
+        informed = self._informed
+        if informed is not None:
+            request, done, index = job.request, job.done, replica.index
+
+            def ended() -> None:
+                informed.ended(request, index)
+                done()
+
+            job.done = ended
+        if replica.failed:
+            job.record.replica = replica.index
+            self._fail(job, _REFUSED)
+        else:
+            replica.submit(job)
+
+    def _fail(self, job: Job, why: str) -> None:
+        self.failures[why] += 1
+        job.record.status = "failed"
+        after(self.env, 0, job.done)  # its client may send the next at once, without end
+
+    def _live(self, endpoint: Endpoint, detection: int) -> Generator[simpy.Event, None, None]:
+        """A replica comes and goes."""
+        env, life, ready = self.env, endpoint.life, self._ready
+        if life.start_s:
+            yield env.timeout(to_ps(life.start_s))
+            ready.append(endpoint)
+            ready.sort(key=lambda each: each.index)
+        if life.drain_s is not None:
+            yield env.timeout(to_ps(life.drain_s) - int(env.now))
+            ready.remove(endpoint)
+        if life.fail_s is not None:
+            yield env.timeout(to_ps(life.fail_s) - int(env.now))
+            self.failures[_LOST] += endpoint.replica.fail()
+            if life.drain_s is None:
+                yield env.timeout(detection)
+                ready.remove(endpoint)
 
     def _give_up(self, job: Job) -> Generator[simpy.Event, None, None]:
         assert job.request.abort_after_s is not None
         yield self.env.timeout(to_ps(job.request.abort_after_s))
+        if job.record.status == "failed":
+            return
         if job.record.replica is not None:
             self.replicas[job.record.replica].abort(job.request.request_id)
         else:  # still in the client's process
@@ -147,7 +217,12 @@ class Fleet:
                 self.env.process(self._end_background(clients))
                 yield self.env.timeout(to_ps(stage.duration_s))
             else:
+                start = int(self.env.now)
                 yield self.env.process(self._end_background(clients))
+                if stage.end_s is not None:
+                    done = int(self.env.now)
+                    noticed = start + to_ps(stage.end_s(to_seconds(done - start)))
+                    yield self.env.timeout(max(0, noticed - done))
         yield self.env.all_of([c.finished for c in running if not c.stream.background])
 
     def _end_background(self, clients: list[StreamClient]) -> Generator[simpy.Event, None, None]:

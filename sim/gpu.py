@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from servecast.sim.errors import InputError
+from servecast.sim.whole_file import write_whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +117,11 @@ class GPU:
         if not isinstance(data, Mapping):
             raise InputError("is not a mapping", where=str(path), fix="Give a GPU's fields as name: value.")
         return cls.from_mapping(data, str(path))
+
+    def save(self, path: str | Path) -> None:
+        """Write it as JSON that ``from_file`` reads, whole or not at all."""
+        text = json.dumps(asdict(self) | {"capability": "{}.{}".format(*self.capability)}, indent=2) + "\n"
+        write_whole(Path(path), lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 _REPORTED = "total capacity in PyTorch's out-of-memory messages"

@@ -48,9 +48,13 @@ class Saturation:
         short = self.completion_ratio < 1 - COMPLETION_SHORTFALL and self.p_backlog < BACKLOG_LEVEL
         if short:
             return f"completes {self.completion_ratio:.1%} of the offered rate"
-        if self.queue_growth > QUEUE_GROWTH * self.offered and self.p_queue < GROWTH_LEVEL:
+        if self.queue_grows:
             return f"the waiting queue grows by {self.queue_growth:.3g} requests/s"
         return ""
+
+    @property
+    def queue_grows(self) -> bool:
+        return self.queue_growth > QUEUE_GROWTH * self.offered and self.p_queue < GROWTH_LEVEL
 
     @property
     def saturated(self) -> bool:

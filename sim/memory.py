@@ -24,7 +24,7 @@ _MIB, _GIB = 1 << 20, 1 << 30
 _BYTES_PER_LOGIT = 36  # sampler of the profiling run; see activation_peak_bytes
 _NON_TORCH_BYTES = 60 * _MIB  # vLLM's logs on one GPU: 0.03 to 0.16 GiB
 _GRAPH_BYTES_PER_LAYER = 200 * 1024  # logs: 0.2 to 0.3 MiB a layer and graph
-_CONTEXT_BYTES = _GIB // 2  # CUDA context and library handles, outside of vLLM's account
+CONTEXT_BYTES = _GIB // 2  # CUDA context and library handles, outside of vLLM's account
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +169,7 @@ def kv_memory(
         num_gpu_blocks=blocks,
         block_size=block_size,
         bytes_per_block=bytes_per_block,
-        memory_used_bytes=min(gpu.memory_bytes, used + _CONTEXT_BYTES),
+        memory_used_bytes=min(gpu.memory_bytes, used + CONTEXT_BYTES),
         lines=tuple(lines),
     )
 

@@ -23,6 +23,8 @@ from servecast.sim.slo import Goodput
 Floats = NDArray[np.float64]
 PercentileLaw = Literal["linear", "exclusive"]
 
+_GAP_S = 1e-3  # between two steps of a busy engine, at most
+
 METRICS = {  # vLLM's keys, and the name and the header under which it prints them
     "ttft": ("TTFT", "Time to First Token"),
     "tpot": ("TPOT", "Time per Output Token (excl. 1st token)"),
@@ -177,6 +179,22 @@ def series(steps: pd.DataFrame, column: str) -> pd.Series[float]:
     return table.mean(axis=1) if column == "kv_usage" else table.sum(axis=1)
 
 
+def gauges_at(run: Run, column: str, times: Floats) -> Floats:
+    """A column of the step table as each replica shows it at given times (s): replicas x times. It keeps its
+    value while one step follows another, and is 0 while the engine has nothing to do."""
+    rows = []
+    for replica in range(int(run.meta["replicas"])):
+        steps = run.steps[run.steps["replica"] == replica]
+        start, seconds = steps["start"].to_numpy(), steps["duration"].to_numpy()
+        at = np.searchsorted(start, times, side="right") - 1
+        values = steps[column].to_numpy(dtype=float)
+        busy = (
+            (at >= 0) & (times < (start + seconds)[at] + _GAP_S) if len(steps) else np.zeros(len(times), bool)
+        )
+        rows.append(np.where(busy, values[at] if len(steps) else 0.0, 0.0))
+    return np.array(rows)
+
+
 def peaks(requests: pd.DataFrame) -> tuple[float, int]:
     """The most output tokens and the most requests in flight in any second, counted as vLLM does.
 
@@ -269,7 +287,8 @@ def summary(
     result["kv_cache_usage_peak"] = float(steps["kv_usage"].max()) if known else None
     result["max_num_running"] = int(series(steps, "running").max()) if known else None
     result["max_num_waiting"] = int(series(steps, "waiting").max()) if known else None
-    result["num_preemptions"] = int(requests["preemptions"].sum())
+    preemptions = requests["preemptions"].sum(skipna=False)  # NaN: a client does not see them
+    result["num_preemptions"] = None if math.isnan(preemptions) else int(preemptions)
     result["prefix_cache_hit_rate"] = prefix_hit_rate(requests)
     return {key: None if isinstance(v, float) and math.isnan(v) else v for key, v in result.items()}
 

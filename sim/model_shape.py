@@ -100,7 +100,8 @@ class ModelShape:
             ) from error
         if not isinstance(loaded, dict):
             raise InputError("is not a JSON object", where=str(path), fix="Give a model's config.json.")
-        return _parse(loaded, name or str(loaded.get("_name_or_path") or path.stem), str(path))
+        usual = path.resolve().parent.name if path.name == "config.json" else path.stem
+        return _parse(loaded, name or str(loaded.get("_name_or_path") or usual), str(path))
 
     # -- weights ---------------------------------------------------------------------------------
 

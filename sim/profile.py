@@ -17,11 +17,15 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from servecast.sim.errors import InputError
+from servecast.sim.fit_summary import FitSummary
 from servecast.sim.front_end import FrontEndCosts
 from servecast.sim.gpu import GPU
 from servecast.sim.model_shape import ModelShape
 from servecast.sim.noise import StepNoise
+from servecast.sim.padded_step_time import PaddedCosts, PaddedStepTime
 from servecast.sim.step_time import Efficiencies, PhysicalStepTime, StepShape, StepTime
+from servecast.sim.step_time_grid import Grid, GridStepTime
+from servecast.sim.step_time_layers import LayeredStepTime, LayerTables
 from servecast.sim.whole_file import write_whole
 
 SCHEMA_VERSION: Literal[1] = 1
@@ -57,10 +61,11 @@ class Provenance(_Strict):
     note: str = ""
 
 
-_PARAMETERS: Mapping[str, type[Efficiencies | StepNoise | FrontEndCosts]] = {
+_PARAMETERS: Mapping[str, type[Efficiencies | StepNoise | FrontEndCosts | PaddedCosts]] = {
     "efficiencies": Efficiencies,
     "noise": StepNoise,
     "front_end": FrontEndCosts,
+    "padded": PaddedCosts,
 }
 
 
@@ -68,12 +73,16 @@ class Profile(_Strict):
     """What ``servecast calibrate fit`` writes. ``error_band`` is relative (0.1 is +-10 %), None if not known.
 
     ``fitted_rows`` names the rows of a reported table that the fit used; a reproduction must not count
-    them as predicted.
+    them as predicted. ``kind`` "padded" takes step times from ``padded`` and leaves the efficiencies aside.
+
+    ``models`` are the shapes that it was fitted to, ``intervals`` the 90 % intervals of fitted parameters by
+    their names in ``provenance``, ``grid`` and ``layers`` the times of a profile of that kind, and ``fit``
+    how well it describes what was measured.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
     servecast_version: str
-    kind: Literal["physical"] = "physical"
+    kind: Literal["physical", "padded", "grid", "layers"] = "physical"
     gpu: str
     model: str
     engine_version: str
@@ -84,13 +93,21 @@ class Profile(_Strict):
     efficiencies: Efficiencies = Efficiencies()
     noise: StepNoise = StepNoise()
     front_end: FrontEndCosts = FrontEndCosts()
+    padded: PaddedCosts = PaddedCosts()
     domain: Domain = Domain()
     error_band: float | None = Field(default=None, ge=0)
     provenance: tuple[Provenance, ...] = ()
     fitted_rows: tuple[str, ...] = ()
     raw_data_sha256: str | None = None
+    driver: str | None = None
+    torch: str | None = None
+    models: tuple[ModelShape, ...] = ()
+    intervals: dict[str, Range] = {}
+    grid: Grid | None = None
+    layers: LayerTables | None = None
+    fit: FitSummary | None = None
 
-    @field_validator("efficiencies", "noise", "front_end", mode="before")
+    @field_validator("efficiencies", "noise", "front_end", "padded", mode="before")
     @classmethod
     def _no_unknown_parameters(cls, value: Any, info: ValidationInfo) -> Any:
         known = [field.name for field in fields(_PARAMETERS[str(info.field_name)])]
@@ -100,19 +117,34 @@ class Profile(_Strict):
         return value
 
     @classmethod
-    def typical(cls, gpu: str, model: str, engine_version: str, *, servecast_version: str) -> Profile:
-        """A profile that nobody measured: typical efficiencies, all of them assumed."""
+    def typical(
+        cls,
+        gpu: str,
+        model: str,
+        engine_version: str,
+        *,
+        servecast_version: str,
+        kind: Literal["physical", "padded"] = "physical",
+    ) -> Profile:
+        """A profile that nobody measured: typical values, all of them assumed."""
+        group: type[Efficiencies | PaddedCosts] = Efficiencies if kind == "physical" else PaddedCosts
+        name = "efficiencies" if kind == "physical" else "padded"
         return cls(
             servecast_version=servecast_version,
+            kind=kind,
             gpu=gpu,
             model=model,
             engine_version=engine_version,
-            error_band=TYPICAL_BAND,
             provenance=tuple(
-                Provenance(parameter=f"efficiencies.{field.name}", origin="assumed", note="typical value")
-                for field in fields(Efficiencies)
+                Provenance(parameter=f"{name}.{field.name}", origin="assumed", note="typical value")
+                for field in fields(group)
             ),
         )
+
+    @property
+    def server(self) -> str:
+        """The engine and its version, in words."""
+        return f"{'padded batches,' if self.kind == 'padded' else 'vLLM'} {self.engine_version}"
 
     @classmethod
     def load(cls, path: str | Path) -> Profile:
@@ -191,28 +223,6 @@ class Profile(_Strict):
                 beyond.append(f"{name} {asked[0]:g}-{asked[1]:g} (fitted on {fitted[0]:g}-{fitted[1]:g})")
         return f"extrapolated: {', '.join(beyond)}" if beyond else None
 
-    def basis(self, gpu: str, model: str) -> str:
-        """What a prediction for that GPU and model rests on: "measured here", "fitted to a report" (of this
-        GPU and model), "scaled from a measured reference" or "physics only"."""
-        if gpu != self.gpu or all(entry.origin == "assumed" for entry in self.provenance):
-            return "physics only"
-        if model != self.model:
-            return "scaled from a measured reference"
-        return "fitted to a report" if self.fitted_rows else "measured here"
-
-    def band(self, gpu: str, model: str) -> float | None:
-        """Relative error band of a prediction for that GPU and model, wider the less was measured."""
-        basis = self.basis(gpu, model)
-        if basis == "physics only":
-            return max(TYPICAL_BAND, self.error_band or 0.0)
-        if basis == "scaled from a measured reference":
-            return max(TRANSFER_BAND, 1.5 * (self.error_band or 0.0))
-        return self.error_band
-
-
-TYPICAL_BAND = 0.3  # of a GPU that nobody measured
-TRANSFER_BAND = 0.2  # least band of another model on a measured GPU: assumed
-
 
 def _physical(
     profile: Profile,
@@ -232,8 +242,57 @@ def _physical(
     )
 
 
+def _padded(
+    profile: Profile, model: ModelShape, gpu: GPU, _ranks: int, _sizes: Sequence[int], _kv: int
+) -> StepTime:
+    return PaddedStepTime(model, gpu, profile.padded)
+
+
+def _grid(
+    profile: Profile,
+    model: ModelShape,
+    gpu: GPU,
+    tensor_parallel_size: int,
+    _sizes: Sequence[int],
+    kv: int,
+) -> StepTime:
+    if profile.grid is None:
+        raise InputError(
+            "kind is grid, but there is no grid", where="profile: grid", fix="Fit the profile again."
+        )
+    return GridStepTime(
+        profile.grid, model, gpu, tensor_parallel_size=tensor_parallel_size, kv_dtype_bytes=kv
+    )
+
+
+def _layers(
+    profile: Profile,
+    model: ModelShape,
+    gpu: GPU,
+    tensor_parallel_size: int,
+    cudagraph_sizes: Sequence[int],
+    kv: int,
+) -> StepTime:
+    if profile.layers is None:
+        raise InputError(
+            "kind is layers, but there are none", where="profile: layers", fix="Fit the profile again."
+        )
+    return LayeredStepTime(
+        profile.layers,
+        model,
+        gpu,
+        profile.efficiencies,
+        tensor_parallel_size=tensor_parallel_size,
+        cudagraph_sizes=cudagraph_sizes,
+        kv_dtype_bytes=kv,
+    )
+
+
 _KINDS: Mapping[str, Callable[[Profile, ModelShape, GPU, int, Sequence[int], int], StepTime]] = {
     "physical": _physical,
+    "padded": _padded,
+    "grid": _grid,
+    "layers": _layers,
 }
 
 

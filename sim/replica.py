@@ -16,15 +16,15 @@ import numpy as np
 import simpy
 from simpy.events import EventPriority
 
+from servecast.sim.engine import ENGINES
 from servecast.sim.engine_config import EngineConfig
 from servecast.sim.errors import InputError
 from servecast.sim.front_end import ApiServer, Client, FrontEndCosts, after
 from servecast.sim.records import RequestRecord
 from servecast.sim.request import Request
-from servecast.sim.scheduler import Scheduler
 from servecast.sim.step import Step
 from servecast.sim.step_time import StepTime
-from servecast.sim.units import PICOSECONDS
+from servecast.sim.units import PICOSECONDS, to_ps
 
 ENGINE = EventPriority(2)  # an arrival at time t comes before the engine step that starts at t
 
@@ -49,6 +49,7 @@ class Replica:
         noise: factors of mean 1 on the step time, one a step.
         floor: a step's least duration in seconds, which noise does not undercut (its roofline).
         costs, rng: of the API server in front of the engine. client: the process that reads its tokens.
+        cold_start_s: how long the host is busy between deciding the first step and its start on the GPU.
 
     Raises:
         InputError: out of the simulation, when a request can never run.
@@ -65,13 +66,17 @@ class Replica:
         costs: FrontEndCosts,
         rng: np.random.Generator,
         client: Client,
+        *,
+        cold_start_s: float = 0.0,
     ) -> None:
         self.env = env
         self.index = index
         self.config = config
-        self.engine = Scheduler(config)
+        self.engine = ENGINES[config.policy](config)
         self.outstanding = 0
         self.stage = 0  # stage that pooled gaps are booked under
+        self.after_step: Callable[[], None] | None = None  # called when a step has been completed
+        self.failed = False
         self.steps = array("d")  # rows of records.STEP_COLUMNS, flat
         self.gaps = array(
             "d"
@@ -87,6 +92,7 @@ class Replica:
         self._seen = array("q")  # by tick: when the step's tokens were read, on average
         self._wake: simpy.Event | None = None
         self._gpu_free = 0
+        self._cold_start = to_ps(cold_start_s)
         env.process(self._loop())
 
     def submit(self, job: Job) -> None:
@@ -101,7 +107,17 @@ class Replica:
         if request_id in self._jobs:
             self._put(request_id)
 
+    def fail(self) -> int:
+        """The server is gone, and every request that it has ends as failed. Returns how many."""
+        self.failed = True
+        lost = list(self._jobs)
+        for request_id in lost:
+            self._end(request_id, "failed", int(self.env.now))
+        return len(lost)
+
     def _put(self, item: Job | int) -> None:
+        if self.failed:
+            return
         self._inbox.append((int(self.env.now), item))
         if self._wake is not None:
             self._wake.succeed()
@@ -137,6 +153,11 @@ class Replica:
             self._drain()
             if engine.has_requests:
                 step = engine.schedule()
+                if self._cold_start:
+                    yield self._at(int(self.env.now) + self._cold_start)
+                    self._cold_start = 0
+                    if self.failed:
+                        return
                 in_flight.append((step, self._execute(step)))
                 if len(in_flight) < depth and step.total_tokens:
                     continue
@@ -147,7 +168,11 @@ class Replica:
             step, end = in_flight.popleft()
             if end > self.env.now:
                 yield self._at(end)
+                if self.failed:
+                    return
             engine.complete(step)
+            if self.after_step is not None:
+                self.after_step()
             if step.emitted:
                 self._deliver(step)
             else:
@@ -157,8 +182,9 @@ class Replica:
         """Put the step on the GPU, behind the one before. Returns when it ends."""
         start = max(int(self.env.now), self._gpu_free)
         if not step.total_tokens:
-            self._check_progress()
-            return start
+            if not step.idle_s:
+                self._check_progress()
+            return start + to_ps(step.idle_s)
         factor = next(self._noise)
         seconds = self._step_seconds(step) * factor
         if factor < 1.0:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FunctionLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from servecast.sim import figures
@@ -102,13 +102,8 @@ def write_report(
     if run is not None and len(run.itl):
         svg = figures.itl_histogram(run)
         plots.append(Plot("Inter-token latency", svg, "Pooled over all tokens of one run at the answer."))
-    template = resources.files("servecast.sim").joinpath("report.html.j2").read_text(encoding="utf-8")
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["figure"] = _figure
     limit, remedy = LIMITS.get(plan.binding.limit, (plan.binding.limit, ""))
-    page = environment.from_string(template).render(
+    page = page_template("report.html.j2").render(
         plan=plan,
         best=plan.best,
         headline=_headline(plan),
@@ -121,6 +116,25 @@ def write_report(
     path = Path(path)
     write_whole(path, lambda partial: partial.write_text(page, encoding="utf-8"))
     return path
+
+
+def page_template(name: str, package: str = "servecast.sim") -> Template:
+    """A page template of a package. What it includes is there or beside this module."""
+    folders = [resources.files(each) for each in (package, "servecast.sim")]
+
+    def text(each: str) -> str:
+        found = next(file for folder in folders if (file := folder.joinpath(each)).is_file())
+        return found.read_text(encoding="utf-8")
+
+    environment = Environment(
+        loader=FunctionLoader(text),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["figure"] = _figure
+    return environment.get_template(name)
 
 
 def _figure(value: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 
@@ -55,10 +56,12 @@ class Stream:
 
 @dataclass(slots=True)
 class Stage:
-    """Streams that run together. With ``drain`` the next stage starts when all its requests are done,
+    """Streams that run together. With ``drain`` the next stage starts when all its requests are done, or
+    rather when the client notices (``end_s``: from then to the next start, in seconds from the stage's),
     otherwise ``duration_s`` after its start."""
 
     name: str
     streams: list[Stream] = field(default_factory=list)
     drain: bool = True
     duration_s: float | None = None
+    end_s: Callable[[float], float] | None = None

@@ -16,6 +16,7 @@ import pandas as pd
 
 from servecast.sim.deployment import Deployment
 from servecast.sim.errors import InputError
+from servecast.sim.fleet_load import fleet_load
 from servecast.sim.metrics import latencies, summary
 from servecast.sim.records import Run
 from servecast.sim.scenario import Scenario
@@ -76,7 +77,7 @@ def context(
             "scheduler_reserve_full_isl": engine.scheduler_reserve_full_isl,
             "num_gpu_blocks": deployment.config.num_gpu_blocks,
         },
-        "fleet": scenario.fleet.model_dump(mode="json"),
+        "fleet": scenario.fleet.facts(),
         "run_context": None if scenario.run_context is None else scenario.run_context.model_dump(),
         "assumptions": [each.model_dump() for each in scenario.assumptions],
         "provenance": deployment.provenance(),
@@ -95,7 +96,8 @@ def result(
     warmup: Warmup | None = None,
     detailed: bool = False,
 ) -> dict[str, Any]:
-    """The result of a run: its context, vllm bench serve's keys over the whole run, and each stage's own.
+    """The result of a run: its context, vllm bench serve's keys over the whole run, and each stage's own. Of
+    a fleet its load, too, replica by replica.
 
     Args:
         ranks: percentiles to give. warmup: what to leave out at the start of each stage.
@@ -109,12 +111,18 @@ def result(
     several = len(run.stages) > 1
     whole = run if several else select(run, warmup=warmup)
     document = context(scenario, deployment, seed=run.meta["seed"], what_if=what_if)
-    document["notes"] += extrapolations(deployment, run)
+    document["notes"] += cautions(deployment, run)
     document |= summary(whole, ranks=ranks, goodput=goodput)
-    document["stages"] = [
-        {"stage": name, **summary(select(run, stage=index, warmup=warmup), ranks=ranks, goodput=goodput)}
-        for index, name in enumerate(run.stages if several else ())
-    ]
+    failures: Mapping[str, int] = run.meta.get("failures", {})
+    document["notes"] += [f"{count} requests failed: {why}" for why, count in failures.items()]
+    document["stages"] = []
+    for index, name in enumerate(run.stages if several else ()):
+        part = select(run, stage=index, warmup=warmup)
+        document["stages"].append({"stage": name, **summary(part, ranks=ranks, goodput=goodput)})
+        if scenario.fleet.size > 1:
+            document["stages"][-1]["fleet_load"] = fleet_load(part)
+    if scenario.fleet.size > 1:
+        document["fleet_load"] = fleet_load(whole)
     if detailed:
         document |= _detailed(whole)
     return document
@@ -122,11 +130,13 @@ def result(
 
 def measured(part: Mapping[str, Any]) -> dict[str, float | None]:
     """The metrics among the keys of a result or of one of its stages."""
-    return {key: value for key, value in part.items() if key in _MEASURED or key.endswith("_ms")}
+    found = {key: value for key, value in part.items() if key in _MEASURED or key.endswith("_ms")}
+    return found | {key: value for key, value in part.get("fleet_load", {}).items() if key != "replicas"}
 
 
-def extrapolations(deployment: Deployment, run: Run) -> list[str]:
-    """What of a run lies beyond the data of its profile's fit, in words; empty inside."""
+def cautions(deployment: Deployment, run: Run) -> list[str]:
+    """What a reader of a run should know, in words: what of it lies beyond the data of its profile's fit, and
+    a risk that the GPU's memory does not suffice."""
     steps, requests = run.steps, run.requests
     tokens = steps["prefill_tokens"] + steps["decodes"]
     batch = steps["prefill_requests"] + steps["decodes"]
@@ -136,7 +146,8 @@ def extrapolations(deployment: Deployment, run: Run) -> list[str]:
         batch=(float(batch.min()), float(batch.max())),
         context=(float(requests["prompt_tokens"].min()), float(length.max())),
     )
-    return [beyond] if beyond else []
+    risk = deployment.memory_risk(int(requests["prompt_tokens"].max()))
+    return [text for text in (beyond, risk and risk.warning) if text]
 
 
 def _detailed(run: Run) -> dict[str, Any]:

@@ -19,19 +19,20 @@ from servecast.sim import slo as objectives
 from servecast.sim.arrivals import ClosedLoop
 from servecast.sim.engine_flags import EngineFlags
 from servecast.sim.errors import InputError
+from servecast.sim.fleet_spec import Fleet, GpuSpec, ReplicaSpec
 from servecast.sim.reported import Reported
 from servecast.sim.scenario_file import override, read_yaml
 from servecast.sim.schema import (
     Amount,
-    Count,
-    InputFile,
     Model,
     NonNegative,
     did_you_mean,
     invalid,
     parse,
+    within,
 )
-from servecast.sim.workload_spec import PlanSpec, StageSpec, Sweep, Workload, WorkloadSpec, expand
+from servecast.sim.workload_forms import WorkloadSpec, expand
+from servecast.sim.workload_spec import PlanSpec, StageSpec, StreamSpec, Sweep, Workload
 
 SCHEMA_VERSION = 1
 
@@ -77,26 +78,6 @@ class ModelSpec(Model):
     config: str
 
 
-class GpuSpec(Model):
-    """The GPU: its ``name`` in the catalogue, or a ``file`` that describes it."""
-
-    name: str | None = None
-    file: InputFile | None = None
-
-    @model_validator(mode="after")
-    def _one(self) -> GpuSpec:
-        if (self.name is None) == (self.file is None):
-            raise invalid("a GPU needs one of name and file", "Give the name, for example a6000.")
-        return self
-
-
-class Fleet(Model):
-    """Replicas of the engine behind a router."""
-
-    replicas: Count = 1
-    router: Literal["round_robin", "least_outstanding"] = "round_robin"
-
-
 class RunContext(Model):
     """What must be recorded beside a benchmark's numbers for them to mean something."""
 
@@ -120,6 +101,15 @@ class Assumption(Model):
     value: float | str
     origin: str
     field: str | None = None
+
+
+def _engine_of(engine: EngineFlags, spec: ReplicaSpec) -> EngineFlags:
+    """The engine's flags with those of a replica in their place."""
+    written = engine.model_dump(include=engine.model_fields_set)
+    try:
+        return parse(EngineFlags, written | spec.engine, source="engine")
+    except InputError as error:
+        raise invalid(error.what, error.fix, at=error.where.removeprefix("engine: ")) from None
 
 
 class Scenario(Model):
@@ -160,7 +150,16 @@ class Scenario(Model):
                 context = error.context or {}
                 at = f"reported.{index}.{context.get('at') or 'workload'}"
                 raise invalid(context["what"], context["fix"], at=at) from None
+        if not isinstance(self.fleet.replicas, int):
+            for number, spec in enumerate(self.fleet.replicas):
+                with within(f"fleet.replicas.{number}.engine"):
+                    _engine_of(self.engine, spec)
         return self
+
+    def of_replica(self, spec: ReplicaSpec) -> Scenario:
+        """The scenario with the GPU, profile and engine flags of one of its replicas."""
+        changes = {"engine": _engine_of(self.engine, spec), "gpu": spec.gpu, "profile": spec.profile}
+        return self.model_copy(update={name: value for name, value in changes.items() if value is not None})
 
     @property
     def source(self) -> str:
@@ -185,6 +184,24 @@ class Scenario(Model):
         """The workload that a reported table was measured with."""
         return reported.own_workload() or self.stages()
 
+    def behind(self, router: str | Path) -> Scenario:
+        """The scenario with another router (a name, or the path of an EndpointPickerConfig)."""
+        return self.model_copy(update={"fleet": self.fleet.model_copy(update={"router": router})})
+
+    def changed(self, overrides: Mapping[str, Any]) -> Scenario:
+        """The scenario with other values in some fields, given by dotted paths as in ``load``.
+
+        Raises:
+            InputError: as ``load``.
+        """
+        names = list(dict.fromkeys(field.split(".")[0] for field in overrides))
+        data = {name: getattr(self, name) for name in self.model_fields_set}
+        data |= self.model_dump(include=set(names), exclude_unset=True)
+        for field, value in overrides.items():
+            data = override(data, field, value, where=self.source)
+        other = parse(Scenario, data, source=self.source)
+        return self.model_copy(update={name: getattr(other, name) for name in names})
+
     def open_loop(self) -> Workload:
         """The one-stage workload that ``plan`` probes, at a rate of its own: the workload itself if it is
         open-loop and has one stage, otherwise its first stream made open-loop by the ``plan`` block.
@@ -192,15 +209,16 @@ class Scenario(Model):
         Raises:
             InputError: the workload has several stages and there is no plan block.
         """
-        if self.plan is None and self.sweep is None and isinstance(self.workload, Workload):
-            if len(self.workload.stages) > 1:
+        written = self.workload if isinstance(self.workload, StreamSpec) else self.stages()
+        if self.plan is None and self.sweep is None and isinstance(written, Workload):
+            if len(written.stages) > 1:
                 raise InputError(
                     "a workload of several stages has no single request rate",
                     where=f"{self.source}: workload.stages",
                     fix="Add a plan block: the open-loop traffic to probe.",
                 )
-            return self.workload
-        stream = self.workload
+            return written
+        stream = written
         if isinstance(stream, Workload):
             stream = next(s for s in stream.stages[0].streams if not s.background)
         if self.plan is not None or self.sweep is not None or isinstance(stream.arrivals, ClosedLoop):

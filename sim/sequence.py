@@ -9,6 +9,11 @@ WAITING, RUNNING, PREEMPTED, FINISHED = range(4)
 BLOCKS_PER_CONTENT = 1 << 24  # a content id owns this many block keys
 
 
+def is_shared(key: int) -> bool:
+    """Whether another request can have a block of this key."""
+    return not key & BLOCKS_PER_CONTENT
+
+
 class Sequence:
     """The engine's state of one request.
 

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
+
 import numpy as np
 import simpy
 
 from servecast.sim.arrivals import ClosedLoop
 from servecast.sim.deployment import Deployment
-from servecast.sim.fleet import Fleet
+from servecast.sim.epp import EndpointPicker
+from servecast.sim.epp_config import read_epp
+from servecast.sim.errors import InputError
+from servecast.sim.fleet import NOT_READY, Fleet
 from servecast.sim.front_end import Client
 from servecast.sim.records import Run
 from servecast.sim.replica import Replica
-from servecast.sim.router import ROUTERS
+from servecast.sim.router import ROUTERS, Router
 from servecast.sim.scenario import Scenario
+from servecast.sim.units import to_seconds
 from servecast.sim.workload import build, check_lengths, with_request_rate
 from servecast.sim.workload_spec import Workload
 
@@ -39,31 +46,53 @@ def simulate(
     seed = scenario.seed if seed is None else seed
     workload = scenario.stages() if workload is None else workload
     deployment = Deployment.of(scenario) if deployment is None else deployment
-    streams = np.random.default_rng(seed).spawn(6)
-    arrivals, lengths, content, noise, front_end, reading = streams
+    streams = np.random.default_rng(seed).spawn(7)
+    arrivals, lengths, content, noise, front_end, reading, routing = streams
     stages = build(workload, arrivals=arrivals, lengths=lengths, content=content)
-    check_lengths(stages, deployment.config.max_model_len, where=f"{scenario.source}: workload")
+    specs = scenario.fleet.specs
+    deployments = _deployments(scenario, deployment)
+    shortest = min(each.config.max_model_len for each in deployments)
+    check_lengths(stages, shortest, where=f"{scenario.source}: workload")
 
-    count = scenario.fleet.replicas
+    count = len(specs)
     noise_streams, front_end_streams = noise.spawn(count), front_end.spawn(count)
-    profile = deployment.profile
 
     def make_replica(env: simpy.Environment, index: int, client: Client) -> Replica:
+        its = deployments[index]
         return Replica(
             env,
             index,
-            deployment.config,
-            deployment.step_time,
-            profile.noise.factors(noise_streams[index]),
-            deployment.step_time.roofline_seconds,
-            profile.front_end,
+            its.config,
+            its.step_time,
+            its.profile.noise.factors(noise_streams[index]),
+            its.step_time.roofline_seconds,
+            its.profile.front_end,
             front_end_streams[index],
             client,
+            cold_start_s=scenario.fleet.cold_start_s,
         )
 
-    router = ROUTERS[scenario.fleet.router]()
-    fleet = Fleet(simpy.Environment(), make_replica, count, router, Client(profile.front_end), reading)
+    env = simpy.Environment()
+    picking, scraping = routing.spawn(2)
+    fleet = Fleet(
+        env,
+        make_replica,
+        count,
+        router(scenario, picking, lambda: to_seconds(int(env.now))),
+        Client(deployment.profile.front_end),
+        reading,
+        options=scenario.fleet.router_options,
+        routing=scraping,
+        lives=[spec.life for spec in specs],
+        detection_s=scenario.fleet.failure_detection_s,
+    )
     run = fleet.run(stages)
+    if fleet.failures[NOT_READY] == len(run.requests):
+        raise InputError(
+            f"no replica was ready for any of the {len(run.requests)} requests",
+            where=f"{scenario.source}: fleet.replicas",
+            fix="Let one start earlier, or drain or fail later.",
+        )
     run.meta |= {
         "scenario": scenario.name,
         "seed": seed,
@@ -75,7 +104,32 @@ def simulate(
         "replicas": count,
         **_load(workload),
     }
+    if fleet.failures:
+        run.meta["failures"] = dict(sorted(fleet.failures.items()))
     return run
+
+
+def _deployments(scenario: Scenario, deployment: Deployment) -> list[Deployment]:
+    """What each replica is, one by one."""
+    found: list[Deployment] = []
+    for spec, like in itertools.groupby(scenario.fleet.specs):
+        own = deployment if spec.as_in_scenario else Deployment.of(scenario.of_replica(spec))
+        found += [own for _ in like]
+    return found
+
+
+def router(scenario: Scenario, rng: np.random.Generator, clock: Callable[[], float]) -> Router:
+    """The router that a scenario names. clock: simulated seconds.
+
+    Raises:
+        InputError: its EndpointPickerConfig does not load.
+    """
+    fleet = scenario.fleet
+    if fleet.epp is not None:
+        config = read_epp(fleet.epp, fleet.router_options.epp_release)
+        return EndpointPicker(config, fleet.router_options, rng, clock)
+    assert isinstance(fleet.router, str)
+    return ROUTERS[fleet.router](fleet.router_options, rng)
 
 
 def _load(workload: Workload) -> dict[str, float | int | None]:

@@ -20,6 +20,8 @@ class Step:
         emitted: tokens delivered.
     """
 
+    idle_s = 0.0  # an engine that waits for more requests has a step of its own (sim.padded_batch)
+
     __slots__ = (
         "_composition",
         "admitted",

@@ -260,7 +260,7 @@ class PhysicalStepTime:
             return "host"
         decode_kv_s = self._mixed_decode_kv_s if step.chunks else self._decode_kv_s
         sides: dict[str, tuple[float, float]] = {  # compute, memory
-            "linear": self._linear_sides(self._padded(_count(step)[0])),
+            "linear": self._linear_sides(self.padded(_count(step)[0])),
             "lm_head": self._lm_head_sides(step.samples),
             "attention_prefill": (1.0, 0.0),
             "attention_decode": (decode_kv_s, self._kv_read_s),
@@ -302,7 +302,8 @@ class PhysicalStepTime:
 
     # -- parts -------------------------------------------------------------------------------------
 
-    def _padded(self, tokens: int) -> int:
+    def padded(self, tokens: int) -> int:
+        """The tokens that a step of so many computes: the next CUDA-graph size while there is one."""
         at = bisect_left(self.cudagraph_sizes, tokens)
         return self.cudagraph_sizes[at] if at < len(self.cudagraph_sizes) else tokens
 
@@ -322,7 +323,7 @@ class PhysicalStepTime:
     def _token_parts(self, tokens: int) -> dict[str, float]:
         """Parts that the number of tokens decides, the host's fixed time among them."""
         model, eff, tp = self.model, self.efficiencies, self.tensor_parallel_size
-        padded = self._padded(tokens)
+        padded = self.padded(tokens)
         elementwise = padded * model.elementwise_bytes_per_token(tp) / (self.gpu.bandwidth * eff.bandwidth)
         parts = {
             "host": eff.host_fixed_s,

@@ -82,6 +82,7 @@ def fingerprint(cell: Cell, scenario: Scenario | None) -> str:
     content: Document = {"servecast_version": version("servecast"), "cell": cell.to_json()}
     if scenario is not None:
         files = {scenario.config_file(), scenario.profile_file(), *_paths(scenario.model_dump())} - {None}
+        files |= {scenario.of_replica(spec).profile_file() for spec in scenario.fleet.specs} - {None}
         hashes = sorted(hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file is not None)
         content |= {"scenario": scenario.model_dump(mode="json"), "files": hashes}
     text = json.dumps(content, sort_keys=True, default=str)

@@ -1,4 +1,4 @@
-"""Recorded traffic: readers of Mooncake JSONL, Azure CSV, BurstGPT CSV and vLLM's timed_trace.
+"""Recorded traffic: readers of Mooncake, LLMServingSim and vLLM timed_trace JSONL, Azure and BurstGPT CSV.
 
 Readers raise InputError with file and line: a file that cannot be read or ends in the middle of a record,
 times that go backwards, lengths that are not whole numbers of at least 1 token.
@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from servecast.sim.errors import InputError
-from servecast.sim.schema import Count, InputFile, Model, Positive
+from servecast.sim.schema import Count, DataFile, Model, Positive
 
 MOONCAKE_BLOCK_TOKENS = 512
 
@@ -66,19 +66,25 @@ class TraceSpec(Model):
     ``max_total_tokens`` (prompt and output) are left out.
     """
 
-    format: Literal["mooncake", "azure", "burstgpt", "timed_trace"]
-    path: InputFile
+    format: Literal["mooncake", "azure", "burstgpt", "timed_trace", "llmservingsim"]
+    path: DataFile
     block_tokens: Count | None = None
     seconds_per_unit: Positive = 1.0
     request_rate: Positive | None = None
     max_total_tokens: Count | None = None
 
-    def read(self) -> Trace:
-        """The trace.
+    def read(self, num_requests: int | None = None) -> Trace:
+        """The trace; a file has what it has, however many requests are wanted.
 
         Raises:
             InputError: the file is wrong, or no request is left.
         """
+        if not self.path.is_file():
+            raise InputError(
+                f"there is no file {str(self.path)!r}",
+                where="trace.path",
+                fix="Set the environment variable SERVECAST_DATA to the folder that holds the data.",
+            )
         if self.format == "mooncake":
             trace = read_mooncake(self.path, block_tokens=self.block_tokens or MOONCAKE_BLOCK_TOKENS)
         elif self.format == "timed_trace":
@@ -86,7 +92,12 @@ class TraceSpec(Model):
                 self.path, seconds_per_unit=self.seconds_per_unit, block_tokens=self.block_tokens or 16
             )
         else:
-            trace = {"azure": read_azure, "burstgpt": read_burstgpt}[self.format](self.path)
+            readers = {
+                "azure": read_azure,
+                "burstgpt": read_burstgpt,
+                "llmservingsim": read_llmservingsim,
+            }
+            trace = readers[self.format](self.path)
         if self.max_total_tokens is not None:
             trace = trace.take(trace.prompt_tokens + trace.output_tokens <= self.max_total_tokens)
         if not len(trace):
@@ -227,6 +238,13 @@ def read_timed_trace(
     ``--timed-trace-label-{timestamp,input-length,output-length,hash-ids}``.
     """
     return _read_hashed(path, seconds_per_unit, block_tokens, columns, exact=False)
+
+
+def read_llmservingsim(path: Path) -> Trace:
+    """LLMServingSim's JSONL: arrival_time_ns, input_toks, output_toks, hash_ids (blocks of 16 tokens, full
+    ones only)."""
+    columns = ("arrival_time_ns", "input_toks", "output_toks", "hash_ids")
+    return _read_hashed(path, 1e-9, 16, columns, exact=False)
 
 
 def read_azure(path: Path) -> Trace:

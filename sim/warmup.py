@@ -77,6 +77,13 @@ def select(run: Run, *, stage: int | str | None = None, warmup: Warmup | None = 
     return replace(run, requests=requests, steps=steps, itl=itl, meta={**run.meta, "start_s": start})
 
 
+def part_of(run: Run, first: int, end: int) -> Run:
+    """A run's requests [first, end), counted from 0 in the order in which they were sent."""
+    kept = select(run, warmup=Warmup(requests=first))
+    in_order = kept.requests.sort_values("sent", kind="stable")
+    return replace(kept, requests=in_order.iloc[: end - first].sort_index())
+
+
 def _stage_index(run: Run, stage: int | str) -> int:
     if stage in run.stages:
         return run.stages.index(str(stage))

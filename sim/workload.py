@@ -20,8 +20,8 @@ from servecast.sim.content import ContentIds, Repeat, Same, SharedPrefix, Unique
 from servecast.sim.errors import InputError
 from servecast.sim.lengths import Tokens
 from servecast.sim.request import Request, Stage, Stream
-from servecast.sim.traces import Trace, TraceSpec
-from servecast.sim.workload_spec import StreamSpec, Workload, at_rate
+from servecast.sim.traces import Trace
+from servecast.sim.workload_spec import StreamSpec, TraceSource, Workload, at_rate
 
 Parts = tuple[tuple[int, int], ...]
 
@@ -146,7 +146,8 @@ def build(
                 limit = stream.arrivals.concurrency
             streams.append(Stream(stream.name, requests, limit, stream.background))
         name = stage.name or (f"stage {index}" if len(workload.stages) > 1 else "all")
-        stages.append(Stage(name, streams, stage.drain, stage.duration_s))
+        end_s = None if stage.polling is None else stage.polling.end_s
+        stages.append(Stage(name, streams, stage.drain, stage.duration_s, end_s))
     return stages
 
 
@@ -184,8 +185,8 @@ def _which_prompt(content: SharedPrefix, n: int, rngs: _Generators) -> npt.NDArr
     return rngs.cycle[np.arange(n) % distinct]
 
 
-def _draw_trace(stream: StreamSpec, spec: TraceSpec, extent: Extent, rngs: _Generators) -> _Drawn:
-    trace = spec.read()
+def _draw_trace(stream: StreamSpec, spec: TraceSource, extent: Extent, rngs: _Generators) -> _Drawn:
+    trace = spec.read(stream.num_requests)
     if stream.arrivals is None:
         times = replay(trace.times_s, spec.request_rate, extent)
     else:

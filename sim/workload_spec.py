@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Field, model_validator
 
 from servecast.sim.arrivals import Arrivals, ClosedLoop, Constant, Gamma, Poisson, Timestamps, VllmBench
 from servecast.sim.content import Content, Unique
+from servecast.sim.infer_bench import InferBench
 from servecast.sim.lengths import Lengths
 from servecast.sim.schema import Amount, Count, Flag, Model, NonNegative, Positive, invalid, within
 from servecast.sim.traces import TraceSpec
 
+TraceSource = Annotated[TraceSpec | InferBench, Field(discriminator="format")]
 Row = dict[str, int | float | str]  # keys of a reported table's row, and their values
 
 
@@ -32,7 +34,7 @@ class StreamSpec(Model):
     duration_s: Positive | None = None
     max_concurrency: Count | None = None
     start_s: NonNegative = 0.0
-    trace: TraceSpec | None = None
+    trace: TraceSource | None = None
     prompt_tokens: Lengths | None = None
     output_tokens: Lengths | None = None
     max_tokens: Count | None = None
@@ -80,13 +82,29 @@ class StreamSpec(Model):
             raise invalid(what, "Give num_requests instead.", at="duration_s")
 
 
+class Polling(Model):
+    """How a load generator notices that a stage is done: from ``after_s`` after the stage's start it looks
+    every ``every_s``, and waits another ``pause_s`` before the next stage."""
+
+    after_s: NonNegative = 0.0
+    every_s: Positive
+    pause_s: NonNegative = 0.0
+
+    def end_s(self, done_s: float) -> float:
+        """When the next stage starts if all requests are done at ``done_s``, both from the stage's start."""
+        looks = max(0, math.ceil((done_s - self.after_s) / self.every_s))
+        return self.after_s + looks * self.every_s + self.pause_s
+
+
 class StageSpec(Model):
-    """Streams that run together. With ``drain`` the next stage waits until all requests are done, otherwise
-    it starts after ``duration_s``. ``row`` names the row of a reported table that the stage reproduces."""
+    """Streams that run together. With ``drain`` the next stage waits until all requests are done, as its
+    ``polling`` finds out (at once without), otherwise it starts after ``duration_s``. ``row`` names the row
+    of a reported table that the stage reproduces."""
 
     streams: tuple[StreamSpec, ...] = Field(min_length=1)
     name: str | None = None
     drain: Flag = True
+    polling: Polling | None = None
     duration_s: Positive | None = None
     row: Row | None = None
 
@@ -95,6 +113,8 @@ class StageSpec(Model):
         if self.drain == (self.duration_s is not None):
             fix = "Remove duration_s." if self.drain else "Give duration_s, when the next stage starts."
             raise invalid(f"drain: {str(self.drain).lower()} with duration_s: {self.duration_s}", fix)
+        if self.polling is not None and not self.drain:
+            raise invalid("polling without drain", "Remove it: duration_s ends the stage.", at="polling")
         names = [stream.name for stream in self.streams]
         if len(set(names)) < len(names):
             raise invalid(
@@ -175,7 +195,8 @@ class Sweep(Model):
 
 
 class PlanSpec(Model):
-    """The open-loop traffic that ``plan`` probes: what differs from the workload's (first) stream."""
+    """The open-loop traffic that ``plan`` probes: what differs from the workload's (first) stream. Prompts
+    are unique unless ``content`` says otherwise, or ``keep_content`` that they are as in the workload."""
 
     arrivals: Literal["poisson", "gamma", "constant", "vllm_bench"] = "poisson"
     burstiness: Positive | None = None
@@ -185,11 +206,14 @@ class PlanSpec(Model):
     output_tokens: Lengths | None = None
     max_tokens: Count | None = None
     content: Content = Unique()
+    keep_content: Flag = False
 
     @model_validator(mode="after")
     def _burst(self) -> PlanSpec:
         if self.burstiness is not None and self.arrivals not in ("gamma", "vllm_bench"):
             raise invalid(f"{self.arrivals} arrivals have no burstiness", "Use gamma.", at="burstiness")
+        if self.keep_content and "content" in self.model_fields_set:
+            raise invalid("content beside keep_content", "Give one of them.", at="content")
         return self
 
     def of(self, stream: StreamSpec) -> StreamSpec:
@@ -202,9 +226,10 @@ class PlanSpec(Model):
             "vllm_bench": VllmBench(kind="vllm_bench", request_rate=1.0, burstiness=burstiness),
         }
         no_extent = self.num_requests is None and self.duration_s is None
+        content = stream.content if self.keep_content else self.content
         changes: dict[str, Any] = {
             "arrivals": laws[self.arrivals],
-            "content": self.content if stream.trace is None else None,
+            "content": content if stream.trace is None else None,
             "max_concurrency": None,
             "num_requests": 1000 if no_extent else self.num_requests,
             "duration_s": self.duration_s,
@@ -229,31 +254,3 @@ def at_rate(law: Arrivals | None, request_rate: float) -> Arrivals:
             "Use open-loop arrivals, such as poisson; for a plan, give them in a 'plan' block.",
         )
     return law.model_copy(update={"request_rate": request_rate})
-
-
-def _form(data: object) -> str:
-    many = "stages" in data if isinstance(data, dict) else isinstance(data, Workload)
-    return "several stages" if many else "one stream"
-
-
-WorkloadSpec = Annotated[
-    Annotated[StreamSpec, Tag("one stream")] | Annotated[Workload, Tag("several stages")],
-    Discriminator(_form),
-]
-
-
-def expand(spec: StreamSpec | Workload, sweep: Sweep | None) -> Workload:
-    """The stages of a workload as written: a stream, a stream with a sweep over it, or stages.
-
-    Raises:
-        PydanticCustomError: the parts do not fit together.
-    """
-    if isinstance(spec, Workload):
-        if sweep is not None:
-            raise invalid("a sweep over several stages", "Give one stream, or the stages alone.", at="sweep")
-        return spec
-    if sweep is not None:
-        return sweep.of(spec)
-    with within("workload"):
-        spec.check_complete()
-    return Workload(stages=(StageSpec(streams=(spec,)),))

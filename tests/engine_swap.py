@@ -9,6 +9,7 @@ from unittest.mock import patch
 
 from plain_engine import PlainEngine, PlainStep
 
+from servecast.sim.engine import ENGINES
 from servecast.sim.engine_config import EngineConfig
 
 
@@ -55,6 +56,8 @@ class SwappedEngine(PlainEngine):
 class SwappedStep:
     """A plain step with its tick and the gaps in front of its tokens; see sim.step.Step."""
 
+    idle_s = 0.0
+
     def __init__(self, plain: PlainStep, tick: int) -> None:
         self.plain = plain
         self.tick = tick
@@ -69,5 +72,5 @@ class SwappedStep:
 @contextmanager
 def plain_engine() -> Iterator[None]:
     """Simulations inside use the plain engine."""
-    with patch("servecast.sim.replica.Scheduler", SwappedEngine):
+    with patch.dict(ENGINES, vllm=SwappedEngine):
         yield

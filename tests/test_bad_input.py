@@ -273,10 +273,12 @@ CASES = [
     ),
     scenario(
         "unknown router",
-        {"fleet.router": "round-robin"},
+        {"fleet.router": "round-robbin"},
         "fleet.router",
-        "router cannot be 'round-robin'",
-        "Did you mean 'round_robin'? Known: round_robin, least_outstanding.",
+        "router cannot be 'round-robbin'",
+        "Did you mean 'round_robin'? Known: round_robin, random, least_outstanding, power_of_two, "
+        "session_affinity, prefix_affinity, consistent_hashing, and the path of an EndpointPickerConfig "
+        "(.yaml).",
     ),
     scenario(
         "SLO without a statistic",

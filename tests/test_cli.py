@@ -265,7 +265,7 @@ def test_reproduce_prints_the_object_of_every_cell() -> None:
         ),
         (["simulate", "TINY", "--gpu", "l44"], "'l44'"),
         (["simulate", "TINY", "--profile", "none"], "there is no profile 'none'."),
-        (["simulate", "TINY", "--router", "random"], "Known: round_robin, least_outstanding."),
+        (["simulate", "TINY", "--router", "randon"], "Did you mean 'random'? Known: round_robin, random"),
         (["simulate", "TINY", "--records", "r.xlsx"], "--records: 'r.xlsx' is no table."),
         (["simulate", "TINY", "--output", "TINY/r.json"], "--output: 'TINY/r.json' cannot be written."),
         (["simulate", "TINY", "--metric-percentiles", "p95"], "--metric-percentiles: 'p95' is no list"),

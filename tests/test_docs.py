@@ -19,6 +19,7 @@ import blocks  # noqa: E402
 import generate  # noqa: E402
 import scenario_reference  # noqa: E402
 
+from servecast.sim.engine import ENGINES  # noqa: E402
 from servecast.sim.router import ROUTERS  # noqa: E402
 from servecast.sim.scenario import Scenario  # noqa: E402
 
@@ -29,7 +30,7 @@ PAGES = {path.name: path for path in blocks.pages()}
     "name", [name for name, path in PAGES.items() if blocks.blocks(path.read_text("utf-8"))]
 )
 def test_blocks_run_and_print_what_the_page_shows(name: str, tmp_path: Path) -> None:
-    with patch.dict(ROUTERS):  # a page adds one
+    with patch.dict(ROUTERS), patch.dict(ENGINES):  # a page adds one
         ran = list(blocks.run_page(PAGES[name].read_text("utf-8"), tmp_path))
     for block, printed in ran:
         if block.output is not None:

@@ -17,6 +17,7 @@ from servecast.sim.records import Run
 from servecast.sim.replica import Replica
 from servecast.sim.request import Request, Stage, Stream
 from servecast.sim.router import ROUTERS
+from servecast.sim.router_options import RouterOptions
 from servecast.sim.step_time import StepShape
 
 
@@ -65,7 +66,7 @@ def run(
         factors = noise or repeat(1.0)
         return Replica(env, index, engine, step_time, factors, step_time.roofline_seconds, costs, rng, client)
 
-    return Fleet(simpy.Environment(), make, replicas, ROUTERS[router](), Client(costs), rng).run(stages)
+    return Fleet(simpy.Environment(), make, replicas, ROUTERS[router](RouterOptions(), rng), Client(costs), rng).run(stages)
 
 
 def one_stream(requests: list[Request], **stream: object) -> list[Stage]:
@@ -213,7 +214,7 @@ def test_round_robin_and_least_outstanding() -> None:
     requests = [Request(0, 0.0, 10, 50, 50), Request(1, 0.0, 10, 1, 1), Request(2, 5.0, 10, 1, 1)]
     replicas = {
         name: run(one_stream(requests), config(), replicas=2, router=name).requests["replica"].tolist()
-        for name in ROUTERS
+        for name in ("round_robin", "least_outstanding")
     }
     assert replicas == {"round_robin": [0, 1, 0], "least_outstanding": [0, 1, 1]}
 

@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from servecast.calibrate.measure.tiny_model import write_tiny_model
 from servecast.sim.errors import InputError
 from servecast.validate.parity import compare
 from servecast.validate.parity_scenarios import random_scenarios
 from servecast.validate.recording import Recording, read_recording
-from servecast.validate.tiny_model import write_tiny_model
 from servecast.validate.vllm_process import ENVIRONMENT, HERE
 
 REQUESTS = 48
@@ -81,7 +81,7 @@ def recording(tmp_path_factory: pytest.TempPathFactory) -> Recording:
         *(str(ENVIRONMENT / "bin" / "python"), "-m", "vllm.entrypoints.cli.main", "serve", str(model)),
         *("--served-model-name", "tiny", "--load-format", "dummy", "--enforce-eager", "--port", str(port)),
         *("--max-model-len", "512", "--max-num-seqs", "12", "--max-num-batched-tokens", "256"),
-        *("--num-gpu-blocks-override", "15", "--scheduler-cls", "recording_scheduler.RecordingScheduler"),
+        *("--num-gpu-blocks-override", "15", "--scheduler-cls", "measure.recording_scheduler.Recording"),
     ]
     with log.open("wb") as out:
         server = subprocess.Popen(command, env=environment, stdout=out, stderr=out)
@@ -134,7 +134,7 @@ def test_recording_with_async_scheduling(tmp_path: Path, version: str) -> None:
         s for s in drawn if len(s.aborts) > 8 and s.config.async_scheduling and s.config.enable_prefix_caching
     )
     driver = (
-        "import recording_scheduler as r, vllm_scheduler as v;"
+        "from measure import recording_scheduler as r; import vllm_scheduler as v;"
         "v.Scheduler, v.AsyncScheduler = r.RecordingScheduler, r.RecordingAsyncScheduler; v.main()"
     )
     file = tmp_path / "steps.jsonl"

@@ -74,7 +74,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
         ({"front_end": {"tokens_s": 0}}, "unknown parameter tokens_s"),
         ({"domain": {"batch": [8, 2]}}, "domain.batch: needs 0 <= lowest <= highest"),
         ({"colour": "red"}, "colour: Extra inputs are not permitted"),
-        ({"kind": "grid"}, "kind: Input should be 'physical'"),
+        ({"kind": "table"}, "kind: Input should be 'physical'"),
         ({"provenance": [{"parameter": "x", "origin": "guessed"}]}, "provenance.0.origin"),
     ],
 )
@@ -104,17 +104,6 @@ def test_steps_beyond_the_fit_are_named() -> None:
     assert beyond == "extrapolated: tokens 604-604 (fitted on 1-512), context 100-600 (fitted on 1-128)"
     assert FITTED.outside_ranges(batch=(1, 300)) == "extrapolated: batch 1-300 (fitted on 1-256)"
     assert FITTED.model_copy(update={"domain": Domain()}).outside_ranges(batch=(1, 9999)) is None
-
-
-def test_what_a_prediction_rests_on() -> None:
-    assert FITTED.basis("A6000", "Qwen2.5-7B-Instruct") == "fitted to a report"
-    measured = FITTED.model_copy(update={"fitted_rows": ()})
-    assert measured.basis("A6000", "Qwen2.5-7B-Instruct") == "measured here"
-    assert FITTED.basis("A6000", "Qwen2.5-32B-Instruct") == "scaled from a measured reference"
-    assert FITTED.basis("H100", "Qwen2.5-7B-Instruct") == "physics only"
-    typical = Profile.typical("H100", "Qwen3-4B", "0.32", servecast_version="0.1.0")
-    assert typical.basis("H100", "Qwen3-4B") == "physics only"
-    assert typical.efficiencies == Efficiencies()
 
 
 def test_a_profile_serves_another_model() -> None:

@@ -11,7 +11,8 @@ import yaml
 
 from servecast.sim.deployment import Deployment
 from servecast.sim.errors import InputError
-from servecast.sim.reproduce import Cell, Reproduction, TableReproduction, reproduce
+from servecast.sim.reproduce import reproduce
+from servecast.sim.reproduction import Cell, Reproduction, TableReproduction
 from servecast.sim.scenario import load
 
 BARS = {  # mean absolute error of the predicted cells, percent

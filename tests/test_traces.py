@@ -22,7 +22,8 @@ from servecast.sim.traces import (
     read_timed_trace,
 )
 from servecast.sim.workload import build, with_request_rate
-from servecast.sim.workload_spec import StreamSpec, expand
+from servecast.sim.workload_forms import expand
+from servecast.sim.workload_spec import StreamSpec
 
 READERS = {
     "mooncake": read_mooncake,

@@ -25,7 +25,8 @@ from servecast.sim.lengths import Empirical, Fixed, Lognormal, Uniform
 from servecast.sim.request import Request, Stage
 from servecast.sim.schema import parse
 from servecast.sim.workload import build, check_lengths, with_request_rate
-from servecast.sim.workload_spec import StreamSpec, Sweep, Workload, expand
+from servecast.sim.workload_forms import expand
+from servecast.sim.workload_spec import StreamSpec, Sweep, Workload
 
 
 def rng(seed: int = 0) -> np.random.Generator:

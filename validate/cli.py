@@ -19,6 +19,7 @@ from servecast.validate.parity_scenarios import Scenario, random_scenarios
 from servecast.validate.vllm_process import VllmProcess, release
 
 app = App(name="validate", help="Judge the simulator against vLLM itself.")
+app.command("servecast.validate.result_cli:result", name="result")
 
 MATCH, MISMATCH, INCONCLUSIVE = 0, 1, 3  # exit codes
 

@@ -31,7 +31,7 @@ class Recording:
 
 
 def read_recording(file: Path) -> Recording:
-    """Read what calibrate/recording_scheduler.py wrote.
+    """Read what calibrate/measure/recording_scheduler.py wrote.
 
     A request that had not ended when the recording did is taken to end at ``max_tokens``.
 
@@ -45,7 +45,7 @@ def read_recording(file: Path) -> Recording:
         raise InputError(
             f"not a recording of vLLM's scheduler ({type(error).__name__}: {error})",
             where=str(file),
-            fix="Record with servecast's calibrate/recording_scheduler.py.",
+            fix="Record with servecast's calibrate/measure/recording_scheduler.py.",
         ) from error
 
 

@@ -18,6 +18,7 @@ COMMANDS = {  # name -> where it is, and its line in --help
     "reproduce": ("servecast.sim.cli.reproduce:reproduce", "Compare predictions with a reported benchmark."),
     "compare": ("servecast.sim.cli.compare:compare", "Put two results, scenarios or routers side by side."),
     "sweep": ("servecast.sim.cli.sweep:sweep", "Run a grid of what-ifs, in parallel."),
+    "check": ("servecast.validate.check_cli:check", "Can this benchmark report be true?"),
     "scenarios": ("servecast.sim.cli.scenarios:scenarios", "List the shipped scenarios."),
     "calibrate": ("servecast.calibrate.cli:app", "Turn measurements or reports into a profile."),
     "validate": ("servecast.validate.cli:app", "Judge the simulator against vLLM itself."),

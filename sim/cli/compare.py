@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from servecast.sim.cli.options import Load, WhatIf, check_jobs
+from servecast.sim.cli.options import Load, WhatIf, check_jobs, file_or_name
 from servecast.sim.cli.output import cell_text, print_json, print_table, progress_bar
+from servecast.sim.cli.simulate import print_replicas
 from servecast.sim.errors import InputError
 
 if TYPE_CHECKING:
     from servecast.sim.compare import Comparison, Side
+    from servecast.sim.ranking import Place, Ranking, Reason
     from servecast.sim.scenario import Scenario
 
 _SHOWN = (
@@ -45,6 +47,7 @@ def compare(
     seeds: int = 5,
     stage: str | None = None,
     all_metrics: bool = False,
+    report: Path | None = None,
     jobs: int = -1,
     json: bool = False,
     load: Load = Load(),  # noqa: B008 (frozen)
@@ -59,10 +62,11 @@ def compare(
     Args:
         a: a result or a scenario.
         b: another one.
-        routers: routing policies, as round_robin least_outstanding.
+        routers: routing policies, and files of EndpointPickerConfigs, as round_robin precise.yaml.
         seeds: how many to simulate, from --seed on.
         stage: compare this stage alone, as concurrency=32.
         all_metrics: print all that the results have in common.
+        report: with --routers, write a single-file HTML report.
         jobs: processes; -1 is one for each core.
         json: print one JSON object and nothing else.
     """
@@ -72,8 +76,12 @@ def compare(
     chosen = _scenarios(a, b, routers, what_if)
 
     from servecast.sim import compare as comparing
-    from servecast.sim.results import read_result
+    from servecast.sim.results import check_output, read_result
 
+    if report is not None:
+        if routers is None:
+            raise InputError("only routers have a report", where="--report", fix="Add --routers.")
+        check_output(report, where="--report")
     sides = []
     with progress_bar("compare") as advance:
         for number, (label, source) in enumerate(chosen):
@@ -83,10 +91,24 @@ def compare(
             else:
                 sides.append(_simulated(label, *source, load=load, seeds=seeds, jobs=jobs))
     found = comparing.compare(sides, stage=stage)
+    document = found.to_json()
+    if routers is not None:
+        from servecast.sim import ranking
+
+        places = ranking.rank(sides)
+        why = ranking.reasons(sides, places)
+        document |= ranking.to_json(sides, places, why)
+        if report is not None:
+            _write_report(report, sides, places, why, chosen, load)
     if json:
-        print_json(found.to_json())
-    else:
+        print_json(document)
+        return 0
+    if routers is not None:
+        _print_places(sides, places, why)
+    if routers is None or all_metrics or stage is not None:
         _print(found, all_metrics=all_metrics)
+    if report is not None:
+        print(f"\nwritten: {report}")
     return 0
 
 
@@ -101,8 +123,14 @@ def _scenarios(
                 where="--routers",
                 fix="Write for example SCENARIO --routers round_robin least_outstanding.",
             )
-        found = [(name, what_if.load(a, {"fleet.router": name})) for name in routers]
-        if found[0][1][0].fleet.replicas < 2:
+        if len(set(routers)) < len(routers):
+            raise InputError("a router is named twice", where="--routers", fix="Name each once.")
+        changed = [what_if.load(a, {"fleet.router": file_or_name(name)}) for name in routers]
+        short = [Path(name).stem for name in routers]
+        found = list(zip(short if len(set(short)) == len(short) else routers, changed, strict=True))
+        for _name, (scenario, _changes) in found:
+            scenario.fleet.check()
+        if found[0][1][0].fleet.size < 2:
             raise InputError(
                 "one replica leaves a router no choice", where="--routers", fix="Add --replicas 4."
             )
@@ -145,6 +173,50 @@ def _result(scenario: Scenario, workload: Any, seed: int, changes: Mapping[str, 
     deployment = Deployment.of(scenario)
     run = simulate(scenario, seed=seed, workload=workload, deployment=deployment)
     return result(scenario, deployment, run, what_if=changes)
+
+
+def _write_report(
+    path: Path,
+    sides: Sequence[Side],
+    places: Sequence[Ranking],
+    why: Sequence[Reason],
+    chosen: Sequence[tuple[str, Any]],
+    load: Load,
+) -> None:
+    from servecast.sim.router_report import PodsOverTime, write_router_report
+    from servecast.sim.simulate import simulate
+
+    pods = {}
+    for label, (scenario, _changes) in chosen:
+        pods[label] = PodsOverTime.of(simulate(scenario, workload=load.workload(scenario)))
+    title = f"Routers on {sides[0].results[0]['scenario']}"
+    write_router_report(path, sides, places, why, pods, title=title)
+
+
+def _print_places(sides: Sequence[Side], places: Sequence[Ranking], why: Sequence[Reason]) -> None:
+    """Places by metric, a row a stage; what explains them; and the replicas of the first seed."""
+    labels = [side.label for side in sides]
+    for metric in dict.fromkeys(ranking.metric for ranking in places):
+        rows = [
+            [ranking.stage or "all", *(_place(ranking.of(label)) for label in labels)]
+            for ranking in places
+            if ranking.metric == metric
+        ]
+        print_table(["place, value", *labels], rows, title=f"\n{metric}")
+    if any(ranking.places[-1].behind is not None for ranking in places):
+        print("\nPlaces are shared where no difference, seed by seed, is beyond doubt (95%).")
+    for reason in why:
+        where = "" if reason.stage is None else f"{reason.stage}, "
+        print(f"{where}{reason.metric}: {reason.to_text()}.")
+    for side in sides:
+        print_replicas(side.results[0]["fleet_load"]["replicas"], title=f"\nReplicas behind {side.label}")
+
+
+def _place(place: Place | None) -> str:
+    if place is None:
+        return "-"
+    text = f"{place.rank}. {cell_text(place.value)}"
+    return f"{text} ({place.behind_text})" if place.behind_text else text
 
 
 def _print(found: Comparison, *, all_metrics: bool) -> None:

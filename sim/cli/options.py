@@ -36,7 +36,7 @@ class WhatIf:
         tensor_parallel_size: GPUs of a replica.
         max_num_seqs: sequences that may run together.
         replicas: engines behind the router.
-        router: routing policy, round_robin or least_outstanding.
+        router: routing policy, as least_outstanding, or the file of an EndpointPickerConfig.
     """
 
     set: list[str] | None = None
@@ -59,13 +59,13 @@ class WhatIf:
         flags: dict[str, Any] = {
             "seed": self.seed,
             "gpu": None if self.gpu is None else _gpu(self.gpu),
-            "model.config": _file(self.model_config),
-            "profile": _file(self.profile),
+            "model.config": file_or_name(self.model_config),
+            "profile": file_or_name(self.profile),
             "engine.version": self.engine_version,
             "engine.tensor_parallel_size": self.tensor_parallel_size,
             "engine.max_num_seqs": self.max_num_seqs,
             "fleet.replicas": self.replicas,
-            "fleet.router": self.router,
+            "fleet.router": file_or_name(self.router),
         }
         given = {field: value for field, value in flags.items() if value is not None}
         return given | dict(assignment(text) for text in self.set or ())
@@ -173,11 +173,11 @@ def _read(value: str, where: str) -> Any:
 
 
 def _gpu(name: str) -> dict[str, str]:
-    file = _file(name)
+    file = file_or_name(name)
     return {"name": name} if file == name else {"file": str(file)}
 
 
-def _file(name: str | None) -> str | None:
+def file_or_name(name: str | None) -> str | None:
     """A name as it is; a path absolute, since scenarios read paths relative to their own folder."""
     if name is None or not ("/" in name or Path(name).suffix in (".json", ".yaml", ".yml")):
         return name

@@ -12,15 +12,14 @@ from cyclopts import Parameter
 
 from servecast.sim.cli.options import WhatIf, check_jobs
 from servecast.sim.cli.output import cell_text, print_json, print_table, progress_bar
+from servecast.sim.errors import InputError
 
 if TYPE_CHECKING:
     from servecast.sim.capacity import Plan
     from servecast.sim.figures import SweepPoint
+    from servecast.sim.fleet_size import FleetSize
+    from servecast.sim.prefix_slots import PrefixSlots
     from servecast.sim.scenario import Scenario
-    from servecast.sim.simulate import RateProbe
-
-_BURST = 400  # requests sent at once, to see roughly what can be served
-_BURST_RATE = 1e5
 
 
 def plan(
@@ -34,6 +33,7 @@ def plan(
     tolerance: float = 0.03,
     max_num_requests: int = 20_000,
     target_rate: float | None = None,
+    size_fleet: bool = False,
     gpu_hour_cost: float | None = None,
     sensitivity: bool = False,
     report: Path | None = None,
@@ -55,6 +55,8 @@ def plan(
         tolerance: relative width to which the answer is bracketed.
         max_num_requests: at most so many counted requests in a replication.
         target_rate: requests a second to serve: prints the headroom, and the replicas for it.
+        size_fleet: find the fewest replicas behind the scenario's router that serve the target rate. Takes
+            longer.
         gpu_hour_cost: what a GPU costs an hour: prints the cost of a million output tokens.
         sensitivity: look at the answer with each assumed constant 20 % lower and higher. Takes longer.
         report: HTML file to write (out/plan-NAME.html, unless --json).
@@ -62,10 +64,13 @@ def plan(
         json: print one JSON object and nothing else.
     """
     check_jobs(jobs)
+    if size_fleet and target_rate is None:
+        raise InputError("no rate to size the fleet for", where="--size-fleet", fix="Add --target-rate.")
     loaded, changes = what_if.load(scenario)
 
     from servecast.sim import capacity
-    from servecast.sim.results import check_output, context, extrapolations
+    from servecast.sim.prefix_slots import prefix_slots
+    from servecast.sim.results import cautions, check_output, context
     from servecast.sim.simulate import RateProbe
     from servecast.sim.slo import SLO, Goodput
 
@@ -82,7 +87,7 @@ def plan(
     deployment = probe.deployment
     with progress_bar("plan") as advance:
         advance(0.0, "first look")
-        start = start_rate(probe, loaded.seed)
+        start = capacity.first_guess(probe, loaded.seed)
         found = capacity.plan(
             probe,
             slos,
@@ -96,13 +101,32 @@ def plan(
             max_requests=max_num_requests,
             target_rate=target_rate,
             gpu_hour_cost=loaded.gpu_hour_cost if gpu_hour_cost is None else gpu_hour_cost,
-            gpus=deployment.engine.flags.tensor_parallel_size * loaded.fleet.replicas,
+            gpus=deployment.engine.flags.tensor_parallel_size * loaded.fleet.size,
             jobs=jobs,
             progress=lambda rate, state, share: advance(share, f"{rate:g} requests/s {state}"),
         )
         shown = found.best or found.probes[0]
         run = probe(shown.rate, loaded.seed, shown.num_requests)
+        slots = prefix_slots(
+            loaded.open_loop().stages[0].streams[0],
+            run,
+            kv_tokens=deployment.config.num_gpu_blocks * deployment.config.block_size,
+            replicas=loaded.fleet.size,
+        )
         points = sweep_points(loaded)
+        sized = None
+        if size_fleet and target_rate is not None:
+            from servecast.sim import fleet_size
+
+            sized = fleet_size.size_fleet(
+                loaded,
+                found.objectives,
+                target_rate,
+                confidence=confidence,
+                max_requests=max_num_requests,
+                jobs=jobs,
+                progress=lambda count: advance(1.0, f"{count} replicas at {target_rate:g} requests/s"),
+            )
         changed = []
         if sensitivity and found.best is not None:
             from servecast.sim import sensitivity as assumed
@@ -121,8 +145,10 @@ def plan(
     document = context(loaded, deployment, seed=loaded.seed, what_if=changes) | found.to_json()
     document["slo"] = document["objectives"]["slos"]
     document["knee"] = {"request_rate": found.knee, "concurrency": _concurrency_knee(points)}
-    document["notes"] = [*loaded.engine.notes, *found.notes, *extrapolations(deployment, run)]
+    document["notes"] = [*loaded.engine.notes, *found.notes, *cautions(deployment, run)]
     document["sensitivity"] = [each.to_json() for each in changed] if sensitivity else None
+    document["prefix_slots"] = None if slots is None else slots.to_json()
+    document["fleet_size"] = None if sized is None else sized.to_json()
     document["report"] = None if report is None else str(report)
     if report is not None:
         from servecast.sim.report import write_report
@@ -132,17 +158,8 @@ def plan(
     if json:
         print_json(document)
     else:
-        _print(document, found)
+        _print(document, found, slots, sized)
     return found.exit_code
-
-
-def start_rate(probe: RateProbe, seed: int) -> float:
-    """Half the rate at which a burst is served, in requests/s: a first guess that mostly passes."""
-    from servecast.sim.metrics import duration
-
-    run = probe(_BURST_RATE, seed, _BURST)
-    rate = len(run.requests) / duration(run) / 2
-    return float(f"{rate:.2g}") if rate > 0 else 1.0  # not where every request was aborted
 
 
 def sweep_points(scenario: Scenario) -> list[SweepPoint]:
@@ -235,7 +252,9 @@ def _effect(change: Mapping[str, Any]) -> str:
     return change["error"] if rate is None else f"{rate:+.1%}"
 
 
-def _print(document: Mapping[str, Any], found: Plan) -> None:
+def _print(
+    document: Mapping[str, Any], found: Plan, slots: PrefixSlots | None, sized: FleetSize | None
+) -> None:
     header = ["requests/s", "verdict", *(v.objective for v in found.probes[0].verdicts), "tok/s", "why not"]
     print_table(
         header,
@@ -268,6 +287,13 @@ def _print(document: Mapping[str, Any], found: Plan) -> None:
         print(
             f"For {found.target_rate:g} requests/s: {found.replicas} of these, headroom {found.headroom:.2f}"
         )
+    if sized is not None:
+        print(sized.to_text())
+    if slots is not None:
+        at = found.best or found.probes[0]
+        print(f"Prefix slots at {at.rate:g} requests/s:")
+        for line in slots.to_text().splitlines():
+            print(f"  {line}")
     if found.cost_per_million_output_tokens is not None:
         print(f"Cost of a million output tokens: {found.cost_per_million_output_tokens:.3g}")
     if document["sensitivity"]:

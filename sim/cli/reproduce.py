@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from servecast.sim.cli.options import WhatIf
+from servecast.sim.cli.options import WhatIf, check_jobs
 from servecast.sim.cli.output import print_json
 
 
@@ -10,6 +10,7 @@ def reproduce(
     scenario: str,
     /,
     *,
+    jobs: int = -1,
     json: bool = False,
     what_if: WhatIf = WhatIf(),  # noqa: B008 (frozen)
 ) -> int:
@@ -20,12 +21,15 @@ def reproduce(
 
     Args:
         scenario: a shipped scenario's name, or a YAML file, with a reported table.
+        jobs: processes; -1 is one for each core. Results do not depend on it.
         json: print one JSON object and nothing else.
     """
+    check_jobs(jobs)
+
     from servecast.sim import reproduce as reproduction
 
     loaded, _ = what_if.load(scenario)
-    found = reproduction.reproduce(loaded)
+    found = reproduction.reproduce(loaded, jobs=jobs)
     if json:
         print_json(found.to_json())
     else:

@@ -34,6 +34,7 @@ def simulate(
     output: Path | None = None,
     records: Path | None = None,
     steps: Path | None = None,
+    benchmark_report: Path | None = None,
     save_detailed: bool = False,
     metric_percentiles: str = "95,99",
     warmup: str | None = None,
@@ -51,6 +52,7 @@ def simulate(
         output: write the result as JSON, under vllm bench serve's keys.
         records: write a row a request, as .csv or .parquet; times are in seconds.
         steps: write a row an engine step, likewise.
+        benchmark_report: write an llm-d Benchmark Report v0.2, as YAML.
         save_detailed: add each request's lengths and TTFT to the JSON.
         metric_percentiles: which percentiles to give, separated by commas.
         warmup: what to leave out at the start of each stage: 30s, 100 (requests), 20% or auto.
@@ -60,6 +62,7 @@ def simulate(
     loaded, changes = what_if.load(scenario)
 
     from servecast.sim import simulate as simulation
+    from servecast.sim.benchmark_report import write_benchmark_report
     from servecast.sim.deployment import Deployment
     from servecast.sim.metrics import vllm_bench_text
     from servecast.sim.results import check_output, check_table, result, write_result, write_table
@@ -69,8 +72,9 @@ def simulate(
     for path, flag in ((records, "--records"), (steps, "--steps")):
         if path is not None:
             check_table(path, where=flag)
-    if output is not None:
-        check_output(output, where="--output")
+    for path, flag in ((output, "--output"), (benchmark_report, "--benchmark-report")):
+        if path is not None:
+            check_output(path, where=flag)
     deployment = Deployment.of(loaded)
     run = simulation.simulate(loaded, workload=load.workload(loaded), deployment=deployment)
     document = result(
@@ -84,6 +88,9 @@ def simulate(
     if output is not None:
         write_result(output, document)
         written.append(output)
+    if benchmark_report is not None:
+        write_benchmark_report(benchmark_report, run, document)
+        written.append(benchmark_report)
     if json:
         print_json(document)
         return 0
@@ -91,6 +98,8 @@ def simulate(
         print_stages(document["stages"])
     else:
         print(vllm_bench_text(document))
+    if "fleet_load" in document:
+        print_replicas(document["fleet_load"]["replicas"])
     print_context(document)
     for path in written:
         print(f"written: {path}")
@@ -103,6 +112,30 @@ def print_stages(stages: Sequence[Mapping[str, Any]]) -> None:
         (header, key) for header, key in _COLUMNS if any(stage.get(key) is not None for stage in stages)
     ]
     print_table([header for header, _ in columns], [[stage[key] for _, key in columns] for stage in stages])
+
+
+def _server(document: Mapping[str, Any]) -> str:
+    vllm = document["engine"]["policy"] == "vllm"
+    return f"{'vLLM ' if vllm else ''}{document['engine_version']}"
+
+
+def print_replicas(replicas: Sequence[Mapping[str, Any]], *, title: str = "\nReplicas") -> None:
+    """A row a replica."""
+    columns = {
+        "replica": "replica",
+        "requests": "requests",
+        "failed": "failed",
+        "prefix hits": "prefix_cache_hit_rate",
+        "uncached tok/s": "uncached_tokens_per_s",
+        "running (mean)": "mean_num_running",
+        "waiting (mean)": "mean_num_waiting",
+        "waiting (peak)": "max_num_waiting",
+        "KV (mean)": "mean_kv_cache_usage",
+        "KV (peak)": "kv_cache_usage_peak",
+        "preemptions": "num_preemptions",
+    }
+    rows = [[each[key] for key in columns.values()] for each in replicas]
+    print_table(list(columns), rows, title=title)
 
 
 def print_context(document: Mapping[str, Any]) -> None:
@@ -118,7 +151,7 @@ def print_context(document: Mapping[str, Any]) -> None:
         "basis": provenance["basis"],
         "profile": f"{document['profile'] or 'none, typical efficiencies'} ({provenance['profile']})",
         "error band": "not known" if band is None else f"+-{band:.0%}",
-        "engine": f"vLLM {document['engine_version']}, rules of {document['engine']['rules']}",
+        "engine": f"{_server(document)}, rules of {document['engine']['rules']}",
         "seed": document["seed"],
         "servecast": document["servecast_version"],
     }

@@ -1,12 +1,13 @@
 """A vLLM scheduler that writes down what it decides and when, for calibration and for replay.
 
-    SERVECAST_RECORDING=steps.jsonl PYTHONPATH=<folder of this file> \
-    vllm serve ... --scheduler-cls recording_scheduler.RecordingAsyncScheduler
+    SERVECAST_RECORDING=steps.jsonl PYTHONPATH=<folder that holds this package> \
+    vllm serve ... --scheduler-cls measure.recording_scheduler.Recording
 
-(``RecordingScheduler`` with ``--no-async-scheduling``.) Imports the standard library and vllm alone, so
-this file can be copied to any machine with vLLM. One JSON array a line, times in ns of CLOCK_MONOTONIC:
+(See server.recording.) Imports the standard library and vllm alone. One JSON array a line, times in ns of
+CLOCK_MONOTONIC:
 
     ["engine", {config}]                       once
+    ["received", t, n]                         request n reached the engine's process, maybe during a step
     ["add", t, n, prompt, max_tokens, priority, [block hash, ...]]   request n joins the queue
     ["abort", t, [n, ...]]
     ["schedule", t0, t1, [[n, tokens, computed before], ...], [preempted n, ...], free blocks]
@@ -28,6 +29,7 @@ from typing import Any
 import vllm
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import Request
 
 FLUSH_NS = 250_000_000
 
@@ -43,6 +45,7 @@ class RecordingScheduler(Scheduler):  # type: ignore[misc]
         self._preempted: list[int] = []
         self._steps = self._own_ns = self._flushed = 0
         self._write(["engine", self._config()])
+        _stamp_requests()
 
     def _config(self) -> dict[str, Any]:
         scheduler, cache = self.vllm_config.scheduler_config, self.vllm_config.cache_config
@@ -69,6 +72,8 @@ class RecordingScheduler(Scheduler):  # type: ignore[misc]
         start = monotonic_ns()
         number = self._numbers[request.request_id] = len(self._numbers)
         self._known[request.request_id] = request
+        if received := getattr(request, "received_ns", None):
+            self._write(["received", received, number])
         hashes = [int.from_bytes(value[:6], "big") for value in request.block_hashes]
         self._write(
             ["add", start, number, request.num_prompt_tokens, request.max_tokens, request.priority, hashes]
@@ -124,6 +129,20 @@ class RecordingScheduler(Scheduler):  # type: ignore[misc]
         return by_client
 
 
+def _stamp_requests() -> None:
+    """Have requests carry when the engine's process made them, in its thread that reads the API server."""
+    make = Request.from_engine_core_request.__func__
+    if make.__name__ == "stamped":
+        return
+
+    def stamped(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        request = make(cls, *args, **kwargs)
+        request.received_ns = monotonic_ns()
+        return request
+
+    Request.from_engine_core_request = classmethod(stamped)
+
+
 def _outputs(clients: Iterable[Any]) -> Iterable[Any]:
     for client in clients:
         yield from client.outputs
@@ -131,3 +150,12 @@ def _outputs(clients: Iterable[Any]) -> Iterable[Any]:
 
 class RecordingAsyncScheduler(RecordingScheduler, AsyncScheduler):  # type: ignore[misc]
     """For async scheduling, which vLLM turns off when the class is not an AsyncScheduler."""
+
+
+class Recording(RecordingAsyncScheduler):
+    """Whichever of the two fits how the server resolved its flags."""
+
+    def __new__(cls, vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
+        if vllm_config.scheduler_config.async_scheduling:
+            return super().__new__(cls)
+        return RecordingScheduler(vllm_config, *args, **kwargs)

@@ -1,0 +1,84 @@
+"""Whose peaks a fit is relative to: the catalogue's GPU, one described in a file, or what was measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from servecast.calibrate.measured_rows import Copy, Gemm, Kernel
+from servecast.calibrate.measurements import Measurements
+from servecast.sim.errors import InputError
+from servecast.sim.gpu import GPU, find_gpu
+
+
+def gpu_of(measured: Measurements, given: GPU | None = None) -> GPU:
+    """The GPU of a folder: ``given``, or the catalogue's of that name, or one made of measured peaks.
+
+    Raises:
+        InputError: it is not in the catalogue, and no matrix products and copies say its peaks.
+    """
+    if given is not None:
+        return given
+    name = str(measured.facts["gpu"])
+    try:
+        return find_gpu(name)
+    except InputError:
+        return measured_peaks(measured)
+
+
+def measured_peaks(measured: Measurements) -> GPU:
+    """A GPU whose peaks are the best rates that its kernels reached, for what no datasheet describes.
+
+    The rate of host-to-device copies stands for the link to other GPUs, or that of memory where there are
+    none (a CPU's ranks share it).
+    """
+    facts, kernels = measured.facts, measured.kernels
+    flops = matmul_rate(kernels, "bf16", "fp16") or matmul_rate(kernels, "fp32")
+    bandwidth = copy_rate(kernels, "copy")
+    memory = facts.get("memory_bytes")
+    if not flops or not bandwidth or not memory:
+        needed = (("gemm rows", flops), ("copy rows", bandwidth), ("memory_bytes in facts.json", memory))
+        raise InputError(
+            f"GPU {facts['gpu']!r} is not in the catalogue, and its peaks cannot be derived: "
+            f"no {' and no '.join(what for what, there in needed if not there)}",
+            where=str(measured.folder),
+            fix="Describe it in a file and give that as --gpu, or measure kernels into the folder.",
+        )
+    return GPU(
+        name=str(facts["gpu"]),
+        memory_bytes=int(memory),
+        bandwidth=bandwidth,
+        bf16_flops=flops,
+        fp8_flops=matmul_rate(kernels, "fp8") or None,
+        link_bandwidth=copy_rate(kernels, "host_to_device") or bandwidth,
+        capability=(0, 0),
+        source=f"measured: the best rates of {len(kernels)} kernel rows",
+        memory_source="measured",
+    )
+
+
+def beyond_the_datasheet(measured: Measurements, gpu: GPU) -> tuple[str, ...]:
+    """What was measured faster than the peaks, in words. Efficiencies stay at most 1 all the same."""
+    kernels = measured.kernels
+    rates = (
+        ("16-bit matrix products", "FLOP/s", gpu.bf16_flops, matmul_rate(kernels, "bf16", "fp16")),
+        ("fp8 matrix products", "FLOP/s", gpu.fp8_flops or math.inf, matmul_rate(kernels, "fp8")),
+        ("copies", "B/s", gpu.bandwidth, copy_rate(kernels, "copy")),
+    )
+    return tuple(
+        f"{what} reach {rate:.4g} {unit}, {gpu.name} is stated with {peak:.4g}: clipped to that"
+        for what, unit, peak, rate in rates
+        if rate > peak
+    )
+
+
+def matmul_rate(kernels: Iterable[Kernel], *dtypes: str) -> float:
+    """The best FLOP/s of matrix products in these dtypes, 0 if there are none."""
+    products = (row for row in kernels if isinstance(row, Gemm) and row.dtype in dtypes)
+    return max((2.0 * row.m * row.n * row.k / row.median_s for row in products), default=0.0)
+
+
+def copy_rate(kernels: Iterable[Kernel], kind: str) -> float:
+    """The best bytes/s moved by copies of that kind ("copy", "host_to_device"), 0 if there are none."""
+    copies = (row for row in kernels if isinstance(row, Copy) and row.row == kind)
+    return max((row.moved_bytes / row.median_s for row in copies), default=0.0)

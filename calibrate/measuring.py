@@ -1,0 +1,44 @@
+"""``servecast calibrate measure``: the measuring package, run by a Python that has torch and vllm."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from servecast.sim.errors import InputError
+
+
+def measure(
+    *arguments: Annotated[str, Parameter(allow_leading_hyphen=True)], python: Path = Path(sys.executable)
+) -> int:
+    """Measure the machine at hand into a folder: measure engine --model FOLDER --out DIR.
+
+    The same as ``python -m measure`` beside a copy of the folder calibrate/measure on a machine without
+    servecast; ``measure engine --help`` lists the flags, and those that it does not know go to vLLM.
+
+    Args:
+        arguments: what to measure, and its flags.
+        python: of the environment that has vllm and torch, where servecast's own has not.
+    """
+    path = [str(Path(__file__).resolve().parent), os.environ.get("PYTHONPATH", "")]
+    try:
+        process = subprocess.Popen(
+            [str(python), "-m", "measure", *(arguments or ("--help",))],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))},
+        )
+    except OSError as error:
+        raise InputError(
+            f"cannot start {python}: {error.strerror}",
+            where="--python",
+            fix="Give the Python of an environment that has vLLM.",
+        ) from error
+    try:
+        return process.wait()
+    except KeyboardInterrupt:  # the process got it too, and ends cleanly
+        process.wait()
+        raise

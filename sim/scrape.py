@@ -1,0 +1,57 @@
+"""What a router knows of a server's gauges: the last scrape, which is always a little old."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Gauges:
+    """A server's gauges, as of the end of an engine step (vLLM sets them once a step).
+
+    waiting: vllm:num_requests_waiting. running: vllm:num_requests_running. kv_usage:
+    vllm:kv_cache_usage_perc, 0..1; cached blocks that no request holds count as free.
+    """
+
+    waiting: int = 0
+    running: int = 0
+    kv_usage: float = 0.0
+
+
+class Scrape:
+    """Scrapes every ``interval`` from ``first`` on, each known ``delay`` after it was taken.
+
+    The same as a process that ticks, but only the readings that somebody could ask for are kept: what the
+    server says at time t is known from the first scrape at or after t, plus the delay.
+
+    Args:
+        interval, delay: picoseconds; with an interval of 0 every change is seen.
+        first: time of the first scrape, picoseconds.
+    """
+
+    __slots__ = ("_delay", "_first", "_interval", "_known", "_pending")
+
+    def __init__(self, interval: int, delay: int, first: int) -> None:
+        self._interval, self._delay, self._first = interval, delay, first
+        self._known = Gauges()
+        self._pending: deque[tuple[int, Gauges]] = deque()  # (known from, what)
+
+    def put(self, now: int, gauges: Gauges) -> None:
+        """The server's gauges from now on. Times must not fall."""
+        taken = max(now, self._first)
+        if self._interval:
+            taken = self._first + -(-(taken - self._first) // self._interval) * self._interval
+        known_from, pending = taken + self._delay, self._pending
+        if pending and pending[-1][0] == known_from:
+            pending[-1] = (known_from, gauges)
+        else:
+            self.get(now)
+            pending.append((known_from, gauges))
+
+    def get(self, now: int) -> Gauges:
+        """What is known now; all zero before the first scrape. Times must not fall."""
+        pending = self._pending
+        while pending and pending[0][0] <= now:
+            self._known = pending.popleft()[1]
+        return self._known

@@ -1,0 +1,147 @@
+"""Calibration recovers the law of a real vLLM engine whose steps last what that law says."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from metronome_law import Law
+from metronome_setup import (
+    FLAGS,
+    NO_MACHINE,
+    ROOFLINE,
+    SIZES,
+    STAIRCASE,
+    metronome_environment,
+    metronome_gpu,
+    metronome_model,
+)
+
+from servecast.calibrate.fit_folder import fit_folder
+from servecast.calibrate.fit_steps import PhysicalFit, joined
+from servecast.calibrate.measurements import Step, read_folder
+from servecast.sim.cli import main
+from servecast.validate.vllm_process import ENVIRONMENT
+
+LAWS = {"roofline": ROOFLINE, "staircase": STAIRCASE, "no machine": NO_MACHINE}
+WITHIN = 0.05
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return metronome_model(tmp_path_factory.mktemp("metronome") / "model")
+
+
+@pytest.fixture(scope="module")
+def folders(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Law -> measurements; measured side by side, since a metronome mostly sleeps."""
+    if not ENVIRONMENT.exists():
+        pytest.skip("needs vLLM: run validate/install_vllm.sh")
+    out = tmp_path_factory.mktemp("measured")
+    with ThreadPoolExecutor(len(LAWS)) as threads:
+        runs = {name: threads.submit(_measure, model, out / name, law) for name, law in LAWS.items()}
+        return {name: run.result() for name, run in runs.items()}
+
+
+def _measure(model: Path, out: Path, law: dict[str, Any]) -> Path:
+    subprocess.run(
+        [
+            *(str(Path(sys.executable).with_name("servecast")), "calibrate", "measure", "engine"),
+            *("--python", str(ENVIRONMENT / "bin" / "python"), "--model", str(model), "--out", str(out)),
+            *("--steps", "5", "--long-run-steps", "80", "--largest", "70000"),
+            *(("--regions", "decode", "prefill", "mixed") if law is NO_MACHINE else ()),
+            *FLAGS,
+        ],
+        env=os.environ | metronome_environment(law),
+        check=True,
+        capture_output=True,
+    )
+    if "sizes" in law:  # a GPU's engine pads to these sizes and says so; one on the CPU has none to say
+        file = out / "engine.jsonl"
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        rows[0]["flags"]["cudagraph_capture_sizes"] = SIZES
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return out
+
+
+def _lasts(law: dict[str, Any], steps: list[Step]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    known = Law(json.dumps(law))
+    return np.array([known.seconds(step.chunks, step.decodes, step.decode_context) for step in steps])
+
+
+@pytest.mark.parametrize("name", ["roofline", "staircase"])
+def test_the_law_is_recovered_in_every_region_even_if_it_was_not_measured(
+    folders: dict[str, Path], model: Path, name: str
+) -> None:
+    law, gpu = LAWS[name], metronome_gpu(LAWS[name], model)
+    measured = read_folder(folders[name])
+    steps = joined(measured.steps)
+    regions = {step.region for step in steps}
+    assert regions == {"decode", "decode_ragged", "prefill", "prefill_context", "mixed", "long_run"}
+    everything = PhysicalFit(gpu).fit(measured.engines, steps)
+    for region in sorted(regions):
+        inside = [step for step in steps if step.region == region]
+        others = [step for step in steps if step.region != region]
+        unseen = PhysicalFit(gpu).fit(measured.engines, others)
+        truth = _lasts(law, inside)
+        for kind, fit in (("fitted", everything), ("held out", unseen)):
+            errors = np.abs(fit.predict(measured.engines, inside) / truth - 1)
+            print(
+                f"{name} {region} {kind}: mean {errors.mean():.3f} 90 % under {np.quantile(errors, 0.9):.3f}"
+            )
+            assert np.quantile(errors, 0.9) < WITHIN, (region, kind)
+
+
+@pytest.mark.parametrize("name", ["roofline", "staircase"])
+def test_the_profile_predicts_steps_that_were_never_run(
+    folders: dict[str, Path], model: Path, name: str
+) -> None:
+    law = LAWS[name]
+    found = fit_folder(folders[name], gpu=metronome_gpu(law, model))
+    assert found.good, found.summary.reasons
+    engine = read_folder(folders[name]).engines[0]
+    step_time = engine.step_time(found.gpu, found.profile.efficiencies)
+    rng = np.random.default_rng(5)
+    steps = [_random_step(rng) for _ in range(200)]
+    predicted = np.array([step_time.seconds(step) for step in steps])
+    errors = np.abs(predicted / _lasts(law, steps) - 1)
+    print(f"{name}: mean {errors.mean():.3f} 95 % under {np.quantile(errors, 0.95):.3f}")
+    assert errors.mean() < WITHIN
+
+
+def _random_step(rng: np.random.Generator) -> Step:
+    decodes = int(rng.integers(0, 49))
+    chunks = [(int(rng.integers(16, 150)), int(rng.integers(0, 2000))) for _ in range(rng.integers(0, 4))]
+    chunks = chunks if chunks or decodes else [(100, 0)]
+    context = decodes * int(rng.integers(64, 1400))
+    return Step(
+        row="step",
+        case="new",
+        times_s=(1.0,),
+        model="metronome",
+        region="new",
+        chunks=tuple(chunks),
+        decodes=decodes,
+        decode_context=context,
+        samples=decodes + len(chunks),
+    )
+
+
+def test_a_law_of_no_machine_is_a_bad_fit(
+    folders: dict[str, Path], model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gpu, profile = tmp_path / "metronome.yaml", tmp_path / "profile.json"
+    metronome_gpu(ROOFLINE, model).save(gpu)
+    code = main(["calibrate", "fit", str(folders["no machine"]), "--gpu", str(gpu), "--output", str(profile)])
+    assert code == 1
+    assert not profile.exists()
+    said = capsys.readouterr().out
+    assert "bad fit" in said
+    assert "decode" in said

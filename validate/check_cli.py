@@ -1,0 +1,122 @@
+"""``servecast check``."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Literal
+
+from servecast.sim import scenario as scenarios
+from servecast.sim.cli.output import print_json, print_table
+from servecast.sim.errors import InputError
+from servecast.validate.check import Checked
+from servecast.validate.check import check as run_check
+from servecast.validate.check_finding import Finding
+from servecast.validate.report_of_results import from_results
+from servecast.validate.report_of_scenario import from_scenario
+from servecast.validate.report_of_table import Context, from_table
+from servecast.validate.report_table import Report
+
+_SHOWN_ROWS = 3
+
+
+def check(
+    report: str,
+    /,
+    *more: Path,
+    model_config: str | None = None,
+    gpu: str | None = None,
+    tensor_parallel_size: int = 1,
+    replicas: int = 1,
+    prompt_tokens: int | None = None,
+    output_tokens: int | None = None,
+    num_requests: int | None = None,
+    percentile_law: Literal["linear", "exclusive"] = "linear",
+    no_predict: bool = False,
+    json: bool = False,
+) -> int:
+    """Can this benchmark report be true?
+
+    Asks Little's law, sums of latencies, tokens against requests, rooflines, KV arithmetic, the order of
+    percentiles, warm-up, drain and clocks, and sets a scenario's reports against the prediction. Exits 0
+    without findings, 1 with, 3 when the report has nothing that can be checked.
+
+    Args:
+        report: a scenario (a shipped one's name or a YAML file) with reported tables, a CSV table, or a
+            result's JSON.
+        more: further result files, one a level of load.
+        model_config: the model behind a table or a result: a shipped config's name, or a config.json.
+        gpu: its GPU, as in the catalogue.
+        tensor_parallel_size: GPUs of one engine.
+        replicas: engines.
+        prompt_tokens: prompt length, the same in every request.
+        output_tokens: output length, the same in every request.
+        num_requests: requests of each row.
+        percentile_law: how percentiles were interpolated: linear (NumPy), or exclusive (Python's
+            statistics.quantiles).
+        no_predict: leave out the comparison with the prediction.
+        json: print one JSON object and nothing else.
+    """
+    context = Context(
+        model_config,
+        gpu,
+        tensor_parallel_size,
+        replicas,
+        prompt_tokens,
+        output_tokens,
+        num_requests,
+        percentile_law,
+    )
+    checked = run_check(_read(report, list(more), context), predict=not no_predict)
+    if json:
+        print_json(checked.to_json())
+    else:
+        _print(checked)
+    return checked.exit_code
+
+
+def _read(report: str, more: list[Path], context: Context) -> Report:
+    path = Path(report)
+    results = [each for each in (path, *more) if each.suffix in (".json", ".jsonl")]
+    if path.suffix in (".json", ".jsonl") and len(results) == 1 + len(more):
+        return from_results(results, context)
+    if more:
+        raise InputError(
+            "only result files come several at a time", where=str(more[0]), fix="Give one table or scenario."
+        )
+    if path.suffix == ".csv":
+        return from_table(path, context)
+    given = [f.name for f in fields(Context) if getattr(context, f.name) != f.default]
+    if given:
+        flag = {"model": "model-config", "law": "percentile-law"}.get(given[0], given[0].replace("_", "-"))
+        raise InputError(
+            "a scenario says it itself", where=f"--{flag}", fix="Leave it out, or change the scenario."
+        )
+    return from_scenario(scenarios.load(report))
+
+
+def _print(checked: Checked) -> None:
+    groups: dict[tuple[str, str, str], list[Finding]] = {}
+    for finding in checked.findings:
+        groups.setdefault((finding.rule, finding.level.table, finding.confidence), []).append(finding)
+    rows = []
+    for (rule, table, sure), found in groups.items():
+        clearest = max(found, key=lambda finding: finding.weight)
+        rows.append([rule, sure, f"{table}: {_cells(found)}", clearest.message])
+    if rows:
+        print_table(["rule", "sure", "cells", "what (the clearest)"], rows)
+    asked = f"{len(checked.report.levels)} rows, {len(checked.rules)} rules"
+    if not checked.asked:
+        print("Nothing in it can be checked: no latency, no two rates, no bound.")
+    else:
+        print(f"{len(checked.findings) or 'no'} findings ({asked})")
+    for note in checked.report.notes:
+        print(note)
+
+
+def _cells(found: list[Finding]) -> str:
+    """Columns and rows of the findings, the rows counted where they are many."""
+    columns = dict.fromkeys(column for finding in found for column in finding.columns)
+    labels = list(dict.fromkeys(finding.level.label for finding in found))
+    rows = ", ".join(labels) if len(labels) <= _SHOWN_ROWS else f"{len(labels)} rows"
+    return f"{', '.join(columns)} at {rows}"

@@ -1,0 +1,173 @@
+"""What a rule of `servecast check` finds, and the quantities that several rules derive from a level."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from servecast.validate.report_table import Level, Report, Span, Value
+
+Confidence = Literal["certain", "likely", "possible"]
+
+SAME_RATE = 0.01  # rates that agree to this are one number
+SHORT = 0.95  # fewer tokens than this share of rate x tokens are missing, not rounded
+IDLE = 0.8  # share of a closed loop's slots in use, under which its throughput is not that of its load
+WAVES = 10  # requests a slot, from which ramp and drain of a level no longer matter
+_SKEW = 1.6  # mean over median of latencies, where lengths differ (lognormal of spread 1), or its inverse
+LOW_RATE_OF_SATURATION = 0.9  # completions under this share of the arrivals
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something in a report that cannot be, or is not what it seems.
+
+    Attributes:
+        rule: its id. level: the row. columns: the cells of that row.
+        numbers: what was set against what, by name; seconds, tokens, requests.
+        confidence: "certain" follows by arithmetic; "likely" where a median or a percentile stands for what
+            was not reported; "possible" where it rests on the predictor.
+        message: one sentence. weight: how far off, to show the clearest of many first.
+    """
+
+    rule: str
+    level: Level
+    columns: tuple[str, ...]
+    numbers: dict[str, float]
+    confidence: Confidence
+    message: str
+    weight: float = field(default=1.0, compare=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """As ``servecast check --json`` prints it."""
+        level = self.level
+        return {
+            "rule": self.rule,
+            "cells": [
+                {"table": level.table, "row": dict(level.keys), "column": name} for name in self.columns
+            ],
+            "numbers": self.numbers,
+            "confidence": self.confidence,
+            "message": self.message,
+        }
+
+
+def names(*values: Value | None) -> tuple[str, ...]:
+    """The columns of those values that are reported, each once."""
+    return tuple(dict.fromkeys(value.column for value in values if value is not None))
+
+
+@dataclass(frozen=True, slots=True)
+class Derived:
+    """A quantity and what it was derived from. exact: by definition, not with a median for a mean."""
+
+    span: Span
+    values: tuple[Value, ...]
+    exact: bool
+
+
+def tokens_each(report: Report, level: Level) -> Span | None:
+    """Output tokens a request: as known, or the most that the rows of the table imply (throughput in tokens
+    over throughput in requests), where none says."""
+    if level.output is not None:
+        return level.output.mean
+    if any(other.output is not None for other in report.levels):
+        return None
+    implied = [span for other in report.levels if (span := implied_tokens(other)) is not None]
+    return max(implied, key=lambda span: span.low) if len(implied) > 2 else None
+
+
+def implied_tokens(level: Level) -> Span | None:
+    """Output tokens a request as the two throughputs of a row have it."""
+    tokens, requests = level.get("output_throughput"), level.get("request_throughput")
+    if tokens is None or requests is None or requests.value <= 0:
+        return None
+    return tokens.span / requests.span
+
+
+def completion_rate(level: Level) -> Derived | None:
+    """Requests completed a second: tokens/s over tokens a request, or the reported requests/s. Of the two the
+    lower, since a rate of sending is sometimes reported as the latter."""
+    found = []
+    tokens, requests = level.get("output_throughput"), level.get("request_throughput")
+    if requests is not None:
+        found.append(Derived(requests.span, (requests,), True))
+    if tokens is not None and level.output is not None and level.output.mean.low > 0:
+        found.append(Derived(tokens.span / level.output.mean, (tokens,), True))
+    return min(found, key=lambda rate: rate.span.mid) if found else None
+
+
+def token_time(level: Level) -> Derived | None:
+    """Mean seconds from a request's first token to its last: its gaps, by the reported mean, else median."""
+    if level.output is None:
+        return None
+    gaps = level.output.mean.less(1)
+    for metric in ("tpot", "itl"):
+        value = level.get(metric, "mean")
+        if value is not None and value.value > 0:
+            return Derived(value.span * gaps, (value,), metric == "itl" or level.output.fixed)
+    value = level.get("tpot", "p50")
+    return None if value is None or value.value <= 0 else Derived(value.span * gaps, (value,), False)
+
+
+def latency(level: Level) -> Derived | None:
+    """A request's mean seconds from sending to the last token: as reported, else its median, else put
+    together from TTFT and the time between tokens."""
+    mean = level.get("e2el", "mean")
+    if mean is not None:
+        return Derived(mean.span, (mean,), True)
+    median, parts = level.get("e2el", "p50"), _summed(level)
+    fixed = level.output is not None and level.output.fixed
+    if median is not None and (fixed or parts is None):
+        return Derived(median.span if fixed else _as_mean(median.span), (median,), False)
+    if parts is not None:
+        return parts
+    per_token = level.get("ntpot", "mean", "p50")
+    if per_token is not None and level.output is not None:
+        return Derived(per_token.span * level.output.mean, (per_token,), False)
+    return None
+
+
+def _as_mean(median: Span) -> Span:
+    """Where the mean is, of requests of different lengths with this median."""
+    return Span(median.low / _SKEW, median.high * _SKEW)
+
+
+def _summed(level: Level) -> Derived | None:
+    """TTFT and the time between tokens."""
+    first, rest = level.get("ttft", "mean", "p50"), token_time(level)
+    if first is None or rest is None:
+        return None
+    exact = first.statistic == "mean" and rest.values[0].statistic == "mean" and rest.exact
+    return Derived(first.span + rest.span, (first, *rest.values), exact)
+
+
+def in_flight(level: Level) -> Derived | None:
+    """Little's law: requests in flight of a level without failures are throughput x latency."""
+    rate, time = completion_rate(level), latency(level)
+    if rate is None or time is None or level.whole_run or level.failed:
+        return None
+    return Derived(rate.span * time.span, (*rate.values, *time.values), rate.exact and time.exact)
+
+
+def send_window_s(level: Level) -> Span | None:
+    """Seconds that sending takes at the offered rate, give or take what Poisson arrivals vary."""
+    if level.num_requests is None or level.request_rate is None:
+        return None
+    mean, varies = level.num_requests / level.request_rate, 3 / math.sqrt(level.num_requests)
+    return Span(mean * max(0.0, 1 - varies), mean * (1 + varies))
+
+
+def reports_send_rate(report: Report, level: Level) -> bool:
+    """Requests/s equals the offered rate, but the tokens/s are of fewer requests: the former is the rate of
+    sending, the latter is taken over a longer time."""
+    rate, requests, tokens = (
+        level.request_rate,
+        level.get("request_throughput"),
+        level.get("output_throughput"),
+    )
+    each = tokens_each(report, level)
+    if rate is None or requests is None or tokens is None or each is None or not level.all_answered:
+        return False
+    same = abs(requests.value / rate - 1) <= SAME_RATE
+    return same and tokens.span.high < SHORT * requests.span.low * each.low

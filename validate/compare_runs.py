@@ -1,0 +1,369 @@
+"""A load as predicted, laid over the same load as measured: metric by metric, with how sure each error is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy.stats import ks_2samp, wasserstein_distance
+
+from servecast.sim.confidence import Interval, t_interval
+from servecast.sim.metrics import METRICS, Floats, percentiles, samples, summary
+from servecast.sim.records import Run
+from servecast.validate.attribution import Part, attribute, parts_of_recording, parts_of_run
+from servecast.validate.readers import Reading
+from servecast.validate.series import EngineSeries
+from servecast.validate.verdict import State, Tolerances, Verdict, judge_row, verdict_of
+
+RANKS = (50, 90, 95, 99)
+LATENCIES = ("ttft", "tpot", "itl", "e2el")
+STATISTICS = {"mean": None, "median": 50, "p90": 90, "p95": 95, "p99": 99}
+COUNTS = (
+    "request_throughput",
+    "output_throughput",
+    "kv_cache_usage_peak",
+    "max_num_running",
+    "max_num_waiting",
+    "num_preemptions",
+    "prefix_cache_hit_rate",
+)
+CONFIDENCE = 0.95
+RESAMPLES = 400
+_BLOCKS = (5, 50)  # least and most stretches of a run that are resampled
+_MEMORY = 3.0  # mean E2E latencies until a server has forgotten
+_MOST = 50_000  # of a sample's values that are resampled or whose distribution is compared
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A metric as predicted and as measured, in its unit (ms, a second, share, count).
+
+    predicted: mean over the seeds, with Student's interval. measured: its interval is the bootstrap's,
+    NaN where only the figure is known. difference: predicted less measured, with an interval over both.
+    error: difference over the measured value, NaN where that is 0. allowed: None is not judged.
+    """
+
+    metric: str
+    predicted: Interval
+    measured: Interval
+    difference: Interval
+    allowed: float | None = None
+    state: State | None = None
+
+    @property
+    def error(self) -> float:
+        measured = self.measured.estimate
+        return self.difference.estimate / measured if measured else math.nan
+
+    @property
+    def reason(self) -> str:
+        """The row in a sentence."""
+        part = f"{self.error:+.1%}" if not math.isnan(self.error) else f"{self.difference.estimate:+.4g}"
+        return (
+            f"{self.metric}: predicted {self.predicted.estimate:.4g}, measured {self.measured.estimate:.4g} "
+            f"({part}; {self.allowed or 0:.3g} allowed)"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "metric": self.metric,
+            "predicted": self.predicted.estimate,
+            "predicted_interval": [self.predicted.low, self.predicted.high],
+            "measured": self.measured.estimate,
+            "measured_interval": [self.measured.low, self.measured.high],
+            "error": self.error,
+            "difference": self.difference.estimate,
+            "difference_interval": [self.difference.low, self.difference.high],
+            "allowed": self.allowed,
+            "state": self.state,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Distance:
+    """How far two distributions of a latency lie apart: the largest difference of their cumulative shares
+    (Kolmogorov-Smirnov), and the area between them in ms (Wasserstein)."""
+
+    metric: str
+    kolmogorov_smirnov: float
+    wasserstein_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class ClientLag:
+    """How much later than planned requests were sent, in ms, less the least of them."""
+
+    median_ms: float
+    p95_ms: float
+    max_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class LoadComparison:
+    """One load. problems: why it says nothing about the prediction. notes: what to keep in mind.
+
+    predicted: a run a seed; series: what the engine showed, predicted and measured, if known.
+    attribution: where the error of the mean E2E comes from, if the engine's steps were recorded.
+    """
+
+    label: str
+    rows: tuple[Row, ...]
+    distances: tuple[Distance, ...]
+    lag: ClientLag | None
+    attribution: tuple[Part, ...]
+    verdict: Verdict
+    problems: tuple[str, ...]
+    notes: tuple[str, ...]
+    predicted: tuple[Run, ...]
+    measured: Reading
+    series: tuple[EngineSeries, EngineSeries] | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "load": self.label,
+            "verdict": self.verdict.state,
+            "reasons": list(self.verdict.reasons),
+            "rows": [row.to_json() for row in self.rows],
+            "distances": [
+                {"metric": d.metric, "ks": d.kolmogorov_smirnov, "wasserstein_ms": d.wasserstein_ms}
+                for d in self.distances
+            ],
+            "client_lag_ms": None
+            if self.lag is None
+            else {"median": self.lag.median_ms, "p95": self.lag.p95_ms, "max": self.lag.max_ms},
+            "attribution": [part.to_json() for part in self.attribution],
+            "notes": list(self.notes),
+        }
+
+
+def compare_runs(
+    predicted: Sequence[Run],
+    measured: Reading,
+    *,
+    tolerances: Tolerances,
+    telemetry: pd.DataFrame | None = None,
+    recording: Path | None = None,
+    planned_s: Floats | None = None,
+    label: str | None = None,
+    notes: Sequence[str] = (),
+    seed: int = 0,
+) -> LoadComparison:
+    """Compare predictions of one load (a run a seed) with its measurement.
+
+    Args:
+        telemetry: columns of ``telemetry.METRICS`` by ``time_s`` of the measured run's own clock
+            (``run.meta["clock_start_s"]`` is its start).
+        recording: what calibrate/measure/recording_scheduler.py wrote beside the server.
+        planned_s: when each request was to be sent, in the order of sending, from the trace; without it
+            the reading's own, where the tool says it.
+        notes: about the load, beside the reading's own. seed: of the bootstrap.
+
+    Raises:
+        InputError: the recording is not one.
+    """
+    run = measured.run
+    figures = {key: value for key, value in measured.figures().items() if isinstance(value, int | float)}
+    series = None
+    if telemetry is not None and len(telemetry):
+        start = float(run.meta.get("clock_start_s", 0.0))
+        end = float(run.requests["finish"].max()) if measured.has_requests else math.inf
+        seen = EngineSeries.of_telemetry(telemetry, start_s=start).within(end)
+        series = EngineSeries.of_run(predicted[0], seen.time_s), seen
+        figures |= seen.figures()
+    forecasts = [summary(each, ranks=RANKS) for each in predicted]
+    if series is not None:
+        for forecast, each in zip(forecasts, predicted, strict=True):
+            shown = EngineSeries.of_run(each, series[1].time_s).figures()
+            forecast |= {key: shown[key] for key in shown if key != "num_preemptions"}
+    rng = np.random.default_rng(seed)
+    resampled = _resampled(run, rng) if measured.has_requests else {}
+    keys = [f"{name}_{metric}_ms" for metric in LATENCIES for name in STATISTICS]
+    rows = [
+        _row(
+            key,
+            [float(math.nan if f[key] is None else f[key]) for f in forecasts],
+            float(figures[key]),
+            resampled.get(key),
+            tolerances,
+            rng,
+        )
+        for key in [*COUNTS, *keys]
+        if key in figures and all(forecast.get(key) is not None for forecast in forecasts)
+    ]
+    lag = _lag(measured, planned_s)
+    problems = _problems(measured, figures, forecasts, lag, tolerances)
+    verdict = verdict_of([(row.state, row.reason) for row in rows if row.state is not None], problems)
+    notes = [*measured.notes, *notes]
+    if not measured.has_requests:
+        notes.append("figures as the tool reported them: without requests they have no intervals")
+    return LoadComparison(
+        label or measured.label,
+        tuple(rows),
+        tuple(_distances(predicted, run)) if measured.has_requests else (),
+        lag,
+        attribute(parts_of_run(predicted[0]), parts_of_recording(recording, run)) if recording else (),
+        verdict,
+        tuple(problems),
+        tuple(notes),
+        tuple(predicted),
+        measured,
+        series,
+    )
+
+
+def make_row(
+    metric: str, predicted: Sequence[float], measured: Interval, difference: Interval, tolerances: Tolerances
+) -> Row:
+    """A row, judged if it has a tolerance."""
+    tolerance = tolerances.rows.get(metric)
+    forecast = t_interval(predicted, CONFIDENCE)
+    if tolerance is None or math.isnan(difference.estimate):
+        return Row(metric, forecast, measured, difference)
+    allowed = tolerance.allowed(measured.estimate)
+    state = judge_row(difference.estimate, difference.low, difference.high, allowed)
+    return Row(metric, forecast, measured, difference, allowed, state)
+
+
+def _row(
+    metric: str,
+    predicted: Sequence[float],
+    measured: float,
+    resampled: Floats | None,
+    tolerances: Tolerances,
+    rng: np.random.Generator,
+) -> Row:
+    forecasts = np.array(predicted)
+    truth = np.full(RESAMPLES, measured) if resampled is None else resampled
+    drawn = forecasts[rng.integers(0, len(forecasts), (RESAMPLES, len(forecasts)))].mean(axis=1)
+    differences = drawn - truth if len(forecasts) > 1 or resampled is not None else np.empty(0)
+    return make_row(
+        metric,
+        predicted,
+        _interval(measured, resampled),
+        _interval(float(forecasts.mean()) - measured, differences),
+        tolerances,
+    )
+
+
+def _interval(estimate: float, draws: Floats | None) -> Interval:
+    """The middle of what was drawn."""
+    if draws is None or not len(draws):
+        return Interval(estimate, math.nan, math.nan, CONFIDENCE, 1)
+    low, high = np.percentile(draws, [50 * (1 - CONFIDENCE), 50 * (1 + CONFIDENCE)])
+    return Interval(estimate, float(low), float(high), CONFIDENCE, len(draws))
+
+
+def _resampled(run: Run, rng: np.random.Generator) -> dict[str, Floats]:
+    """Each latency statistic of bootstrap samples of a run, in ms.
+
+    Blocks of requests that follow one another are drawn (Kuensch, Ann. Statist. 17(3), 1989), since those
+    that are in the server together share its queue and its steps: a block lasts some mean E2E latencies.
+    """
+    done = run.requests[run.requests["status"] == "finished"]
+    span = float(done["finish"].max() - done["sent"].min())
+    apart = span / max(_MEMORY * float((done["finish"] - done["sent"]).mean()), 1e-9)
+    found: dict[str, Floats] = {}
+    for metric in LATENCIES:
+        values, weights = samples(run, metric)
+        thinned = slice(None, None, max(1, len(values) // _MOST))
+        values = values[thinned] * 1000
+        counted = np.ones(len(values)) if weights is None else weights[thinned]
+        if len(values) < 2:
+            continue
+        blocks = min(int(np.clip(apart, *_BLOCKS)), len(values))
+        block = np.arange(len(values)) * blocks // len(values)
+        order = np.argsort(values, kind="stable")
+        counts = rng.multinomial(blocks, np.full(blocks, 1 / blocks), RESAMPLES)
+        ranks = [rank for rank in STATISTICS.values() if rank is not None]
+        draws = []
+        for drawn in counts:
+            times = drawn[block[order]] * counted[order]
+            mean = float(np.average(values[order], weights=times))
+            draws.append([mean, *percentiles(values[order], ranks, weights=times)])
+        columns = np.array(draws).T
+        found |= {f"{name}_{metric}_ms": column for name, column in zip(STATISTICS, columns, strict=True)}
+    return found
+
+
+def _distances(predicted: Sequence[Run], measured: Run) -> list[Distance]:
+    found = []
+    for metric in LATENCIES:
+        truth = _spread(*samples(measured, metric))
+        ours = np.concatenate([_spread(*samples(run, metric)) for run in predicted])
+        if len(truth) and len(ours):
+            distance = ks_2samp(ours, truth, method="asymp").statistic
+            found.append(Distance(metric, float(distance), float(wasserstein_distance(ours, truth)) * 1000))
+    return found
+
+
+def _spread(values: Floats, weights: Floats | None) -> Floats:
+    """The sample itself if it is small and unweighted, else evenly spaced quantiles of it."""
+    if not len(values) or (weights is None and len(values) <= _MOST):
+        return values
+    total = round(float(weights.sum())) if weights is not None else len(values)
+    count = min(total, 2000)
+    ranks = ((np.arange(count) + 0.5) * (100 / count)).tolist()
+    return np.array(percentiles(values, ranks, weights=weights), dtype=np.float64)
+
+
+def _lag(measured: Reading, planned_s: Floats | None) -> ClientLag | None:
+    if not measured.has_requests:
+        return None
+    requests = measured.run.requests.sort_values("sent", kind="stable")
+    sent = requests["sent"].to_numpy(dtype=float)
+    if planned_s is not None and len(planned_s) == len(sent):
+        late = sent - np.sort(planned_s)
+    elif measured.planned:
+        late = sent - requests["arrival"].to_numpy(dtype=float)
+    else:
+        return None
+    late = late[~np.isnan(late)]
+    if not len(late):
+        return None
+    late = (late - late.min()) * 1000
+    return ClientLag(float(np.median(late)), float(np.percentile(late, 95)), float(late.max()))
+
+
+def _problems(
+    measured: Reading,
+    figures: Mapping[str, float],
+    forecasts: Sequence[Mapping[str, Any]],
+    lag: ClientLag | None,
+    tolerances: Tolerances,
+) -> list[str]:
+    problems = []
+    if lag is not None and lag.p95_ms > tolerances.client_lag_ms:
+        problems.append(
+            f"the client was late: p95 of {lag.p95_ms:.1f} ms between planned and actual sending, "
+            f"{tolerances.client_lag_ms:g} ms allowed"
+        )
+    done, failed = figures.get("completed"), figures.get("failed", 0)
+    if done is not None:
+        if done < tolerances.min_requests:
+            problems.append(f"{done:.0f} requests finished, at least {tolerances.min_requests} are needed")
+        if failed > tolerances.max_failed_share * (done + failed):
+            problems.append(f"{failed:.0f} of {done + failed:.0f} requests failed")
+    if not measured.has_requests:
+        return problems
+    for name, total in (("prompt", "total_input_tokens"), ("output", "total_output_tokens")):
+        ours = sum(forecast[total] for forecast in forecasts) / max(sum(f["completed"] for f in forecasts), 1)
+        truth = figures[total] / max(figures["completed"], 1)
+        if abs(ours - truth) > tolerances.max_length_difference * max(truth, 1.0):
+            problems.append(f"another traffic: {name}s of {ours:.1f} tokens predicted, {truth:.1f} measured")
+    return problems
+
+
+def spoken(metric: str) -> str:
+    """A key for people: "TTFT p95, ms" for "p95_ttft_ms"."""
+    statistic, _, rest = metric.partition("_")
+    name = rest.removesuffix("_ms")
+    if name in METRICS and statistic in STATISTICS:
+        return f"{METRICS[name][0]} {'p50' if statistic == 'median' else statistic}, ms"
+    return metric.replace("_", " ")

@@ -1,0 +1,249 @@
+"""llm-d's Benchmark Report v0.2 (and 0.2.1, which adds media), whole or the part that a load generator
+writes; JSON or YAML. It holds statistics alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from servecast.sim.benchmark_report import LATENCIES
+from servecast.sim.errors import InputError
+from servecast.validate.readers.reading import (
+    Context,
+    Part,
+    Reading,
+    broken,
+    expect,
+    named,
+    run_without_requests,
+)
+
+FORM = "llm-d Benchmark Report"
+_SCALE = {  # to seconds, shares and counts
+    "s": 1.0,
+    "ms": 1e-3,
+    "s/token": 1.0,
+    "ms/token": 1e-3,
+    "percent": 0.01,
+    "fraction": 1.0,
+    "count": 1.0,
+    "tokens/s": 1.0,
+    "queries/s": 1.0,
+}
+
+
+class _Statistics(Part):
+    units: str
+    mean: float
+    stddev: float | None = None
+    p50: float | None = None
+    p90: float | None = None
+    p95: float | None = None
+    p99: float | None = None
+    max: float | None = None
+
+
+class _Requests(Part):
+    total: int
+    failures: int | None = None
+    incomplete: int | None = None
+    input_length: _Statistics | None = None
+    output_length: _Statistics | None = None
+
+
+class _Latency(Part):
+    time_to_first_token: _Statistics | None = None
+    time_per_output_token: _Statistics | None = None
+    inter_token_latency: _Statistics | None = None
+    request_latency: _Statistics | None = None
+
+
+class _Throughput(Part):
+    input_token_rate: _Statistics | None = None
+    output_token_rate: _Statistics | None = None
+    total_token_rate: _Statistics | None = None
+    request_rate: _Statistics | None = None
+
+
+class _Aggregate(Part):
+    requests: _Requests | None = None
+    latency: _Latency | None = None
+    throughput: _Throughput | None = None
+
+
+class _Performance(Part):
+    aggregate: _Aggregate
+
+
+class _Resources(Part):
+    kv_cache_usage: _Statistics | None = None
+    cache_hit_rate: _Statistics | None = None
+    running_requests: _Statistics | None = None
+    waiting_requests: _Statistics | None = None
+    preemptions: _Statistics | None = None
+
+
+class _Component(Part):
+    aggregate: _Resources | None = None
+
+
+class _Observability(Part):
+    components: list[_Component] | None = None
+
+
+class _Results(Part):
+    request_performance: _Performance
+    observability: _Observability | None = None
+
+
+class _LoadStandard(Part):
+    tool: str | None = None
+    tool_version: str | None = None
+    rate_qps: float | None = None
+    concurrency: float | None = None
+
+
+class _Load(Part):
+    standardized: _LoadStandard
+
+
+class _Model(Part):
+    name: str | None = None
+
+
+class _StackStandard(Part):
+    kind: str | None = None
+    tool: str | None = None
+    model: _Model | None = None
+
+
+class _Stack(Part):
+    standardized: _StackStandard
+
+
+class _Scenario(Part):
+    stack: list[_Stack] | None = None
+    load: _Load | None = None
+
+
+class _Time(Part):
+    start: Any = None
+
+
+class _Run(Part):
+    time: _Time | None = None
+
+
+class _Report(Part):
+    version: str
+    run: _Run
+    scenario: _Scenario | None = None
+    results: _Results
+
+
+class BenchmarkReport:
+    """A report: one run."""
+
+    name = FORM
+
+    def recognises(self, value: Any) -> bool:
+        """By its three parts."""
+        return isinstance(value, dict) and {"version", "run", "results"} <= value.keys()
+
+    def read(self, values: Sequence[Any], path: Path) -> list[Reading]:
+        """A run a report."""
+        return [self._one(value, path) for value in values]
+
+    def _one(self, value: dict[str, Any], path: Path) -> Reading:
+        version = str(value["version"])
+        if version != "0.2" and not version.startswith("0.2."):
+            raise InputError(
+                f"version {version!r} of the {FORM}, this servecast reads 0.2",
+                where=f"{path}: version",
+                fix="Convert it with llm-d-benchmark's tools.",
+            )
+        report = expect(_Report, {**value, "version": version}, source=str(path), form=FORM)
+        context = _context(report)
+        notes = ("only totals: this format has no single requests",)
+        return Reading(
+            str(path), context.load, context, run_without_requests(context), _reported(report, path), notes
+        )
+
+
+def _context(report: _Report) -> Context:
+    scenario = report.scenario or _Scenario()
+    load = scenario.load.standardized if scenario.load else _LoadStandard()
+    engines = [
+        each.standardized for each in scenario.stack or () if each.standardized.kind == "inference_engine"
+    ]
+    engine = engines[0] if engines else _StackStandard()
+    bounded = load.concurrency is not None and math.isfinite(load.concurrency)
+    start = report.run.time.start if report.run.time else None
+    return Context(
+        tool=load.tool or FORM,
+        tool_version=load.tool_version,
+        backend=engine.tool,
+        model=engine.model.name if engine.model else None,
+        request_rate=math.inf if bounded and load.rate_qps is None else load.rate_qps,
+        max_concurrency=int(load.concurrency) if bounded and load.concurrency is not None else None,
+        date=None if start is None else str(start),
+    )
+
+
+def _reported(report: _Report, path: Path) -> dict[str, float]:
+    aggregate = report.results.request_performance.aggregate
+    for name in ("requests", "latency", "throughput"):
+        if getattr(aggregate, name) is None:
+            raise broken(f"there is no {name} among its aggregates", FORM, where=str(path))
+    found: dict[str, float] = {}
+
+    def value(statistics: _Statistics, amount: float) -> float:
+        if statistics.units not in _SCALE:
+            raise broken(
+                f"its unit {statistics.units!r} is not one of {', '.join(_SCALE)}", FORM, where=str(path)
+            )
+        return amount * _SCALE[statistics.units]
+
+    if (requests := aggregate.requests) is not None:
+        completed = requests.total - (requests.failures or 0) - (requests.incomplete or 0)
+        found |= {"completed": float(completed), "failed": float(requests.total - completed)}
+    for name, (metric, _) in LATENCIES.items():
+        statistics = getattr(aggregate.latency, name, None)
+        if statistics is not None:
+            said = {k: v for k, v in statistics.model_dump().items() if k != "units" and v is not None}
+            said["std"] = said.pop("stddev", None)
+            in_seconds = {k: value(statistics, v) for k, v in said.items() if v is not None}
+            found |= named(metric, in_seconds)
+    rates = {
+        "request_throughput": "request_rate",
+        "output_throughput": "output_token_rate",
+        "total_token_throughput": "total_token_rate",
+    }
+    for key, name in rates.items():
+        if (statistics := getattr(aggregate.throughput, name, None)) is not None:
+            found[key] = value(statistics, statistics.mean)
+    return found | _engines(report, value)
+
+
+def _engines(report: _Report, value: Any) -> dict[str, float]:
+    """What the engines showed, where there is one: peaks of several do not add up."""
+    observed = report.results.observability
+    known = [each.aggregate for each in (observed.components or () if observed else ()) if each.aggregate]
+    if len(known) != 1:
+        return {}
+    found: dict[str, float] = {}
+    peaks = {
+        "kv_cache_usage_peak": known[0].kv_cache_usage,
+        "max_num_running": known[0].running_requests,
+        "max_num_waiting": known[0].waiting_requests,
+    }
+    for key, statistics in peaks.items():
+        if statistics is not None and statistics.max is not None:
+            found[key] = value(statistics, statistics.max)
+    means = {"prefix_cache_hit_rate": known[0].cache_hit_rate, "num_preemptions": known[0].preemptions}
+    for key, statistics in means.items():
+        if statistics is not None:
+            found[key] = value(statistics, statistics.mean)
+    return found

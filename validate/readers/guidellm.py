@@ -1,0 +1,226 @@
+"""guidellm's ``benchmarks.json`` (or .yaml), schema version 2."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from servecast.sim.errors import InputError
+from servecast.validate.readers.reading import (
+    Context,
+    Part,
+    Reading,
+    expect,
+    named,
+    run_of,
+    run_without_requests,
+)
+
+FORM = "guidellm"
+_STATUS = {"successful": "finished", "errored": "failed", "incomplete": "aborted"}
+
+
+class _Metadata(Part):
+    version: int
+    guidellm_version: str | None = None
+
+
+class _Strategy(Part):
+    type_: str
+    rate: float | None = None
+    streams: int | None = None
+
+
+class _Backend(Part):
+    kind: str | None = None
+    model: str | None = None
+
+
+class _Profile(Part):
+    max_concurrency: int | None = None
+
+
+class _Config(Part):
+    strategy: _Strategy
+    backend: _Backend = _Backend()
+    profile: _Profile = _Profile()
+
+
+class _Timings(Part):
+    targeted_start: float | None = None
+    request_start: float | None = None
+    first_token_iteration: float | None = None
+    last_token_iteration: float | None = None
+
+
+class _Info(Part):
+    timings: _Timings
+
+
+class _Request(Part):
+    info: _Info
+    prompt_tokens: int | None = None
+    output_tokens: int | None = None
+    cached_tokens: int | None = None
+
+
+class _Requests(Part):
+    successful: list[_Request]
+    errored: list[_Request]
+    incomplete: list[_Request]
+
+
+class _Statistics(Part):
+    mean: float
+    median: float
+    std_dev: float
+    percentiles: Mapping[str, float]
+
+    def named(self, metric: str, to_ms: float = 1.0) -> dict[str, float]:
+        return named(
+            metric,
+            {"mean": self.mean, "median": self.median, "std": self.std_dev, **self.percentiles},
+            to_ms=to_ms,
+        )
+
+
+class _Successful(Part):
+    successful: _Statistics
+
+
+class _Totals(Part):
+    successful: int
+
+
+class _Metrics(Part):
+    request_totals: _Totals
+    requests_per_second: _Successful
+    output_tokens_per_second: _Successful
+    request_latency: _Successful
+    time_to_first_token_ms: _Successful
+    inter_token_latency_ms: _Successful
+
+
+class _Benchmark(Part):
+    config: _Config
+    start_time: float
+    duration: float
+    requests: _Requests
+    metrics: _Metrics
+
+
+class _Report(Part):
+    metadata: _Metadata
+    benchmarks: list[Any]
+
+
+class Guidellm:
+    """guidellm's report: a run a benchmark."""
+
+    name = FORM
+
+    def recognises(self, value: Any) -> bool:
+        """By the benchmarks beside guidellm's own metadata."""
+        return (
+            isinstance(value, dict)
+            and "benchmarks" in value
+            and isinstance(value.get("metadata"), dict)
+            and "guidellm_version" in value["metadata"]
+        )
+
+    def read(self, values: Sequence[Any], path: Path) -> list[Reading]:
+        """A run a benchmark."""
+        readings = []
+        for value in values:
+            report = expect(_Report, value, source=str(path), form=FORM)
+            if report.metadata.version != 2:
+                raise InputError(
+                    f"schema version {report.metadata.version} of guidellm, this servecast reads 2",
+                    where=f"{path}: metadata.version",
+                    fix="Run guidellm 0.6 or newer.",
+                )
+            if not report.benchmarks:
+                raise InputError(
+                    "has no benchmark", where=f"{path}: benchmarks", fix="Was the run broken off?"
+                )
+            for number, each in enumerate(report.benchmarks):
+                source = f"{path}: benchmarks.{number}"
+                benchmark = expect(_Benchmark, each, source=source, form=FORM)
+                readings.append(_reading(benchmark, report.metadata, source))
+        return readings
+
+
+def _reading(benchmark: _Benchmark, metadata: _Metadata, source: str) -> Reading:
+    strategy, metrics = benchmark.config.strategy, benchmark.metrics
+    closed = {"synchronous": 1, "concurrent": strategy.streams}
+    context = Context(
+        tool=FORM,
+        tool_version=metadata.guidellm_version,
+        backend=benchmark.config.backend.kind,
+        model=benchmark.config.backend.model,
+        request_rate=strategy.rate if strategy.rate is not None else math.inf,
+        max_concurrency=closed.get(strategy.type_, benchmark.config.profile.max_concurrency),
+        burstiness={"poisson": 1.0, "constant": math.inf}.get(strategy.type_),
+    )
+    reported = {
+        "completed": float(metrics.request_totals.successful),
+        "duration": benchmark.duration,
+        "request_throughput": metrics.requests_per_second.successful.mean,
+        "output_throughput": metrics.output_tokens_per_second.successful.mean,
+        **metrics.time_to_first_token_ms.successful.named("ttft"),
+        **metrics.request_latency.successful.named("e2el", 1000.0),
+        "mean_itl_ms": metrics.inter_token_latency_ms.successful.mean,
+    }
+    notes = [
+        "guidellm's own E2E ends with the stream; computed from its requests it ends at the last token",
+        "guidellm's own percentiles are not interpolated",
+        "the file has no gaps between tokens, so there is no ITL beside TPOT",
+    ]
+    asked = benchmark.requests
+    if len(asked.successful) < metrics.request_totals.successful:
+        held = f"{len(asked.successful)} of {metrics.request_totals.successful}"
+        notes.append(f"only totals: the file holds {held} requests")
+        return Reading(source, context.load, context, run_without_requests(context), reported, tuple(notes))
+    # a request that was never sent has no start
+    sent = [
+        (status, each)
+        for name, status in _STATUS.items()
+        for each in getattr(asked, name)
+        if each.info.timings.request_start is not None
+    ]
+    for number, (status, each) in enumerate(sent):
+        times = each.info.timings
+        needed = (
+            times.first_token_iteration,
+            times.last_token_iteration,
+            each.prompt_tokens,
+            each.output_tokens,
+        )
+        if status == "finished" and None in needed:
+            raise InputError(
+                "a request without times of its tokens: the run did not stream, or the file is cut off",
+                where=f"{source}.requests.successful.{number}",
+                fix="Run guidellm with a streaming backend.",
+            )
+    sent.sort(key=lambda pair: pair[1].info.timings.request_start or 0.0)
+    timings = [each.info.timings for _, each in sent]
+    run = run_of(
+        context,
+        arrival=[_number(each.targeted_start) for each in timings],
+        sent=[_number(each.request_start) for each in timings],
+        first_token=[_number(each.first_token_iteration) for each in timings],
+        finish=[_number(each.last_token_iteration) for each in timings],
+        prompt_tokens=[each.prompt_tokens or 0 for _, each in sent],
+        output_tokens=[each.output_tokens or 0 for _, each in sent],
+        cached_tokens=[each.cached_tokens for _, each in sent],
+        status=[status for status, _ in sent],
+        start=benchmark.start_time,
+    )
+    open_loop = context.max_concurrency is None
+    return Reading(source, context.load, context, run, reported, tuple(notes), planned=open_loop)
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value

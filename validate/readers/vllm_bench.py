@@ -1,0 +1,137 @@
+"""``vllm bench serve --save-result`` or ``--append-result``, with or without ``--save-detailed``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import chain, compress
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from servecast.sim.records import Run
+from servecast.sim.results import measured
+from servecast.validate.readers.reading import (
+    Context,
+    Part,
+    Reading,
+    broken,
+    expect,
+    run_of,
+    run_without_requests,
+)
+
+FORM = "vllm bench serve"
+
+
+class _Result(Part):
+    backend: str | None = None
+    model_id: str | None = None
+    date: str | None = None
+    vllm_version: str | None = None  # only where --metadata vllm_version=... said it
+    servecast_version: str | None = None
+    request_rate: float | Literal["inf"] | None = None
+    burstiness: float | None = None
+    max_concurrency: int | None = None
+    duration: float
+    completed: int
+    request_throughput: float
+    output_throughput: float
+
+
+class _Details(Part):
+    """Values a request, in seconds, of --save-detailed. ``latencies`` and ``queue_times`` came after
+    vLLM 0.23; ``start_times`` are on the client's monotonic clock."""
+
+    input_lens: list[int]
+    output_lens: list[int]
+    ttfts: list[float]
+    itls: list[list[float]]
+    start_times: list[float]
+    errors: list[str]
+    latencies: list[float] | None = None
+    queue_times: list[float] | None = None
+
+
+class VllmBench:
+    """vLLM's result: one JSON object, or one a line."""
+
+    name = FORM
+
+    def recognises(self, value: Any) -> bool:
+        """By the keys that each of its results has."""
+        return isinstance(value, dict) and {"completed", "duration", "request_throughput"} <= value.keys()
+
+    def read(self, values: Sequence[Any], path: Path) -> list[Reading]:
+        """A run an object."""
+        several = len(values) > 1
+        return [
+            self._one(value, f"{path}, line {number}" if several else str(path))
+            for number, value in enumerate(values, start=1)
+        ]
+
+    def _one(self, value: dict[str, Any], source: str) -> Reading:
+        result = expect(_Result, value, source=source, form=FORM)
+        rate = math.inf if result.request_rate == "inf" else result.request_rate
+        ours = result.servecast_version is not None
+        context = Context(
+            tool="servecast simulate" if ours else FORM,
+            tool_version=result.servecast_version or result.vllm_version,
+            backend=result.backend,
+            model=result.model_id,
+            request_rate=rate,
+            max_concurrency=result.max_concurrency,
+            burstiness=result.burstiness,
+            date=result.date,
+        )
+        notes = []
+        if "itls" in value:
+            run = _run(expect(_Details, value, source=source, form=FORM), result, context, source)
+            if "latencies" not in value and result.max_concurrency is not None:
+                notes.append("the file does not say how long requests waited in the client for their turn")
+        else:
+            run = run_without_requests(context)
+            notes.append("only totals: saved without --save-detailed")
+        reported = {key: float(each) for key, each in measured(value).items() if each is not None}
+        return Reading(source, context.load, context, run, reported, tuple(notes))
+
+
+def _run(details: _Details, result: _Result, context: Context, source: str) -> Run:
+    lengths = {
+        name: len(each) for name in _Details.model_fields if (each := getattr(details, name)) is not None
+    }
+    if len(set(lengths.values())) > 1:
+        said = ", ".join(f"{name} {length}" for name, length in lengths.items())
+        raise broken(f"its lists differ in length ({said})", FORM, where=source)
+    sent, ttft = np.array(details.start_times), np.array(details.ttfts)
+    finished = np.array([not error for error in details.errors], dtype=bool) & (ttft > 0)
+    if finished.sum() != result.completed:
+        raise broken(
+            f"it says {result.completed} completed and lists {finished.sum()}",
+            FORM,
+            where=f"{source}: completed",
+        )
+    if details.latencies is None:
+        e2el = ttft + np.array([math.fsum(gaps) for gaps in details.itls])
+    else:
+        e2el = np.array(details.latencies)
+    finish = sent + e2el
+    # The file does not say when the benchmark began, but how long it took, up to the last completion.
+    start = (
+        float(finish[finished].max()) - result.duration
+        if finished.any()
+        else float(sent.min(initial=math.inf))
+    )
+    return run_of(
+        context,
+        arrival=None if details.queue_times is None else sent - np.array(details.queue_times),
+        sent=sent,
+        first_token=sent + ttft,
+        finish=finish,
+        prompt_tokens=details.input_lens,
+        output_tokens=details.output_lens,
+        status=np.where(finished, "finished", "failed").tolist(),
+        gaps=list(chain.from_iterable(compress(details.itls, finished))),
+        start=start,
+    )

@@ -1,0 +1,203 @@
+"""A bare CSV table as a report: columns by their names, and what the table does not say of itself."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from servecast.sim import scenario as scenarios
+from servecast.sim.errors import InputError
+from servecast.sim.gpu import find_gpu
+from servecast.sim.model_shape import ModelShape
+from servecast.sim.workload_spec import Row
+from servecast.validate.report_columns import ColumnName, read_name
+from servecast.validate.report_table import (
+    Hardware,
+    Lengths,
+    Level,
+    PercentileLaw,
+    Report,
+    Span,
+    Value,
+    exactly,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What a bare table or a result file does not say of itself. ``model`` is a shipped config's name or a
+    path; the rest as in `Level` and `Hardware`."""
+
+    model: str | None = None
+    gpu: str | None = None
+    tensor_parallel_size: int = 1
+    replicas: int = 1
+    prompt_tokens: int | None = None
+    output_tokens: int | None = None
+    num_requests: int | None = None
+    law: PercentileLaw = "linear"
+
+    def lengths(self) -> dict[str, Lengths | None]:
+        """What is known of output and prompt lengths, by name."""
+        given = {"output_tokens": self.output_tokens, "prompt_tokens": self.prompt_tokens}
+        return {name: None if n is None else Lengths(exactly(n), True) for name, n in given.items()}
+
+    def hardware(self) -> Hardware | None:
+        """Model and GPU, if both are given.
+
+        Raises:
+            InputError: only one of them is, or one is not known.
+        """
+        if self.model is None and self.gpu is None:
+            return None
+        if self.model is None or self.gpu is None:
+            missing = "--model-config" if self.model is None else "--gpu"
+            raise InputError(f"{missing} is missing", where=missing, fix="Bounds need the model and the GPU.")
+        path = Path(self.model)
+        if path.suffix != ".json":
+            path = scenarios.shipped_folder() / "models" / f"{self.model}.json"
+        model = ModelShape.from_config(path, path.stem)
+        model.check_tensor_parallel(self.tensor_parallel_size)
+        gpu = find_gpu(self.gpu, where="--gpu")
+        return Hardware(model, gpu, self.tensor_parallel_size, self.replicas)
+
+
+def from_table(path: Path, context: Context) -> Report:
+    """A CSV table with a header: a row a load, or (with columns ``metric`` and ``value``) a row a number.
+
+    Raises:
+        InputError: it cannot be read, a cell is no number, or no column is one that is known.
+    """
+    header, lines = _read_csv(path)
+    if {"metric", "value"} <= set(header):
+        header, lines = _wide(header, lines)
+    names = {column: read_name(column) for column in header}
+    if not any(name.part == "metric" for name in names.values()):
+        raise InputError(
+            f"none of its columns is known ({', '.join(header)})",
+            where=str(path),
+            fix="Name them as in concurrency, request_rate, ttft_p50_ms, e2e_p95_ms, output_tok_s.",
+        )
+    decimals = {column: max((_places(line[column]) for line in lines), default=0) for column in header}
+    hardware = context.hardware()
+    levels = [
+        _table_level(path, line, names, decimals, context, hardware, f"{path}, line {number}")
+        for number, line in enumerate(lines, start=2)
+    ]
+    unknown = [c for c, name in names.items() if name.part == "key" and _is_number(lines[0][c])]
+    notes = (f"not a metric that is known: {', '.join(unknown)}",) if unknown else ()
+    return Report(str(path), tuple(levels), notes=notes)
+
+
+def _table_level(
+    path: Path,
+    line: Mapping[str, str],
+    names: Mapping[str, ColumnName],
+    decimals: Mapping[str, int],
+    context: Context,
+    hardware: Hardware | None,
+    where: str,
+) -> Level:
+    def number(column: str) -> float:
+        try:
+            return float(line[column])
+        except ValueError:
+            raise InputError(
+                f"{column} is {line[column]!r}, not a number",
+                where=where,
+                fix="Correct it, or leave it empty.",
+            ) from None
+
+    keys: Row = {}
+    load: dict[str, float] = {}
+    values: dict[tuple[str, str | None], Value] = {}
+    series = []
+    lengths = context.lengths()
+    for column, name in names.items():
+        text = line[column].strip()
+        if not text:
+            continue
+        half = 0.5 * 10.0 ** -decimals[column] * name.scale
+        if name.part == "metric":
+            values[name.name, name.statistic] = Value(
+                column, name.name, name.statistic, number(column) * name.scale, half
+            )
+        elif name.part == "load" and (_is_number(text) or name.name not in ("request_rate", "concurrency")):
+            load[name.name] = number(column)
+            if name.name in lengths:
+                span = Span(load[name.name] - half, load[name.name] + half)
+                lengths[name.name] = Lengths(span, False)
+            if name.name in ("request_rate", "concurrency"):
+                keys[column] = _plain(load[name.name])
+        else:
+            keys[column] = _plain(float(text)) if _is_number(text) else text
+            if not _is_number(text):
+                series.append(text)
+    rate, slots = load.get("request_rate"), load.get("concurrency")
+    requests = load.get("num_requests", context.num_requests)
+    return Level(
+        table=path.stem,
+        keys=keys,
+        series=tuple(series),
+        values=values,
+        concurrency=None if slots is None else int(slots),
+        request_rate=rate if rate is not None and math.isfinite(rate) else None,
+        num_requests=None if requests is None else int(requests),
+        failed=load.get("failed"),
+        output=lengths["output_tokens"],
+        prompt=lengths["prompt_tokens"],
+        law=context.law,
+        hardware=hardware,
+    )
+
+
+def _wide(
+    header: Sequence[str], lines: Sequence[Mapping[str, str]]
+) -> tuple[list[str], list[dict[str, str]]]:
+    """A row a number turned into a row a load: a column for each metric."""
+    keys = [column for column in header if column not in ("metric", "value")]
+    metrics = list(dict.fromkeys(line["metric"] for line in lines))
+    rows: dict[tuple[str, ...], dict[str, str]] = {}
+    for line in lines:
+        key = tuple(line[column] for column in keys)
+        row = rows.setdefault(key, dict(zip(keys, key, strict=True)) | dict.fromkeys(metrics, ""))
+        row[line["metric"]] = line["value"]
+    return [*keys, *metrics], list(rows.values())
+
+
+def _read_csv(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file, restval="")
+            lines = list(reader)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"cannot be read: {error}", where=str(path), fix="Give a CSV file.") from None
+    if not lines or any(None in line for line in lines):
+        what = "has no rows" if not lines else "has a row with more cells than its header"
+        raise InputError(what, where=str(path), fix="Give a table with a header and a row a load.")
+    return list(reader.fieldnames or ()), lines
+
+
+def decimals_of(path: Path) -> dict[str, int]:
+    """Digits after the point of each column: those of its most precise cell."""
+    header, lines = _read_csv(path)
+    return {column: max(_places(line[column]) for line in lines) for column in header}
+
+
+def _places(text: str) -> int:
+    mantissa, _, exponent = text.strip().lower().partition("e")
+    return len(mantissa.partition(".")[2]) - (int(exponent) if exponent.lstrip("+-").isdigit() else 0)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return not math.isnan(float(text))
+    except ValueError:
+        return False
+
+
+def _plain(number: float) -> float | int:
+    return int(number) if number.is_integer() else number
