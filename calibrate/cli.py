@@ -127,7 +127,7 @@ def _fit_layers(folder: Path, scenario: str | None, kind: str, output: Path, *, 
 
 
 def _fit_report(source: str, output: Path, *, json_: bool) -> int:
-    found = fit_report(load(source), progress=_say)
+    found = fit_report(load(source), progress=_say, jobs=-1)
     found.profile.save(output)
     if json_:
         print(json.dumps({"profile": str(output), "rows": [cell.to_json() for cell in found.cells]}))

@@ -18,7 +18,7 @@ from servecast.sim.fit_summary import RegionError, ResidualBin
 
 REGION_LIMIT = 0.10  # mean error of a region beyond its noise, above which a fit is bad
 HELD_OUT_LIMIT = 0.20  # the same for a region that the fit did not see
-KERNEL_LIMIT = 0.30  # of a kind of kernel, where only kernels were measured
+KERNEL_LIMIT = 0.30  # of a kind of kernel: beside steps it is left out, alone it is a bad fit
 FEATURES: Mapping[str, Callable[[Step], float]] = {
     "tokens": lambda step: step.tokens,
     "batch": lambda step: step.batch,

@@ -9,14 +9,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
+from servecast.calibrate.fit_check import KERNEL_LIMIT
 from servecast.calibrate.fit_gpu import gpu_of
 from servecast.calibrate.fit_grid import GridFit
 from servecast.calibrate.fit_kernels import told_by
 from servecast.calibrate.fit_noise import Scatter, fit_front_end, fit_noise
 from servecast.calibrate.fit_steps import PhysicalFit, joined
-from servecast.calibrate.fit_verdict import summarise
-from servecast.calibrate.measured_rows import Step
-from servecast.calibrate.measurements import Measurements, read_folder
+from servecast.calibrate.fit_verdict import kernel_errors, summarise
+from servecast.calibrate.measured_rows import Kernel, Step
+from servecast.calibrate.measurements import Engine, Measurements, read_folder
 from servecast.sim.errors import InputError
 from servecast.sim.fit_summary import FitSummary
 from servecast.sim.front_end import FrontEndCosts
@@ -88,12 +89,33 @@ def fit_folder(
         PhysicalFit(the_gpu, scatter) if kind == "physical" else GridFit(the_gpu, scatter)
     )
     fit.fit(measured.engines, steps, kernels)
+    if steps and isinstance(fit, PhysicalFit):
+        kernels, off = _that_agree(fit, measured.engines, steps, kernels)
+        measured = replace(measured, notes=(*measured.notes, *off))
     if gpu is not None and gpu.name != measured.facts["gpu"]:
         note = f"facts.json says {measured.facts['gpu']}; the fit is relative to {gpu.name}, as was asked"
         measured = replace(measured, notes=(*measured.notes, note))
     summary = summarise(fit, measured, steps, kernels, say)
     profile = _profile(kind, fit, measured, steps, the_gpu, noise, summary)
     return FolderFit(profile, the_gpu, derived=gpu is None and the_gpu.memory_source == "measured")
+
+
+def _that_agree(
+    fit: PhysicalFit, engines: Sequence[Engine], steps: Sequence[Step], kernels: Sequence[Kernel]
+) -> tuple[list[Kernel], list[str]]:
+    """Leave out, worst first, the kinds of kernel that are not what the steps are made of, and fit again: an
+    engine may run other kernels, or run them otherwise. Returns the kernels that stay, and what left."""
+    left, notes = list(kernels), list[str]()
+    while left:
+        worst = max(kernel_errors(fit, left), key=lambda kind: kind.error)
+        if worst.error <= KERNEL_LIMIT:
+            break
+        left = [row for row in left if row.row != worst.region]
+        notes.append(
+            f"{worst.rows} {worst.region} rows are {100 * worst.error:.0f} % off what whole steps say: left out"
+        )
+        fit.fit(engines, steps, left)
+    return left, notes
 
 
 def _profile(

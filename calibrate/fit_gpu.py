@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 
 from servecast.calibrate.measured_rows import Copy, Gemm, Kernel
 from servecast.calibrate.measurements import Measurements
 from servecast.sim.errors import InputError
 from servecast.sim.gpu import GPU, find_gpu
+from servecast.sim.step_time import Efficiencies
+
+COMPUTE_BOUND_ROWS = 128  # of a matrix product whose rate may stand for the peak
+_REPEATS = 3  # of a step, before its rate may
+_UNBOUNDED = 1e30  # a rate that no step can need
 
 
 def gpu_of(measured: Measurements, given: GPU | None = None) -> GPU:
@@ -27,34 +33,59 @@ def gpu_of(measured: Measurements, given: GPU | None = None) -> GPU:
 
 
 def measured_peaks(measured: Measurements) -> GPU:
-    """A GPU whose peaks are the best rates that its kernels reached, for what no datasheet describes.
+    """A GPU whose peaks are the best rates that its kernels or whole steps reached, for what no datasheet
+    describes. Steps count since a small model's weights may stay in a cache that copies go past.
 
     The rate of host-to-device copies stands for the link to other GPUs, or that of memory where there are
     none (a CPU's ranks share it).
+
+    Raises:
+        InputError: no copies, no matrix products of ``COMPUTE_BOUND_ROWS`` rows, or no size of the memory.
     """
-    facts, kernels = measured.facts, measured.kernels
-    flops = matmul_rate(kernels, "bf16", "fp16") or matmul_rate(kernels, "fp32")
-    bandwidth = copy_rate(kernels, "copy")
+    facts = measured.facts
+    large = [row for row in measured.kernels if not isinstance(row, Gemm) or row.m >= COMPUTE_BOUND_ROWS]
+    flops = matmul_rate(large, "bf16", "fp16") or matmul_rate(large, "fp32")
+    bandwidth = copy_rate(large, "copy")
     memory = facts.get("memory_bytes")
     if not flops or not bandwidth or not memory:
-        needed = (("gemm rows", flops), ("copy rows", bandwidth), ("memory_bytes in facts.json", memory))
+        products = f"gemm rows with m from {COMPUTE_BOUND_ROWS} on"
+        needed = ((products, flops), ("copy rows", bandwidth), ("memory_bytes in facts.json", memory))
         raise InputError(
             f"GPU {facts['gpu']!r} is not in the catalogue, and its peaks cannot be derived: "
             f"no {' and no '.join(what for what, there in needed if not there)}",
             where=str(measured.folder),
             fix="Describe it in a file and give that as --gpu, or measure kernels into the folder.",
         )
-    return GPU(
+    gpu = GPU(
         name=str(facts["gpu"]),
         memory_bytes=int(memory),
         bandwidth=bandwidth,
         bf16_flops=flops,
-        fp8_flops=matmul_rate(kernels, "fp8") or None,
-        link_bandwidth=copy_rate(kernels, "host_to_device") or bandwidth,
+        fp8_flops=matmul_rate(large, "fp8") or None,
+        link_bandwidth=copy_rate(large, "host_to_device") or bandwidth,
         capability=(0, 0),
-        source=f"measured: the best rates of {len(kernels)} kernel rows",
+        source=f"measured: best rates of {len(measured.kernels)} kernel rows, {len(measured.steps)} steps",
         memory_source="measured",
     )
+    faster = _over_roofline(measured, replace(gpu, bandwidth=_UNBOUNDED))
+    wider = _over_roofline(measured, replace(gpu, bf16_flops=_UNBOUNDED, fp8_flops=None))
+    return replace(
+        gpu,
+        bf16_flops=flops * faster,
+        fp8_flops=None if gpu.fp8_flops is None else gpu.fp8_flops * faster,
+        bandwidth=bandwidth * wider,
+    )
+
+
+def _over_roofline(measured: Measurements, gpu: GPU) -> float:
+    """How many times the peaks the best step reached that was repeated; 1 where all stayed below."""
+    models = [engine.step_time(gpu, Efficiencies()) for engine in measured.engines]
+    ratios = [
+        models[step.engine].roofline_seconds(step) / step.median_s
+        for step in measured.steps
+        if len(step.times_s) >= _REPEATS
+    ]
+    return max([1.0, *ratios])
 
 
 def beyond_the_datasheet(measured: Measurements, gpu: GPU) -> tuple[str, ...]:

@@ -40,7 +40,7 @@ def summarise(
     notes = [*measured.notes, *beyond_the_datasheet(measured, gpu)]
     if not steps:
         assert isinstance(fit, PhysicalFit)
-        regions = _kernel_errors(fit, kernels)
+        regions = kernel_errors(fit, kernels)
         bad = [r for r in regions if r.error > KERNEL_LIMIT]
         return FitSummary(
             regions=regions,
@@ -76,7 +76,7 @@ def summarise(
         )
     transfer: tuple[RegionError, ...] = ()
     if isinstance(fit, PhysicalFit):
-        regions += _kernel_errors(fit, kernels)
+        regions += kernel_errors(fit, kernels)
         if len(measured.models) > 1:
             models = [engines[step.engine].model.name for step in steps]
             unseen = leave_out(fit, engines, steps, kernels, models, say)
@@ -93,7 +93,8 @@ def summarise(
     )
 
 
-def _kernel_errors(fit: PhysicalFit, kernels: Sequence[Kernel]) -> tuple[RegionError, ...]:
+def kernel_errors(fit: PhysicalFit, kernels: Sequence[Kernel]) -> tuple[RegionError, ...]:
+    """The errors of each kind of kernel."""
     if not kernels:
         return ()
     errors = fit.predict_kernels(kernels) / np.array([row.median_s for row in kernels]) - 1

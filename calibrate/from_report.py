@@ -174,16 +174,11 @@ def cells_of(scenario: Scenario, reported: Reported, profile: Profile, jobs: int
 
 
 def _steps(reported: Reported) -> tuple[FitStep, ...]:
-    """The steps of the fit, as far as their rows are there."""
+    """The steps of the fit; without any, everything at once."""
     everything = FitStep(
         rows=reported.fit_rows, parameters=tuple(PARAMETERS), columns=tuple(reported.columns)
     )
-    steps = []
-    for step in reported.fit_steps or (everything,):
-        rows = tuple(row for row in step.rows if row in reported.fit_rows)
-        if rows:
-            steps.append(step.model_copy(update={"rows": rows}))
-    return tuple(steps)
+    return reported.fit_steps or (everything,)
 
 
 def _prior(name: str, base: Deployment, *, gateway: bool) -> Parameter:
@@ -206,14 +201,13 @@ def _with_domain(scenario: Scenario, reported: Reported, profile: Profile) -> Pr
     """The profile, with what it was fitted to."""
     workload = scenario.workload_of(reported)
     sample = simulate(scenario, workload=workload, deployment=Deployment.of(scenario, profile))
-    profile = profile.model_copy(
+    return profile.model_copy(
         update={
             "domain": _domain(scenario, reported, sample),
             "fitted_rows": tuple(str(row) for row in reported.fit_rows),
             "raw_data_sha256": hashlib.sha256(reported.table.read_bytes()).hexdigest(),
         }
     )
-    return profile
 
 
 def _search(

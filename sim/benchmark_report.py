@@ -61,7 +61,8 @@ def benchmark_report(run: Run, document: Mapping[str, Any]) -> dict[str, Any]:
     """
     done = run.requests[run.requests["status"] == "finished"]
     seconds = duration(run)
-    prompt, output = done["prompt_tokens"].to_numpy(float), done["output_tokens"].to_numpy(float)
+    prompt = done["prompt_tokens"].to_numpy(dtype=np.float64)
+    output = done["output_tokens"].to_numpy(dtype=np.float64)
     rates = {
         "input_token_rate": (prompt.sum(), "tokens/s"),
         "output_token_rate": (output.sum(), "tokens/s"),
@@ -163,9 +164,9 @@ def _lengths(tokens: Floats) -> dict[str, Any]:
 
 def _observed(run: Run) -> dict[str, Any]:
     """What the engines show; statistics are over their steps."""
-    usage = _statistics(run.steps["kv_usage"].to_numpy(float), unit="fraction")
+    usage = _statistics(run.steps["kv_usage"].to_numpy(dtype=np.float64), unit="fraction")
     counts = {
-        f"{name}_requests": _statistics(series(run.steps, name).to_numpy(float), unit="count")
+        f"{name}_requests": _statistics(np.asarray(series(run.steps, name), dtype=np.float64), unit="count")
         for name in ("running", "waiting")
     }
     hits = prefix_hit_rate(run.requests)

@@ -83,7 +83,7 @@ class Fleet:
         count: number of replicas, >= 1.
         router: routing policy.
         client: the process that sends and reads. rng: for the order in which it reads.
-        options: how late the router knows things. routing: generator for when it scrapes.
+        options: how late the router knows things. routing: for when it scrapes; without, rng.
         lives: of each replica; without, all are there all the time.
         detection_s: for so long the router still sends requests to a replica that has failed.
     """
@@ -110,10 +110,10 @@ class Fleet:
         self.replicas = [make_replica(env, index, client) for index in range(count)]
         self._router = router
         self._client = client
-        options, routing = options or RouterOptions(), routing or np.random.default_rng(0)
+        options = options or RouterOptions()
         lives = lives or [Life()] * count
         self._endpoints = [
-            Endpoint(env, replica, life, options, routing)
+            Endpoint(env, replica, life, options, routing or rng)
             for replica, life in zip(self.replicas, lives, strict=True)
         ]
         self._ready = [endpoint for endpoint in self._endpoints if not endpoint.life.start_s]
@@ -176,7 +176,9 @@ class Fleet:
             ready.remove(endpoint)
         if life.fail_s is not None:
             yield env.timeout(to_ps(life.fail_s) - int(env.now))
-            self.failures[_LOST] += endpoint.replica.fail()
+            lost = endpoint.replica.fail()
+            if lost:
+                self.failures[_LOST] += lost
             if life.drain_s is None:
                 yield env.timeout(detection)
                 ready.remove(endpoint)

@@ -50,7 +50,7 @@ class ReplicaSpec(Model):
     count: Count = 1
     gpu: GpuSpec | None = None
     profile: str | None = None
-    engine: dict[str, Any] = Field(default_factory=dict)
+    engine: dict[str, bool | int | float | str] = Field(default_factory=dict)
     start_s: NonNegative = 0.0
     drain_s: Positive | None = None
     fail_s: Positive | None = None

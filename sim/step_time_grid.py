@@ -154,8 +154,9 @@ class GridStepTime:
 
     Pure decode steps and steps of one chunk are interpolated. All others are composed: all tokens as one
     chunk without context, plus what each chunk's context adds, plus what the decodes' contexts add to the
-    shortest measured; at least the longest of the parts alone; times the grid's ``mixed_factor``. A single
-    prompt token costs what one decode does at the shortest context measured.
+    shortest measured; at least the longest of the parts alone; times the grid's ``mixed_factor``.
+    Where the shortest prompt measured is longer than the smallest batch, as many prompt tokens as that are
+    taken to cost what it costs at its shortest context.
 
     Args:
         model, gpu, tensor_parallel_size, kv_dtype_bytes: of the deployment, as in the grid (the model may

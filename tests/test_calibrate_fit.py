@@ -243,6 +243,16 @@ def test_kernels_and_steps_are_fitted_together(tmp_path: Path) -> None:
     assert {"gemm", "launch", "decode"} <= {region.region for region in found.summary.regions}
 
 
+def test_kernels_that_contradict_the_steps_are_left_out_and_said(tmp_path: Path) -> None:
+    law = {MODEL: physical_law(MODEL, TRUTH)}
+    slow = [(row, seconds * (8 if row["row"] == "gemm" else 1)) for row, seconds in timed(H200, TRUTH)]
+    found = fit_folder(write_folder(tmp_path, law, kernels=slow))
+    assert found.good
+    assert "gemm" not in {region.region for region in found.summary.regions}
+    assert any("gemm rows are" in note and "left out" in note for note in found.summary.notes)
+    assert found.profile.efficiencies.compute == pytest.approx(TRUTH.compute, rel=0.05)
+
+
 def test_kernels_faster_than_the_datasheet_are_told_and_clipped(tmp_path: Path) -> None:
     fast = replace(H200, bf16_flops=1.2 * H200.bf16_flops)
     found = fit_folder(write_folder(tmp_path, {}, kernels=timed(fast, replace(TRUTH, compute=1.0))))
@@ -264,9 +274,28 @@ def test_a_machine_that_no_catalogue_has_gets_measured_peaks(
     assert gpu.bandwidth == pytest.approx(TRUTH.bandwidth * H200.bandwidth, rel=0.1)
     assert gpu.name == Profile.load(output).gpu == "cpu"
     write_folder(tmp_path / "steps", {MODEL: physical_law(MODEL, TRUTH)}, facts=facts)
-    with pytest.raises(InputError, match=r"'cpu' is not in the catalogue.*no gemm rows and no copy rows"):
+    with pytest.raises(
+        InputError, match=r"'cpu' is not in the catalogue.*no gemm rows with m from 128 on and no copy rows"
+    ):
         fit_folder(tmp_path / "steps")
     assert fit_folder(tmp_path / "steps", gpu=own).good
+
+
+def test_measured_peaks_need_large_products_and_count_steps(tmp_path: Path) -> None:
+    """The weights of a small model stay in a cache that is faster than the memory that copies show."""
+    own = replace(H200, name="cpu", capability=(0, 0))
+    slow = replace(own, bandwidth=own.bandwidth / 4, bf16_flops=own.bf16_flops / 2)
+    facts, law = {**FACTS, "gpu": "cpu"}, {MODEL: physical_law(MODEL, TRUTH)}
+    flags = FLAGS | {"cudagraph_capture_sizes": list(CAPTURED)}
+    found = fit_folder(write_folder(tmp_path, law, kernels=timed(slow, TRUTH), facts=facts, flags=flags))
+    assert found.good
+    assert found.derived
+    assert slow.bandwidth < found.gpu.bandwidth < own.bandwidth
+    assert slow.bf16_flops * TRUTH.compute < found.gpu.bf16_flops < own.bf16_flops
+    assert not any("are its peaks right?" in note for note in found.summary.notes)
+    few = [(row, seconds) for row, seconds in timed(own, TRUTH) if row.get("m", 1) < 128]
+    with pytest.raises(InputError, match="no gemm rows with m from 128 on"):
+        fit_folder(write_folder(tmp_path / "few", {}, kernels=few, facts=facts))
 
 
 # noise and what stands in front of the engine

@@ -583,6 +583,24 @@ def test_a_result_of_vllm_bench_serve(tmp_path: Path, capsys: pytest.CaptureFixt
     }
 
 
+SAMPLES = Path(__file__).parent / "samples"
+
+
+@pytest.mark.parametrize(
+    "sample",
+    [
+        "vllm/vllm-0.23.json",
+        "vllm/vllm-0.32.jsonl",
+        "guidellm/benchmarks.json",
+        "aiperf/profile_export.jsonl",
+        "inference_perf/0.7.0/per_request_lifecycle_metrics.json",
+        "benchmark_report/servecast.yaml",
+    ],
+)
+def test_results_that_real_tools_wrote_are_clean(sample: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert (main(["check", str(SAMPLES / sample)]), capsys.readouterr().err) == (0, "")
+
+
 def test_json_and_text_say_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "l4-qwen2.5-0.5b", "--no-predict", "--json"]) == 1
     document = json.loads(capsys.readouterr().out)

@@ -322,7 +322,7 @@ def test_the_knee_and_the_largest_rate_are_compared() -> None:
 
 
 def test_another_knee_fails_the_whole() -> None:
-    loads = sweep(lambda rate: run(rate, 9, engine__max_num_seqs=4))
+    loads = sweep(lambda rate: run(rate, 9, engine__max_num_seqs=5))
     found = compare_loads(loads, tolerances=SHIPPED)
     knee = next(each for each in found.sweep if each.metric == "knee")
     assert knee.measured.estimate < knee.predicted.estimate
@@ -385,7 +385,7 @@ def test_the_report_is_one_file_that_says_the_verdict(
     recorded(measured, recording)
     loads = [
         compared(measured, telemetry=telemetry(measured), recording=recording),
-        compared(slower(run(40, 9), 0.2), rate=40),
+        compared(slower(run(40, 9), 0.5), rate=40, tolerances=SHIPPED),
     ]
     found = compare_loads(loads, tolerances=SHIPPED, slos=[SLO.parse("ttft:p95:100")])
     file = tmp_path / "report.html"
@@ -405,5 +405,5 @@ def test_the_report_is_one_file_that_says_the_verdict(
     print_comparison(found)
     text = capsys.readouterr().out
     assert "verdict: fail" in text
-    assert "40 requests/s: median_ttft_ms: predicted" in text
+    assert "20 requests/s: prefix_cache_hit_rate: predicted 0.056, measured 0.25" in text
     assert json.loads(json.dumps(found.to_json()))["loads"][1]["verdict"] == "fail"

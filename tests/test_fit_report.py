@@ -14,6 +14,7 @@ from servecast.sim.errors import InputError
 from servecast.sim.front_end import FrontEndCosts
 from servecast.sim.noise import StepNoise
 from servecast.sim.profile import Profile
+from servecast.sim.reported import FitStep
 from servecast.sim.reproduce import reproduce
 from servecast.sim.scenario import Scenario, load
 from servecast.sim.step_time import Efficiencies
@@ -92,9 +93,31 @@ def test_a_fit_to_two_rows_predicts_the_rows_between(made: Scenario) -> None:
 
 def test_what_the_rows_do_not_tell_stays_typical(made: Scenario) -> None:
     """No step of these rows waits for the client: its costs stay within their prior."""
-    profile = from_report._fit(made, made.reported[0], 3)[0]
+    profile = fit_report(made, max_evaluations=3).profile
     typical = from_report.PARAMETERS["front_end.client_token_s"].typical
     assert profile.front_end.client_token_s == pytest.approx(typical, rel=1.5)
+
+
+def in_steps(made: Scenario, *parameters: str) -> Scenario:
+    step = FitStep(
+        rows=({"concurrency": 1},), parameters=parameters, columns=("itl_p50_ms",), max_evaluations=4
+    )
+    return made.model_copy(update={"reported": (made.reported[0].model_copy(update={"fit_steps": (step,)}),)})
+
+
+def test_a_step_moves_only_its_parameters(made: Scenario) -> None:
+    """Gaps at concurrency 1 are the truth's 0.7 of the bandwidth, not the typical 0.88."""
+    profile = fit_report(in_steps(made, "efficiencies.bandwidth")).profile
+    fitted = [entry.parameter for entry in profile.provenance if entry.origin == "fitted"]
+    assert fitted == ["efficiencies.bandwidth"]
+    assert profile.efficiencies.bandwidth < 0.8
+    assert profile.efficiencies.compute == Efficiencies().compute
+    assert profile.error_band is None  # one row leaves none to predict it
+
+
+def test_a_step_of_an_unknown_parameter_is_refused(made: Scenario) -> None:
+    with pytest.raises(InputError, match=r"no parameter .efficiencies\.bandwith. to fit.*bandwidth"):
+        fit_report(in_steps(made, "efficiencies.bandwith"))
 
 
 def test_a_scenario_without_rows_to_fit_is_refused(made: Scenario) -> None:

@@ -66,7 +66,8 @@ def run(
         factors = noise or repeat(1.0)
         return Replica(env, index, engine, step_time, factors, step_time.roofline_seconds, costs, rng, client)
 
-    return Fleet(simpy.Environment(), make, replicas, ROUTERS[router](RouterOptions(), rng), Client(costs), rng).run(stages)
+    policy = ROUTERS[router](RouterOptions(), rng)
+    return Fleet(simpy.Environment(), make, replicas, policy, Client(costs), rng).run(stages)
 
 
 def one_stream(requests: list[Request], **stream: object) -> list[Stage]:

@@ -13,13 +13,14 @@ import simpy
 import yaml
 from test_fleet import OneSecondSteps, config, one_stream, times
 
+from servecast.sim.endpoint import Endpoint
 from servecast.sim.errors import InputError
 from servecast.sim.fleet import Fleet
 from servecast.sim.fleet_spec import Life
 from servecast.sim.front_end import Client, FrontEndCosts
 from servecast.sim.metrics import summary
-from servecast.sim.records import Run
-from servecast.sim.replica import Replica
+from servecast.sim.records import RequestRecord, Run
+from servecast.sim.replica import Job, Replica
 from servecast.sim.request import Request, Stage
 from servecast.sim.router import ROUTERS, Backend, Router
 from servecast.sim.router_options import RouterOptions
@@ -202,6 +203,24 @@ def test_arrivals_between_two_scrapes_see_the_same() -> None:
     )
     changes = sum(a != b for a, b in zip(diary.log, diary.log[1:], strict=False))
     assert 2 <= changes <= 4
+
+
+def test_kv_events_are_known_after_their_lag() -> None:
+    """A request of 40 tokens at 0 is scheduled at once: its two full blocks are stored at 0, known at 0.3."""
+    env, rng, costs = simpy.Environment(), np.random.default_rng(0), FrontEndCosts()
+    steps = OneSecondSteps()
+    factors = iter(lambda: 1.0, None)
+    client = Client(costs)
+    replica = Replica(env, 0, config(), steps, factors, steps.roofline_seconds, costs, rng, client)
+    endpoint = Endpoint(env, replica, Life(), RouterOptions(event_lag_s=0.3), rng)
+    endpoint.subscribe()
+    request = Request(0, 0.0, 40, 1, 1, ((1, 40),))
+    replica.submit(Job(request, RequestRecord(0, 0, 0, 40, 0), lambda: None))
+    log: list[tuple[float, int]] = []
+    for ms in (100, 299, 300, 500):
+        env.run(until=ms * 10**9)
+        log.append((ms, len(list(endpoint.take_events()))))
+    assert log == [(100, 0), (299, 0), (300, 1), (500, 0)]
 
 
 # ---- scenarios --------------------------------------------------------------------------------------

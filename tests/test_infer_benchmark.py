@@ -213,7 +213,7 @@ def test_a_batch_of_24_is_flagged_and_chunks_lower_the_risk() -> None:
         ({"engine.max_num_seqs": None}, "engine.max_num_seqs: the policy 'static' has no default batch"),
         (
             {"engine.tensor_parallel_size": 2},
-            "tensor_parallel_size 2 is not modelled for the policy 'static'",
+            "tensor_parallel_size 2 is not modelled",
         ),
         ({"engine.kv_cache_dtype": "fp8"}, "kv_cache_dtype fp8 is not modelled"),
         ({"engine.max_num_seqs": 64}, "do not fit into the 15.5 GiB of one RTX 5080"),

@@ -44,7 +44,7 @@ def side(label: str, ttft: tuple[float, ...], **causes: tuple[float, ...]) -> Si
 
 def test_equals_share_a_place() -> None:
     """Over three seeds b - a is 1, 1, 1.2: beyond doubt. c - a is -1, 1, 1.5: its interval holds 0. c - b is
-    -2, 0, 0.3: so does it. So a and c share the first place, and b, which only a is better than, has the next.
+    -2, 0, 0.3: so does it. So a and c share the first place, and b, behind a alone, has the next.
     """
     sides = [side("b", (11.0, 21.0, 31.2)), side("a", (10.0, 20.0, 30.0)), side("c", (9.0, 21.0, 31.5))]
     (ranking,) = rank(sides)
@@ -94,8 +94,8 @@ def test_causes_are_those_that_are_worse_by_a_tenth_beyond_doubt() -> None:
 
 def test_fleet_load_of_two_replicas() -> None:
     """Ten seconds from the first send to the last finish. Replica 0 has a step of 5 s with 2 running, 1
-    waiting and 0.4 of its KV in use, then nothing: 1, 0.5 and 0.2 over time. It computes 150 tokens, replica 1 50:
-    the busiest has 1.5 times the mean. 100 + 50 - 80 of the prompt tokens were not cached: 7 a second.
+    waiting and 0.4 of its KV in use, then nothing: 1, 0.5 and 0.2 over time. It computes 150 tokens, replica
+    1 50: the busiest has 1.5 times the mean. 100 + 50 - 80 of the prompt tokens were not cached: 7 a second.
     """
     requests = pd.DataFrame(
         {

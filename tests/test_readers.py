@@ -187,7 +187,7 @@ def test_aiperf_figures_are_its_own(tmp_path: Path) -> None:
     file = SAMPLES / "aiperf" / "profile_export.jsonl"
     reading = read(file)
     other = ("request_throughput", "output_throughput")  # over a phase that begins before the first request
-    assert agrees(reading, rel=1e-6, keys=lambda key: key not in other) == 26
+    assert agrees(reading, rel=1e-6, keys=lambda key: key not in other) == 28
     assert reading.context.tool_version == "0.13.0"
     assert reading.context.request_rate == 20
     alone = tmp_path / file.name

@@ -9,6 +9,7 @@ from typing import Literal
 from servecast.sim import scenario as scenarios
 from servecast.sim.cli.output import print_json, print_table
 from servecast.sim.errors import InputError
+from servecast.sim.scenario_file import read_yaml
 from servecast.validate.check import Checked
 from servecast.validate.check import check as run_check
 from servecast.validate.check_finding import Finding
@@ -77,9 +78,8 @@ def check(
 
 def _read(report: str, more: list[Path], context: Context) -> Report:
     path = Path(report)
-    results = [each for each in (path, *more) if each.suffix in (".json", ".jsonl")]
-    if path.suffix in (".json", ".jsonl") and len(results) == 1 + len(more):
-        return from_results(results, context)
+    if all(_is_result(each) for each in (path, *more)):
+        return from_results([path, *more], context)
     if more:
         raise InputError(
             "only result files come several at a time", where=str(more[0]), fix="Give one table or scenario."
@@ -93,6 +93,13 @@ def _read(report: str, more: list[Path], context: Context) -> Report:
             "a scenario says it itself", where=f"--{flag}", fix="Leave it out, or change the scenario."
         )
     return from_scenario(scenarios.load(report))
+
+
+def _is_result(path: Path) -> bool:
+    """Whether a file is a load generator's result: JSON, or YAML that is no scenario."""
+    if path.suffix in (".yaml", ".yml") and path.is_file():
+        return "schema_version" not in read_yaml(path)
+    return path.suffix in (".json", ".jsonl")
 
 
 def _print(checked: Checked) -> None:

@@ -57,8 +57,7 @@ def halved_itl(report: Report) -> Iterator[Finding]:
             yield Finding(
                 "halved-itl", level, names(*gaps), numbers, "certain" if seen else "likely",
                 "at least half of the gaps are 0, so those between tokens are on average "
-                f"{2e3 * mean.value:.4g} ms "
-                f"or more, not {1e3 * mean.value:.4g}{text}",
+                f"{2e3 * mean.value:.4g} ms or more, not {1e3 * mean.value:.4g}{text}",
             )  # fmt: skip
         elif ratio is not None and _TWICE[0] <= ratio <= _TWICE[1]:
             yield Finding(
@@ -121,8 +120,7 @@ def clock_grid(report: Report) -> Iterator[Finding]:
             yield Finding(
                 "clock-grid", level, (column,), {"tick_s": tick, "reported_s": value.value}, "likely",
                 f"all {len(digits)} different values of {column} are multiples of "
-                f"{1e3 * tick:.4g} ms: the clock "
-                "ticks so, or they were rounded",
+                f"{1e3 * tick:.4g} ms: the clock ticks so, or they were rounded",
             )  # fmt: skip
 
 

@@ -27,7 +27,7 @@ def few_waves(report: Report) -> Iterator[Finding]:
     concurrency."""
     for level in report.levels:
         flight, slots, count = in_flight(level), level.concurrency, level.num_requests
-        if flight is None or slots is None or count is None:
+        if flight is None or slots is None or count is None or level.open_loop:
             continue
         if count >= WAVES * slots or flight.span.high >= IDLE * slots:
             continue

@@ -78,9 +78,8 @@ def percentile_order(report: Report) -> Iterator[Finding]:
                     yield Finding(
                         "percentile-order", level, names(mean, value),
                         {"mean": mean.value, "least_mean": share * value.value}, "certain",
-                        f"{100 * share:.3g} % of the requests take {value.value:.4g} s or more, "
-                        "so the mean of "
-                        f"{metric} is {share * value.value:.4g} s or more, not {mean.value:.4g}",
+                        f"{100 * share:.3g} % of the requests take {value.value:.4g} s or more, so the mean "
+                        f"of {metric} is {share * value.value:.4g} s or more, not {mean.value:.4g}",
                     )  # fmt: skip
 
 
@@ -160,9 +159,8 @@ def throughput_against_requests(report: Report) -> Iterator[Finding]:
                 "throughput-requests", level, names(tokens, requests),
                 {"tokens_a_request": each.mid, "implied_tokens_a_request": implied.mid},
                 "certain" if level.output is not None else "likely",
-                f"tokens/s over requests/s is {implied.mid:.4g} tokens a request, not "
-                f"{each.mid:.4g}: the two "
-                "are not over the same time, or not of the same requests",
+                f"tokens/s over requests/s is {implied.mid:.4g} tokens a request, not {each.mid:.4g}: "
+                "the two are not over the same time, or not of the same requests",
                 weight=abs(implied.mid / each.mid - 1),
             )  # fmt: skip
 
@@ -186,8 +184,7 @@ def wall_time(report: Report) -> Iterator[Finding]:
                 yield Finding(
                     "wall-time", level, names(value, *rate.values),
                     {"latency_s": value.value, "run_s": longest}, "certain",
-                    f"{value.metric} {value.statistic} of {value.value:.4g} s in a run that by "
-                    "its throughput took "
-                    f"{longest:.4g} s",
+                    f"{value.metric} {value.statistic} of {value.value:.4g} s in a run that by its "
+                    f"throughput took {longest:.4g} s",
                     weight=value.value / longest,
                 )  # fmt: skip

@@ -36,9 +36,7 @@ def littles_law(report: Report) -> Iterator[Finding]:
         over = flight.span.low > slots * (_MEASURED if flight.exact else _ESTIMATED)
         idle = flight.span.high < IDLE * slots and (count is None or count >= WAVES * slots)
         if over or (idle and not level.open_loop):
-            why = (
-                "more than there can be" if over else "the load was another, or the latency leaves a part out"
-            )
+            why = "more than there can be" if over else "another load, or a latency that leaves a part out"
             yield Finding(
                 "littles-law", level, names(*flight.values),
                 {"in_flight": flight.span.mid, "concurrency": float(slots)},

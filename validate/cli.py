@@ -20,6 +20,7 @@ from servecast.validate.vllm_process import VllmProcess, release
 
 app = App(name="validate", help="Judge the simulator against vLLM itself.")
 app.command("servecast.validate.result_cli:result", name="result")
+app.command("servecast.validate.live_cli:live", name="live")
 
 MATCH, MISMATCH, INCONCLUSIVE = 0, 1, 3  # exit codes
 

@@ -9,11 +9,12 @@ import numpy as np
 from servecast.sim.figures import BAD, FIRST, INK, MUTED, SECOND, drawing
 from servecast.sim.metrics import METRICS, percentiles, samples
 from servecast.sim.records import Run
-from servecast.validate.compare_runs import LATENCIES, LoadComparison, spoken
+from servecast.validate.compare_runs import LoadComparison, spoken
+from servecast.validate.compare_samples import LATENCIES
 from servecast.validate.series import EngineSeries
 
 _SHARES = np.linspace(0.0, 100.0, 201)
-_FARTHEST = 6.0  # tolerances: what lies beyond is cut off
+_FARTHEST = 6.0  # tolerances: what lies beyond is a triangle at the edge
 _DRAWN = (  # statistics over the levels of a sweep
     ("median_ttft_ms", "TTFT p50, ms"),
     ("p95_ttft_ms", "TTFT p95, ms"),
@@ -90,9 +91,14 @@ def errors(load: LoadComparison) -> str:
         for place, row in enumerate(reversed(rows)):
             allowed = row.allowed or 1.0
             color = {"pass": INK, "fail": BAD, "inconclusive": MUTED}[row.state or "pass"]
-            low, high = row.difference.low / allowed, row.difference.high / allowed
+            low, at, high = np.clip(
+                np.array([row.difference.low, row.difference.estimate, row.difference.high]) / allowed,
+                -_FARTHEST,
+                _FARTHEST,
+            )
+            marker = "<" if at == -_FARTHEST else ">" if at == _FARTHEST else "o"
             ax.plot([low, high], [place, place], color=color, lw=1.4)
-            ax.plot(row.difference.estimate / allowed, place, "o", color=color, ms=5)
+            ax.plot(at, place, marker, color=color, ms=5)
         ax.axvspan(-1, 1, color=FIRST, alpha=0.1, lw=0)
         ax.axvline(0, color=MUTED, lw=0.8)
         reach = min(_FARTHEST, max(1.5, *(abs(limit) for limit in ax.get_xlim())))

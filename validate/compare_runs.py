@@ -10,19 +10,24 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.stats import ks_2samp, wasserstein_distance
 
 from servecast.sim.confidence import Interval, t_interval
-from servecast.sim.metrics import METRICS, Floats, percentiles, samples, summary
+from servecast.sim.metrics import METRICS, Floats, summary
 from servecast.sim.records import Run
 from servecast.validate.attribution import Part, attribute, parts_of_recording, parts_of_run
+from servecast.validate.compare_samples import (
+    LATENCIES,
+    RESAMPLES,
+    STATISTICS,
+    Distance,
+    distances,
+    resampled_statistics,
+)
 from servecast.validate.readers import Reading
 from servecast.validate.series import EngineSeries
 from servecast.validate.verdict import State, Tolerances, Verdict, judge_row, verdict_of
 
 RANKS = (50, 90, 95, 99)
-LATENCIES = ("ttft", "tpot", "itl", "e2el")
-STATISTICS = {"mean": None, "median": 50, "p90": 90, "p95": 95, "p99": 99}
 COUNTS = (
     "request_throughput",
     "output_throughput",
@@ -33,10 +38,6 @@ COUNTS = (
     "prefix_cache_hit_rate",
 )
 CONFIDENCE = 0.95
-RESAMPLES = 400
-_BLOCKS = (5, 50)  # least and most stretches of a run that are resampled
-_MEMORY = 3.0  # mean E2E latencies until a server has forgotten
-_MOST = 50_000  # of a sample's values that are resampled or whose distribution is compared
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,16 +84,6 @@ class Row:
             "allowed": self.allowed,
             "state": self.state,
         }
-
-
-@dataclass(frozen=True, slots=True)
-class Distance:
-    """How far two distributions of a latency lie apart: the largest difference of their cumulative shares
-    (Kolmogorov-Smirnov), and the area between them in ms (Wasserstein)."""
-
-    metric: str
-    kolmogorov_smirnov: float
-    wasserstein_ms: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +174,7 @@ def compare_runs(
             shown = EngineSeries.of_run(each, series[1].time_s).figures()
             forecast |= {key: shown[key] for key in shown if key != "num_preemptions"}
     rng = np.random.default_rng(seed)
-    resampled = _resampled(run, rng) if measured.has_requests else {}
+    resampled = resampled_statistics(run, rng) if measured.has_requests else {}
     keys = [f"{name}_{metric}_ms" for metric in LATENCIES for name in STATISTICS]
     rows = [
         _row(
@@ -206,7 +197,7 @@ def compare_runs(
     return LoadComparison(
         label or measured.label,
         tuple(rows),
-        tuple(_distances(predicted, run)) if measured.has_requests else (),
+        tuple(distances(predicted, run)) if measured.has_requests else (),
         lag,
         attribute(parts_of_run(predicted[0]), parts_of_recording(recording, run)) if recording else (),
         verdict,
@@ -260,59 +251,6 @@ def _interval(estimate: float, draws: Floats | None) -> Interval:
     return Interval(estimate, float(low), float(high), CONFIDENCE, len(draws))
 
 
-def _resampled(run: Run, rng: np.random.Generator) -> dict[str, Floats]:
-    """Each latency statistic of bootstrap samples of a run, in ms.
-
-    Blocks of requests that follow one another are drawn (Kuensch, Ann. Statist. 17(3), 1989), since those
-    that are in the server together share its queue and its steps: a block lasts some mean E2E latencies.
-    """
-    done = run.requests[run.requests["status"] == "finished"]
-    span = float(done["finish"].max() - done["sent"].min())
-    apart = span / max(_MEMORY * float((done["finish"] - done["sent"]).mean()), 1e-9)
-    found: dict[str, Floats] = {}
-    for metric in LATENCIES:
-        values, weights = samples(run, metric)
-        thinned = slice(None, None, max(1, len(values) // _MOST))
-        values = values[thinned] * 1000
-        counted = np.ones(len(values)) if weights is None else weights[thinned]
-        if len(values) < 2:
-            continue
-        blocks = min(int(np.clip(apart, *_BLOCKS)), len(values))
-        block = np.arange(len(values)) * blocks // len(values)
-        order = np.argsort(values, kind="stable")
-        counts = rng.multinomial(blocks, np.full(blocks, 1 / blocks), RESAMPLES)
-        ranks = [rank for rank in STATISTICS.values() if rank is not None]
-        draws = []
-        for drawn in counts:
-            times = drawn[block[order]] * counted[order]
-            mean = float(np.average(values[order], weights=times))
-            draws.append([mean, *percentiles(values[order], ranks, weights=times)])
-        columns = np.array(draws).T
-        found |= {f"{name}_{metric}_ms": column for name, column in zip(STATISTICS, columns, strict=True)}
-    return found
-
-
-def _distances(predicted: Sequence[Run], measured: Run) -> list[Distance]:
-    found = []
-    for metric in LATENCIES:
-        truth = _spread(*samples(measured, metric))
-        ours = np.concatenate([_spread(*samples(run, metric)) for run in predicted])
-        if len(truth) and len(ours):
-            distance = ks_2samp(ours, truth, method="asymp").statistic
-            found.append(Distance(metric, float(distance), float(wasserstein_distance(ours, truth)) * 1000))
-    return found
-
-
-def _spread(values: Floats, weights: Floats | None) -> Floats:
-    """The sample itself if it is small and unweighted, else evenly spaced quantiles of it."""
-    if not len(values) or (weights is None and len(values) <= _MOST):
-        return values
-    total = round(float(weights.sum())) if weights is not None else len(values)
-    count = min(total, 2000)
-    ranks = ((np.arange(count) + 0.5) * (100 / count)).tolist()
-    return np.array(percentiles(values, ranks, weights=weights), dtype=np.float64)
-
-
 def _lag(measured: Reading, planned_s: Floats | None) -> ClientLag | None:
     if not measured.has_requests:
         return None
@@ -350,11 +288,11 @@ def _problems(
             problems.append(f"{done:.0f} requests finished, at least {tolerances.min_requests} are needed")
         if failed > tolerances.max_failed_share * (done + failed):
             problems.append(f"{failed:.0f} of {done + failed:.0f} requests failed")
-    if not measured.has_requests:
-        return problems
     for name, total in (("prompt", "total_input_tokens"), ("output", "total_output_tokens")):
+        if total not in figures or not done:
+            continue
         ours = sum(forecast[total] for forecast in forecasts) / max(sum(f["completed"] for f in forecasts), 1)
-        truth = figures[total] / max(figures["completed"], 1)
+        truth = figures[total] / done
         if abs(ours - truth) > tolerances.max_length_difference * max(truth, 1.0):
             problems.append(f"another traffic: {name}s of {ours:.1f} tokens predicted, {truth:.1f} measured")
     return problems

@@ -1,18 +1,19 @@
 """A live vLLM driven and compared with what was predicted of it before.
 
 The order is what makes it a test: the server says what it is, the predictions of all loads are written to
-disk, then the loads run, each by ``vllm bench serve`` on a trace that the prediction used as well.
+disk, then the loads run, each by ``vllm bench serve`` on a trace that the prediction used as well. The loads
+of a search (plan "slo") hang on what the ones before showed: each is predicted before it runs.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,25 +23,25 @@ from servecast.calibrate.measure.bench_serve import run_bench
 from servecast.calibrate.measure.errors import MeasureError
 from servecast.calibrate.measure.facts import collect
 from servecast.calibrate.measure.folder import Budget
-from servecast.calibrate.measure.server import VllmServer, recording
 from servecast.sim import capacity
 from servecast.sim.deployment import Deployment
 from servecast.sim.errors import InputError
-from servecast.sim.metrics import duration
+from servecast.sim.metrics import duration, good_requests, statistic
 from servecast.sim.records import Run
-from servecast.sim.results import result
+from servecast.sim.results import cautions, result, to_text
 from servecast.sim.scenario import Scenario
 from servecast.sim.simulate import RateProbe, simulate
-from servecast.validate.live_plan import PLANS, SLO_PLAN, Load, Planner
+from servecast.sim.whole_file import write_whole
+from servecast.validate.live_misfit import refuse_misfit, replaced
+from servecast.validate.live_plan import PLANS, SLO_PLAN, SWEPT, Load, Planner, check_plans
 from servecast.validate.live_server import (
+    OwnServer,
     Target,
     Truth,
-    local_gpu,
-    overrides,
+    answers,
     proxy_latency_s,
     read_truth,
-    refuse_misfit,
-    serve_flags,
+    started,
     warm_up,
 )
 from servecast.validate.readers import Reading, read
@@ -48,21 +49,12 @@ from servecast.validate.telemetry import Prometheus, gpu_sampler, scraper
 
 RANKS = (50, 90, 95, 99)
 BENCH_START_S = 20.0  # vllm bench serve imports torch and reads the tokenizer before it sends
+SERVER_START_S = 90.0
 SLOWER = 3.0  # a run that takes this many times its prediction is given up
-
-
-@dataclass(frozen=True, slots=True)
-class OwnServer:
-    """A server to start: folder of the model, further flags of vllm serve, and the Python that has vllm.
-
-    recorder: record each scheduling decision (costs some microseconds a step).
-    """
-
-    model: Path
-    args: tuple[str, ...] = ()
-    python: str = sys.executable
-    env: Mapping[str, str] = field(default_factory=dict)
-    recorder: bool = False
+PLAN_REQUESTS = 2000  # of a replication, where the largest rate is looked for
+MOST_SEARCHED = 8  # loads of the search for the largest rate
+STEP = 1.1  # from rate to rate, before there is a bracket
+BRACKET = 1.05  # its ends over each other, when it is narrow enough
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,208 +62,243 @@ class Outcome:
     """One load: what was predicted, and what happened.
 
     Attributes:
-        predicted: a run a seed. prediction_sha256: of the file that was on disk before the load ran.
+        predicted: a run a seed. cautions: about them. prediction_sha256: of the file that was on disk before
+            the load ran, since ``predicted_at``; it ran at ``started_at`` (ISO 8601).
+        hash_seed: the benchmark's PYTHONHASHSEED, which makes its prompts.
         measured: None if the load did not end. telemetry: see telemetry.METRICS, by time_s of the client's
-            clock; empty if not read. recording: the recorder's file. problem: what went wrong.
+            clock; empty if not read. gpu: means by the driver. recording: the recorder's file.
+        problem: what went wrong.
     """
 
     load: Load
     predicted: tuple[Run, ...]
+    cautions: tuple[str, ...]
     prediction_sha256: str
+    predicted_at: str
+    started_at: str
+    hash_seed: int
     measured: Reading | None
     telemetry: pd.DataFrame
+    gpu: Mapping[str, float]
     recording: Path | None = None
     problem: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Served:
+    """A server that runs, and the scenario as the server says it is. recording: its recorder's file."""
+
+    target: Target
+    recording: Path | None
+    scenario: Scenario
+    deployment: Deployment
 
 
 @dataclass(slots=True)
 class Campaign:
     """Predicts and measures the loads of some plans on one server.
 
-    Attributes:
-        reload: the scenario with fields replaced, by dotted path. server: to start, or where it is.
+    Args:
+        scenario: what is predicted. server: to start, or where it is.
         out: folder for everything. plans: names of live_plan.PLANS, and "slo".
-        seeds: replications of a prediction. time_budget_s: no load is started that would end later.
+        duration_s: how long an open-loop load sends. rates: requests/s, concurrency: levels, instead of the
+            plans' own. seed: of the traffic. seeds: replications of a prediction.
+        time_budget_s: no load is started that would end later.
         prometheus: asked instead of scraping /metrics. python: that has vllm, for the benchmark.
-        say: told what is being done.
+        bench_args: further flags of ``vllm bench serve``. say: told what is being done.
+
+    Attributes:
+        outcomes: of the loads that ran, also after an error. max_rate: predicted at the scenario's SLOs.
+        truth, machine: of the server, and of this machine. proxy_s: what a proxy adds to a request.
+        stopped: why not all loads ran, if they were not left out for the time budget.
     """
 
-    reload: Callable[[Mapping[str, Any]], Scenario]
+    scenario: Scenario
     server: OwnServer | Target
     out: Path
     plans: Sequence[str] = ("rate",)
     duration_s: float = 60.0
-    concurrency: tuple[int, ...] = ()
     rates: tuple[float, ...] = ()
+    concurrency: tuple[int, ...] = ()
     seed: int = 0
     seeds: int = 5
-    tolerance: float = 0.05
     time_budget_s: float | None = None
     prometheus: Prometheus | None = None
     python: str = sys.executable
     bench_args: tuple[str, ...] = ()
-    key: str | None = None
     say: Callable[[str], None] = lambda _text: None
     outcomes: list[Outcome] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     truth: Truth | None = None
+    machine: Mapping[str, Any] = field(default_factory=collect)
     proxy_s: float | None = None
     max_rate: float | None = None
+    stopped: str | None = None
 
     def run(self) -> None:
-        """Predict and measure; ``outcomes`` has what is done, also after an error.
+        """Predict and measure. Ctrl-C, or a server that dies, ends it with what is done.
 
         Raises:
-            InputError: the server is not what the scenario and its profile are of, or a plan is unknown.
-            MeasureError: our own server does not start.
+            InputError: the server is not what the scenario and its profile are of, it does not start, or a
+                plan is unknown or does not fit the scenario.
         """
-        unknown = [name for name in self.plans if name not in PLANS and name != SLO_PLAN]
-        if unknown:
+        check_plans(self.plans)
+        if SLO_PLAN in self.plans and not _has_objective(self.scenario):
             raise InputError(
-                f"there is no plan {unknown[0]!r}",
-                where="--plan",
-                fix=f"Known are {', '.join([*PLANS, SLO_PLAN])}.",
+                "there is no SLO to search the largest rate of",
+                where=f"{self.scenario.source}: slo",
+                fix="Add one, for example ttft:p95:500, or leave out --plan slo.",
+            )
+        if self.scenario.fleet.size > 1:
+            raise InputError(
+                f"{self.scenario.fleet.size} replicas are more than the one server that is driven",
+                where=f"{self.scenario.source}: fleet.replicas",
+                fix="Judge one replica: --replicas 1.",
             )
         self.out.mkdir(parents=True, exist_ok=True)
         budget = Budget(self.time_budget_s)
-        with ExitStack() as stack:
-            target, file = stack.enter_context(self._served({}))
-            scenario, deployment = self._meet(target, {})
+        try:
+            elsewhere = self._at_home(budget)
+            for load in elsewhere:
+                if self.stopped is None:
+                    self._elsewhere(load, budget)
+        except KeyboardInterrupt:
+            self.stopped = "stopped by hand"
+
+    def _at_home(self, budget: Budget) -> list[Load]:
+        """Run what the server as it is can be asked; the loads that need another are returned."""
+        with self._served({}) as served:
+            self.max_rate = self._largest_rate(served)
             planner = Planner(
-                scenario,
-                deployment,
-                self.out,
-                self._max_rate(scenario, deployment),
+                served.scenario,
+                served.deployment,
+                self.out.absolute(),
+                self.max_rate or self._burst_rate(served),
                 self.duration_s,
                 self.seed,
-                self.concurrency,
                 self.rates,
+                self.concurrency,
             )
             loads = [load for name in self.plans if name != SLO_PLAN for load in PLANS[name](planner)]
-            here = [load for load in loads if not load.engine]
-            self._all(here, scenario, deployment, target, file, budget)
-            if SLO_PLAN in self.plans:
-                self._bracket(planner, target, file, budget)
-        for load in loads:
-            if load.engine:
-                self._elsewhere(load, budget)
+            self._all([load for load in loads if not load.engine], served, budget)
+            if SLO_PLAN in self.plans and self.stopped is None:
+                self._search(planner, served, budget)
+        return [load for load in loads if load.engine]
 
     def _elsewhere(self, load: Load, budget: Budget) -> None:
         """A load that needs a server with other flags."""
         if isinstance(self.server, Target):
-            self.notes.append(f"{load.name} left out: it needs a server with {dict(load.engine)}")
-            return
-        if not budget.fits(BENCH_START_S):
-            self.notes.append(f"{load.name} left out: the time budget is spent")
-            return
-        with self._served(load.engine) as (target, file):
-            changes = {f"engine.{name}": value for name, value in load.engine.items()}
-            scenario, deployment = self._meet(target, changes)
-            self._all([load], scenario, deployment, target, file, budget)
+            flags = ", ".join(f"{name}={value}" for name, value in load.engine.items())
+            self.notes.append(f"{load.name} left out: it needs a server with {flags}")
+        elif not budget.fits(SERVER_START_S + BENCH_START_S + self.duration_s):
+            self.notes.append(f"{load.name} left out: the time budget does not last for another server")
+        else:
+            with self._served(load.engine) as served:
+                self._all([load], served, budget)
 
-    def _served(self, engine: Mapping[str, Any]) -> AbstractContextManager[tuple[Target, Path | None]]:
+    @contextmanager
+    def _served(self, engine: Mapping[str, Any]) -> Iterator[_Served]:
+        """The server, or our own with other engine flags, met while the block lasts."""
+        changes = {f"engine.{name}": value for name, value in engine.items()}
         if isinstance(self.server, Target):
-            return nullcontext((self.server, None))
-        return _started(self.server, self.reload({}), engine, self.out, self.say)
+            yield self._meet(self.server, None, changes)
+            return
+        self.say("starting vllm serve")
+        name = "-".join(["server", *(f"{name}-{value}" for name, value in engine.items())])
+        flags = self.scenario.changed(changes).engine if changes else self.scenario.engine
+        with started(self.server, flags, self.out.absolute(), name) as (target, recording):
+            yield self._meet(target, recording, changes)
 
-    def _meet(self, target: Target, changes: Mapping[str, Any]) -> tuple[Scenario, Deployment]:
-        """The scenario as the server says it is."""
-        facts = collect()
-        truth = read_truth(target, gpu=local_gpu(facts, [target.engine]), key=self.key)
-        scenario = self.reload({**changes, **overrides(truth, self.reload({}))})
+    def _meet(self, target: Target, recording: Path | None, changes: Mapping[str, Any]) -> _Served:
+        """Ask the server what it is, and make the scenario that."""
+        truth = read_truth(target, self.machine)
+        wanted = self.scenario.changed(changes) if changes else self.scenario
+        scenario = wanted.changed(truth.overrides()) if truth.overrides() else wanted
         deployment = Deployment.of(scenario)
         model = self.server.model if isinstance(self.server, OwnServer) else Path(target.tokenizer)
-        notes = refuse_misfit(truth, scenario, deployment.profile, model if model.is_dir() else None)
-        warm_up(target, key=self.key)
+        notes = refuse_misfit(truth, scenario, deployment, model if model.is_dir() else None)
+        warm_up(target)
         if target.engine_url is not None:
-            self.proxy_s = proxy_latency_s(target, key=self.key)
+            self.proxy_s = proxy_latency_s(target, truth)
             costs = deployment.profile.front_end
-            slower = replace(costs, latency_s=costs.latency_s + max(self.proxy_s, 0.0))
-            deployment = replace(
-                deployment, profile=deployment.profile.model_copy(update={"front_end": slower})
-            )
+            costs = replace(costs, latency_s=costs.latency_s + max(self.proxy_s, 0.0))
+            profile = deployment.profile.model_copy(update={"front_end": costs})
+            deployment = replace(deployment, profile=profile)
         if self.truth is None:
             self.truth = truth
-            self.notes += notes
-            _write_json(
-                self.out / "server.json", {"truth": truth.to_json(), "machine": facts, "notes": notes}
-            )
-        return scenario, deployment
+            self.notes += [*notes, *replaced(truth, self.scenario)]
+        return _Served(target, recording, scenario, deployment)
 
-    def _max_rate(self, scenario: Scenario, deployment: Deployment) -> float:
-        """The predicted largest rate at the scenario's SLOs; what a burst is served at without SLOs."""
+    def _largest_rate(self, served: _Served) -> float | None:
+        """The predicted largest rate at the scenario's SLOs."""
+        if not _has_objective(self.scenario):
+            return None
         self.say("predicting the largest rate")
-        probe = RateProbe(scenario, deployment=deployment)
-        start = capacity.first_guess(probe, self.seed)
-        goodput = scenario.goodput_limits
-        if not scenario.slos and goodput is None:
-            return 2 * start
-        found = capacity.plan(probe, scenario.slos, goodput=goodput, start_rate=start, seed=self.seed, jobs=1)
-        self.max_rate = found.max_request_rate
-        return found.max_request_rate or start
+        probe = RateProbe(served.scenario, deployment=served.deployment)
+        found = capacity.plan(
+            probe,
+            served.scenario.slos,
+            goodput=served.scenario.goodput_limits if not served.scenario.slos else None,
+            start_rate=capacity.first_guess(probe, self.seed),
+            seed=self.seed,
+            max_requests=PLAN_REQUESTS,
+        )
+        return found.max_request_rate
 
-    def _all(
-        self,
-        loads: Sequence[Load],
-        scenario: Scenario,
-        deployment: Deployment,
-        target: Target,
-        file: Path | None,
-        budget: Budget,
-    ) -> None:
+    def _burst_rate(self, served: _Served) -> float:
+        """The rate at which a burst is served."""
+        return 2 * capacity.first_guess(RateProbe(served.scenario, served.deployment), self.seed)
+
+    def _all(self, loads: Sequence[Load], served: _Served, budget: Budget) -> None:
         """Predict all loads, then run them."""
-        self.say(f"predicting {len(loads)} loads")
-        predictions = [self._predict(load, scenario, deployment) for load in loads]
+        self.say(f"predicting {len(loads)} load{'s' * (len(loads) != 1)}")
+        predictions = [self._predict(load, served) for load in loads]
         for load, (predicted, sha256) in zip(loads, predictions, strict=True):
             expected = duration(predicted[0]) + BENCH_START_S
             if not budget.fits(expected):
-                self.notes.append(
-                    f"{load.name} left out: it takes {expected:.0f} s, the time budget has less"
-                )
+                self.notes.append(f"{load.name} left out: {expected:.0f} s are more than the time budget has")
                 continue
-            outcome = self._measure(load, predicted, sha256, target, file)
+            outcome = self._measure(load, predicted, sha256, served)
             self.outcomes.append(outcome)
             if outcome.problem:
                 self.notes.append(f"{load.name}: {outcome.problem}")
-                if not _answers(target, self.key):
-                    self.notes.append("the server is gone: the loads after it were not run")
-                    return
+            if not answers(served.target):
+                self.stopped = f"the server was gone after {load.name}: no load was run after it"
+                return
 
-    def _predict(self, load: Load, scenario: Scenario, deployment: Deployment) -> tuple[tuple[Run, ...], str]:
+    def _predict(self, load: Load, served: _Served) -> tuple[tuple[Run, ...], str]:
         """Simulate a load and write the prediction; its runs and the file's hash."""
         runs = tuple(
-            simulate(scenario, seed=seed, workload=load.workload(), deployment=deployment)
+            simulate(served.scenario, seed=seed, workload=load.workload(), deployment=served.deployment)
             for seed in range(self.seed, self.seed + self.seeds)
         )
         document = {
-            "load": {
-                "name": load.name,
-                "request_rate": load.request_rate,
-                "max_concurrency": load.max_concurrency,
-            },
+            "load": load.to_json(),
             "trace_sha256": hashlib.sha256(load.trace.read_bytes()).hexdigest(),
-            "written_at": time.time(),
-            "replications": [result(scenario, deployment, run, what_if={}, ranks=RANKS) for run in runs],
+            "written_at": _now(),
+            "replications": [
+                result(served.scenario, served.deployment, run, what_if={}, ranks=RANKS) for run in runs
+            ],
         }
         path = load.trace.with_name("prediction.json")
-        _write_json(path, document)
+        write_whole(path, lambda part: part.write_text(to_text(document), encoding="utf-8"))
         return runs, hashlib.sha256(path.read_bytes()).hexdigest()
 
-    def _measure(
-        self, load: Load, predicted: tuple[Run, ...], sha256: str, target: Target, file: Path | None
-    ) -> Outcome:
-        expected = duration(predicted[0])
-        self.say(f"running {load.name}: about {expected:.0f} s")
-        folder, began, unix = load.trace.parent, time.perf_counter(), time.time()
-        at = file.stat().st_size if file is not None and file.exists() else 0
+    def _measure(self, load: Load, predicted: tuple[Run, ...], sha256: str, served: _Served) -> Outcome:
+        expected, folder, target = duration(predicted[0]), load.trace.parent, served.target
+        self.say(f"running {load.name}, about {expected:.0f} s")
+        written = datetime.fromtimestamp((folder / "prediction.json").stat().st_mtime, UTC)
+        began, unix, now = time.perf_counter(), time.time(), _now()
+        at = _size(served.recording)
+        hash_seed = int(unix) % (1 << 32)  # prompts that no server has seen
+        bound = () if load.max_concurrency is None else ("--max-concurrency", str(load.max_concurrency))
+        measured, problem = None, None
         scrape = scraper(f"{target.engine}/metrics") if self.prometheus is None else None
         gpu = gpu_sampler()
-        measured, problem = None, None
         with ExitStack() as stack:
             for sampler in (scrape, gpu):
                 if sampler is not None:
                     stack.enter_context(sampler)
-            limits = () if load.max_concurrency is None else ("--max-concurrency", str(load.max_concurrency))
             try:
                 run_bench(
                     target.base_url,
@@ -281,122 +308,102 @@ class Campaign:
                     folder / "bench.json",
                     python=self.python,
                     endpoint=target.endpoint,
-                    args=("--ignore-eos", *limits, *self.bench_args),
+                    args=(*bound, *self.bench_args),
                     api_key_env=target.api_key_env,
-                    hash_seed=1 + len(self.outcomes),  # prompts that this server has not seen
+                    hash_seed=hash_seed,
                     timeout_s=SLOWER * expected + 5 * BENCH_START_S,
                 )
-                measured = read(folder / "bench.json")
+                measured = _as_sent(read(folder / "bench.json"), load)
             except (MeasureError, InputError) as error:
-                problem = str(error)
-        if scrape is not None:
-            telemetry = scrape.frame()
-        else:
-            assert self.prometheus is not None
-            telemetry = self.prometheus.frame(unix, time.time())
-            telemetry["time_s"] += began - unix
+                problem = _without(target.key, str(error))
+        telemetry = scrape.frame() if scrape is not None else self._asked(unix, began - unix)
         telemetry.to_csv(folder / "metrics.csv", index=False)
-        if gpu is not None:
-            gpu.frame().to_csv(folder / "gpu.csv", index=False)
-        recorded = _part(file, at, folder / "recording.jsonl") if file is not None else None
-        return Outcome(load, predicted, sha256, measured, telemetry, recorded, problem)
+        seen = pd.DataFrame() if gpu is None else gpu.frame()
+        return Outcome(
+            load=load,
+            predicted=predicted,
+            cautions=tuple(cautions(served.deployment, predicted[0])),
+            prediction_sha256=sha256,
+            predicted_at=written.isoformat(timespec="seconds"),
+            started_at=now,
+            hash_seed=hash_seed,
+            measured=measured,
+            telemetry=telemetry,
+            gpu={str(name): float(seen[name].mean()) for name in seen if name != "time_s"},
+            recording=_part(served.recording, at, folder / "recording.jsonl"),
+            problem=problem,
+        )
 
-    def _bracket(self, planner: Planner, target: Target, file: Path | None, budget: Budget) -> None:
-        """Measure the largest rate at the SLOs: up or down from the predicted one, then between."""
-        scenario, deployment = planner.scenario, planner.deployment
-        low: float | None = None
-        high: float | None = None
-        rate = planner.max_rate
-        step = 1 + 2 * self.tolerance
-        for _ in range(12):
-            load = planner.at_rate(rate, SLO_PLAN)
-            count = len(self.outcomes)
-            self._all([load], scenario, deployment, target, file, budget)
-            if len(self.outcomes) == count or self.outcomes[-1].measured is None:
-                return
-            if meets(self.outcomes[-1].measured.run, scenario):
-                low = rate
-            else:
-                high = rate
+    def _asked(self, start_unix_s: float, to_our_clock_s: float) -> pd.DataFrame:
+        """What the Prometheus server has since then, on our clock."""
+        assert self.prometheus is not None
+        try:
+            frame = self.prometheus.frame(start_unix_s, time.time())
+        except InputError as error:
+            self.notes.append(str(error))
+            return pd.DataFrame()
+        return frame.assign(time_s=frame["time_s"] + to_our_clock_s)
+
+    def _search(self, planner: Planner, served: _Served, budget: Budget) -> None:
+        """Bracket the largest rate at the SLOs: on from what was swept, or from the predicted one."""
+        for _ in range(MOST_SEARCHED):
+            swept = [
+                (outcome.load.request_rate, meets(outcome.measured.run, served.scenario))
+                for outcome in self.outcomes
+                if outcome.load.plan in SWEPT and outcome.measured and outcome.load.request_rate
+            ]
+            high = min((rate for rate, good in swept if not good), default=None)
+            low = max((rate for rate, good in swept if good and (high is None or rate < high)), default=None)
             if low is not None and high is not None:
-                if high <= (1 + self.tolerance) * low:
+                if high <= BRACKET * low:
                     return
                 rate = (low * high) ** 0.5
+            elif low is not None:
+                rate = STEP * low
             else:
-                rate = rate * step if high is None else rate / step
+                rate = planner.max_rate if high is None else high / STEP
+            count = len(self.outcomes)
+            self._all([planner.at_rate(rate, SLO_PLAN)], served, budget)
+            if len(self.outcomes) == count or self.outcomes[-1].measured is None or self.stopped:
+                return
 
 
 def meets(run: Run, scenario: Scenario) -> bool:
-    """Whether one run meets all SLOs of a scenario."""
-    return all(margin <= 1.0 for margin in margins(run, scenario))
+    """Whether one run meets all SLOs of a scenario; of a goodput, whether 95 % of its requests do."""
+    if not scenario.slos and scenario.goodput_limits is not None:
+        return good_requests(run, scenario.goodput_limits) >= 0.95 * len(run.requests)
+    return all(1e3 * statistic(run, slo.metric, slo.statistic) <= slo.limit_ms for slo in scenario.slos)
 
 
-def margins(run: Run, scenario: Scenario) -> list[float]:
-    """Each SLO's statistic in a run over its limit: at most 1 where it holds."""
-    from servecast.sim.metrics import good_requests, statistic
-
-    found = [1e3 * statistic(run, slo.metric, slo.statistic) / slo.limit_ms for slo in scenario.slos]
-    if scenario.goodput_limits is not None:
-        good = good_requests(run, scenario.goodput_limits)
-        found.append(0.95 * len(run.requests) / max(good, 1e-9))
-    return found
+def _has_objective(scenario: Scenario) -> bool:
+    return bool(scenario.slos) or scenario.goodput_limits is not None
 
 
-def _answers(target: Target, key: str | None) -> bool:
-    try:
-        read_truth(target, gpu=None, key=key)
-    except InputError:
-        return False
-    return True
+def _as_sent(reading: Reading, load: Load) -> Reading:
+    """With the rate that the trace stood for, which the benchmark does not know."""
+    if load.plan not in SWEPT:
+        return reading
+    return replace(reading, context=replace(reading.context, request_rate=load.request_rate))
 
 
-class _started(AbstractContextManager[tuple[Target, "Path | None"]]):
-    """Our own server while the block lasts: where it is, and its recorder's file."""
-
-    def __init__(
-        self,
-        own: OwnServer,
-        scenario: Scenario,
-        engine: Mapping[str, Any],
-        out: Path,
-        say: Callable[[str], None],
-    ) -> None:
-        flags = scenario.engine.model_copy(update=dict(engine))
-        flags = flags.model_validate(flags.model_dump(include=flags.model_fields_set | set(engine)))
-        args = [*serve_flags(flags), *own.args]
-        env = dict(own.env)
-        self._file: Path | None = None
-        name = "-".join(["server", *(f"{key}-{value}" for key, value in engine.items())])
-        if own.recorder:
-            self._file = out / f"{name}-recording.jsonl"
-            more, variables = recording(self._file)
-            args += more
-            env |= variables
-        say("starting vllm serve")
-        self._server = VllmServer(own.model, args, log=out / f"{name}.log", python=own.python, env=env)
-        self._model = str(own.model)
-
-    def __enter__(self) -> tuple[Target, Path | None]:
-        server = self._server.__enter__()
-        return Target(server.base_url, self._model, self._model), self._file
-
-    def __exit__(self, *error: Any) -> None:
-        self._server.stop()
+def _size(file: Path | None) -> int:
+    return file.stat().st_size if file is not None and file.exists() else 0
 
 
-def _part(file: Path, start: int, target: Path) -> Path | None:
+def _part(file: Path | None, start: int, target: Path) -> Path | None:
     """What a recording grew by since it had ``start`` bytes, with its first line, in a file of its own."""
-    if not file.exists():
+    if file is None or not file.exists():
         return None
     with file.open("rb") as lines:
         head = lines.readline()
-        if start:
-            lines.seek(start)
-        else:
-            lines.seek(len(head))
+        lines.seek(max(start, len(head)))
         target.write_bytes(head + lines.read())
     return target
 
 
-def _write_json(path: Path, document: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(document, indent=1, default=str) + "\n", encoding="utf-8")
+def _without(key: str | None, text: str) -> str:
+    return text if key is None else text.replace(key, "***")
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from servecast.sim.content import SharedPrefix
 from servecast.sim.deployment import Deployment
@@ -15,6 +16,7 @@ from servecast.sim.errors import InputError
 from servecast.sim.lengths import Empirical
 from servecast.sim.request import Request
 from servecast.sim.scenario import Scenario
+from servecast.sim.schema import did_you_mean
 from servecast.sim.simulate import simulate
 from servecast.sim.trace_writers import from_requests, write_timed_trace
 from servecast.sim.traces import TraceSpec
@@ -22,6 +24,9 @@ from servecast.sim.workload import build, with_request_rate
 from servecast.sim.workload_spec import StageSpec, StreamSpec, Workload
 
 BLOCK_TOKENS = 16  # of a hash id in the traces: prompts are shared to that grain
+LEAST_REQUESTS = 20
+SHARES = (0.5, 0.8, 0.95, 1.1, 1.3)  # of the predicted largest rate
+Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +66,7 @@ class Planner:
     Attributes:
         out: folder for the traces. max_rate: the predicted largest rate at the SLOs, requests/s.
         duration_s: how long an open-loop load sends. seed: of its traffic.
-        concurrency, rates: levels, and shares of max_rate, instead of the plans' own.
+        rates: requests/s, concurrency: levels, instead of the plans' own.
     """
 
     scenario: Scenario
@@ -70,31 +75,49 @@ class Planner:
     max_rate: float
     duration_s: float = 60.0
     seed: int = 0
-    concurrency: tuple[int, ...] = ()
     rates: tuple[float, ...] = ()
+    concurrency: tuple[int, ...] = ()
 
-    def at_rate(
-        self, request_rate: float, plan: str, *, stream: StreamSpec | None = None, **engine: Any
-    ) -> Load:
+    def at_rate(self, request_rate: float, plan: str, *, stream: StreamSpec | None = None) -> Load:
         """Open-loop traffic at a rate, of the scenario's kind or of a stream of its kind."""
         workload = self.scenario.open_loop()
         if stream is not None:
             workload = Workload(stages=(StageSpec(streams=(stream,)),))
-        count = max(20, round(request_rate * self.duration_s))
+        count = max(LEAST_REQUESTS, round(request_rate * self.duration_s))
         requests = self._requests(with_request_rate(workload, request_rate, num_requests=count))
-        return self._load(f"{plan}-{request_rate:.4g}", plan, requests, request_rate, None, engine)
+        return self._load(f"{plan}-{request_rate:.4g}", plan, requests, request_rate, None)
 
     def closed(self, concurrency: int, plan: str) -> Load:
-        """A closed loop of the scenario's requests: at least four a slot, and at least 20."""
-        count = max(20, 4 * concurrency)
+        """A closed loop of the scenario's requests: at least four a slot."""
+        count = max(LEAST_REQUESTS, 4 * concurrency)
         requests = self._requests(with_request_rate(self.scenario.open_loop(), 1.0, num_requests=count))
-        for request in requests:
-            request.arrival_s = 0.0
-        return self._load(f"{plan}-{concurrency}", plan, requests, None, concurrency, {})
+        at_once = [replace(request, arrival_s=0.0) for request in requests]
+        return self._load(f"{plan}-{concurrency}", plan, at_once, None, concurrency)
 
-    def stream(self) -> StreamSpec:
-        """The scenario's (first foreground) open-loop stream."""
-        return next(s for s in self.scenario.open_loop().stages[0].streams if not s.background)
+    def stream(self, plan: str) -> StreamSpec:
+        """The scenario's (first foreground) open-loop stream, whose lengths a plan changes.
+
+        Raises:
+            InputError: a trace fixes them.
+        """
+        stream = next(s for s in self.scenario.open_loop().stages[0].streams if not s.background)
+        if stream.prompt_tokens is None:
+            raise InputError(
+                "the prompts of a trace cannot be changed", where=f"--plan {plan}", fix="Leave this plan out."
+            )
+        return stream
+
+    def prompts(self, stream: StreamSpec) -> Ints:
+        """Prompt lengths as a stream draws them."""
+        assert stream.prompt_tokens is not None
+        return np.asarray(stream.prompt_tokens.draw(1000, np.random.default_rng(self.seed)))
+
+    def room(self, stream: StreamSpec) -> int:
+        """Tokens that could be added to the longest of these prompts."""
+        assert stream.output_tokens is not None
+        output = stream.output_tokens.draw(1000, np.random.default_rng(self.seed))
+        longest = self.prompts(stream).max() + stream.system_prompt_tokens + stream.suffix_tokens
+        return int(self.deployment.config.max_model_len - longest - np.max(output))
 
     def _requests(self, workload: Workload) -> list[Request]:
         arrivals, lengths, content = np.random.default_rng(self.seed).spawn(3)
@@ -109,12 +132,11 @@ class Planner:
         requests: list[Request],
         request_rate: float | None,
         max_concurrency: int | None,
-        engine: Mapping[str, Any],
     ) -> Load:
         folder = self.out / name
         folder.mkdir(parents=True, exist_ok=True)
         write_timed_trace(from_requests(requests, block_tokens=BLOCK_TOKENS), folder / "trace.jsonl")
-        return Load(name, plan, folder / "trace.jsonl", request_rate, max_concurrency, engine)
+        return Load(name, plan, folder / "trace.jsonl", request_rate, max_concurrency)
 
 
 def concurrency(planner: Planner) -> list[Load]:
@@ -126,45 +148,42 @@ def concurrency(planner: Planner) -> list[Load]:
 
 def rate(planner: Planner) -> list[Load]:
     """Open loops below, near and past the predicted largest rate."""
-    shares = planner.rates or (0.5, 0.8, 0.95, 1.1)
-    return [planner.at_rate(share * planner.max_rate, "rate") for share in shares]
+    rates = planner.rates or [share * planner.max_rate for share in SHARES]
+    return [planner.at_rate(request_rate, "rate") for request_rate in rates]
 
 
 def kv(planner: Planner) -> list[Load]:
     """An open loop at 80 % of the largest rate with 60 % of the KV blocks that it would hold: preemption."""
-    name, request_rate = "kv", 0.8 * planner.max_rate
-    load = planner.at_rate(request_rate, name)
+    load = planner.at_rate(0.8 * planner.max_rate, "kv")
+    config = planner.deployment.config
     run = simulate(planner.scenario, workload=load.workload(), deployment=planner.deployment)
-    used = float(run.steps["kv_usage"].max()) * planner.deployment.config.num_gpu_blocks
+    used = float(run.steps["kv_usage"].max()) * config.num_gpu_blocks
     longest = int((run.requests["prompt_tokens"] + run.requests["output_tokens"]).max())
-    least = -(-max(longest, 1) // planner.deployment.config.block_size) + 2
-    return [planner.at_rate(request_rate, name, num_gpu_blocks_override=max(least, round(0.6 * used)))]
+    least = -(-longest // config.block_size) + 2
+    return [replace(load, engine={"num_gpu_blocks_override": max(least, round(0.6 * used))})]
 
 
 def prefix(planner: Planner) -> list[Load]:
-    """An open loop at half the largest rate whose prompts are eight groups with a prefix each."""
-    stream = planner.stream()
-    prefix_tokens = 16 * max(1, planner.deployment.config.max_model_len // 64)
-    content = SharedPrefix(kind="shared_prefix", groups=8, prefix_tokens=prefix_tokens)
-    shared = stream.model_copy(update={"content": content, "trace": None})
-    if shared.prompt_tokens is None:
+    """An open loop at half the largest rate whose prompts begin with one of eight prefixes, four times as
+    long as they were, or as long as there is room for."""
+    stream = planner.stream("prefix")
+    tokens = min(4 * int(np.median(planner.prompts(stream))), planner.room(stream))
+    if tokens < planner.deployment.config.block_size:
         raise InputError(
-            "a trace's prompts cannot be given prefixes", where="--plan prefix", fix="Leave this plan out."
+            "max_model_len leaves no room for a prefix", where="--plan prefix", fix="Leave this plan out."
         )
+    content = SharedPrefix(kind="shared_prefix", groups=8, prefix_tokens=tokens)
+    shared = stream.model_copy(update={"content": content})
     return [planner.at_rate(0.5 * planner.max_rate, "prefix", stream=shared)]
 
 
 def mixed(planner: Planner) -> list[Load]:
-    """An open loop at half the largest rate in which one prompt of ten is eight times as long."""
-    stream = planner.stream()
-    if stream.prompt_tokens is None:
-        raise InputError(
-            "a trace's prompts cannot be made longer", where="--plan mixed", fix="Leave this plan out."
-        )
-    drawn = stream.prompt_tokens.draw(1000, np.random.default_rng(planner.seed))
-    short = int(np.median(drawn))
-    longest = planner.deployment.config.max_model_len // 2
-    lengths = Empirical(kind="empirical", values=(short, min(8 * short, longest)), weights=(0.9, 0.1))
+    """An open loop at half the largest rate in which one prompt of ten is eight times as long, or as long
+    as there is room for."""
+    stream = planner.stream("mixed")
+    short = int(np.median(planner.prompts(stream)))
+    long = min(8 * short, short + planner.room(stream))
+    lengths = Empirical(kind="empirical", values=(short, long), weights=(0.9, 0.1))
     return [
         planner.at_rate(
             0.5 * planner.max_rate, "mixed", stream=stream.model_copy(update={"prompt_tokens": lengths})
@@ -180,3 +199,17 @@ PLANS: dict[str, Callable[[Planner], list[Load]]] = {
     "mixed": mixed,
 }
 SLO_PLAN = "slo"  # its next load hangs on what the last one showed: see live.Campaign
+SWEPT = ("rate", SLO_PLAN)  # plans whose loads differ in nothing but the rate
+
+
+def check_plans(names: Sequence[str]) -> None:
+    """Refuse a plan that there is not.
+
+    Raises:
+        InputError: says which are known.
+    """
+    known = [*PLANS, SLO_PLAN]
+    for name in names:
+        if name not in known:
+            fix = did_you_mean(name, known) or f"Known are {', '.join(known)}."
+            raise InputError(f"there is no plan {name!r}", where="--plan", fix=fix)

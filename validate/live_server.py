@@ -98,7 +98,9 @@ class OwnServer:
 
 
 @contextmanager
-def started(own: OwnServer, engine: EngineFlags, out: Path, name: str) -> Iterator[tuple[Target, Path | None]]:
+def started(
+    own: OwnServer, engine: EngineFlags, out: Path, name: str
+) -> Iterator[tuple[Target, Path | None]]:
     """Our own server while the block lasts: where it is, and its recorder's file.
 
     Args:
@@ -253,7 +255,9 @@ def warm_up(target: Target, *, requests: int = 3) -> None:
         InputError: one is not answered.
     """
     for number in range(requests):
-        _complete(target.base_url, target, target.model, f"{time.time()} {number}" + " a b" * 20, 8, target.key)
+        _complete(
+            target.base_url, target, target.model, f"{time.time()} {number}" + " a b" * 20, 8, target.key
+        )
 
 
 def proxy_latency_s(target: Target, truth: Truth, *, times: int = 15) -> float:

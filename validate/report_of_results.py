@@ -16,6 +16,8 @@ from servecast.validate.readers import read_all
 from servecast.validate.report_of_table import Context
 from servecast.validate.report_table import LATENCIES, Lengths, Level, Report, Value, exactly
 
+_OUR_DEFINITIONS = ("vllm bench serve", "servecast simulate")
+
 
 def from_results(paths: Sequence[Path], context: Context) -> Report:
     """Results of ``servecast simulate`` (a level a stage) or of a load generator that `readers` knows.
@@ -38,10 +40,12 @@ def from_results(paths: Sequence[Path], context: Context) -> Report:
                 "request_rate": reading.context.request_rate,
                 "max_concurrency": reading.context.max_concurrency,
             }
+            # only vLLM's own figures have our definitions; those of others are computed again
+            figures = dict(reading.reported)
+            if reading.has_requests and reading.context.tool not in _OUR_DEFINITIONS:
+                figures = reading.figures()
             run = reading.run if reading.has_requests else None
-            levels.append(
-                _result_level(label, {**reading.figures(), **load, **reading.reported}, context, run)
-            )
+            levels.append(_result_level(label, {**figures, **load}, context, run))
             notes += [f"{label}: {note}" for note in reading.notes]
     return Report(
         ", ".join(map(str, paths)),

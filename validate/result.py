@@ -28,6 +28,7 @@ from servecast.validate.readers import Reading
 from servecast.validate.verdict import Tolerances
 
 Traffic = Literal["requests", "scenario"]
+_UNIQUE = "simulated prompts share nothing, since the file does not say what its prompts share"
 
 
 def judge_result(
@@ -75,9 +76,6 @@ def _judge(
         ]
     notes = [_UNIQUE] if replays and _shares_prompts(scenario) else []
     return compare_runs(predicted, reading, tolerances=tolerances, notes=notes)
-
-
-_UNIQUE = "simulated prompts share nothing, since the file does not say what its prompts share"
 
 
 def _shares_prompts(scenario: Scenario) -> bool:

@@ -200,5 +200,7 @@ class Prometheus:
 
 def growth(frame: pd.DataFrame, column: str) -> float:
     """How much a counter grew over a frame; NaN where it was not read twice."""
-    values = frame[column].dropna() if column in frame else ()
+    if column not in frame:
+        return math.nan
+    values = frame[column].dropna()
     return float(values.iloc[-1] - values.iloc[0]) if len(values) > 1 else math.nan

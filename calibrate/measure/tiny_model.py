@@ -1,12 +1,14 @@
-"""A model for live vLLM runs without downloads: random weights, one token a byte."""
+"""A model for live vLLM runs without downloads: random weights, and a tokenizer of made-up words."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-BYTES = 256
-SPECIAL = {"<unk>": BYTES, "<s>": BYTES + 1, "</s>": BYTES + 2}
+WORDS = 256  # of the smallest vocabulary
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+WORD_LETTERS = 4  # about what a token of English has
+SPECIAL = {"<unk>": WORDS, "<s>": WORDS + 1, "</s>": WORDS + 2}
 
 
 def write_tiny_model(
@@ -20,7 +22,7 @@ def write_tiny_model(
     vocab_size: int | None = None,
     max_position_embeddings: int = 8192,
 ) -> Path:
-    """Write a Qwen2 model's config and byte-level tokenizer; serve it with ``--load-format dummy``.
+    """Write a Qwen2 model's config and a tokenizer; serve it with ``--load-format dummy``.
 
     Args:
         folder: made if it is not there.
@@ -40,7 +42,7 @@ def write_tiny_model(
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads or heads,
-        "vocab_size": vocab_size or BYTES + len(SPECIAL),
+        "vocab_size": vocab_size or WORDS + len(SPECIAL),
         "max_position_embeddings": max_position_embeddings,
         "tie_word_embeddings": True,
         "bos_token_id": SPECIAL["<s>"],
@@ -53,13 +55,13 @@ def write_tiny_model(
 
 
 def write_tokenizer(folder: Path, *, vocab_size: int | None = None, model_max_length: int = 8192) -> None:
-    """Write a byte-level tokenizer: one token a byte, and made-up words up to ``vocab_size``.
+    """Write a tokenizer whose tokens are words of four letters, written without anything between them.
 
-    The words are never the result of tokenizing, but a model may generate them.
+    So any tokens come back from their own text as the same tokens, which a benchmark that sends its prompts
+    as text (vLLM 0.23's) relies on. Text of other kinds is one unknown token for every four characters.
     """
-    first_word = BYTES + len(SPECIAL)
-    words = {f"w{number}": number for number in range(first_word, vocab_size or first_word)}
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    size = max(vocab_size or 0, WORDS + len(SPECIAL))
+    words = {_word(number): number for number in range(size) if number not in SPECIAL.values()}
     tokenizer = {
         "version": "1.0",
         "added_tokens": [
@@ -74,14 +76,14 @@ def write_tokenizer(folder: Path, *, vocab_size: int | None = None, model_max_le
             }
             for name, number in SPECIAL.items()
         ],
-        "pre_tokenizer": byte_level,
-        "decoder": byte_level,
-        "model": {
-            "type": "BPE",
-            "vocab": {symbol: byte for byte, symbol in enumerate(_byte_symbols())} | SPECIAL | words,
-            "merges": [],
-            "unk_token": "<unk>",
+        "pre_tokenizer": {
+            "type": "Split",
+            "pattern": {"Regex": rf"[\s\S]{{1,{WORD_LETTERS}}}"},
+            "behavior": "Isolated",
+            "invert": False,
         },
+        "decoder": {"type": "Fuse"},
+        "model": {"type": "WordLevel", "vocab": words | SPECIAL, "unk_token": "<unk>"},
     }
     files = {
         "tokenizer.json": tokenizer,
@@ -90,6 +92,8 @@ def write_tokenizer(folder: Path, *, vocab_size: int | None = None, model_max_le
             "bos_token": "<s>",
             "eos_token": "</s>",
             "unk_token": "<unk>",
+            "pad_token": "</s>",
+            "clean_up_tokenization_spaces": False,
             "model_max_length": model_max_length,
         },
         "generation_config.json": {"eos_token_id": SPECIAL["</s>"]},
@@ -98,11 +102,10 @@ def write_tokenizer(folder: Path, *, vocab_size: int | None = None, model_max_le
         (folder / name).write_text(json.dumps(content))
 
 
-def _byte_symbols() -> list[str]:
-    """GPT-2's printable character for every byte."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
-    others = [byte for byte in range(BYTES) if byte not in printable]
-    symbol = {byte: chr(byte) for byte in printable} | {
-        byte: chr(BYTES + index) for index, byte in enumerate(others)
-    }
-    return [symbol[byte] for byte in range(BYTES)]
+def _word(number: int) -> str:
+    """The number in base 26, as letters."""
+    letters = ""
+    for _ in range(WORD_LETTERS):
+        number, digit = divmod(number, len(LETTERS))
+        letters = LETTERS[digit] + letters
+    return letters

@@ -88,6 +88,8 @@ class _Summary(Part):
     benchmark_duration: _Statistics
     request_throughput: _Statistics
     output_token_throughput: _Statistics | None = None
+    total_isl: _Statistics | None = None
+    total_osl: _Statistics | None = None
     time_to_first_token: _Statistics | None = None
     inter_token_latency: _Statistics | None = None
     inter_chunk_latency: _Statistics | None = None
@@ -101,8 +103,13 @@ class _Summary(Part):
             "duration": self.benchmark_duration.avg,
             "request_throughput": self.request_throughput.avg,
         }
-        if self.output_token_throughput is not None:
-            found["output_throughput"] = self.output_token_throughput.avg
+        for key, total in (
+            ("output_throughput", self.output_token_throughput),
+            ("total_input_tokens", self.total_isl),
+            ("total_output_tokens", self.total_osl),
+        ):
+            if total is not None:
+                found[key] = total.avg
         for metric, statistics in (
             ("ttft", self.time_to_first_token),
             ("tpot", self.inter_token_latency),

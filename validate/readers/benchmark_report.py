@@ -209,6 +209,12 @@ def _reported(report: _Report, path: Path) -> dict[str, float]:
     if (requests := aggregate.requests) is not None:
         completed = requests.total - (requests.failures or 0) - (requests.incomplete or 0)
         found |= {"completed": float(completed), "failed": float(requests.total - completed)}
+        for key, length in (
+            ("total_input_tokens", requests.input_length),
+            ("total_output_tokens", requests.output_length),
+        ):
+            if length is not None:
+                found[key] = value(length, length.mean) * completed
     for name, (metric, _) in LATENCIES.items():
         statistics = getattr(aggregate.latency, name, None)
         if statistics is not None:

@@ -139,7 +139,7 @@ class Guidellm:
                 raise InputError(
                     f"schema version {report.metadata.version} of guidellm, this servecast reads 2",
                     where=f"{path}: metadata.version",
-                    fix="Run guidellm 0.6 or newer.",
+                    fix="Run a guidellm that writes version 2.",
                 )
             if not report.benchmarks:
                 raise InputError(

@@ -113,6 +113,8 @@ class _Successes(Part):
     latency: _Latency
     throughput: _Throughput
     output_len: _Statistics
+    prompt_len: _Statistics | None = None  # until 0.4
+    prompt_tokens: _Statistics | None = None
 
 
 class _Failures(Part):
@@ -154,6 +156,10 @@ class _Stage(Part):
             **_named("e2el", latency.request_latency),
             **_named("ttft", latency.time_to_first_token),
         }
+        found["total_output_tokens"] = done.output_len.mean * done.count
+        prompt = done.prompt_tokens or done.prompt_len
+        if prompt is not None:
+            found["total_input_tokens"] = prompt.mean * done.count
         itl, tpot = latency.inter_token_latency, latency.time_per_output_token
         if not self.halved:
             return found | _named("tpot", tpot) | _named("itl", itl)

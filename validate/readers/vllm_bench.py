@@ -93,7 +93,10 @@ class VllmBench:
         else:
             run = run_without_requests(context)
             notes.append("only totals: saved without --save-detailed")
-        reported = {key: float(each) for key, each in measured(value).items() if each is not None}
+        said = measured(value) | {
+            key: value.get(key) for key in ("total_input_tokens", "total_output_tokens")
+        }
+        reported = {key: float(each) for key, each in said.items() if each is not None}
         return Reading(source, context.load, context, run, reported, tuple(notes))
 
 

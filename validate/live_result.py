@@ -1,0 +1,181 @@
+"""What a campaign on a live server comes to: comparison, verdict, and the document that is kept of it."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import subprocess
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from servecast.sim.confidence import Interval
+from servecast.sim.errors import InputError
+from servecast.sim.records import Run
+from servecast.sim.results import SCHEMA_VERSION
+from servecast.sim.traces import TraceSpec
+from servecast.validate.compare_runs import CONFIDENCE, LoadComparison, Row, compare_runs, make_row
+from servecast.validate.compare_sweep import Comparison, compare_loads
+from servecast.validate.live import Campaign, Outcome
+from servecast.validate.live_plan import BLOCK_TOKENS
+from servecast.validate.live_server import OwnServer
+from servecast.validate.telemetry import growth
+from servecast.validate.verdict import Tolerances, Verdict
+
+_FIGURES = 6  # significant, of what is kept
+_MACHINE = ("gpu", "gpu_count", "driver", "host_cpu")  # facts of a machine that say nothing of its owner
+
+
+def judge(campaign: Campaign, tolerances: Tolerances) -> Comparison:
+    """Compare what ran. A campaign that was stopped, or a load that did not end, is inconclusive."""
+    loads = [_compare(outcome, tolerances) for outcome in campaign.outcomes if outcome.measured is not None]
+    comparison = compare_loads(loads, tolerances=tolerances, slos=campaign.scenario.slos)
+    missing = [
+        f"{outcome.load.name}: {outcome.problem}"
+        for outcome in campaign.outcomes
+        if outcome.measured is None and outcome.problem
+    ]
+    if campaign.stopped is not None:
+        missing.insert(0, campaign.stopped)
+    verdict = comparison.verdict
+    if missing:
+        verdict = Verdict("inconclusive", (*missing, *verdict.reasons))
+    notes = [note for note in campaign.notes if note not in missing]
+    return replace(comparison, notes=(*notes, *comparison.notes), verdict=verdict)
+
+
+def _compare(outcome: Outcome, tolerances: Tolerances) -> LoadComparison:
+    load, measured = outcome.load, outcome.measured
+    assert measured is not None
+    planned = None
+    if load.max_concurrency is None:
+        planned = TraceSpec(format="timed_trace", path=load.trace, block_tokens=BLOCK_TOKENS).read().times_s
+
+    def compared(recording: Path | None, notes: tuple[str, ...]) -> LoadComparison:
+        return compare_runs(
+            outcome.predicted,
+            measured,
+            tolerances=tolerances,
+            telemetry=outcome.telemetry,
+            recording=recording,
+            planned_s=planned,
+            label=load.name,
+            notes=notes,
+        )
+
+    try:
+        found = compared(outcome.recording, outcome.cautions)
+    except InputError as error:  # the recorder of a server that died stops anywhere
+        found = compared(None, (*outcome.cautions, str(error)))
+    return replace(found, rows=(*found.rows, *_queue_time(outcome, tolerances)))
+
+
+def _queue_time(outcome: Outcome, tolerances: Tolerances) -> list[Row]:
+    """How long requests waited in the engine for their first step, on average, by the engine's own word."""
+    queued = growth(outcome.telemetry, "queued")
+    if math.isnan(queued) or not queued:
+        return []
+    measured = 1e3 * growth(outcome.telemetry, "queue_s") / queued
+    predicted = [_mean_queue_ms(run) for run in outcome.predicted]
+    difference = float(np.mean(predicted)) - measured
+
+    def known(value: float) -> Interval:
+        return Interval(value, math.nan, math.nan, CONFIDENCE, 1)
+
+    return [make_row("mean_queue_time_ms", predicted, known(measured), known(difference), tolerances)]
+
+
+def _mean_queue_ms(run: Run) -> float:
+    """As vLLM counts it: from the step at which the scheduler first saw a request to its own first step."""
+    requests = run.requests.dropna(subset="scheduled")
+    starts = run.steps["start"].to_numpy(dtype=float)
+    scheduled = requests["scheduled"].to_numpy(dtype=float)
+    next_step = np.searchsorted(starts, requests["queued"].to_numpy(dtype=float) - 1e-9)
+    seen = starts[np.minimum(next_step, len(starts) - 1)]
+    return float(1e3 * np.maximum(scheduled - seen, 0.0).mean())
+
+
+def document(
+    campaign: Campaign, comparison: Comparison, *, what_if: Mapping[str, Any], tolerances: Tolerances
+) -> dict[str, Any]:
+    """The result: what was predicted of what, what came of it, and what both rest on. No key, and no path of
+    this machine."""
+    judged = {load.label: load.to_json() for load in comparison.loads}
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "servecast_version": version("servecast"),
+        "kind": "live",
+        "date": campaign.outcomes[0].started_at if campaign.outcomes else None,
+        **facts(campaign),
+        "what_if": dict(what_if),
+        "machine": {name: campaign.machine.get(name) for name in _MACHINE},
+        "server": None if campaign.truth is None else campaign.truth.to_json(),
+        "plans": list(campaign.plans),
+        "seed": campaign.seed,
+        "seeds": campaign.seeds,
+        "tolerances": tolerances.model_dump(mode="json"),
+        "verdict": comparison.verdict.state,
+        "reasons": list(comparison.verdict.reasons),
+        "notes": list(comparison.notes),
+        "slo": list(campaign.scenario.slo),
+        "predicted_max_request_rate": campaign.max_rate,
+        "proxy_added_latency_ms": None if campaign.proxy_s is None else 1e3 * campaign.proxy_s,
+        "sweep": [_short(row.to_json()) for row in comparison.sweep],
+        "loads": [_load(outcome, judged.get(outcome.load.name)) for outcome in campaign.outcomes],
+    }
+
+
+def facts(campaign: Campaign) -> dict[str, Any]:
+    """What the campaign was about, in a few words each."""
+    scenario, server, truth = campaign.scenario, campaign.server, campaign.truth
+    profile = scenario.profile_file()
+    return {
+        "scenario": scenario.name,
+        "profile": None if profile is None else profile.name,
+        "profile_sha256": None if profile is None else hashlib.sha256(profile.read_bytes()).hexdigest(),
+        "served_model": None if truth is None else truth.served_model,
+        "server_started": " ".join(_plain(server.args)) if isinstance(server, OwnServer) else "attached",
+        "load_generator": f"vllm bench serve {_vllm_of(campaign.python) or '(version not known)'}",
+    }
+
+
+def _plain(args: tuple[str, ...]) -> list[str]:
+    """Flags without folders of this machine."""
+    return [Path(arg).name if arg.startswith("/") else arg for arg in args]
+
+
+def _vllm_of(python: str) -> str | None:
+    code = "from importlib.metadata import version; print(version('vllm'))"
+    try:
+        done = subprocess.run([python, "-c", code], capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _load(outcome: Outcome, judged: Mapping[str, Any] | None) -> dict[str, Any]:
+    found: dict[str, Any] = outcome.load.to_json() | {
+        "prediction_sha256": outcome.prediction_sha256,
+        "predicted_at": outcome.predicted_at,
+        "started_at": outcome.started_at,
+        "trace_sha256": hashlib.sha256(outcome.load.trace.read_bytes()).hexdigest(),
+        "hash_seed": outcome.hash_seed,
+        "gpu": outcome.gpu,
+        "problem": outcome.problem,
+    }
+    if judged is None:
+        return found | {"verdict": "inconclusive", "reasons": [outcome.problem], "rows": []}
+    return found | {name: _short(value) for name, value in judged.items() if name != "load"}
+
+
+def _short(value: Any) -> Any:
+    """Numbers to the figures that mean something."""
+    if isinstance(value, Mapping):
+        return {name: _short(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_short(each) for each in value]
+    return float(f"{value:.{_FIGURES}g}") if isinstance(value, float) and math.isfinite(value) else value
