@@ -111,9 +111,8 @@ def _that_agree(
         if worst.error <= KERNEL_LIMIT:
             break
         left = [row for row in left if row.row != worst.region]
-        notes.append(
-            f"{worst.rows} {worst.region} rows are {100 * worst.error:.0f} % off what whole steps say: left out"
-        )
+        off = f"{100 * worst.error:.0f} % off what whole steps say"
+        notes.append(f"{worst.rows} {worst.region} rows are {off}: left out")
         fit.fit(engines, steps, left)
     return left, notes
 

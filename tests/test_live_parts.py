@@ -30,6 +30,7 @@ from servecast.validate.telemetry import Prometheus, Sampler, cache_config, grow
 from servecast.validate.verdict import Tolerances
 
 CPU = {"gpu": "cpu", "gpu_count": 0, "driver": None, "host_cpu": "x86"}
+SAYS_ONLY_ITS_BLOCKS = METRICS[METRICS.index("# TYPE vllm:cache_config_info") :]
 INFO = {
     "scheduler_config": {"max_num_seqs": 8, "async_scheduling": False, "policy": "fcfs", "watermark": 0.0},
     "model_config": {"enforce_eager": True},
@@ -213,8 +214,7 @@ def test_rates_span_the_predicted_largest_one(planner: Planner) -> None:
 
 def test_the_kv_plan_asks_for_a_server_with_too_few_blocks(planner: Planner) -> None:
     (asked,) = PLANS["kv"](planner)
-    blocks = asked.engine["num_gpu_blocks_override"]
-    few = planner.scenario.changed({"engine.num_gpu_blocks_override": blocks})
+    few = planner.scenario.changed({f"engine.{name}": value for name, value in asked.engine.items()})
     from servecast.sim.simulate import simulate
 
     run = simulate(few, workload=asked.workload())
@@ -246,7 +246,7 @@ def run_campaign(
 
     def run(**options: Any) -> tuple[Campaign, dict[str, Any]]:
         scenario: Scenario = load(file)
-        with FakeServer(info=INFO) as server:
+        with FakeServer(info=INFO, metrics=SAYS_ONLY_ITS_BLOCKS) as server:
             campaign = Campaign(
                 scenario,
                 Target(server.url, "tiny", str(tmp_path / "tiny")),

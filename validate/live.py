@@ -204,9 +204,8 @@ class Campaign:
             yield self._meet(self.server, None, changes)
             return
         self.say("starting vllm serve")
-        name = "-".join(["server", *(f"{name}-{value}" for name, value in engine.items())])
         flags = self.scenario.changed(changes).engine if changes else self.scenario.engine
-        with started(self.server, flags, self.out.absolute(), name) as (target, recording):
+        with started(self.server, flags, engine, self.out.absolute()) as (target, recording):
             yield self._meet(target, recording, changes)
 
     def _meet(self, target: Target, recording: Path | None, changes: Mapping[str, Any]) -> _Served:

@@ -153,14 +153,18 @@ def rate(planner: Planner) -> list[Load]:
 
 
 def kv(planner: Planner) -> list[Load]:
-    """An open loop at 80 % of the largest rate with 60 % of the KV blocks that it would hold: preemption."""
+    """An open loop at 80 % of the largest rate with 60 % of the KV blocks that it would hold: preemption.
+
+    A server must have blocks for one sequence of max_model_len, which is lowered to the longest request.
+    """
     load = planner.at_rate(0.8 * planner.max_rate, "kv")
     config = planner.deployment.config
     run = simulate(planner.scenario, workload=load.workload(), deployment=planner.deployment)
     used = float(run.steps["kv_usage"].max()) * config.num_gpu_blocks
     longest = int((run.requests["prompt_tokens"] + run.requests["output_tokens"]).max())
-    least = -(-longest // config.block_size) + 2
-    return [replace(load, engine={"num_gpu_blocks_override": max(least, round(0.6 * used))})]
+    least = -(-longest // config.block_size) + 1  # one block is never used
+    blocks = max(least, round(0.6 * used))
+    return [replace(load, engine={"num_gpu_blocks_override": blocks, "max_model_len": longest})]
 
 
 def prefix(planner: Planner) -> list[Load]:

@@ -8,7 +8,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -99,17 +99,20 @@ class OwnServer:
 
 @contextmanager
 def started(
-    own: OwnServer, engine: EngineFlags, out: Path, name: str
+    own: OwnServer, engine: EngineFlags, changes: Mapping[str, Any], out: Path
 ) -> Iterator[tuple[Target, Path | None]]:
     """Our own server while the block lasts: where it is, and its recorder's file.
 
     Args:
-        engine: whose flags it is started with. out, name: folder and name of its log.
+        engine: whose flags it is started with. changes: fields of it that win over the server's own flags.
+        out: folder of its log.
 
     Raises:
         InputError: it does not come up.
     """
-    args, env, file = [*serve_flags(engine), *own.args], _DEV | dict(own.env), None
+    name = "-".join(["server", *(f"{field}-{value}" for field, value in changes.items())])
+    args = [*serve_flags(engine), *own.args, *serve_flags(engine, changes)]
+    env, file = _DEV | dict(own.env), None
     if own.recorder:
         file = out / f"{name}-recording.jsonl"
         flags, variables = recording(file)
@@ -236,10 +239,14 @@ def answers(target: Target) -> bool:
     return True
 
 
-def serve_flags(engine: EngineFlags) -> list[str]:
-    """The command line flags of ``vllm serve`` that make a server what a scenario's engine says."""
+def serve_flags(engine: EngineFlags, fields: Iterable[str] | None = None) -> list[str]:
+    """The command line flags of ``vllm serve`` that make a server what a scenario's engine says.
+
+    Args:
+        fields: of it; those that the scenario sets if None.
+    """
     flags: list[str] = []
-    for name in sorted(engine.model_fields_set - set(_NOT_FLAGS)):
+    for name in sorted(set(engine.model_fields_set if fields is None else fields) - set(_NOT_FLAGS)):
         value, flag = getattr(engine, name), name.replace("_", "-")
         if isinstance(value, bool):
             flags.append(f"--{flag}" if value else f"--no-{flag}")

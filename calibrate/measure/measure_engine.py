@@ -9,6 +9,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,13 @@ SAME_NOT = ("num_gpu_blocks",)  # flags that may differ between two starts of on
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", type=Path, required=True, help="folder with the model's config.json")
+    parser.add_argument(
+        "--model",
+        type=Path,
+        nargs="+",
+        required=True,
+        help="folder with the model's config.json; of several, each step is measured on one after the other",
+    )
     parser.add_argument("--name", help="the model's name in the rows; the folder's name without it")
     parser.add_argument("--out", type=Path, required=True, help="folder for the measurements")
     parser.add_argument("--time-budget", type=float, metavar="S", help="stop cleanly after S seconds")
@@ -45,53 +52,66 @@ def run(args: argparse.Namespace, flags: Sequence[str]) -> int:
         flags: all that the parser did not know, for vLLM.
     """
     _check(args)
-    budget = Budget(args.time_budget)  # the engine's start counts
-    model = model_config(args.model)
-    name = args.name or args.model.resolve().name
+    budget = Budget(args.time_budget)  # the engines' start counts
+    configs = [model_config(model) for model in args.model]
+    names = [args.name or model.resolve().name for model in args.model]
+    engines: dict[str, Engine] = {}
     with Folder(args.out, FILE, collect(), resume=args.resume) as folder:
-        engine = Engine(args.model, flags)
         try:
-            _add_engine_row(folder, name, model, engine)
-            cases, skipped = grid(engine.limits)
-            if args.regions:
-                cases = [case for case in cases if case.region in args.regions]
-            if args.largest:
-                cases = [case for case in cases if _size(case) <= args.largest]
-            for case_key, reason in skipped.items():
-                _say(f"does not fit, left out: {case_key}: {reason}")
-            _walk(folder, name, engine, cases, args, budget)
+            for name, model, config in zip(names, args.model, configs, strict=True):
+                engines[name] = Engine(model, flags)
+                _add_engine_row(folder, name, config, engines[name])
+            grids = {name: _cases(engine, args) for name, engine in engines.items()}
+            _walk(folder, engines, grids, args, budget)
         finally:
-            engine.close()
+            for engine in engines.values():
+                engine.close()
     return 0
 
 
-def _walk(
-    folder: Folder, name: str, engine: Engine, cases: list[Case], args: argparse.Namespace, budget: Budget
-) -> None:
-    todo = [
-        (f"{name}/{case.key}" + (f"#{walk}" if walk > 1 else ""), case)
-        for walk in range(1, args.passes + 1)
+def _cases(engine: Engine, args: argparse.Namespace) -> list[Case]:
+    cases, skipped = grid(engine.limits)
+    for key, reason in skipped.items():
+        _say(f"does not fit, left out: {key}: {reason}")
+    return [
+        case
         for case in cases
+        if (not args.regions or case.region in args.regions)
+        and (not args.largest or _size(case) <= args.largest)
     ]
-    todo = [(key, case) for key, case in todo if key not in folder.cases]
+
+
+def _walk(
+    folder: Folder,
+    engines: dict[str, Engine],
+    grids: dict[str, list[Case]],
+    args: argparse.Namespace,
+    budget: Budget,
+) -> None:
+    """Measure the grids. Several models take turns, so that what slows a machine down slows all alike."""
+    todo = [
+        (f"{name}/{case.key}" + (f"#{walk}" if walk > 1 else ""), name, case)
+        for walk in range(1, args.passes + 1)
+        for same in zip_longest(*grids.values())
+        for name, case in zip(grids, same, strict=True)
+        if case is not None
+    ]
+    todo = [(key, name, case) for key, name, case in todo if key not in folder.cases]
     progress = Progress(len(todo), budget)
     took: dict[str, list[float]] = {}  # region -> seconds of its cases
-    for index, (key, case) in enumerate(todo):
+    for index, (key, name, case) in enumerate(todo):
         known = took.setdefault(case.region, [])
         expected = max(known[-5:], default=0.0)
         if not budget.fits(expected):
             _say(f"the time budget is spent: {index} of {len(todo)} cases measured; --resume goes on")
             return
         begin = time.monotonic()
-        until = begin + budget.left_s
-        if case.traffic:
-            steps = engine.measure(case, steps=args.long_run_steps, least=args.long_run_steps, until=until)
-        else:
-            steps = engine.measure(
-                case, steps=args.steps, least=args.least_steps, seconds=args.case_seconds, until=until
-            )
-        if steps:
-            folder.add(*_rows(folder, key, name, case, steps))
+        steps, least = (args.long_run_steps,) * 2 if case.traffic else (args.steps, args.least_steps)
+        found = engines[name].measure(
+            case, steps=steps, least=least, seconds=args.case_seconds, until=begin + budget.left_s
+        )
+        if found:
+            folder.add(*_rows(folder, key, name, case, found))
         else:
             _say(f"{key}: no step of that composition was scheduled; skipped")
         known.append(time.monotonic() - begin)
@@ -173,6 +193,13 @@ def _check(args: argparse.Namespace) -> None:
         value = getattr(args, flag)
         if not value > 0:
             raise MeasureError(f"{value} is not above 0", "--" + flag.replace("_", "-"), "Give more.")
+    names = [model.resolve().name for model in args.model]
+    if len(set(names)) < len(names) or (args.name and len(names) > 1):
+        raise MeasureError(
+            f"{len(names)} models of the same name",
+            "--model, --name",
+            "Give folders that are named differently.",
+        )
 
 
 def _size(case: Case) -> int:

@@ -1,14 +1,12 @@
-"""A model for live vLLM runs without downloads: random weights, and a tokenizer of made-up words."""
+"""A model for live vLLM runs without downloads: random weights, one character a token."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-WORDS = 256  # of the smallest vocabulary
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
-WORD_LETTERS = 4  # about what a token of English has
-SPECIAL = {"<unk>": WORDS, "<s>": WORDS + 1, "</s>": WORDS + 2}
+CHARACTERS = 256  # of the smallest vocabulary
+SPECIAL = {"<unk>": CHARACTERS, "<s>": CHARACTERS + 1, "</s>": CHARACTERS + 2}
 
 
 def write_tiny_model(
@@ -42,7 +40,7 @@ def write_tiny_model(
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads or heads,
-        "vocab_size": vocab_size or WORDS + len(SPECIAL),
+        "vocab_size": vocab_size or CHARACTERS + len(SPECIAL),
         "max_position_embeddings": max_position_embeddings,
         "tie_word_embeddings": True,
         "bos_token_id": SPECIAL["<s>"],
@@ -55,13 +53,13 @@ def write_tiny_model(
 
 
 def write_tokenizer(folder: Path, *, vocab_size: int | None = None, model_max_length: int = 8192) -> None:
-    """Write a tokenizer whose tokens are words of four letters, written without anything between them.
+    """Write a tokenizer with one character a token.
 
-    So any tokens come back from their own text as the same tokens, which a benchmark that sends its prompts
-    as text (vLLM 0.23's) relies on. Text of other kinds is one unknown token for every four characters.
+    So the text of any tokens is read as the same tokens again, which a benchmark that sends its prompts as
+    text (vLLM 0.23's) relies on.
     """
-    size = max(vocab_size or 0, WORDS + len(SPECIAL))
-    words = {_word(number): number for number in range(size) if number not in SPECIAL.values()}
+    special = set(SPECIAL.values())
+    size = max(vocab_size or 0, CHARACTERS + len(SPECIAL))
     tokenizer = {
         "version": "1.0",
         "added_tokens": [
@@ -76,14 +74,14 @@ def write_tokenizer(folder: Path, *, vocab_size: int | None = None, model_max_le
             }
             for name, number in SPECIAL.items()
         ],
-        "pre_tokenizer": {
-            "type": "Split",
-            "pattern": {"Regex": rf"[\s\S]{{1,{WORD_LETTERS}}}"},
-            "behavior": "Isolated",
-            "invert": False,
-        },
         "decoder": {"type": "Fuse"},
-        "model": {"type": "WordLevel", "vocab": words | SPECIAL, "unk_token": "<unk>"},
+        "model": {
+            "type": "BPE",
+            "vocab": {_character(number): number for number in range(size) if number not in special}
+            | SPECIAL,
+            "merges": [],
+            "unk_token": "<unk>",
+        },
     }
     files = {
         "tokenizer.json": tokenizer,
@@ -102,10 +100,7 @@ def write_tokenizer(folder: Path, *, vocab_size: int | None = None, model_max_le
         (folder / name).write_text(json.dumps(content))
 
 
-def _word(number: int) -> str:
-    """The number in base 26, as letters."""
-    letters = ""
-    for _ in range(WORD_LETTERS):
-        number, digit = divmod(number, len(LETTERS))
-        letters = LETTERS[digit] + letters
-    return letters
+def _character(number: int) -> str:
+    """A character of its own for every number; neither a control character of ASCII nor half of a pair."""
+    code = ord(" ") + number
+    return chr(code if code < 0xD800 else code + 0x800)

@@ -1,0 +1,327 @@
+"""A campaign on a machine that may be taken away: commands in order of value, each on disk when it ends.
+
+Each stage is a ``servecast`` process of its own. What ran, when, how it ended, what it wrote and the hashes of
+its predictions are in stages.json from the moment they are known. A campaign that goes on later runs what is
+not done yet.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from servecast.calibrate.measure.facts import collect
+from servecast.calibrate.measure.folder import Budget
+from servecast.calibrate.measure.tiny_model import write_tiny_model, write_tokenizer
+from servecast.sim.errors import InputError
+from servecast.sim.scenario import shipped_folder
+from servecast.sim.whole_file import write_whole
+from servecast.validate.campaign_plan import Plan, Stage, share_of
+
+MANIFEST = "stages.json"
+SERVECAST = (sys.executable, "-c", "import sys; from servecast.sim.cli import main; sys.exit(main())")
+GRACE_S = 25.0  # from SIGINT to SIGKILL: a server that a stage started gets 15 s to end
+USED = 0.8  # of a shortened time: a stage that took more of it was cut off by it
+
+Row = dict[str, Any]
+
+
+@dataclass(slots=True)
+class Campaign:
+    """Runs a plan.
+
+    Args:
+        plan: what to run. out: folder for everything. python: that has vLLM.
+        time_budget_s: for all stages together; a stage that would end later gets less, or is not started.
+        resume: skip what an earlier run has done; without it a folder with stages is refused.
+        again: stages to run once more. command: instead of servecast itself.
+        say: told what is being done.
+
+    Attributes:
+        rows: of the manifest, by stage.
+    """
+
+    plan: Plan
+    out: Path
+    python: str = sys.executable
+    time_budget_s: float | None = None
+    resume: bool = False
+    again: Sequence[str] = ()
+    command: Sequence[str] = SERVECAST
+    say: Callable[[str], None] = lambda _text: None
+    rows: dict[str, Row] = field(default_factory=dict)
+
+    def run(self) -> None:
+        """Run what is not done. Ctrl-C (or SIGTERM, as KeyboardInterrupt) ends the running stage first.
+
+        Raises:
+            InputError: the folder is another plan's, has stages without ``resume``, or a model of the plan
+                is not there.
+            KeyboardInterrupt: it was stopped; the manifest says where.
+        """
+        self.out = self.out.absolute()
+        self._read()
+        self._prepare()
+        budget = Budget(self.time_budget_s)
+        for stage in self.plan.stages:
+            if self._state(stage.name) in ("done", "failed") and stage.name not in self.again:
+                continue
+            reason = self._why_not(stage, budget)
+            if reason is not None:
+                self.say(f"{stage.name}: not started: {reason}")
+                continue
+            self._run(stage, budget)
+
+    @property
+    def left(self) -> list[str]:
+        """Stages that are not done."""
+        return [stage.name for stage in self.plan.stages if self._state(stage.name) != "done"]
+
+    def _state(self, name: str) -> str | None:
+        return self.rows[name]["state"] if name in self.rows else None
+
+    def _why_not(self, stage: Stage, budget: Budget) -> str | None:
+        missing = [name for name in stage.needs if self._state(name) != "done"]
+        if missing:
+            return f"it needs {', '.join(missing)}"
+        if budget.left_s < max(stage.least_s, 1.0):
+            return f"{max(budget.left_s, 0):.0f} s are left, it needs {max(stage.least_s, 1.0):.0f}"
+        return None
+
+    def _run(self, stage: Stage, budget: Budget) -> None:
+        given = min(stage.time_s, budget.left_s)
+        row: Row = {"name": stage.name, "state": "running", "started": _now(), "given_s": round(given, 1)}
+        self.rows[stage.name] = row
+        if stage.makes is not None and (self.out / stage.makes).exists():
+            row |= {"state": "done", "ended": _now(), "reason": f"{stage.makes} was there"}
+            self._write()
+            return
+        try:
+            arguments = stage.arguments(lambda name: self._place(name, given))
+        except InputError as error:
+            row |= {"state": "failed", "ended": _now(), "reason": str(error)}
+            self._write()
+            return
+        row["run"] = [self._plain(word) for word in arguments]
+        self._write()
+        self.say(f"{stage.name}: {given:.0f} s at most")
+        unix, began = time.time(), time.monotonic()
+        interrupted = False
+        try:
+            code, reason = self._process(stage, arguments, given)
+        except KeyboardInterrupt:
+            code, reason, interrupted = None, "stopped", True
+        took = time.monotonic() - began
+        if reason is None and code not in stage.good:
+            reason = _last_line(self.out / "logs" / f"{stage.name}.err") or f"ended with code {code}"
+            state = "failed"
+        elif reason is not None or (given < stage.time_s and took > USED * given):
+            state = "cut"
+        else:
+            state = "done"
+        row |= {
+            **{"state": state, "ended": _now(), "seconds": round(took, 1), "code": code, "reason": reason},
+            "files": _written(self.out, unix),
+            "predictions": {} if stage.predicts is None else _hashes(self.out, stage.predicts),
+        }
+        self._write()
+        self.say(f"{stage.name}: {state} after {took:.0f} s" + ("" if reason is None else f": {reason}"))
+        if interrupted:
+            raise KeyboardInterrupt
+
+    def _process(self, stage: Stage, arguments: list[str], given_s: float) -> tuple[int | None, str | None]:
+        """Run a stage's process; its exit code, and why it was ended (None: it ended by itself)."""
+        logs = self.out / "logs"
+        with (logs / f"{stage.name}.out").open("wb") as out, (logs / f"{stage.name}.err").open("ab") as err:
+            process = subprocess.Popen(
+                [*self.command, *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                cwd=self.out,
+                env=os.environ | {"PYTHONUNBUFFERED": "1"} | self.plan.env,
+                start_new_session=True,  # so that it can be ended with what it started
+            )
+            try:
+                return process.wait(given_s), None
+            except subprocess.TimeoutExpired:
+                _end(process)
+                return process.returncode, f"was not done after {given_s:.0f} s"
+            except KeyboardInterrupt:
+                _end(process)
+                raise
+
+    def _place(self, name: str, given_s: float) -> str:
+        share = share_of(name)
+        if share is None:
+            return {"out": str(self.out), "python": self.python, "time_s": f"{given_s:.0f}"}[name]
+        file = self.out / "logs" / f"{share[1]}.out"
+        try:
+            rate = json.loads(file.read_text(encoding="utf-8"))["max_request_rate"]
+            return f"{share[0] * float(rate):.4g}"
+        except (OSError, ValueError, KeyError, TypeError):
+            raise InputError(
+                "says no max_request_rate", where=f"logs/{file.name}", fix="Look at that stage's log."
+            ) from None
+
+    def _read(self) -> None:
+        """What an earlier run left; what it was doing when it ended counts as cut off."""
+        file = self.out / MANIFEST
+        if not file.exists():
+            return
+        try:
+            kept = json.loads(file.read_text(encoding="utf-8"))
+            rows = {str(row["name"]): dict(row) for row in kept["stages"]}
+            name = kept["plan"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"is no manifest of a campaign ({error})", where=str(file), fix="Give another --out."
+            ) from None
+        if name != self.plan.name:
+            raise InputError(f"is of plan {name}", where=str(file), fix="Give another --out.")
+        if rows and not self.resume:
+            raise InputError(
+                f"has {len(rows)} stages already", where=str(file), fix="Give --resume, or another --out."
+            )
+        self.rows = {
+            name: row | {"state": "cut"} if row["state"] == "running" else row for name, row in rows.items()
+        }
+
+    def _write(self) -> None:
+        document = {
+            "schema_version": 1,
+            "servecast_version": version("servecast"),
+            "plan": self.plan.name,
+            "stages": [self.rows[stage.name] for stage in self.plan.stages if stage.name in self.rows],
+        }
+        text = json.dumps(document, indent=1) + "\n"
+        write_whole(self.out / MANIFEST, lambda part: part.write_text(text, encoding="utf-8"))
+
+    def _prepare(self) -> None:
+        """The plan's models and scenarios, as files; facts of the machine."""
+        for folder in ("logs", "models", "scenarios"):
+            try:
+                (self.out / folder).mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise InputError(
+                    f"cannot be made: {error.strerror}", where=f"--out {self.out}", fix="Give another folder."
+                ) from None
+        for name, model in self.plan.models.items():
+            _write_model(self.out / "models" / name, model)
+        for name, fields in self.plan.scenarios.items():
+            text = yaml.safe_dump({"schema_version": 1, "name": name, **fields}, sort_keys=False)
+            (self.out / "scenarios" / f"{name}.yaml").write_text(text, encoding="utf-8")
+        facts = collect() | {"command": None}
+        (self.out / "machine.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+    def _plain(self, word: str) -> str:
+        """A word of a command line without folders of this machine."""
+        return word.replace(str(self.out), "{out}").replace(self.python, "{python}")
+
+
+def _write_model(folder: Path, model: Any) -> None:
+    """A model's folder, from the name or path of a config.json or as a tiny one, with a made-up tokenizer."""
+    if not isinstance(model, str):
+        write_tiny_model(folder, **model.model_dump())
+        return
+    file = Path(model) if model.endswith(".json") else shipped_folder() / "models" / f"{model}.json"
+    if not file.is_file():
+        raise InputError(
+            f"there is no {file.name}",
+            where=f"models.{folder.name}",
+            fix="Give a shipped config's name, or a path.",
+        )
+    folder.mkdir(exist_ok=True)
+    shutil.copyfile(file, folder / "config.json")
+    if not (folder / "tokenizer.json").exists():
+        config = json.loads(file.read_text(encoding="utf-8"))
+        write_tokenizer(
+            folder,
+            vocab_size=config.get("vocab_size"),
+            model_max_length=config.get("max_position_embeddings", 8192),
+        )
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a process with all that it started: it is asked first, as by Ctrl-C."""
+    started = _descendants(process.pid)
+    with suppress(ProcessLookupError):
+        process.send_signal(signal.SIGINT)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(GRACE_S)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    for pid, born in started.items():
+        if _born(pid) == born:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    process.wait()
+
+
+def _descendants(pid: int) -> dict[int, str]:
+    """Processes that one started, directly or not, with when they were born; empty where there is no /proc."""
+    children: dict[int, list[int]] = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        if (fields := _stat(int(folder.name))) is not None:
+            children.setdefault(int(fields[1]), []).append(int(folder.name))
+    found, todo = {}, [pid]
+    while todo:
+        for child in children.get(todo.pop(), []):
+            found[child] = _born(child)
+            todo.append(child)
+    return {child: born for child, born in found.items() if born is not None}
+
+
+def _born(pid: int) -> str | None:
+    fields = _stat(pid)
+    return None if fields is None else fields[19]
+
+
+def _stat(pid: int) -> list[str] | None:
+    """The fields of /proc/PID/stat behind the command's name: state, parent, ..."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+
+
+def _written(folder: Path, since: float) -> list[Row]:
+    """Files below a folder that were written since then (Unix time)."""
+    found = []
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != MANIFEST and path.stat().st_mtime >= math.floor(since):
+            found.append({"path": str(path.relative_to(folder)), "bytes": path.stat().st_size})
+    return found
+
+
+def _hashes(folder: Path, pattern: str) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.glob(pattern))
+        if path.is_file()
+    }
+
+
+def _last_line(file: Path) -> str | None:
+    lines = file.read_text(encoding="utf-8", errors="replace").strip().splitlines() if file.exists() else []
+    return lines[-1][-500:] if lines else None
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
