@@ -6,12 +6,12 @@ BIN := $(VENV)/bin
 SCENARIO ?= a6000-qwen2.5-7b
 SLO ?= --slo ttft:p95:500 --slo tpot:p95:60
 
-.PHONY: plan test lint types benchmark parity-long docs vllm clean
+.PHONY: plan test lint types benchmark parity-long docs vllm litellm prometheus clean
 
 plan: $(VENV)/.installed
 	$(BIN)/servecast plan $(SCENARIO) $(SLO) --report out/plan-$(SCENARIO).html
 
-test: $(VENV)/.installed-test vllm lint types
+test: $(VENV)/.installed-test vllm litellm prometheus lint types
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/.installed-test
@@ -25,6 +25,13 @@ types: $(VENV)/.installed-test .typecheck/servecast
 # The real vLLM, in an environment of its own, for the comparison of schedulers.
 vllm:
 	PYTHON=$(PYTHON) bash validate/install_vllm.sh
+
+# What stands around vLLM in a live test: a proxy before it, and a server that scrapes it.
+litellm:
+	PYTHON=$(PYTHON) bash validate/install_litellm.sh
+
+prometheus:
+	bash validate/install_prometheus.sh
 
 parity-long: $(VENV)/.installed-test vllm
 	$(BIN)/python -m servecast.validate.parity_report --long
@@ -53,4 +60,4 @@ $(VENV)/.installed-test: pyproject.toml | $(VENV)/bin/python
 	for package in sim calibrate validate; do ln -sfn ../../$$package $@/$$package; done
 
 clean:
-	rm -rf .venv .venv-vllm .typecheck out
+	rm -rf .venv .venv-vllm .venv-litellm .prometheus .typecheck out

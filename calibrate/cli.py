@@ -38,6 +38,7 @@ def fit(
     kind: Literal["physical", "grid", "layers"] = "physical",
     scenario: str | None = None,
     gpu: str | None = None,
+    even_bad: Annotated[bool, Parameter(negative=())] = False,
     json_: Annotated[bool, Parameter(name="--json", negative=())] = False,
 ) -> int:
     """Fit a profile to a folder of measurements, or to the reported rows that a scenario names for it.
@@ -54,6 +55,8 @@ def fit(
             steps themselves, interpolated; layers for layer timing tables, put together into steps.
         scenario: for layer timing tables: names the model and the GPU that they are of.
         gpu: the machine's, where its own name is not in the catalogue: a name, or a file that describes it.
+        even_bad: of a folder that calibrate measure wrote, write a bad fit too. The profile has the reasons,
+            and the exit code stays 1.
         json_: print what was found as JSON.
     """
     if from_report:
@@ -68,21 +71,22 @@ def fit(
         )
     own = None if gpu is None else (GPU.from_file(gpu) if Path(gpu).suffix else find_gpu(gpu, where="--gpu"))
     found = fit_folder(source, kind=kind, gpu=own, progress=_say)
-    peaks = output.with_suffix(".gpu.json") if found.derived and found.good else None
-    if found.good:
+    written = found.good or even_bad
+    peaks = output.with_suffix(".gpu.json") if found.derived and written else None
+    if written:
         found.profile.save(output)
         if peaks is not None:
             found.gpu.save(peaks)
     if json_:
-        written = {
-            "profile": str(output) if found.good else None,
+        files = {
+            "profile": str(output) if written else None,
             "gpu": None if peaks is None else str(peaks),
         }
         print(
             json.dumps(
                 {
                     "good": found.good,
-                    **written,
+                    **files,
                     "fit": found.summary.model_dump(mode="json", exclude={"shown"}),
                 }
             )
@@ -91,12 +95,13 @@ def fit(
     for line in (*profile_lines(found.profile), *summary_lines(found.summary)):
         print(line)
     if not found.good:
-        print("nothing written: the model does not describe these measurements")
-        return 1
-    print(f"profile written to {output}")
+        verdict = "a bad fit" if written else "nothing written"
+        print(f"{verdict}: the model does not describe these measurements")
+    if written:
+        print(f"profile written to {output}")
     if peaks is not None:
         print(f"measured peaks written to {peaks}: name it as gpu.file in scenarios")
-    return 0
+    return 0 if found.good else 1
 
 
 def _fit_layers(folder: Path, scenario: str | None, kind: str, output: Path, *, json_: bool) -> int:

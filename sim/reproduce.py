@@ -28,12 +28,13 @@ Row = tuple[str, tuple[tuple[str, float | int | str], ...]]  # a table's name, a
 
 
 def reproduce(
-    scenario: Scenario, *, seeds: int = 8, profile: Profile | None = None, jobs: int = 1
+    scenario: Scenario, *, seeds: int | None = None, profile: Profile | None = None, jobs: int = 1
 ) -> Reproduction:
     """Simulate what each reported table measured, and set the two side by side.
 
     Args:
-        seeds: replications; predictions are their means. profile: instead of the scenario's.
+        seeds: replications, instead of the scenario's; predictions are their means. profile: instead of
+            the scenario's.
         jobs: processes over which the simulations run; results do not depend on it.
 
     Raises:
@@ -45,7 +46,7 @@ def reproduce(
             where=f"{scenario.source}: reported",
             fix="Add a reported table, or use simulate.",
         )
-    plain = partial(_reproduce, seeds=seeds, profile=profile, jobs=jobs)
+    plain = partial(_reproduce, seeds=seeds or scenario.replications, profile=profile, jobs=jobs)
     if any(reported.variants or reported.what_ifs for reported in scenario.reported):
         return in_variants(scenario, plain)
     return plain(scenario)

@@ -24,6 +24,7 @@ from servecast.sim.reported import Reported
 from servecast.sim.scenario_file import override, read_yaml
 from servecast.sim.schema import (
     Amount,
+    Count,
     Model,
     NonNegative,
     did_you_mean,
@@ -134,6 +135,7 @@ class Scenario(Model):
     run_context: RunContext | None = None
     assumptions: tuple[Assumption, ...] = ()
     seed: Amount = 0
+    replications: Count = 8
 
     _source: Path | None = PrivateAttr(default=None)
 

@@ -412,6 +412,8 @@ def test_bad_input_is_one_message(
     assert "config.json: cannot be read" in capfd.readouterr().err
     assert main([*base, model, "--steps", "0"]) == 2
     assert "--steps: 0 is not above 0" in capfd.readouterr().err
+    assert main([*base, model, model]) == 2
+    assert "2 models of the same name" in capfd.readouterr().err
     assert main([*base, model, "--python", str(tmp_path / "none")]) == 2
     assert "--python: cannot start" in capfd.readouterr().err
     monkeypatch.setenv("PYTHONPATH", stand_in["PYTHONPATH"])  # a vllm without an engine

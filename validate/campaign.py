@@ -1,8 +1,8 @@
 """A campaign on a machine that may be taken away: commands in order of value, each on disk when it ends.
 
-Each stage is a ``servecast`` process of its own. What ran, when, how it ended, what it wrote and the hashes of
-its predictions are in stages.json from the moment they are known. A campaign that goes on later runs what is
-not done yet.
+Each stage is a ``servecast`` process of its own. What ran, when, how it ended, what it wrote and the hashes
+of its predictions are in stages.json from the moment they are known. A campaign that goes on later runs what
+is not done yet.
 """
 
 from __future__ import annotations
@@ -35,9 +35,10 @@ from servecast.sim.whole_file import write_whole
 from servecast.validate.campaign_plan import Plan, Stage, share_of
 
 MANIFEST = "stages.json"
-SERVECAST = (sys.executable, "-c", "import sys; from servecast.sim.cli import main; sys.exit(main())")
+SERVECAST = (sys.executable, "-m", "servecast.sim.cli")
 GRACE_S = 25.0  # from SIGINT to SIGKILL: a server that a stage started gets 15 s to end
-USED = 0.8  # of a shortened time: a stage that took more of it was cut off by it
+MARGIN_S = 20.0  # of a stage's time for what a command does not count: imports, the end of a server
+USED = 0.7  # of a shortened time: a stage that took more of it was cut off by it
 
 Row = dict[str, Any]
 
@@ -108,7 +109,7 @@ class Campaign:
         given = min(stage.time_s, budget.left_s)
         row: Row = {"name": stage.name, "state": "running", "started": _now(), "given_s": round(given, 1)}
         self.rows[stage.name] = row
-        if stage.makes is not None and (self.out / stage.makes).exists():
+        if stage.makes and stage.name not in self.again and (self.out / stage.makes).exists():
             row |= {"state": "done", "ended": _now(), "reason": f"{stage.makes} was there"}
             self._write()
             return
@@ -128,8 +129,9 @@ class Campaign:
         except KeyboardInterrupt:
             code, reason, interrupted = None, "stopped", True
         took = time.monotonic() - began
-        if reason is None and code not in stage.good:
-            reason = _last_line(self.out / "logs" / f"{stage.name}.err") or f"ended with code {code}"
+        unmade = stage.makes is not None and not (self.out / stage.makes).exists()
+        if reason is None and (code not in stage.good or unmade):
+            reason = f"code {code}: {_last_line(self.out / 'logs' / f'{stage.name}.err')}"
             state = "failed"
         elif reason is not None or (given < stage.time_s and took > USED * given):
             state = "cut"
@@ -170,7 +172,7 @@ class Campaign:
     def _place(self, name: str, given_s: float) -> str:
         share = share_of(name)
         if share is None:
-            return {"out": str(self.out), "python": self.python, "time_s": f"{given_s:.0f}"}[name]
+            return {"out": str(self.out), "python": self.python, "time_s": f"{_counted(given_s):.0f}"}[name]
         file = self.out / "logs" / f"{share[1]}.out"
         try:
             rate = json.loads(file.read_text(encoding="utf-8"))["max_request_rate"]
@@ -235,6 +237,11 @@ class Campaign:
         return word.replace(str(self.out), "{out}").replace(self.python, "{python}")
 
 
+def _counted(given_s: float) -> float:
+    """The time budget of a command that has so many seconds."""
+    return max(given_s - MARGIN_S, given_s / 2)
+
+
 def _write_model(folder: Path, model: Any) -> None:
     """A model's folder, from the name or path of a config.json or as a tiny one, with a made-up tokenizer."""
     if not isinstance(model, str):
@@ -275,7 +282,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _descendants(pid: int) -> dict[int, str]:
-    """Processes that one started, directly or not, with when they were born; empty where there is no /proc."""
+    """Processes that one started, directly or not, with when they were born; empty without a /proc."""
     children: dict[int, list[int]] = {}
     for folder in Path("/proc").glob("[0-9]*"):
         if (fields := _stat(int(folder.name))) is not None:
@@ -318,9 +325,9 @@ def _hashes(folder: Path, pattern: str) -> dict[str, str]:
     }
 
 
-def _last_line(file: Path) -> str | None:
-    lines = file.read_text(encoding="utf-8", errors="replace").strip().splitlines() if file.exists() else []
-    return lines[-1][-500:] if lines else None
+def _last_line(file: Path) -> str:
+    lines = file.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return lines[-1][-500:] if lines else "it said nothing"
 
 
 def _now() -> str:

@@ -49,7 +49,7 @@ def campaign(
     running = Campaign(
         wanted,
         out,
-        str(vllm_python or sys.executable),
+        str((vllm_python or Path(sys.executable)).absolute()),
         time_budget,
         resume=resume,
         again=tuple(again or ()),
@@ -71,7 +71,9 @@ def campaign(
         print((out / MANIFEST).read_text(encoding="utf-8"), end="")
     else:
         for row in running.rows.values():
-            print(f"{row['name']:24} {row['state']:8} {row.get('seconds', 0):6.0f} s  {row.get('reason') or ''}")
+            print(
+                f"{row['name']:24} {row['state']:8} {row.get('seconds', 0):6.0f} s  {row.get('reason') or ''}"
+            )
         if running.left:
             print(f"not done: {', '.join(running.left)}")
     if any(row["state"] == "failed" for row in running.rows.values()):

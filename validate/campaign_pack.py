@@ -6,8 +6,9 @@ import json
 import tarfile
 import zlib
 from io import BytesIO
+from lzma import LZMAFile
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from servecast.sim.errors import InputError
 from servecast.validate.campaign import MANIFEST
@@ -79,7 +80,10 @@ def _pack(out: Path, folder: Path, part_bytes: int, most_parts: int) -> tuple[li
     paths.sort(key=lambda path: (path.name.endswith(_BULKY), path.name.endswith(".csv"), str(path)))
     room = part_bytes * most_parts - (1 << 16)
     parts, left_out = _Parts(folder, part_bytes), []
-    with tarfile.open(fileobj=parts, mode="w|xz", preset=3) as archive:  # type: ignore[call-overload]
+    with (
+        LZMAFile(cast(IO[bytes], parts), "wb", preset=3) as packed,
+        tarfile.open(fileobj=packed, mode="w|") as archive,
+    ):
         for path in paths:
             content = _content(path)
             room -= (needed := len(zlib.compress(content, 1)) + 512)  # xz needs less than that

@@ -39,8 +39,8 @@ class Stage(Model):
             ``max_request_rate`` in the JSON that the stage NAME printed.
         time_s: it may take so long. least_s: with less left of the time budget it is not started.
         good: exit codes of a stage that did its work.
-        needs: stages that must be done before it. makes: a file that it is for; where it is there already,
-            the stage is done.
+        needs: stages that must be done before it. makes: a file that it is for: where it is there already,
+            the stage is done; where it is not there after it, the stage failed.
         predicts: pattern of files below the campaign's folder whose hashes are kept.
     """
 
@@ -69,8 +69,8 @@ class Plan(Model):
 
     Attributes:
         env: environment variables of all stages.
-        models: name -> a shipped config.json's name or a path, or a tiny model. Each becomes a folder with
-            config.json and tokenizer, ``{out}/models/NAME``.
+        models: name -> a shipped config.json's name, a path (relative to the plan's folder), or a tiny model.
+            Each becomes a folder with config.json and tokenizer, ``{out}/models/NAME``.
         scenarios: name -> the fields of a scenario, which becomes ``{out}/scenarios/NAME.yaml``.
     """
 
@@ -96,7 +96,13 @@ def read_plan(name_or_path: str) -> Plan:
             fix = did_you_mean(name_or_path, shipped) or f"Shipped are {', '.join(shipped)}."
             raise InputError(f"there is no plan {name_or_path!r}", where="PLAN", fix=fix)
         path = shipped[name_or_path]
-    plan = parse(Plan, read_yaml(path), source=str(path), folder=path.parent)
+    plan = parse(Plan, read_yaml(path), source=str(path))
+    configs = {
+        name: str(path.absolute().parent / model)
+        for name, model in plan.models.items()
+        if isinstance(model, str) and model.endswith(".json")
+    }
+    plan = plan.model_copy(update={"models": plan.models | configs})
     earlier: list[str] = []
     for index, stage in enumerate(plan.stages):
         _check(stage, earlier, f"{path}: stages.{index}")

@@ -21,6 +21,8 @@ from servecast.validate.vllm_process import VllmProcess, release
 app = App(name="validate", help="Judge the simulator against vLLM itself.")
 app.command("servecast.validate.result_cli:result", name="result")
 app.command("servecast.validate.live_cli:live", name="live")
+app.command("servecast.validate.campaign_cli:campaign", name="campaign")
+app.command("servecast.validate.split_cli:split", name="split")
 
 MATCH, MISMATCH, INCONCLUSIVE = 0, 1, 3  # exit codes
 

@@ -51,7 +51,7 @@ RANKS = (50, 90, 95, 99)
 BENCH_START_S = 20.0  # vllm bench serve imports torch and reads the tokenizer before it sends
 SERVER_START_S = 90.0
 SLOWER = 3.0  # a run that takes this many times its prediction is given up
-PLAN_REQUESTS = 2000  # of a replication, where the largest rate is looked for
+PLAN_REQUESTS = 1000  # of a replication, where the largest rate is looked for
 MOST_SEARCHED = 8  # loads of the search for the largest rate
 STEP = 1.1  # from rate to rate, before there is a bracket
 BRACKET = 1.05  # its ends over each other, when it is narrow enough
@@ -108,7 +108,8 @@ class Campaign:
         bench_args: further flags of ``vllm bench serve``. say: told what is being done.
 
     Attributes:
-        outcomes: of the loads that ran, also after an error. max_rate: predicted at the scenario's SLOs.
+        outcomes: of the loads that ran, also after an error. max_rate: predicted at the scenario's SLOs, if
+            a plan asks for it.
         truth, machine: of the server, and of this machine. proxy_s: what a proxy adds to a request.
         stopped: why not all loads ran, if they were not left out for the time budget.
     """
@@ -168,7 +169,9 @@ class Campaign:
     def _at_home(self, budget: Budget) -> list[Load]:
         """Run what the server as it is can be asked; the loads that need another are returned."""
         with self._served({}) as served:
-            self.max_rate = self._largest_rate(served)
+            levels = {"rate": self.rates, "concurrency": self.concurrency}
+            if not all(levels.get(name) for name in self.plans):
+                self.max_rate = self._largest_rate(served)
             planner = Planner(
                 served.scenario,
                 served.deployment,
@@ -205,8 +208,8 @@ class Campaign:
             return
         self.say("starting vllm serve")
         flags = self.scenario.changed(changes).engine if changes else self.scenario.engine
-        with started(self.server, flags, engine, self.out.absolute()) as (target, recording):
-            yield self._meet(target, recording, changes)
+        with started(self.server, flags, engine, self.out.absolute()) as server:
+            yield self._meet(server.target, server.recording, changes)
 
     def _meet(self, target: Target, recording: Path | None, changes: Mapping[str, Any]) -> _Served:
         """Ask the server what it is, and make the scenario that."""

@@ -97,11 +97,18 @@ class OwnServer:
     recorder: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A server of our own that runs. recording: its recorder's file. group: of its processes."""
+
+    target: Target
+    recording: Path | None
+    group: int
+
+
 @contextmanager
-def started(
-    own: OwnServer, engine: EngineFlags, changes: Mapping[str, Any], out: Path
-) -> Iterator[tuple[Target, Path | None]]:
-    """Our own server while the block lasts: where it is, and its recorder's file.
+def started(own: OwnServer, engine: EngineFlags, changes: Mapping[str, Any], out: Path) -> Iterator[Started]:
+    """Our own server while the block lasts.
 
     Args:
         engine: whose flags it is started with. changes: fields of it that win over the server's own flags.
@@ -129,7 +136,8 @@ def started(
     except MeasureError as error:
         raise InputError(error.what, where=error.where, fix=error.fix) from None
     try:
-        yield Target(server.base_url, served, str(own.model)), file
+        assert server.pid is not None
+        yield Started(Target(server.base_url, served, str(own.model)), file, server.pid)
     finally:
         server.stop()
 
@@ -182,7 +190,8 @@ def read_truth(target: Target, facts: Mapping[str, Any]) -> Truth:
         served = _models(target.engine_url, None)
     one = target.model if target.model in served else next(iter(served), None)
     labels = _ask(lambda: cache_config(get(f"{target.engine}/metrics")), {})
-    info = _ask(lambda: json.loads(get(f"{target.engine}/server_info?config_format=json"))["vllm_config"], {})
+    about = f"{target.engine}/server_info?config_format=json"  # it also lists packages and asks the driver
+    info = _ask(lambda: json.loads(get(about, timeout_s=60))["vllm_config"], {})
     version = _ask(lambda: str(json.loads(get(f"{target.engine}/version"))["version"]).split("+")[0], None)
     flags = {
         name: value

@@ -89,8 +89,10 @@ class Split:
             targets = []
             for number in range(self.scenario.fleet.size):  # in turn: each takes its share of what is free
                 self.say(f"starting replica {number}")
-                server = started(self.server, self.scenario.engine, self.out.absolute(), f"replica-{number}")
-                targets.append(stack.enter_context(server)[0])
+                logs = self.out.absolute() / f"replica-{number}"
+                logs.mkdir(exist_ok=True)
+                server = started(self.server, self.scenario.engine, {}, logs)
+                targets.append(stack.enter_context(server).target)
             for target in targets:
                 warm_up(target)
             for router, split in splits.items():

@@ -95,7 +95,9 @@ def split(
     else:
         for router, row in found.found.items():
             for figure, value in row["measured"].items():
-                print(f"{router:20} {figure:16} predicted {row['predicted'][figure]:9.4g} measured {value:9.4g}")
+                print(
+                    f"{router:20} {figure:16} predicted {row['predicted'][figure]:9.4g} measured {value:9.4g}"
+                )
         for figure, best in ranking.items():
             print(f"best {figure:16} predicted {best['predicted']}, measured {best['measured']}")
         print(f"written: {folder / 'result.json'}")

@@ -1,0 +1,367 @@
+"""A campaign, with stages that are small Python programs instead of servecast commands."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from servecast.calibrate.measure.tiny_model import write_tokenizer
+from servecast.sim.cli import main
+from servecast.sim.errors import InputError
+from servecast.sim.scenario import load
+from servecast.validate.campaign import MANIFEST, SERVECAST, Campaign
+from servecast.validate.campaign_pack import NAME, pack
+from servecast.validate.campaign_plan import Plan, read_plan, shipped_plans
+
+FAKE = (sys.executable, "-c")  # a stage's run is then a program and its arguments
+
+
+def _stage(name: str, program: str, *arguments: str, **more: Any) -> dict[str, Any]:
+    words = " ".join([f"'{program}'", *arguments])
+    return {"name": name, "run": words, "time_s": 30.0, **more}
+
+
+def _file(tmp_path: Path, *stages: dict[str, Any], **more: Any) -> Path:
+    file = tmp_path / "plan.yaml"
+    file.write_text(yaml.safe_dump({"schema_version": 1, "name": "try", "stages": list(stages), **more}))
+    return file
+
+
+def _plan(tmp_path: Path, *stages: dict[str, Any], **more: Any) -> Plan:
+    return read_plan(str(_file(tmp_path, *stages, **more)))
+
+
+def _campaign(tmp_path: Path, plan: Plan, **more: Any) -> Campaign:
+    return Campaign(plan, tmp_path / "out", command=FAKE, **more)
+
+
+def _states(out: Path) -> dict[str, str]:
+    return {row["name"]: row["state"] for row in json.loads((out / MANIFEST).read_text())["stages"]}
+
+
+NOTE = 'import sys; open(sys.argv[1], "a").write("x")'  # appends to a file, so that runs can be counted
+
+
+def test_stages_run_in_order_and_are_skipped_when_done(tmp_path: Path) -> None:
+    plan = _plan(tmp_path, _stage("a", NOTE, "{out}/a.txt"), _stage("b", NOTE, "{out}/b.txt", needs=["a"]))
+    campaign = _campaign(tmp_path, plan)
+    campaign.run()
+    assert _states(tmp_path / "out") == {"a": "done", "b": "done"}
+    assert campaign.left == []
+    assert {"path": "a.txt", "bytes": 1} in campaign.rows["a"]["files"]
+    assert campaign.rows["a"]["run"] == [NOTE, "{out}/a.txt"]
+    _campaign(tmp_path, plan, resume=True).run()
+    assert (tmp_path / "out" / "a.txt").read_text() == "x"
+    _campaign(tmp_path, plan, resume=True, again=["a"]).run()
+    assert (tmp_path / "out" / "a.txt").read_text() == "xx"
+    assert (tmp_path / "out" / "b.txt").read_text() == "x"
+
+
+def test_a_failure_is_recorded_and_the_next_stage_goes_on(tmp_path: Path) -> None:
+    plan = _plan(
+        tmp_path,
+        _stage("fit", 'import sys; sys.exit("the rows do not fit")'),
+        _stage("predict", NOTE, "{out}/predict.txt", needs=["fit"]),
+        _stage("kernels", NOTE, "{out}/kernels.txt"),
+    )
+    said: list[str] = []
+    campaign = _campaign(tmp_path, plan, say=said.append)
+    campaign.run()
+    assert _states(tmp_path / "out") == {"fit": "failed", "kernels": "done"}
+    assert campaign.rows["fit"]["reason"] == "code 1: the rows do not fit"
+    assert campaign.rows["fit"]["code"] == 1
+    assert campaign.left == ["fit", "predict"]
+    assert any("predict: not started: it needs fit" in text for text in said)
+
+
+def test_a_verdict_is_not_a_failure(tmp_path: Path) -> None:
+    plan = _plan(tmp_path, _stage("live", "import sys; sys.exit(3)", good=[0, 1, 3]))
+    campaign = _campaign(tmp_path, plan)
+    campaign.run()
+    assert campaign.rows["live"]["state"] == "done"
+    assert campaign.rows["live"]["code"] == 3
+
+
+def test_a_stage_that_takes_too_long_is_ended_with_what_it_started(tmp_path: Path) -> None:
+    program = (
+        "import subprocess, sys, time; "
+        'own = [sys.executable, "-c", "import time; time.sleep(600)"]; '
+        "p = subprocess.Popen(own, start_new_session=True); "
+        'open(sys.argv[1], "w").write(str(p.pid)); time.sleep(600)'
+    )
+    plan = _plan(
+        tmp_path,
+        _stage("slow", program, "{out}/pid") | {"time_s": 2.0},
+        _stage("next", NOTE, "{out}/next.txt"),
+    )
+    campaign = _campaign(tmp_path, plan)
+    campaign.run()
+    assert _states(tmp_path / "out") == {"slow": "cut", "next": "done"}
+    assert "was not done after 2 s" in campaign.rows["slow"]["reason"]
+    pid = int((tmp_path / "out" / "pid").read_text())
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
+        if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+            break  # ended; whoever inherited it has not looked yet
+        time.sleep(0.05)
+    else:
+        assert not Path(f"/proc/{pid}").exists()
+    _campaign(tmp_path, plan, resume=True).run()  # what was cut off runs again
+    assert int((tmp_path / "out" / "pid").read_text()) != pid
+
+
+def test_what_does_not_fit_the_time_budget_is_left_for_later(tmp_path: Path) -> None:
+    plan = _plan(
+        tmp_path,
+        _stage("long", NOTE, "{out}/long.txt", least_s=1000.0),
+        _stage("short", NOTE, "{out}/short.txt"),
+    )
+    _campaign(tmp_path, plan, time_budget_s=60.0).run()
+    assert _states(tmp_path / "out") == {"short": "done"}
+    later = _campaign(tmp_path, plan, resume=True)
+    later.run()
+    assert _states(tmp_path / "out") == {"long": "done", "short": "done"}
+    assert (tmp_path / "out" / "short.txt").read_text() == "x"
+
+
+def test_a_stage_that_used_up_a_shortened_time_is_run_again(tmp_path: Path) -> None:
+    program = "import sys, time; time.sleep(float(sys.argv[1]) * 1.7)"  # half of the time is margin
+    plan = _plan(tmp_path, _stage("grid", program, "{time_s}"))
+    campaign = _campaign(tmp_path, plan, time_budget_s=8.0)
+    campaign.run()
+    assert campaign.rows["grid"]["state"] == "cut"
+
+
+def test_what_ran_when_the_power_went_is_run_again(tmp_path: Path) -> None:
+    plan = _plan(tmp_path, _stage("a", NOTE, "{out}/a.txt"), _stage("b", NOTE, "{out}/b.txt"))
+    _campaign(tmp_path, plan).run()
+    manifest = tmp_path / "out" / MANIFEST
+    document = json.loads(manifest.read_text())
+    document["stages"][1] |= {"state": "running", "code": None}
+    manifest.write_text(json.dumps(document))
+    _campaign(tmp_path, plan, resume=True).run()
+    assert (tmp_path / "out" / "a.txt").read_text() == "x"
+    assert (tmp_path / "out" / "b.txt").read_text() == "xx"
+
+
+def test_a_signal_ends_the_stage_and_leaves_a_manifest_and_a_pack(tmp_path: Path) -> None:
+    plan = _file(
+        tmp_path,
+        {"name": "made", "run": "scenarios", "time_s": 60},
+        {"name": "waits", "run": "calibrate measure --python {out}/waits", "time_s": 600},
+    )
+    out = tmp_path / "out"
+    out.mkdir()
+    waits = out / "waits"
+    waits.write_text(f"#!/bin/sh\necho >{out}/began\nexec sleep 600\n")
+    waits.chmod(0o755)
+    command = [
+        *SERVECAST,
+        "validate",
+        "campaign",
+        str(plan),
+        "--out",
+        str(out),
+        "--pack",
+        str(tmp_path / "p"),
+    ]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while not (out / "began").exists() and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 130
+    assert _states(out) == {"made": "done", "waits": "cut"}
+    assert json.loads((tmp_path / "p" / MANIFEST).read_text())["stages"][1]["reason"] == "stopped"
+
+
+def test_predictions_are_hashed_and_rates_taken_from_them(tmp_path: Path) -> None:
+    plan = _plan(
+        tmp_path,
+        _stage(
+            "predict", "import json; print(json.dumps(dict(max_request_rate=20.0)))", predicts="logs/*.out"
+        ),
+        _stage("live", NOTE, "{out}/{0.8*predict}", needs=["predict"]),
+    )
+    campaign = _campaign(tmp_path, plan)
+    campaign.run()
+    assert (tmp_path / "out" / "16").read_text() == "x"
+    file = tmp_path / "out" / "logs" / "predict.out"
+    assert campaign.rows["predict"]["predictions"] == {
+        "logs/predict.out": hashlib.sha256(file.read_bytes()).hexdigest()
+    }
+    assert campaign.rows["predict"]["ended"] <= campaign.rows["live"]["started"]
+
+
+def test_a_prediction_without_a_rate_fails_what_needs_it(tmp_path: Path) -> None:
+    plan = _plan(
+        tmp_path,
+        _stage("predict", "print(1)"),
+        _stage("live", NOTE, "{out}/{0.8*predict}", needs=["predict"]),
+    )
+    campaign = _campaign(tmp_path, plan)
+    campaign.run()
+    assert "max_request_rate" in campaign.rows["live"]["reason"]
+
+
+def test_what_is_there_already_is_not_made_again(tmp_path: Path) -> None:
+    plan = _plan(
+        tmp_path,
+        _stage("fit", NOTE, "{out}/profile.json", makes="profile.json"),
+        _stage("fallback", NOTE, "{out}/profile.json", makes="profile.json"),
+    )
+    _campaign(tmp_path, plan).run()
+    assert (tmp_path / "out" / "profile.json").read_text() == "x"
+    assert _states(tmp_path / "out") == {"fit": "done", "fallback": "done"}
+    _campaign(tmp_path, plan, resume=True, again=["fallback"]).run()
+    assert (tmp_path / "out" / "profile.json").read_text() == "xx"
+
+
+def test_a_stage_that_did_not_make_its_file_failed(tmp_path: Path) -> None:
+    """A crash ends with 1, as a verdict that is a fail does."""
+    plan = _plan(tmp_path, _stage("live", "1 / 0", good=[0, 1, 3], makes="result.json"))
+    campaign = _campaign(tmp_path, plan)
+    campaign.run()
+    assert campaign.rows["live"]["state"] == "failed"
+    assert campaign.rows["live"]["reason"] == "code 1: ZeroDivisionError: division by zero"
+
+
+def test_models_and_scenarios_are_written(tmp_path: Path) -> None:
+    plan = _plan(
+        tmp_path,
+        _stage("a", 'import os; open("env", "w").write(os.environ["WITH"])'),
+        env={"WITH": "this"},
+        models={"tiny": {"layers": 1}, "Qwen2.5-0.5B": "Qwen2.5-0.5B-Instruct"},
+        scenarios={
+            "chat": {
+                "model": {"config": "../models/tiny/config.json"},
+                "gpu": {"name": "h200"},
+                "engine": {"version": "0.23"},
+                "workload": {
+                    "arrivals": {"kind": "poisson", "request_rate": 1},
+                    "num_requests": 5,
+                    "prompt_tokens": 10,
+                    "output_tokens": 10,
+                },
+            }
+        },
+    )
+    _campaign(tmp_path, plan).run()
+    out = tmp_path / "out"
+    assert (out / "env").read_text() == "this"
+    assert load(str(out / "scenarios" / "chat.yaml")).config_file().is_file()
+    assert json.loads((out / "models" / "Qwen2.5-0.5B" / "config.json").read_text())["vocab_size"] == 151936
+    assert json.loads((out / "machine.json").read_text())["schema_version"] == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"needs": ["nobody"]}, "stages.1.needs"),
+        ({"run": "plan {profile}"}, "stands for nothing"),
+        ({"run": "plan {0.5*a}"}, "stands for nothing"),  # a is not in its needs
+        ({"run": "plan 'x"}, "stages.1.run"),
+        ({"name": "a"}, "a second stage"),
+        ({"time_s": -1}, "stages.1.time_s"),
+    ],
+)
+def test_a_wrong_plan_is_one_message(tmp_path: Path, change: dict[str, Any], says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        _plan(tmp_path, _stage("a", "pass"), _stage("b", "pass") | change)
+
+
+def test_wrong_input_is_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = str(_file(tmp_path, {"name": "a", "run": "scenarios", "time_s": 60}))
+    out = tmp_path / "out"
+    for arguments in (["h2000", "--out", str(out)], [good, "--out", str(out), "--again", "b"]):
+        assert main(["validate", "campaign", *arguments]) == 2
+    assert not out.exists()
+    assert "there is no stage 'b'" in capsys.readouterr().err
+    assert main(["validate", "campaign", good, "--out", str(out)]) == 0
+    assert main(["validate", "campaign", good, "--out", str(out)]) == 2
+    assert "--resume" in capsys.readouterr().err
+    other = _plan(tmp_path, _stage("a", "pass"), **{"name": "other"})
+    with pytest.raises(InputError, match="is of plan try"):
+        Campaign(other, out, command=FAKE, resume=True).run()
+
+
+def test_exit_codes(tmp_path: Path) -> None:
+    failing = str(_file(tmp_path, {"name": "a", "run": "check nothing", "time_s": 60}))
+    assert main(["validate", "campaign", failing, "--out", str(tmp_path / "failing")]) == 1
+    late = str(_file(tmp_path, {"name": "a", "run": "scenarios", "time_s": 60, "least_s": 60}))
+    assert main(["validate", "campaign", late, "--out", str(tmp_path / "late"), "--time-budget", "9"]) == 3
+
+
+def test_packed_results_come_back(tmp_path: Path) -> None:
+    out, folder = tmp_path / "out", tmp_path / "packed"
+    (out / "live").mkdir(parents=True)
+    (out / MANIFEST).write_text('{"stages": []}')
+    noise = os.urandom(70_000).hex()
+    (out / "live" / "a.txt").write_text(noise)
+    bench = {"itls": [[0.0123456789]], "ttfts": [0.1], "generated_texts": ["x"], "completed": 1}
+    (out / "live" / "bench.json").write_text(json.dumps(bench))
+    (out / "tokenizer.json").write_text("{}")
+    files, left_out = pack(out, folder, part_bytes=50_000, most_parts=4)
+    parts = [file for file in files if file.name != MANIFEST]
+    assert [file.name for file in parts] == [f"{NAME}.00", f"{NAME}.01"]
+    assert all(file.stat().st_size <= 50_000 for file in parts)
+    assert left_out == []
+    whole = tmp_path / "whole.tar.xz"
+    whole.write_bytes(b"".join(file.read_bytes() for file in parts))
+    with tarfile.open(whole) as archive:
+        assert sorted(archive.getnames()) == ["live/a.txt", "live/bench.json", MANIFEST]
+        archive.extractall(tmp_path / "back", filter="data")
+    assert (tmp_path / "back" / "live" / "a.txt").read_text() == noise
+    packed = json.loads((tmp_path / "back" / "live" / "bench.json").read_text())
+    assert packed == {"itls": [[0.012346]], "ttfts": [0.1], "completed": 1}
+
+
+def test_what_has_no_room_is_left_out_from_the_end(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("a.json", "server.log"):
+        (out / name).write_text(os.urandom(60_000).hex())
+    files, left_out = pack(out, tmp_path / "packed", part_bytes=75_000, most_parts=2)
+    assert left_out == ["server.log"]
+    assert sum(file.stat().st_size for file in files) <= 150_000
+
+
+def test_shipped_plans_are_whole(tmp_path: Path) -> None:
+    for file in shipped_plans():
+        plan = read_plan(file.stem)
+        assert plan.name == file.stem
+        campaign = Campaign(plan, tmp_path / file.stem, command=FAKE)
+        campaign.out.mkdir()
+        campaign._prepare()
+        for name in plan.scenarios:
+            text = yaml.safe_load((campaign.out / "scenarios" / f"{name}.yaml").read_text())
+            assert text["name"] == name
+
+
+def test_any_tokens_come_back_from_their_text(tmp_path: Path) -> None:
+    """vLLM 0.23's benchmark sends its prompts as text: each token must be read as one again."""
+    tokenizers = pytest.importorskip("tokenizers", reason="needs tokenizers")
+    write_tokenizer(tmp_path, vocab_size=152_064)
+    tokenizer = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    ids = [number for number in range(0, 152_064, 7) if not 256 <= number <= 258]
+    assert tokenizer.encode(tokenizer.decode(ids)).ids == ids
+
+
+def test_the_tokenizer_has_a_character_of_its_own_for_each_token(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path, vocab_size=152_064)
+    model = json.loads((tmp_path / "tokenizer.json").read_text())["model"]
+    assert sorted(model["vocab"].values()) == list(range(152_064))
+    assert sum(len(text) > 1 for text in model["vocab"]) == 3  # the special ones
+    "".join(model["vocab"]).encode()  # none is half of a surrogate pair

@@ -1,0 +1,351 @@
+"""Predictions judged against a real ``vllm serve`` on this machine, without a GPU.
+
+The metronome (tests/metronome.py) is vLLM's own server, scheduler, cache and engine loop around steps that
+last what a known law says. It is calibrated as a GPU would be, on closed loops and single steps; the loads
+that are judged have other shapes and rates. The tiny model is one whose steps really compute.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from live_setup import (
+    PYTHON,
+    SCENARIO,
+    calibrate,
+    lost_time,
+    measure_overheads,
+    measure_steps,
+    metronome,
+    slowed,
+    starved_python,
+    write_scenario,
+)
+from metronome_setup import ROOFLINE, metronome_gpu, metronome_model
+
+from servecast.calibrate.measure.bench_serve import run_bench
+from servecast.sim.profile import Profile
+from servecast.sim.scenario import load
+from servecast.sim.simulate import simulate
+from servecast.sim.trace_writers import from_requests, write_timed_trace
+from servecast.sim.traces import TraceSpec
+from servecast.sim.workload import build
+from servecast.validate.live import Campaign, Outcome
+from servecast.validate.live_plan import Load
+from servecast.validate.live_result import document, judge
+from servecast.validate.live_server import Started, Target, started
+from servecast.validate.telemetry import get, parse_metrics
+from servecast.validate.verdict import Tolerances
+from servecast.validate.vllm_process import ENVIRONMENT
+
+pytestmark = [
+    pytest.mark.live,
+    pytest.mark.skipif(not ENVIRONMENT.exists(), reason="needs vLLM: run validate/install_vllm.sh"),
+]
+LIMITS = Tolerances.load()
+AGAIN = 2  # times that disturbed loads are run again
+LEAST_LOADS = 3
+MOST_LOST = 0.01  # of a load's time, by which steps were longer than their law
+MOST_LATE_S = 0.010  # p95 of what requests were sent too late
+
+
+@dataclass(frozen=True)
+class Lab:
+    """Two metronomes, and the scenario that predicts one of them, with its calibrated profile."""
+
+    file: Path
+    replicas: tuple[Started, Started]
+
+    @property
+    def target(self) -> Target:
+        return self.replicas[0].target
+
+    def campaign(self, out: Path, **options: Any) -> Campaign:
+        """A campaign on the first of them."""
+        return Campaign(load(self.file), self.target, out, **({"python": PYTHON, "seeds": 3} | options))
+
+    def in_time(self, outcome: Outcome) -> bool:
+        """Whether the first metronome and its client kept time in a load, whatever came of it."""
+        if outcome.measured is None:
+            return False
+        run, recording = outcome.measured.run, self.replicas[0].recording
+        assert recording is not None
+        began = run.meta["clock_start_s"]
+        lost = lost_time(recording, ROOFLINE, began, began + float(run.requests["finish"].max()))
+        times = TraceSpec(format="timed_trace", path=outcome.load.trace).read().times_s
+        late = np.sort(run.requests["sent"].to_numpy()) - np.sort(times)
+        p95 = 0.0 if outcome.load.max_concurrency else float(np.percentile(late - late.min(), 95))
+        print(f"{outcome.load.name}: steps lost {lost:.2%}, client late by {1e3 * p95:.1f} ms")
+        return lost < MOST_LOST and p95 < MOST_LATE_S
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    folder = tmp_path_factory.mktemp("lab")
+    model = metronome_model(folder / "metronome")
+    gpu = metronome_gpu(ROOFLINE, model)
+    file = write_scenario(folder, SCENARIO, model, gpu)
+    measured = measure_steps(model, folder / "measured", ROOFLINE)
+    engine = load(file, {"profile": None}).engine
+    with ExitStack() as stack, ThreadPoolExecutor(2) as threads:
+        outs = [folder / f"replica-{number}" for number in (0, 1)]
+        for out in outs:
+            out.mkdir()
+        servers = [started(metronome(model, ROOFLINE), engine, {}, out) for out in outs]
+        first, second = threads.map(stack.enter_context, servers)
+        assert first.recording is not None
+        measure_overheads(first.target, first.recording, measured, (1, 4, 12))
+        calibrate(measured, gpu, folder / "profile.json")
+        yield Lab(file, (first, second))
+
+
+def rows(load: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {row["metric"]: row for row in load["rows"]}
+
+
+def kept(campaign: Campaign) -> dict[str, Any]:
+    """What a campaign writes."""
+    found = document(campaign, judge(campaign, LIMITS), what_if={}, tolerances=LIMITS)
+    show(found)
+    return found
+
+
+def show(found: dict[str, Any]) -> None:
+    """Print each judged figure, for when a test fails."""
+    print("\n", found["verdict"], found["reasons"], found["notes"])
+    for each in found["loads"]:
+        print(each["name"], each["verdict"], each.get("client_lag_ms"), each.get("attribution"))
+        for row in each["rows"]:
+            if row["allowed"] is not None:
+                print(f"  {row['metric']} {row['predicted']} {row['measured']} {row['error']} {row['state']}")
+    for row in found["sweep"]:
+        print(f"  {row['metric']} {row['predicted']} {row['measured']} {row['error']} {row['state']}")
+
+
+# predicted blind, and driven below, near and past the knee
+
+
+@pytest.fixture(scope="module")
+def sweep(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The result of a campaign, with the loads in which the metronome kept time.
+
+    The law says how long each step should have lasted: a load in which this machine held up the server or
+    the client says nothing, is run again, and is left out if it was disturbed again.
+    """
+    out = tmp_path_factory.mktemp("sweep")
+    campaign = lab.campaign(
+        out / "0",
+        plans=("rate", "concurrency", "prefix"),
+        rates=(4.0, 7.5, 9.0, 11.0),
+        concurrency=(8,),
+        duration_s=12,
+    )
+    campaign.run()
+    for again in range(1, AGAIN + 1):
+        lost = [outcome.load for outcome in campaign.outcomes if not lab.in_time(outcome)]
+        if not lost:
+            break
+        plans = tuple(dict.fromkeys(load.plan for load in lost))
+        rates = tuple(load.request_rate for load in lost if load.plan == "rate")
+        repeated = replace(campaign, out=out / str(again), plans=plans, rates=rates, outcomes=[], notes=[])
+        repeated.run()
+        names = [load.name for load in lost]
+        campaign.outcomes = [outcome for outcome in campaign.outcomes if outcome.load.name not in names]
+        campaign.outcomes += repeated.outcomes
+    campaign.outcomes = [outcome for outcome in campaign.outcomes if lab.in_time(outcome)]
+    if len(campaign.outcomes) < LEAST_LOADS:
+        pytest.skip("this machine is too busy to keep time")
+    return kept(campaign)
+
+
+def worst(found: dict[str, Any], metric: str) -> float:
+    """The largest error of a figure over the loads."""
+    return max(abs(rows(each)[metric]["error"]) for each in found["loads"])
+
+
+def test_throughput_and_medians(sweep: dict[str, Any]) -> None:
+    assert worst(sweep, "output_throughput") < 0.03
+    assert worst(sweep, "median_tpot_ms") < 0.03
+    assert worst(sweep, "median_e2el_ms") < 0.03
+    assert worst(sweep, "median_ttft_ms") < 0.08
+
+
+def test_tails(sweep: dict[str, Any]) -> None:
+    for metric in ("p95_tpot_ms", "p95_e2el_ms", "p95_ttft_ms"):
+        assert worst(sweep, metric) < 0.10, metric
+
+
+def test_prefix_hits(sweep: dict[str, Any]) -> None:
+    (shared,) = [each for each in sweep["loads"] if each["plan"] == "prefix"]
+    hits = rows(shared)["prefix_cache_hit_rate"]
+    assert hits["measured"] > 0.4
+    assert abs(hits["error"]) < 0.02
+
+
+def test_knee_and_largest_rate(sweep: dict[str, Any]) -> None:
+    found = {row["metric"]: row for row in sweep["sweep"]}
+    for metric in ("knee", "max_request_rate"):
+        assert abs(found[metric]["error"]) < 0.05, metric
+
+
+def test_predictions_were_on_disk_before(sweep: dict[str, Any]) -> None:
+    for each in sweep["loads"]:
+        assert each["predicted_at"] <= each["started_at"]
+        assert len(each["prediction_sha256"]) == 64
+    assert sweep["server"]["version"] == "0.32.0"
+    assert sweep["server"]["flags"]["max_num_seqs"] == 16
+
+
+def test_kv_pressure(lab: Lab, tmp_path: Path) -> None:
+    """Our own server with few KV blocks, recorded."""
+    model = lab.file.parent / "metronome"
+    own = metronome(model, ROOFLINE)
+    scenario = load(lab.file)
+    campaign = Campaign(scenario, own, tmp_path, plans=("kv",), duration_s=15, seeds=3, python=PYTHON)
+    campaign.run()
+    found = kept(campaign)
+    (each,) = found["loads"]
+    preempted = rows(each)["num_preemptions"]
+    assert preempted["measured"] > 5
+    parts = {part["name"]: part for part in each["attribution"]}
+    assert abs(parts["step time"]["error_ms"]) < 100
+
+
+# verdicts
+
+
+def test_a_wrong_profile_fails(lab: Lab, tmp_path: Path) -> None:
+    right = Profile.load(lab.file.parent / "profile.json")
+    slow = replace(right.efficiencies, host_fixed_s=right.efficiencies.host_fixed_s + 0.006)
+    right.model_copy(update={"efficiencies": slow}).save(tmp_path / "wrong.json")
+    scenario = load(lab.file, {"profile": str(tmp_path / "wrong.json")})
+    campaign = Campaign(scenario, lab.target, tmp_path, rates=(5.0,), duration_s=6, python=PYTHON)
+    campaign.run()
+    found = kept(campaign)
+    assert found["verdict"] == "fail"
+    assert any("median_tpot_ms" in reason for reason in found["reasons"])
+
+
+def test_a_server_slowed_on_purpose_fails(lab: Lab, tmp_path: Path) -> None:
+    campaign = lab.campaign(tmp_path, rates=(5.0,), duration_s=6)
+    with slowed(lab.replicas[0].group):
+        campaign.run()
+    found = kept(campaign)
+    assert found["verdict"] == "fail"
+    assert rows(found["loads"][0])["median_tpot_ms"]["error"] < -0.2
+
+
+def test_a_client_without_cpu_is_inconclusive(lab: Lab, tmp_path: Path) -> None:
+    campaign = lab.campaign(tmp_path, rates=(5.0,), duration_s=6, python=starved_python(tmp_path))
+    campaign.run()
+    found = kept(campaign)
+    assert found["verdict"] == "inconclusive"
+    assert any("the client was late" in reason for reason in found["loads"][0]["reasons"])
+
+
+# two replicas
+
+
+def test_two_routing_policies_on_two_replicas(lab: Lab, tmp_path: Path) -> None:
+    """The trace is split beforehand, as each policy would, and one benchmark runs a replica."""
+    hits = {policy: _hits(lab, policy, tmp_path) for policy in ("round_robin", "prefix_affinity")}
+    print(hits)
+    for predicted, measured in hits.values():
+        assert abs(predicted - measured) < 0.02
+    for side in (0, 1):
+        assert hits["round_robin"][side] < hits["prefix_affinity"][side]
+
+
+SHARED = {
+    "fleet.replicas": 2,
+    "workload.content": {"kind": "shared_prefix", "groups": 12, "prefix_tokens": 512},
+    "workload.prompt_tokens": {"kind": "uniform", "tokens": 60, "range_ratio": 0.5},
+    "workload.output_tokens": 16,
+    "workload.num_requests": 60,
+    "workload.arrivals": {"kind": "poisson", "request_rate": 6},
+}
+
+
+def _hits(lab: Lab, policy: str, out: Path) -> tuple[float, float]:
+    """Share of prompt tokens found cached, predicted and measured."""
+    both = load(lab.file, SHARED | {"fleet.router": policy})
+    taken = simulate(both).requests["replica"].to_numpy()
+    arrivals, lengths, content = np.random.default_rng(both.seed).spawn(7)[:3]
+    requests = (
+        build(both.stages(), arrivals=arrivals, lengths=lengths, content=content)[0].streams[0].requests
+    )
+    one = load(lab.file)
+    files = [out / f"{policy}-{replica}.jsonl" for replica in (0, 1)]
+    prompts, cached, asked = 0, 0, []
+    for replica, file in enumerate(files):
+        own = [request for request, at in zip(requests, taken, strict=True) if at == replica]
+        write_timed_trace(from_requests(own), file)
+        run = simulate(one, workload=Load("", "", file, None, None).workload()).requests
+        prompts, cached = prompts + int(run["prompt_tokens"].sum()), cached + int(run["cached_tokens"].sum())
+        asked.append((lab.replicas[replica].target, file))
+    before = [parse_metrics(get(f"{target.engine}/metrics")) for target, _ in asked]
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(lambda pair: _bench(*pair), asked))
+    after = [parse_metrics(get(f"{target.engine}/metrics")) for target, _ in asked]
+
+    def grown(column: str) -> float:
+        return sum(b[column] - a[column] for a, b in zip(before, after, strict=True))
+
+    return cached / prompts, grown("prefix_hits") / grown("prefix_queries")
+
+
+def _bench(target: Target, trace: Path) -> None:
+    run_bench(
+        target.base_url,
+        target.model,
+        target.tokenizer,
+        trace,
+        trace.with_suffix(".result.json"),
+        python=PYTHON,
+        hash_seed=int(time.time()),
+    )
+
+
+def test_a_killed_server_keeps_what_was_finished(lab: Lab, tmp_path: Path) -> None:
+    """Last of those on the two metronomes: the second one dies in the second load."""
+    doomed = lab.replicas[1]
+
+    def say(text: str) -> None:
+        if text.startswith("running rate-6"):
+            threading.Thread(target=_kill_when_busy, args=(doomed,)).start()
+
+    campaign = Campaign(
+        load(lab.file),
+        doomed.target,
+        tmp_path,
+        rates=(5.0, 6.0, 7.0),
+        duration_s=6,
+        seeds=3,
+        python=PYTHON,
+        say=say,
+    )
+    campaign.run()
+    found = kept(campaign)
+    assert found["verdict"] == "inconclusive"
+    assert "the server was gone after rate-6: no load was run after it" in found["reasons"]
+    first, second = found["loads"]
+    assert abs(rows(first)["median_tpot_ms"]["error"]) < 0.05
+    assert second["verdict"] == "inconclusive"
+
+
+def _kill_when_busy(server: Started) -> None:
+    while parse_metrics(get(f"{server.target.engine}/metrics"))["running"] == 0:
+        time.sleep(0.2)
+    time.sleep(2)
+    os.killpg(server.group, signal.SIGKILL)
