@@ -88,8 +88,8 @@ def fit_front_end(overheads: Sequence[Overhead]) -> tuple[FrontEndCosts, tuple[s
         later = [row for row in outward if not row.first] or first
         start, costs["token_s"] = _line(later, [_mean_place(row) for row in later])
         if first:
-            waits = [row.median_s - costs["token_s"] * _mean_place(row) for row in first]
-            start = max(0.0, float(np.median(waits)))
+            waits = [np.asarray(row.times_s) - costs["token_s"] * _mean_place(row) for row in first]
+            start = max(0.0, float(np.median(np.concatenate(waits))))
         costs["latency_s"] = costs.get("latency_s", 0.0) + start
     return FrontEndCosts(**costs), tuple(costs)
 

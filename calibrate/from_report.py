@@ -25,7 +25,6 @@ from servecast.sim.errors import InputError
 from servecast.sim.front_end import FrontEndCosts
 from servecast.sim.noise import StepNoise
 from servecast.sim.profile import Domain, Profile, Provenance
-from servecast.sim.records import Run
 from servecast.sim.reported import FitStep, Reported, read_rows, stage_of
 from servecast.sim.reproduce import reproduce
 from servecast.sim.reproduction import Cell
@@ -199,11 +198,9 @@ def _prior(name: str, base: Deployment, *, gateway: bool) -> Parameter:
 
 def _with_domain(scenario: Scenario, reported: Reported, profile: Profile) -> Profile:
     """The profile, with what it was fitted to."""
-    workload = scenario.workload_of(reported)
-    sample = simulate(scenario, workload=workload, deployment=Deployment.of(scenario, profile))
     return profile.model_copy(
         update={
-            "domain": _domain(scenario, reported, sample),
+            "domain": _domain(scenario, reported, Deployment.of(scenario, profile)),
             "fitted_rows": tuple(str(row) for row in reported.fit_rows),
             "raw_data_sha256": hashlib.sha256(reported.table.read_bytes()).hexdigest(),
         }
@@ -295,11 +292,19 @@ def _profile(base: Deployment, values: dict[str, float]) -> Profile:
     )
 
 
-def _domain(scenario: Scenario, reported: Reported, run: Run) -> Domain:
+def _domain(scenario: Scenario, reported: Reported, deployment: Deployment) -> Domain:
     """What the steps of the fitted rows ranged over."""
     workload = scenario.workload_of(reported)
-    rows = [row.keys for row in read_rows(reported) if row.fit]
-    parts = [select(run, stage=stage_of(reported.stage_keys(row), workload)) for row in rows]
+    rows = [row for row in read_rows(reported) if row.fit]
+    parts = []
+    for router in dict.fromkeys(row.router for row in rows):
+        behind = scenario if router is None else scenario.behind(router)
+        run = simulate(behind, workload=workload, deployment=deployment)
+        parts += [
+            select(run, stage=stage_of(reported.stage_keys(row.keys), workload))
+            for row in rows
+            if row.router == router
+        ]
     steps = pd.concat([part.steps for part in parts])
     requests = pd.concat([part.requests for part in parts])
     tokens = steps["prefill_tokens"] + steps["decodes"]

@@ -45,8 +45,8 @@ class FleetSize:
 
     def to_text(self) -> str:
         """The answer and what was tried."""
-        number = "None that was tried" if self.replicas is None else f"{self.replicas} replicas"
-        lines = [f"{number} behind this router serve {self.request_rate:g} requests/s"]
+        number = "more than were tried" if self.replicas is None else str(self.replicas)
+        lines = [f"Replicas behind this router for {self.request_rate:g} requests/s: {number}"]
         for count, probe in self.tried:
             values = ", ".join(f"{each.objective} {each.value.estimate:.4g}" for each in probe.verdicts)
             lines.append(f"  {count}: {probe.state}, {values}")

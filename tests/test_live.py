@@ -41,7 +41,8 @@ from servecast.sim.simulate import simulate
 from servecast.sim.trace_writers import from_requests, write_timed_trace
 from servecast.sim.traces import TraceSpec
 from servecast.sim.workload import build
-from servecast.validate.live import Campaign, Outcome
+from servecast.validate.live import Campaign
+from servecast.validate.live_drive import Outcome
 from servecast.validate.live_plan import Load
 from servecast.validate.live_result import document, judge
 from servecast.validate.live_server import Started, Target, started
@@ -57,7 +58,8 @@ LIMITS = Tolerances.load()
 AGAIN = 2  # times that disturbed loads are run again
 LEAST_LOADS = 3
 MOST_LOST = 0.01  # of a load's time, by which steps were longer than their law
-MOST_LATE_S = 0.010  # p95 of what requests were sent too late
+MOST_LATE_S = 0.1  # p95 of what requests were sent after their time, the benchmark's start included
+LONGEST_GAP_S = 0.25  # between two tokens: no step of these loads takes half of that
 
 
 @dataclass(frozen=True)
@@ -83,11 +85,13 @@ class Lab:
         assert recording is not None
         began = run.meta["clock_start_s"]
         lost = lost_time(recording, ROOFLINE, began, began + float(run.requests["finish"].max()))
-        times = TraceSpec(format="timed_trace", path=outcome.load.trace).read().times_s
-        late = np.sort(run.requests["sent"].to_numpy()) - np.sort(times)
-        p95 = 0.0 if outcome.load.max_concurrency else float(np.percentile(late - late.min(), 95))
-        print(f"{outcome.load.name}: steps lost {lost:.2%}, client late by {1e3 * p95:.1f} ms")
-        return lost < MOST_LOST and p95 < MOST_LATE_S
+        late = 0.0
+        if outcome.load.max_concurrency is None:
+            planned = TraceSpec(format="timed_trace", path=outcome.load.trace).read().times_s
+            late = float(np.percentile(np.sort(run.requests["sent"].to_numpy()) - np.sort(planned), 95))
+        gap = float(run.itl["gap"].max())
+        print(f"{outcome.load.name}: steps lost {lost:.2%}, sent {late:.3f} s late, longest gap {gap:.3f} s")
+        return lost < MOST_LOST and late < MOST_LATE_S and gap < LONGEST_GAP_S
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +151,7 @@ def sweep(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     campaign = lab.campaign(
         out / "0",
         plans=("rate", "concurrency", "prefix"),
-        rates=(4.0, 7.5, 9.0, 11.0),
+        rates=(4.0, 7.5, 9.0, 14.0),
         concurrency=(8,),
         duration_s=12,
     )
@@ -208,18 +212,22 @@ def test_predictions_were_on_disk_before(sweep: dict[str, Any]) -> None:
 
 
 def test_kv_pressure(lab: Lab, tmp_path: Path) -> None:
-    """Our own server with few KV blocks, recorded."""
-    model = lab.file.parent / "metronome"
-    own = metronome(model, ROOFLINE)
-    scenario = load(lab.file)
+    """Our own server with too few KV blocks for long answers, recorded."""
+    long = {
+        "workload.prompt_tokens": {"kind": "uniform", "tokens": 120, "range_ratio": 0.5},
+        "workload.output_tokens": {"kind": "uniform", "tokens": 160, "range_ratio": 0.4},
+    }
+    own = metronome(lab.file.parent / "metronome", ROOFLINE)
+    scenario = load(lab.file, long)
     campaign = Campaign(scenario, own, tmp_path, plans=("kv",), duration_s=15, seeds=3, python=PYTHON)
     campaign.run()
-    found = kept(campaign)
-    (each,) = found["loads"]
-    preempted = rows(each)["num_preemptions"]
-    assert preempted["measured"] > 5
-    parts = {part["name"]: part for part in each["attribution"]}
-    assert abs(parts["step time"]["error_ms"]) < 100
+    (each,) = kept(campaign)["loads"]
+    found = rows(each)
+    assert found["num_preemptions"]["measured"] > 5
+    assert found["num_preemptions"]["state"] == "pass"
+    assert abs(found["output_throughput"]["error"]) < 0.03
+    assert abs(found["median_tpot_ms"]["error"]) < 0.03
+    assert {part["name"] for part in each["attribution"]} > {"server queue", "step time"}
 
 
 # verdicts

@@ -21,6 +21,7 @@ from servecast.sim.errors import InputError
 from servecast.sim.gpu import find_gpu
 from servecast.sim.scenario import Scenario, load
 from servecast.sim.traces import TraceSpec
+from servecast.validate import live
 from servecast.validate.live import Campaign, meets
 from servecast.validate.live_misfit import refuse_misfit, replaced
 from servecast.validate.live_plan import PLANS, Planner
@@ -57,10 +58,10 @@ engine: {version: "0.32", max_num_seqs: 8, max_model_len: 1024, num_gpu_blocks_o
   async_scheduling: false, enforce_eager: true}
 workload:
   prompt_tokens: {kind: uniform, tokens: 100, range_ratio: 0.5}
-  output_tokens: 16
+  output_tokens: 100
   arrivals: {kind: poisson, request_rate: 10}
   num_requests: 100
-slo: ["e2el:p95:20"]
+slo: ["e2el:p95:50"]
 """
     )
     return path
@@ -243,6 +244,7 @@ def run_campaign(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., tuple[Campaign, dict[str, Any]]]:
     monkeypatch.setenv("FAKE_SCENARIO", str(file))
+    monkeypatch.setattr(live, "PLAN_REQUESTS", 100)
 
     def run(**options: Any) -> tuple[Campaign, dict[str, Any]]:
         scenario: Scenario = load(file)
@@ -285,7 +287,7 @@ def test_a_wrong_prediction_fails(run_campaign: Callable[..., Any], monkeypatch:
 
 
 def test_the_largest_rate_is_searched_for(run_campaign: Callable[..., Any], file: Path) -> None:
-    campaign, kept = run_campaign(plans=("slo",), duration_s=4.0)
+    campaign, kept = run_campaign(plans=("slo",), duration_s=1.5)
     good = [meets(each.measured.run, campaign.scenario) for each in campaign.outcomes]
     rates = [each.load.request_rate for each in campaign.outcomes]
     assert {True, False} == set(good)
@@ -328,9 +330,9 @@ def test_a_load_generator_that_fails_is_inconclusive_and_the_key_is_not_kept(
 
 
 def test_ctrl_c_keeps_what_is_done(run_campaign: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    from servecast.validate import live
+    from servecast.validate import live_drive
 
-    real, count = live.run_bench, [0]
+    real, count = live_drive.run_bench, [0]
 
     def interrupted(*args: Any, **options: Any) -> Any:
         count[0] += 1
@@ -338,7 +340,7 @@ def test_ctrl_c_keeps_what_is_done(run_campaign: Callable[..., Any], monkeypatch
             raise KeyboardInterrupt
         return real(*args, **options)
 
-    monkeypatch.setattr(live, "run_bench", interrupted)
+    monkeypatch.setattr(live_drive, "run_bench", interrupted)
     campaign, kept = run_campaign(rates=(20.0, 40.0, 60.0))
     assert len(campaign.outcomes) == 1
     assert kept["loads"][0]["rows"]

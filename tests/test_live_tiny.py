@@ -20,7 +20,8 @@ from servecast.sim.gpu import GPU
 from servecast.sim.metrics import summary
 from servecast.sim.scenario import Scenario, load
 from servecast.sim.simulate import simulate
-from servecast.validate.live import Campaign, Outcome
+from servecast.validate.live import Campaign
+from servecast.validate.live_drive import Outcome
 from servecast.validate.live_server import OwnServer, Started, started
 from servecast.validate.vllm_process import ENVIRONMENT
 
@@ -95,7 +96,7 @@ def part(recording: Path, start: int, target: Path) -> Path:
 def figures(outcome: Outcome) -> tuple[dict[str, Any], dict[str, Any]]:
     """Predicted and measured."""
     assert outcome.measured is not None
-    return summary(outcome.predicted[0]), summary(outcome.measured.run)
+    return summary(outcome.prediction.runs[0]), summary(outcome.measured.run)
 
 
 def test_a_model_that_computes(lab: Lab, tmp_path: Path) -> None:

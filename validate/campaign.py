@@ -12,12 +12,10 @@ import json
 import math
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -33,10 +31,10 @@ from servecast.sim.errors import InputError
 from servecast.sim.scenario import shipped_folder
 from servecast.sim.whole_file import write_whole
 from servecast.validate.campaign_plan import Plan, Stage, share_of
+from servecast.validate.ending import end
 
 MANIFEST = "stages.json"
 SERVECAST = (sys.executable, "-m", "servecast.sim.cli")
-GRACE_S = 25.0  # from SIGINT to SIGKILL: a server that a stage started gets 15 s to end
 MARGIN_S = 20.0  # of a stage's time for what a command does not count: imports, the end of a server
 USED = 0.7  # of a shortened time: a stage that took more of it was cut off by it
 
@@ -98,7 +96,7 @@ class Campaign:
         return self.rows[name]["state"] if name in self.rows else None
 
     def _why_not(self, stage: Stage, budget: Budget) -> str | None:
-        missing = [name for name in stage.needs if self._state(name) != "done"]
+        missing = [name for name in stage.needs if self._state(name) not in ("done", "cut")]
         if missing:
             return f"it needs {', '.join(missing)}"
         if budget.left_s < max(stage.least_s, 1.0):
@@ -163,10 +161,10 @@ class Campaign:
             try:
                 return process.wait(given_s), None
             except subprocess.TimeoutExpired:
-                _end(process)
+                end(process)
                 return process.returncode, f"was not done after {given_s:.0f} s"
             except KeyboardInterrupt:
-                _end(process)
+                end(process)
                 raise
 
     def _place(self, name: str, given_s: float) -> str:
@@ -263,49 +261,6 @@ def _write_model(folder: Path, model: Any) -> None:
             vocab_size=config.get("vocab_size"),
             model_max_length=config.get("max_position_embeddings", 8192),
         )
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a process with all that it started: it is asked first, as by Ctrl-C."""
-    started = _descendants(process.pid)
-    with suppress(ProcessLookupError):
-        process.send_signal(signal.SIGINT)
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(GRACE_S)
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    for pid, born in started.items():
-        if _born(pid) == born:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-    process.wait()
-
-
-def _descendants(pid: int) -> dict[int, str]:
-    """Processes that one started, directly or not, with when they were born; empty without a /proc."""
-    children: dict[int, list[int]] = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        if (fields := _stat(int(folder.name))) is not None:
-            children.setdefault(int(fields[1]), []).append(int(folder.name))
-    found, todo = {}, [pid]
-    while todo:
-        for child in children.get(todo.pop(), []):
-            found[child] = _born(child)
-            todo.append(child)
-    return {child: born for child, born in found.items() if born is not None}
-
-
-def _born(pid: int) -> str | None:
-    fields = _stat(pid)
-    return None if fields is None else fields[19]
-
-
-def _stat(pid: int) -> list[str] | None:
-    """The fields of /proc/PID/stat behind the command's name: state, parent, ..."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
 
 
 def _written(folder: Path, since: float) -> list[Row]:

@@ -7,31 +7,23 @@ of a search (plan "slo") hang on what the ones before showed: each is predicted 
 
 from __future__ import annotations
 
-import hashlib
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
-from servecast.calibrate.measure.bench_serve import run_bench
-from servecast.calibrate.measure.errors import MeasureError
 from servecast.calibrate.measure.facts import collect
 from servecast.calibrate.measure.folder import Budget
 from servecast.sim import capacity
 from servecast.sim.deployment import Deployment
 from servecast.sim.errors import InputError
-from servecast.sim.metrics import duration, good_requests, statistic
+from servecast.sim.metrics import good_requests, statistic
 from servecast.sim.records import Run
-from servecast.sim.results import cautions, result, to_text
 from servecast.sim.scenario import Scenario
-from servecast.sim.simulate import RateProbe, simulate
-from servecast.sim.whole_file import write_whole
+from servecast.sim.simulate import RateProbe
+from servecast.validate.live_drive import BENCH_START_S, Outcome, drive, predict
 from servecast.validate.live_misfit import refuse_misfit, replaced
 from servecast.validate.live_plan import PLANS, SLO_PLAN, SWEPT, Load, Planner, check_plans
 from servecast.validate.live_server import (
@@ -44,44 +36,13 @@ from servecast.validate.live_server import (
     started,
     warm_up,
 )
-from servecast.validate.readers import Reading, read
-from servecast.validate.telemetry import Prometheus, gpu_sampler, scraper
+from servecast.validate.telemetry import Prometheus
 
-RANKS = (50, 90, 95, 99)
-BENCH_START_S = 20.0  # vllm bench serve imports torch and reads the tokenizer before it sends
 SERVER_START_S = 90.0
-SLOWER = 3.0  # a run that takes this many times its prediction is given up
-PLAN_REQUESTS = 1000  # of a replication, where the largest rate is looked for
+PLAN_REQUESTS, PLAN_REPLICATIONS = 1000, 4  # where the largest rate is looked for, only to choose loads
 MOST_SEARCHED = 8  # loads of the search for the largest rate
 STEP = 1.1  # from rate to rate, before there is a bracket
 BRACKET = 1.05  # its ends over each other, when it is narrow enough
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """One load: what was predicted, and what happened.
-
-    Attributes:
-        predicted: a run a seed. cautions: about them. prediction_sha256: of the file that was on disk before
-            the load ran, since ``predicted_at``; it ran at ``started_at`` (ISO 8601).
-        hash_seed: the benchmark's PYTHONHASHSEED, which makes its prompts.
-        measured: None if the load did not end. telemetry: see telemetry.METRICS, by time_s of the client's
-            clock; empty if not read. gpu: means by the driver. recording: the recorder's file.
-        problem: what went wrong.
-    """
-
-    load: Load
-    predicted: tuple[Run, ...]
-    cautions: tuple[str, ...]
-    prediction_sha256: str
-    predicted_at: str
-    started_at: str
-    hash_seed: int
-    measured: Reading | None
-    telemetry: pd.DataFrame
-    gpu: Mapping[str, float]
-    recording: Path | None = None
-    problem: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,8 +157,13 @@ class Campaign:
         elif not budget.fits(SERVER_START_S + BENCH_START_S + self.duration_s):
             self.notes.append(f"{load.name} left out: the time budget does not last for another server")
         else:
-            with self._served(load.engine) as served:
-                self._all([load], served, budget)
+            try:
+                with self._served(load.engine) as served:
+                    self._all([load], served, budget)
+            except InputError as error:
+                if not self.outcomes:
+                    raise
+                self.stopped = f"{load.name} was not run: {error}"  # what was run before is kept
 
     @contextmanager
     def _served(self, engine: Mapping[str, Any]) -> Iterator[_Served]:
@@ -244,6 +210,7 @@ class Campaign:
             start_rate=capacity.first_guess(probe, self.seed),
             seed=self.seed,
             max_requests=PLAN_REQUESTS,
+            replications=(PLAN_REPLICATIONS,),
         )
         return found.max_request_rate
 
@@ -254,97 +221,29 @@ class Campaign:
     def _all(self, loads: Sequence[Load], served: _Served, budget: Budget) -> None:
         """Predict all loads, then run them."""
         self.say(f"predicting {len(loads)} load{'s' * (len(loads) != 1)}")
-        predictions = [self._predict(load, served) for load in loads]
-        for load, (predicted, sha256) in zip(loads, predictions, strict=True):
-            expected = duration(predicted[0]) + BENCH_START_S
+        seeds = range(self.seed, self.seed + self.seeds)
+        predictions = [predict(load, served.scenario, served.deployment, seeds) for load in loads]
+        for load, prediction in zip(loads, predictions, strict=True):
+            expected = prediction.seconds + BENCH_START_S
             if not budget.fits(expected):
                 self.notes.append(f"{load.name} left out: {expected:.0f} s are more than the time budget has")
                 continue
-            outcome = self._measure(load, predicted, sha256, served)
+            self.say(f"running {load.name}, about {prediction.seconds:.0f} s")
+            outcome = drive(
+                load,
+                prediction,
+                served.target,
+                python=self.python,
+                recording=served.recording,
+                prometheus=self.prometheus,
+                bench_args=self.bench_args,
+            )
             self.outcomes.append(outcome)
             if outcome.problem:
                 self.notes.append(f"{load.name}: {outcome.problem}")
             if not answers(served.target):
                 self.stopped = f"the server was gone after {load.name}: no load was run after it"
                 return
-
-    def _predict(self, load: Load, served: _Served) -> tuple[tuple[Run, ...], str]:
-        """Simulate a load and write the prediction; its runs and the file's hash."""
-        runs = tuple(
-            simulate(served.scenario, seed=seed, workload=load.workload(), deployment=served.deployment)
-            for seed in range(self.seed, self.seed + self.seeds)
-        )
-        document = {
-            "load": load.to_json(),
-            "trace_sha256": hashlib.sha256(load.trace.read_bytes()).hexdigest(),
-            "written_at": _now(),
-            "replications": [
-                result(served.scenario, served.deployment, run, what_if={}, ranks=RANKS) for run in runs
-            ],
-        }
-        path = load.trace.with_name("prediction.json")
-        write_whole(path, lambda part: part.write_text(to_text(document), encoding="utf-8"))
-        return runs, hashlib.sha256(path.read_bytes()).hexdigest()
-
-    def _measure(self, load: Load, predicted: tuple[Run, ...], sha256: str, served: _Served) -> Outcome:
-        expected, folder, target = duration(predicted[0]), load.trace.parent, served.target
-        self.say(f"running {load.name}, about {expected:.0f} s")
-        written = datetime.fromtimestamp((folder / "prediction.json").stat().st_mtime, UTC)
-        began, unix, now = time.perf_counter(), time.time(), _now()
-        at = _size(served.recording)
-        hash_seed = int(unix) % (1 << 32)  # prompts that no server has seen
-        bound = () if load.max_concurrency is None else ("--max-concurrency", str(load.max_concurrency))
-        measured, problem = None, None
-        scrape = scraper(f"{target.engine}/metrics") if self.prometheus is None else None
-        gpu = gpu_sampler()
-        with ExitStack() as stack:
-            for sampler in (scrape, gpu):
-                if sampler is not None:
-                    stack.enter_context(sampler)
-            try:
-                run_bench(
-                    target.base_url,
-                    target.model,
-                    target.tokenizer,
-                    load.trace,
-                    folder / "bench.json",
-                    python=self.python,
-                    endpoint=target.endpoint,
-                    args=(*bound, *self.bench_args),
-                    api_key_env=target.api_key_env,
-                    hash_seed=hash_seed,
-                    timeout_s=SLOWER * expected + 5 * BENCH_START_S,
-                )
-                measured = _as_sent(read(folder / "bench.json"), load)
-            except (MeasureError, InputError) as error:
-                problem = _without(target.key, str(error))
-        telemetry = scrape.frame() if scrape is not None else self._asked(unix, began - unix)
-        telemetry.to_csv(folder / "metrics.csv", index=False)
-        seen = pd.DataFrame() if gpu is None else gpu.frame()
-        return Outcome(
-            load=load,
-            predicted=predicted,
-            cautions=tuple(cautions(served.deployment, predicted[0])),
-            prediction_sha256=sha256,
-            predicted_at=written.isoformat(timespec="seconds"),
-            started_at=now,
-            hash_seed=hash_seed,
-            measured=measured,
-            telemetry=telemetry,
-            gpu={str(name): float(seen[name].mean()) for name in seen if name != "time_s"},
-            recording=_part(served.recording, at, folder / "recording.jsonl"),
-            problem=problem,
-        )
-
-    def _asked(self, start_unix_s: float, to_our_clock_s: float) -> pd.DataFrame:
-        """What the Prometheus server has since then, on our clock."""
-        assert self.prometheus is not None
-        try:
-            frame = self.prometheus.frame(start_unix_s, time.time())
-        except InputError as error:
-            self.notes.append(str(error))
-            return pd.DataFrame()
-        return frame.assign(time_s=frame["time_s"] + to_our_clock_s)
 
     def _search(self, planner: Planner, served: _Served, budget: Budget) -> None:
         """Bracket the largest rate at the SLOs: on from what was swept, or from the predicted one."""
@@ -379,33 +278,3 @@ def meets(run: Run, scenario: Scenario) -> bool:
 
 def _has_objective(scenario: Scenario) -> bool:
     return bool(scenario.slos) or scenario.goodput_limits is not None
-
-
-def _as_sent(reading: Reading, load: Load) -> Reading:
-    """With the rate that the trace stood for, which the benchmark does not know."""
-    if load.plan not in SWEPT:
-        return reading
-    return replace(reading, context=replace(reading.context, request_rate=load.request_rate))
-
-
-def _size(file: Path | None) -> int:
-    return file.stat().st_size if file is not None and file.exists() else 0
-
-
-def _part(file: Path | None, start: int, target: Path) -> Path | None:
-    """What a recording grew by since it had ``start`` bytes, with its first line, in a file of its own."""
-    if file is None or not file.exists():
-        return None
-    with file.open("rb") as lines:
-        head = lines.readline()
-        lines.seek(max(start, len(head)))
-        target.write_bytes(head + lines.read())
-    return target
-
-
-def _without(key: str | None, text: str) -> str:
-    return text if key is None else text.replace(key, "***")
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

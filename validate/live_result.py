@@ -20,7 +20,8 @@ from servecast.sim.results import SCHEMA_VERSION
 from servecast.sim.traces import TraceSpec
 from servecast.validate.compare_runs import CONFIDENCE, LoadComparison, Row, compare_runs, make_row
 from servecast.validate.compare_sweep import Comparison, compare_loads
-from servecast.validate.live import Campaign, Outcome
+from servecast.validate.live import Campaign
+from servecast.validate.live_drive import Outcome
 from servecast.validate.live_plan import BLOCK_TOKENS
 from servecast.validate.live_server import OwnServer
 from servecast.validate.telemetry import growth
@@ -57,7 +58,7 @@ def _compare(outcome: Outcome, tolerances: Tolerances) -> LoadComparison:
 
     def compared(recording: Path | None, notes: tuple[str, ...]) -> LoadComparison:
         return compare_runs(
-            outcome.predicted,
+            outcome.prediction.runs,
             measured,
             tolerances=tolerances,
             telemetry=outcome.telemetry,
@@ -68,9 +69,9 @@ def _compare(outcome: Outcome, tolerances: Tolerances) -> LoadComparison:
         )
 
     try:
-        found = compared(outcome.recording, outcome.cautions)
+        found = compared(outcome.recording, outcome.prediction.cautions)
     except InputError as error:  # the recorder of a server that died stops anywhere
-        found = compared(None, (*outcome.cautions, str(error)))
+        found = compared(None, (*outcome.prediction.cautions, str(error)))
     return replace(found, rows=(*found.rows, *_queue_time(outcome, tolerances)))
 
 
@@ -80,7 +81,7 @@ def _queue_time(outcome: Outcome, tolerances: Tolerances) -> list[Row]:
     if math.isnan(queued) or not queued:
         return []
     measured = 1e3 * growth(outcome.telemetry, "queue_s") / queued
-    predicted = [_mean_queue_ms(run) for run in outcome.predicted]
+    predicted = [_mean_queue_ms(run) for run in outcome.prediction.runs]
     difference = float(np.mean(predicted)) - measured
 
     def known(value: float) -> Interval:
@@ -159,8 +160,8 @@ def _vllm_of(python: str) -> str | None:
 
 def _load(outcome: Outcome, judged: Mapping[str, Any] | None) -> dict[str, Any]:
     found: dict[str, Any] = outcome.load.to_json() | {
-        "prediction_sha256": outcome.prediction_sha256,
-        "predicted_at": outcome.predicted_at,
+        "prediction_sha256": outcome.prediction.sha256,
+        "predicted_at": outcome.prediction.written_at,
         "started_at": outcome.started_at,
         "trace_sha256": hashlib.sha256(outcome.load.trace.read_bytes()).hexdigest(),
         "hash_seed": outcome.hash_seed,
