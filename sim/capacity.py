@@ -13,7 +13,7 @@ from servecast.sim.binding import Binding, Limits, binding_limit
 from servecast.sim.errors import InputError
 from servecast.sim.knee import open_loop_knee
 from servecast.sim.metrics import duration
-from servecast.sim.probe import WARMUP_SHARE, WINDOW_IN_E2E, Objectives, Probe, ProbedRate
+from servecast.sim.probe import ATTAINMENT, WARMUP_SHARE, WINDOW_IN_E2E, Objectives, Probe, ProbedRate
 from servecast.sim.search import Prober, Progress, RateSearch
 from servecast.sim.slo import SLO, Goodput
 
@@ -91,7 +91,7 @@ def plan(
     slos: Sequence[SLO],
     *,
     goodput: Goodput | None = None,
-    attainment: float = 0.95,
+    attainment: float = ATTAINMENT,
     limits: Limits | None = None,
     start_rate: float = 1.0,
     max_rate: float = 1e5,

@@ -21,6 +21,7 @@ from servecast.sim.warmup import Warmup, select
 State = Literal["pass", "fail", "inconclusive"]
 
 WARMUP_SHARE = 0.2
+ATTAINMENT = 0.95  # of requests, that must be good
 TAIL_SAMPLES = 20
 LEAST_REQUESTS = 1000
 WINDOW_IN_E2E = 10.0
@@ -42,7 +43,7 @@ class Objectives:
 
     slos: tuple[SLO, ...]
     goodput: Goodput | None = None
-    attainment: float = 0.95
+    attainment: float = ATTAINMENT
 
     def __post_init__(self) -> None:
         if not self.slos and self.goodput is None:

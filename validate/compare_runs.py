@@ -20,23 +20,15 @@ from servecast.validate.compare_samples import (
     RESAMPLES,
     STATISTICS,
     Distance,
+    Draws,
     distances,
     resampled_statistics,
 )
 from servecast.validate.readers import Reading
 from servecast.validate.series import EngineSeries
-from servecast.validate.verdict import State, Tolerances, Verdict, judge_row, verdict_of
+from servecast.validate.verdict import COUNTS, OF_SWEEPS, State, Tolerances, Verdict, judge_row, verdict_of
 
 RANKS = (50, 90, 95, 99)
-COUNTS = (
-    "request_throughput",
-    "output_throughput",
-    "kv_cache_usage_peak",
-    "max_num_running",
-    "max_num_waiting",
-    "num_preemptions",
-    "prefix_cache_hit_rate",
-)
 CONFIDENCE = 0.95
 
 
@@ -88,7 +80,8 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class ClientLag:
-    """How much later than planned requests were sent, in ms, less the least of them."""
+    """How much later than planned requests were sent, in ms, less the least of them; in a closed loop how
+    much later than the answer that made room for each."""
 
     median_ms: float
     p95_ms: float
@@ -144,6 +137,7 @@ def compare_runs(
     planned_s: Floats | None = None,
     label: str | None = None,
     notes: Sequence[str] = (),
+    rows: Sequence[Row] = (),
     seed: int = 0,
 ) -> LoadComparison:
     """Compare predictions of one load (a run a seed) with its measurement.
@@ -154,7 +148,7 @@ def compare_runs(
         recording: what calibrate/measure/recording_scheduler.py wrote beside the server.
         planned_s: when each request was to be sent, in the order of sending, from the trace; without it
             the reading's own, where the tool says it.
-        notes: about the load, beside the reading's own. seed: of the bootstrap.
+        notes: about the load, beside the reading's own. rows: further ones. seed: of the bootstrap.
 
     Raises:
         InputError: the recording is not one.
@@ -174,9 +168,9 @@ def compare_runs(
             shown = EngineSeries.of_run(each, series[1].time_s).figures()
             forecast |= {key: shown[key] for key in shown if key != "num_preemptions"}
     rng = np.random.default_rng(seed)
-    resampled = resampled_statistics(run, rng) if measured.has_requests else {}
+    resampled = resampled_statistics(run, predicted, rng) if measured.has_requests else {}
     keys = [f"{name}_{metric}_ms" for metric in LATENCIES for name in STATISTICS]
-    rows = [
+    found = [
         _row(
             key,
             [float(math.nan if f[key] is None else f[key]) for f in forecasts],
@@ -188,15 +182,20 @@ def compare_runs(
         for key in [*COUNTS, *keys]
         if key in figures and all(forecast.get(key) is not None for forecast in forecasts)
     ]
+    found += rows
     lag = _lag(measured, planned_s)
     problems = _problems(measured, figures, forecasts, lag, tolerances)
-    verdict = verdict_of([(row.state, row.reason) for row in rows if row.state is not None], problems)
+    verdict = verdict_of([(row.state, row.reason) for row in found if row.state is not None], problems)
     notes = [*measured.notes, *notes]
+    judged = {row.metric for row in found if row.state is not None}
+    missing = [name for name in tolerances.rows if name not in judged and name not in OF_SWEEPS]
+    if missing:
+        notes.append(f"not known of both, so not judged: {', '.join(missing)}")
     if not measured.has_requests:
         notes.append("figures as the tool reported them: without requests they have no intervals")
     return LoadComparison(
         label or measured.label,
-        tuple(rows),
+        tuple(found),
         tuple(distances(predicted, run)) if measured.has_requests else (),
         lag,
         attribute(parts_of_run(predicted[0]), parts_of_recording(recording, run)) if recording else (),
@@ -226,46 +225,58 @@ def _row(
     metric: str,
     predicted: Sequence[float],
     measured: float,
-    resampled: Floats | None,
+    resampled: Draws | None,
     tolerances: Tolerances,
     rng: np.random.Generator,
 ) -> Row:
-    forecasts = np.array(predicted)
-    truth = np.full(RESAMPLES, measured) if resampled is None else resampled
-    drawn = forecasts[rng.integers(0, len(forecasts), (RESAMPLES, len(forecasts)))].mean(axis=1)
-    differences = drawn - truth if len(forecasts) > 1 or resampled is not None else np.empty(0)
+    """A row whose difference is uncertain by which requests there were, and by the seeds (Student's t)."""
+    seeds = len(predicted)
+    draws = np.empty(0)
+    if resampled is not None or seeds > 1:
+        draws = np.full(RESAMPLES, float(np.mean(predicted)) - measured)
+        if resampled is not None:
+            draws = resampled.predicted - resampled.measured
+        if seeds > 1:
+            error = float(np.std(predicted, ddof=1)) / math.sqrt(seeds)
+            draws = draws + error * rng.standard_t(seeds - 1, RESAMPLES)
     return make_row(
         metric,
         predicted,
-        _interval(measured, resampled),
-        _interval(float(forecasts.mean()) - measured, differences),
+        _interval(measured, None if resampled is None else resampled.measured),
+        _interval(float(np.mean(predicted)) - measured, draws),
         tolerances,
     )
 
 
 def _interval(estimate: float, draws: Floats | None) -> Interval:
     """The middle of what was drawn."""
-    if draws is None or not len(draws):
+    draws = np.empty(0) if draws is None else draws[~np.isnan(draws)]
+    if not len(draws):
         return Interval(estimate, math.nan, math.nan, CONFIDENCE, 1)
     low, high = np.percentile(draws, [50 * (1 - CONFIDENCE), 50 * (1 + CONFIDENCE)])
     return Interval(estimate, float(low), float(high), CONFIDENCE, len(draws))
 
 
 def _lag(measured: Reading, planned_s: Floats | None) -> ClientLag | None:
+    """Against the plan of an open loop; of a closed one, how long a slot that came free was left empty."""
     if not measured.has_requests:
         return None
     requests = measured.run.requests.sort_values("sent", kind="stable")
     sent = requests["sent"].to_numpy(dtype=float)
+    bound = measured.context.max_concurrency
     if planned_s is not None and len(planned_s) == len(sent):
         late = sent - np.sort(planned_s)
+        late -= late[~np.isnan(late)].min(initial=math.inf)
     elif measured.planned:
         late = sent - requests["arrival"].to_numpy(dtype=float)
+        late -= late[~np.isnan(late)].min(initial=math.inf)
+    elif bound is not None and measured.context.request_rate in (None, math.inf):
+        late = sent[bound:] - np.sort(requests["finish"].to_numpy(dtype=float))[: max(len(sent) - bound, 0)]
     else:
         return None
-    late = late[~np.isnan(late)]
+    late = 1000 * late[~np.isnan(late)]
     if not len(late):
         return None
-    late = (late - late.min()) * 1000
     return ClientLag(float(np.median(late)), float(np.percentile(late, 95)), float(late.max()))
 
 

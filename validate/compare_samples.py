@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy.special import ndtri, stdtrit
 from scipy.stats import ks_2samp, wasserstein_distance
 
-from servecast.sim.metrics import Floats, percentiles, samples
+from servecast.sim.metrics import Floats, latencies, percentiles, samples
 from servecast.sim.records import Run
 
 LATENCIES = ("ttft", "tpot", "itl", "e2el")
@@ -29,36 +33,87 @@ class Distance:
     wasserstein_ms: float
 
 
-def resampled_statistics(run: Run, rng: np.random.Generator) -> dict[str, Floats]:
-    """Each latency statistic of bootstrap samples of a run, in ms.
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """A statistic of bootstrap samples, in ms, (RESAMPLES,): of the measured run, and of the predicted ones,
+    their mean, under the same draws."""
+
+    measured: Floats
+    predicted: Floats
+
+
+def resampled_statistics(
+    measured: Run, predicted: Sequence[Run], rng: np.random.Generator
+) -> dict[str, Draws]:
+    """Each latency statistic of bootstrap samples of a run and of its predictions.
 
     Blocks of requests that follow one another are drawn (Kuensch, Ann. Statist. 17(3), 1989), since those
     that are in the server together share its queue and its steps: a block lasts some mean E2E latencies.
+    A predicted run of as many requests is resampled along with the measured one, request by request, so
+    that what both say of a request is no chance; one of another number, and gaps between tokens, which do
+    not say whose they are, are kept as they are.
     """
-    done = run.requests[run.requests["status"] == "finished"]
+    done = _finished(measured)
     span = float(done["finish"].max() - done["sent"].min())
     apart = span / max(_MEMORY * float((done["finish"] - done["sent"]).mean()), 1e-9)
-    found: dict[str, Floats] = {}
+    blocks = min(int(np.clip(apart, *_BLOCKS)), max(len(done), 1))
+    counts = rng.multinomial(blocks, np.full(blocks, 1 / blocks), RESAMPLES)
+    found: dict[str, Draws] = {}
     for metric in LATENCIES:
-        values, weights = samples(run, metric)
-        thinned = slice(None, None, max(1, len(values) // _MOST))
-        values = values[thinned] * 1000
-        counted = np.ones(len(values)) if weights is None else weights[thinned]
-        if len(values) < 2:
+        values, weights = _in_order(measured, metric)
+        if np.isfinite(values).sum() < 2:
             continue
-        blocks = min(int(np.clip(apart, *_BLOCKS)), len(values))
-        block = np.arange(len(values)) * blocks // len(values)
-        order = np.argsort(values, kind="stable")
-        counts = rng.multinomial(blocks, np.full(blocks, 1 / blocks), RESAMPLES)
-        ranks = [rank for rank in STATISTICS.values() if rank is not None]
-        draws = []
-        for drawn in counts:
-            times = drawn[block[order]] * counted[order]
-            mean = float(np.average(values[order], weights=times))
-            draws.append([mean, *percentiles(values[order], ranks, weights=times)])
-        columns = np.array(draws).T
-        found |= {f"{name}_{metric}_ms": column for name, column in zip(STATISTICS, columns, strict=True)}
+        truth = _statistics_of_draws(values, weights, counts)
+        forecasts = []
+        for run in predicted:
+            ours, each = _in_order(run, metric)
+            same = metric != "itl" and len(ours) == len(values)
+            forecasts.append(_statistics_of_draws(ours, each, counts if same else _ALL))
+        means = np.broadcast_to(np.mean(forecasts, axis=0), truth.shape) if forecasts else truth
+        for name, drawn, mean in zip(STATISTICS, truth.T, means.T, strict=True):
+            found[f"{name}_{metric}_ms"] = Draws(drawn, mean)
     return found
+
+
+_ALL = np.ones((1, 1), dtype=int)  # one block, drawn once: the run itself
+
+
+def _finished(run: Run) -> pd.DataFrame:
+    return run.requests[run.requests["status"] == "finished"].sort_values("sent", kind="stable")
+
+
+def _in_order(run: Run, metric: str) -> tuple[Floats, Floats]:
+    """A metric's values in ms in the order of sending, NaN where a request has none, and their weights."""
+    if metric == "itl":
+        values, weights = run.itl["gap"].to_numpy(dtype=float), run.itl["weight"].to_numpy(dtype=float)
+    else:
+        values = latencies(_finished(run))[metric].to_numpy(dtype=float)
+        weights = np.ones(len(values))
+    return 1000 * values[:: (thin := max(1, len(values) // _MOST))], weights[::thin]
+
+
+def _statistics_of_draws(values: Floats, weights: Floats, counts: NDArray[np.int64]) -> Floats:
+    """STATISTICS of samples, (draws, statistics): in each a block of the values counts so many times.
+
+    Few blocks vary too little: the draws are spread by Student's t over the normal law, and by n / (n - 1).
+    """
+    blocks = counts.shape[1]
+    block = np.arange(len(values)) * blocks // max(len(values), 1)
+    order = np.argsort(values, kind="stable")
+    order = order[np.isfinite(values[order])]
+    values, weights, block = values[order], weights[order], block[order]
+    ranks = [rank for rank in STATISTICS.values() if rank is not None]
+    draws = []
+    for drawn in (np.ones(blocks), *counts):
+        times = drawn[block] * weights
+        total = times.sum()
+        mean = float(values @ times / total) if total else math.nan
+        draws.append([mean, *percentiles(values, ranks, weights=times)])
+    whole, resampled = np.array(draws[:1]), np.array(draws[1:])
+    if blocks == 1:
+        return resampled
+    spread = stdtrit(blocks - 1, 0.975) / ndtri(0.975) * math.sqrt(blocks / (blocks - 1))
+    return np.asarray(whole + spread * (resampled - whole))
 
 
 def distances(predicted: Sequence[Run], measured: Run) -> list[Distance]:

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from servecast.sim.confidence import Interval
-from servecast.sim.knee import Saturation, closed_loop_knee, open_loop_knee, pooled, saturation
-from servecast.sim.metrics import duration, statistic
-from servecast.sim.probe import WARMUP_SHARE
+from servecast.sim.knee import Saturation, closed_loop_knee, saturation
+from servecast.sim.metrics import duration, good_requests, statistic
+from servecast.sim.probe import ATTAINMENT, WARMUP_SHARE
 from servecast.sim.records import Run
-from servecast.sim.slo import SLO
+from servecast.sim.slo import SLO, Goodput
 from servecast.validate.compare_runs import CONFIDENCE, LoadComparison, Row
-from servecast.validate.verdict import State, Tolerances, Verdict, judge_row, verdict_of
+from servecast.validate.verdict import State, Tolerances, Verdict, verdict_of
+
+_STRAINS = 1e-3, 1e3  # between these, so that they have a logarithm
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,24 +46,22 @@ def compare_loads(
     *,
     tolerances: Tolerances,
     slos: Sequence[SLO] = (),
-    rows: Sequence[Row] = (),
+    goodput: Goodput | None = None,
 ) -> Comparison:
     """Put loads together.
 
     Args:
-        slos: whose largest rate is looked for, by interpolation between the open-loop rates.
-        rows: further ones about the whole, as a largest rate that was searched for on the live server
-            (see ``bracket_row``); they replace ours of the same metric.
+        slos, goodput: whose largest rate is looked for, by interpolation between the open-loop rates.
     """
-    given = {row.metric for row in rows}
-    found, notes = _knees(loads, tolerances)
-    more, further = _max_rate(loads, slos, tolerances)
-    sweep = [*(row for row in [*found, *more] if row.metric not in given), *rows]
-    states: list[tuple[State, str]] = [(row.state, row.reason) for row in sweep if row.state is not None]
+    rows, notes = _knees(loads, tolerances)
+    if slos or goodput is not None:
+        more, further = _max_rate(loads, slos, goodput, tolerances)
+        rows, notes = rows + more, notes + further
+    states: list[tuple[State, str]] = [(row.state, row.reason) for row in rows if row.state is not None]
     states += [
         (load.verdict.state, f"{load.label}: {reason}") for load in loads for reason in _said(load.verdict)
     ]
-    return Comparison(tuple(loads), tuple(sweep), tuple(notes + further), verdict_of(states, ()))
+    return Comparison(tuple(loads), tuple(rows), tuple(notes), verdict_of(states, ()))
 
 
 def _said(verdict: Verdict) -> Sequence[str]:
@@ -69,7 +69,11 @@ def _said(verdict: Verdict) -> Sequence[str]:
 
 
 def bracket_row(metric: str, predicted: Interval, measured: Interval, tolerances: Tolerances) -> Row:
-    """A row about rates (or levels), each known to lie between a level that holds and one that does not."""
+    """A row about rates, each known to lie between one that holds (0: none did) and one that does not (inf).
+
+    It passes if the two lie within the tolerance wherever between their ends they are, fails if nowhere,
+    and is not judged where the ends of one lie farther apart than the tolerance.
+    """
     difference = Interval(
         predicted.estimate - measured.estimate,
         predicted.low - measured.high,
@@ -81,7 +85,13 @@ def bracket_row(metric: str, predicted: Interval, measured: Interval, tolerances
     if tolerance is None:
         return Row(metric, predicted, measured, difference)
     allowed = tolerance.allowed(measured.estimate)
-    state = judge_row(difference.estimate, difference.low, difference.high, allowed)
+    state: State | None = "inconclusive"
+    if difference.low > allowed or difference.high < -allowed:
+        state = "fail"
+    elif -allowed <= difference.low and difference.high <= allowed:
+        state = "pass"
+    elif max(each.high - each.low for each in (predicted, measured)) > allowed:
+        state = None
     return Row(metric, predicted, measured, difference, allowed, state)
 
 
@@ -114,55 +124,90 @@ def closed_loop(loads: Sequence[LoadComparison]) -> list[tuple[float, LoadCompar
 
 def _knees(loads: Sequence[LoadComparison], tolerances: Tolerances) -> tuple[list[Row], list[str]]:
     rows, notes = [], []
-    for levels, find, kind in (
-        (open_loop(loads), _rate_knee, "rate"),
-        (closed_loop(loads), _concurrency_knee, "concurrency"),
-    ):
-        swept = [level for level, _ in levels]
-        if len(set(swept)) < 2:
-            continue
-        predicted = find(swept, [load.predicted for _, load in levels])
-        measured = find(swept, [(load.measured.run,) for _, load in levels])
-        if predicted is not None and measured is not None:
-            rows.append(bracket_row("knee", predicted, measured, tolerances))
-        elif predicted is None and measured is None:
-            notes.append(f"no knee at these levels of {kind}, predicted or found")
-        else:
-            found, where = ("predicted", predicted) if measured is None else ("found", measured)
-            if where is not None:
-                notes.append(f"the knee is {found} at a {kind} of {where.estimate:g}, and only {found}")
+    levels = open_loop(loads)
+    rates = [rate for rate, _ in levels]
+    if len(set(rates)) > 1:
+        predicted, measured = (
+            _bracket(rates, [_holds(runs) for runs in side]) for side in _sides([load for _, load in levels])
+        )
+        more, further = _compared("knee", "the knee", predicted, measured, tolerances)
+        rows, notes = rows + more, notes + further
+    levels = closed_loop(loads)
+    if len({level for level, _ in levels}) > 1:
+        found = [
+            closed_loop_knee(
+                [int(level) for level, _ in levels],
+                [float(np.mean([_throughput(run) for run in runs])) for runs in side],
+            )
+            for side in _sides([load for _, load in levels])
+        ]
+        more, further = _closed_loop_knee(found[0], found[1], [level for level, _ in levels], tolerances)
+        rows, notes = rows + more, notes + further
     return rows, notes
 
 
-def _rate_knee(rates: Sequence[float], runs: Sequence[Sequence[Run]]) -> Interval | None:
-    full = [pooled([_saturation(run) for run in at_rate]).saturated for at_rate in runs]
-    knee = open_loop_knee(rates, full)
-    if knee is None:
-        return None
-    return Interval(knee, knee, min(rate for rate in rates if rate > knee), CONFIDENCE, len(runs))
+def _sides(loads: Sequence[LoadComparison]) -> tuple[list[tuple[Run, ...]], list[tuple[Run, ...]]]:
+    """Predicted and measured runs, a tuple a load."""
+    return [load.predicted for load in loads], [(load.measured.run,) for load in loads]
 
 
-def _concurrency_knee(levels: Sequence[float], runs: Sequence[Sequence[Run]]) -> Interval | None:
-    concurrency = [int(level) for level in levels]
-    knee = closed_loop_knee(concurrency, [_mean(_throughput(run) for run in at_level) for at_level in runs])
-    if knee is None:
-        return None
-    below = max((level for level in concurrency if level < knee), default=knee)
-    return Interval(
-        float(knee), float(below), float(min(c for c in concurrency if c > knee)), CONFIDENCE, len(runs)
-    )
+def _compared(
+    metric: str, name: str, predicted: Interval, measured: Interval, tolerances: Tolerances
+) -> tuple[list[Row], list[str]]:
+    """The row of two brackets, and what keeps it from saying more."""
+    if predicted.high == measured.high == math.inf:
+        return [], [f"{name} lies beyond {measured.low:g} requests/s, predicted and measured"]
+    if predicted.low == measured.low == 0:
+        return [], [f"{name} lies below {measured.high:g} requests/s, predicted and measured"]
+    row = bracket_row(metric, predicted, measured, tolerances)
+    if row.allowed is None or row.state is not None:
+        return [row], []
+    ends = [f"{each.low:g} and {each.high:g}" for each in (predicted, measured)]
+    where = ends[0] if ends[0] == ends[1] else f"{ends[0]} (predicted), {ends[1]} (measured)"
+    return [row], [
+        f"{name} lies between {where} requests/s, too far apart to judge it to {row.allowed:.2g} requests/s"
+    ]
+
+
+def _bracket(rates: Sequence[float], holds: Sequence[bool]) -> Interval:
+    """From the largest rate that holds below the smallest that does not (0: none) to that one (inf: none)."""
+    high = min((rate for rate, good in zip(rates, holds, strict=True) if not good), default=math.inf)
+    low = max((rate for rate in rates if rate < high), default=0.0)
+    return Interval(low or high, low, high, CONFIDENCE, 1)
+
+
+def _holds(runs: Sequence[Run]) -> bool:
+    """Whether a rate is sustained, in most of the runs."""
+    return sum(not _saturation(run).saturated for run in runs) > len(runs) / 2
 
 
 def _saturation(run: Run) -> Saturation:
-    """Behind the warm-up, in which any load fills the server; a request without a known arrival was sent
-    at once, since nothing held it back."""
+    """Behind the warm-up, in which any load fills the server. Of both sides only what a client sees: a
+    request waits until its first token, and arrived when it was sent if nothing tells when it should be."""
     arrival = run.requests["arrival"].fillna(run.requests["sent"])
-    filled = replace(run, requests=run.requests.assign(arrival=arrival))
-    return saturation(filled, start_s=float(arrival.quantile(WARMUP_SHARE)))
+    seen = replace(run, requests=run.requests.assign(arrival=arrival, scheduled=math.nan))
+    return saturation(seen, start_s=float(arrival.quantile(WARMUP_SHARE)))
 
 
-def _mean(values: Iterable[float]) -> float:
-    return float(np.mean(list(values)))
+def _closed_loop_knee(
+    predicted: int | None, measured: int | None, levels: Sequence[float], tolerances: Tolerances
+) -> tuple[list[Row], list[str]]:
+    """The knee in concurrency is one of the swept levels; that of the next level could be chance."""
+    if predicted is None or measured is None:
+        sides = {"predicted": predicted, "measured": measured}
+        found = [f"{side} at {knee}" for side, knee in sides.items() if knee is not None]
+        return [], [f"the knee in concurrency: {found[0]} only" if found else "no knee in concurrency"]
+
+    def around(knee: int) -> Interval:
+        below = max((level for level in levels if level < knee), default=knee)
+        above = min((level for level in levels if level > knee), default=knee)
+        return Interval(float(knee), float(below), float(above), CONFIDENCE, 1)
+
+    row = bracket_row("knee", around(predicted), around(measured), tolerances)
+    if row.allowed is None:
+        return [row], []
+    state: State = "pass" if predicted == measured else "fail" if row.state == "fail" else "inconclusive"
+    return [replace(row, state=state)], []
 
 
 def _throughput(run: Run) -> float:
@@ -171,33 +216,45 @@ def _throughput(run: Run) -> float:
 
 
 def _max_rate(
-    loads: Sequence[LoadComparison], slos: Sequence[SLO], tolerances: Tolerances
+    loads: Sequence[LoadComparison], slos: Sequence[SLO], goodput: Goodput | None, tolerances: Tolerances
 ) -> tuple[list[Row], list[str]]:
     levels = open_loop(loads)
     rates = [rate for rate, _ in levels]
-    if not slos or len(set(rates)) < 2:
+    if len(set(rates)) < 2:
         return [], []
-    predicted = _crossing(rates, [load.predicted for _, load in levels], slos)
-    measured = _crossing(rates, [(load.measured.run,) for _, load in levels], slos)
-    if predicted is None or measured is None:
-        which = [name for name, found in (("predicted", predicted), ("measured", measured)) if found is None]
-        return [], [f"the swept rates do not bracket the largest one at the SLOs ({' and '.join(which)})"]
-    return [bracket_row("max_request_rate", predicted, measured, tolerances)], []
+    predicted, measured = (
+        _crossing(rates, [float(np.mean([strain(run, slos, goodput) for run in runs])) for runs in side])
+        for side in _sides([load for _, load in levels])
+    )
+    return _compared("max_request_rate", "the largest rate at the SLOs", predicted, measured, tolerances)
 
 
-def _crossing(rates: Sequence[float], runs: Sequence[Sequence[Run]], slos: Sequence[SLO]) -> Interval | None:
-    """Where the worst SLO's statistic, over its limit, passes 1: log-linear between the two rates around."""
-    worst = [
-        max(
-            1000 * _mean(statistic(run, slo.metric, slo.statistic) for run in at_rate) / slo.limit_ms
-            for slo in slos
-        )
-        for at_rate in runs
-    ]
-    over = next((i for i, share in enumerate(worst) if share > 1), None)
-    if not over:
-        return None
-    low, high = rates[over - 1], rates[over]
-    below, above = math.log(worst[over - 1]), math.log(worst[over])
-    at = low + (high - low) * (-below) / (above - below)
-    return Interval(float(np.clip(at, low, high)), low, high, CONFIDENCE, len(runs))
+def strain(run: Run, slos: Sequence[SLO], goodput: Goodput | None) -> float:
+    """How much of its objectives a run takes up: at most 1 meets them all.
+
+    The worst of the SLOs' statistics over their limits, infinite if one cannot be told or more requests
+    failed than an SLO's percentile leaves out; for a goodput the share of requests that miss it, over what
+    its attainment leaves.
+    """
+    requests = run.requests
+    missed = 1 - (requests["status"] == "finished").mean() if len(requests) else 1.0
+    shares = []
+    for slo in slos:
+        share = 1000 * statistic(run, slo.metric, slo.statistic) / slo.limit_ms
+        spare = 1 - (slo.percentile or 100) / 100
+        shares.append(math.inf if math.isnan(share) or missed > spare else share)
+    if goodput is not None and not slos:
+        shares.append((1 - good_requests(run, goodput) / max(len(requests), 1)) / (1 - ATTAINMENT))
+    return max(shares, default=math.inf)
+
+
+def _crossing(rates: Sequence[float], strains: Sequence[float]) -> Interval:
+    """Where the strain passes 1: log-linear between the two rates around."""
+    found = _bracket(rates, [each <= 1 for each in strains])
+    if found.low == 0 or math.isinf(found.high):
+        return found
+    below, above = (
+        math.log(np.clip(strains[list(rates).index(end)], *_STRAINS)) for end in (found.low, found.high)
+    )
+    at = found.low + (found.high - found.low) * (-below) / (above - below) if above > below else found.low
+    return replace(found, estimate=float(at))

@@ -13,8 +13,25 @@ import yaml
 from pydantic import model_validator
 
 from servecast.sim.errors import InputError
-from servecast.sim.schema import Count, Model, NonNegative, Positive, invalid, parse
+from servecast.sim.schema import Count, Model, NonNegative, Positive, did_you_mean, invalid, parse
+from servecast.validate.compare_samples import LATENCIES, STATISTICS
 
+COUNTS = (
+    "request_throughput",
+    "output_throughput",
+    "kv_cache_usage_peak",
+    "max_num_running",
+    "max_num_waiting",
+    "num_preemptions",
+    "prefix_cache_hit_rate",
+)
+OF_SWEEPS = ("knee", "max_request_rate")
+FIGURES = (  # that can be judged
+    *COUNTS,
+    *(f"{name}_{metric}_ms" for metric in LATENCIES for name in STATISTICS),
+    "mean_queue_time_ms",
+    *OF_SWEEPS,
+)
 State = Literal["pass", "fail", "inconclusive"]
 EXIT_CODES: dict[State, int] = {"pass": 0, "fail": 1, "inconclusive": 3}
 
@@ -44,6 +61,14 @@ class Tolerances(Model):
     min_requests: Count = 20
     max_failed_share: NonNegative = 0.01
     max_length_difference: NonNegative = 0.05
+
+    @model_validator(mode="after")
+    def _known(self) -> Tolerances:
+        for name in self.rows:
+            if name not in FIGURES:
+                fix = did_you_mean(name, FIGURES) or f"Known are {', '.join(FIGURES)}."
+                raise invalid(f"there is no figure {name!r} to judge", fix)
+        return self
 
     @classmethod
     def load(cls, path: Path | None = None) -> Tolerances:
