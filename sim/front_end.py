@@ -2,8 +2,8 @@
 
 Client and API server are Python processes with one event loop each. Reading and writing tokens is serial:
 first come, first served, with known service times, which needs no events of its own: work that arrives at
-t starts at max(t, end of the work before) (Lindley 1952). Preparing a request takes several turns of the
-loop, see ``Preparation``.
+t starts at max(t, end of the work before) (Lindley 1952). A server that lags sends a stream's tokens
+together, see ``ApiServer.stream``. Preparing a request takes several turns of the loop, see ``Preparation``.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class FrontEndCosts:
 
     Attributes:
         request_s: API server, per request: HTTP, chat template, tokenizer; requests in progress share it.
-        token_s: API server, serial, per token streamed: detokenizer, one event.
+        token_s: API server, serial, per event streamed, of one token unless it lags: detokenizer, one event.
         latency_s: per request, not serial: connection, network, wake-ups, first event.
-        client_request_s, client_token_s: the client's process, serial, per request and per token read.
+        client_request_s, client_token_s: the client's process, serial, per request and per event read.
         cv: coefficient of variation of the costs per request (gamma distributed, drawn per request).
     """
 
@@ -79,8 +79,8 @@ class Client:
         """When a request that is started now is on the wire."""
         return self.process.serve(now, self._request_ps)
 
-    def read(self, first: int, spacing: int, tokens: int) -> tuple[int, int]:
-        """Read a batch of tokens which arrive from ``first`` on, ``spacing`` apart.
+    def read(self, first: int, spacing: int, events: int, tokens: int) -> tuple[int, int]:
+        """Read a batch of tokens which arrive from ``first`` on, ``spacing`` apart, in so many new events.
 
         Returns:
             When the first one is read, and the spacing of the others.
@@ -89,7 +89,7 @@ class Client:
         if not cost:
             return first, spacing
         start = max(first, self.process.free_at) + cost
-        end = max(start + cost * (tokens - 1), first + spacing * (tokens - 1) + cost)
+        end = max(start + cost * max(events - 1, 0), first + spacing * (tokens - 1) + cost)
         self.process.free_at = end
         return start, (end - start) // (tokens - 1) if tokens > 1 else 0
 
@@ -152,7 +152,7 @@ class ApiServer:
         "_deliver",
         "_env",
         "_preparation",
-        "_streaming",
+        "_sent",
         "_token_ps",
         "_variation",
     )
@@ -168,7 +168,7 @@ class ApiServer:
         self._costs = costs
         self._deliver = deliver
         self._preparation = Preparation(env)
-        self._streaming = SerialProcess()
+        self._sent = 0  # when the last token so far is
         self._token_ps = to_ps(costs.token_s)
         self._variation = _gamma_factors(costs.cv, rng)
 
@@ -180,10 +180,20 @@ class ApiServer:
         else:
             self._prepare(item)
 
-    def stream(self, now: int, tokens: int) -> tuple[int, int]:
-        """When the first of ``tokens`` that the engine delivers now is sent, and the spacing of the rest."""
-        cost = self._token_ps
-        return self._streaming.serve(now, cost * tokens) - cost * (tokens - 1), cost
+    def stream(self, now: int, tokens: int) -> tuple[int, int, int]:
+        """Send ``tokens`` that the engine delivers now, one a stream.
+
+        A stream whose last token still waits to be sent takes the new one along in the same event (vLLM's
+        RequestOutputCollector merges what its reader has not taken yet), so that never more than one event
+        a stream waits: a server that lags delays tokens by one round over its streams, and no further.
+
+        Returns:
+            When the first one is sent, the spacing of the others, and how many events they added.
+        """
+        cost, waiting = self._token_ps, max(self._sent, now)
+        self._sent = max(self._sent, now + cost * tokens)
+        events = (self._sent - waiting) // cost if cost else tokens
+        return self._sent - cost * (tokens - 1), cost, events
 
     def _prepare(self, item: Any) -> None:
         cost = to_ps(self._costs.request_s * next(self._variation))

@@ -228,8 +228,7 @@ class Replica:
     def _deliver(self, step: Step) -> None:
         """Tokens go through the API server to the client, in the order of the batch."""
         now, emitted = int(self.env.now), step.emitted
-        sent, spacing = self._api_server.stream(now, emitted)
-        first, pace = self._client.read(sent, spacing, emitted)
+        first, pace = self._client.read(*self._api_server.stream(now, emitted), emitted)
         middle = first + pace * (emitted - 1) // 2
         spread = pace * (emitted - 1) / PICOSECONDS
         seen = self._seen

@@ -192,6 +192,14 @@ def test_tokens_are_streamed_one_after_the_other() -> None:
     assert times(result, "first_token") == [1.3, 1.5]
 
 
+def test_a_server_that_lags_sends_a_stream_s_tokens_together() -> None:
+    """Steps of 1.0 with two tokens that take 0.8 each to send. Those of the last, at 4.0, are read from 4.9
+    to 5.7 (one round later), not until 7.5 (eight times 0.8 after the first step)."""
+    costs = FrontEndCosts(token_s=0.8, client_token_s=0.1)
+    result = run(one_stream([Request(i, 0.0, 10, 4, 4) for i in range(2)]), config(), costs)
+    assert times(result, "finish") == pytest.approx([5.1, 5.5])  # spread over the batch
+
+
 def test_gaps_count_every_token_but_the_first() -> None:
     requests = [Request(i, 0.3 * i, 12, 5, 5) for i in range(6)]
     for asynchronous in (False, True):
