@@ -6,17 +6,20 @@ BIN := $(VENV)/bin
 SCENARIO ?= a6000-qwen2.5-7b
 SLO ?= --slo ttft:p95:500 --slo tpot:p95:60
 
-.PHONY: plan test test-live lint types benchmark parity-long docs vllm litellm prometheus clean
+.PHONY: plan test live-results lint types benchmark parity-long docs vllm litellm prometheus clean
 
 plan: $(VENV)/.installed
 	$(BIN)/servecast plan $(SCENARIO) $(SLO) --report out/plan-$(SCENARIO).html
 
-test: $(VENV)/.installed-test vllm lint types
-	$(BIN)/python -m pytest -m "not live"
-
-# Predictions judged against live servers: wants a quiet machine, and takes minutes.
-test-live: $(VENV)/.installed-test vllm litellm prometheus
+# Live tests judge predictions against real servers on this machine: apart, since they want it for themselves.
+test: $(VENV)/.installed-test vllm litellm prometheus lint types
+	$(BIN)/python -m pytest -m "not live" -n auto --dist loadfile
 	$(BIN)/python -m pytest -m live
+
+# Measures the committed results of live runs that need no GPU anew; takes a quarter of an hour.
+live-results: $(VENV)/.installed-test vllm
+	$(BIN)/python tests/live_results.py
+	$(BIN)/python docs/generate.py
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

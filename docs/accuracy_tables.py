@@ -63,7 +63,7 @@ def summary(documents: Sequence[Document]) -> str:
         cells = sum(cell["used"] == "predicted" for cell in each["rows"])
         families = [_family(errors, words) for words in _FAMILIES.values()]
         rows.append([f"`{each['scenario']}`", str(cells), *families, _knee(each["knee"])])
-    return "\n".join(_lines(rows))
+    return "\n".join(table_lines(rows))
 
 
 def _family(errors: Mapping[str, float], words: Sequence[str]) -> str:
@@ -102,10 +102,10 @@ def _section(document: Document) -> str:
         lines += ["", f"### {scenario}: {title}", "", *_table(table)]
     if document["run_context"]:
         rows = [[key, str(value)] for key, value in document["run_context"].items() if value]
-        lines += ["", f"### {scenario}: run context", "", *_lines([["", ""], *rows])]
+        lines += ["", f"### {scenario}: run context", "", *table_lines([["", ""], *rows])]
     if document["assumptions"]:
         rows = [[each["name"], str(each["value"]), each["origin"]] for each in document["assumptions"]]
-        lines += ["", f"### {scenario}: assumptions", "", *_lines([["what", "value", "origin"], *rows])]
+        lines += ["", f"### {scenario}: assumptions", "", *table_lines([["what", "value", "origin"], *rows])]
     return "\n".join(lines)
 
 
@@ -120,7 +120,7 @@ def _table(table: Document) -> list[str]:
     header = ["", *(", ".join(part for part in name(metric) if part) for metric in metrics)]
     body = [[key, *(row.get(metric, "") for metric in metrics)] for key, row in rows.items()]
     errors = ["**mean error, predicted**", *(_mape(table, metric) for metric in metrics)]
-    lines = [*_lines([header, *body, errors]), ""]
+    lines = [*table_lines([header, *body, errors]), ""]
     lines += [f"{number}. excluded: {reason}" for number, reason in enumerate(reasons, start=1)]
     misses = [f"- known miss: {miss}" for miss in table.get("known_misses", ())]
     if reasons and misses:
@@ -153,7 +153,7 @@ def _knee(knee: Mapping[str, Any] | None) -> str:
     return f"{found[0]} (reported: {found[1]})"
 
 
-def _lines(rows: Sequence[Sequence[str]]) -> list[str]:
+def table_lines(rows: Sequence[Sequence[str]]) -> list[str]:
     """A Markdown table; the first row is its header."""
     texts = [
         "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in row) + " |" for row in rows

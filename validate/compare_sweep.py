@@ -123,7 +123,8 @@ def closed_loop(loads: Sequence[LoadComparison]) -> list[tuple[float, LoadCompar
 
 
 def _knees(loads: Sequence[LoadComparison], tolerances: Tolerances) -> tuple[list[Row], list[str]]:
-    rows, notes = [], []
+    rows: list[Row] = []
+    notes: list[str] = []
     levels = open_loop(loads)
     rates = [rate for rate, _ in levels]
     if len(set(rates)) > 1:
