@@ -33,7 +33,7 @@ with the tables in view; a live run predicted beforehand is the real test. What 
 Definitions, such as the percentile law of each source, are in [What is modelled](modelled.md).
 """
 
-_CELL_FIELDS = ("metric", "reported", "predicted", "spread", "error_pct", "used", "reason")
+_CELL_FIELDS = ("metric", "reported", "predicted", "spread", "error_pct", "used", "reason", "true")
 _WORDS = {
     "ttft": "TTFT",
     "tpot": "TPOT",
@@ -98,7 +98,12 @@ def _section(document: Document) -> str:
     lines += [f"Profile: {provenance['profile']}; {provenance['basis']}; error band {band}. Predictions"]
     lines += [f"are means over {len(document['seeds'])} seeds.", "", *_table(document)]
     lines += ["", f"Knee, concurrency: {_knee(document['knee'])}."]
+    if ranking := document.get("ranking"):
+        lines += ["", *_ranking(ranking, document["sustained"])]
     for title, table in document["tables"].items():
+        own = [cell for cell in table["rows"] if cell not in document["rows"]]
+        if own != table["rows"]:  # the mean is of all of them
+            table = {**table, "rows": own, "mape_predicted": {}}
         lines += ["", f"### {scenario}: {title}", "", *_table(table)]
     if document["run_context"]:
         rows = [[key, str(value)] for key, value in document["run_context"].items() if value]
@@ -107,6 +112,21 @@ def _section(document: Document) -> str:
         rows = [[each["name"], str(each["value"]), each["origin"]] for each in document["assumptions"]]
         lines += ["", f"### {scenario}: assumptions", "", *table_lines([["what", "value", "origin"], *rows])]
     return "\n".join(lines)
+
+
+def _ranking(ranking: Document, sustained: Document) -> list[str]:
+    """Which router is better, and what each carries."""
+    wrong = [f"{pair['better']} over {pair['worse']} at {pair['row']}" for pair in ranking["wrong"]]
+    held = [f"{name} {_rate(each['holds'])}" for name, each in sustained.items()]
+    return [
+        f"Ranking of the routers: {ranking['as_reported']} of {ranking['pairs']} pairs as reported, not "
+        f"{' and '.join(wrong) or 'one'} ({ranking['ties']} more are ties). Largest of these rates that holds, "
+        f"predicted: {', '.join(held)} requests/s."
+    ]
+
+
+def _rate(rate: float | None) -> str:
+    return "none" if rate is None else f"{rate:g}"
 
 
 def _table(table: Document) -> list[str]:
@@ -119,8 +139,9 @@ def _table(table: Document) -> list[str]:
         rows.setdefault(", ".join(keys) or "whole run", {})[cell["metric"]] = _compared(cell, reasons)
     header = ["", *(", ".join(part for part in name(metric) if part) for metric in metrics)]
     body = [[key, *(row.get(metric, "") for metric in metrics)] for key, row in rows.items()]
-    errors = ["**mean error, predicted**", *(_mape(table, metric) for metric in metrics)]
-    lines = [*table_lines([header, *body, errors]), ""]
+    errors = [_mape(table, metric) for metric in metrics]
+    means = [["**mean error, predicted**", *errors]] if any(errors) else []
+    lines = [*table_lines([header, *body, *means]), ""]
     lines += [f"{number}. excluded: {reason}" for number, reason in enumerate(reasons, start=1)]
     misses = [f"- known miss: {miss}" for miss in table.get("known_misses", ())]
     if reasons and misses:
