@@ -120,8 +120,8 @@ def _ranking(ranking: Document, sustained: Document) -> list[str]:
     held = [f"{name} {_rate(each['holds'])}" for name, each in sustained.items()]
     return [
         f"Ranking of the routers: {ranking['as_reported']} of {ranking['pairs']} pairs as reported, not "
-        f"{' and '.join(wrong) or 'one'} ({ranking['ties']} more are ties). Largest of these rates that holds, "
-        f"predicted: {', '.join(held)} requests/s."
+        f"{' and '.join(wrong) or 'one'} ({ranking['ties']} more are ties). Largest of these rates that "
+        f"holds, predicted: {', '.join(held)} requests/s."
     ]
 
 
