@@ -3,19 +3,21 @@ fail. None of it needs vLLM: a stand-in package answers where one is started."""
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
-from servecast.calibrate.measure.bench_serve import run_bench
+from servecast.calibrate.measure.bench_serve import TookTooLongError, run_bench
 from servecast.calibrate.measure.errors import MeasureError
 from servecast.calibrate.measure.facts import collect
 from servecast.calibrate.measure.folder import Budget, Folder, Progress, read_facts, read_rows
@@ -311,6 +313,13 @@ if args[0] == "bench":
         sys.exit("no such model")
     if flag("--model") == "slow":
         time.sleep(60)
+    if flag("--model") == "wrapped":
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+        Path(flag("--result-dir"), "child").write_text(str(child.pid))
+        child.wait()
+    if flag("--model") == "cut":
+        Path(flag("--result-dir"), flag("--result-filename")).write_text('{"completed": 2, "err')
+        sys.exit()
     done = 0 if flag("--model") == "refused" else int(flag("--num-prompts"))
     result = {"completed": done, "errors": ["401 Unauthorized"], "hash_seed": os.environ["PYTHONHASHSEED"]}
     Path(flag("--result-dir"), flag("--result-filename")).write_text(json.dumps(result))
@@ -390,10 +399,86 @@ def test_bench(tmp_path: Path, stand_in: dict[str, str], monkeypatch: pytest.Mon
         bench("broken", api_key_env="SERVER_KEY")
     with pytest.raises(MeasureError, match="no request completed; the first error: 401"):
         bench("refused")
-    with pytest.raises(MeasureError, match=r"not done after 0\.2 s"):
+    with pytest.raises(MeasureError, match=r"its result cannot be read \(Unterminated string"):
+        bench("cut")
+    with pytest.raises(TookTooLongError, match=r"not done after 0\.2 s"):
         bench("slow", timeout_s=0.2)
+    with pytest.raises(TookTooLongError):
+        bench("wrapped", timeout_s=3.0)
+    child = int((tmp_path / "child").read_text())
+    deadline = time.monotonic() + 10
+    while not _gone(child):
+        assert time.monotonic() < deadline, "what the benchmark started goes on"
+        time.sleep(0.02)
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    with pytest.raises(MeasureError, match="\nno key False\nno such model"):
+        bench("broken")
     with pytest.raises(MeasureError, match="the environment has no NO_KEY"):
         bench("good", api_key_env="NO_KEY")
+
+
+# -- recording ----------------------------------------------------------------------------------------
+
+
+class _Engine:
+    def __init__(self) -> None:
+        self.running: list[Any] = []
+
+    def add_request(self, request: Any) -> None:
+        pass
+
+    def finish_requests(self, names: Any, status: Any) -> None:
+        pass
+
+    def update_from_output(self, outputs: list[Any], _: Any) -> dict[int, Any]:
+        return {0: SimpleNamespace(outputs=outputs)}
+
+
+class _Request(SimpleNamespace):
+    @classmethod
+    def from_engine_core_request(cls) -> Any:
+        return cls()
+
+
+def test_an_aborted_request_may_still_finish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, contents in {
+        "vllm": {"__version__": "0.32.0"},
+        **{f"vllm.{each}": {} for each in ("v1", "v1.core", "v1.core.sched")},
+        "vllm.v1.core.sched.async_scheduler": {"AsyncScheduler": type("AsyncScheduler", (_Engine,), {})},
+        "vllm.v1.core.sched.scheduler": {"Scheduler": _Engine},
+        "vllm.v1.request": {"Request": _Request},
+    }.items():
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+        vars(sys.modules[name]).update(contents)
+    monkeypatch.setenv("SERVECAST_RECORDING", str(tmp_path / "steps.jsonl"))
+    module = "servecast.calibrate.measure.recording_scheduler"
+    try:
+        recording = importlib.import_module(module)
+    finally:
+        sys.modules.pop(module, None)
+    monkeypatch.setattr(recording.RecordingScheduler, "_config", lambda self: {})
+    recorder = recording.RecordingScheduler()
+    for name in ("kept", "aborted"):
+        recorder.add_request(
+            _Request(
+                request_id=name,
+                block_hashes=[],
+                num_prompt_tokens=8,
+                max_tokens=4,
+                priority=0,
+                num_output_tokens=4,
+            )
+        )
+    recorder.finish_requests("aborted", None)
+    ended = [
+        SimpleNamespace(request_id=name, new_token_ids=[1], finish_reason="stop")
+        for name in ("kept", "aborted")
+    ]
+    recorder.update_from_output(ended, None)
+    lines = [json.loads(line) for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
+    (update,) = [line for line in lines if line[0] == "update"]
+    assert update[3:] == [[[0, 4]], 2]
+    assert [line[2] for line in lines if line[0] == "abort"] == [[1]]
 
 
 # -- command line -------------------------------------------------------------------------------------

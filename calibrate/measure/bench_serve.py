@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -11,9 +12,34 @@ from pathlib import Path
 from typing import Any
 
 from .errors import MeasureError
-from .server import vllm_environment
+from .server import signal_group, vllm_environment
 
 DETAILS = ("start_times", "ttfts", "itls", "input_lens", "output_lens", "errors")  # of --save-detailed
+
+
+class TookTooLongError(MeasureError):
+    """The benchmark was ended since its time was up."""
+
+
+def api_key(variable: str) -> str:
+    """The key that an environment variable holds, without white space around it.
+
+    Raises:
+        MeasureError: it is not set, or a header cannot carry it. The message does not tell it.
+    """
+    key = os.environ.get(variable)
+    if key is None:
+        raise MeasureError(
+            f"the environment has no {variable}", "--api-key-env", "Set it to the server's key."
+        )
+    key = key.strip()
+    if not key or not key.isascii() or not key.isprintable():
+        raise MeasureError(
+            f"{variable} is empty or has characters that no key has",
+            "--api-key-env",
+            "Set it to the server's key.",
+        )
+    return key
 
 
 def bench_command(
@@ -74,8 +100,9 @@ def run_bench(
         timeout_s: how long the whole benchmark may take.
 
     Raises:
-        MeasureError: it cannot start, fails, takes too long, or completes no request; the message ends with
-            what it said last.
+        TookTooLongError: it is not done in time. It is ended, with all that it started.
+        MeasureError: it cannot start, fails, or completes no request; the message ends with what it said
+            last.
     """
     command = bench_command(
         base_url,
@@ -90,23 +117,11 @@ def run_bench(
     )
     variables = vllm_environment(env, offline=Path(tokenizer).is_dir()) | {"PYTHONHASHSEED": str(hash_seed)}
     if api_key_env is not None:
-        if api_key_env not in os.environ:
-            raise MeasureError(
-                f"the environment has no {api_key_env}", "--api-key-env", "Set it to the server's key."
-            )
-        variables["OPENAI_API_KEY"] = os.environ[api_key_env]
+        variables["OPENAI_API_KEY"] = api_key(api_key_env)
     result_path.unlink(missing_ok=True)
     where = f"vllm bench serve against {base_url}"
     try:
-        done = subprocess.run(
-            command,
-            env=variables,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=timeout_s,
-            check=False,
-        )
+        code, said = _run(command, variables, timeout_s)
     except OSError as error:
         raise MeasureError(
             f"cannot start {python}: {error.strerror}",
@@ -114,18 +129,23 @@ def run_bench(
             "Give the Python of an environment that has vLLM.",
         ) from error
     except subprocess.TimeoutExpired as error:
-        raise MeasureError(
+        raise TookTooLongError(
             f"not done after {timeout_s:g} s; its last words:\n{_end(error.output)}\n",
             where,
             "Is the server alive and the load below what it can serve?",
         ) from error
-    if done.returncode or not result_path.exists():
+    if code or not result_path.exists():
         raise MeasureError(
-            f"ended with code {done.returncode}; its last words:\n{_end(done.stdout)}\n",
+            f"ended with code {code}; its last words:\n{_end(said)}\n",
             where,
             "Does the server answer, and are model and tokenizer its own?",
         )
-    result: dict[str, Any] = json.loads(result_path.read_text(encoding="utf-8"))
+    try:
+        result: dict[str, Any] = json.loads(result_path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise MeasureError(
+            f"its result cannot be read ({error})", where, "Is there space left on the disk?"
+        ) from None
     if not result.get("completed"):
         errors = [text for text in result.get("errors", []) if text]
         raise MeasureError(
@@ -134,6 +154,24 @@ def run_bench(
             "Are endpoint, model name and key right, and do the prompts fit max_model_len?",
         )
     return result
+
+
+def _run(command: Sequence[str], env: Mapping[str, str], timeout_s: float | None) -> tuple[int, bytes]:
+    """Exit code and output of a command. Whatever ends the wait for it ends all that it started, too."""
+    with subprocess.Popen(
+        command,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,  # a process group of its own
+    ) as process:
+        try:
+            said, _ = process.communicate(timeout=timeout_s)
+        except BaseException:
+            signal_group(process.pid, signal.SIGKILL)
+            raise
+    return process.returncode, said
 
 
 def _end(output: bytes | None, lines: int = 15) -> str:

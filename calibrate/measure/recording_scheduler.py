@@ -118,8 +118,9 @@ class RecordingScheduler(Scheduler):  # type: ignore[misc]
         for output in _outputs(by_client.values()):
             delivered += len(output.new_token_ids)
             if output.finish_reason is not None:
-                request = self._known.pop(output.request_id)
-                finished.append([self._numbers[output.request_id], request.num_output_tokens])
+                request = self._known.pop(output.request_id, None)
+                if request is not None:  # or it was aborted, which is written
+                    finished.append([self._numbers[output.request_id], request.num_output_tokens])
         self._write(["update", start, end, finished, delivered])
         self._own_ns += monotonic_ns() - end
         if end - self._flushed > FLUSH_NS or not self.running:

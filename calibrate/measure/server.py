@@ -18,6 +18,7 @@ from .errors import MeasureError
 
 HOST = "127.0.0.1"
 GRACE_S = 15.0  # from SIGTERM to SIGKILL
+_KEYS = ("OPENAI_API_KEY", "VLLM_API_KEY")  # that vLLM's client sends to any server, and its server asks for
 
 
 def free_port() -> int:
@@ -134,11 +135,11 @@ class VllmServer:
         if self._process is None:
             return
         group = self._process.pid
-        _signal(group, signal.SIGTERM)
+        signal_group(group, signal.SIGTERM)
         deadline = time.monotonic() + GRACE_S
         while time.monotonic() < deadline and _group_exists(group, self._process):
             time.sleep(0.05)
-        _signal(group, signal.SIGKILL)
+        signal_group(group, signal.SIGKILL)
         self._process.wait()
 
     def __exit__(
@@ -160,20 +161,21 @@ def recording(file: Path) -> tuple[list[str], dict[str, str]]:
 
 
 def vllm_environment(env: Mapping[str, str] | None = None, *, offline: bool = True) -> dict[str, str]:
-    """Our environment variables for a vLLM process, with ``env`` on top.
+    """Our environment variables for a vLLM process, without the user's own keys, with ``env`` on top.
 
     Args:
         offline: nothing is to be downloaded.
     """
     return (
-        dict(os.environ)
+        {name: value for name, value in os.environ.items() if name not in _KEYS}
         | {"VLLM_NO_USAGE_STATS": "1", "PYTHONUNBUFFERED": "1"}
         | ({"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"} if offline else {})
         | dict(env or {})
     )
 
 
-def _signal(group: int, number: signal.Signals) -> None:
+def signal_group(group: int, number: signal.Signals) -> None:
+    """Send a signal to every process of a group, if there is one left."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(group, number)
 
