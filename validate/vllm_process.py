@@ -70,25 +70,35 @@ class VllmProcess:
         return VllmProcess(python) if any(packages) else None
 
     def decide(self, scenario: Scenario) -> str:
-        """The answer to one scenario, as validate/vllm_scheduler.py writes it: a line of JSON."""
+        """The answer to one scenario, as validate/vllm_scheduler.py writes it: a line of JSON.
+
+        Raises:
+            InputError: the process has ended; the message ends with what it said.
+        """
         assert self._process.stdin is not None
-        self._process.stdin.write(scenario.to_json() + "\n")
-        self._process.stdin.flush()
+        try:
+            self._process.stdin.write(scenario.to_json() + "\n")
+            self._process.stdin.flush()
+        except OSError:
+            raise self._ended() from None
         return self._read_line()
 
     def _read_line(self) -> str:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            self._process.wait()
-            self._said.seek(0)
-            last = " ".join(self._said.read().strip().splitlines()[-3:])
-            raise InputError(
-                f"vLLM's process ended with code {self._process.returncode}: {last}",
-                where="--vllm-python",
-                fix="Give the Python of an environment where `import vllm` works.",
-            )
+            raise self._ended()
         return line
+
+    def _ended(self) -> InputError:
+        self._process.wait()
+        self._said.seek(0)
+        last = " ".join(self._said.read().strip().splitlines()[-3:])
+        return InputError(
+            f"vLLM's process ended with code {self._process.returncode}: {last}",
+            where="--vllm-python",
+            fix="Give the Python of an environment where `import vllm` works.",
+        )
 
     def close(self) -> None:
         self._process.kill()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -64,9 +65,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("servecast: interrupted", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # the reader of our output went away, as head does
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _nobody_reads() -> bool:
+    """Whether the reader of our output went away, as head does."""
+    output = select.poll()
+    output.register(sys.stdout, 0)  # what is broken is told unasked
+    return bool(output.poll(0))
 
 
 def _message(error: CycloptsError | InputError) -> str:
