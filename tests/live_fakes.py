@@ -7,11 +7,13 @@ import os
 import stat
 import sys
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 METRICS = """# HELP vllm:num_requests_running Number of requests in model execution batches.
 # TYPE vllm:num_requests_running gauge
@@ -37,8 +39,9 @@ class FakeServer:
     """Answers what a live campaign asks, on a port of its own, for as long as a ``with`` block lasts.
 
     Args:
-        model: the name that it serves. key: that requests to /v1 must carry. info: its vllm_config, not
-            told if None. version: not told if None. metrics: not told if None.
+        model: the name that it serves. key: that requests to /v1 must carry; another one it tells in its
+            refusal. info: its vllm_config, not told if None. version: not told if None. metrics: not told if
+            None. also: path -> another answer: a status, or what makes a text of the query.
 
     Attributes:
         asked: (path, Authorization header) of each request.
@@ -52,29 +55,38 @@ class FakeServer:
         info: Mapping[str, Any] | None = None,
         version: str | None = "0.32.0+cpu",
         metrics: str | None = METRICS,
+        also: Mapping[str, int | Callable[[dict[str, str]], str]] | None = None,
     ) -> None:
         self.asked: list[tuple[str, str | None]] = []
-        answers: dict[str, str | None] = {
+        answers: dict[str, str | int | Callable[[dict[str, str]], str] | None] = {
             "/health": "",
             "/version": None if version is None else json.dumps({"version": version}),
             "/metrics": metrics,
             "/server_info": None if info is None else json.dumps({"vllm_config": info}),
             "/v1/models": json.dumps({"data": [{"id": model, "max_model_len": 1024}]}),
             "/v1/completions": json.dumps({"choices": []}),
+            **(also or {}),
         }
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                path = self.path.split("?")[0]
-                outer.asked.append((path, self.headers.get("Authorization")))
-                text = answers.get(path)
-                good = not path.startswith("/v1") or key is None
-                good = good or self.headers.get("Authorization") == f"Bearer {key}"
+                path, said = urlsplit(self.path).path, self.headers.get("Authorization")
+                outer.asked.append((path, said))
+                answer = answers.get(path)
+                if callable(answer):
+                    answer = answer(
+                        {name: each[0] for name, each in parse_qs(urlsplit(self.path).query).items()}
+                    )
                 self.rfile.read(int(self.headers.get("Content-Length", 0)))
-                self.send_response(404 if text is None else 200 if good else 401)
+                if path.startswith("/v1") and key is not None and said != f"Bearer {key}":
+                    self.send_response(401, f"no such key: {said}")
+                elif answer is None or isinstance(answer, int):
+                    self.send_response(answer or 404)
+                else:
+                    self.send_response(200)
                 self.end_headers()
-                self.wfile.write((text or "").encode())
+                self.wfile.write(answer.encode() if isinstance(answer, str) else b"")
 
             do_POST = do_GET
 
@@ -113,7 +125,7 @@ def fake_python(folder: Path) -> Path:
 
 def bench(argv: list[str]) -> int:
     """Write the result that a server would give that is the scenario $FAKE_SCENARIO, $FAKE_SLOWER times as
-    slow; $FAKE_SAYS makes it fail with that text."""
+    slow, and whose first $FAKE_CUT streams break off; $FAKE_SAYS makes it fail with that text."""
     if "bench" not in argv:
         print("0.32.0")
         return 0
@@ -133,10 +145,12 @@ def bench(argv: list[str]) -> int:
     slower = float(os.environ.get("FAKE_SLOWER", "1"))
     run = simulate(load(os.environ["FAKE_SCENARIO"]), seed=77, workload=trace.workload())
     requests = run.requests.sort_values("sent")
-    sent, tokens = requests["sent"].to_numpy(), requests["output_tokens"].to_numpy()
+    sent, tokens = requests["sent"].to_numpy(), requests["output_tokens"].to_numpy(copy=True)
     ttft = slower * (requests["first_token"].to_numpy() - sent)
     rest = slower * (requests["finish"].to_numpy() - requests["first_token"].to_numpy())
     end = float((sent + ttft + rest).max())
+    cut = int(os.environ.get("FAKE_CUT", "0"))
+    tokens[:cut], rest[:cut] = 1, 0.0
     result = {
         "completed": len(sent),
         "duration": end,
@@ -151,7 +165,7 @@ def bench(argv: list[str]) -> int:
             [gap / (n - 1)] * (n - 1) if n > 1 else []
             for gap, n in zip(rest.tolist(), tokens.tolist(), strict=True)
         ],
-        "start_times": (1000.0 + sent).tolist(),
+        "start_times": (time.perf_counter() - end + sent).tolist(),
         "errors": [""] * len(sent),
     }
     (Path(option("--result-dir")) / option("--result-filename")).write_text(json.dumps(result))

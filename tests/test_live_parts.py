@@ -124,7 +124,7 @@ def test_a_server_that_is_no_prometheus_is_refused() -> None:
 
 def test_the_truth_is_read_from_the_server_and_replaces_the_scenario(file: Path) -> None:
     with FakeServer(info=INFO) as server:
-        truth = read_truth(Target(server.url, "tiny", "tiny"), CPU)
+        truth = read_truth(Target(server.url, "tiny", "tiny", own=True), CPU)
     assert truth.version == "0.32.0"
     assert truth.gpu == "cpu"
     assert truth.flags["max_num_seqs"] == 8
@@ -175,7 +175,7 @@ def test_a_profile_of_another_gpu_and_another_model_are_refused(file: Path, mode
     ours = load(file)
     assert refuse_misfit(truth, ours, Deployment.of(ours), model)
     larger = write_tiny_model(model.parent / "larger", layers=4)
-    with pytest.raises(InputError, match="in num_hidden_layers"):
+    with pytest.raises(InputError, match=r"in layers \(2, not 4\)"):
         refuse_misfit(truth, ours, Deployment.of(ours), larger)
 
 
@@ -246,13 +246,13 @@ def run_campaign(
     monkeypatch.setenv("FAKE_SCENARIO", str(file))
     monkeypatch.setattr(live, "PLAN_REQUESTS", 100)
 
-    def run(**options: Any) -> tuple[Campaign, dict[str, Any]]:
+    def run(out: str = "out", **options: Any) -> tuple[Campaign, dict[str, Any]]:
         scenario: Scenario = load(file)
         with FakeServer(info=INFO, metrics=SAYS_ONLY_ITS_BLOCKS) as server:
             campaign = Campaign(
                 scenario,
                 Target(server.url, "tiny", str(tmp_path / "tiny")),
-                tmp_path / "out",
+                tmp_path / out,
                 python=str(fake_python(tmp_path)),
                 machine=CPU,
                 **{"duration_s": 2.0, "seeds": 2, **options},
@@ -285,6 +285,22 @@ def test_a_wrong_prediction_fails(run_campaign: Callable[..., Any], monkeypatch:
     _, kept = run_campaign(rates=(20.0,))
     assert kept["verdict"] == "fail"
     assert any("median_tpot_ms" in reason for reason in kept["reasons"])
+
+
+def test_streams_that_break_off_have_failed(
+    run_campaign: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_CUT", "5")
+    campaign, kept = run_campaign(rates=(20.0,))
+    measured = campaign.outcomes[0].measured
+    assert measured.run.requests["status"].tolist()[:6] == ["failed"] * 5 + ["finished"]
+    assert kept["verdict"] == "inconclusive"
+    assert any("5 of 40 requests failed" in reason for reason in kept["reasons"])
+    assert any("5 requests failed: each ended before its last token" in note for note in measured.notes)
+    monkeypatch.setenv("FAKE_CUT", "40")
+    campaign, _ = run_campaign(rates=(20.0,), out="all")
+    assert campaign.outcomes[0].measured is None
+    assert "every request ended before its last token" in str(campaign.outcomes[0].problem)
 
 
 def test_the_largest_rate_is_searched_for(run_campaign: Callable[..., Any], file: Path) -> None:

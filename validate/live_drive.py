@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
-from servecast.calibrate.measure.bench_serve import run_bench
+from servecast.calibrate.measure.bench_serve import TookTooLongError, run_bench
 from servecast.calibrate.measure.errors import MeasureError
 from servecast.sim.deployment import Deployment
 from servecast.sim.errors import InputError
@@ -23,13 +26,15 @@ from servecast.sim.scenario import Scenario
 from servecast.sim.simulate import simulate
 from servecast.sim.whole_file import write_whole
 from servecast.validate.live_plan import SWEPT, Load
-from servecast.validate.live_server import Target
-from servecast.validate.readers import Reading, read
-from servecast.validate.telemetry import Prometheus, gpu_sampler, scraper
+from servecast.validate.live_server import Target, without
+from servecast.validate.readers import READERS, Reading
+from servecast.validate.telemetry import DCGM, Prometheus, gpu_sampler, scraper
 
 RANKS = (50, 90, 95, 99)
 BENCH_START_S = 20.0  # vllm bench serve imports torch and reads the tokenizer before it sends
 _SLOWER = 3.0  # a run that takes this many times its prediction is given up
+_CUT_OFF = "ended before its last token"
+_IGNORES_EOS = "Do streams break off, or does ignore_eos not reach the server?"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +63,8 @@ class Outcome:
     Attributes:
         started_at: ISO 8601. hash_seed: the benchmark's PYTHONHASHSEED, which makes its prompts.
         measured: None if the load did not end. telemetry: see telemetry.METRICS, by time_s of the client's
-            clock; empty if not read. gpu: means by the driver. recording: the recorder's file.
-        problem: what went wrong.
+            clock; empty if not read. gpu: means while requests were in flight.
+        recording: the recorder's file. problem: what went wrong. timed_out: it was given up for time.
     """
 
     load: Load
@@ -71,6 +76,7 @@ class Outcome:
     gpu: Mapping[str, float]
     recording: Path | None = None
     problem: str | None = None
+    timed_out: bool = False
 
 
 def predict(load: Load, scenario: Scenario, deployment: Deployment, seeds: range) -> Prediction:
@@ -100,27 +106,30 @@ def drive(
     recording: Path | None = None,
     prometheus: Prometheus | None = None,
     bench_args: tuple[str, ...] = (),
+    most_s: float | None = None,
 ) -> Outcome:
     """Run a load, and keep what the benchmark, the engine and the GPU say of it beside its trace.
 
     Args:
         python: that has vllm, for the benchmark. recording: file that the server's recorder writes.
         prometheus: asked instead of the server's /metrics. bench_args: further flags of the benchmark.
+        most_s: how long the benchmark may take at most.
     """
     folder = load.trace.parent
     began, unix, now = time.perf_counter(), time.time(), _now()
     at = recording.stat().st_size if recording is not None and recording.exists() else 0
     hash_seed = int(unix) % (1 << 32)  # prompts that no server has seen
     bound = () if load.max_concurrency is None else ("--max-concurrency", str(load.max_concurrency))
-    measured, problem = None, None
+    timeout_s = _SLOWER * prediction.seconds + 5 * BENCH_START_S
+    measured, problem, timed_out = None, None, False
     scrape = scraper(f"{target.engine}/metrics") if prometheus is None else None
-    gpu = gpu_sampler()
+    gpu = gpu_sampler() if target.here else None
     with ExitStack() as stack:
         for sampler in (scrape, gpu):
             if sampler is not None:
                 stack.enter_context(sampler)
         try:
-            run_bench(
+            said = run_bench(
                 target.base_url,
                 target.model,
                 target.tokenizer,
@@ -131,22 +140,29 @@ def drive(
                 args=(*bound, *bench_args),
                 api_key_env=target.api_key_env,
                 hash_seed=hash_seed,
-                timeout_s=_SLOWER * prediction.seconds + 5 * BENCH_START_S,
+                timeout_s=timeout_s if most_s is None else min(timeout_s, most_s),
             )
-            measured = _as_sent(read(folder / "bench.json"), load)
+            measured = _read(said, folder / "bench.json", load)
         except (MeasureError, InputError) as error:
-            problem = _without(target.key, str(error))
+            problem, timed_out = without(target.key, str(error)), isinstance(error, TookTooLongError)
+    first, last = (math.nan, math.nan) if measured is None else _in_flight(measured)
     telemetry = pd.DataFrame()
     if scrape is not None:
         telemetry = scrape.frame()
     elif prometheus is not None:
+        over = time.time() if measured is None else min(last - began + unix, time.time())
         try:
-            telemetry = prometheus.frame(unix, time.time())
+            telemetry, notes = prometheus.of_load(unix, over)
             telemetry["time_s"] += began - unix
+            measured = None if measured is None else replace(measured, notes=(*measured.notes, *notes))
         except InputError as error:
             problem = problem or str(error)
     telemetry.to_csv(folder / "metrics.csv", index=False)
-    seen = pd.DataFrame() if gpu is None else gpu.frame()
+    means = {name: mean for name, mean in _means(telemetry, first, last).items() if name in DCGM}
+    if gpu is not None:
+        seen = gpu.frame()
+        seen.to_csv(folder / "gpu.csv", index=False)
+        means |= _means(seen, first, last)
     return Outcome(
         load=load,
         prediction=prediction,
@@ -154,17 +170,49 @@ def drive(
         hash_seed=hash_seed,
         measured=measured,
         telemetry=telemetry,
-        gpu={str(name): float(seen[name].mean()) for name in seen if name != "time_s"},
+        gpu=means,
         recording=_part(recording, at, folder / "recording.jsonl"),
         problem=problem,
+        timed_out=timed_out,
     )
 
 
-def _as_sent(reading: Reading, load: Load) -> Reading:
-    """With the rate that the trace stood for, which the benchmark does not know."""
-    if load.plan not in SWEPT:
-        return reading
-    return replace(reading, context=replace(reading.context, request_rate=load.request_rate))
+def _read(said: Mapping[str, Any], file: Path, load: Load) -> Reading:
+    """What the benchmark said in a file, with the rate that the trace stood for, which it does not know.
+
+    A stream that breaks off after its first token is completed to vLLM. Here it has failed. Requests are in
+    the trace's order in both.
+    """
+    asked = [json.loads(line)["output_length"] for line in load.trace.read_text("utf-8").splitlines()]
+    details = (said.get(name, ()) for name in ("errors", "ttfts", "output_lens", "itls"))
+    errors = [
+        _CUT_OFF if not error and ttft and max(tokens, 1 + len(gaps)) < wanted else error
+        for error, ttft, tokens, gaps, wanted in zip(*details, asked, strict=False)
+    ]
+    if count := errors.count(_CUT_OFF):
+        said = {**said, "errors": errors, "completed": said["completed"] - count}
+        if not said["completed"]:
+            raise InputError(f"every request {_CUT_OFF}", where=file.name, fix=_IGNORES_EOS)
+    (reading,) = READERS["vllm"].read([said], file)
+    notes = (f"{count} requests failed: each {_CUT_OFF}. {_IGNORES_EOS}",) if count else ()
+    rate = load.request_rate if load.plan in SWEPT else reading.context.request_rate
+    context = replace(reading.context, request_rate=rate)
+    return replace(reading, context=context, notes=(*reading.notes, *notes))
+
+
+def _in_flight(reading: Reading) -> tuple[float, float]:
+    """When the first request was sent and the last one ended, on the client's clock, s."""
+    run = reading.run
+    start = float(run.meta["clock_start_s"])
+    return start + float(run.requests["sent"].min()), start + float(run.requests["finish"].max())
+
+
+def _means(frame: pd.DataFrame, first_s: float, last_s: float) -> dict[str, float]:
+    """Of each column, between two times; without those that are not known."""
+    if "time_s" not in frame:
+        return {}
+    means = frame[frame["time_s"].between(first_s, last_s)].drop(columns="time_s").mean()
+    return {str(name): float(mean) for name, mean in means.items() if not math.isnan(mean)}
 
 
 def _part(file: Path | None, start: int, target: Path) -> Path | None:
@@ -176,10 +224,6 @@ def _part(file: Path | None, start: int, target: Path) -> Path | None:
         lines.seek(max(start, len(head)))
         target.write_bytes(head + lines.read())
     return target
-
-
-def _without(key: str | None, text: str) -> str:
-    return text if key is None else text.replace(key, "***")
 
 
 def _now() -> str:

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from types import TracebackType
 from typing import Any
-from urllib.parse import urlencode
+from urllib.parse import urlencode, urlsplit
 from urllib.request import Request, urlopen
 
 import pandas as pd
@@ -29,11 +31,9 @@ METRICS: dict[str, tuple[str, ...]] = {
     "queue_s": ("vllm:request_queue_time_seconds_sum",),
     "queued": ("vllm:request_queue_time_seconds_count",),
 }
-DCGM: dict[str, tuple[str, ...]] = {
-    "gpu_util_pct": ("DCGM_FI_DEV_GPU_UTIL",),
-    "gpu_memory_mib": ("DCGM_FI_DEV_FB_USED",),
-}
+DCGM = {"gpu_util_pct": "DCGM_FI_DEV_GPU_UTIL", "gpu_memory_mib": "DCGM_FI_DEV_FB_USED"}
 TIMEOUT_S = 5.0
+SCRAPED_WITHIN_S = 60.0  # Prometheus' own default from scrape to scrape
 
 
 def get(url: str, *, key: str | None = None, body: bytes | None = None, timeout_s: float = TIMEOUT_S) -> str:
@@ -49,9 +49,39 @@ def get(url: str, *, key: str | None = None, body: bytes | None = None, timeout_
     request = Request(url, body, {} if body is None else {"Content-Type": "application/json"})
     if key is not None:
         request.add_unredirected_header("Authorization", f"Bearer {key}")
-    with urlopen(request, timeout=timeout_s) as answer:
-        text: str = answer.read().decode()
+    try:
+        with urlopen(request, timeout=timeout_s) as answer:
+            text: str = answer.read().decode()
+    except HTTPException as error:  # an answer that breaks off, or is none
+        raise OSError(repr(error)) from None
     return text
+
+
+def post_s(url: str, *, key: str | None, body: bytes, timeout_s: float) -> float:
+    """How long the answer to JSON takes on a connection that is there already, s: one to the URL's own host,
+    whatever proxies the environment names.
+
+    Raises:
+        OSError: there is no good answer. ValueError: the URL is none.
+    """
+    parts = urlsplit(url)
+    connect = HTTPSConnection if parts.scheme == "https" else HTTPConnection
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+    connection = connect(parts.netloc, timeout=timeout_s)
+    try:
+        connection.connect()
+        began = time.perf_counter()
+        connection.request("POST", parts._replace(scheme="", netloc="").geturl(), body, headers)
+        answer = connection.getresponse()
+        answer.read()
+        seconds = time.perf_counter() - began
+    except HTTPException as error:
+        raise OSError(repr(error)) from None
+    finally:
+        connection.close()
+    if answer.status != 200:
+        raise OSError(f"HTTP Error {answer.status}: {answer.reason}")
+    return seconds
 
 
 def parse_metrics(text: str) -> dict[str, float]:
@@ -130,12 +160,17 @@ def scraper(metrics_url: str, *, interval_s: float = 0.25) -> Sampler:
 
 
 def gpu_sampler(interval_s: float = 1.0) -> Sampler | None:
-    """Samples clocks, power, memory and use of the first GPU by its driver; None where there is none."""
+    """Samples clocks, power, memory and use, by its driver, of the first GPU that CUDA_VISIBLE_DEVICES leaves
+    to us; None where there is none."""
     import pynvml
 
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
     try:
         pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+        if first.isdecimal():
+            handle = pynvml.nvmlDeviceGetHandleByIndex(int(first))
+        else:
+            handle = pynvml.nvmlDeviceGetHandleByUUID(first)
     except pynvml.NVMLError:
         return None
 
@@ -159,6 +194,9 @@ class Prometheus:
     Args:
         url: of the server. labels: that pick the engine's series, as {"job": "vllm"}.
 
+    Attributes:
+        ambiguous: columns that the last frame leaves out, since several GPUs match.
+
     Raises:
         InputError: it does not answer as Prometheus does.
     """
@@ -167,6 +205,7 @@ class Prometheus:
         self._url = url.rstrip("/")
         pairs = ",".join(f"{name}={json.dumps(value)}" for name, value in (labels or {}).items())
         self._labels = "{" + pairs + "}"
+        self.ambiguous: list[str] = []
         self._query("query", {"query": "vector(1)"})
 
     def _query(self, kind: str, parameters: Mapping[str, str]) -> list[Any]:
@@ -183,19 +222,63 @@ class Prometheus:
     def frame(self, start_unix_s: float, end_unix_s: float, step_s: float = 1.0) -> pd.DataFrame:
         """The columns of METRICS and DCGM that it has, by ``time_s`` in Unix time; NaN where it has nothing.
 
+        The labels are the engine's: where they pick no series of a GPU, the GPU is looked for without them.
+
         Raises:
             InputError: it does not answer any more.
         """
         span = {"start": f"{start_unix_s:.3f}", "end": f"{end_unix_s:.3f}", "step": f"{step_s:g}"}
         columns: dict[str, pd.Series[float]] = {}
-        for column, names in (METRICS | DCGM).items():
-            of_all = "avg" if column in ("kv_usage", "gpu_util_pct") else "sum"
+        for column, names in METRICS.items():
+            of_all = "avg" if column == "kv_usage" else "sum"
             for name in names:
                 found = self._query("query_range", {"query": f"{of_all}({name}{self._labels})", **span})
                 if found:
-                    columns[column] = pd.Series({float(at): float(value) for at, value in found[0]["values"]})
+                    columns[column] = _series(found[0])
                     break
+        self.ambiguous = []
+        for column, name in DCGM.items():
+            for query in (name + self._labels, name):
+                if found := self._query("query_range", {"query": query, **span}):
+                    break
+            if len(found) == 1:
+                columns[column] = _series(found[0])
+            elif found:
+                self.ambiguous.append(column)
         return pd.DataFrame(columns).rename_axis("time_s").reset_index()
+
+    def of_load(self, start_unix_s: float, end_unix_s: float) -> tuple[pd.DataFrame, list[str]]:
+        """The frame of a load that is over, and behind it what was scraped later: counters at their last.
+        Waits for that scrape. Second: what is missing, in words.
+
+        Raises:
+            InputError: it does not answer any more.
+        """
+        notes = []
+        if not self._scraped_since(end_unix_s):
+            notes.append("Prometheus did not scrape the engine after the load: its counters lack the end")
+        now = time.time()
+        frame = self.frame(start_unix_s, now + 1.0)
+        if self.ambiguous:
+            notes.append(f"left out, since Prometheus knows several GPUs: {', '.join(self.ambiguous)}")
+        kept = frame[(frame["time_s"] <= end_unix_s) | (frame["time_s"] >= now)]
+        return kept.reset_index(drop=True), notes
+
+    def _scraped_since(self, unix_s: float) -> bool:
+        """Whether it has scraped all engines since then, or does so in time."""
+        query = {"query": f"min(timestamp(vllm:num_requests_running{self._labels}))"}
+        deadline = time.monotonic() + SCRAPED_WITHIN_S
+        while found := self._query("query", query):
+            if float(found[0]["value"][1]) > unix_s:
+                return True
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.5)
+        return False
+
+
+def _series(found: Mapping[str, Any]) -> pd.Series[float]:
+    return pd.Series({float(at): float(value) for at, value in found["values"]})
 
 
 def growth(frame: pd.DataFrame, column: str) -> float:
