@@ -6,16 +6,14 @@ inference-perf, or an llm-d benchmark report.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from servecast.sim.errors import InputError
 from servecast.validate.readers.aiperf import Aiperf
 from servecast.validate.readers.benchmark_report import BenchmarkReport
+from servecast.validate.readers.document import values_of
 from servecast.validate.readers.guidellm import Guidellm
 from servecast.validate.readers.inference_perf import InferencePerf
 from servecast.validate.readers.reading import Context, Reader, Reading
@@ -54,8 +52,13 @@ def read_all(path: Path) -> list[Reading]:
     Raises:
         InputError: it cannot be read, is cut off, of no known format, a mix of formats, or without a run.
     """
-    values = _values(path)
-    return READERS[sniff(values, path)].read(values, path)
+    try:
+        values = values_of(path)
+        return READERS[sniff(values, path)].read(values, path)
+    except RecursionError:
+        raise InputError(
+            "is nested too deeply", where=str(path), fix="Is it a result? Save it again with the tool."
+        ) from None
 
 
 def sniff(values: Sequence[Any], path: Path) -> str:
@@ -86,36 +89,3 @@ def _seen(value: Any) -> str:
     if isinstance(value, dict):
         return f" (its fields are {', '.join(map(str, list(value)[:8]))}{', ...' if len(value) > 8 else ''})"
     return f" (it is a {type(value).__name__})"
-
-
-def _values(path: Path) -> list[Any]:
-    """The JSON values of a file: one, or one a line; YAML's one value by the file's ending."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"cannot be read: {error}", where=str(path), fix="Give a result's JSON, JSONL or YAML file."
-        ) from None
-    if not text.strip():
-        raise InputError("is empty", where=str(path), fix="Give a result's JSON, JSONL or YAML file.")
-    if path.suffix in (".yaml", ".yml"):
-        try:
-            return [yaml.safe_load(text)]
-        except yaml.YAMLError as error:
-            raise InputError(f"is not YAML: {error}", where=str(path), fix="Save it again.") from None
-    try:
-        return [json.loads(text)]
-    except ValueError as whole:
-        lines = [(number, line) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
-        values = []
-        for number, line in lines:
-            try:
-                values.append(json.loads(line))
-            except ValueError as error:
-                several = bool(values)
-                raise InputError(
-                    f"is not valid JSON ({error if several else whole})",
-                    where=f"{path}, line {number}" if several else str(path),
-                    fix="Is the file cut off? Save it again with the tool.",
-                ) from None
-        return values

@@ -2,32 +2,41 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import numpy as np
+from pydantic import Field, model_validator
 
 from servecast.sim.errors import InputError
+from servecast.sim.metrics import Floats
+from servecast.sim.schema import invalid
+from servecast.validate.readers.document import values_of
 from servecast.validate.readers.reading import (
     Context,
     Part,
+    Rate,
     Reading,
+    Slots,
+    Statistics,
     broken,
     expect,
-    named,
-    run_of,
-    run_without_requests,
 )
+from servecast.validate.readers.run_of import run_of, run_without_requests
 
 FORM = "aiperf"
 SUMMARY = "profile_export_aiperf.json"
 
 
+Stamp = Annotated[int, Field(ge=0, lt=1 << 63)]  # ns
+
+
 class _Metadata(Part):
-    request_start_ns: int
-    request_end_ns: int
-    credit_issued_ns: int | None = None
+    request_start_ns: Stamp
+    request_end_ns: Stamp
+    credit_issued_ns: Stamp | None = None
     benchmark_phase: str = "profiling"
     was_cancelled: bool = False
 
@@ -46,21 +55,16 @@ class _Record(Part):
         return found if isinstance(found, float) else None
 
 
-class _Statistics(Part):
+class _Total(Part):
     avg: float
-    std: float | None = None
-    p50: float | None = None
-    p90: float | None = None
-    p95: float | None = None
-    p99: float | None = None
 
 
 class _Phase(Part):
     kind: str | None = None
     name: str | None = None
     type: str | None = None
-    rate: float | None = None
-    concurrency: int | None = None
+    rate: Rate | None = None
+    concurrency: Slots | None = None
 
 
 class _Model(Part):
@@ -82,42 +86,48 @@ class _Input(Part):
 
 
 class _Summary(Part):
+    """What no request has, as everything of a run of which all failed, is not there."""
+
     aiperf_version: str
     input_config: _Input = _Input()
-    request_count: _Statistics
-    benchmark_duration: _Statistics
-    request_throughput: _Statistics
-    output_token_throughput: _Statistics | None = None
-    total_isl: _Statistics | None = None
-    total_osl: _Statistics | None = None
-    time_to_first_token: _Statistics | None = None
-    inter_token_latency: _Statistics | None = None
-    inter_chunk_latency: _Statistics | None = None
-    request_latency: _Statistics
+    request_count: _Total = _Total(avg=0)
+    benchmark_duration: _Total | None = None
+    request_throughput: _Total | None = None
+    output_token_throughput: _Total | None = None
+    total_isl: _Total | None = None
+    total_osl: _Total | None = None
+    time_to_first_token: Statistics | None = None
+    inter_token_latency: Statistics | None = None
+    inter_chunk_latency: Statistics | None = None
+    request_latency: Statistics | None = None
+
+    @model_validator(mode="after")
+    def _counted(self) -> _Summary:
+        if (self.request_count.avg > 0) != (self.request_latency is not None):
+            raise invalid("of request_count and request_latency only one is there", "Save it again.")
+        return self
 
     @property
     def reported(self) -> dict[str, float]:
         """aiperf's inter-token latency is vLLM's TPOT, its inter-chunk latency vLLM's ITL."""
-        found = {
-            "completed": self.request_count.avg,
-            "duration": self.benchmark_duration.avg,
-            "request_throughput": self.request_throughput.avg,
+        totals = {
+            "completed": self.request_count,
+            "duration": self.benchmark_duration,
+            "request_throughput": self.request_throughput,
+            "output_throughput": self.output_token_throughput,
+            "total_input_tokens": self.total_isl,
+            "total_output_tokens": self.total_osl,
         }
-        for key, total in (
-            ("output_throughput", self.output_token_throughput),
-            ("total_input_tokens", self.total_isl),
-            ("total_output_tokens", self.total_osl),
-        ):
-            if total is not None:
-                found[key] = total.avg
-        for metric, statistics in (
-            ("ttft", self.time_to_first_token),
-            ("tpot", self.inter_token_latency),
-            ("itl", self.inter_chunk_latency),
-            ("e2el", self.request_latency),
-        ):
+        latencies = {
+            "ttft": self.time_to_first_token,
+            "tpot": self.inter_token_latency,
+            "itl": self.inter_chunk_latency,
+            "e2el": self.request_latency,
+        }
+        found = {key: total.avg for key, total in totals.items() if total is not None}
+        for metric, statistics in latencies.items():
             if statistics is not None:
-                found |= named(metric, {"mean": statistics.avg, **statistics.model_dump()}, to_ms=1.0)
+                found |= statistics.named(metric, to_ms=1.0)
         return found
 
     @property
@@ -160,11 +170,7 @@ class Aiperf:
         beside = path.with_name(SUMMARY)
         found = None
         if beside.is_file():
-            try:
-                document = json.loads(beside.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise broken(f"it is not valid JSON ({error})", FORM, where=str(beside)) from None
-            found = expect(_Summary, document, source=str(beside), form=FORM)
+            found = expect(_Summary, values_of(beside)[0], source=str(beside), form=FORM)
         records = [
             expect(_Record, value, source=f"{path}, line {number}", form=FORM)
             for number, value in enumerate(values, start=1)
@@ -189,31 +195,38 @@ def _reading(records: Sequence[_Record], summary: _Summary | None, path: Path) -
                 where=str(path),
                 fix="Run aiperf with --streaming, and with --export-level records.",
             )
+    finished = status.count("finished")
+    if summary is not None and summary.request_count.avg != finished:
+        raise broken(
+            f"it says {summary.request_count.avg:g} requests, and {path.name} lists {finished} finished",
+            FORM,
+            where=f"{path.with_name(SUMMARY)}: request_count",
+        )
     origin = min((each.metadata.request_start_ns for each in counted), default=0)
 
     def seconds(stamp: int | None) -> float:
         return math.nan if stamp is None else (stamp - origin) * 1e-9
 
-    def column(name: str, scale: float = 1.0) -> list[float]:
-        return [(each.number(name) or 0.0) * scale for each in counted]
+    def column(name: str) -> Floats:
+        return np.array([each.number(name) for each in counted], dtype=np.float64)
 
-    sent = [seconds(each.metadata.request_start_ns) for each in counted]
+    sent = np.array([seconds(each.metadata.request_start_ns) for each in counted], dtype=np.float64)
     gaps = [
         gap / 1000
         for each, state in zip(counted, status, strict=True)
         if state == "finished" and "inter_chunk_latency" in each.metrics
         for gap in _list(each.metrics["inter_chunk_latency"].value)
     ]
-    cached = [each.number("usage_prompt_cache_read_tokens") for each in counted]
     run = run_of(
         context,
+        str(path),
         arrival=[seconds(each.metadata.credit_issued_ns) for each in counted],
         sent=sent,
-        first_token=[a + b for a, b in zip(sent, column("time_to_first_token", 1e-3), strict=True)],
-        finish=[a + b for a, b in zip(sent, column("request_latency", 1e-3), strict=True)],
+        first_token=sent + column("time_to_first_token") / 1000,
+        finish=sent + column("request_latency") / 1000,
         prompt_tokens=column("input_sequence_length"),
         output_tokens=column("output_sequence_length"),
-        cached_tokens=[None if each is None else int(each) for each in cached],
+        cached_tokens=column("usage_prompt_cache_read_tokens"),
         status=status,
         gaps=gaps,
         start=0.0,

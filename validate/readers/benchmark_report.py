@@ -6,19 +6,25 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, field_validator
 
 from servecast.sim.benchmark_report import LATENCIES
 from servecast.sim.errors import InputError
+from servecast.sim.schema import invalid
 from servecast.validate.readers.reading import (
     Context,
     Part,
+    Rate,
     Reading,
+    Requests,
+    Statistics,
     broken,
     expect,
-    named,
-    run_without_requests,
+    sampled,
 )
+from servecast.validate.readers.run_of import run_without_requests
 
 FORM = "llm-d Benchmark Report"
 _SCALE = {  # to seconds, shares and counts
@@ -34,21 +40,26 @@ _SCALE = {  # to seconds, shares and counts
 }
 
 
-class _Statistics(Part):
+class _Statistics(Statistics):
     units: str
-    mean: float
-    stddev: float | None = None
-    p50: float | None = None
-    p90: float | None = None
-    p95: float | None = None
-    p99: float | None = None
-    max: float | None = None
+
+    @field_validator("units")
+    @classmethod
+    def _known(cls, units: str) -> str:
+        if units not in _SCALE:
+            raise invalid(f"its unit {units!r} is not one of {', '.join(_SCALE)}", "Convert it.")
+        return units
+
+    @property
+    def scale(self) -> float:
+        """What turns its numbers into seconds, shares and counts."""
+        return _SCALE[self.units]
 
 
 class _Requests(Part):
-    total: int
-    failures: int | None = None
-    incomplete: int | None = None
+    total: Requests
+    failures: Requests = 0
+    incomplete: Requests = 0
     input_length: _Statistics | None = None
     output_length: _Statistics | None = None
 
@@ -61,7 +72,6 @@ class _Latency(Part):
 
 
 class _Throughput(Part):
-    input_token_rate: _Statistics | None = None
     output_token_rate: _Statistics | None = None
     total_token_rate: _Statistics | None = None
     request_rate: _Statistics | None = None
@@ -101,8 +111,8 @@ class _Results(Part):
 class _LoadStandard(Part):
     tool: str | None = None
     tool_version: str | None = None
-    rate_qps: float | None = None
-    concurrency: float | None = None
+    rate_qps: Rate | None = None
+    concurrency: Annotated[float, Field(ge=1, allow_inf_nan=True)] | None = None
 
 
 class _Load(Part):
@@ -198,30 +208,21 @@ def _reported(report: _Report, path: Path) -> dict[str, float]:
         if getattr(aggregate, name) is None:
             raise broken(f"there is no {name} among its aggregates", FORM, where=str(path))
     found: dict[str, float] = {}
-
-    def value(statistics: _Statistics, amount: float) -> float:
-        if statistics.units not in _SCALE:
-            raise broken(
-                f"its unit {statistics.units!r} is not one of {', '.join(_SCALE)}", FORM, where=str(path)
-            )
-        return amount * _SCALE[statistics.units]
-
     if (requests := aggregate.requests) is not None:
-        completed = requests.total - (requests.failures or 0) - (requests.incomplete or 0)
+        completed = requests.total - requests.failures - requests.incomplete
+        if completed < 0:
+            raise broken(f"of {requests.total} requests more failed", FORM, where=str(path))
         found |= {"completed": float(completed), "failed": float(requests.total - completed)}
         for key, length in (
             ("total_input_tokens", requests.input_length),
             ("total_output_tokens", requests.output_length),
         ):
             if length is not None:
-                found[key] = value(length, length.mean) * completed
+                found[key] = length.mean * length.scale * completed
     for name, (metric, _) in LATENCIES.items():
         statistics = getattr(aggregate.latency, name, None)
         if statistics is not None:
-            said = {k: v for k, v in statistics.model_dump().items() if k != "units" and v is not None}
-            said["std"] = said.pop("stddev", None)
-            in_seconds = {k: value(statistics, v) for k, v in said.items() if v is not None}
-            found |= named(metric, in_seconds)
+            found |= statistics.named(metric, to_ms=1000 * statistics.scale)
     rates = {
         "request_throughput": "request_rate",
         "output_throughput": "output_token_rate",
@@ -229,11 +230,11 @@ def _reported(report: _Report, path: Path) -> dict[str, float]:
     }
     for key, name in rates.items():
         if (statistics := getattr(aggregate.throughput, name, None)) is not None:
-            found[key] = value(statistics, statistics.mean)
-    return found | _engines(report, value)
+            found[key] = statistics.mean * statistics.scale
+    return sampled(found) | _engines(report)
 
 
-def _engines(report: _Report, value: Any) -> dict[str, float]:
+def _engines(report: _Report) -> dict[str, float]:
     """What the engines showed, where there is one: peaks of several do not add up."""
     observed = report.results.observability
     known = [each.aggregate for each in (observed.components or () if observed else ()) if each.aggregate]
@@ -247,9 +248,9 @@ def _engines(report: _Report, value: Any) -> dict[str, float]:
     }
     for key, statistics in peaks.items():
         if statistics is not None and statistics.max is not None:
-            found[key] = value(statistics, statistics.max)
+            found[key] = statistics.max * statistics.scale
     means = {"prefix_cache_hit_rate": known[0].cache_hit_rate, "num_preemptions": known[0].preemptions}
     for key, statistics in means.items():
         if statistics is not None:
-            found[key] = value(statistics, statistics.mean)
+            found[key] = statistics.mean * statistics.scale
     return found

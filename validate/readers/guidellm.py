@@ -7,18 +7,27 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from pydantic import model_validator
+
 from servecast.sim.errors import InputError
+from servecast.sim.metrics import Floats
+from servecast.sim.schema import Positive
 from servecast.validate.readers.reading import (
     Context,
     Part,
+    Rate,
     Reading,
+    Requests,
+    Slots,
+    Statistics,
     expect,
-    named,
-    run_of,
-    run_without_requests,
+    sampled,
 )
+from servecast.validate.readers.run_of import run_of, run_without_requests
 
 FORM = "guidellm"
+_DAY_S = 86_400.0
 _STATUS = {"successful": "finished", "errored": "failed", "incomplete": "aborted"}
 
 
@@ -29,8 +38,8 @@ class _Metadata(Part):
 
 class _Strategy(Part):
     type_: str
-    rate: float | None = None
-    streams: int | None = None
+    rate: Rate | None = None
+    streams: Slots | None = None
 
 
 class _Backend(Part):
@@ -39,7 +48,7 @@ class _Backend(Part):
 
 
 class _Profile(Part):
-    max_concurrency: int | None = None
+    max_concurrency: Slots | None = None
 
 
 class _Config(Part):
@@ -61,9 +70,9 @@ class _Info(Part):
 
 class _Request(Part):
     info: _Info
-    prompt_tokens: int | None = None
-    output_tokens: int | None = None
-    cached_tokens: int | None = None
+    prompt_tokens: float | None = None
+    output_tokens: float | None = None
+    cached_tokens: float | None = None
 
 
 class _Requests(Part):
@@ -72,18 +81,12 @@ class _Requests(Part):
     incomplete: list[_Request]
 
 
-class _Statistics(Part):
-    mean: float
-    median: float
-    std_dev: float
-    percentiles: Mapping[str, float]
-
-    def named(self, metric: str, to_ms: float = 1.0) -> dict[str, float]:
-        return named(
-            metric,
-            {"mean": self.mean, "median": self.median, "std": self.std_dev, **self.percentiles},
-            to_ms=to_ms,
-        )
+class _Statistics(Statistics):
+    @model_validator(mode="before")
+    @classmethod
+    def _with_percentiles(cls, data: Any) -> Any:
+        percentiles = data.get("percentiles") if isinstance(data, Mapping) else None
+        return {**data, **percentiles} if isinstance(percentiles, Mapping) else data
 
 
 class _Successful(Part):
@@ -91,7 +94,7 @@ class _Successful(Part):
 
 
 class _Totals(Part):
-    successful: int
+    successful: Requests
 
 
 class _Metrics(Part):
@@ -106,7 +109,7 @@ class _Metrics(Part):
 class _Benchmark(Part):
     config: _Config
     start_time: float
-    duration: float
+    duration: Positive
     requests: _Requests
     metrics: _Metrics
 
@@ -164,15 +167,17 @@ def _reading(benchmark: _Benchmark, metadata: _Metadata, source: str) -> Reading
         max_concurrency=closed.get(strategy.type_, benchmark.config.profile.max_concurrency),
         burstiness={"poisson": 1.0, "constant": math.inf}.get(strategy.type_),
     )
-    reported = {
-        "completed": float(metrics.request_totals.successful),
-        "duration": benchmark.duration,
-        "request_throughput": metrics.requests_per_second.successful.mean,
-        "output_throughput": metrics.output_tokens_per_second.successful.mean,
-        **metrics.time_to_first_token_ms.successful.named("ttft"),
-        **metrics.request_latency.successful.named("e2el", 1000.0),
-        "mean_itl_ms": metrics.inter_token_latency_ms.successful.mean,
-    }
+    reported = sampled(
+        {
+            "completed": float(metrics.request_totals.successful),
+            "duration": benchmark.duration,
+            "request_throughput": metrics.requests_per_second.successful.mean,
+            "output_throughput": metrics.output_tokens_per_second.successful.mean,
+            **metrics.time_to_first_token_ms.successful.named("ttft", to_ms=1.0),
+            **metrics.request_latency.successful.named("e2el"),
+            "mean_itl_ms": metrics.inter_token_latency_ms.successful.mean,
+        }
+    )
     notes = [
         "guidellm's own E2E ends with the stream; computed from its requests it ends at the last token",
         "guidellm's own percentiles are not interpolated",
@@ -205,22 +210,28 @@ def _reading(benchmark: _Benchmark, metadata: _Metadata, source: str) -> Reading
                 fix="Run guidellm with a streaming backend.",
             )
     sent.sort(key=lambda pair: pair[1].info.timings.request_start or 0.0)
-    timings = [each.info.timings for _, each in sent]
+    requests = [each for _, each in sent]
+    timings = [each.info.timings for each in requests]
+    targets, starts = _column(timings, "targeted_start"), _column(timings, "request_start")
+    one_clock = not (np.abs(targets - starts) > _DAY_S).any()
+    if not one_clock:
+        notes.append("the times at which its requests were to be sent are of another clock: left out")
     run = run_of(
         context,
-        arrival=[_number(each.targeted_start) for each in timings],
-        sent=[_number(each.request_start) for each in timings],
-        first_token=[_number(each.first_token_iteration) for each in timings],
-        finish=[_number(each.last_token_iteration) for each in timings],
-        prompt_tokens=[each.prompt_tokens or 0 for _, each in sent],
-        output_tokens=[each.output_tokens or 0 for _, each in sent],
-        cached_tokens=[each.cached_tokens for _, each in sent],
+        source,
+        arrival=targets if one_clock else None,
+        sent=starts,
+        first_token=_column(timings, "first_token_iteration"),
+        finish=_column(timings, "last_token_iteration"),
+        prompt_tokens=_column(requests, "prompt_tokens"),
+        output_tokens=_column(requests, "output_tokens"),
+        cached_tokens=_column(requests, "cached_tokens"),
         status=[status for status, _ in sent],
         start=benchmark.start_time,
     )
-    open_loop = context.max_concurrency is None
-    return Reading(source, context.load, context, run, reported, tuple(notes), planned=open_loop)
+    planned = one_clock and context.max_concurrency is None
+    return Reading(source, context.load, context, run, reported, tuple(notes), planned=planned)
 
 
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value
+def _column(parts: Sequence[Part], name: str) -> Floats:
+    return np.array([getattr(each, name) for each in parts], dtype=np.float64)

@@ -6,16 +6,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Annotated, Any, Protocol, TypeVar
 
-import numpy as np
-import pandas as pd
-from numpy.typing import ArrayLike
-from pydantic import BaseModel, ConfigDict
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 from servecast.sim.errors import InputError
 from servecast.sim.metrics import summary
-from servecast.sim.records import STEP_COLUMNS, RequestRecord, Run
+from servecast.sim.records import Run
 from servecast.sim.schema import parse
 
 RANKS = (50, 90, 95, 99)
@@ -26,7 +23,7 @@ class Context:
     """What the file says of the run; None is not said.
 
     request_rate: requests/s, inf where only the concurrency bounds it. burstiness: shape of the gamma law
-    of the gaps between arrivals.
+    of the gaps between arrivals. ramp: the rates between which the rate rose, which then is None.
     """
 
     tool: str
@@ -37,6 +34,7 @@ class Context:
     max_concurrency: int | None = None
     burstiness: float | None = None
     date: str | None = None
+    ramp: tuple[float, float] | None = None
 
     @property
     def load(self) -> str:
@@ -44,6 +42,8 @@ class Context:
         parts = []
         if self.request_rate is not None and math.isfinite(self.request_rate):
             parts.append(f"{self.request_rate:.4g} requests/s")
+        if self.ramp is not None:
+            parts.append("ramp {:.4g}->{:.4g}/s".format(*self.ramp))
         if self.max_concurrency is not None:
             parts.append(f"concurrency {self.max_concurrency}")
         if not parts:
@@ -64,6 +64,7 @@ class Reading:
         planned: whether ``arrival`` is when the tool meant to send, and not when a request began to wait
             for its turn in the client.
         notes: what was put right, and what means something else than in vllm bench serve.
+        halved: whether its ITL and TPOT were half of what they should be, and were put right.
     """
 
     source: str
@@ -73,6 +74,7 @@ class Reading:
     reported: Mapping[str, float]
     notes: tuple[str, ...] = ()
     planned: bool = False
+    halved: bool = False
 
     @property
     def has_requests(self) -> bool:
@@ -106,10 +108,39 @@ class Reader(Protocol):
 class Part(BaseModel):
     """A part of a result file: the fields that we read; others are let be."""
 
-    model_config = ConfigDict(extra="ignore", frozen=True)
+    model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
 
 
-P = TypeVar("P", bound=Part)
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=True)]  # inf: no bound
+Requests = Annotated[int, Field(strict=True, ge=0, lt=1 << 63)]
+Slots = Annotated[int, Field(strict=True, ge=1, lt=1 << 63)]
+
+
+class Statistics(Part):
+    """What a tool says of a sample, each under whichever name it uses."""
+
+    mean: float = Field(validation_alias=AliasChoices("mean", "avg"))
+    std: float | None = Field(None, validation_alias=AliasChoices("std", "stddev", "std_dev"))
+    min: float | None = None
+    median: float | None = Field(None, validation_alias=AliasChoices("median", "p50"))
+    p75: float | None = None
+    p90: float | None = None
+    p95: float | None = None
+    p99: float | None = None
+    p99_9: float | None = Field(None, validation_alias=AliasChoices("p99.9", "p99p9", "p999"))
+    max: float | None = None
+
+    def named(self, metric: str, *, to_ms: float = 1000.0) -> dict[str, float]:
+        """Under vllm bench serve's keys for a latency."""
+        said = ((name, getattr(self, name)) for name in Statistics.model_fields)
+        return {
+            f"{name.replace('_', '.')}_{metric}_ms": value * to_ms
+            for name, value in said
+            if value is not None
+        }
+
+
+P = TypeVar("P", bound=BaseModel)
 
 
 def expect(model: type[P], value: Any, *, source: str, form: str) -> P:
@@ -133,86 +164,13 @@ def broken(what: str, form: str, *, where: str) -> InputError:
     )
 
 
-def run_of(
-    context: Context,
-    *,
-    sent: ArrayLike,
-    first_token: ArrayLike,
-    finish: ArrayLike,
-    prompt_tokens: ArrayLike,
-    output_tokens: ArrayLike,
-    status: Sequence[str],
-    arrival: ArrayLike | None = None,
-    cached_tokens: Sequence[int | None] | None = None,
-    gaps: ArrayLike = (),
-    start: float | None = None,
-) -> Run:
-    """A run of one stage from columns, a value a request.
-
-    Args:
-        sent, first_token, finish, arrival: seconds on any one clock, NaN where not known.
-        status: "finished", "failed" or "aborted"; of the last two only the sending is kept.
-        gaps: seconds between tokens, over all requests.
-        start: when the benchmark began, on that clock; the first arrival or sending without it.
-    """
-    good = np.array([each == "finished" for each in status], dtype=bool)
-    times = {
-        "arrival": np.full(len(good), math.nan) if arrival is None else np.asarray(arrival, dtype=float),
-        "sent": np.asarray(sent, dtype=float),
-        "first_token": np.where(good, np.asarray(first_token, dtype=float), math.nan),
-        "finish": np.where(good, np.asarray(finish, dtype=float), math.nan),
-    }
-    began = float(np.nanmin([*times["arrival"], *times["sent"]])) if start is None else start
-    unknown = pd.array([None] * len(good), dtype="Int64")
-    columns: dict[str, Any] = {
-        "request_id": np.arange(len(good)),
-        "stage": 0,
-        "stream": 0,
-        "prompt_tokens": np.asarray(prompt_tokens, dtype="int64"),
-        **{name: values - began for name, values in times.items()},
-        "queued": math.nan,
-        "scheduled": math.nan,
-        "replica": unknown,
-        "output_tokens": np.where(good, np.asarray(output_tokens, dtype="int64"), 0),
-        "cached_tokens": unknown if cached_tokens is None else pd.array(list(cached_tokens), dtype="Int64"),
-        "preemptions": math.nan,
-        "status": list(status),
-        "group": unknown,
-    }
-    gap = np.asarray(gaps, dtype=float)
-    return Run(
-        requests=pd.DataFrame(columns, columns=list(RequestRecord.__slots__)),
-        steps=pd.DataFrame({name: pd.Series(dtype=kind) for name, kind in STEP_COLUMNS.items()}),
-        itl=pd.DataFrame({"stage": 0, "gap": gap, "weight": np.ones(len(gap))}),
-        meta={
-            "request_rate": context.request_rate,
-            "burstiness": context.burstiness,
-            "max_concurrency": context.max_concurrency,
-            "clock_start_s": began,  # what the tool's clock showed at 0 s
-        },
-    )
-
-
-def run_without_requests(context: Context) -> Run:
-    """The run of a file that has only totals."""
-    return run_of(
-        context,
-        sent=[],
-        first_token=[],
-        finish=[],
-        prompt_tokens=[],
-        output_tokens=[],
-        status=[],
-        start=0.0,
-    )
-
-
-def named(metric: str, statistics: Mapping[str, float | None], *, to_ms: float = 1000.0) -> dict[str, float]:
-    """A tool's statistics of a latency under vllm bench serve's keys: mean, median (or p50), std, p90, ..."""
-    wanted = {"mean": "mean", "std": "std", "median": "median", "p50": "median"}
-    wanted |= {f"p{rank}": f"p{rank}" for rank in (90, 95, 99)}
-    return {
-        f"{key}_{metric}_ms": value * to_ms
-        for name, key in wanted.items()
-        if (value := statistics.get(name)) is not None
-    }
+def sampled(figures: Mapping[str, float]) -> dict[str, float]:
+    """Without the zeros that stand for the latency of no request, or the gap after a single token."""
+    completed, tokens = figures.get("completed"), figures.get("total_output_tokens")
+    if completed == 0:
+        empty: tuple[str, ...] = ("_ms",)
+    elif completed is not None and tokens is not None and tokens <= completed:
+        empty = ("_tpot_ms", "_itl_ms")
+    else:
+        empty = ()
+    return {key: value for key, value in figures.items() if value or not key.endswith(empty)}

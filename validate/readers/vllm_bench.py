@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain, compress
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from pydantic import ConfigDict, Field, RootModel
 
 from servecast.sim.records import Run
 from servecast.sim.results import measured
+from servecast.sim.schema import Positive
 from servecast.validate.readers.reading import (
     Context,
     Part,
+    Rate,
     Reading,
+    Requests,
+    Slots,
     broken,
     expect,
-    run_of,
-    run_without_requests,
+    sampled,
 )
+from servecast.validate.readers.run_of import run_of, run_without_requests
 
 FORM = "vllm bench serve"
+_TOTALS = ("total_input_tokens", "total_output_tokens")
 
 
 class _Result(Part):
@@ -31,21 +37,33 @@ class _Result(Part):
     date: str | None = None
     vllm_version: str | None = None  # only where --metadata vllm_version=... said it
     servecast_version: str | None = None
-    request_rate: float | Literal["inf"] | None = None
-    burstiness: float | None = None
-    max_concurrency: int | None = None
-    duration: float
-    completed: int
-    request_throughput: float
-    output_throughput: float
+    request_rate: Rate | Literal["inf"] | None = None
+    burstiness: Rate | None = None
+    max_concurrency: Slots | None = None
+    ramp_up_strategy: str | None = None
+    ramp_up_start_rps: float | None = None
+    ramp_up_end_rps: float | None = None
+    duration: Positive
+    completed: Requests
+    fleet_load: Mapping[str, Any] = Field(default_factory=dict)
+
+    @property
+    def ramp(self) -> tuple[float, float] | None:
+        """Rates of --ramp-up-strategy, under which the request rate is said to be inf."""
+        ends = self.ramp_up_start_rps, self.ramp_up_end_rps
+        return None if ends[0] is None or ends[1] is None else (ends[0], ends[1])
+
+
+class _Figures(RootModel[Mapping[str, float | None]]):
+    model_config = ConfigDict(allow_inf_nan=False)
 
 
 class _Details(Part):
     """Values a request, in seconds, of --save-detailed. ``latencies`` and ``queue_times`` came after
     vLLM 0.23; ``start_times`` are on the client's monotonic clock."""
 
-    input_lens: list[int]
-    output_lens: list[int]
+    input_lens: list[float]
+    output_lens: list[float]
     ttfts: list[float]
     itls: list[list[float]]
     start_times: list[float]
@@ -80,12 +98,15 @@ class VllmBench:
             tool_version=result.servecast_version or result.vllm_version,
             backend=result.backend,
             model=result.model_id,
-            request_rate=rate,
+            request_rate=rate if result.ramp is None else None,
             max_concurrency=result.max_concurrency,
             burstiness=result.burstiness,
             date=result.date,
+            ramp=result.ramp,
         )
         notes = []
+        if result.ramp is not None:
+            notes.append(f"{context.load}: the rate rose during the run ({result.ramp_up_strategy})")
         if "itls" in value:
             run = _run(expect(_Details, value, source=source, form=FORM), result, context, source)
             if "latencies" not in value and result.max_concurrency is not None:
@@ -93,10 +114,9 @@ class VllmBench:
         else:
             run = run_without_requests(context)
             notes.append("only totals: saved without --save-detailed")
-        said = measured(value) | {
-            key: value.get(key) for key in ("total_input_tokens", "total_output_tokens")
-        }
-        reported = {key: float(each) for key, each in said.items() if each is not None}
+        said = measured(value) | {key: value.get(key) for key in _TOTALS}
+        figures = expect(_Figures, said, source=source, form=FORM).root
+        reported = sampled({key: each for key, each in figures.items() if each is not None})
         return Reading(source, context.load, context, run, reported, tuple(notes))
 
 
@@ -116,18 +136,15 @@ def _run(details: _Details, result: _Result, context: Context, source: str) -> R
             where=f"{source}: completed",
         )
     if details.latencies is None:
-        e2el = ttft + np.array([math.fsum(gaps) for gaps in details.itls])
+        e2el = ttft + np.array([sum(gaps) for gaps in details.itls])
     else:
         e2el = np.array(details.latencies)
     finish = sent + e2el
     # The file does not say when the benchmark began, but how long it took, up to the last completion.
-    start = (
-        float(finish[finished].max()) - result.duration
-        if finished.any()
-        else float(sent.min(initial=math.inf))
-    )
+    start = float(finish[finished].max()) - result.duration if finished.any() else None
     return run_of(
         context,
+        source,
         arrival=None if details.queue_times is None else sent - np.array(details.queue_times),
         sent=sent,
         first_token=sent + ttft,
