@@ -31,18 +31,25 @@ workload:
   prompt_tokens: 200
   output_tokens: 40
 """
-FORMATS = {
-    "vllm/vllm-0.32.json": "requests",
-    "vllm/vllm-0.23.json": "requests",
-    "vllm/vllm-0.32.jsonl": "requests",
-    "vllm/vllm-0.23.jsonl": "totals",
-    "guidellm/benchmarks.json": "requests",
-    "aiperf/profile_export.jsonl": "requests",
-    "aiperf/profile_export_aiperf.json": "totals",
-    "inference_perf/0.7.0/per_request_lifecycle_metrics.json": "requests",
-    "inference_perf/0.2.0/per_request_lifecycle_metrics.json": "requests",
-    "inference_perf/0.2.0/stage_1_lifecycle_metrics.json": "totals",
-    "benchmark_report/servecast.yaml": "totals",
+SLOW = TINY.replace("0.5B", "7B")
+ONLY_TPOT = """
+rows: {median_tpot_ms: {relative: 0.6}}
+min_requests: 1
+max_length_difference: 1000.0
+client_lag_ms: 1000.0
+"""
+FORMATS = {  # and what it has of each of its loads
+    "vllm/vllm-0.32.json": ("requests",),
+    "vllm/vllm-0.23.json": ("requests",),
+    "vllm/vllm-0.32.jsonl": ("requests", "requests", "totals"),
+    "vllm/vllm-0.23.jsonl": ("totals", "totals"),
+    "guidellm/benchmarks.json": ("requests", "requests"),
+    "aiperf/profile_export.jsonl": ("requests",),
+    "aiperf/profile_export_aiperf.json": ("totals",),
+    "inference_perf/0.7.0/per_request_lifecycle_metrics.json": ("requests", "requests"),
+    "inference_perf/0.2.0/per_request_lifecycle_metrics.json": ("requests", "requests"),
+    "inference_perf/0.2.0/stage_1_lifecycle_metrics.json": ("totals",),
+    "benchmark_report/servecast.yaml": ("totals",),
 }
 
 
@@ -190,19 +197,26 @@ def test_the_scenarios_traffic_takes_the_files_load(
 # formats and bad input
 
 
-@pytest.mark.parametrize(("name", "kind"), FORMATS.items())
-def test_every_format_is_judged(name: str, kind: str, tiny: str, capsys: pytest.CaptureFixture[str]) -> None:
-    code, document = judged(capsys, str(SAMPLES / name), "--scenario", tiny, "--seeds", "2")
-    assert code == {"pass": 0, "fail": 1, "inconclusive": 3}[document["verdict"]]
-    assert document["reasons"]
-    for each in document["loads"]:
-        rows = {row["metric"]: row for row in each["rows"]}
-        assert rows["median_ttft_ms"]["measured"] > 0
-        assert rows["median_ttft_ms"]["predicted"] > 0
-        assert (rows["median_ttft_ms"]["measured_interval"][0] is not None) == (
-            kind == "requests" and any(d["metric"] == "ttft" for d in each["distances"])
+@pytest.mark.parametrize(("name", "kinds"), FORMATS.items())
+def test_every_format_is_judged(
+    name: str, kinds: tuple[str, ...], tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The samples' server took about as long a token as a model of 0.5B, and a tenth of one of 7B."""
+    slow, limits = tmp_path / "slow.yaml", tmp_path / "tolerances.yaml"
+    slow.write_text(SLOW)
+    limits.write_text(ONLY_TPOT)
+    for scenario, exit_code, verdict in ((tiny, 0, "pass"), (str(slow), 1, "fail")):
+        code, document = judged(
+            capsys, str(SAMPLES / name), "--scenario", scenario, "--seeds", "2", "--tolerances", str(limits)
         )
-        assert math.isfinite(rows["median_ttft_ms"]["error"])
+        assert (code, document["verdict"]) == (exit_code, verdict)
+        assert len(document["loads"]) == len(kinds)
+        for each, kind in zip(document["loads"], kinds, strict=True):
+            rows = {row["metric"]: row for row in each["rows"]}
+            assert rows["median_ttft_ms"]["measured"] > 0
+            assert rows["median_ttft_ms"]["predicted"] > 0
+            assert (rows["median_ttft_ms"]["measured_interval"][0] is not None) == (kind == "requests")
+            assert math.isfinite(rows["median_ttft_ms"]["error"])
 
 
 def test_bad_input_has_one_message(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -216,7 +230,7 @@ def test_bad_input_has_one_message(tiny: str, tmp_path: Path, capsys: pytest.Cap
         ([good, "--scenario", tiny, "--traffic", "trace"], "trace"),
         (
             [str(SAMPLES / "vllm" / "vllm-0.23.jsonl"), "--scenario", tiny, "--traffic", "requests"],
-            "has no finished requests to simulate again",
+            "has no requests to simulate again",
         ),
         (
             [
@@ -231,3 +245,55 @@ def test_bad_input_has_one_message(tiny: str, tmp_path: Path, capsys: pytest.Cap
         error = capsys.readouterr().err
         assert message in error
         assert error.count("\n") == 1
+
+
+def changed(tmp_path: Path, **changes: Any) -> Path:
+    """vLLM's sample, changed."""
+    document = json.loads((SAMPLES / "vllm" / "vllm-0.32.json").read_text()) | changes
+    file = tmp_path / "changed.json"
+    file.write_text(json.dumps({key: value for key, value in document.items() if value != "gone"}))
+    return file
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_concurrency": 0}, "max_concurrency should be greater than or equal to 1, not 0"),
+        ({"duration": 0}, "duration should be greater than 0, not 0"),
+        ({"input_lens": [0] * 24}, "a request has 0 prompt_tokens"),
+        ({"errors": ["refused"] * 24, "completed": 0}, "none of its requests finished"),
+        ({"itls": "gone", "completed": 0}, "none of its requests finished"),
+        ({"input_lens": [40_000] * 24}, "request 0 (stage 'all', stream 'requests') of 40000 prompt tokens"),
+    ],
+)
+def test_a_result_that_cannot_be_judged_is_named(
+    tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], message: str
+) -> None:
+    file = changed(tmp_path, **changes)
+    assert main(["validate", "result", str(file), "--scenario", tiny]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"servecast: {file}")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_single_tokens_have_no_time_between_them(
+    tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ("mean", "median", "std", "p50", "p90", "p95", "p99")
+    zeros = {f"{name}_{metric}_ms": 0.0 for metric in ("tpot", "itl") for name in names}
+    totals = {"itls": "gone", "total_output_tokens": 24, "output_throughput": 17.0}
+    file = changed(tmp_path, **zeros, **totals)
+    _, document = judged(capsys, str(file), "--scenario", tiny, "--seeds", "1")
+    metrics = [row["metric"] for row in document["loads"][0]["rows"]]
+    assert "median_ttft_ms" in metrics
+    assert not [each for each in metrics if each.endswith(("_tpot_ms", "_itl_ms"))]
+
+
+def test_a_ramp_is_replayed_as_it_came(tmp_path: Path) -> None:
+    """Its bound does not make it a closed loop."""
+    ramp = {"ramp_up_strategy": "linear", "ramp_up_start_rps": 1, "ramp_up_end_rps": 20}
+    file = changed(tmp_path, request_rate="inf", **ramp)
+    trace, bound = requests_of(read(file))
+    assert bound == 8
+    assert trace.times_s[-1] > 1

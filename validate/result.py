@@ -69,6 +69,10 @@ def _judge(
     seeds: range,
     traffic: Traffic | None,
 ) -> LoadComparison:
+    if reading.figures().get("completed") == 0:
+        raise InputError(
+            "none of its requests finished", where=reading.source, fix="Give a result of requests that did."
+        )
     replays = reading.has_requests if traffic is None else traffic == "requests"
     with _workload(reading, scenario, replays=replays) as workload:
         predicted: list[Run] = [
@@ -96,7 +100,10 @@ def _workload(reading: Reading, scenario: Scenario, *, replays: bool) -> Iterato
         write_timed_trace(trace, path)
         spec = TraceSpec(format="timed_trace", path=path, block_tokens=trace.block_tokens)
         stream = StreamSpec(trace=spec, max_concurrency=max_concurrency)
-        yield Workload(stages=(StageSpec(streams=(stream,)),))
+        try:
+            yield Workload(stages=(StageSpec(streams=(stream,)),))
+        except InputError as error:
+            raise InputError(error.what, where=f"{reading.source}: {error.where}", fix=error.fix) from None
 
 
 def requests_of(reading: Reading) -> tuple[Trace, int | None]:
@@ -106,19 +113,19 @@ def requests_of(reading: Reading) -> tuple[Trace, int | None]:
     those at which it sent, which hold the effect of a bound already. A failed request is not repeated.
 
     Raises:
-        InputError: the file has no requests, or none of them finished.
+        InputError: the file has no requests.
     """
     requests, context = reading.run.requests, reading.context
     done = requests[requests["status"] == "finished"].sort_values("sent", kind="stable")
     if not len(done):
         raise InputError(
-            "has no finished requests to simulate again",
+            "has no requests to simulate again",
             where=reading.source,
             fix="Give a result with details of each request, or --traffic scenario.",
         )
     times = done["arrival"].to_numpy(dtype=float)
     bound = context.max_concurrency
-    if bound is not None and context.request_rate in (None, math.inf):
+    if bound is not None and context.ramp is None and context.request_rate in (None, math.inf):
         times = np.zeros(len(done))
     elif np.isnan(times).any():
         times, bound = done["sent"].to_numpy(dtype=float), None
@@ -140,7 +147,7 @@ def _as_in_scenario(reading: Reading, scenario: Scenario) -> Workload:
     rate, bound = context.request_rate, context.max_concurrency
     if rate is not None and math.isfinite(rate):
         return _bounded(with_request_rate(scenario.open_loop(), rate, num_requests=count), bound)
-    if bound is not None:
+    if bound is not None and context.ramp is None:
         stream = scenario.open_loop().stages[0].streams[0]
         law = ClosedLoop(kind="closed_loop", concurrency=bound)
         changes = {"arrivals": law, "max_concurrency": None, "num_requests": count or stream.num_requests}
