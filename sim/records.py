@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-SECONDS_COLUMNS = ("arrival", "sent", "queued", "scheduled", "first_token", "finish")
+SECONDS_COLUMNS = ("arrival", "sent", "queued", "scheduled", "ended", "first_token", "finish")
 
 
 @dataclass(slots=True)
@@ -16,8 +16,8 @@ class RequestRecord:
     """One request's life. Times are picoseconds from the start of the run; None is "did not happen".
 
     arrival: the client meant to send it; sent: it was sent (after the concurrency semaphore; where
-    TTFT and E2E start); queued: the engine has it; scheduled: first scheduled; first_token, finish: the
-    client saw its first and last token.
+    TTFT and E2E start); queued: the engine has it; scheduled: first scheduled; ended: the engine had its
+    last token; first_token, finish: the client saw its first and last token.
     """
 
     request_id: int
@@ -29,6 +29,7 @@ class RequestRecord:
     sent: int | None = None
     queued: int | None = None
     scheduled: int | None = None
+    ended: int | None = None
     first_token: int | None = None
     finish: int | None = None
     output_tokens: int = 0

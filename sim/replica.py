@@ -252,6 +252,7 @@ class Replica:
         record.status = status
         self.outstanding -= 1
         if status == "finished":
+            record.ended = int(self.env.now)
             record.finish = time
             record.output_tokens = min(
                 job.request.output_tokens, self.config.max_model_len - job.request.prompt_tokens

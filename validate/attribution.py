@@ -65,7 +65,7 @@ def _part(name: str, predicted_s: float, measured_s: float) -> Part:
 
 
 def parts_of_run(run: Run) -> Residence:
-    """Of a simulated run. A request's last step is the last to end before the client has its last token."""
+    """Of a simulated run."""
     done = run.requests[run.requests["status"] == "finished"]
     queue, inside, counts = [], [], []
     for replica, requests in done.groupby("replica"):
@@ -74,8 +74,7 @@ def parts_of_run(run: Run) -> Residence:
         end = start + steps["duration"].to_numpy(dtype=float)
         scheduled = requests["scheduled"].to_numpy(dtype=float)
         first = np.searchsorted(start, scheduled - 1e-9)
-        last = np.searchsorted(end, requests["finish"].to_numpy(dtype=float), side="right") - 1
-        last = np.maximum(last, first)
+        last = np.searchsorted(end, requests["ended"].to_numpy(dtype=float) + 1e-9, side="right") - 1
         queue.append(scheduled - requests["queued"].to_numpy(dtype=float))
         inside.append(end[last] - scheduled)
         counts.append(last - first + 1)
