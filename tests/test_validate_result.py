@@ -263,6 +263,8 @@ def changed(tmp_path: Path, **changes: Any) -> Path:
         ({"input_lens": [0] * 24}, "a request has 0 prompt_tokens"),
         ({"errors": ["refused"] * 24, "completed": 0}, "none of its requests finished"),
         ({"itls": "gone", "completed": 0}, "none of its requests finished"),
+        ({"itls": "gone", "completed": 10**18}, "says that 1e+18 requests were sent"),
+        ({"itls": "gone", "request_rate": 1e-9}, "24 requests at 1e-09 requests/s take 2.778e+05 days"),
         ({"input_lens": [40_000] * 24}, "request 0 (stage 'all', stream 'requests') of 40000 prompt tokens"),
     ],
 )

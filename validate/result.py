@@ -25,9 +25,11 @@ from servecast.sim.workload_spec import StageSpec, StreamSpec, Workload
 from servecast.validate.compare_runs import LoadComparison, compare_runs
 from servecast.validate.compare_sweep import Comparison, compare_loads
 from servecast.validate.readers import Reading
+from servecast.validate.readers.run_of import LONGEST_S
 from servecast.validate.verdict import Tolerances
 
 Traffic = Literal["requests", "scenario"]
+_MOST_REQUESTS = 10_000_000
 _UNIQUE = "simulated prompts share nothing, since the file does not say what its prompts share"
 
 
@@ -137,20 +139,30 @@ def requests_of(reading: Reading) -> tuple[Trace, int | None]:
 
 
 def _as_in_scenario(reading: Reading, scenario: Scenario) -> Workload:
-    """The scenario's traffic under the load of a result."""
+    """The scenario's traffic under the load of a result, and as many requests."""
     context = reading.context
     if reading.has_requests:
-        count: int | None = len(reading.run.requests)
+        count = len(reading.run.requests)
     else:
         said = reading.reported.get("completed", math.nan) + reading.reported.get("failed", 0.0)
-        count = None if math.isnan(said) else round(said)
+        if not 1 <= said <= _MOST_REQUESTS:
+            raise InputError(
+                f"says that {said:.6g} requests were sent", where=reading.source, fix="Correct it."
+            )
+        count = round(said)
     rate, bound = context.request_rate, context.max_concurrency
     if rate is not None and math.isfinite(rate):
+        if count / rate > LONGEST_S:
+            raise InputError(
+                f"{count} requests at {rate:g} requests/s take {count / rate / 86_400:.4g} days",
+                where=reading.source,
+                fix="Is its rate one of requests a second?",
+            )
         return _bounded(with_request_rate(scenario.open_loop(), rate, num_requests=count), bound)
     if bound is not None and context.ramp is None:
         stream = scenario.open_loop().stages[0].streams[0]
         law = ClosedLoop(kind="closed_loop", concurrency=bound)
-        changes = {"arrivals": law, "max_concurrency": None, "num_requests": count or stream.num_requests}
+        changes = {"arrivals": law, "max_concurrency": None, "num_requests": count}
         return Workload(stages=(StageSpec(streams=(stream.model_copy(update=changes),)),))
     workload = scenario.stages()
     if len(workload.stages) > 1:

@@ -18,7 +18,7 @@ Bools = NDArray[np.bool_]
 Column = Sequence[float | None] | Floats
 
 MOST_TOKENS = 10_000_000  # of a request: the longest contexts
-_LONGEST_S = 30 * 86_400.0  # of a run
+LONGEST_S = 30 * 86_400.0  # of a run
 
 
 def run_of(
@@ -128,7 +128,7 @@ def _impossible(
         return "it ends before it begins"
     every = np.array([began, *done["arrival"], *sent, *finish])
     span = float(np.nanmax(every) - np.nanmin(every))
-    return None if span < _LONGEST_S else f"it took {span / 86_400:.4g} days"
+    return None if span < LONGEST_S else f"it took {span / 86_400:.4g} days"
 
 
 def run_without_requests(context: Context) -> Run:
