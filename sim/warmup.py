@@ -50,16 +50,20 @@ def select(run: Run, *, stage: int | str | None = None, warmup: Warmup | None = 
     """The part of a run that counts: one stage of it, without its warm-up.
 
     The requests are those of the stage that were sent after the warm-up, the steps those that began
-    between its end and the last finish. Inter-token gaps carry no time, so the warm-up stays in them.
+    between its end and the last finish, and before the next stage. Inter-token gaps carry no time, so the
+    warm-up stays in them.
     ``meta["start_s"]`` says where the part begins: at the end of the warm-up, else at the stage's start
     (``meta["stage_starts_s"]``, or its first arrival where that is not recorded).
     """
     requests, itl, start = run.requests, run.itl, float(run.meta.get("start_s", 0.0))
+    end = math.inf
     if stage is not None:
         index = _stage_index(run, stage)
         requests, itl = requests[requests["stage"] == index], itl[itl["stage"] == index]
         starts = run.meta.get("stage_starts_s")
         start = float(starts[index] if starts else requests["arrival"].min())
+        if starts and index + 1 < len(starts):
+            end = float(starts[index + 1])
     if warmup is not None:
         in_order = requests.sort_values("sent", kind="stable")
         cut = _warmup_requests(in_order, warmup, start)
@@ -73,7 +77,8 @@ def select(run: Run, *, stage: int | str | None = None, warmup: Warmup | None = 
         start = start + warmup.seconds if warmup.seconds is not None else float(requests["sent"].min())
     steps = run.steps
     if (stage is not None or warmup is not None) and len(steps):
-        steps = steps[(steps["start"] >= start) & (steps["start"] <= requests["finish"].max())]
+        begins = steps["start"]
+        steps = steps[(begins >= start) & (begins <= requests["finish"].max()) & (begins < end)]
     return replace(run, requests=requests, steps=steps, itl=itl, meta={**run.meta, "start_s": start})
 
 
