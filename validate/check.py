@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from servecast.validate import check_rules_clock as clock
@@ -40,6 +40,10 @@ RULES: dict[str, Rule] = {
     "kv-arithmetic": physics.kv_arithmetic,
     "kv-capacity": physics.kv_capacity,
 }
+_NOT_PREDICTED = (
+    "not set against a prediction, which takes a scenario: `servecast validate result` does so for a result, "
+    "`reported` in a scenario for a table"
+)
 CLEAN, FOUND, NOTHING_TO_CHECK = 0, 1, 3
 
 
@@ -71,6 +75,11 @@ class Checked:
         )
 
     @property
+    def rows(self) -> int:
+        """How many rows report something."""
+        return sum(bool(level.values) for level in self.report.levels)
+
+    @property
     def exit_code(self) -> int:
         """0 without findings, 1 with, 3 where the report has nothing that a rule can be asked of."""
         if self.findings:
@@ -83,13 +92,15 @@ class Checked:
             "report": self.report.source,
             "findings": [finding.to_json() for finding in self.findings],
             "rules": self.rules,
-            "rows": sum(bool(level.values) for level in self.report.levels),
+            "rows": self.rows,
             "notes": list(self.report.notes),
         }
 
 
 def check(report: Report, *, predict: bool = True) -> Checked:
     """Ask every rule. With ``predict`` the reported values of a scenario are also set against ours."""
+    if predict and report.scenario is None and any(level.hardware is not None for level in report.levels):
+        report = replace(report, notes=(*report.notes, _NOT_PREDICTED))
     findings = [finding for rule in RULES.values() for finding in rule(report)]
     with_prediction = predict and report.scenario is not None and report.scenario.profile is not None
     if with_prediction:

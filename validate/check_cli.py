@@ -40,7 +40,7 @@ def check(
 
     Asks Little's law, sums of latencies, tokens against requests, rooflines, KV arithmetic, the order of
     percentiles, warm-up, drain and clocks, and sets a scenario's reports against the prediction. Exits 0
-    without findings, 1 with, 3 when the report has nothing that can be checked.
+    without findings, 1 with, 2 when the report cannot be read, 3 when it has nothing that can be checked.
 
     Args:
         report: a scenario (a shipped one's name or a YAML file) with reported tables, a CSV table, or a
@@ -68,6 +68,10 @@ def check(
         num_requests,
         percentile_law,
     )
+    for f in fields(context):
+        number = getattr(context, f.name)
+        if isinstance(number, int) and number < 1:
+            raise InputError(f"is {number}", where=f"--{_flag(f.name)}", fix="Give a number from 1 on.")
     checked = run_check(_read(report, list(more), context), predict=not no_predict)
     if json:
         print_json(checked.to_json())
@@ -88,11 +92,16 @@ def _read(report: str, more: list[Path], context: Context) -> Report:
         return from_table(path, context)
     given = [f.name for f in fields(Context) if getattr(context, f.name) != f.default]
     if given:
-        flag = {"model": "model-config", "law": "percentile-law"}.get(given[0], given[0].replace("_", "-"))
         raise InputError(
-            "a scenario says it itself", where=f"--{flag}", fix="Leave it out, or change the scenario."
+            "a scenario says it itself",
+            where=f"--{_flag(given[0])}",
+            fix="Leave it out, or change the scenario.",
         )
     return from_scenario(scenarios.load(report))
+
+
+def _flag(name: str) -> str:
+    return {"model": "model-config", "law": "percentile-law"}.get(name, name.replace("_", "-"))
 
 
 def _is_result(path: Path) -> bool:
@@ -112,7 +121,7 @@ def _print(checked: Checked) -> None:
         rows.append([rule, sure, f"{table}: {_cells(found)}", clearest.message])
     if rows:
         print_table(["rule", "sure", "cells", "what (the clearest)"], rows)
-    asked = f"{len(checked.report.levels)} rows, {len(checked.rules)} rules"
+    asked = f"{checked.rows} rows, {len(checked.rules)} rules"
     if not checked.asked:
         print("Nothing in it can be checked: no latency, no two rates, no bound.")
     else:

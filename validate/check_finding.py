@@ -16,6 +16,7 @@ IDLE = 0.8  # share of a closed loop's slots in use, under which its throughput 
 WAVES = 10  # requests a slot, from which ramp and drain of a level no longer matter
 _SKEW = 1.6  # mean over median of latencies, where lengths differ (lognormal of spread 1), or its inverse
 LOW_RATE_OF_SATURATION = 0.9  # completions under this share of the arrivals
+TWICE = (1.85, 2.15)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,20 +68,21 @@ class Derived:
 
 
 def tokens_each(report: Report, level: Level) -> Span | None:
-    """Output tokens a request: as known, or the most that the rows of the table imply (throughput in tokens
+    """Output tokens a request: as known, or the most that the rows of its series imply (throughput in tokens
     over throughput in requests), where none says."""
     if level.output is not None:
-        return level.output.mean
-    if any(other.output is not None for other in report.levels):
+        return level.output.mean if level.output.mean.low > 0 else None
+    alike = [each for each in report.levels if (each.table, each.series) == (level.table, level.series)]
+    if any(each.output is not None for each in alike):
         return None
-    implied = [span for other in report.levels if (span := implied_tokens(other)) is not None]
+    implied = [span for each in alike if (span := implied_tokens(each)) is not None]
     return max(implied, key=lambda span: span.low) if len(implied) > 2 else None
 
 
 def implied_tokens(level: Level) -> Span | None:
     """Output tokens a request as the two throughputs of a row have it."""
     tokens, requests = level.get("output_throughput"), level.get("request_throughput")
-    if tokens is None or requests is None or requests.value <= 0:
+    if tokens is None or requests is None or tokens.value <= 0 or requests.value <= 0:
         return None
     return tokens.span / requests.span
 
@@ -90,40 +92,76 @@ def completion_rate(level: Level) -> Derived | None:
     lower, since a rate of sending is sometimes reported as the latter."""
     found = []
     tokens, requests = level.get("output_throughput"), level.get("request_throughput")
-    if requests is not None:
+    if requests is not None and requests.value > 0:
         found.append(Derived(requests.span, (requests,), True))
-    if tokens is not None and level.output is not None and level.output.mean.low > 0:
+    if tokens is not None and tokens.value > 0 and level.output is not None and level.output.mean.low > 0:
         found.append(Derived(tokens.span / level.output.mean, (tokens,), True))
     return min(found, key=lambda rate: rate.span.mid) if found else None
 
 
-def token_time(level: Level) -> Derived | None:
-    """Mean seconds from a request's first token to its last: its gaps, by the reported mean, else median."""
-    if level.output is None:
+def token_time(level: Level, *metrics: str) -> Derived | None:
+    """Mean seconds from a request's first token to its last: its gaps, by the mean of the first of these
+    metrics that is reported (by itself that which is exact), else by the median TPOT."""
+    gaps, fixed = level.gaps, level.output is not None and level.output.fixed
+    if gaps is None:
         return None
-    gaps = level.output.mean.less(1)
-    for metric in ("tpot", "itl"):
+    metrics = metrics or (("tpot", "itl") if fixed else ("itl", "tpot"))
+    for metric in metrics:
         value = level.get(metric, "mean")
         if value is not None and value.value > 0:
-            return Derived(value.span * gaps, (value,), metric == "itl" or level.output.fixed)
-    value = level.get("tpot", "p50")
+            return Derived(value.span * gaps, (value,), metric == "itl" or fixed)
+    value = level.get("tpot", "p50") if "tpot" in metrics else None
     return None if value is None or value.value <= 0 else Derived(value.span * gaps, (value,), False)
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """Latency without TTFT over the gaps between tokens. exact: of means that add up."""
+
+    value: float
+    exact: bool
+
+    @property
+    def twice(self) -> bool:
+        """Whether the gaps are about half of what they should be."""
+        return TWICE[0] <= self.value <= TWICE[1]
+
+
+def gaps_ratio(level: Level, metric: str) -> Ratio | None:
+    """How much longer requests take from their first token to the last than the gaps of a metric (itl or
+    tpot) add up to: 1, and 2 where each token was stamped twice."""
+    rest, first = token_time(level, metric), level.get("ttft", "mean", "p50")
+    if rest is None or first is None or level.output is None:
+        return None
+    mean, median = level.get("e2el", "mean"), level.get("e2el", "p50")
+    if mean is not None and first.statistic == rest.values[0].statistic == "mean":
+        return Ratio((mean.value - first.value) / rest.span.mid, rest.exact)
+    if not level.output.fixed:
+        return None
+    per_token = level.get("ntpot", "mean", "p50")
+    if median is not None:
+        return Ratio((median.value - first.value) / rest.span.mid, False)
+    if per_token is not None:
+        return Ratio((per_token.value * level.output.mean.mid - first.value) / rest.span.mid, False)
+    rate, slots = completion_rate(level), level.concurrency
+    if rate is None or slots is None or level.open_loop or (level.num_requests or 0) < WAVES * slots:
+        return None
+    return Ratio((slots / rate.span.mid - first.value) / rest.span.mid, False)
 
 
 def latency(level: Level) -> Derived | None:
     """A request's mean seconds from sending to the last token: as reported, else its median, else put
     together from TTFT and the time between tokens."""
-    mean = level.get("e2el", "mean")
-    if mean is not None:
+    mean, median, parts = level.get("e2el", "mean"), level.get("e2el", "p50"), _summed(level)
+    if mean is not None and mean.value > 0:
         return Derived(mean.span, (mean,), True)
-    median, parts = level.get("e2el", "p50"), _summed(level)
     fixed = level.output is not None and level.output.fixed
-    if median is not None and (fixed or parts is None):
+    if median is not None and median.value > 0 and (fixed or parts is None):
         return Derived(median.span if fixed else _as_mean(median.span), (median,), False)
     if parts is not None:
         return parts
     per_token = level.get("ntpot", "mean", "p50")
-    if per_token is not None and level.output is not None:
+    if per_token is not None and per_token.value > 0 and level.output is not None:
         return Derived(per_token.span * level.output.mean, (per_token,), False)
     return None
 
@@ -134,18 +172,19 @@ def _as_mean(median: Span) -> Span:
 
 
 def _summed(level: Level) -> Derived | None:
-    """TTFT and the time between tokens."""
+    """TTFT and the time between tokens; by the ITL not exact, since one of its events may have several."""
     first, rest = level.get("ttft", "mean", "p50"), token_time(level)
     if first is None or rest is None:
         return None
-    exact = first.statistic == "mean" and rest.values[0].statistic == "mean" and rest.exact
+    of_tokens = rest.values[0].metric == "tpot" and rest.values[0].statistic == "mean"
+    exact = first.statistic == "mean" and of_tokens and rest.exact
     return Derived(first.span + rest.span, (first, *rest.values), exact)
 
 
 def in_flight(level: Level) -> Derived | None:
     """Little's law: requests in flight of a level without failures are throughput x latency."""
     rate, time = completion_rate(level), latency(level)
-    if rate is None or time is None or level.whole_run or level.failed:
+    if rate is None or time is None or level.whole_run or not level.all_answered:
         return None
     return Derived(rate.span * time.span, (*rate.values, *time.values), rate.exact and time.exact)
 
@@ -168,6 +207,8 @@ def reports_send_rate(report: Report, level: Level) -> bool:
     )
     each = tokens_each(report, level)
     if rate is None or requests is None or tokens is None or each is None or not level.all_answered:
+        return False
+    if tokens.value <= 0:
         return False
     same = abs(requests.value / rate - 1) <= SAME_RATE
     return same and tokens.span.high < SHORT * requests.span.low * each.low

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from servecast.validate.check_finding import WAVES, Finding, completion_rate, latency, names, token_time
+from servecast.validate.check_finding import Finding, completion_rate, gaps_ratio, latency, names
 from servecast.validate.report_table import LATENCIES, Level, Report, Value
 
-_TWICE = (1.85, 2.15)
 _DRAIN_TWICE = (1.6, 2.8)  # the drain is the latency of the last requests, not of all
 _CHANCE = 1e-5  # that numbers lie on a grid by themselves
 _DIFFERENT = 4  # values, fewer say nothing of a grid
+_FINE = 0.005  # of the smallest value: a tick under it is how numbers are printed
 _TICKS_S = (1 / 64, 1 / 60)  # timers that no decimal grid shows
 _SHORTEST_STEP_S = 1e-4  # no model's forward pass is shorter
 
@@ -19,12 +19,12 @@ _SHORTEST_STEP_S = 1e-4  # no model's forward pass is shorter
 def zero_latency(report: Report) -> Iterator[Finding]:
     """No engine step takes no time, so a percentile of 0 is not one of steps."""
     for level in report.levels:
-        shortest = _SHORTEST_STEP_S
-        if level.hardware is not None:
-            shortest = max(shortest, level.hardware.roofline_s(decodes=1))
+        shortest = _shortest_step_s(level)
         for value in level.of(*LATENCIES):
             if value.value != 0 or value.statistic in ("min", "std"):
                 continue
+            if value.metric in ("itl", "tpot") and level.output is not None and level.gaps is None:
+                continue  # of outputs of one token a 0 says that there are no gaps
             sure = value.half < shortest
             share = f"{value.rank:g} % of the values" if value.rank is not None else "the mean"
             yield Finding(
@@ -36,57 +36,50 @@ def zero_latency(report: Report) -> Iterator[Finding]:
             )  # fmt: skip
 
 
+def _shortest_step_s(level: Level) -> float:
+    of_weights = 0.0 if level.hardware is None else level.hardware.roofline_s(decodes=1)
+    return max(_SHORTEST_STEP_S, of_weights)
+
+
 def halved_itl(report: Report) -> Iterator[Finding]:
     """The gaps between tokens add up to about half of the latency without TTFT: two timestamps a token."""
     for level in report.levels:
-        gaps = [v for v in level.of("itl", "tpot") if v.value > 0 and v.statistic != "std"]
-        if not gaps:
+        if level.halved:
+            yield Finding(
+                "halved-itl", level, names(*level.of("itl", "tpot")), {}, "certain",
+                "the tool stamped each token twice, so that it reports half of ITL and TPOT; put right here",
+            )  # fmt: skip
             continue
-        ratio, source = _against_latency(level)
-        median, mean = level.get("itl", "p50"), level.get("itl", "mean")
-        zeros = median is not None and median.value == 0 and mean is not None
-        numbers = {} if ratio is None else {"ratio": ratio}
-        if zeros:
-            assert mean is not None
-            behind = _against_drain(level)
-            numbers |= {"mean_s": mean.value, "least_mean_of_others_s": 2 * mean.value}
-            if behind is not None:
-                numbers["drain_over_latency"] = behind
-            seen = behind is not None and _DRAIN_TWICE[0] <= behind <= _DRAIN_TWICE[1]
-            text = "; the drain of the level agrees" if seen else ""
-            yield Finding(
-                "halved-itl", level, names(*gaps), numbers, "certain" if seen else "likely",
-                "at least half of the gaps are 0, so those between tokens are on average "
-                f"{2e3 * mean.value:.4g} ms or more, not {1e3 * mean.value:.4g}{text}",
-            )  # fmt: skip
-        elif ratio is not None and _TWICE[0] <= ratio <= _TWICE[1]:
-            yield Finding(
-                "halved-itl", level, names(*gaps), numbers, "certain" if source == "mean" else "likely",
-                f"latency without TTFT is {ratio:.3g} times the gaps between tokens: two timestamps a token?",
-                weight=ratio,
-            )  # fmt: skip
+        for metric in ("itl", "tpot"):
+            gaps = [v for v in level.of(metric) if v.value > 0 and v.statistic != "std"]
+            ratio = gaps_ratio(level, metric)
+            if gaps and ratio is not None and ratio.twice:
+                yield Finding(
+                    "halved-itl", level, names(*gaps), {"ratio": ratio.value},
+                    "certain" if ratio.exact else "likely",
+                    f"latency without TTFT is {ratio.value:.3g} times the gaps between tokens by their "
+                    f"{metric}: two timestamps a token?",
+                    weight=ratio.value,
+                )  # fmt: skip
+            elif gaps and ratio is None and metric == "itl":
+                yield from _half_are_zero(level, gaps)
 
 
-def _against_latency(level: Level) -> tuple[float | None, str]:
-    """Latency without TTFT over the sum of the gaps, and what the latency rests on."""
-    rest, first = token_time(level), level.get("ttft", "mean", "p50")
-    if rest is None or first is None or rest.span.mid <= 0:
-        return None, ""
-    mean = level.get("e2el", "mean")
-    if mean is not None and rest.exact and first.statistic == "mean":
-        return (mean.value - first.value) / rest.span.mid, "mean"
-    if level.output is None or not level.output.fixed:
-        return None, ""
-    median, per_token = level.get("e2el", "p50"), level.get("ntpot", "mean", "p50")
-    if median is not None:
-        return (median.value - first.value) / rest.span.mid, "median"
-    if per_token is not None:
-        return (per_token.value * level.output.mean.mid - first.value) / rest.span.mid, "tokens"
-    rate, slots = completion_rate(level), level.concurrency
-    steady = level.num_requests is None or level.num_requests >= WAVES * (slots or 1)
-    if rate is None or slots is None or level.open_loop or not steady:
-        return None, ""
-    return (slots / rate.span.mid - first.value) / rest.span.mid, "slots"
+def _half_are_zero(level: Level, gaps: list[Value]) -> Iterator[Finding]:
+    median, mean = level.get("itl", "p50"), level.get("itl", "mean")
+    if median is None or mean is None or median.value != 0 or median.half >= _shortest_step_s(level):
+        return
+    behind = _against_drain(level)
+    numbers = {"mean_s": mean.value, "least_mean_of_others_s": 2 * mean.value}
+    if behind is not None:
+        numbers["drain_over_latency"] = behind
+    seen = behind is not None and _DRAIN_TWICE[0] <= behind <= _DRAIN_TWICE[1]
+    yield Finding(
+        "halved-itl", level, names(*gaps), numbers, "certain" if seen else "likely",
+        "at least half of the gaps are 0, so those between tokens are on average "
+        f"{2e3 * mean.value:.4g} ms or more, not {1e3 * mean.value:.4g}"
+        + ("; the drain of the level agrees" if seen else ""),
+    )  # fmt: skip
 
 
 def _against_drain(level: Level) -> float | None:
@@ -114,7 +107,7 @@ def clock_grid(report: Report) -> Iterator[Finding]:
         digits = {round(value.value / (2 * value.half)) for _, value in cells}
         unit = 2 * cells[0][1].half
         tick = _tick_s(digits, unit)
-        if tick is None:
+        if tick is None or tick < _FINE * min(value.value for _, value in cells):
             continue
         for level, value in cells:
             yield Finding(

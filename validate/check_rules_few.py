@@ -60,8 +60,10 @@ def warm_up(report: Report) -> Iterator[Finding]:
             for value, median in tails
             if value.metric == "ttft"
             and value.span.low > _TAIL * median.high
-            and (other := _ratio(second, value.metric, value.statistic)) is not None
-            and value.value / median.mid > _SHRINKS * other
+            and (then := second.get("ttft", value.statistic)) is not None
+            and value.span.low > then.span.high
+            and (typical := _median(second, "ttft")) is not None
+            and value.value / median.mid > _SHRINKS * then.value / typical.mid
         ]
         if not long:
             continue
@@ -98,11 +100,6 @@ def _median(level: Level, metric: str) -> Span | None:
         return value.span if value.value > 0 else None
     time = latency(level) if metric == "e2el" else None
     return None if time is None else time.span
-
-
-def _ratio(level: Level, metric: str, statistic: str | None) -> float | None:
-    value, median = level.get(metric, statistic), _median(level, metric)
-    return None if value is None or median is None else value.value / median.mid
 
 
 def _excess(level: Level, metric: str, statistic: str | None) -> float:

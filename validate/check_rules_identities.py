@@ -8,32 +8,26 @@ from itertools import pairwise
 from servecast.validate.check_finding import (
     Finding,
     completion_rate,
+    gaps_ratio,
     implied_tokens,
     names,
     reports_send_rate,
     token_time,
     tokens_each,
 )
-from servecast.validate.report_table import LATENCIES, Level, Report
+from servecast.validate.report_table import LATENCIES, Level, Report, exactly
 
 _SLACK = 0.02  # of a sum, for clocks that start and stop a little apart
 _CLOCK_S = 2e-3  # between a tool's own stamps and those that it saves
 _MEDIANS = 0.30  # the median of a sum against the sum of medians
-_TWICE = (1.85, 2.15)
 
 
 def records(report: Report) -> Iterator[Finding]:
     """A result's figures are those of the requests that it lists."""
     for level in report.levels:
-        for place, again in level.records.items():
-            value = level.values.get(place)
-            if (
-                value is None
-                or value.statistic == "std"
-                or value.metric not in (*LATENCIES, "output_throughput")
-            ):
-                continue
-            if abs(value.value - again) > _SLACK * max(abs(again), value.value) + _CLOCK_S:
+        for value, again in level.records:
+            clock_s = _CLOCK_S if value.metric in ("ttft", "e2el") else 0.0
+            if abs(value.value - again) > _SLACK * max(abs(again), value.value) + clock_s:
                 yield Finding(
                     "records", level, names(value), {"reported": value.value, "of_records": again}, "certain",
                     f"{value.column} is {value.value:.4g}, but {again:.4g} of the requests that are listed",
@@ -86,57 +80,63 @@ def percentile_order(report: Report) -> Iterator[Finding]:
 def e2e_sum(report: Report) -> Iterator[Finding]:
     """A request's latency is its TTFT and its gaps: exactly in the means, by bounds in the percentiles."""
     for level in report.levels:
-        for total in level.percentiles("e2el"):
+        for total in level.of("e2el"):
             first = level.get("ttft", total.statistic)
-            if first is not None and total.span.high < first.span.low:
+            if total.statistic != "std" and first is not None and total.span.high < first.span.low:
                 yield Finding(
                     "e2e-sum", level, names(total, first), {"e2e_s": total.value, "ttft_s": first.value},
                     "certain", f"{total.statistic} of the whole latency is under that of its first token",
                 )  # fmt: skip
-        finding = _sum_of_means(level) or _sum_of_medians(level)
-        if finding is not None:
-            yield finding
+        sums = [_sum_of_means(level, "tpot"), _sum_of_means(level, "itl"), _sum_of_medians(level)]
+        found = [finding for finding in sums if finding is not None]
+        yield from [f for f in found if f.confidence == "certain"][:1] or found[:1]
 
 
-def _sum_of_means(level: Level) -> Finding | None:
-    total, first, rest = level.get("e2el", "mean"), level.get("ttft", "mean"), token_time(level)
+def _sum_of_means(level: Level, metric: str) -> Finding | None:
+    total, first, rest = level.get("e2el", "mean"), level.get("ttft", "mean"), token_time(level, metric)
     if total is None or first is None or rest is None or not rest.exact:
         return None
+    if total.span.high < first.span.low:
+        return None  # nothing is left for the gaps
     parts = first.span + rest.span
     slack = _SLACK * total.value
     if total.span.low - slack <= parts.high and parts.low <= total.span.high + slack:
         return None
-    if _TWICE[0] <= (total.value - first.value) / rest.span.mid <= _TWICE[1]:
+    ratio = gaps_ratio(level, metric)
+    if ratio is not None and ratio.twice:
         return None  # halved-itl says it
+    merged = metric == "itl" and parts.mid > total.value
     return Finding(
         "e2e-sum", level, names(total, first, *rest.values),
-        {"e2e_s": total.value, "ttft_s": first.value, "tokens_s": rest.span.mid}, "certain",
-        f"mean latency {total.value:.4g} s, but TTFT and the gaps between tokens add up to {parts.mid:.4g} s",
+        {"e2e_s": total.value, "ttft_s": first.value, "tokens_s": rest.span.mid},
+        "likely" if merged else "certain",
+        f"mean latency {total.value:.4g} s, but TTFT and the gaps between tokens add up to {parts.mid:.4g} s"
+        + (", or several tokens came in an event" if merged else ""),
         weight=abs(total.value / parts.mid - 1),
     )  # fmt: skip
 
 
 def _sum_of_medians(level: Level) -> Finding | None:
     """For equal lengths: p_q of the sum is at least that of either part, and near the sum of the medians."""
-    if level.output is None or not level.output.fixed:
+    if level.gaps is None or level.output is None or not level.output.fixed:
         return None
     total, first = level.get("e2el", "p50"), level.get("ttft", "p50")
     gap = level.get("tpot", "p50") or level.get("itl", "p50")
     if total is None or first is None or gap is None or gap.value <= 0:
         return None
-    decode = gap.span * level.output.mean.less(1)
+    decode = gap.span * level.gaps
     low = total.span.high < (1 - _MEDIANS) * (first.span.low + decode.low)
-    over = (total.value - first.value) / decode.mid
+    ratio = gaps_ratio(level, gap.metric)
     # a median gap says nothing of the long ones; a median TPOT does
     high = gap.metric == "tpot" and total.span.low > (1 + _MEDIANS) * (first.span.high + decode.high)
-    if not (low or high) or _TWICE[0] <= over <= _TWICE[1] or _spread(level) > _MEDIANS * total.value:
-        return None
+    if not (low or high) or (ratio is not None and ratio.twice) or _spread(level) > _MEDIANS * total.value:
+        return None  # halved-itl says a ratio of 2
     return Finding(
         "e2e-sum", level, names(total, first, gap),
         {"e2e_s": total.value, "ttft_s": first.value, "tokens_s": decode.mid}, "likely",
         f"median latency {total.value:.4g} s, but the medians of TTFT and of the gaps between tokens "
         f"add up to {first.value + decode.mid:.4g} s",
-        weight=abs(over - 1),
+        weight=abs((total.value - first.value) / decode.mid - 1),
     )  # fmt: skip
 
 
@@ -152,13 +152,13 @@ def throughput_against_requests(report: Report) -> Iterator[Finding]:
     for level in report.levels:
         each, implied = tokens_each(report, level), implied_tokens(level)
         tokens, requests = level.get("output_throughput"), level.get("request_throughput")
-        if each is None or implied is None or reports_send_rate(report, level):
+        if level.output is None or each is None or implied is None or reports_send_rate(report, level):
             continue
         if implied.low > each.high * (1 + _SLACK) or implied.high < each.low * (1 - _SLACK):
             yield Finding(
                 "throughput-requests", level, names(tokens, requests),
                 {"tokens_a_request": each.mid, "implied_tokens_a_request": implied.mid},
-                "certain" if level.output is not None else "likely",
+                "certain",
                 f"tokens/s over requests/s is {implied.mid:.4g} tokens a request, not {each.mid:.4g}: "
                 "the two are not over the same time, or not of the same requests",
                 weight=abs(implied.mid / each.mid - 1),
@@ -166,9 +166,10 @@ def throughput_against_requests(report: Report) -> Iterator[Finding]:
 
 
 def wall_time(report: Report) -> Iterator[Finding]:
-    """No request takes longer than the whole run, which is requests over requests/s."""
+    """The whole run is requests over requests/s, and no request takes longer."""
     for level in report.levels:
         rate = completion_rate(level)
+        yield from _own_duration(level)
         if rate is None or rate.span.low <= 0 or level.num_requests is None or level.whole_run:
             continue
         longest = level.num_requests / rate.span.low
@@ -188,3 +189,26 @@ def wall_time(report: Report) -> Iterator[Finding]:
                     f"throughput took {longest:.4g} s",
                     weight=value.value / longest,
                 )  # fmt: skip
+
+
+def _own_duration(level: Level) -> Iterator[Finding]:
+    """A rate times the duration that the run says itself is what was counted."""
+    count, tokens = level.num_requests, level.output
+    if level.duration_s is None or count is None:
+        return
+    totals = {"request_throughput": exactly(count)}
+    if tokens is not None:
+        totals["output_throughput"] = exactly(count) * tokens.mean
+    for metric, total in totals.items():
+        rate = level.get(metric)
+        if rate is None:
+            continue
+        counted = rate.span * exactly(level.duration_s)
+        if counted.high < total.low * (1 - _SLACK) or counted.low > total.high * (1 + _SLACK):
+            yield Finding(
+                "wall-time", level, names(rate),
+                {"rate": rate.value, "duration_s": level.duration_s, "total": total.mid}, "certain",
+                f"{rate.column} of {rate.value:.4g} over the {level.duration_s:.4g} s of the run is "
+                f"{counted.mid:.4g}, not {total.mid:.4g}",
+                weight=abs(counted.mid / total.mid - 1) if total.mid else 1.0,
+            )  # fmt: skip

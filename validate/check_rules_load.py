@@ -20,9 +20,11 @@ from servecast.validate.check_finding import (
     send_window_s,
     tokens_each,
 )
-from servecast.validate.report_table import Level, Report, Span, Value
+from servecast.validate.report_table import Level, Report, Span, Value, exactly
 
 _MEASURED, _ESTIMATED = 1.02, 1.15  # Little's law over its bound, with the mean latency and with a median
+_HIGHEST, _HIGHEST_OF_EQUAL = 99, 90  # ranks that stand for the longest latency; outputs of equal length
+_LONGEST = 2.0  # times the highest percentile, of outputs that differ
 # of rate x tokens, where the number of requests, and so the noise of their rate, is not known
 _SHORT_BY_SIGHT = 0.8
 
@@ -30,20 +32,37 @@ _SHORT_BY_SIGHT = 0.8
 def littles_law(report: Report) -> Iterator[Finding]:
     """In flight = throughput x latency. It cannot exceed a closed loop's slots, and fills them."""
     for level in report.levels:
-        flight, slots, count = in_flight(level), level.concurrency, level.num_requests
+        flight, slots = in_flight(level), level.concurrency
         if flight is None or slots is None:
             continue
         over = flight.span.low > slots * (_MEASURED if flight.exact else _ESTIMATED)
-        idle = flight.span.high < IDLE * slots and (count is None or count >= WAVES * slots)
-        if over or (idle and not level.open_loop):
+        busy, known = _busy(level, slots)
+        if over or flight.span.high < IDLE * busy:
             why = "more than there can be" if over else "another load, or a latency that leaves a part out"
             yield Finding(
                 "littles-law", level, names(*flight.values),
                 {"in_flight": flight.span.mid, "concurrency": float(slots)},
-                "certain" if flight.exact else "likely",
+                "certain" if flight.exact and (over or known) else "likely",
                 f"throughput x latency is {flight.span.mid:.4g} requests in flight of {slots}: {why}",
                 weight=max(flight.span.mid / slots, slots / flight.span.mid),
             )  # fmt: skip
+
+
+def _busy(level: Level, slots: int) -> tuple[float, bool]:
+    """The least slots that a closed loop keeps busy on average (0 where that is not known), and whether this
+    rests on the longest latency: no slot idles longer than that at the end, and none before."""
+    rate, count = completion_rate(level), level.num_requests
+    if rate is None or count is None or count < WAVES * slots or level.open_loop:
+        return 0.0, False
+    equal, most = level.output is not None and level.output.fixed, level.get("e2el", "max")
+    ranked = [
+        v for v in level.percentiles("e2el") if (v.rank or 0) >= (_HIGHEST_OF_EQUAL if equal else _HIGHEST)
+    ]
+    if most is None and not ranked:
+        return 0.0, False
+    longest = most.value if most is not None else ranked[-1].value * (1.0 if equal else _LONGEST)
+    idle = longest * rate.span.high / count
+    return slots - (slots - 1) * min(1.0, idle), most is not None
 
 
 def send_rate(report: Report) -> Iterator[Finding]:
@@ -71,7 +90,8 @@ def send_rate(report: Report) -> Iterator[Finding]:
         if tokens is not None or window is None or time is None or not level.all_answered:
             continue
         assert level.num_requests is not None
-        most = level.num_requests / (window.low + time.span.low)  # the last are sent, and take their time
+        # the last are sent, and take their time
+        most = (exactly(level.num_requests) / (window + time.span)).high
         if abs(requests.value / rate - 1) <= SAME_RATE and requests.span.low > most / LOW_RATE_OF_SATURATION:
             yield Finding(
                 "send-rate", level, names(requests),
@@ -87,7 +107,7 @@ def drain(report: Report) -> Iterator[Finding]:
     in which only what is left runs, is counted."""
     for level in report.levels:
         rate, tokens, each = level.request_rate, level.get("output_throughput"), tokens_each(report, level)
-        if rate is None or tokens is None or each is None or not level.all_answered:
+        if rate is None or tokens is None or each is None or not level.all_answered or tokens.value <= 0:
             continue
         sure = reports_send_rate(report, level) and level.output is not None
         if not (reports_send_rate(report, level) or _unsaturated_but_short(level, each)):

@@ -33,7 +33,7 @@ def roofline_decode(report: Report) -> Iterator[Finding]:
         total = level.get("e2el", "mean", "p50")
         if total is not None and level.output is not None and level.output.fixed:
             bound = level.output.mean.low * least
-            if total.span.high < bound:
+            if total.value > 0 and total.span.high < bound:
                 yield Finding(
                     "roofline-decode", level, names(total), {"reported_s": total.value, "bound_s": bound},
                     "certain" if total.statistic == "mean" else "likely",
@@ -82,7 +82,7 @@ def _burst(level: Level, hardware: Hardware) -> Iterator[Finding]:
         if ahead < 2:
             continue
         least = hardware.roofline_s(prompts=max(1, ahead // hardware.replicas), tokens=tokens)
-        if value.span.high < least:
+        if value.value > 0 and value.span.high < least:
             yield Finding(
                 "roofline-prefill", level, names(value),
                 {"reported_s": value.value, "bound_s": least, "prompts": float(ahead)}, "likely",
@@ -122,9 +122,9 @@ def roofline_throughput(report: Report) -> Iterator[Finding]:
         if tokens.span.low > most:
             yield Finding(
                 "roofline-throughput", level, names(tokens),
-                {"output_tok_s": tokens.value, "bound_tok_s": most}, "certain",
-                f"{level.concurrency} streams of at most one token per reading of the weights "
-                f"are {most:.4g} tokens/s",
+                {"output_tok_s": tokens.value, "bound_tok_s": most}, "likely",
+                f"{level.concurrency} streams of one token per reading of the weights are at most "
+                f"{most:.4g} tokens/s, or several tokens come out of a step",
                 weight=tokens.value / most,
             )  # fmt: skip
 
@@ -151,6 +151,8 @@ def repeated_prompts(report: Report) -> Iterator[Finding]:
             share = 0.5 if value.statistic == "mean" else (value.rank or 100) / 100
             if level.repeated < share or spared < max(_SPARED * value.value, 2 * value.half):
                 continue
+            if value.value == 0:
+                continue  # zero-latency says it
             if hardware.replicas > 1 and value.value > fresh:
                 continue  # another replica may have had them
             yield Finding(
@@ -166,6 +168,7 @@ def repeated_prompts(report: Report) -> Iterator[Finding]:
 def kv_arithmetic(report: Report) -> Iterator[Finding]:
     """Requests running x tokens each fill the share of the KV pool that is reported, and fit into it."""
     loads = [level.concurrency for level in report.levels if level.concurrency is not None]
+    yield from _weights(report)
     for level in report.levels:
         usage, running, waiting, memory = (level.get(metric, "max", None) for metric in _WHOLE_RUN_METRICS)
         slots = level.concurrency or (max(loads) if loads and level.whole_run else None)
@@ -186,6 +189,26 @@ def kv_arithmetic(report: Report) -> Iterator[Finding]:
         yield from _pool(level, slots)
 
 
+def _weights(report: Report) -> Iterator[Finding]:
+    """The weights fit into the GPUs' memory; said once of a model on a GPU."""
+    seen: list[Hardware] = []
+    for level in report.levels:
+        hardware = level.hardware
+        if hardware is None or hardware in seen:
+            continue
+        seen.append(hardware)
+        weights = hardware.model.weight_bytes(hardware.tensor_parallel_size)
+        if weights > hardware.gpu.memory_bytes:
+            gib = float(1 << 30)
+            yield Finding(
+                "kv-arithmetic", level, names(*level.values.values()),
+                {"weights_gib": weights / gib, "card_gib": hardware.gpu.memory_bytes / gib}, "certain",
+                f"the weights on one GPU are {weights / gib:.1f} GiB, over its "
+                f"{hardware.gpu.memory_bytes / gib:.1f}: no KV pool is left",
+                weight=weights / hardware.gpu.memory_bytes,
+            )  # fmt: skip
+
+
 def _pool(level: Level, slots: int | None) -> Iterator[Finding]:
     usage, running = level.get("kv_usage", "max", None), level.get("running", "max", None)
     hardware = level.hardware
@@ -204,7 +227,7 @@ def _pool(level: Level, slots: int | None) -> Iterator[Finding]:
             f"a KV pool of {pool} tokens in use to {100 * usage.value:.3g} % is {held:.0f} "
             f"tokens, but {most:g} "
             f"requests hold {most * longest:.0f} at most",
-            weight=held / (most * longest),
+            weight=held / max(1.0, most * longest),
         )  # fmt: skip
     shared = bool(level.repeated) and not level.whole_run
     least = (running.value if running is not None else 0) * level.prompt_tokens

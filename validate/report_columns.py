@@ -35,7 +35,8 @@ _METRIC = {  # metrics that are no latencies: their names without unit and stati
 }  # fmt: skip
 _LATENCY = {"ttft": "ttft", "tpot": "tpot", "itl": "itl", "ntpot": "ntpot", "e2e": "e2el", "e2el": "e2el",
             "latency": "e2el"}  # fmt: skip
-_STATISTIC = {"mean": "mean", "avg": "mean", "median": "p50", "max": "max", "min": "min", "std": "std"}
+_STATISTIC = {"mean": "mean", "avg": "mean", "median": "p50", "max": "max", "min": "min", "std": "std",
+              "p0": "min", "p100": "max"}  # fmt: skip
 _UNIT = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "pct": 0.01, "percent": 0.01, "gib": float(1 << 30)}
 
 
@@ -64,8 +65,8 @@ def read_name(column: str) -> ColumnName:
             return ColumnName("load", field)
     statistic, rest, scale = None, [], None
     for word in words:
-        if word in _STATISTIC or re.fullmatch(r"p\d+(\.\d+)?", word):
-            statistic = _STATISTIC.get(word, word)
+        if (named := read_statistic(word)) is not None:
+            statistic = named
         else:
             rest.append(word)
     name = "_".join(rest)
@@ -85,3 +86,11 @@ def read_name(column: str) -> ColumnName:
             f"column {column!r} has no unit", where=column, fix=f"Name it {column}_ms or {column}_s."
         )
     return ColumnName("metric", _LATENCY[name], statistic or "mean", scale)
+
+
+def read_statistic(word: str) -> str | None:
+    """The statistic that a word names (a median is a p50, a p100 the maximum), None for another word."""
+    if word in _STATISTIC:
+        return _STATISTIC[word]
+    rank = re.fullmatch(r"p(\d+(\.\d+)?)", word)
+    return word if rank is not None and 0 < float(rank[1]) < 100 else None

@@ -4,19 +4,39 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from servecast.sim.metrics import summary
-from servecast.sim.records import Run
+from servecast.sim.errors import InputError
+from servecast.sim.metrics import Floats, summary
 from servecast.sim.results import read_result
-from servecast.validate.readers import read_all
+from servecast.sim.schema import Amount, Count, NonNegative
+from servecast.sim.workload_spec import Row
+from servecast.validate.readers import Reading, read_all
+from servecast.validate.readers.guidellm import FORM as GUIDELLM
+from servecast.validate.readers.reading import Part, broken, expect
+from servecast.validate.report_columns import read_statistic
 from servecast.validate.report_of_table import Context
 from servecast.validate.report_table import LATENCIES, Lengths, Level, Report, Value, exactly
 
-_OUR_DEFINITIONS = ("vllm bench serve", "servecast simulate")
+_VLLM, _OURS = "vllm bench serve", "servecast simulate"  # tools with our definitions
+_STAGE_LOAD = r"\b(concurrency|request_rate)=(\d+(?:\.\d+)?)(?=\s|$)"
+
+
+class _Stage(Part):
+    """What places a stage of our own result; its figures are read by their keys."""
+
+    stage: str
+    request_rate: NonNegative | Literal["inf"] | None = None
+    max_concurrency: Count | None = None
+    completed: Amount
+    failed: Amount = 0
+    duration: NonNegative | None = None
+    total_input_tokens: Amount = 0
+    total_output_tokens: Amount = 0
 
 
 def from_results(paths: Sequence[Path], context: Context) -> Report:
@@ -27,26 +47,13 @@ def from_results(paths: Sequence[Path], context: Context) -> Report:
     """
     levels: list[Level] = []
     notes: list[str] = []
-    hardware = context.hardware()
     for path in paths:
         stages = _stages(path)
-        for stage in stages:
-            levels.append(_result_level(stage["stage"], stage, context, None))
-        if stages:
-            continue
-        for reading in read_all(path):
-            label = reading.source if len(paths) == 1 else path.stem
-            load = {
-                "request_rate": reading.context.request_rate,
-                "max_concurrency": reading.context.max_concurrency,
-            }
-            # only vLLM's own figures have our definitions; those of others are computed again
-            figures = dict(reading.reported)
-            if reading.has_requests and reading.context.tool not in _OUR_DEFINITIONS:
-                figures = reading.figures()
-            run = reading.run if reading.has_requests else None
-            levels.append(_result_level(label, {**figures, **load}, context, run))
-            notes += [f"{label}: {note}" for note in reading.notes]
+        levels += [_stage_level(path, number, stage, context) for number, stage in enumerate(stages)]
+        for reading in read_all(path) if not stages else ():
+            levels.append(_level_of(reading, context))
+            notes += [f"{reading.source}: {note}" for note in reading.notes]
+    hardware = context.hardware()
     return Report(
         ", ".join(map(str, paths)),
         tuple(replace(level, hardware=hardware) for level in levels),
@@ -60,48 +67,112 @@ def _stages(path: Path) -> list[dict[str, Any]]:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return []  # for a reader to tell
-    ours = isinstance(document, dict) and "servecast_version" in document
-    return list(read_result(path).get("stages") or []) if ours else []
+    if not (isinstance(document, dict) and "servecast_version" in document):
+        return []
+    stages = read_result(path).get("stages") or []
+    if not (isinstance(stages, list) and all(isinstance(each, dict) for each in stages)):
+        raise broken("its stages are no list of objects", _OURS, where=f"{path}: stages")
+    return stages
 
 
-def _result_level(label: str, figures: Mapping[str, Any], context: Context, run: Run | None) -> Level:
-    """A level from figures under the keys of vllm bench serve, and the run that they sum up, if at hand."""
-    named = dict(word.split("=", 1) for word in label.split() if "=" in word)
-    rate = named.get("request_rate", figures.get("request_rate"))
-    slots = named.get("concurrency", figures.get("max_concurrency"))
+def _stage_level(path: Path, number: int, figures: Mapping[str, Any], context: Context) -> Level:
+    source = f"{path}: stages.{number}"
+    stage = expect(_Stage, figures, source=source, form=_OURS)
+    named = {key: float(load) for key, load in re.findall(_STAGE_LOAD, stage.stage)}
+    rate = None if stage.request_rate == "inf" else stage.request_rate
+    level = _level({"stage": stage.stage}, {**figures, **stage.model_dump()}, context, source)
+    return replace(
+        level,
+        concurrency=int(named.get("concurrency", stage.max_concurrency or 0)) or None,
+        request_rate=named.get("request_rate", rate) or None,
+        duration_s=stage.duration,
+    )
+
+
+def _level_of(reading: Reading, context: Context) -> Level:
+    """A level of a load generator's run: its own figures where they have our definitions, else those that
+    come out of its requests."""
+    ours = reading.context.tool in (_VLLM, _OURS)
+    figures = reading.reported if ours or not reading.has_requests else reading.figures()
+    rate = reading.context.request_rate
+    level = replace(
+        _level({"run": reading.source}, figures, context, reading.source),
+        concurrency=reading.context.max_concurrency,
+        request_rate=rate if rate is not None and 0 < rate < math.inf else None,
+        duration_s=figures.get("duration") if ours else None,
+        halved=reading.halved,
+    )
+    done = reading.run.requests[reading.run.requests["status"] == "finished"]
+    if not len(done):
+        return level
+    return replace(
+        level,
+        output=_lengths(done["output_tokens"].to_numpy(dtype=float)),
+        prompt=_lengths(done["prompt_tokens"].to_numpy(dtype=float)),
+        records=_records(reading),
+    )
+
+
+def _lengths(tokens: Floats) -> Lengths:
+    return Lengths(exactly(float(tokens.mean())), bool(tokens.min() == tokens.max()))
+
+
+def _level(keys: Row, figures: Mapping[str, Any], context: Context, source: str) -> Level:
+    """A level from figures under the keys of vllm bench serve, its load left open."""
     completed = figures.get("completed")
     lengths = context.lengths()
-    if run is not None:
-        done = run.requests[run.requests["status"] == "finished"]
-        for name in lengths:
-            each = done[name].to_numpy(dtype=float)
-            if len(each):
-                lengths[name] = Lengths(exactly(float(each.mean())), bool(each.min() == each.max()))
-    elif completed:
+    if completed:
         for name, total in (
             ("output_tokens", "total_output_tokens"),
             ("prompt_tokens", "total_input_tokens"),
         ):
             if figures.get(total):
                 lengths[name] = Lengths(exactly(figures[total] / completed), False)
-    values = {
-        place: Value(key, *place, number, abs(number) * 1e-9) for key, place, number in _figures(figures)
-    }
-    again = {} if run is None else summary(run, ranks=(50, 90, 95, 99))
+    for key, _, number in _figures(figures):
+        if number < 0:
+            raise InputError(
+                f"{key} is {number:g}, which cannot be", where=source, fix="Save the result again."
+            )
     return Level(
         table="result",
-        keys={"stage" if named else "run": label},
+        keys=keys,
         series=(),
-        values=values,
-        concurrency=None if slots is None else int(slots),
-        request_rate=float(rate) if rate is not None and math.isfinite(float(rate)) else None,
-        num_requests=None if completed is None else int(completed),
+        values={place: _value(key, place, number) for key, place, number in _figures(figures)},
+        num_requests=int(completed) if completed else None,
         failed=figures.get("failed"),
         output=lengths["output_tokens"],
         prompt=lengths["prompt_tokens"],
         law=context.law,
-        records={place: number for _, place, number in _figures(again)},
     )
+
+
+def _value(key: str, place: tuple[str, str | None], number: float) -> Value:
+    return Value(key, *place, number, abs(number) * 1e-9)
+
+
+def _records(reading: Reading) -> tuple[tuple[Value, float], ...]:
+    """Reported figures, and what comes out of the requests, where both mean the same."""
+    reported = {place: (key, number) for key, place, number in _figures(reading.reported)}
+    ranks = {float(name[1:]) for _, name in reported if name is not None and name.startswith("p")}
+    again = summary(reading.run, ranks=sorted(ranks))
+    pairs = [
+        (Value(key, key, None, reading.reported[key]), float(again[key]))
+        for key in ("total_input_tokens", "total_output_tokens")
+        if key in reading.reported
+    ]
+    tool = reading.context.tool
+    for place, number in {place: number for _, place, number in _figures(again)}.items():
+        metric, statistic = place
+        if place not in reported or statistic == "std":
+            continue
+        if metric not in LATENCIES and (metric != "output_throughput" or tool not in (_VLLM, _OURS)):
+            continue  # others take rates over another time
+        if tool == GUIDELLM and statistic != "mean":
+            continue  # not interpolated
+        if reading.halved and metric in ("itl", "tpot"):
+            continue  # put right by an estimate
+        pairs.append((_value(reported[place][0], place, reported[place][1]), number))
+    return tuple(pairs)
 
 
 def _figures(figures: Mapping[str, Any]) -> Iterable[tuple[str, tuple[str, str | None], float]]:
@@ -114,11 +185,11 @@ def _figures(figures: Mapping[str, Any]) -> Iterable[tuple[str, tuple[str, str |
         "max_num_waiting": ("waiting", "max"),
     }
     for key, number in figures.items():
-        if not isinstance(number, int | float) or not math.isfinite(number):
+        if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
             continue
-        statistic, _, rest = key.partition("_")
-        metric = rest.removesuffix("_ms")
+        word, _, rest = key.partition("_")
+        metric, statistic = rest.removesuffix("_ms"), read_statistic(word)
         if key in others:
             yield key, others[key], float(number)
-        elif rest.endswith("_ms") and metric in LATENCIES:
-            yield key, (metric, "p50" if statistic == "median" else statistic), number * 1e-3
+        elif rest.endswith("_ms") and metric in LATENCIES and statistic is not None:
+            yield key, (metric, statistic), number * 1e-3

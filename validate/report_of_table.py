@@ -25,6 +25,11 @@ from servecast.validate.report_table import (
     exactly,
 )
 
+_MISSING = ("", "nan")
+_SHARES = ("kv_usage", "success")
+_MOST = 1e15  # of anything that is counted or timed in a benchmark
+_MOST_PLACES = 15
+
 
 @dataclass(frozen=True, slots=True)
 class Context:
@@ -69,12 +74,14 @@ def from_table(path: Path, context: Context) -> Report:
     """A CSV table with a header: a row a load, or (with columns ``metric`` and ``value``) a row a number.
 
     Raises:
-        InputError: it cannot be read, a cell is no number, or no column is one that is known.
+        InputError: it cannot be read, a cell is not what its column can have, no column is known, or two mean
+            the same.
     """
     header, lines = _read_csv(path)
     if {"metric", "value"} <= set(header):
-        header, lines = _wide(header, lines)
+        header, lines = _wide(path, header, lines)
     names = {column: read_name(column) for column in header}
+    _refuse_twins(names, path)
     if not any(name.part == "metric" for name in names.values()):
         raise InputError(
             f"none of its columns is known ({', '.join(header)})",
@@ -92,6 +99,21 @@ def from_table(path: Path, context: Context) -> Report:
     return Report(str(path), tuple(levels), notes=notes)
 
 
+def _refuse_twins(names: Mapping[str, ColumnName], path: Path) -> None:
+    """Two columns that say the same would hide each other."""
+    seen: dict[tuple[str, str | None], str] = {}
+    for column, name in names.items():
+        if name.part == "key":
+            continue
+        other = seen.setdefault((name.name, name.statistic), column)
+        if other != column:
+            raise InputError(
+                f"columns {other!r} and {column!r} mean the same",
+                where=str(path),
+                fix="Leave one out, or rename it.",
+            )
+
+
 def _table_level(
     path: Path,
     line: Mapping[str, str],
@@ -101,16 +123,6 @@ def _table_level(
     hardware: Hardware | None,
     where: str,
 ) -> Level:
-    def number(column: str) -> float:
-        try:
-            return float(line[column])
-        except ValueError:
-            raise InputError(
-                f"{column} is {line[column]!r}, not a number",
-                where=where,
-                fix="Correct it, or leave it empty.",
-            ) from None
-
     keys: Row = {}
     load: dict[str, float] = {}
     values: dict[tuple[str, str | None], Value] = {}
@@ -118,24 +130,26 @@ def _table_level(
     lengths = context.lengths()
     for column, name in names.items():
         text = line[column].strip()
-        if not text:
+        if text.lower() in _MISSING:
             continue
         half = 0.5 * 10.0 ** -decimals[column] * name.scale
+        # what has decimals or is a mean was measured, and does not tell series apart
+        chosen = not _is_number(text) or (decimals[column] <= 0 and "mean" not in column.lower())
         if name.part == "metric":
+            number = _number(text, column, name, where)
             values[name.name, name.statistic] = Value(
-                column, name.name, name.statistic, number(column) * name.scale, half
+                column, name.name, name.statistic, number * name.scale, half
             )
         elif name.part == "load" and (_is_number(text) or name.name not in ("request_rate", "concurrency")):
-            load[name.name] = number(column)
+            number = load[name.name] = _number(text, column, name, where)
             if name.name in lengths:
-                span = Span(load[name.name] - half, load[name.name] + half)
-                lengths[name.name] = Lengths(span, False)
-            if name.name in ("request_rate", "concurrency"):
-                keys[column] = _plain(load[name.name])
+                lengths[name.name] = Lengths(Span(max(1.0, number - half), number + half), False)
+                series += [f"{column}={text}"] * chosen
+            if name.name != "failed":
+                keys[column] = _plain(text)
         else:
-            keys[column] = _plain(float(text)) if _is_number(text) else text
-            if not _is_number(text):
-                series.append(text)
+            keys[column] = _plain(text)
+            series += [f"{column}={text}"] * chosen
     rate, slots = load.get("request_rate"), load.get("concurrency")
     requests = load.get("num_requests", context.num_requests)
     return Level(
@@ -154,8 +168,43 @@ def _table_level(
     )
 
 
+def _number(text: str, column: str, name: ColumnName, where: str) -> float:
+    """A cell of a metric or of the load.
+
+    Raises:
+        InputError: it is no number, or one that the column cannot have.
+    """
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    what, fix = "not a number", "Correct it, or leave it empty."
+    if not math.isnan(number):
+        what = _wrong(number, name)
+        if not what:
+            return number
+        if name.name in _SHARES and number > 1:
+            fix = f"Is it percent? Name it {column}_pct."
+    raise InputError(f"{column} is {text!r}, {what}", where=where, fix=fix)
+
+
+def _wrong(number: float, name: ColumnName) -> str:
+    """What is wrong with a number in such a column, nothing if it is good."""
+    if name.name == "request_rate":
+        return "" if number > 0 else "which is no rate"
+    if not 0 <= number < _MOST:
+        return "which cannot be"
+    if name.name in ("concurrency", "num_requests") and (number < 1 or not number.is_integer()):
+        return "not a whole number from 1 on"
+    if name.name in ("output_tokens", "prompt_tokens") and number < 1:
+        return "not a number from 1 on"
+    if name.name in _SHARES and name.scale == 1 and number > 1:
+        return "above all of it, and without a unit"
+    return ""
+
+
 def _wide(
-    header: Sequence[str], lines: Sequence[Mapping[str, str]]
+    path: Path, header: Sequence[str], lines: Sequence[Mapping[str, str]]
 ) -> tuple[list[str], list[dict[str, str]]]:
     """A row a number turned into a row a load: a column for each metric."""
     keys = [column for column in header if column not in ("metric", "value")]
@@ -164,21 +213,34 @@ def _wide(
     for line in lines:
         key = tuple(line[column] for column in keys)
         row = rows.setdefault(key, dict(zip(keys, key, strict=True)) | dict.fromkeys(metrics, ""))
+        if row[line["metric"]]:
+            raise InputError(
+                f"{line['metric']} is given twice of {', '.join(key) or 'the run'}",
+                where=str(path),
+                fix="Give each number once.",
+            )
         row[line["metric"]] = line["value"]
     return [*keys, *metrics], list(rows.values())
 
 
 def _read_csv(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, restval="")
-            lines = list(reader)
+            header, lines = list(reader.fieldnames or ()), list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"cannot be read: {error}", where=str(path), fix="Give a CSV file.") from None
-    if not lines or any(None in line for line in lines):
-        what = "has no rows" if not lines else "has a row with more cells than its header"
+    what = ""
+    if not lines:
+        what = "has no rows"
+    elif any(None in line for line in lines):
+        what = "has a row with more cells than its header"
+    elif len(set(header)) < len(header):
+        twice = next(column for column in header if header.count(column) > 1)
+        what = f"has column {twice!r} twice"
+    if what:
         raise InputError(what, where=str(path), fix="Give a table with a header and a row a load.")
-    return list(reader.fieldnames or ()), lines
+    return header, lines
 
 
 def decimals_of(path: Path) -> dict[str, int]:
@@ -189,7 +251,8 @@ def decimals_of(path: Path) -> dict[str, int]:
 
 def _places(text: str) -> int:
     mantissa, _, exponent = text.strip().lower().partition("e")
-    return len(mantissa.partition(".")[2]) - (int(exponent) if exponent.lstrip("+-").isdigit() else 0)
+    places = len(mantissa.partition(".")[2]) - (int(exponent) if exponent.lstrip("+-").isdigit() else 0)
+    return min(max(places, -_MOST_PLACES), _MOST_PLACES)
 
 
 def _is_number(text: str) -> bool:
@@ -199,5 +262,7 @@ def _is_number(text: str) -> bool:
         return False
 
 
-def _plain(number: float) -> float | int:
+def _plain(text: str) -> float | int | str:
+    if not _is_number(text) or not math.isfinite(number := float(text)):
+        return text
     return int(number) if number.is_integer() else number

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from servecast.sim.gpu import GPU
@@ -20,6 +20,7 @@ from servecast.sim.workload_spec import Row
 
 LATENCIES = ("ttft", "tpot", "itl", "ntpot", "e2el")
 PercentileLaw = Literal["linear", "exclusive"]
+_MOST_PROMPTS = 4096  # of one step in a bound: fewer than there were keep it a bound
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +111,7 @@ class Hardware:
     def roofline_s(self, *, prompts: int = 0, tokens: int = 0, decodes: int = 0, context: int = 0) -> float:
         """The least time for one step: ``prompts`` fresh prompts of ``tokens`` tokens each, and ``decodes``
         tokens over ``context`` tokens of KV in total."""
+        prompts = min(prompts, _MOST_PROMPTS)
         step = _Step(((tokens, 0),) * prompts, decodes, max(context, decodes), prompts + decodes)
         return PhysicalStepTime(
             self.model, self.gpu, tensor_parallel_size=self.tensor_parallel_size
@@ -144,7 +146,9 @@ class Level:
         repeated: share of the requests whose whole prompt had been sent before, by this or an earlier row.
         law: how percentiles were interpolated. whole_run: the row is about the whole run, not one load.
         hardware: what it was measured on, None if not known.
-        records: the same values as they come out of the requests' own records, where those are at hand.
+        records: reported values, each with what comes out of the requests' own records.
+        duration_s: of the run, as it says itself.
+        halved: each token was stamped twice, and the values are put right.
     """
 
     table: str
@@ -161,12 +165,26 @@ class Level:
     law: PercentileLaw = "linear"
     whole_run: bool = False
     hardware: Hardware | None = None
-    records: Mapping[tuple[str, str | None], float] = field(default_factory=dict)
+    records: tuple[tuple[Value, float], ...] = ()
+    duration_s: float | None = None
+    halved: bool = False
 
     @property
     def label(self) -> str:
         """What messages call the row."""
         return " ".join(f"{key}={value}" for key, value in self.keys.items()) or "the run"
+
+    @property
+    def gaps(self) -> Span | None:
+        """Gaps between tokens of a request, on average; None where outputs are of one token or not known."""
+        if self.output is None or self.output.mean.low <= 1:
+            return None
+        return self.output.mean.less(1)
+
+    @property
+    def load(self) -> float:
+        """The rate of an open loop, the slots of a closed one."""
+        return self.request_rate or self.concurrency or 0
 
     @property
     def open_loop(self) -> bool:
@@ -217,6 +235,4 @@ class Report:
             if not level.whole_run and (level.concurrency is not None or level.request_rate is not None):
                 kind = "rate" if level.open_loop else "concurrency"
                 found.setdefault((level.table, *level.series, kind), []).append(level)
-        return [
-            sorted(levels, key=lambda e: e.request_rate or e.concurrency or 0) for levels in found.values()
-        ]
+        return [sorted(levels, key=lambda level: level.load) for levels in found.values()]
