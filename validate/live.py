@@ -7,6 +7,8 @@ of a search (plan "slo") hang on what the ones before showed: each is predicted 
 
 from __future__ import annotations
 
+import hashlib
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,10 +21,13 @@ from servecast.calibrate.measure.folder import Budget
 from servecast.sim import capacity
 from servecast.sim.deployment import Deployment
 from servecast.sim.errors import InputError
-from servecast.sim.metrics import good_requests, statistic
 from servecast.sim.records import Run
+from servecast.sim.results import context, to_text
 from servecast.sim.scenario import Scenario
 from servecast.sim.simulate import RateProbe
+from servecast.sim.slo import Goodput
+from servecast.sim.whole_file import write_whole
+from servecast.validate.compare_sweep import strain
 from servecast.validate.live_drive import BENCH_START_S, Outcome, drive, predict
 from servecast.validate.live_misfit import refuse_misfit, replaced
 from servecast.validate.live_plan import PLANS, SLO_PLAN, SWEPT, Load, Planner, check_plans
@@ -41,7 +46,7 @@ from servecast.validate.telemetry import Prometheus
 SERVER_START_S = 90.0
 PLAN_REQUESTS, PLAN_REPLICATIONS = 1000, 4  # where the largest rate is looked for, only to choose loads
 MOST_SEARCHED = 8  # loads of the search for the largest rate
-STEP = 1.1  # from rate to rate, before there is a bracket
+STEP = 1.1  # from the first rate to the next; squared from step to step, until there is a bracket
 BRACKET = 1.05  # its ends over each other, when it is narrow enough
 
 
@@ -64,15 +69,22 @@ class Campaign:
         out: folder for everything. plans: names of live_plan.PLANS, and "slo".
         duration_s: how long an open-loop load sends. rates: requests/s, concurrency: levels, instead of the
             plans' own. seed: of the traffic. seeds: replications of a prediction.
-        time_budget_s: no load is started that would end later.
+        time_budget_s: a load that would end later is not started, and one that has not ended by then is cut.
         prometheus: asked instead of scraping /metrics. python: that has vllm, for the benchmark.
         bench_args: further flags of ``vllm bench serve``. say: told what is being done.
+        after_load: called when a load has ended, to keep what is done.
 
     Attributes:
-        outcomes: of the loads that ran, also after an error. max_rate: predicted at the scenario's SLOs, if
-            a plan asks for it.
-        truth, machine: of the server, and of this machine. proxy_s: what a proxy adds to a request.
-        stopped: why not all loads ran, if they were not left out for the time budget.
+        outcomes: of the loads that ran, also after an error.
+        max_rate: the largest rate at the SLOs by the search of ``servecast plan``: it holds with confidence
+            over replications, behind their warm-up. Loads are chosen by it, if a plan asks for that. The
+            sweep's max_request_rate is another figure: interpolated between the loads that ran, in the same
+            way of what was predicted and of what was measured, so that the two can be compared.
+        max_rate_sha256: of prediction-max-rate.json, which says so before any load runs.
+        profile_sha256: before anything ran. truth, machine: of the server, and of this machine.
+        proxy_s: what a proxy adds to a request.
+        left_out: loads for which the time budget did not last.
+        stopped: why it ended before its end. finished: whether it came to that.
     """
 
     scenario: Scenario
@@ -89,23 +101,29 @@ class Campaign:
     python: str = sys.executable
     bench_args: tuple[str, ...] = ()
     say: Callable[[str], None] = lambda _text: None
+    after_load: Callable[[Campaign], object] = lambda _campaign: None
     outcomes: list[Outcome] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     truth: Truth | None = None
     machine: Mapping[str, Any] = field(default_factory=collect)
     proxy_s: float | None = None
     max_rate: float | None = None
+    max_rate_sha256: str | None = None
+    profile_sha256: str | None = None
+    left_out: list[str] = field(default_factory=list)
     stopped: str | None = None
+    finished: bool = False
 
     def run(self) -> None:
-        """Predict and measure. Ctrl-C, or a server that dies, ends it with what is done.
+        """Predict and measure. Ctrl-C, a server that dies, or an error after the first load ends it with what
+        is done.
 
         Raises:
             InputError: the server is not what the scenario and its profile are of, it does not start, or a
                 plan is unknown or does not fit the scenario.
         """
-        check_plans(self.plans)
-        if SLO_PLAN in self.plans and not _has_objective(self.scenario):
+        check_plans(self.plans, self.rates, self.concurrency)
+        if SLO_PLAN in self.plans and not (self.scenario.slos or self.scenario.goodput_limits):
             raise InputError(
                 "there is no SLO to search the largest rate of",
                 where=f"{self.scenario.source}: slo",
@@ -117,6 +135,8 @@ class Campaign:
                 where=f"{self.scenario.source}: fleet.replicas",
                 fix="Judge one replica: --replicas 1.",
             )
+        profile = self.scenario.profile_file()
+        self.profile_sha256 = None if profile is None else _sha256(profile)
         self.out.mkdir(parents=True, exist_ok=True)
         budget = Budget(self.time_budget_s)
         try:
@@ -126,6 +146,11 @@ class Campaign:
                     self._elsewhere(load, budget)
         except KeyboardInterrupt:
             self.stopped = "stopped by hand"
+        except (InputError, OSError) as error:
+            if not self.outcomes:
+                raise
+            self.stopped = f"not all loads were run: {error}"
+        self.finished = self.stopped is None
 
     def _at_home(self, budget: Budget) -> list[Load]:
         """Run what the server as it is can be asked; the loads that need another are returned."""
@@ -155,15 +180,14 @@ class Campaign:
             flags = ", ".join(f"{name}={value}" for name, value in load.engine.items())
             self.notes.append(f"{load.name} left out: it needs a server with {flags}")
         elif not budget.fits(SERVER_START_S + BENCH_START_S + self.duration_s):
-            self.notes.append(f"{load.name} left out: the time budget does not last for another server")
+            self._leave_out(load, "the time budget does not last for another server")
         else:
-            try:
-                with self._served(load.engine) as served:
-                    self._all([load], served, budget)
-            except InputError as error:
-                if not self.outcomes:
-                    raise
-                self.stopped = f"{load.name} was not run: {error}"  # what was run before is kept
+            with self._served(load.engine) as served:
+                self._all([load], served, budget)
+
+    def _leave_out(self, load: Load, why: str) -> None:
+        self.left_out.append(load.name)
+        self.notes.append(f"{load.name} left out: {why}")
 
     @contextmanager
     def _served(self, engine: Mapping[str, Any]) -> Iterator[_Served]:
@@ -198,20 +222,24 @@ class Campaign:
         return _Served(target, recording, scenario, deployment)
 
     def _largest_rate(self, served: _Served) -> float | None:
-        """The predicted largest rate at the scenario's SLOs."""
-        if not _has_objective(self.scenario):
+        """The predicted largest rate at the scenario's SLOs, and prediction-max-rate.json."""
+        if not (self.scenario.slos or self.scenario.goodput_limits):
             return None
         self.say("predicting the largest rate")
         probe = RateProbe(served.scenario, deployment=served.deployment)
         found = capacity.plan(
             probe,
             served.scenario.slos,
-            goodput=served.scenario.goodput_limits if not served.scenario.slos else None,
+            goodput=goodput_of(served.scenario),
             start_rate=capacity.first_guess(probe, self.seed),
             seed=self.seed,
             max_requests=PLAN_REQUESTS,
             replications=(PLAN_REPLICATIONS,),
         )
+        document = context(served.scenario, served.deployment, seed=self.seed, what_if={}) | found.to_json()
+        path = self.out / "prediction-max-rate.json"
+        write_whole(path, lambda part: part.write_text(to_text(document), encoding="utf-8"))
+        self.max_rate_sha256 = _sha256(path)
         return found.max_request_rate
 
     def _burst_rate(self, served: _Served) -> float:
@@ -226,7 +254,7 @@ class Campaign:
         for load, prediction in zip(loads, predictions, strict=True):
             expected = prediction.seconds + BENCH_START_S
             if not budget.fits(expected):
-                self.notes.append(f"{load.name} left out: {expected:.0f} s are more than the time budget has")
+                self._leave_out(load, f"{expected:.0f} s are more than the time budget has")
                 continue
             self.say(f"running {load.name}, about {prediction.seconds:.0f} s")
             outcome = drive(
@@ -237,16 +265,22 @@ class Campaign:
                 recording=served.recording,
                 prometheus=self.prometheus,
                 bench_args=self.bench_args,
+                most_s=None if math.isinf(budget.left_s) else budget.left_s,
             )
             self.outcomes.append(outcome)
             if outcome.problem:
                 self.notes.append(f"{load.name}: {outcome.problem}")
             if not answers(served.target):
                 self.stopped = f"the server was gone after {load.name}: no load was run after it"
+            elif outcome.timed_out:
+                self.stopped = f"{load.name} did not end in time: no load was run after it"
+            self.after_load(self)
+            if self.stopped is not None:
                 return
 
     def _search(self, planner: Planner, served: _Served, budget: Budget) -> None:
         """Bracket the largest rate at the SLOs: on from what was swept, or from the predicted one."""
+        step = STEP
         for _ in range(MOST_SEARCHED):
             swept = [
                 (outcome.load.request_rate, meets(outcome.measured.run, served.scenario))
@@ -260,21 +294,27 @@ class Campaign:
                     return
                 rate = (low * high) ** 0.5
             elif low is not None:
-                rate = STEP * low
+                rate, step = low * step, step * step
+            elif high is not None:
+                rate, step = high / step, step * step
             else:
-                rate = planner.max_rate if high is None else high / STEP
+                rate = planner.max_rate
             count = len(self.outcomes)
             self._all([planner.at_rate(rate, SLO_PLAN)], served, budget)
             if len(self.outcomes) == count or self.outcomes[-1].measured is None or self.stopped:
                 return
 
 
+def goodput_of(scenario: Scenario) -> Goodput | None:
+    """The goodput that a scenario's rates are judged by: where it has SLOs, those count instead."""
+    return None if scenario.slos else scenario.goodput_limits
+
+
 def meets(run: Run, scenario: Scenario) -> bool:
-    """Whether one run meets all SLOs of a scenario; of a goodput, whether 95 % of its requests do."""
-    if not scenario.slos and scenario.goodput_limits is not None:
-        return good_requests(run, scenario.goodput_limits) >= 0.95 * len(run.requests)
-    return all(1e3 * statistic(run, slo.metric, slo.statistic) <= slo.limit_ms for slo in scenario.slos)
+    """Whether one run meets all objectives of a scenario, in the same sense as the sweep that is judged: a
+    request that failed misses, and so does a statistic that cannot be told."""
+    return strain(run, scenario.slos, goodput_of(scenario)) <= 1
 
 
-def _has_objective(scenario: Scenario) -> bool:
-    return bool(scenario.slos) or scenario.goodput_limits is not None
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

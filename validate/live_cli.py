@@ -14,6 +14,7 @@ from servecast.sim.cli.output import print_json
 from servecast.sim.errors import InputError
 
 if TYPE_CHECKING:
+    from servecast.validate.compare_runs import LoadComparison
     from servecast.validate.compare_sweep import Comparison
     from servecast.validate.live_server import OwnServer, Target
     from servecast.validate.telemetry import Prometheus
@@ -67,7 +68,8 @@ def live(
 
     Either starts a server (--serve) or attaches to one (--base-url). What the server says of itself replaces
     what the scenario says; predictions are on disk before their loads run. Exits 0 when every judged figure
-    lies within its tolerance, 1 when one does not, 3 when it cannot be told.
+    lies within its tolerance, 1 when one does not, 3 when it cannot be told. What was measured is in
+    result.json after each load, whatever comes later.
 
     Args:
         scenario: a shipped scenario's name, or a YAML file: what is predicted.
@@ -80,14 +82,14 @@ def live(
         concurrency: levels of the closed loops, separated by commas.
         duration: seconds over which an open-loop load sends.
         seeds: replications of a prediction.
-        time_budget: seconds: no load is started that would end later.
+        time_budget: seconds: a load that would end later is not started, one that has not ended is cut.
         prometheus_url: a Prometheus server that scrapes the engine, asked instead of /metrics.
         prometheus_label: NAME=VALUE that picks the engine's series. Can be repeated.
         recorder: with --serve, record every step of the scheduler: tells where an error comes from.
         vllm_python: Python of an environment with vLLM, for the server and for vllm bench serve; the one that
             runs this without it.
         tolerances: a YAML file instead of the shipped tolerances.
-        out: folder for predictions, traces, results and logs (out/live-NAME).
+        out: folder for predictions, traces, results and logs (out/live-NAME), without an earlier result.
         report: HTML file to write (report.html in that folder).
         json: print one JSON object and nothing else.
     """
@@ -102,26 +104,34 @@ def live(
         server = _to_start(serve, vllm_flags, python, attach, recorder=recorder)
 
     from servecast.calibrate.measure.errors import MeasureError
-    from servecast.sim.results import check_output, to_text
-    from servecast.sim.whole_file import write_whole
+    from servecast.sim.results import check_output, write_result
     from servecast.validate.compare_report import write_comparison_report
+    from servecast.validate.ending import sigterm_as_ctrl_c
     from servecast.validate.live import Campaign
-    from servecast.validate.live_result import document, facts, judge
+    from servecast.validate.live_result import document, facts, judge, new_result
     from servecast.validate.verdict import Tolerances
 
     loaded, changes = what_if.load(scenario)
     limits = Tolerances.load(tolerances)
     folder = out or Path("out") / f"live-{loaded.name}"
-    page = report or folder / "report.html"
-    for path, where in ((folder / "result.json", "--out"), (page, "--report")):
-        check_output(path, where=where)
+    path, page = new_result(folder), report or folder / "report.html"
+    check_output(page, where="--report")
+
+    known: dict[str, LoadComparison] = {}
+
+    def keep(campaign: Campaign) -> tuple[Comparison, dict[str, Any]]:
+        comparison = judge(campaign, limits, known)
+        kept = document(campaign, comparison, what_if=changes, tolerances=limits)
+        write_result(path, kept)
+        return comparison, kept
+
     campaign = Campaign(
         loaded,
         server,
         folder,
-        plans=tuple(plan.split(",")),
+        plans=tuple(dict.fromkeys(plan.split(","))),
         duration_s=duration,
-        rates=() if rates is None else tuple(numbers(rates, where="--rates")),
+        rates=() if rates is None else tuple(dict.fromkeys(numbers(rates, where="--rates"))),
         concurrency=_levels(concurrency),
         seed=loaded.seed,
         seeds=seeds,
@@ -129,14 +139,14 @@ def live(
         prometheus=_prometheus(prometheus_url, prometheus_label or []),
         python=python,
         say=_say,
+        after_load=keep,
     )
     try:
-        campaign.run()
+        with sigterm_as_ctrl_c():
+            campaign.run()
     except MeasureError as error:
         raise InputError(error.what, where=error.where, fix=error.fix) from None
-    comparison = judge(campaign, limits)
-    kept = document(campaign, comparison, what_if=changes, tolerances=limits)
-    write_whole(folder / "result.json", lambda part: part.write_text(to_text(kept), encoding="utf-8"))
+    comparison, kept = keep(campaign)
     write_comparison_report(
         page,
         comparison,
@@ -148,7 +158,7 @@ def live(
         print_json(kept)
     else:
         _print(comparison, kept)
-        print(f"written: {folder / 'result.json'}\nwritten: {page}")
+        print(f"written: {path}\nwritten: {page}")
     return comparison.verdict.exit_code
 
 
@@ -201,7 +211,7 @@ def _levels(text: str | None) -> tuple[int, ...]:
     levels = numbers(text, where="--concurrency")
     if any(level != int(level) for level in levels):
         raise InputError(f"{text!r}", where="--concurrency", fix="Give whole numbers from 1.")
-    return tuple(map(int, levels))
+    return tuple(dict.fromkeys(map(int, levels)))
 
 
 def _prometheus(url: str | None, labels: list[str]) -> Prometheus | None:
@@ -223,7 +233,7 @@ def _ends(kept: dict[str, Any]) -> dict[str, Any]:
         "kv_blocks": server.get("num_gpu_blocks"),
         "gpu": kept["machine"]["gpu"],
         "date": kept["date"],
-        "predicted_largest_rate": kept["predicted_max_request_rate"],
+        "largest_rate_that_plan_confirms": kept["plan_max_request_rate"],
         **({} if added is None else {"latency_that_the_proxy_adds": f"{added:.3g} ms"}),
         "servecast": kept["servecast_version"],
     }
@@ -236,8 +246,11 @@ def _print(comparison: Comparison, kept: dict[str, Any]) -> None:
     print()
     for name, value in _ends(kept).items():
         print(f"{name.replace('_', ' ')}: {'-' if value is None else value}")
-    for load in kept["loads"]:
-        print(f"prediction of {load['name']}: sha256 {load['prediction_sha256']}")
+    hashes = {f"prediction of {load['name']}": load["prediction_sha256"] for load in kept["loads"]}
+    if kept["plan_max_request_rate_sha256"] is not None:
+        hashes["largest rate that plan confirms"] = kept["plan_max_request_rate_sha256"]
+    for name, sha256 in hashes.items():
+        print(f"{name}: sha256 {sha256}")
 
 
 def _say(text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -85,7 +86,7 @@ class Planner:
             workload = Workload(stages=(StageSpec(streams=(stream,)),))
         count = max(LEAST_REQUESTS, round(request_rate * self.duration_s))
         requests = self._requests(with_request_rate(workload, request_rate, num_requests=count))
-        return self._load(f"{plan}-{request_rate:.4g}", plan, requests, request_rate, None)
+        return self._load(f"{plan}-{_figures(request_rate)}", plan, requests, request_rate, None)
 
     def closed(self, concurrency: int, plan: str) -> Load:
         """A closed loop of the scenario's requests: at least four a slot."""
@@ -206,14 +207,30 @@ SLO_PLAN = "slo"  # its next load hangs on what the last one showed: see live.Ca
 SWEPT = ("rate", SLO_PLAN)  # plans whose loads differ in nothing but the rate
 
 
-def check_plans(names: Sequence[str]) -> None:
-    """Refuse a plan that there is not.
+def check_plans(names: Sequence[str], rates: Sequence[float] = (), concurrency: Sequence[int] = ()) -> None:
+    """Refuse a plan that there is not, and loads that would share a folder.
+
+    Args:
+        rates, concurrency: levels that are given instead of the plans' own.
 
     Raises:
-        InputError: says which are known.
+        InputError: says which are known, or which is there twice.
     """
     known = [*PLANS, SLO_PLAN]
     for name in names:
         if name not in known:
             fix = did_you_mean(name, known) or f"Known are {', '.join(known)}."
             raise InputError(f"there is no plan {name!r}", where="--plan", fix=fix)
+    levels = [f"rate {_figures(each)}" for each in rates] + [f"concurrency {each}" for each in concurrency]
+    for name, count in Counter([*names, *levels]).items():
+        if count > 1:
+            raise InputError(
+                f"{name} is there {count} times",
+                where="--plan, --rates, --concurrency",
+                fix="Give each load once, and rates that differ in four figures: they name its folder.",
+            )
+
+
+def _figures(request_rate: float) -> str:
+    """A rate as the folder of its load says it."""
+    return f"{request_rate:.4g}"

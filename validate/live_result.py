@@ -7,6 +7,7 @@ import math
 import subprocess
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,11 @@ import numpy as np
 from servecast.sim.confidence import Interval
 from servecast.sim.errors import InputError
 from servecast.sim.records import Run
-from servecast.sim.results import SCHEMA_VERSION
+from servecast.sim.results import SCHEMA_VERSION, check_output
 from servecast.sim.traces import TraceSpec
 from servecast.validate.compare_runs import CONFIDENCE, LoadComparison, Row, compare_runs, make_row
 from servecast.validate.compare_sweep import Comparison, compare_loads
-from servecast.validate.live import Campaign
+from servecast.validate.live import Campaign, goodput_of
 from servecast.validate.live_drive import Outcome
 from servecast.validate.live_plan import BLOCK_TOKENS
 from servecast.validate.live_server import OwnServer
@@ -28,23 +29,56 @@ from servecast.validate.telemetry import growth
 from servecast.validate.verdict import Tolerances, Verdict
 
 _FIGURES = 6  # significant, of what is kept
+RESULT = "result.json"
 _MACHINE = ("gpu", "gpu_count", "driver", "host_cpu")  # facts of a machine that say nothing of its owner
 
 
-def judge(campaign: Campaign, tolerances: Tolerances) -> Comparison:
-    """Compare what ran. A campaign that was stopped, or a load that did not end, is inconclusive."""
-    loads = [_compare(outcome, tolerances) for outcome in campaign.outcomes if outcome.measured is not None]
-    comparison = compare_loads(loads, tolerances=tolerances, slos=campaign.scenario.slos)
+def new_result(folder: Path) -> Path:
+    """Where the result goes in a folder.
+
+    Raises:
+        InputError: there is one already, or it could not be written.
+    """
+    path = folder / RESULT
+    check_output(path, where="--out")
+    if path.exists():
+        raise InputError(
+            "holds the result of an earlier run",
+            where=f"--out {folder}",
+            fix="Give another folder, or move that one away.",
+        )
+    return path
+
+
+def judge(
+    campaign: Campaign, tolerances: Tolerances, known: dict[str, LoadComparison] | None = None
+) -> Comparison:
+    """Compare what ran. A campaign that is not at its end, or a load that did not end, is inconclusive; so is
+    one for whose loads there was no time, unless those that ran fail.
+
+    Args:
+        known: loads that were compared already, by name; the others are added.
+    """
+    known = {} if known is None else known
+    ended = [outcome for outcome in campaign.outcomes if outcome.measured is not None]
+    for outcome in ended:
+        if outcome.load.name not in known:
+            known[outcome.load.name] = _compare(outcome, tolerances)
+    loads = [known[outcome.load.name] for outcome in ended]
+    comparison = compare_loads(
+        loads, tolerances=tolerances, slos=campaign.scenario.slos, goodput=goodput_of(campaign.scenario)
+    )
     missing = [
         f"{outcome.load.name}: {outcome.problem}"
         for outcome in campaign.outcomes
         if outcome.measured is None and outcome.problem
     ]
-    if campaign.stopped is not None:
-        missing.insert(0, campaign.stopped)
+    if not campaign.finished:
+        missing.insert(0, campaign.stopped or "not all loads have been run yet")
+    left_out = [f"the time budget did not last for {', '.join(campaign.left_out)}"] * bool(campaign.left_out)
     verdict = comparison.verdict
-    if missing:
-        verdict = Verdict("inconclusive", (*missing, *verdict.reasons))
+    if missing or (left_out and verdict.state != "fail"):
+        verdict = Verdict("inconclusive", (*missing, *left_out, *verdict.reasons))
     notes = [note for note in campaign.notes if note not in missing]
     return replace(comparison, notes=(*notes, *comparison.notes), verdict=verdict)
 
@@ -104,12 +138,17 @@ def document(
     campaign: Campaign, comparison: Comparison, *, what_if: Mapping[str, Any], tolerances: Tolerances
 ) -> dict[str, Any]:
     """The result: what was predicted of what, what came of it, and what both rest on. No key, and no path of
-    this machine."""
+    this machine.
+
+    plan_max_request_rate is the largest rate that the search of ``servecast plan`` confirms, on which the
+    loads were planned. The sweep's max_request_rate is read off the loads that ran: see live.Campaign.
+    """
     judged = {load.label: load.to_json() for load in comparison.loads}
     return {
         "schema_version": SCHEMA_VERSION,
         "servecast_version": version("servecast"),
         "kind": "live",
+        "finished": campaign.finished,
         "date": campaign.outcomes[0].started_at if campaign.outcomes else None,
         **facts(campaign),
         "what_if": dict(what_if),
@@ -123,7 +162,8 @@ def document(
         "reasons": list(comparison.verdict.reasons),
         "notes": list(comparison.notes),
         "slo": list(campaign.scenario.slo),
-        "predicted_max_request_rate": campaign.max_rate,
+        "plan_max_request_rate": campaign.max_rate,
+        "plan_max_request_rate_sha256": campaign.max_rate_sha256,
         "proxy_added_latency_ms": None if campaign.proxy_s is None else 1e3 * campaign.proxy_s,
         "sweep": [_short(row.to_json()) for row in comparison.sweep],
         "loads": [_load(outcome, judged.get(outcome.load.name)) for outcome in campaign.outcomes],
@@ -137,7 +177,7 @@ def facts(campaign: Campaign) -> dict[str, Any]:
     return {
         "scenario": scenario.name,
         "profile": None if profile is None else profile.name,
-        "profile_sha256": None if profile is None else hashlib.sha256(profile.read_bytes()).hexdigest(),
+        "profile_sha256": campaign.profile_sha256,
         "served_model": None if truth is None else truth.served_model,
         "server_started": " ".join(_plain(server.args)) if isinstance(server, OwnServer) else "attached",
         "load_generator": f"vllm bench serve {_vllm_of(campaign.python) or '(version not known)'}",
@@ -149,6 +189,7 @@ def _plain(args: tuple[str, ...]) -> list[str]:
     return [Path(arg).name if arg.startswith("/") else arg for arg in args]
 
 
+@cache
 def _vllm_of(python: str) -> str | None:
     code = "from importlib.metadata import version; print(version('vllm'))"
     try:
