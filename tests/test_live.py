@@ -35,19 +35,15 @@ from live_setup import (
 )
 from metronome_setup import ROOFLINE, metronome_gpu, metronome_model
 
-from servecast.calibrate.measure.bench_serve import run_bench
 from servecast.sim.cli import main
 from servecast.sim.profile import Profile
 from servecast.sim.scenario import load
-from servecast.sim.simulate import simulate
-from servecast.sim.trace_writers import from_requests, write_timed_trace
 from servecast.sim.traces import TraceSpec
-from servecast.sim.workload import build
 from servecast.validate.live import Campaign
 from servecast.validate.live_drive import Outcome
-from servecast.validate.live_plan import Load
 from servecast.validate.live_result import document, judge
 from servecast.validate.live_server import Started, Target, started
+from servecast.validate.split import Split
 from servecast.validate.telemetry import get, parse_metrics
 from servecast.validate.verdict import Tolerances
 from servecast.validate.vllm_process import ENVIRONMENT
@@ -298,12 +294,26 @@ def test_a_client_without_cpu_is_inconclusive(lab: Lab, tmp_path: Path) -> None:
 
 def test_two_routing_policies_on_two_replicas(lab: Lab, tmp_path: Path) -> None:
     """The trace is split beforehand, as each policy would, and one benchmark runs a replica."""
-    hits = {policy: _hits(lab, policy, tmp_path) for policy in ("round_robin", "prefix_affinity")}
+    split = Split(
+        load(lab.file, SHARED),
+        [replica.target for replica in lab.replicas],
+        ("round_robin", "prefix_affinity"),
+        tmp_path,
+        request_rate=6,
+        num_requests=60,
+        python=PYTHON,
+    )
+    split.run()
+    assert split.finished, split.stopped
+    hits = {
+        side: {router: row[side]["prefix_hit_rate"] for router, row in split.measured.items()}
+        for side in ("predicted", "measured")
+    }
     print(hits)
-    for predicted, measured in hits.values():
-        assert abs(predicted - measured) < 0.02
-    for side in (0, 1):
-        assert hits["round_robin"][side] < hits["prefix_affinity"][side]
+    for router in split.routers:
+        assert abs(hits["predicted"][router] - hits["measured"][router]) < 0.02
+    for rates in hits.values():
+        assert rates["round_robin"] < rates["prefix_affinity"]
 
 
 SHARED = {
@@ -311,49 +321,7 @@ SHARED = {
     "workload.content": {"kind": "shared_prefix", "groups": 12, "prefix_tokens": 512},
     "workload.prompt_tokens": {"kind": "uniform", "tokens": 60, "range_ratio": 0.5},
     "workload.output_tokens": 16,
-    "workload.num_requests": 60,
-    "workload.arrivals": {"kind": "poisson", "request_rate": 6},
 }
-
-
-def _hits(lab: Lab, policy: str, out: Path) -> tuple[float, float]:
-    """Share of prompt tokens found cached, predicted and measured."""
-    both = load(lab.file, SHARED | {"fleet.router": policy})
-    taken = simulate(both).requests["replica"].to_numpy()
-    arrivals, lengths, content = np.random.default_rng(both.seed).spawn(7)[:3]
-    requests = (
-        build(both.stages(), arrivals=arrivals, lengths=lengths, content=content)[0].streams[0].requests
-    )
-    one = load(lab.file)
-    files = [out / f"{policy}-{replica}.jsonl" for replica in (0, 1)]
-    prompts, cached, asked = 0, 0, []
-    for replica, file in enumerate(files):
-        own = [request for request, at in zip(requests, taken, strict=True) if at == replica]
-        write_timed_trace(from_requests(own), file)
-        run = simulate(one, workload=Load("", "", file, None, None).workload()).requests
-        prompts, cached = prompts + int(run["prompt_tokens"].sum()), cached + int(run["cached_tokens"].sum())
-        asked.append((lab.replicas[replica].target, file))
-    before = [parse_metrics(get(f"{target.engine}/metrics")) for target, _ in asked]
-    with ThreadPoolExecutor(2) as threads:
-        list(threads.map(lambda pair: _bench(*pair), asked))
-    after = [parse_metrics(get(f"{target.engine}/metrics")) for target, _ in asked]
-
-    def grown(column: str) -> float:
-        return sum(b[column] - a[column] for a, b in zip(before, after, strict=True))
-
-    return cached / prompts, grown("prefix_hits") / grown("prefix_queries")
-
-
-def _bench(target: Target, trace: Path) -> None:
-    run_bench(
-        target.base_url,
-        target.model,
-        target.tokenizer,
-        trace,
-        trace.with_suffix(".result.json"),
-        python=PYTHON,
-        hash_seed=int(time.time()),
-    )
 
 
 def test_a_killed_server_keeps_what_was_finished(lab: Lab, tmp_path: Path) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
 from servecast.sim.cli.options import WhatIf
 from servecast.sim.cli.output import print_json
 from servecast.sim.errors import InputError
+
+if TYPE_CHECKING:
+    from servecast.validate.verdict import Verdict
 
 
 def split(
@@ -29,8 +32,9 @@ def split(
     """Split one workload over real replicas as simulated routers would, and see which serves it better.
 
     Starts the scenario's replicas on this machine, each with its share of the GPU's memory (say so in the
-    scenario's engine), and sends every router's split with one vllm bench serve a replica. Exits 0 when the
-    router predicted to have the most prefix cache hits has them, 1 when not.
+    scenario's engine), and sends every router's split with one vllm bench serve a replica. Exits 0 when each
+    router has the prefix cache hits that were predicted, within 2 points, and they rank as predicted, 1 when
+    not, 3 when it cannot be told. What was measured is in result.json after each router.
 
     Args:
         scenario: a shipped scenario's name, or a YAML file, with fleet.replicas.
@@ -40,7 +44,7 @@ def split(
         request_rate: requests/s over all replicas.
         num_requests: of the traffic.
         vllm_python: Python of an environment with vLLM; the one that runs this without it.
-        out: folder for predictions, traces, results and logs (out/split-NAME).
+        out: folder for predictions, traces, results and logs (out/split-NAME), without an earlier result.
         json: print one JSON object and nothing else.
     """
     names = routers.split(",")
@@ -54,14 +58,37 @@ def split(
         raise InputError("has no config.json", where=f"--serve {serve}", fix="Give the folder of a model.")
 
     from servecast.calibrate.measure.errors import MeasureError
-    from servecast.sim.results import to_text
-    from servecast.sim.whole_file import write_whole
+    from servecast.sim.results import write_result
+    from servecast.validate.ending import sigterm_as_ctrl_c
+    from servecast.validate.live_result import new_result
     from servecast.validate.live_server import OwnServer
-    from servecast.validate.split import Split
+    from servecast.validate.split import AGREE, Split, judge
 
     loaded, changes = what_if.load(scenario)
     folder = out or Path("out") / f"split-{loaded.name}"
+    path = new_result(folder)
     python = str(vllm_python or sys.executable)
+
+    def keep(found: Split) -> tuple[Verdict, dict[str, Any]]:
+        verdict = judge(found)
+        kept = {
+            "schema_version": 1,
+            "kind": "split",
+            "finished": found.finished,
+            "verdict": verdict.state,
+            "reasons": list(verdict.reasons),
+            "scenario": loaded.name,
+            "what_if": changes,
+            "replicas": loaded.fleet.size,
+            "request_rate": request_rate,
+            "num_requests": num_requests,
+            "hit_rate_tolerance": AGREE,
+            "routers": found.found,
+            "best": found.ranking(),
+        }
+        write_result(path, kept)
+        return verdict, kept
+
     found = Split(
         loaded,
         OwnServer(serve.absolute(), vllm_flags, python),
@@ -72,37 +99,30 @@ def split(
         seed=loaded.seed,
         python=python,
         say=_say,
+        after_router=keep,
     )
     try:
-        found.run()
+        with sigterm_as_ctrl_c():
+            found.run()
     except MeasureError as error:
         raise InputError(error.what, where=error.where, fix=error.fix) from None
-    ranking = found.ranking()
-    kept = {
-        "schema_version": 1,
-        "kind": "split",
-        "scenario": loaded.name,
-        "what_if": changes,
-        "replicas": loaded.fleet.size,
-        "request_rate": request_rate,
-        "num_requests": num_requests,
-        "routers": found.found,
-        "best": ranking,
-    }
-    write_whole(folder / "result.json", lambda part: part.write_text(to_text(kept), encoding="utf-8"))
+    verdict, kept = keep(found)
     if json:
         print_json(kept)
     else:
-        for router, row in found.found.items():
+        for router, row in found.measured.items():
             for figure, value in row["measured"].items():
                 print(
                     f"{router:20} {figure:16} predicted {row['predicted'][figure]:9.4g} measured {value:9.4g}"
                 )
-        for figure, best in ranking.items():
-            print(f"best {figure:16} predicted {best['predicted']}, measured {best['measured']}")
-        print(f"written: {folder / 'result.json'}")
-    hits = ranking["prefix_hit_rate"]
-    return 0 if hits["predicted"] == hits["measured"] else 1
+        for figure, best in kept["best"].items():
+            print(
+                f"best {figure:16} predicted {best['predicted'] or '-'}, measured {best['measured'] or '-'}"
+            )
+        print(f"written: {path}\n\nverdict: {verdict.state}")
+        for reason in verdict.reasons:
+            print(f"  {reason}")
+    return verdict.exit_code
 
 
 def _say(text: str) -> None:
