@@ -91,6 +91,8 @@ def fit(
                 }
             )
         )
+        if not found.good:
+            _say(f"a bad fit: {'; '.join(found.summary.reasons)}")
         return 0 if found.good else 1
     for line in (*profile_lines(found.profile), *summary_lines(found.summary)):
         print(line)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import Annotated
 
 from cyclopts import Parameter
@@ -30,6 +34,7 @@ def measure(
         process = subprocess.Popen(
             [str(python), "-m", "measure", *(arguments or ("--help",))],
             env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))},
+            start_new_session=True,  # so that a Ctrl-C reaches it once, from us
         )
     except OSError as error:
         raise InputError(
@@ -38,7 +43,24 @@ def measure(
             fix="Give the Python of an environment that has vLLM.",
         ) from error
     try:
-        return process.wait()
-    except KeyboardInterrupt:  # the process got it too, and ends cleanly
+        with _sigterm_as_ctrl_c():
+            return process.wait()
+    except KeyboardInterrupt:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGINT)  # it, and the benchmark that it may be waiting for
         process.wait()
         raise
+
+
+@contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    """A time limit set from outside ends what we started too."""
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
+from servecast.calibrate.measure.folder import Budget
 from servecast.calibrate.measure.tiny_model import write_tokenizer
 from servecast.sim.cli import main
 from servecast.sim.errors import InputError
@@ -125,7 +126,7 @@ def test_what_does_not_fit_the_time_budget_is_left_for_later(tmp_path: Path) -> 
         _stage("long", NOTE, "{out}/long.txt", least_s=1000.0),
         _stage("short", NOTE, "{out}/short.txt"),
     )
-    _campaign(tmp_path, plan, time_budget_s=60.0).run()
+    _campaign(tmp_path, plan, budget=Budget(60.0)).run()
     assert _states(tmp_path / "out") == {"short": "done"}
     later = _campaign(tmp_path, plan, resume=True)
     later.run()
@@ -136,7 +137,7 @@ def test_what_does_not_fit_the_time_budget_is_left_for_later(tmp_path: Path) -> 
 def test_a_stage_that_used_up_a_shortened_time_is_run_again(tmp_path: Path) -> None:
     program = "import sys, time; time.sleep(float(sys.argv[1]) * 1.7)"  # half of the time is margin
     plan = _plan(tmp_path, _stage("grid", program, "{time_s}"))
-    campaign = _campaign(tmp_path, plan, time_budget_s=8.0)
+    campaign = _campaign(tmp_path, plan, budget=Budget(8.0))
     campaign.run()
     assert campaign.rows["grid"]["state"] == "cut"
 
@@ -204,15 +205,97 @@ def test_predictions_are_hashed_and_rates_taken_from_them(tmp_path: Path) -> Non
     assert campaign.rows["predict"]["ended"] <= campaign.rows["live"]["started"]
 
 
-def test_a_prediction_without_a_rate_fails_what_needs_it(tmp_path: Path) -> None:
+def test_what_needs_a_rate_waits_for_one(tmp_path: Path) -> None:
     plan = _plan(
         tmp_path,
-        _stage("predict", "print(1)"),
+        _stage("predict", "import sys; print(dict()); sys.exit(3)", good=[0, 3]),
         _stage("live", NOTE, "{out}/{0.8*predict}", needs=["predict"]),
     )
-    campaign = _campaign(tmp_path, plan)
+    said: list[str] = []
+    campaign = _campaign(tmp_path, plan, say=said.append)
     campaign.run()
-    assert "max_request_rate" in campaign.rows["live"]["reason"]
+    assert _states(tmp_path / "out") == {"predict": "done"}
+    assert campaign.left == ["live"]
+    assert any("live: not started" in text and "max_request_rate" in text for text in said)
+    (tmp_path / "out" / "logs" / "predict.out").write_text('{"max_request_rate": 20}')
+    _campaign(tmp_path, plan, resume=True).run()
+    assert (tmp_path / "out" / "16").read_text() == "x"
+
+
+def test_what_was_cut_off_runs_after_what_nobody_tried(tmp_path: Path) -> None:
+    grow = 'import sys, time; open(sys.argv[1], "a").write("x"); time.sleep(float(sys.argv[2]))'
+    stages = [
+        _stage("grid", grow, "{out}/order", "0"),
+        _stage("kernels", 'import sys; open(sys.argv[1], "a").write("k")', "{out}/order"),
+        _stage("live", 'import sys; open(sys.argv[1], "a").write("l")', "{out}/order", needs=["grid"]),
+    ]
+    _campaign(tmp_path, _plan(tmp_path, _stage("grid", grow, "{out}/order", "60") | {"time_s": 2.0})).run()
+    assert _states(tmp_path / "out") == {"grid": "cut"}
+    _campaign(tmp_path, _plan(tmp_path, *stages), resume=True).run()
+    assert (tmp_path / "out" / "order").read_text() == "xklx"
+    assert set(_states(tmp_path / "out").values()) == {"done"}
+
+
+def test_a_cut_stage_that_left_nothing_runs_in_its_place(tmp_path: Path) -> None:
+    plan = _plan(
+        tmp_path,
+        _stage("fit", NOTE, "{out}/profile.json", makes="profile.json"),
+        _stage("predict", NOTE, "{out}/predict.txt", needs=["fit"]),
+    )
+    campaign = _campaign(tmp_path, plan)
+    campaign.out.mkdir()
+    (campaign.out / MANIFEST).write_text(
+        json.dumps({"plan": "try", "stages": [{"name": "fit", "state": "cut", "files": []}]})
+    )
+    campaign.resume = True
+    campaign.run()
+    assert _states(tmp_path / "out") == {"fit": "done", "predict": "done"}
+
+
+def test_a_stage_that_failed_may_have_left_enough(tmp_path: Path) -> None:
+    """Rows are on disk when they are measured, whatever comes after them."""
+    program = 'import sys; open(sys.argv[1], "a").write("x"); sys.exit("out of memory")'
+    plan = _plan(
+        tmp_path,
+        _stage("grid", program, "{out}/rows"),
+        _stage("nothing", "import sys; sys.exit(1)"),
+        _stage("fit", NOTE, "{out}/fit", needs=["grid"]),
+        _stage("predict", NOTE, "{out}/predict", needs=["nothing"]),
+    )
+    _campaign(tmp_path, plan).run()
+    assert _states(tmp_path / "out") == {"grid": "failed", "nothing": "failed", "fit": "done"}
+
+
+def test_named_stages_run_and_no_others(tmp_path: Path) -> None:
+    plan = _plan(tmp_path, *(_stage(name, NOTE, f"{{out}}/{name}") for name in "abc"))
+    _campaign(tmp_path, plan, only=["a", "c"]).run()
+    assert _states(tmp_path / "out") == {"a": "done", "c": "done"}
+
+
+def test_results_are_kept_when_a_stage_runs_again(tmp_path: Path) -> None:
+    """validate live refuses a folder that has a result."""
+    new = 'import sys; open(sys.argv[1], "x").write("x")'
+    plan = _plan(tmp_path, _stage("live", new, "{out}/result.json", makes="result.json"))
+    for _ in range(3):
+        _campaign(tmp_path, plan, resume=True, again=["live"]).run()
+        assert _states(tmp_path / "out") == {"live": "done"}
+    assert sorted(file.name for file in (tmp_path / "out").glob("result*")) == [
+        *("result.1.json", "result.2.json", "result.json")
+    ]
+    broken = _plan(tmp_path, _stage("live", "1 / 0", makes="result.json"))
+    _campaign(tmp_path, broken, resume=True, again=["live"]).run()
+    assert _states(tmp_path / "out") == {"live": "failed"}
+    assert (tmp_path / "out" / "result.json").exists()
+
+
+def test_a_time_budget_is_one_for_the_whole_command(tmp_path: Path) -> None:
+    plan = _plan(tmp_path, _stage("a", NOTE, "{out}/a.txt"))
+    campaign = _campaign(tmp_path, plan, budget=Budget(40.0), kept_s=35.0)
+    campaign.run()
+    assert campaign.rows["a"]["given_s"] <= 5
+    late = _campaign(tmp_path, plan, resume=True, again=["a"], budget=Budget(40.0), kept_s=39.5)
+    late.run()
+    assert (tmp_path / "out" / "a.txt").read_text() == "x"
 
 
 def test_what_is_there_already_is_not_made_again(tmp_path: Path) -> None:
@@ -225,7 +308,7 @@ def test_what_is_there_already_is_not_made_again(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "profile.json").read_text() == "x"
     assert _states(tmp_path / "out") == {"fit": "done", "fallback": "done"}
     _campaign(tmp_path, plan, resume=True, again=["fallback"]).run()
-    assert (tmp_path / "out" / "profile.json").read_text() == "xx"
+    assert {file.name for file in (tmp_path / "out").glob("prof*")} == {"profile.json", "profile.1.json"}
 
 
 def test_a_stage_that_did_not_make_its_file_failed(tmp_path: Path) -> None:
@@ -284,8 +367,8 @@ def test_a_wrong_plan_is_one_message(tmp_path: Path, change: dict[str, Any], say
 def test_wrong_input_is_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good = str(_file(tmp_path, {"name": "a", "run": "scenarios", "time_s": 60}))
     out = tmp_path / "out"
-    for arguments in (["h2000", "--out", str(out)], [good, "--out", str(out), "--again", "b"]):
-        assert main(["validate", "campaign", *arguments]) == 2
+    for arguments in (["h2000"], [good, "--only", "b"], [good, "--time-budget", "0"], [good, "--again", "b"]):
+        assert main(["validate", "campaign", *arguments, "--out", str(out)]) == 2
     assert not out.exists()
     assert "there is no stage 'b'" in capsys.readouterr().err
     assert main(["validate", "campaign", good, "--out", str(out)]) == 0
@@ -335,6 +418,67 @@ def test_what_has_no_room_is_left_out_from_the_end(tmp_path: Path) -> None:
     files, left_out = pack(out, tmp_path / "packed", part_bytes=75_000, most_parts=2)
     assert left_out == ["server.log"]
     assert sum(file.stat().st_size for file in files) <= 150_000
+
+
+def test_what_there_is_no_time_for_is_left_out(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / MANIFEST).write_text("{}")
+    (out / "recording.jsonl").write_text("x" * 50_000_000)
+    _, left_out = pack(out, tmp_path / "packed", seconds=3)
+    assert left_out == ["recording.jsonl"]
+
+
+def test_a_campaign_that_runs_is_packed_from_elsewhere(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = str(_file(tmp_path, {"name": "a", "run": "scenarios", "time_s": 60}))
+    out, folder = tmp_path / "out", tmp_path / "packed"
+    command = ["validate", "campaign", plan, "--out", str(out), "--pack-only"]
+    assert main([*command, "--pack", str(folder)]) == 2
+    assert "Give the folder of a campaign" in capsys.readouterr().err
+    out.mkdir()
+    row = {"name": "a", "state": "running", "started": "2026-11-27T12:00:00+00:00"}
+    (out / MANIFEST).write_text(json.dumps({"plan": "try", "stages": [row]}))
+    assert main(command) == 2
+    assert main([*command, "--pack", str(folder)]) == 0
+    assert sorted(file.name for file in folder.iterdir()) == [f"{NAME}.00", MANIFEST]
+    assert json.loads((out / MANIFEST).read_text())["stages"] == [row], "nothing was run"
+
+
+def test_a_command_that_is_stopped_stops_what_it_measures_with(tmp_path: Path) -> None:
+    """SIGINT reaches the command alone: what it started hears of it through it, and at once."""
+    python = tmp_path / "python"
+    python.write_text(
+        f"#!{sys.executable}\nimport pathlib, time\npathlib.Path({str(tmp_path / 'began')!r}).touch()\n"
+        f"try:\n    time.sleep(600)\nexcept KeyboardInterrupt:\n"
+        f"    pathlib.Path({str(tmp_path / 'ended')!r}).touch()\n"
+    )
+    python.chmod(0o755)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        command = [*SERVECAST, "calibrate", "measure", "--python", str(python), "engine"]
+        process = subprocess.Popen(command, start_new_session=True)
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "began").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(number)
+        assert process.wait(15) == 130
+        assert (tmp_path / "ended").exists()
+        (tmp_path / "began").unlink()
+        (tmp_path / "ended").unlink()
+
+
+def test_a_benchmark_may_hold_many_connections(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    plan = str(_file(tmp_path, {"name": "a", "run": "scenarios", "time_s": 60}))
+    program = (
+        "import resource, sys; _, most = resource.getrlimit(7); resource.setrlimit(7, (256, most));"
+        "from servecast.sim.cli import main; main(sys.argv[1:]); print(resource.getrlimit(7)[0])"
+    ).replace("7", str(int(resource.RLIMIT_NOFILE)))
+    command = [sys.executable, "-c", program, "validate", "campaign", plan, "--out", str(tmp_path / "out")]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert int(said.split()[-1]) == (1 << 16 if most == resource.RLIM_INFINITY else min(most, 1 << 16))
 
 
 def test_shipped_plans_are_whole(tmp_path: Path) -> None:

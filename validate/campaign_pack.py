@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tarfile
+import time
 import zlib
 from io import BytesIO
 from lzma import LZMAFile
@@ -14,10 +15,12 @@ from servecast.sim.errors import InputError
 from servecast.validate.campaign import MANIFEST
 
 PART_BYTES = 15 << 20
-MOST_PARTS = 7  # the manifest lies beside them, as it is
+MOST_PARTS = 4  # the manifest lies beside them, as it is
+PACK_S = 30.0  # it takes no longer
 NAME = "campaign.tar.xz"
 _BULKY = ("recording.jsonl", ".log")  # ends of names of what is packed last
 _NEVER = ("tokenizer.json",)  # made again from the plan
+_PRESET, _BYTES_A_SECOND = 1, 10e6  # of xz; the pace is a slow machine's
 _TIMES = ("ttfts", "itls", "start_times")
 _PLACES = 6  # decimals: a clock tells microseconds
 
@@ -51,12 +54,18 @@ class _Parts:
 
 
 def pack(
-    out: Path, folder: Path, *, part_bytes: int = PART_BYTES, most_parts: int = MOST_PARTS
+    out: Path,
+    folder: Path,
+    *,
+    part_bytes: int = PART_BYTES,
+    most_parts: int = MOST_PARTS,
+    seconds: float = PACK_S,
 ) -> tuple[list[Path], list[str]]:
     """Pack a campaign's folder into ``folder``: parts that ``cat PARTS | tar xJ`` unpacks, and the manifest.
 
-    Results of ``vllm bench serve`` are packed without the texts that were generated, and with times to the
-    microsecond. Recordings and logs come last; what would go beyond the parts is left out.
+    The campaign may be running. Results of ``vllm bench serve`` are packed without the texts that were
+    generated, and with times to the microsecond. Recordings and logs come last; what would go beyond the
+    parts or the seconds is left out.
 
     Returns:
         the files, and the paths that were left out.
@@ -68,32 +77,37 @@ def pack(
         folder.mkdir(parents=True, exist_ok=True)
         for old in folder.glob(f"{NAME}.*"):
             old.unlink()
-        return _pack(out, folder, part_bytes, most_parts)
+        return _pack(out, folder, part_bytes * most_parts, _Parts(folder, part_bytes), seconds)
     except OSError as error:
         raise InputError(
             f"cannot be written: {error.strerror}", where=f"--pack {folder}", fix="Give another folder."
         ) from None
 
 
-def _pack(out: Path, folder: Path, part_bytes: int, most_parts: int) -> tuple[list[Path], list[str]]:
+def _pack(
+    out: Path, folder: Path, most_bytes: int, parts: _Parts, seconds: float
+) -> tuple[list[Path], list[str]]:
     paths = [path for path in out.rglob("*") if path.is_file() and path.name not in _NEVER]
     paths.sort(key=lambda path: (path.name.endswith(_BULKY), path.name.endswith(".csv"), str(path)))
-    room = part_bytes * most_parts - (1 << 16)
-    parts, left_out = _Parts(folder, part_bytes), []
+    room, left_out, until = most_bytes - (1 << 16), list[str](), time.monotonic() + seconds
     with (
-        LZMAFile(cast(IO[bytes], parts), "wb", preset=3) as packed,
+        LZMAFile(cast(IO[bytes], parts), "wb", preset=_PRESET) as packed,
         tarfile.open(fileobj=packed, mode="w|") as archive,
     ):
         for path in paths:
-            content = _content(path)
-            room -= (needed := len(zlib.compress(content, 1)) + 512)  # xz needs less than that
+            try:
+                content, modified = _content(path), path.stat().st_mtime
+            except FileNotFoundError:  # the campaign goes on
+                continue
+            late = time.monotonic() + len(content) / _BYTES_A_SECOND > until
+            needed = len(zlib.compress(content, 1)) + 512  # xz needs less than that
             name = str(path.relative_to(out))
-            if room < 0:
-                room += needed
+            if late or needed > room:
                 left_out.append(name)
                 continue
+            room -= needed
             entry = tarfile.TarInfo(name)
-            entry.size, entry.mtime = len(content), int(path.stat().st_mtime)
+            entry.size, entry.mtime = len(content), int(modified)
             archive.addfile(entry, BytesIO(content))
     parts.close()
     files = list(parts.files)

@@ -39,7 +39,8 @@ class Stage(Model):
             ``max_request_rate`` in the JSON that the stage NAME printed.
         time_s: it may take so long. least_s: with less left of the time budget it is not started.
         good: exit codes of a stage that did its work.
-        needs: stages that must be done before it, or cut off: what they left may be enough.
+        needs: stages that must be done before it, or have left enough: what they make, or any file of theirs
+            if nothing is named.
         makes: a file that it is for. Where it is there already, the stage is done; where it is not there
             after it, the stage failed.
         predicts: pattern of files below the campaign's folder whose hashes are kept.
