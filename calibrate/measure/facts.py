@@ -6,20 +6,26 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Collection
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-GPU_FIELDS = ("name", "memory.total", "driver_version", "clocks.sm", "clocks.mem")
+CLOCK_FIELDS = {  # of nvidia-smi -> their names here
+    "clocks.sm": "sm_mhz",
+    "clocks.mem": "mem_mhz",
+    "temperature.gpu": "celsius",
+    "power.draw": "power_w",
+}
+GPU_FIELDS = ("name", "memory.total", "driver_version", *CLOCK_FIELDS)
 
 
 def collect() -> dict[str, Any]:
     """The facts of facts.json. What cannot be read is None."""
-    gpus = _gpus()
+    gpus = _gpus(GPU_FIELDS)
     first = gpus[0] if gpus else {}
     mebibytes = _number(first.get("memory.total"))
-    clocks = {"sm_mhz": _number(first.get("clocks.sm")), "mem_mhz": _number(first.get("clocks.mem"))}
     return {
         "schema_version": 1,
         "gpu": first.get("name", "cpu"),
@@ -32,9 +38,14 @@ def collect() -> dict[str, Any]:
         "python": platform.python_version(),
         "host_cpu": _host_cpu(),
         "date": datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
-        "clocks": clocks if gpus else None,
+        "clocks": _clocks(first) if gpus else None,
         "command": sys.argv,
     }
+
+
+def nvidia_smi() -> str | None:
+    """All that the driver says of this process's GPUs now (clocks, power, limits, ...); None without one."""
+    return _nvidia_smi("-q")
 
 
 def installed(package: str) -> str | None:
@@ -45,20 +56,26 @@ def installed(package: str) -> str | None:
         return None
 
 
-def _gpus() -> list[dict[str, str]]:
+def _gpus(fields: Collection[str]) -> list[dict[str, str]]:
     """Field -> text of each GPU that this process may use, by nvidia-smi, which leaves CUDA untouched."""
-    command = ["nvidia-smi", f"--query-gpu={','.join(GPU_FIELDS)}", "--format=csv,noheader,nounits"]
+    said = _nvidia_smi(f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits") or ""
+    rows = [[cell.strip() for cell in line.split(",")] for line in said.splitlines() if line.strip()]
+    return [dict(zip(fields, row, strict=False)) for row in rows]
+
+
+def _nvidia_smi(*arguments: str) -> str | None:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        command += ["-i", visible]
+    chosen = [] if visible is None else ["-i", visible]
     try:
+        command = ["nvidia-smi", *arguments, *chosen]
         done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     except (OSError, subprocess.TimeoutExpired):
-        return []
-    if done.returncode:
-        return []
-    rows = [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines() if line.strip()]
-    return [dict(zip(GPU_FIELDS, row, strict=False)) for row in rows]
+        return None
+    return None if done.returncode else done.stdout
+
+
+def _clocks(gpu: dict[str, str]) -> dict[str, float | None]:
+    return {name: _number(gpu.get(field)) for field, name in CLOCK_FIELDS.items()}
 
 
 def _number(text: str | None) -> float | None:

@@ -80,8 +80,9 @@ class Case:
         return None
 
 
-BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # CUDA-graph sizes all
-BETWEEN = (3, 6, 12, 20, 44, 90, 180, 300, 400, 500)
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)  # CUDA-graph sizes, as far as those go
+BETWEEN = (3, 6, 12, 20, 44, 90, 180, 300, 400, 500, 640, 896)
+LARGE = (768, 1024)  # batches beyond CUDA graphs
 CONTEXTS = (128, 512, 1024, 2048, 4096, 8192, 16384)
 LENGTHS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 LENGTHS_BETWEEN = (24, 48, 96, 192, 384, 768, 1536, 3072, 6144)
@@ -91,9 +92,9 @@ def grid(limits: Limits, seed: int = 0) -> tuple[list[Case], dict[str, str]]:
     """The cases that these limits allow, most valuable first, and case -> reason for those they do not.
 
     First a coarse cross: decodes over the batch at one context and over the context at two batches,
-    prefill over the length, prefill over the context, mixed steps and one long run. Then the full products,
-    and sizes between those that CUDA graphs are captured for. Sizes are cut to the limits, so that the
-    largest that fits is always measured.
+    prefill over the length, prefill over the context, mixed steps, and two long runs, one of as many requests
+    as may run. Then the full products, and sizes between those that CUDA graphs are captured for. Sizes are
+    cut to the limits, so that the largest that fits is always measured.
     """
     rng = random.Random(seed)
     cases: dict[str, Case] = {}
@@ -113,7 +114,10 @@ def _coarse(limits: Limits, rng: random.Random) -> Iterator[Case]:
     lengths = _cut((16, 128, 512, 2048, 8192), _longest_chunk(limits))
     usual = min(1024, contexts[-1])
     for batch in batches:
-        yield _decode(batch, usual)
+        yield _decode(batch, _most_context(limits, batch, usual))
+    for batch in LARGE:
+        if batch <= limits.max_num_seqs:
+            yield _decode(batch, _most_context(limits, batch, min(512, usual)))
     for length in lengths:
         yield _prefill(length, 0)
     for batch, context in product((1, min(64, batches[-1])), contexts):
@@ -124,6 +128,7 @@ def _coarse(limits: Limits, rng: random.Random) -> Iterator[Case]:
         yield _mixed(batch, usual, length, 0, limits)
     yield _ragged(min(64, batches[-1]), usual, limits, rng)
     yield _long_run(limits, rng, running=min(32, limits.max_num_seqs))
+    yield _long_run(limits, rng, running=limits.max_num_seqs)
 
 
 def _fine(limits: Limits, rng: random.Random) -> Iterator[Case]:
@@ -134,7 +139,7 @@ def _fine(limits: Limits, rng: random.Random) -> Iterator[Case]:
     for length in (*lengths, *(n for n in LENGTHS_BETWEEN if n < lengths[-1])):
         yield _prefill(length, 0)
     for batch in BETWEEN:
-        yield _decode(batch, usual)
+        yield _decode(batch, _most_context(limits, batch, usual))
     for batch, context in product(batches[::2], contexts):
         yield _decode(batch, _most_context(limits, batch, context))
     for batch, context in product(batches[2::2], contexts[1::2]):
@@ -146,7 +151,6 @@ def _fine(limits: Limits, rng: random.Random) -> Iterator[Case]:
     for count, length in product((2, 4, 16), lengths[::2]):
         yield Case("prefill", chunks=((length, 0),) * count)
     yield _long_run(limits, rng, running=min(8, limits.max_num_seqs))
-    yield _long_run(limits, rng, running=limits.max_num_seqs)
 
 
 def _cut(sizes: tuple[int, ...], limit: int) -> tuple[int, ...]:

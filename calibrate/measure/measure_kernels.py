@@ -6,12 +6,14 @@ import argparse
 import json
 import statistics
 import sys
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import MeasureError
-from .facts import collect
+from .facts import collect, nvidia_smi
 from .folder import Budget, Folder, Progress
 
 if TYPE_CHECKING:  # torch takes seconds to import, --help does not need it
@@ -19,6 +21,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, --help does not need it
     from .kernel_cases import Case, Shape
 
 FILE = "kernels.jsonl"
+LOAD_FILE, LOAD_S = "nvidia-smi.txt", 3.0  # what the driver says of a GPU that has been busy for so long
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,6 +61,8 @@ def run(args: argparse.Namespace, others: Sequence[str]) -> int:
     shapes = [_shape(model) for model in args.model] or list(TYPICAL_SHAPES)
     wanted = cases(device, shapes, _dtypes(device, args.dtypes), max_tokens=args.max_tokens)
     with Folder(args.out, FILE, collect(), resume=args.resume) as folder:
+        if device == "cuda" and not (folder.path / LOAD_FILE).exists():
+            _look_under_load(folder.path / LOAD_FILE)
         _walk(folder, wanted, DeviceTimer(device, repeats=args.repeats), budget)
     return 0
 
@@ -79,6 +84,24 @@ def _walk(folder: Folder, wanted: Sequence[Case], timer: DeviceTimer, budget: Bu
             folder.add({**case.fields, "case": case.key, "times_s": times})
         expected = (expected + budget.spent_s - began) / 2
         progress.done(case.key)
+
+
+def _look_under_load(file: Path) -> None:
+    """Keep what the driver says while matrix products run: the clocks that measurements are taken at."""
+    import torch
+
+    a = torch.randn(8192, 8192, device="cuda", dtype=torch.float16)
+    out = torch.empty_like(a)
+    deadline, asked = time.monotonic() + LOAD_S, None
+    with ThreadPoolExecutor(1) as pool:
+        while asked is None or not asked.done():
+            for _ in range(20):
+                torch.mm(a, a, out=out)
+            torch.cuda.synchronize()
+            if asked is None and time.monotonic() > deadline:
+                asked = pool.submit(nvidia_smi)
+    if (text := asked.result()) is not None:
+        file.write_text(text, encoding="utf-8")
 
 
 def _say(text: str) -> None:
