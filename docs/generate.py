@@ -15,7 +15,7 @@ import accuracy_tables
 import live_tables
 import scenario_reference
 
-from servecast.sim.cli import build_app
+from servecast.sim.cli import COMMANDS, build_app
 from servecast.sim.scenario import Scenario, shipped_scenarios
 
 DOCS = Path(__file__).parent
@@ -38,7 +38,7 @@ A `SCENARIO` is the name of a shipped one (`servecast scenarios` lists them) or 
 
 def command_line_page() -> str:
     """The reference of the command line, from its own help."""
-    text = build_app().generate_docs("markdown")
+    text = build_app(COMMANDS).generate_docs("markdown")
     return COMMAND_LINE + text[text.index("## servecast ") :].rstrip() + "\n"
 
 

@@ -402,6 +402,11 @@ def test_failed_requests_and_missing_latencies_do_not_meet_an_objective() -> Non
     part = replace(good, requests=good.requests.assign(status=["failed", *["finished"] * 9] * 40))
     assert strain(part, slo, None) == math.inf
     assert strain(part, [], goodput) == pytest.approx(2)
+    few = replace(good, requests=good.requests.assign(status=["failed", *["finished"] * 49] * 8))
+    by_ttft = good.requests.assign(first_token=good.requests["sent"] + np.arange(400) / 400)
+    assert strain(replace(few, requests=by_ttft), slo, None) == pytest.approx(0.95, abs=0.01)
+    by_ttft = by_ttft.assign(status=few.requests["status"])
+    assert strain(replace(few, requests=by_ttft), slo, None) == pytest.approx(0.97, abs=0.01)
     nothing = replace(good, requests=good.requests.assign(output_tokens=1))
     assert strain(nothing, [SLO.parse("tpot:p95:1000")], None) == math.inf
 

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,10 +24,10 @@ from servecast.sim.errors import InputError
 from servecast.sim.gpu import find_gpu
 from servecast.sim.scenario import load
 from servecast.sim.simulate import simulate
-from servecast.validate import live, live_drive, live_result
-from servecast.validate.live import Campaign, meets
-from servecast.validate.live_plan import Load, Planner
+from servecast.validate import live, live_drive, live_result, live_search
+from servecast.validate.live import Campaign
 from servecast.validate.live_result import document, judge
+from servecast.validate.live_search import meets, search
 from servecast.validate.live_server import Started, Target
 from servecast.validate.verdict import Tolerances
 
@@ -297,15 +296,15 @@ def test_the_rate_that_plan_confirms_is_on_disk_before_and_apart_from_the_sweep(
 def test_failed_requests_and_unknown_figures_miss(file: Path) -> None:
     scenario = load(file, {"slo": ["e2el:p95:5000"]})
     run = simulate(scenario)
-    assert meets(run, scenario)
+    assert meets([run], scenario)
     count = len(run.requests)
     half = run.requests.assign(status=np.where(np.arange(count) % 2, "finished", "failed"))
-    assert not meets(replace(run, requests=half), scenario)
-    assert not meets(replace(run, requests=run.requests.assign(status="failed")), scenario)
+    assert not meets([replace(run, requests=half)], scenario)
+    assert not meets([replace(run, requests=run.requests.assign(status="failed"))], scenario)
     good = load(file, {"slo": [], "goodput": "e2el:5000"})
-    assert meets(run, good)
-    assert not meets(replace(run, requests=half), good)
-    assert not meets(replace(run, requests=run.requests[:0]), good)
+    assert meets([run], good)
+    assert not meets([replace(run, requests=half)], good)
+    assert not meets([replace(run, requests=run.requests[:0])], good)
 
 
 def test_the_largest_rate_of_a_goodput_is_compared(campaign: Callable[..., dict[str, Any]]) -> None:
@@ -314,25 +313,40 @@ def test_the_largest_rate_of_a_goodput_is_compared(campaign: Callable[..., dict[
     assert 20 < row["measured"] < 600
 
 
-@pytest.mark.parametrize("off", [0.25, 0.5, 1.0, 2.0, 4.0])
-def test_a_prediction_that_is_far_off_is_bracketed(
-    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, off: float
+def test_searches_are_predicted_before_any_load_and_judged(
+    campaign: Callable[..., dict[str, Any]], before_bench: BENCHES, tmp_path: Path
 ) -> None:
-    """The server holds any rate below 100; what is measured of a load is its rate."""
+    """On a server that is twice as slow as predicted, both ends differ for sure."""
+    files = [tmp_path / "out" / f"prediction-{plan}.json" for plan in ("slo", "knee")]
+    found: list[list[str]] = []
+    before_bench(lambda _: found.append([hashlib.sha256(file.read_bytes()).hexdigest() for file in files]))
+    changes = {"slo": ["e2el:p95:60"]}
+    kept = campaign(plans=("slo", "knee"), duration_s=3.0, changes=changes)
+    assert all(hashes == [each["sha256"] for each in kept["searches"]] for hashes in found)
+    assert [each["metric"] for each in kept["searches"]] == ["max_request_rate", "knee"]
+    for each in kept["searches"]:
+        low, high = each["between"]
+        assert high <= 1.0101 * low
+        row = next(row for row in kept["sweep"] if row["metric"] == each["metric"])
+        assert row["predicted_interval"] == pytest.approx([low, high], rel=1e-5)
 
-    def run(self: Campaign, loads: list[Load], *_: Any) -> None:
-        for each in loads:
-            measured = SimpleNamespace(run=each.request_rate)
-            self.outcomes.append(SimpleNamespace(load=each, measured=measured))  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Campaign, "_all", run)
-    monkeypatch.setattr(live, "meets", lambda rate, scenario: rate < 100)
-    wanted = Campaign(load(file), Target("", "", ""), tmp_path, machine=MACHINE)
-    planner = Planner(wanted.scenario, Deployment.of(wanted.scenario), tmp_path, max_rate=100.0 * off)
-    wanted._search(planner, SimpleNamespace(scenario=None), None)  # type: ignore[arg-type]
-    rates = [each.load.request_rate or 0.0 for each in wanted.outcomes]
-    assert len(rates) <= live.MOST_SEARCHED
-    assert 1 < min(rate for rate in rates if rate >= 100) / max(rate for rate in rates if rate < 100) < 1.2
+@pytest.mark.parametrize("off", [0.25, 0.5, 0.97, 1.0, 1.03, 2.0, 4.0])
+@pytest.mark.parametrize("known", [{}, {20.0: True, 300.0: False}])
+def test_a_guess_that_is_off_is_bracketed(off: float, known: dict[float, bool]) -> None:
+    """The largest rate is 100. A good guess is confirmed by two tries; a bad one is refuted at least."""
+    tried = dict(known)
+    search(lambda rate: rate < 100, 100 * off, tried)
+    low = max(rate for rate, held in tried.items() if held)
+    high = min(rate for rate, held in tried.items() if not held)
+    assert low < 100 <= high <= low * (1.031 if 0.9 < off < 1.1 else 1.25)
+    assert len(tried) - len(known) <= (2 if off == 1 else live_search.MOST_LOADS)
+
+
+def test_a_search_that_can_not_be_told_ends() -> None:
+    tried: dict[float, bool] = {}
+    search(lambda rate: None, 10, tried)
+    assert tried == {}
 
 
 # what is refused

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -47,15 +47,19 @@ def compare_loads(
     tolerances: Tolerances,
     slos: Sequence[SLO] = (),
     goodput: Goodput | None = None,
+    predicted: Mapping[str, Interval] | None = None,
 ) -> Comparison:
     """Put loads together.
 
     Args:
         slos, goodput: whose largest rate is looked for, by interpolation between the open-loop rates.
+        predicted: metric -> where the prediction was found by a search of its own, instead of between the
+            rates of the loads.
     """
-    rows, notes = _knees(loads, tolerances)
+    searched = {} if predicted is None else predicted
+    rows, notes = _knees(loads, searched.get("knee"), tolerances)
     if slos or goodput is not None:
-        more, further = _max_rate(loads, slos, goodput, tolerances)
+        more, further = _max_rate(loads, slos, goodput, searched.get("max_request_rate"), tolerances)
         rows, notes = rows + more, notes + further
     states: list[tuple[State, str]] = [(row.state, row.reason) for row in rows if row.state is not None]
     states += [
@@ -115,6 +119,7 @@ def closed_loop(loads: Sequence[LoadComparison]) -> list[tuple[float, LoadCompar
         (float(level), load)
         for load in loads
         if (level := load.measured.context.max_concurrency) is not None
+        and load.measured.context.ramp is None
         and load.measured.context.request_rate in (None, math.inf)
         and load.measured.has_requests
         and not load.problems
@@ -122,16 +127,19 @@ def closed_loop(loads: Sequence[LoadComparison]) -> list[tuple[float, LoadCompar
     return sorted(levels, key=lambda pair: pair[0])
 
 
-def _knees(loads: Sequence[LoadComparison], tolerances: Tolerances) -> tuple[list[Row], list[str]]:
+def _knees(
+    loads: Sequence[LoadComparison], searched: Interval | None, tolerances: Tolerances
+) -> tuple[list[Row], list[str]]:
     rows: list[Row] = []
     notes: list[str] = []
     levels = open_loop(loads)
     rates = [rate for rate, _ in levels]
     if len(set(rates)) > 1:
         predicted, measured = (
-            _bracket(rates, [_holds(runs) for runs in side]) for side in _sides([load for _, load in levels])
+            bracket(rates, [sustained(runs) for runs in side])
+            for side in _sides([load for _, load in levels])
         )
-        more, further = _compared("knee", "the knee", predicted, measured, tolerances)
+        more, further = _compared("knee", "the knee", searched or predicted, measured, tolerances)
         rows, notes = rows + more, notes + further
     levels = closed_loop(loads)
     if len({level for level, _ in levels}) > 1:
@@ -170,14 +178,14 @@ def _compared(
     ]
 
 
-def _bracket(rates: Sequence[float], holds: Sequence[bool]) -> Interval:
+def bracket(rates: Sequence[float], holds: Sequence[bool]) -> Interval:
     """From the largest rate that holds below the smallest that does not (0: none) to that one (inf: none)."""
     high = min((rate for rate, good in zip(rates, holds, strict=True) if not good), default=math.inf)
     low = max((rate for rate in rates if rate < high), default=0.0)
     return Interval(low or high, low, high, CONFIDENCE, 1)
 
 
-def _holds(runs: Sequence[Run]) -> bool:
+def sustained(runs: Sequence[Run]) -> bool:
     """Whether a rate is sustained, in most of the runs."""
     return sum(not _saturation(run).saturated for run in runs) > len(runs) / 2
 
@@ -217,7 +225,11 @@ def _throughput(run: Run) -> float:
 
 
 def _max_rate(
-    loads: Sequence[LoadComparison], slos: Sequence[SLO], goodput: Goodput | None, tolerances: Tolerances
+    loads: Sequence[LoadComparison],
+    slos: Sequence[SLO],
+    goodput: Goodput | None,
+    searched: Interval | None,
+    tolerances: Tolerances,
 ) -> tuple[list[Row], list[str]]:
     levels = open_loop(loads)
     rates = [rate for rate, _ in levels]
@@ -227,23 +239,28 @@ def _max_rate(
         _crossing(rates, [float(np.mean([strain(run, slos, goodput) for run in runs])) for runs in side])
         for side in _sides([load for _, load in levels])
     )
-    return _compared("max_request_rate", "the largest rate at the SLOs", predicted, measured, tolerances)
+    name = "the largest rate at the SLOs"
+    return _compared("max_request_rate", name, searched or predicted, measured, tolerances)
 
 
 def strain(run: Run, slos: Sequence[SLO], goodput: Goodput | None) -> float:
     """How much of its objectives a run takes up: at most 1 meets them all.
 
-    The worst of the SLOs' statistics over their limits, infinite if one cannot be told or more requests
-    failed than an SLO's percentile leaves out; for a goodput the share of requests that miss it, over what
-    its attainment leaves.
+    The worst of the SLOs' statistics over their limits, where a request that failed counts as one that took
+    for ever; infinite if one cannot be told. For a goodput the share of requests that miss it, over what its
+    attainment leaves.
     """
     requests = run.requests
-    missed = 1 - (requests["status"] == "finished").mean() if len(requests) else 1.0
+    done = float((requests["status"] == "finished").mean()) if len(requests) else 0.0
     shares = []
     for slo in slos:
-        share = 1000 * statistic(run, slo.metric, slo.statistic) / slo.limit_ms
-        spare = 1 - (slo.percentile or 100) / 100
-        shares.append(math.inf if math.isnan(share) or missed > spare else share)
+        rank = (100 if slo.percentile is None else slo.percentile) / max(done, 1e-9)  # of those that finished
+        if rank > 100:
+            shares.append(math.inf)
+            continue
+        name = slo.statistic if slo.percentile is None else f"p{rank}"
+        share = 1000 * statistic(run, slo.metric, name) / slo.limit_ms
+        shares.append(math.inf if math.isnan(share) else share)
     if goodput is not None and not slos:
         shares.append((1 - good_requests(run, goodput) / max(len(requests), 1)) / (1 - ATTAINMENT))
     return max(shares, default=math.inf)
@@ -251,7 +268,7 @@ def strain(run: Run, slos: Sequence[SLO], goodput: Goodput | None) -> float:
 
 def _crossing(rates: Sequence[float], strains: Sequence[float]) -> Interval:
     """Where the strain passes 1: log-linear between the two rates around."""
-    found = _bracket(rates, [each <= 1 for each in strains])
+    found = bracket(rates, [each <= 1 for each in strains])
     if found.low == 0 or math.isinf(found.high):
         return found
     below, above = (

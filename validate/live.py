@@ -21,16 +21,13 @@ from servecast.calibrate.measure.folder import Budget
 from servecast.sim import capacity
 from servecast.sim.deployment import Deployment
 from servecast.sim.errors import InputError
-from servecast.sim.records import Run
-from servecast.sim.results import context, to_text
+from servecast.sim.results import context, write_result
 from servecast.sim.scenario import Scenario
 from servecast.sim.simulate import RateProbe
-from servecast.sim.slo import Goodput
-from servecast.sim.whole_file import write_whole
-from servecast.validate.compare_sweep import strain
 from servecast.validate.live_drive import BENCH_START_S, Outcome, drive, predict
 from servecast.validate.live_misfit import refuse_misfit, replaced
-from servecast.validate.live_plan import PLANS, SLO_PLAN, SWEPT, Load, Planner, check_plans
+from servecast.validate.live_plan import PLANS, SWEPT, Load, Planner, check_plans
+from servecast.validate.live_search import SEARCHES, PredictedRate, goodput_of, predict_rate, search
 from servecast.validate.live_server import (
     OwnServer,
     Target,
@@ -45,9 +42,6 @@ from servecast.validate.telemetry import Prometheus
 
 SERVER_START_S = 90.0
 PLAN_REQUESTS, PLAN_REPLICATIONS = 1000, 4  # where the largest rate is looked for, only to choose loads
-MOST_SEARCHED = 8  # loads of the search for the largest rate
-STEP = 1.1  # from the first rate to the next; squared from step to step, until there is a bracket
-BRACKET = 1.05  # its ends over each other, when it is narrow enough
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +75,7 @@ class Campaign:
             sweep's max_request_rate is another figure: interpolated between the loads that ran, in the same
             way of what was predicted and of what was measured, so that the two can be compared.
         max_rate_sha256: of prediction-max-rate.json, which says so before any load runs.
+        predicted_rates: where the searches (plans "slo" and "knee") end in simulation, before any load runs.
         profile_sha256: before anything ran. truth, machine: of the server, and of this machine.
         proxy_s: what a proxy adds to a request.
         left_out: loads for which the time budget did not last.
@@ -109,6 +104,7 @@ class Campaign:
     proxy_s: float | None = None
     max_rate: float | None = None
     max_rate_sha256: str | None = None
+    predicted_rates: list[PredictedRate] = field(default_factory=list)
     profile_sha256: str | None = None
     left_out: list[str] = field(default_factory=list)
     stopped: str | None = None
@@ -123,7 +119,7 @@ class Campaign:
                 plan is unknown or does not fit the scenario.
         """
         check_plans(self.plans, self.rates, self.concurrency)
-        if SLO_PLAN in self.plans and not (self.scenario.slos or self.scenario.goodput_limits):
+        if "slo" in self.plans and not (self.scenario.slos or self.scenario.goodput_limits):
             raise InputError(
                 "there is no SLO to search the largest rate of",
                 where=f"{self.scenario.source}: slo",
@@ -168,10 +164,12 @@ class Campaign:
                 self.rates,
                 self.concurrency,
             )
-            loads = [load for name in self.plans if name != SLO_PLAN for load in PLANS[name](planner)]
+            self._predict_rates(planner)
+            loads = [load for name in self.plans if name in PLANS for load in PLANS[name](planner)]
             self._all([load for load in loads if not load.engine], served, budget)
-            if SLO_PLAN in self.plans and self.stopped is None:
-                self._search(planner, served, budget)
+            for searched in self.predicted_rates:
+                if self.stopped is None:
+                    self._search(searched, planner, served, budget)
         return [load for load in loads if load.engine]
 
     def _elsewhere(self, load: Load, budget: Budget) -> None:
@@ -238,7 +236,7 @@ class Campaign:
         )
         document = context(served.scenario, served.deployment, seed=self.seed, what_if={}) | found.to_json()
         path = self.out / "prediction-max-rate.json"
-        write_whole(path, lambda part: part.write_text(to_text(document), encoding="utf-8"))
+        write_result(path, document)
         self.max_rate_sha256 = _sha256(path)
         return found.max_request_rate
 
@@ -278,42 +276,36 @@ class Campaign:
             if self.stopped is not None:
                 return
 
-    def _search(self, planner: Planner, served: _Served, budget: Budget) -> None:
-        """Bracket the largest rate at the SLOs: on from what was swept, or from the predicted one."""
-        step = STEP
-        for _ in range(MOST_SEARCHED):
-            swept = [
-                (outcome.load.request_rate, meets(outcome.measured.run, served.scenario))
-                for outcome in self.outcomes
-                if outcome.load.plan in SWEPT and outcome.measured and outcome.load.request_rate
-            ]
-            high = min((rate for rate, good in swept if not good), default=None)
-            low = max((rate for rate, good in swept if good and (high is None or rate < high)), default=None)
-            if low is not None and high is not None:
-                if high <= BRACKET * low:
-                    return
-                rate = (low * high) ** 0.5
-            elif low is not None:
-                rate, step = low * step, step * step
-            elif high is not None:
-                rate, step = high / step, step * step
-            else:
-                rate = planner.max_rate
+    def _predict_rates(self, planner: Planner) -> None:
+        """Search the rates of the plans that do, by simulation, and write prediction-PLAN.json."""
+        for plan in [name for name in self.plans if name in SEARCHES]:
+            self.say(f"predicting where plan {plan} ends")
+            found = predict_rate(plan, planner, range(self.seed, self.seed + self.seeds))
+            path = self.out / f"prediction-{plan}.json"
+            write_result(path, found.to_json())
+            self.predicted_rates.append(replace(found, sha256=_sha256(path)))
+
+    def _search(self, searched: PredictedRate, planner: Planner, served: _Served, budget: Budget) -> None:
+        """Find the rate on the server: on from what was swept, and first where it is predicted."""
+        plan = searched.plan
+        tried = {
+            outcome.load.request_rate: SEARCHES[plan].holds([outcome.measured.run], served.scenario)
+            for outcome in self.outcomes
+            if outcome.load.plan in SWEPT and outcome.measured and outcome.load.request_rate
+        }
+
+        def holds(request_rate: float) -> bool | None:
             count = len(self.outcomes)
-            self._all([planner.at_rate(rate, SLO_PLAN)], served, budget)
-            if len(self.outcomes) == count or self.outcomes[-1].measured is None or self.stopped:
-                return
+            self._all([planner.at_rate(request_rate, plan)], served, budget)
+            if (
+                len(self.outcomes) == count
+                or self.stopped
+                or (measured := self.outcomes[-1].measured) is None
+            ):
+                return None
+            return SEARCHES[plan].holds([measured.run], served.scenario)
 
-
-def goodput_of(scenario: Scenario) -> Goodput | None:
-    """The goodput that a scenario's rates are judged by: where it has SLOs, those count instead."""
-    return None if scenario.slos else scenario.goodput_limits
-
-
-def meets(run: Run, scenario: Scenario) -> bool:
-    """Whether one run meets all objectives of a scenario, in the same sense as the sweep that is judged: a
-    request that failed misses, and so does a statistic that cannot be told."""
-    return strain(run, scenario.slos, goodput_of(scenario)) <= 1
+        search(holds, searched.ends.estimate, tried)
 
 
 def _sha256(path: Path) -> str:

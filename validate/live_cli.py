@@ -76,8 +76,9 @@ def live(
         vllm_flags: after --, further flags of vllm serve for --serve.
         serve: folder of the model to serve.
         plan: what to run, separated by commas: rate (a sweep across the predicted largest rate), slo (search
-            the largest rate at the scenario's SLOs), concurrency (closed loops), kv (a server with few KV
-            blocks, for --serve only), prefix (shared prefixes), mixed (long prompts beside short ones).
+            the largest rate at the scenario's SLOs, to 3 %), knee (search the largest rate that does not fall
+            behind, to 3 %), concurrency (closed loops), kv (a server with few KV blocks, for --serve only),
+            prefix (shared prefixes), mixed (long prompts beside short ones).
         rates: requests/s of the sweep, separated by commas.
         concurrency: levels of the closed loops, separated by commas.
         duration: seconds over which an open-loop load sends.
@@ -249,6 +250,7 @@ def _print(comparison: Comparison, kept: dict[str, Any]) -> None:
     hashes = {f"prediction of {load['name']}": load["prediction_sha256"] for load in kept["loads"]}
     if kept["plan_max_request_rate_sha256"] is not None:
         hashes["largest rate that plan confirms"] = kept["plan_max_request_rate_sha256"]
+    hashes |= {f"search of {each['plan']}": each["sha256"] for each in kept["searches"]}
     for name, sha256 in hashes.items():
         print(f"{name}: sha256 {sha256}")
 

@@ -203,8 +203,8 @@ PLANS: dict[str, Callable[[Planner], list[Load]]] = {
     "prefix": prefix,
     "mixed": mixed,
 }
-SLO_PLAN = "slo"  # its next load hangs on what the last one showed: see live.Campaign
-SWEPT = ("rate", SLO_PLAN)  # plans whose loads differ in nothing but the rate
+SEARCHED = ("slo", "knee")  # whose next load hangs on what the last one showed: see live_search
+SWEPT = ("rate", *SEARCHED)  # plans whose loads differ in nothing but the rate
 
 
 def check_plans(names: Sequence[str], rates: Sequence[float] = (), concurrency: Sequence[int] = ()) -> None:
@@ -216,7 +216,7 @@ def check_plans(names: Sequence[str], rates: Sequence[float] = (), concurrency: 
     Raises:
         InputError: says which are known, or which is there twice.
     """
-    known = [*PLANS, SLO_PLAN]
+    known = [*PLANS, *SEARCHED]
     for name in names:
         if name not in known:
             fix = did_you_mean(name, known) or f"Known are {', '.join(known)}."

@@ -21,9 +21,10 @@ from servecast.sim.results import SCHEMA_VERSION, check_output
 from servecast.sim.traces import TraceSpec
 from servecast.validate.compare_runs import CONFIDENCE, LoadComparison, Row, compare_runs, make_row
 from servecast.validate.compare_sweep import Comparison, compare_loads
-from servecast.validate.live import Campaign, goodput_of
+from servecast.validate.live import Campaign
 from servecast.validate.live_drive import Outcome
 from servecast.validate.live_plan import BLOCK_TOKENS
+from servecast.validate.live_search import SEARCHES, goodput_of
 from servecast.validate.live_server import OwnServer
 from servecast.validate.telemetry import growth
 from servecast.validate.verdict import Tolerances, Verdict
@@ -66,7 +67,11 @@ def judge(
             known[outcome.load.name] = _compare(outcome, tolerances)
     loads = [known[outcome.load.name] for outcome in ended]
     comparison = compare_loads(
-        loads, tolerances=tolerances, slos=campaign.scenario.slos, goodput=goodput_of(campaign.scenario)
+        loads,
+        tolerances=tolerances,
+        slos=campaign.scenario.slos,
+        goodput=goodput_of(campaign.scenario),
+        predicted={SEARCHES[each.plan].metric: each.ends for each in campaign.predicted_rates},
     )
     missing = [
         f"{outcome.load.name}: {outcome.problem}"
@@ -90,6 +95,8 @@ def _compare(outcome: Outcome, tolerances: Tolerances) -> LoadComparison:
     if load.max_concurrency is None:
         planned = TraceSpec(format="timed_trace", path=load.trace, block_tokens=BLOCK_TOKENS).read().times_s
 
+    rows = _queue_time(outcome, tolerances)
+
     def compared(recording: Path | None, notes: tuple[str, ...]) -> LoadComparison:
         return compare_runs(
             outcome.prediction.runs,
@@ -100,13 +107,13 @@ def _compare(outcome: Outcome, tolerances: Tolerances) -> LoadComparison:
             planned_s=planned,
             label=load.name,
             notes=notes,
+            rows=rows,
         )
 
     try:
-        found = compared(outcome.recording, outcome.prediction.cautions)
+        return compared(outcome.recording, outcome.prediction.cautions)
     except InputError as error:  # the recorder of a server that died stops anywhere
-        found = compared(None, (*outcome.prediction.cautions, str(error)))
-    return replace(found, rows=(*found.rows, *_queue_time(outcome, tolerances)))
+        return compared(None, (*outcome.prediction.cautions, str(error)))
 
 
 def _queue_time(outcome: Outcome, tolerances: Tolerances) -> list[Row]:
@@ -164,6 +171,7 @@ def document(
         "slo": list(campaign.scenario.slo),
         "plan_max_request_rate": campaign.max_rate,
         "plan_max_request_rate_sha256": campaign.max_rate_sha256,
+        "searches": [each.to_json() | {"sha256": each.sha256} for each in campaign.predicted_rates],
         "proxy_added_latency_ms": None if campaign.proxy_s is None else 1e3 * campaign.proxy_s,
         "sweep": [_short(row.to_json()) for row in comparison.sweep],
         "loads": [_load(outcome, judged.get(outcome.load.name)) for outcome in campaign.outcomes],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import select
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from importlib.metadata import version
 
 from cyclopts import App, Parameter
@@ -28,14 +28,18 @@ COMMANDS = {  # name -> where it is, and its line in --help
 BAD_INPUT, INTERRUPTED = 2, 130
 
 
-def build_app() -> App:
-    """The command line as cyclopts sees it."""
+def build_app(told: Collection[str] = ()) -> App:
+    """The command line as cyclopts sees it.
+
+    Args:
+        told: commands whose help is their own, whole; of the others it is a line, which imports nothing.
+    """
     app = App(
         name="servecast",
         help="Forecast LLM serving: what a model, a GPU and vLLM's flags can serve, and at what latency.",
         version=version("servecast"),
         help_formatter="default" if sys.stdout.isatty() else "plain",
-        help_format="plaintext",
+        help_format="markdown",
         default_parameter=Parameter(negative=()),
         print_error=False,
         exit_on_error=False,
@@ -43,7 +47,7 @@ def build_app() -> App:
         result_action="return_int_as_exit_code_else_zero",
     )
     for name, (path, text) in COMMANDS.items():
-        app.command(path, name=name, help=text)
+        app.command(path, name=name, help=None if name in told else text)
     return app
 
 
@@ -56,7 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: instead of the process's own.
     """
     try:
-        code: int = build_app()(list(sys.argv[1:] if arguments is None else arguments))
+        words = list(sys.argv[1:] if arguments is None else arguments)
+        code: int = build_app(words[:1])(words)
         sys.stdout.flush()
         return code
     except (CycloptsError, InputError) as error:
