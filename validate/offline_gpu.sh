@@ -34,7 +34,7 @@ pack() {
     scratch=$(mktemp -d)
     rm -f "$folder"/servecast-*.whl
     mkdir "$scratch/source"
-    git -C "$here/.." ls-files -z | tar -C "$here/.." --null -T - -c | tar -C "$scratch/source" -x
+    git -C "$here/.." ls-files -z | tar -C "$here/.." --null -T - --ignore-failed-read -c | tar -C "$scratch/source" -x
     "$python" -m pip wheel -q --no-deps -w "$folder" "$scratch/source"
     if [ ! -e "$folder/site.tar.xz.00" ]; then
         pack_site
