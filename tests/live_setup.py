@@ -25,7 +25,8 @@ from servecast.calibrate.measure.bench_serve import run_bench
 from servecast.calibrate.measure.facts import collect
 from servecast.calibrate.measure.measure_served import overheads
 from servecast.sim.gpu import GPU
-from servecast.validate.live_server import OwnServer, Target
+from servecast.validate.live_server import OwnServer
+from servecast.validate.live_target import Target
 from servecast.validate.vllm_process import ENVIRONMENT
 
 PYTHON = str(ENVIRONMENT / "bin" / "python")

@@ -42,7 +42,8 @@ from servecast.sim.traces import TraceSpec
 from servecast.validate.live import Campaign
 from servecast.validate.live_drive import Outcome
 from servecast.validate.live_result import document, judge
-from servecast.validate.live_server import Started, Target, started
+from servecast.validate.live_server import Started, started
+from servecast.validate.live_target import Target
 from servecast.validate.split import Split
 from servecast.validate.telemetry import get, parse_metrics
 from servecast.validate.verdict import Tolerances
@@ -53,9 +54,8 @@ pytestmark = [
     pytest.mark.skipif(not ENVIRONMENT.exists(), reason="needs vLLM: run validate/install_vllm.sh"),
 ]
 LIMITS = Tolerances.load()
-RATES = (4.0, 7.5, 9.0, 14.0)  # requests/s, below, near and past the knee
+RATES = (4.0, 14.0)  # requests/s, below and past the knee; those near it are searched
 AGAIN = 2  # times that disturbed loads are run again
-LEAST_LOADS = 3
 MOST_LOST = 0.01  # of a load's time, by which steps were longer than their law
 MOST_LATE_S = 0.1  # p95 of what requests were sent after their time, the benchmark's start included
 LONGEST_GAP_S = 0.25  # between two tokens: no step of these loads takes half of that
@@ -144,38 +144,33 @@ def sweep(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The result of a campaign, with the loads in which the metronome kept time.
 
     The law says how long each step should have lasted: a load in which this machine held up the server or
-    the client says nothing, is run again, and is left out if it was disturbed again.
+    the client says nothing, is run again with its plan, and is left out if it was disturbed again.
     """
     out = tmp_path_factory.mktemp("sweep")
-    campaign = lab.campaign(
-        out / "0",
-        plans=("rate", "concurrency", "prefix"),
-        rates=RATES,
-        concurrency=(8,),
-        duration_s=12,
-    )
+    plans: tuple[str, ...] = ("rate", "slo", "knee", "concurrency", "prefix", "mixed")
+    campaign = lab.campaign(out / "0", plans=plans, rates=RATES, concurrency=(8,), duration_s=15)
     campaign.run()
     for again in range(1, AGAIN + 1):
-        lost = [outcome.load for outcome in campaign.outcomes if not lab.in_time(outcome)]
+        lost = {outcome.load.plan for outcome in campaign.outcomes if not lab.in_time(outcome)}
         if not lost:
             break
-        plans = tuple(dict.fromkeys(load.plan for load in lost))
-        rates = tuple(load.request_rate for load in lost if load.plan == "rate")
-        repeated = replace(campaign, out=out / str(again), plans=plans, rates=rates, outcomes=[], notes=[])
+        plans = tuple(plan for plan in plans if plan in lost)
+        repeated = replace(
+            campaign, out=out / str(again), plans=plans, outcomes=[], notes=[], predicted_rates=[]
+        )
         repeated.run()
-        names = [load.name for load in lost]
-        campaign.outcomes = [outcome for outcome in campaign.outcomes if outcome.load.name not in names]
+        campaign.outcomes = [each for each in campaign.outcomes if each.load.plan not in lost]
         campaign.outcomes += repeated.outcomes
     campaign.outcomes = [outcome for outcome in campaign.outcomes if lab.in_time(outcome)]
-    if len(campaign.outcomes) < LEAST_LOADS:
+    if not campaign.outcomes:
         pytest.skip("this machine is too busy to keep time")
     return kept(campaign)
 
 
-def loads_of(found: dict[str, Any], plan: str, count: int) -> list[dict[str, Any]]:
-    """The loads of a plan, if this machine kept time in all of them."""
-    loads = [each for each in found["loads"] if each["plan"] == plan]
-    if len(loads) < count:
+def loads_of(found: dict[str, Any], *plans: str) -> list[dict[str, Any]]:
+    """The loads of some plans, if this machine kept time in one of each at least."""
+    loads = [each for each in found["loads"] if each["plan"] in plans]
+    if {each["plan"] for each in loads} < set(plans):
         pytest.skip("this machine was too busy to keep time in these loads")
     return loads
 
@@ -189,37 +184,51 @@ def worst(found: dict[str, Any], metric: str) -> float:
     return errors(found, metric)[-1]
 
 
+def middle(found: dict[str, Any], metric: str) -> float:
+    values = errors(found, metric)
+    return values[len(values) // 2]
+
+
 def test_throughput_and_medians(sweep: dict[str, Any]) -> None:
-    """The bar is 3 %, and 8 % for first tokens in every load. What client and API server add to those, some
-    10 ms of 80, doubles from one minute to the next on a busy machine: half of the loads must be within it.
-    """
-    assert worst(sweep, "output_throughput") < 0.03
-    assert worst(sweep, "median_tpot_ms") < 0.03
-    assert worst(sweep, "median_e2el_ms") < 0.03
-    ttft = errors(sweep, "median_ttft_ms")
-    assert ttft[len(ttft) // 2] < 0.08
-    assert ttft[-1] < 0.16
+    for metric in ("output_throughput", "median_tpot_ms", "median_e2el_ms"):
+        assert worst(sweep, metric) < 0.03, metric
 
 
 def test_tails(sweep: dict[str, Any]) -> None:
-    """The bar is 10 % in every load. The third latest of 40 first tokens hangs on single wake-ups as well."""
     for metric in ("p95_tpot_ms", "p95_e2el_ms"):
         assert worst(sweep, metric) < 0.10, metric
-    ttft = errors(sweep, "p95_ttft_ms")
-    assert ttft[len(ttft) // 2] < 0.10
+
+
+def test_first_tokens(sweep: dict[str, Any]) -> None:
+    """The bars are 8 and 10 %. A first token waits for the end of a step, up to half of its time, and which
+    part of it hangs on milliseconds: in a load of 60 requests the bars hold but for chance, in most as such.
+    """
+    assert middle(sweep, "median_ttft_ms") < 0.08
+    assert middle(sweep, "p95_ttft_ms") < 0.10
+    for each in sweep["loads"]:
+        for metric in ("median_ttft_ms", "p95_ttft_ms"):
+            assert rows(each)[metric]["state"] != "fail", (each["name"], metric)
+
+
+def test_a_right_prediction_does_not_fail(sweep: dict[str, Any]) -> None:
+    assert sweep["verdict"] != "fail", sweep["reasons"]
+    assert sum(each["verdict"] == "pass" for each in sweep["loads"]) >= len(sweep["loads"]) / 2
 
 
 def test_prefix_hits(sweep: dict[str, Any]) -> None:
-    (shared,) = loads_of(sweep, "prefix", 1)
+    (shared,) = loads_of(sweep, "prefix")
     hits = rows(shared)["prefix_cache_hit_rate"]
     assert hits["measured"] > 0.4
     assert abs(hits["error"]) < 0.02
 
 
 def test_knee_and_largest_rate(sweep: dict[str, Any]) -> None:
-    loads_of(sweep, "rate", len(RATES))
+    """Each found live between rates that are 3 % apart, and predicted to 1 % before."""
+    loads_of(sweep, "rate", "slo", "knee")
     found = {row["metric"]: row for row in sweep["sweep"]}
     for metric in ("knee", "max_request_rate"):
+        low, high = found[metric]["measured_interval"]
+        assert high < 1.1 * low, metric
         assert abs(found[metric]["error"]) < 0.05, metric
 
 
@@ -234,8 +243,8 @@ def test_predictions_were_on_disk_before(sweep: dict[str, Any]) -> None:
 def test_kv_pressure(lab: Lab, tmp_path: Path) -> None:
     """Our own server with too few KV blocks for long answers, recorded."""
     long = {
-        "workload.prompt_tokens": {"kind": "uniform", "tokens": 120, "range_ratio": 0.5},
-        "workload.output_tokens": {"kind": "uniform", "tokens": 160, "range_ratio": 0.4},
+        "workload.prompt_tokens": {"kind": "uniform", "tokens": 60, "range_ratio": 0.5},
+        "workload.output_tokens": {"kind": "uniform", "tokens": 300, "range_ratio": 0.4},
     }
     own = metronome(lab.file.parent / "metronome", ROOFLINE)
     scenario = load(lab.file, long)
@@ -243,7 +252,7 @@ def test_kv_pressure(lab: Lab, tmp_path: Path) -> None:
     campaign.run()
     (each,) = kept(campaign)["loads"]
     found = rows(each)
-    assert found["num_preemptions"]["measured"] > 5
+    assert found["num_preemptions"]["measured"] > 20
     assert found["num_preemptions"]["state"] == "pass"
     assert abs(found["output_throughput"]["error"]) < 0.03
     assert abs(found["median_tpot_ms"]["error"]) < 0.03

@@ -28,7 +28,8 @@ from servecast.validate import live, live_drive, live_result, live_search
 from servecast.validate.live import Campaign
 from servecast.validate.live_result import document, judge
 from servecast.validate.live_search import meets, search
-from servecast.validate.live_server import Started, Target
+from servecast.validate.live_server import Started
+from servecast.validate.live_target import Target
 from servecast.validate.verdict import Tolerances
 
 MACHINE = {"gpu": "cpu", "gpu_count": 0, "driver": None, "host_cpu": "x86"}

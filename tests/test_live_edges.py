@@ -29,7 +29,8 @@ from servecast.validate import live_drive, telemetry
 from servecast.validate.live_drive import Outcome, drive, predict
 from servecast.validate.live_misfit import refuse_misfit, replaced
 from servecast.validate.live_plan import Planner
-from servecast.validate.live_server import Target, Truth, answers, proxy_latency_s, read_truth, warm_up
+from servecast.validate.live_target import Target, answers, proxy_latency_s, warm_up
+from servecast.validate.live_truth import Truth, read_truth
 from servecast.validate.telemetry import Prometheus, Sampler, get, gpu_sampler
 from servecast.validate.vllm_process import VllmProcess
 
@@ -75,7 +76,7 @@ def test_a_pipe_that_is_not_our_output_is_no_success(monkeypatch: pytest.MonkeyP
     def broken(_arguments: list[str]) -> int:
         raise BrokenPipeError
 
-    monkeypatch.setattr(cli, "build_app", lambda: broken)
+    monkeypatch.setattr(cli, "build_app", lambda *_: broken)
     with pytest.raises(BrokenPipeError):
         cli.main([])
 
@@ -139,7 +140,7 @@ def test_a_refusal_that_tells_the_key_is_not_passed_on(monkeypatch: pytest.Monke
 def test_a_slash_at_the_end_of_an_url_is_not_doubled() -> None:
     with FakeServer() as server:
         target = Target(f"{server.url}/", "tiny", "tiny", engine_url=f"{server.url}//")
-        proxy_latency_s(target, read_truth(target, CPU), times=1)
+        proxy_latency_s(target, read_truth(target, CPU).served_model, times=1)
         warm_up(target)
     assert target.base_url == target.engine == server.url
     assert not any("//" in path for path, _ in server.asked)
@@ -196,8 +197,7 @@ def test_what_a_proxy_adds_is_without_handshakes(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(telemetry, "HTTPSConnection", Slow)
     with FakeServer() as front, FakeServer() as engine:
         target = Target(front.url.replace("http:", "https:"), "tiny", "tiny", engine_url=engine.url)
-        truth = Truth("0.32.0", 900, {}, None, "tiny")
-        assert abs(proxy_latency_s(target, truth, times=5)) < 0.09
+        assert abs(proxy_latency_s(target, "tiny", times=5)) < 0.09
 
 
 # whether a scenario is of a server

@@ -27,7 +27,9 @@ from servecast.validate.live_misfit import refuse_misfit, replaced
 from servecast.validate.live_plan import PLANS, Planner
 from servecast.validate.live_result import document, judge
 from servecast.validate.live_search import meets
-from servecast.validate.live_server import Target, Truth, proxy_latency_s, read_truth, serve_flags
+from servecast.validate.live_server import serve_flags
+from servecast.validate.live_target import Target, proxy_latency_s
+from servecast.validate.live_truth import Truth, read_truth
 from servecast.validate.telemetry import Prometheus, Sampler, cache_config, growth, parse_metrics, scraper
 from servecast.validate.verdict import Tolerances
 
@@ -163,7 +165,7 @@ def test_the_key_reaches_the_front_and_not_the_engine_behind(monkeypatch: pytest
         truth = read_truth(target, CPU)
         assert truth.served_model == "tiny"
         assert truth.num_gpu_blocks == 900
-        assert abs(proxy_latency_s(target, truth, times=3)) < 1
+        assert abs(proxy_latency_s(target, truth.served_model, times=3)) < 1
     assert ("/v1/completions", "Bearer sk-secret") in front.asked
     assert {key for _, key in engine.asked} == {None}
 

@@ -32,7 +32,8 @@ from servecast.sim.scenario import load
 from servecast.sim.simulate import simulate
 from servecast.sim.step_time import Efficiencies
 from servecast.validate.live_plan import Load
-from servecast.validate.live_server import Target, read_truth
+from servecast.validate.live_target import Target
+from servecast.validate.live_truth import read_truth
 from servecast.validate.telemetry import Prometheus, get, growth, scraper
 from servecast.validate.vllm_process import ENVIRONMENT
 

@@ -25,7 +25,8 @@ from servecast.sim.errors import InputError
 from servecast.sim.gpu import find_gpu
 from servecast.sim.scenario import load
 from servecast.validate import split as split_module
-from servecast.validate.live_server import Started, Target
+from servecast.validate.live_server import Started
+from servecast.validate.live_target import Target
 from servecast.validate.split import Split, judge
 
 SCENARIO = """

@@ -28,16 +28,9 @@ from servecast.validate.live_drive import BENCH_START_S, Outcome, drive, predict
 from servecast.validate.live_misfit import refuse_misfit, replaced
 from servecast.validate.live_plan import PLANS, SWEPT, Load, Planner, check_plans
 from servecast.validate.live_search import SEARCHES, PredictedRate, goodput_of, predict_rate, search
-from servecast.validate.live_server import (
-    OwnServer,
-    Target,
-    Truth,
-    answers,
-    proxy_latency_s,
-    read_truth,
-    started,
-    warm_up,
-)
+from servecast.validate.live_server import OwnServer, started
+from servecast.validate.live_target import Target, answers, proxy_latency_s, warm_up
+from servecast.validate.live_truth import Truth, read_truth
 from servecast.validate.telemetry import Prometheus
 
 SERVER_START_S = 90.0
@@ -209,7 +202,7 @@ class Campaign:
         notes = refuse_misfit(truth, scenario, deployment, model if model.is_dir() else None)
         warm_up(target)
         if target.engine_url is not None:
-            self.proxy_s = proxy_latency_s(target, truth)
+            self.proxy_s = proxy_latency_s(target, truth.served_model)
             costs = deployment.profile.front_end
             costs = replace(costs, latency_s=costs.latency_s + max(self.proxy_s, 0.0))
             profile = deployment.profile.model_copy(update={"front_end": costs})

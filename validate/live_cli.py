@@ -16,7 +16,8 @@ from servecast.sim.errors import InputError
 if TYPE_CHECKING:
     from servecast.validate.compare_runs import LoadComparison
     from servecast.validate.compare_sweep import Comparison
-    from servecast.validate.live_server import OwnServer, Target
+    from servecast.validate.live_server import OwnServer
+    from servecast.validate.live_target import Target
     from servecast.validate.telemetry import Prometheus
 
 
@@ -180,7 +181,7 @@ def _to_start(
 
 
 def _running(attach: Attach, flags: tuple[str, ...], *, recorder: bool) -> OwnServer | Target:
-    from servecast.validate.live_server import Target
+    from servecast.validate.live_target import Target
 
     if attach.base_url is None:
         raise InputError(

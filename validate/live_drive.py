@@ -26,7 +26,7 @@ from servecast.sim.scenario import Scenario
 from servecast.sim.simulate import simulate
 from servecast.sim.whole_file import write_whole
 from servecast.validate.live_plan import SWEPT, Load
-from servecast.validate.live_server import Target, without
+from servecast.validate.live_target import Target, without
 from servecast.validate.readers import READERS, Reading
 from servecast.validate.telemetry import DCGM, Prometheus, gpu_sampler, scraper
 

@@ -12,7 +12,7 @@ from servecast.sim.errors import InputError
 from servecast.sim.gpu import find_gpu
 from servecast.sim.model_shape import ModelShape
 from servecast.sim.scenario import Scenario
-from servecast.validate.live_server import Truth
+from servecast.validate.live_truth import Truth
 
 _MAY_DIFFER = ("name", "max_position_embeddings")  # of two configs of models that take the same time
 

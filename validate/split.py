@@ -39,7 +39,8 @@ from servecast.sim.workload_spec import StageSpec, StreamSpec, Workload
 from servecast.validate.ending import descendants, kill
 from servecast.validate.live_drive import BENCH_START_S
 from servecast.validate.live_plan import BLOCK_TOKENS
-from servecast.validate.live_server import OwnServer, Target, started, warm_up
+from servecast.validate.live_server import OwnServer, started
+from servecast.validate.live_target import Target, warm_up
 from servecast.validate.readers import read
 from servecast.validate.telemetry import get, parse_metrics
 from servecast.validate.verdict import State, Tolerances, Verdict, verdict_of
