@@ -67,8 +67,8 @@ def fit_front_end(overheads: Sequence[Overhead]) -> tuple[FrontEndCosts, tuple[s
     """The costs in front of the engine, as ``sim.front_end`` spends them.
 
     c requests in preparation at a time are ready after latency + their rounds' costs; the tokens of a burst
-    leave one after the other, so that the mean one waits for half of them. What a first token takes beyond
-    that is part of the latency, as a constant delay of the later ones moves none of their gaps. Server and
+    leave one after the other, so that the mean one waits for half of them, and are delivered after what a
+    first token takes beyond that (a constant delay of the later ones moves none of their gaps). Server and
     client share one machine here, and what each of them takes is not told apart: all of it is the server's.
 
     Returns:
@@ -90,7 +90,7 @@ def fit_front_end(overheads: Sequence[Overhead]) -> tuple[FrontEndCosts, tuple[s
         if first:
             waits = [np.asarray(row.times_s) - costs["token_s"] * _mean_place(row) for row in first]
             start = max(0.0, float(np.median(np.concatenate(waits))))
-        costs["latency_s"] = costs.get("latency_s", 0.0) + start
+        costs["delivery_s"] = start
     return FrontEndCosts(**costs), tuple(costs)
 
 

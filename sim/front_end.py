@@ -30,7 +30,8 @@ class FrontEndCosts:
     Attributes:
         request_s: API server, per request: HTTP, chat template, tokenizer; requests in progress share it.
         token_s: API server, serial, per event streamed, of one token unless it lags: detokenizer, one event.
-        latency_s: per request, not serial: connection, network, wake-ups, first event.
+        latency_s: per request, not serial, on its way to the engine: connection, network, wake-ups.
+        delivery_s: per token, not serial, on its way from the engine: wake-ups, network.
         client_request_s, client_token_s: the client's process, serial, per request and per event read.
         cv: coefficient of variation of the costs per request (gamma distributed, drawn per request).
     """
@@ -38,6 +39,7 @@ class FrontEndCosts:
     request_s: float = 0.0
     token_s: float = 0.0
     latency_s: float = 0.0
+    delivery_s: float = 0.0
     client_request_s: float = 0.0
     client_token_s: float = 0.0
     cv: float = 0.0
@@ -150,6 +152,7 @@ class ApiServer:
     __slots__ = (
         "_costs",
         "_deliver",
+        "_delivery_ps",
         "_env",
         "_preparation",
         "_sent",
@@ -168,6 +171,7 @@ class ApiServer:
         self._costs = costs
         self._deliver = deliver
         self._preparation = Preparation(env)
+        self._delivery_ps = to_ps(costs.delivery_s)
         self._sent = 0  # when the last token so far is
         self._token_ps = to_ps(costs.token_s)
         self._variation = _gamma_factors(costs.cv, rng)
@@ -188,12 +192,12 @@ class ApiServer:
         a stream waits: a server that lags delays tokens by one round over its streams, and no further.
 
         Returns:
-            When the first one is sent, the spacing of the others, and how many events they added.
+            When the first one is at the client, the spacing of the others, and how many events they added.
         """
         cost, waiting = self._token_ps, max(self._sent, now)
         self._sent = max(self._sent, now + cost * tokens)
         events = (self._sent - waiting) // cost if cost else tokens
-        return self._sent - cost * (tokens - 1), cost, events
+        return self._sent + self._delivery_ps - cost * (tokens - 1), cost, events
 
     def _prepare(self, item: Any) -> None:
         cost = to_ps(self._costs.request_s * next(self._variation))

@@ -352,11 +352,11 @@ def overhead_rows(costs: FrontEndCosts) -> list[dict[str, Any]]:
     for c in (1, 8, 32):
         add(
             400,
-            lambda c=c: costs.latency_s * 0.75 * draw() + c * costs.request_s * draw(),
+            lambda c=c: costs.latency_s * draw() + c * costs.request_s * draw(),
             kind="request_in",
             concurrency=c,
         )
-        for first, start in ((True, 0.25 * costs.latency_s), (False, 1e-4)):
+        for first, start in ((True, costs.delivery_s), (False, 1e-4)):
             add(
                 100,
                 lambda c=c, start=start: start + costs.token_s * (c + 1) / 2 * rng.normal(1, 0.05),
@@ -369,13 +369,13 @@ def overhead_rows(costs: FrontEndCosts) -> list[dict[str, Any]]:
 
 
 def test_front_end_costs_are_found_from_overheads(tmp_path: Path) -> None:
-    costs = FrontEndCosts(request_s=2e-3, latency_s=8e-3, token_s=4e-5, cv=0.2)
+    costs = FrontEndCosts(request_s=2e-3, latency_s=6e-3, delivery_s=2e-3, token_s=4e-5, cv=0.2)
     rows = overhead_rows(costs)
     found, told = fit_front_end([Overhead.model_validate(row) for row in rows])
-    for name in ("request_s", "latency_s", "token_s"):
+    for name in ("request_s", "latency_s", "delivery_s", "token_s"):
         assert getattr(found, name) == pytest.approx(getattr(costs, name), rel=0.1)
     assert found.cv == pytest.approx(0.2, rel=0.2)
-    assert set(told) == {"request_s", "latency_s", "token_s", "cv"}
+    assert set(told) == {"request_s", "latency_s", "delivery_s", "token_s", "cv"}
     assert fit_front_end([]) == (FrontEndCosts(), ())
     profile = fit_folder(write_folder(tmp_path, {MODEL: physical_law(MODEL, TRUTH)}, overheads=rows)).profile
     assert profile.front_end == found

@@ -192,6 +192,14 @@ def test_tokens_are_streamed_one_after_the_other() -> None:
     assert times(result, "first_token") == [1.3, 1.5]
 
 
+def test_tokens_are_delivered_late_and_requests_are_not() -> None:
+    """A step of 1.0; its token is on its way for 0.25, and the engine, free at 1.0, does not wait for it."""
+    result = run(one_stream([Request(0, 0.0, 10, 2, 2)]), config(), FrontEndCosts(delivery_s=0.25))
+    assert times(result, "first_token") == [1.25]
+    assert times(result, "finish") == [2.25]
+    assert times(result, "ended") == [2.0]
+
+
 def test_a_server_that_lags_sends_a_stream_s_tokens_together() -> None:
     """Steps of 1.0 with two tokens that take 0.8 each to send. Those of the last, at 4.0, are read from 4.9
     to 5.7 (one round later), not until 7.5 (eight times 0.8 after the first step)."""
