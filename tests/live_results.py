@@ -37,7 +37,7 @@ def measure_metronome(folder: Path) -> Path:
         measure_overheads(server.target, server.recording, measured, (1, 4, 12))
     calibrate(measured, gpu, folder / "profile.json")
     arguments = [str(file), "--serve", str(model), "--vllm-python", PYTHON, "--out", str(folder / "out")]
-    plans = ["--plan", "rate,slo,concurrency,prefix,mixed,kv", "--duration", "40", "--recorder"]
+    plans = ["--plan", "rate,slo,knee,concurrency,prefix,mixed,kv", "--duration", "35", "--recorder"]
     os.environ.update(own.env)
     main(["validate", "live", *arguments, *plans, "--", *own.args])
     return folder / "out" / "result.json"

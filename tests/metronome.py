@@ -5,7 +5,8 @@
 All else is vLLM: HTTP server, scheduler, engine loop, KV blocks, sampler. The model's weights are never
 used, so any config.json will do; its logits are those of zeros. A step that follows another directly lasts
 from that one's end to its own, the engine's own work included, and makes up for a late wake-up of the one
-before; one that finds the engine idle lasts from when it reaches the worker.
+before; one that finds the engine idle lasts from when it reaches the worker. An engine that has run empty
+tells its worker so by a step without tokens.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from metronome_law import Law
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-DIRECTLY_S = 0.008  # the engine's own work between two steps takes less, waiting for a request mostly more
+DIRECTLY_S = 0.008  # the engine's own work between two steps takes less
 LATE_S = 0.002  # what a step makes up for, at most
 
 
@@ -28,6 +29,7 @@ class MetronomeWorker(CPUWorker):  # type: ignore[misc]
         self._law = Law(os.environ["METRONOME_LAW"])
         self._prompts: dict[str, int] = {}
         self._end = self._deadline = 0.0
+        self._ran_empty = False
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
@@ -43,9 +45,10 @@ class MetronomeWorker(CPUWorker):  # type: ignore[misc]
         if scheduler_output.total_num_scheduled_tokens:
             now = time.monotonic()
             running = bool(scheduler_output.scheduled_cached_reqs.req_ids)
-            directly = running or now - self._end < DIRECTLY_S
+            directly = running or (now - self._end < DIRECTLY_S and not self._ran_empty)
             begin = max(self._deadline, self._end - LATE_S) if directly else now
             self._deadline = begin + self._seconds(scheduler_output)
+        self._ran_empty = not scheduler_output.total_num_scheduled_tokens
         return super().execute_model(scheduler_output, *args, **kwargs)
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:

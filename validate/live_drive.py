@@ -32,7 +32,7 @@ from servecast.validate.telemetry import DCGM, Prometheus, gpu_sampler, scraper
 
 RANKS = (50, 90, 95, 99)
 BENCH_START_S = 20.0  # vllm bench serve imports torch and reads the tokenizer before it sends
-_SLOWER = 3.0  # a run that takes this many times its prediction is given up
+SLOWER = 3.0  # a run that takes this many times its prediction is given up
 _CUT_OFF = "ended before its last token"
 _IGNORES_EOS = "Do streams break off, or does ignore_eos not reach the server?"
 
@@ -120,7 +120,7 @@ def drive(
     at = recording.stat().st_size if recording is not None and recording.exists() else 0
     hash_seed = int(unix) % (1 << 32)  # prompts that no server has seen
     bound = () if load.max_concurrency is None else ("--max-concurrency", str(load.max_concurrency))
-    timeout_s = _SLOWER * prediction.seconds + 5 * BENCH_START_S
+    timeout_s = SLOWER * prediction.seconds + 5 * BENCH_START_S
     measured, problem, timed_out = None, None, False
     scrape = scraper(f"{target.engine}/metrics") if prometheus is None else None
     gpu = gpu_sampler() if target.here else None

@@ -37,7 +37,7 @@ from servecast.sim.whole_file import write_whole
 from servecast.sim.workload import build, with_request_rate
 from servecast.sim.workload_spec import StageSpec, StreamSpec, Workload
 from servecast.validate.ending import descendants, kill
-from servecast.validate.live_drive import BENCH_START_S
+from servecast.validate.live_drive import BENCH_START_S, SLOWER
 from servecast.validate.live_plan import BLOCK_TOKENS
 from servecast.validate.live_server import OwnServer, started
 from servecast.validate.live_target import Target, warm_up
@@ -47,7 +47,6 @@ from servecast.validate.verdict import State, Tolerances, Verdict, verdict_of
 
 BETTER = {"prefix_hit_rate": max, "mean_ttft_ms": min, "p95_ttft_ms": min, "mean_tpot_ms": min}
 AGREE = 0.02  # of prompt tokens found cached: as far as two shares may lie apart and be the same
-SLOWER = 3.0  # a benchmark that takes this many times its prediction is given up
 
 
 @dataclass(slots=True)
