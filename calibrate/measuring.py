@@ -6,19 +6,18 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
-from types import FrameType
 from typing import Annotated
 
 from cyclopts import Parameter
 
+from servecast.calibrate.ending import sigterm_as_ctrl_c
 from servecast.sim.errors import InputError
 
 
 def measure(
-    *arguments: Annotated[str, Parameter(allow_leading_hyphen=True)], python: Path = Path(sys.executable)
+    *arguments: Annotated[str, Parameter(allow_leading_hyphen=True)], python: Path | None = None
 ) -> int:
     """Measure the machine at hand into a folder: measure engine --model FOLDER --out DIR.
 
@@ -27,8 +26,9 @@ def measure(
 
     Args:
         arguments: what to measure, and its flags.
-        python: of the environment that has vllm and torch, where servecast's own has not.
+        python: of the environment that has vllm and torch; the one that runs this without it.
     """
+    python = python or Path(sys.executable)
     path = [str(Path(__file__).resolve().parent), os.environ.get("PYTHONPATH", "")]
     try:
         process = subprocess.Popen(
@@ -43,24 +43,10 @@ def measure(
             fix="Give the Python of an environment that has vLLM.",
         ) from error
     try:
-        with _sigterm_as_ctrl_c():
+        with sigterm_as_ctrl_c():
             return process.wait()
     except KeyboardInterrupt:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGINT)  # it, and the benchmark that it may be waiting for
         process.wait()
         raise
-
-
-@contextmanager
-def _sigterm_as_ctrl_c() -> Iterator[None]:
-    """A time limit set from outside ends what we started too."""
-
-    def interrupt(_number: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

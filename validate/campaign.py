@@ -25,6 +25,7 @@ from typing import Any
 
 import yaml
 
+from servecast.calibrate.ending import GRACE_S, end
 from servecast.calibrate.measure.facts import collect, nvidia_smi
 from servecast.calibrate.measure.folder import Budget
 from servecast.calibrate.measure.tiny_model import write_tiny_model, write_tokenizer
@@ -32,7 +33,6 @@ from servecast.sim.errors import InputError
 from servecast.sim.scenario import shipped_folder
 from servecast.sim.whole_file import write_whole
 from servecast.validate.campaign_plan import Plan, Stage, share_of
-from servecast.validate.ending import GRACE_S, end
 
 MANIFEST = "stages.json"
 MACHINE = "machine.json"

@@ -50,10 +50,10 @@ def campaign(
     with _refused():
         budget = Budget(time_budget)
 
+    from servecast.calibrate.ending import sigterm_as_ctrl_c
     from servecast.validate.campaign import ENDING_S, MANIFEST, Campaign
     from servecast.validate.campaign_pack import PACK_S
     from servecast.validate.campaign_plan import read_plan
-    from servecast.validate.ending import sigterm_as_ctrl_c
 
     wanted = read_plan(plan)
     for flag, names in (("--only", only or []), ("--again", again or [])):

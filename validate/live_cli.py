@@ -105,10 +105,10 @@ def live(
     else:
         server = _to_start(serve, vllm_flags, python, attach, recorder=recorder)
 
+    from servecast.calibrate.ending import sigterm_as_ctrl_c
     from servecast.calibrate.measure.errors import MeasureError
     from servecast.sim.results import check_output, write_result
     from servecast.validate.compare_report import write_comparison_report
-    from servecast.validate.ending import sigterm_as_ctrl_c
     from servecast.validate.live import Campaign
     from servecast.validate.live_result import document, facts, judge, new_result
     from servecast.validate.verdict import Tolerances

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from servecast.calibrate.ending import descendants, kill
 from servecast.calibrate.measure.bench_serve import run_bench
 from servecast.calibrate.measure.errors import MeasureError
 from servecast.sim.deployment import Deployment
@@ -36,7 +37,6 @@ from servecast.sim.traces import Trace, TraceSpec
 from servecast.sim.whole_file import write_whole
 from servecast.sim.workload import build, with_request_rate
 from servecast.sim.workload_spec import StageSpec, StreamSpec, Workload
-from servecast.validate.ending import descendants, kill
 from servecast.validate.live_drive import BENCH_START_S, SLOWER
 from servecast.validate.live_plan import BLOCK_TOKENS
 from servecast.validate.live_server import OwnServer, started

@@ -57,9 +57,9 @@ def split(
     if not (serve / "config.json").is_file():
         raise InputError("has no config.json", where=f"--serve {serve}", fix="Give the folder of a model.")
 
+    from servecast.calibrate.ending import sigterm_as_ctrl_c
     from servecast.calibrate.measure.errors import MeasureError
     from servecast.sim.results import write_result
-    from servecast.validate.ending import sigterm_as_ctrl_c
     from servecast.validate.live_result import new_result
     from servecast.validate.live_server import OwnServer
     from servecast.validate.split import AGREE, Split, judge
