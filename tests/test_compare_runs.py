@@ -108,7 +108,7 @@ def test_what_both_say_of_the_same_requests_is_no_chance() -> None:
 
 
 def test_few_seeds_leave_a_wide_interval() -> None:
-    """Student's t over the seeds, also where only figures are known."""
+    """Student's t over the seeds; where only figures are known, the measured one is one run more."""
     two, five = ([run(20, seed) for seed in range(count)] for count in (2, 5))
     figures = {k: v for k, v in summary(run(20, 9)).items() if isinstance(v, float | int)}
     nothing = replace(run(20, 9), requests=run(20, 9).requests.iloc[:0])
@@ -117,7 +117,8 @@ def test_few_seeds_leave_a_wide_interval() -> None:
     for runs in (two, five):
         each = row(compare_runs(runs, totals, tolerances=LOOSE), "mean_e2el_ms")
         widths.append(each.difference.high - each.difference.low)
-        assert widths[-1] == pytest.approx(each.predicted.high - each.predicted.low, rel=0.25)
+        predicted = each.predicted.high - each.predicted.low
+        assert widths[-1] == pytest.approx(predicted * math.sqrt(len(runs) + 1), rel=0.25)
     assert widths[0] > widths[1]
 
 
@@ -491,7 +492,7 @@ def test_the_report_is_one_file_that_says_the_verdict(
     recorded(measured, recording)
     loads = [
         compared(measured, telemetry=telemetry(measured), recording=recording),
-        compared(slower(run(40, 9), 0.5), rate=40, tolerances=SHIPPED),
+        compared(slower(run(20, 9), 0.5), rate=20, tolerances=SHIPPED, label="slow"),
     ]
     found = compare_loads(loads, tolerances=SHIPPED, slos=[SLO.parse("ttft:p95:100")])
     file = tmp_path / "report.html"

@@ -229,7 +229,10 @@ def _row(
     tolerances: Tolerances,
     rng: np.random.Generator,
 ) -> Row:
-    """A row whose difference is uncertain by which requests there were, and by the seeds (Student's t)."""
+    """A row whose difference is uncertain by which requests there were, and by the seeds (Student's t).
+
+    Where the measured figure has no bootstrap, as a count, it is one run more that may vary as the seeds do.
+    """
     seeds = len(predicted)
     draws = np.empty(0)
     if resampled is not None or seeds > 1:
@@ -237,7 +240,8 @@ def _row(
         if resampled is not None:
             draws = resampled.predicted - resampled.measured
         if seeds > 1:
-            error = float(np.std(predicted, ddof=1)) / math.sqrt(seeds)
+            more = 1.0 if resampled is None else 0.0
+            error = float(np.std(predicted, ddof=1)) * math.sqrt(1 / seeds + more)
             draws = draws + error * rng.standard_t(seeds - 1, RESAMPLES)
     return make_row(
         metric,
