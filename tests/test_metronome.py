@@ -33,6 +33,7 @@ from servecast.calibrate.measurements import Overhead, Step, read_folder
 from servecast.sim.cli import main
 from servecast.validate.vllm_process import ENVIRONMENT
 
+pytestmark = pytest.mark.live  # a metronome keeps time where it is not held up
 LAWS = {"roofline": ROOFLINE, "staircase": STAIRCASE, "no machine": NO_MACHINE}
 WITHIN = 0.05
 
@@ -165,7 +166,6 @@ def test_a_law_of_no_machine_is_a_bad_fit(
     assert "decode" in said
 
 
-@pytest.mark.live  # where the client lags, the server merges tokens, and their times cannot be told apart
 def test_overheads_of_a_served_model(model: Path, tmp_path: Path) -> None:
     if not ENVIRONMENT.exists():
         pytest.skip("needs vLLM: run validate/install_vllm.sh")

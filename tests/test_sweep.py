@@ -67,10 +67,9 @@ def dask_scheduler(tmp_path: Path) -> Iterator[str]:
             wait_for(contact.exists, processes)
         yield json.loads(contact.read_text())["address"]
     finally:
-        for process in reversed(processes):
-            process.terminate()
-        for process in processes:
-            process.wait(timeout=120)
+        for process in reversed(processes):  # a worker that loses its scheduler would wait for it
+            process.kill()
+            process.wait()
         log.close()
 
 
