@@ -225,13 +225,13 @@ def test_prefix_hits(sweep: dict[str, Any]) -> None:
 
 def test_knee_and_largest_rate(sweep: dict[str, Any]) -> None:
     """The largest rate is found live between rates that are 3 % apart, and was predicted to 1 % before. In
-    loads of 12 s a queue may grow by chance: the knee is one of the swept rates, and not surely another."""
+    loads of 12 s a queue may grow by chance: the knee is not surely at another of the rates."""
     loads_of(sweep, "rate", "slo")
     found = {row["metric"]: row for row in sweep["sweep"]}
     low, high = found["max_request_rate"]["measured_interval"]
     assert high < 1.1 * low
     assert abs(found["max_request_rate"]["error"]) < 0.05
-    assert found["knee"]["measured"] in RATES or found["knee"]["measured"] > RATES[1]
+    assert found["knee"]["measured"] > RATES[0]
     assert found["knee"]["state"] != "fail"
 
 
