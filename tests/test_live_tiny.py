@@ -114,7 +114,7 @@ def test_a_model_that_computes(lab: Lab, tmp_path: Path) -> None:
             blind.setdefault(metric, []).append(predicted[metric] / measured[metric] - 1)
             own.setdefault(metric, []).append(again[metric] / measured[metric] - 1)
     print({"blind": blind, "own steps": own})
-    assert abs(np.median(blind["median_ttft_ms"])) < 0.50
+    assert abs(np.median(blind["median_ttft_ms"])) < 0.75
     for metric in ("median_tpot_ms", "median_e2el_ms"):
         assert abs(np.median(blind[metric])) < 0.35, metric
         assert abs(np.median(own[metric])) < 0.20, metric
