@@ -268,11 +268,13 @@ def _lag(measured: Reading, planned_s: Floats | None) -> ClientLag | None:
     requests = measured.run.requests.sort_values("sent", kind="stable")
     sent = requests["sent"].to_numpy(dtype=float)
     bound = measured.context.max_concurrency
+    planned = None
     if planned_s is not None and len(planned_s) == len(sent):
-        late = sent - np.sort(planned_s)
-        late -= late[~np.isnan(late)].min(initial=math.inf)
+        planned = np.sort(planned_s)
     elif measured.planned:
-        late = sent - requests["arrival"].to_numpy(dtype=float)
+        planned = requests["arrival"].to_numpy(dtype=float)
+    if planned is not None:
+        late = sent - planned
         late -= late[~np.isnan(late)].min(initial=math.inf)
     elif bound is not None and measured.context.request_rate in (None, math.inf):
         late = sent[bound:] - np.sort(requests["finish"].to_numpy(dtype=float))[: max(len(sent) - bound, 0)]

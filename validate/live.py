@@ -58,7 +58,7 @@ class Campaign:
             plans' own. seed: of the traffic. seeds: replications of a prediction.
         time_budget_s: a load that would end later is not started, and one that has not ended by then is cut.
         prometheus: asked instead of scraping /metrics. python: that has vllm, for the benchmark.
-        bench_args: further flags of ``vllm bench serve``. say: told what is being done.
+        say: told what is being done.
         after_load: called when a load has ended, to keep what is done.
 
     Attributes:
@@ -87,7 +87,6 @@ class Campaign:
     time_budget_s: float | None = None
     prometheus: Prometheus | None = None
     python: str = sys.executable
-    bench_args: tuple[str, ...] = ()
     say: Callable[[str], None] = lambda _text: None
     after_load: Callable[[Campaign], object] = lambda _campaign: None
     outcomes: list[Outcome] = field(default_factory=list)
@@ -255,7 +254,6 @@ class Campaign:
                 python=self.python,
                 recording=served.recording,
                 prometheus=self.prometheus,
-                bench_args=self.bench_args,
                 most_s=None if math.isinf(budget.left_s) else budget.left_s,
             )
             self.outcomes.append(outcome)

@@ -105,14 +105,13 @@ def drive(
     python: str,
     recording: Path | None = None,
     prometheus: Prometheus | None = None,
-    bench_args: tuple[str, ...] = (),
     most_s: float | None = None,
 ) -> Outcome:
     """Run a load, and keep what the benchmark, the engine and the GPU say of it beside its trace.
 
     Args:
         python: that has vllm, for the benchmark. recording: file that the server's recorder writes.
-        prometheus: asked instead of the server's /metrics. bench_args: further flags of the benchmark.
+        prometheus: asked instead of the server's /metrics.
         most_s: how long the benchmark may take at most.
     """
     folder = load.trace.parent
@@ -137,7 +136,7 @@ def drive(
                 folder / "bench.json",
                 python=python,
                 endpoint=target.endpoint,
-                args=(*bound, *bench_args),
+                args=bound,
                 api_key_env=target.api_key_env,
                 hash_seed=hash_seed,
                 timeout_s=timeout_s if most_s is None else min(timeout_s, most_s),
