@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 SCENARIO ?= a6000-qwen2.5-7b
 SLO ?= --slo ttft:p95:500 --slo tpot:p95:60
 
-.PHONY: plan test live-results lint types benchmark parity-long docs vllm litellm prometheus clean
+.PHONY: plan test live-results lint types tree benchmark parity-long docs vllm litellm prometheus clean
 
 plan: $(VENV)/.installed
 	$(BIN)/servecast plan $(SCENARIO) $(SLO) --report out/plan-$(SCENARIO).html
@@ -18,33 +18,33 @@ test: $(VENV)/.installed-test vllm litellm prometheus lint types
 
 # Measures the committed results of live runs that need no GPU anew; takes twenty minutes.
 live-results: $(VENV)/.installed-test vllm
-	$(BIN)/python tests/live_results.py
+	$(BIN)/python tests/live/measure_results.py
 	$(BIN)/python docs/generate.py
 
-lint: $(VENV)/.installed-test
+lint: $(VENV)/.installed-test tree
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/lint-imports
+	cd .tree && ../$(BIN)/lint-imports --no-logo ../pyproject.toml
 
-types: $(VENV)/.installed-test .typecheck/servecast
-	MYPYPATH=.typecheck $(BIN)/mypy -p servecast.sim -p servecast.calibrate -p servecast.validate
+types: $(VENV)/.installed-test tree
+	MYPYPATH=.tree $(BIN)/mypy -p servecast
 
 # The real vLLM, in an environment of its own, for the comparison of schedulers.
 vllm:
-	PYTHON=$(PYTHON) bash validate/install_vllm.sh
+	PYTHON=$(PYTHON) bash tools/install_vllm.sh
 
 # What stands around vLLM in a live test: a proxy before it, and a server that scrapes it.
 litellm:
-	PYTHON=$(PYTHON) bash validate/install_litellm.sh
+	PYTHON=$(PYTHON) bash tools/install_litellm.sh
 
 prometheus:
-	bash validate/install_prometheus.sh
+	bash tools/install_prometheus.sh
 
 parity-long: $(VENV)/.installed-test vllm
-	$(BIN)/python -m servecast.validate.parity_report --long
+	$(BIN)/python -m servecast.validate.parity.page --long
 
 benchmark: $(VENV)/.installed-test
-	$(BIN)/python -m pytest tests/test_speed.py --benchmark-only
+	$(BIN)/python -m pytest tests/speed/test_engine.py --benchmark-only
 
 docs: $(VENV)/.installed-test
 	$(BIN)/pip install -q '.[docs]'
@@ -61,10 +61,11 @@ $(VENV)/.installed-test: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/pip install -q -e '.[test]'
 	touch $@ $(VENV)/.installed
 
-# Type checkers do not follow setuptools' package mapping: give them the tree that it means.
-.typecheck/servecast:
-	mkdir -p $@
-	for package in sim calibrate validate; do ln -sfn ../../$$package $@/$$package; done
+# Type checkers and import-linter do not follow setuptools' package mapping: give them the tree that it means.
+tree:
+	rm -rf .tree && mkdir -p .tree
+	cp -rp servecast .tree/
+	cp -rp sim calibrate validate .tree/servecast/
 
 clean:
-	rm -rf .venv .venv-vllm .venv-litellm .prometheus .typecheck out
+	rm -rf .venv .venv-vllm .venv-litellm .prometheus .tree out

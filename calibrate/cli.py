@@ -9,19 +9,19 @@ from typing import Annotated, Literal
 
 from cyclopts import App, Parameter
 
-from servecast.calibrate import fit_plot
-from servecast.calibrate.black_box import endpoint
-from servecast.calibrate.fit_folder import fit_folder
-from servecast.calibrate.fit_layers import fit_layers
-from servecast.calibrate.fit_padded import fit_infer
-from servecast.calibrate.fit_text import profile_lines, summary_lines
-from servecast.calibrate.from_report import fit_report
-from servecast.calibrate.layer_tables import is_layer_folder
+from servecast.calibrate.fit import plot as fit_plot
+from servecast.calibrate.fit.endpoint import endpoint
+from servecast.calibrate.fit.folder import fit_folder
+from servecast.calibrate.fit.layer_tables import is_layer_folder
+from servecast.calibrate.fit.layers import fit_layers
+from servecast.calibrate.fit.padded import fit_infer
+from servecast.calibrate.fit.report import fit_report
+from servecast.calibrate.fit.text import profile_lines, summary_lines
 from servecast.calibrate.measuring import measure
-from servecast.sim.errors import InputError
-from servecast.sim.gpu import GPU, find_gpu
-from servecast.sim.profile import Profile
-from servecast.sim.scenario import load
+from servecast.sim.hardware.gpu import GPU, find_gpu
+from servecast.sim.hardware.profile import Profile
+from servecast.sim.inputs.errors import InputError
+from servecast.sim.scenario.scenario import load
 
 app = App(name="calibrate", help="Measure a machine, fit a profile, or show what one says and where it ends.")
 app.command(measure, help_flags=())

@@ -13,7 +13,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from servecast.calibrate.ending import sigterm_as_ctrl_c
-from servecast.sim.errors import InputError
+from servecast.sim.inputs.errors import InputError
 
 
 def measure(

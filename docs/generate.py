@@ -15,8 +15,8 @@ import accuracy_tables
 import live_tables
 import scenario_reference
 
-from servecast.sim.cli import COMMANDS, build_app
-from servecast.sim.scenario import Scenario, shipped_scenarios
+from servecast.__main__ import COMMANDS, build_app
+from servecast.sim.scenario.scenario import Scenario, shipped_scenarios
 
 DOCS = Path(__file__).parent
 REPOSITORY = DOCS.parent

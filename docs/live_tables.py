@@ -9,7 +9,7 @@ from typing import Any
 
 from accuracy_tables import table_lines
 
-from servecast.validate.compare_runs import spoken
+from servecast.validate.compare.load import spoken
 
 Document = Mapping[str, Any]
 
@@ -20,7 +20,7 @@ server with `vllm bench serve`, then compared. Every judged figure of every comm
 that fail (✗) or may be chance (?) included; the rest of each result, and its intervals, are in
 `docs/results/`. How a run is judged is in [Check and validate](validate.md).
 
-`metronome` is a vLLM whose steps last what a known law says (`tests/metronome.py`). Its HTTP server,
+`metronome` is a vLLM whose steps last what a known law says (`tests/helpers/metronome.py`). Its HTTP server,
 scheduler, KV cache and engine loop are the real ones: it judges all of servecast but the step times of a
 GPU, and those are calibrated from outside, as a GPU's would be. `make live-results` measures it anew.
 """

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from servecast.sim.scenario import Scenario
+from servecast.sim.scenario.scenario import Scenario
 
 Schema = Mapping[str, Any]
 

@@ -10,18 +10,18 @@ from unittest.mock import patch
 
 import pytest
 import yaml
+from places import REPOSITORY
 
-REPOSITORY = Path(__file__).parent.parent
 sys.path.append(str(REPOSITORY / "docs"))
 
-import accuracy_tables  # noqa: E402
-import blocks  # noqa: E402
-import generate  # noqa: E402
-import scenario_reference  # noqa: E402
+import accuracy_tables
+import blocks
+import generate
+import scenario_reference
 
-from servecast.sim.engine import ENGINES  # noqa: E402
-from servecast.sim.router import ROUTERS  # noqa: E402
-from servecast.sim.scenario import Scenario  # noqa: E402
+from servecast.sim.engine.engines import ENGINES
+from servecast.sim.routing.routers import ROUTERS
+from servecast.sim.scenario.scenario import Scenario
 
 PAGES = {path.name: path for path in blocks.pages()}
 

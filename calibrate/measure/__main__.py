@@ -11,9 +11,9 @@ from importlib import import_module
 from .errors import MeasureError
 
 COMMANDS = {  # name -> module with add_arguments(parser) and run(args, other flags); its line in --help
-    "kernels": ("measure_kernels", "Times of single kernels, with torch alone."),
-    "engine": ("measure_engine", "Step times of a real vLLM engine, in one process."),
-    "served": ("measure_served", "What HTTP, API server and client add, from a served model."),
+    "kernels": ("kernels.measure", "Times of single kernels, with torch alone."),
+    "engine": ("engine.measure", "Step times of a real vLLM engine, in one process."),
+    "served": ("served", "What HTTP, API server and client add, from a served model."),
 }
 BAD_INPUT, INTERRUPTED = 2, 130
 

@@ -11,12 +11,12 @@ from cyclopts import Parameter
 from servecast.sim.cli.options import Load, WhatIf, check_jobs, file_or_name
 from servecast.sim.cli.output import cell_text, print_json, print_table, progress_bar
 from servecast.sim.cli.simulate import print_replicas
-from servecast.sim.errors import InputError
+from servecast.sim.inputs.errors import InputError
 
 if TYPE_CHECKING:
-    from servecast.sim.compare import Comparison, Side
-    from servecast.sim.ranking import Place, Ranking, Reason
-    from servecast.sim.scenario import Scenario
+    from servecast.sim.compare.compare import Comparison, Side
+    from servecast.sim.compare.ranking import Place, Ranking, Reason
+    from servecast.sim.scenario.scenario import Scenario
 
 _SHOWN = (
     "request_throughput",
@@ -75,8 +75,8 @@ def compare(
         raise InputError(f"{seeds} seeds", where="--seeds", fix="Give at least 1.")
     chosen = _scenarios(a, b, routers, what_if)
 
-    from servecast.sim import compare as comparing
-    from servecast.sim.results import check_output, read_result
+    from servecast.sim.compare import compare as comparing
+    from servecast.sim.run.results import check_output, read_result
 
     if report is not None:
         if routers is None:
@@ -93,7 +93,7 @@ def compare(
     found = comparing.compare(sides, stage=stage)
     document = found.to_json()
     if routers is not None:
-        from servecast.sim import ranking
+        from servecast.sim.compare import ranking
 
         places = ranking.rank(sides)
         why = ranking.reasons(sides, places)
@@ -156,7 +156,7 @@ def _simulated(
 ) -> Side:
     from joblib import Parallel, delayed
 
-    from servecast.sim.compare import Side
+    from servecast.sim.compare.compare import Side
 
     workload = load.workload(scenario)
     numbers = range(scenario.seed, scenario.seed + seeds)
@@ -166,9 +166,9 @@ def _simulated(
 
 
 def _result(scenario: Scenario, workload: Any, seed: int, changes: Mapping[str, Any]) -> dict[str, Any]:
-    from servecast.sim.deployment import Deployment
-    from servecast.sim.results import result
-    from servecast.sim.simulate import simulate
+    from servecast.sim.run.results import result
+    from servecast.sim.run.simulate import simulate
+    from servecast.sim.scenario.deployment import Deployment
 
     deployment = Deployment.of(scenario)
     run = simulate(scenario, seed=seed, workload=workload, deployment=deployment)
@@ -183,8 +183,8 @@ def _write_report(
     chosen: Sequence[tuple[str, Any]],
     load: Load,
 ) -> None:
-    from servecast.sim.router_report import PodsOverTime, write_router_report
-    from servecast.sim.simulate import simulate
+    from servecast.sim.report.router_page import PodsOverTime, write_router_report
+    from servecast.sim.run.simulate import simulate
 
     pods = {}
     for label, (scenario, _changes) in chosen:

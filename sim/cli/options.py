@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from cyclopts import Group, Parameter
 
-from servecast.sim.errors import InputError
+from servecast.sim.inputs.errors import InputError
 
 if TYPE_CHECKING:  # commands import what they run once their arguments are known to be right
-    from servecast.sim.scenario import Scenario
-    from servecast.sim.workload_spec import Workload
+    from servecast.sim.scenario.scenario import Scenario
+    from servecast.sim.traffic.spec import Workload
 
 WHAT_IF = Group("What-if", sort_key=10)
 LOAD = Group("Load", sort_key=11)
@@ -72,7 +72,7 @@ class WhatIf:
 
     def load(self, scenario: str, more: Mapping[str, Any] | None = None) -> tuple[Scenario, dict[str, Any]]:
         """The changed scenario, and what was changed. more: further changes, which win."""
-        from servecast.sim.scenario import load
+        from servecast.sim.scenario.scenario import load
 
         overrides = self.overrides() | dict(more or {})
         return load(scenario, overrides), overrides
@@ -100,7 +100,7 @@ class Load:
 
 def at_rate(scenario: Scenario, request_rate: float, num_requests: int) -> Workload:
     """The scenario's open-loop traffic at a rate given on the command line, checked."""
-    from servecast.sim.workload import with_request_rate
+    from servecast.sim.traffic.draw import with_request_rate
 
     if not 0 < request_rate < float("inf"):
         raise InputError(

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 def print_json(document: Mapping[str, Any]) -> None:
     """The JSON object, alone on stdout."""
-    from servecast.sim.results import to_text
+    from servecast.sim.run.results import to_text
 
     sys.stdout.write(to_text(document))
 

@@ -12,14 +12,14 @@ from cyclopts import Parameter
 
 from servecast.sim.cli.options import WhatIf, check_jobs
 from servecast.sim.cli.output import cell_text, print_json, print_table, progress_bar
-from servecast.sim.errors import InputError
+from servecast.sim.inputs.errors import InputError
 
 if TYPE_CHECKING:
-    from servecast.sim.capacity import Plan
-    from servecast.sim.figures import SweepPoint
-    from servecast.sim.fleet_size import FleetSize
-    from servecast.sim.prefix_slots import PrefixSlots
-    from servecast.sim.scenario import Scenario
+    from servecast.sim.plan.capacity import Plan
+    from servecast.sim.plan.fleet_size import FleetSize
+    from servecast.sim.plan.prefix_slots import PrefixSlots
+    from servecast.sim.report.figures import SweepPoint
+    from servecast.sim.scenario.scenario import Scenario
 
 
 def plan(
@@ -68,11 +68,11 @@ def plan(
         raise InputError("no rate to size the fleet for", where="--size-fleet", fix="Add --target-rate.")
     loaded, changes = what_if.load(scenario)
 
-    from servecast.sim import capacity
-    from servecast.sim.prefix_slots import prefix_slots
-    from servecast.sim.results import cautions, check_output, context
-    from servecast.sim.simulate import RateProbe
-    from servecast.sim.slo import SLO, Goodput
+    from servecast.sim.metrics.slo import SLO, Goodput
+    from servecast.sim.plan import capacity
+    from servecast.sim.plan.prefix_slots import prefix_slots
+    from servecast.sim.run.results import cautions, check_output, context
+    from servecast.sim.run.simulate import RateProbe
 
     if report is None and not json:
         report = Path("out") / f"plan-{loaded.name}.html"
@@ -116,7 +116,7 @@ def plan(
         points = sweep_points(loaded)
         sized = None
         if size_fleet and target_rate is not None:
-            from servecast.sim import fleet_size
+            from servecast.sim.plan import fleet_size
 
             sized = fleet_size.size_fleet(
                 loaded,
@@ -129,7 +129,7 @@ def plan(
             )
         changed = []
         if sensitivity and found.best is not None:
-            from servecast.sim import sensitivity as assumed
+            from servecast.sim.plan import sensitivity as assumed
 
             advance(1.0, "sensitivity to the assumptions")
             changed = assumed.sensitivity(
@@ -151,7 +151,7 @@ def plan(
     document["fleet_size"] = None if sized is None else sized.to_json()
     document["report"] = None if report is None else str(report)
     if report is not None:
-        from servecast.sim.report import write_report
+        from servecast.sim.report.plan_page import write_report
 
         report.parent.mkdir(parents=True, exist_ok=True)
         write_report(report, found, context=_report_context(document), run=run, sweep=points)
@@ -164,11 +164,11 @@ def plan(
 
 def sweep_points(scenario: Scenario) -> list[SweepPoint]:
     """The scenario's own closed-loop sweep, simulated, beside what was reported; empty where it has none."""
-    from servecast.sim.arrivals import ClosedLoop
-    from servecast.sim.figures import SweepPoint
-    from servecast.sim.metrics import summary
-    from servecast.sim.simulate import simulate
-    from servecast.sim.warmup import select
+    from servecast.sim.metrics.metrics import summary
+    from servecast.sim.metrics.warmup import select
+    from servecast.sim.report.figures import SweepPoint
+    from servecast.sim.run.simulate import simulate
+    from servecast.sim.traffic.arrivals import ClosedLoop
 
     laws = [stage.streams[0].arrivals for stage in scenario.stages().stages]
     levels = [law.concurrency for law in laws if isinstance(law, ClosedLoop)]
@@ -184,7 +184,7 @@ def sweep_points(scenario: Scenario) -> list[SweepPoint]:
 
 def _reported_throughput(scenario: Scenario) -> dict[int, float]:
     """Output tokens/s by concurrency, as far as the scenario's sweep was reported."""
-    from servecast.sim.reported import read_rows
+    from servecast.sim.scenario.reported import read_rows
 
     found = {}
     for table in scenario.reported:
@@ -197,7 +197,7 @@ def _reported_throughput(scenario: Scenario) -> dict[int, float]:
 
 
 def _concurrency_knee(points: list[SweepPoint]) -> int | None:
-    from servecast.sim.knee import closed_loop_knee
+    from servecast.sim.metrics.knee import closed_loop_knee
 
     return closed_loop_knee([p.concurrency for p in points], [p.output_throughput for p in points])
 
@@ -207,7 +207,7 @@ def _reload(what_if: WhatIf, name: str, overrides: Mapping[str, Any]) -> Scenari
 
 
 def _report_context(document: Mapping[str, Any]) -> Any:
-    from servecast.sim.report import ReportContext
+    from servecast.sim.report.plan_page import ReportContext
 
     objectives = document["slo"] or [f"goodput {document['objectives']['goodput']}"]
     band, provenance = document["error_band"], document["provenance"]

@@ -26,7 +26,7 @@ def reproduce(
     """
     check_jobs(jobs)
 
-    from servecast.sim import reproduce as reproduction
+    from servecast.sim.reproduce import reproduce as reproduction
 
     loaded, _ = what_if.load(scenario)
     found = reproduction.reproduce(loaded, jobs=jobs)

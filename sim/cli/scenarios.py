@@ -11,7 +11,7 @@ def scenarios(*, json: bool = False) -> None:
     Args:
         json: print a JSON object instead of a table.
     """
-    from servecast.sim.scenario import load, shipped_scenarios
+    from servecast.sim.scenario.scenario import load, shipped_scenarios
 
     found = {name: load(name) for name in shipped_scenarios()}
     if json:

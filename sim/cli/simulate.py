@@ -61,12 +61,12 @@ def simulate(
     ranks = numbers(metric_percentiles, where="--metric-percentiles")
     loaded, changes = what_if.load(scenario)
 
-    from servecast.sim import simulate as simulation
-    from servecast.sim.benchmark_report import write_benchmark_report
-    from servecast.sim.deployment import Deployment
-    from servecast.sim.metrics import vllm_bench_text
-    from servecast.sim.results import check_output, check_table, result, write_result, write_table
-    from servecast.sim.warmup import Warmup
+    from servecast.sim.metrics.metrics import vllm_bench_text
+    from servecast.sim.metrics.warmup import Warmup
+    from servecast.sim.run import simulate as simulation
+    from servecast.sim.run.benchmark_report import write_benchmark_report
+    from servecast.sim.run.results import check_output, check_table, result, write_result, write_table
+    from servecast.sim.scenario.deployment import Deployment
 
     cut = None if warmup is None else Warmup.parse(warmup)
     for path, flag in ((records, "--records"), (steps, "--steps")):

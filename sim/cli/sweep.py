@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from servecast.sim.cli.options import WhatIf, assignments, check_jobs, numbers
 from servecast.sim.cli.output import print_json, print_table, progress_bar
-from servecast.sim.errors import InputError
+from servecast.sim.inputs.errors import InputError
 
 if TYPE_CHECKING:
-    from servecast.sim.scenario import Scenario
+    from servecast.sim.scenario.scenario import Scenario
 
 _COLUMNS = ("request_throughput", "output_throughput", "p95_ttft_ms", "p95_tpot_ms", "p95_e2el_ms", "error")
 
@@ -66,8 +66,8 @@ def sweep(
     at = numbers(rates, where="--rates") if rates is not None else ()
     loaded, changes = what_if.load(scenario)
 
-    from servecast.sim import sweep as sweeping
-    from servecast.sim.results import check_output
+    from servecast.sim.compare import sweep as sweeping
+    from servecast.sim.run.results import check_output
 
     check_output(out / "summary.csv", where="--out")
     cells = sweeping.grid(

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from servecast.sim.errors import InputError
+from servecast.sim.inputs.errors import InputError
 from servecast.validate.readers.aiperf import Aiperf
 from servecast.validate.readers.benchmark_report import BenchmarkReport
 from servecast.validate.readers.document import values_of

@@ -10,9 +10,9 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field, model_validator
 
-from servecast.sim.errors import InputError
-from servecast.sim.metrics import Floats
-from servecast.sim.schema import invalid
+from servecast.sim.inputs.errors import InputError
+from servecast.sim.inputs.schema import invalid
+from servecast.sim.metrics.metrics import Floats
 from servecast.validate.readers.document import values_of
 from servecast.validate.readers.reading import (
     Context,

@@ -10,9 +10,9 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
-from servecast.sim.benchmark_report import LATENCIES
-from servecast.sim.errors import InputError
-from servecast.sim.schema import invalid
+from servecast.sim.inputs.errors import InputError
+from servecast.sim.inputs.schema import invalid
+from servecast.sim.run.benchmark_report import LATENCIES
 from servecast.validate.readers.reading import (
     Context,
     Part,

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from servecast.sim.errors import InputError
+from servecast.sim.inputs.errors import InputError
 
 
 def values_of(path: Path) -> list[Any]:

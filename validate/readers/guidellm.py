@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from pydantic import model_validator
 
-from servecast.sim.errors import InputError
-from servecast.sim.metrics import Floats
-from servecast.sim.schema import Positive
+from servecast.sim.inputs.errors import InputError
+from servecast.sim.inputs.schema import Positive
+from servecast.sim.metrics.metrics import Floats
 from servecast.validate.readers.reading import (
     Context,
     Part,

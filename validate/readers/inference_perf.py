@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import Field
 
-from servecast.sim.errors import InputError
+from servecast.sim.inputs.errors import InputError
 from servecast.validate.readers.document import values_of
 from servecast.validate.readers.inference_perf_stage import NEAR_ZERO, Load, Stage
 from servecast.validate.readers.reading import Context, Part, Reading, expect

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from servecast.sim.schema import invalid
+from servecast.sim.inputs.schema import invalid
 from servecast.validate.readers.reading import Part, Requests, Slots, Statistics
 
 NEAR_ZERO = 0.1  # a gap below this share of the mean is that of an empty line

@@ -10,10 +10,10 @@ from typing import Annotated, Any, Protocol, TypeVar
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
-from servecast.sim.errors import InputError
-from servecast.sim.metrics import summary
-from servecast.sim.records import Run
-from servecast.sim.schema import parse
+from servecast.sim.inputs.errors import InputError
+from servecast.sim.inputs.schema import parse
+from servecast.sim.metrics.metrics import summary
+from servecast.sim.metrics.records import Run
 
 RANKS = (50, 90, 95, 99)
 

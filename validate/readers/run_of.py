@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from servecast.sim.metrics import Floats
-from servecast.sim.records import STEP_COLUMNS, RequestRecord, Run
+from servecast.sim.metrics.metrics import Floats
+from servecast.sim.metrics.records import STEP_COLUMNS, RequestRecord, Run
 from servecast.validate.readers.reading import Context, broken
 
 Bools = NDArray[np.bool_]

@@ -11,9 +11,9 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import ConfigDict, Field, RootModel
 
-from servecast.sim.records import Run
-from servecast.sim.results import measured
-from servecast.sim.schema import Positive
+from servecast.sim.inputs.schema import Positive
+from servecast.sim.metrics.records import Run
+from servecast.sim.run.results import measured
 from servecast.validate.readers.reading import (
     Context,
     Part,

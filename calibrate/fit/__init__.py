@@ -1,0 +1,1 @@
+"""From measurements or reports to a profile."""

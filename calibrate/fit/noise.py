@@ -1,0 +1,123 @@
+"""The distributions around the step times and in front of the engine, from repeats."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import nnls
+
+from servecast.calibrate.fit.rows import Overhead, Step
+from servecast.sim.fleet.front_end import MAX_ROUND
+from servecast.sim.hardware.front_end_costs import FrontEndCosts
+from servecast.sim.hardware.noise import StepNoise
+
+Floats = NDArray[np.float64]
+
+MIN_REPEATS = 4  # of a composition, before its scatter counts
+MIN_TIMES = 20  # over all of them, before a distribution is fitted
+_SIGMA = (15.87, 84.13)  # percentiles one standard deviation either side of a normal's median
+_STALL_SIGMAS, _STALL_FACTOR = 5.0, 1.5  # a stall is beyond both: what a lognormal has 1 in 3 million of
+
+
+def fit_noise(steps: Iterable[Step]) -> StepNoise | None:
+    """The noise of step times: spread by robust quantiles of time / median, and stalls beyond it.
+
+    Returns:
+        None where too few steps were repeated to tell.
+    """
+    logs = [
+        np.log(np.asarray(step.times_s) / step.median_s) * math.sqrt(n / (n - 1))  # the median is theirs
+        for step in steps
+        if (n := len(step.times_s)) >= MIN_REPEATS
+    ]
+    pooled = np.concatenate(logs) if logs else np.empty(0)
+    if len(pooled) < MIN_TIMES:
+        return None
+    sigma = _half_width(pooled)
+    stalled = pooled > max(_STALL_SIGMAS * sigma, math.log(_STALL_FACTOR))
+    return StepNoise(
+        cv=math.sqrt(math.expm1(sigma * sigma)),
+        stall_probability=float(stalled.mean()),
+        stall_factor=float(np.exp(np.median(pooled[stalled]))) if stalled.any() else 1.0,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Scatter:
+    """What the noise of steps makes of the times measured of them."""
+
+    noise: StepNoise
+
+    def means(self, steps: Sequence[Step]) -> Floats:
+        """Mean times, s, which a step-time model stands for: the medians, which stalls do not move, times
+        what the noise's mean is over its median."""
+        noise = self.noise
+        over = math.sqrt(1 + noise.cv**2) * (1 + noise.stall_probability * (noise.stall_factor - 1))
+        return np.array([over * step.median_s for step in steps])
+
+    def standard_errors(self, steps: Sequence[Step]) -> Floats:
+        """Of these, relative: a median's is sqrt(pi / 2) times a mean's."""
+        return np.array([math.sqrt(math.pi / 2 / len(step.times_s)) * self.noise.cv for step in steps])
+
+
+def fit_front_end(overheads: Sequence[Overhead]) -> tuple[FrontEndCosts, tuple[str, ...]]:
+    """The costs in front of the engine, as ``sim.front_end`` spends them.
+
+    c requests in preparation at a time are ready after latency + their rounds' costs; the tokens of a burst
+    leave one after the other, so that the mean one waits for half of them, and are delivered after what a
+    first token takes beyond that (a constant delay of the later ones moves none of their gaps). Server and
+    client share one machine here, and what each of them takes is not told apart: all of it is the server's.
+
+    Returns:
+        The costs, and the names of those that the rows tell.
+    """
+    inward = [row for row in overheads if row.kind == "request_in"]
+    outward = [row for row in overheads if row.kind == "token_out"]
+    costs: dict[str, float] = {}
+    if inward:
+        latency, request = _line(inward, [_mean_ready(row.concurrency) for row in inward])
+        costs |= {"latency_s": latency, "request_s": request}
+        alone = min(inward, key=lambda row: row.concurrency)
+        spread = _half_width(np.asarray(alone.times_s)) / alone.median_s
+        costs["cv"] = spread * (latency + request) / math.hypot(latency, request)  # each is drawn for itself
+    if outward:
+        first = [row for row in outward if row.first]
+        later = [row for row in outward if not row.first] or first
+        start, costs["token_s"] = _line(later, [_mean_place(row) for row in later])
+        if first:
+            waits = [np.asarray(row.times_s) - costs["token_s"] * _mean_place(row) for row in first]
+            start = max(0.0, float(np.median(np.concatenate(waits))))
+        costs["delivery_s"] = start
+    return FrontEndCosts(**costs), tuple(costs)
+
+
+def _line(rows: Sequence[Overhead], at: Sequence[float]) -> tuple[float, float]:
+    """Start and slope, neither negative, of the medians over ``at`` by least relative squares, weighed by
+    their numbers of times; all of it is slope where every row stands at the same place."""
+    medians = np.array([row.median_s for row in rows])
+    if len(set(at)) == 1:
+        return 0.0, float(np.median(medians)) / at[0]
+    weights = np.sqrt([len(row.times_s) for row in rows])
+    design: Floats = np.column_stack([np.ones(len(rows)), at])
+    (start, slope), _ = nnls(design * (weights / medians)[:, None], weights)
+    return float(start), float(slope)
+
+
+def _mean_place(row: Overhead) -> float:
+    """Of a token in its burst, from 1 on."""
+    return (1 + (row.burst or row.concurrency)) / 2
+
+
+def _mean_ready(requests: int) -> float:
+    """When a burst of requests is ready, on average, in units of one's cost (``front_end.Preparation``)."""
+    ready = [min(requests, MAX_ROUND * (at // MAX_ROUND + 1)) for at in range(requests)]
+    return sum(ready) / requests
+
+
+def _half_width(values: Floats) -> float:
+    low, high = np.percentile(values, _SIGMA)
+    return float(high - low) / 2

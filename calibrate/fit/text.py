@@ -1,0 +1,63 @@
+"""What a fit found and what a profile says, as lines of text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from servecast.sim.hardware.fit_summary import FitSummary, RegionError
+from servecast.sim.hardware.profile import Profile
+
+
+def profile_lines(profile: Profile) -> Iterator[str]:
+    """Where it comes from, its parameters with 90 % intervals and origin, domain, error band."""
+    software = [
+        f"{name} {value}" for name, value in (("driver", profile.driver), ("torch", profile.torch)) if value
+    ]
+    engine = profile.server
+    yield f"{profile.model} on {profile.gpu}, " + ", ".join(
+        [engine, *software, profile.dtype, str(profile.date)]
+    )
+    for entry in profile.provenance:
+        group, _, name = entry.parameter.partition(".")
+        value = f"{getattr(getattr(profile, group), name):<12.4g}" if name else " " * 12
+        ends = profile.intervals.get(entry.parameter)
+        interval = f"{ends[0]:.3g} to {ends[1]:.3g}" if ends else ""
+        origin = f"{entry.origin}: {entry.note}" if entry.note else entry.origin
+        yield f"  {entry.parameter:32} {value} {interval:24} {origin}"
+    for name in ("tokens", "batch", "context"):
+        span = getattr(profile.domain, name)
+        yield f"  domain {name:25} {'not restricted' if span is None else f'{span[0]:g} to {span[1]:g}'}"
+    band = "not known" if profile.error_band is None else f"+-{100 * profile.error_band:.0f} %"
+    yield f"  error band {band}; fitted rows: {', '.join(profile.fitted_rows) or 'none'}"
+    if profile.raw_data_sha256:
+        yield f"  raw data sha256 {profile.raw_data_sha256}"
+
+
+def summary_lines(summary: FitSummary) -> Iterator[str]:
+    """Errors by region, what transfer costs, what the residuals follow, notes."""
+    yield f"{'region':20} {'rows':>5} {'error':>8} {'bias':>8} {'noise':>8} {'left out':>9}"
+    yield from _table(summary.regions)
+    if summary.transfer:
+        yield "transfer: each model predicted by a fit to the others"
+        yield from _table(summary.transfer)
+    for feature in dict.fromkeys(entry.feature for entry in summary.residuals):
+        bins = (
+            f"{100 * entry.bias:+.1f} % at {entry.low:.0f}-{entry.high:.0f}"
+            for entry in summary.residuals
+            if entry.feature == feature
+        )
+        yield f"residuals by {feature}: {', '.join(bins)}"
+    for note in summary.notes:
+        yield f"note: {note}"
+    for reason in summary.reasons:
+        yield f"bad fit: {reason}"
+
+
+def _table(errors: Iterable[RegionError]) -> Iterator[str]:
+    for entry in errors:
+        held_out = "-" if entry.held_out is None else f"{100 * entry.held_out:.1f} %"
+        lost = f"  only this tells {', '.join(entry.lost)}" if entry.lost else ""
+        yield (
+            f"{entry.region:20} {entry.rows:5} {100 * entry.error:6.1f} % {100 * entry.bias:+6.1f} % "
+            f"{100 * entry.noise:6.1f} % {held_out:>9}{lost}"
+        )

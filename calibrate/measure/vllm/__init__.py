@@ -1,0 +1,1 @@
+"""A vLLM server: starting, driving and recording it."""

@@ -1,0 +1,1 @@
+"""Forecast LLM serving: a discrete-event simulator of vLLM, calibrated on real GPUs."""

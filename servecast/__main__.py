@@ -1,0 +1,99 @@
+"""The ``servecast`` command. Each subcommand is imported when it is asked for."""
+
+from __future__ import annotations
+
+import os
+import select
+import sys
+from collections.abc import Collection, Sequence
+from importlib.metadata import version
+
+from cyclopts import App, Parameter
+from cyclopts.exceptions import CycloptsError, UnknownCommandError
+
+from servecast.sim.inputs.errors import InputError
+
+COMMANDS = {  # name -> where it is, and its line in --help
+    "simulate": ("servecast.sim.cli.simulate:simulate", "Run a scenario once, in simulated time."),
+    "plan": ("servecast.sim.cli.plan:plan", "Find the largest request rate that meets the SLOs."),
+    "reproduce": ("servecast.sim.cli.reproduce:reproduce", "Compare predictions with a reported benchmark."),
+    "compare": ("servecast.sim.cli.compare:compare", "Put two results, scenarios or routers side by side."),
+    "sweep": ("servecast.sim.cli.sweep:sweep", "Run a grid of what-ifs, in parallel."),
+    "check": ("servecast.validate.check.command:check", "Can this benchmark report be true?"),
+    "scenarios": ("servecast.sim.cli.scenarios:scenarios", "List the shipped scenarios."),
+    "calibrate": ("servecast.calibrate.cli:app", "Turn measurements or reports into a profile."),
+    "validate": ("servecast.validate.cli:app", "Judge the simulator against vLLM itself."),
+}
+
+BAD_INPUT, INTERRUPTED = 2, 130
+
+
+def build_app(told: Collection[str] = ()) -> App:
+    """The command line as cyclopts sees it.
+
+    Args:
+        told: commands whose help is their own, whole; of the others it is a line, which imports nothing.
+    """
+    app = App(
+        name="servecast",
+        help="Forecast LLM serving: what a model, a GPU and vLLM's flags can serve, and at what latency.",
+        version=version("servecast"),
+        help_formatter="default" if sys.stdout.isatty() else "plain",
+        help_format="markdown",
+        default_parameter=Parameter(negative=()),
+        print_error=False,
+        exit_on_error=False,
+        suppress_keyboard_interrupt=False,
+        result_action="return_int_as_exit_code_else_zero",
+    )
+    for name, (path, text) in COMMANDS.items():
+        app.command(path, name=name, help=None if name in told else text)
+    return app
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code.
+
+    0: good; 1: the verdict is a fail; 2: bad input, with one message on stderr; 3: inconclusive.
+
+    Args:
+        arguments: instead of the process's own.
+    """
+    try:
+        words = list(sys.argv[1:] if arguments is None else arguments)
+        code: int = build_app(words[:1])(words)
+        sys.stdout.flush()
+        return code
+    except (CycloptsError, InputError) as error:
+        print(f"servecast: {_message(error)}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print("servecast: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _nobody_reads() -> bool:
+    """Whether the reader of our output went away, as head does."""
+    output = select.poll()
+    output.register(sys.stdout, 0)  # what is broken is told unasked
+    return bool(output.poll(0))
+
+
+def _message(error: CycloptsError | InputError) -> str:
+    """One message. cyclopts would import every command to suggest one."""
+    if isinstance(error, UnknownCommandError) and not error.command_chain:
+        from servecast.sim.inputs.schema import did_you_mean
+
+        word = (error.unused_tokens or [""])[0]
+        known = f"Known are {', '.join(COMMANDS)}."
+        return f"there is no command {word!r}. {did_you_mean(word, COMMANDS) or known}"
+    return str(error)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Scenarios, results and routers side by side."""

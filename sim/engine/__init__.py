@@ -1,0 +1,1 @@
+"""vLLM's engine: scheduler, paged KV cache and steps, without time."""

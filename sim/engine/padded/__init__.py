@@ -1,0 +1,1 @@
+"""Engines that pad a batch: static, contiguous and paged batching."""

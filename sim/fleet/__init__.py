@@ -1,0 +1,1 @@
+"""Replicas with clients and front ends, in simulated time."""

@@ -1,0 +1,153 @@
+"""The ``fleet`` of a scenario: its replicas, and what routes between them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Discriminator, Field, Tag, ValidationInfo, model_validator
+
+from servecast.sim.inputs.schema import Count, InputFile, Model, NonNegative, Positive, did_you_mean, invalid
+from servecast.sim.inputs.yaml_file import read_yaml
+from servecast.sim.routing.llmd.config import read_epp
+from servecast.sim.routing.options import RouterOptions
+from servecast.sim.routing.routers import ROUTERS
+
+
+@dataclass(frozen=True, slots=True)
+class Life:
+    """When a replica is there, in seconds from the start of the run; None is never.
+
+    start_s: it is ready. drain_s: it gets no new requests, and finishes those that it has. fail_s: it is
+    gone, and its requests fail.
+    """
+
+    start_s: float = 0.0
+    drain_s: float | None = None
+    fail_s: float | None = None
+
+
+class GpuSpec(Model):
+    """The GPU: its ``name`` in the catalogue, or a ``file`` that describes it."""
+
+    name: str | None = None
+    file: InputFile | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> GpuSpec:
+        if (self.name is None) == (self.file is None):
+            raise invalid("a GPU needs one of name and file", "Give the name, for example a6000.")
+        return self
+
+
+class ReplicaSpec(Model):
+    """``count`` replicas that are alike. What is not given is the scenario's: ``gpu``, ``profile``, and the
+    ``engine`` flags that are not named here. ``start_s``, ``drain_s`` and ``fail_s``: see ``Life``."""
+
+    count: Count = 1
+    gpu: GpuSpec | None = None
+    profile: str | None = None
+    engine: dict[str, bool | int | float | str] = Field(default_factory=dict)
+    start_s: NonNegative = 0.0
+    drain_s: Positive | None = None
+    fail_s: Positive | None = None
+
+    @model_validator(mode="after")
+    def _in_order(self) -> ReplicaSpec:
+        times = [("start_s", self.start_s), ("drain_s", self.drain_s), ("fail_s", self.fail_s)]
+        given = [(name, time) for name, time in times if time is not None]
+        for (earlier, start), (later, end) in pairwise(given):
+            if end <= start:
+                raise invalid(
+                    f"{later} {end:g} does not come after {earlier} {start:g}",
+                    "A replica starts, then drains, then fails.",
+                    at=later,
+                )
+        return self
+
+    @property
+    def life(self) -> Life:
+        """When the replica is there."""
+        return Life(self.start_s, self.drain_s, self.fail_s)
+
+    @property
+    def as_in_scenario(self) -> bool:
+        """Whether it is the engine, on the GPU, that the scenario describes."""
+        return self.gpu is None and self.profile is None and not self.engine
+
+
+def _router(name: str, info: ValidationInfo) -> str | Path:
+    """A policy by its name (in llm-d's spelling, too), or the path of an EndpointPickerConfig."""
+    if name.endswith((".yaml", ".yml")):
+        folder = (info.context or {}).get("folder")
+        path = Path(name) if folder is None else Path(folder) / name
+        if not path.is_file():
+            raise invalid(f"there is no file {str(path)!r}", "Paths are relative to the scenario's folder.")
+        return path
+    known = name.replace("-", "_")
+    if known not in ROUTERS:
+        raise invalid(
+            f"router cannot be {name!r}",
+            f"{did_you_mean(known, ROUTERS)} Known: {', '.join(ROUTERS)}, and the path of an "
+            "EndpointPickerConfig (.yaml).".lstrip(),
+        )
+    return known
+
+
+RouterName = Annotated[str | Path, AfterValidator(_router)]
+
+
+def _is_list(value: Any) -> str:
+    return "list" if isinstance(value, list | tuple) else "count"
+
+
+class Fleet(Model):
+    """Replicas of the engine behind a router. ``replicas``: how many, or a list of what they are.
+    ``cold_start_s``: what the host of each does once in its first step, before the GPU starts on it."""
+
+    replicas: Annotated[
+        Annotated[Count, Tag("count")] | Annotated[tuple[ReplicaSpec, ...], Tag("list")],
+        Discriminator(_is_list),
+    ] = 1
+    router: RouterName = "round_robin"
+    router_options: RouterOptions = RouterOptions()
+    failure_detection_s: NonNegative = 1.0
+    cold_start_s: NonNegative = 0.0
+
+    @model_validator(mode="after")
+    def _some(self) -> Fleet:
+        if self.size == 0:
+            raise invalid("the fleet has no replicas", "List at least one.", at="replicas")
+        return self
+
+    @property
+    def specs(self) -> tuple[ReplicaSpec, ...]:
+        """What each replica is, one by one."""
+        if isinstance(self.replicas, int):
+            return (ReplicaSpec(),) * self.replicas
+        return tuple(spec for spec in self.replicas for _ in range(spec.count))
+
+    @property
+    def size(self) -> int:
+        """How many replicas there are."""
+        return len(self.specs)
+
+    @property
+    def epp(self) -> Path | None:
+        """The EndpointPickerConfig, where the router is one."""
+        return self.router if isinstance(self.router, Path) else None
+
+    def check(self) -> None:
+        """Read the EndpointPickerConfig, if any. Raises InputError if it does not load."""
+        if self.epp is not None:
+            read_epp(self.epp, self.router_options.epp_release)
+
+    def facts(self) -> Mapping[str, Any]:
+        """What a result says of it: all that is not a default, always how many behind what, and what the
+        EndpointPickerConfig held."""
+        facts: dict[str, Any] = {"replicas": self.replicas, "router": self.router}
+        facts |= self.model_dump(mode="json", exclude_defaults=True)
+        return facts if self.epp is None else facts | {"endpoint_picker_config": read_yaml(self.epp)}

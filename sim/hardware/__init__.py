@@ -1,0 +1,1 @@
+"""Models, GPUs and what a step costs on them."""

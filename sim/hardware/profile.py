@@ -1,0 +1,309 @@
+"""The profile: what was learned about a GPU and an engine, where it holds, and where it comes from.
+
+A profile is one JSON file. It is fitted on one model and GPU but holds only what carries over (efficiencies,
+host times, noise, the front end's costs); FLOPs and bytes come from the model and the GPU at hand.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+
+from servecast.sim.hardware.fit_summary import FitSummary
+from servecast.sim.hardware.front_end_costs import FrontEndCosts
+from servecast.sim.hardware.gpu import GPU
+from servecast.sim.hardware.model_shape import ModelShape
+from servecast.sim.hardware.noise import StepNoise
+from servecast.sim.hardware.step_time.grid import Grid, GridStepTime
+from servecast.sim.hardware.step_time.layers import LayeredStepTime, LayerTables
+from servecast.sim.hardware.step_time.padded import PaddedCosts, PaddedStepTime
+from servecast.sim.hardware.step_time.physical import Efficiencies, PhysicalStepTime, StepShape, StepTime
+from servecast.sim.inputs.errors import InputError
+from servecast.sim.inputs.files import write_whole
+
+SCHEMA_VERSION: Literal[1] = 1
+
+Range = tuple[float, float]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Domain(_Strict):
+    """Ranges that the fit saw, (lowest, highest): tokens a step, requests a step (batch), and KV tokens a
+    request. None is "not restricted by the data"."""
+
+    tokens: Range | None = None
+    batch: Range | None = None
+    context: Range | None = None
+
+    @field_validator("tokens", "batch", "context")
+    @classmethod
+    def _ordered(cls, value: Range | None) -> Range | None:
+        if value is not None and not 0 <= value[0] <= value[1] < math.inf:
+            raise ValueError("needs 0 <= lowest <= highest")
+        return value
+
+
+class Provenance(_Strict):
+    """Where one parameter comes from: "efficiencies.compute", "front_end.request_s", ..."""
+
+    parameter: str
+    origin: Literal["measured", "fitted", "assumed"]
+    note: str = ""
+
+
+_PARAMETERS: Mapping[str, type[Efficiencies | StepNoise | FrontEndCosts | PaddedCosts]] = {
+    "efficiencies": Efficiencies,
+    "noise": StepNoise,
+    "front_end": FrontEndCosts,
+    "padded": PaddedCosts,
+}
+
+
+class Profile(_Strict):
+    """What ``servecast calibrate fit`` writes. ``error_band`` is relative (0.1 is +-10 %), None if not known.
+
+    ``fitted_rows`` names the rows of a reported table that the fit used; a reproduction must not count
+    them as predicted. ``kind`` "padded" takes step times from ``padded`` and leaves the efficiencies aside.
+
+    ``models`` are the shapes that it was fitted to, ``intervals`` the 90 % intervals of fitted parameters by
+    their names in ``provenance``, ``grid`` and ``layers`` the times of a profile of that kind, and ``fit``
+    how well it describes what was measured.
+    """
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    servecast_version: str
+    kind: Literal["physical", "padded", "grid", "layers"] = "physical"
+    gpu: str
+    model: str
+    engine_version: str
+    dtype: str = "bfloat16"
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    flags: dict[str, str | int | float | bool | None] = {}
+    date: datetime.date | None = None
+    efficiencies: Efficiencies = Efficiencies()
+    noise: StepNoise = StepNoise()
+    front_end: FrontEndCosts = FrontEndCosts()
+    padded: PaddedCosts = PaddedCosts()
+    domain: Domain = Domain()
+    error_band: float | None = Field(default=None, ge=0)
+    provenance: tuple[Provenance, ...] = ()
+    fitted_rows: tuple[str, ...] = ()
+    raw_data_sha256: str | None = None
+    driver: str | None = None
+    torch: str | None = None
+    models: tuple[ModelShape, ...] = ()
+    intervals: dict[str, Range] = {}
+    grid: Grid | None = None
+    layers: LayerTables | None = None
+    fit: FitSummary | None = None
+
+    @field_validator("efficiencies", "noise", "front_end", "padded", mode="before")
+    @classmethod
+    def _no_unknown_parameters(cls, value: Any, info: ValidationInfo) -> Any:
+        known = [field.name for field in fields(_PARAMETERS[str(info.field_name)])]
+        unknown = sorted(set(value) - set(known)) if isinstance(value, dict) else []
+        if unknown:
+            raise ValueError(f"unknown parameter {', '.join(unknown)}; known are {', '.join(known)}")
+        return value
+
+    @classmethod
+    def typical(
+        cls,
+        gpu: str,
+        model: str,
+        engine_version: str,
+        *,
+        servecast_version: str,
+        kind: Literal["physical", "padded"] = "physical",
+    ) -> Profile:
+        """A profile that nobody measured: typical values, all of them assumed."""
+        group: type[Efficiencies | PaddedCosts] = Efficiencies if kind == "physical" else PaddedCosts
+        name = "efficiencies" if kind == "physical" else "padded"
+        return cls(
+            servecast_version=servecast_version,
+            kind=kind,
+            gpu=gpu,
+            model=model,
+            engine_version=engine_version,
+            provenance=tuple(
+                Provenance(parameter=f"{name}.{field.name}", origin="assumed", note="typical value")
+                for field in fields(group)
+            ),
+        )
+
+    @property
+    def server(self) -> str:
+        """The engine and its version, in words."""
+        return f"{'padded batches,' if self.kind == 'padded' else 'vLLM'} {self.engine_version}"
+
+    @classmethod
+    def load(cls, path: str | Path) -> Profile:
+        """Read a profile.
+
+        Raises:
+            InputError: no such file, not JSON, another schema version, or a field that is wrong.
+        """
+        path = Path(path)
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise InputError(
+                "no such profile",
+                where=str(path),
+                fix="Name an existing profile or run servecast calibrate fit.",
+            ) from error
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"cannot read it as JSON ({error})",
+                where=str(path),
+                fix="Write it again with servecast calibrate fit.",
+            ) from error
+        return cls.parse(data, str(path))
+
+    @classmethod
+    def parse(cls, data: object, where: str) -> Profile:
+        """Check a profile given as JSON data; ``where`` is named in the InputError."""
+        if not isinstance(data, dict):
+            raise InputError("is not a JSON object", where=where, fix="Give a profile.")
+        version = data.get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise InputError(
+                f"schema version {version!r}, this servecast reads {SCHEMA_VERSION}",
+                where=f"{where}: schema_version",
+                fix="Fit the profile again with this version of servecast.",
+            )
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(str(part) for part in first["loc"])
+            raise InputError(
+                first["msg"].removeprefix("Value error, "),
+                where=f"{where}: {field}" if field else where,
+                fix="Correct the field or fit the profile again.",
+            ) from error
+
+    def save(self, path: str | Path) -> None:
+        """Write the profile, whole or not at all."""
+        text = self.model_dump_json(indent=2) + "\n"
+        write_whole(Path(path), lambda partial: partial.write_text(text, encoding="utf-8"))
+
+    def outside(self, step: StepShape) -> str | None:
+        """What of a step lies beyond the data of the fit, in words; None inside. A request's context is the
+        mean of the decodes', or a chunk's."""
+        requests = step.decodes + len(step.chunks)
+        if not requests:
+            return None
+        contexts = [tokens + context for tokens, context in step.chunks]
+        if step.decodes:
+            contexts.append(round(step.decode_context / step.decodes))
+        tokens = step.decodes + sum(tokens for tokens, _ in step.chunks)
+        return self.outside_ranges(
+            tokens=(tokens, tokens), batch=(requests, requests), context=(min(contexts), max(contexts))
+        )
+
+    def outside_ranges(
+        self, *, tokens: Range | None = None, batch: Range | None = None, context: Range | None = None
+    ) -> str | None:
+        """The same for ranges, (lowest, highest), of a whole run."""
+        beyond = []
+        for name, asked in (("tokens", tokens), ("batch", batch), ("context", context)):
+            fitted: Range | None = getattr(self.domain, name)
+            if fitted is not None and asked is not None and (asked[0] < fitted[0] or asked[1] > fitted[1]):
+                beyond.append(f"{name} {asked[0]:g}-{asked[1]:g} (fitted on {fitted[0]:g}-{fitted[1]:g})")
+        return f"extrapolated: {', '.join(beyond)}" if beyond else None
+
+
+def _physical(
+    profile: Profile,
+    model: ModelShape,
+    gpu: GPU,
+    tensor_parallel_size: int,
+    cudagraph_sizes: Sequence[int],
+    kv: int,
+) -> StepTime:
+    return PhysicalStepTime(
+        model,
+        gpu,
+        profile.efficiencies,
+        tensor_parallel_size=tensor_parallel_size,
+        cudagraph_sizes=cudagraph_sizes,
+        kv_dtype_bytes=kv,
+    )
+
+
+def _padded(
+    profile: Profile, model: ModelShape, gpu: GPU, _ranks: int, _sizes: Sequence[int], _kv: int
+) -> StepTime:
+    return PaddedStepTime(model, gpu, profile.padded)
+
+
+def _grid(
+    profile: Profile,
+    model: ModelShape,
+    gpu: GPU,
+    tensor_parallel_size: int,
+    _sizes: Sequence[int],
+    kv: int,
+) -> StepTime:
+    if profile.grid is None:
+        raise InputError(
+            "kind is grid, but there is no grid", where="profile: grid", fix="Fit the profile again."
+        )
+    return GridStepTime(
+        profile.grid, model, gpu, tensor_parallel_size=tensor_parallel_size, kv_dtype_bytes=kv
+    )
+
+
+def _layers(
+    profile: Profile,
+    model: ModelShape,
+    gpu: GPU,
+    tensor_parallel_size: int,
+    cudagraph_sizes: Sequence[int],
+    kv: int,
+) -> StepTime:
+    if profile.layers is None:
+        raise InputError(
+            "kind is layers, but there are none", where="profile: layers", fix="Fit the profile again."
+        )
+    return LayeredStepTime(
+        profile.layers,
+        model,
+        gpu,
+        profile.efficiencies,
+        tensor_parallel_size=tensor_parallel_size,
+        cudagraph_sizes=cudagraph_sizes,
+        kv_dtype_bytes=kv,
+    )
+
+
+_KINDS: Mapping[str, Callable[[Profile, ModelShape, GPU, int, Sequence[int], int], StepTime]] = {
+    "physical": _physical,
+    "padded": _padded,
+    "grid": _grid,
+    "layers": _layers,
+}
+
+
+def build_step_time(
+    profile: Profile,
+    model: ModelShape,
+    gpu: GPU,
+    *,
+    tensor_parallel_size: int = 1,
+    cudagraph_sizes: Sequence[int] = (),
+    kv_dtype_bytes: int = 2,
+) -> StepTime:
+    """The step-time model of a profile's kind, for a model and a GPU that need not be those of the fit."""
+    return _KINDS[profile.kind](profile, model, gpu, tensor_parallel_size, cudagraph_sizes, kv_dtype_bytes)

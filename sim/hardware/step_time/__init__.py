@@ -1,0 +1,1 @@
+"""How long a step lasts: physics, measured grids, layer tables, padded batches."""

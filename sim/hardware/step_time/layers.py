@@ -1,0 +1,226 @@
+"""Step time composed from measured kernels of one layer: the third kind of step-time model."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import replace
+
+from pydantic import model_validator
+
+from servecast.sim.hardware.gpu import GPU
+from servecast.sim.hardware.model_shape import ModelShape
+from servecast.sim.hardware.step_time.physical import Binding, Efficiencies, PhysicalStepTime, StepShape
+from servecast.sim.inputs.errors import InputError
+from servecast.sim.inputs.schema import Model, invalid
+
+Floats = tuple[float, ...]
+Axis = tuple[int, ...]
+_AXES = {  # of attention, in words
+    "chunk": "prompt tokens a step",
+    "context": "KV tokens before a chunk",
+    "decodes": "decodes a step",
+    "decode_context": "KV tokens a decode",
+}
+
+
+class LayerTables(Model):
+    """Measured kernel times, in seconds, of one layer and of what a step does once, in bf16 on one GPU.
+
+    Attributes:
+        gpu: its name. shape: the model that was measured; its number of layers does not matter.
+        tokens: (t,) rising. linear, elementwise: (t,) matrix products, and all other kernels of one layer
+            without attention. once: (t,) embedding and last norm.
+        sequences: (s,) rising. lm_head, sampler: (s,).
+        chunk, context, decodes, decode_context: rising axes of attention: tokens of one prompt chunk, KV
+            tokens before it, decodes, KV tokens of each. They start at 0: no chunk, no context, no decodes.
+        attention: of one layer, by the four axes, the last running fastest; None where not measured.
+    """
+
+    gpu: str
+    shape: ModelShape
+    tokens: Axis
+    linear: Floats
+    elementwise: Floats
+    once: Floats
+    sequences: Axis
+    lm_head: Floats
+    sampler: Floats
+    chunk: Axis
+    context: Axis
+    decodes: Axis
+    decode_context: Axis
+    attention: tuple[float | None, ...]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> LayerTables:
+        for name in ("tokens", "sequences", *_AXES):
+            axis = getattr(self, name)
+            if len(axis) < 2 or list(axis) != sorted(set(axis)) or axis[0] < 0:
+                raise invalid(f"{name} does not rise from 0 or more", "Fit the profile again.", at=name)
+        points = math.prod(len(getattr(self, name)) for name in _AXES)
+        sizes = dict.fromkeys(("linear", "elementwise", "once"), len(self.tokens))
+        sizes |= dict.fromkeys(("lm_head", "sampler"), len(self.sequences)) | {"attention": points}
+        for name, size in sizes.items():
+            values = getattr(self, name)
+            if len(values) != size:
+                what = f"{name} has {len(values)} times for {size} points"
+                raise invalid(what, "Fit the profile again.", at=name)
+            if any(value is not None and value < 0.0 for value in values):
+                raise invalid(f"{name} has a negative time", "Fit the profile again.", at=name)
+        return self
+
+
+class LayeredStepTime:
+    """Step time: layers x (linear + elementwise + attention) + once + lm_head + sampler + host.
+
+    Between the tables' points it interpolates linearly in every coordinate; tokens are padded to CUDA-graph
+    sizes as in ``PhysicalStepTime``. Attention was measured for one prompt chunk beside decodes of one
+    context: decodes count with their mean context, and several chunks as one of as many tokens and as many
+    query-key pairs (of fewer tokens, if even without context so many would have more pairs). Never under
+    ``roofline_seconds``.
+
+    Args:
+        tables: the measured times. model, gpu: as measured. efficiencies: its host costs are used.
+        tensor_parallel_size, cudagraph_sizes, kv_dtype_bytes: as in ``PhysicalStepTime``.
+
+    Raises:
+        InputError: the tables are of another GPU, of a model of other sizes, or this one is split or has a KV
+            cache of another width; from ``seconds`` and ``breakdown``: the step is beyond what was measured.
+    """
+
+    def __init__(
+        self,
+        tables: LayerTables,
+        model: ModelShape,
+        gpu: GPU,
+        efficiencies: Efficiencies,
+        *,
+        tensor_parallel_size: int = 1,
+        cudagraph_sizes: Sequence[int] = (),
+        kv_dtype_bytes: int = 2,
+    ) -> None:
+        like = replace(
+            tables.shape,
+            name=model.name,
+            layers=model.layers,
+            max_position_embeddings=model.max_position_embeddings,
+        )
+        for what, measured, asked in (
+            ("GPU", tables.gpu, gpu.name),
+            ("tensor_parallel_size", 1, tensor_parallel_size),
+            ("KV bytes", 2, kv_dtype_bytes),
+            ("model sizes", like == model, True),
+        ):
+            if measured != asked:
+                which = f": {measured}, not {asked}" if what != "model sizes" else ""
+                raise InputError(
+                    f"the layers were measured with another {what}{which}",
+                    where="profile: layers",
+                    fix="Use a profile of kind physical, which carries over, or measure this deployment.",
+                )
+        self.tables, self.model, self.efficiencies = tables, model, efficiencies
+        self.physical = PhysicalStepTime(
+            model,
+            gpu,
+            efficiencies,
+            tensor_parallel_size=tensor_parallel_size,
+            cudagraph_sizes=cudagraph_sizes,
+            kv_dtype_bytes=kv_dtype_bytes,
+        )
+        self._axes: list[Axis] = [getattr(tables, name) for name in _AXES]
+        sizes = [len(axis) for axis in self._axes]
+        self._strides = [math.prod(sizes[at + 1 :]) for at in range(4)]
+
+    def seconds(self, step: StepShape) -> float:
+        """Duration of the step in seconds. A step with nothing in it takes no time."""
+        return sum(self.breakdown(step).values())
+
+    def roofline_seconds(self, step: StepShape) -> float:
+        """As ``PhysicalStepTime.roofline_seconds``."""
+        return self.physical.roofline_seconds(step)
+
+    def binding(self, step: StepShape) -> Binding:
+        """What most of the step's time goes to, as the physical model sees it."""
+        return self.physical.binding(step)
+
+    def breakdown(self, step: StepShape) -> dict[str, float]:
+        """Part -> seconds; they add up to ``seconds``. Measured kernels that are under the roofline (a clock
+        beyond the datasheet's) are lengthened to it as a part of its own."""
+        chunk_tokens = sum(tokens for tokens, _ in step.chunks)
+        tokens = step.decodes + chunk_tokens
+        if not tokens:
+            return {}
+        tables, layers = self.tables, self.model.layers
+        at, weight = _bracket(tables.tokens, self.physical.padded(tokens), "tokens a step")
+        parts = {
+            "host": self.efficiencies.host_fixed_s
+            + (step.decodes + len(step.chunks)) * self.efficiencies.host_per_seq_s,
+            "linear": layers * _between(tables.linear, at, weight),
+            "elementwise": layers * _between(tables.elementwise, at, weight)
+            + _between(tables.once, at, weight),
+            "attention": layers * self._attention(step, chunk_tokens),
+        }
+        if step.samples:
+            at, weight = _bracket(tables.sequences, step.samples, "sampled sequences a step")
+            parts["lm_head"] = _between(tables.lm_head, at, weight)
+            parts["sampler"] = _between(tables.sampler, at, weight)
+        short = self.roofline_seconds(step) - sum(parts.values())
+        if short > 0.0:
+            parts["roofline"] = short * (1.0 + 1e-12)  # so that rounding of the sum leaves it above
+        return parts
+
+    def _attention(self, step: StepShape, chunk_tokens: int) -> float:
+        """One layer's, in seconds."""
+        tables = self.tables
+        chunk, context = float(chunk_tokens), 0.0
+        if chunk_tokens:
+            pairs = sum(tokens * (context + 0.5 * tokens) for tokens, context in step.chunks)
+            context = pairs / chunk_tokens - 0.5 * chunk_tokens
+            if context < 0.0:
+                chunk, context = math.sqrt(2.0 * pairs), 0.0
+            chunk = max(chunk, tables.chunk[1])
+        decode_context = 0.0
+        if step.decodes:
+            decode_context = max(step.decode_context / step.decodes, tables.decode_context[1])
+        point = (chunk, context, step.decodes, decode_context)
+        where = [
+            _bracket(axis, at, name) for axis, at, name in zip(self._axes, point, _AXES.values(), strict=True)
+        ]
+        total = 0.0
+        for corner in itertools.product((0, 1), repeat=4):
+            share, place = 1.0, 0
+            for (at, weight), side, stride in zip(where, corner, self._strides, strict=True):
+                share *= weight if side else 1.0 - weight
+                place += (at + side) * stride
+            if share:
+                value = tables.attention[place]
+                if value is None:
+                    asked = zip(point, _AXES.values(), strict=True)
+                    raise _beyond(", ".join(f"{at:g} {name}" for at, name in asked) + " were not measured")
+                total += share * value
+        return total
+
+
+def _bracket(axis: Axis, value: float, name: str) -> tuple[int, float]:
+    """Index of the point at or below a value, and the weight of the next one."""
+    if not axis[0] <= value <= axis[-1]:
+        raise _beyond(f"{value:g} {name}, measured from {axis[0]} to {axis[-1]}")
+    at = bisect_right(axis, value) - 1
+    if at == len(axis) - 1:
+        return at, 0.0
+    return at, (value - axis[at]) / (axis[at + 1] - axis[at])
+
+
+def _between(values: Floats, at: int, weight: float) -> float:
+    return values[at] + weight * (values[at + 1] - values[at]) if weight else values[at]
+
+
+def _beyond(what: str) -> InputError:
+    return InputError(
+        f"a step beyond the layer tables: {what}",
+        where="profile: layers",
+        fix="Measure the tables further, or use a profile of kind physical, which extrapolates.",
+    )

@@ -1,0 +1,383 @@
+"""How long one engine step takes: the protocol that every step-time model meets, and the physical model."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import ClassVar, Literal, Protocol
+
+from servecast.sim.hardware.gpu import GPU
+from servecast.sim.hardware.model_shape import ModelShape
+from servecast.sim.inputs.errors import InputError
+
+
+class StepShape(Protocol):
+    """What a step-time model may know about a step (sim.scheduler.Step has these).
+
+    chunks: (tokens, context) of every prompt chunk: tokens computed now, KV tokens already there.
+    decodes: requests that compute one token each. decode_context: KV tokens that those read, summed,
+    the new token included. samples: tokens sampled (decodes plus the chunks that end their prompt).
+    """
+
+    @property
+    def chunks(self) -> Sequence[tuple[int, int]]: ...
+
+    @property
+    def decodes(self) -> int: ...
+
+    @property
+    def decode_context(self) -> int: ...
+
+    @property
+    def samples(self) -> int: ...
+
+
+Binding = Literal["compute", "memory_bandwidth", "interconnect", "host"]
+
+
+class StepTime(Protocol):
+    """A step-time model. Never faster than its roofline."""
+
+    def seconds(self, step: StepShape) -> float:
+        """Duration of the step in seconds, without noise."""
+        ...
+
+    def roofline_seconds(self, step: StepShape) -> float:
+        """The least that the step can take on this GPU, in seconds."""
+        ...
+
+    def breakdown(self, step: StepShape) -> Mapping[str, float]:
+        """Part -> seconds; they add up to ``seconds``."""
+        ...
+
+    def binding(self, step: StepShape) -> Binding:
+        """What most of the step's time goes to."""
+        ...
+
+
+_ATTENTION_TILE = 64  # query rows of one thread block of FlashAttention 2 at head_dim 128
+_SAMPLER_BYTES_PER_LOGIT = (
+    14  # bf16 logits, fp32 copy, probabilities, noise; slope of the RTX 4090's sampler rows
+)
+_SAMPLER_KERNELS = 10  # times kernel_s: the floor of the same rows, 25 us
+
+
+@dataclass(frozen=True, slots=True)
+class Efficiencies:
+    """What a GPU and an engine make of the datasheet: what is fitted, and what carries over to other models.
+
+    The defaults are typical, for a GPU that nobody measured. "4090" is the public layer-time table of
+    Llama-3.1-8B on an RTX 4090 (casys-kaist/LLMServingSim), fitted by
+    ``tests/calibrate/fit/test_physical.py``.
+
+    Attributes:
+        compute: share of peak FLOP/s in large matrix products. 0.80: an H200 reaches 769-798 of 989 TFLOP/s;
+            the 4090 reaches its rated peak (1.0), since it boosts past the rated clock.
+        bandwidth: share of memory bandwidth when weights are read. 0.88: the 4090; an H200 copies at 0.90.
+        attention_compute: share of peak FLOP/s in attention over prompt chunks. 0.72: the 4090.
+        kv_bandwidth: share of memory bandwidth when decodes read KV. 0.90: the 4090.
+        overlap_exponent: p of the smooth maximum (a^p + b^p)^(1/p) of compute and memory time in matrix
+            products; infinite would be a sharp roofline, 1 no overlap. 2.26: the 4090, 1 to 2,048 tokens
+            evenly in log (2.0 to 2.4 depending on the layer and the range).
+        kernel_s: launch, ramp-up and tail of one GPU kernel, s. 1.8e-6: the 4090's small kernels of a layer
+            take 18 us at one token, over ten kernels a layer.
+        attention_seq_s: attention's fixed work per decode and layer, s. 0.2e-6: the 4090.
+        host_fixed_s: time per step that the GPU waits for the host, s. 0.3e-3: assumed, async scheduling.
+        host_per_seq_s: the same per scheduled request, s. 5e-6: assumed.
+        link: share of the link's bandwidth in large all-reduces. 0.8: assumed.
+        allreduce_s: latency of one small all-reduce, s. 10e-6: assumed, NVLink; more over PCIe.
+    """
+
+    compute: float = 0.80
+    bandwidth: float = 0.88
+    attention_compute: float = 0.72
+    kv_bandwidth: float = 0.90
+    overlap_exponent: float = 2.26
+    kernel_s: float = 1.8e-6
+    attention_seq_s: float = 0.2e-6
+    host_fixed_s: float = 0.3e-3
+    host_per_seq_s: float = 5e-6
+    link: float = 0.8
+    allreduce_s: float = 10e-6
+
+    SHARES: ClassVar[tuple[str, ...]] = ("compute", "bandwidth", "attention_compute", "kv_bandwidth", "link")
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name in self.SHARES:
+                good, rule = 0.0 < value <= 1.0, "above 0 and at most 1: nothing beats the datasheet"
+            elif field.name == "overlap_exponent":
+                good, rule = 1.0 <= value < math.inf, "at least 1"
+            else:
+                good, rule = 0.0 <= value < math.inf, "0 or more seconds"
+            if not good:
+                raise InputError(
+                    f"{field.name} is {value}", where=f"efficiencies.{field.name}", fix=f"Make it {rule}."
+                )
+
+
+def smooth_maximum(first: float, second: float, exponent: float) -> float:
+    """(a^p + b^p)^(1/p), written so that rounding cannot bring it under max(a, b)."""
+    high, low = (first, second) if first >= second else (second, first)
+    return high * (1.0 + (low / high) ** exponent) ** (1.0 / exponent) if high else 0.0
+
+
+def release(version: str) -> tuple[int, int]:
+    """(0, 32) of vLLM's "0.32" or "v0.32.1"; InputError if it is no version."""
+    try:
+        major, minor = version.removeprefix("v").split(".")[:2]
+        return int(major), int(minor)
+    except ValueError as error:
+        raise InputError(
+            f"{version!r} is no vLLM version", where="engine.version", fix='Write it as "0.32".'
+        ) from error
+
+
+def cudagraph_capture_sizes(
+    max_num_seqs: int,
+    max_num_batched_tokens: int,
+    *,
+    version: str,
+    capability: tuple[int, int],
+    max_capture_size: int | None = None,
+) -> tuple[int, ...]:
+    """Token counts that vLLM captures CUDA graphs for, rising: 1, 2, 4, then by 8 to 248, then by 16.
+
+    They end at ``max_capture_size`` (``--max-cudagraph-capture-size``), by default 2 max_num_seqs and at most
+    512 (1,024 in 0.32 on compute capability 10), and at the token budget. The budget itself, and in 0.32
+    max_num_seqs, are added if they are not beyond that end.
+    """
+    recent = release(version) >= (0, 32)
+    usual = min(2 * max_num_seqs, 1024 if recent and capability[0] == 10 else 512)
+    limit = min(usual if max_capture_size is None else max_capture_size, max_num_batched_tokens)
+    sizes = {1, 2, 4, *range(8, 256, 8), *range(256, limit + 1, 16), max_num_batched_tokens}
+    if recent:
+        sizes.add(max_num_seqs)
+    return tuple(sorted(size for size in sizes if size <= limit))
+
+
+class PhysicalStepTime:
+    """Step time from FLOPs, bytes and the datasheet, times a few efficiencies.
+
+    ``seconds`` is a sum of parts, each at least its FLOPs over the peak and at least its bytes over the
+    bandwidth, so the sum is never under ``roofline_seconds``:
+
+    - host: fixed and per request; kernels: a fixed cost each
+    - linear: weights read once against 2 FLOPs a weight and token, joined by a smooth maximum
+    - elementwise: norms, rotary, activation and KV write, by bytes
+    - attention_prefill: FLOPs of all chunks, or reading their older KV, or the chunk with the longest context
+      on the few thread blocks it fills (one a head and tile of query rows), whichever is longest
+    - attention_decode: KV read, and a fixed cost per decode and layer. Beside prompt chunks, FlashAttention 2
+      (compute capability 8 and 12) pads the one query row of a decode to a tile, which costs a tile's FLOPs
+    - lm_head, sampler: by sampled row
+    - all_reduce: two a layer and the gathered logits, under tensor parallelism
+
+    Tokens are padded up to the next CUDA-graph size while there is one, as vLLM pads pure decode steps (full
+    graphs) and mixed ones (piecewise graphs).
+
+    Args:
+        model: sizes of the model. gpu: its peaks. efficiencies: what is reached of them.
+        tensor_parallel_size: ranks; the time is a rank's.
+        cudagraph_sizes: from ``cudagraph_capture_sizes``; empty for ``--enforce-eager``.
+        kv_dtype_bytes: 2, or 1 for ``--kv-cache-dtype fp8``.
+
+    Raises:
+        InputError: the model cannot be split that way.
+    """
+
+    def __init__(
+        self,
+        model: ModelShape,
+        gpu: GPU,
+        efficiencies: Efficiencies | None = None,
+        *,
+        tensor_parallel_size: int = 1,
+        cudagraph_sizes: Sequence[int] = (),
+        kv_dtype_bytes: int = 2,
+    ) -> None:
+        model.check_tensor_parallel(tensor_parallel_size)
+        self.model, self.gpu, self.tensor_parallel_size = model, gpu, tensor_parallel_size
+        self.efficiencies = eff = efficiencies or Efficiencies()
+        self.cudagraph_sizes = tuple(sorted(cudagraph_sizes))
+        self._linear_peak = gpu.linear_flops(model.weight_bytes_each)
+        self._pair_flops = model.attention_flops_per_pair(tensor_parallel_size)
+        self._kv_bytes = model.kv_bytes_per_token_and_layer(tensor_parallel_size, kv_dtype_bytes)
+
+        attention_rate = gpu.bf16_flops * eff.attention_compute
+        self._pair_s = self._pair_flops / attention_rate
+        self._kv_read_s = self._kv_bytes / (gpu.bandwidth * eff.kv_bandwidth)
+        mixed_rows = _ATTENTION_TILE if gpu.capability[0] in (8, 12) else 1
+        self._decode_kv_s = max(self._kv_read_s, self._pair_s)
+        self._mixed_decode_kv_s = max(self._kv_read_s, mixed_rows * self._pair_s)
+        self._decode_s = model.layers * eff.attention_seq_s
+        self._block_s = 0.0  # one thread block, per KV token, over all layers
+        if gpu.sms is not None:
+            self._block_s = 4.0 * _ATTENTION_TILE * model.head_dim * model.layers * gpu.sms / attention_rate
+        self._by_tokens: dict[int, float] = {}
+        self._by_rows: dict[int, float] = {}
+
+    def seconds(self, step: StepShape) -> float:
+        """Duration of the step in seconds. A step with nothing in it takes no time."""
+        decodes, chunks = step.decodes, step.chunks
+        requests = tokens = decodes
+        total = 0.0
+        if chunks:
+            requests += len(chunks)
+            for chunk in chunks:
+                tokens += chunk[0]
+            total = self._attention_prefill(chunks)
+        elif not decodes:
+            return 0.0
+        if decodes:
+            total += self._attention_decode(step)
+        by_tokens = self._by_tokens.get(tokens)
+        if by_tokens is None:
+            by_tokens = self._by_tokens[tokens] = sum(self._token_parts(tokens).values())
+        by_rows = self._by_rows.get(step.samples)
+        if by_rows is None:
+            by_rows = self._by_rows[step.samples] = sum(self._row_parts(step.samples).values())
+        return total + by_tokens + by_rows + requests * self.efficiencies.host_per_seq_s
+
+    def breakdown(self, step: StepShape) -> dict[str, float]:
+        """Part -> seconds; they add up to ``seconds``."""
+        tokens, requests = _count(step)
+        if not tokens:
+            return {}
+        parts = self._token_parts(tokens)
+        parts["host"] += requests * self.efficiencies.host_per_seq_s
+        parts["attention_prefill"] = self._attention_prefill(step.chunks)
+        parts["attention_decode"] = self._attention_decode(step) if step.decodes else 0.0
+        for name, seconds in self._row_parts(step.samples).items():
+            parts[name] = parts.get(name, 0.0) + seconds
+        return parts
+
+    def binding(self, step: StepShape) -> Binding:
+        """What most of the step's time goes to; a part counts for the larger of its two sides."""
+        parts = self.breakdown(step)
+        if not parts:
+            return "host"
+        decode_kv_s = self._mixed_decode_kv_s if step.chunks else self._decode_kv_s
+        sides: dict[str, tuple[float, float]] = {  # compute, memory
+            "linear": self._linear_sides(self.padded(_count(step)[0])),
+            "lm_head": self._lm_head_sides(step.samples),
+            "attention_prefill": (1.0, 0.0),
+            "attention_decode": (decode_kv_s, self._kv_read_s),
+            "elementwise": (0.0, 1.0),
+            "sampler": (0.0, 1.0),
+        }
+        spent: dict[Binding, float] = {
+            "compute": 0.0,
+            "memory_bandwidth": 0.0,
+            "interconnect": 0.0,
+            "host": 0.0,
+        }
+        for name, seconds in parts.items():
+            if name in sides:
+                compute, memory = sides[name]
+                spent["compute" if compute > memory else "memory_bandwidth"] += seconds
+            else:
+                spent["interconnect" if name == "all_reduce" else "host"] += seconds
+        return max(spent, key=lambda side: spent[side])
+
+    def roofline_seconds(self, step: StepShape) -> float:
+        """What no kernel can beat on this GPU: all FLOPs at the peak, or all weights and older KV read once
+        at full bandwidth, whichever is longer. Activations may stay in caches and do not count, nor does
+        padding. With experts, the weights read are an expectation."""
+        tokens, _ = _count(step)
+        if not tokens:
+            return 0.0
+        model, gpu, tp = self.model, self.gpu, self.tensor_parallel_size
+        token_layers = self._decode_token_layers(step)
+        pairs = float(token_layers)
+        for new, context in step.chunks:
+            pairs += model.attention_pairs(new, context)
+            token_layers += model.kv_token_layers(context)
+        compute = tokens * model.linear_flops_per_token(tp) / self._linear_peak
+        compute += (model.lm_head_flops(step.samples, tp) + pairs * self._pair_flops) / gpu.bf16_flops
+        read = model.linear_bytes(tokens, tp) + token_layers * self._kv_bytes
+        read += model.lm_head_bytes(tp) if step.samples else 0.0
+        return max(compute, read / gpu.bandwidth)
+
+    # -- parts -------------------------------------------------------------------------------------
+
+    def padded(self, tokens: int) -> int:
+        """The tokens that a step of so many computes: the next CUDA-graph size while there is one."""
+        at = bisect_left(self.cudagraph_sizes, tokens)
+        return self.cudagraph_sizes[at] if at < len(self.cudagraph_sizes) else tokens
+
+    def _linear_sides(self, tokens: int) -> tuple[float, float]:
+        """Compute and memory time of the linear layers, s."""
+        eff, tp = self.efficiencies, self.tensor_parallel_size
+        compute = tokens * self.model.linear_flops_per_token(tp) / (self._linear_peak * eff.compute)
+        return compute, self.model.linear_bytes(tokens, tp) / (self.gpu.bandwidth * eff.bandwidth)
+
+    def _lm_head_sides(self, rows: int) -> tuple[float, float]:
+        if not rows:
+            return 0.0, 0.0
+        eff, tp = self.efficiencies, self.tensor_parallel_size
+        compute = self.model.lm_head_flops(rows, tp) / (self.gpu.bf16_flops * eff.compute)
+        return compute, self.model.lm_head_bytes(tp) / (self.gpu.bandwidth * eff.bandwidth)
+
+    def _token_parts(self, tokens: int) -> dict[str, float]:
+        """Parts that the number of tokens decides, the host's fixed time among them."""
+        model, eff, tp = self.model, self.efficiencies, self.tensor_parallel_size
+        padded = self.padded(tokens)
+        elementwise = padded * model.elementwise_bytes_per_token(tp) / (self.gpu.bandwidth * eff.bandwidth)
+        parts = {
+            "host": eff.host_fixed_s,
+            "kernels": model.kernels * eff.kernel_s,
+            "linear": smooth_maximum(*self._linear_sides(padded), eff.overlap_exponent),
+            "elementwise": elementwise,
+        }
+        if tp > 1:
+            parts["all_reduce"] = (
+                2 * model.layers * self._all_reduce(padded * model.hidden_size * model.dtype_bytes)
+            )
+        return parts
+
+    def _row_parts(self, rows: int) -> dict[str, float]:
+        """Parts that the number of sampled rows decides."""
+        if not rows:
+            return {}
+        model, eff, tp = self.model, self.efficiencies, self.tensor_parallel_size
+        logits = rows * model.vocab_size
+        sampler = logits * _SAMPLER_BYTES_PER_LOGIT / (self.gpu.bandwidth * eff.bandwidth)
+        parts = {
+            "lm_head": smooth_maximum(*self._lm_head_sides(rows), eff.overlap_exponent),
+            "sampler": _SAMPLER_KERNELS * eff.kernel_s + sampler,
+        }
+        if tp > 1:  # an all-gather moves half of what an all-reduce of the same result does
+            parts["all_reduce"] = self._all_reduce(logits * model.dtype_bytes // 2)
+        return parts
+
+    def _all_reduce(self, size: int) -> float:
+        """One ring all-reduce of that many bytes: each rank sends 2 (n-1)/n of them."""
+        ranks = self.tensor_parallel_size
+        sent = 2 * (ranks - 1) / ranks * size
+        return self.efficiencies.allreduce_s + sent / (self.gpu.link_bandwidth * self.efficiencies.link)
+
+    def _attention_prefill(self, chunks: Sequence[tuple[int, int]]) -> float:
+        model = self.model
+        pairs, older, longest = 0.0, 0, 0
+        for tokens, context in chunks:
+            pairs += model.attention_pairs(tokens, context)
+            if context:
+                older += model.kv_token_layers(context)
+                if context > longest:
+                    longest = context
+        return max(pairs * self._pair_s, older * self._kv_read_s, longest * self._block_s)
+
+    def _decode_token_layers(self, step: StepShape) -> int:
+        return self.model.kv_token_layers(step.decode_context, step.decodes)
+
+    def _attention_decode(self, step: StepShape) -> float:
+        per_token_layer = self._mixed_decode_kv_s if step.chunks else self._decode_kv_s
+        return self._decode_token_layers(step) * per_token_layer + step.decodes * self._decode_s
+
+
+def _count(step: StepShape) -> tuple[int, int]:
+    """Tokens and requests of a step."""
+    return step.decodes + sum(tokens for tokens, _ in step.chunks), step.decodes + len(step.chunks)

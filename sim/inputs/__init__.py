@@ -1,0 +1,1 @@
+"""Errors, units and files: what every room stands on."""

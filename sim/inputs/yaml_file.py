@@ -1,0 +1,84 @@
+"""The YAML behind a scenario: reading it strictly, and replacing single fields."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from servecast.sim.inputs.errors import InputError
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without keys that come twice."""
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: list[Any] = []
+    for key_node, _ in node.value:
+        if key_node.tag != "tag:yaml.org,2002:merge":
+            key = loader.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} comes twice", key_node.start_mark
+                )
+            seen.append(key)
+    loader.flatten_mapping(node)
+    return {
+        loader.construct_object(key, deep=True): loader.construct_object(value, deep=True)
+        for key, value in node.value
+    }
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file's fields.
+
+    Raises:
+        InputError: it cannot be read, is no YAML, has a key twice, or is not a mapping.
+    """
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot be read: {error}", where=str(path), fix="Give a readable file.") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = "" if mark is None else f", line {mark.line + 1}"
+        problem = getattr(error, "problem", None) or str(error)
+        raise InputError(
+            f"not valid YAML: {problem}", where=f"{path}{line}", fix="Correct the line."
+        ) from None
+    if not isinstance(data, dict):
+        raise InputError("not a mapping of fields", where=str(path), fix="See the scenario reference.")
+    return data
+
+
+def override(data: dict[str, Any], field: str, value: Any, *, where: str) -> dict[str, Any]:
+    """A copy of a scenario's data with one field, given by its dotted path, set to a value.
+
+    Raises:
+        InputError: the path leads through something that has no fields.
+    """
+    data = copy.deepcopy(data)
+    node: Any = data
+    *parents, last = field.split(".")
+    for part in parents:
+        node = node.setdefault(part, {}) if isinstance(node, dict) else _item(node, part, field, where)
+    if isinstance(node, dict):
+        node[last] = value
+    else:
+        _item(node, last, field, where)
+        node[int(last)] = value
+    return data
+
+
+def _item(node: Any, part: str, field: str, where: str) -> Any:
+    if isinstance(node, list) and part.isdecimal() and int(part) < len(node):
+        return node[int(part)]
+    raise InputError(
+        f"there is nothing at {part!r} of {field!r}", where=where, fix="Give the field's dotted path."
+    )

@@ -1,0 +1,1 @@
+"""Records of requests and steps, and every number that is read from them."""

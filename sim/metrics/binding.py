@@ -1,0 +1,196 @@
+"""What keeps a server from more: the queue's cause where requests wait, else what its steps spend time on.
+
+After ``schedule`` a request still waits for exactly one of three reasons: the running list is full, the
+step's token budget is used up, or its KV blocks could not be had (the scheduler stops at the first that
+applies). So the step table tells which, step by step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import pandas as pd
+
+from servecast.sim.hardware.step_time.physical import StepShape
+from servecast.sim.metrics.records import Run
+
+QUEUE_LIMITS = ("max_num_seqs", "token_budget", "kv_blocks")
+WAITING_SHARE = 0.05  # a queue that stands for less of the engine's time does not bind
+FRONT_END_SHARE = 0.5  # of TTFT before the engine's queue
+DELIVERY_LAG = 1.2  # gaps seen by the client over the steps that produced them
+STEP_SAMPLE = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What an engine of a run could not exceed, and what its step-time model knows.
+
+    num_gpu_blocks includes the null block; None where no request waits for blocks. bound_by: what most of a
+    step's time goes to (``StepTime.binding``). parts: part of a step to seconds (``StepTime.breakdown``).
+    None where the step-time model cannot tell.
+    """
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    num_gpu_blocks: int | None
+    bound_by: Callable[[StepShape], str] | None = None
+    parts: Callable[[StepShape], Mapping[str, float]] | None = None
+
+
+@dataclass(slots=True)
+class StepRow:
+    """A StepShape from a row of the step table. Prompt chunks are taken as equal and at context 0."""
+
+    chunks: Sequence[tuple[int, int]]
+    decodes: int
+    decode_context: int
+    samples: int
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """Shares in 0..1, each of the engine's busy time unless it says otherwise.
+
+    max_num_seqs, token_budget, kv_blocks: steps in which requests waited because of it.
+    busy: busy time of the window. front_end: of the mean TTFT, spent before the engine's queue.
+    delivery: mean inter-token gap at the client over the mean step behind it (not a share).
+    bound_by: steps by what most of their time goes to. parts: step time by part.
+    """
+
+    max_num_seqs: float
+    token_budget: float
+    kv_blocks: float
+    busy: float
+    front_end: float
+    delivery: float
+    bound_by: Mapping[str, float]
+    parts: Mapping[str, float]
+
+    @classmethod
+    def mean(cls, all_of: Sequence[Evidence]) -> Evidence:
+        """The mean over replications."""
+        values: dict[str, float] = {
+            field.name: float(np.mean([getattr(each, field.name) for each in all_of]))
+            for field in fields(cls)
+            if field.name not in ("bound_by", "parts")
+        }
+        bound_by = _mean_shares([each.bound_by for each in all_of])
+        return cls(**values, bound_by=bound_by, parts=_mean_shares([each.parts for each in all_of]))
+
+
+@dataclass(frozen=True, slots=True)
+class Binding:
+    """What binds ("compute", "memory_bandwidth", "host", "interconnect", "front_end", "kv_blocks",
+    "max_num_seqs", "token_budget", "none" or "unknown"), and why one should believe it."""
+
+    limit: str
+    reasons: tuple[str, ...]
+
+
+def evidence(run: Run, limits: Limits) -> Evidence:
+    """What the tables of a run (or of the part that ``warmup.select`` gives) say about its limits."""
+    steps, requests = run.steps, run.requests
+    time = steps["duration"].to_numpy(dtype=float)
+    total = float(time.sum()) or math.nan
+    waits = steps["waiting"].to_numpy() > 0
+    full = waits & ((steps["running"].to_numpy() >= limits.max_num_seqs) | (limits.num_gpu_blocks is None))
+    scheduled = (steps["prefill_tokens"] + steps["decodes"]).to_numpy()
+    spent = waits & ~full & (scheduled >= limits.max_num_batched_tokens)
+    window = float(steps["start"].max() - steps["start"].min()) + float(time[-1:].sum())
+    ttft = (requests["first_token"] - requests["sent"]).mean()
+    decodes = steps["decodes"].to_numpy(dtype=float)
+    gap = float(np.average(run.itl["gap"], weights=run.itl["weight"])) if len(run.itl) else math.nan
+    behind = float(np.average(time, weights=decodes)) if decodes.any() else math.nan
+    bound_by, parts = _step_shares(steps, limits)
+    return Evidence(
+        max_num_seqs=float(time[full].sum()) / total,
+        token_budget=float(time[spent].sum()) / total,
+        kv_blocks=float(time[waits & ~full & ~spent].sum()) / total,
+        busy=total / (window * max(steps["replica"].nunique(), 1)) if window else math.nan,
+        front_end=float((requests["queued"] - requests["sent"]).mean() / ttft),
+        delivery=gap / behind,
+        bound_by=bound_by,
+        parts=parts,
+    )
+
+
+def binding_limit(found: Evidence, limits: Limits, *, only_token_times: bool) -> Binding:
+    """Names the limit that the evidence points to.
+
+    only_token_times: the load fails on the time between tokens alone (TPOT, ITL) and nothing piles up;
+    then a queue for admission is beside the point.
+
+    In this order: the client sees tokens more than 20 % later than the steps make them, or spends more
+    than half of TTFT before the engine's queue: front_end. Requests wait in more than 5 % of the
+    engine's time: what they wait for. Otherwise: what the steps' time goes to.
+    """
+    if found.delivery > DELIVERY_LAG:
+        lag = f"{found.delivery:.2f} times as far apart as the engine makes them"
+        return Binding("front_end", (f"tokens reach the client {lag}",))
+    if not only_token_times and found.front_end > FRONT_END_SHARE:
+        return Binding("front_end", (f"{found.front_end:.0%} of TTFT passes before the engine's queue",))
+    step = _step_reasons(found)
+    if not only_token_times:
+        queue = {name: getattr(found, name) for name in QUEUE_LIMITS}
+        cause = max(QUEUE_LIMITS, key=lambda name: queue[name])
+        if sum(queue.values()) > WAITING_SHARE:
+            return Binding(cause, (_queue_reason(cause, queue[cause], limits), *step))
+    if not found.bound_by:
+        return Binding("unknown", ("no queue and no step-time model that could tell", *step))
+    return Binding(max(found.bound_by, key=lambda name: found.bound_by[name]), tuple(step))
+
+
+def _queue_reason(cause: str, share: float, limits: Limits) -> str:
+    budget = f"{limits.max_num_batched_tokens} tokens of a step (max_num_batched_tokens)"
+    what = {
+        "max_num_seqs": f"all {limits.max_num_seqs} sequence slots (max_num_seqs) are taken",
+        "token_budget": f"the {budget} are used up",
+        "kv_blocks": f"no more of the {(limits.num_gpu_blocks or 1) - 1} KV blocks can be had",
+    }
+    return f"in {share:.0%} of the engine's time requests wait while {what[cause]}"
+
+
+def _step_reasons(found: Evidence) -> list[str]:
+    reasons = [f"the engine is busy {found.busy:.0%} of the time"]
+    for label, shares in (("bound by", found.bound_by), ("spent on", found.parts)):
+        if shares:
+            top = sorted(shares.items(), key=lambda item: -item[1])[:3]
+            reasons.append(f"step time {label} " + ", ".join(f"{name} {share:.0%}" for name, share in top))
+    return reasons
+
+
+def _step_shares(steps: pd.DataFrame, limits: Limits) -> tuple[dict[str, float], dict[str, float]]:
+    """Shares of step time by what binds and by part, from steps spread evenly over the run."""
+    bound: dict[str, float] = {}
+    parts: dict[str, float] = {}
+    if not len(steps) or limits.bound_by is None:
+        return bound, parts
+    rows = steps.iloc[np.unique(np.linspace(0, len(steps) - 1, STEP_SAMPLE).astype(int))]
+    counts = rows[["prefill_tokens", "prefill_requests", "decodes", "decode_context", "emitted"]]
+    for (tokens, requests, decodes, context, emitted), duration in zip(
+        counts.to_numpy(dtype=int).tolist(), rows["duration"].tolist(), strict=True
+    ):
+        each, extra = divmod(tokens, requests or 1)
+        chunks = [(each + (number < extra), 0) for number in range(requests)]
+        shape = StepRow(chunks, decodes, context, emitted)
+        name = limits.bound_by(shape)
+        bound[name] = bound.get(name, 0.0) + duration
+        for part, seconds in (limits.parts(shape) if limits.parts else {}).items():
+            parts[part] = parts.get(part, 0.0) + seconds
+    return _normalised(bound), _normalised(parts)
+
+
+def _normalised(weights: Mapping[str, float]) -> dict[str, float]:
+    total = sum(weights.values())
+    return {name: weight / total for name, weight in weights.items()} if total else {}
+
+
+def _mean_shares(shares: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    summed: dict[str, float] = {}
+    for each in shares:
+        for name, share in each.items():
+            summed[name] = summed.get(name, 0.0) + share
+    return _normalised(summed)

@@ -1,0 +1,67 @@
+"""How the load lay on the replicas of a fleet: what explains that one router does better than another."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+
+from servecast.sim.metrics.metrics import prefix_hit_rate
+from servecast.sim.metrics.records import Run
+
+
+def fleet_load(run: Run) -> dict[str, Any]:
+    """The load of a run (or of the part that ``warmup.select`` gives), over all replicas and one by one, from
+    its first send to its last finish.
+
+    send_rate: requests sent a second. uncached_tokens_per_s: prompt tokens that were not in the prefix cache
+    when their request was first scheduled, a second. mean_...: over time, where a replica without a step in
+    progress has nothing running, waiting or in use; of the fleet the sum of running and waiting, the mean of
+    KV cache usage. token_imbalance: computed tokens (prompt and output) of the busiest replica over the mean.
+    What is not known is None.
+    """
+    requests, steps = run.requests, run.steps
+    sent = requests["sent"]
+    span = float(requests["finish"].max() - sent.min())
+    sending = float(sent.max() - sent.min())
+    replicas = [
+        _replica(number, requests[requests["replica"] == number], steps[steps["replica"] == number], span)
+        for number in range(int(run.meta.get("replicas", 1)))
+    ]
+    table = pd.DataFrame(replicas)
+    busiest, mean = table["computed_tokens"].max(), table["computed_tokens"].mean()
+    found = {
+        "send_rate": (len(requests) - 1) / sending if sending > 0 else math.nan,
+        "uncached_tokens_per_s": float(table["uncached_tokens_per_s"].sum()),
+        "mean_kv_cache_usage": float(table["mean_kv_cache_usage"].mean()),
+        "mean_num_running": float(table["mean_num_running"].sum()),
+        "mean_num_waiting": float(table["mean_num_waiting"].sum()),
+        "token_imbalance": float(busiest / mean) if mean else math.nan,
+    }
+    return _known(found) | {"replicas": [_known(row) for row in replicas]}
+
+
+def _replica(number: int, requests: pd.DataFrame, steps: pd.DataFrame, span: float) -> dict[str, Any]:
+    seconds = steps["duration"]
+    cached = requests["cached_tokens"].astype("float64")
+    uncached = float((requests["prompt_tokens"] - cached).sum())
+    return {
+        "replica": number,
+        "requests": len(requests),
+        "failed": int((requests["status"] == "failed").sum()),
+        "prefix_cache_hit_rate": prefix_hit_rate(requests),
+        "uncached_tokens_per_s": uncached / span,
+        "computed_tokens": int(steps["prefill_tokens"].sum() + steps["decodes"].sum()),
+        "mean_num_running": float((steps["running"] * seconds).sum()) / span,
+        "mean_num_waiting": float((steps["waiting"] * seconds).sum()) / span,
+        "max_num_waiting": float(steps["waiting"].max()),
+        "mean_kv_cache_usage": float((steps["kv_usage"] * seconds).sum()) / span,
+        "kv_cache_usage_peak": float(steps["kv_usage"].max()),
+        "num_preemptions": int(requests["preemptions"].sum()),
+    }
+
+
+def _known(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: None if isinstance(v, float) and math.isnan(v) else v for key, v in values.items()}

@@ -1,0 +1,330 @@
+"""Every number shown to a person, as a pure function of a run's tables.
+
+The definitions are those of ``vllm bench serve`` (vllm/benchmarks/serve.py, calculate_metrics), so that a
+simulated run, a live one and a published report are compared like with like. Times are seconds here;
+only `summary` turns them into the milliseconds of vLLM's result JSON.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike, NDArray
+
+from servecast.sim.inputs.errors import InputError
+from servecast.sim.metrics.confidence import wilson
+from servecast.sim.metrics.records import Run
+from servecast.sim.metrics.slo import Goodput
+
+Floats = NDArray[np.float64]
+PercentileLaw = Literal["linear", "exclusive"]
+
+_GAP_S = 1e-3  # between two steps of a busy engine, at most
+
+METRICS = {  # vLLM's keys, and the name and the header under which it prints them
+    "ttft": ("TTFT", "Time to First Token"),
+    "tpot": ("TPOT", "Time per Output Token (excl. 1st token)"),
+    "itl": ("ITL", "Inter-token Latency"),
+    "e2el": ("E2EL", "End-to-end Latency"),
+    "client_queue_time": ("Client Queue Time", "Client-side Queueing"),
+    "e2el_including_client_queue": ("E2EL incl. Client Queue", "Queue-inclusive End-to-end Latency"),
+}
+
+
+def latencies(requests: pd.DataFrame) -> pd.DataFrame:
+    """The latencies of the finished requests, a row each, in seconds; the index is that of ``requests``.
+
+    ttft = first_token - sent; e2el = finish - sent; tpot = (e2el - ttft) / (output_tokens - 1), NaN for
+    a request of one token; client_queue_time = sent - arrival; e2el_including_client_queue = their sum.
+    """
+    done = requests[requests["status"] == "finished"]
+    ttft, e2el, queue = (
+        done["first_token"] - done["sent"],
+        done["finish"] - done["sent"],
+        done["sent"] - done["arrival"],
+    )
+    gaps = (done["output_tokens"] - 1).where(done["output_tokens"] > 1).astype("float64")
+    return pd.DataFrame(
+        {
+            "ttft": ttft,
+            "tpot": (e2el - ttft) / gaps,
+            "e2el": e2el,
+            "client_queue_time": queue,
+            "e2el_including_client_queue": e2el + queue,
+        }
+    )
+
+
+def samples(run: Run, metric: str) -> tuple[Floats, Floats | None]:
+    """The values of a metric in seconds and their weights (None: each counts once)."""
+    if metric == "itl":
+        return run.itl["gap"].to_numpy(dtype=float), run.itl["weight"].to_numpy(dtype=float)
+    if metric not in METRICS:
+        raise InputError(
+            f"unknown metric {metric!r}", where="metric", fix=f"Use one of {', '.join(METRICS)}."
+        )
+    values = latencies(run.requests)[metric].to_numpy(dtype=float)
+    return values[~np.isnan(values)], None
+
+
+def percentiles(
+    values: ArrayLike,
+    ranks: Sequence[float],
+    *,
+    weights: ArrayLike | None = None,
+    law: PercentileLaw = "linear",
+) -> list[float]:
+    """Percentiles of values, each of which counts ``weight`` times (None: once).
+
+    ranks: in percent. weights: their sum is taken as a whole number. law "linear" is NumPy's default (what
+    vllm bench serve reports); "exclusive" is that of ``statistics.quantiles(n=100)``, which places rank q
+    at position q/100 * (n + 1) and goes past the largest value when the sample is too small for the rank.
+    NaN for an empty sample, and under "exclusive" for a single value.
+    """
+    data = np.asarray(values, dtype=float)
+    order = np.argsort(data, kind="stable")
+    data = data[order]
+    ends = np.arange(1, len(data) + 1) if weights is None else np.cumsum(np.asarray(weights)[order])
+    n = round(float(ends[-1])) if len(data) else 0
+    if n == 0 or (n == 1 and law == "exclusive"):
+        return [math.nan] * len(ranks)
+    results = []
+    for rank in ranks:
+        if law == "linear":
+            position = rank / 100 * (n - 1)
+            lower = min(math.floor(position), n - 1)
+        else:
+            position = rank / 100 * (n + 1) - 1
+            lower = min(max(math.floor(position), 0), n - 2)
+        below, above = data[np.searchsorted(ends, [lower, min(lower + 1, n - 1)], side="right")]
+        part = position - lower
+        # NumPy's own interpolation, bit for bit: from the nearer end
+        step = above - below
+        results.append(float(below + step * part if part < 0.5 else above - step * (1 - part)))
+    return results
+
+
+def statistic(run: Run, metric: str, name: str, *, law: PercentileLaw = "linear") -> float:
+    """One statistic of a metric in seconds: "mean", "median", "std" (population), "max" or "p95", "p99.9".
+
+    Raises InputError for a name that is none of these.
+    """
+    values, weights = samples(run, metric)
+    return statistics_of(values, weights, [name], law)[0]
+
+
+def statistics_of(
+    values: Floats, weights: Floats | None, names: Sequence[str], law: PercentileLaw
+) -> list[float]:
+    """Several statistics of one sample, sorted once. NaN for an empty sample."""
+    ranks = {name: rank for name in names if (rank := _rank(name)) is not None}
+    found = dict(zip(ranks, percentiles(values, list(ranks.values()), weights=weights, law=law), strict=True))
+    if len(values):
+        mean = float(np.average(values, weights=weights))
+        found["mean"] = mean
+        found["std"] = math.sqrt(float(np.average((values - mean) ** 2, weights=weights)))
+        found["max"] = float(values.max())
+    return [found.get(name, math.nan) for name in names]
+
+
+def _rank(name: str) -> float | None:
+    """The rank in percent that a statistic's name asks for, None for a moment."""
+    if name in ("mean", "std", "max"):
+        return None
+    if name == "median":
+        return 50.0
+    try:
+        rank = float(name.removeprefix("p")) if name.startswith("p") else math.nan
+    except ValueError:
+        rank = math.nan
+    if not 0 <= rank <= 100:
+        fix = "Use mean, median, std, max, or p and a rank as in p95."
+        raise InputError(f"unknown statistic {name!r}", where="statistic", fix=fix)
+    return rank
+
+
+def duration(run: Run) -> float:
+    """Seconds from the start of the run (or of the selected part) to the last completion, as vLLM has it."""
+    done = run.requests.loc[run.requests["status"] == "finished", "finish"]
+    return float(done.max()) - float(run.meta.get("start_s", 0.0)) if len(done) else math.nan
+
+
+def good_requests(run: Run, goodput: Goodput) -> int:
+    """How many finished requests meet every limit, each limit included.
+
+    A request of one token has no TPOT and meets any limit on it.
+    """
+    values = latencies(run.requests)
+    good = np.ones(len(values), dtype=bool)
+    for metric, limit_ms in goodput.limits_ms:
+        good &= values[metric].fillna(0.0).to_numpy() <= limit_ms / 1000
+    return int(good.sum())
+
+
+def series(steps: pd.DataFrame, column: str) -> pd.Series[float]:
+    """A column of the step table over time (index: seconds).
+
+    Over several replicas it is their sum (for kv_usage their mean), where each keeps its last value
+    until its next step.
+    """
+    if steps["replica"].nunique() <= 1:
+        return pd.Series(steps[column].to_numpy(dtype=float), index=steps["start"].to_numpy())
+    table = (
+        steps.pivot_table(index="start", columns="replica", values=column, aggfunc="last").ffill().fillna(0.0)
+    )
+    return table.mean(axis=1) if column == "kv_usage" else table.sum(axis=1)
+
+
+def gauges_at(run: Run, column: str, times: Floats) -> Floats:
+    """A column of the step table as each replica shows it at given times (s): replicas x times. It keeps its
+    value while one step follows another, and is 0 while the engine has nothing to do."""
+    rows = []
+    for replica in range(int(run.meta["replicas"])):
+        steps = run.steps[run.steps["replica"] == replica]
+        start, seconds = steps["start"].to_numpy(), steps["duration"].to_numpy()
+        at = np.searchsorted(start, times, side="right") - 1
+        values = steps[column].to_numpy(dtype=float)
+        busy = (
+            (at >= 0) & (times < (start + seconds)[at] + _GAP_S) if len(steps) else np.zeros(len(times), bool)
+        )
+        rows.append(np.where(busy, values[at] if len(steps) else 0.0, 0.0))
+    return np.array(rows)
+
+
+def peaks(requests: pd.DataFrame) -> tuple[float, int]:
+    """The most output tokens and the most requests in flight in any second, counted as vLLM does.
+
+    Seconds count from the first send; a request is in flight in every second that it touches. Its tokens
+    are taken as evenly spaced between its first and its last, since records hold no time a token.
+    """
+    done = requests[requests["status"] == "finished"]
+    if not len(done):
+        return math.nan, 0
+    sent, first, finish = (done[name].to_numpy() for name in ("sent", "first_token", "finish"))
+    origin, tokens = sent.min(), done["output_tokens"].to_numpy()
+    seconds = math.ceil(finish.max() - origin) + 2
+    edges = np.bincount((sent - origin).astype(int), minlength=seconds).astype(float)
+    edges -= np.bincount((finish - origin).astype(int) + 1, minlength=seconds)
+    per_second = np.zeros(seconds)
+    gap = (finish - first) / np.maximum(tokens - 1, 1)
+    for at in range(0, len(done), 10_000):  # bounds the memory: a float a token
+        part = slice(at, at + 10_000)
+        count = tokens[part]
+        number = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+        times = np.repeat(first[part] - origin, count) + number * np.repeat(gap[part], count)
+        per_second += np.bincount(times.astype(int), minlength=seconds)
+    return float(per_second.max()), int(np.cumsum(edges).max())
+
+
+def prefix_hit_rate(requests: pd.DataFrame) -> float:
+    """Share of prompt tokens that came out of the prefix cache, over the requests for which it is known."""
+    known = requests[requests["cached_tokens"].notna()]
+    prompt = int(known["prompt_tokens"].sum())
+    return float(known["cached_tokens"].sum()) / prompt if prompt else math.nan
+
+
+def summary(
+    run: Run,
+    *,
+    ranks: Sequence[float] = (95, 99),
+    goodput: Goodput | None = None,
+    law: PercentileLaw = "linear",
+) -> dict[str, Any]:
+    """The result of a run (or of the part that ``warmup.select`` gives) under vllm bench serve's JSON keys.
+
+    ranks: percentiles to give, in percent. Besides vLLM's keys there are the engine's
+    (kv_cache_usage_peak, max_num_running, max_num_waiting, num_preemptions, prefix_cache_hit_rate) and,
+    with goodput, goodput_share (of all requests sent, a failed one is not good) with its 95 % Wilson
+    interval. What is not known is None. The load's own keys (request_rate, burstiness,
+    max_concurrency) come from ``run.meta``.
+    """
+    requests, steps, meta = run.requests, run.steps, run.meta
+    done = requests[requests["status"] == "finished"]
+    seconds, prompt, output = (
+        duration(run),
+        int(done["prompt_tokens"].sum()),
+        int(done["output_tokens"].sum()),
+    )
+    tokens_peak, concurrency_peak = peaks(requests)
+    rate, max_concurrency = meta.get("request_rate"), meta.get("max_concurrency")
+    result: dict[str, Any] = {
+        "num_prompts": len(requests),
+        "request_rate": "inf" if rate is not None and math.isinf(rate) else rate,
+        "burstiness": meta.get("burstiness"),
+        "max_concurrency": max_concurrency,
+        "duration": seconds,
+        "completed": len(done),
+        "failed": int(requests["status"].isin(("failed", "aborted")).sum()),
+        "total_input_tokens": prompt,
+        "total_output_tokens": output,
+        "request_throughput": len(done) / seconds,
+        "request_goodput": None,
+        "output_throughput": output / seconds,
+        "total_token_throughput": (prompt + output) / seconds,
+        "max_output_tokens_per_s": tokens_peak,
+        "max_concurrent_requests": concurrency_peak,
+    }
+    if goodput is not None:
+        good = good_requests(run, goodput)
+        share = wilson(good, len(requests))
+        result["request_goodput"] = good / seconds
+        result["goodput_share"] = share.estimate
+        result["goodput_share_interval"] = [share.low, share.high]
+    shown = ["ttft", "tpot", "itl", "e2el"]
+    if max_concurrency is not None:
+        shown.append("client_queue_time")
+        if rate is not None and not math.isinf(rate):
+            shown.append("e2el_including_client_queue")
+    names = ["mean", "median", "std", *(f"p{rank:g}" for rank in ranks)]
+    for metric in shown:
+        for name, value in zip(names, statistics_of(*samples(run, metric), names, law), strict=True):
+            result[f"{name}_{metric}_ms"] = value * 1000
+    known = len(steps) > 0
+    result["kv_cache_usage_peak"] = float(steps["kv_usage"].max()) if known else None
+    result["max_num_running"] = int(series(steps, "running").max()) if known else None
+    result["max_num_waiting"] = int(series(steps, "waiting").max()) if known else None
+    preemptions = requests["preemptions"].sum(skipna=False)  # NaN: a client does not see them
+    result["num_preemptions"] = None if math.isnan(preemptions) else int(preemptions)
+    result["prefix_cache_hit_rate"] = prefix_hit_rate(requests)
+    return {key: None if isinstance(v, float) and math.isnan(v) else v for key, v in result.items()}
+
+
+def vllm_bench_text(result: Mapping[str, Any]) -> str:
+    """The block that ``vllm bench serve`` prints at the end, line for line, from a `summary`."""
+    lines = [f"{' Serving Benchmark Result ':=^50}"]
+
+    def line(label: str, value: Any, form: str = "<10.2f") -> None:
+        lines.append(f"{label:<40} " + ("n/a" if value is None else format(value, form)))
+
+    line("Successful requests:", result["completed"], "<10")
+    line("Failed requests:", result["failed"], "<10")
+    if result["max_concurrency"] is not None:
+        line("Maximum request concurrency:", result["max_concurrency"], "<10")
+    if result["request_rate"] not in (None, "inf"):
+        line("Request rate configured (RPS):", result["request_rate"])
+    line("Benchmark duration (s):", result["duration"])
+    line("Total input tokens:", result["total_input_tokens"], "<10")
+    line("Total generated tokens:", result["total_output_tokens"], "<10")
+    line("Request throughput (req/s):", result["request_throughput"])
+    if result["request_goodput"] is not None:
+        line("Request goodput (req/s):", result["request_goodput"])
+    line("Output token throughput (tok/s):", result["output_throughput"])
+    line("Peak output token throughput (tok/s):", result["max_output_tokens_per_s"])
+    line("Peak concurrent requests:", result["max_concurrent_requests"])
+    line("Total token throughput (tok/s):", result["total_token_throughput"])
+    for metric, (name, header) in METRICS.items():
+        if f"mean_{metric}_ms" not in result:
+            continue
+        lines.append(f"{header:-^50}")
+        line(f"Mean {name} (ms):", result[f"mean_{metric}_ms"])
+        line(f"Median {name} (ms):", result[f"median_{metric}_ms"])
+        for key, value in result.items():
+            rank = key.removeprefix("p").removesuffix(f"_{metric}_ms")
+            if key == f"p{rank}_{metric}_ms":
+                line(f"P{rank} {name} (ms):", value)
+    lines.append("=" * 50)
+    return "\n".join(lines)

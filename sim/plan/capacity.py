@@ -1,0 +1,226 @@
+"""The largest request rate that meets the objectives, the knee, and what binds there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from joblib import Parallel
+
+from servecast.sim.inputs.errors import InputError
+from servecast.sim.metrics.binding import Binding, Limits, binding_limit
+from servecast.sim.metrics.knee import open_loop_knee
+from servecast.sim.metrics.metrics import duration
+from servecast.sim.metrics.slo import SLO, Goodput
+from servecast.sim.plan.probe import ATTAINMENT, WARMUP_SHARE, WINDOW_IN_E2E, Objectives, Probe, ProbedRate
+from servecast.sim.plan.search import Prober, Progress, RateSearch
+
+PlanState = Literal["found", "inconclusive", "infeasible", "unbounded"]
+REPLICATIONS = (4, 8, 16)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a search found. Rates are requests/s for the whole simulated deployment.
+
+    state: "found"; "inconclusive" (undecided rates span more than the tolerance, or nothing was
+    confirmed); "infeasible" (even a lone request misses); "unbounded" (holds up to the largest rate tried).
+    max_request_rate: the largest rate that passes. interval: it, and the smallest rate that fails (None:
+    none did). knee: the largest rate that is sustained, whatever its latency, None if not reached.
+    probes: rising by rate. headroom: max_request_rate / target_rate. replicas: deployments like this one
+    for target_rate, with traffic split evenly. cost_per_million_output_tokens: at max_request_rate, in
+    the currency of gpu_hour_cost. notes: what to keep in mind.
+    """
+
+    state: PlanState
+    max_request_rate: float | None
+    interval: tuple[float | None, float | None]
+    knee: float | None
+    binding: Binding
+    probes: tuple[ProbedRate, ...]
+    objectives: Objectives
+    confidence: float
+    tolerance: float
+    seed: int
+    target_rate: float | None = None
+    headroom: float | None = None
+    replicas: int | None = None
+    cost_per_million_output_tokens: float | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def best(self) -> ProbedRate | None:
+        """The probe at max_request_rate."""
+        return next((probe for probe in self.probes if probe.rate == self.max_request_rate), None)
+
+    @property
+    def exit_code(self) -> int:
+        """0: answered; 1: no rate meets the objectives; 3: inconclusive."""
+        return {"found": 0, "unbounded": 0, "infeasible": 1, "inconclusive": 3}[self.state]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, missing ones as None."""
+        result = asdict(self)
+        binding = result.pop("binding")
+        objectives = result.pop("objectives")
+        result["objectives"] = {
+            "slos": [str(slo) for slo in self.objectives.slos],
+            "goodput": None if self.objectives.goodput is None else str(self.objectives.goodput),
+            "attainment": objectives["attainment"],
+        }
+        result["binding_limit"], result["binding_evidence"] = binding["limit"], list(binding["reasons"])
+        plain: dict[str, Any] = _plain(result)
+        return plain
+
+
+_BURST = 400  # requests sent at once, to see roughly what can be served
+_BURST_RATE = 1e5
+
+
+def first_guess(probe: Probe, seed: int) -> float:
+    """Half the rate at which a burst is served, in requests/s: a ``start_rate`` that mostly passes."""
+    run = probe(_BURST_RATE, seed, _BURST)
+    rate = len(run.requests) / duration(run) / 2
+    return float(f"{rate:.2g}") if rate > 0 else 1.0  # not where every request was aborted
+
+
+def plan(
+    probe: Probe,
+    slos: Sequence[SLO],
+    *,
+    goodput: Goodput | None = None,
+    attainment: float = ATTAINMENT,
+    limits: Limits | None = None,
+    start_rate: float = 1.0,
+    max_rate: float = 1e5,
+    seed: int = 0,
+    tolerance: float = 0.03,
+    confidence: float = 0.95,
+    replications: Sequence[int] = REPLICATIONS,
+    max_requests: int = 20_000,
+    target_rate: float | None = None,
+    gpu_hour_cost: float | None = None,
+    gpus: int = 1,
+    jobs: int = 1,
+    progress: Progress | None = None,
+) -> Plan:
+    """Searches the largest request rate at which every objective holds.
+
+    From start_rate the rate is doubled (halved) until one passes and a larger one does not, then the
+    bracket is bisected on the logarithm of the rate to 1 + tolerance; in the same way the smallest rate
+    that fails and the knee are bracketed. Every rate sees the same seeds (common random numbers). A rate
+    that cannot be decided with the first number of replications gets the next, up to the last; each look
+    uses the confidence 1 - 2 (1 - confidence) / looks, so that the chance of passing a rate whose
+    statistic truly exceeds its limit (or failing one that does not) is at most 1 - confidence over all
+    looks together (Bonferroni).
+
+    Args:
+        probe: runs one replication; how many requests it gets: `probe.requests_needed`.
+        slos, goodput, attainment: what must hold; attainment is the share of good requests for goodput.
+        limits: what could bind; None leaves the binding limit "unknown".
+        start_rate: first guess, requests/s. max_rate: where doubling ends.
+        replications: rising numbers of replications, at least 2 each.
+        max_requests: bound on the counted requests of a replication (see `probe.requests_needed`).
+        target_rate: for headroom and replicas. gpu_hour_cost: with gpus, for the cost of tokens.
+        jobs: processes over which replications run; results do not depend on it.
+        progress: called with (rate, "running" or the rate's state, share of the work done).
+
+    Raises:
+        InputError: an argument out of its range, or what the probe raises.
+    """
+    for name, value in {
+        "start_rate": start_rate,
+        "max_rate": max_rate,
+        "tolerance": tolerance,
+        "target_rate": target_rate,
+        "gpus": gpus,
+    }.items():
+        if value is not None and not 0 < value < math.inf:
+            raise InputError(
+                f"{value:g} is not positive and finite", where=name, fix="Give a positive number."
+            )
+    if gpu_hour_cost is not None and not 0 <= gpu_hour_cost < math.inf:
+        raise InputError(f"{gpu_hour_cost:g} is no cost", where="gpu_hour_cost", fix="Give 0 or more.")
+    if not 0.5 < confidence < 1:
+        raise InputError(f"{confidence:g} is out of range", where="confidence", fix="Give 0.5 to 1, as 0.95.")
+    if not replications or min(replications) < 2 or list(replications) != sorted(set(replications)):
+        raise InputError(
+            f"{list(replications)} does not rise from at least 2",
+            where="replications",
+            fix="One replication gives no interval: try 4, 8, 16.",
+        )
+    objectives = Objectives(tuple(slos), goodput, attainment)
+    with Parallel(n_jobs=jobs) as pool:
+        prober = Prober(probe, objectives, limits, seed, confidence, replications, max_requests, pool)
+        search = RateSearch(prober, tolerance=tolerance, max_rate=max_rate, progress=progress)
+        search.run(start_rate)
+    best, fail = search.largest_pass, search.smallest_fail
+    rate = best.rate if best is not None else None
+    return Plan(
+        state=_state(search, tolerance),
+        max_request_rate=rate,
+        interval=(rate, fail.rate if fail else None),
+        knee=open_loop_knee(
+            [probe.rate for probe in search.probes], [probe.saturated for probe in search.probes]
+        ),
+        binding=_binding(search, limits),
+        probes=search.probes,
+        objectives=objectives,
+        confidence=confidence,
+        tolerance=tolerance,
+        seed=seed,
+        target_rate=target_rate,
+        headroom=rate / target_rate if rate is not None and target_rate is not None else None,
+        replicas=math.ceil(target_rate / rate) if rate is not None and target_rate is not None else None,
+        cost_per_million_output_tokens=(
+            gpu_hour_cost * gpus / 3600 / best.output_throughput * 1e6
+            if best is not None and gpu_hour_cost is not None and best.output_throughput > 0
+            else None
+        ),
+        notes=_notes(best, target_rate),
+    )
+
+
+def _state(search: RateSearch, tolerance: float) -> PlanState:
+    best, miss, fail = search.largest_pass, search.smallest_miss, search.smallest_fail
+    if miss is None:
+        return "unbounded"
+    if best is None:
+        return "infeasible" if miss.state == "fail" else "inconclusive"
+    if fail is None or fail.rate > best.rate * (1 + tolerance) ** 3:
+        return "inconclusive"
+    return "found"
+
+
+def _binding(search: RateSearch, limits: Limits | None) -> Binding:
+    """Read at the smallest rate that fails, next to the answer."""
+    miss = search.smallest_fail or search.smallest_miss
+    if miss is None:
+        return Binding("none", ("every rate that was tried passes",))
+    if limits is None or miss.evidence is None:
+        return Binding("unknown", ("the limits of the engine were not given, or its steps not recorded",))
+    missed = [verdict.objective for verdict in miss.verdicts if verdict.state != "pass"]
+    token_times = not miss.saturated and all(name.startswith(("tpot", "itl")) for name in missed)
+    return binding_limit(miss.evidence, limits, only_token_times=token_times)
+
+
+def _notes(best: ProbedRate | None, target_rate: float | None) -> tuple[str, ...]:
+    notes = []
+    if best is not None:
+        window = best.num_requests * (1 - WARMUP_SHARE) / best.rate / best.e2e_s
+        if window < WINDOW_IN_E2E / 2:
+            notes.append(f"a replication at the answer counts only {window:.1f} end-to-end latencies")
+        if target_rate is not None:
+            notes.append("replicas assume that traffic is split evenly between them")
+    return tuple(notes)
+
+
+def _plain(value: Any) -> Any:
+    """Containers to lists and dicts, NaN and infinity to None."""
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

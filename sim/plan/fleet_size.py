@@ -1,0 +1,124 @@
+"""How many replicas behind a router serve a request rate: not the rate over that of one, where a router sends
+requests to what is cached, or where caches are too small for all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from joblib import Parallel
+
+from servecast.sim.inputs.errors import InputError
+from servecast.sim.plan.capacity import REPLICATIONS
+from servecast.sim.plan.probe import Objectives, ProbedRate
+from servecast.sim.plan.search import Prober
+from servecast.sim.run.simulate import RateProbe
+from servecast.sim.scenario.scenario import Scenario
+
+
+@dataclass(frozen=True, slots=True)
+class FleetSize:
+    """replicas: the fewest that meet the objectives at ``request_rate`` (requests/s over the whole fleet),
+    None if ``tried`` has none. tried: number of replicas and what they do at that rate, rising."""
+
+    request_rate: float
+    replicas: int | None
+    tried: tuple[tuple[int, ProbedRate], ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "request_rate": self.request_rate,
+            "replicas": self.replicas,
+            "tried": [
+                {
+                    "replicas": count,
+                    "state": probe.state,
+                    "output_throughput": probe.output_throughput,
+                    "reasons": list(probe.reasons),
+                    **{each.objective: each.value.estimate for each in probe.verdicts},
+                }
+                for count, probe in self.tried
+            ],
+        }
+
+    def to_text(self) -> str:
+        """The answer and what was tried."""
+        number = "more than were tried" if self.replicas is None else str(self.replicas)
+        lines = [f"Replicas behind this router for {self.request_rate:g} requests/s: {number}"]
+        for count, probe in self.tried:
+            values = ", ".join(f"{each.objective} {each.value.estimate:.4g}" for each in probe.verdicts)
+            lines.append(f"  {count}: {probe.state}, {values}")
+        return "\n".join(lines)
+
+
+def fleet_size(
+    at: Callable[[int], ProbedRate], request_rate: float, *, start: int = 1, most: int = 64
+) -> FleetSize:
+    """The fewest replicas that pass: doubled from ``start`` until a number passes, then bisected below it.
+
+    Args:
+        at: what so many replicas do at the rate. most: where doubling ends.
+
+    Raises:
+        InputError: ``start`` is not between 1 and ``most``.
+    """
+    if not 1 <= start <= most:
+        raise InputError(f"{start} replicas to start from", where="fleet.replicas", fix=f"Give 1 to {most}.")
+    tried: dict[int, ProbedRate] = {}
+
+    def passes(count: int) -> bool:
+        if count not in tried:
+            tried[count] = at(count)
+        return tried[count].state == "pass"
+
+    high = start
+    while not passes(high) and high < most:
+        high = min(2 * high, most)
+    if not passes(high):
+        return FleetSize(request_rate, None, tuple(sorted(tried.items())))
+    low = max((count for count in tried if count < high), default=0)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if passes(middle) else (middle, high)
+    return FleetSize(request_rate, high, tuple(sorted(tried.items())))
+
+
+def size_fleet(
+    scenario: Scenario,
+    objectives: Objectives,
+    request_rate: float,
+    *,
+    confidence: float = 0.95,
+    max_requests: int = 20_000,
+    jobs: int = 1,
+    progress: Callable[[int], None] | None = None,
+) -> FleetSize:
+    """The fewest replicas of a scenario's engine that meet the objectives at a rate behind its router.
+
+    Args:
+        confidence, max_requests, jobs: as of `capacity.plan`. progress: called with each number tried.
+
+    Raises:
+        InputError: the scenario lists different replicas.
+    """
+    if not isinstance(scenario.fleet.replicas, int):
+        raise InputError(
+            "a list of replicas has no number to vary",
+            where=f"{scenario.source}: fleet.replicas",
+            fix="Give their number, or leave --size-fleet out.",
+        )
+
+    def at(count: int) -> ProbedRate:
+        if progress is not None:
+            progress(count)
+        fleet = scenario.fleet.model_copy(update={"replicas": count})
+        probe = RateProbe(scenario.model_copy(update={"fleet": fleet}))
+        limits = probe.deployment.limits
+        return Prober(
+            probe, objectives, limits, scenario.seed, confidence, REPLICATIONS, max_requests, pool
+        ).at(request_rate)
+
+    with Parallel(n_jobs=jobs) as pool:
+        return fleet_size(at, request_rate, start=scenario.fleet.replicas)

@@ -1,0 +1,146 @@
+"""What the constants that a source did not state are worth: the answer with each 20 % lower and higher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from joblib import Parallel, delayed
+
+from servecast.sim.inputs.errors import InputError
+from servecast.sim.metrics.knee import pooled
+from servecast.sim.plan.probe import Objectives, observe
+from servecast.sim.run.simulate import RateProbe
+from servecast.sim.scenario.scenario import Scenario
+
+SCALES = (0.8, 1.2)
+SEEDS = 2
+STEP = 1.25  # from rate to rate while the answer is bracketed
+TOLERANCE = 0.02
+FARTHEST = 50.0  # times the answer, up or down: beyond that no rate is looked for
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """At fixed seeds and without intervals: the largest rate that holds (requests/s), and each objective's
+    value at the plan's answer (milliseconds; a goodput's share). They are compared with each other only."""
+
+    max_request_rate: float
+    values: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Sensitivity:
+    """An assumption scaled: its value, and the relative changes (0.1 is +10 %) that come of it.
+
+    error: why it could not be simulated at that value, else None.
+    """
+
+    name: str
+    field: str
+    assumed: float
+    scaled: float
+    max_request_rate: float | None
+    values: dict[str, float]
+    error: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def sensitivity(
+    scenario: Scenario,
+    reload: Callable[[Mapping[str, Any]], Scenario],
+    objectives: Objectives,
+    *,
+    rate: float,
+    num_requests: int,
+    changed: Mapping[str, Any],
+    seed: int,
+    jobs: int = 1,
+) -> list[Sensitivity]:
+    """Scale each numeric assumption that has a field by 0.8 and 1.2 and look at the answer again.
+
+    Whole numbers stay whole; one that this does not move is left out, as is one that a what-if replaced.
+
+    Args:
+        reload: the scenario with further overrides. rate, num_requests: of the plan's answer.
+        changed: the overrides that are in effect already. jobs: processes.
+    """
+    cases = [
+        (assumption.name, assumption.field, float(assumption.value), scaled)
+        for assumption in scenario.assumptions
+        if isinstance(assumption.value, float | int) and assumption.field and assumption.field not in changed
+        for scaled in _scaled(float(assumption.value))
+    ]
+
+    def work() -> Iterator[Any]:
+        yield delayed(_estimate)(scenario, objectives, rate, num_requests, seed)
+        for _, field, _, value in cases:
+            yield delayed(_estimate_or_error)(reload, {field: value}, objectives, rate, num_requests, seed)
+
+    base, *estimates = Parallel(n_jobs=jobs)(work())
+    found = []
+    for (name, field, assumed, scaled), estimate in zip(cases, estimates, strict=True):
+        if isinstance(estimate, InputError):
+            found.append(Sensitivity(name, field, assumed, scaled, None, {}, str(estimate)))
+            continue
+        change = estimate.max_request_rate / base.max_request_rate - 1
+        values = {key: estimate.values[key] / value - 1 for key, value in base.values.items() if value}
+        found.append(Sensitivity(name, field, assumed, scaled, change, values))
+    return found
+
+
+def _scaled(value: float) -> list[float | int]:
+    if not value.is_integer():
+        return [value * scale for scale in SCALES]
+    return [whole for scale in SCALES if (whole := round(value * scale)) != value]
+
+
+def _estimate_or_error(
+    reload: Callable[[Mapping[str, Any]], Scenario], overrides: Mapping[str, Any], *rest: Any
+) -> Estimate | InputError:
+    try:
+        return _estimate(reload(overrides), *rest)
+    except InputError as error:
+        return error
+
+
+def _estimate(
+    scenario: Scenario, objectives: Objectives, rate: float, num_requests: int, seed: int
+) -> Estimate:
+    probe = RateProbe(scenario)
+
+    def holds(at: float) -> bool:
+        return _look(probe, objectives, at, num_requests, seed)[0]
+
+    passed, values = _look(probe, objectives, rate, num_requests, seed)
+    low = high = rate
+    if passed:
+        while (high := high * STEP) < rate * FARTHEST and holds(high):
+            low = high
+    else:
+        while (low := low / STEP) > rate / FARTHEST and not holds(low):
+            high = low
+    while high > low * (1 + TOLERANCE):
+        middle = (low * high) ** 0.5
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return Estimate((low * high) ** 0.5, values)
+
+
+def _look(
+    probe: RateProbe, objectives: Objectives, rate: float, num_requests: int, seed: int
+) -> tuple[bool, dict[str, float]]:
+    """Whether the means over the seeds meet the objectives, and these means."""
+    seen = [observe(probe, rate, seed + number, num_requests, objectives, None) for number in range(SEEDS)]
+    holds = not pooled([each.saturation for each in seen]).saturated
+    values: dict[str, float] = {}
+    for index, slo in enumerate(objectives.slos):
+        values[str(slo)] = sum(each.values_ms[index] for each in seen) / len(seen)
+        holds &= values[str(slo)] <= slo.limit_ms
+    if objectives.goodput is not None:
+        share = sum(each.good for each in seen) / sum(each.requests for each in seen)
+        values[f"goodput {objectives.goodput}"] = share
+        holds &= share >= objectives.attainment
+    return holds, values

@@ -1,0 +1,172 @@
+"""The single-file HTML report of a plan: the answer, its plots, its probes, and where it comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+
+from jinja2 import Environment, FunctionLoader, StrictUndefined, Template
+from markupsafe import Markup
+
+from servecast.sim.inputs.files import write_whole
+from servecast.sim.metrics.knee import closed_loop_knee
+from servecast.sim.metrics.records import Run
+from servecast.sim.plan.capacity import Plan
+from servecast.sim.report import figures
+from servecast.sim.report.figures import SweepPoint
+
+LIMITS = {  # a binding limit in words, and what moves it
+    "compute": ("Compute", "A GPU with more FLOP/s, a smaller or quantised model, or more replicas."),
+    "memory_bandwidth": (
+        "Memory bandwidth",
+        "A GPU with more bandwidth, quantised weights or KV cache, or more replicas.",
+    ),
+    "interconnect": ("Interconnect", "Less tensor parallelism, or faster links."),
+    "host": ("Host time of a step", "A faster CPU, CUDA graphs, or a larger batch."),
+    "front_end": ("Front end", "More API server processes, more CPU, or a lighter client."),
+    "kv_blocks": ("KV cache blocks", "A higher gpu_memory_utilization, more memory, or a shorter context."),
+    "max_num_seqs": ("max_num_seqs", "A higher max_num_seqs, as long as TPOT allows."),
+    "token_budget": ("max_num_batched_tokens", "A higher max_num_batched_tokens, as long as ITL allows."),
+    "none": ("Nothing found", "The search ended at its largest rate without a miss."),
+    "unknown": ("Unknown", ""),
+}
+
+
+_LATENCY = (
+    "Means over replications; the band is their interval at {0.confidence:.0%} confidence, corrected for "
+    "repeated looks. Triangles lie above the plot. Beyond the knee the queue grows for as long as the load "
+    "lasts, so latency there depends on the length of a run."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Plot:
+    """One figure of the page. wide: over both columns."""
+
+    title: str
+    svg: str
+    caption: str = ""
+    wide: bool = False
+
+    @property
+    def markup(self) -> Markup:
+        """The SVG, exempt from escaping: it is our own."""
+        return Markup(self.svg)
+
+
+@dataclass(frozen=True, slots=True)
+class ReportContext:
+    """What a report says beside the numbers. All values are shown as given, in the order given.
+
+    title: of the page. question: one sentence. band: how far the answer is to be believed ("TTFT p95
+    within 20 %, ..."). run_context: model, GPU, engine version, flags, traffic, ... provenance: tool
+    version, seed, profile, how the profile came about, ... assumptions: rows with the same keys each.
+    """
+
+    title: str
+    question: str = ""
+    band: str = ""
+    run_context: Mapping[str, object] = field(default_factory=dict)
+    provenance: Mapping[str, object] = field(default_factory=dict)
+    assumptions: Sequence[Mapping[str, object]] = ()
+
+
+def write_report(
+    path: Path | str,
+    plan: Plan,
+    *,
+    context: ReportContext,
+    run: Run | None = None,
+    sweep: Sequence[SweepPoint] = (),
+) -> Path:
+    """Writes the report of a plan and returns its path.
+
+    run: one replication at (or next to) the answer, for the plots over time and the token gaps.
+    sweep: a closed-loop sweep, for throughput against concurrency. The file needs no network and is the
+    same, byte for byte, for the same input; it is written whole or not at all.
+    """
+    plots = [
+        Plot("Latency against request rate", figures.latency_by_rate(plan), _LATENCY.format(plan), wide=True)
+    ]
+    if run is not None and len(run.steps):
+        rate = run.meta.get("request_rate")
+        caption = (
+            "Warm-up included." if rate is None else f"One run at {rate:.4g} requests/s, warm-up included."
+        )
+        plots.append(Plot("The engine over time", figures.engine_over_time(run), caption, wide=True))
+    plots.append(Plot("Throughput against request rate", figures.throughput_by_rate(plan)))
+    if sweep:
+        plots.append(_sweep_plot(sweep))
+    if run is not None and len(run.itl):
+        svg = figures.itl_histogram(run)
+        plots.append(Plot("Inter-token latency", svg, "Pooled over all tokens of one run at the answer."))
+    limit, remedy = LIMITS.get(plan.binding.limit, (plan.binding.limit, ""))
+    page = page_template("plan_page.html.j2").render(
+        plan=plan,
+        best=plan.best,
+        headline=_headline(plan),
+        limit=limit,
+        remedy=remedy,
+        context=context,
+        plots=plots,
+        objectives=_objectives(plan),
+    )
+    path = Path(path)
+    write_whole(path, lambda partial: partial.write_text(page, encoding="utf-8"))
+    return path
+
+
+def page_template(name: str, package: str = "servecast.sim.report") -> Template:
+    """A page template of a package. What it includes is there or beside this module."""
+    folders = [resources.files(each) for each in (package, "servecast.sim.report")]
+
+    def text(each: str) -> str:
+        found = next(file for folder in folders if (file := folder.joinpath(each)).is_file())
+        return found.read_text(encoding="utf-8")
+
+    environment = Environment(
+        loader=FunctionLoader(text),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["figure"] = _figure
+    return environment.get_template(name)
+
+
+def _figure(value: float) -> str:
+    """Four digits, and no powers of ten."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}" if abs(value) >= 0.0001 else "0"
+
+
+def _headline(plan: Plan) -> str:
+    """The answer in a sentence, after its number."""
+    objectives = " and ".join(_objectives(plan))
+    confidence = f"with {plan.confidence:.0%} confidence"
+    if plan.state == "infeasible":
+        return f"No rate meets {objectives}: even a request that has the server to itself misses."
+    if plan.max_request_rate is None:
+        return f"No rate could be shown to meet {objectives} {confidence}."
+    sentence = f"is the largest rate found to meet {objectives} {confidence}"
+    fail = plan.interval[1]
+    if fail is None:
+        return f"{sentence}; no rate that was tried fails."
+    return f"{sentence}; {_figure(fail)} requests/s fails."
+
+
+def _objectives(plan: Plan) -> list[str]:
+    return [figures.spoken(verdict) for verdict in plan.probes[0].verdicts]
+
+
+def _sweep_plot(sweep: Sequence[SweepPoint]) -> Plot:
+    levels, tokens = [point.concurrency for point in sweep], [point.output_throughput for point in sweep]
+    knee = closed_loop_knee(levels, tokens)
+    caption = (
+        "The knee is the smallest concurrency within 5 % of the largest throughput."
+        if knee is not None
+        else "Throughput still rises at the last level: the knee lies beyond."
+    )
+    return Plot("Throughput against concurrency", figures.throughput_by_concurrency(sweep, knee), caption)

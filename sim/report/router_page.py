@@ -1,0 +1,133 @@
+"""The single-file HTML report of a comparison of routers: their places, why, and the plots."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from servecast.sim.compare.compare import Document, Side
+from servecast.sim.compare.ranking import Ranking, Reason
+from servecast.sim.inputs.files import write_whole
+from servecast.sim.metrics.metrics import Floats, gauges_at
+from servecast.sim.metrics.records import Run
+from servecast.sim.report.figures import SERIES, drawing
+from servecast.sim.report.plan_page import Plot, page_template
+
+_POINTS = 400  # of a line over time
+_BY_RATE = (  # metric, factor, axis, title; latencies have a logarithmic axis
+    ("mean_ttft_ms", 1e-3, "s", "TTFT, mean"),
+    ("p95_ttft_ms", 1e-3, "s", "TTFT, p95"),
+    ("mean_e2el_ms", 1e-3, "s", "End-to-end latency, mean"),
+    ("output_throughput", 1.0, "tokens/s", "Output throughput"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class PodsOverTime:
+    """A run's pods on a grid of times (s). waiting: requests; kv_usage: 0..1; both replicas x times."""
+
+    times: Floats
+    waiting: Floats
+    kv_usage: Floats
+
+    @classmethod
+    def of(cls, run: Run) -> PodsOverTime:
+        """The pods of a run, from its first step to its last."""
+        last = float((run.steps["start"] + run.steps["duration"]).max()) if len(run.steps) else 0.0
+        times = np.linspace(0.0, last, _POINTS)
+        return cls(times, gauges_at(run, "waiting", times), gauges_at(run, "kv_usage", times))
+
+
+def write_router_report(
+    path: Path,
+    sides: Sequence[Side],
+    rankings: Sequence[Ranking],
+    why: Sequence[Reason],
+    pods: Mapping[str, PodsOverTime],
+    *,
+    title: str,
+) -> None:
+    """Write the report of sides that saw the same traffic; whole or not at all.
+
+    Args:
+        pods: by label, of one run.
+    """
+    several = len(sides[0].results[0]["stages"]) > 1
+    plots = []
+    if several:
+        caption = "Means over the seeds, a point a stage, at the rate at which its requests were sent."
+        plots.append(Plot("Against the request rate", _by_rate(sides), caption, wide=True))
+    for side in sides:
+        caption = "One seed, each line a pod."
+        plots.append(Plot(side.label, _over_time(pods[side.label], side.label), caption, wide=True))
+    stages = list(dict.fromkeys(ranking.stage for ranking in rankings))
+    page = page_template("router_page.html.j2").render(
+        title=title,
+        labels=[side.label for side in sides],
+        seeds=len(sides[0].results),
+        stages=[(stage or "the whole run", _of(rankings, stage), _of(why, stage)) for stage in stages],
+        replicas={side.label: side.results[0]["fleet_load"]["replicas"] for side in sides},
+        plots=plots,
+        document=sides[0].results[0],
+    )
+    write_whole(path, lambda partial: partial.write_text(page, encoding="utf-8"))
+
+
+def _of(entries: Sequence[Any], stage: str | None) -> list[Any]:
+    return [entry for entry in entries if entry.stage == stage]
+
+
+def _by_rate(sides: Sequence[Side]) -> str:
+    with drawing(len(_BY_RATE), "rates") as (axes, finish):
+        for ax, (metric, factor, unit, title) in zip(axes, _BY_RATE, strict=True):
+            for number, side in enumerate(sides):
+                rates, values = zip(*_points(side.results, metric), strict=True)
+                color = SERIES[number % len(SERIES)]
+                ax.plot(rates, [factor * value for value in values], "o-", color=color, label=side.label)
+            if unit == "s":
+                ax.set_yscale("log")
+            else:
+                ax.set_ylim(bottom=0)
+            ax.set_xlim(left=0)
+            ax.set_title(title)
+            ax.set_ylabel(unit)
+            ax.set_xlabel("requests/s")
+        axes[0].legend(loc="best", fontsize=9)
+        return finish("Latency and throughput against request rate")
+
+
+def _points(results: Sequence[Document], metric: str) -> list[tuple[float, float]]:
+    """(rate, mean over the seeds) of each stage, by rising rate; NaN where not known."""
+    points = []
+    for number in range(len(results[0]["stages"])):
+        stages = [document["stages"][number] for document in results]
+        rates = [_number(stage["fleet_load"]["send_rate"]) for stage in stages]
+        values = [_number(stage[metric]) for stage in stages]
+        points.append((float(np.mean(rates)), float(np.mean(values))))
+    return sorted(points)
+
+
+def _number(value: float | None) -> float:
+    return np.nan if value is None else value
+
+
+def _over_time(pods: PodsOverTime, label: str) -> str:
+    with drawing(2, f"pods {label}") as ((queue, cache), finish):
+        for number, (waiting, usage) in enumerate(zip(pods.waiting, pods.kv_usage, strict=True)):
+            color = SERIES[number % len(SERIES)]
+            queue.plot(pods.times, waiting, color=color, lw=1.1)
+            cache.plot(pods.times, 100 * usage, color=color, lw=1.1)
+        queue.set_title("Waiting requests")
+        queue.set_ylabel("requests")
+        queue.set_ylim(0, max(1.0, 1.1 * float(pods.waiting.max(initial=0.0))))
+        cache.set_title("KV cache in use")
+        cache.set_ylabel("% of KV blocks")
+        cache.set_ylim(0, 105)
+        for ax in (queue, cache):
+            ax.set_xlabel("s")
+            ax.set_xlim(left=0)
+        return finish("Waiting requests and KV cache over time")

@@ -1,0 +1,1 @@
+"""Predictions beside a reported benchmark, cell by cell."""

@@ -1,0 +1,138 @@
+"""Reported tables whose rows were measured with other settings than the scenario's, and what-ifs of a table.
+
+Each variant of a table is a scenario of its own with a part of the rows, so the variants are reproduced one
+by one and put together again; a what-if is the same table predicted once more with some fields changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from servecast.sim.reproduce.cell import Cell
+from servecast.sim.reproduce.reproduction import Reproduction, TableReproduction
+from servecast.sim.scenario.deployment import Deployment
+from servecast.sim.scenario.reported import Reported, matches, read_rows, stage_of
+from servecast.sim.scenario.scenario import Scenario
+from servecast.sim.traffic.spec import Row, Workload
+
+Reproduce = Callable[[Scenario], Reproduction]
+
+
+@dataclass(frozen=True, slots=True)
+class WhatIfTable:
+    """A table predicted with some fields changed. cells: the changed predictions, by the side of the
+    unchanged in ``before``, in the same order; nothing was reported of them."""
+
+    name: str
+    overrides: Mapping[str, Any]
+    before: tuple[Cell, ...]
+    cells: tuple[Cell, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """A flat object a cell: ``before`` and ``predicted`` in the column's unit."""
+        rows = [
+            {
+                **cell.keys,
+                "metric": cell.metric,
+                "before": old.predicted,
+                "predicted": cell.predicted,
+                "used": old.used,
+            }
+            for old, cell in zip(self.before, self.cells, strict=True)
+        ]
+        return {"name": self.name, "overrides": dict(self.overrides), "rows": rows}
+
+    def to_text(self) -> str:
+        """A line a row that changes: predicted values before and after, ( ) where the row is excluded."""
+        columns = list(dict.fromkeys(cell.metric for cell in self.cells))
+        pairs = list(zip(self.before, self.cells, strict=True))
+        by_row: dict[str, dict[str, str]] = {}
+        for old, cell in pairs:
+            if any(o.predicted != c.predicted for o, c in pairs if c.keys == cell.keys):
+                name = " ".join(f"{key}={value}" for key, value in cell.keys.items())
+                text = f"{old.predicted:.4g} -> {cell.predicted:.4g}"
+                by_row.setdefault(name, {})[cell.metric] = f"({text})" if old.reason else text
+        if not by_row:
+            return f"what if {self.name}: nothing changes"
+        lines = [["", *columns], *([name, *(row[c] for c in columns)] for name, row in by_row.items())]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(columns) + 1)]
+        text = "\n".join(
+            "  ".join(word.ljust(w) for word, w in zip(line, widths, strict=True)) for line in lines
+        )
+        return f"what if {self.name}: predicted, before -> after\n{text}"
+
+
+def in_variants(scenario: Scenario, reproduce: Reproduce) -> Reproduction:
+    """Reproduce a scenario whose tables have variants or what-ifs.
+
+    Args:
+        reproduce: how a scenario without them is reproduced.
+
+    Raises:
+        InputError: a row belongs to no variant, or an override is wrong.
+    """
+    tables, variants = [], []
+    for reported in scenario.reported:
+        found = list(_parts(scenario, reported, reproduce))
+        variants += [{"row": row, **part.provenance} for row, part in found if row]
+        table = _joined(reported, [part.tables[0] for _, part in found])
+        what_ifs = []
+        for what_if in reported.what_ifs:
+            changed = [part for _, part in _parts(scenario, reported, reproduce, what_if.overrides)]
+            cells = _joined(reported, [part.tables[0] for part in changed]).cells
+            what_ifs.append(WhatIfTable(what_if.name, what_if.overrides, table.cells, cells))
+        tables.append(replace(table, what_ifs=tuple(what_ifs)))
+        seeds = found[0][1].seeds
+    provenance = {**Deployment.of(scenario).provenance(), "variants": variants}
+    return Reproduction(scenario, seeds, tuple(tables), provenance)
+
+
+def _parts(
+    scenario: Scenario, reported: Reported, reproduce: Reproduce, overrides: Mapping[str, Any] | None = None
+) -> Iterator[tuple[dict[str, Any], Reproduction]]:
+    """Each variant's row and its part of the table; without variants the whole."""
+    for row, alone in variants_of(scenario, reported):
+        yield row, reproduce(alone.changed(overrides or {}))
+
+
+def variants_of(scenario: Scenario, reported: Reported) -> Iterator[tuple[dict[str, Any], Scenario]]:
+    """For each variant of a table its row, and a scenario with the fields that it sets, its rows and their
+    stages alone. A row belongs to the first variant that it matches, and to the scenario itself where it
+    matches none: then the variant's row is empty."""
+    rows = [row.keys for row in read_rows(reported)]
+    for variant in (*reported.variants, None):
+        its = [row for row in rows if variant is None or matches(row, variant.row)]
+        if not its:
+            continue
+        rows = [row for row in rows if row not in its]
+        changed = scenario if variant is None else scenario.changed(variant.overrides)
+        narrow = reported.model_copy(
+            update={
+                "rows": tuple(its),
+                "fit_rows": tuple(row for row in its if any(matches(row, fit) for fit in reported.fit_rows)),
+                "excluded": tuple(
+                    cells for cells in reported.excluded if any(matches(r, cells.row) for r in its)
+                ),
+                "workload": _stages(scenario.workload_of(reported), reported, its),
+                "sweep": None,
+                "what_ifs": (),
+            }
+        )
+        yield {} if variant is None else variant.row, changed.model_copy(update={"reported": (narrow,)})
+
+
+def _stages(workload: Workload, reported: Reported, rows: list[Row]) -> Workload:
+    """The stages that these rows are about."""
+    needed = {stage_of(reported.stage_keys(row), workload) for row in rows}
+    if None in needed:
+        return workload
+    return Workload(stages=tuple(stage for index, stage in enumerate(workload.stages) if index in needed))
+
+
+def _joined(reported: Reported, parts: list[TableReproduction]) -> TableReproduction:
+    """The parts' cells in the order of the table's rows."""
+    order = [row.keys for row in read_rows(reported)]
+    cells = sorted((cell for part in parts for cell in part.cells), key=lambda cell: order.index(cell.keys))
+    return replace(parts[0], cells=tuple(cells))

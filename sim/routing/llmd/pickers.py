@@ -1,0 +1,71 @@
+"""llm-d's pickers: which of the scored endpoints takes the request.
+
+maxNumOfEndpoints asks for several; the request goes to the first of them, so it changes nothing here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from servecast.sim.routing.llmd.config import Plugin
+from servecast.sim.routing.llmd.scorers import Setting
+
+
+class Picker(Protocol):
+    """Picks one endpoint."""
+
+    def pick(self, scores: Sequence[float]) -> int:
+        """Position of the endpoint in ``scores``, which is not empty."""
+        ...
+
+
+class MaxScorePicker:
+    """The highest score; of exact equals, any with equal chances."""
+
+    def __init__(self, plugin: Plugin, setting: Setting) -> None:
+        plugin.parameters.whole("maxNumOfEndpoints", 1)
+        self._rng = setting.rng
+
+    def pick(self, scores: Sequence[float]) -> int:
+        best = max(scores)
+        equals = [position for position, score in enumerate(scores) if score == best]
+        return equals[0] if len(equals) == 1 else equals[int(self._rng.integers(len(equals)))]
+
+
+class RandomPicker:
+    """Any, with equal chances."""
+
+    def __init__(self, plugin: Plugin, setting: Setting) -> None:
+        plugin.parameters.whole("maxNumOfEndpoints", 1)
+        self._rng = setting.rng
+
+    def pick(self, scores: Sequence[float]) -> int:
+        return int(self._rng.integers(len(scores)))
+
+
+class WeightedRandomPicker:
+    """Chances in proportion to the scores: the largest of U^(1 / score), U uniform (Efraimidis and Spirakis
+    2006). A score of 0 is never picked, unless all are 0, which is any."""
+
+    def __init__(self, plugin: Plugin, setting: Setting) -> None:
+        plugin.parameters.whole("maxNumOfEndpoints", 1)
+        self._rng = setting.rng
+
+    def pick(self, scores: Sequence[float]) -> int:
+        weights = np.asarray(scores)
+        draws = self._rng.random(len(weights))
+        if not (weights > 0).any():
+            return int(draws.argmax())
+        keys = np.full(len(weights), -np.inf)
+        np.divide(np.log(draws), weights, out=keys, where=weights > 0)
+        return int(keys.argmax())
+
+
+PICKERS: dict[str, Callable[[Plugin, Setting], Picker]] = {
+    "max-score-picker": MaxScorePicker,
+    "random-picker": RandomPicker,
+    "weighted-random-picker": WeightedRandomPicker,
+}

@@ -1,0 +1,146 @@
+"""What a router remembers of the prompts that the servers have cached: guessed, or told by the servers."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+
+from servecast.sim.engine.kv_events import BlockStored, KVEvent
+
+
+class Lru:
+    """The ``size`` keys that were added last."""
+
+    __slots__ = ("_keys", "_size")
+
+    def __init__(self, size: int) -> None:
+        self._keys: OrderedDict[int, None] = OrderedDict()
+        self._size = size
+
+    def __contains__(self, key: int) -> bool:
+        return key in self._keys
+
+    def add(self, key: int) -> int | None:
+        """Add or renew a key. Returns the one that falls out, if any."""
+        keys = self._keys
+        if key in keys:
+            keys.move_to_end(key)
+            return None
+        keys[key] = None
+        return keys.popitem(last=False)[0] if len(keys) > self._size else None
+
+
+class ApproximateIndex:
+    """Blocks of the prompts that were routed to each server, the least recently routed forgotten first.
+
+    It never hears what the servers evict (llm-d's prefix-cache-scorer).
+    """
+
+    def __init__(self) -> None:
+        self._servers: dict[int, dict[int, None]] = {}  # block -> servers
+        self._known: dict[int, Lru] = {}  # server -> its blocks
+
+    def match(self, blocks: Sequence[int]) -> dict[int, int]:
+        """Blocks of the prompt that each server has, counted up to the first one that no server has."""
+        counts: dict[int, int] = {}
+        servers = self._servers
+        for block in blocks:
+            holders = servers.get(block)
+            if not holders:
+                break
+            for server in holders:
+                counts[server] = counts.get(server, 0) + 1
+        return counts
+
+    def add(self, server: int, blocks: Sequence[int], size: int) -> None:
+        """A prompt of these blocks has been routed to a server. size: blocks remembered for it, as of its
+        first prompt."""
+        known, servers = self._known.setdefault(server, Lru(size)), self._servers
+        for block in blocks:
+            if block in servers:
+                servers[block][server] = None
+            else:
+                servers[block] = {server: None}
+            gone = known.add(block)
+            if gone is not None:
+                del servers[gone][server]
+                if not servers[gone]:
+                    del servers[gone]
+
+
+class PreciseIndex:
+    """Blocks that each server says it has cached (llm-d's KV cache indexer, in memory).
+
+    Args:
+        size: blocks remembered, the least recently stored forgotten first.
+        pods: servers remembered for a block, the least recently added forgotten first.
+    """
+
+    def __init__(self, size: int = 100_000_000, pods: int = 10) -> None:
+        self._size, self._pods = size, pods
+        self._servers: OrderedDict[int, dict[int, None]] = OrderedDict()  # block -> servers
+
+    def apply(self, server: int, event: KVEvent) -> None:
+        """An event of a server."""
+        if isinstance(event, BlockStored):
+            for key in event.keys:
+                self._add(server, key)
+            return
+        holders = self._servers.get(event.key)
+        if holders is not None:
+            holders.pop(server, None)
+            if not holders:
+                del self._servers[event.key]
+
+    def _add(self, server: int, key: int) -> None:
+        holders = self._servers.get(key)
+        if holders is None:
+            self._servers[key] = {server: None}
+            if len(self._servers) > self._size:
+                self._servers.popitem(last=False)
+            return
+        self._servers.move_to_end(key)
+        holders.pop(server, None)
+        holders[server] = None
+        if len(holders) > self._pods:
+            del holders[next(iter(holders))]
+
+    def match(self, keys: Iterable[int]) -> dict[int, int]:
+        """How many blocks, from the first on, each server has without a gap; those with none are left out."""
+        counts: dict[int, int] = {}
+        active: set[int] = set()
+        reached = 0
+        find = self._servers.get
+        for key in keys:
+            holders = find(key)
+            if holders is None:
+                break
+            if not reached:
+                active = set(holders)
+            elif not holders.keys() >= active:
+                counts |= dict.fromkeys(active - holders.keys(), reached)
+                active &= holders.keys()
+                if not active:
+                    break
+            reached += 1
+        return counts | dict.fromkeys(active, reached)
+
+
+class TokenStore:
+    """Which leading chunks of text were tokenized before, the least recently used forgotten first."""
+
+    def __init__(self, size: int) -> None:
+        self._chunks = Lru(size)
+
+    def known(self, chunks: Sequence[int]) -> int:
+        """How many leading chunks of a text were tokenized before."""
+        for number, chunk in enumerate(chunks):
+            if chunk not in self._chunks:
+                return number
+            self._chunks.add(chunk)
+        return len(chunks)
+
+    def add(self, chunks: Sequence[int]) -> None:
+        """A text has been tokenized."""
+        for chunk in chunks:
+            self._chunks.add(chunk)

@@ -1,0 +1,199 @@
+"""Which replica takes a request: a policy is a class with one method."""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from servecast.sim.engine.kv_events import KVEvent
+from servecast.sim.engine.request import Request
+from servecast.sim.routing.gauges import Gauges
+from servecast.sim.routing.options import RouterOptions
+
+
+class Backend(Protocol):
+    """What a router may know of a replica.
+
+    Attributes:
+        index: its number in the fleet.
+        block_size, num_gpu_blocks: of its KV cache (vllm:cache_config_info).
+    """
+
+    index: int
+    block_size: int
+    num_gpu_blocks: int
+
+    @property
+    def outstanding(self) -> int:
+        """Requests sent to it and not ended."""
+        ...
+
+    @property
+    def gauges(self) -> Gauges:
+        """Its gauges as last scraped; all zero unless ``scrape`` was called."""
+        ...
+
+    def scrape(self) -> None:
+        """Scrape its gauges from now on."""
+        ...
+
+    def subscribe(self) -> None:
+        """Listen to its KV events from now on, which is before its first request."""
+        ...
+
+    def take_events(self) -> Iterable[KVEvent]:
+        """The KV events that have arrived since the last call, in their order."""
+        ...
+
+
+class Router(Protocol):
+    """Picks the replica at the moment a request is sent."""
+
+    def pick(self, request: Request, backends: Sequence[Backend]) -> int:
+        """Position in ``backends``, which are the replicas that are ready (one or more), of the one that
+        takes the request."""
+        ...
+
+
+@runtime_checkable
+class Informed(Protocol):
+    """A router that knows more than it did itself."""
+
+    def connect(self, backends: Sequence[Backend]) -> None:
+        """All replicas of the fleet, once, before the first request."""
+        ...
+
+    def ended(self, request: Request, index: int) -> None:
+        """A request that replica ``index`` took has ended, well or not."""
+        ...
+
+
+class RoundRobin:
+    """In turn."""
+
+    def __init__(self) -> None:
+        self._next = 0
+
+    def pick(self, request: Request, backends: Sequence[Backend]) -> int:
+        index = self._next % len(backends)
+        self._next = index + 1
+        return index
+
+
+class Random:
+    """Any, with equal chances."""
+
+    def __init__(self, rng: np.random.Generator) -> None:
+        self._rng = rng
+
+    def pick(self, request: Request, backends: Sequence[Backend]) -> int:
+        return int(self._rng.integers(len(backends)))
+
+
+class LeastOutstanding:
+    """The one with the fewest requests in flight; the first of equals."""
+
+    def pick(self, request: Request, backends: Sequence[Backend]) -> int:
+        return min(range(len(backends)), key=lambda index: backends[index].outstanding)
+
+
+class PowerOfTwo:
+    """Of two drawn at random the one with fewer requests in flight, the first drawn of equals
+    (Mitzenmacher 2001)."""
+
+    def __init__(self, rng: np.random.Generator) -> None:
+        self._rng = rng
+
+    def pick(self, request: Request, backends: Sequence[Backend]) -> int:
+        if len(backends) == 1:
+            return 0
+        first = int(self._rng.integers(len(backends)))
+        second = int(self._rng.integers(len(backends) - 1))
+        second += second >= first
+        return min(first, second, key=lambda index: backends[index].outstanding)
+
+
+class Sticky:
+    """Requests of one key stay on the replica that took the first of them, the one with the fewest requests
+    in flight then; they move in the same way when it is no longer ready. Those without a key go there, too.
+    """
+
+    def __init__(self, key: Callable[[Request], object | None]) -> None:
+        self._key = key
+        self._home: dict[object, int] = {}  # key -> number of the replica
+        self._least = LeastOutstanding()
+
+    def pick(self, request: Request, backends: Sequence[Backend]) -> int:
+        key = self._key(request)
+        home = None if key is None else self._home.get(key)
+        for position, backend in enumerate(backends):
+            if backend.index == home:
+                return position
+        position = self._least.pick(request, backends)
+        if key is not None:
+            self._home[key] = backends[position].index
+        return position
+
+
+class ConsistentHashing:
+    """Consistent hashing with bounded loads (Mirrokni, Thorup, Zadimoghaddam 2018).
+
+    Each replica has ``POINTS`` points on a ring. A request goes to the first replica clockwise from the hash
+    of its leading tokens that has fewer than ``load_factor`` times the mean number of requests in flight,
+    this one included, rounded up.
+
+    Args:
+        load_factor: >= 1; a very large one is plain consistent hashing.
+        prefix_tokens: how many leading tokens are hashed.
+    """
+
+    POINTS = 100
+
+    def __init__(self, load_factor: float, prefix_tokens: int) -> None:
+        self._load_factor, self._prefix_tokens = load_factor, prefix_tokens
+        self._ring: list[tuple[int, int]] = []  # (place, number of the replica), rising
+        self._numbers: list[int] = []
+
+    def pick(self, request: Request, backends: Sequence[Backend]) -> int:
+        numbers = [backend.index for backend in backends]
+        if numbers != self._numbers:
+            self._numbers = numbers
+            self._ring = sorted((_place("r", n, point), n) for n in numbers for point in range(self.POINTS))
+        total = sum(backend.outstanding for backend in backends) + 1
+        most = math.ceil(self._load_factor * total / len(backends))
+        start = bisect.bisect(self._ring, (_place("k", *leading(request, self._prefix_tokens)),))
+        for step in range(len(self._ring)):
+            position = numbers.index(self._ring[(start + step) % len(self._ring)][1])
+            if backends[position].outstanding < most:
+                return position
+        raise AssertionError("the mean is never below the least")
+
+
+def leading(request: Request, tokens: int) -> tuple[str, int]:
+    """What the first ``tokens`` tokens of a prompt are: equal where they are."""
+    last = min(tokens, request.prompt_tokens)
+    for content_id, end_token in request.content:
+        if last <= end_token:
+            return "content", content_id
+    return "request", request.request_id
+
+
+def _place(*parts: object) -> int:
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big")
+
+
+ROUTERS: dict[str, Callable[[RouterOptions, np.random.Generator], Router]] = {
+    "round_robin": lambda options, rng: RoundRobin(),
+    "random": lambda options, rng: Random(rng),
+    "least_outstanding": lambda options, rng: LeastOutstanding(),
+    "power_of_two": lambda options, rng: PowerOfTwo(rng),
+    "session_affinity": lambda options, rng: Sticky(lambda request: request.group),
+    "prefix_affinity": lambda options, rng: Sticky(lambda request: leading(request, options.prefix_tokens)),
+    "consistent_hashing": lambda options, rng: ConsistentHashing(options.load_factor, options.prefix_tokens),
+}

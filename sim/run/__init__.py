@@ -1,0 +1,1 @@
+"""One scenario simulated, and its result."""

@@ -1,0 +1,240 @@
+"""Result files: vllm bench serve's keys, what produced them, and the tables beside them."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from servecast.sim.inputs.errors import InputError
+from servecast.sim.inputs.files import write_whole
+from servecast.sim.metrics.fleet_load import fleet_load
+from servecast.sim.metrics.metrics import latencies, summary
+from servecast.sim.metrics.records import Run
+from servecast.sim.metrics.warmup import Warmup, select
+from servecast.sim.scenario.deployment import Deployment
+from servecast.sim.scenario.scenario import Scenario
+
+SCHEMA_VERSION = 1
+TABLES = (".csv", ".parquet")
+
+_MEASURED = (  # besides what ends in _ms
+    "completed",
+    "failed",
+    "duration",
+    "request_throughput",
+    "request_goodput",
+    "goodput_share",
+    "output_throughput",
+    "total_token_throughput",
+    "max_output_tokens_per_s",
+    "max_concurrent_requests",
+    "kv_cache_usage_peak",
+    "max_num_running",
+    "max_num_waiting",
+    "num_preemptions",
+    "prefix_cache_hit_rate",
+)
+_VLLM_KEYS = ("completed", "duration", "output_throughput")  # in every result of vllm bench serve
+
+
+def context(
+    scenario: Scenario, deployment: Deployment, *, seed: int, what_if: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What produced a result: the same for a simulation, a plan and a sweep.
+
+    what_if: dotted field paths and values by which the scenario was changed. ``run_context`` is that of
+    the benchmark which the scenario describes, before these changes.
+    """
+    engine, flags = deployment.engine, deployment.engine.flags
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "servecast_version": version("servecast"),
+        "backend": "servecast",
+        "scenario": scenario.name,
+        "what_if": dict(what_if),
+        "seed": seed,
+        "profile": scenario.profile,
+        "engine_version": flags.version,
+        "model_id": deployment.model.name,
+        "gpu": deployment.gpu.name,
+        "engine": {
+            **flags.model_dump(mode="json", exclude={"command", "assume_rules"}),
+            "rules": engine.rules,
+            "max_model_len": engine.max_model_len,
+            "max_num_seqs": engine.max_num_seqs,
+            "max_num_batched_tokens": engine.max_num_batched_tokens,
+            "gpu_memory_utilization": engine.gpu_memory_utilization,
+            "async_scheduling": engine.async_scheduling,
+            "scheduler_reserve_full_isl": engine.scheduler_reserve_full_isl,
+            "num_gpu_blocks": deployment.config.num_gpu_blocks,
+        },
+        "fleet": scenario.fleet.facts(),
+        "run_context": None if scenario.run_context is None else scenario.run_context.model_dump(),
+        "assumptions": [each.model_dump() for each in scenario.assumptions],
+        "provenance": deployment.provenance(),
+        "error_band": deployment.error_band,
+        "notes": list(flags.notes),
+    }
+
+
+def result(
+    scenario: Scenario,
+    deployment: Deployment,
+    run: Run,
+    *,
+    what_if: Mapping[str, Any],
+    ranks: Sequence[float] = (95, 99),
+    warmup: Warmup | None = None,
+    detailed: bool = False,
+) -> dict[str, Any]:
+    """The result of a run: its context, vllm bench serve's keys over the whole run, and each stage's own. Of
+    a fleet its load, too, replica by replica.
+
+    Args:
+        ranks: percentiles to give. warmup: what to leave out at the start of each stage.
+        detailed: add a value a request, under the keys of ``vllm bench serve --save-detailed``. Token
+            gaps are not kept by request, so there are no ``itls``.
+
+    Raises:
+        InputError: the warm-up leaves nothing of a stage.
+    """
+    goodput = scenario.goodput_limits
+    several = len(run.stages) > 1
+    whole = run if several else select(run, warmup=warmup)
+    document = context(scenario, deployment, seed=run.meta["seed"], what_if=what_if)
+    document["notes"] += cautions(deployment, run)
+    document |= summary(whole, ranks=ranks, goodput=goodput)
+    failures: Mapping[str, int] = run.meta.get("failures", {})
+    document["notes"] += [f"{count} requests failed: {why}" for why, count in failures.items()]
+    document["stages"] = []
+    for index, name in enumerate(run.stages if several else ()):
+        part = select(run, stage=index, warmup=warmup)
+        document["stages"].append({"stage": name, **summary(part, ranks=ranks, goodput=goodput)})
+        if scenario.fleet.size > 1:
+            document["stages"][-1]["fleet_load"] = fleet_load(part)
+    if scenario.fleet.size > 1:
+        document["fleet_load"] = fleet_load(whole)
+    if detailed:
+        document |= _detailed(whole)
+    return document
+
+
+def measured(part: Mapping[str, Any]) -> dict[str, float | None]:
+    """The metrics among the keys of a result or of one of its stages."""
+    found = {key: value for key, value in part.items() if key in _MEASURED or key.endswith("_ms")}
+    return found | {key: value for key, value in part.get("fleet_load", {}).items() if key != "replicas"}
+
+
+def cautions(deployment: Deployment, run: Run) -> list[str]:
+    """What a reader of a run should know, in words: what of it lies beyond the data of its profile's fit, and
+    a risk that the GPU's memory does not suffice."""
+    steps, requests = run.steps, run.requests
+    tokens = steps["prefill_tokens"] + steps["decodes"]
+    batch = steps["prefill_requests"] + steps["decodes"]
+    length = requests["prompt_tokens"] + requests["output_tokens"]
+    beyond = deployment.profile.outside_ranges(
+        tokens=(float(tokens.min()), float(tokens.max())),
+        batch=(float(batch.min()), float(batch.max())),
+        context=(float(requests["prompt_tokens"].min()), float(length.max())),
+    )
+    risk = deployment.memory_risk(int(requests["prompt_tokens"].max()))
+    return [text for text in (beyond, risk and risk.warning) if text]
+
+
+def _detailed(run: Run) -> dict[str, Any]:
+    requests = run.requests
+    ttft = latencies(requests)["ttft"].reindex(requests.index)
+    return {
+        "input_lens": requests["prompt_tokens"].tolist(),
+        "output_lens": requests["output_tokens"].tolist(),
+        "ttfts": [None if math.isnan(value) else value for value in ttft.tolist()],
+        "start_times": [None if math.isnan(value) else value for value in requests["sent"].tolist()],
+        "errors": ["" if status == "finished" else status for status in requests["status"]],
+    }
+
+
+def to_text(document: Mapping[str, Any]) -> str:
+    """A result as JSON; what is not finite is null."""
+    return json.dumps(_plain(document), indent=2, allow_nan=False) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_result(path: Path, document: Mapping[str, Any]) -> None:
+    """Write a result, whole or not at all. Raises InputError if the file cannot be written."""
+    write_whole(path, lambda partial: partial.write_text(to_text(document), encoding="utf-8"))
+
+
+def write_table(path: Path, table: pd.DataFrame) -> None:
+    """Write a table of a run as CSV or Parquet (times in seconds), whole or not at all."""
+    check_table(path, where=str(path))
+    if path.suffix == ".parquet":
+        write_whole(path, lambda partial: table.to_parquet(partial, index=False))
+    else:
+        write_whole(path, lambda partial: table.to_csv(partial, index=False, lineterminator="\n"))
+
+
+def check_table(path: Path, *, where: str) -> None:
+    """Refuse, before a long run, a table file that `write_table` could not write."""
+    if path.suffix not in TABLES:
+        raise InputError(f"{path.name!r} is no table", where=where, fix="End it in .csv or .parquet.")
+    if path.suffix == ".parquet" and find_spec("pyarrow") is None:
+        raise InputError(
+            "Parquet needs pyarrow", where=where, fix="Install servecast[parquet], or write a .csv."
+        )
+    check_output(path, where=where)
+
+
+def check_output(path: Path, *, where: str) -> None:
+    """Refuse, before a long run, a file that could not be written. Missing folders are made later."""
+    folder = next(each for each in path.absolute().parents if each.exists())
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise InputError(f"{str(path)!r} cannot be written", where=where, fix="Give another path.")
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """A result of servecast or of ``vllm bench serve --save-result``.
+
+    Raises:
+        InputError: it cannot be read, is of another schema version, or is no result.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"cannot be read: {error}", where=str(path), fix="Give a result's JSON file."
+        ) from None
+    if not isinstance(document, dict):
+        raise InputError("is not a JSON object", where=str(path), fix="Give a result's JSON file.")
+    found = document.get("schema_version", SCHEMA_VERSION if "servecast_version" not in document else None)
+    if found != SCHEMA_VERSION:
+        raise InputError(
+            f"schema version {found!r}, this servecast reads {SCHEMA_VERSION}",
+            where=f"{path}: schema_version",
+            fix="Write the result again with this version of servecast.",
+        )
+    for key in _VLLM_KEYS:
+        if key not in document:
+            raise InputError(
+                f"there is no {key!r}",
+                where=str(path),
+                fix="Give a result of servecast simulate or of vllm bench serve --save-result.",
+            )
+    return document

@@ -1,0 +1,161 @@
+"""Run a scenario in simulated time."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import numpy as np
+import simpy
+
+from servecast.sim.fleet.client import Client
+from servecast.sim.fleet.fleet import NOT_READY, Fleet
+from servecast.sim.fleet.replica import Replica
+from servecast.sim.inputs.errors import InputError
+from servecast.sim.inputs.units import to_seconds
+from servecast.sim.metrics.records import Run
+from servecast.sim.routing.llmd.config import read_epp
+from servecast.sim.routing.llmd.endpoint_picker import EndpointPicker
+from servecast.sim.routing.routers import ROUTERS, Router
+from servecast.sim.scenario.deployment import Deployment
+from servecast.sim.scenario.scenario import Scenario
+from servecast.sim.traffic.arrivals import ClosedLoop
+from servecast.sim.traffic.draw import build, check_lengths, with_request_rate
+from servecast.sim.traffic.spec import Workload
+
+
+def simulate(
+    scenario: Scenario,
+    *,
+    seed: int | None = None,
+    workload: Workload | None = None,
+    deployment: Deployment | None = None,
+) -> Run:
+    """Run the scenario's workload to the end of its last request.
+
+    Randomness has one stream a purpose (arrivals, lengths, content, noise, front end), so that two runs
+    with one seed see the same traffic whatever else differs between them.
+
+    Args:
+        seed: instead of the scenario's. workload: instead of the scenario's own.
+        deployment: ``Deployment.of(scenario)``, if it is at hand.
+
+    Raises:
+        InputError: the scenario cannot be made concrete, or a request could never run.
+    """
+    seed = scenario.seed if seed is None else seed
+    workload = scenario.stages() if workload is None else workload
+    deployment = Deployment.of(scenario) if deployment is None else deployment
+    streams = np.random.default_rng(seed).spawn(7)
+    arrivals, lengths, content, noise, front_end, reading, routing = streams
+    stages = build(workload, arrivals=arrivals, lengths=lengths, content=content)
+    specs = scenario.fleet.specs
+    deployments = _deployments(scenario, deployment)
+    shortest = min(each.config.max_model_len for each in deployments)
+    check_lengths(stages, shortest, where=f"{scenario.source}: workload")
+
+    count = len(specs)
+    noise_streams, front_end_streams = noise.spawn(count), front_end.spawn(count)
+
+    def make_replica(env: simpy.Environment, index: int, client: Client) -> Replica:
+        its = deployments[index]
+        return Replica(
+            env,
+            index,
+            its.config,
+            its.step_time,
+            its.profile.noise.factors(noise_streams[index]),
+            its.step_time.roofline_seconds,
+            its.profile.front_end,
+            front_end_streams[index],
+            client,
+            cold_start_s=scenario.fleet.cold_start_s,
+        )
+
+    env = simpy.Environment()
+    picking, scraping = routing.spawn(2)
+    fleet = Fleet(
+        env,
+        make_replica,
+        count,
+        router(scenario, picking, lambda: to_seconds(int(env.now))),
+        Client(deployment.profile.front_end),
+        reading,
+        options=scenario.fleet.router_options,
+        routing=scraping,
+        lives=[spec.life for spec in specs],
+        detection_s=scenario.fleet.failure_detection_s,
+    )
+    run = fleet.run(stages)
+    if fleet.failures[NOT_READY] == len(run.requests):
+        raise InputError(
+            f"no replica was ready for any of the {len(run.requests)} requests",
+            where=f"{scenario.source}: fleet.replicas",
+            fix="Let one start earlier, or drain or fail later.",
+        )
+    run.meta |= {
+        "scenario": scenario.name,
+        "seed": seed,
+        "engine_version": scenario.engine.version,
+        "rules": deployment.config.version,
+        "max_num_seqs": deployment.config.max_num_seqs,
+        "max_num_batched_tokens": deployment.config.max_num_batched_tokens,
+        "num_gpu_blocks": deployment.config.num_gpu_blocks,
+        "replicas": count,
+        **_load(workload),
+    }
+    if fleet.failures:
+        run.meta["failures"] = dict(sorted(fleet.failures.items()))
+    return run
+
+
+def _deployments(scenario: Scenario, deployment: Deployment) -> list[Deployment]:
+    """What each replica is, one by one."""
+    found: list[Deployment] = []
+    for spec, like in itertools.groupby(scenario.fleet.specs):
+        own = deployment if spec.as_in_scenario else Deployment.of(scenario.of_replica(spec))
+        found += [own for _ in like]
+    return found
+
+
+def router(scenario: Scenario, rng: np.random.Generator, clock: Callable[[], float]) -> Router:
+    """The router that a scenario names. clock: simulated seconds.
+
+    Raises:
+        InputError: its EndpointPickerConfig does not load.
+    """
+    fleet = scenario.fleet
+    if fleet.epp is not None:
+        config = read_epp(fleet.epp, fleet.router_options.epp_release)
+        return EndpointPicker(config, fleet.router_options, rng, clock)
+    assert isinstance(fleet.router, str)
+    return ROUTERS[fleet.router](fleet.router_options, rng)
+
+
+def _load(workload: Workload) -> dict[str, float | int | None]:
+    """The load in vllm bench serve's terms, where one stream says it."""
+    if len(workload.stages) != 1 or len(workload.stages[0].streams) != 1:
+        return {}
+    stream = workload.stages[0].streams[0]
+    law = stream.arrivals
+    if isinstance(law, ClosedLoop):
+        return {"request_rate": float("inf"), "max_concurrency": law.concurrency}
+    return {
+        "request_rate": getattr(law, "request_rate", None),
+        "burstiness": getattr(law, "burstiness", None),
+        "max_concurrency": stream.max_concurrency,
+    }
+
+
+class RateProbe:
+    """Probes a scenario's open-loop traffic at other rates, for ``capacity.plan``. It can be pickled."""
+
+    def __init__(self, scenario: Scenario, deployment: Deployment | None = None) -> None:
+        self.scenario = scenario
+        self.deployment = Deployment.of(scenario) if deployment is None else deployment
+        self._workload = scenario.open_loop()
+
+    def __call__(self, request_rate: float, seed: int, num_requests: int) -> Run:
+        """One replication: ``num_requests`` requests at ``request_rate`` requests/s."""
+        workload = with_request_rate(self._workload, request_rate, num_requests=num_requests)
+        return simulate(self.scenario, seed=seed, workload=workload, deployment=self.deployment)

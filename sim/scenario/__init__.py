@@ -1,0 +1,1 @@
+"""What is asked: a scenario file, and the deployment that it means."""

@@ -1,0 +1,304 @@
+"""A scenario: model, GPU, engine, fleet, traffic, objectives, and what was reported of a real run.
+
+``load("a6000-qwen2.5-7b", {"engine.max_num_seqs": 128})`` reads a shipped scenario or a YAML file. The JSON
+schema of the file, for editors: ``python -m servecast.sim.scenario.scenario``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, PrivateAttr, model_validator
+from pydantic_core import PydanticCustomError
+
+from servecast.sim.fleet.spec import Fleet, GpuSpec, ReplicaSpec
+from servecast.sim.inputs.errors import InputError
+from servecast.sim.inputs.schema import (
+    Amount,
+    Count,
+    Model,
+    NonNegative,
+    did_you_mean,
+    invalid,
+    parse,
+    within,
+)
+from servecast.sim.inputs.yaml_file import override, read_yaml
+from servecast.sim.metrics import slo as objectives
+from servecast.sim.scenario.engine_flags import EngineFlags
+from servecast.sim.scenario.reported import Reported
+from servecast.sim.traffic.arrivals import ClosedLoop
+from servecast.sim.traffic.forms import WorkloadSpec, expand
+from servecast.sim.traffic.spec import PlanSpec, StageSpec, StreamSpec, Sweep, Workload
+
+SCHEMA_VERSION = 1
+
+
+def shipped_folder() -> Path:
+    """Where the shipped scenarios, tables, model configs and profiles are."""
+    return Path(str(resources.files("servecast.scenarios")))
+
+
+def shipped_scenarios() -> list[str]:
+    """The names of the shipped scenarios."""
+    return sorted(path.stem for path in shipped_folder().glob("*.yaml"))
+
+
+def _slo(text: str) -> str:
+    try:
+        objectives.SLO.parse(text)
+    except InputError as error:
+        raise invalid(error.what, error.fix) from None
+    return text
+
+
+def _goodput(text: str) -> str:
+    try:
+        objectives.Goodput.parse(text)
+    except InputError as error:
+        raise invalid(error.what, error.fix) from None
+    return text
+
+
+def _version(value: Any) -> Any:
+    if value != SCHEMA_VERSION:
+        raise invalid(
+            f"the scenario has schema version {value!r}, this servecast reads {SCHEMA_VERSION}",
+            "Update the file, or use the servecast that it was written for.",
+        )
+    return value
+
+
+class ModelSpec(Model):
+    """The model: ``config`` is the name of a shipped config, or a path to a ``config.json``."""
+
+    config: str
+
+
+class RunContext(Model):
+    """What must be recorded beside a benchmark's numbers for them to mean something."""
+
+    commit: str
+    gpu: str
+    machine: str
+    driver_cuda: str
+    model: str
+    dtype: str
+    vllm_version: str
+    server_args: str
+    request_shape: str
+    load_pattern: str
+    notes: str | None = None
+
+
+class Assumption(Model):
+    """A constant that the source did not state: its ``origin``, and the ``field`` that holds it, if any."""
+
+    name: str
+    value: float | str
+    origin: str
+    field: str | None = None
+
+
+def _engine_of(engine: EngineFlags, spec: ReplicaSpec) -> EngineFlags:
+    """The engine's flags with those of a replica in their place."""
+    written = engine.model_dump(include=engine.model_fields_set)
+    try:
+        return parse(EngineFlags, written | spec.engine, source="engine")
+    except InputError as error:
+        raise invalid(error.what, error.fix, at=error.where.removeprefix("engine: ")) from None
+
+
+class Scenario(Model):
+    """See the module. ``profile`` is the name of a shipped profile or a path; without one, step times come
+    from physics with typical efficiencies."""
+
+    schema_version: Annotated[Literal[1], BeforeValidator(_version)]
+    name: str
+    description: str = ""
+    model: ModelSpec
+    gpu: GpuSpec
+    profile: str | None = None
+    engine: EngineFlags
+    fleet: Fleet = Fleet()
+    workload: WorkloadSpec
+    sweep: Sweep | None = None
+    plan: PlanSpec | None = None
+    slo: tuple[Annotated[str, AfterValidator(_slo)], ...] = ()
+    goodput: Annotated[str, AfterValidator(_goodput)] | None = None
+    gpu_hour_cost: NonNegative | None = None
+    reported: tuple[Reported, ...] = ()
+    run_context: RunContext | None = None
+    assumptions: tuple[Assumption, ...] = ()
+    seed: Amount = 0
+    replications: Count = 8
+
+    _source: Path | None = PrivateAttr(default=None)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Scenario:
+        expand(self.workload, self.sweep)
+        names = [table.name for table in self.reported]
+        if len(set(names)) < len(names):
+            raise invalid("two reported tables of one name", "Give each its own name.", at="reported")
+        for index, table in enumerate(self.reported):
+            try:
+                table.own_workload()
+            except PydanticCustomError as error:
+                context = error.context or {}
+                at = f"reported.{index}.{context.get('at') or 'workload'}"
+                raise invalid(context["what"], context["fix"], at=at) from None
+        if not isinstance(self.fleet.replicas, int):
+            for number, spec in enumerate(self.fleet.replicas):
+                with within(f"fleet.replicas.{number}.engine"):
+                    _engine_of(self.engine, spec)
+        return self
+
+    def of_replica(self, spec: ReplicaSpec) -> Scenario:
+        """The scenario with the GPU, profile and engine flags of one of its replicas."""
+        changes = {"engine": _engine_of(self.engine, spec), "gpu": spec.gpu, "profile": spec.profile}
+        return self.model_copy(update={name: value for name, value in changes.items() if value is not None})
+
+    @property
+    def source(self) -> str:
+        """What messages call the scenario: its file, or its name."""
+        return self.name if self._source is None else str(self._source)
+
+    @property
+    def slos(self) -> tuple[objectives.SLO, ...]:
+        """The SLOs, parsed."""
+        return tuple(objectives.SLO.parse(text) for text in self.slo)
+
+    @property
+    def goodput_limits(self) -> objectives.Goodput | None:
+        """The goodput limits, parsed."""
+        return None if self.goodput is None else objectives.Goodput.parse(self.goodput)
+
+    def stages(self) -> Workload:
+        """The workload with its sweep expanded: what ``simulate`` and ``reproduce`` run."""
+        return expand(self.workload, self.sweep)
+
+    def workload_of(self, reported: Reported) -> Workload:
+        """The workload that a reported table was measured with."""
+        return reported.own_workload() or self.stages()
+
+    def behind(self, router: str | Path) -> Scenario:
+        """The scenario with another router (a name, or the path of an EndpointPickerConfig)."""
+        return self.model_copy(update={"fleet": self.fleet.model_copy(update={"router": router})})
+
+    def changed(self, overrides: Mapping[str, Any]) -> Scenario:
+        """The scenario with other values in some fields, given by dotted paths as in ``load``.
+
+        Raises:
+            InputError: as ``load``.
+        """
+        names = list(dict.fromkeys(field.split(".")[0] for field in overrides))
+        data = {name: getattr(self, name) for name in self.model_fields_set}
+        data |= self.model_dump(include=set(names), exclude_unset=True)
+        for field, value in overrides.items():
+            data = override(data, field, value, where=self.source)
+        other = parse(Scenario, data, source=self.source)
+        return self.model_copy(update={name: getattr(other, name) for name in names})
+
+    def open_loop(self) -> Workload:
+        """The one-stage workload that ``plan`` probes, at a rate of its own: the workload itself if it is
+        open-loop and has one stage, otherwise its first stream made open-loop by the ``plan`` block.
+
+        Raises:
+            InputError: the workload has several stages and there is no plan block.
+        """
+        written = self.workload if isinstance(self.workload, StreamSpec) else self.stages()
+        if self.plan is None and self.sweep is None and isinstance(written, Workload):
+            if len(written.stages) > 1:
+                raise InputError(
+                    "a workload of several stages has no single request rate",
+                    where=f"{self.source}: workload.stages",
+                    fix="Add a plan block: the open-loop traffic to probe.",
+                )
+            return written
+        stream = written
+        if isinstance(stream, Workload):
+            stream = next(s for s in stream.stages[0].streams if not s.background)
+        if self.plan is not None or self.sweep is not None or isinstance(stream.arrivals, ClosedLoop):
+            stream = (self.plan or PlanSpec()).of(stream)
+        return Workload(stages=(StageSpec(streams=(stream,)),))
+
+    def config_file(self) -> Path:
+        """The model's ``config.json``.
+
+        Raises:
+            InputError: there is none of that name or path.
+        """
+        return self._named_file(self.model.config, "models", "model.config")
+
+    def profile_file(self) -> Path | None:
+        """The profile's file, or None without a profile.
+
+        Raises:
+            InputError: there is none of that name or path.
+        """
+        return None if self.profile is None else self._named_file(self.profile, "profiles", "profile")
+
+    def _named_file(self, name: str, kind: str, field: str) -> Path:
+        """A shipped file by its name (in any case), or a path relative to the scenario's folder."""
+        if name.endswith(".json") or "/" in name:
+            path = (self._source.parent if self._source else Path()) / name
+            if path.is_file():
+                return path
+            known: dict[str, Path] = {}
+        else:
+            known = {path.stem.lower(): path for path in sorted((shipped_folder() / kind).glob("*.json"))}
+            if name.lower() in known:
+                return known[name.lower()]
+        names = [path.stem for path in known.values()]
+        raise InputError(
+            f"there is no {kind[:-1]} {name!r}",
+            where=f"{self.source}: {field}",
+            fix=did_you_mean(name.lower(), names)
+            or (f"Shipped are {', '.join(names)}." if names else "Give the path of a JSON file."),
+        )
+
+
+def load(name_or_path: str | Path, overrides: Mapping[str, Any] | None = None) -> Scenario:
+    """Read a scenario.
+
+    Args:
+        name_or_path: a shipped scenario's name, or a YAML file.
+        overrides: dotted field paths and their values, such as {"engine.max_num_seqs": 128} or
+            {"sweep.levels.0.num_requests": 40}.
+
+    Raises:
+        InputError: about the first mistake: what, in which file and field, and what to do.
+    """
+    path = _find(str(name_or_path))
+    data = read_yaml(path)
+    for field, value in (overrides or {}).items():
+        data = override(data, field, value, where=str(path))
+    scenario = parse(Scenario, data, source=str(path), folder=path.parent)
+    scenario._source = path
+    return scenario
+
+
+def _find(name: str) -> Path:
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        if path.is_file():
+            return path
+        raise InputError("there is no such file", where=name, fix="Check the path.")
+    shipped = shipped_folder() / f"{name}.yaml"
+    if path.name != name or not shipped.is_file():
+        names = shipped_scenarios()
+        raise InputError(
+            f"there is no scenario {name!r}",
+            where="SCENARIO",
+            fix=did_you_mean(name, names) or f"Shipped are {', '.join(names)}; or give a .yaml file.",
+        )
+    return shipped
+
+
+if __name__ == "__main__":
+    print(json.dumps(Scenario.model_json_schema(), indent=2))

@@ -1,0 +1,1 @@
+"""Requests: their arrivals, lengths and contents."""

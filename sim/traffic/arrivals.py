@@ -1,0 +1,226 @@
+"""When requests arrive. Each law draws a stream's arrival times, in seconds from the start of its stage.
+
+The laws of the load generators are kept, not their random number streams: the same seed gives other
+times here than in ``vllm bench serve``, with the same distribution.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from servecast.sim.inputs.schema import Count, Model, NonNegative, Positive, invalid
+
+Times = npt.NDArray[np.float64]
+Draw = Callable[[int], Times]
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """How much a stream sends: a number of requests, or all that arrive before ``duration_s``, or both."""
+
+    num_requests: int | None
+    duration_s: float | None
+
+    def count(self, rate: float) -> int:
+        """The number of requests of a law that fixes it in advance: int(rate x duration_s), at least 1."""
+        in_time = None if self.duration_s is None else max(1, int(rate * self.duration_s))
+        given = [n for n in (self.num_requests, in_time) if n is not None]
+        return min(given)
+
+
+def _renewal(extent: Extent, rate: float, gaps: Draw) -> Times:
+    """Cumulated gaps of mean ``1 / rate``. ``gaps`` draws at unit rate, so that another rate scales time."""
+    if extent.num_requests is not None:
+        times = np.cumsum(gaps(extent.num_requests)) / rate
+    else:
+        assert extent.duration_s is not None
+        expected = rate * extent.duration_s
+        size = int(expected + 4 * math.sqrt(expected)) + 16
+        times = np.cumsum(gaps(size)) / rate
+        while times[-1] < extent.duration_s:
+            times = np.concatenate([times, times[-1] + np.cumsum(gaps(size)) / rate])
+    return times if extent.duration_s is None else times[times < extent.duration_s]
+
+
+def _gamma(rng: np.random.Generator, burstiness: float) -> Draw:
+    """Gaps of mean 1 and squared coefficient of variation ``1 / burstiness``; 1 is exponential."""
+    if burstiness == 1:
+        return rng.standard_exponential
+    if math.isinf(burstiness):
+        return np.ones
+    return lambda n: rng.standard_gamma(burstiness, n) / burstiness
+
+
+class Poisson(Model):
+    """A Poisson process."""
+
+    kind: Literal["poisson"]
+    request_rate: Positive
+
+    def times(self, extent: Extent, rng: np.random.Generator) -> Times:
+        """Arrival times, rising."""
+        return _renewal(extent, self.request_rate, rng.standard_exponential)
+
+
+class Gamma(Model):
+    """Independent gamma gaps; ``burstiness`` is their shape: 1 is Poisson, below 1 burstier."""
+
+    kind: Literal["gamma"]
+    request_rate: Positive
+    burstiness: Positive = 1.0
+
+    def times(self, extent: Extent, rng: np.random.Generator) -> Times:
+        """Arrival times, rising."""
+        return _renewal(extent, self.request_rate, _gamma(rng, self.burstiness))
+
+
+class Constant(Model):
+    """Equal gaps, the first request at once."""
+
+    kind: Literal["constant"]
+    request_rate: Positive
+
+    def times(self, extent: Extent, rng: np.random.Generator) -> Times:
+        """Arrival times, rising."""
+        return _renewal(extent, self.request_rate, lambda n: np.concatenate([[0.0], np.ones(n - 1)]))
+
+
+class VllmBench(Model):
+    """The law of ``vllm bench serve`` (its ``get_request``): gamma gaps, the first one waited, all times
+    rescaled so that the last of n requests comes at n / rate. With a ramp-up the rate goes from
+    ``ramp_up_start_rps`` to ``ramp_up_end_rps`` by request index and nothing is rescaled.
+    ``request_rate: .inf`` sends everything at once; ``burstiness: .inf`` makes equal gaps.
+    """
+
+    kind: Literal["vllm_bench"]
+    request_rate: Annotated[float, Field(strict=True, gt=0, allow_inf_nan=True)] = math.inf
+    burstiness: Annotated[float, Field(strict=True, gt=0, allow_inf_nan=True)] = 1.0
+    ramp_up_strategy: Literal["linear", "exponential"] | None = None
+    ramp_up_start_rps: Positive | None = None
+    ramp_up_end_rps: Positive | None = None
+
+    @model_validator(mode="after")
+    def _ramp(self) -> VllmBench:
+        ends = (self.ramp_up_start_rps, self.ramp_up_end_rps)
+        if (self.ramp_up_strategy is None) != (ends == (None, None)) or (
+            None in ends and ends != (None, None)
+        ):
+            raise invalid(
+                "an incomplete ramp-up", "Give ramp_up_strategy, ramp_up_start_rps and ramp_up_end_rps."
+            )
+        if self.ramp_up_strategy is not None and not math.isinf(self.request_rate):
+            raise invalid("a ramp-up with a request_rate", "Leave request_rate out, as vllm bench does.")
+        return self
+
+    def times(self, extent: Extent, rng: np.random.Generator) -> Times:
+        """Arrival times, rising."""
+        start, end = self.ramp_up_start_rps, self.ramp_up_end_rps
+        if start is not None and end is not None:
+            assert extent.num_requests is not None
+            n = extent.num_requests
+            progress = np.arange(n) / max(n - 1, 1)
+            linear = self.ramp_up_strategy == "linear"
+            rates = start + (end - start) * progress if linear else start * (end / start) ** progress
+            ramped: Times = np.cumsum(_gamma(rng, self.burstiness)(n) / rates)
+            return ramped
+        if math.isinf(self.request_rate):
+            assert extent.num_requests is not None
+            return np.zeros(extent.num_requests)
+        n = extent.count(self.request_rate)
+        unit = np.cumsum(_gamma(rng, self.burstiness)(n))
+        rescaled: Times = unit * (n / unit[-1] / self.request_rate)
+        return rescaled
+
+
+class InferencePerf(Model):
+    """The law of inference-perf: ``load: constant`` is a Poisson process conditioned on int(rate x duration)
+    requests with the last at the end; ``load: poisson`` draws a Poisson number for each second, whose last
+    request comes at its end. The first second of a stage is a pause, ``start_delay_s``."""
+
+    kind: Literal["inference_perf"]
+    request_rate: Positive
+    load: Literal["constant", "poisson"] = "constant"
+    start_delay_s: NonNegative = 1.0
+
+    def times(self, extent: Extent, rng: np.random.Generator) -> Times:
+        """Arrival times, rising."""
+        n = extent.count(self.request_rate)
+        if self.load == "constant":
+            whole = extent.num_requests is None and extent.duration_s is not None
+            duration_s = extent.duration_s if whole else n / self.request_rate
+            unit = np.cumsum(rng.standard_exponential(n))
+            times: Times = self.start_delay_s + unit * (duration_s / unit[-1])
+            return times
+        counts_rng, gaps_rng = rng.spawn(2)
+        counts = counts_rng.poisson(self.request_rate, int(n / self.request_rate) + 64)
+        while counts.sum() < n:
+            counts = np.concatenate([counts, counts_rng.poisson(self.request_rate, len(counts))])
+        seconds = np.repeat(np.arange(len(counts)), counts)
+        unit = np.cumsum(gaps_rng.standard_exponential(len(seconds)))
+        at_second = np.concatenate([[0.0], unit])[np.concatenate([[0], np.cumsum(counts)])]
+        within = (unit - at_second[seconds]) / np.diff(at_second)[seconds]
+        by_second: Times = self.start_delay_s + seconds + within
+        return by_second[:n]
+
+
+class Timestamps(Model):
+    """Given times, replayed. ``request_rate`` stretches them to that mean rate (n / last time)."""
+
+    kind: Literal["timestamps"]
+    times_s: Annotated[tuple[NonNegative, ...], Field(min_length=1)]
+    request_rate: Positive | None = None
+
+    @model_validator(mode="after")
+    def _rising(self) -> Timestamps:
+        for i, (a, b) in enumerate(zip(self.times_s, self.times_s[1:], strict=False), start=1):
+            if b < a:
+                raise invalid(f"time {b} comes after {a}", "Sort the times.", at=f"times_s.{i}")
+        return self
+
+    def times(self, extent: Extent, rng: np.random.Generator) -> Times:
+        """Arrival times, rising."""
+        return replay(np.array(self.times_s), self.request_rate, extent)
+
+
+def replay(times: Times, request_rate: float | None, extent: Extent) -> Times:
+    """Recorded times, cut to the extent and stretched to ``request_rate`` (n / last time) if given."""
+    times = times[: extent.num_requests]
+    if request_rate is not None and times[-1] > 0:
+        times = times * (len(times) / times[-1] / request_rate)
+    return times if extent.duration_s is None else times[times < extent.duration_s]
+
+
+class ClosedLoop(Model):
+    """``concurrency`` clients, each sending its next request when its last one is done."""
+
+    kind: Literal["closed_loop"]
+    concurrency: Count
+
+    def times(self, extent: Extent, rng: np.random.Generator) -> Times:
+        """Zeros: the stream's ``max_concurrency`` does the rest."""
+        assert extent.num_requests is not None
+        return np.zeros(extent.num_requests)
+
+
+def _kind(data: Any) -> str | None:
+    kind = data.get("kind") if isinstance(data, dict) else getattr(data, "kind", None)
+    return kind if isinstance(kind, str) else None
+
+
+Arrivals = Annotated[
+    Annotated[Poisson, Tag("poisson")]
+    | Annotated[Gamma, Tag("gamma")]
+    | Annotated[Constant, Tag("constant")]
+    | Annotated[VllmBench, Tag("vllm_bench")]
+    | Annotated[InferencePerf, Tag("inference_perf")]
+    | Annotated[Timestamps, Tag("timestamps")]
+    | Annotated[ClosedLoop, Tag("closed_loop")],
+    Discriminator(_kind),
+]

@@ -1,0 +1,293 @@
+"""What is sent to the servers: a workload's requests, drawn at random.
+
+A stream's arrivals, prompt lengths, output lengths and contents come from generators of their own, one set
+for each stream name, so that a change of one leaves the others as they were. A stream that comes again in
+a later stage goes on drawing, except that ``content: repeat`` starts over with the same prompts.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from pydantic_core import PydanticCustomError
+
+from servecast.sim.engine.request import Request, Stage, Stream
+from servecast.sim.inputs.errors import InputError
+from servecast.sim.traffic.arrivals import ClosedLoop, Extent, Times, replay
+from servecast.sim.traffic.content import ContentIds, Repeat, Same, SharedPrefix, Unique
+from servecast.sim.traffic.lengths import Tokens
+from servecast.sim.traffic.spec import StreamSpec, TraceSource, Workload, at_rate
+from servecast.sim.traffic.traces import Trace
+
+Parts = tuple[tuple[int, int], ...]
+
+
+def with_request_rate(
+    workload: Workload,
+    request_rate: float,
+    *,
+    num_requests: int | None = None,
+    duration_s: float | None = None,
+) -> Workload:
+    """The workload at another rate (requests/s over all its foreground streams, in their proportion).
+
+    Built with the same generators it has the same lengths, contents and gaps, only stretched in time:
+    common random numbers for the probes of a search.
+
+    Args:
+        num_requests, duration_s: if either is given, they replace the extent of the foreground streams.
+
+    Raises:
+        InputError: the workload has several stages, or arrivals without a rate.
+    """
+    if len(workload.stages) != 1:
+        raise InputError(
+            f"a workload of {len(workload.stages)} stages has no single request rate",
+            where="workload.stages",
+            fix="Give the open-loop traffic to probe in a 'plan' block.",
+        )
+    stage = workload.stages[0]
+    front = [stream for stream in stage.streams if not stream.background]
+    shares = [1.0]
+    if len(front) > 1:
+        rates = [getattr(stream.arrivals, "request_rate", None) or 0.0 for stream in front]
+        if not all(rates):
+            raise InputError(
+                "streams without a request_rate cannot be scaled together",
+                where="workload.streams",
+                fix="Give each foreground stream arrivals with a request_rate.",
+            )
+        shares = [rate / sum(rates) for rate in rates]
+    scaled = {}
+    for stream, share in zip(front, shares, strict=True):
+        changes: dict[str, Any] = {}
+        if stream.trace is not None and stream.arrivals is None:
+            changes["trace"] = stream.trace.model_copy(update={"request_rate": request_rate * share})
+        else:
+            try:
+                changes["arrivals"] = at_rate(stream.arrivals, request_rate * share)
+            except PydanticCustomError as error:
+                context = error.context or {}
+                raise InputError(context["what"], where="workload.arrivals", fix=context["fix"]) from None
+        if num_requests is not None or duration_s is not None:
+            changes["num_requests"] = None if num_requests is None else max(1, round(num_requests * share))
+            changes["duration_s"] = duration_s
+        scaled[stream.name] = stream.model_copy(update=changes)
+    streams = tuple(scaled.get(stream.name, stream) for stream in stage.streams)
+    return Workload(stages=(stage.model_copy(update={"streams": streams}),))
+
+
+@dataclass(frozen=True, slots=True)
+class _Drawn:
+    """A stream's numbers: arrival times, own prompt tokens, output tokens; which prompt, which group."""
+
+    times: Times
+    body: Tokens
+    output: Tokens
+    prompt: npt.NDArray[np.int64] | None = None  # index of the prompt, where prompts come again
+    group: npt.NDArray[np.int64] | None = None
+    trace: Trace | None = None
+
+
+class _Generators:
+    """The generators of one stream name, and its order of prompts once drawn."""
+
+    def __init__(self, arrivals: Any, lengths: Any, content: Any) -> None:
+        self.arrivals: np.random.Generator = arrivals.spawn(1)[0]
+        self.prompt, self.output = lengths.spawn(1)[0].spawn(2)
+        self.content: np.random.Generator = content.spawn(1)[0]
+        self.cycle: npt.NDArray[np.int64] | None = None
+
+
+def build(
+    workload: Workload,
+    *,
+    arrivals: np.random.Generator,
+    lengths: np.random.Generator,
+    content: np.random.Generator,
+) -> list[Stage]:
+    """Draw the workload's requests. Request ids count from 0 over all stages.
+
+    Args:
+        arrivals, lengths, content: fresh generators; streams spawn their own from them.
+
+    Raises:
+        InputError: a trace cannot be read or is too short.
+    """
+    generators: dict[str, _Generators] = {}
+    drawn: list[list[_Drawn]] = []
+    for stage in workload.stages:
+        drawn.append([])
+        for stream in stage.streams:
+            if stream.name not in generators:
+                generators[stream.name] = _Generators(arrivals, lengths, content)
+            drawn[-1].append(_draw(stream, generators[stream.name]))
+
+    texts: dict[str, set[int]] = {}  # text -> lengths at which a prompt leaves it
+    for stage, numbers in zip(workload.stages, drawn, strict=True):
+        for stream, d in zip(stage.streams, numbers, strict=True):
+            if isinstance(stream.content, Same):
+                texts.setdefault(stream.content.text, set()).update(np.unique(d.body).tolist())
+
+    ids = ContentIds()
+    stages: list[Stage] = []
+    request_id = 0
+    for index, (stage, numbers) in enumerate(zip(workload.stages, drawn, strict=True)):
+        streams: list[Stream] = []
+        for stream, d in zip(stage.streams, numbers, strict=True):
+            requests = _requests(stream, d, _parts(stream, d, ids, texts), request_id)
+            request_id += len(requests)
+            limit = stream.max_concurrency
+            if isinstance(stream.arrivals, ClosedLoop):
+                limit = stream.arrivals.concurrency
+            streams.append(Stream(stream.name, requests, limit, stream.background))
+        name = stage.name or (f"stage {index}" if len(workload.stages) > 1 else "all")
+        end_s = None if stage.polling is None else stage.polling.end_s
+        stages.append(Stage(name, streams, stage.drain, stage.duration_s, end_s))
+    return stages
+
+
+def _draw(stream: StreamSpec, rngs: _Generators) -> _Drawn:
+    extent = Extent(num_requests=stream.num_requests, duration_s=stream.duration_s)
+    if stream.trace is not None:
+        return _draw_trace(stream, stream.trace, extent, rngs)
+    assert stream.arrivals is not None
+    assert stream.prompt_tokens is not None
+    assert stream.output_tokens is not None
+    times = stream.arrivals.times(extent, rngs.arrivals) + stream.start_s
+    n = len(times)
+    prompt_rng, output_rng = rngs.prompt, rngs.output
+    if isinstance(stream.content, Repeat):
+        prompt_rng, output_rng = copy.deepcopy(prompt_rng), copy.deepcopy(output_rng)
+    if isinstance(stream.content, SharedPrefix):
+        which = _which_prompt(stream.content, n, rngs)
+        if stream.content.prompts_per_group is not None:
+            distinct = stream.content.groups * stream.content.prompts_per_group
+            body = stream.prompt_tokens.draw(distinct, copy.deepcopy(prompt_rng))[which]
+        else:
+            body = stream.prompt_tokens.draw(n, prompt_rng)
+        group = which // (stream.content.prompts_per_group or 1)
+        return _Drawn(times, body, stream.output_tokens.draw(n, output_rng), which, group)
+    return _Drawn(times, stream.prompt_tokens.draw(n, prompt_rng), stream.output_tokens.draw(n, output_rng))
+
+
+def _which_prompt(content: SharedPrefix, n: int, rngs: _Generators) -> npt.NDArray[np.int64]:
+    """Index of each request's prompt among groups x prompts_per_group."""
+    distinct = content.groups * (content.prompts_per_group or 1)
+    if content.order == "random":
+        return rngs.content.integers(0, distinct, size=n)
+    if rngs.cycle is None:
+        rngs.cycle = rngs.content.permutation(distinct)
+    return rngs.cycle[np.arange(n) % distinct]
+
+
+def _draw_trace(stream: StreamSpec, spec: TraceSource, extent: Extent, rngs: _Generators) -> _Drawn:
+    trace = spec.read(stream.num_requests)
+    if stream.arrivals is None:
+        times = replay(trace.times_s, spec.request_rate, extent)
+    else:
+        if extent.num_requests is None and extent.duration_s is None:
+            extent = Extent(num_requests=len(trace), duration_s=None)
+        times = stream.arrivals.times(extent, rngs.arrivals)
+    wanted = max(len(times), stream.num_requests or 0 if stream.duration_s is None else 0)
+    if wanted > len(trace):
+        raise InputError(
+            f"the trace has {len(trace)} requests, {wanted} are wanted",
+            where=str(spec.path),
+            fix="Lower num_requests, duration_s or the rate, or give a longer trace.",
+        )
+    trace = trace.take(slice(len(times)))
+    return _Drawn(times + stream.start_s, trace.prompt_tokens, trace.output_tokens, trace=trace)
+
+
+def _parts(stream: StreamSpec, d: _Drawn, ids: ContentIds, texts: dict[str, set[int]]) -> list[Parts]:
+    """Each request's shared parts (see ``Request.content``)."""
+    system, content = stream.system_prompt_tokens, stream.content
+    front: Parts = ((ids.first("system", system), system),) if system else ()
+    if d.trace is not None and d.trace.hash_ids is not None and content is None:
+        assert stream.trace is not None
+        return _hashed_parts(front, system, d.trace, ids.first("trace", stream.trace.path, system))
+    totals = (system + d.body + stream.suffix_tokens).tolist()
+    if content is None or isinstance(content, Unique):
+        return [front] * len(totals)
+    if isinstance(content, Repeat):
+        first = ids.first("repeat", stream.name, system, repr(stream.prompt_tokens), stream.suffix_tokens)
+        return [(*front, (first + i, total)) for i, total in enumerate(totals)]
+    if isinstance(content, Same):
+        text = ids.first("text", content.text, system)
+        end = ids.first("end of text", content.text, system, stream.suffix_tokens)
+        cuts = sorted(texts[content.text])
+        parts = {
+            length: (
+                *front,
+                *((text + cut, system + cut) for cut in cuts if cut <= length),
+                *(((end + length, system + length + stream.suffix_tokens),) if stream.suffix_tokens else ()),
+            )
+            for length in np.unique(d.body).tolist()
+        }
+        return [parts[length] for length in d.body.tolist()]
+    assert d.prompt is not None
+    assert d.group is not None
+    prefix = ids.first("prefix", stream.name, system, content.prefix_tokens)
+    heads = [(*front, (prefix + group, system + content.prefix_tokens)) for group in range(content.groups)]
+    if content.prompts_per_group is None:
+        return [heads[group] for group in d.group.tolist()]
+    whole = ids.first("prompt", stream.name, system, content.prefix_tokens)
+    rows = zip(d.group.tolist(), d.prompt.tolist(), totals, strict=True)
+    return [(*heads[g], (whole + p, total + content.prefix_tokens)) for g, p, total in rows]
+
+
+def _hashed_parts(front: Parts, system: int, trace: Trace, first: int) -> list[Parts]:
+    assert trace.hash_ids is not None
+    dense: dict[int, int] = {}
+    block = trace.block_tokens
+    return [
+        front
+        + tuple(
+            (first + dense.setdefault(hash_id, len(dense)), system + min((j + 1) * block, length))
+            for j, hash_id in enumerate(hash_ids)
+        )
+        for hash_ids, length in zip(trace.hash_ids, trace.prompt_tokens.tolist(), strict=True)
+    ]
+
+
+def _requests(stream: StreamSpec, d: _Drawn, parts: list[Parts], first_id: int) -> list[Request]:
+    extra = stream.system_prompt_tokens + stream.suffix_tokens
+    if isinstance(stream.content, SharedPrefix):
+        extra += stream.content.prefix_tokens
+    output = d.output if stream.max_tokens is None else np.minimum(d.output, stream.max_tokens)
+    limit = output if stream.max_tokens is None else np.full(len(output), stream.max_tokens)
+    groups: list[Any] = [None] * len(parts) if d.group is None else d.group.tolist()
+    columns = zip(
+        d.times.tolist(),
+        (d.body + extra).tolist(),
+        output.tolist(),
+        limit.tolist(),
+        parts,
+        groups,
+        strict=True,
+    )
+    priority, abort_after_s = stream.priority, stream.abort_after_s
+    return [
+        Request(i, time, prompt, out, most, content, priority, abort_after_s, group)
+        for i, (time, prompt, out, most, content, group) in enumerate(columns, start=first_id)
+    ]
+
+
+def check_lengths(stages: list[Stage], max_model_len: int, *, where: str) -> None:
+    """Refuse requests that the server would refuse: prompt and ``max_tokens`` beyond ``max_model_len``."""
+    for stage in stages:
+        for stream in stage.streams:
+            for request in stream.requests:
+                if request.prompt_tokens + request.max_tokens > max_model_len:
+                    raise InputError(
+                        f"request {request.request_id} (stage {stage.name!r}, stream {stream.name!r}) of "
+                        f"{request.prompt_tokens} prompt tokens and max_tokens {request.max_tokens} "
+                        f"is longer than max_model_len {max_model_len}",
+                        where=where,
+                        fix="Shorten the lengths, bound their distribution, or raise engine.max_model_len.",
+                    )

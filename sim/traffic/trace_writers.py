@@ -1,0 +1,114 @@
+"""Writers of the trace formats that sim.traces reads, and the trace of a simulated workload."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import json
+from collections.abc import Callable, Iterable, Iterator
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+
+from servecast.sim.engine.request import Request
+from servecast.sim.traffic.traces import HashIds, Trace
+
+AZURE_START = datetime.datetime(2023, 11, 16, 18, 0, 0)
+
+
+def write_mooncake(trace: Trace, path: Path) -> None:
+    """Write Mooncake's JSONL. Times are rounded to the format's whole milliseconds."""
+    _write_json(trace, path, [round(t * 1e3) for t in trace.times_s.tolist()])
+
+
+def write_timed_trace(trace: Trace, path: Path) -> None:
+    """Write vLLM's timed_trace JSONL, times in seconds.
+
+    vLLM builds the prompts from the hash ids alone, so where the trace has none each block gets its own.
+    Replay with ``--timed-trace-chunk-hash-size`` set to the trace's ``block_tokens``.
+    """
+    _write_json(trace, path, trace.times_s.tolist())
+
+
+def _write_json(trace: Trace, path: Path, times: Iterable[float]) -> None:
+    fresh = count()
+    with path.open("w", encoding="utf-8") as file:
+        for row, time in enumerate(times):
+            prompt = int(trace.prompt_tokens[row])
+            if trace.hash_ids is None:
+                ids = [next(fresh) for _ in range(-(-prompt // trace.block_tokens))]
+            else:
+                ids = list(trace.hash_ids[row])
+            output = int(trace.output_tokens[row])
+            record = {"timestamp": time, "input_length": prompt, "output_length": output, "hash_ids": ids}
+            file.write(json.dumps(record) + "\n")
+
+
+def write_azure(trace: Trace, path: Path, *, start: datetime.datetime = AZURE_START) -> None:
+    """Write Azure's CSV, times to 100 ns from ``start``."""
+    first = np.datetime64(start, "ns")
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["TIMESTAMP", "ContextTokens", "GeneratedTokens"])
+        for time, prompt, output in _rows(trace):
+            stamp = str(first + np.timedelta64(round(time * 1e7) * 100, "ns"))[:-2]
+            writer.writerow([stamp.replace("T", " "), prompt, output])
+
+
+def write_burstgpt(trace: Trace, path: Path, *, model: str = "GPT-4") -> None:
+    """Write BurstGPT's CSV. vLLM's reader keeps the rows of model "GPT-4" only."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(
+            ["Timestamp", "Model", "Request tokens", "Response tokens", "Total tokens", "Log Type"]
+        )
+        for time, prompt, output in _rows(trace):
+            writer.writerow([time, model, prompt, output, prompt + output, "API log"])
+
+
+def _rows(trace: Trace) -> Iterator[tuple[float, int, int]]:
+    yield from zip(
+        trace.times_s.tolist(), trace.prompt_tokens.tolist(), trace.output_tokens.tolist(), strict=True
+    )
+
+
+def from_requests(requests: Iterable[Request], *, block_tokens: int = 16) -> Trace:
+    """The trace of a stream's requests, so that a live server can be sent the same traffic.
+
+    Blocks of ``block_tokens`` get equal hash ids exactly where the requests' contents are equal up to the
+    block's last token; what belongs to one request alone gets ids of its own.
+    """
+    known: dict[tuple[int, int], int] = {}
+    fresh = count()
+    hash_ids: HashIds = []
+    requests = list(requests)
+    for request in requests:
+        parts, ids, part = request.content, [], 0
+        for block in range(-(-request.prompt_tokens // block_tokens)):
+            last = min((block + 1) * block_tokens, request.prompt_tokens)
+            while part < len(parts) and parts[part][1] < last:
+                part += 1
+            if part < len(parts):
+                key = (parts[part][0], last)
+                if key not in known:
+                    known[key] = next(fresh)
+                ids.append(known[key])
+            else:
+                ids.append(next(fresh))
+        hash_ids.append(tuple(ids))
+    return Trace(
+        np.array([r.arrival_s for r in requests], dtype=np.float64),
+        np.array([r.prompt_tokens for r in requests], dtype=np.int64),
+        np.array([r.output_tokens for r in requests], dtype=np.int64),
+        hash_ids,
+        block_tokens,
+    )
+
+
+WRITERS: dict[str, Callable[[Trace, Path], None]] = {
+    "mooncake": write_mooncake,
+    "azure": write_azure,
+    "burstgpt": write_burstgpt,
+    "timed_trace": write_timed_trace,
+}

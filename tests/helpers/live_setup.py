@@ -1,0 +1,249 @@
+"""Live servers of the tests: their scenarios, their calibration, and ways to disturb them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from metronome_law import Law
+from metronome_setup import metronome_environment
+
+from servecast.calibrate.fit.folder import fit_folder
+from servecast.calibrate.measure.facts import collect
+from servecast.calibrate.measure.served import overheads
+from servecast.calibrate.measure.vllm.bench_serve import run_bench
+from servecast.sim.hardware.gpu import GPU
+from servecast.validate.live.own_server import OwnServer
+from servecast.validate.live.target import Target
+from servecast.validate.parity.vllm_process import ENVIRONMENT
+
+PYTHON = str(ENVIRONMENT / "bin" / "python")
+FLAGS = (
+    *("--worker-cls", "metronome.MetronomeWorker", "--distributed-executor-backend", "uni"),
+    *("--load-format", "dummy"),
+)
+SCENARIO = """
+schema_version: 1
+name: metronome
+description: A vLLM whose steps last what a known law says, and no GPU.
+model: {config: model/config.json}
+gpu: {file: gpu.json}
+profile: profile.json
+engine: {version: "0.32", max_model_len: 2048, max_num_seqs: 16, max_num_batched_tokens: 512, block_size: 128,
+  enforce_eager: true, async_scheduling: false}
+workload:
+  prompt_tokens: {kind: uniform, tokens: 200, range_ratio: 0.7}
+  output_tokens: {kind: uniform, tokens: 40, range_ratio: 0.6}
+  arrivals: {kind: poisson, request_rate: 4}
+  num_requests: 100
+slo: ["ttft:p95:300"]
+"""
+
+
+def write_scenario(folder: Path, text: str, model: Path, gpu: GPU) -> Path:
+    """The scenario's file in a folder with its model, beside the GPU's; the profile comes later."""
+    (folder / "model").symlink_to(model)
+    gpu.save(folder / "gpu.json")
+    file = folder / "scenario.yaml"
+    file.write_text(text)
+    return file
+
+
+def metronome(model: Path, law: dict[str, Any]) -> OwnServer:
+    """A metronome to start; its decisions are recorded."""
+    return OwnServer(model, FLAGS, PYTHON, metronome_environment(law), recorder=True)
+
+
+def measure_steps(model: Path, out: Path, law: dict[str, Any]) -> Path:
+    """Step times of a metronome, by ``calibrate measure engine``."""
+    subprocess.run(
+        [
+            *(str(Path(sys.executable).with_name("servecast")), "calibrate", "measure", "engine"),
+            *("--python", PYTHON, "--model", str(model), "--out", str(out), "--name", "model"),
+            *("--steps", "9", "--largest", "20000", "--case-seconds", "0.4"),
+            *("--regions", "decode", "prefill", "prefill_context", "mixed", "decode_ragged"),
+            *("--enforce-eager", "--max-model-len", "2048"),
+            *("--max-num-seqs", "16", "--max-num-batched-tokens", "512", *FLAGS[:4]),
+        ],
+        env=os.environ | metronome_environment(law),
+        check=True,
+        capture_output=True,
+    )
+    return out
+
+
+def measure_overheads(target: Target, recording: Path, out: Path, levels: Sequence[int]) -> None:
+    """Add what stands between client and engine of a server that runs, as ``calibrate measure served``
+    measures it on one of its own."""
+    rows = []
+    for level in levels:
+        trace = out / f"closed-{level}.jsonl"
+        with trace.open("w") as file:
+            for number in range(max(16, 5 * level)):
+                length = 32 + number  # tells the requests apart
+                ids = [10_000 * level + 100 * number + block for block in range(-(-length // 16))]
+                row = {"timestamp": 0.0, "input_length": length, "output_length": 24, "hash_ids": ids}
+                file.write(json.dumps(row) + "\n")
+        result = run_bench(
+            target.base_url,
+            target.model,
+            target.tokenizer,
+            trace,
+            out / f"closed-{level}.json",
+            python=PYTHON,
+            args=("--max-concurrency", str(level)),
+            hash_seed=level,
+        )
+        rows += list(overheads(result, recording.read_text(), level))
+    with (out / "engine.jsonl").open("a") as file:
+        for number, row in enumerate(rows):
+            file.write(json.dumps({"model": "model", "case": f"model/served/{number}"} | row) + "\n")
+
+
+def calibrate(folder: Path, gpu: GPU, profile: Path) -> None:
+    """Fit a profile to a folder of measurements."""
+    fit_folder(folder, gpu=gpu).profile.save(profile)
+
+
+@dataclass(frozen=True)
+class RecordedStep:
+    """A step by a server's recorder: when it was decided, when its result was there, and when that of the one
+    before was, in s; the (tokens, context) of its chunks, its decodes' contexts, its samples."""
+
+    began: float
+    ended: float
+    before: float
+    chunks: list[tuple[int, int]]
+    contexts: list[int]
+    samples: int
+
+    @property
+    def directly(self) -> bool:
+        """Whether the engine did not run empty before it."""
+        return self.began - self.before < 0.002
+
+    @property
+    def seconds(self) -> float:
+        return self.ended - (self.before if self.directly else self.began)
+
+
+def recorded_steps(recording: Path) -> Iterator[RecordedStep]:
+    """The steps that a recording holds."""
+    prompts: dict[int, int] = {}
+    waiting: deque[tuple[float, list[tuple[int, int, int]]]] = deque()
+    before = 0.0
+    for line in recording.read_text().split("\n")[:-1]:
+        kind, *rest = json.loads(line)
+        if kind == "add":
+            prompts[rest[1]] = rest[2]
+        elif kind == "schedule":
+            waiting.append((rest[0] / 1e9, rest[2]))
+        elif kind == "update":
+            began, scheduled = waiting.popleft()
+            ended = rest[1] / 1e9
+            if scheduled:
+                yield RecordedStep(
+                    began,
+                    ended,
+                    before,
+                    [(n, done) for request, n, done in scheduled if done < prompts[request]],
+                    [n + done for request, n, done in scheduled if done >= prompts[request]],
+                    sum(n + done >= prompts[request] for request, n, done in scheduled),
+                )
+            before = ended
+
+
+def lost_time(recording: Path, law: dict[str, Any], start_s: float, end_s: float) -> float:
+    """The share of a span of time by which a metronome's steps were longer than their law."""
+    known = Law(json.dumps(law))
+    lost = 0.0
+    for step in recorded_steps(recording):
+        if start_s <= step.began <= end_s:
+            lasts = known.seconds(step.chunks, len(step.contexts), sum(step.contexts))
+            lost += max(0.0, step.seconds - lasts - 0.005)  # less is made up for by the step after it
+    return lost / (end_s - start_s)
+
+
+def steps_folder(recording: Path, model: Path, out: Path) -> Path:
+    """What a recording says of step times, as a folder of measurements."""
+    engine = json.loads(recording.read_text().partition("\n")[0])[1]
+    version = engine["version"].split("+")[0]
+    rows: list[dict[str, Any]] = [
+        {
+            "row": "engine",
+            "case": "model/engine",
+            "model": "model",
+            "config": json.loads((model / "config.json").read_text()),
+            "flags": engine | {"version": version, "enforce_eager": True},
+        }
+    ]
+    rows += [
+        {
+            "row": "step",
+            "case": f"model/recorded/{number}",
+            "model": "model",
+            "region": "long_run",
+            "chunks": step.chunks,
+            "decodes": len(step.contexts),
+            "decode_context": sum(step.contexts),
+            "samples": step.samples,
+            "times_s": [step.seconds],
+        }
+        for number, step in enumerate(recorded_steps(recording))
+        if step.directly
+    ]
+    out.mkdir()
+    (out / "facts.json").write_text(json.dumps(collect() | {"vllm": version}))
+    (out / "engine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return out
+
+
+@contextmanager
+def slowed(pid: int, *, stop_s: float = 0.05, go_s: float = 0.1) -> Iterator[None]:
+    """Every process of a group stands still again and again while the block lasts."""
+    over = threading.Event()
+
+    def loop() -> None:
+        while not over.wait(go_s):
+            os.killpg(pid, signal.SIGSTOP)
+            time.sleep(stop_s)
+            os.killpg(pid, signal.SIGCONT)
+
+    thread = threading.Thread(target=loop)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def starved_python(folder: Path) -> str:
+    """A Python with vLLM that gets no CPU for most of the time once it sends."""
+    file = folder / "starved-python"
+    file.write_text(
+        f"""#!{sys.executable}
+import signal, subprocess, sys, time
+process = subprocess.Popen([{PYTHON!r}, *sys.argv[1:]])
+while process.poll() is None:
+    time.sleep(0.1)
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGCONT)
+sys.exit(process.returncode)
+"""
+    )
+    file.chmod(file.stat().st_mode | stat.S_IXUSR)
+    return str(file)

@@ -1,0 +1,77 @@
+"""A metronome (see metronome.py) to measure, fit and drive: its model, flags and laws, and where its GPU's
+peaks would lie."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from servecast.calibrate.measure.vllm.tiny_model import write_tiny_model
+from servecast.sim.hardware.gpu import GPU
+from servecast.sim.hardware.model_shape import ModelShape
+
+TESTS = Path(__file__).resolve().parent
+FLAGS = (
+    *(
+        "--worker-cls",
+        "metronome.MetronomeWorker",
+        "--enforce-eager",
+        "--distributed-executor-backend",
+        "uni",
+    ),
+    *("--max-model-len", "4096"),
+    *("--max-num-seqs", "64", "--max-num-batched-tokens", "512"),
+)
+SIZES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # that the staircase pads to
+ROOFLINE: dict[str, Any] = {
+    "law": "bandwidth_compute",
+    "fixed_s": 0.020,
+    "request_s": 5e-5,
+    "token_s": 7e-5,
+    "weights_s": 0.015,
+    "power": 3.0,
+    "elementwise_s": 2.3e-5,
+    "kv_s": 1.3e-7,
+    "pair_s": 1e-8,
+}
+STAIRCASE: dict[str, Any] = ROOFLINE | {
+    "fixed_s": 0.025,
+    "token_s": 1.1e-4,
+    "weights_s": 1e-3,
+    "elementwise_s": 1.6e-6,
+    "kv_s": 3e-8,
+    "sizes": SIZES,
+}
+NO_MACHINE: dict[str, Any] = {"law": "faster_when_full", "fixed_s": 0.02, "idle_s": 0.06, "requests": 4}
+
+
+def metronome_model(folder: Path) -> Path:
+    """Large enough that reading its weights outweighs reading KV, small enough to start at once."""
+    return write_tiny_model(folder, layers=2, hidden_size=1024, intermediate_size=4096, heads=16, kv_heads=1)
+
+
+def metronome_environment(law: dict[str, Any]) -> dict[str, str]:
+    """Variables of a vLLM process that keeps that law."""
+    path = [str(TESTS), os.environ.get("PYTHONPATH", "")]
+    return {
+        "METRONOME_LAW": json.dumps(law),
+        "PYTHONPATH": os.pathsep.join(filter(None, path)),
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def metronome_gpu(law: dict[str, Any], model: Path) -> GPU:
+    """A GPU with peaks somewhat above what the law makes of the model."""
+    shape = ModelShape.from_config(json.loads((model / "config.json").read_text()), "metronome")
+    return GPU(
+        name="metronome",
+        memory_bytes=1 << 33,
+        bandwidth=shape.linear_bytes(1, 1) / (0.9 * law["weights_s"]),
+        bf16_flops=shape.linear_flops_per_token(1) / (0.75 * law["token_s"]),
+        link_bandwidth=1e9,
+        capability=(9, 0),
+    )

@@ -1,0 +1,35 @@
+"""Published models, as shapes."""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+from pathlib import Path
+
+from servecast.sim.hardware.model_shape import ModelShape
+
+MODELS = Path(str(files("servecast.scenarios"))) / "models"
+
+
+PUBLISHED = {  # billions of parameters, KV bytes a token
+    "Qwen2.5-0.5B-Instruct": (0.494, 12_288),
+    "Qwen2.5-7B-Instruct": (7.616, 57_344),
+    "Qwen2.5-32B-Instruct": (32.76, 262_144),
+    "Llama-3.2-3B-Instruct": (3.21, 114_688),
+    "Llama-3.1-8B-Instruct": (8.03, 131_072),
+    "Llama-3.1-70B-Instruct": (70.55, 327_680),
+    "Llama-3.1-405B-Instruct": (405.85, 516_096),
+    "Qwen3-4B": (4.02, 147_456),
+    "Qwen3-32B": (32.76, 262_144),
+    "Qwen3-30B-A3B": (30.53, 98_304),
+    "gemma-3-1b-it": (1.00, 26_624),
+}
+
+
+def load(name: str) -> ModelShape:
+    return ModelShape.from_config(MODELS / f"{name}.json")
+
+
+def config(name: str = "Qwen2.5-0.5B-Instruct", **changes: object) -> dict[str, object]:
+    data = json.loads((MODELS / f"{name}.json").read_text())
+    return {key: value for key, value in {**data, **changes}.items() if value != "drop"}

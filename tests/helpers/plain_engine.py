@@ -1,0 +1,367 @@
+"""A plain model of vLLM's V1 scheduler and KV cache: the oracle that the fast engine is held against.
+
+It is written from the rules alone and loops over every running request in every step, so that each
+rule of vLLM (releases 0.23 and 0.32, one full-attention group, no speculation) can be read here as it
+stands. Speed does not matter.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from servecast.sim.engine.config import EngineConfig
+from servecast.sim.engine.request import Request
+
+BlockHash = tuple[str, int, int]
+
+
+@dataclass(slots=True, eq=False)
+class State:
+    """What the scheduler knows of one request; counts are tokens."""
+
+    request: Request
+    arrival: int
+    num_tokens: int  # prompt + outputs delivered so far
+    num_computed_tokens: int = 0  # advanced when scheduled, before execution
+    placeholders: int = 0  # async: outputs that are sampled by steps still in flight
+    status: str = "WAITING"  # RUNNING, PREEMPTED
+    blocks: list[int] = field(default_factory=list)
+    num_cached_blocks: int = 0  # leading blocks that have their hash
+    catch_up: int = 0  # num_tokens at the last admission: what must be computed before it decodes
+
+    @property
+    def request_id(self) -> int:
+        return self.request.request_id
+
+    @property
+    def last_in_flight(self) -> bool:
+        """Async: the token that reaches max_tokens is already being computed."""
+        limit = self.request.prompt_tokens + self.request.max_tokens
+        return self.placeholders > 0 and self.num_computed_tokens + 2 - self.placeholders >= limit
+
+    def block_hash(self, index: int, block_size: int) -> BlockHash:
+        """Identity of full block ``index``: that of the part which holds its last token."""
+        last_token = (index + 1) * block_size - 1
+        for content_id, end_token in self.request.content:
+            if last_token < end_token:
+                return ("content", content_id, index)
+        return ("private", self.request_id, index)
+
+
+@dataclass(slots=True)
+class PlainStep:
+    """One engine step: what schedule() decided and, below, what complete() delivered.
+
+    chunks: (tokens, context before) of every scheduled entry that still catches up with its prompt (or,
+    when resumed, with its recomputed outputs); decodes: the other entries, one token each, and
+    decode_context the KV tokens they read, the new ones included. samples: entries that sample a token.
+    """
+
+    tokens: list[tuple[int, int]] = field(default_factory=list)  # (request id, tokens) in vLLM's order
+    admitted: list[int] = field(default_factory=list)
+    resumed: list[int] = field(default_factory=list)
+    preempted: list[int] = field(default_factory=list)  # in victim order
+    cached_tokens: dict[int, int] = field(default_factory=dict)  # prefix hit of the new and resumed
+    chunks: list[tuple[int, int]] = field(default_factory=list)
+    decodes: int = 0
+    decode_context: int = 0
+    samplers: list[int] = field(default_factory=list)
+
+    finished: list[int] = field(default_factory=list)
+    first_tokens: list[int] = field(default_factory=list)
+    emitted: int = 0
+
+    def scheduled(self) -> dict[int, int]:
+        return dict(self.tokens)
+
+    @property
+    def total_tokens(self) -> int:
+        return sum(tokens for _, tokens in self.tokens)
+
+    @property
+    def samples(self) -> int:
+        return len(self.samplers)
+
+
+class PlainEngine:
+    """The scheduler with its KV cache. With async scheduling call schedule(k+1) before complete(k)."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        assert config.version in ("0.23", "0.32")
+        self.config = config
+        self.v032 = config.version == "0.32"
+        self.requests: dict[int, State] = {}
+        self.running_states: list[State] = []  # in admission order
+        self.waiting_states: list[State] = []  # head first
+        self.finished_req_ids: list[int] = []  # sent out by the next schedule()
+        self.free: deque[int] = deque(range(1, config.num_gpu_blocks))  # block 0 is the null block
+        self.ref_count = [0] * config.num_gpu_blocks
+        self.hash_of: dict[int, BlockHash] = {}
+        self.cache: dict[BlockHash, list[int]] = {}  # blocks of a hash, in order of insertion
+
+    # ---- read-outs
+
+    @property
+    def has_requests(self) -> bool:
+        return bool(self.running_states or self.waiting_states or self.finished_req_ids)
+
+    @property
+    def running(self) -> list[int]:
+        return [state.request_id for state in self.running_states]
+
+    @property
+    def waiting(self) -> list[int]:
+        return [state.request_id for state in self.waiting_states]
+
+    @property
+    def free_blocks(self) -> int:
+        return len(self.free)
+
+    @property
+    def cached_blocks(self) -> int:
+        return len(self.cache)
+
+    def free_list(self, n: int) -> list[int]:
+        return list(self.free)[:n]
+
+    def block_ids(self, request_id: int) -> list[int]:
+        return list(self.requests[request_id].blocks) if request_id in self.requests else []
+
+    # ---- requests come and go
+
+    def add(self, request: Request, arrival: int) -> None:
+        state = State(request, arrival, num_tokens=request.prompt_tokens)
+        self.requests[request.request_id] = state
+        self.waiting_states.append(state)
+        self.sort_waiting()
+
+    def abort(self, request_id: int) -> None:
+        """Drop a request in any state; output still in flight is thrown away. Unknown ids are ignored."""
+        if request_id in self.requests:
+            self.finish(self.requests[request_id])
+
+    def finish(self, state: State) -> None:
+        """Free its blocks and take it out of whichever queue holds it."""
+        self.free_request_blocks(state)
+        (self.running_states if state.status == "RUNNING" else self.waiting_states).remove(state)
+        del self.requests[state.request_id]
+        self.finished_req_ids.append(state.request_id)
+
+    def sort_waiting(self) -> None:
+        """FCFS keeps the order of arrival (preempted ones in front); PRIORITY is a heap."""
+        if self.config.scheduling_policy == "priority":
+            self.waiting_states.sort(key=lambda s: (s.request.priority, s.arrival, s.request_id))
+
+    # ---- one step
+
+    def schedule(self) -> PlainStep:
+        step = PlainStep()
+        threshold = self.prefill_threshold()
+        budget = self.schedule_running(step, threshold)
+        if not step.preempted:
+            self.schedule_waiting(step, threshold, budget)
+        self.advance(step)
+        self.finished_req_ids = []
+        return step
+
+    def prefill_threshold(self) -> int:
+        """Most tokens of one request in this step; 0 is no limit. 0.32 lifts it when few are there."""
+        threshold = self.config.long_prefill_token_threshold
+        if threshold > 0 and self.v032:
+            requests = len(self.running_states) + len(self.waiting_states)
+            if requests <= 1:
+                return 0
+            if self.config.long_prefill_token_threshold_adaptive:
+                return max(threshold, self.config.max_num_batched_tokens // requests)
+        return threshold
+
+    def schedule_running(self, step: PlainStep, threshold: int) -> int:
+        """Phase 1: every running request catches up, preempting others where blocks run out.
+
+        Returns the token budget that is left.
+        """
+        budget = self.config.max_num_batched_tokens
+        index = 0
+        while index < len(self.running_states) and budget > 0:
+            state = self.running_states[index]
+            tokens = state.num_tokens + state.placeholders - state.num_computed_tokens
+            if 0 < threshold < tokens:
+                tokens = threshold
+            tokens = min(tokens, budget, self.config.max_model_len - state.num_computed_tokens - 1)
+            if state.last_in_flight or tokens == 0:
+                index += 1
+                continue
+            while not self.allocate_slots(state, tokens, hit=[]):
+                victim = self.pick_victim()
+                victim_index = self.running_states.index(victim)
+                given_back = step.scheduled().get(victim.request_id)
+                if given_back is not None:  # it was scheduled earlier in this step
+                    step.tokens.remove((victim.request_id, given_back))
+                    budget += given_back
+                if victim_index < index if self.v032 else given_back is not None:
+                    index -= 1
+                self.preempt(victim)
+                step.preempted.append(victim.request_id)
+                if victim is state:
+                    return budget
+            step.tokens.append((state.request_id, tokens))
+            budget -= tokens
+            index += 1
+        return budget
+
+    def pick_victim(self) -> State:
+        if self.config.scheduling_policy == "priority":
+            return max(self.running_states, key=lambda s: (s.request.priority, s.arrival))
+        return self.running_states[-1]
+
+    def preempt(self, victim: State) -> None:
+        """Free all it has and queue it in front; its tokens in flight are still delivered."""
+        self.free_request_blocks(victim)
+        self.running_states.remove(victim)
+        victim.num_computed_tokens = 0
+        victim.status = "PREEMPTED"
+        if self.v032:
+            victim.placeholders = 0
+        self.waiting_states.insert(0, victim)
+        self.sort_waiting()
+
+    def schedule_waiting(self, step: PlainStep, threshold: int, budget: int) -> None:
+        """Phase 2: admit from the head of the queue; the first one that does not fit blocks the rest."""
+        max_running = self.config.max_num_seqs
+        if self.v032 and self.config.max_num_active_seqs is not None:
+            max_running = min(max_running, self.config.max_num_active_seqs)
+        while self.waiting_states and budget > 0 and len(self.running_states) < max_running:
+            state = self.waiting_states[0]
+            hit = self.longest_hit(state)
+            cached_tokens = len(hit) * self.config.block_size
+            tokens = state.num_tokens - cached_tokens
+            if 0 < threshold < tokens:
+                tokens = threshold
+            if tokens > budget and not self.config.enable_chunked_prefill:
+                return
+            tokens = min(tokens, budget)
+            if not self.allocate_slots(state, tokens, hit):
+                return
+            self.waiting_states.pop(0)
+            self.running_states.append(state)
+            (step.admitted if state.status == "WAITING" else step.resumed).append(state.request_id)
+            state.status = "RUNNING"
+            state.num_computed_tokens = cached_tokens
+            state.catch_up = state.num_tokens
+            step.cached_tokens[state.request_id] = cached_tokens
+            step.tokens.append((state.request_id, tokens))
+            budget -= tokens
+
+    def advance(self, step: PlainStep) -> None:
+        """Count the scheduled tokens as computed, and note who samples."""
+        for request_id, tokens in step.tokens:
+            state = self.requests[request_id]
+            before = state.num_computed_tokens
+            if before >= state.catch_up:
+                step.decodes += 1
+                step.decode_context += before + 1
+            else:
+                step.chunks.append((tokens, before))
+            state.num_computed_tokens += tokens
+            if state.num_computed_tokens >= state.num_tokens + state.placeholders:
+                step.samplers.append(request_id)
+                if self.config.async_scheduling:
+                    state.placeholders += 1
+
+    def complete(self, step: PlainStep) -> None:
+        """Deliver the sampled tokens in the order of the step; finish who has reached its end."""
+        for request_id in step.samplers:
+            state = self.requests.get(request_id)
+            if state is None:  # finished or aborted while the step was in flight
+                continue
+            state.num_tokens += 1
+            step.emitted += 1
+            outputs = state.num_tokens - state.request.prompt_tokens
+            if outputs == 1:
+                step.first_tokens.append(request_id)
+            if self.config.async_scheduling:
+                state.placeholders = max(state.placeholders - 1, 0)  # 0.32 zeroed them when it preempted
+                if state.status == "RUNNING":
+                    self.cache_blocks(state, state.num_computed_tokens - state.placeholders)
+            if outputs >= state.request.output_tokens or state.num_tokens >= self.config.max_model_len:
+                self.finish(state)
+                step.finished.append(request_id)
+
+    # ---- the KV cache
+
+    def longest_hit(self, state: State) -> list[int]:
+        """Cached leading blocks; at least the last token is left to compute."""
+        hit: list[int] = []
+        for index in range((state.num_tokens - 1) // self.config.block_size):
+            blocks = self.cache.get(state.block_hash(index, self.config.block_size))
+            if not blocks:
+                break
+            hit.append(blocks[0])
+        return hit
+
+    def allocate_slots(self, state: State, tokens: int, hit: list[int]) -> bool:
+        """Give ``state`` the blocks for ``tokens`` more tokens after ``hit``; False if they are not there."""
+        cfg = self.config
+        admission = state.status != "RUNNING"
+        evicted = sum(self.ref_count[block] == 0 for block in hit)  # hits that leave the free list
+        reserve = 0
+        if self.v032 and admission and self.running_states:
+            reserve = int(cfg.watermark * cfg.num_gpu_blocks)
+        if admission and cfg.scheduler_reserve_full_isl:
+            missing = max(self.blocks_for(state.num_tokens) - len(hit), 0)
+            if missing + evicted + reserve > len(self.free):
+                return False
+        end = state.num_computed_tokens + len(hit) * cfg.block_size + tokens
+        missing = max(self.blocks_for(end) - len(state.blocks) - len(hit), 0)
+        if missing + evicted + reserve > len(self.free):
+            return False
+
+        for block in hit:
+            if self.ref_count[block] == 0:
+                self.free.remove(block)
+            self.ref_count[block] += 1
+        state.blocks += hit
+        state.num_cached_blocks += len(hit)
+        for _ in range(missing):
+            block = self.free.popleft()
+            self.evict(block)
+            self.ref_count[block] = 1
+            state.blocks.append(block)
+        self.cache_blocks(state, min(end, state.num_tokens))
+        return True
+
+    def blocks_for(self, tokens: int) -> int:
+        return -(-min(tokens, self.config.max_model_len) // self.config.block_size)
+
+    def evict(self, block: int) -> None:
+        if block in self.hash_of:
+            block_hash = self.hash_of.pop(block)
+            self.cache[block_hash].remove(block)
+            if not self.cache[block_hash]:
+                del self.cache[block_hash]
+
+    def cache_blocks(self, state: State, tokens: int) -> None:
+        """Hash the full blocks among the first ``tokens`` tokens. Duplicates are kept side by side."""
+        if not self.config.enable_prefix_caching:
+            return
+        for index in range(state.num_cached_blocks, tokens // self.config.block_size):
+            block = state.blocks[index]
+            assert block not in self.hash_of
+            block_hash = state.block_hash(index, self.config.block_size)
+            self.hash_of[block] = block_hash
+            self.cache.setdefault(block_hash, []).append(block)
+            state.num_cached_blocks = index + 1
+
+    def free_request_blocks(self, state: State) -> None:
+        """Release its blocks, last one first. 0.32 puts those without a hash at the head of the list."""
+        released = []
+        for block in reversed(state.blocks):
+            self.ref_count[block] -= 1
+            if self.ref_count[block] == 0:
+                released.append(block)
+        plain = [block for block in released if self.v032 and block not in self.hash_of]
+        self.free.extendleft(reversed(plain))
+        self.free.extend(block for block in released if block not in plain)
+        state.blocks = []
+        state.num_cached_blocks = 0

@@ -1,0 +1,184 @@
+"""Calibration recovers the law of a real vLLM engine whose steps last what that law says."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from metronome_law import Law
+from metronome_setup import (
+    FLAGS,
+    NO_MACHINE,
+    ROOFLINE,
+    SIZES,
+    STAIRCASE,
+    metronome_environment,
+    metronome_gpu,
+    metronome_model,
+)
+
+from servecast.__main__ import main
+from servecast.calibrate.fit.folder import fit_folder
+from servecast.calibrate.fit.measurements import Overhead, Step, read_folder
+from servecast.calibrate.fit.noise import fit_front_end
+from servecast.calibrate.fit.physical import PhysicalFit, joined
+from servecast.calibrate.measure.folder import read_rows
+from servecast.validate.parity.vllm_process import ENVIRONMENT
+
+pytestmark = pytest.mark.live  # a metronome keeps time where it is not held up
+LAWS = {"roofline": ROOFLINE, "staircase": STAIRCASE, "no machine": NO_MACHINE}
+WITHIN = 0.05
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return metronome_model(tmp_path_factory.mktemp("metronome") / "model")
+
+
+@pytest.fixture(scope="module")
+def folders(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Law -> measurements; measured side by side, since a metronome mostly sleeps."""
+    if not ENVIRONMENT.exists():
+        pytest.skip("needs vLLM: run tools/install_vllm.sh")
+    out = tmp_path_factory.mktemp("measured")
+    with ThreadPoolExecutor(len(LAWS)) as threads:
+        runs = {name: threads.submit(_measure, model, out / name, law) for name, law in LAWS.items()}
+        return {name: run.result() for name, run in runs.items()}
+
+
+def _run(what: str, model: Path, out: Path, law: dict[str, Any], *flags: str) -> Path:
+    subprocess.run(
+        [
+            *(str(Path(sys.executable).with_name("servecast")), "calibrate", "measure", what),
+            *("--python", str(ENVIRONMENT / "bin" / "python"), "--model", str(model), "--out", str(out)),
+            *(*flags, *FLAGS),
+        ],
+        env=os.environ | metronome_environment(law),
+        check=True,
+        capture_output=True,
+    )
+    return out
+
+
+def _measure(model: Path, out: Path, law: dict[str, Any]) -> Path:
+    regions = ("--regions", "decode", "prefill", "mixed") if law is NO_MACHINE else ()
+    _run("engine", model, out, law, "--steps", "5", "--long-run-steps", "80", "--largest", "70000", *regions)
+    if "sizes" in law:  # a GPU's engine pads to these sizes and says so; one on the CPU has none to say
+        file = out / "engine.jsonl"
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        rows[0]["flags"]["cudagraph_capture_sizes"] = SIZES
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return out
+
+
+def _lasts(law: dict[str, Any], steps: Sequence[Step]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    known = Law(json.dumps(law))
+    return np.array([known.seconds(step.chunks, step.decodes, step.decode_context) for step in steps])
+
+
+@pytest.mark.parametrize("name", ["roofline", "staircase"])
+def test_the_law_is_recovered_in_every_region_even_if_it_was_not_measured(
+    folders: dict[str, Path], model: Path, name: str
+) -> None:
+    law, gpu = LAWS[name], metronome_gpu(LAWS[name], model)
+    measured = read_folder(folders[name])
+    steps = joined(measured.steps)
+    regions = {step.region for step in steps}
+    assert regions == {"decode", "decode_ragged", "prefill", "prefill_context", "mixed", "long_run"}
+    everything = PhysicalFit(gpu).fit(measured.engines, steps)
+    for region in sorted(regions):
+        inside = [step for step in steps if step.region == region]
+        others = [step for step in steps if step.region != region]
+        unseen = PhysicalFit(gpu).fit(measured.engines, others)
+        truth = _lasts(law, inside)
+        for kind, fit in (("fitted", everything), ("held out", unseen)):
+            errors = np.abs(fit.predict(measured.engines, inside) / truth - 1)
+            print(
+                f"{name} {region} {kind}: mean {errors.mean():.3f} 90 % under {np.quantile(errors, 0.9):.3f}"
+            )
+            assert np.quantile(errors, 0.9) < WITHIN, (region, kind)
+
+
+@pytest.mark.parametrize("name", ["roofline", "staircase"])
+def test_the_profile_predicts_steps_that_were_never_run(
+    folders: dict[str, Path], model: Path, name: str
+) -> None:
+    law = LAWS[name]
+    found = fit_folder(folders[name], gpu=metronome_gpu(law, model))
+    measured = read_folder(folders[name])
+    assert found.good or _lost_time(law, measured.steps), found.summary.reasons
+    engine = measured.engines[0]
+    step_time = engine.step_time(found.gpu, found.profile.efficiencies)
+    rng = np.random.default_rng(5)
+    steps = [_random_step(rng) for _ in range(200)]
+    noise = found.profile.noise  # what stalls of this machine add to a mean is not the law's
+    over = np.sqrt(1 + noise.cv**2) * (1 + noise.stall_probability * (noise.stall_factor - 1))
+    predicted = np.array([step_time.seconds(step) / over for step in steps])
+    errors = np.abs(predicted / _lasts(law, steps) - 1)
+    print(f"{name}: {noise}, mean {errors.mean():.3f} 95 % under {np.quantile(errors, 0.95):.3f}")
+    assert errors.mean() < WITHIN
+
+
+def _lost_time(law: dict[str, Any], steps: Sequence[Step]) -> bool:
+    """Whether this machine was too busy for a metronome: in some region its own steps were not those of the
+    law, and a verdict on them says nothing about the fit."""
+    late = np.abs(np.array([step.median_s for step in steps]) / _lasts(law, steps) - 1)
+    regions = np.array([step.region for step in steps])
+    lost = {region: late[regions == region].mean() for region in set(regions.tolist())}
+    print(f"metronome off by {lost}")
+    return max(lost.values()) > WITHIN
+
+
+def _random_step(rng: np.random.Generator) -> Step:
+    decodes = int(rng.integers(0, 49))
+    chunks = [(int(rng.integers(16, 150)), int(rng.integers(0, 2000))) for _ in range(rng.integers(0, 4))]
+    chunks = chunks if chunks or decodes else [(100, 0)]
+    context = decodes * int(rng.integers(64, 1400))
+    return Step(
+        row="step",
+        case="new",
+        times_s=(1.0,),
+        model="metronome",
+        region="new",
+        chunks=tuple(chunks),
+        decodes=decodes,
+        decode_context=context,
+        samples=decodes + len(chunks),
+    )
+
+
+def test_a_law_of_no_machine_is_a_bad_fit(
+    folders: dict[str, Path], model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gpu, profile = tmp_path / "metronome.yaml", tmp_path / "profile.json"
+    metronome_gpu(ROOFLINE, model).save(gpu)
+    code = main(["calibrate", "fit", str(folders["no machine"]), "--gpu", str(gpu), "--output", str(profile)])
+    assert code == 1
+    assert not profile.exists()
+    said = capsys.readouterr().out
+    assert "bad fit" in said
+    assert "decode" in said
+
+
+def test_overheads_of_a_served_model(model: Path, tmp_path: Path) -> None:
+    if not ENVIRONMENT.exists():
+        pytest.skip("needs vLLM: run tools/install_vllm.sh")
+    rows = read_rows(_run("served", model, tmp_path, ROOFLINE, "--concurrency", "4") / "engine.jsonl")
+    overheads = [Overhead.model_validate(row) for row in rows]
+    assert {row.concurrency for row in overheads} == {4}
+    into = [seconds for row in overheads if row.kind == "request_in" for seconds in row.times_s]
+    assert len(into) == 16  # four times as many requests as are in progress
+    later = [row for row in rows if row["kind"] == "token_out" and not row["first"]]
+    assert max(row["burst"] for row in later) == 4
+    assert sum(len(row["times_s"]) for row in later) > 16 * 40
+    costs, told = fit_front_end(overheads)
+    print(f"request_in {np.median(into):.4f} s, {costs}")
+    assert told

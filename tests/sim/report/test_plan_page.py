@@ -1,0 +1,231 @@
+"""The HTML report says what the plan says, needs no network, escapes its input, and is reproducible."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from servecast.sim.metrics.binding import Binding
+from servecast.sim.metrics.confidence import Interval
+from servecast.sim.metrics.records import STEP_COLUMNS, Run
+from servecast.sim.metrics.slo import SLO, Goodput
+from servecast.sim.plan.capacity import Plan
+from servecast.sim.plan.probe import Objectives, ProbedRate, State, Verdict
+from servecast.sim.report.figures import SweepPoint
+from servecast.sim.report.plan_page import LIMITS, ReportContext, figures, write_report
+
+CONTEXT = ReportContext(
+    title="A model <7B> & a GPU",
+    question="How many?",
+    band="within 20 %",
+    run_context={"Model": "<script>alert(1)</script>"},
+    provenance={"Seed": 7},
+    assumptions=[{"name": "prompt_tokens", "value": 256, "origin": "not stated"}],
+)
+
+
+def probed(rate: float, ttft: float, state: State, *, saturated: bool = False) -> ProbedRate:
+    values = Interval(ttft, ttft - 5, ttft + 5, 0.95, 4), Interval(0.97, 0.96, 0.98, 0.95, 400)
+    return ProbedRate(
+        rate=rate,
+        state=state,
+        verdicts=(
+            Verdict("ttft:p95:500", 500.0, values[0], state),
+            Verdict("goodput ttft:500 tpot:50", 0.95, values[1], "pass"),
+        ),
+        reasons=() if state == "pass" else (f"ttft:p95:500: {ttft:g} misses 500",),
+        saturated=saturated,
+        completion_ratio=0.9 if saturated else 1.0,
+        output_throughput=100 * rate,
+        e2e_s=1.0,
+        kv_peak=0.25,
+        max_running=40,
+        max_waiting=3,
+        preemptions=1,
+        replications=4,
+        num_requests=1250,
+        evidence=None,
+    )
+
+
+@pytest.fixture
+def plan() -> Plan:
+    return Plan(
+        state="found",
+        max_request_rate=4.0,
+        interval=(4.0, 4.1),
+        knee=8.0,
+        binding=Binding("kv_blocks", ("in 40% of the engine's time requests wait",)),
+        probes=(
+            probed(1.0, 200, "pass"),
+            probed(4.0, 490, "pass"),
+            probed(4.1, 520, "fail"),
+            probed(8.0, 900, "fail"),
+            probed(16.0, 9000, "fail", saturated=True),
+        ),
+        objectives=Objectives((SLO.parse("ttft:p95:500"),), Goodput.parse("ttft:500 tpot:50")),
+        confidence=0.95,
+        tolerance=0.03,
+        seed=0,
+        target_rate=10.0,
+        headroom=0.4,
+        replicas=3,
+        cost_per_million_output_tokens=1.25,
+        notes=("replicas assume that traffic is split evenly between them",),
+    )
+
+
+@pytest.fixture
+def run() -> Run:
+    n = 5000
+    steps = pd.DataFrame({name: np.zeros(n) for name in STEP_COLUMNS})
+    steps["start"] = np.arange(n) * 0.01
+    steps["running"] = np.arange(n) % 40
+    steps["kv_usage"] = 0.2
+    itl = pd.DataFrame({"stage": 0, "gap": [0.02, 0.03, 5.0], "weight": [900, 99, 1]})
+    return Run(pd.DataFrame(), steps, itl, meta={"request_rate": 4.0})
+
+
+class Text(HTMLParser):
+    """Collects the text of a page, and checks that every tag that opens is closed."""
+
+    VOID = ("meta", "br", "link")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words: list[str] = []
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: object) -> None:
+        pass
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data.strip())
+
+
+def text_of(path: Path) -> str:
+    parser = Text()
+    parser.feed(path.read_text(encoding="utf-8"))
+    assert parser.open == []
+    return " ".join(word for word in parser.words if word)
+
+
+def test_a_report_gives_the_answer_its_reasons_and_its_provenance(
+    plan: Plan, run: Run, tmp_path: Path
+) -> None:
+    sweep = [SweepPoint(1, 40.0, 42.3), SweepPoint(256, 4000.0, 4039.9), SweepPoint(512, 3900.0, 3896.1)]
+    path = write_report(tmp_path / "report.html", plan, context=CONTEXT, run=run, sweep=sweep)
+    text = text_of(path)
+    for words in (
+        "A model <7B> & a GPU",
+        "4 requests/s",
+        "is the largest rate found to meet TTFT p95 ≤ 500 ms and 95% of requests with TTFT ≤ 500 ms "
+        "and TPOT ≤ 50 ms with 95% confidence; 4.1 requests/s fails.",
+        "within 20 %",
+        "KV cache blocks",
+        "in 40% of the engine's time requests wait",
+        "8 requests/s",
+        "0.40 x",
+        "1.25",
+        "<script>alert(1)</script>",
+        "prompt_tokens",
+        "fail, saturated",
+        "490 485 to 495",
+        "The knee is the smallest concurrency within 5 %",
+        "replicas assume that traffic is split evenly",
+    ):
+        assert words in text
+    titles = re.findall(r"<h2>(.*?)</h2>", path.read_text(encoding="utf-8"))
+    assert titles == [
+        "Latency against request rate",
+        "The engine over time",
+        "Throughput against request rate",
+        "Throughput against concurrency",
+        "Inter-token latency",
+        "Probed rates",
+        "Run context",
+        "Provenance",
+        "Assumptions",
+    ]
+
+
+def test_the_page_is_self_contained_safe_and_the_same_each_time(plan: Plan, run: Run, tmp_path: Path) -> None:
+    first = write_report(tmp_path / "a.html", plan, context=CONTEXT, run=run).read_bytes()
+    assert write_report(tmp_path / "b.html", plan, context=CONTEXT, run=run).read_bytes() == first
+    page = first.decode()
+    assert "<script>" not in page
+    assert not re.search(r'(?:src|href)="(?!#)', page.replace("xlink:href", "href"))
+    assert "@import" not in page
+    assert "#01020" not in page  # every drawing colour became a CSS variable
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            {"state": "infeasible", "max_request_rate": None, "interval": (None, 1.0)},
+            "No rate meets TTFT p95",
+        ),
+        (
+            {"state": "inconclusive", "max_request_rate": None, "interval": (None, None)},
+            "No rate could be shown",
+        ),
+        ({"state": "inconclusive"}, "more replications or longer runs would narrow it"),
+        ({"state": "unbounded", "interval": (4.0, None), "knee": None}, "no rate that was tried fails"),
+        ({"binding": Binding("unknown", ())}, "Unknown"),
+    ],
+)
+def test_every_state_has_its_words(plan: Plan, tmp_path: Path, change: dict[str, object], words: str) -> None:
+    path = write_report(tmp_path / "report.html", replace(plan, **change), context=CONTEXT)  # type: ignore[arg-type]
+    assert words in text_of(path)
+
+
+def test_every_limit_that_the_search_names_has_words() -> None:
+    steps = "compute memory_bandwidth interconnect host"
+    queues = "front_end kv_blocks max_num_seqs token_budget"
+    assert set(LIMITS) == set(f"{steps} {queues} none unknown".split())
+
+
+def test_figures_are_labelled_svg_of_bounded_size(plan: Plan, run: Run) -> None:
+    for svg in (
+        figures.latency_by_rate(plan),
+        figures.throughput_by_rate(plan),
+        figures.engine_over_time(run),
+        figures.itl_histogram(run),
+    ):
+        root = ElementTree.fromstring(svg)
+        assert root.attrib["role"] == "img"
+        assert root.attrib["aria-label"]
+        assert "width" not in root.attrib
+        assert len(svg) < 60_000  # 5,000 steps are thinned
+
+
+def test_thinning_keeps_the_peaks() -> None:
+    values = pd.Series(np.zeros(10_000), index=np.arange(10_000) / 10)
+    values.iloc[7777] = 9.0
+    times, heights = figures._thinned(values)
+    assert len(times) == len(heights) <= figures.MAX_POINTS
+    assert heights.max() == 9.0
+    assert abs(times[heights.argmax()] - 777.7) <= 2.0
+
+
+def test_a_rate_far_above_the_plot_does_not_stretch_it(plan: Plan) -> None:
+    left, right = figures._rate_range(plan)
+    assert left == 0.0
+    assert 8.0 < right < 16.0
+    assert math.isclose(figures._rate_range(replace(plan, knee=None, interval=(16.0, None)))[1], 1.02 * 16.0)

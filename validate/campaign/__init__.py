@@ -1,0 +1,1 @@
+"""A series of measurements on a rented machine."""

@@ -1,0 +1,1 @@
+"""Can a benchmark report be true?"""

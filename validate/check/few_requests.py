@@ -1,0 +1,162 @@
+"""Rules about what few requests do to a row: warm-up, a handful of waves, percentiles beyond the sample."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from servecast.validate.check.finding import (
+    IDLE,
+    SHORT,
+    WAVES,
+    Finding,
+    completion_rate,
+    in_flight,
+    latency,
+    names,
+)
+from servecast.validate.check.table import Level, Report, Span, Value
+
+_TAIL, _SHRINKS = 2.0, 2.0  # a tail this many times its median, and that of the next load
+_EXCESS = 3.0
+_AGREE = 0.35  # two sizes of one outlier
+
+
+def few_waves(report: Report) -> Iterator[Finding]:
+    """A closed loop of a few requests a slot is mostly ramp and drain: its throughput is not that of its
+    concurrency."""
+    for level in report.levels:
+        flight, slots, count = in_flight(level), level.concurrency, level.num_requests
+        if flight is None or slots is None or count is None or level.open_loop:
+            continue
+        if count >= WAVES * slots or flight.span.high >= IDLE * slots:
+            continue
+        waves = math.ceil(count / slots)
+        yield Finding(
+            "few-waves", level, names(*_rates(level)),
+            {"in_flight": flight.span.mid, "concurrency": float(slots), "requests": float(count),
+             "filled": count / (waves * slots)},
+            "likely",
+            f"{count} requests in {slots} slots are {waves} wave{'s' * (waves > 1)}: on average "
+            f"{flight.span.mid:.3g} were in flight, so the throughput is that of ramp and drain",
+            weight=slots / flight.span.mid,
+        )  # fmt: skip
+
+
+def warm_up(report: Report) -> Iterator[Finding]:
+    """The tail of the lowest load is longer than that of the next: its first request warmed the server up."""
+    for series in report.series():
+        if len(series) < 2:
+            continue
+        first, second = series[0], series[1]
+        tails = [
+            (value, median)
+            for metric in ("ttft", "e2el")
+            for value in first.percentiles(metric)
+            if (value.rank or 0) > 50 and (median := _median(first, metric)) is not None
+        ]
+        long = [
+            (value, median)
+            for value, median in tails
+            if value.metric == "ttft"
+            and value.span.low > _TAIL * median.high
+            and (then := second.get("ttft", value.statistic)) is not None
+            and value.span.low > then.span.high
+            and (typical := _median(second, "ttft")) is not None
+            and value.value / median.mid > _SHRINKS * then.value / typical.mid
+        ]
+        if not long:
+            continue
+        cells = [
+            value
+            for value, median in tails
+            if (value, median) in long
+            or value.value - median.mid > _EXCESS * _excess(second, value.metric, value.statistic)
+        ]
+        value, median = max(long, key=lambda pair: pair[0].value)
+        numbers = {"median_s": median.mid, value.statistic or "": value.value}
+        sizes = _outlier_sizes(first, [pair for pair in tails if pair[0] in cells])
+        message = (
+            f"TTFT {value.statistic} is {value.value / median.mid:.3g} times its median at the lowest load, "
+            "where nothing queues, and less so at the next: the first request warmed the server up"
+        )
+        one = bool(sizes) and min(sizes) > 0 and max(sizes) <= (1 + _AGREE) * min(sizes)
+        if one:
+            outlier_s = sum(sizes) / len(sizes)
+            numbers |= {"outlier_s": outlier_s, "requests": float(first.num_requests or 0)}
+            message += f"; one of {first.num_requests} requests, {outlier_s:.2g} s longer, explains all of it"
+            cells += _slowed_rates(first, outlier_s)
+        else:
+            cells += _short_rates(first)
+        sure = one and len(sizes) > 1
+        yield Finding(
+            "warm-up", first, names(*cells), numbers, "certain" if sure else "likely", message
+        )  # fmt: skip
+
+
+def _median(level: Level, metric: str) -> Span | None:
+    value = level.get(metric, "p50")
+    if value is not None:
+        return value.span if value.value > 0 else None
+    time = latency(level) if metric == "e2el" else None
+    return None if time is None else time.span
+
+
+def _excess(level: Level, metric: str, statistic: str | None) -> float:
+    value, median = level.get(metric, statistic), _median(level, metric)
+    return 0.0 if value is None or median is None else max(0.0, value.value - median.mid)
+
+
+def _outlier_sizes(level: Level, tails: list[tuple[Value, Span]]) -> list[float]:
+    """By metric, how much longer than the median the one slowest request took, if all others took the median:
+    the weight of the largest value in a percentile is known, and the highest has most of it. Nothing where
+    the two largest or more decide."""
+    count = level.num_requests
+    if count is None or count < 3:
+        return []
+    sizes: dict[str, float] = {}
+    for value, median in tails:  # by rising rank
+        rank = (value.rank or 0) / 100
+        place = rank * (count - 1) if level.law == "linear" else rank * (count + 1) - 1
+        share = place - (count - 2)
+        if share > 0:
+            sizes[value.metric] = (value.value - median.mid) / share
+    return list(sizes.values())
+
+
+def _rates(level: Level) -> list[Value]:
+    return level.of("output_throughput", "request_throughput")
+
+
+def _slowed_rates(level: Level, outlier_s: float) -> list[Value]:
+    """The throughputs of one slot that an outlier of this size moves by 2 % or more, as they show."""
+    rate, time, count = completion_rate(level), _median(level, "e2el"), level.num_requests
+    if rate is None or time is None or count is None or level.concurrency != 1:
+        return []
+    missing = outlier_s / (count * time.mid)
+    seen = 1 / (rate.span * time).mid - 1
+    return _rates(level) if missing > 0.02 and seen > missing / 2 else []
+
+
+def _short_rates(level: Level) -> list[Value]:
+    rate, time = completion_rate(level), _median(level, "e2el")
+    if rate is None or time is None or level.concurrency != 1:
+        return []
+    return _rates(level) if (rate.span * time).high < SHORT else []
+
+
+def percentile_past_maximum(report: Report) -> Iterator[Finding]:
+    """The exclusive law puts rank q at place q (n + 1), past the largest of n values where they are few."""
+    for level in report.levels:
+        count = level.num_requests
+        if level.law != "exclusive" or count is None:
+            continue
+        past = [v for v in level.of("ttft", "tpot", "e2el") if (v.rank or 0) / 100 * (count + 1) > count]
+        if past:
+            needed = math.ceil(max((v.rank or 0) / (100 - (v.rank or 0)) for v in past))
+            yield Finding(
+                "percentile-past-maximum", level, names(*past),
+                {"requests": float(count), "needed": float(needed)}, "certain",
+                f"of {count} requests the exclusive law extrapolates these past the slowest one; "
+                f"it takes {needed} requests",
+            )  # fmt: skip

@@ -1,0 +1,192 @@
+"""Rules about how the load was made and what a rate was taken over: Little's law, sending, drain, caps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from servecast.validate.check.finding import (
+    IDLE,
+    LOW_RATE_OF_SATURATION,
+    SAME_RATE,
+    SHORT,
+    WAVES,
+    Finding,
+    completion_rate,
+    in_flight,
+    latency,
+    names,
+    reports_send_rate,
+    send_window_s,
+    tokens_each,
+)
+from servecast.validate.check.table import Level, Report, Span, Value, exactly
+
+_MEASURED, _ESTIMATED = 1.02, 1.15  # Little's law over its bound, with the mean latency and with a median
+_HIGHEST, _HIGHEST_OF_EQUAL = 99, 90  # ranks that stand for the longest latency; outputs of equal length
+_LONGEST = 2.0  # times the highest percentile, of outputs that differ
+# of rate x tokens, where the number of requests, and so the noise of their rate, is not known
+_SHORT_BY_SIGHT = 0.8
+
+
+def littles_law(report: Report) -> Iterator[Finding]:
+    """In flight = throughput x latency. It cannot exceed a closed loop's slots, and fills them."""
+    for level in report.levels:
+        flight, slots = in_flight(level), level.concurrency
+        if flight is None or slots is None:
+            continue
+        over = flight.span.low > slots * (_MEASURED if flight.exact else _ESTIMATED)
+        busy, known = _busy(level, slots)
+        if over or flight.span.high < IDLE * busy:
+            why = "more than there can be" if over else "another load, or a latency that leaves a part out"
+            yield Finding(
+                "littles-law", level, names(*flight.values),
+                {"in_flight": flight.span.mid, "concurrency": float(slots)},
+                "certain" if flight.exact and (over or known) else "likely",
+                f"throughput x latency is {flight.span.mid:.4g} requests in flight of {slots}: {why}",
+                weight=max(flight.span.mid / slots, slots / flight.span.mid),
+            )  # fmt: skip
+
+
+def _busy(level: Level, slots: int) -> tuple[float, bool]:
+    """The least slots that a closed loop keeps busy on average (0 where that is not known), and whether this
+    rests on the longest latency: no slot idles longer than that at the end, and none before."""
+    rate, count = completion_rate(level), level.num_requests
+    if rate is None or count is None or count < WAVES * slots or level.open_loop:
+        return 0.0, False
+    equal, most = level.output is not None and level.output.fixed, level.get("e2el", "max")
+    ranked = [
+        v for v in level.percentiles("e2el") if (v.rank or 0) >= (_HIGHEST_OF_EQUAL if equal else _HIGHEST)
+    ]
+    if most is None and not ranked:
+        return 0.0, False
+    longest = most.value if most is not None else ranked[-1].value * (1.0 if equal else _LONGEST)
+    idle = longest * rate.span.high / count
+    return slots - (slots - 1) * min(1.0, idle), most is not None
+
+
+def send_rate(report: Report) -> Iterator[Finding]:
+    """Requests/s that equal the offered rate although fewer were completed are the rate of sending."""
+    for level in report.levels:
+        rate, requests, time = level.request_rate, level.get("request_throughput"), latency(level)
+        if rate is None or requests is None:
+            continue
+        each, tokens = tokens_each(report, level), level.get("output_throughput")
+        if reports_send_rate(report, level):
+            assert each is not None
+            assert tokens is not None
+            done = (tokens.span / each).mid
+            known = level.output is not None
+            yield Finding(
+                "send-rate", level, names(requests),
+                {"requests_s": requests.value, "offered_rate": rate, "completed_s": done},
+                "certain" if known else "likely",
+                f"requests/s is the offered rate, {requests.value:.4g}, but the tokens are those of "
+                f"{done:.4g} requests/s: it is the rate of sending",
+                weight=requests.value / done,
+            )  # fmt: skip
+            continue
+        window = send_window_s(level)
+        if tokens is not None or window is None or time is None or not level.all_answered:
+            continue
+        assert level.num_requests is not None
+        # the last are sent, and take their time
+        most = (exactly(level.num_requests) / (window + time.span)).high
+        if abs(requests.value / rate - 1) <= SAME_RATE and requests.span.low > most / LOW_RATE_OF_SATURATION:
+            yield Finding(
+                "send-rate", level, names(requests),
+                {"requests_s": requests.value, "offered_rate": rate, "most_completed_s": most}, "likely",
+                f"requests/s is the offered rate, but with a latency of {time.span.mid:.4g} s not more than "
+                f"{most:.4g} requests/s can be completed: it is the rate of sending",
+                weight=requests.value / most,
+            )  # fmt: skip
+
+
+def drain(report: Report) -> Iterator[Finding]:
+    """All requests were answered, yet tokens/s are fewer than rate x tokens: the time after the last send,
+    in which only what is left runs, is counted."""
+    for level in report.levels:
+        rate, tokens, each = level.request_rate, level.get("output_throughput"), tokens_each(report, level)
+        if rate is None or tokens is None or each is None or not level.all_answered or tokens.value <= 0:
+            continue
+        sure = reports_send_rate(report, level) and level.output is not None
+        if not (reports_send_rate(report, level) or _unsaturated_but_short(level, each)):
+            continue
+        longer = (Span(rate, rate) * each / tokens.span).mid
+        numbers = {
+            "output_tok_s": tokens.value,
+            "rate_x_tokens": rate * each.mid,
+            "time_over_sending": longer,
+        }
+        took = f"{longer:.3g} times as long as sending"
+        if level.num_requests is not None:
+            window = level.num_requests / rate
+            numbers |= {"sending_s": window, "drain_s": window * (longer - 1)}
+            took = f"{window * longer:.0f} s, of which sending took {window:.0f} s"
+        yield Finding(
+            "drain", level, names(tokens), numbers, "certain" if sure else "likely",
+            f"{tokens.value:.4g} tokens/s, where {rate:g} requests/s of {each.mid:.4g} tokens are "
+            f"{rate * each.mid:.4g}, and all were answered: it is taken over {took}",
+            weight=longer,
+        )  # fmt: skip
+
+
+def _unsaturated_but_short(level: Level, each: Span) -> bool:
+    """Too few tokens/s at a rate at which nothing queues, where requests/s do not say the same."""
+    tokens, waiting, rate = level.get("output_throughput"), level.get("waiting", "max"), level.request_rate
+    assert tokens is not None
+    assert rate is not None
+    least = _SHORT_BY_SIGHT if level.num_requests is None else SHORT - 3 / math.sqrt(level.num_requests)
+    if level.get("request_throughput") is not None or tokens.span.high >= least * rate * each.low:
+        return False
+    first, time = level.get("ttft", "mean", "p50"), latency(level)
+    quick = first is not None and time is not None and first.value < 0.2 * time.span.mid
+    return quick if waiting is None else waiting.value == 0
+
+
+def open_loop(report: Report) -> Iterator[Finding]:
+    """Past saturation an open loop's queue grows: the last request waits for all that is left. Where
+    latencies do not, arrivals were held back, and the loop was closed."""
+    for series in report.series():
+        held: list[tuple[Level, Span, tuple[Value, ...], float]] = []
+        for level in series:
+            rate, done, time = level.request_rate, completion_rate(level), latency(level)
+            if rate is None or done is None or time is None or not level.all_answered:
+                continue
+            if done.span.high >= LOW_RATE_OF_SATURATION * rate:
+                continue
+            queued = done.span * time.span
+            held.append((level, queued, (*done.values, *time.values), rate))
+            window = send_window_s(level)
+            if window is None:
+                continue
+            assert level.num_requests is not None
+            late = level.num_requests / done.span.high - window.high  # from the last send to the last finish
+            tail = [v.value for v in level.of("e2el", "ttft") if (v.rank or 0) >= 90 or v.statistic == "max"]
+            slowest = max(tail, default=0.0)
+            if time.span.high < 0.25 * late and slowest < 0.5 * late:
+                yield Finding(
+                    "open-loop", level, names(*done.values, *time.values),
+                    {"offered_rate": rate, "completed_s": done.span.mid, "latency_s": time.span.mid,
+                     "last_latency_s": late},
+                    "likely",
+                    f"offered {rate:g} requests/s and {done.span.mid:.4g} completed, the last "
+                    "request would have "
+                    f"waited {late:.4g} s, yet latencies are {time.span.mid:.4g} s: a cap on requests in "
+                    "flight held the sending back",
+                    weight=late / time.span.mid,
+                )  # fmt: skip
+        if len(held) < 2 or any(window is not None for window in map(send_window_s, series)):
+            continue
+        spans = [queued for _, queued, _, _ in held]
+        rates = [rate for *_, rate in held]
+        same = max(span.low for span in spans) <= 1.05 * min(span.high for span in spans)
+        if same and max(rates) > 1.2 * min(rates):
+            for level, queued, values, rate in held:
+                yield Finding(
+                    "open-loop", level, names(*values),
+                    {"offered_rate": rate, "in_flight": queued.mid}, "likely",
+                    f"past saturation the requests in flight stay at {queued.mid:.4g} "
+                    "whatever the offered "
+                    "rate: a cap held the sending back",
+                )  # fmt: skip

@@ -1,0 +1,294 @@
+"""Rules that model and GPU set: rooflines of prefill and decode, what a warm cache spares, KV arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from servecast.validate.check.finding import Finding, completion_rate, latency, names
+from servecast.validate.check.table import Hardware, Level, Report
+
+_POOL = 0.25  # how far the estimate of the KV pool may be off
+_SPARED = 0.05  # share of a TTFT that a warm cache spares, from which it matters
+_WHOLE_RUN_METRICS = ("kv_usage", "running", "waiting", "gpu_memory")
+
+
+def roofline_decode(report: Report) -> Iterator[Finding]:
+    """A token takes at least one reading of the weights and of its own context."""
+    for level in report.levels:
+        hardware = level.hardware
+        if hardware is None:
+            continue
+        least = hardware.roofline_s(decodes=1, context=level.prompt_tokens or 1)
+        for value in (*level.of("tpot"), level.get("itl", "mean")):
+            if value is None or value.statistic == "std" or value.value == 0 or value.span.high >= least:
+                continue
+            yield Finding(
+                "roofline-decode", level, names(value),
+                {"reported_s": value.value, "bound_s": least}, "certain",
+                f"{value.metric} {value.statistic} of {1e3 * value.value:.4g} ms, but reading the weights "
+                f"once takes {1e3 * least:.4g} ms: tokens came several at a time, or another model or GPU "
+                "answered",
+                weight=least / value.value,
+            )  # fmt: skip
+        total = level.get("e2el", "mean", "p50")
+        if total is not None and level.output is not None and level.output.fixed:
+            bound = level.output.mean.low * least
+            if total.value > 0 and total.span.high < bound:
+                yield Finding(
+                    "roofline-decode", level, names(total), {"reported_s": total.value, "bound_s": bound},
+                    "certain" if total.statistic == "mean" else "likely",
+                    f"a latency of {total.value:.4g} s for {level.output.mean.mid:.4g} tokens, "
+                    "each of which takes "
+                    f"{1e3 * least:.4g} ms to read the weights",
+                    weight=bound / total.value,
+                )  # fmt: skip
+
+
+def roofline_prefill(report: Report) -> Iterator[Finding]:
+    """A fresh prompt's first token takes its FLOPs at the peak: what is faster came from a prefix cache."""
+    for level in report.levels:
+        hardware = level.hardware
+        if hardware is None:
+            continue
+        if level.prompt is None or level.repeated:
+            continue  # repeated-prompts says it
+        tokens = int(level.prompt.mean.low)
+        least = hardware.roofline_s(prompts=1, tokens=tokens)
+        for value in level.of("ttft"):
+            # the bound is convex in the length, so that of the mean length is one of the mean time
+            if value.statistic != "mean" and (not level.prompt.fixed or value.statistic == "std"):
+                continue
+            if value.value == 0 or value.span.high >= least:
+                continue
+            yield Finding(
+                "roofline-prefill", level, names(value), {"reported_s": value.value, "bound_s": least},
+                "certain" if value.statistic != "min" else "likely",
+                f"TTFT {value.statistic} of {1e3 * value.value:.4g} ms, but computing {tokens} fresh "
+                f"tokens takes {1e3 * least:.4g} ms at the GPU's peak: a warm prefix cache had them",
+                weight=least / value.value,
+            )  # fmt: skip
+        yield from _burst(level, hardware)
+
+
+def _burst(level: Level, hardware: Hardware) -> Iterator[Finding]:
+    """A closed loop begins with all slots sending at once: the k-th first token comes after k prefills. Of n
+    requests at most k-1 of the first burst and all n-C others are faster."""
+    slots, count = level.concurrency, level.num_requests
+    tokens = level.prompt_tokens
+    if tokens is None or slots is None or count is None or level.open_loop or level.whole_run or slots < 2:
+        return
+    for value in level.percentiles("ttft"):
+        ahead = int((value.rank or 0) / 100 * count - (count - min(slots, count)))
+        if ahead < 2:
+            continue
+        least = hardware.roofline_s(prompts=max(1, ahead // hardware.replicas), tokens=tokens)
+        if value.value > 0 and value.span.high < least:
+            yield Finding(
+                "roofline-prefill", level, names(value),
+                {"reported_s": value.value, "bound_s": least, "prompts": float(ahead)}, "likely",
+                f"TTFT {value.statistic} of {1e3 * value.value:.4g} ms at {slots} requests sent "
+                f"at once, but {ahead} "
+                f"prefills of {tokens} fresh tokens take {1e3 * least:.4g} ms at the GPU's peak: a warm "
+                "prefix cache had them",
+                weight=least / value.value,
+            )  # fmt: skip
+
+
+def roofline_throughput(report: Report) -> Iterator[Finding]:
+    """Tokens/s times FLOPs a token stay under the peak; a closed loop's streams get one token a step each."""
+    for level in report.levels:
+        hardware = level.hardware
+        if hardware is None:
+            continue
+        tokens = level.get("output_throughput")
+        if tokens is None or level.whole_run:
+            continue
+        rate, fresh = completion_rate(level), 0.0
+        if rate is not None and level.prompt is not None and level.repeated == 0:
+            fresh = rate.span.low * level.prompt.mean.low
+        a_token = hardware.model.linear_flops_per_token()
+        needed = a_token * (tokens.span.low + fresh) + hardware.model.lm_head_flops() * tokens.span.low
+        if needed > hardware.flops:
+            yield Finding(
+                "roofline-throughput", level, names(tokens),
+                {"flops": needed, "peak_flops": hardware.flops}, "certain",
+                f"{tokens.value:.4g} tokens/s and their prompts are {needed / 1e12:.4g} TFLOP/s, over the "
+                f"{hardware.flops / 1e12:.4g} of the GPUs",
+                weight=needed / hardware.flops,
+            )  # fmt: skip
+        if level.concurrency is None:
+            continue
+        most = level.concurrency / hardware.roofline_s(decodes=1)
+        if tokens.span.low > most:
+            yield Finding(
+                "roofline-throughput", level, names(tokens),
+                {"output_tok_s": tokens.value, "bound_tok_s": most}, "likely",
+                f"{level.concurrency} streams of one token per reading of the weights are at most "
+                f"{most:.4g} tokens/s, or several tokens come out of a step",
+                weight=tokens.value / most,
+            )  # fmt: skip
+
+
+def repeated_prompts(report: Report) -> Iterator[Finding]:
+    """Prompts that were sent before are in the prefix cache: the TTFT of such a row is not the cost of its
+    prompts, where computing them would have added to it."""
+    for level in report.levels:
+        hardware = level.hardware
+        if (
+            hardware is None
+            or not hardware.prefix_caching
+            or not level.repeated
+            or level.prompt is None
+            or level.whole_run
+        ):
+            continue
+        tokens = int(level.prompt.mean.low)
+        together = 1 if level.open_loop else min(level.concurrency or 1, level.num_requests or 1)
+        each = max(1, together // hardware.replicas)
+        fresh = hardware.roofline_s(prompts=each, tokens=tokens)
+        spared = fresh - hardware.roofline_s(prompts=each, tokens=1)
+        for value in level.of("ttft"):
+            share = 0.5 if value.statistic == "mean" else (value.rank or 100) / 100
+            if level.repeated < share or spared < max(_SPARED * value.value, 2 * value.half):
+                continue
+            if value.value == 0:
+                continue  # zero-latency says it
+            if hardware.replicas > 1 and value.value > fresh:
+                continue  # another replica may have had them
+            yield Finding(
+                "repeated-prompts", level, names(value),
+                {"repeated": level.repeated, "reported_s": value.value, "spared_s": spared}, "likely",
+                f"{100 * level.repeated:.0f} % of the prompts were sent before and are in the prefix cache: "
+                f"computing {each} at once would add {1e3 * spared:.3g} ms or more to a TTFT "
+                f"{value.statistic} of {1e3 * value.value:.4g} ms",
+                weight=spared / value.value,
+            )  # fmt: skip
+
+
+def kv_arithmetic(report: Report) -> Iterator[Finding]:
+    """Requests running x tokens each fill the share of the KV pool that is reported, and fit into it."""
+    loads = [level.concurrency for level in report.levels if level.concurrency is not None]
+    yield from _weights(report)
+    for level in report.levels:
+        usage, running, waiting, memory = (level.get(metric, "max", None) for metric in _WHOLE_RUN_METRICS)
+        slots = level.concurrency or (max(loads) if loads and level.whole_run else None)
+        if usage is not None and usage.span.low > 1.0:
+            yield Finding(
+                "kv-arithmetic", level, names(usage), {"kv_usage": usage.value}, "certain",
+                "more than all of the KV pool is in use",
+            )  # fmt: skip
+        for gauge in (running, waiting):
+            if gauge is not None and slots is not None and gauge.span.low > slots:
+                yield Finding(
+                    "kv-arithmetic", level, names(gauge),
+                    {gauge.metric: gauge.value, "concurrency": float(slots)}, "certain",
+                    f"{gauge.value:g} requests {gauge.metric}, of {slots} that can be in flight",
+                )  # fmt: skip
+        if memory is not None:
+            yield from _memory(level)
+        yield from _pool(level, slots)
+
+
+def _weights(report: Report) -> Iterator[Finding]:
+    """The weights fit into the GPUs' memory; said once of a model on a GPU."""
+    seen: list[Hardware] = []
+    for level in report.levels:
+        hardware = level.hardware
+        if hardware is None or hardware in seen:
+            continue
+        seen.append(hardware)
+        weights = hardware.model.weight_bytes(hardware.tensor_parallel_size)
+        if weights > hardware.gpu.memory_bytes:
+            gib = float(1 << 30)
+            yield Finding(
+                "kv-arithmetic", level, names(*level.values.values()),
+                {"weights_gib": weights / gib, "card_gib": hardware.gpu.memory_bytes / gib}, "certain",
+                f"the weights on one GPU are {weights / gib:.1f} GiB, over its "
+                f"{hardware.gpu.memory_bytes / gib:.1f}: no KV pool is left",
+                weight=weights / hardware.gpu.memory_bytes,
+            )  # fmt: skip
+
+
+def _pool(level: Level, slots: int | None) -> Iterator[Finding]:
+    usage, running = level.get("kv_usage", "max", None), level.get("running", "max", None)
+    hardware = level.hardware
+    if usage is None or hardware is None or hardware.kv_tokens is None:
+        return
+    if level.prompt_tokens is None or level.output is None:
+        return
+    pool = hardware.kv_tokens * hardware.replicas
+    held = usage.value * pool
+    most = running.value if running is not None else slots
+    longest = level.prompt_tokens + level.output.mean.high + 16
+    if most is not None and level.output.fixed and (held - usage.half * pool) * (1 - _POOL) > most * longest:
+        yield Finding(
+            "kv-arithmetic", level, names(usage, running),
+            {"held_tokens": held, "most_tokens": most * longest, "pool_tokens": float(pool)}, "likely",
+            f"a KV pool of {pool} tokens in use to {100 * usage.value:.3g} % is {held:.0f} "
+            f"tokens, but {most:g} "
+            f"requests hold {most * longest:.0f} at most",
+            weight=held / max(1.0, most * longest),
+        )  # fmt: skip
+    shared = bool(level.repeated) and not level.whole_run
+    least = (running.value if running is not None else 0) * level.prompt_tokens
+    if not shared and hardware.replicas == 1 and least > (held + usage.half * pool) * (1 + _POOL):
+        yield Finding(
+            "kv-arithmetic", level, names(usage, running),
+            {"held_tokens": held, "least_tokens": least, "pool_tokens": float(pool)}, "likely",
+            f"{running.value if running else 0:g} requests running hold {least:.0f} prompt "
+            "tokens or more, but "
+            f"{100 * usage.value:.3g} % of a KV pool of {pool} tokens are {held:.0f}",
+            weight=least / max(held, 1.0),
+        )  # fmt: skip
+
+
+def _memory(level: Level) -> Iterator[Finding]:
+    memory, hardware = level.get("gpu_memory", "max", None), level.hardware
+    if memory is None or hardware is None:
+        return
+    weights = hardware.model.weight_bytes(hardware.tensor_parallel_size)
+    expected = hardware.memory_bytes
+    beyond = memory.span.low > hardware.gpu.memory_bytes * 1.05 or memory.span.high < weights
+    off = expected is not None and abs(memory.value / expected - 1) > _POOL
+    if beyond or off:
+        gib = float(1 << 30)
+        yield Finding(
+            "kv-arithmetic", level, names(memory),
+            {"gpu_memory_gib": memory.value / gib, "weights_gib": weights / gib,
+             "card_gib": hardware.gpu.memory_bytes / gib}
+            | ({} if expected is None else {"expected_gib": expected / gib}),
+            "certain" if beyond else "likely",
+            f"{memory.value / gib:.1f} GiB in use on a card of "
+            f"{hardware.gpu.memory_bytes / gib:.1f}, with weights of "
+            f"{weights / gib:.1f}"
+            + ("" if expected is None else f", where the flags ask for {expected / gib:.1f}"),
+        )  # fmt: skip
+
+
+def kv_capacity(report: Report) -> Iterator[Finding]:
+    """Requests in flight that hold more than the KV pool must queue or be preempted, which shows in TTFT."""
+    for level in report.levels:
+        hardware, first, time = level.hardware, level.get("ttft", "p50"), latency(level)
+        if (
+            hardware is None
+            or level.concurrency is None
+            or level.prompt is None
+            or first is None
+            or time is None
+        ):
+            continue
+        if level.repeated or level.open_loop:
+            continue
+        ranks = hardware.tensor_parallel_size
+        free = hardware.gpu.memory_bytes - hardware.model.weight_bytes(ranks)
+        pool = max(0, free) // hardware.model.kv_bytes_per_token(ranks) * hardware.replicas
+        held = level.concurrency * level.prompt.mean.low
+        if held <= 2 * pool or first.value > 0.1 * time.span.mid:
+            continue
+        yield Finding(
+            "kv-capacity", level, names(first), {"held_tokens": held, "pool_tokens": float(pool)}, "likely",
+            f"the prompts of {level.concurrency} requests are {held:.0f} tokens, over the "
+            f"{pool} that fit beside "
+            f"the weights, yet half of the requests wait only {first.value:.4g} s for their first token",
+            weight=held / max(1, pool),
+        )  # fmt: skip

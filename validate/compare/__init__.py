@@ -1,0 +1,1 @@
+"""Measured runs beside predicted ones, and the verdict."""

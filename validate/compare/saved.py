@@ -1,0 +1,183 @@
+"""A saved benchmark result judged: the same load is simulated and compared with it."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from servecast.sim.inputs.errors import InputError
+from servecast.sim.metrics.records import Run
+from servecast.sim.run.simulate import simulate
+from servecast.sim.scenario.deployment import Deployment
+from servecast.sim.scenario.scenario import Scenario
+from servecast.sim.traffic.arrivals import ClosedLoop
+from servecast.sim.traffic.content import Unique
+from servecast.sim.traffic.draw import with_request_rate
+from servecast.sim.traffic.spec import StageSpec, StreamSpec, Workload
+from servecast.sim.traffic.trace_writers import write_timed_trace
+from servecast.sim.traffic.traces import Trace, TraceSpec
+from servecast.validate.compare.load import LoadComparison, compare_runs
+from servecast.validate.compare.sweep import Comparison, compare_loads
+from servecast.validate.compare.verdict import Tolerances
+from servecast.validate.readers import Reading
+from servecast.validate.readers.run_of import LONGEST_S
+
+Traffic = Literal["requests", "scenario"]
+_MOST_REQUESTS = 10_000_000
+_UNIQUE = "simulated prompts share nothing, since the file does not say what its prompts share"
+
+
+def judge_result(
+    readings: Sequence[Reading],
+    scenario: Scenario,
+    *,
+    tolerances: Tolerances,
+    seeds: int = 5,
+    traffic: Traffic | None = None,
+    deployment: Deployment | None = None,
+) -> Comparison:
+    """Predict each run of a result with a scenario, and compare.
+
+    Args:
+        seeds: replications, from the scenario's seed on.
+        traffic: "requests" simulates the very requests of the file, by their times and lengths (their
+            prompts are taken to have nothing in common); "scenario" the scenario's traffic under the
+            file's load. None: the requests where the file has them.
+
+    Raises:
+        InputError: the file does not say what is needed for that traffic.
+    """
+    deployment = Deployment.of(scenario) if deployment is None else deployment
+    loads = [
+        _judge(
+            reading, scenario, deployment, tolerances, range(scenario.seed, scenario.seed + seeds), traffic
+        )
+        for reading in readings
+    ]
+    return compare_loads(loads, tolerances=tolerances, slos=scenario.slos)
+
+
+def _judge(
+    reading: Reading,
+    scenario: Scenario,
+    deployment: Deployment,
+    tolerances: Tolerances,
+    seeds: range,
+    traffic: Traffic | None,
+) -> LoadComparison:
+    if reading.figures().get("completed") == 0:
+        raise InputError(
+            "none of its requests finished", where=reading.source, fix="Give a result of requests that did."
+        )
+    replays = reading.has_requests if traffic is None else traffic == "requests"
+    with _workload(reading, scenario, replays=replays) as workload:
+        predicted: list[Run] = [
+            simulate(scenario, seed=seed, workload=workload, deployment=deployment) for seed in seeds
+        ]
+    notes = [_UNIQUE] if replays and _shares_prompts(scenario) else []
+    return compare_runs(predicted, reading, tolerances=tolerances, notes=notes)
+
+
+def _shares_prompts(scenario: Scenario) -> bool:
+    streams = [stream for stage in scenario.stages().stages for stream in stage.streams]
+    return any(
+        stream.system_prompt_tokens > 0 or not isinstance(stream.content, Unique | None) for stream in streams
+    )
+
+
+@contextmanager
+def _workload(reading: Reading, scenario: Scenario, *, replays: bool) -> Iterator[Workload]:
+    if not replays:
+        yield _as_in_scenario(reading, scenario)
+        return
+    trace, max_concurrency = requests_of(reading)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "requests.jsonl"
+        write_timed_trace(trace, path)
+        spec = TraceSpec(format="timed_trace", path=path, block_tokens=trace.block_tokens)
+        stream = StreamSpec(trace=spec, max_concurrency=max_concurrency)
+        try:
+            yield Workload(stages=(StageSpec(streams=(stream,)),))
+        except InputError as error:
+            raise InputError(error.what, where=f"{reading.source}: {error.where}", fix=error.fix) from None
+
+
+def requests_of(reading: Reading) -> tuple[Trace, int | None]:
+    """The requests that a result says were sent, and the concurrency that bounded them.
+
+    Times are those at which the tool meant to send. Where it does not say: 0 in a closed loop, otherwise
+    those at which it sent, which hold the effect of a bound already. A failed request is not repeated.
+
+    Raises:
+        InputError: the file has no requests.
+    """
+    requests, context = reading.run.requests, reading.context
+    done = requests[requests["status"] == "finished"].sort_values("sent", kind="stable")
+    if not len(done):
+        raise InputError(
+            "has no requests to simulate again",
+            where=reading.source,
+            fix="Give a result with details of each request, or --traffic scenario.",
+        )
+    times = done["arrival"].to_numpy(dtype=float)
+    bound = context.max_concurrency
+    if bound is not None and context.ramp is None and context.request_rate in (None, math.inf):
+        times = np.zeros(len(done))
+    elif np.isnan(times).any():
+        times, bound = done["sent"].to_numpy(dtype=float), None
+    times = np.maximum.accumulate(times - min(float(times.min()), 0.0))
+    trace = Trace(
+        times, done["prompt_tokens"].to_numpy(dtype=np.int64), done["output_tokens"].to_numpy(dtype=np.int64)
+    )
+    return trace, bound
+
+
+def _as_in_scenario(reading: Reading, scenario: Scenario) -> Workload:
+    """The scenario's traffic under the load of a result, and as many requests."""
+    context = reading.context
+    if reading.has_requests:
+        count = len(reading.run.requests)
+    else:
+        said = reading.reported.get("completed", math.nan) + reading.reported.get("failed", 0.0)
+        if not 1 <= said <= _MOST_REQUESTS:
+            raise InputError(
+                f"says that {said:.6g} requests were sent", where=reading.source, fix="Correct it."
+            )
+        count = round(said)
+    rate, bound = context.request_rate, context.max_concurrency
+    if rate is not None and math.isfinite(rate):
+        if count / rate > LONGEST_S:
+            raise InputError(
+                f"{count} requests at {rate:g} requests/s take {count / rate / 86_400:.4g} days",
+                where=reading.source,
+                fix="Is its rate one of requests a second?",
+            )
+        return _bounded(with_request_rate(scenario.open_loop(), rate, num_requests=count), bound)
+    if bound is not None and context.ramp is None:
+        stream = scenario.open_loop().stages[0].streams[0]
+        law = ClosedLoop(kind="closed_loop", concurrency=bound)
+        changes = {"arrivals": law, "max_concurrency": None, "num_requests": count}
+        return Workload(stages=(StageSpec(streams=(stream.model_copy(update=changes),)),))
+    workload = scenario.stages()
+    if len(workload.stages) > 1:
+        raise InputError(
+            f"does not say under which load it ran, and scenario {scenario.name} has "
+            f"{len(workload.stages)} of them",
+            where=reading.source,
+            fix="Give a scenario with one load, that of the result.",
+        )
+    return workload
+
+
+def _bounded(workload: Workload, bound: int | None) -> Workload:
+    if bound is None:
+        return workload
+    stage = workload.stages[0]
+    streams = tuple(stream.model_copy(update={"max_concurrency": bound}) for stream in stage.streams)
+    return Workload(stages=(stage.model_copy(update={"streams": streams}),))

@@ -1,0 +1,88 @@
+"""``servecast validate result``: a saved benchmark result against what a scenario predicts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from servecast.sim.cli.options import WhatIf
+from servecast.sim.cli.output import print_json
+from servecast.sim.inputs.errors import InputError
+from servecast.validate.compare.saved import Traffic
+
+
+def result(
+    file: Path,
+    /,
+    *,
+    scenario: str,
+    tolerances: Path | None = None,
+    traffic: Traffic | None = None,
+    seeds: int = 5,
+    report: Path | None = None,
+    json: bool = False,
+    what_if: WhatIf = WhatIf(),  # noqa: B008 (frozen)
+) -> int:
+    """Judge a prediction by a saved result of a load generator.
+
+    Reads what vllm bench serve, guidellm, aiperf, inference-perf or an llm-d benchmark report says,
+    simulates the same load, and compares. Exits 0 when every judged figure lies within its tolerance, 1
+    when one does not, 3 when the result cannot tell.
+
+    Args:
+        file: the result, as JSON, JSONL or YAML; its format is recognised.
+        scenario: a shipped scenario's name, or a YAML file: what the result was measured on.
+        tolerances: a YAML file instead of the shipped tolerances.
+        traffic: what to simulate: the result's own requests (times and lengths), or the scenario's
+            traffic under the result's load. Without it, the requests if the file has them.
+        seeds: replications, from --seed on.
+        report: write an HTML report.
+        json: print one JSON object and nothing else.
+    """
+    if seeds < 1:
+        raise InputError(f"{seeds} seeds", where="--seeds", fix="Give at least 1.")
+
+    from servecast.sim.run.results import check_output, context
+    from servecast.sim.scenario.deployment import Deployment
+    from servecast.validate.compare.page import write_comparison_report
+    from servecast.validate.compare.saved import judge_result
+    from servecast.validate.compare.text import print_comparison
+    from servecast.validate.compare.verdict import Tolerances
+    from servecast.validate.readers import read_all
+
+    if report is not None:
+        check_output(report, where="--report")
+    limits = Tolerances.load(tolerances)
+    readings = read_all(file)
+    loaded, changes = what_if.load(scenario)
+    deployment = Deployment.of(loaded)
+    comparison = judge_result(
+        readings, loaded, tolerances=limits, seeds=seeds, traffic=traffic, deployment=deployment
+    )
+    made_of = context(loaded, deployment, seed=loaded.seed, what_if=changes)
+    first = readings[0].context
+    facts = {
+        "result": f"{file.name}, {first.tool} {first.tool_version or '(version not stated)'}",
+        "model measured": first.model or "not stated",
+        "model predicted": made_of["model_id"],
+        "scenario": loaded.name,
+        "profile": made_of["profile"] or "none, typical efficiencies",
+        "basis": made_of["provenance"]["basis"],
+        "seeds": f"{loaded.seed} to {loaded.seed + seeds - 1}",
+        "tolerances": "shipped" if tolerances is None else tolerances.name,
+        "servecast": made_of["servecast_version"],
+    }
+    if json:
+        print_json(comparison.to_json() | {"facts": facts, "prediction": made_of})
+    else:
+        print_comparison(comparison)
+    if report is not None:
+        write_comparison_report(
+            report,
+            comparison,
+            title=f"{loaded.name} against {file.name}",
+            question="Does the prediction hold?",
+            facts=facts,
+        )
+        if not json:
+            print(f"written: {report}")
+    return comparison.verdict.exit_code

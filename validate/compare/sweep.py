@@ -1,0 +1,278 @@
+"""Several loads together: do the knee, and the largest rate at the SLOs, lie where predicted?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from servecast.sim.metrics.confidence import Interval
+from servecast.sim.metrics.knee import Saturation, closed_loop_knee, saturation
+from servecast.sim.metrics.metrics import duration, good_requests, statistic
+from servecast.sim.metrics.records import Run
+from servecast.sim.metrics.slo import SLO, Goodput
+from servecast.sim.plan.probe import ATTAINMENT, WARMUP_SHARE
+from servecast.validate.compare.load import CONFIDENCE, LoadComparison, Row
+from servecast.validate.compare.verdict import State, Tolerances, Verdict, verdict_of
+
+_STRAINS = 1e-3, 1e3  # between these, so that they have a logarithm
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """All loads of a campaign, and what they show together: rows "knee" and "max_request_rate"."""
+
+    loads: tuple[LoadComparison, ...]
+    sweep: tuple[Row, ...]
+    notes: tuple[str, ...]
+    verdict: Verdict
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "verdict": self.verdict.state,
+            "reasons": list(self.verdict.reasons),
+            "sweep": [row.to_json() for row in self.sweep],
+            "loads": [load.to_json() for load in self.loads],
+            "notes": list(self.notes),
+        }
+
+
+def compare_loads(
+    loads: Sequence[LoadComparison],
+    *,
+    tolerances: Tolerances,
+    slos: Sequence[SLO] = (),
+    goodput: Goodput | None = None,
+    predicted: Mapping[str, Interval] | None = None,
+) -> Comparison:
+    """Put loads together.
+
+    Args:
+        slos, goodput: whose largest rate is looked for, by interpolation between the open-loop rates.
+        predicted: metric -> where the prediction was found by a search of its own, instead of between the
+            rates of the loads.
+    """
+    searched = {} if predicted is None else predicted
+    rows, notes = _knees(loads, searched.get("knee"), tolerances)
+    if slos or goodput is not None:
+        more, further = _max_rate(loads, slos, goodput, searched.get("max_request_rate"), tolerances)
+        rows, notes = rows + more, notes + further
+    states: list[tuple[State, str]] = [(row.state, row.reason) for row in rows if row.state is not None]
+    states += [
+        (load.verdict.state, f"{load.label}: {reason}") for load in loads for reason in _said(load.verdict)
+    ]
+    return Comparison(tuple(loads), tuple(rows), tuple(notes), verdict_of(states, ()))
+
+
+def _said(verdict: Verdict) -> Sequence[str]:
+    return verdict.reasons or ("all within tolerance",)
+
+
+def bracket_row(metric: str, predicted: Interval, measured: Interval, tolerances: Tolerances) -> Row:
+    """A row about rates, each known to lie between one that holds (0: none did) and one that does not (inf).
+
+    It passes if the two lie within the tolerance wherever between their ends they are, fails if nowhere,
+    and is not judged where the ends of one lie farther apart than the tolerance.
+    """
+    difference = Interval(
+        predicted.estimate - measured.estimate,
+        predicted.low - measured.high,
+        predicted.high - measured.low,
+        CONFIDENCE,
+        1,
+    )
+    tolerance = tolerances.rows.get(metric)
+    if tolerance is None:
+        return Row(metric, predicted, measured, difference)
+    allowed = tolerance.allowed(measured.estimate)
+    state: State | None = "inconclusive"
+    if difference.low > allowed or difference.high < -allowed:
+        state = "fail"
+    elif -allowed <= difference.low and difference.high <= allowed:
+        state = "pass"
+    elif max(each.high - each.low for each in (predicted, measured)) > allowed:
+        state = None
+    return Row(metric, predicted, measured, difference, allowed, state)
+
+
+def open_loop(loads: Sequence[LoadComparison]) -> list[tuple[float, LoadComparison]]:
+    """The loads with a rate and no bound, by rate."""
+    rates = [
+        (rate, load)
+        for load in loads
+        if (rate := load.measured.context.request_rate) is not None
+        and math.isfinite(rate)
+        and load.measured.context.max_concurrency is None
+        and load.measured.has_requests
+        and not load.problems
+    ]
+    return sorted(rates, key=lambda pair: pair[0])
+
+
+def closed_loop(loads: Sequence[LoadComparison]) -> list[tuple[float, LoadComparison]]:
+    """The loads that only their concurrency bounds, by it."""
+    levels = [
+        (float(level), load)
+        for load in loads
+        if (level := load.measured.context.max_concurrency) is not None
+        and load.measured.context.ramp is None
+        and load.measured.context.request_rate in (None, math.inf)
+        and load.measured.has_requests
+        and not load.problems
+    ]
+    return sorted(levels, key=lambda pair: pair[0])
+
+
+def _knees(
+    loads: Sequence[LoadComparison], searched: Interval | None, tolerances: Tolerances
+) -> tuple[list[Row], list[str]]:
+    rows: list[Row] = []
+    notes: list[str] = []
+    levels = open_loop(loads)
+    rates = [rate for rate, _ in levels]
+    if len(set(rates)) > 1:
+        predicted, measured = (
+            bracket(rates, [sustained(runs) for runs in side])
+            for side in _sides([load for _, load in levels])
+        )
+        more, further = _compared("knee", "the knee", searched or predicted, measured, tolerances)
+        rows, notes = rows + more, notes + further
+    levels = closed_loop(loads)
+    if len({level for level, _ in levels}) > 1:
+        found = [
+            closed_loop_knee(
+                [int(level) for level, _ in levels],
+                [float(np.mean([_throughput(run) for run in runs])) for runs in side],
+            )
+            for side in _sides([load for _, load in levels])
+        ]
+        more, further = _closed_loop_knee(found[0], found[1], [level for level, _ in levels], tolerances)
+        rows, notes = rows + more, notes + further
+    return rows, notes
+
+
+def _sides(loads: Sequence[LoadComparison]) -> tuple[list[tuple[Run, ...]], list[tuple[Run, ...]]]:
+    """Predicted and measured runs, a tuple a load."""
+    return [load.predicted for load in loads], [(load.measured.run,) for load in loads]
+
+
+def _compared(
+    metric: str, name: str, predicted: Interval, measured: Interval, tolerances: Tolerances
+) -> tuple[list[Row], list[str]]:
+    """The row of two brackets, and what keeps it from saying more."""
+    if predicted.high == measured.high == math.inf:
+        return [], [f"{name} lies beyond {measured.low:g} requests/s, predicted and measured"]
+    if predicted.low == measured.low == 0:
+        return [], [f"{name} lies below {measured.high:g} requests/s, predicted and measured"]
+    row = bracket_row(metric, predicted, measured, tolerances)
+    if row.allowed is None or row.state is not None:
+        return [row], []
+    ends = [f"{each.low:g} and {each.high:g}" for each in (predicted, measured)]
+    where = ends[0] if ends[0] == ends[1] else f"{ends[0]} (predicted), {ends[1]} (measured)"
+    return [row], [
+        f"{name} lies between {where} requests/s, too far apart to judge it to {row.allowed:.2g} requests/s"
+    ]
+
+
+def bracket(rates: Sequence[float], holds: Sequence[bool]) -> Interval:
+    """From the largest rate that holds below the smallest that does not (0: none) to that one (inf: none)."""
+    high = min((rate for rate, good in zip(rates, holds, strict=True) if not good), default=math.inf)
+    low = max((rate for rate in rates if rate < high), default=0.0)
+    return Interval(low or high, low, high, CONFIDENCE, 1)
+
+
+def sustained(runs: Sequence[Run]) -> bool:
+    """Whether a rate is sustained, in most of the runs."""
+    return sum(not _saturation(run).saturated for run in runs) > len(runs) / 2
+
+
+def _saturation(run: Run) -> Saturation:
+    """Behind the warm-up, in which any load fills the server. Of both sides only what a client sees: a
+    request waits until its first token, and arrived when it was sent if nothing tells when it should be."""
+    arrival = run.requests["arrival"].fillna(run.requests["sent"])
+    seen = replace(run, requests=run.requests.assign(arrival=arrival, scheduled=math.nan))
+    return saturation(seen, start_s=float(arrival.quantile(WARMUP_SHARE)))
+
+
+def _closed_loop_knee(
+    predicted: int | None, measured: int | None, levels: Sequence[float], tolerances: Tolerances
+) -> tuple[list[Row], list[str]]:
+    """The knee in concurrency is one of the swept levels; that of the next level could be chance."""
+    if predicted is None or measured is None:
+        sides = {"predicted": predicted, "measured": measured}
+        found = [f"{side} at {knee}" for side, knee in sides.items() if knee is not None]
+        return [], [f"the knee in concurrency: {found[0]} only" if found else "no knee in concurrency"]
+
+    def around(knee: int) -> Interval:
+        below = max((level for level in levels if level < knee), default=knee)
+        above = min((level for level in levels if level > knee), default=knee)
+        return Interval(float(knee), float(below), float(above), CONFIDENCE, 1)
+
+    row = bracket_row("knee", around(predicted), around(measured), tolerances)
+    if row.allowed is None:
+        return [row], []
+    state: State = "pass" if predicted == measured else "fail" if row.state == "fail" else "inconclusive"
+    return [replace(row, state=state)], []
+
+
+def _throughput(run: Run) -> float:
+    done = run.requests[run.requests["status"] == "finished"]
+    return float(done["output_tokens"].sum()) / duration(run)
+
+
+def _max_rate(
+    loads: Sequence[LoadComparison],
+    slos: Sequence[SLO],
+    goodput: Goodput | None,
+    searched: Interval | None,
+    tolerances: Tolerances,
+) -> tuple[list[Row], list[str]]:
+    levels = open_loop(loads)
+    rates = [rate for rate, _ in levels]
+    if len(set(rates)) < 2:
+        return [], []
+    predicted, measured = (
+        _crossing(rates, [float(np.mean([strain(run, slos, goodput) for run in runs])) for runs in side])
+        for side in _sides([load for _, load in levels])
+    )
+    name = "the largest rate at the SLOs"
+    return _compared("max_request_rate", name, searched or predicted, measured, tolerances)
+
+
+def strain(run: Run, slos: Sequence[SLO], goodput: Goodput | None) -> float:
+    """How much of its objectives a run takes up: at most 1 meets them all.
+
+    The worst of the SLOs' statistics over their limits, where a request that failed counts as one that took
+    for ever; infinite if one cannot be told. For a goodput the share of requests that miss it, over what its
+    attainment leaves.
+    """
+    requests = run.requests
+    done = float((requests["status"] == "finished").mean()) if len(requests) else 0.0
+    shares = []
+    for slo in slos:
+        rank = (100 if slo.percentile is None else slo.percentile) / max(done, 1e-9)  # of those that finished
+        if rank > 100:
+            shares.append(math.inf)
+            continue
+        name = slo.statistic if slo.percentile is None else f"p{rank}"
+        share = 1000 * statistic(run, slo.metric, name) / slo.limit_ms
+        shares.append(math.inf if math.isnan(share) else share)
+    if goodput is not None and not slos:
+        shares.append((1 - good_requests(run, goodput) / max(len(requests), 1)) / (1 - ATTAINMENT))
+    return max(shares, default=math.inf)
+
+
+def _crossing(rates: Sequence[float], strains: Sequence[float]) -> Interval:
+    """Where the strain passes 1: log-linear between the two rates around."""
+    found = bracket(rates, [each <= 1 for each in strains])
+    if found.low == 0 or math.isinf(found.high):
+        return found
+    below, above = (
+        math.log(np.clip(strains[list(rates).index(end)], *_STRAINS)) for end in (found.low, found.high)
+    )
+    at = found.low + (found.high - found.low) * (-below) / (above - below) if above > below else found.low
+    return replace(found, estimate=float(at))

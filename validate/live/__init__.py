@@ -1,0 +1,1 @@
+"""A live server, predicted before it is driven."""

@@ -1,0 +1,120 @@
+"""Whether a scenario and its profile are of the server that they are to predict."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from servecast.sim.hardware.gpu import find_gpu
+from servecast.sim.hardware.model_shape import ModelShape
+from servecast.sim.inputs.errors import InputError
+from servecast.sim.scenario.deployment import Deployment
+from servecast.sim.scenario.scenario import Scenario
+from servecast.validate.live.truth import Truth
+
+_MAY_DIFFER = ("name", "max_position_embeddings")  # of two configs of models that take the same time
+
+
+def refuse_misfit(truth: Truth, scenario: Scenario, deployment: Deployment, model: Path | None) -> list[str]:
+    """Refuse to predict a server with what is not its own; say what could not be compared.
+
+    Args:
+        deployment: of the scenario. model: folder of the served model, if it is at hand.
+
+    Raises:
+        InputError: the profile is of another GPU than the server's, the scenario of another model, or the
+            server does what is not modelled.
+    """
+    if truth.not_modelled:
+        said = ", ".join(f"{name} {value}" for name, value in truth.not_modelled.items())
+        raise InputError(
+            f"runs with {said}, which is not modelled", where="the server", fix="Start it without."
+        )
+    notes = _compare_gpu(truth, scenario, deployment)
+    if model is None or not (model / "config.json").is_file():
+        notes.append("the served model's config.json was not at hand to compare")
+    else:
+        notes += _compare_model(model / "config.json", scenario, deployment)
+    if truth.num_gpu_blocks is None:
+        notes.append("the server does not say how many KV blocks it has: the scenario's are taken")
+    if truth.version is None:
+        notes.append(f"the server does not say its version: {scenario.engine.version} is taken")
+    if "max_num_seqs" not in truth.flags:
+        notes.append(
+            "the server does not say its scheduler's flags (one with VLLM_SERVER_DEV_MODE=1 does): "
+            "the scenario's are taken"
+        )
+    return notes
+
+
+def _compare_model(file: Path, scenario: Scenario, deployment: Deployment) -> list[str]:
+    served, ours = _config(file), _config(scenario.config_file())
+    notes = []
+    if isinstance(text := served.get("text_config"), dict):
+        served = {**ours, "quantization_config": served.get("quantization_config"), **text}
+        notes.append("the served model's text_config was compared, and what it leaves out taken for the same")
+    try:
+        shape = ModelShape.from_config(served)
+    except InputError as error:
+        try:
+            shape = ModelShape.from_config(served | {"model_type": ours.get("model_type")})
+        except InputError:
+            raise InputError(error.what, where=str(file), fix="Serve a model that is modelled.") from None
+        notes.append(f"the served model was compared as the scenario's model_type: {error.what}")
+    if scenario.engine.quantization == "fp8":
+        shape = replace(shape, weight_bytes_each=1)
+    pairs = {
+        field.name: (getattr(deployment.model, field.name), getattr(shape, field.name))
+        for field in fields(ModelShape)
+        if field.name not in _MAY_DIFFER
+    }
+    other = [f"{name} ({mine}, not {theirs})" for name, (mine, theirs) in pairs.items() if mine != theirs]
+    if other:
+        raise InputError(
+            f"differs from the served model's config.json in {', '.join(other)}",
+            where=f"{scenario.source}: model.config",
+            fix="Name the model that is served.",
+        )
+    return notes
+
+
+def _config(file: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"cannot be read ({error})", where=str(file), fix="Give a model's folder.") from None
+
+
+def _compare_gpu(truth: Truth, scenario: Scenario, deployment: Deployment) -> list[str]:
+    if scenario.gpu.file is not None:
+        told = truth.gpu or "not known here"
+        return [f"the server's GPU ({told}) is taken to be what {scenario.gpu.file.name} describes"]
+    if truth.gpu is None:
+        return [f"the server's GPU (not known here) is taken to be the scenario's, {deployment.gpu.name}"]
+    try:
+        found = find_gpu(truth.gpu, where="the server's GPU").name
+    except InputError:
+        found = truth.gpu
+    for what, gpu in (("profile", deployment.profile.gpu), ("gpu", deployment.gpu.name)):
+        if found != gpu:
+            raise InputError(
+                f"is of {gpu}, the server runs on {truth.gpu}",
+                where=f"{scenario.source}: {what}",
+                fix="Calibrate this machine (servecast calibrate measure, then fit) and name its profile.",
+            )
+    return []
+
+
+def replaced(truth: Truth, scenario: Scenario) -> list[str]:
+    """Where the server's own word differs from what the scenario says in so many words."""
+    engine = scenario.engine
+    said = dict(truth.flags)
+    if truth.num_gpu_blocks is not None:
+        said["num_gpu_blocks_override"] = truth.num_gpu_blocks
+    return [
+        f"the server's {name} is {value}, the scenario says {getattr(engine, name)}: the server's was taken"
+        for name, value in said.items()
+        if name in engine.model_fields_set and getattr(engine, name) not in (value, "auto")
+    ]

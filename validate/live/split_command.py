@@ -1,0 +1,129 @@
+"""``servecast validate split``: routers judged by the replicas behind them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from servecast.sim.cli.options import WhatIf
+from servecast.sim.cli.output import print_json
+from servecast.sim.inputs.errors import InputError
+
+if TYPE_CHECKING:
+    from servecast.validate.compare.verdict import Verdict
+
+
+def split(
+    scenario: str,
+    /,
+    *vllm_flags: Annotated[str, Parameter(allow_leading_hyphen=True)],
+    serve: Path,
+    routers: str = "round_robin,prefix_affinity",
+    request_rate: float,
+    num_requests: int = 400,
+    vllm_python: Path | None = None,
+    out: Path | None = None,
+    json: bool = False,
+    what_if: WhatIf = WhatIf(),  # noqa: B008 (frozen)
+) -> int:
+    """Split one workload over real replicas as simulated routers would, and see which serves it better.
+
+    Starts the scenario's replicas on this machine, each with its share of the GPU's memory (say so in the
+    scenario's engine), and sends every router's split with one vllm bench serve a replica. Exits 0 when each
+    router has the prefix cache hits that were predicted, within 2 points, and they rank as predicted, 1 when
+    not, 3 when it cannot be told. What was measured is in result.json after each router.
+
+    Args:
+        scenario: a shipped scenario's name, or a YAML file, with fleet.replicas.
+        vllm_flags: after --, further flags of vllm serve.
+        serve: folder of the model to serve.
+        routers: two or more routing policies, separated by commas.
+        request_rate: requests/s over all replicas.
+        num_requests: of the traffic.
+        vllm_python: Python of an environment with vLLM; the one that runs this without it.
+        out: folder for predictions, traces, results and logs (out/split-NAME), without an earlier result.
+        json: print one JSON object and nothing else.
+    """
+    names = routers.split(",")
+    if len(set(names)) < 2:
+        raise InputError(f"{routers!r}", where="--routers", fix="Give two or more, separated by commas.")
+    if not 0 < request_rate < float("inf"):
+        raise InputError(f"{request_rate:g}", where="--request-rate", fix="Give requests/s above 0.")
+    if num_requests < 1:
+        raise InputError(f"{num_requests} requests", where="--num-requests", fix="Give at least 1.")
+    if not (serve / "config.json").is_file():
+        raise InputError("has no config.json", where=f"--serve {serve}", fix="Give the folder of a model.")
+
+    from servecast.calibrate.ending import sigterm_as_ctrl_c
+    from servecast.calibrate.measure.errors import MeasureError
+    from servecast.sim.run.results import write_result
+    from servecast.validate.live.own_server import OwnServer
+    from servecast.validate.live.result import new_result
+    from servecast.validate.live.split import AGREE, Split, judge
+
+    loaded, changes = what_if.load(scenario)
+    folder = out or Path("out") / f"split-{loaded.name}"
+    path = new_result(folder)
+    python = str(vllm_python or sys.executable)
+
+    def keep(found: Split) -> tuple[Verdict, dict[str, Any]]:
+        verdict = judge(found)
+        kept = {
+            "schema_version": 1,
+            "kind": "split",
+            "finished": found.finished,
+            "verdict": verdict.state,
+            "reasons": list(verdict.reasons),
+            "scenario": loaded.name,
+            "what_if": changes,
+            "replicas": loaded.fleet.size,
+            "request_rate": request_rate,
+            "num_requests": num_requests,
+            "hit_rate_tolerance": AGREE,
+            "routers": found.found,
+            "best": found.ranking(),
+        }
+        write_result(path, kept)
+        return verdict, kept
+
+    found = Split(
+        loaded,
+        OwnServer(serve.absolute(), vllm_flags, python),
+        names,
+        folder,
+        request_rate,
+        num_requests,
+        seed=loaded.seed,
+        python=python,
+        say=_say,
+        after_router=keep,
+    )
+    try:
+        with sigterm_as_ctrl_c():
+            found.run()
+    except MeasureError as error:
+        raise InputError(error.what, where=error.where, fix=error.fix) from None
+    verdict, kept = keep(found)
+    if json:
+        print_json(kept)
+    else:
+        for router, row in found.measured.items():
+            for figure, value in row["measured"].items():
+                print(
+                    f"{router:20} {figure:16} predicted {row['predicted'][figure]:9.4g} measured {value:9.4g}"
+                )
+        for figure, best in kept["best"].items():
+            print(
+                f"best {figure:16} predicted {best['predicted'] or '-'}, measured {best['measured'] or '-'}"
+            )
+        print(f"written: {path}\n\nverdict: {verdict.state}")
+        for reason in verdict.reasons:
+            print(f"  {reason}")
+    return verdict.exit_code
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,1 @@
+"""Our scheduler beside vLLM's own, step by step."""

@@ -1,0 +1,173 @@
+"""``servecast validate parity``: our scheduler against vLLM's own."""
+
+from __future__ import annotations
+
+import json as json_format
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from servecast.sim.engine.rules import RULES
+from servecast.sim.inputs.errors import InputError
+from servecast.validate.parity.parity import Mismatch, ParityResult, Recorded, compare, nearest_rules, record
+from servecast.validate.parity.parity import parity as run_parity
+from servecast.validate.parity.scenarios import Scenario, random_scenarios
+from servecast.validate.parity.vllm_process import VllmProcess, release
+
+MATCH, MISMATCH, INCONCLUSIVE = 0, 1, 3  # exit codes
+
+
+def parity(
+    *,
+    vllm: str | None = None,
+    scenarios: Annotated[int, Parameter(alias="-n")] = 150,
+    seed: int = 0,
+    replay: Path | None = None,
+    vllm_python: Path | None = None,
+    out: Path = Path("out/parity"),
+    json: bool = False,
+) -> int:
+    """Compare our scheduler with vLLM's real one, step by step, over random scenarios.
+
+    Exits 0 when every decision of every step is the same, 1 when not, 3 when there are no rules for
+    that vLLM. A scenario that differs is shrunk and written out.
+
+    Args:
+        vllm: version of an installed vLLM, like 0.32 (tools/install_vllm.sh installs two); the newest
+            known without it.
+        scenarios: how many to draw.
+        seed: of the draw.
+        replay: run the scenarios of this file instead.
+        vllm_python: Python of your own environment with vLLM.
+        out: folder for scenarios that differ.
+        json: print one JSON object and nothing else.
+    """
+    if scenarios < 1:
+        raise InputError(f"{scenarios} scenarios", where="--scenarios", fix="Give at least 1.")
+    asked = vllm or max(RULES)
+    started = time.monotonic()
+    process = _start(vllm, vllm_python)
+    if process is None:
+        if release(asked) in RULES:
+            raise InputError(
+                f"vLLM {asked} is not installed for this",
+                where="--vllm",
+                fix="Run tools/install_vllm.sh, or name an environment that has it with --vllm-python.",
+            )
+        return _report(ParityResult(asked, nearest_rules(asked)), None, [], seed, started, json=json)
+    with process:
+        version = release(process.version)
+        rules = version if version in RULES else nearest_rules(version)
+        drawn = _load(replay) if replay else random_scenarios(rules, seed, scenarios)
+        total = len(drawn) if isinstance(drawn, list) else scenarios
+
+        def show(sofar: ParityResult) -> None:
+            if sys.stderr.isatty():
+                end = "\n" if sofar.scenarios == total else ""
+                print(f"\r{sofar.scenarios}/{total} scenarios", end=end, file=sys.stderr)
+
+        answers = record(process, drawn)
+        result = run_parity(process.version, answers, rules=rules, progress=show)
+        smallest = _smallest(process, result, seed, shrink=replay is None) if result.mismatches else None
+    written = _write(out, result, smallest)
+    return _report(result, smallest, written, seed, started, json=json)
+
+
+def _start(version: str | None, python: Path | None) -> VllmProcess | None:
+    if python is None:
+        return VllmProcess.installed(version or max(RULES))
+    process = VllmProcess(python)
+    if version is not None and release(version) != release(process.version):
+        process.close()
+        raise InputError(
+            f"{python} has vLLM {process.version}, not {version}",
+            where="--vllm",
+            fix="Leave --vllm out, or give the Python of the other one.",
+        )
+    return process
+
+
+def _load(file: Path) -> list[Scenario]:
+    try:
+        lines = file.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(str(error), where="--replay", fix="Give a file that exists.") from error
+    return [Scenario.from_json(line, f"{file}:{n}") for n, line in enumerate(lines, 1) if line.strip()]
+
+
+def _smallest(process: VllmProcess, result: ParityResult, seed: int, *, shrink: bool) -> Mismatch:
+    """The first mismatch, its scenario shrunk where hypothesis is at hand."""
+    first = result.mismatches[0]
+    if not shrink:
+        return first
+    try:
+        from servecast.validate.parity.shrink import shrink as smaller
+    except ImportError:
+        return first
+
+    def difference(scenario: Scenario) -> Mismatch | None:
+        return compare(Recorded(scenario, process.decide(scenario)), result.rules)
+
+    def same_difference(scenario: Scenario) -> bool:
+        found = difference(scenario)
+        return found is not None and found.fields[0] == first.fields[0]
+
+    index = int(first.scenario.name.rpartition("-")[2])
+    return difference(smaller(result.rules, seed, index, same_difference)) or first
+
+
+def _write(out: Path, result: ParityResult, smallest: Mismatch | None) -> list[Path]:
+    written = []
+    for mismatch in [*([smallest] if smallest else []), *result.mismatches[:20]]:
+        file = out / f"{mismatch.scenario.name}.json"
+        out.mkdir(parents=True, exist_ok=True)
+        file.write_text(mismatch.scenario.to_json() + "\n")
+        written.append(file)
+    return written
+
+
+def _report(
+    result: ParityResult,
+    smallest: Mismatch | None,
+    written: list[Path],
+    seed: int,
+    started: float,
+    *,
+    json: bool,
+) -> int:
+    known = release(result.vllm) in RULES
+    differences = Counter(mismatch.fields[0] for mismatch in result.mismatches)
+    notes = []
+    if not known:
+        done = (
+            f"; compared under those of {result.rules}" if result.scenarios else ", and it is not installed"
+        )
+        notes.append(f"There are no rules for vLLM {result.vllm}{done}.")
+    if differences:
+        found = ", ".join(f"{field} in {count}" for field, count in differences.most_common())
+        notes.append(f"First difference of a scenario: {found}.")
+    if json:
+        figures = result.counts() | {
+            "rule_set_known": known,
+            "seed": seed,
+            "seconds": round(time.monotonic() - started, 1),
+            "differences": dict(differences.most_common()),
+            "notes": notes,
+            "replay": [str(file) for file in written],
+        }
+        print(json_format.dumps(figures, indent=2))
+    else:
+        for name, value in result.counts().items():
+            print(f"{name.replace('_', ' '):>20}  {value}")
+        for note in notes:
+            print(note)
+        if smallest is not None:
+            replay = f"servecast validate parity --vllm {result.vllm} --replay {written[0]}"
+            print(f"\n{smallest}\n\nReplay: {replay}")
+    if not known:
+        return INCONCLUSIVE
+    return MISMATCH if result.mismatches else MATCH

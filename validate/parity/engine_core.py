@@ -1,0 +1,145 @@
+"""EngineCore's loop without a model: when vLLM calls its scheduler, and what the scheduler then decided.
+
+The same loop drives vLLM's real scheduler (vllm_scheduler.py, in vLLM's own environment) and the simulator's,
+so it imports nothing but the standard library. It follows ``EngineCore.step`` and, for async
+scheduling, ``EngineCore.step_with_batch_queue`` with a batch queue of two.
+
+A scenario is a dict, as servecast.validate.parity.scenarios writes it: ``config`` (EngineConfig's fields),
+``arrivals`` (``step``, ``arrival``, ``request``) and ``aborts`` (``step``, ``request_id``, ``in_flight``),
+both in the order in which they happen. ``step`` counts schedule() calls; an idle engine jumps to the next
+arrival's.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+FREE_LIST_HEAD = 16  # blocks of the free list that are compared
+
+
+class Step(Protocol):
+    """One engine step as the loop sees it."""
+
+    total_tokens: int
+    chunks: list[tuple[int, int]]  # (tokens, context) of prompt chunks
+    decode_context: int  # KV tokens that the other requests read
+    samples: int  # tokens that the step will sample
+    admitted: list[int]
+    resumed: list[int]
+    preempted: list[int]  # in victim order
+    cached_tokens: dict[int, int]  # request id -> computed tokens at admission, new and resumed
+    finished: list[int]  # once complete
+    emitted: int  # tokens delivered, once complete
+
+    def scheduled(self) -> dict[int, int]:
+        """Request id -> tokens, in vLLM's order."""
+        ...
+
+
+class Engine(Protocol):
+    """What the loop needs of a scheduler, vLLM's or the simulator's."""
+
+    @property
+    def has_requests(self) -> bool: ...
+    @property
+    def running(self) -> list[int]: ...
+    @property
+    def waiting(self) -> list[int]: ...
+    @property
+    def free_blocks(self) -> int: ...
+    @property
+    def cached_blocks(self) -> int: ...
+    @property
+    def kv(self) -> Any: ...  # has ``usage``, the share of blocks in use
+    @property
+    def prefix_queries(self) -> int: ...
+    @property
+    def prefix_hits(self) -> int: ...
+
+    def free_list(self, limit: int) -> list[int]: ...
+    def block_ids(self, request_id: int) -> list[int]: ...
+    def add(self, request: Any, arrival: int) -> None: ...
+    def abort(self, request_id: int) -> None: ...
+    def schedule(self) -> Any: ...
+    def complete(self, step: Any) -> None: ...
+
+
+def decisions(engine: Engine, scenario: dict[str, Any], *, observed: bool = True) -> Iterator[dict[str, Any]]:
+    """Run the scenario; yield one dict after every schedule() and every complete().
+
+    Args:
+        observed: False leaves out what a simulation never reads (composition, block ids, cached blocks),
+            to show that reading it changes nothing.
+
+    It stops after the scenario's ``max_steps``: without ``scheduler_reserve_full_isl`` vLLM can go on for
+    ever, with requests that preempt each other and never end.
+    """
+    arrivals = deque(scenario["arrivals"])
+    on_input = deque(abort for abort in scenario["aborts"] if not abort["in_flight"])
+    in_flight = deque(abort for abort in scenario["aborts"] if abort["in_flight"])
+    depth = 2 if scenario["config"]["async_scheduling"] else 1
+    batch_queue: deque[tuple[int, Step]] = deque()
+    clock = steps = 0
+    while arrivals or batch_queue or engine.has_requests:
+        if not batch_queue and not engine.has_requests:
+            clock = max(clock, arrivals[0]["step"])
+        while arrivals and arrivals[0]["step"] <= clock:
+            arrival = arrivals.popleft()
+            engine.add(arrival["request"], arrival["arrival"])
+        while on_input and on_input[0]["step"] <= clock:
+            engine.abort(on_input.popleft()["request_id"])
+        if engine.has_requests:
+            if steps == scenario["max_steps"]:
+                return
+            steps += 1
+            step = engine.schedule()
+            yield {"schedule": clock, **_composition(engine, step, observed), **_state(engine, observed)}
+            batch_queue.append((clock, step))
+            clock += 1
+            if len(batch_queue) < depth and (step.total_tokens > 0 or engine.has_requests):
+                continue
+        number, step = batch_queue.popleft()
+        while in_flight and in_flight[0]["step"] < clock:
+            engine.abort(in_flight.popleft()["request_id"])
+        engine.complete(step)
+        yield {"complete": number, **_outcome(engine, step), **_state(engine, observed)}
+
+
+def _composition(engine: Engine, step: Step, observed: bool) -> dict[str, Any]:
+    composition: dict[str, Any] = {
+        "admitted": step.admitted,
+        "resumed": step.resumed,
+        "preempted": step.preempted,
+        "cached_tokens": [list(item) for item in sorted(step.cached_tokens.items())],
+        "samples": step.samples,
+        "context": sum(sum(chunk) for chunk in step.chunks) + step.decode_context,
+    }
+    if observed:
+        scheduled = step.scheduled()
+        composition["scheduled"] = [list(item) for item in scheduled.items()]
+        composition["block_ids"] = [engine.block_ids(request_id) for request_id in scheduled]
+    return composition
+
+
+def _outcome(engine: Engine, step: Step) -> dict[str, Any]:
+    return {
+        "finished": step.finished,
+        "emitted": step.emitted,
+        "prefix_queries": engine.prefix_queries,
+        "prefix_hits": engine.prefix_hits,
+        "usage": engine.kv.usage,
+    }
+
+
+def _state(engine: Engine, observed: bool) -> dict[str, Any]:
+    state: dict[str, Any] = {
+        "running": engine.running,
+        "waiting": engine.waiting,
+        "free_blocks": engine.free_blocks,
+        "free_list": engine.free_list(FREE_LIST_HEAD),
+    }
+    if observed:
+        state["cached_blocks"] = engine.cached_blocks
+    return state

@@ -1,0 +1,265 @@
+"""Scenarios for the comparison with vLLM's scheduler: requests and aborts at given steps.
+
+Each has a JSON form that replays it exactly. Random ones are drawn from (seed, index); fixed ones come
+from the block hash ids of a Mooncake trace.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from servecast.sim.engine.config import EngineConfig
+from servecast.sim.engine.request import Request
+from servecast.sim.inputs.errors import InputError
+
+Pick = Callable[[int, int], int]  # an integer between two, both included; 0 or the lowest is the simplest
+
+MAX_STEPS = 2_000
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A request reaches the engine before schedule() call ``step``; ``arrival`` breaks ties of priority."""
+
+    step: int
+    arrival: int
+    request: Request
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """A client goes away before schedule() call ``step``, or, ``in_flight``, before the complete() that
+    follows that call."""
+
+    step: int
+    request_id: int
+    in_flight: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """What happens to one engine. Arrivals and aborts stand in the order in which they happen."""
+
+    name: str
+    config: EngineConfig
+    arrivals: tuple[Arrival, ...]
+    aborts: tuple[Abort, ...] = ()
+    max_steps: int = MAX_STEPS
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+    @staticmethod
+    def from_json(text: str, where: str) -> Scenario:
+        """Raises: InputError: the text is not a scenario; ``where`` names its file."""
+        try:
+            data = json.loads(text)
+            return Scenario(
+                name=data["name"],
+                config=EngineConfig(**data["config"]),
+                arrivals=tuple(_arrival(**arrival) for arrival in data["arrivals"]),
+                aborts=tuple(Abort(**abort) for abort in data["aborts"]),
+                max_steps=data["max_steps"],
+            )
+        except (ValueError, TypeError, KeyError) as error:
+            raise InputError(
+                f"not a parity scenario ({type(error).__name__}: {error})",
+                where=where,
+                fix="Give a file that `servecast validate parity` wrote.",
+            ) from error
+
+
+def _arrival(step: int, arrival: int, request: dict[str, Any]) -> Arrival:
+    content = tuple((content_id, end) for content_id, end in request.pop("content"))
+    return Arrival(step, arrival, Request(**request, content=content))
+
+
+def random_scenarios(version: str, seed: int, count: int) -> Iterator[Scenario]:
+    """``count`` random scenarios; number i depends on (version, seed, i) alone."""
+    for index in range(count):
+        yield draw_scenario(recorded_picks(seed, index)[0], version, f"random-{version}-{seed}-{index}")
+
+
+def corner_cases(version: str) -> list[Scenario]:
+    """Scenarios for what chance hardly ever brings about, made by shrinking a difference that was found."""
+    file = Path(__file__).with_name("cases.jsonl")
+    cases = [Scenario.from_json(line, str(file)) for line in file.read_text().splitlines()]
+    return [case for case in cases if case.config.version == version]
+
+
+def recorded_picks(seed: int, index: int) -> tuple[Pick, list[int]]:
+    """The source of choices of a random scenario, and the list that it records them in."""
+    rng = np.random.default_rng([seed, index])
+    picks: list[int] = []
+
+    def pick(low: int, high: int) -> int:
+        if low < high:
+            picks.append(int(rng.integers(low, high, endpoint=True)))
+            return picks[-1]
+        return low
+
+    return pick, picks
+
+
+def draw_scenario(pick: Pick, version: str, name: str) -> Scenario:
+    """A scenario from choices: every flag and every kind of traffic that the rules speak of.
+
+    Every fourth or so is a crush: many short requests at once on small blocks and a small pool, so that
+    they preempt each other all the time.
+    """
+    crush = pick(0, 3) == 3
+    block_size = (4, 8)[pick(0, 1)] if crush else (16, 16, 8, 4, 32)[pick(0, 4)]
+    max_model_len = block_size * pick(4, 40) + (0, 1, block_size - 1)[pick(0, 2)]
+    chunked = pick(0, 5) != 5
+    small_budget = crush or pick(0, 1) == 1
+    budget = pick(16, 4 * max(block_size, 16)) if small_budget else pick(block_size, max_model_len)
+    priority = pick(0, 2) >= (1 if crush else 2)
+    tied = pick(0, 3) == 3  # arrivals of one step have the same time
+    aborting = pick(0, 2) == 2
+    shared = _shared_parts(pick, block_size, max_model_len)
+    longest_own = 24 if crush else (100, max_model_len)[pick(0, 2) // 2]
+    longest_output = (12, 40)[pick(0, 1)] if crush else (40, 200)[pick(0, 1)]
+
+    arrivals: list[Arrival] = []
+    aborts: list[Abort] = []
+    step = longest = 0
+    together = 3 if crush else pick(0, 3)
+    while len(arrivals) < 48 and (not arrivals or pick(0, 24) != 0):
+        request = Request(
+            request_id=len(arrivals),
+            arrival_s=0.0,
+            **_lengths(pick, shared, max_model_len, longest_own, longest_output),
+            priority=pick(0, 3),
+        )
+        longest = max(longest, min(request.prompt_tokens + request.output_tokens, max_model_len))
+        arrivals.append(Arrival(step, step if tied else len(arrivals), request))
+        if aborting and pick(0, 2) == 2:
+            aborts.append(Abort(step + pick(0, 40), request.request_id, in_flight=pick(0, 1) == 1))
+        if pick(0, 3) >= together:
+            step += pick(0, 6) if pick(0, 9) else 100 * pick(1, 3)
+
+    needed = -(-longest // block_size)
+    blocks = needed + (pick(0, needed // 2) if pick(0, 2) else pick(0, needed if crush else 12 * needed))
+    threshold = pick(1, 3 * block_size) if pick(0, 3) >= (2 if crush else 3) else 0
+    max_num_seqs = pick(6, 24) if crush else pick(1, 24) if pick(0, 3) else pick(1, 4)
+    max_num_seqs = min(max_num_seqs, budget)  # vLLM refuses more
+    newest = version != "0.23"
+    config = EngineConfig(
+        version=version,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=budget if chunked else max(budget, max_model_len),
+        max_model_len=max_model_len,
+        num_gpu_blocks=1 + blocks,
+        block_size=block_size,
+        enable_prefix_caching=pick(0, 6) != 6,
+        enable_chunked_prefill=chunked,
+        scheduling_policy="priority" if priority else "fcfs",
+        async_scheduling=pick(0, 1) == 1,
+        scheduler_reserve_full_isl=pick(0, 3) < (2 if crush else 3),
+        long_prefill_token_threshold=threshold,
+        long_prefill_token_threshold_adaptive=newest and pick(0, 1) == 1,
+        watermark=pick(1, 30) / 100 if newest and pick(0, 3) == 3 else 0.0,
+        max_num_active_seqs=pick(1, max_num_seqs) if newest and pick(0, 5) == 5 else None,
+    )
+    aborts.sort(key=lambda abort: abort.step)
+    return Scenario(name, config, tuple(arrivals), tuple(aborts))
+
+
+def _shared_parts(pick: Pick, block_size: int, max_model_len: int) -> list[tuple[tuple[int, int], ...]]:
+    """Prompts that others extend: a tree of parts, each path as a request's ``content``."""
+    paths: list[tuple[tuple[int, int], ...]] = [()]
+    for content_id in range(1, 1 + pick(0, 6)):
+        parent = paths[pick(0, len(paths) - 1)]
+        start = parent[-1][1] if parent else 0
+        tokens = block_size * pick(1, 4) if pick(0, 2) else pick(1, 6 * block_size)
+        if start + tokens < max_model_len:
+            paths.append((*parent, (content_id, start + tokens)))
+    return paths
+
+
+def _lengths(
+    pick: Pick,
+    shared: list[tuple[tuple[int, int], ...]],
+    max_model_len: int,
+    longest_own: int,
+    longest_output: int,
+) -> dict[str, Any]:
+    """Prompt, output and content of a request: a shared path, cut or extended by tokens of its own."""
+    path = shared[pick(0, len(shared) - 1)]
+    length = path[-1][1] if path else 0
+    own = (0, pick(0, 40), pick(0, longest_own))[pick(0, 2)]
+    if path and pick(0, 7) == 7:
+        own = -pick(0, length - 1)  # ends within a shared part
+    prompt = min(max(length + own, 1), max_model_len - 1)
+    content = []
+    for content_id, end in path:
+        content.append((content_id, min(end, prompt)))
+        if end >= prompt:
+            break
+    room = max_model_len - prompt
+    max_tokens = min(pick(1, longest_output), room + 3)  # a few run into max_model_len
+    output = pick(1, max_tokens) if pick(0, 2) == 2 else max_tokens
+    return {
+        "prompt_tokens": prompt,
+        "output_tokens": output,
+        "max_tokens": max_tokens,
+        "content": tuple(content),
+    }
+
+
+def data_folder() -> Path | None:
+    """Where the public traces lie: $SERVECAST_DATA, or shared/data beside the checkout; else None."""
+    beside = Path(__file__).resolve().parents[3] / "shared" / "data"
+    folder = Path(os.environ.get("SERVECAST_DATA") or beside)
+    return folder if folder.is_dir() else None
+
+
+TRACE_BLOCK = 512  # tokens that a hash id of a Mooncake trace stands for
+
+
+def trace_scenarios(trace: Path, version: str, count: int, *, requests: int = 200) -> Iterator[Scenario]:
+    """Windows of a Mooncake trace, 1/32 of the length: who shares what with whom is the trace's.
+
+    Every other one has a pool that hardly holds two requests.
+
+    Args:
+        trace: JSON lines with timestamp (ms), input_length, output_length, hash_ids.
+        count: number of windows, evenly spread over the trace.
+        requests: requests a window.
+    """
+    lines = trace.read_text().splitlines()
+    scale = 32
+    part = TRACE_BLOCK // scale
+    for window in range(count):
+        start = window * (len(lines) - requests) // count
+        rows = [json.loads(line) for line in lines[start : start + requests]]
+        arrivals: list[Arrival] = []
+        for row in rows:
+            prompt = max(row["input_length"] // scale, 1)
+            output = min(max(row["output_length"] // scale, 1), 60)
+            ends = [min(part * (k + 1), prompt) for k in range(len(row["hash_ids"]))]
+            content = tuple(
+                (hash_id, end)
+                for k, (hash_id, end) in enumerate(zip(row["hash_ids"], ends, strict=True))
+                if k == 0 or end > ends[k - 1]
+            )
+            request = Request(len(arrivals), 0.0, prompt, output, output, content)
+            arrivals.append(Arrival((row["timestamp"] - rows[0]["timestamp"]) // 500, len(arrivals), request))
+        longest = max(a.request.prompt_tokens + a.request.output_tokens for a in arrivals)
+        config = EngineConfig(
+            version=version,
+            max_num_seqs=32,
+            max_num_batched_tokens=512,
+            max_model_len=longest + 1,
+            num_gpu_blocks=2 + (20, 2)[window % 2] * -(-longest // 16),
+            async_scheduling=window % 4 < 2,
+        )
+        yield Scenario(f"{trace.stem}-{version}-{window}", config, tuple(arrivals))

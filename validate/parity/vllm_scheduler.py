@@ -1,0 +1,334 @@
+"""vLLM's real scheduler and KV cache manager, driven without a model or a GPU.
+
+Runs under the Python that has vLLM, and imports nothing but it, torch and the standard library (and the
+loop beside this file). Reads scenarios as JSON lines on stdin and answers each with one JSON line on
+stdout: ``{"decisions": [...]}`` or ``{"error": "..."}``. The first line out says which vLLM it is.
+
+    python validate/parity/vllm_scheduler.py <scenarios.jsonl >decisions.jsonl
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
+
+import inspect
+import json
+import random
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import vllm
+from engine_core import decisions  # type: ignore[import-not-found]
+from vllm.config import (
+    CacheConfig,
+    DeviceConfig,
+    ModelConfig,
+    ParallelConfig,
+    SchedulerConfig,
+    VllmConfig,
+)
+from vllm.sampling_params import SamplingParams
+from vllm.utils.hashing import get_hash_fn_by_name
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
+from vllm.v1.structured_output import StructuredOutputManager
+
+LONGEST_MODEL_LEN = 1 << 20
+STOP_TOKEN = 7  # no other token is below FIRST_TOKEN
+FIRST_TOKEN = 100
+TOKENS_PER_REQUEST = 1 << 21  # prompt tokens in the lower half, output tokens in the upper
+MODEL = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "vocab_size": 4096,
+    "max_position_embeddings": LONGEST_MODEL_LEN,
+    "torch_dtype": "bfloat16",
+}
+
+
+@dataclass
+class Step:
+    """One scheduler step: vLLM's own output, and what was read from it."""
+
+    output: Any
+    admitted: list[int]
+    resumed: list[int]
+    preempted: list[int]
+    cached_tokens: dict[int, int]
+    samplers: frozenset[str]
+    decode_context: int  # KV tokens that the step reads, prompt chunks included
+    chunks: tuple[()] = ()
+    finished: list[int] = field(default_factory=list)
+    emitted: int = 0
+
+    @property
+    def total_tokens(self) -> int:
+        return int(self.output.total_num_scheduled_tokens)
+
+    @property
+    def samples(self) -> int:
+        return len(self.samplers)
+
+    def scheduled(self) -> dict[int, int]:
+        return {int(name): tokens for name, tokens in self.output.num_scheduled_tokens.items()}
+
+
+class VllmEngine:
+    """vLLM's scheduler behind the interface that the loop drives.
+
+    Args:
+        config: the fields of servecast's EngineConfig.
+        model: folder with a config.json.
+
+    Raises:
+        ValueError: this vLLM has no such option.
+    """
+
+    def __init__(self, config: dict[str, Any], model: str) -> None:
+        vllm_config = _vllm_config(config, model)
+        kv_cache = KVCacheConfig(
+            num_blocks=config["num_gpu_blocks"],
+            kv_cache_tensors=[],
+            kv_cache_groups=[
+                KVCacheGroupSpec(
+                    ["layer"],
+                    FullAttentionSpec(
+                        block_size=config["block_size"], num_kv_heads=4, head_size=32, dtype=torch.bfloat16
+                    ),
+                )
+            ],
+        )
+        scheduler_cls = AsyncScheduler if config["async_scheduling"] else Scheduler
+        self.scheduler = scheduler_cls(
+            vllm_config=vllm_config,
+            kv_cache_config=kv_cache,
+            block_size=config["block_size"],
+            structured_output_manager=StructuredOutputManager(vllm_config),
+            log_stats=True,
+        )
+        hash_fn = get_hash_fn_by_name("sha256")
+        init_none_hash(hash_fn)
+        caching = config["enable_prefix_caching"]
+        self.hasher = get_request_block_hasher(config["block_size"], hash_fn) if caching else None
+        self.kv = self.scheduler.kv_cache_manager
+        self.pool = self.kv.block_pool
+        self.victims: list[int] = []
+        self.prefix_queries = 0  # tokens, as vLLM's counters have them: without preempted requests
+        self.prefix_hits = 0
+        self.outputs: dict[str, int] = {}  # request -> tokens that the model will produce
+        self.preempt = self.scheduler._preempt_request
+        self.scheduler._preempt_request = self._preempt_and_note
+
+    def _preempt_and_note(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        # SchedulerOutput.preempted_req_ids is a set: the order of victims is seen here only
+        self.victims.append(int(request.request_id))
+        self.preempt(request, *args, **kwargs)
+
+    def add(self, asked: dict[str, Any], arrival: int) -> None:
+        stops = asked["output_tokens"] < asked["max_tokens"]
+        by_eos = asked["request_id"] % 2 == 0  # both ways to stop are the same to the scheduler
+        params = SamplingParams(
+            max_tokens=asked["max_tokens"],
+            temperature=0.0,
+            ignore_eos=not stops,
+            stop_token_ids=[STOP_TOKEN] if stops and not by_eos else None,
+        )
+        params.update_from_generation_config({}, eos_token_id=STOP_TOKEN)
+        request = Request(
+            request_id=_name(asked["request_id"]),
+            prompt_token_ids=_prompt(asked),
+            sampling_params=params,
+            pooling_params=None,
+            arrival_time=float(arrival),
+            priority=asked["priority"],
+            block_hasher=self.hasher,
+        )
+        self.outputs[request.request_id] = asked["output_tokens"]
+        self.scheduler.add_request(request)
+
+    def abort(self, request_id: int) -> None:
+        self.scheduler.finish_requests(_name(request_id), RequestStatus.FINISHED_ABORTED)
+
+    def schedule(self) -> Step:
+        self.victims = []
+        output = self.scheduler.schedule()
+        requests = self.scheduler.requests
+        cached = output.scheduled_cached_reqs
+        resumed_ids = set(cached.resumed_req_ids)
+        computed = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
+        for name, tokens in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
+            if name in resumed_ids:
+                computed[name] = tokens
+        # model runner V2 reports resumed requests among the new ones: the request itself knows
+        joined = [name for name in output.num_scheduled_tokens if name in computed]
+        return Step(
+            output=output,
+            admitted=[int(name) for name in joined if requests[name].num_preemptions == 0],
+            resumed=[int(name) for name in joined if requests[name].num_preemptions > 0],
+            preempted=self.victims,
+            cached_tokens={int(name): computed[name] for name in joined},
+            samplers=frozenset(
+                name for name in output.num_scheduled_tokens if not requests[name].is_prefill_chunk
+            ),
+            decode_context=sum(requests[name].num_computed_tokens for name in output.num_scheduled_tokens),
+        )
+
+    def complete(self, step: Step) -> None:
+        names = list(step.output.num_scheduled_tokens)
+        model_output = ModelRunnerOutput(
+            req_ids=names,
+            req_id_to_index={name: index for index, name in enumerate(names)},
+            sampled_token_ids=[[self._token(name)] if name in step.samplers else [] for name in names],
+            logprobs=None,
+            prompt_logprobs_dict={},
+            pooler_output=[],
+        )
+        by_client = self.scheduler.update_from_output(step.output, model_output)
+        outputs = [output for client in by_client.values() for output in client.outputs]
+        for client in by_client.values():
+            if client.scheduler_stats is not None:
+                stats = client.scheduler_stats.prefix_cache_stats
+                self.prefix_queries += stats.queries
+                self.prefix_hits += stats.hits
+        step.emitted = sum(len(output.new_token_ids) for output in outputs)
+        step.finished = [int(output.request_id) for output in outputs if output.finish_reason is not None]
+
+    def _token(self, name: str) -> int:
+        """The next output token: the stop token where the model stops, else one that occurs nowhere else."""
+        request = self.scheduler.requests.get(name)
+        if request is None:
+            return FIRST_TOKEN  # aborted or stopped while in flight: vLLM throws it away
+        index = int(request.num_output_tokens)
+        if index + 1 == self.outputs[name]:
+            return STOP_TOKEN
+        return FIRST_TOKEN + int(name) * TOKENS_PER_REQUEST + TOKENS_PER_REQUEST // 2 + index
+
+    @property
+    def has_requests(self) -> bool:
+        return bool(self.scheduler.has_requests())
+
+    @property
+    def running(self) -> list[int]:
+        return [int(request.request_id) for request in self.scheduler.running]
+
+    @property
+    def waiting(self) -> list[int]:
+        return [int(request.request_id) for request in self.scheduler.waiting]
+
+    @property
+    def free_blocks(self) -> int:
+        return int(self.pool.get_num_free_blocks())
+
+    def free_list(self, limit: int) -> list[int]:
+        queue = self.pool.free_block_queue
+        block = queue.fake_free_list_head.next_free_block
+        head: list[int] = []
+        while block is not queue.fake_free_list_tail and len(head) < limit:
+            head.append(block.block_id)
+            block = block.next_free_block
+        return head
+
+    @property
+    def cached_blocks(self) -> int:
+        return len(self.pool.cached_block_hash_to_block)
+
+    def block_ids(self, request_id: int) -> list[int]:
+        return list(self.kv.get_block_ids(_name(request_id))[0])
+
+
+def _vllm_config(config: dict[str, Any], model: str) -> VllmConfig:
+    options = {
+        "max_num_seqs": config["max_num_seqs"],
+        "max_num_batched_tokens": config["max_num_batched_tokens"],
+        "max_model_len": config["max_model_len"],
+        "enable_chunked_prefill": config["enable_chunked_prefill"],
+        "is_encoder_decoder": False,
+        "policy": config["scheduling_policy"],
+        "async_scheduling": config["async_scheduling"],
+    }
+    known = inspect.signature(SchedulerConfig).parameters
+    for name, off in (
+        ("long_prefill_token_threshold", 0),
+        ("long_prefill_token_threshold_adaptive", False),
+        ("scheduler_reserve_full_isl", None),
+        ("watermark", 0.0),
+        ("max_num_active_seqs", None),
+    ):
+        if name in known:
+            options[name] = config[name]
+        elif config[name] != off:
+            raise ValueError(f"vLLM {vllm.__version__} has no {name}")
+    vllm_config = VllmConfig(
+        model_config=ModelConfig(
+            model=model,
+            tokenizer=model,
+            skip_tokenizer_init=True,
+            dtype="bfloat16",
+            max_model_len=config["max_model_len"],
+            seed=0,
+        ),
+        scheduler_config=SchedulerConfig(**options),
+        cache_config=CacheConfig(
+            block_size=config["block_size"], enable_prefix_caching=config["enable_prefix_caching"]
+        ),
+        parallel_config=ParallelConfig(),
+        device_config=DeviceConfig("cpu"),
+    )
+    vllm_config.cache_config.num_gpu_blocks = config["num_gpu_blocks"]
+    # the CPU platform turns async scheduling off and chooses its own block size
+    vllm_config.cache_config.block_size = config["block_size"]
+    for name in options.keys() - {"max_model_len", "is_encoder_decoder"}:
+        setattr(vllm_config.scheduler_config, name, options[name])
+    return vllm_config
+
+
+def _name(request_id: int) -> str:
+    return f"{request_id:09d}"  # vLLM breaks ties of priority and arrival by the id as a string
+
+
+def _prompt(request: dict[str, Any]) -> list[int]:
+    """Token ids: equal where the shared parts are, and nowhere else."""
+    tokens: list[int] = []
+    ids: list[int] = []
+    for content_id, end in request["content"]:
+        ids.append(content_id)
+        part = random.Random(repr(ids))
+        tokens += [-1 - part.getrandbits(30) for _ in range(end - len(tokens))]
+    private = FIRST_TOKEN + request["request_id"] * TOKENS_PER_REQUEST
+    return tokens + list(range(private + len(tokens), private + request["prompt_tokens"]))
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # whatever else prints shall not end up between the answers
+    print(json.dumps({"vllm": vllm.__version__}), file=answers)
+    with tempfile.TemporaryDirectory() as model:
+        Path(model, "config.json").write_text(json.dumps(MODEL))
+        for line in sys.stdin:
+            scenario = json.loads(line)
+            try:
+                answer: dict[str, Any] = {
+                    "decisions": list(decisions(VllmEngine(scenario["config"], model), scenario))
+                }
+            except Exception as error:
+                answer = {"error": f"{type(error).__name__}: {error}"}
+            print(json.dumps(answer, separators=(",", ":")), file=answers)
+
+
+if __name__ == "__main__":
+    main()
