@@ -24,7 +24,6 @@ import numpy as np
 import pandas as pd
 
 from servecast.calibrate.ending import descendants, kill
-from servecast.calibrate.measure.errors import MeasureError
 from servecast.calibrate.measure.vllm.bench_serve import run_bench
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.inputs.files import write_whole
@@ -86,8 +85,8 @@ class Split:
         first router, ends it with what is done.
 
         Raises:
-            InputError: the replicas are not alike, cache no prefixes, or one does not start.
-            MeasureError: a load generator fails.
+            InputError: the replicas are not alike, cache no prefixes, one does not start, or a load generator
+                fails.
         """
         self._refuse()
         self.out.mkdir(parents=True, exist_ok=True)
@@ -104,7 +103,7 @@ class Split:
                     self.after_router(self)
         except KeyboardInterrupt:
             self.stopped = "stopped by hand"
-        except (InputError, MeasureError, OSError) as error:
+        except (InputError, OSError) as error:
             if not self.measured:
                 raise
             self.stopped = f"not all routers were measured: {error}"

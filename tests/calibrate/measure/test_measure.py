@@ -27,7 +27,8 @@ from servecast.calibrate.measure.folder import Budget, Folder, Progress, read_fa
 from servecast.calibrate.measure.served import OUTPUT_TOKENS, SHORTEST, overheads
 from servecast.calibrate.measure.vllm.bench_serve import TookTooLongError, run_bench
 from servecast.calibrate.measure.vllm.server import VllmServer
-from servecast.calibrate.measure.vllm.tiny_model import write_tiny_model
+from servecast.calibrate.measure.vllm.tiny_model import write_tiny_model, write_tokenizer
+from servecast.sim.inputs.errors import InputError
 
 FACTS = {"schema_version": 1, "gpu": "cpu", "torch": "2.13.0", "vllm": "0.32.0"}
 
@@ -508,19 +509,35 @@ def test_bad_input_is_one_message(
     assert not (out / "engine.jsonl").exists()
 
 
-def test_the_package_runs_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("what", ["engine", "kernels", "served"])
+def test_the_package_runs_alone(tmp_path: Path, what: str) -> None:
     """On a machine with nothing but a copy of the folder and Python."""
-    copy = tmp_path / "measure"
-    copy.symlink_to(ROOT / "calibrate" / "measure")
+    done = _alone(tmp_path, what, "--help")
+    assert done.returncode == 0, done.stderr
+    assert "--time-budget" in done.stdout
+
+
+def test_it_refuses_alone_as_inside_of_servecast(tmp_path: Path) -> None:
+    assert MeasureError is InputError
+    done = _alone(tmp_path, "served", "--out", str(tmp_path / "out"), "--model", str(tmp_path / "none"))
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"measure: {tmp_path}/none/config.json: cannot be read: No such file or directory. "
+        "Give a folder with a model's config.json.\n"
+    )
+
+
+def _alone(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """``python -m measure`` with the copy in a folder and the standard library, and no other package."""
+    (folder / "measure").symlink_to(ROOT / "calibrate" / "measure")
     start = (
         "import sys, runpy; sys.path.append(sys.argv.pop(1)); "
         "runpy.run_module('measure', run_name='__main__', alter_sys=True)"
     )
-    done = subprocess.run(
-        [sys.executable, "-I", "-S", "-c", start, str(tmp_path), "engine", "--help"],
+    return subprocess.run(
+        [sys.executable, "-I", "-S", "-c", start, str(folder), *arguments],
         capture_output=True,
         text=True,
         env={"PATH": os.environ["PATH"]},
-        check=True,
+        check=False,
     )
-    assert "--time-budget" in done.stdout
