@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import simpy
 
+from servecast.sim.engine.request import Stage
 from servecast.sim.fleet.client import Client
 from servecast.sim.fleet.fleet import NOT_READY, Fleet
 from servecast.sim.fleet.replica import Replica
@@ -20,7 +21,7 @@ from servecast.sim.routing.routers import ROUTERS, Router
 from servecast.sim.scenario.deployment import Deployment
 from servecast.sim.scenario.scenario import Scenario
 from servecast.sim.traffic.arrivals import ClosedLoop
-from servecast.sim.traffic.draw import build, check_lengths, with_request_rate
+from servecast.sim.traffic.draw import check_lengths, draw, with_request_rate
 from servecast.sim.traffic.spec import Workload
 
 
@@ -29,6 +30,7 @@ def simulate(
     *,
     seed: int | None = None,
     workload: Workload | None = None,
+    stages: list[Stage] | None = None,
     deployment: Deployment | None = None,
 ) -> Run:
     """Run the scenario's workload to the end of its last request.
@@ -37,18 +39,22 @@ def simulate(
     with one seed see the same traffic whatever else differs between them.
 
     Args:
-        seed: instead of the scenario's. workload: instead of the scenario's own.
+        seed: instead of the scenario's. workload: instead of the scenario's own. stages: requests that are
+            drawn already, instead of a workload.
         deployment: ``Deployment.of(scenario)``, if it is at hand.
 
     Raises:
         InputError: the scenario cannot be made concrete, or a request could never run.
     """
     seed = scenario.seed if seed is None else seed
-    workload = scenario.stages() if workload is None else workload
     deployment = Deployment.of(scenario) if deployment is None else deployment
-    streams = np.random.default_rng(seed).spawn(7)
-    arrivals, lengths, content, noise, front_end, reading, routing = streams
-    stages = build(workload, arrivals=arrivals, lengths=lengths, content=content)
+    noise, front_end, reading, routing = np.random.default_rng(seed).spawn(7)[3:]  # behind those of draw
+    load: dict[str, float | int | None] = {}
+    if stages is None:
+        workload = scenario.stages() if workload is None else workload
+        stages, load = draw(workload, seed), _load(workload)
+    elif [len(stage.streams) for stage in stages] == [1]:
+        load = {"max_concurrency": stages[0].streams[0].max_concurrency}
     specs = scenario.fleet.specs
     deployments = _deployments(scenario, deployment)
     shortest = min(each.config.max_model_len for each in deployments)
@@ -102,7 +108,7 @@ def simulate(
         "max_num_batched_tokens": deployment.config.max_num_batched_tokens,
         "num_gpu_blocks": deployment.config.num_gpu_blocks,
         "replicas": count,
-        **_load(workload),
+        **load,
     }
     if fleet.failures:
         run.meta["failures"] = dict(sorted(fleet.failures.items()))

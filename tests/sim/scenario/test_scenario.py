@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from servecast.sim.inputs.errors import InputError
@@ -19,7 +18,7 @@ from servecast.sim.scenario.engine_flags import EngineFlags
 from servecast.sim.scenario.reported import Reported, ReportedRow, read_rows, stage_of
 from servecast.sim.scenario.scenario import Scenario, load, shipped_scenarios
 from servecast.sim.traffic.arrivals import ClosedLoop, Constant, Poisson
-from servecast.sim.traffic.draw import build
+from servecast.sim.traffic.draw import draw
 from servecast.sim.traffic.lengths import Fixed
 from servecast.sim.traffic.traces import TraceSpec
 
@@ -96,8 +95,7 @@ def test_every_reported_row_has_its_stage_and_most_are_predicted(name: str) -> N
         files = [trace.path for trace in traces if isinstance(trace, TraceSpec)]
         if missing := [str(path) for path in files if not path.is_file()]:
             pytest.skip(f"no {missing[0]}: set SERVECAST_DATA to the folder with the data")
-        arrivals, lengths, content = np.random.default_rng(0).spawn(3)
-        stages = build(load_of_table, arrivals=arrivals, lengths=lengths, content=content)
+        stages = draw(load_of_table, seed=0)
         assert all(stream.requests for stage in stages for stream in stage.streams)
 
 
