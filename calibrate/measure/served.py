@@ -17,7 +17,8 @@ from .engine.measure import FILE, model_config
 from .errors import MeasureError
 from .facts import collect
 from .folder import Budget, Folder, Progress, Row
-from .vllm.bench_serve import run_bench
+from .vllm.bench_serve import Server, run_bench
+from .vllm.recording import parse_recording
 from .vllm.server import VllmServer, recording
 from .vllm.tiny_model import write_tokenizer
 
@@ -85,9 +86,7 @@ def _serve(
             trace = work / f"trace-{concurrency}.jsonl"
             _write_trace(trace, WAVES * max(4, concurrency))
             result = run_bench(
-                server.base_url,
-                name,
-                served,
+                Server(server.base_url, name, str(served)),
                 trace,
                 work / f"result-{concurrency}.json",
                 args=["--max-concurrency", str(concurrency)],
@@ -186,25 +185,20 @@ def _engine_side(recorded: str, requests: int) -> tuple[dict[int, float], dict[i
 
     Tokens come with how many left in the same step.
     """
-    prompts: dict[int, int] = {}
-    received: dict[int, float] = {}
-    scheduled: list[list[int]] = []  # request numbers that get a token from each step
+    run = parse_recording(recorded)
     delivered = defaultdict[int, list[tuple[float, int]]](list)
-    done = 0
-    for line in recorded.splitlines()[:-1]:  # the last one may be half written
-        kind, *rest = json.loads(line)
-        if kind == "received":
-            received[rest[1]] = rest[0] / 1e9
-        elif kind == "add":
-            prompts[rest[1]] = rest[2]
-        elif kind == "schedule":
-            scheduled.append([n for n, tokens, before in rest[2] if before + tokens >= prompts[n]])
-        elif kind == "update":
-            for n in scheduled[done]:
-                delivered[n].append((rest[1] / 1e9, len(scheduled[done])))
-            done += 1
-    last = range(max(0, len(prompts) - requests), len(prompts))
-    return {prompts[n]: received[n] for n in last}, {prompts[n]: delivered[n] for n in last}
+    for step in run.steps:
+        if step.ended is not None:
+            done = [
+                n for n, tokens, before in step.scheduled if before + tokens >= run.requests[n].prompt_tokens
+            ]
+            for n in done:
+                delivered[n].append((step.ended / 1e9, len(done)))
+    last = {n: added for n, added in run.requests.items() if n >= len(run.requests) - requests}
+    return (
+        {added.prompt_tokens: added.received / 1e9 for added in last.values()},
+        {added.prompt_tokens: delivered[n] for n, added in last.items()},
+    )
 
 
 def _thin(times: list[float]) -> list[float]:

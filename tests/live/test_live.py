@@ -38,12 +38,11 @@ from metronome_setup import ROOFLINE, metronome_gpu, metronome_model
 from servecast.__main__ import main
 from servecast.sim.hardware.profile import Profile
 from servecast.sim.scenario.scenario import load
-from servecast.sim.traffic.traces import TraceSpec
 from servecast.validate.compare.verdict import Tolerances
 from servecast.validate.live.drive import Outcome
 from servecast.validate.live.own_server import Started, started
 from servecast.validate.live.result import document, judge
-from servecast.validate.live.session import Campaign
+from servecast.validate.live.session import Session
 from servecast.validate.live.split import Split
 from servecast.validate.live.target import Target
 from servecast.validate.live.telemetry import get, parse_metrics
@@ -72,9 +71,9 @@ class Lab:
     def target(self) -> Target:
         return self.replicas[0].target
 
-    def campaign(self, out: Path, **options: Any) -> Campaign:
+    def campaign(self, out: Path, **options: Any) -> Session:
         """A campaign on the first of them."""
-        return Campaign(load(self.file), self.target, out, **({"python": PYTHON, "seeds": 3} | options))
+        return Session(load(self.file), self.target, out, **({"python": PYTHON, "seeds": 3} | options))
 
     def in_time(self, outcome: Outcome) -> bool:
         """Whether the first metronome and its client kept time in a load, whatever came of it."""
@@ -86,7 +85,7 @@ class Lab:
         lost = lost_time(recording, ROOFLINE, began, began + float(run.requests["finish"].max()))
         late = 0.0
         if outcome.load.max_concurrency is None:
-            planned = TraceSpec(format="timed_trace", path=outcome.load.trace).read().times_s
+            planned = outcome.load.requests.times_s
             late = float(np.percentile(np.sort(run.requests["sent"].to_numpy()) - np.sort(planned), 95))
         gap = float(run.itl["gap"].max())
         print(f"{outcome.load.name}: steps lost {lost:.2%}, sent {late:.3f} s late, longest gap {gap:.3f} s")
@@ -117,7 +116,7 @@ def rows(load: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {row["metric"]: row for row in load["rows"]}
 
 
-def kept(campaign: Campaign) -> dict[str, Any]:
+def kept(campaign: Session) -> dict[str, Any]:
     """What a campaign writes."""
     found = document(campaign, judge(campaign, LIMITS), what_if={}, tolerances=LIMITS)
     show(found)
@@ -148,15 +147,15 @@ def sweep(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """
     out = tmp_path_factory.mktemp("sweep")
     plans: tuple[str, ...] = ("rate", "slo", "concurrency", "prefix")
-    campaign = lab.campaign(out / "0", plans=plans, rates=RATES, concurrency=(8,), duration_s=12)
+    campaign = lab.campaign(out / "0", kinds=plans, rates=RATES, concurrency=(8,), duration_s=12)
     campaign.run()
     for again in range(1, AGAIN + 1):
-        lost = {outcome.load.plan for outcome in campaign.outcomes if not lab.in_time(outcome)}
+        lost = {outcome.load.kind for outcome in campaign.outcomes if not lab.in_time(outcome)}
         if not lost:
             break
         plans = tuple(plan for plan in plans if plan in lost)
         repeated = replace(
-            campaign, out=out / str(again), plans=plans, outcomes=[], notes=[], predicted_rates=[]
+            campaign, out=out / str(again), kinds=plans, outcomes=[], notes=[], predicted_rates=[]
         )
         repeated.run()
         campaign.outcomes = [each for each in campaign.outcomes if each.load.plan not in lost]
@@ -251,7 +250,7 @@ def test_kv_pressure(lab: Lab, tmp_path: Path) -> None:
     }
     own = metronome(lab.file.parent / "metronome", ROOFLINE)
     scenario = load(lab.file, long)
-    campaign = Campaign(scenario, own, tmp_path, plans=("kv",), duration_s=10, seeds=3, python=PYTHON)
+    campaign = Session(scenario, own, tmp_path, kinds=("kv",), duration_s=10, seeds=3, python=PYTHON)
     campaign.run()
     (each,) = kept(campaign)["loads"]
     found = rows(each)
@@ -345,7 +344,7 @@ def test_a_killed_server_keeps_what_was_finished(lab: Lab, tmp_path: Path) -> No
         if text.startswith("running rate-6"):
             threading.Thread(target=_kill_when_busy, args=(doomed,)).start()
 
-    campaign = Campaign(
+    campaign = Session(
         load(lab.file),
         doomed.target,
         tmp_path,

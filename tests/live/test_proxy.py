@@ -33,7 +33,8 @@ from servecast.sim.hardware.step_time.physical import Efficiencies
 from servecast.sim.metrics.metrics import statistic
 from servecast.sim.run.simulate import simulate
 from servecast.sim.scenario.scenario import load
-from servecast.validate.live.loads import Load
+from servecast.sim.traffic.draw import replayed
+from servecast.sim.traffic.traces import read_timed_trace
 from servecast.validate.live.target import Target
 from servecast.validate.live.telemetry import Prometheus, get, growth, scraper
 from servecast.validate.live.truth import read_truth
@@ -359,5 +360,5 @@ def predicted_ttft_s(folder: Path, engine: str, trace: Path) -> float:
     """The median without a proxy."""
     truth = read_truth(Target(engine, "model", str(folder / "model")), {"gpu": "cpu"})
     scenario = load(str(folder / "metronome.yaml")).changed(truth.overrides())
-    run = simulate(scenario, seed=scenario.seed, workload=Load("", "rate", trace, RATE, None).workload())
+    run = simulate(scenario, seed=scenario.seed, stages=replayed(read_timed_trace(trace)))
     return statistic(run, "ttft", "median")

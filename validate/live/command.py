@@ -110,7 +110,7 @@ def live(
     from servecast.validate.compare.page import write_comparison_report
     from servecast.validate.compare.verdict import Tolerances
     from servecast.validate.live.result import document, facts, judge, new_result
-    from servecast.validate.live.session import Campaign
+    from servecast.validate.live.session import Session
 
     loaded, changes = what_if.load(scenario)
     limits = Tolerances.load(tolerances)
@@ -120,17 +120,17 @@ def live(
 
     known: dict[str, LoadComparison] = {}
 
-    def keep(campaign: Campaign) -> tuple[Comparison, dict[str, Any]]:
+    def keep(campaign: Session) -> tuple[Comparison, dict[str, Any]]:
         comparison = judge(campaign, limits, known)
         kept = document(campaign, comparison, what_if=changes, tolerances=limits)
         write_result(path, kept)
         return comparison, kept
 
-    campaign = Campaign(
+    campaign = Session(
         loaded,
         server,
         folder,
-        plans=tuple(dict.fromkeys(plan.split(","))),
+        kinds=tuple(dict.fromkeys(plan.split(","))),
         duration_s=duration,
         rates=() if rates is None else tuple(dict.fromkeys(numbers(rates, where="--rates"))),
         concurrency=_levels(concurrency),
@@ -196,8 +196,8 @@ def _running(attach: Attach, flags: tuple[str, ...], *, recorder: bool) -> OwnSe
         attach.model,
         attach.tokenizer or attach.model,
         attach.endpoint,
-        attach.engine_url,
         attach.api_key_env,
+        attach.engine_url,
     )
     _ = target.key  # refused here where its variable is not set
     return target
