@@ -38,7 +38,7 @@ from metronome_setup import ROOFLINE, metronome_gpu, metronome_model
 from servecast.__main__ import main
 from servecast.sim.hardware.profile import Profile
 from servecast.sim.scenario.scenario import load
-from servecast.validate.compare.verdict import Tolerances
+from servecast.validate.compare.tolerances import Tolerances
 from servecast.validate.live.drive import Outcome
 from servecast.validate.live.own_server import Started, started
 from servecast.validate.live.result import document, judge

@@ -19,7 +19,7 @@ from servecast.sim.traffic.spec import StageSpec, Workload
 from servecast.sim.traffic.traces import Trace
 from servecast.validate.compare.load import LoadComparison, compare_runs
 from servecast.validate.compare.sweep import Comparison, compare_loads
-from servecast.validate.compare.verdict import Tolerances
+from servecast.validate.compare.tolerances import Tolerances
 from servecast.validate.readers import Reading
 from servecast.validate.readers.run_of import LONGEST_S
 

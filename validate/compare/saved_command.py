@@ -46,7 +46,7 @@ def result(
     from servecast.validate.compare.page import write_comparison_report
     from servecast.validate.compare.saved import judge_result
     from servecast.validate.compare.text import print_comparison
-    from servecast.validate.compare.verdict import Tolerances
+    from servecast.validate.compare.tolerances import Tolerances
     from servecast.validate.readers import read_all
 
     if report is not None:

@@ -16,7 +16,8 @@ from servecast.sim.metrics.records import Run
 from servecast.sim.metrics.slo import SLO, Goodput
 from servecast.sim.plan.probe import ATTAINMENT, WARMUP_SHARE
 from servecast.validate.compare.load import CONFIDENCE, LoadComparison, Row
-from servecast.validate.compare.verdict import State, Tolerances, Verdict, verdict_of
+from servecast.validate.compare.tolerances import Tolerances
+from servecast.validate.compare.verdict import State, Verdict, verdict_of
 
 _STRAINS = 1e-3, 1e3  # between these, so that they have a logarithm
 

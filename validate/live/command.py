@@ -108,7 +108,7 @@ def live(
     from servecast.calibrate.ending import sigterm_as_ctrl_c
     from servecast.sim.run.results import check_output, write_result
     from servecast.validate.compare.page import write_comparison_report
-    from servecast.validate.compare.verdict import Tolerances
+    from servecast.validate.compare.tolerances import Tolerances
     from servecast.validate.live.result import document, facts, judge, new_result
     from servecast.validate.live.session import Session
 

@@ -18,13 +18,14 @@ from servecast.sim.metrics.confidence import Interval
 from servecast.sim.metrics.records import Run
 from servecast.sim.run.results import SCHEMA_VERSION, check_output
 from servecast.validate.compare.load import CONFIDENCE, LoadComparison, Row, compare_runs, make_row
+from servecast.validate.compare.series import growth
 from servecast.validate.compare.sweep import Comparison, compare_loads
-from servecast.validate.compare.verdict import Tolerances, Verdict
+from servecast.validate.compare.tolerances import Tolerances
+from servecast.validate.compare.verdict import Verdict
 from servecast.validate.live.drive import Outcome
 from servecast.validate.live.own_server import OwnServer
 from servecast.validate.live.search import SEARCHES, goodput_of
 from servecast.validate.live.session import Session
-from servecast.validate.live.telemetry import growth
 
 _FIGURES = 6  # significant, of what is kept
 RESULT = "result.json"
@@ -112,10 +113,11 @@ def _compare(outcome: Outcome, tolerances: Tolerances) -> LoadComparison:
 
 def _queue_time(outcome: Outcome, tolerances: Tolerances) -> list[Row]:
     """How long requests waited in the engine for their first step, on average, by the engine's own word."""
-    queued = growth(outcome.telemetry, "queued")
+    seen = outcome.telemetry.reindex(columns=["queued", "queue_s"])
+    queued, queue_s = (growth(seen[name].to_numpy(dtype=float)) for name in seen)
     if math.isnan(queued) or not queued:
         return []
-    measured = 1e3 * growth(outcome.telemetry, "queue_s") / queued
+    measured = 1e3 * queue_s / queued
     predicted = [_mean_queue_ms(run) for run in outcome.prediction.runs]
     difference = float(np.mean(predicted)) - measured
 

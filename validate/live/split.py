@@ -34,7 +34,9 @@ from servecast.sim.scenario.scenario import Scenario
 from servecast.sim.traffic.draw import draw, replayed, with_request_rate
 from servecast.sim.traffic.trace_writers import from_requests, write_timed_trace
 from servecast.sim.traffic.traces import Trace
-from servecast.validate.compare.verdict import State, Tolerances, Verdict, verdict_of
+from servecast.validate.compare.load import ClientLag
+from servecast.validate.compare.tolerances import Tolerances
+from servecast.validate.compare.verdict import State, Verdict, verdict_of
 from servecast.validate.live.drive import BENCH_START_S, SLOWER, file_sha256
 from servecast.validate.live.own_server import OwnServer, started
 from servecast.validate.live.target import Target, warm_up
@@ -210,8 +212,14 @@ class Split:
         queries, hits = (sum(each) for each in zip(*grown, strict=True))
         pooled = Run(pd.concat([run.requests for run in runs]), runs[0].steps, runs[0].itl, runs[0].stages)
         figures = _figures(pooled, hits / queries if queries else math.nan)
-        late_ms = max(_lag_ms(run, parts[number]) for run, number in zip(runs, used, strict=True))
-        return {"measured": figures, "problems": _problems(pooled, figures, late_ms, self.limits)}
+        problems = _problems(pooled, figures, self.limits)
+        lags = [
+            ClientLag.behind(np.sort(run.requests["sent"].to_numpy(dtype=float)), parts[number].times_s)
+            for run, number in zip(runs, used, strict=True)
+        ]
+        if known := [lag for lag in lags if lag is not None]:
+            problems += max(known, key=lambda lag: lag.p95_ms).problems(self.limits)
+        return {"measured": figures, "problems": problems}
 
     def ranking(self) -> dict[str, dict[str, str | None]]:
         """Figure -> the router that is best at it, "predicted" and "measured", of those that were measured;
@@ -248,7 +256,7 @@ def judge(split: Split) -> Verdict:
     return verdict_of(states, problems)
 
 
-def _problems(run: Run, figures: Mapping[str, float], late_ms: float, limits: Tolerances) -> list[str]:
+def _problems(run: Run, figures: Mapping[str, float], limits: Tolerances) -> list[str]:
     """Why a measurement says nothing."""
     found = []
     if math.isnan(figures["prefix_hit_rate"]):
@@ -256,18 +264,7 @@ def _problems(run: Run, figures: Mapping[str, float], late_ms: float, limits: To
     failed = int((run.requests["status"] != "finished").sum())
     if failed > limits.max_failed_share * len(run.requests):
         found.append(f"{failed} of {len(run.requests)} requests failed")
-    if late_ms > limits.client_lag_ms:
-        found.append(
-            f"the client was late: p95 of {late_ms:.1f} ms between planned and actual sending, "
-            f"{limits.client_lag_ms:g} ms allowed"
-        )
     return found
-
-
-def _lag_ms(run: Run, planned: Trace) -> float:
-    """p95 of how much later than planned requests were sent, less the least of them."""
-    late = np.sort(run.requests["sent"].to_numpy(dtype=float)) - np.sort(planned.times_s)
-    return float(1e3 * np.percentile(late - late.min(), 95))
 
 
 def _best(values: Mapping[str, float], better: Callable[..., str]) -> str | None:

@@ -28,7 +28,8 @@ from servecast.validate.compare.page import write_comparison_report
 from servecast.validate.compare.series import EngineSeries
 from servecast.validate.compare.sweep import bracket_row, compare_loads, strain
 from servecast.validate.compare.text import print_comparison
-from servecast.validate.compare.verdict import Tolerances, judge_row, verdict_of
+from servecast.validate.compare.tolerances import Tolerances
+from servecast.validate.compare.verdict import judge_row, verdict_of
 from servecast.validate.readers import Context, Reading
 
 SHIPPED = Tolerances.load()
@@ -474,7 +475,7 @@ def test_tolerances_come_from_a_file(tmp_path: Path) -> None:
         ("rows: {median_tpot_ms: {}}", "the tolerance is nothing"),
         ("rows: {}\nmin_request: 1", "unknown field 'min_request'"),
         ("rows: {p95_tfft_ms: {relative: 0.1}}", "there is no figure 'p95_tfft_ms'"),
-        ("rows: [", "is not YAML"),
+        ("rows: [", "not valid YAML"),
     ):
         file.write_text(text)
         with pytest.raises(InputError, match=message):

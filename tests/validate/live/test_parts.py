@@ -20,7 +20,8 @@ from servecast.sim.hardware.gpu import find_gpu
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.scenario.deployment import Deployment
 from servecast.sim.scenario.scenario import Scenario, load
-from servecast.validate.compare.verdict import Tolerances
+from servecast.validate.compare.series import growth
+from servecast.validate.compare.tolerances import Tolerances
 from servecast.validate.live import session as live
 from servecast.validate.live.loads import KINDS, Loads
 from servecast.validate.live.misfit import refuse_misfit, replaced
@@ -33,7 +34,6 @@ from servecast.validate.live.telemetry import (
     Prometheus,
     Sampler,
     cache_config,
-    growth,
     parse_metrics,
     scraper,
 )
@@ -91,9 +91,9 @@ def test_metrics_are_summed_over_engines_and_what_is_absent_is_not_a_number() ->
 
 def test_growth_needs_two_readings() -> None:
     frame = pd.DataFrame({"a": [1.0, math.nan, 4.0], "b": [math.nan, 2.0, math.nan]})
-    assert growth(frame, "a") == 3
-    assert math.isnan(growth(frame, "b"))
-    assert math.isnan(growth(frame, "c"))
+    assert growth(frame["a"].to_numpy()) == 3
+    assert math.isnan(growth(frame["b"].to_numpy()))
+    assert math.isnan(growth(pd.Series(dtype=float).to_numpy()))
 
 
 def test_a_sampler_goes_on_after_a_failure() -> None:

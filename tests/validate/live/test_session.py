@@ -24,7 +24,7 @@ from servecast.sim.inputs.errors import InputError
 from servecast.sim.run.simulate import simulate
 from servecast.sim.scenario.deployment import Deployment
 from servecast.sim.scenario.scenario import load
-from servecast.validate.compare.verdict import Tolerances
+from servecast.validate.compare.tolerances import Tolerances
 from servecast.validate.live import drive as live_drive
 from servecast.validate.live import result as live_result
 from servecast.validate.live import search as live_search
