@@ -158,7 +158,7 @@ def sweep(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             campaign, out=out / str(again), kinds=plans, outcomes=[], notes=[], predicted_rates=[]
         )
         repeated.run()
-        campaign.outcomes = [each for each in campaign.outcomes if each.load.plan not in lost]
+        campaign.outcomes = [each for each in campaign.outcomes if each.load.kind not in lost]
         campaign.outcomes += repeated.outcomes
     campaign.outcomes = [outcome for outcome in campaign.outcomes if lab.in_time(outcome)]
     if not campaign.outcomes:

@@ -115,7 +115,7 @@ def clock_grid(report: Report) -> Iterator[Finding]:
                 f"all {len(digits)} different values of {column} are multiples of {1e3 * tick:.4g} ms: the "
                 "clock ticks so, or they were rounded"
             )
-            yield finding(level, (column,), message, {"tick_s": tick, "reported_s": value.value})
+            yield finding(level, [value], message, {"tick_s": tick, "reported_s": value.value})
 
 
 def _tick_s(digits: set[int], unit: float) -> float | None:

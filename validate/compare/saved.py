@@ -55,14 +55,12 @@ def judge_result(
             fix = "Give a result of requests that did."
             raise InputError("none of its requests finished", where=reading.source, fix=fix)
         replays = reading.has_requests if traffic is None else traffic == "requests"
-        if replays:
-            sent = {"stages": replayed(*requests_of(reading))}
-        else:
-            sent = {"workload": _as_in_scenario(reading, scenario)}
+        stages = replayed(*requests_of(reading)) if replays else None
+        workload = None if replays else _as_in_scenario(reading, scenario)
         try:
             predicted = [
-                simulate(scenario, seed=scenario.seed + number, deployment=deployment, **sent)
-                for number in range(seeds)
+                simulate(scenario, seed=seed, workload=workload, stages=stages, deployment=deployment)
+                for seed in range(scenario.seed, scenario.seed + seeds)
             ]
         except InputError as error:
             where = f"{reading.source}: {error.where}" if replays else error.where

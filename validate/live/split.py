@@ -256,6 +256,25 @@ def judge(split: Split) -> Verdict:
     return verdict_of(states, problems)
 
 
+def document(split: Split, verdict: Verdict, *, what_if: Mapping[str, Any]) -> dict[str, Any]:
+    """What is kept of a split."""
+    return {
+        "schema_version": 1,
+        "kind": "split",
+        "finished": split.finished,
+        "verdict": verdict.state,
+        "reasons": list(verdict.reasons),
+        "scenario": split.scenario.name,
+        "what_if": dict(what_if),
+        "replicas": split.scenario.fleet.size,
+        "request_rate": split.request_rate,
+        "num_requests": split.num_requests,
+        "hit_rate_tolerance": AGREE,
+        "routers": split.found,
+        "best": split.ranking(),
+    }
+
+
 def _problems(run: Run, figures: Mapping[str, float], limits: Tolerances) -> list[str]:
     """Why a measurement says nothing."""
     found = []

@@ -7,9 +7,11 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
+
+from cyclopts import Parameter
 
 from servecast.calibrate.measure.vllm.bench_serve import Server
 from servecast.sim.inputs.errors import InputError
@@ -24,15 +26,21 @@ class Target(Server):
     """The server under test: what the load goes to, vLLM itself or a proxy before it.
 
     Attributes:
-        engine_url: the engine behind a proxy, which is asked what it is and for its /metrics.
+        base_url: of the server: vLLM itself, or a proxy in front of it.
+        model: the name that it serves.
+        tokenizer: the model's, a folder or a name; the model's name without it.
+        endpoint: of completions (/v1/completions).
+        api_key_env: the variable that holds the server's key.
+        engine_url: of vLLM itself behind a proxy: what the proxy adds is then a figure of its own.
         own: whether it was started by us, and so runs here.
     """
 
     engine_url: str | None = None
-    own: bool = False
+    own: Annotated[bool, Parameter(parse=False)] = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "base_url", self.base_url.rstrip("/"))
+        object.__setattr__(self, "tokenizer", self.tokenizer or self.model)
         if self.engine_url is not None:
             object.__setattr__(self, "engine_url", self.engine_url.rstrip("/"))
 

@@ -56,7 +56,7 @@ class Server:
 
     base_url: str
     model: str
-    tokenizer: str
+    tokenizer: str = ""
     endpoint: str = "/v1/completions"
     api_key_env: str | None = None
 

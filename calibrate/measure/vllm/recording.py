@@ -107,7 +107,8 @@ def parse_recording(text: str) -> Recording:
             gone += rest[1]
         elif kind == "schedule":
             found.aborts += [(request, len(found.steps), False) for request in gone]
-            found.steps.append(Step(*rest, results))
+            began, decided, scheduled, preempted, free_blocks = rest
+            found.steps.append(Step(began, decided, scheduled, preempted, free_blocks, results))
             gone = []
         elif kind == "update":
             found.aborts += [

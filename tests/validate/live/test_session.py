@@ -194,7 +194,7 @@ def test_an_error_after_the_first_load_keeps_it(
     real = live.predict
 
     def predict(asked: Any, *args: Any) -> Any:
-        if asked.plan == "slo":
+        if asked.kind == "slo":
             raise error
         return real(asked, *args)
 
