@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from servecast.sim.inputs.errors import InputError
-from servecast.sim.inputs.schema import Count, DataFile, Model, Positive
+from servecast.sim.inputs.schema import Count, InputFile, Model, Positive
 
 MOONCAKE_BLOCK_TOKENS = 512
 
@@ -63,7 +63,7 @@ class TraceSpec(Model):
 
     format: Literal["mooncake", "azure", "burstgpt", "timed_trace", "llmservingsim"]
     """Format of the file."""
-    path: DataFile
+    path: InputFile
     """The file."""
     block_tokens: Count | None = None
     """Tokens that a hash id stands for. Default, the format's."""
@@ -80,12 +80,6 @@ class TraceSpec(Model):
         Raises:
             InputError: the file is wrong, or no request is left.
         """
-        if not self.path.is_file():
-            raise InputError(
-                f"there is no file {str(self.path)!r}",
-                where="trace.path",
-                fix="Set the environment variable SERVECAST_DATA to the folder that holds the data.",
-            )
         if self.format == "mooncake":
             trace = read_mooncake(self.path, block_tokens=self.block_tokens or MOONCAKE_BLOCK_TOKENS)
         elif self.format == "timed_trace":
