@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from servecast.sim.inputs.errors import InputError
-from servecast.sim.inputs.schema import Count, DataFile, Model, Positive
+from servecast.sim.inputs.schema import Count, InputFile, Model, Positive
 
 MOONCAKE_BLOCK_TOKENS = 512
 
@@ -67,7 +67,7 @@ class TraceSpec(Model):
     """
 
     format: Literal["mooncake", "azure", "burstgpt", "timed_trace", "llmservingsim"]
-    path: DataFile
+    path: InputFile
     block_tokens: Count | None = None
     seconds_per_unit: Positive = 1.0
     request_rate: Positive | None = None
@@ -79,12 +79,6 @@ class TraceSpec(Model):
         Raises:
             InputError: the file is wrong, or no request is left.
         """
-        if not self.path.is_file():
-            raise InputError(
-                f"there is no file {str(self.path)!r}",
-                where="trace.path",
-                fix="Set the environment variable SERVECAST_DATA to the folder that holds the data.",
-            )
         if self.format == "mooncake":
             trace = read_mooncake(self.path, block_tokens=self.block_tokens or MOONCAKE_BLOCK_TOKENS)
         elif self.format == "timed_trace":

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from places import DATA
 
 from servecast.sim.engine.rules import RULES
 from servecast.sim.engine.scheduler import Scheduler
@@ -28,7 +29,6 @@ from servecast.validate.parity.parity import (
 from servecast.validate.parity.scenarios import (
     Scenario,
     corner_cases,
-    data_folder,
     random_scenarios,
     trace_scenarios,
 )
@@ -118,10 +118,7 @@ def test_scenarios_cover_every_option(recorded: dict[str, list[Recorded]], versi
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("trace", ["conversation_trace", "synthetic_trace"])
 def test_mooncake_traces(vllm: dict[str, VllmProcess], version: str, trace: str) -> None:
-    data = data_folder()
-    if data is None:
-        pytest.skip("needs the Mooncake traces: set SERVECAST_DATA to the folder that holds traces/")
-    scenarios = trace_scenarios(data / "traces" / f"{trace}.jsonl", version, 4)
+    scenarios = trace_scenarios(DATA / "mooncake" / f"{trace}.jsonl", version, 4, requests=100)
     result = parity(version, record(vllm[version], scenarios))
     assert not result.mismatches, str(result.mismatches[0])
     assert result.scenarios == 4

@@ -42,7 +42,7 @@ Scenarios are drawn over prefix sharing of several depths, equal prompts and blo
 pressure, chunked prefill on and off, FCFS and priority, async scheduling on and off, `watermark`,
 `long_prefill_token_threshold` (adaptive too), `scheduler_reserve_full_isl`, `max_num_active_seqs`,
 `max_model_len` cut-offs, aborts at any moment, stop tokens, bursts and idle gaps, block sizes 4 to 32; to
-them come a few corner cases, and windows of the Mooncake traces where those are at hand.
+them come a few corner cases, and windows of the Mooncake traces.
 
 With your own vLLM:
 
