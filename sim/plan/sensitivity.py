@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ from joblib import Parallel, delayed
 
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.metrics.knee import pooled
-from servecast.sim.plan.probe import Objectives, observe
+from servecast.sim.plan.judge import Objectives, observe
 from servecast.sim.run.simulate import RateProbe
 from servecast.sim.scenario.scenario import Scenario
 
@@ -51,7 +51,6 @@ class Sensitivity:
 
 def sensitivity(
     scenario: Scenario,
-    reload: Callable[[Mapping[str, Any]], Scenario],
     objectives: Objectives,
     *,
     rate: float,
@@ -65,7 +64,7 @@ def sensitivity(
     Whole numbers stay whole; one that this does not move is left out, as is one that a what-if replaced.
 
     Args:
-        reload: the scenario with further overrides. rate, num_requests: of the plan's answer.
+        rate, num_requests: of the plan's answer.
         changed: the overrides that are in effect already. jobs: processes.
     """
     cases = [
@@ -78,7 +77,7 @@ def sensitivity(
     def work() -> Iterator[Any]:
         yield delayed(_estimate)(scenario, objectives, rate, num_requests, seed)
         for _, field, _, value in cases:
-            yield delayed(_estimate_or_error)(reload, {field: value}, objectives, rate, num_requests, seed)
+            yield delayed(_estimate_or_error)(scenario, {field: value}, objectives, rate, num_requests, seed)
 
     base, *estimates = Parallel(n_jobs=jobs)(work())
     found = []
@@ -98,11 +97,9 @@ def _scaled(value: float) -> list[float | int]:
     return [whole for scale in SCALES if (whole := round(value * scale)) != value]
 
 
-def _estimate_or_error(
-    reload: Callable[[Mapping[str, Any]], Scenario], overrides: Mapping[str, Any], *rest: Any
-) -> Estimate | InputError:
+def _estimate_or_error(scenario: Scenario, overrides: Mapping[str, Any], *rest: Any) -> Estimate | InputError:
     try:
-        return _estimate(reload(overrides), *rest)
+        return _estimate(scenario.changed(overrides), *rest)
     except InputError as error:
         return error
 
