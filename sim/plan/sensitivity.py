@@ -9,7 +9,7 @@ from typing import Any
 from joblib import Parallel, delayed
 
 from servecast.sim.inputs.errors import InputError
-from servecast.sim.metrics.knee import pooled
+from servecast.sim.metrics.saturation import pooled
 from servecast.sim.plan.judge import Objectives, observe
 from servecast.sim.run.simulate import RateProbe
 from servecast.sim.scenario.scenario import Scenario

@@ -16,8 +16,9 @@ import pytest
 from servecast.sim.hardware.step_time.physical import StepShape
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.metrics.binding import Evidence, Limits, binding_limit, evidence
-from servecast.sim.metrics.knee import closed_loop_knee, open_loop_knee, saturation
+from servecast.sim.metrics.knee import closed_loop_knee, open_loop_knee
 from servecast.sim.metrics.records import STEP_COLUMNS, Run
+from servecast.sim.metrics.saturation import saturation
 from servecast.sim.metrics.slo import SLO, Goodput
 from servecast.sim.plan.capacity import Plan, plan
 from servecast.sim.plan.effort import Effort
