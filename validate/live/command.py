@@ -105,7 +105,7 @@ def live(
     else:
         server = _to_start(serve, vllm_flags, python, attach, recorder=recorder)
 
-    from servecast.calibrate.ending import sigterm_as_ctrl_c
+    from servecast.calibrate.measure.vllm.ending import sigterm_as_ctrl_c
     from servecast.sim.run.results import check_output, write_result
     from servecast.validate.compare.page import write_comparison_report
     from servecast.validate.compare.verdict import Tolerances
