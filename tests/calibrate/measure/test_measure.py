@@ -541,3 +541,23 @@ def _alone(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         env={"PATH": os.environ["PATH"]},
         check=False,
     )
+
+
+# -- tokenizer -----------------------------------------------------------------------------------------
+
+
+def test_any_tokens_come_back_from_their_text(tmp_path: Path) -> None:
+    """vLLM 0.23's benchmark sends its prompts as text: each token must be read as one again."""
+    tokenizers = pytest.importorskip("tokenizers", reason="needs tokenizers")
+    write_tokenizer(tmp_path, vocab_size=152_064)
+    tokenizer = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    ids = [number for number in range(0, 152_064, 7) if not 256 <= number <= 258]
+    assert tokenizer.encode(tokenizer.decode(ids)).ids == ids
+
+
+def test_the_tokenizer_has_a_character_of_its_own_for_each_token(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path, vocab_size=152_064)
+    model = json.loads((tmp_path / "tokenizer.json").read_text())["model"]
+    assert sorted(model["vocab"].values()) == list(range(152_064))
+    assert sum(len(text) > 1 for text in model["vocab"]) == 3  # the special ones
+    "".join(model["vocab"]).encode()  # none is half of a surrogate pair
