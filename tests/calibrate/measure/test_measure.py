@@ -543,6 +543,37 @@ def _alone(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def test_a_command_that_is_stopped_stops_what_it_measures_with(tmp_path: Path) -> None:
+    """SIGINT reaches the command alone: what it started hears of it through it, and at once."""
+    python = tmp_path / "python"
+    python.write_text(
+        f"#!{sys.executable}\nimport pathlib, time\npathlib.Path({str(tmp_path / 'began')!r}).touch()\n"
+        f"try:\n    time.sleep(600)\nexcept KeyboardInterrupt:\n"
+        f"    pathlib.Path({str(tmp_path / 'ended')!r}).touch()\n"
+    )
+    python.chmod(0o755)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        command = [
+            sys.executable,
+            "-m",
+            "servecast",
+            "calibrate",
+            "measure",
+            "--python",
+            str(python),
+            "engine",
+        ]
+        process = subprocess.Popen(command, start_new_session=True)
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "began").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(number)
+        assert process.wait(15) == 130
+        assert (tmp_path / "ended").exists()
+        (tmp_path / "began").unlink()
+        (tmp_path / "ended").unlink()
+
+
 # -- tokenizer -----------------------------------------------------------------------------------------
 
 
