@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
@@ -21,8 +20,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import psutil
 
-from servecast.calibrate.ending import descendants, kill
 from servecast.calibrate.measure.vllm.bench_serve import run_bench
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.inputs.files import write_whole
@@ -195,14 +194,16 @@ class Split:
             return read(result).run
 
         used = [number for number, part in enumerate(parts) if len(part)]
-        others = descendants(os.getpid())
+        others = set(psutil.Process().children(recursive=True))
         with ThreadPoolExecutor(len(used)) as pool:
             driven = [pool.submit(drive, number) for number in used]
             try:
                 runs = [each.result() for each in driven]
             except BaseException:  # leaving the pool would wait for the benchmarks to end by themselves
                 while not all(each.done() for each in driven):
-                    kill({pid: born for pid, born in descendants(os.getpid()).items() if pid not in others})
+                    for child in set(psutil.Process().children(recursive=True)) - others:
+                        with suppress(psutil.NoSuchProcess):
+                            child.kill()
                     time.sleep(0.1)
                 raise
         grown = [

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from servecast.calibrate.ending import sigterm_as_ctrl_c
+from servecast.calibrate.measure.vllm.ending import sigterm_as_ctrl_c
 from servecast.sim.cli.options import WhatIf
 from servecast.sim.cli.output import print_json
 from servecast.sim.inputs.errors import InputError

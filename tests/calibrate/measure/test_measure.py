@@ -542,3 +542,54 @@ def _alone(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         env={"PATH": os.environ["PATH"]},
         check=False,
     )
+
+
+def test_a_command_that_is_stopped_stops_what_it_measures_with(tmp_path: Path) -> None:
+    """SIGINT reaches the command alone: what it started hears of it through it, and at once."""
+    python = tmp_path / "python"
+    python.write_text(
+        f"#!{sys.executable}\nimport pathlib, time\npathlib.Path({str(tmp_path / 'began')!r}).touch()\n"
+        f"try:\n    time.sleep(600)\nexcept KeyboardInterrupt:\n"
+        f"    pathlib.Path({str(tmp_path / 'ended')!r}).touch()\n"
+    )
+    python.chmod(0o755)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        command = [
+            sys.executable,
+            "-m",
+            "servecast",
+            "calibrate",
+            "measure",
+            "--python",
+            str(python),
+            "engine",
+        ]
+        process = subprocess.Popen(command, start_new_session=True)
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "began").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(number)
+        assert process.wait(15) == 130
+        assert (tmp_path / "ended").exists()
+        (tmp_path / "began").unlink()
+        (tmp_path / "ended").unlink()
+
+
+# -- tokenizer -----------------------------------------------------------------------------------------
+
+
+def test_any_tokens_come_back_from_their_text(tmp_path: Path) -> None:
+    """vLLM 0.23's benchmark sends its prompts as text: each token must be read as one again."""
+    tokenizers = pytest.importorskip("tokenizers", reason="needs tokenizers")
+    write_tokenizer(tmp_path, vocab_size=152_064)
+    tokenizer = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    ids = [number for number in range(0, 152_064, 7) if not 256 <= number <= 258]
+    assert tokenizer.encode(tokenizer.decode(ids)).ids == ids
+
+
+def test_the_tokenizer_has_a_character_of_its_own_for_each_token(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path, vocab_size=152_064)
+    model = json.loads((tmp_path / "tokenizer.json").read_text())["model"]
+    assert sorted(model["vocab"].values()) == list(range(152_064))
+    assert sum(len(text) > 1 for text in model["vocab"]) == 3  # the special ones
+    "".join(model["vocab"]).encode()  # none is half of a surrogate pair
