@@ -79,7 +79,9 @@ def test_every_field_of_a_scenario_has_a_meaning() -> None:
 
 
 def test_files_that_pages_name_exist() -> None:
-    for name, path in PAGES.items():
+    decisions = (REPOSITORY / "docs" / "decisions").glob("*.md")
+    pages = PAGES | {path.name: path for path in (REPOSITORY / "CONTRIBUTING.md", *decisions)}
+    for name, path in pages.items():
         for file in re.findall(
             r"`((?:sim|calibrate|validate|scenarios|docs|tests)/[\w/.-]+)`", path.read_text("utf-8")
         ):

@@ -176,7 +176,7 @@ def test_a_mutation_is_one_line_of_the_engine(mutation: Mutation) -> None:
 
 
 def test_a_mutation_of_a_line_that_is_gone_is_refused() -> None:
-    with pytest.raises(LookupError, match="0 times in sim/scheduler"):
+    with pytest.raises(LookupError, match="0 times in sim/engine/scheduler"):
         Mutation("a rule", "scheduler", "no such line", "another").scheduler()
 
 
