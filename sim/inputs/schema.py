@@ -24,9 +24,10 @@ from servecast.sim.inputs.errors import InputError
 
 
 class Model(BaseModel):
-    """A frozen model without unknown fields."""
+    """A frozen model without unknown fields. What a field means stands under it, and from there in the JSON
+    schema and the scenario reference."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
     @model_validator(mode="before")
     @classmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -11,14 +11,17 @@ from joblib import Parallel
 
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.metrics.binding import Binding, Limits, binding_limit
-from servecast.sim.metrics.knee import open_loop_knee
+from servecast.sim.metrics.knee import ends, open_loop_knee
 from servecast.sim.metrics.metrics import duration
-from servecast.sim.metrics.slo import SLO, Goodput
-from servecast.sim.plan.probe import ATTAINMENT, WARMUP_SHARE, WINDOW_IN_E2E, Objectives, Probe, ProbedRate
-from servecast.sim.plan.search import Prober, Progress, RateSearch
+from servecast.sim.plan.effort import Effort
+from servecast.sim.plan.judge import Objectives
+from servecast.sim.plan.prober import WARMUP_SHARE, WINDOW_IN_E2E, Probe, ProbedRate, Prober
+from servecast.sim.plan.search import readable, search
 
+Progress = Callable[[float, str, float], None]
 PlanState = Literal["found", "inconclusive", "infeasible", "unbounded"]
-REPLICATIONS = (4, 8, 16)
+FAILED, MISSED = ("fail",), ("fail", "inconclusive")
+ALONE = 0.05  # mean requests in flight below which a request has the server to itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +34,7 @@ class Plan:
     none did). knee: the largest rate that is sustained, whatever its latency, None if not reached.
     probes: rising by rate. headroom: max_request_rate / target_rate. replicas: deployments like this one
     for target_rate, with traffic split evenly. cost_per_million_output_tokens: at max_request_rate, in
-    the currency of gpu_hour_cost. notes: what to keep in mind.
+    the currency of hour_cost. notes: what to keep in mind.
     """
 
     state: PlanState
@@ -88,22 +91,15 @@ def first_guess(probe: Probe, seed: int) -> float:
 
 def plan(
     probe: Probe,
-    slos: Sequence[SLO],
+    objectives: Objectives,
     *,
-    goodput: Goodput | None = None,
-    attainment: float = ATTAINMENT,
+    effort: Effort = Effort(),  # noqa: B008 (frozen)
     limits: Limits | None = None,
     start_rate: float = 1.0,
     max_rate: float = 1e5,
     seed: int = 0,
-    tolerance: float = 0.03,
-    confidence: float = 0.95,
-    replications: Sequence[int] = REPLICATIONS,
-    max_requests: int = 20_000,
     target_rate: float | None = None,
-    gpu_hour_cost: float | None = None,
-    gpus: int = 1,
-    jobs: int = 1,
+    hour_cost: float | None = None,
     progress: Progress | None = None,
 ) -> Plan:
     """Searches the largest request rate at which every objective holds.
@@ -117,74 +113,128 @@ def plan(
     looks together (Bonferroni).
 
     Args:
-        probe: runs one replication; how many requests it gets: `probe.requests_needed`.
-        slos, goodput, attainment: what must hold; attainment is the share of good requests for goodput.
+        probe: runs one replication; how many requests it gets: `judge.requests_needed`.
+        objectives: what must hold. effort: how surely and closely, and over how many processes.
         limits: what could bind; None leaves the binding limit "unknown".
         start_rate: first guess, requests/s. max_rate: where doubling ends.
-        replications: rising numbers of replications, at least 2 each.
-        max_requests: bound on the counted requests of a replication (see `probe.requests_needed`).
-        target_rate: for headroom and replicas. gpu_hour_cost: with gpus, for the cost of tokens.
-        jobs: processes over which replications run; results do not depend on it.
+        target_rate: for headroom and replicas. hour_cost: of all GPUs of the deployment, for the cost of
+            tokens.
         progress: called with (rate, "running" or the rate's state, share of the work done).
 
     Raises:
         InputError: an argument out of its range, or what the probe raises.
     """
-    for name, value in {
-        "start_rate": start_rate,
-        "max_rate": max_rate,
-        "tolerance": tolerance,
-        "target_rate": target_rate,
-        "gpus": gpus,
-    }.items():
+    for name, value in (("start_rate", start_rate), ("max_rate", max_rate), ("target_rate", target_rate)):
         if value is not None and not 0 < value < math.inf:
             raise InputError(
                 f"{value:g} is not positive and finite", where=name, fix="Give a positive number."
             )
-    if gpu_hour_cost is not None and not 0 <= gpu_hour_cost < math.inf:
-        raise InputError(f"{gpu_hour_cost:g} is no cost", where="gpu_hour_cost", fix="Give 0 or more.")
-    if not 0.5 < confidence < 1:
-        raise InputError(f"{confidence:g} is out of range", where="confidence", fix="Give 0.5 to 1, as 0.95.")
-    if not replications or min(replications) < 2 or list(replications) != sorted(set(replications)):
-        raise InputError(
-            f"{list(replications)} does not rise from at least 2",
-            where="replications",
-            fix="One replication gives no interval: try 4, 8, 16.",
-        )
-    objectives = Objectives(tuple(slos), goodput, attainment)
-    with Parallel(n_jobs=jobs) as pool:
-        prober = Prober(probe, objectives, limits, seed, confidence, replications, max_requests, pool)
-        search = RateSearch(prober, tolerance=tolerance, max_rate=max_rate, progress=progress)
-        search.run(start_rate)
-    best, fail = search.largest_pass, search.smallest_fail
+    if hour_cost is not None and not 0 <= hour_cost < math.inf:
+        raise InputError(f"{hour_cost:g} is no cost", where="hour_cost", fix="Give 0 or more.")
+    with Parallel(n_jobs=effort.jobs) as pool:
+        prober = Prober(probe, objectives, limits, seed, effort, pool)
+        _Boundaries(prober, max_rate, progress).find(start_rate)
+    probes = prober.probes
+    miss, fail = (
+        next((probe for probe in probes if probe.state in states), None) for states in (MISSED, FAILED)
+    )
+    best = next((probe for probe in reversed(probes) if miss is None or probe.rate < miss.rate), None)
     rate = best.rate if best is not None else None
     return Plan(
-        state=_state(search, tolerance),
+        state=_state(best, miss, fail, effort.tolerance),
         max_request_rate=rate,
         interval=(rate, fail.rate if fail else None),
-        knee=open_loop_knee(
-            [probe.rate for probe in search.probes], [probe.saturated for probe in search.probes]
-        ),
-        binding=_binding(search, limits),
-        probes=search.probes,
+        knee=open_loop_knee([probe.rate for probe in probes], [probe.saturated for probe in probes]),
+        binding=_binding(fail or miss, limits),
+        probes=probes,
         objectives=objectives,
-        confidence=confidence,
-        tolerance=tolerance,
+        confidence=effort.confidence,
+        tolerance=effort.tolerance,
         seed=seed,
         target_rate=target_rate,
         headroom=rate / target_rate if rate is not None and target_rate is not None else None,
         replicas=math.ceil(target_rate / rate) if rate is not None and target_rate is not None else None,
         cost_per_million_output_tokens=(
-            gpu_hour_cost * gpus / 3600 / best.output_throughput * 1e6
-            if best is not None and gpu_hour_cost is not None and best.output_throughput > 0
+            hour_cost / 3600 / best.output_throughput * 1e6
+            if best is not None and hour_cost is not None and best.output_throughput > 0
             else None
         ),
         notes=_notes(best, target_rate),
     )
 
 
-def _state(search: RateSearch, tolerance: float) -> PlanState:
-    best, miss, fail = search.largest_pass, search.smallest_miss, search.smallest_fail
+@dataclass(slots=True)
+class _Boundaries:
+    """Finds where rates stop to pass, begin to fail, and saturate: each from what is known of the others."""
+
+    prober: Prober
+    max_rate: float
+    progress: Progress | None
+    _done: float = 0.0
+
+    def find(self, start_rate: float) -> None:
+        """All three, from a first guess."""
+        halvings = self._halvings(1.0, 2.0)
+        self._find(
+            lambda probe: probe.state == "pass", later=2 * halvings, first=min(start_rate, self.max_rate)
+        )
+        if self.prober.probes[0].state == "pass":
+            self._find(lambda probe: probe.state != "fail", later=halvings)
+        self._find(lambda probe: not probe.saturated, knee=True)
+
+    def _find(
+        self,
+        holds: Callable[[ProbedRate], bool],
+        *,
+        first: float | None = None,
+        later: int = 0,
+        knee: bool = False,
+    ) -> None:
+        """Bracket the smallest rate that does not hold.
+
+        Args:
+            first: guess of the first boundary, which is looked for downwards, too, until a request has the
+                server to itself; the others lie above. later: probes that are expected after this one.
+            knee: see `Prober.at`.
+        """
+        tried = {probe.rate: holds(probe) for probe in self.prober.probes}
+
+        def report(rate: float, state: str) -> None:
+            if self.progress is not None:
+                known = len(self.prober.found)
+                left = self._halvings(*ends(tried)) + later
+                self._done = max(self._done, known / (known + left) if known else 0.0)
+                self.progress(rate, state, self._done)
+
+        def at(rate: float) -> bool | None:
+            if tried and rate < min(tried):
+                lowest = self.prober.found[min(tried)]
+                if first is None or lowest.rate * lowest.e2e_s <= ALONE:
+                    return None
+            report(rate, "running")
+            probe = self.prober.at(rate, knee=knee)
+            tried[rate] = holds(probe)
+            report(rate, probe.state)
+            return tried[rate]
+
+        search(
+            at,
+            () if first is None else (readable(first),),
+            tried,
+            near=1 + self.prober.effort.tolerance,
+            most=self.max_rate,
+            rounded=readable,
+        )
+
+    def _halvings(self, low: float, high: float) -> int:
+        """Probes until a bracket is narrow; of one that has an open end, as if it were a doubling."""
+        ratio = high / low if low and math.isfinite(high) else 2.0
+        return max(0, math.ceil(math.log2(math.log(ratio) / math.log1p(self.prober.effort.tolerance))))
+
+
+def _state(
+    best: ProbedRate | None, miss: ProbedRate | None, fail: ProbedRate | None, tolerance: float
+) -> PlanState:
     if miss is None:
         return "unbounded"
     if best is None:
@@ -194,9 +244,8 @@ def _state(search: RateSearch, tolerance: float) -> PlanState:
     return "found"
 
 
-def _binding(search: RateSearch, limits: Limits | None) -> Binding:
+def _binding(miss: ProbedRate | None, limits: Limits | None) -> Binding:
     """Read at the smallest rate that fails, next to the answer."""
-    miss = search.smallest_fail or search.smallest_miss
     if miss is None:
         return Binding("none", ("every rate that was tried passes",))
     if limits is None or miss.evidence is None:

@@ -3,6 +3,7 @@ requests to what is cached, or where caches are too small for all."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +11,10 @@ from typing import Any
 from joblib import Parallel
 
 from servecast.sim.inputs.errors import InputError
-from servecast.sim.plan.capacity import REPLICATIONS
-from servecast.sim.plan.probe import Objectives, ProbedRate
-from servecast.sim.plan.search import Prober
+from servecast.sim.plan.effort import Effort
+from servecast.sim.plan.judge import Objectives
+from servecast.sim.plan.prober import ProbedRate, Prober
+from servecast.sim.plan.search import search
 from servecast.sim.run.simulate import RateProbe
 from servecast.sim.scenario.scenario import Scenario
 
@@ -68,21 +70,20 @@ def fleet_size(
         raise InputError(f"{start} replicas to start from", where="fleet.replicas", fix=f"Give 1 to {most}.")
     tried: dict[int, ProbedRate] = {}
 
-    def passes(count: int) -> bool:
-        if count not in tried:
-            tried[count] = at(count)
-        return tried[count].state == "pass"
+    def too_few(count: float) -> bool:
+        tried[int(count)] = at(int(count))
+        return tried[int(count)].state != "pass"
 
-    high = start
-    while not passes(high) and high < most:
-        high = min(2 * high, most)
-    if not passes(high):
-        return FleetSize(request_rate, None, tuple(sorted(tried.items())))
-    low = max((count for count in tried if count < high), default=0)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if passes(middle) else (middle, high)
-    return FleetSize(request_rate, high, tuple(sorted(tried.items())))
+    _, fewest = search(
+        too_few,
+        (start,),
+        {},
+        near=1.0,
+        most=most,
+        rounded=math.floor,
+        middle=lambda low, high: (low + high) // 2,
+    )
+    return FleetSize(request_rate, int(fewest) if fewest <= most else None, tuple(sorted(tried.items())))
 
 
 def size_fleet(
@@ -90,15 +91,13 @@ def size_fleet(
     objectives: Objectives,
     request_rate: float,
     *,
-    confidence: float = 0.95,
-    max_requests: int = 20_000,
-    jobs: int = 1,
+    effort: Effort = Effort(),  # noqa: B008 (frozen)
     progress: Callable[[int], None] | None = None,
 ) -> FleetSize:
     """The fewest replicas of a scenario's engine that meet the objectives at a rate behind its router.
 
     Args:
-        confidence, max_requests, jobs: as of `capacity.plan`. progress: called with each number tried.
+        effort: as of `capacity.plan`. progress: called with each number tried.
 
     Raises:
         InputError: the scenario lists different replicas.
@@ -116,9 +115,7 @@ def size_fleet(
         fleet = scenario.fleet.model_copy(update={"replicas": count})
         probe = RateProbe(scenario.model_copy(update={"fleet": fleet}))
         limits = probe.deployment.limits
-        return Prober(
-            probe, objectives, limits, scenario.seed, confidence, REPLICATIONS, max_requests, pool
-        ).at(request_rate)
+        return Prober(probe, objectives, limits, scenario.seed, effort, pool).at(request_rate)
 
-    with Parallel(n_jobs=jobs) as pool:
+    with Parallel(n_jobs=effort.jobs) as pool:
         return fleet_size(at, request_rate, start=scenario.fleet.replicas)

@@ -59,19 +59,20 @@ class Trace:
 
 
 class TraceSpec(Model):
-    """A trace in a scenario: it gives arrival times, lengths and, where it has hash ids, content.
-
-    ``block_tokens`` overrides the tokens of a hash id, ``seconds_per_unit`` the unit of a timed_trace's
-    timestamps, ``request_rate`` stretches its times to that mean rate, and requests of more than
-    ``max_total_tokens`` (prompt and output) are left out.
-    """
+    """A trace in a scenario: it gives arrival times, lengths and, where it has hash ids, content."""
 
     format: Literal["mooncake", "azure", "burstgpt", "timed_trace", "llmservingsim"]
+    """Format of the file."""
     path: InputFile
+    """The file."""
     block_tokens: Count | None = None
+    """Tokens that a hash id stands for. Default, the format's."""
     seconds_per_unit: Positive = 1.0
+    """Unit of a ``timed_trace``'s timestamps, in seconds."""
     request_rate: Positive | None = None
+    """Stretch the times to this mean rate (n / last time)."""
     max_total_tokens: Count | None = None
+    """Leave longer requests out (prompt and output)."""
 
     def read(self, num_requests: int | None = None) -> Trace:
         """The trace; a file has what it has, however many requests are wanted.

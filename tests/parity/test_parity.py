@@ -8,15 +8,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from places import DATA
+from places import DATA, REPOSITORY
+
+sys.path.append(str(REPOSITORY / "docs"))
+
+import parity_page
+from mutations import ENGINE, Mutation, catch, load_mutations
+from parity_page import ci_scenarios
 
 from servecast.sim.engine.rules import RULES
 from servecast.sim.engine.scheduler import Scheduler
 from servecast.sim.inputs.errors import InputError
 from servecast.validate.parity import command as cli
-from servecast.validate.parity import page as parity_report
-from servecast.validate.parity.mutations import ENGINE, Mutation, catch, load_mutations
-from servecast.validate.parity.page import ci_scenarios
 from servecast.validate.parity.parity import (
     Mismatch,
     ParityResult,
@@ -66,7 +69,7 @@ def results(vllm: dict[str, VllmProcess], recorded: dict[str, list[Recorded]]) -
 
 @pytest.fixture(scope="module")
 def control(vllm: dict[str, VllmProcess]) -> list[Recorded]:
-    return parity_report.record_control(vllm["0.32"])
+    return parity_page.record_control(vllm["0.32"])
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +132,7 @@ def test_mooncake_traces(vllm: dict[str, VllmProcess], version: str, trace: str)
 def test_rules_of_another_version_differ(
     recorded: dict[str, list[Recorded]], control: list[Recorded]
 ) -> None:
-    counts = parity_report.negative_control(control)
+    counts = parity_page.negative_control(control)
     assert counts["of"] == 25
     assert counts["differ"] >= 20
     assert all(compare(one, "0.32") is None for one in control), "the same recordings, under their own rules"
@@ -152,14 +155,14 @@ def test_docs_say_what_was_found(
 ) -> None:
     if len(caught) < len(MUTATIONS):
         pytest.skip("only some of the mutations ran")
-    text = parity_report.report(
+    text = parity_page.report(
         list(results.values()),
-        parity_report.negative_control(control),
+        parity_page.negative_control(control),
         [(mutation, caught[mutation.rule]) for mutation in MUTATIONS],
-        parity_report.load_long_run(),
+        parity_page.load_long_run(),
     )
-    page = (parity_report.DOCS / "parity.md").read_text()
-    assert page == text, "run python -m servecast.validate.parity.page"
+    page = (parity_page.DOCS / "parity.md").read_text()
+    assert page == text, "run python docs/parity_page.py"
 
 
 def test_the_engine_cannot_reach_vllm() -> None:

@@ -20,6 +20,8 @@ from servecast.calibrate.measure.facts import collect
 from servecast.calibrate.measure.folder import Budget
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.plan import capacity
+from servecast.sim.plan.effort import Effort
+from servecast.sim.plan.judge import Objectives
 from servecast.sim.run.results import context, write_result
 from servecast.sim.run.simulate import RateProbe
 from servecast.sim.scenario.deployment import Deployment
@@ -219,12 +221,10 @@ class Campaign:
         probe = RateProbe(served.scenario, deployment=served.deployment)
         found = capacity.plan(
             probe,
-            served.scenario.slos,
-            goodput=goodput_of(served.scenario),
+            Objectives(served.scenario.slos, goodput_of(served.scenario)),
+            effort=Effort(max_requests=PLAN_REQUESTS, replications=(PLAN_REPLICATIONS,)),
             start_rate=capacity.first_guess(probe, self.seed),
             seed=self.seed,
-            max_requests=PLAN_REQUESTS,
-            replications=(PLAN_REPLICATIONS,),
         )
         document = context(served.scenario, served.deployment, seed=self.seed, what_if={}) | found.to_json()
         path = self.out / "prediction-max-rate.json"
