@@ -1,9 +1,18 @@
-"""What all tests share: small scenarios, and which tests need vLLM."""
+"""What all tests share: a small scenario, and which tests need vLLM."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from places import VLLM
+from small_scenarios import scenario_file
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> str:
+    """The file of a scenario that takes milliseconds, as a command takes it."""
+    return str(scenario_file(tmp_path))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
