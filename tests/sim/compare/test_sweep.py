@@ -131,7 +131,7 @@ def test_a_cell_with_wrong_input_is_recorded_and_tried_again(
     assert (found["cells"], found["failed"]) == (2, 1)
     wrong, right = found["rows"]
     assert "max_num_seqs should be greater than or equal to 1, not 0" in wrong["error"]
-    assert (right["error"], right["completed"]) == (None, 100)
+    assert (right["error"], right["completed"]) == (None, 60)
     again = sweep(capsys, tiny, out, *vary, "--resume")
     assert (again["reused"], again["failed"]) == (1, 1)
     assert main(["sweep", tiny, "--out", str(out), "--vary", "engine.max_num_seqs=0,-1"]) == 2
