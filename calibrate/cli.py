@@ -14,7 +14,6 @@ from servecast.calibrate.fit.endpoint import endpoint
 from servecast.calibrate.fit.folder import fit_folder
 from servecast.calibrate.fit.layer_tables import is_layer_folder
 from servecast.calibrate.fit.layers import fit_layers
-from servecast.calibrate.fit.padded import fit_infer
 from servecast.calibrate.fit.report import fit_report
 from servecast.calibrate.fit.text import profile_lines, summary_lines
 from servecast.calibrate.measuring import measure
@@ -25,7 +24,6 @@ from servecast.sim.scenario.scenario import load
 
 app = App(name="calibrate", help="Measure a machine, fit a profile, or show what one says and where it ends.")
 app.command(measure, help_flags=())
-app.command(fit_infer)
 app.command(endpoint)
 
 

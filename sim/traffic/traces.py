@@ -73,8 +73,8 @@ class TraceSpec(Model):
     request_rate: Positive | None = None
     max_total_tokens: Count | None = None
 
-    def read(self, num_requests: int | None = None) -> Trace:
-        """The trace; a file has what it has, however many requests are wanted.
+    def read(self) -> Trace:
+        """The trace.
 
         Raises:
             InputError: the file is wrong, or no request is left.
