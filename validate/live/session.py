@@ -41,11 +41,10 @@ PLAN_REQUESTS, PLAN_REPLICATIONS = 1000, 4  # where the largest rate is looked f
 
 @dataclass(frozen=True, slots=True)
 class _Served:
-    """A server that runs, and the scenario as the server says it is. recording: its recorder's file."""
+    """A server that runs, and the deployment that it says it is. recording: its recorder's file."""
 
     target: Target
     recording: Path | None
-    scenario: Scenario
     deployment: Deployment
 
 
@@ -149,7 +148,6 @@ class Campaign:
             if not all(levels.get(name) for name in self.plans):
                 self.max_rate = self._largest_rate(served)
             planner = Planner(
-                served.scenario,
                 served.deployment,
                 self.out.absolute(),
                 self.max_rate or self._burst_rate(served),
@@ -200,7 +198,7 @@ class Campaign:
         scenario = wanted.changed(truth.overrides()) if truth.overrides() else wanted
         deployment = Deployment.of(scenario)
         model = self.server.model if isinstance(self.server, OwnServer) else Path(target.tokenizer)
-        notes = refuse_misfit(truth, scenario, deployment, model if model.is_dir() else None)
+        notes = refuse_misfit(truth, deployment, model if model.is_dir() else None)
         warm_up(target)
         if target.engine_url is not None:
             self.proxy_s = proxy_latency_s(target, truth.served_model)
@@ -211,22 +209,22 @@ class Campaign:
         if self.truth is None:
             self.truth = truth
             self.notes += [*notes, *replaced(truth, self.scenario)]
-        return _Served(target, recording, scenario, deployment)
+        return _Served(target, recording, deployment)
 
     def _largest_rate(self, served: _Served) -> float | None:
         """The predicted largest rate at the scenario's SLOs, and prediction-max-rate.json."""
         if not (self.scenario.slos or self.scenario.goodput_limits):
             return None
         self.say("predicting the largest rate")
-        probe = RateProbe(served.scenario, deployment=served.deployment)
+        probe = RateProbe(served.deployment)
         found = capacity.plan(
             probe,
-            Objectives(served.scenario.slos, goodput_of(served.scenario)),
+            Objectives(served.deployment.scenario.slos, goodput_of(served.deployment.scenario)),
             effort=Effort(max_requests=PLAN_REQUESTS, replications=(PLAN_REPLICATIONS,)),
             start_rate=capacity.first_guess(probe, self.seed),
             seed=self.seed,
         )
-        document = context(served.scenario, served.deployment, seed=self.seed, what_if={}) | found.to_json()
+        document = context(served.deployment, seed=self.seed, what_if={}) | found.to_json()
         path = self.out / "prediction-max-rate.json"
         write_result(path, document)
         self.max_rate_sha256 = _sha256(path)
@@ -234,13 +232,13 @@ class Campaign:
 
     def _burst_rate(self, served: _Served) -> float:
         """The rate at which a burst is served."""
-        return 2 * capacity.first_guess(RateProbe(served.scenario, served.deployment), self.seed)
+        return 2 * capacity.first_guess(RateProbe(served.deployment), self.seed)
 
     def _all(self, loads: Sequence[Load], served: _Served, budget: Budget) -> None:
         """Predict all loads, then run them."""
         self.say(f"predicting {len(loads)} load{'s' * (len(loads) != 1)}")
         seeds = range(self.seed, self.seed + self.seeds)
-        predictions = [predict(load, served.scenario, served.deployment, seeds) for load in loads]
+        predictions = [predict(load, served.deployment, seeds) for load in loads]
         for load, prediction in zip(loads, predictions, strict=True):
             expected = prediction.seconds + BENCH_START_S
             if not budget.fits(expected):
@@ -278,9 +276,11 @@ class Campaign:
 
     def _search(self, searched: PredictedRate, planner: Planner, served: _Served, budget: Budget) -> None:
         """Find the rate on the server: on from what was swept, and first where it is predicted."""
-        plan = searched.plan
+        plan, scenario = searched.plan, served.deployment.scenario
         tried = {
-            outcome.load.request_rate: SEARCHES[plan].holds([outcome.measured.run], served.scenario)
+            outcome.load.request_rate: SEARCHES[plan].holds(
+                [outcome.measured.run], served.deployment.scenario
+            )
             for outcome in self.outcomes
             if outcome.load.plan in SWEPT and outcome.measured and outcome.load.request_rate
         }
@@ -294,7 +294,7 @@ class Campaign:
                 or (measured := self.outcomes[-1].measured) is None
             ):
                 return None
-            return SEARCHES[plan].holds([measured.run], served.scenario)
+            return SEARCHES[plan].holds([measured.run], scenario)
 
         search(holds, searched.ends.estimate, tried)
 
