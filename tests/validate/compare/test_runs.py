@@ -500,7 +500,7 @@ def test_the_report_is_one_file_that_says_the_verdict(
         compared(measured, telemetry=telemetry(measured), recording=recording),
         compared(slower(run(10, 9), 0.5), rate=10, tolerances=SHIPPED),
     ]
-    found = compare_loads(loads, tolerances=SHIPPED, slos=[SLO.parse("ttft:p95:100")])
+    found = compare_loads(loads, tolerances=SHIPPED, objectives=ttft_within(100))
     file = tmp_path / "report.html"
     write_comparison_report(file, found, title="<A & B>", question="Does it hold?", facts={"seed": 1})
     page = file.read_text()

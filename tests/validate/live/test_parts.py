@@ -22,7 +22,6 @@ from servecast.sim.scenario.deployment import Deployment
 from servecast.sim.scenario.scenario import Scenario, load
 from servecast.sim.traffic.traces import TraceSpec
 from servecast.validate.compare.verdict import Tolerances
-from servecast.validate.live import session as live
 from servecast.validate.live.loads import PLANS, Planner
 from servecast.validate.live.misfit import refuse_misfit, replaced
 from servecast.validate.live.own_server import serve_flags
@@ -254,7 +253,6 @@ def run_campaign(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., tuple[Campaign, dict[str, Any]]]:
     monkeypatch.setenv("FAKE_SCENARIO", str(file))
-    monkeypatch.setattr(live, "PLAN_REQUESTS", 100)
 
     def run(out: str = "out", **options: Any) -> tuple[Campaign, dict[str, Any]]:
         scenario: Scenario = load(file)

@@ -63,8 +63,6 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "tiny.yaml"
     path.write_text(SCENARIO)
     monkeypatch.setenv("FAKE_SCENARIO", str(path))
-    monkeypatch.setattr(live, "PLAN_REQUESTS", 50)
-    monkeypatch.setattr(live, "PLAN_REPLICATIONS", 2)
     return path
 
 
