@@ -120,6 +120,7 @@ def plan(
                 loaded,
                 found.objectives,
                 target_rate,
+                divided=found.replicas,
                 effort=effort,
                 progress=lambda count: advance(1.0, f"{count} replicas at {target_rate:g} requests/s"),
             )
