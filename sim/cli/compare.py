@@ -171,8 +171,8 @@ def _result(scenario: Scenario, workload: Any, seed: int, changes: Mapping[str, 
     from servecast.sim.scenario.deployment import Deployment
 
     deployment = Deployment.of(scenario)
-    run = simulate(scenario, seed=seed, workload=workload, deployment=deployment)
-    return result(scenario, deployment, run, what_if=changes)
+    run = simulate(deployment, seed=seed, workload=workload)
+    return result(deployment, run, what_if=changes)
 
 
 def _write_report(

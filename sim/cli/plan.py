@@ -120,6 +120,7 @@ def plan(
                 loaded,
                 found.objectives,
                 target_rate,
+                divided=found.replicas,
                 effort=effort,
                 progress=lambda count: advance(1.0, f"{count} replicas at {target_rate:g} requests/s"),
             )
@@ -137,7 +138,7 @@ def plan(
                 seed=loaded.seed,
                 jobs=jobs,
             )
-    document = context(loaded, deployment, seed=loaded.seed, what_if=changes) | found.to_json()
+    document = context(deployment, seed=loaded.seed, what_if=changes) | found.to_json()
     document["slo"] = document["objectives"]["slos"]
     document["knee"] = {"request_rate": found.knee, "concurrency": _concurrency_knee(points)}
     document["notes"] = [*loaded.engine.notes, *found.notes, *cautions(deployment, run)]

@@ -76,10 +76,8 @@ def simulate(
         if path is not None:
             check_output(path, where=flag)
     deployment = Deployment.of(loaded)
-    run = simulation.simulate(loaded, workload=load.workload(loaded), deployment=deployment)
-    document = result(
-        loaded, deployment, run, what_if=changes, ranks=ranks, warmup=cut, detailed=save_detailed
-    )
+    run = simulation.simulate(deployment, workload=load.workload(loaded))
+    document = result(deployment, run, what_if=changes, ranks=ranks, warmup=cut, detailed=save_detailed)
     written: list[Path] = []
     for path, table in ((records, run.requests), (steps, run.steps)):
         if path is not None:

@@ -200,8 +200,8 @@ def _done(path: Path) -> Document | None:
 def _simulate(index: int, cell: Cell, scenario: Scenario, what_if: Mapping[str, Any]) -> tuple[int, Document]:
     try:
         deployment = Deployment.of(scenario)
-        run = simulate(scenario, seed=cell.seed, workload=cell.workload(scenario), deployment=deployment)
-        document = result(scenario, deployment, run, what_if={**what_if, **cell.changes})
+        run = simulate(deployment, seed=cell.seed, workload=cell.workload(scenario))
+        document = result(deployment, run, what_if={**what_if, **cell.changes})
     except InputError as error:
         document = {"error": str(error)}
     return index, {"cell": cell.to_json(), **document}

@@ -20,8 +20,8 @@ from servecast.sim.inputs.errors import InputError
 from servecast.sim.traffic.arrivals import ClosedLoop, Extent, Times, replay
 from servecast.sim.traffic.content import ContentIds, Repeat, Same, SharedPrefix, Unique
 from servecast.sim.traffic.lengths import Tokens
-from servecast.sim.traffic.spec import StreamSpec, TraceSource, Workload, at_rate
-from servecast.sim.traffic.traces import Trace
+from servecast.sim.traffic.spec import StreamSpec, Workload, at_rate
+from servecast.sim.traffic.traces import Trace, TraceSpec
 
 Parts = tuple[tuple[int, int], ...]
 
@@ -177,8 +177,8 @@ def _which_prompt(content: SharedPrefix, n: int, rngs: _Generators) -> npt.NDArr
     return rngs.cycle[np.arange(n) % distinct]
 
 
-def _draw_trace(stream: StreamSpec, spec: TraceSource, extent: Extent, rngs: _Generators) -> _Drawn:
-    trace = spec.read(stream.num_requests)
+def _draw_trace(stream: StreamSpec, spec: TraceSpec, extent: Extent, rngs: _Generators) -> _Drawn:
+    trace = spec.read()
     if stream.arrivals is None:
         times = replay(trace.times_s, spec.request_rate, extent)
     else:

@@ -66,8 +66,6 @@ def _send(port: int, prompt: list[int], max_tokens: int, delay: float, leave_aft
 @pytest.fixture(scope="module")
 def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Prompts with shared prefixes on a pool so small that requests preempt each other; some hang up."""
-    if not ENVIRONMENT.exists():
-        pytest.skip("needs vLLM: run tools/install_vllm.sh")
     folder = tmp_path_factory.mktemp("live")
     model = write_tiny_model(folder / "tiny", max_position_embeddings=512)
     port, log, file = _free_port(), folder / "server.log", folder / "steps.jsonl"
@@ -112,11 +110,13 @@ def recorded(recording: Path) -> Recorded:
     return recorded_run(recording)
 
 
+@pytest.mark.vllm
 def test_replay_of_a_live_run(recorded: Recorded) -> None:
     mismatch = compare(recorded, recorded.scenario.config.version)
     assert mismatch is None, str(mismatch)
 
 
+@pytest.mark.vllm
 def test_the_live_run_is_worth_replaying(recorded: Recorded) -> None:
     events, scenario = recorded.events(), recorded.scenario
     schedules = [event for event in events if "schedule" in event]
@@ -130,11 +130,10 @@ def test_the_live_run_is_worth_replaying(recorded: Recorded) -> None:
     assert len({a.step for a in scenario.arrivals}) > 10
 
 
+@pytest.mark.vllm
 @pytest.mark.parametrize("version", ["0.23", "0.32"])
 def test_recording_with_async_scheduling(tmp_path: Path, version: str) -> None:
     """The CPU server schedules synchronously, so the other class records without one; aborts included."""
-    if not ENVIRONMENT.exists():
-        pytest.skip("needs vLLM: run tools/install_vllm.sh")
     drawn = random_scenarios(version, 11, 200)
     scenario = next(
         s for s in drawn if len(s.aborts) > 8 and s.config.async_scheduling and s.config.enable_prefix_caching
@@ -166,6 +165,7 @@ def test_recording_with_async_scheduling(tmp_path: Path, version: str) -> None:
     assert mismatch is None, str(mismatch)
 
 
+@pytest.mark.vllm
 def test_recording_is_cheap(recording: Path) -> None:
     run = read_recording(recording)
     microseconds = run.cost_ns / len(run.steps) / 1000

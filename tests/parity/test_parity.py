@@ -40,7 +40,7 @@ from servecast.validate.parity.vllm_process import ENVIRONMENT, VllmProcess
 
 VERSIONS = tuple(RULES)
 MUTATIONS = load_mutations()
-needs_vllm = pytest.mark.skipif(not ENVIRONMENT.exists(), reason="needs vLLM: run tools/install_vllm.sh")
+needs_vllm = pytest.mark.vllm
 
 
 def installed(version: str) -> VllmProcess:

@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 
 from servecast.sim.inputs.errors import InputError
+from servecast.sim.plan.judge import Objectives
 from servecast.sim.run.simulate import simulate
 from servecast.sim.scenario.deployment import Deployment
 from servecast.sim.scenario.scenario import Scenario
@@ -30,14 +31,13 @@ _UNIQUE = "simulated prompts share nothing, since the file does not say what its
 
 def judge_result(
     readings: Sequence[Reading],
-    scenario: Scenario,
+    deployment: Deployment,
     *,
     tolerances: Tolerances,
     seeds: int = 5,
     traffic: Traffic | None = None,
-    deployment: Deployment | None = None,
 ) -> Comparison:
-    """Predict each run of a result with a scenario, and compare.
+    """Predict each run of a result with a scenario made concrete, and compare.
 
     Args:
         seeds: replications, from the scenario's seed on.
@@ -48,7 +48,7 @@ def judge_result(
     Raises:
         InputError: the file does not say what is needed for that traffic.
     """
-    deployment = Deployment.of(scenario) if deployment is None else deployment
+    scenario = deployment.scenario
 
     def judged(reading: Reading) -> LoadComparison:
         if reading.figures().get("completed") == 0:
@@ -59,7 +59,7 @@ def judge_result(
         workload = None if replays else _as_in_scenario(reading, scenario)
         try:
             predicted = [
-                simulate(scenario, seed=seed, workload=workload, stages=stages, deployment=deployment)
+                simulate(deployment, seed=seed, workload=workload, stages=stages)
                 for seed in range(scenario.seed, scenario.seed + seeds)
             ]
         except InputError as error:
@@ -68,7 +68,9 @@ def judge_result(
         notes = [_UNIQUE] if replays and _shares_prompts(scenario) else []
         return compare_runs(predicted, reading, tolerances=tolerances, notes=notes)
 
-    return compare_loads([judged(each) for each in readings], tolerances=tolerances, slos=scenario.slos)
+    return compare_loads(
+        [judged(each) for each in readings], tolerances=tolerances, objectives=Objectives.of(scenario)
+    )
 
 
 def _shares_prompts(scenario: Scenario) -> bool:

@@ -52,10 +52,8 @@ def result(
     readings = read_all(file)
     loaded, changes = what_if.load(scenario)
     deployment = Deployment.of(loaded)
-    comparison = judge_result(
-        readings, loaded, tolerances=limits, seeds=seeds, traffic=traffic, deployment=deployment
-    )
-    made_of = context(loaded, deployment, seed=loaded.seed, what_if=changes)
+    comparison = judge_result(readings, deployment, tolerances=limits, seeds=seeds, traffic=traffic)
+    made_of = context(deployment, seed=loaded.seed, what_if=changes)
     first = readings[0].context
     facts = {
         "result": f"{file.name}, {first.tool} {first.tool_version or '(version not stated)'}",

@@ -22,7 +22,6 @@ from servecast.sim.metrics.records import Run
 from servecast.sim.run.results import cautions, result, to_text
 from servecast.sim.run.simulate import simulate
 from servecast.sim.scenario.deployment import Deployment
-from servecast.sim.scenario.scenario import Scenario
 from servecast.sim.traffic.trace_writers import write_timed_trace
 from servecast.validate.live.loads import SWEPT, Load
 from servecast.validate.live.target import Target, without
@@ -81,18 +80,18 @@ class Outcome:
     timed_out: bool = False
 
 
-def predict(load: Load, scenario: Scenario, deployment: Deployment, seeds: range, out: Path) -> Prediction:
+def predict(load: Load, deployment: Deployment, seeds: range, out: Path) -> Prediction:
     """Simulate a load once a seed, and write its trace and prediction.json to a folder of its name in out."""
     folder, stages = out / load.name, load.stages()
     folder.mkdir(parents=True, exist_ok=True)
     write_timed_trace(load.requests, folder / "trace.jsonl")
-    runs = tuple(simulate(scenario, seed=seed, stages=stages, deployment=deployment) for seed in seeds)
+    runs = tuple(simulate(deployment, seed=seed, stages=stages) for seed in seeds)
     now, trace_sha256 = _now(), file_sha256(folder / "trace.jsonl")
     document = {
         "load": load.to_json(),
         "trace_sha256": trace_sha256,
         "written_at": now,
-        "replications": [result(scenario, deployment, run, what_if={}, ranks=RANKS) for run in runs],
+        "replications": [result(deployment, run, what_if={}, ranks=RANKS) for run in runs],
     }
     path = folder / "prediction.json"
     write_whole(path, lambda part: part.write_text(to_text(document), encoding="utf-8"))

@@ -66,18 +66,22 @@ class Loads:
     """Makes the loads of a scenario.
 
     Attributes:
-        max_rate: the predicted largest rate at the SLOs, requests/s.
+        deployment: that was made of it. max_rate: the predicted largest rate at the SLOs, requests/s.
         duration_s: how long an open-loop load sends. seed: of its traffic.
         rates: requests/s, concurrency: levels, instead of each kind's own.
     """
 
-    scenario: Scenario
     deployment: Deployment
     max_rate: float
     duration_s: float = 60.0
     seed: int = 0
     rates: tuple[float, ...] = ()
     concurrency: tuple[int, ...] = ()
+
+    @property
+    def scenario(self) -> Scenario:
+        """Whose loads they are."""
+        return self.deployment.scenario
 
     def at_rate(self, request_rate: float, kind: str, *, stream: StreamSpec | None = None) -> Load:
         """Open-loop traffic at a rate, of the scenario's kind or of a stream of its kind."""
@@ -146,7 +150,7 @@ def kv(loads: Loads) -> list[Load]:
     """
     load = loads.at_rate(0.8 * loads.max_rate, "kv")
     config = loads.deployment.config
-    run = simulate(loads.scenario, stages=load.stages(), deployment=loads.deployment)
+    run = simulate(loads.deployment, stages=load.stages())
     used = float(run.steps["kv_usage"].max()) * config.num_gpu_blocks
     longest = int((run.requests["prompt_tokens"] + run.requests["output_tokens"]).max())
     least = -(-longest // config.block_size) + 1  # one block is never used

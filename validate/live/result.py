@@ -16,6 +16,7 @@ import numpy as np
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.metrics.confidence import Interval
 from servecast.sim.metrics.records import Run
+from servecast.sim.plan.judge import Objectives
 from servecast.sim.run.results import SCHEMA_VERSION, check_output
 from servecast.validate.compare.load import CONFIDENCE, LoadComparison, Row, compare_runs, make_row
 from servecast.validate.compare.series import growth
@@ -24,7 +25,7 @@ from servecast.validate.compare.tolerances import Tolerances
 from servecast.validate.compare.verdict import Verdict
 from servecast.validate.live.drive import Outcome
 from servecast.validate.live.own_server import OwnServer
-from servecast.validate.live.search import SEARCHES, goodput_of
+from servecast.validate.live.search import SEARCHES
 from servecast.validate.live.session import Session
 
 _FIGURES = 6  # significant, of what is kept
@@ -67,9 +68,12 @@ def judge(
     comparison = compare_loads(
         loads,
         tolerances=tolerances,
-        slos=session.scenario.slos,
-        goodput=goodput_of(session.scenario),
-        predicted={SEARCHES[each.kind].metric: each.ends for each in session.predicted_rates},
+        objectives=Objectives.of(session.scenario),
+        predicted={
+            SEARCHES[each.kind].metric: each.ends
+            for each in session.predicted_rates
+            if each.kind in session.kinds  # on both sides, or on neither
+        },
     )
     missing = [
         f"{outcome.load.name}: {outcome.problem}"
@@ -143,8 +147,8 @@ def document(
     """The result: what was predicted of what, what came of it, and what both rest on. No key, and no path of
     this machine.
 
-    plan_max_request_rate is the largest rate that the search of ``servecast plan`` confirms, on which the
-    loads were planned. The sweep's max_request_rate is read off the loads that ran: see session.Session.
+    searches: where the largest rate, or the knee, was predicted to lie. The rows of the sweep take them over
+    where the server was searched in the same way, and are otherwise read off the loads that ran.
     """
     judged = {load.label: load.to_json() for load in comparison.loads}
     return {
@@ -165,8 +169,6 @@ def document(
         "reasons": list(comparison.verdict.reasons),
         "notes": list(comparison.notes),
         "slo": list(session.scenario.slo),
-        "plan_max_request_rate": session.max_rate,
-        "plan_max_request_rate_sha256": session.max_rate_sha256,
         "searches": [each.to_json() | {"sha256": each.sha256} for each in session.predicted_rates],
         "proxy_added_latency_ms": None if session.proxy_s is None else 1e3 * session.proxy_s,
         "sweep": [_short(row.to_json()) for row in comparison.sweep],

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -158,8 +158,8 @@ class Split:
     def _predict(self, router: str, requests: Trace, deployment: Deployment) -> tuple[list[Trace], float]:
         """Simulate the fleet behind a router, write the prediction down, and return each replica's part and
         how long all of it takes, in seconds."""
-        scenario = self.scenario.changed({"fleet.router": router})
-        run = simulate(scenario, seed=self.seed, stages=replayed(requests), deployment=deployment)
+        behind = replace(deployment, scenario=self.scenario.changed({"fleet.router": router}))
+        run = simulate(behind, seed=self.seed, stages=replayed(requests))
         records = run.requests.sort_values("request_id")
         hit_rate = float(records["cached_tokens"].sum() / records["prompt_tokens"].sum())
         predicted = _figures(run, hit_rate)

@@ -25,10 +25,15 @@ def ends(kept: Mapping[str, Any]) -> dict[str, Any]:
         "kv blocks": server.get("num_gpu_blocks"),
         "gpu": kept["machine"]["gpu"],
         "date": kept["date"],
-        "largest rate that plan confirms": kept["plan_max_request_rate"],
+        **{f"predicted {each['metric'].replace('_', ' ')}": _between(each) for each in kept["searches"]},
         **({} if added is None else {"latency that the proxy adds": f"{added:.3g} ms"}),
         "servecast": kept["servecast_version"],
     }
+
+
+def _between(search: Mapping[str, Any]) -> str:
+    low, high = ("-" if each is None else f"{each:.4g}" for each in search["between"])
+    return f"{low} to {high} requests/s"
 
 
 def print_session(comparison: Comparison, kept: Mapping[str, Any]) -> None:
@@ -38,8 +43,6 @@ def print_session(comparison: Comparison, kept: Mapping[str, Any]) -> None:
     for name, value in ends(kept).items():
         print(f"{name}: {'-' if value is None else value}")
     hashes = {f"prediction of {load['name']}": load["prediction_sha256"] for load in kept["loads"]}
-    if kept["plan_max_request_rate_sha256"] is not None:
-        hashes["largest rate that plan confirms"] = kept["plan_max_request_rate_sha256"]
     hashes |= {f"search of {each['plan']}": each["sha256"] for each in kept["searches"]}
     for name, sha256 in hashes.items():
         print(f"{name}: sha256 {sha256}")

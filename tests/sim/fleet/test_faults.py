@@ -10,9 +10,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import simpy
-import yaml
 from small_epp import EPP
 from small_fleet import OneSecondSteps, config, one_stream, times
+from small_scenarios import open_loop, small
 
 from servecast.sim.engine.request import Request, Stage
 from servecast.sim.fleet.client import Client
@@ -28,7 +28,7 @@ from servecast.sim.routing.gauges import Gauges
 from servecast.sim.routing.options import RouterOptions
 from servecast.sim.routing.routers import ROUTERS, Backend, Router
 from servecast.sim.run.simulate import simulate
-from servecast.sim.scenario.scenario import Scenario, load
+from servecast.sim.scenario.scenario import Scenario
 
 
 def run(
@@ -227,14 +227,8 @@ def test_kv_events_are_known_after_their_lag() -> None:
 
 # ---- scenarios --------------------------------------------------------------------------------------
 
-WORKLOAD = {
-    "arrivals": {"kind": "poisson", "request_rate": 10},
-    "num_requests": 100,
-    "prompt_tokens": 300,
-    "output_tokens": 60,
-}
-BASE = {
-    "schema_version": 1,
+WORKLOAD = open_loop(10, 100, 300, 60)
+MIXED = {
     "name": "mixed",
     "model": {"config": "Llama-3.1-8B-Instruct"},
     "gpu": {"name": "l40s"},
@@ -244,9 +238,7 @@ BASE = {
 
 
 def scenario(folder: Path, fleet: dict[str, Any], **changes: Any) -> Scenario:
-    path = folder / "mixed.yaml"
-    path.write_text(yaml.safe_dump({**BASE, "fleet": fleet, **changes}), "utf-8")
-    return load(path)
+    return small(folder, **MIXED | changes, fleet=fleet)
 
 
 def test_replicas_may_differ_in_gpu_and_flags(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from small_scenarios import MINIMAL
 
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.metrics.slo import SLO, Goodput
@@ -22,18 +23,6 @@ from servecast.sim.traffic.draw import draw
 from servecast.sim.traffic.lengths import Fixed
 
 L4, A6000 = "l4-qwen2.5-0.5b", "a6000-qwen2.5-7b"
-MINIMAL = """
-schema_version: 1
-name: mine
-model: {config: Qwen2.5-7B-Instruct}
-gpu: {name: a6000}
-engine: {version: "0.32"}
-workload:
-  arrivals: {kind: poisson, request_rate: 2}
-  num_requests: 100
-  prompt_tokens: 256
-  output_tokens: 128
-"""
 
 
 def written(folder: Path, text: str) -> Path:
@@ -218,7 +207,7 @@ def test_scenarios_are_frozen_and_cross_processes() -> None:
 
 
 def test_no_key_may_come_twice(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="line 12: not valid YAML: the key 'name' comes twice"):
+    with pytest.raises(InputError, match="line 11: not valid YAML: the key 'name' comes twice"):
         load(written(tmp_path, MINIMAL + "name: again\n"))
 
 

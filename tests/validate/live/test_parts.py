@@ -22,7 +22,6 @@ from servecast.sim.scenario.deployment import Deployment
 from servecast.sim.scenario.scenario import Scenario, load
 from servecast.validate.compare.series import growth
 from servecast.validate.compare.tolerances import Tolerances
-from servecast.validate.live import session as live
 from servecast.validate.live.loads import KINDS, Loads
 from servecast.validate.live.misfit import refuse_misfit, replaced
 from servecast.validate.live.own_server import serve_flags
@@ -150,7 +149,7 @@ def test_a_server_that_says_little_is_noted(file: Path, model: Path) -> None:
     with FakeServer(version=None, metrics=None) as server:
         truth = read_truth(Target(server.url, "tiny", "tiny"), CPU)
     scenario = load(file)
-    notes = " ".join(refuse_misfit(truth, scenario, Deployment.of(scenario), None))
+    notes = " ".join(refuse_misfit(truth, Deployment.of(scenario), None))
     for missing in ("config.json", "KV blocks", "version", "scheduler's flags", "gpu.json"):
         assert missing in notes
 
@@ -180,12 +179,12 @@ def test_a_profile_of_another_gpu_and_another_model_are_refused(file: Path, mode
     truth = Truth("0.32.0", 900, {"max_num_seqs": 8}, "cpu", "tiny")
     on_l4 = load(file, {"gpu": {"name": "L4"}})
     with pytest.raises(InputError, match="is of L4, the server runs on cpu"):
-        refuse_misfit(truth, on_l4, Deployment.of(on_l4), model)
+        refuse_misfit(truth, Deployment.of(on_l4), model)
     ours = load(file)
-    assert refuse_misfit(truth, ours, Deployment.of(ours), model)
+    assert refuse_misfit(truth, Deployment.of(ours), model)
     larger = write_tiny_model(model.parent / "larger", layers=4)
     with pytest.raises(InputError, match=r"in layers \(2, not 4\)"):
-        refuse_misfit(truth, ours, Deployment.of(ours), larger)
+        refuse_misfit(truth, Deployment.of(ours), larger)
 
 
 def test_flags_of_a_server_that_is_started(file: Path) -> None:
@@ -201,7 +200,7 @@ def test_flags_of_a_server_that_is_started(file: Path) -> None:
 @pytest.fixture
 def loads(file: Path) -> Loads:
     scenario = load(file)
-    return Loads(scenario, Deployment.of(scenario), max_rate=200.0, duration_s=2.0)
+    return Loads(Deployment.of(scenario), max_rate=200.0, duration_s=2.0)
 
 
 def test_every_kind_gives_loads_that_can_be_sent(loads: Loads) -> None:
@@ -252,7 +251,6 @@ def run_session(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., tuple[Session, dict[str, Any]]]:
     monkeypatch.setenv("FAKE_SCENARIO", str(file))
-    monkeypatch.setattr(live, "PLAN_REQUESTS", 100)
 
     def run(out: str = "out", **options: Any) -> tuple[Session, dict[str, Any]]:
         scenario: Scenario = load(file)
@@ -275,7 +273,6 @@ def run_session(
 def test_a_right_prediction_passes_and_was_on_disk_before(
     run_session: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Session, "_largest_rate", lambda self, served: 150.0)
     _, kept = run_session(kinds=("rate", "concurrency", "kv"), rates=(20.0, 60.0), concurrency=(4,))
     assert kept["verdict"] == "pass", kept["reasons"]
     assert [each["name"] for each in kept["loads"]] == ["rate-20", "rate-60", "concurrency-4"]
