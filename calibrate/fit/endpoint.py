@@ -249,7 +249,7 @@ def endpoint(
         scenario: what is known of the server: model, GPU, engine flags. A shipped name, or a YAML file.
         server.base_url: of the server, as http://127.0.0.1:8000.
         server.model: the name that it serves.
-        server.tokenizer: folder or name of the model's tokenizer.
+        server.tokenizer: folder or name of the model's tokenizer; the model's name without it.
         server.endpoint: of completions (/v1/completions).
         server.api_key_env: name of the environment variable with the server's key.
         server.python: of the environment that has vllm, where servecast's own has not.
