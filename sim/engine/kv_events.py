@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from servecast.sim.engine.engines import Engine
+from servecast.sim.engine.engine import Engine
 from servecast.sim.engine.scheduler import Scheduler
 from servecast.sim.engine.sequence import is_shared
 
