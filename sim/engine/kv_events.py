@@ -1,4 +1,4 @@
-"""A KV cache that tells which contents come and go, as vLLM does with ``--kv-events-config``."""
+"""Which contents come into a KV cache and go, as vLLM tells it with ``--kv-events-config``."""
 
 from __future__ import annotations
 
