@@ -88,7 +88,7 @@ def plan(
     deployment = probe.deployment
     effort = Effort(confidence, tolerance, max_requests=max_num_requests, jobs=jobs)
     gpu_cost = loaded.gpu_hour_cost if gpu_hour_cost is None else gpu_hour_cost
-    gpus = deployment.engine.flags.tensor_parallel_size * loaded.fleet.size
+    gpus = loaded.engine.tensor_parallel_size * loaded.fleet.size
     with progress_bar("plan") as advance:
         advance(0.0, "first look")
         start = capacity.first_guess(probe, loaded.seed)
@@ -141,7 +141,7 @@ def plan(
     document = context(deployment, seed=loaded.seed, what_if=changes) | found.to_json()
     document["slo"] = document["objectives"]["slos"]
     document["knee"] = {"request_rate": found.knee, "concurrency": _concurrency_knee(points)}
-    document["notes"] = [*loaded.engine.notes, *found.notes, *cautions(deployment, run)]
+    document["notes"] = [*loaded.notes, *found.notes, *cautions(deployment, run)]
     document["sensitivity"] = [each.to_json() for each in changed] if sensitivity else None
     document["prefix_slots"] = None if slots is None else slots.to_json()
     document["fleet_size"] = None if sized is None else sized.to_json()
