@@ -21,9 +21,9 @@ from metronome_law import Law
 from metronome_setup import metronome_environment
 
 from servecast.calibrate.fit_folder import fit_folder
-from servecast.calibrate.measure.bench_serve import run_bench
 from servecast.calibrate.measure.facts import collect
-from servecast.calibrate.measure.measure_served import overheads
+from servecast.calibrate.measure.measure_served import FrontEnd
+from servecast.calibrate.measure.turns import in_turn
 from servecast.sim.gpu import GPU
 from servecast.validate.live_server import OwnServer
 from servecast.validate.live_target import Target
@@ -87,26 +87,11 @@ def measure_steps(model: Path, out: Path, law: dict[str, Any]) -> Path:
 def measure_overheads(target: Target, recording: Path, out: Path, levels: Sequence[int]) -> None:
     """Add what stands between client and engine of a server that runs, as ``calibrate measure served``
     measures it on one of its own."""
-    rows = []
-    for level in levels:
-        trace = out / f"closed-{level}.jsonl"
-        with trace.open("w") as file:
-            for number in range(max(16, 5 * level)):
-                length = 32 + number  # tells the requests apart
-                ids = [10_000 * level + 100 * number + block for block in range(-(-length // 16))]
-                row = {"timestamp": 0.0, "input_length": length, "output_length": 24, "hash_ids": ids}
-                file.write(json.dumps(row) + "\n")
-        result = run_bench(
-            target.base_url,
-            target.model,
-            target.tokenizer,
-            trace,
-            out / f"closed-{level}.json",
-            python=PYTHON,
-            args=("--max-concurrency", str(level)),
-            hash_seed=level,
-        )
-        rows += list(overheads(result, recording.read_text(), level))
+    front_end = FrontEnd(
+        target.base_url, target.model, target.tokenizer, recording, output_tokens=24, python=PYTHON
+    )
+    turns = in_turn(levels, lambda level, turn: front_end.measure(out, level, turn), {})
+    rows = [row for _, _, each in turns for row in each]
     with (out / "engine.jsonl").open("a") as file:
         for number, row in enumerate(rows):
             file.write(json.dumps({"model": "model", "case": f"model/served/{number}"} | row) + "\n")
