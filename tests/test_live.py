@@ -108,7 +108,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
         servers = [started(metronome(model, ROOFLINE), engine, {}, out) for out in outs]
         first, second = threads.map(stack.enter_context, servers)
         assert first.recording is not None
-        measure_overheads(first.target, first.recording, measured, (1, 4, 12))
+        measure_overheads(first.target, first.recording, measured, (2, 12))
         calibrate(measured, gpu, folder / "profile.json")
         yield Lab(file, (first, second))
 
