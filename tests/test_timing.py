@@ -20,10 +20,13 @@ def test_wrong(): judge("TTFT is 66 % off", False, quiet=True)
 """
 
 
-def test_a_wrong_verdict_fails_where_it_was_quiet_and_is_counted_where_not(tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_a_wrong_verdict_fails_where_it_was_quiet_and_is_counted_where_not(
+    tmp_path: Path, workers: str
+) -> None:
     (tmp_path / "conftest.py").write_text((TESTS / "conftest.py").read_text())
     (tmp_path / "test_judged.py").write_text(JUDGED)
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(tmp_path)]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-n", workers, str(tmp_path)]
     env = {"PYTHONPATH": str(TESTS), "PATH": ""}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr

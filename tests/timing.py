@@ -1,4 +1,4 @@
-"""Timing verdicts of live tests: right ones pass anywhere, wrong ones fail where this machine kept time.
+"""Timing verdicts of tests: right ones pass anywhere, wrong ones fail where this machine kept time.
 
 Where it was held up a wrong one says nothing. It is counted, and pytest's summary tells (see conftest), so
 that it is neither a failure nor passed over in silence.
