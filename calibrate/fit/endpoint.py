@@ -20,7 +20,7 @@ from cyclopts import Parameter
 
 from servecast.calibrate.fit.report import fit_report
 from servecast.calibrate.measure.folder import Budget
-from servecast.calibrate.measure.vllm.bench_serve import run_bench
+from servecast.calibrate.measure.vllm.bench_serve import Server, run_bench
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.scenario.deployment import Deployment
 from servecast.sim.scenario.scenario import Scenario, load
@@ -51,14 +51,9 @@ class Level:
 
 
 @dataclass(frozen=True, slots=True)
-class Endpoint:
-    """A server to measure: see ``run_bench`` for the fields."""
+class Endpoint(Server):
+    """A server to measure. python: that has vllm, for the benchmark."""
 
-    base_url: str
-    model: str
-    tokenizer: str
-    endpoint: str = "/v1/completions"
-    api_key_env: str | None = None
     python: str = sys.executable
 
 
@@ -150,13 +145,9 @@ def _measure(endpoint: Endpoint, level: Level, out: Path, number: int) -> dict[s
         trace,
     )
     result = run_bench(
-        endpoint.base_url,
-        endpoint.model,
-        endpoint.tokenizer,
+        endpoint,
         trace,
         out / f"level-{number}.json",
-        endpoint=endpoint.endpoint,
-        api_key_env=endpoint.api_key_env,
         args=("--max-concurrency", str(level.concurrency), "--ignore-eos"),
         hash_seed=1 + number,
         python=endpoint.python,

@@ -20,7 +20,8 @@ from .errors import MeasureError
 from .facts import collect
 from .folder import Budget, Folder, Progress, Row
 from .turns import TURNS, complaints, in_turn
-from .vllm.bench_serve import run_bench
+from .vllm.bench_serve import Server, run_bench
+from .vllm.recording import parse_recording
 from .vllm.server import VllmServer, recording
 from .vllm.tiny_model import write_tokenizer
 
@@ -79,7 +80,7 @@ def _serve(
     log = folder.path / "served.log"
     turns = _turns(row for row in folder.rows if row.get("model") == name)
     with VllmServer(served, [*args, "--no-enable-prefix-caching"], log=log, env=variables) as server:
-        front_end = FrontEnd(server.base_url, name, served, file)
+        front_end = FrontEnd(Server(server.base_url, name, str(served)), file)
         progress = Progress(TURNS * len(levels) - sum(map(len, turns.values())), budget)
         began = time.monotonic()
         for level, turn, rows in in_turn(levels, lambda c, n: front_end.measure(work, c, n), turns):
@@ -111,13 +112,11 @@ class FrontEnd:
     """What stands before the engine of a server that runs on this machine and writes a recording.
 
     Attributes:
-        base_url, model, tokenizer: as ``run_bench`` takes them. recording: its recorder's file.
+        server: as ``run_bench`` takes it. recording: its recorder's file.
         output_tokens: of a request, on average. python: that has vllm.
     """
 
-    base_url: str
-    model: str
-    tokenizer: str | Path
+    server: Server
     recording: Path
     output_tokens: int = OUTPUT_TOKENS
     python: str | Path = sys.executable
@@ -127,9 +126,7 @@ class FrontEnd:
         trace = work / f"closed-{concurrency}-{turn}.jsonl"
         _write_trace(trace, max(LEAST, WAVES * concurrency), self.output_tokens)
         result = run_bench(
-            self.base_url,
-            self.model,
-            self.tokenizer,
+            self.server,
             trace,
             trace.with_suffix(".json"),
             python=self.python,
@@ -230,26 +227,20 @@ def _engine_side(
 
     Tokens come with how many left in the same step, and how many of these were a request's first.
     """
-    prompts: dict[int, int] = {}
-    received: dict[int, float] = {}
-    scheduled: list[list[int]] = []  # request numbers that get a token from each step
+    run = parse_recording(recorded)
     delivered = defaultdict[int, list[tuple[float, int, int]]](list)
-    done = 0
-    for line in recorded.splitlines()[:-1]:  # the last one may be half written
-        kind, *rest = json.loads(line)
-        if kind == "received":
-            received[rest[1]] = rest[0] / 1e9
-        elif kind == "add":
-            prompts[rest[1]] = rest[2]
-        elif kind == "schedule":
-            scheduled.append([n for n, tokens, before in rest[2] if before + tokens >= prompts[n]])
-        elif kind == "update":
-            firsts = sum(n not in delivered for n in scheduled[done])
-            for n in scheduled[done]:
-                delivered[n].append((rest[1] / 1e9, len(scheduled[done]), firsts))
-            done += 1
-    last = range(max(0, len(prompts) - requests), len(prompts))
-    return {prompts[n]: received[n] for n in last}, {prompts[n]: delivered[n] for n in last}
+    for step in run.steps:
+        if step.ended is None:
+            continue
+        done = [n for n, tokens, before in step.scheduled if before + tokens >= run.requests[n].prompt_tokens]
+        firsts = sum(n not in delivered for n in done)
+        for n in done:
+            delivered[n].append((step.ended / 1e9, len(done), firsts))
+    last = {n: added for n, added in run.requests.items() if n >= len(run.requests) - requests}
+    return (
+        {added.prompt_tokens: added.received / 1e9 for added in last.values()},
+        {added.prompt_tokens: delivered[n] for n, added in last.items()},
+    )
 
 
 def _thin(times: list[float]) -> list[float]:

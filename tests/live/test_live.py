@@ -40,12 +40,11 @@ from timing import judge as judge_timing
 from servecast.__main__ import main
 from servecast.sim.hardware.profile import Profile
 from servecast.sim.scenario.scenario import load
-from servecast.sim.traffic.traces import TraceSpec
-from servecast.validate.compare.verdict import Tolerances
+from servecast.validate.compare.tolerances import Tolerances
 from servecast.validate.live.drive import Outcome
 from servecast.validate.live.own_server import Started, started
 from servecast.validate.live.result import document, judge
-from servecast.validate.live.session import Campaign
+from servecast.validate.live.session import Session
 from servecast.validate.live.split import Split
 from servecast.validate.live.target import Target
 from servecast.validate.live.telemetry import get, parse_metrics
@@ -83,14 +82,14 @@ class Lab:
     def campaign(self, out: Path, **options: Any) -> Watched:
         """A campaign on the first of them."""
         first = self.replicas[0]
-        campaign = Campaign(load(self.file), self.target, out, **({"python": PYTHON, "seeds": 3} | options))
+        campaign = Session(load(self.file), self.target, out, **({"python": PYTHON, "seeds": 3} | options))
         return Watched(campaign, first.recording, steady=self.steady)
 
 
 class Watched:
     """A campaign, and whether this machine kept time in each of its loads."""
 
-    def __init__(self, campaign: Campaign, recording: Path | None = None, *, steady: bool = True) -> None:
+    def __init__(self, campaign: Session, recording: Path | None = None, *, steady: bool = True) -> None:
         self.campaign, self._recording, self._machine = campaign, recording, Machine()
         self._steady = steady
         self.quiet: dict[str, bool] = {}
@@ -101,7 +100,7 @@ class Watched:
         self.campaign.run()
         return kept(self.campaign)
 
-    def _after_load(self, campaign: Campaign) -> None:
+    def _after_load(self, campaign: Session) -> None:
         outcome = campaign.outcomes[-1]
         left_alone = self._machine.quiet()
         in_time = kept_time(outcome, self._recording)
@@ -122,7 +121,7 @@ def kept_time(outcome: Outcome, recording: Path | None) -> bool:
     lost = lost_time(recording, ROOFLINE, began, began + float(run.requests["finish"].max()))
     late = 0.0
     if outcome.load.max_concurrency is None:
-        planned = TraceSpec(format="timed_trace", path=outcome.load.trace).read().times_s
+        planned = outcome.load.requests.times_s
         late = float(np.percentile(np.sort(run.requests["sent"].to_numpy()) - np.sort(planned), 95))
     gap = float(run.itl["gap"].max())
     print(f"{outcome.load.name}: steps lost {lost:.2%}, sent {late:.3f} s late, longest gap {gap:.3f} s")
@@ -168,7 +167,7 @@ def rows(load: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {row["metric"]: row for row in load["rows"]}
 
 
-def kept(campaign: Campaign) -> dict[str, Any]:
+def kept(campaign: Session) -> dict[str, Any]:
     """What a campaign writes."""
     found = document(campaign, judge(campaign, LIMITS), what_if={}, tolerances=LIMITS)
     show(found)
@@ -224,7 +223,7 @@ class Sweep:
 def sweep(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Sweep:
     """Loads in which this machine did not keep time are run again where their figures are wrong."""
     out = tmp_path_factory.mktemp("sweep")
-    first = lab.campaign(out / "0", plans=tuple(PLANS), rates=RATES, concurrency=CONCURRENCY, duration_s=12)
+    first = lab.campaign(out / "0", kinds=tuple(PLANS), rates=RATES, concurrency=CONCURRENCY, duration_s=12)
     first.run()
     outcomes = {each.load.name: each for each in first.campaign.outcomes}
     quiet = first.quiet
@@ -238,15 +237,15 @@ def sweep(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Sweep:
             break
         more = lab.campaign(
             out / str(again),
-            plans=tuple(plan for plan in PLANS if any(each.plan == plan for each in wrong)),
-            rates=tuple(each.request_rate for each in wrong if each.plan == "rate"),
-            concurrency=tuple(each.max_concurrency for each in wrong if each.plan == "concurrency"),
+            kinds=tuple(plan for plan in PLANS if any(each.kind == plan for each in wrong)),
+            rates=tuple(each.request_rate for each in wrong if each.kind == "rate"),
+            concurrency=tuple(each.max_concurrency for each in wrong if each.kind == "concurrency"),
             duration_s=12,
         )
         more.run()
         found = {each.load.name: each for each in more.campaign.outcomes}
-        if any(each.plan == "slo" for each in wrong):  # its search may take other rates
-            outcomes = {name: each for name, each in outcomes.items() if each.load.plan != "slo"}
+        if any(each.kind == "slo" for each in wrong):  # its search may take other rates
+            outcomes = {name: each for name, each in outcomes.items() if each.load.kind != "slo"}
         outcomes |= found
         quiet |= more.quiet
         first.campaign.outcomes = list(outcomes.values())
@@ -330,7 +329,7 @@ def test_kv_pressure(lab: Lab, tmp_path: Path) -> None:
 
     def run(again: int) -> tuple[str, bool, bool]:
         out = tmp_path / str(again)
-        campaign = Campaign(scenario, own, out, plans=("kv",), duration_s=10, seeds=3, python=PYTHON)
+        campaign = Session(scenario, own, out, kinds=("kv",), duration_s=10, seeds=3, python=PYTHON)
         watched = Watched(campaign, steady=lab.steady)
         (each,) = watched.run()["loads"]
         found = rows(each)
@@ -436,7 +435,7 @@ def test_a_killed_server_keeps_what_was_finished(lab: Lab, tmp_path: Path) -> No
         if text.startswith("running rate-6"):
             threading.Thread(target=_kill_when_busy, args=(doomed,)).start()
 
-    campaign = Campaign(
+    campaign = Session(
         load(lab.file),
         doomed.target,
         tmp_path,

@@ -34,9 +34,11 @@ from servecast.sim.hardware.step_time.physical import Efficiencies
 from servecast.sim.metrics.metrics import statistic
 from servecast.sim.run.simulate import simulate
 from servecast.sim.scenario.scenario import load
-from servecast.validate.live.loads import Load
+from servecast.sim.traffic.draw import replayed
+from servecast.sim.traffic.traces import read_timed_trace
+from servecast.validate.compare.series import growth
 from servecast.validate.live.target import Target
-from servecast.validate.live.telemetry import Prometheus, get, growth, scraper
+from servecast.validate.live.telemetry import Prometheus, get, scraper
 from servecast.validate.live.truth import read_truth
 from servecast.validate.parity.vllm_process import ENVIRONMENT
 
@@ -258,7 +260,7 @@ def test_prometheus_tells_the_same_as_metrics(engine: str, prometheus: str) -> N
         what = f"{column}: Prometheus knew it {known:.0%} of the time, and {agree:.0%} agree"
         judge(what, known == 1 and agree > 0.9, quiet=quiet)
     for counter in ("preemptions", "prefix_queries", "queued"):
-        assert growth(asked, counter) == growth(seen, counter) > 0, counter
+        assert growth(asked[counter].to_numpy()) == growth(seen[counter].to_numpy()) > 0, counter
     assert set(asked["gpu_util_pct"]) == {GPU_USE}
     assert set(asked["gpu_memory_mib"]) == {GPU_MEMORY_MIB}
 
@@ -301,7 +303,7 @@ def test_a_proxy_is_a_line_of_its_own_and_its_key_stays_secret(
     if PROMETHEUS is not None:
         metrics = pd.read_csv(out / load["name"] / "metrics.csv")
         assert metrics["running"].max() > 0
-        assert growth(metrics, "queued") > 0
+        assert growth(metrics["queued"].to_numpy()) > 0
         assert metrics["gpu_util_pct"].iloc[-1] == GPU_USE
 
     assert any("bench serve" in command for command in commands)
@@ -362,5 +364,5 @@ def predicted_ttft_s(folder: Path, engine: str, trace: Path) -> float:
     """The median without a proxy."""
     truth = read_truth(Target(engine, "model", str(folder / "model")), {"gpu": "cpu"})
     scenario = load(str(folder / "metronome.yaml")).changed(truth.overrides())
-    run = simulate(scenario, seed=scenario.seed, workload=Load("", "rate", trace, RATE, None).workload())
+    run = simulate(scenario, seed=scenario.seed, stages=replayed(read_timed_trace(trace)))
     return statistic(run, "ttft", "median")

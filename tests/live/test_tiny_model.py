@@ -25,7 +25,7 @@ from servecast.sim.run.simulate import simulate
 from servecast.sim.scenario.scenario import Scenario, load
 from servecast.validate.live.drive import Outcome
 from servecast.validate.live.own_server import OwnServer, Started, started
-from servecast.validate.live.session import Campaign
+from servecast.validate.live.session import Session
 from servecast.validate.parity.vllm_process import ENVIRONMENT
 
 pytestmark = [
@@ -126,7 +126,7 @@ def test_a_model_that_computes(lab: Lab, tmp_path: Path) -> None:
 
 
 def drive(scenario: Scenario, lab: Lab, out: Path) -> Outcome:
-    campaign = Campaign(scenario, lab.server.target, out, rates=(2.0,), duration_s=15, seeds=2, python=PYTHON)
+    campaign = Session(scenario, lab.server.target, out, rates=(2.0,), duration_s=15, seeds=2, python=PYTHON)
     campaign.run()
     (outcome,) = campaign.outcomes
     return outcome

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import fields
 from pathlib import Path
-from typing import Literal
+from typing import Annotated
+
+from cyclopts import Parameter
 
 from servecast.sim.cli.output import print_json, print_table
 from servecast.sim.inputs.errors import InputError
@@ -25,14 +27,7 @@ def check(
     report: str,
     /,
     *more: Path,
-    model_config: str | None = None,
-    gpu: str | None = None,
-    tensor_parallel_size: int = 1,
-    replicas: int = 1,
-    prompt_tokens: int | None = None,
-    output_tokens: int | None = None,
-    num_requests: int | None = None,
-    percentile_law: Literal["linear", "exclusive"] = "linear",
+    context: Annotated[Context, Parameter(name="*")] = Context(),  # noqa: B008 (frozen)
     no_predict: bool = False,
     json: bool = False,
 ) -> int:
@@ -46,32 +41,13 @@ def check(
         report: a scenario (a shipped one's name or a YAML file) with reported tables, a CSV table, or a
             result's JSON.
         more: further result files, one a level of load.
-        model_config: the model behind a table or a result: a shipped config's name, or a config.json.
-        gpu: its GPU, as in the catalogue.
-        tensor_parallel_size: GPUs of one engine.
-        replicas: engines.
-        prompt_tokens: prompt length, the same in every request.
-        output_tokens: output length, the same in every request.
-        num_requests: requests of each row.
-        percentile_law: how percentiles were interpolated: linear (NumPy), or exclusive (Python's
-            statistics.quantiles).
         no_predict: leave out the comparison with the prediction.
         json: print one JSON object and nothing else.
     """
-    context = Context(
-        model_config,
-        gpu,
-        tensor_parallel_size,
-        replicas,
-        prompt_tokens,
-        output_tokens,
-        num_requests,
-        percentile_law,
-    )
     for f in fields(context):
         number = getattr(context, f.name)
         if isinstance(number, int) and number < 1:
-            raise InputError(f"is {number}", where=f"--{_flag(f.name)}", fix="Give a number from 1 on.")
+            raise InputError(f"is {number}", where=_flag(f.name), fix="Give a number from 1 on.")
     checked = run_check(_read(report, list(more), context), predict=not no_predict)
     if json:
         print_json(checked.to_json())
@@ -94,14 +70,14 @@ def _read(report: str, more: list[Path], context: Context) -> Report:
     if given:
         raise InputError(
             "a scenario says it itself",
-            where=f"--{_flag(given[0])}",
+            where=_flag(given[0]),
             fix="Leave it out, or change the scenario.",
         )
     return from_scenario(scenarios.load(report))
 
 
 def _flag(name: str) -> str:
-    return {"model": "model-config", "law": "percentile-law"}.get(name, name.replace("_", "-"))
+    return f"--{name.replace('_', '-')}"
 
 
 def _is_result(path: Path) -> bool:

@@ -34,17 +34,28 @@ _MOST_PLACES = 15
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What a bare table or a result file does not say of itself. ``model`` is a shipped config's name or a
-    path; the rest as in `Level` and `Hardware`."""
+    """What a bare table or a result file does not say of itself.
 
-    model: str | None = None
+    Attributes:
+        model_config: the model behind a table or a result: a shipped config's name, or a config.json.
+        gpu: its GPU, as in the catalogue.
+        tensor_parallel_size: GPUs of one engine.
+        replicas: engines.
+        prompt_tokens: prompt length, the same in every request.
+        output_tokens: output length, the same in every request.
+        num_requests: requests of each row.
+        percentile_law: how percentiles were interpolated: linear (NumPy), or exclusive (Python's
+            statistics.quantiles).
+    """
+
+    model_config: str | None = None
     gpu: str | None = None
     tensor_parallel_size: int = 1
     replicas: int = 1
     prompt_tokens: int | None = None
     output_tokens: int | None = None
     num_requests: int | None = None
-    law: PercentileLaw = "linear"
+    percentile_law: PercentileLaw = "linear"
 
     def lengths(self) -> dict[str, Lengths | None]:
         """What is known of output and prompt lengths, by name."""
@@ -57,14 +68,14 @@ class Context:
         Raises:
             InputError: only one of them is, or one is not known.
         """
-        if self.model is None and self.gpu is None:
+        if self.model_config is None and self.gpu is None:
             return None
-        if self.model is None or self.gpu is None:
-            missing = "--model-config" if self.model is None else "--gpu"
+        if self.model_config is None or self.gpu is None:
+            missing = "--model-config" if self.model_config is None else "--gpu"
             raise InputError(f"{missing} is missing", where=missing, fix="Bounds need the model and the GPU.")
-        path = Path(self.model)
+        path = Path(self.model_config)
         if path.suffix != ".json":
-            path = scenarios.shipped_folder() / "models" / f"{self.model}.json"
+            path = scenarios.shipped_folder() / "models" / f"{self.model_config}.json"
         model = ModelShape.from_config(path, path.stem)
         shard = Shard(model, find_gpu(self.gpu, where="--gpu"), self.tensor_parallel_size)
         return Hardware(shard, self.replicas)
@@ -163,7 +174,7 @@ def _table_level(
         failed=load.get("failed"),
         output=lengths["output_tokens"],
         prompt=lengths["prompt_tokens"],
-        law=context.law,
+        law=context.percentile_law,
         hardware=hardware,
     )
 

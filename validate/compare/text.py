@@ -8,6 +8,7 @@ from servecast.sim.cli.output import print_table
 from servecast.validate.compare.load import Row, spoken
 from servecast.validate.compare.page import allowed_text, error_interval_text, error_text, load_facts
 from servecast.validate.compare.sweep import Comparison
+from servecast.validate.compare.verdict import Verdict
 
 _HEADER = ("figure", "predicted", "measured", "error", "interval (95 %)", "allowed", "")
 
@@ -24,8 +25,13 @@ def print_comparison(comparison: Comparison) -> None:
         _print_rows(comparison.sweep, "\nknee and largest rate")
     for note in comparison.notes:
         print(f"note: {note}")
-    print(f"\nverdict: {comparison.verdict.state}")
-    for reason in comparison.verdict.reasons:
+    print_verdict(comparison.verdict)
+
+
+def print_verdict(verdict: Verdict) -> None:
+    """Its state, and the reasons."""
+    print(f"\nverdict: {verdict.state}")
+    for reason in verdict.reasons:
         print(f"  {reason}")
 
 

@@ -26,7 +26,7 @@ from servecast.calibrate.measure.facts import collect
 from servecast.calibrate.measure.folder import Budget, Folder, Progress, Row, read_facts, read_rows
 from servecast.calibrate.measure.served import OUTPUT_TOKENS, SHORTEST, overheads
 from servecast.calibrate.measure.turns import complaints, in_turn, trusted
-from servecast.calibrate.measure.vllm.bench_serve import TookTooLongError, run_bench
+from servecast.calibrate.measure.vllm.bench_serve import Server, TookTooLongError, run_bench
 from servecast.calibrate.measure.vllm.server import VllmServer
 from servecast.calibrate.measure.vllm.tiny_model import write_tiny_model, write_tokenizer
 from servecast.sim.inputs.errors import InputError
@@ -479,8 +479,9 @@ def test_bench(tmp_path: Path, stand_in: dict[str, str], monkeypatch: pytest.Mon
     trace, result = tmp_path / "trace.jsonl", tmp_path / "result.json"
     trace.write_text('{"timestamp": 0}\n{"timestamp": 1}\n\n')
 
-    def bench(model: str, **more: Any) -> dict[str, Any]:
-        return run_bench("http://127.0.0.1:1", model, tmp_path, trace, result, env=stand_in, **more)
+    def bench(model: str, *, api_key_env: str | None = None, **more: Any) -> dict[str, Any]:
+        server = Server("http://127.0.0.1:1", model, str(tmp_path), api_key_env=api_key_env)
+        return run_bench(server, trace, result, env=stand_in, **more)
 
     assert bench("good", hash_seed=7)["hash_seed"] == "7"
     assert bench("good")["completed"] == 2
