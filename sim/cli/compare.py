@@ -183,14 +183,14 @@ def _write_report(
     chosen: Sequence[tuple[str, Any]],
     load: Load,
 ) -> None:
-    from servecast.sim.report.router_page import PodsOverTime, write_router_report
+    from servecast.sim.compare.page import PodsOverTime, write_router_page
     from servecast.sim.run.simulate import simulate
 
     pods = {}
     for label, (scenario, _changes) in chosen:
         pods[label] = PodsOverTime.of(simulate(scenario, workload=load.workload(scenario)))
     title = f"Routers on {sides[0].results[0]['scenario']}"
-    write_router_report(path, sides, places, why, pods, title=title)
+    write_router_page(path, sides, places, why, pods, title=title)
 
 
 def _print_places(sides: Sequence[Side], places: Sequence[Ranking], why: Sequence[Reason]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
     from servecast.sim.plan.capacity import Plan
     from servecast.sim.plan.fleet_size import FleetSize
     from servecast.sim.plan.prefix_slots import PrefixSlots
-    from servecast.sim.report.figures import SweepPoint
     from servecast.sim.scenario.scenario import Scenario
 
 
@@ -70,6 +68,7 @@ def plan(
 
     from servecast.sim.metrics.slo import SLO, Goodput
     from servecast.sim.plan import capacity
+    from servecast.sim.plan.closed_loop import knee, sweep_points
     from servecast.sim.plan.prefix_slots import prefix_slots
     from servecast.sim.run.results import cautions, check_output, context
     from servecast.sim.run.simulate import RateProbe
@@ -144,14 +143,14 @@ def plan(
             )
     document = context(loaded, deployment, seed=loaded.seed, what_if=changes) | found.to_json()
     document["slo"] = document["objectives"]["slos"]
-    document["knee"] = {"request_rate": found.knee, "concurrency": _concurrency_knee(points)}
+    document["knee"] = {"request_rate": found.knee, "concurrency": knee(points)}
     document["notes"] = [*loaded.engine.notes, *found.notes, *cautions(deployment, run)]
     document["sensitivity"] = [each.to_json() for each in changed] if sensitivity else None
     document["prefix_slots"] = None if slots is None else slots.to_json()
     document["fleet_size"] = None if sized is None else sized.to_json()
     document["report"] = None if report is None else str(report)
     if report is not None:
-        from servecast.sim.report.plan_page import write_report
+        from servecast.sim.plan.page import write_plan_page as write_report
 
         report.parent.mkdir(parents=True, exist_ok=True)
         write_report(report, found, context=_report_context(document), run=run, sweep=points)
@@ -162,52 +161,12 @@ def plan(
     return found.exit_code
 
 
-def sweep_points(scenario: Scenario) -> list[SweepPoint]:
-    """The scenario's own closed-loop sweep, simulated, beside what was reported; empty where it has none."""
-    from servecast.sim.metrics.metrics import summary
-    from servecast.sim.metrics.warmup import select
-    from servecast.sim.report.figures import SweepPoint
-    from servecast.sim.run.simulate import simulate
-    from servecast.sim.traffic.arrivals import ClosedLoop
-
-    laws = [stage.streams[0].arrivals for stage in scenario.stages().stages]
-    levels = [law.concurrency for law in laws if isinstance(law, ClosedLoop)]
-    if scenario.sweep is None or len(levels) < len(laws):
-        return []
-    run = simulate(scenario)
-    throughput = [summary(select(run, stage=index))["output_throughput"] for index in range(len(levels))]
-    reported = _reported_throughput(scenario)
-    return [
-        SweepPoint(level, value, reported.get(level)) for level, value in zip(levels, throughput, strict=True)
-    ]
-
-
-def _reported_throughput(scenario: Scenario) -> dict[int, float]:
-    """Output tokens/s by concurrency, as far as the scenario's sweep was reported."""
-    from servecast.sim.scenario.reported import read_rows
-
-    found = {}
-    for table in scenario.reported:
-        columns = [name for name, column in table.columns.items() if column.metric == "output_throughput"]
-        if table.keys == ("concurrency",) and table.workload is None and columns:
-            for row in read_rows(table):
-                if columns[0] not in row.excluded and not isnan(row.values[columns[0]]):
-                    found[int(row.keys["concurrency"])] = row.values[columns[0]]
-    return found
-
-
-def _concurrency_knee(points: list[SweepPoint]) -> int | None:
-    from servecast.sim.metrics.knee import closed_loop_knee
-
-    return closed_loop_knee([p.concurrency for p in points], [p.output_throughput for p in points])
-
-
 def _reload(what_if: WhatIf, name: str, overrides: Mapping[str, Any]) -> Scenario:
     return what_if.load(name, overrides)[0]
 
 
 def _report_context(document: Mapping[str, Any]) -> Any:
-    from servecast.sim.report.plan_page import ReportContext
+    from servecast.sim.plan.page import PageContext as ReportContext
 
     objectives = document["slo"] or [f"goodput {document['objectives']['goodput']}"]
     band, provenance = document["error_band"], document["provenance"]
