@@ -79,8 +79,10 @@ class ReplicaSpec(Model):
         return self.gpu is None and self.profile is None and not self.engine
 
 
-def _router(name: str, info: ValidationInfo) -> str | Path:
+def _router(name: str | Path, info: ValidationInfo) -> str | Path:
     """A policy by its name (in llm-d's spelling, too), or the path of an EndpointPickerConfig."""
+    if isinstance(name, Path):
+        return name
     if name.endswith((".yaml", ".yml")):
         folder = (info.context or {}).get("folder")
         path = Path(name) if folder is None else Path(folder) / name

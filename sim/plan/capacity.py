@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -13,12 +13,11 @@ from servecast.sim.inputs.errors import InputError
 from servecast.sim.metrics.binding import Binding, Limits, binding_limit
 from servecast.sim.metrics.knee import open_loop_knee
 from servecast.sim.metrics.metrics import duration
-from servecast.sim.metrics.slo import SLO, Goodput
-from servecast.sim.plan.probe import ATTAINMENT, WARMUP_SHARE, WINDOW_IN_E2E, Objectives, Probe, ProbedRate
+from servecast.sim.plan.effort import Effort
+from servecast.sim.plan.judge import WARMUP_SHARE, WINDOW_IN_E2E, Objectives, Probe, ProbedRate
 from servecast.sim.plan.search import Prober, Progress, RateSearch
 
 PlanState = Literal["found", "inconclusive", "infeasible", "unbounded"]
-REPLICATIONS = (4, 8, 16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +30,7 @@ class Plan:
     none did). knee: the largest rate that is sustained, whatever its latency, None if not reached.
     probes: rising by rate. headroom: max_request_rate / target_rate. replicas: deployments like this one
     for target_rate, with traffic split evenly. cost_per_million_output_tokens: at max_request_rate, in
-    the currency of gpu_hour_cost. notes: what to keep in mind.
+    the currency of hour_cost. notes: what to keep in mind.
     """
 
     state: PlanState
@@ -88,22 +87,15 @@ def first_guess(probe: Probe, seed: int) -> float:
 
 def plan(
     probe: Probe,
-    slos: Sequence[SLO],
+    objectives: Objectives,
     *,
-    goodput: Goodput | None = None,
-    attainment: float = ATTAINMENT,
+    effort: Effort = Effort(),  # noqa: B008 (frozen)
     limits: Limits | None = None,
     start_rate: float = 1.0,
     max_rate: float = 1e5,
     seed: int = 0,
-    tolerance: float = 0.03,
-    confidence: float = 0.95,
-    replications: Sequence[int] = REPLICATIONS,
-    max_requests: int = 20_000,
     target_rate: float | None = None,
-    gpu_hour_cost: float | None = None,
-    gpus: int = 1,
-    jobs: int = 1,
+    hour_cost: float | None = None,
     progress: Progress | None = None,
 ) -> Plan:
     """Searches the largest request rate at which every objective holds.
@@ -117,49 +109,32 @@ def plan(
     looks together (Bonferroni).
 
     Args:
-        probe: runs one replication; how many requests it gets: `probe.requests_needed`.
-        slos, goodput, attainment: what must hold; attainment is the share of good requests for goodput.
+        probe: runs one replication; how many requests it gets: `judge.requests_needed`.
+        objectives: what must hold. effort: how surely and closely, and over how many processes.
         limits: what could bind; None leaves the binding limit "unknown".
         start_rate: first guess, requests/s. max_rate: where doubling ends.
-        replications: rising numbers of replications, at least 2 each.
-        max_requests: bound on the counted requests of a replication (see `probe.requests_needed`).
-        target_rate: for headroom and replicas. gpu_hour_cost: with gpus, for the cost of tokens.
-        jobs: processes over which replications run; results do not depend on it.
+        target_rate: for headroom and replicas. hour_cost: of all GPUs of the deployment, for the cost of
+            tokens.
         progress: called with (rate, "running" or the rate's state, share of the work done).
 
     Raises:
         InputError: an argument out of its range, or what the probe raises.
     """
-    for name, value in {
-        "start_rate": start_rate,
-        "max_rate": max_rate,
-        "tolerance": tolerance,
-        "target_rate": target_rate,
-        "gpus": gpus,
-    }.items():
+    for name, value in (("start_rate", start_rate), ("max_rate", max_rate), ("target_rate", target_rate)):
         if value is not None and not 0 < value < math.inf:
             raise InputError(
                 f"{value:g} is not positive and finite", where=name, fix="Give a positive number."
             )
-    if gpu_hour_cost is not None and not 0 <= gpu_hour_cost < math.inf:
-        raise InputError(f"{gpu_hour_cost:g} is no cost", where="gpu_hour_cost", fix="Give 0 or more.")
-    if not 0.5 < confidence < 1:
-        raise InputError(f"{confidence:g} is out of range", where="confidence", fix="Give 0.5 to 1, as 0.95.")
-    if not replications or min(replications) < 2 or list(replications) != sorted(set(replications)):
-        raise InputError(
-            f"{list(replications)} does not rise from at least 2",
-            where="replications",
-            fix="One replication gives no interval: try 4, 8, 16.",
-        )
-    objectives = Objectives(tuple(slos), goodput, attainment)
-    with Parallel(n_jobs=jobs) as pool:
-        prober = Prober(probe, objectives, limits, seed, confidence, replications, max_requests, pool)
-        search = RateSearch(prober, tolerance=tolerance, max_rate=max_rate, progress=progress)
+    if hour_cost is not None and not 0 <= hour_cost < math.inf:
+        raise InputError(f"{hour_cost:g} is no cost", where="hour_cost", fix="Give 0 or more.")
+    with Parallel(n_jobs=effort.jobs) as pool:
+        prober = Prober(probe, objectives, limits, seed, effort, pool)
+        search = RateSearch(prober, max_rate=max_rate, progress=progress)
         search.run(start_rate)
     best, fail = search.largest_pass, search.smallest_fail
     rate = best.rate if best is not None else None
     return Plan(
-        state=_state(search, tolerance),
+        state=_state(search, effort.tolerance),
         max_request_rate=rate,
         interval=(rate, fail.rate if fail else None),
         knee=open_loop_knee(
@@ -168,15 +143,15 @@ def plan(
         binding=_binding(search, limits),
         probes=search.probes,
         objectives=objectives,
-        confidence=confidence,
-        tolerance=tolerance,
+        confidence=effort.confidence,
+        tolerance=effort.tolerance,
         seed=seed,
         target_rate=target_rate,
         headroom=rate / target_rate if rate is not None and target_rate is not None else None,
         replicas=math.ceil(target_rate / rate) if rate is not None and target_rate is not None else None,
         cost_per_million_output_tokens=(
-            gpu_hour_cost * gpus / 3600 / best.output_throughput * 1e6
-            if best is not None and gpu_hour_cost is not None and best.output_throughput > 0
+            hour_cost / 3600 / best.output_throughput * 1e6
+            if best is not None and hour_cost is not None and best.output_throughput > 0
             else None
         ),
         notes=_notes(best, target_rate),

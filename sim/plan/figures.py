@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 
 from servecast.sim.plan.capacity import Plan
 from servecast.sim.plan.closed_loop import SweepPoint
-from servecast.sim.plan.probe import Verdict
+from servecast.sim.plan.judge import Verdict
 from servecast.sim.report.drawing import BAD, FIRST, INK, MUTED, SECOND, drawing, mark
 
 OVER_LIMIT = 2.5  # a latency plot ends at this multiple of its SLO

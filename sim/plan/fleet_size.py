@@ -10,8 +10,8 @@ from typing import Any
 from joblib import Parallel
 
 from servecast.sim.inputs.errors import InputError
-from servecast.sim.plan.capacity import REPLICATIONS
-from servecast.sim.plan.probe import Objectives, ProbedRate
+from servecast.sim.plan.effort import Effort
+from servecast.sim.plan.judge import Objectives, ProbedRate
 from servecast.sim.plan.search import Prober
 from servecast.sim.run.simulate import RateProbe
 from servecast.sim.scenario.scenario import Scenario
@@ -90,15 +90,13 @@ def size_fleet(
     objectives: Objectives,
     request_rate: float,
     *,
-    confidence: float = 0.95,
-    max_requests: int = 20_000,
-    jobs: int = 1,
+    effort: Effort = Effort(),  # noqa: B008 (frozen)
     progress: Callable[[int], None] | None = None,
 ) -> FleetSize:
     """The fewest replicas of a scenario's engine that meet the objectives at a rate behind its router.
 
     Args:
-        confidence, max_requests, jobs: as of `capacity.plan`. progress: called with each number tried.
+        effort: as of `capacity.plan`. progress: called with each number tried.
 
     Raises:
         InputError: the scenario lists different replicas.
@@ -116,9 +114,7 @@ def size_fleet(
         fleet = scenario.fleet.model_copy(update={"replicas": count})
         probe = RateProbe(scenario.model_copy(update={"fleet": fleet}))
         limits = probe.deployment.limits
-        return Prober(
-            probe, objectives, limits, scenario.seed, confidence, REPLICATIONS, max_requests, pool
-        ).at(request_rate)
+        return Prober(probe, objectives, limits, scenario.seed, effort, pool).at(request_rate)
 
-    with Parallel(n_jobs=jobs) as pool:
+    with Parallel(n_jobs=effort.jobs) as pool:
         return fleet_size(at, request_rate, start=scenario.fleet.replicas)

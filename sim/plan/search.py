@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from joblib import Parallel, delayed
 
 from servecast.sim.metrics.binding import Limits
-from servecast.sim.plan.probe import (
+from servecast.sim.plan.effort import Effort
+from servecast.sim.plan.judge import (
     LEAST_REQUESTS,
     Objectives,
     Observation,
@@ -39,9 +40,7 @@ class Prober:
     objectives: Objectives
     limits: Limits | None
     seed: int
-    confidence: float
-    replications: Sequence[int]
-    max_requests: int
+    effort: Effort
     pool: Parallel
     found: dict[float, ProbedRate] = field(default_factory=dict)
     _e2e: tuple[float, float] | None = None  # largest sustained rate so far, its mean latency in s
@@ -51,17 +50,17 @@ class Prober:
         replications is enough, but each of twice the least length."""
         if rate not in self.found:
             if knee:
-                self.found[rate] = self._decide(rate, self.replications[:1], 2 * LEAST_REQUESTS)
+                self.found[rate] = self._decide(rate, self.effort.replications[:1], 2 * LEAST_REQUESTS)
             else:
-                self.found[rate] = self._decide(rate, self.replications, LEAST_REQUESTS)
+                self.found[rate] = self._decide(rate, self.effort.replications, LEAST_REQUESTS)
         return self.found[rate]
 
     def _decide(self, rate: float, looks: Sequence[int], least: int) -> ProbedRate:
-        most = self.max_requests
+        most = self.effort.max_requests
         if self._e2e is None:
             needed = requests_needed(self.objectives, rate, 0.0, most=most)
             self._e2e = (0.0, self._observe(rate, needed, range(1))[0].e2e_s)
-        look_confidence = 1 - 2 * (1 - self.confidence) / len(self.replications)
+        look_confidence = 1 - 2 * (1 - self.effort.confidence) / len(self.effort.replications)
         observations: list[Observation] = []
         needed = requests_needed(self.objectives, rate, self._e2e[1], least=least, most=most)
         for count in looks:
@@ -90,14 +89,12 @@ class RateSearch:
     """Doubling, then bisection on the logarithm of the rate, for each of the three boundaries.
 
     Args:
-        prober: what is known of a rate. tolerance: brackets end at a ratio of 1 + tolerance.
+        prober: what is known of a rate; brackets end at a ratio of 1 + its effort's tolerance.
         max_rate: where doubling ends. progress: see `capacity.plan`.
     """
 
-    def __init__(
-        self, prober: Prober, *, tolerance: float, max_rate: float, progress: Progress | None = None
-    ) -> None:
-        self._prober, self._tolerance, self._max_rate = prober, tolerance, max_rate
+    def __init__(self, prober: Prober, *, max_rate: float, progress: Progress | None = None) -> None:
+        self._prober, self._tolerance, self._max_rate = prober, prober.effort.tolerance, max_rate
         self._progress, self._done = progress, 0.0
         self._bisection = self._steps(1.0, 2.0)
         self._left = 2 * self._bisection + 2  # probes still expected: the answer's and the knee's bisections

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from joblib import Parallel, delayed
 
 from servecast.sim.inputs.errors import InputError
-from servecast.sim.metrics.knee import pooled
-from servecast.sim.plan.probe import Objectives, observe
+from servecast.sim.metrics.saturation import pooled
+from servecast.sim.plan.effort import Effort
+from servecast.sim.plan.judge import Objectives, ProbedRate, observe
 from servecast.sim.run.simulate import RateProbe
 from servecast.sim.scenario.scenario import Scenario
 
@@ -45,42 +46,41 @@ class Sensitivity:
     values: dict[str, float]
     error: str | None = None
 
+    @property
+    def effect(self) -> str:
+        """The change of the largest rate, or why there is none, in words."""
+        return self.error or f"{self.max_request_rate:+.1%}"
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def sensitivity(
-    scenario: Scenario,
-    reload: Callable[[Mapping[str, Any]], Scenario],
-    objectives: Objectives,
-    *,
-    rate: float,
-    num_requests: int,
-    changed: Mapping[str, Any],
-    seed: int,
-    jobs: int = 1,
+    scenario: Scenario, at: ProbedRate, objectives: Objectives, effort: Effort
 ) -> list[Sensitivity]:
     """Scale each numeric assumption that has a field by 0.8 and 1.2 and look at the answer again.
 
     Whole numbers stay whole; one that this does not move is left out, as is one that a what-if replaced.
 
     Args:
-        reload: the scenario with further overrides. rate, num_requests: of the plan's answer.
-        changed: the overrides that are in effect already. jobs: processes.
+        at: the plan's answer. effort: its jobs count here.
     """
+    rate, num_requests, seed = at.rate, at.num_requests, scenario.seed
     cases = [
         (assumption.name, assumption.field, float(assumption.value), scaled)
         for assumption in scenario.assumptions
-        if isinstance(assumption.value, float | int) and assumption.field and assumption.field not in changed
+        if isinstance(assumption.value, float | int)
+        and assumption.field
+        and assumption.field not in scenario.changes
         for scaled in _scaled(float(assumption.value))
     ]
 
     def work() -> Iterator[Any]:
         yield delayed(_estimate)(scenario, objectives, rate, num_requests, seed)
         for _, field, _, value in cases:
-            yield delayed(_estimate_or_error)(reload, {field: value}, objectives, rate, num_requests, seed)
+            yield delayed(_estimate_or_error)(scenario, {field: value}, objectives, rate, num_requests, seed)
 
-    base, *estimates = Parallel(n_jobs=jobs)(work())
+    base, *estimates = Parallel(n_jobs=effort.jobs)(work())
     found = []
     for (name, field, assumed, scaled), estimate in zip(cases, estimates, strict=True):
         if isinstance(estimate, InputError):
@@ -98,11 +98,9 @@ def _scaled(value: float) -> list[float | int]:
     return [whole for scale in SCALES if (whole := round(value * scale)) != value]
 
 
-def _estimate_or_error(
-    reload: Callable[[Mapping[str, Any]], Scenario], overrides: Mapping[str, Any], *rest: Any
-) -> Estimate | InputError:
+def _estimate_or_error(scenario: Scenario, overrides: Mapping[str, Any], *rest: Any) -> Estimate | InputError:
     try:
-        return _estimate(reload(overrides), *rest)
+        return _estimate(scenario.changed(overrides), *rest)
     except InputError as error:
         return error
 

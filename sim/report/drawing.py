@@ -1,4 +1,4 @@
-"""How plots look: figures of panels, and the same as inline SVG whose colours are the page's CSS variables."""
+"""How plots look: figures of panels, and the same as inline SVG in the colours of the page."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ class Fixed(Model):
     @model_validator(mode="before")
     @classmethod
     def _from_number(cls, data: Any) -> Any:
-        return data if isinstance(data, dict) else {"tokens": data}
+        return data if isinstance(data, dict) else {"kind": "fixed", "tokens": data}
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:

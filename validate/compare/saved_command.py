@@ -53,12 +53,12 @@ def result(
         check_output(report, where="--report")
     limits = Tolerances.load(tolerances)
     readings = read_all(file)
-    loaded, changes = what_if.load(scenario)
+    loaded = what_if.load(scenario)
     deployment = Deployment.of(loaded)
     comparison = judge_result(
         readings, loaded, tolerances=limits, seeds=seeds, traffic=traffic, deployment=deployment
     )
-    made_of = context(loaded, deployment, seed=loaded.seed, what_if=changes)
+    made_of = context(loaded, deployment, seed=loaded.seed)
     first = readings[0].context
     facts = {
         "result": f"{file.name}, {first.tool} {first.tool_version or '(version not stated)'}",

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from servecast.sim.metrics.confidence import Interval
-from servecast.sim.metrics.knee import Saturation, closed_loop_knee, saturation
+from servecast.sim.metrics.knee import closed_loop_knee
 from servecast.sim.metrics.metrics import duration, good_requests, statistic
 from servecast.sim.metrics.records import Run
+from servecast.sim.metrics.saturation import Saturation, saturation
 from servecast.sim.metrics.slo import SLO, Goodput
-from servecast.sim.plan.probe import ATTAINMENT, WARMUP_SHARE
+from servecast.sim.plan.judge import ATTAINMENT, WARMUP_SHARE
 from servecast.validate.compare.load import CONFIDENCE, LoadComparison, Row
 from servecast.validate.compare.verdict import State, Tolerances, Verdict, verdict_of
 

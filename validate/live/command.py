@@ -113,7 +113,7 @@ def live(
     from servecast.validate.live.result import document, facts, judge, new_result
     from servecast.validate.live.session import Campaign
 
-    loaded, changes = what_if.load(scenario)
+    loaded = what_if.load(scenario)
     limits = Tolerances.load(tolerances)
     folder = out or Path("out") / f"live-{loaded.name}"
     path, page = new_result(folder), report or folder / "report.html"
@@ -123,7 +123,7 @@ def live(
 
     def keep(campaign: Campaign) -> tuple[Comparison, dict[str, Any]]:
         comparison = judge(campaign, limits, known)
-        kept = document(campaign, comparison, what_if=changes, tolerances=limits)
+        kept = document(campaign, comparison, tolerances=limits)
         write_result(path, kept)
         return comparison, kept
 

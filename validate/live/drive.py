@@ -89,7 +89,7 @@ def predict(load: Load, scenario: Scenario, deployment: Deployment, seeds: range
         "load": load.to_json(),
         "trace_sha256": hashlib.sha256(load.trace.read_bytes()).hexdigest(),
         "written_at": now,
-        "replications": [result(scenario, deployment, run, what_if={}, ranks=RANKS) for run in runs],
+        "replications": [result(scenario, deployment, run, ranks=RANKS) for run in runs],
     }
     path = load.trace.with_name("prediction.json")
     write_whole(path, lambda part: part.write_text(to_text(document), encoding="utf-8"))

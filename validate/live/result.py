@@ -141,9 +141,7 @@ def _mean_queue_ms(run: Run) -> float:
     return float(1e3 * np.maximum(scheduled - seen, 0.0).mean())
 
 
-def document(
-    campaign: Campaign, comparison: Comparison, *, what_if: Mapping[str, Any], tolerances: Tolerances
-) -> dict[str, Any]:
+def document(campaign: Campaign, comparison: Comparison, *, tolerances: Tolerances) -> dict[str, Any]:
     """The result: what was predicted of what, what came of it, and what both rest on. No key, and no path of
     this machine.
 
@@ -158,7 +156,7 @@ def document(
         "finished": campaign.finished,
         "date": campaign.outcomes[0].started_at if campaign.outcomes else None,
         **facts(campaign),
-        "what_if": dict(what_if),
+        "what_if": campaign.scenario.changes,
         "machine": {name: campaign.machine.get(name) for name in _MACHINE},
         "server": None if campaign.truth is None else campaign.truth.to_json(),
         "plans": list(campaign.plans),

@@ -20,7 +20,9 @@ from servecast.calibrate.measure.facts import collect
 from servecast.calibrate.measure.folder import Budget
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.plan import capacity
-from servecast.sim.run.results import context, write_result
+from servecast.sim.plan import plan as planner
+from servecast.sim.plan.effort import Effort
+from servecast.sim.run.results import write_result
 from servecast.sim.run.simulate import RateProbe
 from servecast.sim.scenario.deployment import Deployment
 from servecast.sim.scenario.scenario import Scenario
@@ -28,7 +30,7 @@ from servecast.validate.live.drive import BENCH_START_S, Outcome, drive, predict
 from servecast.validate.live.loads import PLANS, SWEPT, Load, Planner, check_plans
 from servecast.validate.live.misfit import refuse_misfit, replaced
 from servecast.validate.live.own_server import OwnServer, started
-from servecast.validate.live.search import SEARCHES, PredictedRate, goodput_of, predict_rate, search
+from servecast.validate.live.search import SEARCHES, PredictedRate, predict_rate, search
 from servecast.validate.live.target import Target, answers, proxy_latency_s, warm_up
 from servecast.validate.live.telemetry import Prometheus
 from servecast.validate.live.truth import Truth, read_truth
@@ -216,19 +218,13 @@ class Campaign:
         if not (self.scenario.slos or self.scenario.goodput_limits):
             return None
         self.say("predicting the largest rate")
-        probe = RateProbe(served.scenario, deployment=served.deployment)
-        found = capacity.plan(
-            probe,
-            served.scenario.slos,
-            goodput=goodput_of(served.scenario),
-            start_rate=capacity.first_guess(probe, self.seed),
-            seed=self.seed,
-            max_requests=PLAN_REQUESTS,
-            replications=(PLAN_REPLICATIONS,),
+        found = planner.plan(
+            served.scenario,
+            effort=Effort(max_requests=PLAN_REQUESTS, replications=(PLAN_REPLICATIONS,)),
+            deployment=served.deployment,
         )
-        document = context(served.scenario, served.deployment, seed=self.seed, what_if={}) | found.to_json()
         path = self.out / "prediction-max-rate.json"
-        write_result(path, document)
+        write_result(path, found.to_json())
         self.max_rate_sha256 = _sha256(path)
         return found.max_request_rate
 

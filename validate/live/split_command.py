@@ -64,7 +64,7 @@ def split(
     from servecast.validate.live.result import new_result
     from servecast.validate.live.split import AGREE, Split, judge
 
-    loaded, changes = what_if.load(scenario)
+    loaded = what_if.load(scenario)
     folder = out or Path("out") / f"split-{loaded.name}"
     path = new_result(folder)
     python = str(vllm_python or sys.executable)
@@ -78,7 +78,7 @@ def split(
             "verdict": verdict.state,
             "reasons": list(verdict.reasons),
             "scenario": loaded.name,
-            "what_if": changes,
+            "what_if": loaded.changes,
             "replicas": loaded.fleet.size,
             "request_rate": request_rate,
             "num_requests": num_requests,

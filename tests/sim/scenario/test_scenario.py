@@ -240,3 +240,16 @@ def test_the_json_schema_knows_fields_and_short_forms() -> None:
     text = json.dumps(schema["$defs"])
     assert '{"minimum": 1, "type": "integer"}' in json.dumps(schema, sort_keys=True)
     assert '{"enum": ["repeat"]}' in text
+
+
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [
+        (L4, "workload.suffix_tokens"),
+        (A6000, "engine.max_num_seqs"),
+        ("llmd-4x-llama-3.1-70b-tp4-h100", "fleet.replicas"),
+    ],
+)
+def test_a_change_is_what_the_file_would_be_with_it(name: str, field: str) -> None:
+    """Also beside a length in short, or beside the path of a router's configuration."""
+    assert load(name).changed({field: 3}) == load(name, {field: 3})

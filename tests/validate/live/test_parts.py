@@ -269,7 +269,7 @@ def run_campaign(
             )
             campaign.run()
         limits = Tolerances.load()
-        return campaign, document(campaign, judge(campaign, limits), what_if={}, tolerances=limits)
+        return campaign, document(campaign, judge(campaign, limits), tolerances=limits)
 
     return run
 

@@ -89,7 +89,7 @@ def campaign(file: Path, server: FakeServer, tmp_path: Path) -> Callable[..., di
         )
         wanted.run()
         limits = Tolerances.load()
-        return document(wanted, judge(wanted, limits), what_if={}, tolerances=limits)
+        return document(wanted, judge(wanted, limits), tolerances=limits)
 
     return run
 

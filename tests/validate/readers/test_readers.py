@@ -18,8 +18,8 @@ import yaml
 from places import SAMPLES
 
 from servecast.sim.inputs.errors import InputError
-from servecast.sim.metrics.knee import saturation
 from servecast.sim.metrics.metrics import samples, summary
+from servecast.sim.metrics.saturation import saturation
 from servecast.sim.run.benchmark_report import benchmark_report, write_benchmark_report
 from servecast.sim.run.results import result
 from servecast.sim.run.simulate import simulate
@@ -502,7 +502,7 @@ def test_a_written_report_reads_back(tmp_path: Path) -> None:
     scenario = load("l4-qwen2.5-0.5b", changes)
     deployment = Deployment.of(scenario)
     run = simulate(scenario, deployment=deployment)
-    document = result(scenario, deployment, run, what_if={}, ranks=(50, 90, 95, 99))
+    document = result(scenario, deployment, run, ranks=(50, 90, 95, 99))
     file = tmp_path / "report.yaml"
     write_benchmark_report(file, run, document)
     reading = read(file)

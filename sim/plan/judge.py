@@ -12,9 +12,9 @@ import numpy as np
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.metrics.binding import Evidence, Limits, evidence
 from servecast.sim.metrics.confidence import Interval, t_interval, wilson
-from servecast.sim.metrics.knee import Saturation, pooled, saturation
 from servecast.sim.metrics.metrics import good_requests, latencies, series, statistic
 from servecast.sim.metrics.records import Run
+from servecast.sim.metrics.saturation import Saturation, pooled, saturation
 from servecast.sim.metrics.slo import SLO, Goodput
 from servecast.sim.metrics.warmup import Warmup, select
 
