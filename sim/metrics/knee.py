@@ -31,8 +31,8 @@ def open_loop_knee(rates: Sequence[float], saturated: Sequence[bool]) -> float |
 
 
 def ends(tried: Mapping[float, bool]) -> tuple[float, float]:
-    """Between what levels (rates, counts; above 0) it stops to hold: the largest that holds below the smallest
-    that does not (0: none does), and that smallest one (infinite: all hold).
+    """Between which levels (rates or counts, above 0) it stops to hold: the largest that holds below the
+    smallest that does not (0: none does), and that smallest one (infinite: all hold).
 
     tried: level -> whether it holds.
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -11,13 +11,17 @@ from joblib import Parallel
 
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.metrics.binding import Binding, Limits, binding_limit
-from servecast.sim.metrics.knee import open_loop_knee
+from servecast.sim.metrics.knee import ends, open_loop_knee
 from servecast.sim.metrics.metrics import duration
 from servecast.sim.plan.effort import Effort
-from servecast.sim.plan.judge import WARMUP_SHARE, WINDOW_IN_E2E, Objectives, Probe, ProbedRate
-from servecast.sim.plan.search import Prober, Progress, RateSearch
+from servecast.sim.plan.judge import Objectives
+from servecast.sim.plan.prober import WARMUP_SHARE, WINDOW_IN_E2E, Probe, ProbedRate, Prober
+from servecast.sim.plan.search import readable, search
 
+Progress = Callable[[float, str, float], None]
 PlanState = Literal["found", "inconclusive", "infeasible", "unbounded"]
+FAILED, MISSED = ("fail",), ("fail", "inconclusive")
+ALONE = 0.05  # mean requests in flight below which a request has the server to itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,19 +133,20 @@ def plan(
         raise InputError(f"{hour_cost:g} is no cost", where="hour_cost", fix="Give 0 or more.")
     with Parallel(n_jobs=effort.jobs) as pool:
         prober = Prober(probe, objectives, limits, seed, effort, pool)
-        search = RateSearch(prober, max_rate=max_rate, progress=progress)
-        search.run(start_rate)
-    best, fail = search.largest_pass, search.smallest_fail
+        _Boundaries(prober, max_rate, progress).find(start_rate)
+    probes = prober.probes
+    miss, fail = (
+        next((probe for probe in probes if probe.state in states), None) for states in (MISSED, FAILED)
+    )
+    best = next((probe for probe in reversed(probes) if miss is None or probe.rate < miss.rate), None)
     rate = best.rate if best is not None else None
     return Plan(
-        state=_state(search, effort.tolerance),
+        state=_state(best, miss, fail, effort.tolerance),
         max_request_rate=rate,
         interval=(rate, fail.rate if fail else None),
-        knee=open_loop_knee(
-            [probe.rate for probe in search.probes], [probe.saturated for probe in search.probes]
-        ),
-        binding=_binding(search, limits),
-        probes=search.probes,
+        knee=open_loop_knee([probe.rate for probe in probes], [probe.saturated for probe in probes]),
+        binding=_binding(fail or miss, limits),
+        probes=probes,
         objectives=objectives,
         confidence=effort.confidence,
         tolerance=effort.tolerance,
@@ -158,8 +163,78 @@ def plan(
     )
 
 
-def _state(search: RateSearch, tolerance: float) -> PlanState:
-    best, miss, fail = search.largest_pass, search.smallest_miss, search.smallest_fail
+@dataclass(slots=True)
+class _Boundaries:
+    """Finds where rates stop to pass, begin to fail, and saturate: each from what is known of the others."""
+
+    prober: Prober
+    max_rate: float
+    progress: Progress | None
+    _done: float = 0.0
+
+    def find(self, start_rate: float) -> None:
+        """All three, from a first guess."""
+        halvings = self._halvings(1.0, 2.0)
+        self._find(
+            lambda probe: probe.state == "pass", later=2 * halvings, first=min(start_rate, self.max_rate)
+        )
+        if self.prober.probes[0].state == "pass":
+            self._find(lambda probe: probe.state != "fail", later=halvings)
+        self._find(lambda probe: not probe.saturated, knee=True)
+
+    def _find(
+        self,
+        holds: Callable[[ProbedRate], bool],
+        *,
+        first: float | None = None,
+        later: int = 0,
+        knee: bool = False,
+    ) -> None:
+        """Bracket the smallest rate that does not hold.
+
+        Args:
+            first: guess of the first boundary, which is looked for downwards, too, until a request has the
+                server to itself; the others lie above. later: probes that are expected after this one.
+            knee: see `Prober.at`.
+        """
+        tried = {probe.rate: holds(probe) for probe in self.prober.probes}
+
+        def report(rate: float, state: str) -> None:
+            if self.progress is not None:
+                known = len(self.prober.found)
+                left = self._halvings(*ends(tried)) + later
+                self._done = max(self._done, known / (known + left) if known else 0.0)
+                self.progress(rate, state, self._done)
+
+        def at(rate: float) -> bool | None:
+            if tried and rate < min(tried):
+                lowest = self.prober.found[min(tried)]
+                if first is None or lowest.rate * lowest.e2e_s <= ALONE:
+                    return None
+            report(rate, "running")
+            probe = self.prober.at(rate, knee=knee)
+            tried[rate] = holds(probe)
+            report(rate, probe.state)
+            return tried[rate]
+
+        search(
+            at,
+            () if first is None else (readable(first),),
+            tried,
+            near=1 + self.prober.effort.tolerance,
+            most=self.max_rate,
+            rounded=readable,
+        )
+
+    def _halvings(self, low: float, high: float) -> int:
+        """Probes until a bracket is narrow; of one that has an open end, as if it were a doubling."""
+        ratio = high / low if low and math.isfinite(high) else 2.0
+        return max(0, math.ceil(math.log2(math.log(ratio) / math.log1p(self.prober.effort.tolerance))))
+
+
+def _state(
+    best: ProbedRate | None, miss: ProbedRate | None, fail: ProbedRate | None, tolerance: float
+) -> PlanState:
     if miss is None:
         return "unbounded"
     if best is None:
@@ -169,9 +244,8 @@ def _state(search: RateSearch, tolerance: float) -> PlanState:
     return "found"
 
 
-def _binding(search: RateSearch, limits: Limits | None) -> Binding:
+def _binding(miss: ProbedRate | None, limits: Limits | None) -> Binding:
     """Read at the smallest rate that fails, next to the answer."""
-    miss = search.smallest_fail or search.smallest_miss
     if miss is None:
         return Binding("none", ("every rate that was tried passes",))
     if limits is None or miss.evidence is None:

@@ -3,6 +3,7 @@ requests to what is cached, or where caches are too small for all."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +12,9 @@ from joblib import Parallel
 
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.plan.effort import Effort
-from servecast.sim.plan.judge import Objectives, ProbedRate
-from servecast.sim.plan.search import Prober
+from servecast.sim.plan.judge import Objectives
+from servecast.sim.plan.prober import ProbedRate, Prober
+from servecast.sim.plan.search import search
 from servecast.sim.run.simulate import RateProbe
 from servecast.sim.scenario.scenario import Scenario
 
@@ -68,21 +70,20 @@ def fleet_size(
         raise InputError(f"{start} replicas to start from", where="fleet.replicas", fix=f"Give 1 to {most}.")
     tried: dict[int, ProbedRate] = {}
 
-    def passes(count: int) -> bool:
-        if count not in tried:
-            tried[count] = at(count)
-        return tried[count].state == "pass"
+    def too_few(count: float) -> bool:
+        tried[int(count)] = at(int(count))
+        return tried[int(count)].state != "pass"
 
-    high = start
-    while not passes(high) and high < most:
-        high = min(2 * high, most)
-    if not passes(high):
-        return FleetSize(request_rate, None, tuple(sorted(tried.items())))
-    low = max((count for count in tried if count < high), default=0)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if passes(middle) else (middle, high)
-    return FleetSize(request_rate, high, tuple(sorted(tried.items())))
+    _, fewest = search(
+        too_few,
+        (start,),
+        {},
+        near=1.0,
+        most=most,
+        rounded=math.floor,
+        middle=lambda low, high: (low + high) // 2,
+    )
+    return FleetSize(request_rate, int(fewest) if fewest <= most else None, tuple(sorted(tried.items())))
 
 
 def size_fleet(

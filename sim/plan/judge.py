@@ -1,40 +1,24 @@
-"""One probed request rate: its replications, and whether they meet the objectives."""
+"""The one judge: do runs at a rate meet the objectives?"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
-
-import numpy as np
+from typing import Literal
 
 from servecast.sim.inputs.errors import InputError
-from servecast.sim.metrics.binding import Evidence, Limits, evidence
 from servecast.sim.metrics.confidence import Interval, t_interval, wilson
-from servecast.sim.metrics.metrics import good_requests, latencies, series, statistic
+from servecast.sim.metrics.metrics import good_requests, statistic
 from servecast.sim.metrics.records import Run
-from servecast.sim.metrics.saturation import Saturation, pooled, saturation
+from servecast.sim.metrics.saturation import Saturation, pooled
 from servecast.sim.metrics.slo import SLO, Goodput
-from servecast.sim.metrics.warmup import Warmup, select
+from servecast.sim.scenario.scenario import Scenario
 
 State = Literal["pass", "fail", "inconclusive"]
 
-WARMUP_SHARE = 0.2
 ATTAINMENT = 0.95  # of requests, that must be good
-TAIL_SAMPLES = 20
-LEAST_REQUESTS = 1000
-WINDOW_IN_E2E = 10.0
-
-
-class Probe(Protocol):
-    """Simulates (or drives) an open-loop load of ``num_requests`` at ``request_rate`` a second to its end.
-
-    The same seed must give the same traffic at every rate but for the time scale, and more requests the
-    same ones and then some (common random numbers: rates are then compared on equal terms).
-    """
-
-    def __call__(self, request_rate: float, seed: int, num_requests: int) -> Run: ...
+CERTAIN = 0.0  # the confidence at which estimates themselves decide, as if they were known for certain
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +37,12 @@ class Objectives:
                 f"{self.attainment:g} is not a share between 0 and 1", where="--attainment", fix="Try 0.95."
             )
 
+    @classmethod
+    def of(cls, scenario: Scenario) -> Objectives | None:
+        """A scenario's SLOs, or without any its goodput; None where it has neither."""
+        goodput = None if scenario.slos else scenario.goodput_limits
+        return cls(scenario.slos, goodput) if scenario.slos or goodput is not None else None
+
     @property
     def tail(self) -> float:
         """The smallest share of requests that decides: 0.05 for a p95."""
@@ -64,23 +54,14 @@ class Objectives:
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """One replication, after its warm-up. values_ms: the statistic of each SLO, in their order.
-
-    e2e_s: mean end-to-end latency. output_throughput: tokens/s of the requests that finished between
-    the warm-up and the last arrival. max_running, max_waiting: over all replicas.
-    """
+    """What one run (or the part of it that counts) says of objectives. values_ms: the statistic of each SLO,
+    in their order. good: requests that meet the goodput, of so many requests. load: whether the load was
+    sustained, None where that is not asked."""
 
     values_ms: tuple[float, ...]
     good: int
     requests: int
-    saturation: Saturation
-    e2e_s: float
-    output_throughput: float
-    kv_peak: float
-    max_running: int
-    max_waiting: int
-    preemptions: int
-    evidence: Evidence | None
+    load: Saturation | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,140 +75,80 @@ class Verdict:
 
 
 @dataclass(frozen=True, slots=True)
-class ProbedRate:
-    """A rate (requests/s) and what its replications say. num_requests: of a replication, warm-up included.
+class Judgement:
+    """reasons: why the state is not "pass". load: over all runs, None where that was not asked. strain: how
+    much of its limit the worst objective takes up: at most 1 meets all."""
 
-    reasons: why it fails or is undecided. The other fields are means over replications; peaks and
-    preemptions are their maximum.
-    """
-
-    rate: float
     state: State
     verdicts: tuple[Verdict, ...]
     reasons: tuple[str, ...]
-    saturated: bool
-    completion_ratio: float
-    output_throughput: float
-    e2e_s: float
-    kv_peak: float
-    max_running: int
-    max_waiting: int
-    preemptions: int
-    replications: int
-    num_requests: int
-    evidence: Evidence | None
+    load: Saturation | None
+    strain: float
 
 
-def requests_needed(
-    objectives: Objectives, rate: float, e2e_s: float, *, least: int = LEAST_REQUESTS, most: int
-) -> int:
-    """How many requests a replication sends.
-
-    Three things want a number of requests. A percentile needs about 20 values beyond it to settle: 400
-    for a p95, 2,000 for a p99. Saturation shows once the noise of Poisson arrivals, 1 / sqrt(n) of their
-    number, is small against a shortfall of 2 %, which four times 1,000 requests are enough for (``least``).
-    And the window must be long against a request's life, else one measures how the server fills and
-    drains: at least ten times the mean end-to-end latency; ``most`` bounds this number alone.
-
-    The first fifth, hence at least two and a half latencies, is cut as warm-up: by count rather than by
-    looking at the data, so that the same requests count at every rate.
-    """
-    counted = max(math.ceil(TAIL_SAMPLES / objectives.tail - 1e-9), least)
-    return math.ceil(max(counted, min(WINDOW_IN_E2E * e2e_s * rate, most)) / (1 - WARMUP_SHARE))
-
-
-def observe(
-    probe: Probe, rate: float, seed: int, num_requests: int, objectives: Objectives, limits: Limits | None
-) -> Observation:
-    """Runs one replication and measures it.
-
-    Raises:
-        InputError: an SLO is on a latency that no request has, for instance TPOT with outputs of one token.
-    """
-    run = probe(rate, seed, num_requests)
-    part = select(run, warmup=Warmup(share=WARMUP_SHARE))
-    start = float(part.meta["start_s"])
-    values = []
-    for slo in objectives.slos:
-        value = statistic(part, slo.metric, slo.statistic) * 1000
-        if math.isnan(value):
-            raise InputError(
-                f"no request has a {slo.metric}",
-                where=f"--slo {slo}",
-                fix="Check that requests finish, and with more than one output token for tpot and itl.",
-            )
-        values.append(value)
-    requests, steps = run.requests, part.steps
-    end = float(requests["arrival"].max())
-    inside = requests[(requests["finish"] > start) & (requests["finish"] <= end)]
-    known = len(steps) > 0
+def observed(run: Run, objectives: Objectives, *, load: Saturation | None = None) -> Observation:
+    """A run (or the part of it that counts) against objectives."""
     return Observation(
-        values_ms=tuple(values),
-        good=0 if objectives.goodput is None else good_requests(part, objectives.goodput),
-        requests=len(part.requests),
-        saturation=saturation(run, start_s=start),
-        e2e_s=float(latencies(part.requests)["e2el"].mean()),
-        output_throughput=float(inside["output_tokens"].sum()) / (end - start),
-        kv_peak=float(steps["kv_usage"].max()) if known else math.nan,
-        max_running=int(series(steps, "running").max()) if known else 0,
-        max_waiting=int(series(steps, "waiting").max()) if known else 0,
-        preemptions=int(part.requests["preemptions"].sum()),
-        evidence=evidence(part, limits) if limits is not None and known else None,
+        values_ms=tuple(taken_ms(run, slo) for slo in objectives.slos),
+        good=0 if objectives.goodput is None else good_requests(run, objectives.goodput),
+        requests=len(run.requests),
+        load=load,
     )
 
 
-def judge(
-    rate: float,
-    num_requests: int,
-    observations: Sequence[Observation],
-    objectives: Objectives,
-    confidence: float,
-) -> ProbedRate:
+def taken_ms(run: Run, slo: SLO) -> float:
+    """The statistic of an SLO in milliseconds, where a request that did not finish counts as one that took
+    for ever. NaN if those that finished have no such latency."""
+    requests = run.requests
+    done = float((requests["status"] == "finished").mean()) if len(requests) else 0.0
+    rank = (100 if slo.percentile is None else slo.percentile) / max(done, 1e-9)  # of those that finished
+    if rank > 100:
+        return math.inf
+    return 1000 * statistic(run, slo.metric, slo.statistic if slo.percentile is None else f"p{rank}")
+
+
+def judge(observations: Sequence[Observation], objectives: Objectives, confidence: float) -> Judgement:
     """Pass, fail or inconclusive at a two-sided confidence.
 
-    An SLO passes where the whole t-interval of its statistic over the replications is at or below the
-    limit, and fails where all of it is above. A goodput is judged the same way by the share of good
-    requests, with the wider of the t-interval and Wilson's over all requests. A saturated rate fails:
-    what was measured depends on how long one looks.
+    An SLO passes where the whole t-interval of its statistic over the runs is at or below the limit, and
+    fails where all of it is above. A goodput is judged the same way by the share of good requests, with the
+    wider of the t-interval and Wilson's over all requests. A load that was not sustained fails: what was measured
+    depends on how long one looks. At confidence `CERTAIN` the means decide, and nothing is inconclusive.
     """
-    load = pooled([each.saturation for each in observations])
     verdicts = [
-        _verdict(
-            str(slo),
-            t_interval([each.values_ms[index] for each in observations], confidence),
-            slo.limit_ms,
-        )
+        _verdict(str(slo), [each.values_ms[index] for each in observations], slo.limit_ms, confidence)
         for index, slo in enumerate(objectives.slos)
     ]
+    strains = [each.value.estimate / each.limit for each in verdicts]
     if objectives.goodput is not None:
-        verdicts.append(_goodput_verdict(observations, objectives.goodput, objectives.attainment, confidence))
+        verdict = _goodput_verdict(observations, objectives.goodput, objectives.attainment, confidence)
+        verdicts.append(verdict)
+        strains.append((1 - verdict.value.estimate) / (1 - objectives.attainment))
     reasons = [_reason(verdict) for verdict in verdicts if verdict.state != "pass"]
     states = [verdict.state for verdict in verdicts]
-    if load.saturated:
+    loads = [each.load for each in observations if each.load is not None]
+    load = pooled(loads) if loads else None
+    if load is not None and load.saturated:
         reasons.append(f"saturated: {load.reason}")
         states.append("fail")
-    state: State = "fail" if "fail" in states else "inconclusive" if "inconclusive" in states else "pass"
-    found = [each.evidence for each in observations if each.evidence is not None]
-    return ProbedRate(
-        rate=rate,
-        state=state,
+    return Judgement(
+        state="fail" if "fail" in states else "inconclusive" if "inconclusive" in states else "pass",
         verdicts=tuple(verdicts),
         reasons=tuple(reasons),
-        saturated=load.saturated,
-        completion_ratio=load.completion_ratio,
-        output_throughput=float(np.mean([each.output_throughput for each in observations])),
-        e2e_s=float(np.mean([each.e2e_s for each in observations])),
-        kv_peak=max(each.kv_peak for each in observations),
-        max_running=max(each.max_running for each in observations),
-        max_waiting=max(each.max_waiting for each in observations),
-        preemptions=max(each.preemptions for each in observations),
-        replications=len(observations),
-        num_requests=num_requests,
-        evidence=Evidence.mean(found) if found else None,
+        load=load,
+        strain=max(math.inf if math.isnan(strain) else strain for strain in strains),
     )
 
 
-def _verdict(objective: str, value: Interval, limit: float) -> Verdict:
+def _verdict(objective: str, values: Sequence[float], limit: float, confidence: float) -> Verdict:
+    """A latency that is not known, or endless, in one of the runs does not meet a limit."""
+    if not all(map(math.isfinite, values)):
+        return Verdict(
+            objective, limit, Interval(math.inf, math.inf, math.inf, confidence, len(values)), "fail"
+        )
+    value = t_interval(values, confidence)
+    if confidence == CERTAIN:
+        value = replace(value, low=value.estimate, high=value.estimate)
     state: State = "pass" if value.high <= limit else "fail" if value.low > limit else "inconclusive"
     return Verdict(objective, limit, value, state)
 
@@ -235,13 +156,14 @@ def _verdict(objective: str, value: Interval, limit: float) -> Verdict:
 def _goodput_verdict(
     observations: Sequence[Observation], goodput: Goodput, attainment: float, confidence: float
 ) -> Verdict:
-    between = t_interval([each.good / each.requests for each in observations], confidence)
     good, total = sum(each.good for each in observations), sum(each.requests for each in observations)
-    within = wilson(good, total, confidence)
-    low, high = max(0.0, min(between.low, within.low)), min(1.0, max(between.high, within.high))
-    value = replace(within, low=low, high=high)
+    value = wilson(good, total, confidence)
+    if confidence != CERTAIN:
+        between = t_interval([each.good / each.requests for each in observations], confidence)
+        low, high = max(0.0, min(between.low, value.low)), min(1.0, max(between.high, value.high))
+        value = replace(value, low=low, high=high)
     state: State = (
-        "pass" if value.low >= attainment else "fail" if value.high < attainment else "inconclusive"
+        "pass" if value.low >= attainment else "inconclusive" if value.high >= attainment else "fail"
     )
     return Verdict(f"goodput {goodput}", attainment, value, state)
 

@@ -69,7 +69,7 @@ class PlanAnswer(Answer):
 
     @property
     def state(self) -> capacity.PlanState:
-        """ "found", "inconclusive", "infeasible" (no rate passes) or "unbounded" (every tried rate passes)."""
+        """ "found", "inconclusive", "infeasible" (no rate passes) or "unbounded" (every one does)."""
         return self.found.state
 
     @property
@@ -175,9 +175,7 @@ class PlanAnswer(Answer):
             title=f"servecast plan: {made['scenario']}",
             question=f"How many requests a second can {made['model_id']} on {made['gpu']} serve at "
             f"{' and '.join(asked)}?",
-            band="The error of this profile is not known."
-            if band is None
-            else f"Latencies within {band:.0%}.",
+            band=f"Latencies within {band:.0%}." if band else "The error of this profile is not known.",
             run_context={
                 **(made["run_context"] or {}),
                 **{f"what-if: {field}": value for field, value in made["what_if"].items()},
@@ -277,10 +275,9 @@ def plan(
             answer = replace(answer, fleet_size=sized)
         if sensitivity:
             advance(1.0, "sensitivity to the assumptions")
-            changed = (
-                () if found.best is None else assumed.sensitivity(scenario, found.best, objectives, effort)
-            )
-            answer = replace(answer, sensitivity=tuple(changed))
+            best = found.best
+            changes = () if best is None else assumed.sensitivity(scenario, best, objectives, effort)
+            answer = replace(answer, sensitivity=tuple(changes))
     return answer
 
 

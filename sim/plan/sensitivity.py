@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from itertools import repeat
 from typing import Any
 
 from joblib import Parallel, delayed
 
 from servecast.sim.inputs.errors import InputError
-from servecast.sim.metrics.saturation import pooled
 from servecast.sim.plan.effort import Effort
-from servecast.sim.plan.judge import Objectives, ProbedRate, observe
+from servecast.sim.plan.judge import CERTAIN, Judgement, Objectives, judge
+from servecast.sim.plan.prober import ProbedRate, replicate
+from servecast.sim.plan.search import search
 from servecast.sim.run.simulate import RateProbe
 from servecast.sim.scenario.scenario import Scenario
 
@@ -110,35 +113,17 @@ def _estimate(
 ) -> Estimate:
     probe = RateProbe(scenario)
 
-    def holds(at: float) -> bool:
-        return _look(probe, objectives, at, num_requests, seed)[0]
+    def look(at: float) -> Judgement:
+        runs = [
+            replicate(probe, at, seed + number, num_requests, objectives, None) for number in range(SEEDS)
+        ]
+        return judge([run.observed for run in runs], objectives, CERTAIN)
 
-    passed, values = _look(probe, objectives, rate, num_requests, seed)
-    low = high = rate
-    if passed:
-        while (high := high * STEP) < rate * FARTHEST and holds(high):
-            low = high
-    else:
-        while (low := low / STEP) > rate / FARTHEST and not holds(low):
-            high = low
-    while high > low * (1 + TOLERANCE):
-        middle = (low * high) ** 0.5
-        low, high = (middle, high) if holds(middle) else (low, middle)
-    return Estimate((low * high) ** 0.5, values)
+    def holds(at: float) -> bool | None:
+        return None if at < rate / FARTHEST else look(at).state == "pass"
 
-
-def _look(
-    probe: RateProbe, objectives: Objectives, rate: float, num_requests: int, seed: int
-) -> tuple[bool, dict[str, float]]:
-    """Whether the means over the seeds meet the objectives, and these means."""
-    seen = [observe(probe, rate, seed + number, num_requests, objectives, None) for number in range(SEEDS)]
-    holds = not pooled([each.saturation for each in seen]).saturated
-    values: dict[str, float] = {}
-    for index, slo in enumerate(objectives.slos):
-        values[str(slo)] = sum(each.values_ms[index] for each in seen) / len(seen)
-        holds &= values[str(slo)] <= slo.limit_ms
-    if objectives.goodput is not None:
-        share = sum(each.good for each in seen) / sum(each.requests for each in seen)
-        values[f"goodput {objectives.goodput}"] = share
-        holds &= share >= objectives.attainment
-    return holds, values
+    here = look(rate)
+    tried = {rate: here.state == "pass"}
+    low, high = search(holds, (rate,), tried, near=1 + TOLERANCE, steps=repeat(STEP), most=rate * FARTHEST)
+    at = high if not low else low if math.isinf(high) else math.sqrt(low * high)
+    return Estimate(at, {verdict.objective: verdict.value.estimate for verdict in here.verdicts})

@@ -200,7 +200,7 @@ class Scenario(Model):
         """A what-if: the scenario with other values in some fields.
 
         Args:
-            overrides: by dotted paths, as {"engine.max_num_seqs": 128} or {"sweep.levels.0.num_requests": 40}.
+            overrides: by dotted paths, as {"engine.max_num_seqs": 128, "sweep.levels.0.num_requests": 40}.
             fields: the same for names without a dot, as ``seed=3``.
 
         Raises:

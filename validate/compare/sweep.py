@@ -15,7 +15,8 @@ from servecast.sim.metrics.metrics import duration, good_requests, statistic
 from servecast.sim.metrics.records import Run
 from servecast.sim.metrics.saturation import Saturation, saturation
 from servecast.sim.metrics.slo import SLO, Goodput
-from servecast.sim.plan.judge import ATTAINMENT, WARMUP_SHARE
+from servecast.sim.plan.judge import ATTAINMENT
+from servecast.sim.plan.prober import WARMUP_SHARE
 from servecast.validate.compare.load import CONFIDENCE, LoadComparison, Row
 from servecast.validate.compare.verdict import State, Tolerances, Verdict, verdict_of
 

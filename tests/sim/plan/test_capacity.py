@@ -22,7 +22,8 @@ from servecast.sim.metrics.saturation import saturation
 from servecast.sim.metrics.slo import SLO, Goodput
 from servecast.sim.plan.capacity import Plan, plan
 from servecast.sim.plan.effort import Effort
-from servecast.sim.plan.judge import Objectives, requests_needed
+from servecast.sim.plan.judge import Objectives
+from servecast.sim.plan.prober import requests_needed
 
 SERVICE_RATE = 10.0
 LIMIT_S = 1.0

@@ -20,8 +20,9 @@ from servecast.sim.metrics.slo import SLO, Goodput
 from servecast.sim.plan import figures
 from servecast.sim.plan.capacity import Plan
 from servecast.sim.plan.closed_loop import SweepPoint
-from servecast.sim.plan.judge import Objectives, ProbedRate, State, Verdict
+from servecast.sim.plan.judge import Objectives, State, Verdict
 from servecast.sim.plan.page import LIMITS, PageContext, write_plan_page
+from servecast.sim.plan.prober import ProbedRate
 from servecast.sim.report import drawing
 from servecast.sim.run import figures as run_figures
 
