@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import yaml
 from cyclopts import Group, Parameter
 
 from servecast.sim.inputs.errors import InputError
+from servecast.sim.inputs.files import file_or_name
 from servecast.sim.scenario.scenario import Scenario, load
 
 WHAT_IF = Group("What-if", sort_key=10)
@@ -148,10 +148,3 @@ def _read(value: str, where: str) -> Any:
 def _gpu(name: str) -> dict[str, str]:
     file = file_or_name(name)
     return {"name": name} if file == name else {"file": str(file)}
-
-
-def file_or_name(name: str | None) -> str | None:
-    """A name as it is; a path absolute, since scenarios read paths relative to their own folder."""
-    if name is None or not ("/" in name or Path(name).suffix in (".json", ".yaml", ".yml")):
-        return name
-    return str(Path(name).absolute())

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from servecast.sim.compare.compare import Document, Side
 from servecast.sim.compare.ranking import Ranking, Reason
+from servecast.sim.compare.side_by_side import Document, Side
 from servecast.sim.metrics.metrics import Floats, gauges_at
 from servecast.sim.metrics.records import Run
 from servecast.sim.report.drawing import SERIES, drawing
