@@ -589,7 +589,7 @@ def test_a_level_of_two_waves(tmp_path: Path) -> None:
 def test_percentiles_past_the_maximum_by_the_exclusive_law(tmp_path: Path, folder: Path) -> None:
     rows = [dict(row) for row in true_rows("closed", folder)]
     write(tmp_path / "t.csv", rows)
-    context = dataclasses.replace(context_of("l4-qwen2.5-0.5b", FIXED), law="exclusive")
+    context = dataclasses.replace(context_of("l4-qwen2.5-0.5b", FIXED), percentile_law="exclusive")
     found = check(from_table(tmp_path / "t.csv", context)).findings
     assert {(f.rule, row_of(f)) for f in found} == {
         ("percentile-past-maximum", f"concurrency={c}") for c in (1, 2, 4)
