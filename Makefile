@@ -41,7 +41,7 @@ prometheus:
 	bash tools/install_prometheus.sh
 
 parity-long: $(VENV)/.installed-test vllm
-	$(BIN)/python -m servecast.validate.parity.page --long
+	$(BIN)/python docs/parity_page.py --long
 
 benchmark: $(VENV)/.installed-test
 	$(BIN)/python -m pytest tests/speed/test_engine.py --benchmark-only

@@ -19,7 +19,6 @@ import yaml
 from cyclopts import Parameter
 
 from servecast.calibrate.fit.report import fit_report
-from servecast.calibrate.measure.errors import MeasureError
 from servecast.calibrate.measure.folder import Budget
 from servecast.calibrate.measure.vllm.bench_serve import run_bench
 from servecast.sim.inputs.errors import InputError
@@ -110,8 +109,8 @@ def measure_endpoint(
         The scenario that was written, whose ``reported`` names every row for the fit.
 
     Raises:
-        MeasureError: the server does not answer as it should; levels measured before it are in the table.
-        InputError: time for fewer than two levels.
+        InputError: the server does not answer as it should (levels measured before it are in the table), or
+            there was time for fewer than two levels.
     """
     out.mkdir(parents=True, exist_ok=True)
     budget = Budget(time_budget_s)
@@ -169,10 +168,10 @@ def _statistics(result: dict[str, Any]) -> dict[str, float]:
     """The table's cells of one saved benchmark, without its first requests."""
     failed = [text for text in result["errors"] if text]
     if failed:
-        raise MeasureError(
+        raise InputError(
             f"{len(failed)} requests failed; the first error: {failed[0].strip()[-500:]}",
-            "vllm bench serve",
-            "Mend the server first: a fit to failures says nothing.",
+            where="vllm bench serve",
+            fix="Mend the server first: a fit to failures says nothing.",
         )
     order = np.argsort(np.array(result["start_times"]))[WARM_UP:]
     starts = np.array(result["start_times"])[order]
@@ -278,10 +277,7 @@ def endpoint(
     known = load(scenario)
     levels = levels_for(known, concurrency or (), prompt_tokens, output_tokens)
     server = Endpoint(base_url, model, tokenizer, path, api_key_env, str(python or sys.executable))
-    try:
-        report = measure_endpoint(known, server, levels, out, time_budget_s=time_budget, say=_say)
-    except MeasureError as error:
-        raise InputError(error.what, where=error.where, fix=error.fix) from error
+    report = measure_endpoint(known, server, levels, out, time_budget_s=time_budget, say=_say)
     found = fit_report(report, progress=_say)
     found.profile.save(output)
     for cell in found.cells:

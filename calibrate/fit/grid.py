@@ -14,6 +14,7 @@ from servecast.calibrate.fit.noise import Floats, Scatter
 from servecast.calibrate.fit.rows import Kernel, Step
 from servecast.sim.hardware.gpu import GPU
 from servecast.sim.hardware.noise import StepNoise
+from servecast.sim.hardware.shard import Shard
 from servecast.sim.hardware.step_time.grid import Grid, GridStepTime, Point
 from servecast.sim.inputs.errors import InputError
 
@@ -29,10 +30,11 @@ class GridFit:
         gpu: that was measured. scatter: of the measured times; none by default.
 
     Attributes:
-        grid_: the nodes. told_: empty: a grid has no parameters.
+        grid_: the nodes. shard_: of the engine that was measured. told_: empty: a grid has no parameters.
     """
 
     grid_: Grid
+    shard_: Shard
     told_: tuple[str, ...] = ()
 
     def __init__(self, gpu: GPU, scatter: Scatter | None = None) -> None:
@@ -44,22 +46,14 @@ class GridFit:
         Raises:
             InputError: steps of several models, or no decodes, or no prompts without context.
         """
-        kinds = {
-            (
-                engine.model,
-                engine.tensor_parallel_size,
-                engine.kv_dtype_bytes,
-                engine.cudagraph_sizes(self.gpu),
-            )
-            for engine in (engines[step.engine] for step in steps)
-        }
-        if len(kinds) != 1:
+        shards = {engines[number].shard(self.gpu) for number in {step.engine for step in steps}}
+        if len(shards) != 1:
             raise InputError(
-                f"a grid holds for one engine, and {len(kinds)} were measured",
+                f"a grid holds for one engine, and {len(shards)} were measured",
                 where="measurements",
                 fix="Fit the physical kind, or keep each engine's measurements in a folder of its own.",
             )
-        model, ranks, kv_dtype_bytes, sizes = kinds.pop()
+        self.shard_ = shard = shards.pop()
         decode = self._nodes(step for step in steps if _is_decode(step))
         prefill = self._nodes(step for step in steps if _is_prefill(step))
         if not decode or not any(context == 0 for _, context, _ in prefill):
@@ -71,10 +65,10 @@ class GridFit:
             )
         self.grid_ = Grid(
             gpu=self.gpu.name,
-            shape=model,
-            tensor_parallel_size=ranks,
-            kv_dtype_bytes=kv_dtype_bytes,
-            cudagraph_sizes=sizes,
+            shape=shard.model,
+            tensor_parallel_size=shard.tensor_parallel_size,
+            kv_dtype_bytes=shard.kv_dtype_bytes,
+            cudagraph_sizes=shard.cudagraph_sizes,
             decode=decode,
             prefill=prefill,
         )
@@ -109,14 +103,7 @@ class GridFit:
         return HeldOut(seconds, {})
 
     def _step_time(self) -> GridStepTime:
-        grid = self.grid_
-        return GridStepTime(
-            grid,
-            grid.shape,
-            self.gpu,
-            tensor_parallel_size=grid.tensor_parallel_size,
-            kv_dtype_bytes=grid.kv_dtype_bytes,
-        )
+        return GridStepTime(self.grid_, self.shard_)
 
     def _nodes(self, steps: Iterable[Step]) -> tuple[Point, ...]:
         """Nodes in order; steps of one size whose contexts are nearly the same become one."""

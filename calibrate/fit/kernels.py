@@ -16,6 +16,7 @@ from servecast.calibrate.fit.rows import (
 )
 from servecast.sim.hardware.gpu import GPU
 from servecast.sim.hardware.model_shape import ModelShape
+from servecast.sim.hardware.shard import Shard
 from servecast.sim.hardware.step_time.physical import Efficiencies, PhysicalStepTime, smooth_maximum
 
 BYTES = {"bf16": 2, "fp16": 2, "fp8": 1, "fp32": 4}
@@ -84,4 +85,4 @@ def _attention(row: PrefillAttention | DecodeAttention, gpu: GPU, eff: Efficienc
         vocab_size=1,
         tied_embeddings=True,
     )
-    return PhysicalStepTime(layer, gpu, eff, kv_dtype_bytes=BYTES[row.dtype])
+    return PhysicalStepTime(Shard(layer, gpu, 1, kv_dtype_bytes=BYTES[row.dtype]), eff)

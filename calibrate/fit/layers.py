@@ -18,6 +18,7 @@ from servecast.calibrate.fit.check import REGION_LIMIT
 from servecast.calibrate.fit.layer_tables import read_layer_tables
 from servecast.sim.hardware.fit_summary import FitSummary, RegionError
 from servecast.sim.hardware.profile import Domain, Profile, Provenance
+from servecast.sim.hardware.shard import Shard
 from servecast.sim.hardware.step_time.layers import LayeredStepTime
 from servecast.sim.hardware.step_time.physical import Efficiencies, PhysicalStepTime
 from servecast.sim.inputs.errors import InputError
@@ -71,7 +72,7 @@ def fit_layers(folder: Path, scenario: Scenario, *, kind: Kind = "physical") -> 
     deployment = Deployment.of(scenario.model_copy(update={"profile": None}))
     found = read_layer_tables(folder, deployment.model)
     tables = found.tables
-    layered = LayeredStepTime(tables, deployment.model, deployment.gpu, _NO_HOST)
+    layered = LayeredStepTime(tables, Shard(deployment.model, deployment.gpu, 1), _NO_HOST)
     profile = Profile(
         servecast_version=version("servecast"),
         kind=kind,
@@ -160,7 +161,7 @@ def _parts(step_time: LayeredStepTime | PhysicalStepTime, step: DesignedStep) ->
 
 
 def _physical(layered: LayeredStepTime, efficiencies: Efficiencies) -> PhysicalStepTime:
-    return PhysicalStepTime(layered.model, layered.physical.gpu, efficiencies)
+    return PhysicalStepTime(layered.shard, efficiencies)
 
 
 def _fit(layered: LayeredStepTime, steps: Sequence[DesignedStep]) -> Efficiencies:

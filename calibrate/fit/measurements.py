@@ -11,11 +11,11 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from servecast.calibrate.fit.rows import ENGINE_ROWS, KERNEL_ROWS, Kernel, Overhead, Step, kernel
-from servecast.calibrate.measure.errors import MeasureError
 from servecast.calibrate.measure.folder import SAME_MACHINE, read_facts, read_rows
 from servecast.sim.hardware.gpu import GPU
 from servecast.sim.hardware.model_shape import ModelShape
-from servecast.sim.hardware.step_time.physical import Efficiencies, PhysicalStepTime, cudagraph_capture_sizes
+from servecast.sim.hardware.shard import Shard, cudagraph_capture_sizes
+from servecast.sim.hardware.step_time.physical import Efficiencies, PhysicalStepTime
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.scenario.engine_flags import RELEASES
 
@@ -34,13 +34,22 @@ class Engine:
     def tensor_parallel_size(self) -> int:
         return int(self.flags.get("tensor_parallel_size") or 1)
 
-    @property
-    def kv_dtype_bytes(self) -> int:
-        if str(self.flags.get("kv_cache_dtype", "auto")).startswith("fp8"):
-            return 1
-        return self.model.dtype_bytes
+    def shard(self, gpu: GPU) -> Shard:
+        """One rank of it, on such GPUs."""
+        fp8 = str(self.flags.get("kv_cache_dtype", "auto")).startswith("fp8")
+        return Shard(
+            self.model,
+            gpu,
+            self.tensor_parallel_size,
+            kv_dtype_bytes=1 if fp8 else self.model.dtype_bytes,
+            cudagraph_sizes=self._cudagraph_sizes(gpu),
+        )
 
-    def cudagraph_sizes(self, gpu: GPU) -> tuple[int, ...]:
+    def step_time(self, gpu: GPU, efficiencies: Efficiencies) -> PhysicalStepTime:
+        """The physical model of this engine's steps."""
+        return PhysicalStepTime(self.shard(gpu), efficiencies)
+
+    def _cudagraph_sizes(self, gpu: GPU) -> tuple[int, ...]:
         """As the engine said, or as its release has them by default. None on a CPU or with eager mode."""
         given = self.flags.get("cudagraph_capture_sizes")
         if given is not None:
@@ -55,17 +64,6 @@ class Engine:
             self.flags["max_num_batched_tokens"],
             version=str(self.flags["version"]),
             capability=gpu.capability,
-        )
-
-    def step_time(self, gpu: GPU, efficiencies: Efficiencies) -> PhysicalStepTime:
-        """The physical model of this engine's steps."""
-        return PhysicalStepTime(
-            self.model,
-            gpu,
-            efficiencies,
-            tensor_parallel_size=self.tensor_parallel_size,
-            cudagraph_sizes=self.cudagraph_sizes(gpu),
-            kv_dtype_bytes=self.kv_dtype_bytes,
         )
 
 
@@ -111,11 +109,8 @@ def read_folder(folder: str | Path) -> Measurements:
     if not folder.is_dir():
         raise InputError("no such folder", where=str(folder), fix="Give one that calibrate measure wrote.")
     files = [path for name in (KERNELS_FILE, ENGINE_FILE) if (path := folder / name).exists()]
-    try:
-        facts = read_facts(folder)
-        raw = {path.name: read_rows(path, say=notes.append) for path in files}
-    except MeasureError as error:
-        raise InputError(error.what, where=error.where, fix=error.fix) from error
+    facts = read_facts(folder)
+    raw = {path.name: read_rows(path, say=notes.append) for path in files}
     if not isinstance(facts.get("gpu"), str):
         raise InputError("gpu is missing", where=f"{folder / 'facts.json'}: gpu", fix="Measure again.")
     for name, rows in raw.items():

@@ -8,11 +8,11 @@ assumed, and said to be.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from servecast.sim.hardware.gpu import GPU, find_gpu
-from servecast.sim.hardware.model_shape import ModelShape
 from servecast.sim.hardware.profile import Profile
+from servecast.sim.hardware.shard import Shard
 from servecast.sim.inputs.errors import InputError
 
 TYPICAL_BAND = 0.3  # of a GPU that nobody measured
@@ -62,11 +62,11 @@ def _times(doublings: float, what: str) -> str:
     return "" if math.isnan(doublings) else f", {2**doublings:.2g} times {what}"
 
 
-def transfer(profile: Profile, model: ModelShape, gpu: GPU, tensor_parallel_size: int = 1) -> Transfer:
+def transfer(profile: Profile, shard: Shard) -> Transfer:
     """How far a deployment is from a profile's measurements."""
-    models = _model_doublings(profile, model)
-    ranks = math.log2(tensor_parallel_size / profile.tensor_parallel_size)
-    gpus = _gpu_doublings(profile, gpu)
+    models = _model_doublings(profile, shard)
+    ranks = math.log2(shard.tensor_parallel_size / profile.tensor_parallel_size)
+    gpus = _gpu_doublings(profile, shard.gpu)
     if all(entry.origin == "assumed" for entry in profile.provenance):
         return Transfer("physics only", models, ranks, gpus, max(TYPICAL_BAND, profile.error_band or 0.0))
     if models == 0 and ranks == 0 and gpus is None:
@@ -91,11 +91,13 @@ def _left_out(profile: Profile) -> float:
     return max((error for error in errors if error is not None), default=MODEL_BAND)
 
 
-def _model_doublings(profile: Profile, model: ModelShape) -> float:
-    if model.name in (profile.model, *(shape.name for shape in profile.models)):
+def _model_doublings(profile: Profile, shard: Shard) -> float:
+    if shard.model.name in (profile.model, *(shape.name for shape in profile.models)):
         return 0.0
-    weights = model.weight_bytes()
-    ratios = [math.log2(weights / shape.weight_bytes()) for shape in profile.models]
+    whole = shard.whole
+    ratios = [
+        math.log2(whole.weight_bytes / replace(whole, model=shape).weight_bytes) for shape in profile.models
+    ]
     nearest = min(ratios, key=abs, default=math.nan)
     return nearest if nearest != 0 else math.nan  # as large, but another one
 

@@ -3,8 +3,8 @@
 vLLM runs the model once at ``max_num_batched_tokens`` and gives the KV cache what is left of
 ``gpu_memory_utilization`` times the memory that CUDA reports: less weights, less what else CUDA allocates,
 less the activation peak of that run, less an estimate of the CUDA graphs. The last three are not derivable
-from the configuration; the estimates below say where they come from, and each can be replaced by what a
-server's log states ("Available KV cache memory", "GPU KV cache size").
+from the configuration; the estimates below say where they come from. What a server's log states of the pool
+("Available KV cache memory", "GPU KV cache size") can be given instead.
 """
 
 from __future__ import annotations
@@ -13,9 +13,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from servecast.sim.hardware.gpu import GPU
-from servecast.sim.hardware.model_shape import ModelShape
-from servecast.sim.hardware.step_time.physical import release
+from servecast.sim.hardware.shard import Shard, release
 from servecast.sim.inputs.errors import InputError
 
 Origin = Literal["device", "computed", "given", "assumed"]
@@ -66,9 +64,7 @@ class KVMemory:
         return self.num_gpu_blocks * self.bytes_per_block
 
 
-def activation_peak_bytes(
-    model: ModelShape, *, max_num_seqs: int, max_num_batched_tokens: int, tensor_parallel_size: int = 1
-) -> int:
+def activation_peak_bytes(shard: Shard, *, max_num_seqs: int, max_num_batched_tokens: int) -> int:
     """Activation peak of vLLM's profiling run on one rank, an estimate: the larger of
 
     - the sampler: 36 bytes a logit of ``max_num_seqs`` rows over the vocabulary. Four logs give 36
@@ -76,23 +72,15 @@ def activation_peak_bytes(
       B200) and 41 (Llama-3-8B on an H100); the first is nearest to the versions modelled here
     - a layer: residual, hidden state and the MLP's gate, up and product of every batched token.
     """
+    model = shard.model
     sampler = max_num_seqs * model.vocab_size * _BYTES_PER_LOGIT
     width = max(model.intermediate_size, model.experts_per_token * model.expert_intermediate_size)
-    a_token = (4 * model.hidden_size + 3 * width // tensor_parallel_size) * model.dtype_bytes
+    a_token = (4 * model.hidden_size + 3 * width // shard.tensor_parallel_size) * model.dtype_bytes
     return max(sampler, max_num_batched_tokens * a_token)
 
 
-def cudagraph_bytes(model: ModelShape, *, full_graphs: int, piecewise_graphs: int, version: str) -> int:
-    """vLLM's own estimate of its CUDA graphs, which it takes from the pool from 0.21 on: 200 KiB a layer and
-    graph, after logs of 0.2-0.3 MiB. Versions before that take nothing."""
-    if release(version) < (0, 21):
-        return 0
-    return (full_graphs + piecewise_graphs) * model.layers * _GRAPH_BYTES_PER_LAYER
-
-
 def kv_memory(
-    model: ModelShape,
-    gpu: GPU,
+    shard: Shard,
     *,
     version: str,
     max_num_seqs: int,
@@ -100,44 +88,46 @@ def kv_memory(
     max_model_len: int,
     gpu_memory_utilization: float = 0.92,
     block_size: int = 16,
-    tensor_parallel_size: int = 1,
-    kv_dtype_bytes: int = 2,
-    cudagraph_sizes: tuple[int, ...] = (),
-    activation_bytes: int | None = None,
-    cudagraph_memory_bytes: int | None = None,
     kv_cache_memory_bytes: int | None = None,
     num_gpu_blocks_override: int | None = None,
 ) -> KVMemory:
-    """The KV pool under vLLM's flags. The last four replace an estimate, the pool's bytes, or its blocks.
+    """The KV pool under vLLM's flags. The last two replace the pool's bytes, or its blocks.
 
     Sliding-window layers are given a full block like all others, so their pool is smaller than vLLM's.
 
     Raises:
         InputError: the weights do not fit, or no sequence of ``max_model_len`` does.
     """
-    model.check_tensor_parallel(tensor_parallel_size)
+    gpu = shard.gpu
     if not 0.0 < gpu_memory_utilization <= 1.0:
         raise InputError(
             f"{gpu_memory_utilization} is not a share",
             where="gpu_memory_utilization",
             fix="Use a number in (0, 1].",
         )
-    weights = model.weight_bytes(tensor_parallel_size)
+    weights = shard.weight_bytes
     if weights >= gpu.memory_bytes:
         raise InputError(
             f"{weights / _GIB:.1f} GiB of weights, but one {gpu.name} has {gpu.memory_bytes / _GIB:.1f} GiB",
             where="gpu",
             fix="Use a larger GPU, more tensor_parallel_size, or quantised weights.",
         )
-    bytes_per_block = block_size * model.kv_bytes_per_token(tensor_parallel_size, kv_dtype_bytes)
+    bytes_per_block = block_size * shard.kv_bytes_per_token
     requested = math.ceil(gpu.memory_bytes * gpu_memory_utilization)
     share = f"{gpu_memory_utilization:g} of {gpu.memory_bytes / _GIB:.2f} GiB ({gpu.memory_source})"
     lines = [
         MemoryLine("requested", requested, "computed", share),
-        MemoryLine("weights", -weights, "computed", f"{model.parameters / 1e9:.3f} B parameters"),
+        MemoryLine("weights", -weights, "computed", f"{shard.model.parameters / 1e9:.3f} B parameters"),
         MemoryLine("not from torch", -_NON_TORCH_BYTES, "assumed", "library workspaces"),
-        _activation_line(model, max_num_seqs, max_num_batched_tokens, tensor_parallel_size, activation_bytes),
-        _cudagraph_line(model, max_num_seqs, cudagraph_sizes, version, cudagraph_memory_bytes),
+        MemoryLine(
+            "activation peak",
+            -activation_peak_bytes(
+                shard, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens
+            ),
+            "assumed",
+            f"{_BYTES_PER_LOGIT} bytes a logit, or a layer if larger",
+        ),
+        _cudagraph_line(shard, max_num_seqs, version),
     ]
     available = sum(line.bytes for line in lines)
     used = requested
@@ -174,27 +164,11 @@ def kv_memory(
     )
 
 
-def _activation_line(
-    model: ModelShape, max_num_seqs: int, max_num_batched_tokens: int, ranks: int, given: int | None
-) -> MemoryLine:
-    if given is not None:
-        return MemoryLine("activation peak", -given, "given", "activation_bytes")
-    peak = activation_peak_bytes(
-        model,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
-        tensor_parallel_size=ranks,
-    )
-    return MemoryLine(
-        "activation peak", -peak, "assumed", f"{_BYTES_PER_LOGIT} bytes a logit, or a layer if larger"
-    )
-
-
-def _cudagraph_line(
-    model: ModelShape, max_num_seqs: int, sizes: tuple[int, ...], version: str, given: int | None
-) -> MemoryLine:
-    if given is not None:
-        return MemoryLine("CUDA graphs", -given, "given", "cudagraph_memory_bytes")
-    full = sum(size <= max_num_seqs for size in sizes)  # full graphs are for pure decode batches
-    estimate = cudagraph_bytes(model, full_graphs=full, piecewise_graphs=len(sizes), version=version)
-    return MemoryLine("CUDA graphs", -estimate, "assumed", f"{full} full and {len(sizes)} piecewise graphs")
+def _cudagraph_line(shard: Shard, max_num_seqs: int, version: str) -> MemoryLine:
+    """vLLM's own estimate of its CUDA graphs, which it takes from the pool from 0.21 on: 200 KiB a layer and
+    graph, after logs of 0.2-0.3 MiB. Versions before that take nothing."""
+    piecewise = len(shard.cudagraph_sizes)
+    full = sum(size <= max_num_seqs for size in shard.cudagraph_sizes)  # those are for pure decode batches
+    graphs = full + piecewise if release(version) >= (0, 21) else 0
+    note = f"{full} full and {piecewise} piecewise graphs"
+    return MemoryLine("CUDA graphs", -graphs * shard.model.layers * _GRAPH_BYTES_PER_LAYER, "assumed", note)

@@ -1,9 +1,6 @@
-"""A transformer's sizes, from its ``config.json``: weights, FLOPs, and KV bytes.
+"""A transformer's sizes, from its ``config.json``, and how many weights and KV tokens they make.
 
-Only what moves time and memory is kept. FLOPs count a multiply-add as two. "A rank" is one GPU of a
-tensor-parallel group, split as vLLM splits it: heads, the MLP's intermediate size (every expert's too) and
-the vocabulary are divided, KV heads are divided until one is left and then repeated, norms and the router
-are repeated.
+Only what moves time and memory is kept. Bytes and FLOPs depend on how the model is deployed: see ``Shard``.
 """
 
 from __future__ import annotations
@@ -105,40 +102,28 @@ class ModelShape:
 
     # -- weights ---------------------------------------------------------------------------------
 
-    def check_tensor_parallel(self, tensor_parallel_size: int) -> None:
-        """Raise InputError unless vLLM could split this model over that many ranks."""
-        tp = tensor_parallel_size
-        if tp < 1 or self.heads % tp or (self.kv_heads % tp and tp % self.kv_heads):
-            raise InputError(
-                f"{self.name} with {self.heads} heads and {self.kv_heads} KV heads cannot be split {tp} ways",
-                where="tensor_parallel_size",
-                fix="Use a size that divides the heads.",
-            )
+    def kv_heads_of(self, ranks: int) -> int:
+        """KV heads of one rank: divided until one is left, then repeated."""
+        return max(1, self.kv_heads // ranks)
 
-    def _kv_heads_per_rank(self, tp: int) -> int:
-        return max(1, self.kv_heads // tp)
+    def shared_weights(self, ranks: int) -> int:
+        """Weights of the linear layers that every token passes, on one rank: all but experts and router."""
+        query, key = self.heads // ranks * self.head_dim, self.kv_heads_of(ranks) * self.head_dim
+        attention = self.hidden_size * (2 * query + 2 * key)
+        mlp = 3 * self.hidden_size * self.intermediate_size // ranks
+        return self.layers * attention + (self.layers - self.moe_layers) * mlp
 
-    def _attention_weights(self, tp: int = 1) -> int:
-        """Elements of the query, key, value and output projections of one layer on one rank."""
-        query = self.heads // tp * self.head_dim
-        return self.hidden_size * (2 * query + 2 * self._kv_heads_per_rank(tp) * self.head_dim)
+    def expert_weights(self, ranks: int) -> int:
+        """Weights of one expert of one layer, on one rank."""
+        return 3 * self.hidden_size * self.expert_intermediate_size // ranks
 
-    def _mlp_weights(self, tp: int = 1) -> int:
-        return 3 * self.hidden_size * self.intermediate_size // tp
-
-    def _expert_weights(self, tp: int = 1) -> int:
-        return 3 * self.hidden_size * self.expert_intermediate_size // tp
-
-    def _router_weights(self) -> int:
+    @property
+    def router_weights(self) -> int:
+        """Weights of the router of one layer, which every rank has."""
         return self.hidden_size * self.experts
 
-    def _shared_linear_weights(self, tp: int = 1) -> int:
-        """Elements of the linear layers that every token passes, on one rank: all but experts and router."""
-        return self.layers * self._attention_weights(tp) + (
-            self.layers - self.moe_layers
-        ) * self._mlp_weights(tp)
-
-    def _small_weights(self) -> int:
+    @property
+    def small_weights(self) -> int:
         """Norms, biases and routers of all layers, which stay in ``dtype_bytes`` and on every rank."""
         query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
         per_layer = self.norms_per_layer * self.hidden_size
@@ -146,71 +131,20 @@ class ModelShape:
         per_layer += query + 2 * key if self.qkv_bias else 0
         per_layer += self.hidden_size if self.out_bias else 0
         per_layer += 2 * self.intermediate_size + self.hidden_size if self.mlp_bias else 0
-        return self.layers * per_layer + self.moe_layers * self._router_weights() + self.hidden_size
+        return self.layers * per_layer + self.moe_layers * self.router_weights + self.hidden_size
 
     @property
     def parameters(self) -> int:
         """All parameters, tied embeddings once."""
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
-        experts = self.moe_layers * self.experts * self._expert_weights()
-        return embeddings + self._shared_linear_weights() + experts + self._small_weights()
+        experts = self.moe_layers * self.experts * self.expert_weights(1)
+        return embeddings + self.shared_weights(1) + experts + self.small_weights
 
     @property
     def active_parameters(self) -> int:
         """Parameters that one token uses: of the experts only those it is routed to."""
-        idle = self.moe_layers * (self.experts - self.experts_per_token) * self._expert_weights()
+        idle = self.moe_layers * (self.experts - self.experts_per_token) * self.expert_weights(1)
         return self.parameters - idle
-
-    def weight_bytes(self, tensor_parallel_size: int = 1) -> int:
-        """Bytes of weights that one rank holds."""
-        tp = tensor_parallel_size
-        linear = self._shared_linear_weights(tp) + self.moe_layers * self.experts * self._expert_weights(tp)
-        embeddings = self.vocab_size * self.hidden_size // tp * (1 if self.tied_embeddings else 2)
-        return linear * self.weight_bytes_each + (embeddings + self._small_weights()) * self.dtype_bytes
-
-    # -- linear layers and LM head -----------------------------------------------------------------
-
-    def linear_flops_per_token(self, tensor_parallel_size: int = 1) -> float:
-        """FLOPs of all linear layers for one token on one rank, the LM head left out."""
-        tp = tensor_parallel_size
-        routed = self.moe_layers * (
-            self.experts_per_token * self._expert_weights(tp) + self._router_weights()
-        )
-        return 2.0 * (self._shared_linear_weights(tp) + routed)
-
-    def linear_bytes(self, tokens: int, tensor_parallel_size: int = 1) -> float:
-        """Weight bytes that a step of ``tokens`` tokens reads on one rank, the LM head left out.
-
-        Of E experts, T tokens that each pick k of them, evenly and independently, touch
-        E (1 - (1 - k/E)^T): an expectation; a skewed router touches fewer.
-        """
-        tp = tensor_parallel_size
-        read = self._shared_linear_weights(tp) * self.weight_bytes_each
-        if not self.moe_layers:
-            return float(read)
-        touched = self.experts * (1.0 - (1.0 - self.experts_per_token / self.experts) ** tokens)
-        experts = touched * self._expert_weights(tp) * self.weight_bytes_each
-        return read + self.moe_layers * (experts + self._router_weights() * self.dtype_bytes)
-
-    def lm_head_flops(self, rows: int = 1, tensor_parallel_size: int = 1) -> float:
-        """FLOPs of the logits of ``rows`` sampled tokens on one rank."""
-        return 2.0 * rows * self.hidden_size * self.vocab_size / tensor_parallel_size
-
-    def lm_head_bytes(self, tensor_parallel_size: int = 1) -> float:
-        """Weight bytes of the LM head on one rank, read once a step that samples."""
-        return self.hidden_size * self.vocab_size * self.dtype_bytes / tensor_parallel_size
-
-    def elementwise_bytes_per_token(self, tensor_parallel_size: int = 1) -> float:
-        """Bytes a token that the kernels between the matrix products move on one rank: each norm reads
-        activation and residual and writes both; rotary reads and writes q and k; the activation reads the
-        gate and up halves and writes their product; the KV write reads and writes k and v."""
-        tp = tensor_parallel_size
-        query, key = self.heads // tp * self.head_dim, self._kv_heads_per_rank(tp) * self.head_dim
-        per_layer = 4 * self.norms_per_layer * self.hidden_size + 2 * (query + key) + 4 * key
-        per_layer += 2 * (query + key) if self.qk_norm else 0
-        dense = (self.layers - self.moe_layers) * self.intermediate_size
-        routed = self.moe_layers * self.experts_per_token * self.expert_intermediate_size
-        return (self.layers * per_layer + 3 * (dense + routed) / tp) * self.dtype_bytes
 
     @property
     def kernels(self) -> int:
@@ -218,7 +152,7 @@ class ModelShape:
         extra = (2 if self.qk_norm else 0) + self.norms_per_layer - 2
         return self.layers * (_KERNELS_DENSE + extra) + self.moe_layers * _KERNELS_MOE
 
-    # -- attention and KV cache --------------------------------------------------------------------
+    # -- attention ---------------------------------------------------------------------------------
 
     def attention_pairs(self, tokens: int, context: int) -> float:
         """Pairs of query and key token over all layers, for ``tokens`` new tokens behind ``context`` older
@@ -229,22 +163,6 @@ class ModelShape:
             seen = free * (context + 0.5 * (free + 1)) + (tokens - free) * self.sliding_window
             pairs += self.sliding_layers * seen
         return pairs
-
-    def attention_flops_per_pair(self, tensor_parallel_size: int = 1) -> float:
-        """FLOPs of a pair on one rank: two products of head_dim multiply-adds in every head."""
-        return 4.0 * self.heads / tensor_parallel_size * self.head_dim
-
-    def attention_flops(self, tokens: int, context: int, tensor_parallel_size: int = 1) -> float:
-        """FLOPs of causal attention of a prompt chunk on one rank, all layers."""
-        return self.attention_flops_per_pair(tensor_parallel_size) * self.attention_pairs(tokens, context)
-
-    def kv_bytes_per_token_and_layer(self, tensor_parallel_size: int = 1, kv_dtype_bytes: int = 2) -> int:
-        """Bytes of one token's keys and values in one layer on one rank."""
-        return 2 * self._kv_heads_per_rank(tensor_parallel_size) * self.head_dim * kv_dtype_bytes
-
-    def kv_bytes_per_token(self, tensor_parallel_size: int = 1, kv_dtype_bytes: int = 2) -> int:
-        """Bytes of one token's keys and values in all layers on one rank."""
-        return self.layers * self.kv_bytes_per_token_and_layer(tensor_parallel_size, kv_dtype_bytes)
 
     def kv_token_layers(self, context: int, sequences: int = 1) -> int:
         """Token-layers of KV that one new token each of ``sequences`` reads, with ``context`` tokens in

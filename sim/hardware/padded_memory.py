@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from servecast.sim.hardware.gpu import GPU
 from servecast.sim.hardware.memory import CONTEXT_BYTES, KVMemory, MemoryLine
 from servecast.sim.hardware.model_shape import ModelShape
+from servecast.sim.hardware.shard import Shard
 from servecast.sim.inputs.errors import InputError
 
 _GIB = 1 << 30
@@ -25,8 +25,7 @@ EVIDENCE = (
 
 
 def padded_memory(
-    model: ModelShape,
-    gpu: GPU,
+    shard: Shard,
     *,
     max_num_seqs: int,
     max_model_len: int,
@@ -39,8 +38,8 @@ def padded_memory(
         InputError: weights and pool do not fit.
     """
     blocks = num_gpu_blocks or max_num_seqs * -(-max_model_len // block_size)
-    bytes_per_block = block_size * model.kv_bytes_per_token()
-    weights, pool = model.weight_bytes(), blocks * bytes_per_block
+    bytes_per_block = block_size * shard.kv_bytes_per_token
+    gpu, weights, pool = shard.gpu, shard.weight_bytes, blocks * bytes_per_block
     if weights + pool + CONTEXT_BYTES > gpu.memory_bytes:
         raise InputError(
             f"{weights / _GIB:.1f} GiB of weights and {pool / _GIB:.1f} GiB of KV do not fit into the "
@@ -51,7 +50,7 @@ def padded_memory(
     given = num_gpu_blocks is not None
     lines = (
         MemoryLine("device", gpu.memory_bytes, "device", gpu.memory_source),
-        MemoryLine("weights", -weights, "computed", f"{model.parameters / 1e9:.3f} B parameters"),
+        MemoryLine("weights", -weights, "computed", f"{shard.model.parameters / 1e9:.3f} B parameters"),
         MemoryLine("KV pool", -pool, "given" if given else "computed", f"{blocks} blocks of {block_size}"),
         MemoryLine("CUDA context", -CONTEXT_BYTES, "assumed", "and library handles"),
     )
@@ -83,12 +82,10 @@ class MemoryRisk:
     tokens: int
 
     @classmethod
-    def of(
-        cls, model: ModelShape, gpu: GPU, memory: KVMemory, *, max_num_seqs: int, tokens: int
-    ) -> MemoryRisk:
+    def of(cls, shard: Shard, memory: KVMemory, *, max_num_seqs: int, tokens: int) -> MemoryRisk:
         """All rows prefilled together. tokens: the longest prompt, or prompt chunk."""
-        activations = prefill_bytes(model, max_num_seqs, tokens)
-        return cls(memory.memory_used_bytes, activations, gpu.memory_bytes, max_num_seqs, tokens)
+        activations = prefill_bytes(shard.model, max_num_seqs, tokens)
+        return cls(memory.memory_used_bytes, activations, shard.gpu.memory_bytes, max_num_seqs, tokens)
 
     @property
     def share(self) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
@@ -18,9 +18,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from servecast.sim.hardware.fit_summary import FitSummary
 from servecast.sim.hardware.front_end_costs import FrontEndCosts
-from servecast.sim.hardware.gpu import GPU
 from servecast.sim.hardware.model_shape import ModelShape
 from servecast.sim.hardware.noise import StepNoise
+from servecast.sim.hardware.shard import Shard
 from servecast.sim.hardware.step_time.grid import Grid, GridStepTime
 from servecast.sim.hardware.step_time.layers import LayeredStepTime, LayerTables
 from servecast.sim.hardware.step_time.padded import PaddedCosts, PaddedStepTime
@@ -224,86 +224,24 @@ class Profile(_Strict):
         return f"extrapolated: {', '.join(beyond)}" if beyond else None
 
 
-def _physical(
-    profile: Profile,
-    model: ModelShape,
-    gpu: GPU,
-    tensor_parallel_size: int,
-    cudagraph_sizes: Sequence[int],
-    kv: int,
-) -> StepTime:
-    return PhysicalStepTime(
-        model,
-        gpu,
-        profile.efficiencies,
-        tensor_parallel_size=tensor_parallel_size,
-        cudagraph_sizes=cudagraph_sizes,
-        kv_dtype_bytes=kv,
+def build_step_time(profile: Profile, shard: Shard) -> StepTime:
+    """The step-time model of a profile's kind, for a model and a GPU that need not be those of the fit.
+
+    Raises:
+        InputError: the profile lacks its times, or they are not of this model and GPU.
+    """
+    match profile.kind:
+        case "physical":
+            return PhysicalStepTime(shard, profile.efficiencies)
+        case "padded":
+            return PaddedStepTime(shard, profile.padded)
+        case "grid" if profile.grid is not None:
+            return GridStepTime(profile.grid, shard)
+        case "layers" if profile.layers is not None:
+            return LayeredStepTime(profile.layers, shard, profile.efficiencies)
+    missing = "there is no grid" if profile.kind == "grid" else "there are none"
+    raise InputError(
+        f"kind is {profile.kind}, but {missing}",
+        where=f"profile: {profile.kind}",
+        fix="Fit the profile again.",
     )
-
-
-def _padded(
-    profile: Profile, model: ModelShape, gpu: GPU, _ranks: int, _sizes: Sequence[int], _kv: int
-) -> StepTime:
-    return PaddedStepTime(model, gpu, profile.padded)
-
-
-def _grid(
-    profile: Profile,
-    model: ModelShape,
-    gpu: GPU,
-    tensor_parallel_size: int,
-    _sizes: Sequence[int],
-    kv: int,
-) -> StepTime:
-    if profile.grid is None:
-        raise InputError(
-            "kind is grid, but there is no grid", where="profile: grid", fix="Fit the profile again."
-        )
-    return GridStepTime(
-        profile.grid, model, gpu, tensor_parallel_size=tensor_parallel_size, kv_dtype_bytes=kv
-    )
-
-
-def _layers(
-    profile: Profile,
-    model: ModelShape,
-    gpu: GPU,
-    tensor_parallel_size: int,
-    cudagraph_sizes: Sequence[int],
-    kv: int,
-) -> StepTime:
-    if profile.layers is None:
-        raise InputError(
-            "kind is layers, but there are none", where="profile: layers", fix="Fit the profile again."
-        )
-    return LayeredStepTime(
-        profile.layers,
-        model,
-        gpu,
-        profile.efficiencies,
-        tensor_parallel_size=tensor_parallel_size,
-        cudagraph_sizes=cudagraph_sizes,
-        kv_dtype_bytes=kv,
-    )
-
-
-_KINDS: Mapping[str, Callable[[Profile, ModelShape, GPU, int, Sequence[int], int], StepTime]] = {
-    "physical": _physical,
-    "padded": _padded,
-    "grid": _grid,
-    "layers": _layers,
-}
-
-
-def build_step_time(
-    profile: Profile,
-    model: ModelShape,
-    gpu: GPU,
-    *,
-    tensor_parallel_size: int = 1,
-    cudagraph_sizes: Sequence[int] = (),
-    kv_dtype_bytes: int = 2,
-) -> StepTime:
-    """The step-time model of a profile's kind, for a model and a GPU that need not be those of the fit."""
-    return _KINDS[profile.kind](profile, model, gpu, tensor_parallel_size, cudagraph_sizes, kv_dtype_bytes)

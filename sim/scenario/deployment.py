@@ -13,7 +13,8 @@ from servecast.sim.hardware.memory import KVMemory, kv_memory
 from servecast.sim.hardware.model_shape import ModelShape
 from servecast.sim.hardware.padded_memory import MemoryRisk, padded_memory
 from servecast.sim.hardware.profile import Profile, build_step_time
-from servecast.sim.hardware.step_time.physical import StepTime, cudagraph_capture_sizes
+from servecast.sim.hardware.shard import Shard, cudagraph_capture_sizes
+from servecast.sim.hardware.step_time.physical import StepTime
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.metrics.binding import Limits
 from servecast.sim.scenario.engine_flags import ResolvedEngine, resolve_defaults
@@ -25,14 +26,15 @@ class Deployment:
     """What one replica of a scenario is.
 
     Attributes:
-        model, gpu: sizes and peaks. engine: vLLM's flags with defaults filled in.
+        scenario: what it was made of. shard: its model on its GPUs, one rank of it.
+        engine: vLLM's flags with defaults filled in.
         memory: the account of the KV pool. config: what the engine model takes.
         profile: efficiencies, overheads and noise; a typical one where the scenario names none.
         step_time: how long a step takes.
     """
 
-    model: ModelShape
-    gpu: GPU
+    scenario: Scenario
+    shard: Shard
     engine: ResolvedEngine
     memory: KVMemory
     config: EngineConfig
@@ -68,20 +70,29 @@ class Deployment:
                 capability=gpu.capability,
                 max_capture_size=flags.max_cudagraph_capture_size,
             )
-        kv_dtype_bytes = 1 if flags.kv_cache_dtype.startswith("fp8") else 2
-        memory = _memory(model, gpu, engine, kv_dtype_bytes, sizes)
-        if profile is None:
-            profile = _profile(scenario, gpu, model)
-        step_time = build_step_time(
-            profile,
+        shard = Shard(
             model,
             gpu,
-            tensor_parallel_size=flags.tensor_parallel_size,
+            flags.tensor_parallel_size,
+            kv_dtype_bytes=1 if flags.kv_cache_dtype.startswith("fp8") else 2,
             cudagraph_sizes=sizes,
-            kv_dtype_bytes=kv_dtype_bytes,
         )
+        memory = _memory(shard, engine)
+        if profile is None:
+            profile = _profile(scenario, gpu, model)
+        step_time = build_step_time(profile, shard)
         config = engine.config(memory.num_gpu_blocks)
-        return cls(model, gpu, engine, memory, config, profile, step_time)
+        return cls(scenario, shard, engine, memory, config, profile, step_time)
+
+    @property
+    def model(self) -> ModelShape:
+        """The whole model's sizes."""
+        return self.shard.model
+
+    @property
+    def gpu(self) -> GPU:
+        """One of its GPUs."""
+        return self.shard.gpu
 
     @property
     def limits(self) -> Limits:
@@ -109,9 +120,7 @@ class Deployment:
         tokens = longest_prompt
         if config.enable_chunked_prefill and config.long_prefill_token_threshold:
             tokens = min(tokens, config.long_prefill_token_threshold)
-        return MemoryRisk.of(
-            self.model, self.gpu, self.memory, max_num_seqs=config.max_num_seqs, tokens=tokens
-        )
+        return MemoryRisk.of(self.shard, self.memory, max_num_seqs=config.max_num_seqs, tokens=tokens)
 
     @property
     def error_band(self) -> float | None:
@@ -121,7 +130,7 @@ class Deployment:
     @property
     def transfer(self) -> Transfer:
         """How far this is from what the profile's measurements were of."""
-        return transfer(self.profile, self.model, self.gpu, self.engine.flags.tensor_parallel_size)
+        return transfer(self.profile, self.shard)
 
     def provenance(self) -> dict[str, object]:
         """Where the numbers come from, for results and reports."""
@@ -139,31 +148,24 @@ class Deployment:
         }
 
 
-def _memory(
-    model: ModelShape, gpu: GPU, engine: ResolvedEngine, kv_dtype_bytes: int, sizes: tuple[int, ...]
-) -> KVMemory:
+def _memory(shard: Shard, engine: ResolvedEngine) -> KVMemory:
     flags = engine.flags
     if flags.policy != "vllm":
         return padded_memory(
-            model,
-            gpu,
+            shard,
             max_num_seqs=engine.max_num_seqs,
             max_model_len=engine.max_model_len,
             block_size=flags.block_size,
             num_gpu_blocks=flags.num_gpu_blocks_override,
         )
     return kv_memory(
-        model,
-        gpu,
+        shard,
         version=flags.version,
         max_num_seqs=engine.max_num_seqs,
         max_num_batched_tokens=engine.max_num_batched_tokens,
         max_model_len=engine.max_model_len,
         gpu_memory_utilization=engine.gpu_memory_utilization,
         block_size=flags.block_size,
-        tensor_parallel_size=flags.tensor_parallel_size,
-        kv_dtype_bytes=kv_dtype_bytes,
-        cudagraph_sizes=sizes,
         kv_cache_memory_bytes=flags.kv_cache_memory_bytes,
         num_gpu_blocks_override=flags.num_gpu_blocks_override,
     )

@@ -55,42 +55,67 @@ def _policy(name: str) -> str:
 
 
 class EngineFlags(Model):
-    """``vllm serve``'s flags that matter here, by their names; None is vLLM's default.
-
-    ``command`` is a pasted ``vllm serve ...`` line; fields given beside it win. ``assume_rules`` runs a
-    version without a rule set under the nearest one, labelled. Another ``policy`` than vLLM's is another
-    server: ``version`` is then its own, and flags that it does not know have no effect.
-    """
+    """``vllm serve``'s flags that matter here, by their names; None is vLLM's default."""
 
     version: str
+    """vLLM release, in quotes. It picks the rule set and the defaults."""
     policy: Annotated[str, AfterValidator(_policy)] = "vllm"
+    """The engine, ``vllm`` or another one (see [Adding an engine](adding-an-engine.md)). For another,
+    ``version`` is that server's own, and flags it does not know have no effect."""
     assume_rules: Flag = False
+    """Run a release without a rule set under the nearest one."""
     command: str | None = None
+    """A pasted ``vllm serve ...`` line. Fields beside it win."""
     dtype: Literal["auto", "bfloat16", "float16", "half", "float32", "float"] = "auto"
+    """As ``--dtype``."""
     quantization: str | None = None
+    """As ``--quantization``. fp8 weights count one byte, all others two."""
     kv_cache_dtype: Literal["auto", "bfloat16", "float16", "fp8", "fp8_e4m3", "fp8_e5m2"] = "auto"
+    """As ``--kv-cache-dtype``. fp8 counts one byte an element."""
     tensor_parallel_size: Count = 1
+    """GPUs of one replica."""
     max_model_len: Count | None = None
+    """Longest prompt and output together. Default, the model's own limit."""
     max_num_seqs: Count | None = None
+    """Most requests that run together. Default, as vLLM picks it for the GPU."""
     max_num_batched_tokens: Count | None = None
+    """Token budget of a step. Default, as vLLM picks it for the GPU."""
     block_size: Count = 16
+    """Tokens of a KV block."""
     gpu_memory_utilization: Annotated[Positive, Field(le=1)] | None = None
+    """Share of the GPU's memory that vLLM may use. Default, the release's."""
     kv_cache_memory_bytes: Count | None = None
+    """Size of the KV pool on one rank, instead of the account of memory."""
     num_gpu_blocks_override: Count | None = None
+    """Number of KV blocks, instead of the account of memory."""
     enable_prefix_caching: Flag = True
+    """Find the KV blocks of known prefixes again."""
     enable_chunked_prefill: Flag = True
+    """Split prompts over steps."""
     scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
+    """Order of the waiting queue and of preemption."""
     async_scheduling: Flag | None = None
+    """Decide a step while the one before runs. Default, the release's."""
     scheduler_reserve_full_isl: Flag | None = None
+    """Admit a request only if its whole prompt fits. Default, the release's."""
     long_prefill_token_threshold: Amount = 0
+    """Most prompt tokens of one request in a step; 0 is no limit."""
     long_prefill_token_threshold_adaptive: Flag = False
+    """Raise that threshold while few requests are there (0.32)."""
     watermark: Annotated[NonNegative, Field(lt=1)] = 0.0
+    """Share of the KV blocks that admission leaves free (0.32)."""
     max_num_active_seqs: Count | None = None
+    """A further bound on running requests (0.32)."""
     performance_mode: Literal["balanced", "interactivity", "throughput"] = "balanced"
+    """As ``--performance-mode``; ``throughput`` doubles the batch defaults."""
     enforce_eager: Flag = False
+    """No CUDA graphs, hence no padding to their sizes."""
     max_cudagraph_capture_size: Count | None = None
+    """Largest batch with a CUDA graph. Default, as vLLM picks it."""
     stream_interval: Count = 1
+    """As ``--stream-interval``. Accepted; every token is streamed."""
     batch_wait_s: NonNegative = 0.05
+    """How long static batching waits for a batch to fill."""
 
     @model_validator(mode="before")
     @classmethod

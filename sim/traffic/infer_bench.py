@@ -75,10 +75,15 @@ class InferBench(Model):
     independent of the scenario's; ``request_rate`` stretches the arrivals to that mean rate."""
 
     format: Literal["infer_bench"]
+    """The ``infer`` server's benchmark, drawn by its own recipe."""
     workload: Literal["continuous_batching", "paged_attention", "chunked_prefill", "prefix_caching"]
+    """Which of its workloads. ``baseline`` needs no trace, its requests are equal."""
     seed: Amount = 42
+    """Seed of the recipe, 42 in the published runs; the scenario's seed does not change it."""
     tokens_per_nominal: Positive = TOKENS_PER_NOMINAL
+    """Tokens of a prompt for each one that was asked for."""
     request_rate: Positive | None = None
+    """Stretch the times to this mean rate."""
 
     @property
     def path(self) -> str:

@@ -14,7 +14,8 @@ from servecast.calibrate.fit.rows import Step
 from servecast.calibrate.measure.engine.grid import Limits, grid
 from servecast.sim.hardware.gpu import find_gpu
 from servecast.sim.hardware.model_shape import ModelShape
-from servecast.sim.hardware.step_time.physical import Efficiencies, PhysicalStepTime, cudagraph_capture_sizes
+from servecast.sim.hardware.shard import Shard, cudagraph_capture_sizes
+from servecast.sim.hardware.step_time.physical import Efficiencies, PhysicalStepTime
 
 H200 = find_gpu("H200")
 LIMITS = Limits(256, 8192, 16_384, 400_000, 16)
@@ -82,9 +83,7 @@ def _step(region: str, chunks: Any, decodes: int, context: int, number: int) -> 
 def physical_law(model: str, efficiencies: Efficiencies, *, ranks: int = 1) -> Law:
     """The law of the physical model itself, on an H200."""
     shape = ModelShape.from_config(config(model))
-    return PhysicalStepTime(
-        shape, H200, efficiencies, tensor_parallel_size=ranks, cudagraph_sizes=CAPTURED
-    ).seconds
+    return PhysicalStepTime(Shard(shape, H200, ranks, cudagraph_sizes=CAPTURED), efficiencies).seconds
 
 
 def write_folder(

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from servecast.calibrate.measure.vllm.tiny_model import write_tiny_model
-from servecast.sim.hardware.gpu import GPU
+from servecast.sim.hardware.gpu import GPU, find_gpu
 from servecast.sim.hardware.model_shape import ModelShape
+from servecast.sim.hardware.shard import Shard
 
 TESTS = Path(__file__).resolve().parent
 FLAGS = (
@@ -67,11 +68,12 @@ def metronome_environment(law: dict[str, Any]) -> dict[str, str]:
 def metronome_gpu(law: dict[str, Any], model: Path) -> GPU:
     """A GPU with peaks somewhat above what the law makes of the model."""
     shape = ModelShape.from_config(json.loads((model / "config.json").read_text()), "metronome")
+    shard = Shard(shape, find_gpu("H100"), 1)
     return GPU(
         name="metronome",
         memory_bytes=1 << 33,
-        bandwidth=shape.linear_bytes(1, 1) / (0.9 * law["weights_s"]),
-        bf16_flops=shape.linear_flops_per_token(1) / (0.75 * law["token_s"]),
+        bandwidth=shard.linear_bytes(1) / (0.9 * law["weights_s"]),
+        bf16_flops=shard.linear_flops_per_token / (0.75 * law["token_s"]),
         link_bandwidth=1e9,
         capability=(9, 0),
     )

@@ -72,7 +72,7 @@ def recording(tmp_path_factory: pytest.TempPathFactory) -> Recording:
     port, log, file = _free_port(), folder / "server.log", folder / "steps.jsonl"
     environment = os.environ | {
         "SERVECAST_RECORDING": str(file),
-        "PYTHONPATH": str(HERE.parent / "calibrate"),
+        "PYTHONPATH": str(HERE.parents[1] / "calibrate"),
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
@@ -81,7 +81,7 @@ def recording(tmp_path_factory: pytest.TempPathFactory) -> Recording:
         *(str(ENVIRONMENT / "bin" / "python"), "-m", "vllm.entrypoints.cli.main", "serve", str(model)),
         *("--served-model-name", "tiny", "--load-format", "dummy", "--enforce-eager", "--port", str(port)),
         *("--max-model-len", "512", "--max-num-seqs", "12", "--max-num-batched-tokens", "256"),
-        *("--num-gpu-blocks-override", "15", "--scheduler-cls", "measure.recording_scheduler.Recording"),
+        *("--num-gpu-blocks-override", "15", "--scheduler-cls", "measure.vllm.recording_scheduler.Recording"),
     ]
     with log.open("wb") as out:
         server = subprocess.Popen(command, env=environment, stdout=out, stderr=out)
@@ -134,11 +134,11 @@ def test_recording_with_async_scheduling(tmp_path: Path, version: str) -> None:
         s for s in drawn if len(s.aborts) > 8 and s.config.async_scheduling and s.config.enable_prefix_caching
     )
     driver = (
-        "from measure import recording_scheduler as r; import vllm_scheduler as v;"
+        "from measure.vllm import recording_scheduler as r; import vllm_scheduler as v;"
         "v.Scheduler, v.AsyncScheduler = r.RecordingScheduler, r.RecordingAsyncScheduler; v.main()"
     )
     file = tmp_path / "steps.jsonl"
-    folders = [str(HERE), str(HERE.parent / "calibrate")]
+    folders = [str(HERE), str(HERE.parents[1] / "calibrate")]
     sources = ENVIRONMENT / f"vllm-{version}"
     environment = os.environ | {
         "SERVECAST_RECORDING": str(file),

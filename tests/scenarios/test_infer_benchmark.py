@@ -16,6 +16,7 @@ from servecast.sim.hardware.gpu import find_gpu
 from servecast.sim.hardware.model_shape import ModelShape
 from servecast.sim.hardware.padded_memory import EVIDENCE, RISK_SHARE, padded_memory
 from servecast.sim.hardware.profile import Profile
+from servecast.sim.hardware.shard import Shard
 from servecast.sim.hardware.step_time.padded import PaddedCosts, PaddedStepTime
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.metrics.binding import StepRow
@@ -33,6 +34,7 @@ from servecast.sim.traffic.spec import Workload
 STATIC, CONTINUOUS, PAGED = "infer-rtx5080-static", "infer-rtx5080-continuous", "infer-rtx5080-paged"
 GPU = find_gpu("rtx5080")
 LLAMA = ModelShape.from_config(shipped_folder() / "models" / "Llama-3.2-3B-Instruct.json")
+SHARD = Shard(LLAMA, GPU, 1)
 
 
 # -- traces ------------------------------------------------------------------------------------------
@@ -106,32 +108,32 @@ def step(**values: Any) -> PaddedStep:
 
 
 def test_a_decode_pass_pays_for_rows_times_the_longest() -> None:
-    model = PaddedStepTime(LLAMA, GPU, COSTS)
-    weights = LLAMA.weight_bytes() / 960e9
+    model = PaddedStepTime(SHARD, COSTS)
+    weights = SHARD.weight_bytes / 960e9
     kv = 4.0 * 2 * 28 * 24 * 128 * 2 * (8 * 500) / 960e9
     found = model.seconds(step(decodes=3, decode_context=900, rows=8, longest=500))
     assert found == pytest.approx(3e-3 + weights + 3 * 5e-4 + kv)
 
 
 def test_a_joint_prefill_is_padded_to_the_longest_prompt() -> None:
-    model = PaddedStepTime(LLAMA, GPU, COSTS)
+    model = PaddedStepTime(SHARD, COSTS)
     ragged = step(chunks=[(1000, 0), (10, 0)], samples=2)
     even = step(chunks=[(1000, 0), (1000, 0)], samples=2)
     assert model.seconds(ragged) == model.seconds(even)
-    flops = 2.0 * LLAMA.parameters * 1000 + LLAMA.attention_flops(1000, 0)
+    flops = 2.0 * LLAMA.parameters * 1000 + SHARD.attention_flops_per_pair * LLAMA.attention_pairs(1000, 0)
     assert model.seconds(even) == pytest.approx(2e-2 + 2 * flops / (0.8 * GPU.bf16_flops))
     later = step(chunks=[(10, 990)], samples=1)
     assert model.breakdown(later)["attention_prefill"] > 0
 
 
 def test_parts_add_up_and_tell_what_binds() -> None:
-    model = PaddedStepTime(LLAMA, GPU, COSTS)
+    model = PaddedStepTime(SHARD, COSTS)
     mixed = step(decodes=4, decode_context=400, rows=4, longest=120, chunks=[(300, 0)], samples=5)
     assert sum(model.breakdown(mixed).values()) == model.seconds(mixed)
     assert model.seconds(step()) == 0.0
     assert model.binding(step(chunks=[(4000, 0)], samples=1)) == "compute"
     assert model.binding(step(decodes=8, rows=8, longest=3000, decode_context=24000)) == "memory_bandwidth"
-    host = PaddedStepTime(LLAMA, GPU, PaddedCosts(step_s=0.1))
+    host = PaddedStepTime(SHARD, PaddedCosts(step_s=0.1))
     assert host.binding(step(decodes=1, rows=1, longest=10, decode_context=10)) == "host"
 
 
@@ -139,7 +141,7 @@ def test_parts_add_up_and_tell_what_binds() -> None:
 @pytest.mark.parametrize("decodes", [0, 1, 24, 500])
 def test_never_faster_than_the_roofline(chunks: list[tuple[int, int]], decodes: int) -> None:
     costs = PaddedCosts(step_s=0.0, row_s=0.0, kv_passes=1.0, prefill_s=0.0, compute=1.0)
-    model = PaddedStepTime(LLAMA, GPU, costs)
+    model = PaddedStepTime(SHARD, costs)
     shape = StepRow(chunks, decodes, 300 * decodes, decodes + len(chunks))
     if chunks or decodes:
         assert model.seconds(shape) >= model.roofline_seconds(shape)
@@ -158,11 +160,11 @@ def test_costs_that_cannot_be_are_refused(wrong: dict[str, float], message: str)
 
 
 def test_weights_and_pool_must_fit() -> None:
-    memory = padded_memory(LLAMA, GPU, max_num_seqs=8, max_model_len=4096)
+    memory = padded_memory(SHARD, max_num_seqs=8, max_model_len=4096)
     assert memory.num_gpu_blocks * 16 == 32768
     assert memory.kv_bytes == 32768 * 28 * 2 * 8 * 128 * 2
     with pytest.raises(InputError, match="do not fit"):
-        padded_memory(LLAMA, GPU, max_num_seqs=64, max_model_len=4096)
+        padded_memory(SHARD, max_num_seqs=64, max_model_len=4096)
 
 
 def runs() -> Iterator[tuple[bool, float]]:

@@ -61,9 +61,7 @@ def _table_levels(scenario: Scenario) -> Iterable[Level]:
     if isinstance(scenario.fleet.replicas, int):  # bounds are those of one kind of replica
         deployment, replicas = Deployment.of(scenario), scenario.fleet.replicas
         hardware = Hardware(
-            deployment.model,
-            deployment.gpu,
-            scenario.engine.tensor_parallel_size,
+            deployment.shard,
             replicas,
             deployment.memory.kv_tokens,
             deployment.memory.memory_used_bytes,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from servecast.sim.hardware.gpu import find_gpu
 from servecast.sim.hardware.model_shape import ModelShape
+from servecast.sim.hardware.shard import Shard
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.scenario import scenario as scenarios
 from servecast.sim.traffic.spec import Row
@@ -98,9 +99,8 @@ class Context:
         if path.suffix != ".json":
             path = scenarios.shipped_folder() / "models" / f"{self.model_config}.json"
         model = ModelShape.from_config(path, path.stem)
-        model.check_tensor_parallel(self.tensor_parallel_size)
-        gpu = find_gpu(self.gpu, where="--gpu")
-        return Hardware(model, gpu, self.tensor_parallel_size, self.replicas)
+        shard = Shard(model, find_gpu(self.gpu, where="--gpu"), self.tensor_parallel_size)
+        return Hardware(shard, self.replicas)
 
 
 def _flag(name: str) -> str:

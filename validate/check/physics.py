@@ -106,8 +106,9 @@ def roofline_throughput(report: Report) -> Iterator[Finding]:
         rate, fresh = completion_rate(level), 0.0
         if rate is not None and level.prompt is not None and level.repeated == 0:
             fresh = rate.span.low * level.prompt.mean.low
-        a_token = hardware.model.linear_flops_per_token()
-        needed = a_token * (tokens.span.low + fresh) + hardware.model.lm_head_flops() * tokens.span.low
+        whole = hardware.shard.whole
+        needed = whole.linear_flops_per_token * (tokens.span.low + fresh)
+        needed += whole.lm_head_flops(1) * tokens.span.low
         if needed > hardware.flops:
             yield Finding(
                 "roofline-throughput", level, names(tokens),
@@ -197,7 +198,7 @@ def _weights(report: Report) -> Iterator[Finding]:
         if hardware is None or hardware in seen:
             continue
         seen.append(hardware)
-        weights = hardware.model.weight_bytes(hardware.tensor_parallel_size)
+        weights = hardware.shard.weight_bytes
         if weights > hardware.gpu.memory_bytes:
             gib = float(1 << 30)
             yield Finding(
@@ -246,7 +247,7 @@ def _memory(level: Level) -> Iterator[Finding]:
     memory, hardware = level.get("gpu_memory", "max", None), level.hardware
     if memory is None or hardware is None:
         return
-    weights = hardware.model.weight_bytes(hardware.tensor_parallel_size)
+    weights = hardware.shard.weight_bytes
     expected = hardware.memory_bytes
     beyond = memory.span.low > hardware.gpu.memory_bytes * 1.05 or memory.span.high < weights
     off = expected is not None and abs(memory.value / expected - 1) > _POOL
@@ -279,9 +280,8 @@ def kv_capacity(report: Report) -> Iterator[Finding]:
             continue
         if level.repeated or level.open_loop:
             continue
-        ranks = hardware.tensor_parallel_size
-        free = hardware.gpu.memory_bytes - hardware.model.weight_bytes(ranks)
-        pool = max(0, free) // hardware.model.kv_bytes_per_token(ranks) * hardware.replicas
+        free = hardware.gpu.memory_bytes - hardware.shard.weight_bytes
+        pool = max(0, free) // hardware.shard.kv_bytes_per_token * hardware.replicas
         held = level.concurrency * level.prompt.mean.low
         if held <= 2 * pool or first.value > 0.1 * time.span.mid:
             continue

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from servecast.sim.hardware.gpu import GPU
-from servecast.sim.hardware.model_shape import ModelShape
+from servecast.sim.hardware.shard import Shard
 from servecast.sim.hardware.step_time.physical import PhysicalStepTime
 from servecast.sim.scenario.scenario import Scenario
 from servecast.sim.traffic.spec import Row
@@ -94,34 +94,34 @@ class Lengths:
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
-    """Model and GPU, for bounds that hold whatever the engine, and what is known of the memory.
+    """Model and GPUs, for bounds that hold whatever the engine, and what is known of the memory.
 
     kv_tokens: tokens that the KV pool of one replica holds, an estimate. memory_bytes: what a monitor should
     show as used on one GPU. prefix_caching: whether the engine keeps prompts.
     """
 
-    model: ModelShape
-    gpu: GPU
-    tensor_parallel_size: int = 1
+    shard: Shard
     replicas: int = 1
     kv_tokens: int | None = None
     memory_bytes: int | None = None
     prefix_caching: bool = True
+
+    @property
+    def gpu(self) -> GPU:
+        """One of the GPUs."""
+        return self.shard.gpu
 
     def roofline_s(self, *, prompts: int = 0, tokens: int = 0, decodes: int = 0, context: int = 0) -> float:
         """The least time for one step: ``prompts`` fresh prompts of ``tokens`` tokens each, and ``decodes``
         tokens over ``context`` tokens of KV in total."""
         prompts = min(prompts, _MOST_PROMPTS)
         step = _Step(((tokens, 0),) * prompts, decodes, max(context, decodes), prompts + decodes)
-        return PhysicalStepTime(
-            self.model, self.gpu, tensor_parallel_size=self.tensor_parallel_size
-        ).roofline_seconds(step)
+        return PhysicalStepTime(self.shard).roofline_seconds(step)
 
     @property
     def flops(self) -> float:
         """Peak of all GPUs in the linear layers, FLOP/s."""
-        each = self.gpu.linear_flops(self.model.weight_bytes_each)
-        return each * self.tensor_parallel_size * self.replicas
+        return self.shard.linear_peak * self.shard.tensor_parallel_size * self.replicas
 
 
 @dataclass(frozen=True, slots=True)

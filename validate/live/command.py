@@ -105,8 +105,7 @@ def live(
     else:
         server = _to_start(serve, vllm_flags, python, attach, recorder=recorder)
 
-    from servecast.calibrate.ending import sigterm_as_ctrl_c
-    from servecast.calibrate.measure.errors import MeasureError
+    from servecast.calibrate.measure.vllm.ending import sigterm_as_ctrl_c
     from servecast.sim.run.results import check_output, write_result
     from servecast.validate.compare.page import write_comparison_report
     from servecast.validate.compare.verdict import Tolerances
@@ -143,11 +142,8 @@ def live(
         say=_say,
         after_load=keep,
     )
-    try:
-        with sigterm_as_ctrl_c():
-            campaign.run()
-    except MeasureError as error:
-        raise InputError(error.what, where=error.where, fix=error.fix) from None
+    with sigterm_as_ctrl_c():
+        campaign.run()
     comparison, kept = keep(campaign)
     write_comparison_report(
         page,

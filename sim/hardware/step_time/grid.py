@@ -9,8 +9,8 @@ from statistics import linear_regression
 
 from pydantic import Field
 
-from servecast.sim.hardware.gpu import GPU
 from servecast.sim.hardware.model_shape import ModelShape
+from servecast.sim.hardware.shard import Shard
 from servecast.sim.hardware.step_time.physical import Binding, PhysicalStepTime, StepShape
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.inputs.schema import Model
@@ -159,27 +159,20 @@ class GridStepTime:
     taken to cost what it costs at its shortest context.
 
     Args:
-        model, gpu, tensor_parallel_size, kv_dtype_bytes: of the deployment, as in the grid (the model may
-            have another name).
+        shard: of the deployment, as in the grid (the model may have another name); its CUDA-graph sizes are
+            the grid's.
 
     Raises:
         InputError: they are not; and by ``seconds`` for a step outside of the grid.
     """
 
-    def __init__(
-        self,
-        grid: Grid,
-        model: ModelShape,
-        gpu: GPU,
-        *,
-        tensor_parallel_size: int = 1,
-        kv_dtype_bytes: int = 2,
-    ) -> None:
+    def __init__(self, grid: Grid, shard: Shard) -> None:
+        model = shard.model
         for name, measured, asked in (
-            ("GPU", grid.gpu, gpu.name),
+            ("GPU", grid.gpu, shard.gpu.name),
             ("model", replace(grid.shape, name=model.name), model),
-            ("tensor_parallel_size", grid.tensor_parallel_size, tensor_parallel_size),
-            ("KV bytes", grid.kv_dtype_bytes, kv_dtype_bytes),
+            ("tensor_parallel_size", grid.tensor_parallel_size, shard.tensor_parallel_size),
+            ("KV bytes", grid.kv_dtype_bytes, shard.kv_dtype_bytes),
         ):
             if measured != asked:
                 raise InputError(
@@ -188,13 +181,7 @@ class GridStepTime:
                     fix="Use a profile of kind physical, which carries over, or measure this deployment.",
                 )
         self.grid = grid
-        self._physical = PhysicalStepTime(
-            model,
-            gpu,
-            tensor_parallel_size=tensor_parallel_size,
-            cudagraph_sizes=grid.cudagraph_sizes,
-            kv_dtype_bytes=kv_dtype_bytes,
-        )
+        self._physical = PhysicalStepTime(replace(shard, cudagraph_sizes=grid.cudagraph_sizes))
         self.decode = Surface(("decode batch", "context"), grid.decode, grid.cudagraph_sizes)
         smallest, prefill = self.decode.sizes[0], list(grid.prefill)
         if smallest < min(size for size, _, _ in prefill):

@@ -5,13 +5,12 @@ from __future__ import annotations
 import itertools
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
 from dataclasses import replace
 
 from pydantic import model_validator
 
-from servecast.sim.hardware.gpu import GPU
 from servecast.sim.hardware.model_shape import ModelShape
+from servecast.sim.hardware.shard import Shard
 from servecast.sim.hardware.step_time.physical import Binding, Efficiencies, PhysicalStepTime, StepShape
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.inputs.schema import Model, invalid
@@ -83,25 +82,15 @@ class LayeredStepTime:
     ``roofline_seconds``.
 
     Args:
-        tables: the measured times. model, gpu: as measured. efficiencies: its host costs are used.
-        tensor_parallel_size, cudagraph_sizes, kv_dtype_bytes: as in ``PhysicalStepTime``.
+        tables: the measured times. shard: as measured. efficiencies: its host costs are used.
 
     Raises:
         InputError: the tables are of another GPU, of a model of other sizes, or this one is split or has a KV
             cache of another width; from ``seconds`` and ``breakdown``: the step is beyond what was measured.
     """
 
-    def __init__(
-        self,
-        tables: LayerTables,
-        model: ModelShape,
-        gpu: GPU,
-        efficiencies: Efficiencies,
-        *,
-        tensor_parallel_size: int = 1,
-        cudagraph_sizes: Sequence[int] = (),
-        kv_dtype_bytes: int = 2,
-    ) -> None:
+    def __init__(self, tables: LayerTables, shard: Shard, efficiencies: Efficiencies) -> None:
+        model = shard.model
         like = replace(
             tables.shape,
             name=model.name,
@@ -109,9 +98,9 @@ class LayeredStepTime:
             max_position_embeddings=model.max_position_embeddings,
         )
         for what, measured, asked in (
-            ("GPU", tables.gpu, gpu.name),
-            ("tensor_parallel_size", 1, tensor_parallel_size),
-            ("KV bytes", 2, kv_dtype_bytes),
+            ("GPU", tables.gpu, shard.gpu.name),
+            ("tensor_parallel_size", 1, shard.tensor_parallel_size),
+            ("KV bytes", 2, shard.kv_dtype_bytes),
             ("model sizes", like == model, True),
         ):
             if measured != asked:
@@ -121,15 +110,8 @@ class LayeredStepTime:
                     where="profile: layers",
                     fix="Use a profile of kind physical, which carries over, or measure this deployment.",
                 )
-        self.tables, self.model, self.efficiencies = tables, model, efficiencies
-        self.physical = PhysicalStepTime(
-            model,
-            gpu,
-            efficiencies,
-            tensor_parallel_size=tensor_parallel_size,
-            cudagraph_sizes=cudagraph_sizes,
-            kv_dtype_bytes=kv_dtype_bytes,
-        )
+        self.tables, self.shard, self.efficiencies = tables, shard, efficiencies
+        self.physical = PhysicalStepTime(shard, efficiencies)
         self._axes: list[Axis] = [getattr(tables, name) for name in _AXES]
         sizes = [len(axis) for axis in self._axes]
         self._strides = [math.prod(sizes[at + 1 :]) for at in range(4)]
@@ -153,8 +135,8 @@ class LayeredStepTime:
         tokens = step.decodes + chunk_tokens
         if not tokens:
             return {}
-        tables, layers = self.tables, self.model.layers
-        at, weight = _bracket(tables.tokens, self.physical.padded(tokens), "tokens a step")
+        tables, layers = self.tables, self.shard.model.layers
+        at, weight = _bracket(tables.tokens, self.shard.padded(tokens), "tokens a step")
         parts = {
             "host": self.efficiencies.host_fixed_s
             + (step.decodes + len(step.chunks)) * self.efficiencies.host_per_seq_s,

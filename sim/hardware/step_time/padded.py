@@ -6,8 +6,7 @@ import math
 from dataclasses import dataclass, fields
 
 from servecast.sim.engine.padded.batch import PaddedStep
-from servecast.sim.hardware.gpu import GPU
-from servecast.sim.hardware.model_shape import ModelShape
+from servecast.sim.hardware.shard import Shard
 from servecast.sim.hardware.step_time.physical import Binding, PhysicalStepTime, StepShape
 from servecast.sim.inputs.errors import InputError
 
@@ -60,18 +59,19 @@ class PaddedStepTime:
     2 FLOPs a parameter, the LM head's among them, since such a server computes the logits of all positions.
 
     Args:
-        model: sizes of the model. gpu: its peaks. costs: what was learned of the server.
+        shard: the whole model on one GPU. costs: what was learned of the server.
     """
 
-    def __init__(self, model: ModelShape, gpu: GPU, costs: PaddedCosts) -> None:
-        self.model, self.costs = model, costs
-        self.roofline_seconds = PhysicalStepTime(model, gpu).roofline_seconds
+    def __init__(self, shard: Shard, costs: PaddedCosts) -> None:
+        self.model, self.costs = shard.model, costs
+        model, gpu = shard.model, shard.gpu
+        self.roofline_seconds = PhysicalStepTime(shard).roofline_seconds
         rate = costs.compute * gpu.bf16_flops
         expanded = 2 * model.layers * model.heads * model.head_dim * model.dtype_bytes
-        self._weights_s = model.weight_bytes() / gpu.bandwidth
+        self._weights_s = shard.weight_bytes / gpu.bandwidth
         self._kv_s = costs.kv_passes * expanded / gpu.bandwidth
         self._token_s = 2.0 * model.active_parameters / rate
-        self._pair_s = model.attention_flops_per_pair() / rate
+        self._pair_s = shard.attention_flops_per_pair / rate
 
     def seconds(self, step: StepShape) -> float:
         """Duration of the step in seconds. A step with nothing in it takes no time."""

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import ClassVar, Literal, Protocol
 
-from servecast.sim.hardware.gpu import GPU
-from servecast.sim.hardware.model_shape import ModelShape
+from servecast.sim.hardware.shard import Shard
 from servecast.sim.inputs.errors import InputError
 
 
@@ -125,40 +123,6 @@ def smooth_maximum(first: float, second: float, exponent: float) -> float:
     return high * (1.0 + (low / high) ** exponent) ** (1.0 / exponent) if high else 0.0
 
 
-def release(version: str) -> tuple[int, int]:
-    """(0, 32) of vLLM's "0.32" or "v0.32.1"; InputError if it is no version."""
-    try:
-        major, minor = version.removeprefix("v").split(".")[:2]
-        return int(major), int(minor)
-    except ValueError as error:
-        raise InputError(
-            f"{version!r} is no vLLM version", where="engine.version", fix='Write it as "0.32".'
-        ) from error
-
-
-def cudagraph_capture_sizes(
-    max_num_seqs: int,
-    max_num_batched_tokens: int,
-    *,
-    version: str,
-    capability: tuple[int, int],
-    max_capture_size: int | None = None,
-) -> tuple[int, ...]:
-    """Token counts that vLLM captures CUDA graphs for, rising: 1, 2, 4, then by 8 to 248, then by 16.
-
-    They end at ``max_capture_size`` (``--max-cudagraph-capture-size``), by default 2 max_num_seqs and at most
-    512 (1,024 in 0.32 on compute capability 10), and at the token budget. The budget itself, and in 0.32
-    max_num_seqs, are added if they are not beyond that end.
-    """
-    recent = release(version) >= (0, 32)
-    usual = min(2 * max_num_seqs, 1024 if recent and capability[0] == 10 else 512)
-    limit = min(usual if max_capture_size is None else max_capture_size, max_num_batched_tokens)
-    sizes = {1, 2, 4, *range(8, 256, 8), *range(256, limit + 1, 16), max_num_batched_tokens}
-    if recent:
-        sizes.add(max_num_seqs)
-    return tuple(sorted(size for size in sizes if size <= limit))
-
-
 class PhysicalStepTime:
     """Step time from FLOPs, bytes and the datasheet, times a few efficiencies.
 
@@ -179,32 +143,16 @@ class PhysicalStepTime:
     graphs) and mixed ones (piecewise graphs).
 
     Args:
-        model: sizes of the model. gpu: its peaks. efficiencies: what is reached of them.
-        tensor_parallel_size: ranks; the time is a rank's.
-        cudagraph_sizes: from ``cudagraph_capture_sizes``; empty for ``--enforce-eager``.
-        kv_dtype_bytes: 2, or 1 for ``--kv-cache-dtype fp8``.
-
-    Raises:
-        InputError: the model cannot be split that way.
+        shard: one rank; the time is a rank's. efficiencies: what is reached of its GPU's peaks.
     """
 
-    def __init__(
-        self,
-        model: ModelShape,
-        gpu: GPU,
-        efficiencies: Efficiencies | None = None,
-        *,
-        tensor_parallel_size: int = 1,
-        cudagraph_sizes: Sequence[int] = (),
-        kv_dtype_bytes: int = 2,
-    ) -> None:
-        model.check_tensor_parallel(tensor_parallel_size)
-        self.model, self.gpu, self.tensor_parallel_size = model, gpu, tensor_parallel_size
+    def __init__(self, shard: Shard, efficiencies: Efficiencies | None = None) -> None:
+        self.shard, self._ranks = shard, shard.tensor_parallel_size
+        self._model, self._gpu = model, gpu = shard.model, shard.gpu
         self.efficiencies = eff = efficiencies or Efficiencies()
-        self.cudagraph_sizes = tuple(sorted(cudagraph_sizes))
-        self._linear_peak = gpu.linear_flops(model.weight_bytes_each)
-        self._pair_flops = model.attention_flops_per_pair(tensor_parallel_size)
-        self._kv_bytes = model.kv_bytes_per_token_and_layer(tensor_parallel_size, kv_dtype_bytes)
+        self._token_flops, self._linear_peak = shard.linear_flops_per_token, shard.linear_peak
+        self._pair_flops = shard.attention_flops_per_pair
+        self._kv_bytes = shard.kv_bytes_per_token_and_layer
 
         attention_rate = gpu.bf16_flops * eff.attention_compute
         self._pair_s = self._pair_flops / attention_rate
@@ -261,7 +209,7 @@ class PhysicalStepTime:
             return "host"
         decode_kv_s = self._mixed_decode_kv_s if step.chunks else self._decode_kv_s
         sides: dict[str, tuple[float, float]] = {  # compute, memory
-            "linear": self._linear_sides(self.padded(_count(step)[0])),
+            "linear": self._linear_sides(self.shard.padded(_count(step)[0])),
             "lm_head": self._lm_head_sides(step.samples),
             "attention_prefill": (1.0, 0.0),
             "attention_decode": (decode_kv_s, self._kv_read_s),
@@ -289,50 +237,45 @@ class PhysicalStepTime:
         tokens, _ = _count(step)
         if not tokens:
             return 0.0
-        model, gpu, tp = self.model, self.gpu, self.tensor_parallel_size
+        model, shard = self._model, self.shard
         token_layers = self._decode_token_layers(step)
         pairs = float(token_layers)
         for new, context in step.chunks:
             pairs += model.attention_pairs(new, context)
             token_layers += model.kv_token_layers(context)
-        compute = tokens * model.linear_flops_per_token(tp) / self._linear_peak
-        compute += (model.lm_head_flops(step.samples, tp) + pairs * self._pair_flops) / gpu.bf16_flops
-        read = model.linear_bytes(tokens, tp) + token_layers * self._kv_bytes
-        read += model.lm_head_bytes(tp) if step.samples else 0.0
-        return max(compute, read / gpu.bandwidth)
+        compute = tokens * self._token_flops / self._linear_peak
+        compute += (shard.lm_head_flops(step.samples) + pairs * self._pair_flops) / self._gpu.bf16_flops
+        read = shard.linear_bytes(tokens) + token_layers * self._kv_bytes
+        read += shard.lm_head_bytes if step.samples else 0.0
+        return max(compute, read / self._gpu.bandwidth)
 
     # -- parts -------------------------------------------------------------------------------------
 
-    def padded(self, tokens: int) -> int:
-        """The tokens that a step of so many computes: the next CUDA-graph size while there is one."""
-        at = bisect_left(self.cudagraph_sizes, tokens)
-        return self.cudagraph_sizes[at] if at < len(self.cudagraph_sizes) else tokens
-
     def _linear_sides(self, tokens: int) -> tuple[float, float]:
         """Compute and memory time of the linear layers, s."""
-        eff, tp = self.efficiencies, self.tensor_parallel_size
-        compute = tokens * self.model.linear_flops_per_token(tp) / (self._linear_peak * eff.compute)
-        return compute, self.model.linear_bytes(tokens, tp) / (self.gpu.bandwidth * eff.bandwidth)
+        eff = self.efficiencies
+        compute = tokens * self._token_flops / (self._linear_peak * eff.compute)
+        return compute, self.shard.linear_bytes(tokens) / (self._gpu.bandwidth * eff.bandwidth)
 
     def _lm_head_sides(self, rows: int) -> tuple[float, float]:
         if not rows:
             return 0.0, 0.0
-        eff, tp = self.efficiencies, self.tensor_parallel_size
-        compute = self.model.lm_head_flops(rows, tp) / (self.gpu.bf16_flops * eff.compute)
-        return compute, self.model.lm_head_bytes(tp) / (self.gpu.bandwidth * eff.bandwidth)
+        eff = self.efficiencies
+        compute = self.shard.lm_head_flops(rows) / (self._gpu.bf16_flops * eff.compute)
+        return compute, self.shard.lm_head_bytes / (self._gpu.bandwidth * eff.bandwidth)
 
     def _token_parts(self, tokens: int) -> dict[str, float]:
         """Parts that the number of tokens decides, the host's fixed time among them."""
-        model, eff, tp = self.model, self.efficiencies, self.tensor_parallel_size
-        padded = self.padded(tokens)
-        elementwise = padded * model.elementwise_bytes_per_token(tp) / (self.gpu.bandwidth * eff.bandwidth)
+        model, eff = self._model, self.efficiencies
+        padded = self.shard.padded(tokens)
+        moved = padded * self.shard.elementwise_bytes_per_token
         parts = {
             "host": eff.host_fixed_s,
             "kernels": model.kernels * eff.kernel_s,
             "linear": smooth_maximum(*self._linear_sides(padded), eff.overlap_exponent),
-            "elementwise": elementwise,
+            "elementwise": moved / (self._gpu.bandwidth * eff.bandwidth),
         }
-        if tp > 1:
+        if self._ranks > 1:
             parts["all_reduce"] = (
                 2 * model.layers * self._all_reduce(padded * model.hidden_size * model.dtype_bytes)
             )
@@ -342,25 +285,25 @@ class PhysicalStepTime:
         """Parts that the number of sampled rows decides."""
         if not rows:
             return {}
-        model, eff, tp = self.model, self.efficiencies, self.tensor_parallel_size
+        model, eff = self._model, self.efficiencies
         logits = rows * model.vocab_size
-        sampler = logits * _SAMPLER_BYTES_PER_LOGIT / (self.gpu.bandwidth * eff.bandwidth)
+        sampler = logits * _SAMPLER_BYTES_PER_LOGIT / (self._gpu.bandwidth * eff.bandwidth)
         parts = {
             "lm_head": smooth_maximum(*self._lm_head_sides(rows), eff.overlap_exponent),
             "sampler": _SAMPLER_KERNELS * eff.kernel_s + sampler,
         }
-        if tp > 1:  # an all-gather moves half of what an all-reduce of the same result does
+        if self._ranks > 1:  # an all-gather moves half of what an all-reduce of the same result does
             parts["all_reduce"] = self._all_reduce(logits * model.dtype_bytes // 2)
         return parts
 
     def _all_reduce(self, size: int) -> float:
         """One ring all-reduce of that many bytes: each rank sends 2 (n-1)/n of them."""
-        ranks = self.tensor_parallel_size
+        ranks = self._ranks
         sent = 2 * (ranks - 1) / ranks * size
-        return self.efficiencies.allreduce_s + sent / (self.gpu.link_bandwidth * self.efficiencies.link)
+        return self.efficiencies.allreduce_s + sent / (self._gpu.link_bandwidth * self.efficiencies.link)
 
     def _attention_prefill(self, chunks: Sequence[tuple[int, int]]) -> float:
-        model = self.model
+        model = self._model
         pairs, older, longest = 0.0, 0, 0
         for tokens, context in chunks:
             pairs += model.attention_pairs(tokens, context)
@@ -371,7 +314,7 @@ class PhysicalStepTime:
         return max(pairs * self._pair_s, older * self._kv_read_s, longest * self._block_s)
 
     def _decode_token_layers(self, step: StepShape) -> int:
-        return self.model.kv_token_layers(step.decode_context, step.decodes)
+        return self._model.kv_token_layers(step.decode_context, step.decodes)
 
     def _attention_decode(self, step: StepShape) -> float:
         per_token_layer = self._mixed_decode_kv_s if step.chunks else self._decode_kv_s

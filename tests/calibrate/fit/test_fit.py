@@ -29,6 +29,7 @@ from servecast.sim.hardware.front_end_costs import FrontEndCosts
 from servecast.sim.hardware.gpu import GPU
 from servecast.sim.hardware.noise import StepNoise
 from servecast.sim.hardware.profile import Profile
+from servecast.sim.hardware.shard import Shard
 from servecast.sim.hardware.step_time.physical import Efficiencies
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.scenario.deployment import Deployment
@@ -132,7 +133,7 @@ def test_a_profile_says_where_it_comes_from(fitted: FolderFit, folder: Path) -> 
     assert profile.flags["max_num_seqs"] == 256
     assert profile.models[0].layers == 28
     assert profile.domain.tokens == (1, 8192)
-    assert transfer(profile, load_shape(MODEL), H200).basis == "measured here"
+    assert transfer(profile, Shard(load_shape(MODEL), H200, 1)).basis == "measured here"
     assert profile.raw_data_sha256 == read_folder(folder).sha256
     assert all(step.fitted_s >= step.roofline_s for step in fitted.summary.shown)
     again = write_folder(folder.parent / "again", {MODEL: physical_law(MODEL, TRUTH)}, cv=0.03)
@@ -149,8 +150,8 @@ def test_two_models_part_what_one_cannot_and_tell_what_transfer_costs(tmp_path: 
     for entry in found.summary.transfer:
         assert entry.held_out is not None
         assert entry.error < entry.held_out < 0.15  # the other model does not tell the whole host time
-    assert transfer(found.profile, load_shape(LARGER), H200).basis == "measured here"
-    unseen = transfer(found.profile, load_shape("Llama-3.1-70B-Instruct"), H200)
+    assert transfer(found.profile, Shard(load_shape(LARGER), H200, 1)).basis == "measured here"
+    unseen = transfer(found.profile, Shard(load_shape("Llama-3.1-70B-Instruct"), H200, 1))
     assert unseen.basis == "scaled from a measured reference"
     assert unseen.error_band is not None
     assert unseen.error_band > max(entry.held_out_p90 or 0.0 for entry in found.summary.transfer)

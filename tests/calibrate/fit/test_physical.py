@@ -1,8 +1,4 @@
-"""The default constants against the public layer times of Llama-3.1-8B on an RTX 4090.
-
-The table (casys-kaist/LLMServingSim) is not part of this repository: it is looked for under the environment
-variable SERVECAST_DATA and at ``../shared/data``.
-"""
+"""The default constants against the public layer times of Llama-3.1-8B on an RTX 4090."""
 
 from __future__ import annotations
 
@@ -16,12 +12,10 @@ from places import DATA
 from scipy.optimize import least_squares
 
 from servecast.sim.hardware.gpu import find_gpu
+from servecast.sim.hardware.shard import Shard
 from servecast.sim.hardware.step_time.physical import Efficiencies, PhysicalStepTime, smooth_maximum
 
 PROFILE = DATA / "rtx4090_llama8b" / "profile"
-pytestmark = pytest.mark.skipif(
-    not PROFILE.is_dir(), reason=f"no {PROFILE}: set SERVECAST_DATA to the folder with rtx4090_llama8b"
-)
 
 LAYERS = 32
 LINEAR = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
@@ -48,12 +42,12 @@ def dense() -> pd.DataFrame:
 def test_overlap_exponent_and_efficiencies_of_the_linear_layers() -> None:
     tokens = [1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048]
     measured = LAYERS * dense().loc[tokens, LINEAR].sum(axis=1).to_numpy()
-    model = load("Llama-3.1-8B-Instruct")
+    shard = Shard(load("Llama-3.1-8B-Instruct"), GPU, 1)
 
     def log_error(parameters: np.ndarray) -> np.ndarray:
         compute, bandwidth, exponent = parameters
-        flops_s = model.linear_flops_per_token() / (GPU.bf16_flops * compute)
-        bytes_s = model.linear_bytes(1) / (GPU.bandwidth * bandwidth)
+        flops_s = shard.linear_flops_per_token / (GPU.bf16_flops * compute)
+        bytes_s = shard.linear_bytes(1) / (GPU.bandwidth * bandwidth)
         return np.log([smooth_maximum(n * flops_s, bytes_s, exponent) for n in tokens] / measured)
 
     fit = least_squares(log_error, [0.8, 0.8, 3.0], bounds=([0.1, 0.1, 1.0], [1.0, 1.0, 20.0]))
@@ -82,7 +76,7 @@ def composed() -> pd.DataFrame:
     layers = dense()
     layer = layers[[*LINEAR, "act_fn", "rotary_emb"]].sum(axis=1) + 2 * layers["layernorm"]
     rows = pd.read_csv(PROFILE / "per_sequence.csv").groupby("sequences")["time_us"].sum() * 1e-6
-    step_time = PhysicalStepTime(load("Llama-3.1-8B-Instruct"), GPU, MEASURED)
+    step_time = PhysicalStepTime(Shard(load("Llama-3.1-8B-Instruct"), GPU, 1), MEASURED)
     out = []
     for row in pd.read_csv(PROFILE / "attention.csv").itertuples():
         chunk, n = row.prefill_chunk, row.n_decode

@@ -13,6 +13,7 @@ from servecast.sim.hardware.error_band import GPU_BAND, MODEL_BAND, PER_RANK_DOU
 from servecast.sim.hardware.fit_summary import FitSummary, RegionError
 from servecast.sim.hardware.gpu import find_gpu
 from servecast.sim.hardware.profile import Profile, Provenance
+from servecast.sim.hardware.shard import Shard
 from servecast.sim.scenario.deployment import Deployment
 from servecast.sim.scenario.scenario import load
 
@@ -30,15 +31,15 @@ MEASURED = Profile(
 
 
 def test_at_home_the_band_is_the_fit_s_own() -> None:
-    found = transfer(MEASURED, SEVEN, A6000)
+    found = transfer(MEASURED, Shard(SEVEN, A6000, 1))
     assert (found.basis, found.error_band, found.distance) == ("measured here", 0.06, ())
     to_report = MEASURED.model_copy(update={"fitted_rows": ("8",)})
-    assert transfer(to_report, SEVEN, A6000).basis == "fitted to a report"
+    assert transfer(to_report, Shard(SEVEN, A6000, 1)).basis == "fitted to a report"
 
 
 def test_a_profile_of_typical_values_is_physics_only() -> None:
     typical = Profile.typical("A6000", SEVEN.name, "0.23", servecast_version="0.1.0")
-    found = transfer(typical, SEVEN, A6000)
+    found = transfer(typical, Shard(SEVEN, A6000, 1))
     assert (found.basis, found.error_band) == ("physics only", TYPICAL_BAND)
     assert found.distance == ("nothing was measured",)
 
@@ -47,11 +48,11 @@ def test_each_step_away_widens_the_band() -> None:
     """Model, larger model, ranks, GPU: each more than the one before."""
     larger, largest = shape("Qwen2.5-32B-Instruct"), shape("Llama-3.1-70B-Instruct")
     steps = [
-        transfer(MEASURED, SEVEN, A6000),
-        transfer(MEASURED, larger, A6000),
-        transfer(MEASURED, largest, A6000),
-        transfer(MEASURED, largest, A6000, 4),
-        transfer(MEASURED, largest, H200, 4),
+        transfer(MEASURED, Shard(SEVEN, A6000, 1)),
+        transfer(MEASURED, Shard(larger, A6000, 1)),
+        transfer(MEASURED, Shard(largest, A6000, 1)),
+        transfer(MEASURED, Shard(largest, A6000, 4)),
+        transfer(MEASURED, Shard(largest, H200, 4)),
     ]
     bands = [step.error_band for step in steps]
     assert bands == sorted(bands)
@@ -69,7 +70,7 @@ def test_each_step_away_widens_the_band() -> None:
 
 
 def test_ranks_alone_are_a_distance() -> None:
-    found = transfer(MEASURED, SEVEN, A6000, 4)
+    found = transfer(MEASURED, Shard(SEVEN, A6000, 4))
     assert found.error_band == pytest.approx(1.5 * 0.06 + 2 * PER_RANK_DOUBLING)
     assert found.distance == ("4 times the ranks",)
 
@@ -78,7 +79,7 @@ def test_what_leaving_a_model_out_showed_takes_the_place_of_the_assumed_width() 
     left_out = RegionError(region="m", rows=40, error=0.02, bias=0.0, noise=0.01, held_out_p90=0.11)
     tested = MEASURED.model_copy(update={"fit": FitSummary(transfer=(left_out,))})
     other = shape("Llama-3.1-8B-Instruct")
-    known, assumed = transfer(tested, other, A6000), transfer(MEASURED, other, A6000)
+    known, assumed = transfer(tested, Shard(other, A6000, 1)), transfer(MEASURED, Shard(other, A6000, 1))
     assert known.error_band is not None
     assert assumed.error_band is not None
     assert 0.11 <= known.error_band < 0.13
@@ -88,8 +89,10 @@ def test_what_leaving_a_model_out_showed_takes_the_place_of_the_assumed_width() 
 def test_the_nearest_of_several_models_counts() -> None:
     two = MEASURED.model_copy(update={"models": (SEVEN, shape("Qwen2.5-0.5B-Instruct"))})
     other = shape("Llama-3.1-8B-Instruct")
-    assert transfer(two, other, A6000).model_doublings == pytest.approx(math.log2(8.03 / 7.62), abs=0.02)
-    assert transfer(two, shape("Qwen2.5-0.5B-Instruct"), A6000).basis == "measured here"
+    assert transfer(two, Shard(other, A6000, 1)).model_doublings == pytest.approx(
+        math.log2(8.03 / 7.62), abs=0.02
+    )
+    assert transfer(two, Shard(shape("Qwen2.5-0.5B-Instruct"), A6000, 1)).basis == "measured here"
 
 
 @pytest.mark.parametrize(

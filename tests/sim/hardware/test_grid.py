@@ -18,6 +18,7 @@ from servecast.calibrate.fit.measurements import read_folder
 from servecast.sim.hardware.error_band import transfer
 from servecast.sim.hardware.gpu import CATALOGUE, find_gpu
 from servecast.sim.hardware.profile import Profile, build_step_time
+from servecast.sim.hardware.shard import Shard
 from servecast.sim.hardware.step_time.grid import Grid, GridStepTime, Surface
 from servecast.sim.hardware.step_time.physical import Efficiencies, PhysicalStepTime
 from servecast.sim.inputs.errors import InputError
@@ -41,7 +42,7 @@ GRID = Grid(
         for x in contexts
     ),
 )
-GRID_TIME = GridStepTime(GRID, SHAPE, H200)
+GRID_TIME = GridStepTime(GRID, Shard(SHAPE, H200, 1))
 
 
 def prompt(tokens: int, context: int = 0) -> Step:
@@ -77,7 +78,7 @@ def test_mixed_steps_are_composed() -> None:
     mixed = Step(chunks=((64, 1000), (100, 0)), decodes=4, decode_context=4 * 600, samples=6)
     tokens, context, kv = 0.02 + 168e-4, 1e-7 * 64 * 1000, 4 * 500e-6
     assert GRID_TIME.seconds(mixed) == pytest.approx(tokens + context + kv, rel=1e-9)
-    slower = GridStepTime(GRID.model_copy(update={"mixed_factor": 1.5}), SHAPE, H200)
+    slower = GridStepTime(GRID.model_copy(update={"mixed_factor": 1.5}), Shard(SHAPE, H200, 1))
     assert slower.seconds(mixed) == pytest.approx(1.5 * GRID_TIME.seconds(mixed))
     assert slower.seconds(decode(4, 500)) == GRID_TIME.seconds(decode(4, 500))
     small = Step(chunks=((1, 0),), decodes=16, decode_context=16 * 250, samples=17)
@@ -106,7 +107,7 @@ def test_beyond_the_grid_is_an_error(step: Step, message: str) -> None:
 
 
 def test_a_grid_holds_for_its_own_deployment() -> None:
-    GridStepTime(GRID, replace(SHAPE, name="a copy"), H200)
+    GridStepTime(GRID, Shard(replace(SHAPE, name="a copy"), H200, 1))
     for message, model, gpu, ranks, kv in (
         ("another GPU: H200, not L4", SHAPE, find_gpu("l4"), 1, 2),
         ("another model: 28 layers of 3584, 2 bytes", load("Qwen3-4B"), H200, 1, 2),
@@ -114,13 +115,15 @@ def test_a_grid_holds_for_its_own_deployment() -> None:
         ("another KV bytes: 2, not 1", SHAPE, H200, 1, 1),
     ):
         with pytest.raises(InputError, match=message):
-            GridStepTime(GRID, model, gpu, tensor_parallel_size=ranks, kv_dtype_bytes=kv)
+            GridStepTime(GRID, Shard(model, gpu, ranks, kv_dtype_bytes=kv))
 
 
 def test_parts_add_up_and_idle_steps_take_no_time() -> None:
     step = Step(chunks=((64, 0),), decodes=4, decode_context=1200, samples=5)
     assert sum(GRID_TIME.breakdown(step).values()) == pytest.approx(GRID_TIME.seconds(step))
-    assert GRID_TIME.binding(step) == PhysicalStepTime(SHAPE, H200, cudagraph_sizes=SIZES).binding(step)
+    assert GRID_TIME.binding(step) == PhysicalStepTime(Shard(SHAPE, H200, 1, cudagraph_sizes=SIZES)).binding(
+        step
+    )
     assert GRID_TIME.seconds(Step()) == 0.0
     assert GRID_TIME.breakdown(Step()) == {}
 
@@ -148,8 +151,8 @@ def test_a_grid_of_a_measured_engine_predicts_all_regions(tmp_path: Path) -> Non
     path = tmp_path / "grid.json"
     profile.save(path)
     assert Profile.load(path) == profile
-    assert transfer(profile, SHAPE, H200).basis == "measured here"
-    grid = build_step_time(profile, SHAPE, H200)
+    assert transfer(profile, Shard(SHAPE, H200, 1)).basis == "measured here"
+    grid = build_step_time(profile, Shard(SHAPE, H200, 1))
     errors = [
         abs(grid.seconds(step) / law(step) - 1) for step in steps_of_grid() if step.region == "decode_ragged"
     ]
@@ -166,7 +169,7 @@ def test_a_staircase_is_kept(tmp_path: Path) -> None:
         return 0.02 + 2e-4 * next((size for size in CAPTURED if size >= tokens), tokens)
 
     grid = build_step_time(
-        fit_folder(write_folder(tmp_path, {MODEL: law}, cv=0.001), kind="grid").profile, SHAPE, H200
+        fit_folder(write_folder(tmp_path, {MODEL: law}, cv=0.001), kind="grid").profile, Shard(SHAPE, H200, 1)
     )
     for n in range(1, 257):
         assert grid.seconds(decode(n, 1025)) == pytest.approx(law(decode(n, 1025)), rel=0.02)
@@ -204,7 +207,7 @@ def test_a_grid_profile_without_its_grid_is_named(tmp_path: Path) -> None:
         update={"kind": "grid"}
     )
     with pytest.raises(InputError, match="kind is grid, but there is no grid"):
-        build_step_time(profile, SHAPE, H200)
+        build_step_time(profile, Shard(SHAPE, H200, 1))
     data = json.loads(profile.model_copy(update={"grid": GRID}).model_dump_json())
     data["grid"]["decode"] = []
     path = tmp_path / "empty.json"
@@ -258,8 +261,8 @@ def physicals(draw: st.DrawFn) -> Case:
 @given(grids() | physicals(), steps())
 def test_no_profile_ever_predicts_a_step_under_its_roofline(case: Case, step: Step) -> None:
     model, gpu = SHAPES[case.model], find_gpu(case.gpu)
-    step_time = build_step_time(case.profile, model, gpu, cudagraph_sizes=CAPTURED)
-    roofline = PhysicalStepTime(model, gpu).roofline_seconds(step)
+    step_time = build_step_time(case.profile, Shard(model, gpu, 1, cudagraph_sizes=CAPTURED))
+    roofline = PhysicalStepTime(Shard(model, gpu, 1)).roofline_seconds(step)
     assert step_time.roofline_seconds(step) == pytest.approx(roofline, rel=1e-12)
     try:
         predicted = step_time.seconds(step)
@@ -286,7 +289,7 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> list[Profile]:
 @given(steps())
 def test_no_fitted_profile_does_either(fitted: list[Profile], step: Step) -> None:
     for profile in fitted:
-        step_time = build_step_time(profile, SHAPE, H200, cudagraph_sizes=CAPTURED)
+        step_time = build_step_time(profile, Shard(SHAPE, H200, 1, cudagraph_sizes=CAPTURED))
         try:
             predicted = step_time.seconds(step)
         except InputError:

@@ -22,6 +22,7 @@ from servecast.calibrate.fit.layer_tables import read_layer_tables
 from servecast.calibrate.fit.layers import designed_steps, fit_layers
 from servecast.sim.hardware.gpu import find_gpu
 from servecast.sim.hardware.profile import Profile, build_step_time
+from servecast.sim.hardware.shard import Shard
 from servecast.sim.hardware.step_time.layers import LayeredStepTime, LayerTables
 from servecast.sim.hardware.step_time.physical import Efficiencies, PhysicalStepTime
 from servecast.sim.inputs.errors import InputError
@@ -29,6 +30,7 @@ from servecast.sim.scenario.scenario import Scenario, load
 
 MODEL = model_of("Llama-3.1-8B-Instruct")
 GPU = find_gpu("RTX 4090")
+SHARD = Shard(MODEL, GPU, 1)
 NO_HOST = Efficiencies(host_fixed_s=0.0, host_per_seq_s=0.0)
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 SEQUENCES = (1, 16, 64, 256)
@@ -83,7 +85,7 @@ TABLES = tables()
 
 
 def layered(efficiencies: Efficiencies = NO_HOST, **options: Any) -> LayeredStepTime:
-    return LayeredStepTime(TABLES, MODEL, GPU, efficiencies, **options)
+    return LayeredStepTime(TABLES, replace(SHARD, **options), efficiencies)
 
 
 # ---- composed ----------------------------------------------------------------------------------------
@@ -149,7 +151,7 @@ def test_never_under_the_roofline(
     scale: float, chunks: list[tuple[int, int]], decodes: int, context: int
 ) -> None:
     """Even where the tables say that kernels are faster than the GPU can be."""
-    model = LayeredStepTime(tables(scale), MODEL, GPU, NO_HOST)
+    model = LayeredStepTime(tables(scale), SHARD, NO_HOST)
     step = Step(tuple(chunks), decodes, decodes * context, decodes + len(chunks))
     if chunks or decodes:
         assert model.seconds(step) >= model.roofline_seconds(step)
@@ -174,8 +176,11 @@ def test_beyond_the_tables_is_refused(step: Step, message: str) -> None:
 @pytest.mark.parametrize(
     ("make", "what"),
     [
-        (lambda: LayeredStepTime(TABLES, replace(MODEL, hidden_size=2048), GPU, NO_HOST), "model sizes"),
-        (lambda: LayeredStepTime(TABLES, MODEL, find_gpu("l4"), NO_HOST), "GPU: RTX 4090, not L4"),
+        (
+            lambda: LayeredStepTime(TABLES, Shard(replace(MODEL, hidden_size=2048), GPU, 1), NO_HOST),
+            "model sizes",
+        ),
+        (lambda: LayeredStepTime(TABLES, Shard(MODEL, find_gpu("l4"), 1), NO_HOST), "GPU: RTX 4090, not L4"),
         (lambda: layered(tensor_parallel_size=2), "tensor_parallel_size: 1, not 2"),
         (lambda: layered(kv_dtype_bytes=1), "KV bytes: 2, not 1"),
     ],
@@ -187,7 +192,7 @@ def test_another_deployment_is_refused(make: Callable[[], object], what: str) ->
 
 def test_another_number_of_layers_is_not() -> None:
     step = Step((), 8, 4000, 8)
-    half = LayeredStepTime(TABLES, replace(MODEL, layers=16), GPU, NO_HOST).breakdown(step)
+    half = LayeredStepTime(TABLES, Shard(replace(MODEL, layers=16), GPU, 1), NO_HOST).breakdown(step)
     assert half["linear"] == pytest.approx(layered().breakdown(step)["linear"] / 2)
 
 
@@ -334,7 +339,7 @@ LAW = replace(
 
 def tables_of_a_law(folder: Path) -> Path:
     """What a GPU with these efficiencies would have measured, kernel by kernel."""
-    physical = PhysicalStepTime(MODEL, GPU, LAW)
+    physical = PhysicalStepTime(SHARD, LAW)
 
     def part(name: str, step: Step) -> float:
         return physical.breakdown(step)[name]
@@ -389,17 +394,17 @@ def test_a_profile_of_tables_is_written_and_read(tmp_path: Path) -> None:
     fitted.save(tmp_path / "profile.json")
     loaded = Profile.load(tmp_path / "profile.json")
     assert loaded == fitted
-    model = build_step_time(loaded, MODEL, GPU)
+    model = build_step_time(loaded, SHARD)
     assert isinstance(model, LayeredStepTime)
     step = Step(((512, 0),), 8, 4096, 9)
-    law = PhysicalStepTime(MODEL, GPU, replace(LAW, host_fixed_s=0.3e-3, host_per_seq_s=5e-6))
+    law = PhysicalStepTime(SHARD, replace(LAW, host_fixed_s=0.3e-3, host_per_seq_s=5e-6))
     assert model.seconds(step) == pytest.approx(law.seconds(step), rel=0.02)
 
 
 def test_a_profile_without_its_tables_is_refused(tmp_path: Path) -> None:
     profile = Profile(servecast_version="1", kind="layers", gpu=GPU.name, model="m", engine_version="0.19")
     with pytest.raises(InputError, match="kind is layers, but there are none"):
-        build_step_time(profile, MODEL, GPU)
+        build_step_time(profile, SHARD)
 
 
 @pytest.mark.parametrize(

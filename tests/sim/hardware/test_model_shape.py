@@ -7,8 +7,12 @@ from pathlib import Path
 import pytest
 from model_shapes import MODELS, PUBLISHED, config, load
 
+from servecast.sim.hardware.gpu import find_gpu
 from servecast.sim.hardware.model_shape import ModelShape
+from servecast.sim.hardware.shard import Shard
 from servecast.sim.inputs.errors import InputError
+
+H200 = find_gpu("H200")
 
 
 def test_every_shipped_config_has_a_published_total() -> None:
@@ -21,15 +25,17 @@ def test_parameters_and_kv_bytes(name: str) -> None:
     model = load(name)
     digits = len(str(billions).split(".")[1])
     assert round(model.parameters / 1e9, max(2, digits)) == pytest.approx(billions, abs=1e-9)
-    assert model.kv_bytes_per_token() == kv_bytes
-    assert model.weight_bytes() == 2 * model.parameters
+    shard = Shard(model, H200, 1)
+    assert shard.kv_bytes_per_token == kv_bytes
+    assert shard.weight_bytes == 2 * model.parameters
     assert model.name.endswith(name)
 
 
 def test_experts_count_once_a_token() -> None:
     model = load("Qwen3-30B-A3B")
     assert model.active_parameters / 1e9 == pytest.approx(3.35, abs=0.01)  # "3.3B activated"
-    one, many = model.linear_bytes(1), model.linear_bytes(4096)
+    shard = Shard(model, H200, 1)
+    one, many = shard.linear_bytes(1), shard.linear_bytes(4096)
     embeddings = 2 * model.vocab_size * model.hidden_size
     assert one == pytest.approx(2 * (model.active_parameters - embeddings), rel=1e-3)
     assert many == pytest.approx(2 * (model.parameters - embeddings), rel=1e-3)
@@ -37,27 +43,30 @@ def test_experts_count_once_a_token() -> None:
 
 def test_linear_flops_are_two_a_weight() -> None:
     model = load("Llama-3.1-8B-Instruct")
+    shard = Shard(model, H200, 1)
     weights = (
-        model.linear_flops_per_token() / 2 + model.lm_head_flops() / 2 + model.vocab_size * model.hidden_size
+        shard.linear_flops_per_token / 2 + shard.lm_head_flops(1) / 2 + model.vocab_size * model.hidden_size
     )
     assert weights == pytest.approx(model.parameters, rel=1e-4)  # all but the norms
 
 
 def test_ranks_share_the_weights_and_the_kv_heads() -> None:
     model = load("Llama-3.1-70B-Instruct")
-    assert model.weight_bytes(4) == pytest.approx(model.weight_bytes() / 4, rel=1e-3)
-    assert model.kv_bytes_per_token(4) * 4 == model.kv_bytes_per_token()
-    assert model.kv_bytes_per_token(16) == model.kv_bytes_per_token(8)  # 8 KV heads are repeated, not split
-    assert model.linear_flops_per_token(4) == model.linear_flops_per_token() / 4
+    one, four, eight, sixteen = (Shard(model, H200, ranks) for ranks in (1, 4, 8, 16))
+    assert four.weight_bytes == pytest.approx(one.weight_bytes / 4, rel=1e-3)
+    assert four.kv_bytes_per_token * 4 == one.kv_bytes_per_token
+    assert sixteen.kv_bytes_per_token == eight.kv_bytes_per_token  # 8 KV heads are repeated, not split
+    assert four.linear_flops_per_token == one.linear_flops_per_token / 4
+    assert four.whole == one
     with pytest.raises(InputError, match="cannot be split 3 ways"):
-        model.check_tensor_parallel(3)
+        Shard(model, H200, 3)
 
 
 def test_attention_counts_causal_pairs() -> None:
     model = load("Qwen2.5-0.5B-Instruct")
     by_hand = sum(5 + i for i in range(1, 8))
     assert model.attention_pairs(7, 5) == model.layers * by_hand
-    assert model.attention_flops(7, 5) == 4 * 14 * 64 * 24 * by_hand
+    assert Shard(model, H200, 1).attention_flops_per_pair == 4 * 14 * 64
 
 
 def test_sliding_layers_see_their_window() -> None:
@@ -77,10 +86,10 @@ def test_fp8_halves_the_linear_weights_only() -> None:
         },
     ):
         model = ModelShape.from_config(config("Qwen3-32B", quantization_config=quantization))
-        full = load("Qwen3-32B")
-        assert model.linear_bytes(1) * 2 == full.linear_bytes(1)
-        assert model.lm_head_bytes() == full.lm_head_bytes()
-        assert model.weight_bytes() < full.weight_bytes() * 0.53
+        half, full = Shard(model, H200, 1), Shard(load("Qwen3-32B"), H200, 1)
+        assert half.linear_bytes(1) * 2 == full.linear_bytes(1)
+        assert half.lm_head_bytes == full.lm_head_bytes
+        assert half.weight_bytes < full.weight_bytes * 0.53
 
 
 def test_head_dim_and_attention_bias_come_from_the_file() -> None:

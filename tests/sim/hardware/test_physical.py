@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from step_cases import SHAPES, Step, decode, efficiencies, steps
 
 from servecast.sim.hardware.gpu import CATALOGUE, find_gpu
+from servecast.sim.hardware.shard import Shard, cudagraph_capture_sizes
 from servecast.sim.hardware.step_time.physical import (
     Efficiencies,
     PhysicalStepTime,
-    cudagraph_capture_sizes,
     smooth_maximum,
 )
 from servecast.sim.inputs.errors import InputError
@@ -36,12 +36,14 @@ IDEAL = Efficiencies(1, 1, 1, 1, 1e6, 0, 0, 0, 0, 1, 0)  # full rates, no fixed 
 def models(draw: st.DrawFn) -> PhysicalStepTime:
     name = draw(st.sampled_from(sorted(SHAPES)))
     return PhysicalStepTime(
-        SHAPES[name],
-        draw(st.sampled_from(CATALOGUE)),
+        Shard(
+            SHAPES[name],
+            draw(st.sampled_from(CATALOGUE)),
+            tensor_parallel_size=draw(st.sampled_from(TENSOR_PARALLEL[name])),
+            cudagraph_sizes=draw(st.sampled_from(((), SIZES))),
+            kv_dtype_bytes=draw(st.sampled_from((1, 2))),
+        ),
         draw(efficiencies | st.just(IDEAL)),
-        tensor_parallel_size=draw(st.sampled_from(TENSOR_PARALLEL[name])),
-        cudagraph_sizes=draw(st.sampled_from(((), SIZES))),
-        kv_dtype_bytes=draw(st.sampled_from((1, 2))),
     )
 
 
@@ -86,25 +88,23 @@ def test_the_parts_add_up(model: PhysicalStepTime, step: Step) -> None:
 @given(st.lists(steps(), min_size=2, max_size=5))
 @example([decode(8), Step(chunks=((8, 0),), samples=1), decode(1)])
 def test_earlier_steps_do_not_change_later_ones(sequence: list[Step]) -> None:
-    used = PhysicalStepTime(SHAPES["Qwen3-4B"], find_gpu("L4"), cudagraph_sizes=SIZES)
+    used = PhysicalStepTime(Shard(SHAPES["Qwen3-4B"], find_gpu("L4"), 1, cudagraph_sizes=SIZES))
     for step in [*sequence, *sequence]:
-        fresh = PhysicalStepTime(SHAPES["Qwen3-4B"], find_gpu("L4"), cudagraph_sizes=SIZES)
+        fresh = PhysicalStepTime(Shard(SHAPES["Qwen3-4B"], find_gpu("L4"), 1, cudagraph_sizes=SIZES))
         assert used.seconds(step) == fresh.seconds(step)
 
 
 def test_at_full_efficiency_a_decode_step_is_its_roofline() -> None:
-    model = PhysicalStepTime(SHAPES["Llama-3.1-8B-Instruct"], find_gpu("A100"), IDEAL)
+    model = PhysicalStepTime(Shard(SHAPES["Llama-3.1-8B-Instruct"], find_gpu("A100"), 1), IDEAL)
     step = decode(1)
-    weights = (
-        SHAPES["Llama-3.1-8B-Instruct"].linear_bytes(1) + SHAPES["Llama-3.1-8B-Instruct"].lm_head_bytes()
-    )
+    weights = model.shard.linear_bytes(1) + model.shard.lm_head_bytes
     expected = (weights + 500 * 131_072) / 2039e9
     assert model.roofline_seconds(step) == pytest.approx(expected, rel=1e-12)
     assert model.seconds(step) == pytest.approx(expected, rel=5e-3)  # elementwise and sampler traffic on top
 
 
 def test_an_idle_step_takes_no_time() -> None:
-    model = PhysicalStepTime(SHAPES["Qwen3-4B"], find_gpu("L4"))
+    model = PhysicalStepTime(Shard(SHAPES["Qwen3-4B"], find_gpu("L4"), 1))
     assert model.seconds(Step()) == model.roofline_seconds(Step()) == 0.0
     assert model.breakdown(Step()) == {}
 
@@ -112,7 +112,9 @@ def test_an_idle_step_takes_no_time() -> None:
 def test_a6000_decode_bend() -> None:
     """Reported TPOT of Qwen2.5-7B: flat at 22 ms to a batch of 8, then a bend from bandwidth to compute. The
     typical constants know nothing of that table: they must be right while weights bind, and bend."""
-    model = PhysicalStepTime(SHAPES["Qwen2.5-7B-Instruct"], find_gpu("A6000"), cudagraph_sizes=SIZES)
+    model = PhysicalStepTime(
+        Shard(SHAPES["Qwen2.5-7B-Instruct"], find_gpu("A6000"), 1, cudagraph_sizes=SIZES)
+    )
     at = {batch: 1e3 * model.seconds(decode(batch, 66)) for batch in (2, 4, 8, 64, 128, 256)}
     assert at[2] == pytest.approx(22.0, rel=0.03)
     assert at[8] == pytest.approx(22.3, rel=0.03)
@@ -122,21 +124,23 @@ def test_a6000_decode_bend() -> None:
 
 def test_what_binds() -> None:
     small = PhysicalStepTime(
-        SHAPES["Qwen2.5-0.5B-Instruct"], find_gpu("H200"), Efficiencies(host_fixed_s=5e-3)
+        Shard(SHAPES["Qwen2.5-0.5B-Instruct"], find_gpu("H200"), 1), Efficiencies(host_fixed_s=5e-3)
     )
     assert small.binding(decode(1)) == "host"
     split = PhysicalStepTime(
-        SHAPES["Qwen2.5-7B-Instruct"], find_gpu("L4"), Efficiencies(allreduce_s=1e-3), tensor_parallel_size=2
+        Shard(SHAPES["Qwen2.5-7B-Instruct"], find_gpu("L4"), 2), Efficiencies(allreduce_s=1e-3)
     )
     assert split.binding(decode(1)) == "interconnect"
-    large = PhysicalStepTime(SHAPES["Qwen2.5-7B-Instruct"], find_gpu("A100"))
+    large = PhysicalStepTime(Shard(SHAPES["Qwen2.5-7B-Instruct"], find_gpu("A100"), 1))
     assert large.binding(Step(chunks=((2048, 0),), samples=1)) == "compute"
     assert large.binding(decode(64, 8000)) == "memory_bandwidth"
 
 
 def test_steps_are_padded_to_cuda_graphs() -> None:
-    graphs = PhysicalStepTime(SHAPES["Qwen2.5-7B-Instruct"], find_gpu("A6000"), cudagraph_sizes=SIZES)
-    eager = PhysicalStepTime(SHAPES["Qwen2.5-7B-Instruct"], find_gpu("A6000"))
+    graphs = PhysicalStepTime(
+        Shard(SHAPES["Qwen2.5-7B-Instruct"], find_gpu("A6000"), 1, cudagraph_sizes=SIZES)
+    )
+    eager = PhysicalStepTime(Shard(SHAPES["Qwen2.5-7B-Instruct"], find_gpu("A6000"), 1))
     for padded, exact in (((9, 16)), (250, 256), (257, 272), (500, 512)):
         shown = graphs.breakdown(Step(decodes=padded, decode_context=0, samples=padded))["linear"]
         assert shown == eager.breakdown(Step(decodes=exact, decode_context=0, samples=exact))["linear"]
@@ -162,7 +166,7 @@ def test_capture_sizes() -> None:
 
 
 def test_only_sampled_rows_pay_for_the_vocabulary() -> None:
-    model = PhysicalStepTime(SHAPES["gemma-3-1b-it"], find_gpu("L4"))
+    model = PhysicalStepTime(Shard(SHAPES["gemma-3-1b-it"], find_gpu("L4"), 1))
     middle, last = Step(chunks=((512, 0),)), Step(chunks=((512, 0),), samples=1)
     assert "lm_head" not in model.breakdown(middle)
     head = 262_144 * 1152 * 2 / 300e9
@@ -171,28 +175,28 @@ def test_only_sampled_rows_pay_for_the_vocabulary() -> None:
 
 def test_flash_attention_2_pads_decodes_beside_chunks() -> None:
     for name, pays in (("A6000", True), ("RTX 5080", True), ("H100", False)):
-        model = PhysicalStepTime(SHAPES["Llama-3.1-8B-Instruct"], find_gpu(name))
+        model = PhysicalStepTime(Shard(SHAPES["Llama-3.1-8B-Instruct"], find_gpu(name), 1))
         alone = model.breakdown(decode(64, 4096))["attention_decode"]
         beside = model.breakdown(replace(decode(64, 4096), chunks=((16, 0),)))["attention_decode"]
         assert (beside > 1.3 * alone) == pays
 
 
 def test_one_short_chunk_on_a_long_context_is_bound_by_its_thread_blocks() -> None:
-    model = PhysicalStepTime(SHAPES["Llama-3.1-8B-Instruct"], find_gpu("RTX 4090"))
+    model = PhysicalStepTime(Shard(SHAPES["Llama-3.1-8B-Instruct"], find_gpu("RTX 4090"), 1))
     seconds = [model.breakdown(Step(chunks=((n, 16_384),)))["attention_prefill"] for n in (16, 64, 128)]
     assert seconds[0] == seconds[1] == seconds[2]
     assert seconds[0] / 32 == pytest.approx(520e-6, rel=0.15)  # measured per layer
 
 
 def test_many_short_chunks_read_their_older_kv() -> None:
-    model = PhysicalStepTime(SHAPES["Llama-3.1-8B-Instruct"], find_gpu("A100"), IDEAL)
+    model = PhysicalStepTime(Shard(SHAPES["Llama-3.1-8B-Instruct"], find_gpu("A100"), 1), IDEAL)
     step = Step(chunks=((1, 10_000),) * 64, samples=64)
     read = 64 * 10_000 * 131_072 / 2039e9
     assert model.breakdown(step)["attention_prefill"] == pytest.approx(read, rel=1e-3)
 
 
 def test_tensor_parallel_ranks_pay_for_all_reduces() -> None:
-    model = PhysicalStepTime(SHAPES["Llama-3.1-70B-Instruct"], find_gpu("H100"), tensor_parallel_size=4)
+    model = PhysicalStepTime(Shard(SHAPES["Llama-3.1-70B-Instruct"], find_gpu("H100"), 4))
     parts = model.breakdown(decode(8))
     assert parts["all_reduce"] == pytest.approx(161 * 10e-6, rel=0.2)
     assert parts["linear"] == pytest.approx(137e9 / 4 / (3350e9 * 0.88), rel=0.05)

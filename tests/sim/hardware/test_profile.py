@@ -14,6 +14,7 @@ from servecast.sim.hardware.front_end_costs import FrontEndCosts
 from servecast.sim.hardware.gpu import find_gpu
 from servecast.sim.hardware.noise import StepNoise
 from servecast.sim.hardware.profile import Domain, Profile, Provenance, build_step_time
+from servecast.sim.hardware.shard import Shard
 from servecast.sim.hardware.step_time.physical import Efficiencies, PhysicalStepTime
 from servecast.sim.inputs.errors import InputError
 
@@ -108,8 +109,12 @@ def test_steps_beyond_the_fit_are_named() -> None:
 
 def test_a_profile_serves_another_model() -> None:
     model, gpu = load("Qwen2.5-32B-Instruct"), find_gpu("A6000")
-    built = build_step_time(FITTED, model, gpu, tensor_parallel_size=2, cudagraph_sizes=(1, 2, 4))
+    built = build_step_time(FITTED, Shard(model, gpu, 2, cudagraph_sizes=(1, 2, 4)))
     assert isinstance(built, PhysicalStepTime)
-    assert (built.model, built.efficiencies, built.tensor_parallel_size) == (model, FITTED.efficiencies, 2)
+    assert (built.shard.model, built.efficiencies, built.shard.tensor_parallel_size) == (
+        model,
+        FITTED.efficiencies,
+        2,
+    )
     step = Step(decodes=3, decode_context=300, samples=3)
     assert built.seconds(step) > built.roofline_seconds(step) > 0

@@ -21,7 +21,6 @@ from servecast.sim.scenario.scenario import Scenario, load, shipped_scenarios
 from servecast.sim.traffic.arrivals import ClosedLoop, Constant, Poisson
 from servecast.sim.traffic.draw import build
 from servecast.sim.traffic.lengths import Fixed
-from servecast.sim.traffic.traces import TraceSpec
 
 L4, A6000 = "l4-qwen2.5-0.5b", "a6000-qwen2.5-7b"
 MINIMAL = """
@@ -92,10 +91,6 @@ def test_every_reported_row_has_its_stage_and_most_are_predicted(name: str) -> N
             )
         most = len(rows) / 2 if reported.variants else 3 if reported.routers else 2
         assert sum(row.fit for row in rows) <= most
-        traces = [stream.trace for stage in load_of_table.stages for stream in stage.streams]
-        files = [trace.path for trace in traces if isinstance(trace, TraceSpec)]
-        if missing := [str(path) for path in files if not path.is_file()]:
-            pytest.skip(f"no {missing[0]}: set SERVECAST_DATA to the folder with the data")
         arrivals, lengths, content = np.random.default_rng(0).spawn(3)
         stages = build(load_of_table, arrivals=arrivals, lengths=lengths, content=content)
         assert all(stream.requests for stage in stages for stream in stage.streams)

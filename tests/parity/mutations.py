@@ -23,7 +23,7 @@ ENGINE = ("rules", "kv_cache", "sequence", "waiting", "cruise", "step", "schedul
 
 @dataclass(frozen=True, slots=True)
 class Mutation:
-    """A rule of vLLM's, and one changed line of ``servecast.sim.<file>`` that breaks it.
+    """A rule of vLLM's, and one changed line of ``servecast.sim.engine.<file>`` that breaks it.
 
     ``old`` occurs once in that file; ``new`` differs from it in one line. ``version`` is the vLLM whose
     recorded decisions must show the difference.
