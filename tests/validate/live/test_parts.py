@@ -277,7 +277,6 @@ def run_campaign(
 def test_a_right_prediction_passes_and_was_on_disk_before(
     run_campaign: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Campaign, "_largest_rate", lambda self, served: 150.0)
     _, kept = run_campaign(plans=("rate", "concurrency", "kv"), rates=(20.0, 60.0), concurrency=(4,))
     assert kept["verdict"] == "pass", kept["reasons"]
     assert [each["name"] for each in kept["loads"]] == ["rate-20", "rate-60", "concurrency-4"]
