@@ -299,7 +299,7 @@ def _domain(scenario: Scenario, reported: Reported, deployment: Deployment) -> D
     parts = []
     for router in dict.fromkeys(row.router for row in rows):
         behind = scenario if router is None else scenario.behind(router)
-        run = simulate(behind, workload=workload, deployment=deployment)
+        run = simulate(replace(deployment, scenario=behind), workload=workload)
         parts += [
             select(run, stage=stage_of(reported.stage_keys(row.keys), workload))
             for row in rows

@@ -31,7 +31,6 @@ from servecast.sim.report.progress import progress_bar
 from servecast.sim.report.text import cell_text, table
 from servecast.sim.run.results import cautions, context
 from servecast.sim.run.simulate import RateProbe
-from servecast.sim.scenario.deployment import Deployment
 from servecast.sim.scenario.scenario import Scenario
 
 
@@ -213,7 +212,6 @@ def plan(
     size_fleet: bool = False,
     sensitivity: bool = False,
     effort: Effort = Effort(jobs=-1),  # noqa: B008 (frozen)
-    deployment: Deployment | None = None,
     progress: bool = False,
 ) -> PlanAnswer:
     """Find the largest request rate that meets the SLOs, what binds there, and the knee.
@@ -228,7 +226,6 @@ def plan(
             longer.
         sensitivity: look at the answer with each assumed constant 20 % lower and higher. Takes longer.
         effort: how surely and how closely, and over how many processes.
-        deployment: ``Deployment.of(scenario)``, if another is to be planned with.
         progress: show how far it is.
 
     Raises:
@@ -237,7 +234,7 @@ def plan(
     if size_fleet and target_rate is None:
         raise InputError("no rate to size the fleet for", where="--size-fleet", fix="Add --target-rate.")
     objectives = _objectives(scenario, slo, goodput, attainment)
-    probe = RateProbe(scenario, deployment)
+    probe = RateProbe(scenario)
     seed, deployment = scenario.seed, probe.deployment
     gpus = deployment.engine.flags.tensor_parallel_size * scenario.fleet.size
     with progress_bar("plan", shown=progress) as advance:
@@ -255,7 +252,7 @@ def plan(
         )
         at = found.best or found.probes[0]
         run = probe(at.rate, seed, at.num_requests)
-        made = context(scenario, deployment, seed=seed)
+        made = context(deployment, seed=seed)
         made["notes"] += [*found.notes, *cautions(deployment, run)]
         slots = prefix_slots(
             scenario.open_loop().stages[0].streams[0],
@@ -285,8 +282,8 @@ def _objectives(
     scenario: Scenario, slo: str | Sequence[str] | None, goodput: str | None, attainment: float
 ) -> Objectives:
     """Those that are given, or the scenario's: its SLOs, and where it has none its goodput."""
-    if slo is None and goodput is None:
-        return Objectives(scenario.slos, None if scenario.slos else scenario.goodput_limits, attainment)
+    if slo is None and goodput is None and (own := Objectives.of(scenario)) is not None:
+        return replace(own, attainment=attainment)
     texts = [slo] if isinstance(slo, str) else slo or ()
     good = None if goodput is None else Goodput.parse(goodput)
     return Objectives(tuple(SLO.parse(text) for text in texts), good, attainment)

@@ -21,7 +21,6 @@ from servecast.sim.metrics.metrics import latencies, summary
 from servecast.sim.metrics.records import Run
 from servecast.sim.metrics.warmup import Warmup, select
 from servecast.sim.scenario.deployment import Deployment
-from servecast.sim.scenario.scenario import Scenario
 
 SCHEMA_VERSION = 1
 TABLES = (".csv", ".parquet")
@@ -46,13 +45,13 @@ _MEASURED = (  # besides what ends in _ms
 _VLLM_KEYS = ("completed", "duration", "output_throughput")  # in every result of vllm bench serve
 
 
-def context(scenario: Scenario, deployment: Deployment, *, seed: int) -> dict[str, Any]:
+def context(deployment: Deployment, *, seed: int) -> dict[str, Any]:
     """What produced a result: the same for a simulation, a plan and a sweep.
 
     ``what_if`` in it are the scenario's changes; ``run_context`` is that of the benchmark which the scenario
     describes, before these changes.
     """
-    engine, flags = deployment.engine, deployment.engine.flags
+    scenario, engine, flags = deployment.scenario, deployment.engine, deployment.engine.flags
     return {
         "schema_version": SCHEMA_VERSION,
         "servecast_version": version("servecast"),
@@ -85,7 +84,6 @@ def context(scenario: Scenario, deployment: Deployment, *, seed: int) -> dict[st
 
 
 def result(
-    scenario: Scenario,
     deployment: Deployment,
     run: Run,
     *,
@@ -104,10 +102,11 @@ def result(
     Raises:
         InputError: the warm-up leaves nothing of a stage.
     """
+    scenario = deployment.scenario
     goodput = scenario.goodput_limits
     several = len(run.stages) > 1
     whole = run if several else select(run, warmup=warmup)
-    document = context(scenario, deployment, seed=run.meta["seed"])
+    document = context(deployment, seed=run.meta["seed"])
     document["notes"] += cautions(deployment, run)
     document |= summary(whole, ranks=ranks, goodput=goodput)
     failures: Mapping[str, int] = run.meta.get("failures", {})

@@ -128,8 +128,8 @@ def simulate(
     cut = None if warmup is None else Warmup.parse(warmup)
     deployment = Deployment.of(scenario)
     workload = None if request_rate is None else at_rate(scenario, request_rate, num_requests)
-    run = run_of(scenario, seed=seed, workload=workload, deployment=deployment)
-    found = result(scenario, deployment, run, ranks=percentiles, warmup=cut, detailed=detailed)
+    run = run_of(deployment, seed=seed, workload=workload)
+    found = result(deployment, run, ranks=percentiles, warmup=cut, detailed=detailed)
     return Simulation(run, found)
 
 

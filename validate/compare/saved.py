@@ -36,14 +36,13 @@ _UNIQUE = "simulated prompts share nothing, since the file does not say what its
 
 def judge_result(
     readings: Sequence[Reading],
-    scenario: Scenario,
+    deployment: Deployment,
     *,
     tolerances: Tolerances,
     seeds: int = 5,
     traffic: Traffic | None = None,
-    deployment: Deployment | None = None,
 ) -> Comparison:
-    """Predict each run of a result with a scenario, and compare.
+    """Predict each run of a result with a scenario made concrete, and compare.
 
     Args:
         seeds: replications, from the scenario's seed on.
@@ -54,19 +53,14 @@ def judge_result(
     Raises:
         InputError: the file does not say what is needed for that traffic.
     """
-    deployment = Deployment.of(scenario) if deployment is None else deployment
-    loads = [
-        _judge(
-            reading, scenario, deployment, tolerances, range(scenario.seed, scenario.seed + seeds), traffic
-        )
-        for reading in readings
-    ]
+    scenario = deployment.scenario
+    numbers = range(scenario.seed, scenario.seed + seeds)
+    loads = [_judge(reading, deployment, tolerances, numbers, traffic) for reading in readings]
     return compare_loads(loads, tolerances=tolerances, objectives=Objectives.of(scenario))
 
 
 def _judge(
     reading: Reading,
-    scenario: Scenario,
     deployment: Deployment,
     tolerances: Tolerances,
     seeds: range,
@@ -77,11 +71,9 @@ def _judge(
             "none of its requests finished", where=reading.source, fix="Give a result of requests that did."
         )
     replays = reading.has_requests if traffic is None else traffic == "requests"
-    with _workload(reading, scenario, replays=replays) as workload:
-        predicted: list[Run] = [
-            simulate(scenario, seed=seed, workload=workload, deployment=deployment) for seed in seeds
-        ]
-    notes = [_UNIQUE] if replays and _shares_prompts(scenario) else []
+    with _workload(reading, deployment.scenario, replays=replays) as workload:
+        predicted: list[Run] = [simulate(deployment, seed=seed, workload=workload) for seed in seeds]
+    notes = [_UNIQUE] if replays and _shares_prompts(deployment.scenario) else []
     return compare_runs(predicted, reading, tolerances=tolerances, notes=notes)
 
 

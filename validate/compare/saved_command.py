@@ -45,7 +45,7 @@ def result(
     from servecast.sim.scenario.deployment import Deployment
     from servecast.validate.compare.page import write_comparison_report
     from servecast.validate.compare.saved import judge_result
-    from servecast.validate.compare.text import print_comparison
+    from servecast.validate.compare.text import comparison_text
     from servecast.validate.compare.verdict import Tolerances
     from servecast.validate.readers import read_all
 
@@ -55,10 +55,8 @@ def result(
     readings = read_all(file)
     loaded = what_if.load(scenario)
     deployment = Deployment.of(loaded)
-    comparison = judge_result(
-        readings, loaded, tolerances=limits, seeds=seeds, traffic=traffic, deployment=deployment
-    )
-    made_of = context(loaded, deployment, seed=loaded.seed)
+    comparison = judge_result(readings, deployment, tolerances=limits, seeds=seeds, traffic=traffic)
+    made_of = context(deployment, seed=loaded.seed)
     first = readings[0].context
     facts = {
         "result": f"{file.name}, {first.tool} {first.tool_version or '(version not stated)'}",
@@ -74,7 +72,7 @@ def result(
     if json:
         print_json(comparison.to_json() | {"facts": facts, "prediction": made_of})
     else:
-        print_comparison(comparison)
+        print(comparison_text(comparison))
     if report is not None:
         write_comparison_report(
             report,

@@ -243,9 +243,9 @@ def _between(search: dict[str, Any]) -> str:
 
 
 def _print(comparison: Comparison, kept: dict[str, Any]) -> None:
-    from servecast.validate.compare.text import print_comparison
+    from servecast.validate.compare.text import comparison_text
 
-    print_comparison(comparison)
+    print(comparison_text(comparison))
     print()
     for name, value in _ends(kept).items():
         print(f"{name.replace('_', ' ')}: {'-' if value is None else value}")

@@ -23,7 +23,6 @@ from servecast.sim.metrics.records import Run
 from servecast.sim.run.results import cautions, result, to_text
 from servecast.sim.run.simulate import simulate
 from servecast.sim.scenario.deployment import Deployment
-from servecast.sim.scenario.scenario import Scenario
 from servecast.validate.live.loads import SWEPT, Load
 from servecast.validate.live.target import Target, without
 from servecast.validate.live.telemetry import DCGM, Prometheus, gpu_sampler, scraper
@@ -78,17 +77,15 @@ class Outcome:
     timed_out: bool = False
 
 
-def predict(load: Load, scenario: Scenario, deployment: Deployment, seeds: range) -> Prediction:
+def predict(load: Load, deployment: Deployment, seeds: range) -> Prediction:
     """Simulate a load once a seed, and write prediction.json beside its trace."""
-    runs = tuple(
-        simulate(scenario, seed=seed, workload=load.workload(), deployment=deployment) for seed in seeds
-    )
+    runs = tuple(simulate(deployment, seed=seed, workload=load.workload()) for seed in seeds)
     now = _now()
     document = {
         "load": load.to_json(),
         "trace_sha256": hashlib.sha256(load.trace.read_bytes()).hexdigest(),
         "written_at": now,
-        "replications": [result(scenario, deployment, run, ranks=RANKS) for run in runs],
+        "replications": [result(deployment, run, ranks=RANKS) for run in runs],
     }
     path = load.trace.with_name("prediction.json")
     write_whole(path, lambda part: part.write_text(to_text(document), encoding="utf-8"))

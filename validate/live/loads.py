@@ -65,12 +65,12 @@ class Planner:
     """Makes the loads of a scenario.
 
     Attributes:
+        deployment: that was made of it.
         out: folder for the traces. max_rate: the predicted largest rate at the SLOs, requests/s.
         duration_s: how long an open-loop load sends. seed: of its traffic.
         rates: requests/s, concurrency: levels, instead of the plans' own.
     """
 
-    scenario: Scenario
     deployment: Deployment
     out: Path
     max_rate: float
@@ -78,6 +78,11 @@ class Planner:
     seed: int = 0
     rates: tuple[float, ...] = ()
     concurrency: tuple[int, ...] = ()
+
+    @property
+    def scenario(self) -> Scenario:
+        """Whose loads they are."""
+        return self.deployment.scenario
 
     def at_rate(self, request_rate: float, plan: str, *, stream: StreamSpec | None = None) -> Load:
         """Open-loop traffic at a rate, of the scenario's kind or of a stream of its kind."""
@@ -160,7 +165,7 @@ def kv(planner: Planner) -> list[Load]:
     """
     load = planner.at_rate(0.8 * planner.max_rate, "kv")
     config = planner.deployment.config
-    run = simulate(planner.scenario, workload=load.workload(), deployment=planner.deployment)
+    run = simulate(planner.deployment, workload=load.workload())
     used = float(run.steps["kv_usage"].max()) * config.num_gpu_blocks
     longest = int((run.requests["prompt_tokens"] + run.requests["output_tokens"]).max())
     least = -(-longest // config.block_size) + 1  # one block is never used

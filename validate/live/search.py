@@ -82,10 +82,7 @@ def predict_rate(plan: str, planner: Planner, seeds: range) -> PredictedRate:
 
         def holds(request_rate: float) -> bool:
             workload = elsewhere.at_rate(request_rate, plan).workload()
-            runs = [
-                simulate(planner.scenario, seed=seed, workload=workload, deployment=planner.deployment)
-                for seed in seeds
-            ]
+            runs = [simulate(planner.deployment, seed=seed, workload=workload) for seed in seeds]
             return SEARCHES[plan].holds(runs, planner.scenario)
 
         ends = search_near(holds, planner.max_rate, tried, near=FINE, tries=MOST_SIMULATED)

@@ -39,11 +39,10 @@ SERVER_START_S = 90.0
 
 @dataclass(frozen=True, slots=True)
 class _Served:
-    """A server that runs, and the scenario as the server says it is. recording: its recorder's file."""
+    """A server that runs, and the deployment that it says it is. recording: its recorder's file."""
 
     target: Target
     recording: Path | None
-    scenario: Scenario
     deployment: Deployment
 
 
@@ -146,10 +145,9 @@ class Campaign:
         """Run what the server as it is can be asked; the loads that need another are returned."""
         with self._served({}) as served:
             planner = Planner(
-                served.scenario,
                 served.deployment,
                 self.out.absolute(),
-                2 * first_guess(RateProbe(served.scenario, served.deployment), self.seed),
+                2 * first_guess(RateProbe(served.deployment), self.seed),
                 self.duration_s,
                 self.seed,
                 self.rates,
@@ -198,7 +196,7 @@ class Campaign:
         scenario = wanted.changed(truth.overrides()) if truth.overrides() else wanted
         deployment = Deployment.of(scenario)
         model = self.server.model if isinstance(self.server, OwnServer) else Path(target.tokenizer)
-        notes = refuse_misfit(truth, scenario, deployment, model if model.is_dir() else None)
+        notes = refuse_misfit(truth, deployment, model if model.is_dir() else None)
         warm_up(target)
         if target.engine_url is not None:
             self.proxy_s = proxy_latency_s(target, truth.served_model)
@@ -209,13 +207,13 @@ class Campaign:
         if self.truth is None:
             self.truth = truth
             self.notes += [*notes, *replaced(truth, self.scenario)]
-        return _Served(target, recording, scenario, deployment)
+        return _Served(target, recording, deployment)
 
     def _all(self, loads: Sequence[Load], served: _Served, budget: Budget) -> None:
         """Predict all loads, then run them."""
         self.say(f"predicting {len(loads)} load{'s' * (len(loads) != 1)}")
         seeds = range(self.seed, self.seed + self.seeds)
-        predictions = [predict(load, served.scenario, served.deployment, seeds) for load in loads]
+        predictions = [predict(load, served.deployment, seeds) for load in loads]
         for load, prediction in zip(loads, predictions, strict=True):
             expected = prediction.seconds + BENCH_START_S
             if not budget.fits(expected):
@@ -259,9 +257,11 @@ class Campaign:
 
     def _search(self, searched: PredictedRate, planner: Planner, served: _Served, budget: Budget) -> None:
         """Find the rate on the server: on from what was swept, and first where it is predicted."""
-        plan = searched.plan
+        plan, scenario = searched.plan, served.deployment.scenario
         tried = {
-            outcome.load.request_rate: SEARCHES[plan].holds([outcome.measured.run], served.scenario)
+            outcome.load.request_rate: SEARCHES[plan].holds(
+                [outcome.measured.run], served.deployment.scenario
+            )
             for outcome in self.outcomes
             if outcome.load.plan in SWEPT and outcome.measured and outcome.load.request_rate
         }
@@ -275,7 +275,7 @@ class Campaign:
                 or (measured := self.outcomes[-1].measured) is None
             ):
                 return None
-            return SEARCHES[plan].holds([measured.run], served.scenario)
+            return SEARCHES[plan].holds([measured.run], scenario)
 
         search_near(holds, searched.ends.estimate, tried)
 

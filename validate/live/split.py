@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -165,8 +165,8 @@ class Split:
         how long all of it takes, in seconds."""
         spec = TraceSpec(format="timed_trace", path=self.out / "trace.jsonl", block_tokens=BLOCK_TOKENS)
         workload = Workload(stages=(StageSpec(streams=(StreamSpec(trace=spec),)),))
-        scenario = self.scenario.changed({"fleet.router": router})
-        run = simulate(scenario, seed=self.seed, workload=workload, deployment=deployment)
+        behind = replace(deployment, scenario=self.scenario.changed({"fleet.router": router}))
+        run = simulate(behind, seed=self.seed, workload=workload)
         requests = run.requests.sort_values("request_id")
         hit_rate = float(requests["cached_tokens"].sum() / requests["prompt_tokens"].sum())
         predicted = _figures(run, hit_rate)

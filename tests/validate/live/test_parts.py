@@ -151,7 +151,7 @@ def test_a_server_that_says_little_is_noted(file: Path, model: Path) -> None:
     with FakeServer(version=None, metrics=None) as server:
         truth = read_truth(Target(server.url, "tiny", "tiny"), CPU)
     scenario = load(file)
-    notes = " ".join(refuse_misfit(truth, scenario, Deployment.of(scenario), None))
+    notes = " ".join(refuse_misfit(truth, Deployment.of(scenario), None))
     for missing in ("config.json", "KV blocks", "version", "scheduler's flags", "gpu.json"):
         assert missing in notes
 
@@ -181,12 +181,12 @@ def test_a_profile_of_another_gpu_and_another_model_are_refused(file: Path, mode
     truth = Truth("0.32.0", 900, {"max_num_seqs": 8}, "cpu", "tiny")
     on_l4 = load(file, {"gpu": {"name": "L4"}})
     with pytest.raises(InputError, match="is of L4, the server runs on cpu"):
-        refuse_misfit(truth, on_l4, Deployment.of(on_l4), model)
+        refuse_misfit(truth, Deployment.of(on_l4), model)
     ours = load(file)
-    assert refuse_misfit(truth, ours, Deployment.of(ours), model)
+    assert refuse_misfit(truth, Deployment.of(ours), model)
     larger = write_tiny_model(model.parent / "larger", layers=4)
     with pytest.raises(InputError, match=r"in layers \(2, not 4\)"):
-        refuse_misfit(truth, ours, Deployment.of(ours), larger)
+        refuse_misfit(truth, Deployment.of(ours), larger)
 
 
 def test_flags_of_a_server_that_is_started(file: Path) -> None:
@@ -202,7 +202,7 @@ def test_flags_of_a_server_that_is_started(file: Path) -> None:
 @pytest.fixture
 def planner(file: Path, tmp_path: Path) -> Planner:
     scenario = load(file)
-    return Planner(scenario, Deployment.of(scenario), tmp_path / "out", max_rate=200.0, duration_s=2.0)
+    return Planner(Deployment.of(scenario), tmp_path / "out", max_rate=200.0, duration_s=2.0)
 
 
 def test_every_plan_gives_loads_that_can_be_sent(planner: Planner) -> None:
