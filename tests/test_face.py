@@ -6,6 +6,7 @@ import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -13,7 +14,6 @@ from matplotlib.figure import Figure
 
 import servecast
 from servecast.__main__ import main
-from servecast.sim.plan.effort import Effort
 
 TINY = """
 schema_version: 1
@@ -28,7 +28,7 @@ workload:
   output_tokens: 8
 slo: ["ttft:p95:100"]
 """
-ROUGH = Effort(tolerance=0.1, jobs=1)
+ROUGH: dict[str, Any] = {"tolerance": 0.1, "jobs": 1}
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def test_a_printed_plan_is_what_the_command_prints(tmp_path: Path) -> None:
 
 
 def test_a_plan_can_be_taken_apart(scenario: servecast.Scenario, tmp_path: Path) -> None:
-    answer = servecast.plan(scenario, effort=ROUGH)
+    answer = servecast.plan(scenario, **ROUGH)
     assert isinstance(answer, servecast.Answer)
     assert answer.max_request_rate == answer.interval[0] == answer.to_json()["max_request_rate"]
     assert (answer.state, answer.exit_code, answer.error_band) == ("found", 0, 0.3)
@@ -115,7 +115,7 @@ def test_an_slo_that_cannot_be_read_is_told_in_one_message(scenario: servecast.S
 def test_progress_is_shown_where_nobody_looks_at_a_terminal(
     scenario: servecast.Scenario, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    servecast.plan(scenario, "ttft:p95:100", effort=ROUGH, progress=True)
+    servecast.plan(scenario, "ttft:p95:100", **ROUGH, progress=True)
     out, err = capsys.readouterr()
     assert out == ""
     assert "\rplan: " in err

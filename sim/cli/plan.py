@@ -12,7 +12,6 @@ from cyclopts import Group, Parameter
 from servecast.sim.cli.options import WhatIf, check_jobs
 from servecast.sim.cli.output import print_json
 from servecast.sim.plan import plan as planner
-from servecast.sim.plan.effort import Effort
 from servecast.sim.run.results import check_output
 
 
@@ -95,10 +94,11 @@ def plan(
         target_rate=target_rate,
         size_fleet=size_fleet,
         sensitivity=sensitivity,
-        effort=Effort(
-            spend.confidence, spend.tolerance, max_requests=spend.max_num_requests, jobs=spend.jobs
-        ),
         progress=sys.stderr.isatty(),
+        confidence=spend.confidence,
+        tolerance=spend.tolerance,
+        max_requests=spend.max_num_requests,
+        jobs=spend.jobs,
     )
     if report is not None:
         answer.to_html(report)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -56,8 +57,8 @@ def sweep(
         seeds=seeds,
         out=out,
         resume=resume,
-        workers=workers,
         progress=sys.stderr.isatty(),
+        **asdict(workers),
     )
     code = show(found, json=json)
     if code:

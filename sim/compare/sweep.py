@@ -185,10 +185,10 @@ def sweep(
     rates: Sequence[float] = (),
     num_requests: int = 1000,
     seeds: int = 1,
-    out: Path | str = Path("out/sweep"),
+    out: Path | str = "out/sweep",
     resume: bool = False,
-    workers: Workers = Workers(),
     progress: bool = False,
+    **workers: Any,
 ) -> Swept:
     """Run a grid of what-ifs, in parallel.
 
@@ -202,8 +202,8 @@ def sweep(
         seeds: how many seeds to run each cell with, from the scenario's on.
         out: folder of the results; a file is named after its cell's `fingerprint`.
         resume: leave alone the cells that are there; those that failed are tried again.
-        workers: where they run.
         progress: show how far it is.
+        workers: where they run, as in `Workers`: jobs, backend, dask_scheduler.
 
     Raises:
         InputError: nothing varies, the backend is not there, or a file cannot be written.
@@ -225,7 +225,7 @@ def sweep(
             cells,
             out,
             resume=resume,
-            workers=workers,
+            workers=Workers(**workers),
             progress=lambda done: advance(done / len(cells), f"{done} of {len(cells)} cells"),
         )
     write_table(swept.summary, swept.table)

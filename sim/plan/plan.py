@@ -211,8 +211,8 @@ def plan(
     target_rate: float | None = None,
     size_fleet: bool = False,
     sensitivity: bool = False,
-    effort: Effort = Effort(jobs=-1),  # noqa: B008 (frozen)
     progress: bool = False,
+    **effort: Any,
 ) -> PlanAnswer:
     """Find the largest request rate that meets the SLOs, what binds there, and the knee.
 
@@ -225,8 +225,9 @@ def plan(
         size_fleet: find the fewest replicas behind the scenario's router that serve the target rate. Takes
             longer.
         sensitivity: look at the answer with each assumed constant 20 % lower and higher. Takes longer.
-        effort: how surely and how closely, and over how many processes.
         progress: show how far it is.
+        effort: how surely and how closely, as in `Effort`: confidence, tolerance, replications, max_requests,
+            and jobs, here one for each core.
 
     Raises:
         InputError: there is no objective, the scenario cannot be made concrete, or a value is out of range.
@@ -234,6 +235,7 @@ def plan(
     if size_fleet and target_rate is None:
         raise InputError("no rate to size the fleet for", where="--size-fleet", fix="Add --target-rate.")
     objectives = _objectives(scenario, slo, goodput, attainment)
+    spend = Effort(**{"jobs": -1} | effort)
     probe = RateProbe(scenario)
     seed, deployment = scenario.seed, probe.deployment
     gpus = deployment.engine.flags.tensor_parallel_size * scenario.fleet.size
@@ -242,7 +244,7 @@ def plan(
         found = capacity.plan(
             probe,
             objectives,
-            effort=effort,
+            effort=spend,
             limits=deployment.limits,
             start_rate=capacity.first_guess(probe, seed),
             seed=seed,
@@ -266,14 +268,14 @@ def plan(
                 scenario,
                 objectives,
                 target_rate,
-                effort=effort,
+                effort=spend,
                 progress=lambda count: advance(1.0, f"{count} replicas at {target_rate:g} requests/s"),
             )
             answer = replace(answer, fleet_size=sized)
         if sensitivity:
             advance(1.0, "sensitivity to the assumptions")
             best = found.best
-            changes = () if best is None else assumed.sensitivity(scenario, best, objectives, effort)
+            changes = () if best is None else assumed.sensitivity(scenario, best, objectives, spend)
             answer = replace(answer, sensitivity=tuple(changes))
     return answer
 
