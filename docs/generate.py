@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import accuracy_tables
+import api_page
 import live_tables
 import modules
 import scenario_reference
@@ -72,6 +73,7 @@ def generated() -> dict[Path, str]:
     readme = between(readme, "accuracy", accuracy_tables.summary(documents))
     return {
         DOCS / "scenario.md": note + scenario_reference.page(),
+        DOCS / "api.md": note + api_page.page(),
         DOCS / "command-line.md": note + command_line_page(),
         DOCS / "accuracy.md": note + accuracy_tables.page(documents),
         DOCS / "how-it-works.md": between(

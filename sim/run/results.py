@@ -46,11 +46,11 @@ _MEASURED = (  # besides what ends in _ms
 _VLLM_KEYS = ("completed", "duration", "output_throughput")  # in every result of vllm bench serve
 
 
-def context(deployment: Deployment, *, seed: int, what_if: Mapping[str, Any]) -> dict[str, Any]:
+def context(deployment: Deployment, *, seed: int) -> dict[str, Any]:
     """What produced a result: the same for a simulation, a plan and a sweep.
 
-    what_if: dotted field paths and values by which the scenario was changed. ``run_context`` is that of
-    the benchmark which the scenario describes, before these changes.
+    ``what_if`` in it are the scenario's changes; ``run_context`` is that of the benchmark which the scenario
+    describes, before these changes.
     """
     scenario, config = deployment.scenario, asdict(deployment.config)
     flags = scenario.engine
@@ -59,7 +59,7 @@ def context(deployment: Deployment, *, seed: int, what_if: Mapping[str, Any]) ->
         "servecast_version": version("servecast"),
         "backend": "servecast",
         "scenario": scenario.name,
-        "what_if": dict(what_if),
+        "what_if": scenario.changes,
         "seed": seed,
         "profile": scenario.profile,
         "engine_version": flags.version,
@@ -83,7 +83,6 @@ def result(
     deployment: Deployment,
     run: Run,
     *,
-    what_if: Mapping[str, Any],
     ranks: Sequence[float] = (95, 99),
     warmup: Warmup | None = None,
     detailed: bool = False,
@@ -103,7 +102,7 @@ def result(
     goodput = scenario.goodput_limits
     several = len(run.stages) > 1
     whole = run if several else select(run, warmup=warmup)
-    document = context(deployment, seed=run.meta["seed"], what_if=what_if)
+    document = context(deployment, seed=run.meta["seed"])
     document["notes"] += cautions(deployment, run)
     document |= summary(whole, ranks=ranks, goodput=goodput)
     failures: Mapping[str, int] = run.meta.get("failures", {})

@@ -169,7 +169,7 @@ def rows(load: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def kept(campaign: Session) -> dict[str, Any]:
     """What a campaign writes."""
-    found = document(campaign, judge(campaign, LIMITS), what_if={}, tolerances=LIMITS)
+    found = document(campaign, judge(campaign, LIMITS), tolerances=LIMITS)
     show(found)
     return found
 

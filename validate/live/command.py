@@ -166,7 +166,7 @@ def live(
         json: print one JSON object and nothing else.
     """
     options, server = asked.options(), start.server(vllm_flags, attach)
-    loaded, changes = what_if.load(scenario)
+    loaded = what_if.load(scenario)
     limits = Tolerances.load(tolerances)
     folder = out or Path("out") / f"live-{loaded.name}"
     path, page = new_result(folder), report or folder / "report.html"
@@ -175,7 +175,7 @@ def live(
 
     def keep(session: Session) -> tuple[Comparison, dict[str, Any]]:
         comparison = judge(session, limits, known)
-        kept = document(session, comparison, what_if=changes, tolerances=limits)
+        kept = document(session, comparison, tolerances=limits)
         write_result(path, kept)
         return comparison, kept
 

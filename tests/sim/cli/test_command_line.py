@@ -302,7 +302,7 @@ def test_an_interrupt_is_no_traceback(
     def interrupted(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("servecast.sim.run.simulate.simulate", interrupted)
+    monkeypatch.setattr("servecast.sim.run.simulation.run_of", interrupted)
     assert main(["simulate", tiny]) == 130
     assert capsys.readouterr().err == "servecast: interrupted\n"
 

@@ -28,7 +28,7 @@ from servecast.validate.compare.load import LoadComparison, Row, compare_runs
 from servecast.validate.compare.page import write_comparison_page
 from servecast.validate.compare.series import EngineSeries
 from servecast.validate.compare.sweep import bracket_row, compare_loads, judged
-from servecast.validate.compare.text import print_comparison
+from servecast.validate.compare.text import comparison_text
 from servecast.validate.compare.tolerances import Tolerances
 from servecast.validate.compare.verdict import judge_row, verdict_of
 from servecast.validate.readers import Context, Reading
@@ -491,7 +491,7 @@ def test_tolerances_come_from_a_file(tmp_path: Path) -> None:
 
 
 def test_the_report_is_one_file_that_says_the_verdict(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
 ) -> None:
     measured = run(20, 9)
     measured.meta["clock_start_s"] = 0.0
@@ -516,8 +516,7 @@ def test_the_report_is_one_file_that_says_the_verdict(
         tmp_path / "again.html", found, title="<A & B>", question="Does it hold?", facts={"seed": 1}
     )
     assert (tmp_path / "again.html").read_text() == page
-    print_comparison(found)
-    text = capsys.readouterr().out
+    text = comparison_text(found)
     assert "verdict: fail" in text
     assert "20 requests/s: prefix_cache_hit_rate: predicted 0.056, measured 0.25" in text
     assert json.loads(json.dumps(found.to_json()))["loads"][1]["verdict"] == "fail"
