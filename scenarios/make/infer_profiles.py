@@ -1,6 +1,7 @@
 """The profiles of the ``infer`` server's three phases, fitted to the few rows that its scenarios name for it.
 
-``python -m servecast.scenarios.make.infer_profiles FOLDER`` writes one for each model and phase. What each row determines, through the simulator:
+``python -m servecast.scenarios.make.infer_profiles FOLDER`` writes one for each model and phase. What each
+row determines, through the simulator:
 
 - ``baseline`` of a model and phase, one request at a time: the fixed costs of a decode and of a prefill pass
 - ``continuous_batching`` of a model under static batching: the cost of a decoding row
