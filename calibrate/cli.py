@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -16,15 +19,50 @@ from servecast.calibrate.fit.layer_tables import is_layer_folder
 from servecast.calibrate.fit.layers import fit_layers
 from servecast.calibrate.fit.report import fit_report
 from servecast.calibrate.fit.text import profile_lines, summary_lines
-from servecast.calibrate.measuring import measure
+from servecast.calibrate.measure.vllm.ending import signal_group, sigterm_as_ctrl_c
 from servecast.sim.hardware.gpu import GPU, find_gpu
 from servecast.sim.hardware.profile import Profile
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.scenario.scenario import load
 
 app = App(name="calibrate", help="Measure a machine, fit a profile, or show what one says and where it ends.")
-app.command(measure, help_flags=())
 app.command(endpoint)
+
+
+@app.command(help_flags=())
+def measure(
+    *arguments: Annotated[str, Parameter(allow_leading_hyphen=True)], python: Path | None = None
+) -> int:
+    """Measure the machine at hand into a folder: measure engine --model FOLDER --out DIR.
+
+    The same as ``python -m measure`` beside a copy of the folder calibrate/measure on a machine without
+    servecast; ``measure engine --help`` lists the flags, and those that it does not know go to vLLM.
+
+    Args:
+        arguments: what to measure, and its flags.
+        python: of the environment that has vllm and torch; the one that runs this without it.
+    """
+    python = python or Path(sys.executable)
+    path = [str(Path(__file__).resolve().parent), os.environ.get("PYTHONPATH", "")]
+    try:
+        process = subprocess.Popen(
+            [str(python), "-m", "measure", *(arguments or ("--help",))],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))},
+            start_new_session=True,  # so that a Ctrl-C reaches it once, from us
+        )
+    except OSError as error:
+        raise InputError(
+            f"cannot start {python}: {error.strerror}",
+            where="--python",
+            fix="Give the Python of an environment that has vLLM.",
+        ) from error
+    try:
+        with sigterm_as_ctrl_c():
+            return process.wait()
+    except KeyboardInterrupt:
+        signal_group(process.pid, signal.SIGINT)  # it, and the benchmark that it may be waiting for
+        process.wait()
+        raise
 
 
 @app.command

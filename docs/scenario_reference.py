@@ -1,11 +1,9 @@
-"""The reference of a scenario's fields, from the models that read it and from fields.yaml."""
+"""The reference of a scenario's fields, from the models that read it."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from inspect import cleandoc
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -36,14 +34,9 @@ def page() -> str:
     """The page: the fields of a scenario and of every model in it, in the order a reader meets them."""
     schema = Scenario.model_json_schema()
     definitions: Schema = schema["$defs"]
-    meanings: Mapping[str, Mapping[str, str]] = yaml.safe_load(
-        Path(__file__).with_name("fields.yaml").read_text("utf-8")
-    )
-    top = {**schema, "description": "The file."}
-    parts = [INTRODUCTION.rstrip(), _section("Scenario", top, definitions, meanings["Scenario"])]
+    parts = [INTRODUCTION.rstrip(), _section("Scenario", schema, definitions)]
     parts += [
-        _section(name, definitions[name], definitions, meanings[name])
-        for name in _in_reading_order(schema, definitions)
+        _section(name, definitions[name], definitions) for name in _in_reading_order(schema, definitions)
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -59,7 +52,7 @@ def _object(definition: Schema) -> Schema:
     return whole
 
 
-def _section(name: str, definition: Schema, definitions: Schema, meanings: Mapping[str, str]) -> str:
+def _section(name: str, definition: Schema, definitions: Schema) -> str:
     whole = _object(definition)
     required = whole.get("required", [])
     lines = [f"## {name}", "", _prose(whole.get("description", "")), ""]
@@ -69,7 +62,7 @@ def _section(name: str, definition: Schema, definitions: Schema, meanings: Mappi
         standard = "" if default is None else f"`{_yaml(default)}`"
         if field in required:
             standard = "required"
-        meaning = "Which form this is." if field == "kind" else meanings[field]
+        meaning = "Which form this is." if field == "kind" else _prose(prop["description"])
         rows.append(f"| `{field}` | {shown} | {standard} | {meaning} |")
     if rows:
         lines += ["| field | type | default | meaning |", "|---|---|---|---|", *rows]
@@ -137,9 +130,9 @@ def _type(prop: Schema, definitions: Schema) -> str:
 
 
 def _prose(description: str) -> str:
-    """A docstring as Markdown, without the list of attributes that the table shows."""
-    text = cleandoc(description).split("\nAttributes:")[0]
-    return re.sub(r"``([^`]+)``", r"`\1`", text).strip()
+    """A docstring as Markdown, a line a paragraph."""
+    paragraphs = cleandoc(description).split("\n\n")
+    return "\n\n".join(" ".join(each.split()) for each in paragraphs).replace("``", "`")
 
 
 def _yaml(value: object) -> str:

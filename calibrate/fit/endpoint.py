@@ -19,7 +19,6 @@ import yaml
 from cyclopts import Parameter
 
 from servecast.calibrate.fit.report import fit_report
-from servecast.calibrate.measure.errors import MeasureError
 from servecast.calibrate.measure.folder import Budget
 from servecast.calibrate.measure.vllm.bench_serve import run_bench
 from servecast.sim.inputs.errors import InputError
@@ -110,8 +109,8 @@ def measure_endpoint(
         The scenario that was written, whose ``reported`` names every row for the fit.
 
     Raises:
-        MeasureError: the server does not answer as it should; levels measured before it are in the table.
-        InputError: time for fewer than two levels.
+        InputError: the server does not answer as it should (levels measured before it are in the table), or
+            there was time for fewer than two levels.
     """
     out.mkdir(parents=True, exist_ok=True)
     budget = Budget(time_budget_s)
@@ -169,10 +168,10 @@ def _statistics(result: dict[str, Any]) -> dict[str, float]:
     """The table's cells of one saved benchmark, without its first requests."""
     failed = [text for text in result["errors"] if text]
     if failed:
-        raise MeasureError(
+        raise InputError(
             f"{len(failed)} requests failed; the first error: {failed[0].strip()[-500:]}",
-            "vllm bench serve",
-            "Mend the server first: a fit to failures says nothing.",
+            where="vllm bench serve",
+            fix="Mend the server first: a fit to failures says nothing.",
         )
     order = np.argsort(np.array(result["start_times"]))[WARM_UP:]
     starts = np.array(result["start_times"])[order]
@@ -242,17 +241,12 @@ def _write(scenario: Scenario, done: Sequence[tuple[Level, dict[str, float]]], o
 def endpoint(
     scenario: str,
     *,
-    base_url: str,
-    model: str,
-    tokenizer: str,
+    server: Annotated[Endpoint, Parameter(name="*", show_default=False)],
     output: Path,
     out: Path = Path("out/black-box"),
     concurrency: Annotated[list[int] | None, Parameter(consume_multiple=True)] = None,
     prompt_tokens: int = 256,
     output_tokens: int = 64,
-    path: str = "/v1/completions",
-    api_key_env: str | None = None,
-    python: Path | None = None,
     time_budget: float | None = None,
 ) -> int:
     """Calibrate against a running OpenAI-compatible server, by its answers alone.
@@ -262,26 +256,22 @@ def endpoint(
 
     Args:
         scenario: what is known of the server: model, GPU, engine flags. A shipped name, or a YAML file.
-        base_url: of the server, as http://127.0.0.1:8000.
-        model: the name that it serves.
-        tokenizer: folder or name of the model's tokenizer.
+        server.base_url: of the server, as http://127.0.0.1:8000.
+        server.model: the name that it serves.
+        server.tokenizer: folder or name of the model's tokenizer.
+        server.endpoint: of completions (/v1/completions).
+        server.api_key_env: name of the environment variable with the server's key.
+        server.python: of the environment that has vllm, where servecast's own has not.
         output: where the profile is written.
         out: folder for the benchmark's results, the report and its scenario.
         concurrency: levels instead of our own.
         prompt_tokens: of a request; one level takes eight times as many.
         output_tokens: of a request.
-        path: of completions.
-        api_key_env: name of the environment variable with the server's key.
-        python: of the environment that has vllm, where servecast's own has not.
         time_budget: seconds; no level is started that would probably end later.
     """
     known = load(scenario)
     levels = levels_for(known, concurrency or (), prompt_tokens, output_tokens)
-    server = Endpoint(base_url, model, tokenizer, path, api_key_env, str(python or sys.executable))
-    try:
-        report = measure_endpoint(known, server, levels, out, time_budget_s=time_budget, say=_say)
-    except MeasureError as error:
-        raise InputError(error.what, where=error.where, fix=error.fix) from error
+    report = measure_endpoint(known, server, levels, out, time_budget_s=time_budget, say=_say)
     found = fit_report(report, progress=_say)
     found.profile.save(output)
     for cell in found.cells:

@@ -11,14 +11,13 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from servecast.calibrate.fit.rows import ENGINE_ROWS, KERNEL_ROWS, Kernel, Overhead, Step, kernel
-from servecast.calibrate.measure.errors import MeasureError
 from servecast.calibrate.measure.folder import SAME_MACHINE, read_facts, read_rows
 from servecast.sim.hardware.gpu import GPU
 from servecast.sim.hardware.model_shape import ModelShape
 from servecast.sim.hardware.shard import Shard, cudagraph_capture_sizes
 from servecast.sim.hardware.step_time.physical import Efficiencies, PhysicalStepTime
 from servecast.sim.inputs.errors import InputError
-from servecast.sim.scenario.engine_flags import RELEASES
+from servecast.sim.scenario.vllm_server import RELEASES
 
 KERNELS_FILE, ENGINE_FILE = "kernels.jsonl", "engine.jsonl"
 T = TypeVar("T")
@@ -110,11 +109,8 @@ def read_folder(folder: str | Path) -> Measurements:
     if not folder.is_dir():
         raise InputError("no such folder", where=str(folder), fix="Give one that calibrate measure wrote.")
     files = [path for name in (KERNELS_FILE, ENGINE_FILE) if (path := folder / name).exists()]
-    try:
-        facts = read_facts(folder)
-        raw = {path.name: read_rows(path, say=notes.append) for path in files}
-    except MeasureError as error:
-        raise InputError(error.what, where=error.where, fix=error.fix) from error
+    facts = read_facts(folder)
+    raw = {path.name: read_rows(path, say=notes.append) for path in files}
     if not isinstance(facts.get("gpu"), str):
         raise InputError("gpu is missing", where=f"{folder / 'facts.json'}: gpu", fix="Measure again.")
     for name, rows in raw.items():

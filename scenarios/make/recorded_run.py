@@ -38,16 +38,20 @@ _CLOCKS = ("arrival_time", "queued_ts", "scheduled_ts", "first_token_ts", "last_
 _LENGTHS = ("input_toks", "output_toks")
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path, workload: Path | None = None) -> Run:
     """The run in ``requests.jsonl`` of a folder, as a Run without steps.
 
     A request's ``arrival_time`` is read from the wall clock and the others from a monotonic one; the two are
-    aligned where a request was queued soonest after it arrived. Time 0 is that of ``workload.jsonl``.
+    aligned where a request was queued soonest after it arrived.
+
+    Args:
+        folder: of the run.
+        workload: what was sent, default ``workload.jsonl`` in the folder. Time 0 is its own.
 
     Raises:
         InputError: a file is missing, broken, or the two do not hold the same requests.
     """
-    done, planned = (_records(folder / name) for name in ("requests.jsonl", "workload.jsonl"))
+    done, planned = _records(folder / "requests.jsonl"), _records(workload or folder / "workload.jsonl")
     rows = pd.DataFrame(done)
     offered = pd.DataFrame(planned)
     missing = [name for name in (*_CLOCKS, *_LENGTHS) if name not in rows]
@@ -61,7 +65,7 @@ def read_run(folder: Path) -> Run:
         )
     if len(rows) != len(offered) or (rows[[*_LENGTHS]] != offered[[*_LENGTHS]]).any(axis=None):
         raise InputError(
-            "requests.jsonl and workload.jsonl hold different requests",
+            "requests.jsonl and the workload hold different requests",
             where=str(folder),
             fix="Give the two files of one run.",
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -70,6 +69,8 @@ def plan(
 
     from servecast.sim.metrics.slo import SLO, Goodput
     from servecast.sim.plan import capacity
+    from servecast.sim.plan.effort import Effort
+    from servecast.sim.plan.judge import Objectives
     from servecast.sim.plan.prefix_slots import prefix_slots
     from servecast.sim.run.results import cautions, check_output, context
     from servecast.sim.run.simulate import RateProbe
@@ -85,24 +86,21 @@ def plan(
         good = None if slos else loaded.goodput_limits
     probe = RateProbe(loaded)
     deployment = probe.deployment
+    effort = Effort(confidence, tolerance, max_requests=max_num_requests, jobs=jobs)
+    gpu_cost = loaded.gpu_hour_cost if gpu_hour_cost is None else gpu_hour_cost
+    gpus = loaded.engine.tensor_parallel_size * loaded.fleet.size
     with progress_bar("plan") as advance:
         advance(0.0, "first look")
         start = capacity.first_guess(probe, loaded.seed)
         found = capacity.plan(
             probe,
-            slos,
-            goodput=good,
-            attainment=attainment,
+            Objectives(slos, good, attainment),
+            effort=effort,
             limits=deployment.limits,
             start_rate=start,
             seed=loaded.seed,
-            tolerance=tolerance,
-            confidence=confidence,
-            max_requests=max_num_requests,
             target_rate=target_rate,
-            gpu_hour_cost=loaded.gpu_hour_cost if gpu_hour_cost is None else gpu_hour_cost,
-            gpus=deployment.engine.flags.tensor_parallel_size * loaded.fleet.size,
-            jobs=jobs,
+            hour_cost=None if gpu_cost is None else gpu_cost * gpus,
             progress=lambda rate, state, share: advance(share, f"{rate:g} requests/s {state}"),
         )
         shown = found.best or found.probes[0]
@@ -122,9 +120,8 @@ def plan(
                 loaded,
                 found.objectives,
                 target_rate,
-                confidence=confidence,
-                max_requests=max_num_requests,
-                jobs=jobs,
+                divided=found.replicas,
+                effort=effort,
                 progress=lambda count: advance(1.0, f"{count} replicas at {target_rate:g} requests/s"),
             )
         changed = []
@@ -134,7 +131,6 @@ def plan(
             advance(1.0, "sensitivity to the assumptions")
             changed = assumed.sensitivity(
                 loaded,
-                partial(_reload, what_if, scenario),
                 found.objectives,
                 rate=found.best.rate,
                 num_requests=found.best.num_requests,
@@ -145,7 +141,7 @@ def plan(
     document = context(deployment, seed=loaded.seed, what_if=changes) | found.to_json()
     document["slo"] = document["objectives"]["slos"]
     document["knee"] = {"request_rate": found.knee, "concurrency": _concurrency_knee(points)}
-    document["notes"] = [*loaded.engine.notes, *found.notes, *cautions(deployment, run)]
+    document["notes"] = [*loaded.notes, *found.notes, *cautions(deployment, run)]
     document["sensitivity"] = [each.to_json() for each in changed] if sensitivity else None
     document["prefix_slots"] = None if slots is None else slots.to_json()
     document["fleet_size"] = None if sized is None else sized.to_json()
@@ -200,10 +196,6 @@ def _concurrency_knee(points: list[SweepPoint]) -> int | None:
     from servecast.sim.metrics.knee import closed_loop_knee
 
     return closed_loop_knee([p.concurrency for p in points], [p.output_throughput for p in points])
-
-
-def _reload(what_if: WhatIf, name: str, overrides: Mapping[str, Any]) -> Scenario:
-    return what_if.load(name, overrides)[0]
 
 
 def _report_context(document: Mapping[str, Any]) -> Any:

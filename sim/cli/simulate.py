@@ -112,11 +112,6 @@ def print_stages(stages: Sequence[Mapping[str, Any]]) -> None:
     print_table([header for header, _ in columns], [[stage[key] for _, key in columns] for stage in stages])
 
 
-def _server(document: Mapping[str, Any]) -> str:
-    vllm = document["engine"]["policy"] == "vllm"
-    return f"{'vLLM ' if vllm else ''}{document['engine_version']}"
-
-
 def print_replicas(replicas: Sequence[Mapping[str, Any]], *, title: str = "\nReplicas") -> None:
     """A row a replica."""
     columns = {
@@ -143,13 +138,16 @@ def print_context(document: Mapping[str, Any]) -> None:
         print_facts("Run context of the benchmark", said)
     if document["what_if"]:
         print_facts("What-if", document["what_if"])
+    from servecast.sim.scenario.servers import SERVERS  # here, so that help comes at once
+
+    server = SERVERS[document["engine"]["policy"]].title(document["engine_version"])
     provenance = document["provenance"]
     band = document["error_band"]
     facts = {
         "basis": provenance["basis"],
         "profile": f"{document['profile'] or 'none, typical efficiencies'} ({provenance['profile']})",
         "error band": "not known" if band is None else f"+-{band:.0%}",
-        "engine": f"{_server(document)}, rules of {document['engine']['rules']}",
+        "engine": f"{server}, rules of {document['engine']['rules']}",
         "seed": document["seed"],
         "servecast": document["servecast_version"],
     }

@@ -10,7 +10,7 @@ including that block. Keys are made by the scheduler; here they are only compare
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 
 class KVCache:
@@ -23,6 +23,9 @@ class KVCache:
     Args:
         num_blocks: pool size with the null block, >= 2.
         reuse_unhashed_first: see ``Rules.reuse_unhashed_first``.
+
+    ``on_store`` and ``on_evict`` are called, where they are set, with the keys of blocks whose content is
+    known from now on, and with the key of a block whose content is forgotten.
     """
 
     __slots__ = (
@@ -34,6 +37,8 @@ class KVCache:
         "_shared",
         "_stack",
         "num_blocks",
+        "on_evict",
+        "on_store",
         "reuse_unhashed_first",
     )
 
@@ -47,6 +52,8 @@ class KVCache:
         self._first: dict[int, int] = {}  # key -> the block that a look-up finds
         self._copies: dict[int, list[int]] = {}  # key -> later blocks with the same content
         self._key_of: list[int | None] = [None] * num_blocks  # by block
+        self.on_store: Callable[[Sequence[int]], None] | None = None
+        self.on_evict: Callable[[int], None] | None = None
 
     @property
     def free_blocks(self) -> int:
@@ -103,6 +110,8 @@ class KVCache:
         key = self._key_of[block]
         if key is not None:
             self._key_of[block] = None
+            if self.on_evict is not None:
+                self.on_evict(key)
             if self._copies:
                 self._forget(key, block)
             else:
@@ -125,11 +134,14 @@ class KVCache:
                     self._copies.setdefault(key, []).append(block)
         for key, block in zip(keys, blocks, strict=True):
             self._key_of[block] = key
+        if self.on_store is not None:
+            self.on_store(keys)
 
     def release(self, blocks: list[int], hashed: int) -> None:
         """Give back a request's blocks, of which the first ``hashed`` have known content.
 
-        They join the free list last block first, so that a prefix outlives what follows it.
+        They join the free list last block first, so that a prefix outlives what follows it: vLLM's
+        BlockPool.free_blocks, whose order of those without content differs between versions.
         """
         if self._shared:
             kept, freed_hashed = [], 0

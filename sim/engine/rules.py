@@ -55,6 +55,6 @@ def rules_for(version: str) -> Rules:
         raise InputError(
             f"no rule set for vLLM {version!r}",
             where="engine.version",
-            fix=f"Use one of {', '.join(RULES)}, or --assume-rules to run under the nearest one.",
+            fix=f"Use one of {', '.join(RULES)}.",
         )
     return RULES[release]

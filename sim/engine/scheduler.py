@@ -1,6 +1,7 @@
 """vLLM's V1 scheduler: who computes how many tokens in the next step, and on which KV blocks.
 
-Every decision equals vLLM's, step by step (see docs/parity.md). What differs is the bookkeeping: most
+Every decision equals vLLM's, step by step (see docs/parity.md). Where a rule is copied, a comment names the
+function of vLLM (``vllm/v1/core``) that has it. What differs is the bookkeeping: most
 running requests decode one token a step, and nothing has to be touched for them until a block fills or
 they end. Such *cruising* sequences (see ``Sequence``) are counted, not visited, so the cost of a step
 grows with what changes in it and not with the batch.
@@ -154,6 +155,7 @@ class Scheduler:
 
     def _chunk_limit(self) -> int:
         """``long_prefill_token_threshold`` in force in this step; 0 is none."""
+        # Scheduler.schedule, before its loops; 0.32: "num_eligible_reqs > 1"
         threshold = self.config.long_prefill_token_threshold
         if threshold and self.rules.lone_request_ignores_threshold:
             active = len(self._running) + len(self._waiting)
@@ -165,6 +167,7 @@ class Scheduler:
 
     def _demand(self, sequence: Sequence, threshold: int) -> int:
         """Tokens that an unsettled running sequence asks for."""
+        # Scheduler.schedule: num_tokens_with_spec + num_output_placeholders - num_computed_tokens
         wanted = sequence.num_tokens - sequence.computed
         if 0 < threshold < wanted:
             wanted = threshold
@@ -234,6 +237,7 @@ class Scheduler:
 
     def _walk_all(self, step: Step, budget: int, threshold: int) -> int:
         """Visit every running sequence, as vLLM's loop does: some may get no token, or lose it again."""
+        # Scheduler.schedule, "First, schedule the RUNNING requests": cursor is its req_index
         members = list(self._running.values())
         scheduled: dict[int, int] = {}  # order -> tokens
         cursor = 0
@@ -253,6 +257,8 @@ class Scheduler:
                 del members[position]
                 given_back = scheduled.pop(victim.order, 0)
                 budget += given_back
+                # 0.23: "if preempted_req in scheduled_running_reqs: ... req_index -= 1": it gave tokens back
+                # 0.32: "if victim_index < req_index: req_index -= 1"
                 if given_back if not self.rules.cursor_follows_victim else position < cursor:
                     cursor -= 1
                 self._preempt(step, victim, scheduled=bool(given_back))
@@ -278,6 +284,7 @@ class Scheduler:
         return budget
 
     def _victim(self, members: list[Sequence]) -> Sequence:
+        # Scheduler.schedule: max(self.running, key=lambda r: (r.priority, r.arrival_time)), or running.pop()
         if self._priority:
             return max(members, key=lambda s: (s.request.priority, s.arrival))
         return members[-1]
@@ -289,6 +296,7 @@ class Scheduler:
             sequence = self._waiting.head()
             hits: list[int] = []
             if config.enable_prefix_caching:
+                # KVCacheManager.get_computed_blocks: the last token is always computed, for its logits
                 hits = kv.lookup(sequence.keys(0, (sequence.num_tokens - 1) // block_size))
             hit_tokens = len(hits) * block_size
             if self.rules.count_failed_lookups:
@@ -302,9 +310,10 @@ class Scheduler:
             reserve = kv.count_free(hits) if hits else 0
             if self._running:
                 reserve += self._watermark_blocks
+            # KVCacheManager.allocate_slots; hits that lie free are taken from the free list, too
             need = -(-min(hit_tokens + tokens, config.max_model_len) // block_size) - len(hits)
             fit = need
-            if config.scheduler_reserve_full_isl:
+            if config.scheduler_reserve_full_isl:  # full_sequence_must_fit
                 full = -(-min(sequence.num_tokens, config.max_model_len) // block_size) - len(hits)
                 fit = max(need, full)
             if fit + reserve > kv.free_blocks:
@@ -330,7 +339,8 @@ class Scheduler:
         return budget
 
     def _count_lookup(self, sequence: Sequence, hit_tokens: int) -> None:
-        """vLLM keeps the look-ups of preempted requests out of its counters."""
+        """vLLM keeps the look-ups of preempted requests out of its counters (PrefixCacheStats.record). 0.23
+        counts in get_computed_blocks, at each look-up, 0.32 in record_prefix_cache_stats, once admitted."""
         if self.config.enable_prefix_caching and not sequence.preemptions:
             self.prefix_queries += sequence.num_tokens
             self.prefix_hits += hit_tokens
@@ -462,7 +472,7 @@ class Scheduler:
             sequence.num_cached = full_blocks
 
     def _preempt(self, step: Step, sequence: Sequence, *, scheduled: bool = False) -> None:
-        """Recompute later: give everything back and wait at the front."""
+        """Recompute later: give everything back and wait at the front (Scheduler._preempt_request)."""
         if sequence.cruising:
             self._cache_full_blocks(sequence, scheduled=scheduled)
             self._stop_cruising(sequence)

@@ -31,10 +31,12 @@ class Life:
 
 
 class GpuSpec(Model):
-    """The GPU: its ``name`` in the catalogue, or a ``file`` that describes it."""
+    """The GPU, by its name or by a file."""
 
     name: str | None = None
+    """Name in the catalogue (``sim/hardware/gpu.py``)."""
     file: InputFile | None = None
+    """YAML or JSON file that describes a GPU of your own."""
 
     @model_validator(mode="after")
     def _one(self) -> GpuSpec:
@@ -44,16 +46,22 @@ class GpuSpec(Model):
 
 
 class ReplicaSpec(Model):
-    """``count`` replicas that are alike. What is not given is the scenario's: ``gpu``, ``profile``, and the
-    ``engine`` flags that are not named here. ``start_s``, ``drain_s`` and ``fail_s``: see ``Life``."""
+    """Replicas that are alike."""
 
     count: Count = 1
+    """Replicas that are like this."""
     gpu: GpuSpec | None = None
+    """Their GPU. Default, the scenario's."""
     profile: str | None = None
+    """Their profile. Default, the scenario's."""
     engine: dict[str, bool | int | float | str] = Field(default_factory=dict)
+    """Their engine flags, where not the scenario's."""
     start_s: NonNegative = 0.0
+    """When they are ready."""
     drain_s: Positive | None = None
+    """From when they get no new requests. Default, never."""
     fail_s: Positive | None = None
+    """When they fail, with the requests that they have. Default, never."""
 
     @model_validator(mode="after")
     def _in_order(self) -> ReplicaSpec:
@@ -79,8 +87,10 @@ class ReplicaSpec(Model):
         return self.gpu is None and self.profile is None and not self.engine
 
 
-def _router(name: str, info: ValidationInfo) -> str | Path:
+def _router(name: str | Path, info: ValidationInfo) -> str | Path:
     """A policy by its name (in llm-d's spelling, too), or the path of an EndpointPickerConfig."""
+    if isinstance(name, Path):
+        return name
     if name.endswith((".yaml", ".yml")):
         folder = (info.context or {}).get("folder")
         path = Path(name) if folder is None else Path(folder) / name
@@ -105,17 +115,22 @@ def _is_list(value: Any) -> str:
 
 
 class Fleet(Model):
-    """Replicas of the engine behind a router. ``replicas``: how many, or a list of what they are.
-    ``cold_start_s``: what the host of each does once in its first step, before the GPU starts on it."""
+    """Replicas of the engine behind a router."""
 
     replicas: Annotated[
         Annotated[Count, Tag("count")] | Annotated[tuple[ReplicaSpec, ...], Tag("list")],
         Discriminator(_is_list),
     ] = 1
+    """Engines, each on its own GPUs; how many, or a list of what they are."""
     router: RouterName = "round_robin"
+    """How the next replica is picked; a policy's name, or the file of llm-d's EndpointPickerConfig."""
     router_options: RouterOptions = RouterOptions()
+    """What the router knows when, and how it is set."""
     failure_detection_s: NonNegative = 1.0
+    """For so long after a replica has failed the router still sends requests to it."""
     cold_start_s: NonNegative = 0.0
+    """What the host of each replica does once, in its first step, before the GPU starts on it. Default 0,
+    a warm server."""
 
     @model_validator(mode="after")
     def _some(self) -> Fleet:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,9 +24,10 @@ from servecast.sim.inputs.errors import InputError
 
 
 class Model(BaseModel):
-    """A frozen model without unknown fields."""
+    """A frozen model without unknown fields. What a field means stands under it, and from there in the JSON
+    schema and the scenario reference."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
     @model_validator(mode="before")
     @classmethod
@@ -52,23 +52,12 @@ def _resolve(path: Path, info: ValidationInfo) -> Path:
     return path
 
 
-def _resolve_data(path: Path, info: ValidationInfo) -> Path:
-    """$SERVECAST_DATA may be absent where a scenario is only looked at: its readers say so."""
-    if path.parts[:1] != (DATA_VARIABLE,):
-        return _resolve(path, info)
-    folder = os.environ.get(DATA_VARIABLE[1:])
-    root = Path(folder) if folder else Path(__file__).resolve().parents[3] / "shared" / "data"
-    return root.joinpath(*path.parts[1:])
-
-
-DATA_VARIABLE = "$SERVECAST_DATA"  # in front of a path: data that is not part of this project
 Count = Annotated[int, Field(strict=True, ge=1)]
 Amount = Annotated[int, Field(strict=True, ge=0)]
 Positive = Annotated[float, Field(strict=True, gt=0)]
 NonNegative = Annotated[float, Field(strict=True, ge=0)]
 Flag = Annotated[bool, Field(strict=True)]
 InputFile = Annotated[Path, AfterValidator(_resolve)]
-DataFile = Annotated[Path, AfterValidator(_resolve_data)]
 
 M = TypeVar("M", bound=BaseModel)
 

@@ -3,16 +3,18 @@ requests to what is cached, or where caches are too small for all."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from joblib import Parallel
 
 from servecast.sim.inputs.errors import InputError
-from servecast.sim.plan.capacity import REPLICATIONS
-from servecast.sim.plan.probe import Objectives, ProbedRate
-from servecast.sim.plan.search import Prober
+from servecast.sim.plan.effort import Effort
+from servecast.sim.plan.judge import Objectives
+from servecast.sim.plan.prober import ProbedRate, Prober
+from servecast.sim.plan.search import search
 from servecast.sim.run.simulate import RateProbe
 from servecast.sim.scenario.scenario import Scenario
 
@@ -20,17 +22,36 @@ from servecast.sim.scenario.scenario import Scenario
 @dataclass(frozen=True, slots=True)
 class FleetSize:
     """replicas: the fewest that meet the objectives at ``request_rate`` (requests/s over the whole fleet),
-    None if ``tried`` has none. tried: number of replicas and what they do at that rate, rising."""
+    None if ``tried`` has none. tried: number of replicas and what they do at that rate, rising. divided: the
+    number that comes of dividing the rate by what was found for one fleet; None if that was not done."""
 
     request_rate: float
     replicas: int | None
     tried: tuple[tuple[int, ProbedRate], ...]
+    divided: int | None = None
+
+    @property
+    def note(self) -> str | None:
+        """Which number holds where the two differ, and why."""
+        if self.replicas is None or self.divided in (None, self.replicas):
+            return None
+        why = (
+            "this router does not split the traffic evenly, or their caches hold too little of it"
+            if self.replicas > (self.divided or 0)
+            else "behind one router they share bursts, and caches, that each would have to carry alone"
+        )
+        return (
+            f"dividing the rate comes to {self.divided} replicas, as if each had an even share for itself; "
+            f"{self.replicas} holds, which was simulated: {why}"
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         return {
             "request_rate": self.request_rate,
             "replicas": self.replicas,
+            "divided": self.divided,
+            "note": self.note,
             "tried": [
                 {
                     "replicas": count,
@@ -50,6 +71,8 @@ class FleetSize:
         for count, probe in self.tried:
             values = ", ".join(f"{each.objective} {each.value.estimate:.4g}" for each in probe.verdicts)
             lines.append(f"  {count}: {probe.state}, {values}")
+        if self.note is not None:
+            lines.append(f"  {self.note}")
         return "\n".join(lines)
 
 
@@ -68,21 +91,20 @@ def fleet_size(
         raise InputError(f"{start} replicas to start from", where="fleet.replicas", fix=f"Give 1 to {most}.")
     tried: dict[int, ProbedRate] = {}
 
-    def passes(count: int) -> bool:
-        if count not in tried:
-            tried[count] = at(count)
-        return tried[count].state == "pass"
+    def too_few(count: float) -> bool:
+        tried[int(count)] = at(int(count))
+        return tried[int(count)].state != "pass"
 
-    high = start
-    while not passes(high) and high < most:
-        high = min(2 * high, most)
-    if not passes(high):
-        return FleetSize(request_rate, None, tuple(sorted(tried.items())))
-    low = max((count for count in tried if count < high), default=0)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if passes(middle) else (middle, high)
-    return FleetSize(request_rate, high, tuple(sorted(tried.items())))
+    _, fewest = search(
+        too_few,
+        (start,),
+        {},
+        near=1.0,
+        most=most,
+        rounded=math.floor,
+        middle=lambda low, high: (low + high) // 2,
+    )
+    return FleetSize(request_rate, int(fewest) if fewest <= most else None, tuple(sorted(tried.items())))
 
 
 def size_fleet(
@@ -90,15 +112,15 @@ def size_fleet(
     objectives: Objectives,
     request_rate: float,
     *,
-    confidence: float = 0.95,
-    max_requests: int = 20_000,
-    jobs: int = 1,
+    divided: int | None = None,
+    effort: Effort = Effort(),  # noqa: B008 (frozen)
     progress: Callable[[int], None] | None = None,
 ) -> FleetSize:
     """The fewest replicas of a scenario's engine that meet the objectives at a rate behind its router.
 
     Args:
-        confidence, max_requests, jobs: as of `capacity.plan`. progress: called with each number tried.
+        divided: fleets like the scenario's that carry the rate if each has an even share (`Plan.replicas`).
+        effort: as of `capacity.plan`. progress: called with each number tried.
 
     Raises:
         InputError: the scenario lists different replicas.
@@ -116,9 +138,8 @@ def size_fleet(
         fleet = scenario.fleet.model_copy(update={"replicas": count})
         probe = RateProbe(scenario.model_copy(update={"fleet": fleet}))
         limits = probe.deployment.limits
-        return Prober(
-            probe, objectives, limits, scenario.seed, confidence, REPLICATIONS, max_requests, pool
-        ).at(request_rate)
+        return Prober(probe, objectives, limits, scenario.seed, effort, pool).at(request_rate)
 
-    with Parallel(n_jobs=jobs) as pool:
-        return fleet_size(at, request_rate, start=scenario.fleet.replicas)
+    with Parallel(n_jobs=effort.jobs) as pool:
+        found = fleet_size(at, request_rate, start=scenario.fleet.replicas)
+    return replace(found, divided=None if divided is None else divided * scenario.fleet.replicas)

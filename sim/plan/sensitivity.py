@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from itertools import repeat
 from typing import Any
 
 from joblib import Parallel, delayed
 
 from servecast.sim.inputs.errors import InputError
-from servecast.sim.metrics.knee import pooled
-from servecast.sim.plan.probe import Objectives, observe
+from servecast.sim.plan.judge import CERTAIN, Judgement, Objectives, judge
+from servecast.sim.plan.prober import replicate
+from servecast.sim.plan.search import search
 from servecast.sim.run.simulate import RateProbe
 from servecast.sim.scenario.scenario import Scenario
 
@@ -51,7 +54,6 @@ class Sensitivity:
 
 def sensitivity(
     scenario: Scenario,
-    reload: Callable[[Mapping[str, Any]], Scenario],
     objectives: Objectives,
     *,
     rate: float,
@@ -65,7 +67,7 @@ def sensitivity(
     Whole numbers stay whole; one that this does not move is left out, as is one that a what-if replaced.
 
     Args:
-        reload: the scenario with further overrides. rate, num_requests: of the plan's answer.
+        rate, num_requests: of the plan's answer.
         changed: the overrides that are in effect already. jobs: processes.
     """
     cases = [
@@ -78,7 +80,7 @@ def sensitivity(
     def work() -> Iterator[Any]:
         yield delayed(_estimate)(scenario, objectives, rate, num_requests, seed)
         for _, field, _, value in cases:
-            yield delayed(_estimate_or_error)(reload, {field: value}, objectives, rate, num_requests, seed)
+            yield delayed(_estimate_or_error)(scenario, {field: value}, objectives, rate, num_requests, seed)
 
     base, *estimates = Parallel(n_jobs=jobs)(work())
     found = []
@@ -98,11 +100,9 @@ def _scaled(value: float) -> list[float | int]:
     return [whole for scale in SCALES if (whole := round(value * scale)) != value]
 
 
-def _estimate_or_error(
-    reload: Callable[[Mapping[str, Any]], Scenario], overrides: Mapping[str, Any], *rest: Any
-) -> Estimate | InputError:
+def _estimate_or_error(scenario: Scenario, overrides: Mapping[str, Any], *rest: Any) -> Estimate | InputError:
     try:
-        return _estimate(reload(overrides), *rest)
+        return _estimate(scenario.changed(overrides), *rest)
     except InputError as error:
         return error
 
@@ -112,35 +112,17 @@ def _estimate(
 ) -> Estimate:
     probe = RateProbe(scenario)
 
-    def holds(at: float) -> bool:
-        return _look(probe, objectives, at, num_requests, seed)[0]
+    def look(at: float) -> Judgement:
+        runs = [
+            replicate(probe, at, seed + number, num_requests, objectives, None) for number in range(SEEDS)
+        ]
+        return judge([run.observed for run in runs], objectives, CERTAIN)
 
-    passed, values = _look(probe, objectives, rate, num_requests, seed)
-    low = high = rate
-    if passed:
-        while (high := high * STEP) < rate * FARTHEST and holds(high):
-            low = high
-    else:
-        while (low := low / STEP) > rate / FARTHEST and not holds(low):
-            high = low
-    while high > low * (1 + TOLERANCE):
-        middle = (low * high) ** 0.5
-        low, high = (middle, high) if holds(middle) else (low, middle)
-    return Estimate((low * high) ** 0.5, values)
+    def holds(at: float) -> bool | None:
+        return None if at < rate / FARTHEST else look(at).state == "pass"
 
-
-def _look(
-    probe: RateProbe, objectives: Objectives, rate: float, num_requests: int, seed: int
-) -> tuple[bool, dict[str, float]]:
-    """Whether the means over the seeds meet the objectives, and these means."""
-    seen = [observe(probe, rate, seed + number, num_requests, objectives, None) for number in range(SEEDS)]
-    holds = not pooled([each.saturation for each in seen]).saturated
-    values: dict[str, float] = {}
-    for index, slo in enumerate(objectives.slos):
-        values[str(slo)] = sum(each.values_ms[index] for each in seen) / len(seen)
-        holds &= values[str(slo)] <= slo.limit_ms
-    if objectives.goodput is not None:
-        share = sum(each.good for each in seen) / sum(each.requests for each in seen)
-        values[f"goodput {objectives.goodput}"] = share
-        holds &= share >= objectives.attainment
-    return holds, values
+    here = look(rate)
+    tried = {rate: here.state == "pass"}
+    low, high = search(holds, (rate,), tried, near=1 + TOLERANCE, steps=repeat(STEP), most=rate * FARTHEST)
+    at = high if not low else low if math.isinf(high) else math.sqrt(low * high)
+    return Estimate(at, {verdict.objective: verdict.value.estimate for verdict in here.verdicts})

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from servecast.sim.metrics.metrics import Floats, percentiles, series
 from servecast.sim.metrics.records import Run
 from servecast.sim.plan.capacity import Plan
-from servecast.sim.plan.probe import Verdict
+from servecast.sim.plan.judge import Verdict
 
 # Stand-ins that Matplotlib draws with, and the CSS variables that replace them in the SVG.
 INK, MUTED, GRID = "#010203", "#010204", "#010205"

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from itertools import combinations
 from typing import Any
 
-from servecast.sim.metrics.knee import Saturation, open_loop_knee, pooled
+from servecast.sim.metrics.knee import open_loop_knee
+from servecast.sim.metrics.saturation import Saturation, pooled
 from servecast.sim.reproduce.cell import Cell
 from servecast.sim.scenario.reported import Reported, matches
 

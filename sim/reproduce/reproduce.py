@@ -11,8 +11,9 @@ from joblib import Parallel, delayed
 
 from servecast.sim.hardware.profile import Profile
 from servecast.sim.inputs.errors import InputError
-from servecast.sim.metrics.knee import Saturation, closed_loop_knee, saturation
+from servecast.sim.metrics.knee import closed_loop_knee
 from servecast.sim.metrics.records import Run
+from servecast.sim.metrics.saturation import Saturation, saturation
 from servecast.sim.metrics.warmup import part_of, select
 from servecast.sim.reproduce.cell import Cell
 from servecast.sim.reproduce.reported_ranking import rank, sustained

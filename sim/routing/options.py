@@ -20,17 +20,20 @@ def _release(name: str) -> str:
 
 
 class RouterOptions(Model):
-    """Each option is read by the routers that it concerns.
-
-    ``epp_release``: whose defaults and details an EndpointPickerConfig is run with: a release of the
-    Gateway API Inference Extension. ``bytes_per_token``: mean length of a token in the prompt's text, for
-    indexes over bytes.
-    """
+    """Each option is read by the routers that it concerns."""
 
     scrape_interval_s: NonNegative = 0.05
+    """Time between two scrapes of a replica's gauges."""
     scrape_delay_s: NonNegative = 0.0
+    """Time from a scrape until the router knows its result."""
     event_lag_s: NonNegative = 0.005
+    """Time from a KV event until the router knows of it."""
     epp_release: Annotated[str, AfterValidator(_release)] = "v0.5"
+    """Release of the Gateway API Inference Extension with whose defaults and details an EndpointPickerConfig
+    is run."""
     bytes_per_token: Positive = 4.0
+    """Mean length of a token in the prompt's text, for prefix indexes over bytes."""
     load_factor: Annotated[Positive, Field(ge=1)] = 1.25
+    """``consistent_hashing``: most load of a replica, as a multiple of the mean."""
     prefix_tokens: Count = 256
+    """``consistent_hashing``, ``prefix_affinity``: leading tokens that decide where a prompt goes."""

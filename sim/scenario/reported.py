@@ -47,11 +47,14 @@ GAUGES = ("kv_usage", "running", "waiting")
 
 
 class Column(Model):
-    """What a column holds: ``statistic`` is "p95", "mean", "max" ..., or nothing for rates and shares."""
+    """What a column holds."""
 
     metric: Metric
+    """What was measured."""
     statistic: Statistic | None = None
+    """Which statistic of it, such as ``p95`` or ``mean``. None for rates and shares."""
     unit: Literal["s", "ms", "tok/s", "req/s", "share", "percent", "requests", "GiB"]
+    """Unit of the column."""
 
     @model_validator(mode="after")
     def _makes_sense(self) -> Column:
@@ -65,43 +68,50 @@ class Column(Model):
 
 class Ranking(Model):
     """Does the prediction rank the routers as the report does? Asked of each pair of them in the rows that
-    differ in nothing else, by each of ``columns``, a latency or a throughput. Reported values within ``tie``
-    of each other are no order. ``without`` names rows to leave out."""
+    differ in nothing else, by each of ``columns``."""
 
     columns: tuple[str, ...] = Field(min_length=1)
+    """The columns to rank by, latencies or throughputs."""
     tie: NonNegative = 0.05
+    """Reported values this close, relatively, have no order."""
     without: tuple[Row, ...] = ()
+    """Rows to leave out."""
 
 
 class FitStep(Model):
-    """One step of a fit: the ``parameters`` that these ``rows`` determine by these ``columns``, in at most
-    ``max_evaluations`` steps of the search. ``difference``: over how much of a parameter (of the logarithm,
-    in standard deviations of its prior) its effect is looked at, which must be above the grain of the
-    simulation; None: 0.03 of the logarithm."""
+    """One step of a fit: what some rows determine."""
 
     rows: tuple[Row, ...] = Field(min_length=1)
+    """The rows that are looked at."""
     parameters: tuple[str, ...] = Field(min_length=1)
+    """What they determine, as ``efficiencies.compute``."""
     columns: tuple[str, ...] = Field(min_length=1)
+    """The columns that are looked at."""
     max_evaluations: Count = 25
+    """Most steps of the search."""
     difference: Positive | None = None
+    """Over how much of a parameter's logarithm its effect is looked at, in standard deviations of its prior;
+    it must be above the grain of the simulation. Default, 0.03 of the logarithm."""
 
 
 class Variant(Model):
-    """Rows that were measured with other settings: those with the keys of ``row``, under ``overrides``,
-    fields of the scenario by their dotted paths (as {engine.max_num_seqs: 12}). A row belongs to the first
-    variant that it matches. Keys that all variants name say nothing of the row's stage."""
+    """Rows that were measured with other settings."""
 
     row: Row = Field(min_length=1)
+    """Keys of the rows. A row belongs to the first variant that it matches; keys that all variants name
+    say nothing of its stage."""
     overrides: dict[str, bool | int | float | str] = Field(min_length=1)
+    """Fields of the scenario, by dotted paths, and their values for these rows, as
+    ``{engine.max_num_seqs: 12}``."""
 
 
 class Part(Model):
-    """Rows that are about a part of the requests: those with the keys of ``row`` are about ``requests``
-    [first, end), counted from 0 in the order in which they were sent. Keys that parts name say nothing of a
-    row's stage."""
+    """Rows that are about a part of the requests."""
 
     row: Row = Field(min_length=1)
+    """Keys of the rows. Keys that parts name say nothing of a row's stage."""
     requests: tuple[Amount, Count]
+    """Their requests, [first, end), counted from 0 in the order in which they were sent."""
 
     @model_validator(mode="after")
     def _some(self) -> Part:
@@ -111,74 +121,81 @@ class Part(Model):
 
 
 class WhatIf(Model):
-    """A table predicted once more, under ``overrides``."""
+    """A table predicted once more."""
 
     name: str
+    """What is asked."""
     overrides: dict[str, bool | int | float | str] = Field(min_length=1)
+    """Fields of the scenario, by dotted paths, and their values."""
 
 
 class Excluded(Model):
-    """Cells that a comparison leaves out, and why."""
+    """Cells that a comparison leaves out."""
 
     row: Row
+    """Keys of the row."""
     columns: tuple[str, ...] = Field(min_length=1)
+    """Its columns to leave out."""
     reason: str
+    """Why."""
 
 
 class Reported(Model):
-    """A reported table.
-
-    Attributes:
-        table: CSV with a header. An empty cell was not reported.
-        keys: columns that say which stage of the workload a row is; none if the one row is the whole run.
-        columns: the columns to compare. inputs: columns that are inputs here, such as requests a level.
-        rows: which rows of the table are meant, by their keys; all without it.
-        routers: router by the value of the first key, where the rows were measured behind several.
-        summary: what the keys of rows say that sum up the other rows behind their router, as {qps: all}: a
-            throughput as their mean, a rate of requests as the rate over all of them, and a latency as their
-            mean weighted with requests.
-        fit_rows: rows that a fit may use; all others are predictions. fit_steps: which of them determine
-            which parameters, one step after the other; without it they determine all together.
-        percentile_law: "linear" (NumPy), or "exclusive" (Python's statistics.quantiles).
-        events_beyond_tokens: events a request that the client counts beside its output tokens; they enter
-            its token throughput and the divisor of its TPOT.
-        harness: what measured it: "vllm_bench", or "inference_perf" as of September 2025 (see
-            ``inference_perf_report``). output_tokens_each: what a generated token counts there, since it
-            encodes the outputs again.
-        gauges: kv_usage, running and waiting are the largest that "scrapes" see, or a statistic over samples
-            of every replica at the "arrivals" of requests.
-        ranking: whether to compare the ranks of the routers.
-        parts: which rows are about a part of the requests.
-        variants: which rows were measured with other settings than the scenario's. what_ifs: further
-            predictions of the same rows.
-        workload, sweep: how this table was measured, where it was not by the scenario's own workload.
-        known_misses: which cells are known to be missed, and what is known of why.
-    """
+    """A reported table."""
 
     name: str = "sweep"
+    """Name of the table."""
     table: InputFile
+    """CSV file with a header. An empty cell was not reported."""
     source: str = ""
+    """Where it was published."""
     keys: tuple[str, ...] = ()
+    """Columns that say which stage a row is. None, where the one row is the whole run."""
     columns: dict[str, Column] = Field(min_length=1)
+    """What each column to compare holds."""
     inputs: tuple[str, ...] = ()
+    """Columns that are inputs here, such as requests a level."""
     rows: tuple[Row, ...] = ()
+    """Rows of the file that the table is, by their keys. Default, all."""
     routers: dict[str, RouterName] = Field(default_factory=dict)
+    """The router that rows were measured behind, by the value of the first key."""
     summary: Row | None = None
+    """Keys of the rows that sum up the others behind their router, as ``{qps: all}``: a throughput is their
+    mean, a rate of requests the rate over all of them, a latency their mean weighted with requests."""
     fit_rows: tuple[Row, ...] = ()
+    """Rows that a fit may use. All others are predictions."""
     fit_steps: tuple[FitStep, ...] = ()
+    """Which of them determine which parameters, one step after the other. Default, all at once."""
     excluded: tuple[Excluded, ...] = ()
+    """Cells that the comparison leaves out."""
     percentile_law: Literal["linear", "exclusive"] = "linear"
+    """How the source takes percentiles: NumPy's ``linear``, or ``exclusive`` as Python's
+    ``statistics.quantiles`` (see [Percentiles](modelled.md#percentiles))."""
     events_beyond_tokens: Amount = 0
+    """Events a request that the client counts beside its output tokens: in its token throughput, and in the
+    divisor of its TPOT."""
     harness: Literal["vllm_bench", "inference_perf"] = "vllm_bench"
+    """What measured it; ``inference_perf`` as of September 2025 (see
+    [Reports of inference-perf](modelled.md#reports-of-inference-perf))."""
     output_tokens_each: Positive = 1.0
+    """Output tokens that the harness counts for each generated one, as it encodes the outputs again."""
     gauges: Literal["scrapes", "arrivals"] = "scrapes"
+    """Whether ``kv_usage``, ``running`` and ``waiting`` are peaks over scrapes, or statistics over samples of
+    every replica at the arrivals of requests."""
     ranking: Ranking | None = None
+    """Compare the order of the routers."""
     workload: WorkloadSpec | None = None
+    """How this table was measured, where not by the scenario's workload."""
     sweep: Sweep | None = None
+    """Levels of that workload."""
     known_misses: tuple[str, ...] = ()
+    """Which cells the prediction is known to miss, and what is known of why."""
     parts: tuple[Part, ...] = ()
+    """Rows that are about a part of the requests."""
     variants: tuple[Variant, ...] = ()
+    """Rows that were measured with other settings than the scenario's."""
     what_ifs: tuple[WhatIf, ...] = ()
+    """The table predicted once more, with other settings."""
 
     @model_validator(mode="after")
     def _columns_named(self) -> Reported:

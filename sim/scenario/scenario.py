@@ -31,6 +31,7 @@ from servecast.sim.inputs.yaml_file import override, read_yaml
 from servecast.sim.metrics import slo as objectives
 from servecast.sim.scenario.engine_flags import EngineFlags
 from servecast.sim.scenario.reported import Reported
+from servecast.sim.scenario.servers import SERVERS, Server, checked
 from servecast.sim.traffic.arrivals import ClosedLoop
 from servecast.sim.traffic.forms import WorkloadSpec, expand
 from servecast.sim.traffic.spec import PlanSpec, StageSpec, StreamSpec, Sweep, Workload
@@ -74,68 +75,103 @@ def _version(value: Any) -> Any:
 
 
 class ModelSpec(Model):
-    """The model: ``config`` is the name of a shipped config, or a path to a ``config.json``."""
+    """The model, by its config."""
 
     config: str
+    """Name of a shipped model config, or the path of a Hugging Face ``config.json``."""
 
 
 class RunContext(Model):
     """What must be recorded beside a benchmark's numbers for them to mean something."""
 
     commit: str
+    """Commit of the benchmark's harness."""
     gpu: str
+    """GPU, its memory, and how many."""
     machine: str
+    """Machine and CPU."""
     driver_cuda: str
+    """Driver and CUDA version."""
     model: str
+    """The model's name."""
     dtype: str
+    """Weights and activations."""
     vllm_version: str
+    """Version of the engine."""
     server_args: str
+    """The server's arguments."""
     request_shape: str
+    """Lengths and sampling."""
     load_pattern: str
+    """How the load was made."""
     notes: str | None = None
+    """Anything else."""
 
 
 class Assumption(Model):
-    """A constant that the source did not state: its ``origin``, and the ``field`` that holds it, if any."""
+    """A constant that the source did not state."""
 
     name: str
+    """What it is."""
     value: float | str
+    """The value that is assumed."""
     origin: str
+    """Where it comes from."""
     field: str | None = None
+    """Dotted path of the scenario's field that holds it; ``plan --sensitivity`` varies it."""
 
 
 def _engine_of(engine: EngineFlags, spec: ReplicaSpec) -> EngineFlags:
     """The engine's flags with those of a replica in their place."""
     written = engine.model_dump(include=engine.model_fields_set)
     try:
-        return parse(EngineFlags, written | spec.engine, source="engine")
+        return checked(parse(EngineFlags, written | spec.engine, source="engine"))
     except InputError as error:
         raise invalid(error.what, error.fix, at=error.where.removeprefix("engine: ")) from None
 
 
 class Scenario(Model):
-    """See the module. ``profile`` is the name of a shipped profile or a path; without one, step times come
-    from physics with typical efficiencies."""
+    """The file."""
 
     schema_version: Annotated[Literal[1], BeforeValidator(_version)]
+    """Version of this format."""
     name: str
+    """What results call the scenario."""
     description: str = ""
+    """For people."""
     model: ModelSpec
+    """The model."""
     gpu: GpuSpec
+    """The GPU of one rank."""
     profile: str | None = None
-    engine: EngineFlags
+    """Name of a shipped profile, or the path of one. Without it, step times are physics with typical
+    efficiencies, labelled so."""
+    engine: Annotated[EngineFlags, AfterValidator(checked)]
+    """The engine's flags."""
     fleet: Fleet = Fleet()
+    """How many engines, behind which router."""
     workload: WorkloadSpec
+    """The traffic, one stream or several stages."""
     sweep: Sweep | None = None
+    """Levels of the workload's stream, run one after the other."""
     plan: PlanSpec | None = None
+    """The open-loop traffic that ``plan`` probes, where it differs from the workload."""
     slo: tuple[Annotated[str, AfterValidator(_slo)], ...] = ()
+    """Objectives such as ``ttft:p95:500``, in milliseconds."""
     goodput: Annotated[str, AfterValidator(_goodput)] | None = None
+    """What a good request meets, such as ``ttft:500 tpot:50``, in milliseconds."""
     gpu_hour_cost: NonNegative | None = None
+    """Price of one GPU for an hour, in your currency."""
     reported: tuple[Reported, ...] = ()
+    """Tables that a benchmark published, for ``reproduce``."""
     run_context: RunContext | None = None
+    """What was recorded beside the benchmark's numbers."""
     assumptions: tuple[Assumption, ...] = ()
+    """Constants that the source did not state."""
     seed: Amount = 0
+    """Seed of traffic and noise."""
     replications: Count = 8
+    """How many seeds ``reproduce`` runs, from ``seed`` on."""
 
     _source: Path | None = PrivateAttr(default=None)
 
@@ -167,6 +203,16 @@ class Scenario(Model):
     def source(self) -> str:
         """What messages call the scenario: its file, or its name."""
         return self.name if self._source is None else str(self._source)
+
+    @property
+    def server(self) -> Server:
+        """The server that its engine is a part of."""
+        return SERVERS[self.engine.policy]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a result should say about the engine's configuration."""
+        return self.server.notes(self.engine)
 
     @property
     def slos(self) -> tuple[objectives.SLO, ...]:

@@ -63,6 +63,7 @@ class Poisson(Model):
 
     kind: Literal["poisson"]
     request_rate: Positive
+    """Requests a second."""
 
     def times(self, extent: Extent, rng: np.random.Generator) -> Times:
         """Arrival times, rising."""
@@ -70,11 +71,13 @@ class Poisson(Model):
 
 
 class Gamma(Model):
-    """Independent gamma gaps; ``burstiness`` is their shape: 1 is Poisson, below 1 burstier."""
+    """Independent gamma gaps."""
 
     kind: Literal["gamma"]
     request_rate: Positive
+    """Requests a second."""
     burstiness: Positive = 1.0
+    """Shape of the gaps: 1 is Poisson, below 1 burstier."""
 
     def times(self, extent: Extent, rng: np.random.Generator) -> Times:
         """Arrival times, rising."""
@@ -86,6 +89,7 @@ class Constant(Model):
 
     kind: Literal["constant"]
     request_rate: Positive
+    """Requests a second."""
 
     def times(self, extent: Extent, rng: np.random.Generator) -> Times:
         """Arrival times, rising."""
@@ -101,10 +105,15 @@ class VllmBench(Model):
 
     kind: Literal["vllm_bench"]
     request_rate: Annotated[float, Field(strict=True, gt=0, allow_inf_nan=True)] = math.inf
+    """Requests a second; ``.inf`` sends all at once."""
     burstiness: Annotated[float, Field(strict=True, gt=0, allow_inf_nan=True)] = 1.0
+    """Shape of the gaps; ``.inf`` makes them equal."""
     ramp_up_strategy: Literal["linear", "exponential"] | None = None
+    """How the rate rises."""
     ramp_up_start_rps: Positive | None = None
+    """Rate at the first request."""
     ramp_up_end_rps: Positive | None = None
+    """Rate at the last request."""
 
     @model_validator(mode="after")
     def _ramp(self) -> VllmBench:
@@ -142,12 +151,15 @@ class VllmBench(Model):
 class InferencePerf(Model):
     """The law of inference-perf: ``load: constant`` is a Poisson process conditioned on int(rate x duration)
     requests with the last at the end; ``load: poisson`` draws a Poisson number for each second, whose last
-    request comes at its end. The first second of a stage is a pause, ``start_delay_s``."""
+    request comes at its end."""
 
     kind: Literal["inference_perf"]
     request_rate: Positive
+    """Requests a second."""
     load: Literal["constant", "poisson"] = "constant"
+    """inference-perf's ``load.type``."""
     start_delay_s: NonNegative = 1.0
+    """Pause before the first request."""
 
     def times(self, extent: Extent, rng: np.random.Generator) -> Times:
         """Arrival times, rising."""
@@ -171,11 +183,13 @@ class InferencePerf(Model):
 
 
 class Timestamps(Model):
-    """Given times, replayed. ``request_rate`` stretches them to that mean rate (n / last time)."""
+    """Given times, replayed."""
 
     kind: Literal["timestamps"]
     times_s: Annotated[tuple[NonNegative, ...], Field(min_length=1)]
+    """Arrival times in seconds, rising."""
     request_rate: Positive | None = None
+    """Stretch the times to this mean rate (n / last time)."""
 
     @model_validator(mode="after")
     def _rising(self) -> Timestamps:
@@ -198,10 +212,11 @@ def replay(times: Times, request_rate: float | None, extent: Extent) -> Times:
 
 
 class ClosedLoop(Model):
-    """``concurrency`` clients, each sending its next request when its last one is done."""
+    """Clients that each send their next request when the last one is done."""
 
     kind: Literal["closed_loop"]
     concurrency: Count
+    """Clients."""
 
     def times(self, extent: Extent, rng: np.random.Generator) -> Times:
         """Zeros: the stream's ``max_concurrency`` does the rest."""

@@ -32,11 +32,11 @@ class Unique(_Content):
 
 
 class Same(_Content):
-    """Every prompt is a leading part of one text, so that prompts of one length are equal. Streams that
-    name the same ``text`` share it."""
+    """Every prompt is a leading part of one text, so that prompts of one length are equal."""
 
     kind: Literal["same"]
     text: str = "text"
+    """Name of the text. Streams that name the same one share it."""
 
 
 class Repeat(_Content):
@@ -48,20 +48,19 @@ class Repeat(_Content):
 
 
 class SharedPrefix(_Content):
-    """``groups`` groups of prompts, each group with its own ``prefix_tokens`` in front, added to the
-    stream's ``prompt_tokens``.
-
-    With ``prompts_per_group`` there are only groups x prompts_per_group different prompts, which come again
-    whole; without, the part behind the prefix is unique. ``order`` picks independently with equal chances
-    ("random"), or goes round one random permutation that starts anew in each stage ("cycle", as
-    inference-perf's shared_prefix does).
-    """
+    """Groups of prompts, each with a prefix of its own."""
 
     kind: Literal["shared_prefix"]
     groups: Count
+    """Number of prefixes."""
     prefix_tokens: Count
+    """Length of each prefix, in front of ``prompt_tokens``."""
     prompts_per_group: Count | None = None
+    """Different prompts of a group, which come again whole. Default, each prompt is unique behind its
+    prefix."""
     order: Literal["random", "cycle"] = "random"
+    """Which group comes next: each with equal chances, or round one random permutation that starts anew in
+    each stage (``cycle``, as inference-perf's ``shared_prefix`` does)."""
 
 
 def _kind(data: Any) -> str | None:

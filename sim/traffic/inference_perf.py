@@ -128,14 +128,13 @@ class WorkloadFile(Model):
 
 
 class InferencePerfWorkload(Model):
-    """A workload that an inference-perf file describes, loaded as written.
-
-    ``prompt_tokens_each`` is what a generated prompt token counts once its text is encoded again by the
-    server. The stages reproduce the rows of a reported table by their rate, as ``qps``.
-    """
+    """A workload that an inference-perf file describes. Its stages reproduce the rows of a reported table by
+    their rate, as ``qps``."""
 
     inference_perf: InputFile
+    """The workload file of inference-perf, loaded as written."""
     prompt_tokens_each: Positive = 1.0
+    """Tokens that the server counts for each prompt token of the file, as it encodes the text again."""
 
     @model_validator(mode="after")
     def _readable(self) -> InferencePerfWorkload:

@@ -23,11 +23,12 @@ class Fixed(Model):
 
     kind: Literal["fixed"] = "fixed"
     tokens: Count
+    """The length."""
 
     @model_validator(mode="before")
     @classmethod
     def _from_number(cls, data: Any) -> Any:
-        return data if isinstance(data, dict) else {"tokens": data}
+        return data if isinstance(data, dict) else {"kind": "fixed", "tokens": data}
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
@@ -44,7 +45,9 @@ class Uniform(Model):
 
     kind: Literal["uniform"]
     tokens: Count
+    """The middle."""
     range_ratio: Annotated[NonNegative, Field(lt=1)] = 0.0
+    """Half the width, as a share of it."""
 
     def draw(self, n: int, rng: np.random.Generator) -> Tokens:
         """``n`` lengths."""
@@ -54,16 +57,21 @@ class Uniform(Model):
 
 
 class Lognormal(Model):
-    """Rounded lognormal lengths, given by ``mean`` and ``std`` of the length, or by its ``median`` and the
-    ``sigma`` of its logarithm. Draws below ``min_tokens`` or above ``max_tokens`` are set to that bound."""
+    """Rounded lognormal lengths, given by ``mean`` and ``std``, or by ``median`` and ``sigma``."""
 
     kind: Literal["lognormal"]
     mean: Positive | None = None
+    """Mean length."""
     std: Positive | None = None
+    """Standard deviation of the length."""
     median: Positive | None = None
+    """Median length."""
     sigma: Positive | None = None
+    """Standard deviation of the length's logarithm."""
     min_tokens: Count = 1
+    """Shortest; draws below it are set to it."""
     max_tokens: Count | None = None
+    """Longest; draws above it are set to it."""
 
     @model_validator(mode="after")
     def _one_form(self) -> Lognormal:
@@ -93,13 +101,17 @@ class Lognormal(Model):
 
 
 class Empirical(Model):
-    """Drawn with replacement from ``values`` (with ``weights``: a histogram) or from a CSV ``column``."""
+    """Drawn with replacement from ``values``, or from a ``column`` of a CSV file."""
 
     kind: Literal["empirical"]
     values: tuple[Count, ...] | None = None
+    """Lengths to draw from."""
     weights: tuple[NonNegative, ...] | None = None
+    """How often each of them counts."""
     path: InputFile | None = None
+    """CSV file with a header."""
     column: str | None = None
+    """Its column of lengths."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Empirical:

@@ -27,29 +27,42 @@ Row = dict[str, int | float | str]  # keys of a reported table's row, and their 
 class StreamSpec(Model):
     """One client.
 
-    A prompt is ``system_prompt_tokens`` (the same for all streams that have as many), the prefix of its
-    group if ``content`` has groups, ``prompt_tokens`` of its own, and ``suffix_tokens``; a chat template's
-    tokens belong to the first and the last. The model produces ``output_tokens``, at most ``max_tokens``;
-    without ``max_tokens`` each request's limit is its output length (``ignore_eos``). A ``trace`` replaces
-    lengths and, unless ``arrivals`` is given, arrivals. ``start_s`` delays the stream within its stage.
+    A prompt is ``system_prompt_tokens``, the prefix of its group if ``content`` has groups, ``prompt_tokens``
+    of its own, and ``suffix_tokens``; a chat template's tokens belong to the first and the last.
     """
 
     name: str = "requests"
+    """Name of the stream, which also names its random numbers."""
     arrivals: Arrivals | None = None
+    """When requests are sent."""
     num_requests: Count | None = None
+    """How many requests."""
     duration_s: Positive | None = None
+    """Send what arrives before this many seconds."""
     max_concurrency: Count | None = None
+    """Most requests in flight; others wait in the client."""
     start_s: NonNegative = 0.0
+    """Delay of the stream within its stage."""
     trace: TraceSpec | None = None
+    """Recorded traffic, instead of drawn lengths and, unless ``arrivals`` is given, arrivals."""
     prompt_tokens: Lengths | None = None
+    """Prompt lengths."""
     output_tokens: Lengths | None = None
+    """Output lengths, as the model would end by itself."""
     max_tokens: Count | None = None
+    """Limit given to the engine. Without it, each request's limit is its output length (``ignore_eos``)."""
     system_prompt_tokens: Amount = 0
+    """Leading tokens that are the same in all prompts, and in all streams that have as many."""
     suffix_tokens: Amount = 0
+    """Tokens behind each prompt, such as a chat template's."""
     content: Content | None = None
+    """Which prompts share leading tokens. Default, none do."""
     priority: int = 0
+    """Lower runs first under the ``priority`` policy."""
     abort_after_s: Positive | None = None
+    """The client gives up this long after sending."""
     background: Flag = False
+    """Stop this stream when the others of its stage are done."""
 
     @model_validator(mode="after")
     def _lengths_once(self) -> StreamSpec:
@@ -89,12 +102,14 @@ class StreamSpec(Model):
 
 
 class Polling(Model):
-    """How a load generator notices that a stage is done: from ``after_s`` after the stage's start it looks
-    every ``every_s``, and waits another ``pause_s`` before the next stage."""
+    """How a load generator notices that a stage is done: it looks now and then."""
 
     after_s: NonNegative = 0.0
+    """First look, in seconds from the start of the stage."""
     every_s: Positive
+    """Between looks."""
     pause_s: NonNegative = 0.0
+    """From the look that finds all done to the next stage."""
 
     def end_s(self, done_s: float) -> float:
         """When the next stage starts if all requests are done at ``done_s``, both from the stage's start."""
@@ -103,16 +118,20 @@ class Polling(Model):
 
 
 class StageSpec(Model):
-    """Streams that run together. With ``drain`` the next stage waits until all requests are done, as its
-    ``polling`` finds out (at once without), otherwise it starts after ``duration_s``. ``row`` names the row
-    of a reported table that the stage reproduces."""
+    """Streams that run together."""
 
     streams: tuple[StreamSpec, ...] = Field(min_length=1)
+    """Streams that run together."""
     name: str | None = None
+    """Name of the stage in results."""
     drain: Flag = True
+    """Wait for all requests before the next stage."""
     polling: Polling | None = None
+    """How the load generator notices that they are done. Without it, at once."""
     duration_s: Positive | None = None
+    """Without ``drain``, when the next stage starts."""
     row: Row | None = None
+    """Keys of the reported row that this stage reproduces."""
 
     @model_validator(mode="after")
     def _complete(self) -> StageSpec:
@@ -134,22 +153,31 @@ class StageSpec(Model):
 
 
 class Workload(Model):
-    """Stages, one after the other, on servers that keep their state (and prefix cache) between them."""
+    """Traffic of several stages."""
 
     stages: tuple[StageSpec, ...] = Field(min_length=1)
+    """Stages, one after the other, on servers that keep their state (and prefix cache) between them."""
 
 
 class Level(Model):
     """One level of a sweep: what differs from the workload's stream."""
 
     concurrency: Count | None = None
+    """Closed loop at this concurrency."""
     request_rate: Positive | None = None
+    """Open loop at this rate, in requests a second."""
     num_requests: Count | None = None
+    """Instead of the stream's."""
     duration_s: Positive | None = None
+    """Instead of the stream's."""
     prompt_tokens: Lengths | None = None
+    """Instead of the stream's."""
     output_tokens: Lengths | None = None
+    """Instead of the stream's."""
     max_tokens: Count | None = None
+    """Instead of the stream's."""
     row: Row | None = None
+    """Keys of the reported row that this level reproduces. Default, its concurrency or request rate."""
 
     @model_validator(mode="after")
     def _one_axis(self) -> Level:
@@ -159,11 +187,12 @@ class Level(Model):
 
 
 class Sweep(Model):
-    """Levels of one stream, run one after the other in one run. A reported row belongs to the level whose
-    ``row`` it matches; without ``row``, to that of its ``concurrency`` or ``request_rate``."""
+    """Levels of one stream, run one after the other in one run."""
 
     levels: tuple[Level, ...] = Field(min_length=1)
+    """The levels, in order."""
     drain: Flag = True
+    """Wait for all requests of a level before the next."""
 
     def of(self, stream: StreamSpec) -> Workload:
         """The sweep's workload.
@@ -201,18 +230,26 @@ class Sweep(Model):
 
 
 class PlanSpec(Model):
-    """The open-loop traffic that ``plan`` probes: what differs from the workload's (first) stream. Prompts
-    are unique unless ``content`` says otherwise, or ``keep_content`` that they are as in the workload."""
+    """The open-loop traffic that ``plan`` probes: what differs from the workload's (first) stream."""
 
     arrivals: Literal["poisson", "gamma", "constant", "vllm_bench"] = "poisson"
+    """Arrival law."""
     burstiness: Positive | None = None
+    """Shape of the gaps under ``gamma`` and ``vllm_bench``."""
     num_requests: Count | None = None
+    """Requests of the stream; ``plan`` picks its own number."""
     duration_s: Positive | None = None
+    """Instead of a number of requests."""
     prompt_tokens: Lengths | None = None
+    """Instead of the stream's."""
     output_tokens: Lengths | None = None
+    """Instead of the stream's."""
     max_tokens: Count | None = None
+    """Instead of the stream's."""
     content: Content = Unique()
+    """Which prompts share leading tokens. Default, none do."""
     keep_content: Flag = False
+    """The prompts are those of the workload."""
 
     @model_validator(mode="after")
     def _burst(self) -> PlanSpec:

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from servecast.sim.inputs.errors import InputError
-from servecast.sim.inputs.schema import Count, DataFile, Model, Positive
+from servecast.sim.inputs.schema import Count, InputFile, Model, Positive
 
 MOONCAKE_BLOCK_TOKENS = 512
 
@@ -59,19 +59,20 @@ class Trace:
 
 
 class TraceSpec(Model):
-    """A trace in a scenario: it gives arrival times, lengths and, where it has hash ids, content.
-
-    ``block_tokens`` overrides the tokens of a hash id, ``seconds_per_unit`` the unit of a timed_trace's
-    timestamps, ``request_rate`` stretches its times to that mean rate, and requests of more than
-    ``max_total_tokens`` (prompt and output) are left out.
-    """
+    """A trace in a scenario: it gives arrival times, lengths and, where it has hash ids, content."""
 
     format: Literal["mooncake", "azure", "burstgpt", "timed_trace", "llmservingsim"]
-    path: DataFile
+    """Format of the file."""
+    path: InputFile
+    """The file."""
     block_tokens: Count | None = None
+    """Tokens that a hash id stands for. Default, the format's."""
     seconds_per_unit: Positive = 1.0
+    """Unit of a ``timed_trace``'s timestamps, in seconds."""
     request_rate: Positive | None = None
+    """Stretch the times to this mean rate (n / last time)."""
     max_total_tokens: Count | None = None
+    """Leave longer requests out (prompt and output)."""
 
     def read(self) -> Trace:
         """The trace.
@@ -79,12 +80,6 @@ class TraceSpec(Model):
         Raises:
             InputError: the file is wrong, or no request is left.
         """
-        if not self.path.is_file():
-            raise InputError(
-                f"there is no file {str(self.path)!r}",
-                where="trace.path",
-                fix="Set the environment variable SERVECAST_DATA to the folder that holds the data.",
-            )
         if self.format == "mooncake":
             trace = read_mooncake(self.path, block_tokens=self.block_tokens or MOONCAKE_BLOCK_TOKENS)
         elif self.format == "timed_trace":

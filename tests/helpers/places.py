@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parents[1]
 REPOSITORY = TESTS.parent
 HELPERS = TESTS / "helpers"
 SAMPLES = TESTS / "samples"
-DATA = Path(os.environ.get("SERVECAST_DATA") or REPOSITORY.parent / "shared" / "data")
+DATA = TESTS / "data"
+VLLM = REPOSITORY / ".venv-vllm"  # made by `make vllm`

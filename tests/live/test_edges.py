@@ -20,8 +20,8 @@ import pandas as pd
 import pytest
 from live_fakes import FakeServer, fake_python
 
+from servecast import __main__ as cli
 from servecast.calibrate.measure.vllm.tiny_model import write_tiny_model
-from servecast.sim import cli
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.scenario.deployment import Deployment
 from servecast.sim.scenario.scenario import Scenario, load

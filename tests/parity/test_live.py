@@ -65,14 +65,12 @@ def _send(port: int, prompt: list[int], max_tokens: int, delay: float, leave_aft
 @pytest.fixture(scope="module")
 def recording(tmp_path_factory: pytest.TempPathFactory) -> Recording:
     """Prompts with shared prefixes on a pool so small that requests preempt each other; some hang up."""
-    if not ENVIRONMENT.exists():
-        pytest.skip("needs vLLM: run tools/install_vllm.sh")
     folder = tmp_path_factory.mktemp("live")
     model = write_tiny_model(folder / "tiny", max_position_embeddings=512)
     port, log, file = _free_port(), folder / "server.log", folder / "steps.jsonl"
     environment = os.environ | {
         "SERVECAST_RECORDING": str(file),
-        "PYTHONPATH": str(HERE.parent / "calibrate"),
+        "PYTHONPATH": str(HERE.parents[1] / "calibrate"),
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
@@ -81,7 +79,7 @@ def recording(tmp_path_factory: pytest.TempPathFactory) -> Recording:
         *(str(ENVIRONMENT / "bin" / "python"), "-m", "vllm.entrypoints.cli.main", "serve", str(model)),
         *("--served-model-name", "tiny", "--load-format", "dummy", "--enforce-eager", "--port", str(port)),
         *("--max-model-len", "512", "--max-num-seqs", "12", "--max-num-batched-tokens", "256"),
-        *("--num-gpu-blocks-override", "15", "--scheduler-cls", "measure.recording_scheduler.Recording"),
+        *("--num-gpu-blocks-override", "15", "--scheduler-cls", "measure.vllm.recording_scheduler.Recording"),
     ]
     with log.open("wb") as out:
         server = subprocess.Popen(command, env=environment, stdout=out, stderr=out)
@@ -106,11 +104,13 @@ def recording(tmp_path_factory: pytest.TempPathFactory) -> Recording:
     return read_recording(file)
 
 
+@pytest.mark.vllm
 def test_replay_of_a_live_run(recording: Recording) -> None:
     mismatch = compare(recording.recorded, recording.recorded.scenario.config.version)
     assert mismatch is None, str(mismatch)
 
 
+@pytest.mark.vllm
 def test_the_live_run_is_worth_replaying(recording: Recording) -> None:
     events, scenario = recording.recorded.events(), recording.recorded.scenario
     schedules = [event for event in events if "schedule" in event]
@@ -124,21 +124,20 @@ def test_the_live_run_is_worth_replaying(recording: Recording) -> None:
     assert len({a.step for a in scenario.arrivals}) > 10
 
 
+@pytest.mark.vllm
 @pytest.mark.parametrize("version", ["0.23", "0.32"])
 def test_recording_with_async_scheduling(tmp_path: Path, version: str) -> None:
     """The CPU server schedules synchronously, so the other class records without one; aborts included."""
-    if not ENVIRONMENT.exists():
-        pytest.skip("needs vLLM: run tools/install_vllm.sh")
     drawn = random_scenarios(version, 11, 200)
     scenario = next(
         s for s in drawn if len(s.aborts) > 8 and s.config.async_scheduling and s.config.enable_prefix_caching
     )
     driver = (
-        "from measure import recording_scheduler as r; import vllm_scheduler as v;"
+        "from measure.vllm import recording_scheduler as r; import vllm_scheduler as v;"
         "v.Scheduler, v.AsyncScheduler = r.RecordingScheduler, r.RecordingAsyncScheduler; v.main()"
     )
     file = tmp_path / "steps.jsonl"
-    folders = [str(HERE), str(HERE.parent / "calibrate")]
+    folders = [str(HERE), str(HERE.parents[1] / "calibrate")]
     sources = ENVIRONMENT / f"vllm-{version}"
     environment = os.environ | {
         "SERVECAST_RECORDING": str(file),
@@ -160,6 +159,7 @@ def test_recording_with_async_scheduling(tmp_path: Path, version: str) -> None:
     assert mismatch is None, str(mismatch)
 
 
+@pytest.mark.vllm
 def test_recording_is_cheap(recording: Recording) -> None:
     print(f"recording: {recording.microseconds_per_step:.1f} us a step over {recording.steps} steps")
     assert 0 < recording.microseconds_per_step < 500

@@ -8,14 +8,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from places import DATA, REPOSITORY
+
+sys.path.append(str(REPOSITORY / "docs"))
+
+import parity_page
+from mutations import ENGINE, Mutation, catch, load_mutations
+from parity_page import ci_scenarios
 
 from servecast.sim.engine.rules import RULES
 from servecast.sim.engine.scheduler import Scheduler
 from servecast.sim.inputs.errors import InputError
 from servecast.validate.parity import command as cli
-from servecast.validate.parity import page as parity_report
-from servecast.validate.parity.mutations import ENGINE, Mutation, catch, load_mutations
-from servecast.validate.parity.page import ci_scenarios
 from servecast.validate.parity.parity import (
     Mismatch,
     ParityResult,
@@ -28,7 +32,6 @@ from servecast.validate.parity.parity import (
 from servecast.validate.parity.scenarios import (
     Scenario,
     corner_cases,
-    data_folder,
     random_scenarios,
     trace_scenarios,
 )
@@ -37,7 +40,7 @@ from servecast.validate.parity.vllm_process import ENVIRONMENT, VllmProcess
 
 VERSIONS = tuple(RULES)
 MUTATIONS = load_mutations()
-needs_vllm = pytest.mark.skipif(not ENVIRONMENT.exists(), reason="needs vLLM: run tools/install_vllm.sh")
+needs_vllm = pytest.mark.vllm
 
 
 def installed(version: str) -> VllmProcess:
@@ -66,7 +69,7 @@ def results(vllm: dict[str, VllmProcess], recorded: dict[str, list[Recorded]]) -
 
 @pytest.fixture(scope="module")
 def control(vllm: dict[str, VllmProcess]) -> list[Recorded]:
-    return parity_report.record_control(vllm["0.32"])
+    return parity_page.record_control(vllm["0.32"])
 
 
 @pytest.fixture(scope="module")
@@ -118,10 +121,7 @@ def test_scenarios_cover_every_option(recorded: dict[str, list[Recorded]], versi
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("trace", ["conversation_trace", "synthetic_trace"])
 def test_mooncake_traces(vllm: dict[str, VllmProcess], version: str, trace: str) -> None:
-    data = data_folder()
-    if data is None:
-        pytest.skip("needs the Mooncake traces: set SERVECAST_DATA to the folder that holds traces/")
-    scenarios = trace_scenarios(data / "traces" / f"{trace}.jsonl", version, 4)
+    scenarios = trace_scenarios(DATA / "mooncake" / f"{trace}.jsonl", version, 4, requests=100)
     result = parity(version, record(vllm[version], scenarios))
     assert not result.mismatches, str(result.mismatches[0])
     assert result.scenarios == 4
@@ -132,7 +132,7 @@ def test_mooncake_traces(vllm: dict[str, VllmProcess], version: str, trace: str)
 def test_rules_of_another_version_differ(
     recorded: dict[str, list[Recorded]], control: list[Recorded]
 ) -> None:
-    counts = parity_report.negative_control(control)
+    counts = parity_page.negative_control(control)
     assert counts["of"] == 25
     assert counts["differ"] >= 20
     assert all(compare(one, "0.32") is None for one in control), "the same recordings, under their own rules"
@@ -155,14 +155,14 @@ def test_docs_say_what_was_found(
 ) -> None:
     if len(caught) < len(MUTATIONS):
         pytest.skip("only some of the mutations ran")
-    text = parity_report.report(
+    text = parity_page.report(
         list(results.values()),
-        parity_report.negative_control(control),
+        parity_page.negative_control(control),
         [(mutation, caught[mutation.rule]) for mutation in MUTATIONS],
-        parity_report.load_long_run(),
+        parity_page.load_long_run(),
     )
-    page = (parity_report.DOCS / "parity.md").read_text()
-    assert page == text, "run python -m servecast.validate.parity.page"
+    page = (parity_page.DOCS / "parity.md").read_text()
+    assert page == text, "run python docs/parity_page.py"
 
 
 def test_the_engine_cannot_reach_vllm() -> None:
@@ -179,7 +179,7 @@ def test_a_mutation_is_one_line_of_the_engine(mutation: Mutation) -> None:
 
 
 def test_a_mutation_of_a_line_that_is_gone_is_refused() -> None:
-    with pytest.raises(LookupError, match="0 times in sim/scheduler"):
+    with pytest.raises(LookupError, match="0 times in sim/engine/scheduler"):
         Mutation("a rule", "scheduler", "no such line", "another").scheduler()
 
 

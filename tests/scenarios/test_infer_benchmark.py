@@ -368,6 +368,7 @@ def test_what_chunked_prefill_would_do_is_predicted() -> None:
     assert {"workload", "model", "metric", "before", "predicted"} <= set(rows[0])
 
 
+@pytest.mark.slow
 def test_the_profiles_are_what_the_fit_finds() -> None:
     """The fit sees the rows that the scenarios name for it and no other."""
     for name, profile in fit_padded().items():

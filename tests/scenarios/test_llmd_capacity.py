@@ -13,7 +13,7 @@ from servecast.sim.hardware.profile import Profile
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.plan.fleet_size import fleet_size
 from servecast.sim.plan.prefix_slots import PrefixSlots
-from servecast.sim.plan.probe import ProbedRate
+from servecast.sim.plan.prober import ProbedRate
 from servecast.sim.reproduce.cell import Cell
 from servecast.sim.reproduce.reported_ranking import Sustained, rank
 from servecast.sim.reproduce.reproduce import reproduce

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from small_scenarios import scenario_file
 
 from servecast.scenarios.make.recorded_run import fit_host, read_run, table_of
 from servecast.sim.hardware.profile import Profile
@@ -78,12 +79,8 @@ def scenario(folder: Path, **changes: Any) -> Path:
     (folder / "table.csv").write_text(
         "requests,makespan_s,e2e_mean_ms,ttft_mean_ms\nall,5.5,1,1\nfirst-1,1,1,1\nlast-2,1,1,1\n"
     )
-    data = {
-        "schema_version": 1,
+    sections: dict[str, Any] = {
         "name": "recorded",
-        "model": {"config": "Qwen2.5-0.5B-Instruct"},
-        "gpu": {"name": "l4"},
-        "engine": {"version": "0.23"},
         "workload": {"trace": {"format": "llmservingsim", "path": "workload.jsonl"}},
         "reported": [
             {
@@ -95,9 +92,7 @@ def scenario(folder: Path, **changes: Any) -> Path:
             }
         ],
     }
-    path = folder / "scenario.yaml"
-    path.write_text(yaml.safe_dump(data | changes))
-    return path
+    return scenario_file(folder, **sections | changes)
 
 
 def test_the_two_clocks_are_aligned_where_a_request_was_queued_soonest(tmp_path: Path) -> None:
@@ -198,23 +193,13 @@ def test_host_times_are_recovered_from_the_first_requests(tmp_path: Path) -> Non
     assert found.cold_start_s == pytest.approx(0.4, rel=0.02)
 
 
-def test_data_elsewhere_is_found_by_its_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = scenario(
-        tmp_path, workload={"trace": {"format": "llmservingsim", "path": "$SERVECAST_DATA/workload.jsonl"}}
-    )
-    monkeypatch.setenv("SERVECAST_DATA", str(tmp_path))
-    requests = simulate(load(path)).requests
+def test_a_scenario_replays_the_recorded_traffic(tmp_path: Path) -> None:
+    requests = simulate(load(scenario(tmp_path))).requests
     assert requests["arrival"].to_list() == pytest.approx([row[0] for row in REQUESTS])
     assert requests["prompt_tokens"].to_list() == [row[4] for row in REQUESTS]
 
 
-def test_data_that_is_absent_is_missed_when_it_is_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = scenario(
-        tmp_path, workload={"trace": {"format": "llmservingsim", "path": "$SERVECAST_DATA/workload.jsonl"}}
-    )
-    monkeypatch.setenv("SERVECAST_DATA", str(tmp_path / "none"))
-    loaded = load(path)
-    with pytest.raises(InputError, match=r"there is no file .*none/workload.jsonl.* Set .* SERVECAST_DATA"):
-        simulate(loaded)
+def test_a_trace_that_is_absent_is_missed_at_once(tmp_path: Path) -> None:
+    path = scenario(tmp_path, workload={"trace": {"format": "llmservingsim", "path": "elsewhere.jsonl"}})
+    with pytest.raises(InputError, match=r"there is no file .*elsewhere.jsonl.* relative to the scenario"):
+        load(path)

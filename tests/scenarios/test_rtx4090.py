@@ -1,8 +1,4 @@
-"""Llama-3.1-8B on an RTX 4090: kernels timed one by one, against a real run of the engine.
-
-The data (casys-kaist/LLMServingSim) is not part of this repository: it is looked for under the environment
-variable SERVECAST_DATA and at ``../shared/data``.
-"""
+"""Llama-3.1-8B on an RTX 4090: kernels timed one by one, against a real run of the engine."""
 
 from __future__ import annotations
 
@@ -24,12 +20,9 @@ from servecast.sim.reproduce.reproduction import TableReproduction
 from servecast.sim.run.simulate import simulate
 from servecast.sim.scenario.deployment import Deployment
 from servecast.sim.scenario.scenario import load
+from servecast.sim.traffic.traces import TraceSpec
 
 FOLDER = DATA / "rtx4090_llama8b"
-pytestmark = pytest.mark.skipif(
-    not FOLDER.is_dir(), reason=f"no {FOLDER}: set SERVECAST_DATA to the folder with rtx4090_llama8b"
-)
-
 SCENARIO = load("rtx4090-llama-3.1-8b")
 BARS = {"makespan": 3, "e2e_mean": 3, "tpot_mean": 3, "ttft_mean": 5, "_p99": 8}  # percent
 # 1.5 is the largest error of any cell when this was written: a change that costs accuracy should be seen
@@ -55,7 +48,10 @@ def profile(kind: str) -> Profile:
 
 @cache
 def real() -> Run:
-    return read_run(FOLDER / "run")
+    workload = SCENARIO.workload
+    assert workload is not None
+    assert isinstance(workload.trace, TraceSpec)
+    return read_run(FOLDER / "run", workload.trace.path)
 
 
 @cache

@@ -13,6 +13,7 @@ import numpy as np
 
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.metrics.records import Run
+from servecast.sim.plan.judge import Objectives
 from servecast.sim.run.simulate import simulate
 from servecast.sim.scenario.deployment import Deployment
 from servecast.sim.scenario.scenario import Scenario
@@ -55,7 +56,7 @@ def judge_result(
     scenario = deployment.scenario
     numbers = range(scenario.seed, scenario.seed + seeds)
     loads = [_judge(reading, deployment, tolerances, numbers, traffic) for reading in readings]
-    return compare_loads(loads, tolerances=tolerances, slos=scenario.slos)
+    return compare_loads(loads, tolerances=tolerances, objectives=Objectives.of(scenario))
 
 
 def _judge(

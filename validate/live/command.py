@@ -105,8 +105,7 @@ def live(
     else:
         server = _to_start(serve, vllm_flags, python, attach, recorder=recorder)
 
-    from servecast.calibrate.ending import sigterm_as_ctrl_c
-    from servecast.calibrate.measure.errors import MeasureError
+    from servecast.calibrate.measure.vllm.ending import sigterm_as_ctrl_c
     from servecast.sim.run.results import check_output, write_result
     from servecast.validate.compare.page import write_comparison_report
     from servecast.validate.compare.verdict import Tolerances
@@ -143,11 +142,8 @@ def live(
         say=_say,
         after_load=keep,
     )
-    try:
-        with sigterm_as_ctrl_c():
-            campaign.run()
-    except MeasureError as error:
-        raise InputError(error.what, where=error.where, fix=error.fix) from None
+    with sigterm_as_ctrl_c():
+        campaign.run()
     comparison, kept = keep(campaign)
     write_comparison_report(
         page,
@@ -235,10 +231,15 @@ def _ends(kept: dict[str, Any]) -> dict[str, Any]:
         "kv_blocks": server.get("num_gpu_blocks"),
         "gpu": kept["machine"]["gpu"],
         "date": kept["date"],
-        "largest_rate_that_plan_confirms": kept["plan_max_request_rate"],
+        **{f"predicted_{each['metric']}": _between(each) for each in kept["searches"]},
         **({} if added is None else {"latency_that_the_proxy_adds": f"{added:.3g} ms"}),
         "servecast": kept["servecast_version"],
     }
+
+
+def _between(search: dict[str, Any]) -> str:
+    low, high = ("-" if each is None else f"{each:.4g}" for each in search["between"])
+    return f"{low} to {high} requests/s"
 
 
 def _print(comparison: Comparison, kept: dict[str, Any]) -> None:
@@ -249,8 +250,6 @@ def _print(comparison: Comparison, kept: dict[str, Any]) -> None:
     for name, value in _ends(kept).items():
         print(f"{name.replace('_', ' ')}: {'-' if value is None else value}")
     hashes = {f"prediction of {load['name']}": load["prediction_sha256"] for load in kept["loads"]}
-    if kept["plan_max_request_rate_sha256"] is not None:
-        hashes["largest rate that plan confirms"] = kept["plan_max_request_rate_sha256"]
     hashes |= {f"search of {each['plan']}": each["sha256"] for each in kept["searches"]}
     for name, sha256 in hashes.items():
         print(f"{name}: sha256 {sha256}")

@@ -15,7 +15,6 @@ from typing import Any
 
 import pandas as pd
 
-from servecast.calibrate.measure.errors import MeasureError
 from servecast.calibrate.measure.vllm.bench_serve import TookTooLongError, run_bench
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.inputs.files import write_whole
@@ -139,7 +138,7 @@ def drive(
                 timeout_s=timeout_s if most_s is None else min(timeout_s, most_s),
             )
             measured = _read(said, folder / "bench.json", load)
-        except (MeasureError, InputError) as error:
+        except InputError as error:
             problem, timed_out = without(target.key, str(error)), isinstance(error, TookTooLongError)
     first, last = (math.nan, math.nan) if measured is None else _in_flight(measured)
     telemetry = pd.DataFrame()

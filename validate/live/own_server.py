@@ -10,9 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from servecast.calibrate.measure.errors import MeasureError
 from servecast.calibrate.measure.vllm.server import VllmServer, recording
-from servecast.sim.inputs.errors import InputError
 from servecast.sim.scenario.engine_flags import EngineFlags
 from servecast.validate.live.target import Target
 
@@ -68,15 +66,9 @@ def started(own: OwnServer, engine: EngineFlags, changes: Mapping[str, Any], out
     served = own.model.name
     args += ["--served-model-name", served]
     server = VllmServer(own.model, args, log=out / f"{name}.log", python=own.python, env=env)
-    try:
-        server.__enter__()
-    except MeasureError as error:
-        raise InputError(error.what, where=error.where, fix=error.fix) from None
-    try:
+    with server:
         assert server.pid is not None
         yield Started(Target(server.base_url, served, str(own.model), own=True), file, server.pid)
-    finally:
-        server.stop()
 
 
 def serve_flags(engine: EngineFlags, fields: Iterable[str] | None = None) -> list[str]:

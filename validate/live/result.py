@@ -17,6 +17,7 @@ import numpy as np
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.metrics.confidence import Interval
 from servecast.sim.metrics.records import Run
+from servecast.sim.plan.judge import Objectives
 from servecast.sim.run.results import SCHEMA_VERSION, check_output
 from servecast.sim.traffic.traces import TraceSpec
 from servecast.validate.compare.load import CONFIDENCE, LoadComparison, Row, compare_runs, make_row
@@ -25,7 +26,7 @@ from servecast.validate.compare.verdict import Tolerances, Verdict
 from servecast.validate.live.drive import Outcome
 from servecast.validate.live.loads import BLOCK_TOKENS
 from servecast.validate.live.own_server import OwnServer
-from servecast.validate.live.search import SEARCHES, goodput_of
+from servecast.validate.live.search import SEARCHES
 from servecast.validate.live.session import Campaign
 from servecast.validate.live.telemetry import growth
 
@@ -69,9 +70,12 @@ def judge(
     comparison = compare_loads(
         loads,
         tolerances=tolerances,
-        slos=campaign.scenario.slos,
-        goodput=goodput_of(campaign.scenario),
-        predicted={SEARCHES[each.plan].metric: each.ends for each in campaign.predicted_rates},
+        objectives=Objectives.of(campaign.scenario),
+        predicted={
+            SEARCHES[each.plan].metric: each.ends
+            for each in campaign.predicted_rates
+            if each.plan in campaign.plans  # on both sides, or on neither
+        },
     )
     missing = [
         f"{outcome.load.name}: {outcome.problem}"
@@ -147,8 +151,8 @@ def document(
     """The result: what was predicted of what, what came of it, and what both rest on. No key, and no path of
     this machine.
 
-    plan_max_request_rate is the largest rate that the search of ``servecast plan`` confirms, on which the
-    loads were planned. The sweep's max_request_rate is read off the loads that ran: see live.Campaign.
+    searches: where the largest rate, or the knee, was predicted to lie. The rows of the sweep take them over
+    for a plan that searched the server in the same way, and are read off the loads that ran for another.
     """
     judged = {load.label: load.to_json() for load in comparison.loads}
     return {
@@ -169,8 +173,6 @@ def document(
         "reasons": list(comparison.verdict.reasons),
         "notes": list(comparison.notes),
         "slo": list(campaign.scenario.slo),
-        "plan_max_request_rate": campaign.max_rate,
-        "plan_max_request_rate_sha256": campaign.max_rate_sha256,
         "searches": [each.to_json() | {"sha256": each.sha256} for each in campaign.predicted_rates],
         "proxy_added_latency_ms": None if campaign.proxy_s is None else 1e3 * campaign.proxy_s,
         "sweep": [_short(row.to_json()) for row in comparison.sweep],

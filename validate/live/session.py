@@ -19,8 +19,9 @@ from typing import Any
 from servecast.calibrate.measure.facts import collect
 from servecast.calibrate.measure.folder import Budget
 from servecast.sim.inputs.errors import InputError
-from servecast.sim.plan import capacity
-from servecast.sim.run.results import context, write_result
+from servecast.sim.plan.capacity import first_guess
+from servecast.sim.plan.judge import Objectives
+from servecast.sim.run.results import write_result
 from servecast.sim.run.simulate import RateProbe
 from servecast.sim.scenario.deployment import Deployment
 from servecast.sim.scenario.scenario import Scenario
@@ -28,13 +29,12 @@ from servecast.validate.live.drive import BENCH_START_S, Outcome, drive, predict
 from servecast.validate.live.loads import PLANS, SWEPT, Load, Planner, check_plans
 from servecast.validate.live.misfit import refuse_misfit, replaced
 from servecast.validate.live.own_server import OwnServer, started
-from servecast.validate.live.search import SEARCHES, PredictedRate, goodput_of, predict_rate, search
+from servecast.validate.live.search import SEARCHES, PredictedRate, predict_rate, search_near
 from servecast.validate.live.target import Target, answers, proxy_latency_s, warm_up
 from servecast.validate.live.telemetry import Prometheus
 from servecast.validate.live.truth import Truth, read_truth
 
 SERVER_START_S = 90.0
-PLAN_REQUESTS, PLAN_REPLICATIONS = 1000, 4  # where the largest rate is looked for, only to choose loads
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +62,10 @@ class Campaign:
 
     Attributes:
         outcomes: of the loads that ran, also after an error.
-        max_rate: the largest rate at the SLOs by the search of ``servecast plan``: it holds with confidence
-            over replications, behind their warm-up. Loads are chosen by it, if a plan asks for that. The
-            sweep's max_request_rate is another figure: interpolated between the loads that ran, in the same
-            way of what was predicted and of what was measured, so that the two can be compared.
-        max_rate_sha256: of prediction-max-rate.json, which says so before any load runs.
-        predicted_rates: where the searches (plans "slo" and "knee") end in simulation, before any load runs.
+        predicted_rates: where the searches end in simulation, before any load runs: those of the plans "slo"
+            and "knee", and that of the largest rate wherever loads are chosen by it. They judge a load in the
+            way in which what was measured is judged, so that the two can be compared; ``servecast plan`` is
+            stricter: it asks for confidence over other traffic, in a steady state.
         profile_sha256: before anything ran. truth, machine: of the server, and of this machine.
         proxy_s: what a proxy adds to a request.
         left_out: loads for which the time budget did not last.
@@ -93,13 +91,17 @@ class Campaign:
     truth: Truth | None = None
     machine: Mapping[str, Any] = field(default_factory=collect)
     proxy_s: float | None = None
-    max_rate: float | None = None
-    max_rate_sha256: str | None = None
     predicted_rates: list[PredictedRate] = field(default_factory=list)
     profile_sha256: str | None = None
     left_out: list[str] = field(default_factory=list)
     stopped: str | None = None
     finished: bool = False
+
+    @property
+    def max_rate(self) -> float | None:
+        """The predicted largest rate at the objectives, None if it was not looked for or not bracketed."""
+        ends = next((each.ends for each in self.predicted_rates if each.plan == "slo"), None)
+        return None if ends is None or not ends.low or math.isinf(ends.high) else ends.estimate
 
     def run(self) -> None:
         """Predict and measure. Ctrl-C, a server that dies, or an error after the first load ends it with what
@@ -110,7 +112,7 @@ class Campaign:
                 plan is unknown or does not fit the scenario.
         """
         check_plans(self.plans, self.rates, self.concurrency)
-        if "slo" in self.plans and not (self.scenario.slos or self.scenario.goodput_limits):
+        if "slo" in self.plans and Objectives.of(self.scenario) is None:
             raise InputError(
                 "there is no SLO to search the largest rate of",
                 where=f"{self.scenario.source}: slo",
@@ -142,23 +144,21 @@ class Campaign:
     def _at_home(self, budget: Budget) -> list[Load]:
         """Run what the server as it is can be asked; the loads that need another are returned."""
         with self._served({}) as served:
-            levels = {"rate": self.rates, "concurrency": self.concurrency}
-            if not all(levels.get(name) for name in self.plans):
-                self.max_rate = self._largest_rate(served)
             planner = Planner(
                 served.deployment,
                 self.out.absolute(),
-                self.max_rate or self._burst_rate(served),
+                2 * first_guess(RateProbe(served.deployment), self.seed),
                 self.duration_s,
                 self.seed,
                 self.rates,
                 self.concurrency,
             )
             self._predict_rates(planner)
+            planner = replace(planner, max_rate=self.max_rate or planner.max_rate)
             loads = [load for name in self.plans if name in PLANS for load in PLANS[name](planner)]
             self._all([load for load in loads if not load.engine], served, budget)
             for searched in self.predicted_rates:
-                if self.stopped is None:
+                if self.stopped is None and searched.plan in self.plans:
                     self._search(searched, planner, served, budget)
         return [load for load in loads if load.engine]
 
@@ -209,31 +209,6 @@ class Campaign:
             self.notes += [*notes, *replaced(truth, self.scenario)]
         return _Served(target, recording, deployment)
 
-    def _largest_rate(self, served: _Served) -> float | None:
-        """The predicted largest rate at the scenario's SLOs, and prediction-max-rate.json."""
-        if not (self.scenario.slos or self.scenario.goodput_limits):
-            return None
-        self.say("predicting the largest rate")
-        probe = RateProbe(served.deployment)
-        found = capacity.plan(
-            probe,
-            served.deployment.scenario.slos,
-            goodput=goodput_of(served.deployment.scenario),
-            start_rate=capacity.first_guess(probe, self.seed),
-            seed=self.seed,
-            max_requests=PLAN_REQUESTS,
-            replications=(PLAN_REPLICATIONS,),
-        )
-        document = context(served.deployment, seed=self.seed, what_if={}) | found.to_json()
-        path = self.out / "prediction-max-rate.json"
-        write_result(path, document)
-        self.max_rate_sha256 = _sha256(path)
-        return found.max_request_rate
-
-    def _burst_rate(self, served: _Served) -> float:
-        """The rate at which a burst is served."""
-        return 2 * capacity.first_guess(RateProbe(served.deployment), self.seed)
-
     def _all(self, loads: Sequence[Load], served: _Served, budget: Budget) -> None:
         """Predict all loads, then run them."""
         self.say(f"predicting {len(loads)} load{'s' * (len(loads) != 1)}")
@@ -266,8 +241,14 @@ class Campaign:
                 return
 
     def _predict_rates(self, planner: Planner) -> None:
-        """Search the rates of the plans that do, by simulation, and write prediction-PLAN.json."""
-        for plan in [name for name in self.plans if name in SEARCHES]:
+        """Search the rates of the plans that do, and the largest rate where others choose their loads by it,
+        by simulation, and write prediction-PLAN.json."""
+        plans = [name for name in self.plans if name in SEARCHES]
+        chosen = {"rate": not self.rates, "concurrency": False}  # the other plans always choose by it
+        by_rate = any(chosen.get(name, True) for name in self.plans if name in PLANS)
+        if by_rate and "slo" not in plans and Objectives.of(self.scenario) is not None:
+            plans.insert(0, "slo")
+        for plan in plans:
             self.say(f"predicting where plan {plan} ends")
             found = predict_rate(plan, planner, range(self.seed, self.seed + self.seeds))
             path = self.out / f"prediction-{plan}.json"
@@ -296,7 +277,7 @@ class Campaign:
                 return None
             return SEARCHES[plan].holds([measured.run], scenario)
 
-        search(holds, searched.ends.estimate, tried)
+        search_near(holds, searched.ends.estimate, tried)
 
 
 def _sha256(path: Path) -> str:

@@ -9,12 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
@@ -22,9 +21,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import psutil
 
-from servecast.calibrate.ending import descendants, kill
-from servecast.calibrate.measure.errors import MeasureError
 from servecast.calibrate.measure.vllm.bench_serve import run_bench
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.inputs.files import write_whole
@@ -86,8 +84,8 @@ class Split:
         first router, ends it with what is done.
 
         Raises:
-            InputError: the replicas are not alike, cache no prefixes, or one does not start.
-            MeasureError: a load generator fails.
+            InputError: the replicas are not alike, cache no prefixes, one does not start, or a load generator
+                fails.
         """
         self._refuse()
         self.out.mkdir(parents=True, exist_ok=True)
@@ -104,7 +102,7 @@ class Split:
                     self.after_router(self)
         except KeyboardInterrupt:
             self.stopped = "stopped by hand"
-        except (InputError, MeasureError, OSError) as error:
+        except (InputError, OSError) as error:
             if not self.measured:
                 raise
             self.stopped = f"not all routers were measured: {error}"
@@ -205,14 +203,16 @@ class Split:
             return read(result).run
 
         used = [number for number, part in enumerate(parts) if len(part)]
-        others = descendants(os.getpid())
+        others = set(psutil.Process().children(recursive=True))
         with ThreadPoolExecutor(len(used)) as pool:
             driven = [pool.submit(drive, number) for number in used]
             try:
                 runs = [each.result() for each in driven]
             except BaseException:  # leaving the pool would wait for the benchmarks to end by themselves
                 while not all(each.done() for each in driven):
-                    kill({pid: born for pid, born in descendants(os.getpid()).items() if pid not in others})
+                    for child in set(psutil.Process().children(recursive=True)) - others:
+                        with suppress(psutil.NoSuchProcess):
+                            child.kill()
                     time.sleep(0.1)
                 raise
         grown = [

@@ -57,8 +57,7 @@ def split(
     if not (serve / "config.json").is_file():
         raise InputError("has no config.json", where=f"--serve {serve}", fix="Give the folder of a model.")
 
-    from servecast.calibrate.ending import sigterm_as_ctrl_c
-    from servecast.calibrate.measure.errors import MeasureError
+    from servecast.calibrate.measure.vllm.ending import sigterm_as_ctrl_c
     from servecast.sim.run.results import write_result
     from servecast.validate.live.own_server import OwnServer
     from servecast.validate.live.result import new_result
@@ -101,11 +100,8 @@ def split(
         say=_say,
         after_router=keep,
     )
-    try:
-        with sigterm_as_ctrl_c():
-            found.run()
-    except MeasureError as error:
-        raise InputError(error.what, where=error.where, fix=error.fix) from None
+    with sigterm_as_ctrl_c():
+        found.run()
     verdict, kept = keep(found)
     if json:
         print_json(kept)

@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
 
-from servecast.calibrate.measure.errors import MeasureError
 from servecast.calibrate.measure.vllm.bench_serve import api_key
 from servecast.sim.inputs.errors import InputError
 from servecast.validate.live.telemetry import get, post_s
@@ -64,10 +63,7 @@ class Target:
         """
         if self.api_key_env is None:
             return None
-        try:
-            return api_key(self.api_key_env)
-        except MeasureError as error:
-            raise InputError(error.what, where=error.where, fix=error.fix) from None
+        return api_key(self.api_key_env)
 
 
 def without(key: str | None, text: str) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -213,13 +212,6 @@ def _lengths(
         "max_tokens": max_tokens,
         "content": tuple(content),
     }
-
-
-def data_folder() -> Path | None:
-    """Where the public traces lie: $SERVECAST_DATA, or shared/data beside the checkout; else None."""
-    beside = Path(__file__).resolve().parents[3] / "shared" / "data"
-    folder = Path(os.environ.get("SERVECAST_DATA") or beside)
-    return folder if folder.is_dir() else None
 
 
 TRACE_BLOCK = 512  # tokens that a hash id of a Mooncake trace stands for

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import MeasureError
-from .server import signal_group, vllm_environment
+from .ending import signal_group
+from .server import vllm_environment
 
 DETAILS = ("start_times", "ttfts", "itls", "input_lens", "output_lens", "errors")  # of --save-detailed
 

@@ -1,7 +1,7 @@
 """A vLLM scheduler that writes down what it decides and when, for calibration and for replay.
 
     SERVECAST_RECORDING=steps.jsonl PYTHONPATH=<folder that holds this package> \
-    vllm serve ... --scheduler-cls measure.recording_scheduler.Recording
+    vllm serve ... --scheduler-cls measure.vllm.recording_scheduler.Recording
 
 (See server.recording.) Imports the standard library and vllm alone. One JSON array a line, times in ns of
 CLOCK_MONOTONIC:

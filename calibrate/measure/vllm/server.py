@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import socket
@@ -15,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 
 from ..errors import MeasureError
+from .ending import group_exists, signal_group
 
 HOST = "127.0.0.1"
 GRACE_S = 15.0  # from SIGTERM to SIGKILL
@@ -137,7 +137,7 @@ class VllmServer:
         group = self._process.pid
         signal_group(group, signal.SIGTERM)
         deadline = time.monotonic() + GRACE_S
-        while time.monotonic() < deadline and _group_exists(group, self._process):
+        while time.monotonic() < deadline and group_exists(group, self._process):
             time.sleep(0.05)
         signal_group(group, signal.SIGKILL)
         self._process.wait()
@@ -172,18 +172,3 @@ def vllm_environment(env: Mapping[str, str] | None = None, *, offline: bool = Tr
         | ({"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"} if offline else {})
         | dict(env or {})
     )
-
-
-def signal_group(group: int, number: signal.Signals) -> None:
-    """Send a signal to every process of a group, if there is one left."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(group, number)
-
-
-def _group_exists(group: int, leader: subprocess.Popen[bytes]) -> bool:
-    leader.poll()  # reap it, or its group would exist for ever
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True

@@ -10,7 +10,6 @@ import pytest
 
 from servecast.calibrate.fit import endpoint as black_box
 from servecast.calibrate.fit.endpoint import COLUMNS, WARM_UP, Endpoint, Level, levels_for, measure_endpoint
-from servecast.calibrate.measure.errors import MeasureError
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.metrics.metrics import statistic
 from servecast.sim.metrics.records import Run
@@ -112,11 +111,11 @@ def test_levels_before_a_failure_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_p
 
     def bench(*args: Any, **kwargs: Any) -> dict[str, Any]:
         if next(calls) == 1:
-            raise MeasureError("ended with code 1", "vllm bench serve", "Does the server answer?")
+            raise InputError("ended with code 1", "vllm bench serve", "Does the server answer?")
         return simulated_bench(*args, **kwargs)
 
     monkeypatch.setattr(black_box, "run_bench", bench)
-    with pytest.raises(MeasureError, match="ended with code 1"):
+    with pytest.raises(InputError, match="ended with code 1"):
         measure_endpoint(SCENARIO, SERVER, LEVELS, tmp_path)
     assert len(list(csv.DictReader((tmp_path / "report.csv").open()))) == 1
 
@@ -125,7 +124,7 @@ def test_failed_requests_are_no_measurement(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setattr(
         black_box, "run_bench", lambda *a, **k: simulated_bench(*a, **k) | {"errors": ["refused", ""]}
     )
-    with pytest.raises(MeasureError, match="1 requests failed; the first error: refused"):
+    with pytest.raises(InputError, match="1 requests failed; the first error: refused"):
         measure_endpoint(SCENARIO, SERVER, LEVELS, tmp_path)
     assert not (tmp_path / "report.csv").exists()
 

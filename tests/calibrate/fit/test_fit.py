@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 from measured_folder import CAPTURED, FACTS, FLAGS, H200, Law, physical_law, steps_of_grid, write_folder
 from model_shapes import load as load_shape
+from small_scenarios import open_loop, scenario_file
 
 from servecast.__main__ import main
 from servecast.calibrate.fit.folder import FolderFit, fit_folder
@@ -405,23 +405,16 @@ def test_a_fitted_profile_serves_a_scenario(
 ) -> None:
     profile = tmp_path / "profile.json"
     assert main(["calibrate", "fit", str(folder), "--output", str(profile), "--kind", kind]) == 0
-    scenario = {
-        "schema_version": 1,
-        "name": "fitted",
-        "model": {"config": MODEL},
-        "gpu": {"name": "h200"},
-        "engine": {"version": "0.32", "max_model_len": 8192, "max_num_seqs": 256},
-        "profile": "profile.json",
-        "workload": {
-            "arrivals": {"kind": "poisson", "request_rate": 8},
-            "num_requests": 60,
-            "prompt_tokens": 400,
-            "output_tokens": 40,
-        },
-        "slo": ["tpot:p95:50"],
-    }
-    path = tmp_path / "fitted.yaml"
-    path.write_text(yaml.safe_dump(scenario))
+    path = scenario_file(
+        tmp_path,
+        name="fitted",
+        model={"config": MODEL},
+        gpu={"name": "h200"},
+        engine={"version": "0.32", "max_model_len": 8192, "max_num_seqs": 256},
+        profile="profile.json",
+        workload=open_loop(8, 60, 400, 40),
+        slo=["tpot:p95:50"],
+    )
     deployment = Deployment.of(load(str(path)))
     step = next(step for step in steps_of_grid() if step.region == "decode")
     assert deployment.step_time.seconds(step) == pytest.approx(physical_law(MODEL, TRUTH)(step), rel=0.03)

@@ -1,8 +1,4 @@
-"""The default constants against the public layer times of Llama-3.1-8B on an RTX 4090.
-
-The table (casys-kaist/LLMServingSim) is not part of this repository: it is looked for under the environment
-variable SERVECAST_DATA and at ``../shared/data``.
-"""
+"""The default constants against the public layer times of Llama-3.1-8B on an RTX 4090."""
 
 from __future__ import annotations
 
@@ -20,9 +16,6 @@ from servecast.sim.hardware.shard import Shard
 from servecast.sim.hardware.step_time.physical import Efficiencies, PhysicalStepTime, smooth_maximum
 
 PROFILE = DATA / "rtx4090_llama8b" / "profile"
-pytestmark = pytest.mark.skipif(
-    not PROFILE.is_dir(), reason=f"no {PROFILE}: set SERVECAST_DATA to the folder with rtx4090_llama8b"
-)
 
 LAYERS = 32
 LINEAR = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]

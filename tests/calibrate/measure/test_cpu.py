@@ -27,6 +27,8 @@ from servecast.calibrate.measure.vllm.tiny_model import write_tiny_model
 from servecast.sim.hardware.gpu import GPU
 from servecast.validate.parity.vllm_process import ENVIRONMENT
 
+pytestmark = pytest.mark.vllm
+
 PASSES = 2
 SIZES = {  # layers, hidden, intermediate
     "small": (2, 256, 1024),
@@ -60,8 +62,6 @@ GRID = (
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders "fitted", of two models, and "third"."""
-    if not ENVIRONMENT.exists():
-        pytest.skip("needs vLLM: run tools/install_vllm.sh")
     home = tmp_path_factory.mktemp("cpu")
     models = [
         write_tiny_model(

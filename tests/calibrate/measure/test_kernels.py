@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 from places import REPOSITORY as ROOT
+from places import VLLM
 
-PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
+PYTHON = VLLM / "bin" / "python"
 CONFIG = {
     "hidden_size": 256,
     "intermediate_size": 512,
@@ -20,9 +21,7 @@ CONFIG = {
     "vocab_size": 1000,
 }
 
-pytestmark = pytest.mark.skipif(
-    not PYTHON.exists(), reason="needs torch: run tools/install_vllm.sh, which makes .venv-vllm"
-)
+pytestmark = pytest.mark.vllm  # its torch
 
 
 def measure(*flags: str) -> subprocess.CompletedProcess[str]:

@@ -27,7 +27,8 @@ from servecast.calibrate.measure.folder import Budget, Folder, Progress, read_fa
 from servecast.calibrate.measure.served import OUTPUT_TOKENS, SHORTEST, overheads
 from servecast.calibrate.measure.vllm.bench_serve import TookTooLongError, run_bench
 from servecast.calibrate.measure.vllm.server import VllmServer
-from servecast.calibrate.measure.vllm.tiny_model import write_tiny_model
+from servecast.calibrate.measure.vllm.tiny_model import write_tiny_model, write_tokenizer
+from servecast.sim.inputs.errors import InputError
 
 FACTS = {"schema_version": 1, "gpu": "cpu", "torch": "2.13.0", "vllm": "0.32.0"}
 
@@ -508,19 +509,86 @@ def test_bad_input_is_one_message(
     assert not (out / "engine.jsonl").exists()
 
 
-def test_the_package_runs_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("what", ["engine", "kernels", "served"])
+def test_the_package_runs_alone(tmp_path: Path, what: str) -> None:
     """On a machine with nothing but a copy of the folder and Python."""
-    copy = tmp_path / "measure"
-    copy.symlink_to(ROOT / "calibrate" / "measure")
+    done = _alone(tmp_path, what, "--help")
+    assert done.returncode == 0, done.stderr
+    assert "--time-budget" in done.stdout
+
+
+def test_it_refuses_alone_as_inside_of_servecast(tmp_path: Path) -> None:
+    assert MeasureError is InputError
+    done = _alone(tmp_path, "served", "--out", str(tmp_path / "out"), "--model", str(tmp_path / "none"))
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"measure: {tmp_path}/none/config.json: cannot be read: No such file or directory. "
+        "Give a folder with a model's config.json.\n"
+    )
+
+
+def _alone(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """``python -m measure`` with the copy in a folder and the standard library, and no other package."""
+    (folder / "measure").symlink_to(ROOT / "calibrate" / "measure")
     start = (
         "import sys, runpy; sys.path.append(sys.argv.pop(1)); "
         "runpy.run_module('measure', run_name='__main__', alter_sys=True)"
     )
-    done = subprocess.run(
-        [sys.executable, "-I", "-S", "-c", start, str(tmp_path), "engine", "--help"],
+    return subprocess.run(
+        [sys.executable, "-I", "-S", "-c", start, str(folder), *arguments],
         capture_output=True,
         text=True,
         env={"PATH": os.environ["PATH"]},
-        check=True,
+        check=False,
     )
-    assert "--time-budget" in done.stdout
+
+
+def test_a_command_that_is_stopped_stops_what_it_measures_with(tmp_path: Path) -> None:
+    """SIGINT reaches the command alone: what it started hears of it through it, and at once."""
+    python = tmp_path / "python"
+    python.write_text(
+        f"#!{sys.executable}\nimport pathlib, time\npathlib.Path({str(tmp_path / 'began')!r}).touch()\n"
+        f"try:\n    time.sleep(600)\nexcept KeyboardInterrupt:\n"
+        f"    pathlib.Path({str(tmp_path / 'ended')!r}).touch()\n"
+    )
+    python.chmod(0o755)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        command = [
+            sys.executable,
+            "-m",
+            "servecast",
+            "calibrate",
+            "measure",
+            "--python",
+            str(python),
+            "engine",
+        ]
+        process = subprocess.Popen(command, start_new_session=True)
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "began").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(number)
+        assert process.wait(15) == 130
+        assert (tmp_path / "ended").exists()
+        (tmp_path / "began").unlink()
+        (tmp_path / "ended").unlink()
+
+
+# -- tokenizer -----------------------------------------------------------------------------------------
+
+
+def test_any_tokens_come_back_from_their_text(tmp_path: Path) -> None:
+    """vLLM 0.23's benchmark sends its prompts as text: each token must be read as one again."""
+    tokenizers = pytest.importorskip("tokenizers", reason="needs tokenizers")
+    write_tokenizer(tmp_path, vocab_size=152_064)
+    tokenizer = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    ids = [number for number in range(0, 152_064, 7) if not 256 <= number <= 258]
+    assert tokenizer.encode(tokenizer.decode(ids)).ids == ids
+
+
+def test_the_tokenizer_has_a_character_of_its_own_for_each_token(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path, vocab_size=152_064)
+    model = json.loads((tmp_path / "tokenizer.json").read_text())["model"]
+    assert sorted(model["vocab"].values()) == list(range(152_064))
+    assert sum(len(text) > 1 for text in model["vocab"]) == 3  # the special ones
+    "".join(model["vocab"]).encode()  # none is half of a surrogate pair

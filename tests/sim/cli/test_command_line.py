@@ -10,44 +10,30 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from small_scenarios import scenario_file
 
 from servecast.__main__ import COMMANDS, main
 from servecast.sim.run.results import check_output, read_result, write_result
 
 SERVECAST = Path(sys.executable).with_name("servecast")
-TINY = """
-schema_version: 1
-name: tiny
-model: {config: Qwen2.5-0.5B-Instruct}
-gpu: {name: l4}
-engine: {version: "0.23"}
-workload:
-  arrivals: {kind: poisson, request_rate: 20}
-  num_requests: 60
-  prompt_tokens: 64
-  output_tokens: 8
-slo: ["ttft:p95:100"]
-run_context:
-  commit: abc
-  gpu: 1x L4
-  machine: m
-  driver_cuda: d
-  model: Qwen/Qwen2.5-0.5B-Instruct
-  dtype: bfloat16
-  vllm_version: 0.23.0
-  server_args: none
-  request_shape: 64 in, 8 out
-  load_pattern: Poisson
-assumptions:
-  - {name: answer, value: 8, origin: a guess, field: workload.output_tokens}
-"""
+CONTEXT = {
+    "commit": "abc",
+    "gpu": "1x L4",
+    "machine": "m",
+    "driver_cuda": "d",
+    "model": "Qwen/Qwen2.5-0.5B-Instruct",
+    "dtype": "bfloat16",
+    "vllm_version": "0.23.0",
+    "server_args": "none",
+    "request_shape": "64 in, 8 out",
+    "load_pattern": "Poisson",
+}
+ANSWER = {"name": "answer", "value": 8, "origin": "a guess", "field": "workload.output_tokens"}
 
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> str:
-    path = tmp_path / "tiny.yaml"
-    path.write_text(TINY)
-    return str(path)
+    return str(scenario_file(tmp_path, slo=["ttft:p95:100"], run_context=CONTEXT, assumptions=[ANSWER]))
 
 
 def servecast(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -18,7 +18,8 @@ from servecast.sim.metrics.confidence import Interval
 from servecast.sim.metrics.records import STEP_COLUMNS, Run
 from servecast.sim.metrics.slo import SLO, Goodput
 from servecast.sim.plan.capacity import Plan
-from servecast.sim.plan.probe import Objectives, ProbedRate, State, Verdict
+from servecast.sim.plan.judge import Objectives, State, Verdict
+from servecast.sim.plan.prober import ProbedRate
 from servecast.sim.report.figures import SweepPoint
 from servecast.sim.report.plan_page import LIMITS, ReportContext, figures, write_report
 

@@ -9,12 +9,10 @@ import numpy as np
 import pytest
 
 from servecast.sim.engine.config import EngineConfig
-from servecast.sim.engine.kv_cache import KVCache
 from servecast.sim.engine.kv_events import (
     BlockRemoved,
     BlockStored,
     KVEvent,
-    PublishingKVCache,
     publish_kv_events,
 )
 from servecast.sim.engine.request import Request
@@ -222,10 +220,11 @@ def test_publishing_changes_no_decision_and_the_events_tell_what_is_cached() -> 
         assert told == {key for key in told if engine.kv.lookup([key])}
 
     publish_kv_events(engine, hear)
-    assert isinstance(engine.kv, PublishingKVCache)
     assert drive(engine, requests, check) == plain
     assert told
 
 
-def test_without_a_listener_the_cache_is_the_plain_one() -> None:
-    assert type(Scheduler(_config(20)).kv) is KVCache
+def test_without_a_listener_the_cache_tells_nobody() -> None:
+    kv = Scheduler(_config(20)).kv
+    assert kv.on_store is None
+    assert kv.on_evict is None

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from small_scenarios import MINIMAL
 
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.metrics.slo import SLO, Goodput
@@ -21,21 +22,8 @@ from servecast.sim.scenario.scenario import Scenario, load, shipped_scenarios
 from servecast.sim.traffic.arrivals import ClosedLoop, Constant, Poisson
 from servecast.sim.traffic.draw import build
 from servecast.sim.traffic.lengths import Fixed
-from servecast.sim.traffic.traces import TraceSpec
 
 L4, A6000 = "l4-qwen2.5-0.5b", "a6000-qwen2.5-7b"
-MINIMAL = """
-schema_version: 1
-name: mine
-model: {config: Qwen2.5-7B-Instruct}
-gpu: {name: a6000}
-engine: {version: "0.32"}
-workload:
-  arrivals: {kind: poisson, request_rate: 2}
-  num_requests: 100
-  prompt_tokens: 256
-  output_tokens: 128
-"""
 
 
 def written(folder: Path, text: str) -> Path:
@@ -92,10 +80,6 @@ def test_every_reported_row_has_its_stage_and_most_are_predicted(name: str) -> N
             )
         most = len(rows) / 2 if reported.variants else 3 if reported.routers else 2
         assert sum(row.fit for row in rows) <= most
-        traces = [stream.trace for stage in load_of_table.stages for stream in stage.streams]
-        files = [trace.path for trace in traces if isinstance(trace, TraceSpec)]
-        if missing := [str(path) for path in files if not path.is_file()]:
-            pytest.skip(f"no {missing[0]}: set SERVECAST_DATA to the folder with the data")
         arrivals, lengths, content = np.random.default_rng(0).spawn(3)
         stages = build(load_of_table, arrivals=arrivals, lengths=lengths, content=content)
         assert all(stream.requests for stage in stages for stream in stage.streams)
@@ -201,7 +185,7 @@ def test_a_pasted_command_is_engine_configuration(tmp_path: Path) -> None:
     )
     engine = scenario.engine
     assert (engine.max_num_seqs, engine.enable_prefix_caching) == (32, False)
-    assert engine.notes == ("flags without effect here: --port",)
+    assert scenario.notes == ("flags without effect here: --port",)
     assert engine.serve_command is not None
     assert engine.serve_command.model == "q"
 
@@ -225,7 +209,7 @@ def test_scenarios_are_frozen_and_cross_processes() -> None:
 
 
 def test_no_key_may_come_twice(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="line 12: not valid YAML: the key 'name' comes twice"):
+    with pytest.raises(InputError, match="line 11: not valid YAML: the key 'name' comes twice"):
         load(written(tmp_path, MINIMAL + "name: again\n"))
 
 
@@ -240,3 +224,16 @@ def test_the_json_schema_knows_fields_and_short_forms() -> None:
     text = json.dumps(schema["$defs"])
     assert '{"minimum": 1, "type": "integer"}' in json.dumps(schema, sort_keys=True)
     assert '{"enum": ["repeat"]}' in text
+
+
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [
+        (L4, "workload.suffix_tokens"),
+        (A6000, "engine.max_num_seqs"),
+        ("llmd-4x-llama-3.1-70b-tp4-h100", "fleet.replicas"),
+    ],
+)
+def test_a_change_is_what_the_file_would_be_with_it(name: str, field: str) -> None:
+    """Also beside a length in short, or beside the path of a router's configuration."""
+    assert load(name).changed({field: 3}) == load(name, {field: 3})

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from small_scenarios import small
 
 from servecast.sim.engine.request import Stage
 from servecast.sim.inputs.errors import InputError
@@ -44,16 +45,7 @@ FILE: dict[str, Any] = {
 
 def scenario(tmp_path: Path, file: dict[str, Any], **more: Any) -> Scenario:
     (tmp_path / "perf.yaml").write_text(yaml.safe_dump(file))
-    data = {
-        "schema_version": 1,
-        "name": "perf",
-        "model": {"config": "Qwen2.5-0.5B-Instruct"},
-        "gpu": {"name": "l4"},
-        "engine": {"version": "0.23"},
-        "workload": {"inference_perf": "perf.yaml", **more},
-    }
-    (tmp_path / "scenario.yaml").write_text(yaml.safe_dump(data))
-    return load(tmp_path / "scenario.yaml")
+    return small(tmp_path, name="scenario", workload={"inference_perf": "perf.yaml", **more})
 
 
 def changed(path: str, value: Any) -> dict[str, Any]:

@@ -22,7 +22,6 @@ from servecast.sim.scenario.deployment import Deployment
 from servecast.sim.scenario.scenario import Scenario, load
 from servecast.sim.traffic.traces import TraceSpec
 from servecast.validate.compare.verdict import Tolerances
-from servecast.validate.live import session as live
 from servecast.validate.live.loads import PLANS, Planner
 from servecast.validate.live.misfit import refuse_misfit, replaced
 from servecast.validate.live.own_server import serve_flags
@@ -254,7 +253,6 @@ def run_campaign(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., tuple[Campaign, dict[str, Any]]]:
     monkeypatch.setenv("FAKE_SCENARIO", str(file))
-    monkeypatch.setattr(live, "PLAN_REQUESTS", 100)
 
     def run(out: str = "out", **options: Any) -> tuple[Campaign, dict[str, Any]]:
         scenario: Scenario = load(file)
@@ -277,7 +275,6 @@ def run_campaign(
 def test_a_right_prediction_passes_and_was_on_disk_before(
     run_campaign: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Campaign, "_largest_rate", lambda self, served: 150.0)
     _, kept = run_campaign(plans=("rate", "concurrency", "kv"), rates=(20.0, 60.0), concurrency=(4,))
     assert kept["verdict"] == "pass", kept["reasons"]
     assert [each["name"] for each in kept["loads"]] == ["rate-20", "rate-60", "concurrency-4"]

@@ -31,7 +31,7 @@ from servecast.validate.live import search as live_search
 from servecast.validate.live import session as live
 from servecast.validate.live.own_server import Started
 from servecast.validate.live.result import document, judge
-from servecast.validate.live.search import meets, search
+from servecast.validate.live.search import meets, search_near
 from servecast.validate.live.session import Campaign
 from servecast.validate.live.target import Target
 
@@ -63,8 +63,6 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "tiny.yaml"
     path.write_text(SCENARIO)
     monkeypatch.setenv("FAKE_SCENARIO", str(path))
-    monkeypatch.setattr(live, "PLAN_REQUESTS", 50)
-    monkeypatch.setattr(live, "PLAN_REPLICATIONS", 2)
     return path
 
 
@@ -199,7 +197,6 @@ def test_an_error_after_the_first_load_keeps_it(
         return real(asked, *args)
 
     monkeypatch.setattr(live, "predict", predict)
-    monkeypatch.setattr(Campaign, "_largest_rate", lambda self, served: 50.0)
     code, kept = command("--plan", "rate,slo", "--rates", "20")
     assert (code, kept["verdict"]) == (3, "inconclusive")
     assert kept["reasons"] == [f"not all loads were run: {error}"]
@@ -285,16 +282,19 @@ def test_a_load_that_was_left_out_is_no_pass_and_hides_no_fail(
 # largest rates
 
 
-def test_the_rate_that_plan_confirms_is_on_disk_before_and_apart_from_the_sweep(
+def test_the_rate_by_which_loads_are_chosen_is_on_disk_before_and_the_only_one(
     campaign: Callable[..., dict[str, Any]], before_bench: BENCHES, tmp_path: Path
 ) -> None:
-    file = tmp_path / "out" / "prediction-max-rate.json"
+    file = tmp_path / "out" / "prediction-slo.json"
     found = []
     before_bench(lambda number: found.append(hashlib.sha256(file.read_bytes()).hexdigest()))
     kept = campaign(plans=("prefix",))
-    assert set(found) == {kept["plan_max_request_rate_sha256"]}
-    assert json.loads(file.read_text())["max_request_rate"] == kept["plan_max_request_rate"]
-    assert "predicted_max_request_rate" not in kept
+    (searched,) = kept["searches"]
+    assert set(found) == {searched["sha256"]}
+    assert json.loads(file.read_text()) == {name: searched[name] for name in searched if name != "sha256"}
+    (low, high), (load,) = searched["between"], kept["loads"]
+    assert low <= 2 * load["request_rate"] <= high <= 1.0101 * low
+    assert not [name for name in kept if "max_request_rate" in name]
 
 
 def test_failed_requests_and_unknown_figures_miss(file: Path) -> None:
@@ -340,7 +340,7 @@ def test_searches_are_predicted_before_any_load_and_judged(
 def test_a_guess_that_is_off_is_bracketed(off: float, known: dict[float, bool]) -> None:
     """The largest rate is 100. A good guess is confirmed by two tries; a bad one is refuted at least."""
     tried = dict(known)
-    search(lambda rate: rate < 100, 100 * off, tried)
+    search_near(lambda rate: rate < 100, 100 * off, tried)
     low = max(rate for rate, held in tried.items() if held)
     high = min(rate for rate, held in tried.items() if not held)
     assert low < 100 <= high <= low * (1.031 if 0.9 < off < 1.1 else 1.25)
@@ -349,7 +349,7 @@ def test_a_guess_that_is_off_is_bracketed(off: float, known: dict[float, bool]) 
 
 def test_a_search_that_can_not_be_told_ends() -> None:
     tried: dict[float, bool] = {}
-    search(lambda rate: None, 10, tried)
+    search_near(lambda rate: None, 10, tried)
     assert tried == {}
 
 

@@ -19,7 +19,6 @@ import pytest
 from live_fakes import FakeServer, fake_python
 
 from servecast.__main__ import main
-from servecast.calibrate.measure.errors import MeasureError
 from servecast.calibrate.measure.vllm.tiny_model import write_tiny_model
 from servecast.sim.hardware.gpu import find_gpu
 from servecast.sim.inputs.errors import InputError
@@ -256,7 +255,7 @@ def test_the_result_is_on_disk_after_each_router(
 
 @pytest.mark.parametrize(
     "error",
-    [InputError("is odd", "trace", "Look."), OSError(28, "no space"), MeasureError("late", "b", "L.")],
+    [InputError("is odd", "trace", "Look."), OSError(28, "no space")],
 )
 def test_an_error_after_the_first_router_keeps_it(
     command: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
@@ -285,7 +284,7 @@ def test_sigterm_ends_benchmarks_and_replicas(command: Any, monkeypatch: pytest.
             signals.append(threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)))
             signals[0].start()
         subprocess.run([sys.executable, "-c", "import time; time.sleep(90)"], check=False)
-        raise MeasureError("was killed", "bench", "Look.")
+        raise InputError("was killed", "bench", "Look.")
 
     signals: list[threading.Timer] = []
     monkeypatch.setattr(split_module, "run_bench", bench)

@@ -18,8 +18,8 @@ import yaml
 from places import SAMPLES
 
 from servecast.sim.inputs.errors import InputError
-from servecast.sim.metrics.knee import saturation
 from servecast.sim.metrics.metrics import samples, summary
+from servecast.sim.metrics.saturation import saturation
 from servecast.sim.run.benchmark_report import benchmark_report, write_benchmark_report
 from servecast.sim.run.results import result
 from servecast.sim.run.simulate import simulate

@@ -1,0 +1,40 @@
+"""How processes end: our own as by Ctrl-C, others with every process of their group."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+
+
+@contextmanager
+def sigterm_as_ctrl_c() -> Iterator[None]:
+    """A time limit set from outside ends us as Ctrl-C does while the block lasts (in the main thread)."""
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def signal_group(group: int, number: signal.Signals) -> None:
+    """Send a signal to every process of a group, if there is one left."""
+    with suppress(ProcessLookupError):
+        os.killpg(group, number)
+
+
+def group_exists(group: int, leader: subprocess.Popen[bytes]) -> bool:
+    """Whether a process of the group is left."""
+    leader.poll()  # reap it, or its group would exist for ever
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True

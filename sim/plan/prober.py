@@ -1,0 +1,224 @@
+"""A request rate simulated until it is decided: as many replications, as long as that takes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from joblib import Parallel, delayed
+
+from servecast.sim.inputs.errors import InputError
+from servecast.sim.metrics.binding import Evidence, Limits, evidence
+from servecast.sim.metrics.metrics import latencies, series
+from servecast.sim.metrics.records import Run
+from servecast.sim.metrics.saturation import saturation
+from servecast.sim.metrics.warmup import Warmup, select
+from servecast.sim.plan.effort import Effort
+from servecast.sim.plan.judge import Judgement, Objectives, Observation, State, Verdict, judge, observed
+
+WARMUP_SHARE = 0.2
+TAIL_SAMPLES = 20
+LEAST_REQUESTS = 1000
+WINDOW_IN_E2E = 10.0
+TOO_SHORT = 1.25  # runs are repeated if they needed to be longer than this many times what they were
+
+
+class Probe(Protocol):
+    """Simulates (or drives) an open-loop load of ``num_requests`` at ``request_rate`` a second to its end.
+
+    The same seed must give the same traffic at every rate but for the time scale, and more requests the
+    same ones and then some (common random numbers: rates are then compared on equal terms).
+    """
+
+    def __call__(self, request_rate: float, seed: int, num_requests: int) -> Run: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Replication:
+    """One run at a rate, after its warm-up.
+
+    observed: what is judged. e2e_s: mean end-to-end latency. output_throughput: tokens/s of the requests that
+    finished between the warm-up and the last arrival. max_running, max_waiting: over all replicas.
+    """
+
+    observed: Observation
+    e2e_s: float
+    output_throughput: float
+    kv_peak: float
+    max_running: int
+    max_waiting: int
+    preemptions: int
+    evidence: Evidence | None
+
+
+@dataclass(frozen=True, slots=True)
+class ProbedRate:
+    """A rate (requests/s) and what its replications say. num_requests: of a replication, warm-up included.
+
+    reasons: why it fails or is undecided. The other fields are means over replications; peaks and
+    preemptions are their maximum.
+    """
+
+    rate: float
+    state: State
+    verdicts: tuple[Verdict, ...]
+    reasons: tuple[str, ...]
+    saturated: bool
+    completion_ratio: float
+    output_throughput: float
+    e2e_s: float
+    kv_peak: float
+    max_running: int
+    max_waiting: int
+    preemptions: int
+    replications: int
+    num_requests: int
+    evidence: Evidence | None
+
+    @classmethod
+    def of(
+        cls, rate: float, num_requests: int, replications: Sequence[Replication], judgement: Judgement
+    ) -> ProbedRate:
+        """Sums up replications, and what was judged of them."""
+        load = judgement.load
+        assert load is not None
+        found = [each.evidence for each in replications if each.evidence is not None]
+        return cls(
+            rate=rate,
+            state=judgement.state,
+            verdicts=judgement.verdicts,
+            reasons=judgement.reasons,
+            saturated=load.saturated,
+            completion_ratio=load.completion_ratio,
+            output_throughput=float(np.mean([each.output_throughput for each in replications])),
+            e2e_s=float(np.mean([each.e2e_s for each in replications])),
+            kv_peak=max(each.kv_peak for each in replications),
+            max_running=max(each.max_running for each in replications),
+            max_waiting=max(each.max_waiting for each in replications),
+            preemptions=max(each.preemptions for each in replications),
+            replications=len(replications),
+            num_requests=num_requests,
+            evidence=Evidence.mean(found) if found else None,
+        )
+
+
+def requests_needed(
+    objectives: Objectives, rate: float, e2e_s: float, *, least: int = LEAST_REQUESTS, most: int
+) -> int:
+    """How many requests a replication sends.
+
+    Three things want a number of requests. A percentile needs about 20 values beyond it to settle: 400
+    for a p95, 2,000 for a p99. Saturation shows once the noise of Poisson arrivals, 1 / sqrt(n) of their
+    number, is small against a shortfall of 2 %, which four times 1,000 requests are enough for (``least``).
+    And the window must be long against a request's life, else one measures how the server fills and
+    drains: at least ten times the mean end-to-end latency; ``most`` bounds this number alone.
+
+    The first fifth, hence at least two and a half latencies, is cut as warm-up: by count rather than by
+    looking at the data, so that the same requests count at every rate.
+    """
+    counted = max(math.ceil(TAIL_SAMPLES / objectives.tail - 1e-9), least)
+    return math.ceil(max(counted, min(WINDOW_IN_E2E * e2e_s * rate, most)) / (1 - WARMUP_SHARE))
+
+
+def replicate(
+    probe: Probe, rate: float, seed: int, num_requests: int, objectives: Objectives, limits: Limits | None
+) -> Replication:
+    """Runs one replication and measures it.
+
+    Raises:
+        InputError: an SLO is on a latency that no request has, for instance TPOT with outputs of one token.
+    """
+    run = probe(rate, seed, num_requests)
+    part = select(run, warmup=Warmup(share=WARMUP_SHARE))
+    start = float(part.meta["start_s"])
+    seen = observed(part, objectives, load=saturation(run, start_s=start))
+    for slo, value in zip(objectives.slos, seen.values_ms, strict=True):
+        if math.isnan(value):
+            raise InputError(
+                f"no request has a {slo.metric}",
+                where=f"--slo {slo}",
+                fix="Check that requests finish, and with more than one output token for tpot and itl.",
+            )
+    requests, steps = run.requests, part.steps
+    end = float(requests["arrival"].max())
+    inside = requests[(requests["finish"] > start) & (requests["finish"] <= end)]
+    known = len(steps) > 0
+    return Replication(
+        observed=seen,
+        e2e_s=float(latencies(part.requests)["e2el"].mean()),
+        output_throughput=float(inside["output_tokens"].sum()) / (end - start),
+        kv_peak=float(steps["kv_usage"].max()) if known else math.nan,
+        max_running=int(series(steps, "running").max()) if known else 0,
+        max_waiting=int(series(steps, "waiting").max()) if known else 0,
+        preemptions=int(part.requests["preemptions"].sum()),
+        evidence=evidence(part, limits) if limits is not None and known else None,
+    )
+
+
+@dataclass(slots=True)
+class Prober:
+    """Runs replications at a rate until it is decided, and remembers what it found.
+
+    pool: joblib's Parallel, over which replications run; results do not depend on it. found: what is
+    known, by rate. The other attributes are those of `capacity.plan`.
+    """
+
+    probe: Probe
+    objectives: Objectives
+    limits: Limits | None
+    seed: int
+    effort: Effort
+    pool: Parallel
+    found: dict[float, ProbedRate] = field(default_factory=dict)
+    _e2e: tuple[float, float] | None = None  # largest sustained rate so far, its mean latency in s
+
+    @property
+    def probes(self) -> tuple[ProbedRate, ...]:
+        """All probed rates, rising."""
+        return tuple(probe for _, probe in sorted(self.found.items()))
+
+    def at(self, rate: float, *, knee: bool = False) -> ProbedRate:
+        """The verdict at a rate. knee: whether it saturates is all that matters, so the first number of
+        replications is enough, but each of twice the least length."""
+        if rate not in self.found:
+            if knee:
+                self.found[rate] = self._decide(rate, self.effort.replications[:1], 2 * LEAST_REQUESTS)
+            else:
+                self.found[rate] = self._decide(rate, self.effort.replications, LEAST_REQUESTS)
+        return self.found[rate]
+
+    def _decide(self, rate: float, looks: Sequence[int], least: int) -> ProbedRate:
+        most = self.effort.max_requests
+        if self._e2e is None:
+            needed = requests_needed(self.objectives, rate, 0.0, most=most)
+            self._e2e = (0.0, self._replicate(rate, needed, range(1))[0].e2e_s)
+        replications: list[Replication] = []
+        needed = requests_needed(self.objectives, rate, self._e2e[1], least=least, most=most)
+        for count in looks:
+            replications += self._replicate(rate, needed, range(len(replications), count))
+            result = self._judge(rate, needed, replications)
+            more = requests_needed(self.objectives, rate, result.e2e_s, least=least, most=most)
+            if result.state != "fail" and more > TOO_SHORT * needed:  # latency has grown since the last rate
+                needed, replications = more, self._replicate(rate, more, range(count))
+                result = self._judge(rate, needed, replications)
+            if result.state != "inconclusive":
+                break
+        if not result.saturated and rate > self._e2e[0]:
+            self._e2e = (rate, result.e2e_s)
+        return result
+
+    def _judge(self, rate: float, num_requests: int, replications: Sequence[Replication]) -> ProbedRate:
+        look_confidence = 1 - 2 * (1 - self.effort.confidence) / len(self.effort.replications)
+        judgement = judge([each.observed for each in replications], self.objectives, look_confidence)
+        return ProbedRate.of(rate, num_requests, replications, judgement)
+
+    def _replicate(self, rate: float, num_requests: int, numbers: range) -> list[Replication]:
+        task = delayed(replicate)
+        found: list[Replication] = self.pool(
+            task(self.probe, rate, self.seed + number, num_requests, self.objectives, self.limits)
+            for number in numbers
+        )
+        return found

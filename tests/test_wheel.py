@@ -1,0 +1,129 @@
+"""What ``pip install`` brings is the whole tree.
+
+A folder that pyproject.toml forgets imports well when the install is editable, and is silently absent from
+the wheel.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import tomllib
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+from places import REPOSITORY
+
+PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text("utf-8"))
+FOLDERS: dict[str, str] = PROJECT["tool"]["setuptools"]["package-dir"]  # package: folder
+BUILD = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
+IMPORT_ALL = """
+import importlib, json, sys
+for name in json.load(sys.stdin):
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name.partition(".")[0] not in ("torch", "vllm"):
+            raise
+"""
+NAMES = """
+import servecast
+print(servecast.__file__)
+for name in getattr(servecast, "__all__", ()):
+    getattr(servecast, name)
+"""
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy, so that no earlier build can lend it a file."""
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for file in REPOSITORY.iterdir():
+        if file.is_file():
+            shutil.copy(file, source)
+    for folder in FOLDERS.values():
+        shutil.copytree(REPOSITORY / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    run(sys.executable, "-c", BUILD, str(out), cwd=source)
+    (path,) = out.iterdir()
+    return path
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fresh environment with the wheel; what servecast depends on is that of the running one."""
+    home = tmp_path_factory.mktemp("installed")
+    venv.create(home, with_pip=True)
+    run(home / "bin" / "pip", "install", "--quiet", "--no-deps", "--no-index", str(wheel), cwd=home)
+    (packages,) = home.glob("lib/python*/site-packages")
+    shared = [path for path in sys.path if path.endswith("-packages")]
+    (packages / "shared.pth").write_text(
+        "\n".join(shared)
+    )  # its own .pth files, an editable install, stay out
+    return home
+
+
+def run(program: str | Path, *arguments: str, cwd: Path, given: str | None = None) -> str:
+    """What a program prints."""
+    done = subprocess.run(
+        [str(program), *arguments], cwd=cwd, input=given, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def files_in(wheel: Path) -> set[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return {name for name in archive.namelist() if ".dist-info/" not in name}
+
+
+def test_the_wheel_has_every_file_of_the_tree_and_no_other(wheel: Path) -> None:
+    tree = {
+        "/".join((*package.split("."), *path.relative_to(REPOSITORY / folder).parts))
+        for package, folder in FOLDERS.items()
+        for path in (REPOSITORY / folder).rglob("*")
+        if path.is_file() and path.suffix not in (".pyc", ".md")
+    }
+    assert files_in(wheel) == tree
+
+
+def test_the_wheel_brings_its_licence_and_those_of_its_data(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name.rpartition("/")[2] for name in archive.namelist() if ".dist-info/licenses/" in name}
+    assert names == {"LICENSE", "NOTICE"}
+
+
+def test_every_module_imports_without_the_source_tree(wheel: Path, installed: Path) -> None:
+    modules = [
+        name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+        for name in sorted(files_in(wheel))
+        if name.endswith(".py") and not name.endswith("__main__.py")
+    ]
+    run(installed / "bin" / "python", "-c", IMPORT_ALL, cwd=installed, given=json.dumps(modules))
+
+
+def test_the_public_names_are_those_of_the_wheel(installed: Path) -> None:
+    where = run(installed / "bin" / "python", "-c", NAMES, cwd=installed)
+    assert Path(where.strip()).is_relative_to(installed)
+
+
+def test_the_installed_command_plans_a_shipped_scenario(installed: Path) -> None:
+    command = installed / "bin" / "servecast"
+    assert run(command, "--version", cwd=installed).strip() == PROJECT["project"]["version"]
+    coarse = ("--max-num-requests", "200", "--tolerance", "0.5", "--jobs", "1")
+    text = run(
+        command,
+        "plan",
+        "l4-qwen2.5-0.5b",
+        "--slo",
+        "tpot:p95:50",
+        "--report",
+        "plan.html",
+        *coarse,
+        cwd=installed,
+    )
+    assert "Largest request rate" in text
+    assert (installed / "plan.html").stat().st_size > 10_000

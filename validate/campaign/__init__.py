@@ -1,1 +1,0 @@
-"""A series of measurements on a rented machine."""
