@@ -39,8 +39,7 @@ class Target(Server):
     own: Annotated[bool, Parameter(parse=False)] = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "base_url", self.base_url.rstrip("/"))
-        object.__setattr__(self, "tokenizer", self.tokenizer or self.model)
+        Server.__post_init__(self)
         if self.engine_url is not None:
             object.__setattr__(self, "engine_url", self.engine_url.rstrip("/"))
 

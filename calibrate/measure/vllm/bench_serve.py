@@ -50,7 +50,7 @@ class Server:
 
     Attributes:
         base_url: as http://127.0.0.1:8000. model: the name that it serves.
-        tokenizer: of the model, a folder or a name; prompts are drawn from its vocabulary.
+        tokenizer: the model's, a folder or a name; the model's name without it.
         endpoint: of completions.
         api_key_env: name of the variable that holds the server's key; the key itself is never kept.
     """
@@ -60,6 +60,10 @@ class Server:
     tokenizer: str = ""
     endpoint: str = "/v1/completions"
     api_key_env: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "base_url", self.base_url.rstrip("/"))
+        object.__setattr__(self, "tokenizer", self.tokenizer or self.model)
 
     @property
     def key(self) -> str | None:
