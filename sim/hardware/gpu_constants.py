@@ -105,6 +105,12 @@ class AllReduce(_Strict):
     residuals: Residuals | None = None
 
 
+FAMILIES = {  # a GPU that was not timed -> the nearest that was: its generation, by compute capability
+    "L4": "L40S",
+    "RTX 4090": "L40S",
+    "A6000": "A100",
+    "RTX 5080": "RTX PRO 6000",
+}
 TYPICAL_LINK = AllReduce(latency_s=10e-6, link=0.8)  # of ranks that were not timed
 
 
@@ -196,7 +202,7 @@ _T = TypeVar("_T")
 def _of(known: Mapping[WeightDtype, _T], dtype: WeightDtype, gpu: str, what: str) -> _T:
     """The constants of a dtype; those of fp8 and its block-wise kind stand for each other."""
     near: dict[str, WeightDtype] = {"fp8": "fp8_block", "fp8_block": "fp8"}
-    found = known.get(dtype) or known.get(near.get(dtype, dtype))  # type: ignore[call-overload]
+    found = known.get(dtype) or known.get(near.get(dtype, dtype))
     if found is None:
         raise InputError(
             f"there are no timings of {dtype} {what} on a {gpu}",

@@ -8,6 +8,7 @@ from importlib.metadata import version
 from servecast.sim.engine.config import EngineConfig
 from servecast.sim.hardware.error_band import Transfer, transfer
 from servecast.sim.hardware.gpu import GPU, find_gpu
+from servecast.sim.hardware.gpu_constants import FAMILIES, GpuConstants
 from servecast.sim.hardware.memory import KVMemory
 from servecast.sim.hardware.model_shape import ModelShape
 from servecast.sim.hardware.padded_memory import MemoryRisk
@@ -16,7 +17,7 @@ from servecast.sim.hardware.shard import Shard
 from servecast.sim.hardware.step_time.physical import StepTime
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.metrics.binding import Limits
-from servecast.sim.scenario.scenario import Scenario
+from servecast.sim.scenario.scenario import Scenario, shipped_folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +27,8 @@ class Deployment:
     Attributes:
         scenario: what it was made of. shard: its model on its GPUs, one rank of it.
         memory: the account of the KV pool. config: the engine's flags, with all defaults filled in.
-        profile: efficiencies, overheads and noise; a typical one where the scenario names none.
+        profile: efficiencies, overheads and noise; from kernel timings, or typical, where the scenario names
+            none.
         step_time: how long a step takes.
     """
 
@@ -53,7 +55,7 @@ class Deployment:
         shard = server.shard(flags, config, model, gpu)
         memory = server.memory(flags, config, shard)
         config = replace(config, num_gpu_blocks=memory.num_gpu_blocks)
-        profile = profile or _profile(scenario, gpu, model)
+        profile = profile or _profile(scenario, shard, config)
         return cls(scenario, shard, memory, config, profile, build_step_time(profile, shard))
 
     @property
@@ -135,14 +137,23 @@ def _gpu(scenario: Scenario) -> GPU:
     return find_gpu(scenario.gpu.name, where=f"{scenario.source}: gpu.name")
 
 
-def _profile(scenario: Scenario, gpu: GPU, model: ModelShape) -> Profile:
+def _profile(scenario: Scenario, shard: Shard, config: EngineConfig) -> Profile:
+    """The scenario's profile; without one, what is known of the GPU's kernels, or of the nearest GPU's."""
     path = scenario.profile_file()
     if path is not None:
         return Profile.load(path)
+    release = scenario.engine.version
+    if scenario.server.step_times == "physical":
+        name = FAMILIES.get(shard.gpu.name, shard.gpu.name)
+        constants = shipped_folder() / "gpus" / f"{name.lower().replace(' ', '-')}.json"
+        if constants.is_file():
+            return Profile.of_kernels(
+                GpuConstants.load(constants), shard, release, async_scheduling=config.async_scheduling
+            )
     return Profile.typical(
-        gpu.name,
-        model.name,
-        scenario.engine.version,
+        shard.gpu.name,
+        shard.model.name,
+        release,
         servecast_version=version("servecast"),
         kind=scenario.server.step_times,
     )
