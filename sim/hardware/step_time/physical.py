@@ -85,6 +85,15 @@ class KernelCosts:
     expert_s: float = 0.0
     expert_passes: float = 0.0
 
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            share = field.name in ("expert_compute", "expert_bandwidth")
+            if not (0.0 < value <= 1.0 if share else 0.0 <= value < math.inf):
+                rule = "above 0 and at most 1" if share else "0 or more"
+                where = f"efficiencies.by_kernel.{field.name}"
+                raise InputError(f"{field.name} is {value}", where=where, fix=f"Make it {rule}.")
+
 
 @dataclass(frozen=True, slots=True)
 class Efficiencies:

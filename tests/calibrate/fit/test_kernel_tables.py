@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from model_shapes import load
 from step_cases import Step, steps
 
@@ -23,6 +23,7 @@ from servecast.sim.inputs.errors import InputError
 
 H100 = find_gpu("H100")
 SHIPPED = sorted((Path(SCENARIOS).parent / "gpus").glob("*.json"))
+CONSTANTS = [GpuConstants.load(file) for file in SHIPPED]
 
 
 def write(
@@ -169,10 +170,10 @@ def test_the_experts_of_a_model_are_counted_per_token() -> None:
 
 
 @pytest.mark.parametrize("name", ["Llama-3.1-8B-Instruct", "Qwen3-30B-A3B", "gemma-3-1b-it"])
+@settings(max_examples=25)
 @given(step=steps())
 def test_steps_from_shipped_constants_keep_the_roofline(name: str, step: Step) -> None:
-    for file in SHIPPED:
-        constants = GpuConstants.load(file)
+    for constants in CONSTANTS:
         shard = Shard(load(name), find_gpu(constants.gpu), 1, cudagraph_sizes=(1, 2, 4, 8, 16, 64, 256))
         model_of_time = PhysicalStepTime(shard, constants.efficiencies(shard))
         seconds = model_of_time.seconds(step)
