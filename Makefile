@@ -1,22 +1,29 @@
-# `make plan` answers the main question on a shipped scenario; `make test` runs all checks.
-# Both set up what they need inside this folder.
+# `make plan` answers the main question on a shipped scenario; `make check` is what to run before a commit, and
+# `make test` runs all tests. Each sets up what it needs inside this folder.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 SCENARIO ?= a6000-qwen2.5-7b
 SLO ?= --slo ttft:p95:500 --slo tpot:p95:60
 
-.PHONY: plan test live-results lint types tree benchmark parity-long docs vllm litellm prometheus clean
+.PHONY: plan check test unit live-results lint types tree benchmark parity-long docs vllm litellm prometheus clean
 
 plan: $(VENV)/.installed
 	$(BIN)/servecast plan $(SCENARIO) $(SLO) --report out/plan-$(SCENARIO).html
 
-# Live tests judge predictions against real servers on this machine: apart, since they want it for themselves.
-test: $(VENV)/.installed-test vllm litellm prometheus lint types
-	$(BIN)/python -m pytest -m "not live" -n auto --dist loadfile
+# Needs neither vLLM nor a quiet machine: three minutes on two cores.
+check: lint types unit
+
+unit: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m "not vllm and not live and not slow" -n auto --dist loadfile
+
+# Live tests judge predictions against real servers on this machine: last, since they want it for themselves.
+test: check vllm litellm prometheus
+	$(BIN)/python -m pytest -m "(vllm or slow) and not live" -n auto --dist loadfile
 	$(BIN)/python -m pytest -m live
 
-# Measures the committed results of live runs that need no GPU anew; takes twenty minutes.
+# Measures the committed results of live runs that need no GPU anew; takes twenty minutes, and wants a machine
+# that does nothing else: it keeps no result otherwise.
 live-results: $(VENV)/.installed-test vllm
 	$(BIN)/python tests/live/measure_results.py
 	$(BIN)/python docs/generate.py

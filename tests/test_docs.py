@@ -18,18 +18,24 @@ import blocks
 import generate
 import scenario_reference
 
-from servecast.sim.engine.engines import ENGINES
 from servecast.sim.routing.routers import ROUTERS
 from servecast.sim.scenario.scenario import Scenario
+from servecast.sim.scenario.servers import SERVERS
 
 PAGES = {path.name: path for path in blocks.pages()}
+SLOW = {"README.md", "calibrate.md"}  # plans of many seconds
 
 
 @pytest.mark.parametrize(
-    "name", [name for name, path in PAGES.items() if blocks.blocks(path.read_text("utf-8"))]
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in SLOW else ())
+        for name, path in PAGES.items()
+        if blocks.blocks(path.read_text("utf-8"))
+    ],
 )
 def test_blocks_run_and_print_what_the_page_shows(name: str, tmp_path: Path) -> None:
-    with patch.dict(ROUTERS), patch.dict(ENGINES):  # a page adds one
+    with patch.dict(ROUTERS), patch.dict(SERVERS):  # a page adds one
         ran = list(blocks.run_page(PAGES[name].read_text("utf-8"), tmp_path))
     for block, printed in ran:
         if block.output is not None:
@@ -73,7 +79,9 @@ def test_every_field_of_a_scenario_has_a_meaning() -> None:
 
 
 def test_files_that_pages_name_exist() -> None:
-    for name, path in PAGES.items():
+    decisions = (REPOSITORY / "docs" / "decisions").glob("*.md")
+    pages = PAGES | {path.name: path for path in (REPOSITORY / "CONTRIBUTING.md", *decisions)}
+    for name, path in pages.items():
         for file in re.findall(
             r"`((?:sim|calibrate|validate|scenarios|docs|tests)/[\w/.-]+)`", path.read_text("utf-8")
         ):

@@ -16,17 +16,13 @@ def test_there_are_examples_of_each_kind() -> None:
     assert [*EXAMPLES] == ["check.py", "plan.ipynb", "plan.py", "what_if.py"]
 
 
-@pytest.mark.parametrize(
-    "path", [each for each in EXAMPLES if each.suffix == ".py"], ids=lambda path: path.name
-)
+@pytest.mark.parametrize("name", [name for name in EXAMPLES if name.endswith(".py")])
 def test_a_script_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     runpy.run_path(str(EXAMPLES[name]), run_name="__main__")
 
 
-@pytest.mark.parametrize(
-    "path", [each for each in EXAMPLES if each.suffix == ".ipynb"], ids=lambda path: path.name
-)
+@pytest.mark.parametrize("name", [name for name in EXAMPLES if name.endswith(".ipynb")])
 def test_a_notebook_runs_and_keeps_no_outputs(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

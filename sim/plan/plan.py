@@ -20,6 +20,7 @@ from servecast.sim.metrics.records import Run
 from servecast.sim.metrics.slo import SLO, Goodput
 from servecast.sim.plan import capacity, closed_loop, fleet_size
 from servecast.sim.plan import sensitivity as assumed
+from servecast.sim.plan.boundaries import PlanState
 from servecast.sim.plan.effort import Effort
 from servecast.sim.plan.figures import draw_latency
 from servecast.sim.plan.judge import ATTAINMENT, Objectives
@@ -67,7 +68,7 @@ class PlanAnswer(Answer):
         return self.found.interval
 
     @property
-    def state(self) -> capacity.PlanState:
+    def state(self) -> PlanState:
         """ "found", "inconclusive", "infeasible" (no rate passes) or "unbounded" (every one does)."""
         return self.found.state
 
@@ -238,7 +239,7 @@ def plan(
     spend = Effort(**{"jobs": -1} | effort)
     probe = RateProbe(scenario)
     seed, deployment = scenario.seed, probe.deployment
-    gpus = deployment.engine.flags.tensor_parallel_size * scenario.fleet.size
+    gpus = deployment.shard.tensor_parallel_size * scenario.fleet.size
     with progress_bar("plan", shown=progress) as advance:
         advance(0.0, "first look")
         found = capacity.plan(

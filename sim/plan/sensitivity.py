@@ -90,7 +90,11 @@ def sensitivity(
             found.append(Sensitivity(name, field, assumed, scaled, None, {}, str(estimate)))
             continue
         change = estimate.max_request_rate / base.max_request_rate - 1
-        values = {key: estimate.values[key] / value - 1 for key, value in base.values.items() if value}
+        values = {
+            key: estimate.values[key] / value - 1
+            for key, value in base.values.items()
+            if value and math.isfinite(estimate.values[key] / value)
+        }
         found.append(Sensitivity(name, field, assumed, scaled, change, values))
     return found
 

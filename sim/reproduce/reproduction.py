@@ -163,7 +163,7 @@ class Reproduction(Answer):
             "seeds": list(self.seeds),
             "run_context": None if scenario.run_context is None else scenario.run_context.model_dump(),
             "assumptions": [entry.model_dump() for entry in scenario.assumptions],
-            "notes": list(scenario.engine.notes),
+            "notes": list(scenario.notes),
             "provenance": self.provenance,
         }
 

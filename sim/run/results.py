@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -51,7 +52,8 @@ def context(deployment: Deployment, *, seed: int) -> dict[str, Any]:
     ``what_if`` in it are the scenario's changes; ``run_context`` is that of the benchmark which the scenario
     describes, before these changes.
     """
-    scenario, engine, flags = deployment.scenario, deployment.engine, deployment.engine.flags
+    scenario, config = deployment.scenario, asdict(deployment.config)
+    flags = scenario.engine
     return {
         "schema_version": SCHEMA_VERSION,
         "servecast_version": version("servecast"),
@@ -65,21 +67,15 @@ def context(deployment: Deployment, *, seed: int) -> dict[str, Any]:
         "gpu": deployment.gpu.name,
         "engine": {
             **flags.model_dump(mode="json", exclude={"command", "assume_rules"}),
-            "rules": engine.rules,
-            "max_model_len": engine.max_model_len,
-            "max_num_seqs": engine.max_num_seqs,
-            "max_num_batched_tokens": engine.max_num_batched_tokens,
-            "gpu_memory_utilization": engine.gpu_memory_utilization,
-            "async_scheduling": engine.async_scheduling,
-            "scheduler_reserve_full_isl": engine.scheduler_reserve_full_isl,
-            "num_gpu_blocks": deployment.config.num_gpu_blocks,
+            "rules": config.pop("version"),
+            **config,
         },
         "fleet": scenario.fleet.facts(),
         "run_context": None if scenario.run_context is None else scenario.run_context.model_dump(),
         "assumptions": [each.model_dump() for each in scenario.assumptions],
         "provenance": deployment.provenance(),
         "error_band": deployment.error_band,
-        "notes": list(flags.notes),
+        "notes": list(deployment.scenario.notes),
     }
 
 

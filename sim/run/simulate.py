@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import simpy
 
+from servecast.sim.engine.request import Stage
 from servecast.sim.fleet.client import Client
 from servecast.sim.fleet.fleet import NOT_READY, Fleet
 from servecast.sim.fleet.replica import Replica
@@ -20,12 +21,16 @@ from servecast.sim.routing.routers import ROUTERS, Router
 from servecast.sim.scenario.deployment import Deployment
 from servecast.sim.scenario.scenario import Scenario
 from servecast.sim.traffic.arrivals import ClosedLoop
-from servecast.sim.traffic.draw import build, check_lengths, with_request_rate
+from servecast.sim.traffic.draw import check_lengths, draw, with_request_rate
 from servecast.sim.traffic.spec import Workload
 
 
 def simulate(
-    scenario: Scenario | Deployment, *, seed: int | None = None, workload: Workload | None = None
+    scenario: Scenario | Deployment,
+    *,
+    seed: int | None = None,
+    workload: Workload | None = None,
+    stages: list[Stage] | None = None,
 ) -> Run:
     """Run a scenario's workload to the end of its last request.
 
@@ -34,6 +39,7 @@ def simulate(
 
     Args:
         scenario: or the deployment that was made of it. seed, workload: instead of its own.
+        stages: requests that are drawn already, instead of a workload.
 
     Raises:
         InputError: the scenario cannot be made concrete, or a request could never run.
@@ -41,10 +47,13 @@ def simulate(
     deployment = scenario if isinstance(scenario, Deployment) else Deployment.of(scenario)
     scenario = deployment.scenario
     seed = scenario.seed if seed is None else seed
-    workload = scenario.stages() if workload is None else workload
-    streams = np.random.default_rng(seed).spawn(7)
-    arrivals, lengths, content, noise, front_end, reading, routing = streams
-    stages = build(workload, arrivals=arrivals, lengths=lengths, content=content)
+    noise, front_end, reading, routing = np.random.default_rng(seed).spawn(7)[3:]  # behind those of draw
+    load: dict[str, float | int | None] = {}
+    if stages is None:
+        workload = scenario.stages() if workload is None else workload
+        stages, load = draw(workload, seed), _load(workload)
+    elif [len(stage.streams) for stage in stages] == [1]:
+        load = {"max_concurrency": stages[0].streams[0].max_concurrency}
     specs = scenario.fleet.specs
     deployments = _deployments(deployment)
     shortest = min(each.config.max_model_len for each in deployments)
@@ -58,7 +67,7 @@ def simulate(
         return Replica(
             env,
             index,
-            its.config,
+            its.scenario.server.engine(its.config),
             its.step_time,
             its.profile.noise.factors(noise_streams[index]),
             its.step_time.roofline_seconds,
@@ -98,7 +107,7 @@ def simulate(
         "max_num_batched_tokens": deployment.config.max_num_batched_tokens,
         "num_gpu_blocks": deployment.config.num_gpu_blocks,
         "replicas": count,
-        **_load(workload),
+        **load,
     }
     if fleet.failures:
         run.meta["failures"] = dict(sorted(fleet.failures.items()))

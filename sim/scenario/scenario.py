@@ -31,6 +31,7 @@ from servecast.sim.inputs.yaml_file import override, read_yaml
 from servecast.sim.metrics import slo as objectives
 from servecast.sim.scenario.engine_flags import EngineFlags
 from servecast.sim.scenario.reported import Reported
+from servecast.sim.scenario.servers import SERVERS, Server, checked
 from servecast.sim.traffic.arrivals import ClosedLoop
 from servecast.sim.traffic.forms import WorkloadSpec, expand
 from servecast.sim.traffic.spec import PlanSpec, StageSpec, StreamSpec, Sweep, Workload
@@ -124,7 +125,7 @@ def _engine_of(engine: EngineFlags, spec: ReplicaSpec) -> EngineFlags:
     """The engine's flags with those of a replica in their place."""
     written = engine.model_dump(include=engine.model_fields_set)
     try:
-        return parse(EngineFlags, written | spec.engine, source="engine")
+        return checked(parse(EngineFlags, written | spec.engine, source="engine"))
     except InputError as error:
         raise invalid(error.what, error.fix, at=error.where.removeprefix("engine: ")) from None
 
@@ -145,7 +146,7 @@ class Scenario(Model):
     profile: str | None = None
     """Name of a shipped profile, or the path of one. Without it, step times are physics with typical
     efficiencies, labelled so."""
-    engine: EngineFlags
+    engine: Annotated[EngineFlags, AfterValidator(checked)]
     """The engine's flags."""
     fleet: Fleet = Fleet()
     """How many engines, behind which router."""
@@ -203,6 +204,16 @@ class Scenario(Model):
     def source(self) -> str:
         """What messages call the scenario: its file, or its name."""
         return self.name if self._source is None else str(self._source)
+
+    @property
+    def server(self) -> Server:
+        """The server that its engine is a part of."""
+        return SERVERS[self.engine.policy]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a result should say about the engine's configuration."""
+        return self.server.notes(self.engine)
 
     @property
     def changes(self) -> dict[str, Any]:

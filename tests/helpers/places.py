@@ -9,3 +9,4 @@ REPOSITORY = TESTS.parent
 HELPERS = TESTS / "helpers"
 SAMPLES = TESTS / "samples"
 DATA = TESTS / "data"
+VLLM = REPOSITORY / ".venv-vllm"  # made by `make vllm`

@@ -28,7 +28,7 @@ from servecast.sim.scenario.scenario import Scenario, load
 from servecast.validate.live import drive as live_drive
 from servecast.validate.live import telemetry
 from servecast.validate.live.drive import Outcome, drive, predict
-from servecast.validate.live.loads import Planner
+from servecast.validate.live.loads import Loads
 from servecast.validate.live.misfit import refuse_misfit, replaced
 from servecast.validate.live.target import Target, answers, proxy_latency_s, warm_up
 from servecast.validate.live.telemetry import Prometheus, Sampler, get, gpu_sampler
@@ -364,9 +364,8 @@ def driven(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Calla
     monkeypatch.setattr(live_drive, "gpu_sampler", lambda: Sampler(lambda: {"power_w": 70.0}, 0.05))
     scenario = load(file)
     deployment = Deployment.of(scenario)
-    planner = Planner(deployment, tmp_path / "out", max_rate=10.0, duration_s=3.0)
-    asked = planner.at_rate(10.0, "rate")
-    prediction = predict(asked, deployment, range(1))
+    asked = Loads(deployment, max_rate=10.0, duration_s=3.0).at_rate(10.0, "rate")
+    prediction = predict(asked, deployment, range(1), tmp_path / "out")
 
     def run(url: str, **options: Any) -> Outcome:
         target = Target(url, "tiny", str(tmp_path / "tiny"))

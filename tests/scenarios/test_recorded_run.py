@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from small_scenarios import scenario_file
 
 from servecast.scenarios.make.recorded_run import fit_host, read_run, table_of
 from servecast.sim.hardware.profile import Profile
@@ -78,12 +79,8 @@ def scenario(folder: Path, **changes: Any) -> Path:
     (folder / "table.csv").write_text(
         "requests,makespan_s,e2e_mean_ms,ttft_mean_ms\nall,5.5,1,1\nfirst-1,1,1,1\nlast-2,1,1,1\n"
     )
-    data = {
-        "schema_version": 1,
+    sections: dict[str, Any] = {
         "name": "recorded",
-        "model": {"config": "Qwen2.5-0.5B-Instruct"},
-        "gpu": {"name": "l4"},
-        "engine": {"version": "0.23"},
         "workload": {"trace": {"format": "llmservingsim", "path": "workload.jsonl"}},
         "reported": [
             {
@@ -95,9 +92,7 @@ def scenario(folder: Path, **changes: Any) -> Path:
             }
         ],
     }
-    path = folder / "scenario.yaml"
-    path.write_text(yaml.safe_dump(data | changes))
-    return path
+    return scenario_file(folder, **sections | changes)
 
 
 def test_the_two_clocks_are_aligned_where_a_request_was_queued_soonest(tmp_path: Path) -> None:

@@ -150,10 +150,9 @@ def check(
         report = _read(report, [Path(each) for each in more], Context(**context))
     if predict and report.scenario is None and any(level.hardware is not None for level in report.levels):
         report = replace(report, notes=(*report.notes, _NOT_PREDICTED))
-    findings = [finding for rule in RULES.values() for finding in rule(report)]
     with_prediction = predict and report.scenario is not None and report.scenario.profile is not None
-    if with_prediction:
-        findings += prediction(report)
+    rules = RULES | ({"prediction": prediction} if with_prediction else {})
+    findings = [replace(finding, rule=name) for name, rule in rules.items() for finding in rule(report)]
     return Checked(report, tuple(findings), with_prediction)
 
 

@@ -1,4 +1,4 @@
-"""The single-file HTML report of a comparison."""
+"""The single-file HTML page of a comparison."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from servecast.validate.compare.load import LoadComparison, Row, spoken
 from servecast.validate.compare.sweep import Comparison, closed_loop, open_loop
 
 
-def write_comparison_report(
+def write_comparison_page(
     path: Path, comparison: Comparison, *, title: str, question: str, facts: Mapping[str, object]
 ) -> Path:
-    """Write the report and return its path; it is written whole or not at all.
+    """Write the page and return its path; it is written whole or not at all.
 
     Args:
         facts: provenance, shown as given.

@@ -17,7 +17,8 @@ from servecast.sim.metrics.saturation import Saturation, saturation
 from servecast.sim.plan.judge import CERTAIN, Judgement, Objectives, judge, observed
 from servecast.sim.plan.prober import WARMUP_SHARE
 from servecast.validate.compare.load import CONFIDENCE, LoadComparison, Row
-from servecast.validate.compare.verdict import State, Tolerances, Verdict, verdict_of
+from servecast.validate.compare.tolerances import Tolerances
+from servecast.validate.compare.verdict import State, Verdict, verdict_of
 
 _STRAINS = 1e-3, 1e3  # between these, so that they have a logarithm
 

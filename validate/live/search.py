@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, repeat
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -22,7 +20,7 @@ from servecast.sim.plan.search import search
 from servecast.sim.run.simulate import simulate
 from servecast.sim.scenario.scenario import Scenario
 from servecast.validate.compare.sweep import bracket, judged, sustained
-from servecast.validate.live.loads import Planner
+from servecast.validate.live.loads import Loads
 
 MOST_LOADS, MOST_SIMULATED = 8, 20  # that a search tries
 STEP = 1.1  # from rate to rate where the other end is not known, squared from step to step
@@ -46,7 +44,7 @@ class Search:
     holds: Callable[[Sequence[Run], Scenario], bool]
 
 
-SEARCHES = {  # by plan
+SEARCHES = {  # by kind of load
     "slo": Search("max_request_rate", meets),
     "knee": Search("knee", lambda runs, _scenario: sustained(runs)),
 }
@@ -54,12 +52,12 @@ SEARCHES = {  # by plan
 
 @dataclass(frozen=True, slots=True)
 class PredictedRate:
-    """Where a plan's rate lies, by simulation. tried: (requests/s, whether it held), in order.
+    """Where a searched rate lies, by simulation. tried: (requests/s, whether it held), in order.
 
     sha256: of the file that says so.
     """
 
-    plan: str
+    kind: str
     ends: Interval
     tried: tuple[tuple[float, bool], ...]
     sha256: str = ""
@@ -67,27 +65,25 @@ class PredictedRate:
     def to_json(self) -> dict[str, Any]:
         """Plain values; an end that is not known is null."""
         return {
-            "plan": self.plan,
-            "metric": SEARCHES[self.plan].metric,
+            "plan": self.kind,
+            "metric": SEARCHES[self.kind].metric,
             "between": [self.ends.low, self.ends.high],
             "tried": [{"request_rate": rate, "holds": held} for rate, held in self.tried],
         }
 
 
-def predict_rate(plan: str, planner: Planner, seeds: range) -> PredictedRate:
+def predict_rate(kind: str, loads: Loads, seeds: range) -> PredictedRate:
     """Search by simulation, on the very traffic that the live server would get at each rate."""
     tried: dict[float, bool] = {}
-    with TemporaryDirectory() as folder:
-        elsewhere = replace(planner, out=Path(folder))
 
-        def holds(request_rate: float) -> bool:
-            workload = elsewhere.at_rate(request_rate, plan).workload()
-            runs = [simulate(planner.deployment, seed=seed, workload=workload) for seed in seeds]
-            return SEARCHES[plan].holds(runs, planner.scenario)
+    def holds(request_rate: float) -> bool:
+        stages = loads.at_rate(request_rate, kind).stages()
+        runs = [simulate(loads.deployment, seed=seed, stages=stages) for seed in seeds]
+        return SEARCHES[kind].holds(runs, loads.scenario)
 
-        ends = search_near(holds, planner.max_rate, tried, near=FINE, tries=MOST_SIMULATED)
+    ends = search_near(holds, loads.max_rate, tried, near=FINE, tries=MOST_SIMULATED)
     middle = (ends.low * ends.high) ** 0.5 if 0 < ends.low < ends.high < np.inf else ends.estimate
-    return PredictedRate(plan, replace(ends, estimate=float(middle)), tuple(tried.items()))
+    return PredictedRate(kind, replace(ends, estimate=float(middle)), tuple(tried.items()))
 
 
 def search_near(

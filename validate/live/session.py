@@ -2,12 +2,11 @@
 
 The order is what makes it a test: the server says what it is, the predictions of all loads are written to
 disk, then the loads run, each by ``vllm bench serve`` on a trace that the prediction used as well. The loads
-of a search (plan "slo") hang on what the ones before showed: each is predicted before it runs.
+of a search (as "slo") hang on what the ones before showed: each is predicted before it runs.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,8 +24,8 @@ from servecast.sim.run.results import write_result
 from servecast.sim.run.simulate import RateProbe
 from servecast.sim.scenario.deployment import Deployment
 from servecast.sim.scenario.scenario import Scenario
-from servecast.validate.live.drive import BENCH_START_S, Outcome, drive, predict
-from servecast.validate.live.loads import PLANS, SWEPT, Load, Planner, check_plans
+from servecast.validate.live.drive import BENCH_START_S, Outcome, drive, file_sha256, predict
+from servecast.validate.live.loads import KINDS, SWEPT, Load, Loads, check_kinds
 from servecast.validate.live.misfit import refuse_misfit, replaced
 from servecast.validate.live.own_server import OwnServer, started
 from servecast.validate.live.search import SEARCHES, PredictedRate, predict_rate, search_near
@@ -47,14 +46,14 @@ class _Served:
 
 
 @dataclass(slots=True)
-class Campaign:
-    """Predicts and measures the loads of some plans on one server.
+class Session:
+    """Predicts and measures loads on one server.
 
     Args:
         scenario: what is predicted. server: to start, or where it is.
-        out: folder for everything. plans: names of live_plan.PLANS, and "slo".
-        duration_s: how long an open-loop load sends. rates: requests/s, concurrency: levels, instead of the
-            plans' own. seed: of the traffic. seeds: replications of a prediction.
+        out: folder for everything. kinds: of loads, see loads.KINDS and SEARCHED.
+        duration_s: how long an open-loop load sends. rates: requests/s, concurrency: levels, instead of each
+            kind's own. seed: of the traffic. seeds: replications of a prediction.
         time_budget_s: a load that would end later is not started, and one that has not ended by then is cut.
         prometheus: asked instead of scraping /metrics. python: that has vllm, for the benchmark.
         say: told what is being done.
@@ -62,7 +61,7 @@ class Campaign:
 
     Attributes:
         outcomes: of the loads that ran, also after an error.
-        predicted_rates: where the searches end in simulation, before any load runs: those of the plans "slo"
+        predicted_rates: where the searches end in simulation, before any load runs: those of the kinds "slo"
             and "knee", and that of the largest rate wherever loads are chosen by it. They judge a load in the
             way in which what was measured is judged, so that the two can be compared; ``servecast plan`` is
             stricter: it asks for confidence over other traffic, in a steady state.
@@ -75,7 +74,7 @@ class Campaign:
     scenario: Scenario
     server: OwnServer | Target
     out: Path
-    plans: Sequence[str] = ("rate",)
+    kinds: Sequence[str] = ("rate",)
     duration_s: float = 60.0
     rates: tuple[float, ...] = ()
     concurrency: tuple[int, ...] = ()
@@ -85,7 +84,7 @@ class Campaign:
     prometheus: Prometheus | None = None
     python: str = sys.executable
     say: Callable[[str], None] = lambda _text: None
-    after_load: Callable[[Campaign], object] = lambda _campaign: None
+    after_load: Callable[[Session], object] = lambda _session: None
     outcomes: list[Outcome] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     truth: Truth | None = None
@@ -100,7 +99,7 @@ class Campaign:
     @property
     def max_rate(self) -> float | None:
         """The predicted largest rate at the objectives, None if it was not looked for or not bracketed."""
-        ends = next((each.ends for each in self.predicted_rates if each.plan == "slo"), None)
+        ends = next((each.ends for each in self.predicted_rates if each.kind == "slo"), None)
         return None if ends is None or not ends.low or math.isinf(ends.high) else ends.estimate
 
     def run(self) -> None:
@@ -109,10 +108,10 @@ class Campaign:
 
         Raises:
             InputError: the server is not what the scenario and its profile are of, it does not start, or a
-                plan is unknown or does not fit the scenario.
+                kind of load is unknown or does not fit the scenario.
         """
-        check_plans(self.plans, self.rates, self.concurrency)
-        if "slo" in self.plans and Objectives.of(self.scenario) is None:
+        check_kinds(self.kinds, self.rates, self.concurrency)
+        if "slo" in self.kinds and Objectives.of(self.scenario) is None:
             raise InputError(
                 "there is no SLO to search the largest rate of",
                 where=f"{self.scenario.source}: slo",
@@ -125,7 +124,7 @@ class Campaign:
                 fix="Judge one replica: --replicas 1.",
             )
         profile = self.scenario.profile_file()
-        self.profile_sha256 = None if profile is None else _sha256(profile)
+        self.profile_sha256 = None if profile is None else file_sha256(profile)
         self.out.mkdir(parents=True, exist_ok=True)
         budget = Budget(self.time_budget_s)
         try:
@@ -144,22 +143,21 @@ class Campaign:
     def _at_home(self, budget: Budget) -> list[Load]:
         """Run what the server as it is can be asked; the loads that need another are returned."""
         with self._served({}) as served:
-            planner = Planner(
+            maker = Loads(
                 served.deployment,
-                self.out.absolute(),
                 2 * first_guess(RateProbe(served.deployment), self.seed),
                 self.duration_s,
                 self.seed,
                 self.rates,
                 self.concurrency,
             )
-            self._predict_rates(planner)
-            planner = replace(planner, max_rate=self.max_rate or planner.max_rate)
-            loads = [load for name in self.plans if name in PLANS for load in PLANS[name](planner)]
+            self._predict_rates(maker)
+            maker = replace(maker, max_rate=self.max_rate or maker.max_rate)
+            loads = [load for name in self.kinds if name in KINDS for load in KINDS[name](maker)]
             self._all([load for load in loads if not load.engine], served, budget)
             for searched in self.predicted_rates:
-                if self.stopped is None and searched.plan in self.plans:
-                    self._search(searched, planner, served, budget)
+                if self.stopped is None and searched.kind in self.kinds:
+                    self._search(searched, maker, served, budget)
         return [load for load in loads if load.engine]
 
     def _elsewhere(self, load: Load, budget: Budget) -> None:
@@ -213,7 +211,7 @@ class Campaign:
         """Predict all loads, then run them."""
         self.say(f"predicting {len(loads)} load{'s' * (len(loads) != 1)}")
         seeds = range(self.seed, self.seed + self.seeds)
-        predictions = [predict(load, served.deployment, seeds) for load in loads]
+        predictions = [predict(load, served.deployment, seeds, self.out.absolute()) for load in loads]
         for load, prediction in zip(loads, predictions, strict=True):
             expected = prediction.seconds + BENCH_START_S
             if not budget.fits(expected):
@@ -240,45 +238,39 @@ class Campaign:
             if self.stopped is not None:
                 return
 
-    def _predict_rates(self, planner: Planner) -> None:
-        """Search the rates of the plans that do, and the largest rate where others choose their loads by it,
-        by simulation, and write prediction-PLAN.json."""
-        plans = [name for name in self.plans if name in SEARCHES]
-        chosen = {"rate": not self.rates, "concurrency": False}  # the other plans always choose by it
-        by_rate = any(chosen.get(name, True) for name in self.plans if name in PLANS)
-        if by_rate and "slo" not in plans and Objectives.of(self.scenario) is not None:
-            plans.insert(0, "slo")
-        for plan in plans:
-            self.say(f"predicting where plan {plan} ends")
-            found = predict_rate(plan, planner, range(self.seed, self.seed + self.seeds))
-            path = self.out / f"prediction-{plan}.json"
+    def _predict_rates(self, loads: Loads) -> None:
+        """Search what is to be searched, and the largest rate where other loads are chosen by it, by
+        simulation, and write prediction-KIND.json."""
+        kinds = [name for name in self.kinds if name in SEARCHES]
+        chosen = {"rate": not self.rates, "concurrency": False}  # the other kinds always choose by it
+        by_rate = any(chosen.get(name, True) for name in self.kinds if name in KINDS)
+        if by_rate and "slo" not in kinds and Objectives.of(self.scenario) is not None:
+            kinds.insert(0, "slo")
+        for kind in kinds:
+            self.say(f"predicting where the search of {kind} ends")
+            found = predict_rate(kind, loads, range(self.seed, self.seed + self.seeds))
+            path = self.out / f"prediction-{kind}.json"
             write_result(path, found.to_json())
-            self.predicted_rates.append(replace(found, sha256=_sha256(path)))
+            self.predicted_rates.append(replace(found, sha256=file_sha256(path)))
 
-    def _search(self, searched: PredictedRate, planner: Planner, served: _Served, budget: Budget) -> None:
+    def _search(self, searched: PredictedRate, loads: Loads, served: _Served, budget: Budget) -> None:
         """Find the rate on the server: on from what was swept, and first where it is predicted."""
-        plan, scenario = searched.plan, served.deployment.scenario
+        judged, scenario = SEARCHES[searched.kind], served.deployment.scenario
         tried = {
-            outcome.load.request_rate: SEARCHES[plan].holds(
-                [outcome.measured.run], served.deployment.scenario
-            )
+            outcome.load.request_rate: judged.holds([outcome.measured.run], scenario)
             for outcome in self.outcomes
-            if outcome.load.plan in SWEPT and outcome.measured and outcome.load.request_rate
+            if outcome.load.kind in SWEPT and outcome.measured and outcome.load.request_rate
         }
 
         def holds(request_rate: float) -> bool | None:
             count = len(self.outcomes)
-            self._all([planner.at_rate(request_rate, plan)], served, budget)
+            self._all([loads.at_rate(request_rate, searched.kind)], served, budget)
             if (
                 len(self.outcomes) == count
                 or self.stopped
                 or (measured := self.outcomes[-1].measured) is None
             ):
                 return None
-            return SEARCHES[plan].holds([measured.run], scenario)
+            return judged.holds([measured.run], scenario)
 
         search_near(holds, searched.ends.estimate, tried)
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import yaml
+from small_scenarios import small
 
 from servecast.calibrate.cli import app
 from servecast.calibrate.fit import report as from_report
@@ -38,15 +38,13 @@ def write_scenario(folder: Path, cells: dict[int, dict[str, float]], fit_rows: l
     lines = [",".join(["concurrency", *COLUMNS])]
     lines += [",".join(str(v) for v in (level, *(row[c] for c in COLUMNS))) for level, row in cells.items()]
     table.write_text("\n".join(lines) + "\n")
-    scenario = {
-        "schema_version": 1,
-        "name": "made",
-        "model": {"config": "Qwen2.5-0.5B-Instruct"},
-        "gpu": {"name": "l4"},
-        "engine": {"version": "0.23", "max_model_len": 2048},
-        "workload": {"prompt_tokens": 200, "output_tokens": 24},
-        "sweep": {"levels": [{"concurrency": level, "num_requests": 3 * level + 9} for level in LEVELS]},
-        "reported": [
+    return small(
+        folder,
+        name="made",
+        engine={"version": "0.23", "max_model_len": 2048},
+        workload={"prompt_tokens": 200, "output_tokens": 24},
+        sweep={"levels": [{"concurrency": level, "num_requests": 3 * level + 9} for level in LEVELS]},
+        reported=[
             {
                 "table": "table.csv",
                 "keys": ["concurrency"],
@@ -54,10 +52,7 @@ def write_scenario(folder: Path, cells: dict[int, dict[str, float]], fit_rows: l
                 "fit_rows": [{"concurrency": level} for level in fit_rows],
             }
         ],
-    }
-    path = folder / "made.yaml"
-    path.write_text(yaml.safe_dump(scenario))
-    return load(path)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +70,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Scenario:
     return write_scenario(folder, cells, [1, 48])
 
 
+@pytest.mark.slow
 def test_a_fit_to_two_rows_predicts_the_rows_between(made: Scenario) -> None:
     profile = fit_report(made, max_evaluations=8).profile
     table = reproduce(made, seeds=4, profile=profile).tables[0]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from small_scenarios import MINIMAL
 
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.metrics.slo import SLO, Goodput
@@ -16,18 +17,7 @@ from servecast.sim.scenario.scenario import load
 from servecast.sim.scenario.vllm_flags import parse_serve_command
 from servecast.sim.traffic.traces import read_azure, read_burstgpt, read_mooncake, read_timed_trace
 
-SCENARIO = """\
-schema_version: 1
-name: mine
-model: {config: Qwen2.5-7B-Instruct}
-gpu: {name: a6000}
-engine: {version: "0.23"}
-workload:
-  arrivals: {kind: poisson, request_rate: 2}
-  num_requests: 100
-  prompt_tokens: 256
-  output_tokens: 128
-"""
+SCENARIO = MINIMAL.replace("0.32", "0.23")
 HASHED = '{"timestamp": %s, "input_length": %s, "output_length": 5, "hash_ids": [%s]}\n'
 
 

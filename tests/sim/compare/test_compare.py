@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from small_scenarios import open_loop, scenario_file
 
 from servecast.__main__ import main
 from servecast.sim.compare.side_by_side import Row, Side, SideBySide, side_by_side
@@ -27,18 +28,6 @@ VLLM_BENCH = {  # as vllm bench serve --save-result writes it
     "output_throughput": 40.0,
     "p99_ttft_ms": 30.0,
 }
-TINY = """
-schema_version: 1
-name: tiny
-model: {config: Qwen2.5-0.5B-Instruct}
-gpu: {name: l4}
-engine: {version: "0.23"}
-workload:
-  arrivals: {kind: poisson, request_rate: 40}
-  num_requests: 60
-  prompt_tokens: 64
-  output_tokens: {kind: lognormal, mean: 30, std: 30}
-"""
 
 
 def result(**changes: Any) -> dict[str, Any]:
@@ -108,9 +97,8 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> str:
-    path = tmp_path / "tiny.yaml"
-    path.write_text(TINY)
-    return str(path)
+    lengths = {"kind": "lognormal", "mean": 30, "std": 30}
+    return str(scenario_file(tmp_path, workload=open_loop(40, 60, 64, lengths)))
 
 
 def test_a_live_result_and_the_scenario_that_predicts_it(

@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 import pytest
 from small_epp import EPP
+from small_scenarios import open_loop, scenario_file
 
 from servecast.__main__ import main
 from servecast.sim.compare.ranking import rank, reasons
@@ -16,20 +17,26 @@ from servecast.sim.compare.side_by_side import Side
 from servecast.sim.metrics.fleet_load import fleet_load
 from servecast.sim.metrics.records import STEP_COLUMNS, Run
 
-PREFIXES = """
-schema_version: 1
-name: prefixes
-model: {config: Llama-3.1-8B-Instruct}
-gpu: {name: l40s}
-engine: {version: "0.32", max_model_len: 8192, num_gpu_blocks_override: 2500}
-fleet: {replicas: 4}
-workload:
-  stages:
-  - streams: [{arrivals: {kind: poisson, request_rate: 4}, num_requests: 60, prompt_tokens: 100,
-      output_tokens: 40, content: &c {kind: shared_prefix, groups: 24, prefix_tokens: 2000}}]
-  - streams: [{arrivals: {kind: poisson, request_rate: 8}, num_requests: 60, prompt_tokens: 100,
-      output_tokens: 40, content: *c}]
-"""
+PREFIXES: dict[str, Any] = {
+    "name": "prefixes",
+    "model": {"config": "Llama-3.1-8B-Instruct"},
+    "gpu": {"name": "l40s"},
+    "engine": {"version": "0.32", "max_model_len": 8192, "num_gpu_blocks_override": 2500},
+    "fleet": {"replicas": 4},
+    "workload": {
+        "stages": [
+            {
+                "streams": [
+                    {
+                        **open_loop(request_rate, 60, 100, 40),
+                        "content": {"kind": "shared_prefix", "groups": 24, "prefix_tokens": 2000},
+                    }
+                ]
+            }
+            for request_rate in (4, 8)
+        ]
+    },
+}
 
 
 def side(label: str, ttft: tuple[float, ...], **causes: tuple[float, ...]) -> Side:
@@ -127,10 +134,10 @@ def test_fleet_load_of_two_replicas() -> None:
 
 
 def compared(folder: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
-    (folder / "prefixes.yaml").write_text(PREFIXES, "utf-8")
+    scenario = scenario_file(folder, **PREFIXES)
     (folder / "epp.yaml").write_text(EPP.replace("PREFIX", "precise-prefix-cache-scorer"), "utf-8")
     routers = ["--routers", str(folder / "epp.yaml"), "round-robin"]
-    assert main(["compare", str(folder / "prefixes.yaml"), *routers, "--jobs", "1", *arguments]) == 0
+    assert main(["compare", str(scenario), *routers, "--jobs", "1", *arguments]) == 0
     out = capsys.readouterr().out
     return json.loads(out) if "--json" in arguments else {"text": out}
 
@@ -178,8 +185,8 @@ def test_compare_writes_a_report_with_its_plots(tmp_path: Path, capsys: pytest.C
 def test_bad_comparisons_are_refused(
     arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "prefixes.yaml").write_text(PREFIXES, "utf-8")
+    scenario = scenario_file(tmp_path, **PREFIXES)
     (tmp_path / "epp.yaml").write_text(EPP.replace("PREFIX", "que-scorer"), "utf-8")
     arguments = [str(tmp_path / "epp.yaml") if each == "EPP" else each for each in arguments]
-    assert main(["compare", str(tmp_path / "prefixes.yaml"), *arguments]) == 2
+    assert main(["compare", str(scenario), *arguments]) == 2
     assert message in capsys.readouterr().err

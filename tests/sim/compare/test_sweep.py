@@ -13,39 +13,21 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from small_scenarios import open_loop, scenario_file
 
 from servecast.__main__ import main
 from servecast.sim.compare.sweep import Cell, grid
 from servecast.sim.scenario.scenario import shipped_folder
 
-TINY = """
-schema_version: 1
-name: tiny
-model: {config: Qwen2.5-0.5B-Instruct}
-gpu: {name: l4}
-engine: {version: "0.23"}
-workload:
-  arrivals: {kind: poisson, request_rate: 20}
-  num_requests: 100
-  prompt_tokens: 64
-  output_tokens: 8
-"""
 GRID = ("--vary", "engine.max_num_seqs=2,64", "--rates", "5,40", "--seeds", "2", "--num-requests", "100")
-
-
-@pytest.fixture
-def tiny(tmp_path: Path) -> Path:
-    path = tmp_path / "tiny.yaml"
-    path.write_text(TINY)
-    return path
 
 
 def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def sweep(capsys: pytest.CaptureFixture[str], scenario: Path, out: Path, *options: str) -> dict[str, Any]:
-    assert main(["sweep", str(scenario), "--out", str(out), "--json", *options]) == 0
+def sweep(capsys: pytest.CaptureFixture[str], scenario: str, out: Path, *options: str) -> dict[str, Any]:
+    assert main(["sweep", scenario, "--out", str(out), "--json", *options]) == 0
     document: dict[str, Any] = json.loads(capsys.readouterr().out)
     return document
 
@@ -73,7 +55,7 @@ def dask_scheduler(tmp_path: Path) -> Iterator[str]:
         log.close()
 
 
-def wait_for(condition: Any, processes: list[subprocess.Popen[bytes]], seconds: float = 60) -> None:
+def wait_for(condition: Any, processes: list[subprocess.Popen[bytes]], seconds: float = 600) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -82,7 +64,7 @@ def wait_for(condition: Any, processes: list[subprocess.Popen[bytes]], seconds: 
 
 
 def test_loky_gives_the_bytes_of_a_serial_sweep(
-    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = sweep(capsys, tiny, tmp_path / "serial", *GRID, "--jobs", "1")
     assert (found["cells"], found["failed"], len(found["rows"])) == (8, 0, 8)
@@ -92,7 +74,7 @@ def test_loky_gives_the_bytes_of_a_serial_sweep(
 
 
 def test_dask_gives_the_bytes_of_a_serial_sweep(
-    tiny: Path, tmp_path: Path, dask_scheduler: str, capsys: pytest.CaptureFixture[str]
+    tiny: str, tmp_path: Path, dask_scheduler: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sweep(capsys, tiny, tmp_path / "serial", *GRID, "--jobs", "1")
     options = ("--backend", "dask", "--dask-scheduler", dask_scheduler)
@@ -102,12 +84,12 @@ def test_dask_gives_the_bytes_of_a_serial_sweep(
 
 
 def test_resume_after_a_kill_runs_only_the_rest(
-    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ("--rates", "5,10,20,40", "--seeds", "3", "--num-requests", "1500", "--jobs", "1")
     out = tmp_path / "killed"
     command = [sys.executable, "-c", "import sys; from servecast.__main__ import main; sys.exit(main())"]
-    process = subprocess.Popen([*command, "sweep", str(tiny), "--out", str(out), *options])
+    process = subprocess.Popen([*command, "sweep", tiny, "--out", str(out), *options])
     wait_for(lambda: len(list(out.glob("*.json"))) >= 2, [process])
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -124,7 +106,7 @@ def test_resume_after_a_kill_runs_only_the_rest(
 
 
 def test_resume_reuses_nothing_of_a_changed_scenario(
-    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = tmp_path / "config.json"
     shipped = (shipped_folder() / "models" / "Qwen2.5-0.5B-Instruct.json").read_text()
@@ -133,7 +115,7 @@ def test_resume_reuses_nothing_of_a_changed_scenario(
     two = (*options, "--seeds", "2")
     assert sweep(capsys, tiny, out, *two)["reused"] == 0
     assert sweep(capsys, tiny, out, *two)["reused"] == 2
-    tiny.write_text(TINY.replace("output_tokens: 8", "output_tokens: 9"))
+    scenario_file(tmp_path, workload=open_loop(20, 60, 64, 9))
     assert sweep(capsys, tiny, out, *two)["reused"] == 0
     config.write_text(shipped.replace('"num_hidden_layers": 24', '"num_hidden_layers": 12'))
     assert config.read_text() != shipped
@@ -142,22 +124,22 @@ def test_resume_reuses_nothing_of_a_changed_scenario(
 
 
 def test_a_cell_with_wrong_input_is_recorded_and_tried_again(
-    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, vary = tmp_path / "out", ("--vary", "engine.max_num_seqs=0,8", "--jobs", "1")
     found = sweep(capsys, tiny, out, *vary)
     assert (found["cells"], found["failed"]) == (2, 1)
     wrong, right = found["rows"]
     assert "max_num_seqs should be greater than or equal to 1, not 0" in wrong["error"]
-    assert (right["error"], right["completed"]) == (None, 100)
+    assert (right["error"], right["completed"]) == (None, 60)
     again = sweep(capsys, tiny, out, *vary, "--resume")
     assert (again["reused"], again["failed"]) == (1, 1)
-    assert main(["sweep", str(tiny), "--out", str(out), "--vary", "engine.max_num_seqs=0,-1"]) == 2
+    assert main(["sweep", tiny, "--out", str(out), "--vary", "engine.max_num_seqs=0,-1"]) == 2
     assert "no cell could run; the first: " in capsys.readouterr().err
 
 
 def test_the_summary_has_a_row_a_cell_in_the_order_of_the_grid(
-    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sweep(capsys, tiny, tmp_path / "out", *GRID, "--jobs", "2")
     table = pd.read_csv(tmp_path / "out" / "summary.csv")

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from engine_swap import plain_engine
 from same_run import assert_same
+from small_scenarios import small
 
 from servecast.sim.run.simulate import simulate
-from servecast.sim.scenario.scenario import Scenario, load
+from servecast.sim.scenario.scenario import Scenario
 
 ENGINE = {"version": "0.32", "max_model_len": 4096, "max_num_seqs": 48, "max_num_batched_tokens": 1024}
 LENGTHS = {
@@ -59,18 +59,17 @@ CASES: dict[str, dict[str, Any]] = {
 
 def scenario(folder: Path, case: dict[str, Any]) -> Scenario:
     workload = case["workload"]
-    data = {
-        "schema_version": 1,
-        "name": "identity",
-        "model": {"config": "Llama-3.1-8B-Instruct"},
-        "gpu": {"name": "l40s"},
-        **case,
-        "engine": ENGINE | case.get("engine", {}),
-        "workload": workload if "stages" in workload else {"num_requests": 300, **workload},
-    }
-    path = folder / "identity.yaml"
-    path.write_text(yaml.safe_dump(data), "utf-8")
-    return load(path)
+    return small(
+        folder,
+        name="identity",
+        model={"config": "Llama-3.1-8B-Instruct"},
+        gpu={"name": "l40s"},
+        **case
+        | {
+            "engine": ENGINE | case.get("engine", {}),
+            "workload": workload if "stages" in workload else {"num_requests": 300, **workload},
+        },
+    )
 
 
 @pytest.mark.parametrize("name", CASES)

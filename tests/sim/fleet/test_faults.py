@@ -10,11 +10,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import simpy
-import yaml
 from small_epp import EPP
 from small_fleet import OneSecondSteps, config, one_stream, times
+from small_scenarios import open_loop, small
 
 from servecast.sim.engine.request import Request, Stage
+from servecast.sim.engine.scheduler import Scheduler
 from servecast.sim.fleet.client import Client
 from servecast.sim.fleet.endpoint import Endpoint
 from servecast.sim.fleet.fleet import Fleet
@@ -28,7 +29,7 @@ from servecast.sim.routing.gauges import Gauges
 from servecast.sim.routing.options import RouterOptions
 from servecast.sim.routing.routers import ROUTERS, Backend, Router
 from servecast.sim.run.simulate import simulate
-from servecast.sim.scenario.scenario import Scenario, load
+from servecast.sim.scenario.scenario import Scenario
 
 
 def run(
@@ -47,9 +48,8 @@ def run(
 
     def make(env: simpy.Environment, index: int, client: Client) -> Replica:
         factors = iter(lambda: 1.0, None)
-        return Replica(
-            env, index, config(**engine), steps, factors, steps.roofline_seconds, costs, rng, client
-        )
+        scheduler = Scheduler(config(**engine))
+        return Replica(env, index, scheduler, steps, factors, steps.roofline_seconds, costs, rng, client)
 
     fleet = Fleet(
         simpy.Environment(),
@@ -143,7 +143,9 @@ def test_a_request_in_preparation_fails_with_its_server() -> None:
 
     def make(env: simpy.Environment, index: int, client: Client) -> Replica:
         factors = iter(lambda: 1.0, None)
-        return Replica(env, index, config(), steps, factors, steps.roofline_seconds, costs, rng, client)
+        return Replica(
+            env, index, Scheduler(config()), steps, factors, steps.roofline_seconds, costs, rng, client
+        )
 
     router = ROUTERS["round_robin"](RouterOptions(), rng)
     fleet = Fleet(
@@ -213,7 +215,7 @@ def test_kv_events_are_known_after_their_lag() -> None:
     steps = OneSecondSteps()
     factors = iter(lambda: 1.0, None)
     client = Client(costs)
-    replica = Replica(env, 0, config(), steps, factors, steps.roofline_seconds, costs, rng, client)
+    replica = Replica(env, 0, Scheduler(config()), steps, factors, steps.roofline_seconds, costs, rng, client)
     endpoint = Endpoint(env, replica, Life(), RouterOptions(event_lag_s=0.3), rng)
     endpoint.subscribe()
     request = Request(0, 0.0, 40, 1, 1, ((1, 40),))
@@ -227,14 +229,8 @@ def test_kv_events_are_known_after_their_lag() -> None:
 
 # ---- scenarios --------------------------------------------------------------------------------------
 
-WORKLOAD = {
-    "arrivals": {"kind": "poisson", "request_rate": 10},
-    "num_requests": 100,
-    "prompt_tokens": 300,
-    "output_tokens": 60,
-}
-BASE = {
-    "schema_version": 1,
+WORKLOAD = open_loop(10, 100, 300, 60)
+MIXED = {
     "name": "mixed",
     "model": {"config": "Llama-3.1-8B-Instruct"},
     "gpu": {"name": "l40s"},
@@ -244,9 +240,7 @@ BASE = {
 
 
 def scenario(folder: Path, fleet: dict[str, Any], **changes: Any) -> Scenario:
-    path = folder / "mixed.yaml"
-    path.write_text(yaml.safe_dump({**BASE, "fleet": fleet, **changes}), "utf-8")
-    return load(path)
+    return small(folder, **MIXED | changes, fleet=fleet)
 
 
 def test_replicas_may_differ_in_gpu_and_flags(tmp_path: Path) -> None:

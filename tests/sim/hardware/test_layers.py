@@ -16,6 +16,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from model_shapes import load as model_of
+from small_scenarios import small
 
 from servecast.calibrate.cli import app
 from servecast.calibrate.fit.layer_tables import read_layer_tables
@@ -26,7 +27,7 @@ from servecast.sim.hardware.shard import Shard
 from servecast.sim.hardware.step_time.layers import LayeredStepTime, LayerTables
 from servecast.sim.hardware.step_time.physical import Efficiencies, PhysicalStepTime
 from servecast.sim.inputs.errors import InputError
-from servecast.sim.scenario.scenario import Scenario, load
+from servecast.sim.scenario.scenario import Scenario
 
 MODEL = model_of("Llama-3.1-8B-Instruct")
 GPU = find_gpu("RTX 4090")
@@ -307,23 +308,13 @@ def test_a_folder_that_is_wrong_is_refused(
 
 
 def scenario(folder: Path) -> Scenario:
-    path = folder / "scenario.yaml"
-    workload = {
-        "arrivals": {"kind": "poisson", "request_rate": 2},
-        "num_requests": 20,
-        "prompt_tokens": 300,
-        "output_tokens": 50,
-    }
-    data = {
-        "schema_version": 1,
-        "name": "tables",
-        "model": {"config": "Llama-3.1-8B-Instruct"},
-        "gpu": {"name": "rtx 4090"},
-        "engine": {"version": "0.19", "num_gpu_blocks_override": 2588, "max_model_len": 8192},
-        "workload": workload,
-    }
-    path.write_text(yaml.safe_dump(data))
-    return load(path)
+    return small(
+        folder,
+        name="tables",
+        model={"config": "Llama-3.1-8B-Instruct"},
+        gpu={"name": "rtx 4090"},
+        engine={"version": "0.19", "num_gpu_blocks_override": 2588, "max_model_len": 8192},
+    )
 
 
 LAW = replace(

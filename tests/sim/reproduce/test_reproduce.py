@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-import yaml
+from small_scenarios import small
 
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.reproduce.cell import Cell
@@ -139,17 +139,8 @@ def test_each_table_has_the_runs_of_its_own_workload(tmp_path: Path) -> None:
         }
         for tokens in range(10, 210, 20)
     ]
-    scenario = {
-        "schema_version": 1,
-        "name": "tables",
-        "model": {"config": "Qwen2.5-0.5B-Instruct"},
-        "gpu": {"name": "l4"},
-        "engine": {"version": "0.32"},
-        "workload": tables[0]["workload"],
-        "reported": tables,
-    }
-    (tmp_path / "tables.yaml").write_text(yaml.safe_dump(scenario))
-    found = reproduce(load(tmp_path / "tables.yaml"), seeds=1)
+    scenario = small(tmp_path, engine={"version": "0.32"}, workload=tables[0]["workload"], reported=tables)
+    found = reproduce(scenario, seeds=1)
     latencies = [table.cells[0].predicted for table in found.tables]
     assert latencies == sorted(latencies)
     assert len(set(latencies)) == 10

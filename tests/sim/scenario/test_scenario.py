@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
+from small_scenarios import MINIMAL
 
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.metrics.slo import SLO, Goodput
@@ -19,22 +19,10 @@ from servecast.sim.scenario.engine_flags import EngineFlags
 from servecast.sim.scenario.reported import Reported, ReportedRow, read_rows, stage_of
 from servecast.sim.scenario.scenario import Scenario, load, shipped_scenarios
 from servecast.sim.traffic.arrivals import ClosedLoop, Constant, Poisson
-from servecast.sim.traffic.draw import build
+from servecast.sim.traffic.draw import draw
 from servecast.sim.traffic.lengths import Fixed
 
 L4, A6000 = "l4-qwen2.5-0.5b", "a6000-qwen2.5-7b"
-MINIMAL = """
-schema_version: 1
-name: mine
-model: {config: Qwen2.5-7B-Instruct}
-gpu: {name: a6000}
-engine: {version: "0.32"}
-workload:
-  arrivals: {kind: poisson, request_rate: 2}
-  num_requests: 100
-  prompt_tokens: 256
-  output_tokens: 128
-"""
 
 
 def written(folder: Path, text: str) -> Path:
@@ -91,8 +79,7 @@ def test_every_reported_row_has_its_stage_and_most_are_predicted(name: str) -> N
             )
         most = len(rows) / 2 if reported.variants else 3 if reported.routers else 2
         assert sum(row.fit for row in rows) <= most
-        arrivals, lengths, content = np.random.default_rng(0).spawn(3)
-        stages = build(load_of_table, arrivals=arrivals, lengths=lengths, content=content)
+        stages = draw(load_of_table, seed=0)
         assert all(stream.requests for stage in stages for stream in stage.streams)
 
 
@@ -196,7 +183,7 @@ def test_a_pasted_command_is_engine_configuration(tmp_path: Path) -> None:
     )
     engine = scenario.engine
     assert (engine.max_num_seqs, engine.enable_prefix_caching) == (32, False)
-    assert engine.notes == ("flags without effect here: --port",)
+    assert scenario.notes == ("flags without effect here: --port",)
     assert engine.serve_command is not None
     assert engine.serve_command.model == "q"
 
@@ -220,7 +207,7 @@ def test_scenarios_are_frozen_and_cross_processes() -> None:
 
 
 def test_no_key_may_come_twice(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="line 12: not valid YAML: the key 'name' comes twice"):
+    with pytest.raises(InputError, match="line 11: not valid YAML: the key 'name' comes twice"):
         load(written(tmp_path, MINIMAL + "name: again\n"))
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from small_scenarios import small
 
 from servecast.sim.engine.request import Stage
 from servecast.sim.inputs.errors import InputError
@@ -19,7 +20,7 @@ from servecast.sim.reproduce.values import summed_up
 from servecast.sim.run.simulate import simulate
 from servecast.sim.scenario.reported import Column
 from servecast.sim.scenario.scenario import Scenario, load
-from servecast.sim.traffic.draw import build
+from servecast.sim.traffic.draw import draw
 from servecast.sim.traffic.spec import Polling
 
 FILE: dict[str, Any] = {
@@ -44,16 +45,7 @@ FILE: dict[str, Any] = {
 
 def scenario(tmp_path: Path, file: dict[str, Any], **more: Any) -> Scenario:
     (tmp_path / "perf.yaml").write_text(yaml.safe_dump(file))
-    data = {
-        "schema_version": 1,
-        "name": "perf",
-        "model": {"config": "Qwen2.5-0.5B-Instruct"},
-        "gpu": {"name": "l4"},
-        "engine": {"version": "0.23"},
-        "workload": {"inference_perf": "perf.yaml", **more},
-    }
-    (tmp_path / "scenario.yaml").write_text(yaml.safe_dump(data))
-    return load(tmp_path / "scenario.yaml")
+    return small(tmp_path, name="scenario", workload={"inference_perf": "perf.yaml", **more})
 
 
 def changed(path: str, value: Any) -> dict[str, Any]:
@@ -67,8 +59,7 @@ def changed(path: str, value: Any) -> dict[str, Any]:
 
 
 def drawn(of: Scenario) -> list[Stage]:
-    arrivals, lengths, content = np.random.default_rng(1).spawn(3)
-    return build(of.stages(), arrivals=arrivals, lengths=lengths, content=content)
+    return draw(of.stages(), seed=1)
 
 
 def test_the_report_s_own_file_loads_as_written() -> None:

@@ -25,11 +25,12 @@ from servecast.sim.run.simulate import simulate
 from servecast.sim.scenario.scenario import load
 from servecast.validate.compare.attribution import attribute, parts_of_recording, parts_of_run
 from servecast.validate.compare.load import LoadComparison, Row, compare_runs
-from servecast.validate.compare.page import write_comparison_report
+from servecast.validate.compare.page import write_comparison_page
 from servecast.validate.compare.series import EngineSeries
 from servecast.validate.compare.sweep import bracket_row, compare_loads, judged
 from servecast.validate.compare.text import comparison_text
-from servecast.validate.compare.verdict import Tolerances, judge_row, verdict_of
+from servecast.validate.compare.tolerances import Tolerances
+from servecast.validate.compare.verdict import judge_row, verdict_of
 from servecast.validate.readers import Context, Reading
 
 SHIPPED = Tolerances.load()
@@ -480,7 +481,7 @@ def test_tolerances_come_from_a_file(tmp_path: Path) -> None:
         ("rows: {median_tpot_ms: {}}", "the tolerance is nothing"),
         ("rows: {}\nmin_request: 1", "unknown field 'min_request'"),
         ("rows: {p95_tfft_ms: {relative: 0.1}}", "there is no figure 'p95_tfft_ms'"),
-        ("rows: [", "is not YAML"),
+        ("rows: [", "not valid YAML"),
     ):
         file.write_text(text)
         with pytest.raises(InputError, match=message):
@@ -500,9 +501,9 @@ def test_the_report_is_one_file_that_says_the_verdict(
         compared(measured, telemetry=telemetry(measured), recording=recording),
         compared(slower(run(10, 9), 0.5), rate=10, tolerances=SHIPPED),
     ]
-    found = compare_loads(loads, tolerances=SHIPPED, slos=[SLO.parse("ttft:p95:100")])
+    found = compare_loads(loads, tolerances=SHIPPED, objectives=ttft_within(100))
     file = tmp_path / "report.html"
-    write_comparison_report(file, found, title="<A & B>", question="Does it hold?", facts={"seed": 1})
+    write_comparison_page(file, found, title="<A & B>", question="Does it hold?", facts={"seed": 1})
     page = file.read_text()
     assert "&lt;A &amp; B&gt;" in page
     assert '<div class="number fail">fail</div>' in page
@@ -511,7 +512,7 @@ def test_the_report_is_one_file_that_says_the_verdict(
     assert "src=" not in page
     for name in ("server queue", "Kolmogorov-Smirnov", "TTFT p95, ms", "KV cache, %"):
         assert name in page
-    write_comparison_report(
+    write_comparison_page(
         tmp_path / "again.html", found, title="<A & B>", question="Does it hold?", facts={"seed": 1}
     )
     assert (tmp_path / "again.html").read_text() == page

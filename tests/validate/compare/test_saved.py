@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from places import SAMPLES
+from small_scenarios import open_loop, scenario_file
 
 from servecast.__main__ import main
 from servecast.sim.metrics.metrics import latencies
@@ -19,19 +20,10 @@ from servecast.sim.scenario.scenario import load
 from servecast.validate.compare.saved import requests_of
 from servecast.validate.readers import read
 
-TINY = """
-schema_version: 1
-name: tiny
-model: {config: Qwen2.5-0.5B-Instruct}
-gpu: {name: l4}
-engine: {version: "0.32", num_gpu_blocks_override: 4000}
-workload:
-  arrivals: {kind: poisson, request_rate: 20}
-  num_requests: 150
-  prompt_tokens: 200
-  output_tokens: 40
-"""
-SLOW = TINY.replace("0.5B", "7B")
+POOL = {
+    "engine": {"version": "0.32", "num_gpu_blocks_override": 4000},
+    "workload": open_loop(20, 150, 200, 40),
+}
 ONLY_TPOT = """
 rows: {median_tpot_ms: {relative: 0.6}}
 min_requests: 1
@@ -55,9 +47,7 @@ FORMATS = {  # and what it has of each of its loads
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> str:
-    path = tmp_path / "tiny.yaml"
-    path.write_text(TINY)
-    return str(path)
+    return str(scenario_file(tmp_path, **POOL))
 
 
 def saved(run: Run, path: Path, *, slower: float = 1.0, requests: int | None = None, **load_of: Any) -> Path:
@@ -202,8 +192,8 @@ def test_every_format_is_judged(
     name: str, kinds: tuple[str, ...], tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The samples' server took about as long a token as a model of 0.5B, and a tenth of one of 7B."""
-    slow, limits = tmp_path / "slow.yaml", tmp_path / "tolerances.yaml"
-    slow.write_text(SLOW)
+    slow = scenario_file(tmp_path, **POOL, name="slow", model={"config": "Qwen2.5-7B-Instruct"})
+    limits = tmp_path / "tolerances.yaml"
     limits.write_text(ONLY_TPOT)
     for scenario, exit_code, verdict in ((tiny, 0, "pass"), (str(slow), 1, "fail")):
         code, document = judged(
