@@ -17,7 +17,6 @@ from servecast.calibrate.fit.endpoint import endpoint
 from servecast.calibrate.fit.folder import fit_folder
 from servecast.calibrate.fit.layer_tables import is_layer_folder
 from servecast.calibrate.fit.layers import fit_layers
-from servecast.calibrate.fit.padded import fit_infer
 from servecast.calibrate.fit.report import fit_report
 from servecast.calibrate.fit.text import profile_lines, summary_lines
 from servecast.calibrate.measure.vllm.ending import signal_group, sigterm_as_ctrl_c
@@ -27,7 +26,6 @@ from servecast.sim.inputs.errors import InputError
 from servecast.sim.scenario.scenario import load
 
 app = App(name="calibrate", help="Measure a machine, fit a profile, or show what one says and where it ends.")
-app.command(fit_infer)
 app.command(endpoint)
 
 

@@ -20,7 +20,7 @@ from cyclopts import Parameter
 
 from servecast.calibrate.fit.report import fit_report
 from servecast.calibrate.measure.folder import Budget
-from servecast.calibrate.measure.vllm.bench_serve import run_bench
+from servecast.calibrate.measure.vllm.bench_serve import Server, run_bench
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.scenario.deployment import Deployment
 from servecast.sim.scenario.scenario import Scenario, load
@@ -51,14 +51,9 @@ class Level:
 
 
 @dataclass(frozen=True, slots=True)
-class Endpoint:
-    """A server to measure: see ``run_bench`` for the fields."""
+class Endpoint(Server):
+    """A server to measure. python: that has vllm, for the benchmark."""
 
-    base_url: str
-    model: str
-    tokenizer: str
-    endpoint: str = "/v1/completions"
-    api_key_env: str | None = None
     python: str = sys.executable
 
 
@@ -150,13 +145,9 @@ def _measure(endpoint: Endpoint, level: Level, out: Path, number: int) -> dict[s
         trace,
     )
     result = run_bench(
-        endpoint.base_url,
-        endpoint.model,
-        endpoint.tokenizer,
+        endpoint,
         trace,
         out / f"level-{number}.json",
-        endpoint=endpoint.endpoint,
-        api_key_env=endpoint.api_key_env,
         args=("--max-concurrency", str(level.concurrency), "--ignore-eos"),
         hash_seed=1 + number,
         python=endpoint.python,
@@ -241,17 +232,12 @@ def _write(scenario: Scenario, done: Sequence[tuple[Level, dict[str, float]]], o
 def endpoint(
     scenario: str,
     *,
-    base_url: str,
-    model: str,
-    tokenizer: str,
+    server: Annotated[Endpoint, Parameter(name="*", show_default=False)],
     output: Path,
     out: Path = Path("out/black-box"),
     concurrency: Annotated[list[int] | None, Parameter(consume_multiple=True)] = None,
     prompt_tokens: int = 256,
     output_tokens: int = 64,
-    path: str = "/v1/completions",
-    api_key_env: str | None = None,
-    python: Path | None = None,
     time_budget: float | None = None,
 ) -> int:
     """Calibrate against a running OpenAI-compatible server, by its answers alone.
@@ -261,22 +247,21 @@ def endpoint(
 
     Args:
         scenario: what is known of the server: model, GPU, engine flags. A shipped name, or a YAML file.
-        base_url: of the server, as http://127.0.0.1:8000.
-        model: the name that it serves.
-        tokenizer: folder or name of the model's tokenizer.
+        server.base_url: of the server, as http://127.0.0.1:8000.
+        server.model: the name that it serves.
+        server.tokenizer: folder or name of the model's tokenizer.
+        server.endpoint: of completions (/v1/completions).
+        server.api_key_env: name of the environment variable with the server's key.
+        server.python: of the environment that has vllm, where servecast's own has not.
         output: where the profile is written.
         out: folder for the benchmark's results, the report and its scenario.
         concurrency: levels instead of our own.
         prompt_tokens: of a request; one level takes eight times as many.
         output_tokens: of a request.
-        path: of completions.
-        api_key_env: name of the environment variable with the server's key.
-        python: of the environment that has vllm, where servecast's own has not.
         time_budget: seconds; no level is started that would probably end later.
     """
     known = load(scenario)
     levels = levels_for(known, concurrency or (), prompt_tokens, output_tokens)
-    server = Endpoint(base_url, model, tokenizer, path, api_key_env, str(python or sys.executable))
     report = measure_endpoint(known, server, levels, out, time_budget_s=time_budget, say=_say)
     found = fit_report(report, progress=_say)
     found.profile.save(output)

@@ -109,7 +109,7 @@ def table_of(run: Run, reported: Reported, deployment: Deployment) -> list[dict[
     return [
         {key: str(keys[key])}
         | {
-            name: f"{measure(part, column, reported, None, deployment):.6g}"
+            name: f"{measure(part, column, reported, deployment):.6g}"
             for name, column in reported.columns.items()
         }
         for keys, part in rows
@@ -136,9 +136,10 @@ def fit_host(scenario: Scenario, profile: Profile, run: Run, *, first: int = FIR
 
     def misfit(point: NDArray[np.float64]) -> NDArray[np.float64]:
         fleet = scenario.fleet.model_copy(update={"cold_start_s": float(point[1])})
+        started = scenario.model_copy(update={"fleet": fleet})
         efficiencies = replace(profile.efficiencies, host_fixed_s=float(point[0]) * 1e-3)
-        deployment = Deployment.of(scenario, profile.model_copy(update={"efficiencies": efficiencies}))
-        predicted = simulate(scenario.model_copy(update={"fleet": fleet}), deployment=deployment)
+        deployment = Deployment.of(started, profile.model_copy(update={"efficiencies": efficiencies}))
+        predicted = simulate(deployment)
         return np.log(means(predicted) / measured)
 
     start = [profile.efficiencies.host_fixed_s * 1e3, 0.3]  # ms and s: of about one size

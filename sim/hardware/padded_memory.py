@@ -3,7 +3,7 @@
 Such a server reserves its KV pool without a trial run, so nothing keeps the activations of a large prefill
 within what is left. On the RTX 5080 the ``infer`` server then went on at a fraction of its speed, without an
 error. Where exactly cannot be derived: the account below does not separate the slow runs from all healthy
-ones. So it gives a risk, with the runs it rests on, and predicts no number.
+ones. So it gives a risk and predicts no number.
 """
 
 from __future__ import annotations
@@ -17,11 +17,7 @@ from servecast.sim.inputs.errors import InputError
 
 _GIB = 1 << 30
 _LAYER_COPIES = 4  # hidden states of a layer alive at once: residual, input, output, one temporary
-RISK_SHARE = 0.92  # of the GPU's memory
-EVIDENCE = (
-    "of the 11 runs of the infer-rtx5080 scenarios beyond 92 %, 6 lost throughput, five of them half to nine "
-    "tenths of it, and of the 38 below none did"
-)
+RISK_SHARE = 0.92  # of the GPU's memory; scenarios/README.md counts the runs below and beyond it
 
 
 def padded_memory(
@@ -94,12 +90,12 @@ class MemoryRisk:
 
     @property
     def warning(self) -> str | None:
-        """The risk in words, with its evidence; None below ``RISK_SHARE``."""
+        """The risk in words; None below ``RISK_SHARE``."""
         if self.share < RISK_SHARE:
             return None
         return (
             f"memory risk: {self.rows} prompts of {self.tokens} tokens prefilled together need about "
             f"{self.activations / _GIB:.1f} GiB beside {self.resident / _GIB:.1f} GiB of weights, KV pool "
-            f"and context, {self.share:.0%} of the GPU's {self.device / _GIB:.1f} GiB; {EVIDENCE}. The "
-            "prediction knows nothing of it"
+            f"and context, {self.share:.0%} of the GPU's {self.device / _GIB:.1f} GiB. So near its end "
+            "such a server can fall to a fraction of its speed, and the prediction knows nothing of it"
         )

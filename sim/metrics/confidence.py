@@ -45,20 +45,6 @@ def t_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
     return Interval(mean, mean - half, mean + half, confidence, n)
 
 
-def batch_means(values: ArrayLike, batches: int = 20, confidence: float = 0.95) -> Interval:
-    """Interval for the mean of one long stationary series whose neighbours are correlated.
-
-    The series is cut into equal batches (the first ``len(values) % batches`` values are left out) and
-    the batch means are treated as independent, which holds once a batch is much longer than the
-    correlation (Law, 9.5.3).
-    """
-    series = np.asarray(values, dtype=float)
-    length = len(series) // batches
-    if length == 0:
-        return Interval(math.nan, math.nan, math.nan, confidence, 0)
-    return t_interval(series[-length * batches :].reshape(batches, length).mean(axis=1).tolist(), confidence)
-
-
 def wilson(successes: int, trials: int, confidence: float = 0.95) -> Interval:
     """Wilson's score interval for a share; unlike Wald's it holds at 0 %, at 100 % and for few trials."""
     if trials == 0:

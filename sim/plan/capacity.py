@@ -3,38 +3,34 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 from joblib import Parallel
 
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.metrics.binding import Binding, Limits, binding_limit
-from servecast.sim.metrics.knee import ends, open_loop_knee
+from servecast.sim.metrics.knee import open_loop_knee
 from servecast.sim.metrics.metrics import duration
+from servecast.sim.plan.boundaries import Boundaries, Found, PlanState, Progress
 from servecast.sim.plan.effort import Effort
 from servecast.sim.plan.judge import Objectives
 from servecast.sim.plan.prober import WARMUP_SHARE, WINDOW_IN_E2E, Probe, ProbedRate, Prober
-from servecast.sim.plan.search import readable, search
-
-Progress = Callable[[float, str, float], None]
-PlanState = Literal["found", "inconclusive", "infeasible", "unbounded"]
-FAILED, MISSED = ("fail",), ("fail", "inconclusive")
-ALONE = 0.05  # mean requests in flight below which a request has the server to itself
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What a search found. Rates are requests/s for the whole simulated deployment.
 
-    state: "found"; "inconclusive" (undecided rates span more than the tolerance, or nothing was
-    confirmed); "infeasible" (even a lone request misses); "unbounded" (holds up to the largest rate tried).
-    max_request_rate: the largest rate that passes. interval: it, and the smallest rate that fails (None:
-    none did). knee: the largest rate that is sustained, whatever its latency, None if not reached.
-    probes: rising by rate. headroom: max_request_rate / target_rate. replicas: deployments like this one
-    for target_rate, with traffic split evenly. cost_per_million_output_tokens: at max_request_rate, in
-    the currency of hour_cost. notes: what to keep in mind.
+    state: "found" (what passes and what fails are within the tolerance); "inconclusive" (they are not, as
+    rates between them are undecided, or nothing was confirmed); "infeasible" (even a lone request misses);
+    "unbounded" (holds up to the largest rate tried). max_request_rate: the largest rate that passes.
+    interval: it, and the smallest rate that fails (None: none did). knee: the largest rate that is sustained,
+    whatever its latency, None if not reached. probes: rising by rate. replicas: deployments like this one for
+    target_rate, with traffic split evenly. headroom: what so many carry, over target_rate: 1.02 leaves 2 %.
+    cost_per_million_output_tokens: at max_request_rate, in the currency of hour_cost. notes: what to keep in
+    mind.
     """
 
     state: PlanState
@@ -106,7 +102,8 @@ def plan(
 
     From start_rate the rate is doubled (halved) until one passes and a larger one does not, then the
     bracket is bisected on the logarithm of the rate to 1 + tolerance; in the same way the smallest rate
-    that fails and the knee are bracketed. Every rate sees the same seeds (common random numbers). A rate
+    that fails and the knee are bracketed, and both sides of undecided rates once more where these alone keep
+    what passes and what fails apart. Every rate sees the same seeds (common random numbers). A rate
     that cannot be decided with the first number of replications gets the next, up to the last; each look
     uses the confidence 1 - 2 (1 - confidence) / looks, so that the chance of passing a rate whose
     statistic truly exceeds its limit (or failing one that does not) is at most 1 - confidence over all
@@ -133,15 +130,13 @@ def plan(
         raise InputError(f"{hour_cost:g} is no cost", where="hour_cost", fix="Give 0 or more.")
     with Parallel(n_jobs=effort.jobs) as pool:
         prober = Prober(probe, objectives, limits, seed, effort, pool)
-        _Boundaries(prober, max_rate, progress).find(start_rate)
-    probes = prober.probes
-    miss, fail = (
-        next((probe for probe in probes if probe.state in states), None) for states in (MISSED, FAILED)
-    )
-    best = next((probe for probe in reversed(probes) if miss is None or probe.rate < miss.rate), None)
+        Boundaries(prober, max_rate, progress).find(start_rate)
+    probes, found = prober.probes, Found.of(prober.probes)
+    best, miss, fail = found.best, found.miss, found.fail
     rate = best.rate if best is not None else None
+    replicas = math.ceil(target_rate / rate) if rate is not None and target_rate is not None else None
     return Plan(
-        state=_state(best, miss, fail, effort.tolerance),
+        state=found.state(effort.tolerance),
         max_request_rate=rate,
         interval=(rate, fail.rate if fail else None),
         knee=open_loop_knee([probe.rate for probe in probes], [probe.saturated for probe in probes]),
@@ -152,96 +147,15 @@ def plan(
         tolerance=effort.tolerance,
         seed=seed,
         target_rate=target_rate,
-        headroom=rate / target_rate if rate is not None and target_rate is not None else None,
-        replicas=math.ceil(target_rate / rate) if rate is not None and target_rate is not None else None,
+        headroom=None if rate is None or not replicas or not target_rate else replicas * rate / target_rate,
+        replicas=replicas,
         cost_per_million_output_tokens=(
             hour_cost / 3600 / best.output_throughput * 1e6
             if best is not None and hour_cost is not None and best.output_throughput > 0
             else None
         ),
-        notes=_notes(best, target_rate),
+        notes=_notes(found, target_rate, effort.tolerance),
     )
-
-
-@dataclass(slots=True)
-class _Boundaries:
-    """Finds where rates stop to pass, begin to fail, and saturate: each from what is known of the others."""
-
-    prober: Prober
-    max_rate: float
-    progress: Progress | None
-    _done: float = 0.0
-
-    def find(self, start_rate: float) -> None:
-        """All three, from a first guess."""
-        halvings = self._halvings(1.0, 2.0)
-        self._find(
-            lambda probe: probe.state == "pass", later=2 * halvings, first=min(start_rate, self.max_rate)
-        )
-        if self.prober.probes[0].state == "pass":
-            self._find(lambda probe: probe.state != "fail", later=halvings)
-        self._find(lambda probe: not probe.saturated, knee=True)
-
-    def _find(
-        self,
-        holds: Callable[[ProbedRate], bool],
-        *,
-        first: float | None = None,
-        later: int = 0,
-        knee: bool = False,
-    ) -> None:
-        """Bracket the smallest rate that does not hold.
-
-        Args:
-            first: guess of the first boundary, which is looked for downwards, too, until a request has the
-                server to itself; the others lie above. later: probes that are expected after this one.
-            knee: see `Prober.at`.
-        """
-        tried = {probe.rate: holds(probe) for probe in self.prober.probes}
-
-        def report(rate: float, state: str) -> None:
-            if self.progress is not None:
-                known = len(self.prober.found)
-                left = self._halvings(*ends(tried)) + later
-                self._done = max(self._done, known / (known + left) if known else 0.0)
-                self.progress(rate, state, self._done)
-
-        def at(rate: float) -> bool | None:
-            if tried and rate < min(tried):
-                lowest = self.prober.found[min(tried)]
-                if first is None or lowest.rate * lowest.e2e_s <= ALONE:
-                    return None
-            report(rate, "running")
-            probe = self.prober.at(rate, knee=knee)
-            tried[rate] = holds(probe)
-            report(rate, probe.state)
-            return tried[rate]
-
-        search(
-            at,
-            () if first is None else (readable(first),),
-            tried,
-            near=1 + self.prober.effort.tolerance,
-            most=self.max_rate,
-            rounded=readable,
-        )
-
-    def _halvings(self, low: float, high: float) -> int:
-        """Probes until a bracket is narrow; of one that has an open end, as if it were a doubling."""
-        ratio = high / low if low and math.isfinite(high) else 2.0
-        return max(0, math.ceil(math.log2(math.log(ratio) / math.log1p(self.prober.effort.tolerance))))
-
-
-def _state(
-    best: ProbedRate | None, miss: ProbedRate | None, fail: ProbedRate | None, tolerance: float
-) -> PlanState:
-    if miss is None:
-        return "unbounded"
-    if best is None:
-        return "infeasible" if miss.state == "fail" else "inconclusive"
-    if fail is None or fail.rate > best.rate * (1 + tolerance) ** 3:
-        return "inconclusive"
-    return "found"
 
 
 def _binding(miss: ProbedRate | None, limits: Limits | None) -> Binding:
@@ -255,8 +169,14 @@ def _binding(miss: ProbedRate | None, limits: Limits | None) -> Binding:
     return binding_limit(miss.evidence, limits, only_token_times=token_times)
 
 
-def _notes(best: ProbedRate | None, target_rate: float | None) -> tuple[str, ...]:
-    notes = []
+def _notes(found: Found, target_rate: float | None, tolerance: float) -> tuple[str, ...]:
+    notes, best, fail = [], found.best, found.fail
+    if best is not None and found.state(tolerance) == "inconclusive":
+        end = f"{fail.rate:g}" if fail is not None else "the largest tried"
+        notes.append(
+            f"rates between {best.rate:g} and {end} requests/s are undecided, too close to a limit for their "
+            "spread: more requests a replication narrow it, a larger tolerance accepts it"
+        )
     if best is not None:
         window = best.num_requests * (1 - WARMUP_SHARE) / best.rate / best.e2e_s
         if window < WINDOW_IN_E2E / 2:

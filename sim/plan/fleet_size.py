@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from joblib import Parallel
@@ -22,17 +22,36 @@ from servecast.sim.scenario.scenario import Scenario
 @dataclass(frozen=True, slots=True)
 class FleetSize:
     """replicas: the fewest that meet the objectives at ``request_rate`` (requests/s over the whole fleet),
-    None if ``tried`` has none. tried: number of replicas and what they do at that rate, rising."""
+    None if ``tried`` has none. tried: number of replicas and what they do at that rate, rising. divided: the
+    number that comes of dividing the rate by what was found for one fleet; None if that was not done."""
 
     request_rate: float
     replicas: int | None
     tried: tuple[tuple[int, ProbedRate], ...]
+    divided: int | None = None
+
+    @property
+    def note(self) -> str | None:
+        """Which number holds where the two differ, and why."""
+        if self.replicas is None or self.divided in (None, self.replicas):
+            return None
+        why = (
+            "this router does not split the traffic evenly, or their caches hold too little of it"
+            if self.replicas > (self.divided or 0)
+            else "behind one router they share bursts, and caches, that each would have to carry alone"
+        )
+        return (
+            f"dividing the rate comes to {self.divided} replicas, as if each had an even share for itself; "
+            f"{self.replicas} holds, which was simulated: {why}"
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         return {
             "request_rate": self.request_rate,
             "replicas": self.replicas,
+            "divided": self.divided,
+            "note": self.note,
             "tried": [
                 {
                     "replicas": count,
@@ -52,6 +71,8 @@ class FleetSize:
         for count, probe in self.tried:
             values = ", ".join(f"{each.objective} {each.value.estimate:.4g}" for each in probe.verdicts)
             lines.append(f"  {count}: {probe.state}, {values}")
+        if self.note is not None:
+            lines.append(f"  {self.note}")
         return "\n".join(lines)
 
 
@@ -91,12 +112,14 @@ def size_fleet(
     objectives: Objectives,
     request_rate: float,
     *,
+    divided: int | None = None,
     effort: Effort = Effort(),  # noqa: B008 (frozen)
     progress: Callable[[int], None] | None = None,
 ) -> FleetSize:
     """The fewest replicas of a scenario's engine that meet the objectives at a rate behind its router.
 
     Args:
+        divided: fleets like the scenario's that carry the rate if each has an even share (`Plan.replicas`).
         effort: as of `capacity.plan`. progress: called with each number tried.
 
     Raises:
@@ -118,4 +141,5 @@ def size_fleet(
         return Prober(probe, objectives, limits, scenario.seed, effort, pool).at(request_rate)
 
     with Parallel(n_jobs=effort.jobs) as pool:
-        return fleet_size(at, request_rate, start=scenario.fleet.replicas)
+        found = fleet_size(at, request_rate, start=scenario.fleet.replicas)
+    return replace(found, divided=None if divided is None else divided * scenario.fleet.replicas)

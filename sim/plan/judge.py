@@ -113,8 +113,7 @@ def judge(observations: Sequence[Observation], objectives: Objectives, confidenc
     An SLO passes where the whole t-interval of its statistic over the runs is at or below the limit, and
     fails where all of it is above. A goodput is judged the same way by the share of good requests, with the
     wider of the t-interval and Wilson's over all requests. A load that was not sustained fails: what was
-    measured depends on how long one looks. At confidence `CERTAIN` the means decide, and nothing is
-    inconclusive.
+    measured depends on how long one looks. At confidence `CERTAIN` the means decide, and none is undecided.
     """
     verdicts = [
         _verdict(str(slo), [each.values_ms[index] for each in observations], slo.limit_ms, confidence)

@@ -35,8 +35,8 @@ def reproduce(
     """Simulate what each reported table measured, and set the two side by side.
 
     Args:
-        seeds: replications, instead of the scenario's; predictions are their means. profile: instead of
-            the scenario's.
+        seeds: replications, instead of the scenario's; predictions are their means.
+        profile: instead of the scenario's.
         jobs: processes over which the simulations run; results do not depend on it.
 
     Raises:
@@ -66,8 +66,7 @@ def _reproduce(scenario: Scenario, *, seeds: int, profile: Profile | None, jobs:
             simulated.setdefault((own, router), []).append(index)
     tasks = [
         delayed(_measured)(
-            scenario if router is None else scenario.behind(router),
-            deployment,
+            deployment if router is None else replace(deployment, scenario=scenario.behind(router)),
             seed,
             [(scenario.reported[i], [row for row in rows[i] if row.router == router]) for i in tables],
         )
@@ -92,11 +91,11 @@ class _Measured:
 
 
 def _measured(
-    scenario: Scenario, deployment: Deployment, seed: int, tables: list[tuple[Reported, list[ReportedRow]]]
+    deployment: Deployment, seed: int, tables: list[tuple[Reported, list[ReportedRow]]]
 ) -> dict[Row, _Measured]:
     """Simulate once, and measure the rows that the tables have of it."""
-    workload = scenario.workload_of(tables[0][0])
-    run = simulate(scenario, seed=seed, workload=workload, deployment=deployment)
+    workload = deployment.scenario.workload_of(tables[0][0])
+    run = simulate(deployment, seed=seed, workload=workload)
     found: dict[Row, _Measured] = {}
     for reported, rows in tables:
         parts: list[tuple[int, dict[str, Value]]] = []
@@ -107,7 +106,7 @@ def _measured(
             part = _part(run, stage, workload)
             if (requests := reported.part(row.keys)) is not None:
                 part = part_of(part, *requests)
-            values = values_of(part, row.columns, reported, scenario.goodput_limits, deployment)
+            values = values_of(part, row.columns, reported, deployment)
             parts.append((len(part.requests), values))
             rate = None
             if reported.routers and stage is not None:

@@ -18,7 +18,6 @@ from servecast.sim.metrics.metrics import (
     statistics_of,
 )
 from servecast.sim.metrics.records import Run
-from servecast.sim.metrics.slo import Goodput
 from servecast.sim.reproduce import inference_perf as inference_perf_report
 from servecast.sim.scenario.deployment import Deployment
 from servecast.sim.scenario.reported import GAUGES, Column, Reported
@@ -31,7 +30,7 @@ Value = tuple[float, float | None]  # as reported, and the true one where the ha
 
 
 def values_of(
-    run: Run, columns: Sequence[str], reported: Reported, goodput: Goodput | None, deployment: Deployment
+    run: Run, columns: Sequence[str], reported: Reported, deployment: Deployment
 ) -> dict[str, Value]:
     """The values of a row's columns, in their units."""
     found: dict[str, Value] = {}
@@ -39,7 +38,7 @@ def values_of(
         column, true = reported.columns[name], None
         if reported.harness == "inference_perf" and column.metric in inference_perf_report.METRICS:
             true = inference_perf_report.true_value(run, column) * _SCALE.get(column.unit, 1.0)
-        found[name] = measure(run, column, reported, goodput, deployment), true
+        found[name] = measure(run, column, reported, deployment), true
     return found
 
 
@@ -64,9 +63,7 @@ def summed_up(
     return found
 
 
-def measure(
-    run: Run, column: Column, reported: Reported, goodput: Goodput | None, deployment: Deployment
-) -> float:
+def measure(run: Run, column: Column, reported: Reported, deployment: Deployment) -> float:
     """The value of a column in its unit, as the table's source would have measured it on this run."""
     metric, extra = column.metric, reported.events_beyond_tokens
     if reported.harness == "inference_perf" and metric in inference_perf_report.METRICS:
@@ -91,6 +88,7 @@ def measure(
     if metric == "request_throughput":
         return len(done) / duration(run)
     if metric == "goodput":
+        goodput = deployment.scenario.goodput_limits
         if goodput is None:
             raise InputError(
                 "a goodput column, but no limits", where="goodput", fix='Add them, as goodput: "ttft:1000".'

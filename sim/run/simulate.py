@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import simpy
 
+from servecast.sim.engine.request import Stage
 from servecast.sim.fleet.client import Client
 from servecast.sim.fleet.fleet import NOT_READY, Fleet
 from servecast.sim.fleet.replica import Replica
@@ -20,37 +21,41 @@ from servecast.sim.routing.routers import ROUTERS, Router
 from servecast.sim.scenario.deployment import Deployment
 from servecast.sim.scenario.scenario import Scenario
 from servecast.sim.traffic.arrivals import ClosedLoop
-from servecast.sim.traffic.draw import build, check_lengths, with_request_rate
+from servecast.sim.traffic.draw import check_lengths, draw, with_request_rate
 from servecast.sim.traffic.spec import Workload
 
 
 def simulate(
-    scenario: Scenario,
+    scenario: Scenario | Deployment,
     *,
     seed: int | None = None,
     workload: Workload | None = None,
-    deployment: Deployment | None = None,
+    stages: list[Stage] | None = None,
 ) -> Run:
-    """Run the scenario's workload to the end of its last request.
+    """Run a scenario's workload to the end of its last request.
 
     Randomness has one stream a purpose (arrivals, lengths, content, noise, front end), so that two runs
     with one seed see the same traffic whatever else differs between them.
 
     Args:
-        seed: instead of the scenario's. workload: instead of the scenario's own.
-        deployment: ``Deployment.of(scenario)``, if it is at hand.
+        scenario: or the deployment that was made of it. seed, workload: instead of its own.
+        stages: requests that are drawn already, instead of a workload.
 
     Raises:
         InputError: the scenario cannot be made concrete, or a request could never run.
     """
+    deployment = scenario if isinstance(scenario, Deployment) else Deployment.of(scenario)
+    scenario = deployment.scenario
     seed = scenario.seed if seed is None else seed
-    workload = scenario.stages() if workload is None else workload
-    deployment = Deployment.of(scenario) if deployment is None else deployment
-    streams = np.random.default_rng(seed).spawn(7)
-    arrivals, lengths, content, noise, front_end, reading, routing = streams
-    stages = build(workload, arrivals=arrivals, lengths=lengths, content=content)
+    noise, front_end, reading, routing = np.random.default_rng(seed).spawn(7)[3:]  # behind those of draw
+    load: dict[str, float | int | None] = {}
+    if stages is None:
+        workload = scenario.stages() if workload is None else workload
+        stages, load = draw(workload, seed), _load(workload)
+    elif [len(stage.streams) for stage in stages] == [1]:
+        load = {"max_concurrency": stages[0].streams[0].max_concurrency}
     specs = scenario.fleet.specs
-    deployments = _deployments(scenario, deployment)
+    deployments = _deployments(deployment)
     shortest = min(each.config.max_model_len for each in deployments)
     check_lengths(stages, shortest, where=f"{scenario.source}: workload")
 
@@ -62,7 +67,7 @@ def simulate(
         return Replica(
             env,
             index,
-            its.config,
+            its.scenario.server.engine(its.config),
             its.step_time,
             its.profile.noise.factors(noise_streams[index]),
             its.step_time.roofline_seconds,
@@ -102,16 +107,16 @@ def simulate(
         "max_num_batched_tokens": deployment.config.max_num_batched_tokens,
         "num_gpu_blocks": deployment.config.num_gpu_blocks,
         "replicas": count,
-        **_load(workload),
+        **load,
     }
     if fleet.failures:
         run.meta["failures"] = dict(sorted(fleet.failures.items()))
     return run
 
 
-def _deployments(scenario: Scenario, deployment: Deployment) -> list[Deployment]:
+def _deployments(deployment: Deployment) -> list[Deployment]:
     """What each replica is, one by one."""
-    found: list[Deployment] = []
+    scenario, found = deployment.scenario, list[Deployment]()
     for spec, like in itertools.groupby(scenario.fleet.specs):
         own = deployment if spec.as_in_scenario else Deployment.of(scenario.of_replica(spec))
         found += [own for _ in like]
@@ -148,14 +153,17 @@ def _load(workload: Workload) -> dict[str, float | int | None]:
 
 
 class RateProbe:
-    """Probes a scenario's open-loop traffic at other rates, for ``capacity.plan``. It can be pickled."""
+    """Probes a scenario's open-loop traffic at other rates, for ``capacity.plan``. It can be pickled.
 
-    def __init__(self, scenario: Scenario, deployment: Deployment | None = None) -> None:
-        self.scenario = scenario
-        self.deployment = Deployment.of(scenario) if deployment is None else deployment
-        self._workload = scenario.open_loop()
+    Args:
+        scenario: or the deployment that was made of it.
+    """
+
+    def __init__(self, scenario: Scenario | Deployment) -> None:
+        self.deployment = scenario if isinstance(scenario, Deployment) else Deployment.of(scenario)
+        self._workload = self.deployment.scenario.open_loop()
 
     def __call__(self, request_rate: float, seed: int, num_requests: int) -> Run:
         """One replication: ``num_requests`` requests at ``request_rate`` requests/s."""
         workload = with_request_rate(self._workload, request_rate, num_requests=num_requests)
-        return simulate(self.scenario, seed=seed, workload=workload, deployment=self.deployment)
+        return simulate(self.deployment, seed=seed, workload=workload)

@@ -20,8 +20,8 @@ from servecast.sim.inputs.errors import InputError
 from servecast.sim.traffic.arrivals import ClosedLoop, Extent, Times, replay
 from servecast.sim.traffic.content import ContentIds, Repeat, Same, SharedPrefix, Unique
 from servecast.sim.traffic.lengths import Tokens
-from servecast.sim.traffic.spec import StreamSpec, TraceSource, Workload, at_rate
-from servecast.sim.traffic.traces import Trace
+from servecast.sim.traffic.spec import StreamSpec, Workload, at_rate
+from servecast.sim.traffic.traces import Trace, TraceSpec
 
 Parts = tuple[tuple[int, int], ...]
 
@@ -103,21 +103,13 @@ class _Generators:
         self.cycle: npt.NDArray[np.int64] | None = None
 
 
-def build(
-    workload: Workload,
-    *,
-    arrivals: np.random.Generator,
-    lengths: np.random.Generator,
-    content: np.random.Generator,
-) -> list[Stage]:
-    """Draw the workload's requests. Request ids count from 0 over all stages.
-
-    Args:
-        arrivals, lengths, content: fresh generators; streams spawn their own from them.
+def draw(workload: Workload, seed: int) -> list[Stage]:
+    """Draw the workload's requests, which count from 0 over all stages, and are the same whoever draws them.
 
     Raises:
         InputError: a trace cannot be read or is too short.
     """
+    arrivals, lengths, content = np.random.default_rng(seed).spawn(3)
     generators: dict[str, _Generators] = {}
     drawn: list[list[_Drawn]] = []
     for stage in workload.stages:
@@ -185,8 +177,8 @@ def _which_prompt(content: SharedPrefix, n: int, rngs: _Generators) -> npt.NDArr
     return rngs.cycle[np.arange(n) % distinct]
 
 
-def _draw_trace(stream: StreamSpec, spec: TraceSource, extent: Extent, rngs: _Generators) -> _Drawn:
-    trace = spec.read(stream.num_requests)
+def _draw_trace(stream: StreamSpec, spec: TraceSpec, extent: Extent, rngs: _Generators) -> _Drawn:
+    trace = spec.read()
     if stream.arrivals is None:
         times = replay(trace.times_s, spec.request_rate, extent)
     else:
@@ -239,6 +231,19 @@ def _parts(stream: StreamSpec, d: _Drawn, ids: ContentIds, texts: dict[str, set[
     whole = ids.first("prompt", stream.name, system, content.prefix_tokens)
     rows = zip(d.group.tolist(), d.prompt.tolist(), totals, strict=True)
     return [(*heads[g], (whole + p, total + content.prefix_tokens)) for g, p, total in rows]
+
+
+def replayed(trace: Trace, max_concurrency: int | None = None) -> list[Stage]:
+    """A trace's requests as they stand there: one stage, sent by one client."""
+    parts: list[Parts] = [()] * len(trace) if trace.hash_ids is None else _hashed_parts((), 0, trace, 0)
+    columns = zip(
+        trace.times_s.tolist(), trace.prompt_tokens.tolist(), trace.output_tokens.tolist(), parts, strict=True
+    )
+    requests = [
+        Request(i, time, prompt, output, output, content)
+        for i, (time, prompt, output, content) in enumerate(columns)
+    ]
+    return [Stage("all", [Stream("requests", requests, max_concurrency)])]
 
 
 def _hashed_parts(front: Parts, system: int, trace: Trace, first: int) -> list[Parts]:

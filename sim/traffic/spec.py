@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -18,11 +18,9 @@ from servecast.sim.traffic.arrivals import (
     VllmBench,
 )
 from servecast.sim.traffic.content import Content, Unique
-from servecast.sim.traffic.infer_bench import InferBench
 from servecast.sim.traffic.lengths import Lengths
 from servecast.sim.traffic.traces import TraceSpec
 
-TraceSource = Annotated[TraceSpec | InferBench, Field(discriminator="format")]
 Row = dict[str, int | float | str]  # keys of a reported table's row, and their values
 
 
@@ -45,7 +43,7 @@ class StreamSpec(Model):
     """Most requests in flight; others wait in the client."""
     start_s: NonNegative = 0.0
     """Delay of the stream within its stage."""
-    trace: TraceSource | None = None
+    trace: TraceSpec | None = None
     """Recorded traffic, instead of drawn lengths and, unless ``arrivals`` is given, arrivals."""
     prompt_tokens: Lengths | None = None
     """Prompt lengths."""

@@ -74,8 +74,8 @@ class TraceSpec(Model):
     max_total_tokens: Count | None = None
     """Leave longer requests out (prompt and output)."""
 
-    def read(self, num_requests: int | None = None) -> Trace:
-        """The trace; a file has what it has, however many requests are wanted.
+    def read(self) -> Trace:
+        """The trace.
 
         Raises:
             InputError: the file is wrong, or no request is left.

@@ -135,15 +135,16 @@ def bench(argv: list[str]) -> int:
 
     from servecast.sim.run.simulate import simulate
     from servecast.sim.scenario.scenario import load
-    from servecast.validate.live.loads import Load
+    from servecast.sim.traffic.draw import replayed
+    from servecast.sim.traffic.traces import read_timed_trace
 
     def option(name: str) -> str:
         return argv[argv.index(name) + 1]
 
     bound = int(option("--max-concurrency")) if "--max-concurrency" in argv else None
-    trace = Load("", "", Path(option("--dataset-path")), None, bound)
+    stages = replayed(read_timed_trace(Path(option("--dataset-path"))), bound)
     slower = float(os.environ.get("FAKE_SLOWER", "1"))
-    run = simulate(load(os.environ["FAKE_SCENARIO"]), seed=77, workload=trace.workload())
+    run = simulate(load(os.environ["FAKE_SCENARIO"]), seed=77, stages=stages)
     requests = run.requests.sort_values("sent")
     sent, tokens = requests["sent"].to_numpy(), requests["output_tokens"].to_numpy(copy=True)
     ttft = slower * (requests["first_token"].to_numpy() - sent)

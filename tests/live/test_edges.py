@@ -28,7 +28,7 @@ from servecast.sim.scenario.scenario import Scenario, load
 from servecast.validate.live import drive as live_drive
 from servecast.validate.live import telemetry
 from servecast.validate.live.drive import Outcome, drive, predict
-from servecast.validate.live.loads import Planner
+from servecast.validate.live.loads import Loads
 from servecast.validate.live.misfit import refuse_misfit, replaced
 from servecast.validate.live.target import Target, answers, proxy_latency_s, warm_up
 from servecast.validate.live.telemetry import Prometheus, Sampler, get, gpu_sampler
@@ -183,7 +183,7 @@ def test_a_forwarded_port_is_not_taken_for_this_machine(file: Path) -> None:
         target = Target(server.url, "tiny", "tiny")
         assert read_truth(target, {"gpu": "NVIDIA L4"}).gpu == "NVIDIA L4"
         truth = read_truth(target, CPU)
-    notes = refuse_misfit(truth, scenario, Deployment.of(scenario), None)
+    notes = refuse_misfit(truth, Deployment.of(scenario), None)
     assert "the server's GPU (not known here) is taken to be the scenario's, L4" in notes
     assert not Target("http://localhost.example.org", "m", "t").here
     assert not Target(server.url, "m", "t", engine_url="http://10.0.0.7:8000").here
@@ -246,7 +246,7 @@ def test_a_server_that_does_what_is_not_modelled_is_refused(
     truth = truth_of(info(**part))
     scenario = met(file, truth)
     with pytest.raises(InputError, match=f"runs with {said}, which is not modelled"):
-        refuse_misfit(truth, scenario, Deployment.of(scenario), None)
+        refuse_misfit(truth, Deployment.of(scenario), None)
 
 
 @pytest.fixture
@@ -259,7 +259,7 @@ def compared(file: Path, tmp_path: Path) -> Callable[[Callable[[dict[str, Any]],
         (tmp_path / "served" / "config.json").write_text(json.dumps(change(config)))
         scenario = load(file)
         truth = Truth("0.32.0", 900, {}, None, "tiny")
-        return " ".join(refuse_misfit(truth, scenario, Deployment.of(scenario), tmp_path / "served"))
+        return " ".join(refuse_misfit(truth, Deployment.of(scenario), tmp_path / "served"))
 
     return compare
 
@@ -306,9 +306,7 @@ def test_a_served_config_that_is_cut_off_is_one_message(file: Path, tmp_path: Pa
     (tmp_path / "cut" / "config.json").write_text('{"model_ty')
     scenario = load(file)
     with pytest.raises(InputError, match="cannot be read"):
-        refuse_misfit(
-            Truth("0.32.0", 900, {}, None, "tiny"), scenario, Deployment.of(scenario), tmp_path / "cut"
-        )
+        refuse_misfit(Truth("0.32.0", 900, {}, None, "tiny"), Deployment.of(scenario), tmp_path / "cut")
 
 
 # GPUs
@@ -366,9 +364,8 @@ def driven(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Calla
     monkeypatch.setattr(live_drive, "gpu_sampler", lambda: Sampler(lambda: {"power_w": 70.0}, 0.05))
     scenario = load(file)
     deployment = Deployment.of(scenario)
-    planner = Planner(scenario, deployment, tmp_path / "out", max_rate=10.0, duration_s=3.0)
-    asked = planner.at_rate(10.0, "rate")
-    prediction = predict(asked, scenario, deployment, range(1))
+    asked = Loads(deployment, max_rate=10.0, duration_s=3.0).at_rate(10.0, "rate")
+    prediction = predict(asked, deployment, range(1), tmp_path / "out")
 
     def run(url: str, **options: Any) -> Outcome:
         target = Target(url, "tiny", str(tmp_path / "tiny"))

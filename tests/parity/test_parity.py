@@ -33,6 +33,7 @@ from servecast.validate.parity.scenarios import (
     Scenario,
     corner_cases,
     random_scenarios,
+    read_scenarios,
     trace_scenarios,
 )
 from servecast.validate.parity.shrink import shrink
@@ -299,9 +300,9 @@ def test_command_without_vllm(python: Path, message: str) -> None:
 def test_command_on_a_file_that_is_no_scenario(in_folder: Path, text: str) -> None:
     Path("s.json").write_text(text)
     with pytest.raises(InputError, match=r"s\.json:1: not a parity scenario"):
-        cli._load(Path("s.json"))
+        read_scenarios(Path("s.json"))
     with pytest.raises(InputError, match="No such file"):
-        cli._load(Path("other.json"))
+        read_scenarios(Path("other.json"))
 
 
 def test_command_with_no_scenarios() -> None:

@@ -187,7 +187,7 @@ def test_host_times_are_recovered_from_the_first_requests(tmp_path: Path) -> Non
     made = typical.model_dump() | {"efficiencies": {**typical.model_dump()["efficiencies"]}}
     made["efficiencies"]["host_fixed_s"] = 2e-3
     cold = load(scenario(tmp_path, fleet={"cold_start_s": 0.4}))
-    run = simulate(cold, deployment=Deployment.of(cold, Profile.model_validate(made)))
+    run = simulate(Deployment.of(cold, Profile.model_validate(made)))
     found = fit_host(loaded, typical, run, first=2)
     assert found.host_fixed_s == pytest.approx(2e-3, rel=0.02)
     assert found.cold_start_s == pytest.approx(0.4, rel=0.02)

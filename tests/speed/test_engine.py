@@ -79,17 +79,15 @@ def test_requests_per_cpu_second_beside_the_plain_loop(
     deployment = Deployment.of(case)
     plain_times = []
     with plain_engine():
-        plain = simulate(case, deployment=deployment)
+        plain = simulate(deployment)
 
     def plain_round() -> None:  # before each round of the other, so that both see the same machine
         with plain_engine():
             start = time.process_time()
-            simulate(case, deployment=deployment)
+            simulate(deployment)
             plain_times.append(time.process_time() - start)
 
-    fast = benchmark.pedantic(
-        simulate, args=(case,), kwargs={"deployment": deployment}, setup=plain_round, rounds=ROUNDS
-    )
+    fast = benchmark.pedantic(simulate, args=(deployment,), setup=plain_round, rounds=ROUNDS)
     assert_same(fast, plain)
 
     seconds, plain_seconds = benchmark.stats.stats.median, statistics.median(plain_times)

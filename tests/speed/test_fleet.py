@@ -83,7 +83,7 @@ def test_a_thousand_seconds_at_20_requests_a_second_on_4_replicas(
 ) -> None:
     case = scenario(tmp_path, router, replicas=4, seconds=1000)
     deployment = Deployment.of(case)
-    run = benchmark.pedantic(simulate, args=(case,), kwargs={"deployment": deployment}, rounds=1)
+    run = benchmark.pedantic(simulate, args=(deployment,), rounds=1)
     assert (run.requests["status"] == "finished").all()
     seconds = benchmark.stats.stats.median
     with capsys.disabled():
@@ -101,7 +101,7 @@ def test_cost_grows_with_the_work_and_hardly_with_the_fleet(
         case = scenario(tmp_path, "precise", replicas=replicas, seconds=60)
         deployment = Deployment.of(case)
         start = time.process_time()
-        run = simulate(case, deployment=deployment)
+        run = simulate(deployment)
         return (time.process_time() - start) / len(run.requests)
 
     costs = benchmark.pedantic(lambda: [cost(replicas) for replicas in FLEETS], rounds=1)

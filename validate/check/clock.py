@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
-from servecast.validate.check.finding import Finding, completion_rate, gaps_ratio, latency, names
+from servecast.validate.check.finding import Finding, completion_rate, finding, gaps_ratio, latency
 from servecast.validate.check.table import LATENCIES, Level, Report, Value
 
 _DRAIN_TWICE = (1.6, 2.8)  # the drain is the latency of the last requests, not of all
@@ -27,13 +28,15 @@ def zero_latency(report: Report) -> Iterator[Finding]:
                 continue  # of outputs of one token a 0 says that there are no gaps
             sure = value.half < shortest
             share = f"{value.rank:g} % of the values" if value.rank is not None else "the mean"
-            yield Finding(
-                "zero-latency", level, names(value), {"reported_s": 0.0, "shortest_step_s": shortest},
-                "certain" if sure else "possible",
+            message = (
                 f"{value.metric} {value.statistic} is 0: {share} cannot be times between engine steps, of at "
                 f"least {1e3 * shortest:.2g} ms; several events were stamped at once"
-                if sure else f"{value.metric} {value.statistic} is rounded to 0",
-            )  # fmt: skip
+                if sure
+                else f"{value.metric} {value.statistic} is rounded to 0"
+            )
+            numbers = {"reported_s": 0.0, "shortest_step_s": shortest}
+            found = finding(level, [value], message, numbers, certain=sure)
+            yield found if sure else replace(found, confidence="possible")
 
 
 def _shortest_step_s(level: Level) -> float:
@@ -45,22 +48,20 @@ def halved_itl(report: Report) -> Iterator[Finding]:
     """The gaps between tokens add up to about half of the latency without TTFT: two timestamps a token."""
     for level in report.levels:
         if level.halved:
-            yield Finding(
-                "halved-itl", level, names(*level.of("itl", "tpot")), {}, "certain",
-                "the tool stamped each token twice, so that it reports half of ITL and TPOT; put right here",
-            )  # fmt: skip
+            message = (
+                "the tool stamped each token twice, so that it reports half of ITL and TPOT; put right here"
+            )
+            yield finding(level, level.of("itl", "tpot"), message, {}, certain=True)
             continue
         for metric in ("itl", "tpot"):
             gaps = [v for v in level.of(metric) if v.value > 0 and v.statistic != "std"]
             ratio = gaps_ratio(level, metric)
             if gaps and ratio is not None and ratio.twice:
-                yield Finding(
-                    "halved-itl", level, names(*gaps), {"ratio": ratio.value},
-                    "certain" if ratio.exact else "likely",
+                message = (
                     f"latency without TTFT is {ratio.value:.3g} times the gaps between tokens by their "
-                    f"{metric}: two timestamps a token?",
-                    weight=ratio.value,
-                )  # fmt: skip
+                    f"{metric}: two timestamps a token?"
+                )
+                yield finding(level, gaps, message, {"ratio": ratio.value}, certain=ratio.exact)
             elif gaps and ratio is None and metric == "itl":
                 yield from _half_are_zero(level, gaps)
 
@@ -74,12 +75,12 @@ def _half_are_zero(level: Level, gaps: list[Value]) -> Iterator[Finding]:
     if behind is not None:
         numbers["drain_over_latency"] = behind
     seen = behind is not None and _DRAIN_TWICE[0] <= behind <= _DRAIN_TWICE[1]
-    yield Finding(
-        "halved-itl", level, names(*gaps), numbers, "certain" if seen else "likely",
+    message = (
         "at least half of the gaps are 0, so those between tokens are on average "
         f"{2e3 * mean.value:.4g} ms or more, not {1e3 * mean.value:.4g}"
-        + ("; the drain of the level agrees" if seen else ""),
-    )  # fmt: skip
+        + ("; the drain of the level agrees" if seen else "")
+    )
+    yield finding(level, gaps, message, numbers, certain=seen)
 
 
 def _against_drain(level: Level) -> float | None:
@@ -110,11 +111,11 @@ def clock_grid(report: Report) -> Iterator[Finding]:
         if tick is None or tick < _FINE * min(value.value for _, value in cells):
             continue
         for level, value in cells:
-            yield Finding(
-                "clock-grid", level, (column,), {"tick_s": tick, "reported_s": value.value}, "likely",
-                f"all {len(digits)} different values of {column} are multiples of "
-                f"{1e3 * tick:.4g} ms: the clock ticks so, or they were rounded",
-            )  # fmt: skip
+            message = (
+                f"all {len(digits)} different values of {column} are multiples of {1e3 * tick:.4g} ms: the "
+                "clock ticks so, or they were rounded"
+            )
+            yield finding(level, [value], message, {"tick_s": tick, "reported_s": value.value})
 
 
 def _tick_s(digits: set[int], unit: float) -> float | None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from servecast.sim.inputs.errors import InputError
+from servecast.validate.check.table import LATENCIES
 
 Part = Literal["metric", "load", "key"]
 
@@ -19,24 +20,20 @@ _LOAD = {  # columns that say how the load was made
     "prompt_tokens": ("prompt_tokens", "input_tokens", "input_len", "isl"),
 }
 _METRIC = {  # metrics that are no latencies: their names without unit and statistic
-    "request_throughput": (
-        "req_s", "requests_s", "req_per_s", "requests_per_s", "rps", "request_throughput", "throughput_req_s"
-    ),
-    "output_throughput": (
-        "output_tok_s", "output_toks_s", "out_tok_s", "tok_s", "tokens_s", "output_throughput",
-        "throughput_tok_s", "output_tokens_per_s", "output_tokens_s",
-    ),
-    "success": ("success", "success_rate"),
-    "goodput": ("goodput",),
-    "kv_usage": ("kv", "kv_usage", "kv_cache", "kv_cache_usage"),
-    "running": ("running", "num_requests_running"),
-    "waiting": ("wait", "waiting", "wait_queue", "num_requests_waiting"),
-    "gpu_memory": ("gpu_memory",),
-}  # fmt: skip
-_LATENCY = {"ttft": "ttft", "tpot": "tpot", "itl": "itl", "ntpot": "ntpot", "e2e": "e2el", "e2el": "e2el",
-            "latency": "e2el"}  # fmt: skip
-_STATISTIC = {"mean": "mean", "avg": "mean", "median": "p50", "max": "max", "min": "min", "std": "std",
-              "p0": "min", "p100": "max"}  # fmt: skip
+    "request_throughput": "req_s requests_s req_per_s requests_per_s rps request_throughput throughput_req_s",
+    "output_throughput": "output_tok_s output_toks_s out_tok_s tok_s tokens_s output_throughput "
+    "throughput_tok_s output_tokens_per_s output_tokens_s",
+    "success": "success success_rate",
+    "goodput": "goodput",
+    "kv_usage": "kv kv_usage kv_cache kv_cache_usage",
+    "running": "running num_requests_running",
+    "waiting": "wait waiting wait_queue num_requests_waiting",
+    "gpu_memory": "gpu_memory",
+}
+_METRIC_OF = {name: metric for metric, names in _METRIC.items() for name in names.split()}
+_LATENCY = {name: name for name in LATENCIES} | {"e2e": "e2el", "latency": "e2el"}
+_STATISTIC = {name: name for name in ("mean", "max", "min", "std")}
+_STATISTIC |= {"avg": "mean", "median": "p50", "p0": "min", "p100": "max"}
 _UNIT = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "pct": 0.01, "percent": 0.01, "gib": float(1 << 30)}
 
 
@@ -70,15 +67,13 @@ def read_name(column: str) -> ColumnName:
         else:
             rest.append(word)
     name = "_".join(rest)
-    for metric, names in _METRIC.items():
-        if name in names:
-            return ColumnName("metric", metric, statistic)
+    if name in _METRIC_OF:
+        return ColumnName("metric", _METRIC_OF[name], statistic)
     if len(rest) > 1 and rest[-1] in _UNIT:
         scale = _UNIT[rest.pop()]
     name = "_".join(rest)
-    for metric, names in _METRIC.items():
-        if name in names and scale is not None:
-            return ColumnName("metric", metric, statistic, scale)
+    if name in _METRIC_OF and scale is not None:
+        return ColumnName("metric", _METRIC_OF[name], statistic, scale)
     if name not in _LATENCY:
         return ColumnName("key", column)
     if scale is None:

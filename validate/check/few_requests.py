@@ -11,9 +11,9 @@ from servecast.validate.check.finding import (
     WAVES,
     Finding,
     completion_rate,
+    finding,
     in_flight,
     latency,
-    names,
 )
 from servecast.validate.check.table import Level, Report, Span, Value
 
@@ -32,15 +32,17 @@ def few_waves(report: Report) -> Iterator[Finding]:
         if count >= WAVES * slots or flight.span.high >= IDLE * slots:
             continue
         waves = math.ceil(count / slots)
-        yield Finding(
-            "few-waves", level, names(*_rates(level)),
-            {"in_flight": flight.span.mid, "concurrency": float(slots), "requests": float(count),
-             "filled": count / (waves * slots)},
-            "likely",
+        message = (
             f"{count} requests in {slots} slots are {waves} wave{'s' * (waves > 1)}: on average "
-            f"{flight.span.mid:.3g} were in flight, so the throughput is that of ramp and drain",
-            weight=slots / flight.span.mid,
-        )  # fmt: skip
+            f"{flight.span.mid:.3g} were in flight, so the throughput is that of ramp and drain"
+        )
+        numbers = {
+            "in_flight": flight.span.mid,
+            "concurrency": float(slots),
+            "requests": float(count),
+            "filled": count / (waves * slots),
+        }
+        yield finding(level, _rates(level), message, numbers)
 
 
 def warm_up(report: Report) -> Iterator[Finding]:
@@ -89,9 +91,7 @@ def warm_up(report: Report) -> Iterator[Finding]:
         else:
             cells += _short_rates(first)
         sure = one and len(sizes) > 1
-        yield Finding(
-            "warm-up", first, names(*cells), numbers, "certain" if sure else "likely", message
-        )  # fmt: skip
+        yield finding(first, cells, message, numbers, certain=sure)
 
 
 def _median(level: Level, metric: str) -> Span | None:
@@ -154,9 +154,9 @@ def percentile_past_maximum(report: Report) -> Iterator[Finding]:
         past = [v for v in level.of("ttft", "tpot", "e2el") if (v.rank or 0) / 100 * (count + 1) > count]
         if past:
             needed = math.ceil(max((v.rank or 0) / (100 - (v.rank or 0)) for v in past))
-            yield Finding(
-                "percentile-past-maximum", level, names(*past),
-                {"requests": float(count), "needed": float(needed)}, "certain",
-                f"of {count} requests the exclusive law extrapolates these past the slowest one; "
-                f"it takes {needed} requests",
-            )  # fmt: skip
+            message = (
+                f"of {count} requests the exclusive law extrapolates these past the slowest one; it takes "
+                f"{needed} requests"
+            )
+            numbers = {"requests": float(count), "needed": float(needed)}
+            yield finding(level, past, message, numbers, certain=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -24,20 +25,21 @@ class Finding:
     """Something in a report that cannot be, or is not what it seems.
 
     Attributes:
-        rule: its id. level: the row. columns: the cells of that row.
+        level: the row. columns: the cells of that row.
         numbers: what was set against what, by name; seconds, tokens, requests.
         confidence: "certain" follows by arithmetic; "likely" where a median or a percentile stands for what
             was not reported; "possible" where it rests on the predictor.
         message: one sentence. weight: how far off, to show the clearest of many first.
+        rule: its id, which ``check`` fills in.
     """
 
-    rule: str
     level: Level
     columns: tuple[str, ...]
-    numbers: dict[str, float]
+    numbers: Mapping[str, float]
     confidence: Confidence
     message: str
     weight: float = field(default=1.0, compare=False)
+    rule: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """As ``servecast check --json`` prints it."""
@@ -47,15 +49,28 @@ class Finding:
             "cells": [
                 {"table": level.table, "row": dict(level.keys), "column": name} for name in self.columns
             ],
-            "numbers": self.numbers,
+            "numbers": dict(self.numbers),
             "confidence": self.confidence,
             "message": self.message,
         }
 
 
-def names(*values: Value | None) -> tuple[str, ...]:
-    """The columns of those values that are reported, each once."""
-    return tuple(dict.fromkeys(value.column for value in values if value is not None))
+def finding(
+    level: Level,
+    cells: Iterable[Value | None],
+    message: str,
+    numbers: Mapping[str, float],
+    *,
+    certain: bool = False,
+    weight: float | None = None,
+) -> Finding:
+    """What a rule found in those cells of a row that are reported; likely if not certain. Its weight, where
+    it is not given, is how far the first two numbers lie apart."""
+    columns = tuple(dict.fromkeys(value.column for value in cells if value is not None))
+    if weight is None:
+        one, other = (*numbers.values(), 1.0, 1.0)[:2]
+        weight = max(one, other) / min(one, other) if min(one, other) > 0 else math.inf
+    return Finding(level, columns, numbers, "certain" if certain else "likely", message, weight)
 
 
 @dataclass(frozen=True, slots=True)

@@ -142,7 +142,7 @@ def _level(keys: Row, figures: Mapping[str, Any], context: Context, source: str)
         failed=figures.get("failed"),
         output=lengths["output_tokens"],
         prompt=lengths["prompt_tokens"],
-        law=context.law,
+        law=context.percentile_law,
     )
 
 

@@ -16,7 +16,7 @@ from servecast.sim.scenario.deployment import Deployment
 from servecast.sim.scenario.reported import Reported, ReportedRow, read_rows, stage_of
 from servecast.sim.scenario.scenario import Scenario
 from servecast.sim.traffic.arrivals import ClosedLoop
-from servecast.sim.traffic.draw import build
+from servecast.sim.traffic.draw import draw
 from servecast.sim.traffic.spec import Row, StageSpec, Workload
 from servecast.validate.check.columns import read_name
 from servecast.validate.check.from_table import decimals_of
@@ -95,9 +95,7 @@ class _Drawn:
 
 
 def _drawn(workload: Workload, seed: int) -> Iterable[tuple[StageSpec, list[Request]]]:
-    arrivals, lengths, content = np.random.default_rng(seed).spawn(3)
-    built = build(workload, arrivals=arrivals, lengths=lengths, content=content)
-    for spec, stage in zip(workload.stages, built, strict=True):
+    for spec, stage in zip(workload.stages, draw(workload, seed), strict=True):
         yield spec, [r for stream in stage.streams if not stream.background for r in stream.requests]
 
 

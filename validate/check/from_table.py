@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from servecast.sim.hardware.gpu import find_gpu
@@ -34,17 +34,50 @@ _MOST_PLACES = 15
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What a bare table or a result file does not say of itself. ``model`` is a shipped config's name or a
-    path; the rest as in `Level` and `Hardware`."""
+    """What a bare table or a result file does not say of itself.
 
-    model: str | None = None
+    Attributes:
+        model_config: the model behind it: a shipped config's name, or a config.json.
+        gpu: its GPU, as in the catalogue.
+        tensor_parallel_size: GPUs of one engine.
+        replicas: engines.
+        prompt_tokens: prompt length, the same in every request.
+        output_tokens: output length, the same in every request.
+        num_requests: requests of each row.
+        percentile_law: how percentiles were interpolated: linear (NumPy), or exclusive (Python's
+            statistics.quantiles).
+
+    Raises:
+        InputError: a number is below 1.
+    """
+
+    model_config: str | None = None
     gpu: str | None = None
     tensor_parallel_size: int = 1
     replicas: int = 1
     prompt_tokens: int | None = None
     output_tokens: int | None = None
     num_requests: int | None = None
-    law: PercentileLaw = "linear"
+    percentile_law: PercentileLaw = "linear"
+
+    def __post_init__(self) -> None:
+        for name in self.given():
+            value = getattr(self, name)
+            if isinstance(value, int) and value < 1:
+                raise InputError(f"is {value}", where=_flag(name), fix="Give a number from 1 on.")
+
+    def given(self) -> list[str]:
+        """The names of what is given."""
+        return [each.name for each in fields(self) if getattr(self, each.name) != each.default]
+
+    def refuse(self) -> None:
+        """Raises InputError if anything is given, of what says it itself."""
+        if given := self.given():
+            raise InputError(
+                "a scenario says it itself",
+                where=_flag(given[0]),
+                fix="Leave it out, or change the scenario.",
+            )
 
     def lengths(self) -> dict[str, Lengths | None]:
         """What is known of output and prompt lengths, by name."""
@@ -57,17 +90,21 @@ class Context:
         Raises:
             InputError: only one of them is, or one is not known.
         """
-        if self.model is None and self.gpu is None:
+        if self.model_config is None and self.gpu is None:
             return None
-        if self.model is None or self.gpu is None:
-            missing = "--model-config" if self.model is None else "--gpu"
+        if self.model_config is None or self.gpu is None:
+            missing = "--model-config" if self.model_config is None else "--gpu"
             raise InputError(f"{missing} is missing", where=missing, fix="Bounds need the model and the GPU.")
-        path = Path(self.model)
+        path = Path(self.model_config)
         if path.suffix != ".json":
-            path = scenarios.shipped_folder() / "models" / f"{self.model}.json"
+            path = scenarios.shipped_folder() / "models" / f"{self.model_config}.json"
         model = ModelShape.from_config(path, path.stem)
         shard = Shard(model, find_gpu(self.gpu, where="--gpu"), self.tensor_parallel_size)
         return Hardware(shard, self.replicas)
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def from_table(path: Path, context: Context) -> Report:
@@ -163,7 +200,7 @@ def _table_level(
         failed=load.get("failed"),
         output=lengths["output_tokens"],
         prompt=lengths["prompt_tokens"],
-        law=context.law,
+        law=context.percentile_law,
         hardware=hardware,
     )
 

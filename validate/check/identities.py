@@ -8,9 +8,9 @@ from itertools import pairwise
 from servecast.validate.check.finding import (
     Finding,
     completion_rate,
+    finding,
     gaps_ratio,
     implied_tokens,
-    names,
     reports_send_rate,
     token_time,
     tokens_each,
@@ -28,11 +28,11 @@ def records(report: Report) -> Iterator[Finding]:
         for value, again in level.records:
             clock_s = _CLOCK_S if value.metric in ("ttft", "e2el") else 0.0
             if abs(value.value - again) > _SLACK * max(abs(again), value.value) + clock_s:
-                yield Finding(
-                    "records", level, names(value), {"reported": value.value, "of_records": again}, "certain",
-                    f"{value.column} is {value.value:.4g}, but {again:.4g} of the requests that are listed",
-                    weight=abs(value.value / again - 1) if again else 1.0,
-                )  # fmt: skip
+                message = (
+                    f"{value.column} is {value.value:.4g}, but {again:.4g} of the requests that are listed"
+                )
+                numbers = {"reported": value.value, "of_records": again}
+                yield finding(level, [value], message, numbers, certain=True)
 
 
 def percentile_order(report: Report) -> Iterator[Finding]:
@@ -43,11 +43,14 @@ def percentile_order(report: Report) -> Iterator[Finding]:
             ranked = level.percentiles(metric)
             for lower, higher in pairwise(ranked):
                 if lower.span.low > higher.span.high:
-                    yield Finding(
-                        "percentile-order", level, names(lower, higher),
-                        {lower.statistic or "": lower.value, higher.statistic or "": higher.value}, "certain",
+                    numbers = {lower.statistic or "": lower.value, higher.statistic or "": higher.value}
+                    yield finding(
+                        level,
+                        [lower, higher],
                         f"{metric} {lower.statistic} is above {higher.statistic}",
-                    )  # fmt: skip
+                        numbers,
+                        certain=True,
+                    )
             most, least, mean = (level.get(metric, name) for name in ("max", "min", "mean"))
             inner = [*ranked, *([mean] if mean is not None else [])]
             for value in inner:
@@ -56,12 +59,12 @@ def percentile_order(report: Report) -> Iterator[Finding]:
                 if beyond or below:
                     other = most if beyond else least
                     assert other is not None
-                    yield Finding(
-                        "percentile-order", level, names(value, other),
-                        {value.statistic or "": value.value, other.statistic or "": other.value}, "certain",
+                    message = (
                         f"{metric} {value.statistic} is "
-                        f"{'above the largest' if beyond else 'below the least'}",
-                    )  # fmt: skip
+                        f"{'above the largest' if beyond else 'below the least'}"
+                    )
+                    numbers = {value.statistic or "": value.value, other.statistic or "": other.value}
+                    yield finding(level, [value, other], message, numbers, certain=True)
             if mean is None:
                 continue
             for value in ranked:
@@ -69,12 +72,12 @@ def percentile_order(report: Report) -> Iterator[Finding]:
                 if level.num_requests is not None and share * level.num_requests < 1:
                     continue  # an interpolation, which need not be a request's value
                 if mean.span.high < share * value.span.low * (1 - _SLACK):
-                    yield Finding(
-                        "percentile-order", level, names(mean, value),
-                        {"mean": mean.value, "least_mean": share * value.value}, "certain",
+                    message = (
                         f"{100 * share:.3g} % of the requests take {value.value:.4g} s or more, so the mean "
-                        f"of {metric} is {share * value.value:.4g} s or more, not {mean.value:.4g}",
-                    )  # fmt: skip
+                        f"of {metric} is {share * value.value:.4g} s or more, not {mean.value:.4g}"
+                    )
+                    numbers = {"mean": mean.value, "least_mean": share * value.value}
+                    yield finding(level, [mean, value], message, numbers, certain=True)
 
 
 def e2e_sum(report: Report) -> Iterator[Finding]:
@@ -83,10 +86,9 @@ def e2e_sum(report: Report) -> Iterator[Finding]:
         for total in level.of("e2el"):
             first = level.get("ttft", total.statistic)
             if total.statistic != "std" and first is not None and total.span.high < first.span.low:
-                yield Finding(
-                    "e2e-sum", level, names(total, first), {"e2e_s": total.value, "ttft_s": first.value},
-                    "certain", f"{total.statistic} of the whole latency is under that of its first token",
-                )  # fmt: skip
+                message = f"{total.statistic} of the whole latency is under that of its first token"
+                numbers = {"e2e_s": total.value, "ttft_s": first.value}
+                yield finding(level, [total, first], message, numbers, certain=True)
         sums = [_sum_of_means(level, "tpot"), _sum_of_means(level, "itl"), _sum_of_medians(level)]
         found = [finding for finding in sums if finding is not None]
         yield from [f for f in found if f.confidence == "certain"][:1] or found[:1]
@@ -106,14 +108,19 @@ def _sum_of_means(level: Level, metric: str) -> Finding | None:
     if ratio is not None and ratio.twice:
         return None  # halved-itl says it
     merged = metric == "itl" and parts.mid > total.value
-    return Finding(
-        "e2e-sum", level, names(total, first, *rest.values),
-        {"e2e_s": total.value, "ttft_s": first.value, "tokens_s": rest.span.mid},
-        "likely" if merged else "certain",
+    message = (
         f"mean latency {total.value:.4g} s, but TTFT and the gaps between tokens add up to {parts.mid:.4g} s"
-        + (", or several tokens came in an event" if merged else ""),
+        + (", or several tokens came in an event" if merged else "")
+    )
+    numbers = {"e2e_s": total.value, "ttft_s": first.value, "tokens_s": rest.span.mid}
+    return finding(
+        level,
+        [total, first, *rest.values],
+        message,
+        numbers,
+        certain=not merged,
         weight=abs(total.value / parts.mid - 1),
-    )  # fmt: skip
+    )
 
 
 def _sum_of_medians(level: Level) -> Finding | None:
@@ -131,13 +138,14 @@ def _sum_of_medians(level: Level) -> Finding | None:
     high = gap.metric == "tpot" and total.span.low > (1 + _MEDIANS) * (first.span.high + decode.high)
     if not (low or high) or (ratio is not None and ratio.twice) or _spread(level) > _MEDIANS * total.value:
         return None  # halved-itl says a ratio of 2
-    return Finding(
-        "e2e-sum", level, names(total, first, gap),
-        {"e2e_s": total.value, "ttft_s": first.value, "tokens_s": decode.mid}, "likely",
-        f"median latency {total.value:.4g} s, but the medians of TTFT and of the gaps between tokens "
-        f"add up to {first.value + decode.mid:.4g} s",
-        weight=abs((total.value - first.value) / decode.mid - 1),
-    )  # fmt: skip
+    message = (
+        f"median latency {total.value:.4g} s, but the medians of TTFT and of the gaps between tokens add up "
+        f"to {first.value + decode.mid:.4g} s"
+    )
+    numbers = {"e2e_s": total.value, "ttft_s": first.value, "tokens_s": decode.mid}
+    return finding(
+        level, [total, first, gap], message, numbers, weight=abs((total.value - first.value) / decode.mid - 1)
+    )
 
 
 def _spread(level: Level) -> float:
@@ -155,14 +163,12 @@ def throughput_against_requests(report: Report) -> Iterator[Finding]:
         if level.output is None or each is None or implied is None or reports_send_rate(report, level):
             continue
         if implied.low > each.high * (1 + _SLACK) or implied.high < each.low * (1 - _SLACK):
-            yield Finding(
-                "throughput-requests", level, names(tokens, requests),
-                {"tokens_a_request": each.mid, "implied_tokens_a_request": implied.mid},
-                "certain",
-                f"tokens/s over requests/s is {implied.mid:.4g} tokens a request, not {each.mid:.4g}: "
-                "the two are not over the same time, or not of the same requests",
-                weight=abs(implied.mid / each.mid - 1),
-            )  # fmt: skip
+            message = (
+                f"tokens/s over requests/s is {implied.mid:.4g} tokens a request, not {each.mid:.4g}: the "
+                "two are not over the same time, or not of the same requests"
+            )
+            numbers = {"tokens_a_request": each.mid, "implied_tokens_a_request": implied.mid}
+            yield finding(level, [tokens, requests], message, numbers, certain=True)
 
 
 def wall_time(report: Report) -> Iterator[Finding]:
@@ -182,13 +188,12 @@ def wall_time(report: Report) -> Iterator[Finding]:
             ):
                 continue  # past the largest
             if value.statistic != "std" and value.span.low > longest * (1 + _SLACK):
-                yield Finding(
-                    "wall-time", level, names(value, *rate.values),
-                    {"latency_s": value.value, "run_s": longest}, "certain",
+                message = (
                     f"{value.metric} {value.statistic} of {value.value:.4g} s in a run that by its "
-                    f"throughput took {longest:.4g} s",
-                    weight=value.value / longest,
-                )  # fmt: skip
+                    f"throughput took {longest:.4g} s"
+                )
+                numbers = {"latency_s": value.value, "run_s": longest}
+                yield finding(level, [value, *rate.values], message, numbers, certain=True)
 
 
 def _own_duration(level: Level) -> Iterator[Finding]:
@@ -205,10 +210,16 @@ def _own_duration(level: Level) -> Iterator[Finding]:
             continue
         counted = rate.span * exactly(level.duration_s)
         if counted.high < total.low * (1 - _SLACK) or counted.low > total.high * (1 + _SLACK):
-            yield Finding(
-                "wall-time", level, names(rate),
-                {"rate": rate.value, "duration_s": level.duration_s, "total": total.mid}, "certain",
+            message = (
                 f"{rate.column} of {rate.value:.4g} over the {level.duration_s:.4g} s of the run is "
-                f"{counted.mid:.4g}, not {total.mid:.4g}",
+                f"{counted.mid:.4g}, not {total.mid:.4g}"
+            )
+            numbers = {"rate": rate.value, "duration_s": level.duration_s, "total": total.mid}
+            yield finding(
+                level,
+                [rate],
+                message,
+                numbers,
+                certain=True,
                 weight=abs(counted.mid / total.mid - 1) if total.mid else 1.0,
-            )  # fmt: skip
+            )

@@ -13,9 +13,9 @@ from servecast.validate.check.finding import (
     WAVES,
     Finding,
     completion_rate,
+    finding,
     in_flight,
     latency,
-    names,
     reports_send_rate,
     send_window_s,
     tokens_each,
@@ -39,13 +39,9 @@ def littles_law(report: Report) -> Iterator[Finding]:
         busy, known = _busy(level, slots)
         if over or flight.span.high < IDLE * busy:
             why = "more than there can be" if over else "another load, or a latency that leaves a part out"
-            yield Finding(
-                "littles-law", level, names(*flight.values),
-                {"in_flight": flight.span.mid, "concurrency": float(slots)},
-                "certain" if flight.exact and (over or known) else "likely",
-                f"throughput x latency is {flight.span.mid:.4g} requests in flight of {slots}: {why}",
-                weight=max(flight.span.mid / slots, slots / flight.span.mid),
-            )  # fmt: skip
+            message = f"throughput x latency is {flight.span.mid:.4g} requests in flight of {slots}: {why}"
+            numbers = {"in_flight": flight.span.mid, "concurrency": float(slots)}
+            yield finding(level, flight.values, message, numbers, certain=flight.exact and (over or known))
 
 
 def _busy(level: Level, slots: int) -> tuple[float, bool]:
@@ -77,14 +73,12 @@ def send_rate(report: Report) -> Iterator[Finding]:
             assert tokens is not None
             done = (tokens.span / each).mid
             known = level.output is not None
-            yield Finding(
-                "send-rate", level, names(requests),
-                {"requests_s": requests.value, "offered_rate": rate, "completed_s": done},
-                "certain" if known else "likely",
+            message = (
                 f"requests/s is the offered rate, {requests.value:.4g}, but the tokens are those of "
-                f"{done:.4g} requests/s: it is the rate of sending",
-                weight=requests.value / done,
-            )  # fmt: skip
+                f"{done:.4g} requests/s: it is the rate of sending"
+            )
+            numbers = {"requests_s": requests.value, "offered_rate": rate, "completed_s": done}
+            yield finding(level, [requests], message, numbers, certain=known, weight=requests.value / done)
             continue
         window = send_window_s(level)
         if tokens is not None or window is None or time is None or not level.all_answered:
@@ -93,13 +87,12 @@ def send_rate(report: Report) -> Iterator[Finding]:
         # the last are sent, and take their time
         most = (exactly(level.num_requests) / (window + time.span)).high
         if abs(requests.value / rate - 1) <= SAME_RATE and requests.span.low > most / LOW_RATE_OF_SATURATION:
-            yield Finding(
-                "send-rate", level, names(requests),
-                {"requests_s": requests.value, "offered_rate": rate, "most_completed_s": most}, "likely",
+            message = (
                 f"requests/s is the offered rate, but with a latency of {time.span.mid:.4g} s not more than "
-                f"{most:.4g} requests/s can be completed: it is the rate of sending",
-                weight=requests.value / most,
-            )  # fmt: skip
+                f"{most:.4g} requests/s can be completed: it is the rate of sending"
+            )
+            numbers = {"requests_s": requests.value, "offered_rate": rate, "most_completed_s": most}
+            yield finding(level, [requests], message, numbers, weight=requests.value / most)
 
 
 def drain(report: Report) -> Iterator[Finding]:
@@ -123,12 +116,11 @@ def drain(report: Report) -> Iterator[Finding]:
             window = level.num_requests / rate
             numbers |= {"sending_s": window, "drain_s": window * (longer - 1)}
             took = f"{window * longer:.0f} s, of which sending took {window:.0f} s"
-        yield Finding(
-            "drain", level, names(tokens), numbers, "certain" if sure else "likely",
+        message = (
             f"{tokens.value:.4g} tokens/s, where {rate:g} requests/s of {each.mid:.4g} tokens are "
-            f"{rate * each.mid:.4g}, and all were answered: it is taken over {took}",
-            weight=longer,
-        )  # fmt: skip
+            f"{rate * each.mid:.4g}, and all were answered: it is taken over {took}"
+        )
+        yield finding(level, [tokens], message, numbers, certain=sure, weight=longer)
 
 
 def _unsaturated_but_short(level: Level, each: Span) -> bool:
@@ -165,17 +157,20 @@ def open_loop(report: Report) -> Iterator[Finding]:
             tail = [v.value for v in level.of("e2el", "ttft") if (v.rank or 0) >= 90 or v.statistic == "max"]
             slowest = max(tail, default=0.0)
             if time.span.high < 0.25 * late and slowest < 0.5 * late:
-                yield Finding(
-                    "open-loop", level, names(*done.values, *time.values),
-                    {"offered_rate": rate, "completed_s": done.span.mid, "latency_s": time.span.mid,
-                     "last_latency_s": late},
-                    "likely",
-                    f"offered {rate:g} requests/s and {done.span.mid:.4g} completed, the last "
-                    "request would have "
-                    f"waited {late:.4g} s, yet latencies are {time.span.mid:.4g} s: a cap on requests in "
-                    "flight held the sending back",
-                    weight=late / time.span.mid,
-                )  # fmt: skip
+                message = (
+                    f"offered {rate:g} requests/s and {done.span.mid:.4g} completed, the last request would "
+                    f"have waited {late:.4g} s, yet latencies are {time.span.mid:.4g} s: a cap on requests "
+                    "in flight held the sending back"
+                )
+                numbers = {
+                    "offered_rate": rate,
+                    "completed_s": done.span.mid,
+                    "latency_s": time.span.mid,
+                    "last_latency_s": late,
+                }
+                yield finding(
+                    level, [*done.values, *time.values], message, numbers, weight=late / time.span.mid
+                )
         if len(held) < 2 or any(window is not None for window in map(send_window_s, series)):
             continue
         spans = [queued for _, queued, _, _ in held]
@@ -183,10 +178,8 @@ def open_loop(report: Report) -> Iterator[Finding]:
         same = max(span.low for span in spans) <= 1.05 * min(span.high for span in spans)
         if same and max(rates) > 1.2 * min(rates):
             for level, queued, values, rate in held:
-                yield Finding(
-                    "open-loop", level, names(*values),
-                    {"offered_rate": rate, "in_flight": queued.mid}, "likely",
-                    f"past saturation the requests in flight stay at {queued.mid:.4g} "
-                    "whatever the offered "
-                    "rate: a cap held the sending back",
-                )  # fmt: skip
+                message = (
+                    f"past saturation the requests in flight stay at {queued.mid:.4g} whatever the offered "
+                    "rate: a cap held the sending back"
+                )
+                yield finding(level, values, message, {"offered_rate": rate, "in_flight": queued.mid})

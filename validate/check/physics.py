@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from servecast.validate.check.finding import Finding, completion_rate, latency, names
+from servecast.validate.check.finding import Finding, completion_rate, finding, latency
 from servecast.validate.check.table import Hardware, Level, Report
 
 _POOL = 0.25  # how far the estimate of the KV pool may be off
@@ -12,44 +12,40 @@ _SPARED = 0.05  # share of a TTFT that a warm cache spares, from which it matter
 _WHOLE_RUN_METRICS = ("kv_usage", "running", "waiting", "gpu_memory")
 
 
+def _bounded(report: Report) -> Iterator[tuple[Level, Hardware]]:
+    """The levels of which model and GPU are known."""
+    return ((level, level.hardware) for level in report.levels if level.hardware is not None)
+
+
 def roofline_decode(report: Report) -> Iterator[Finding]:
     """A token takes at least one reading of the weights and of its own context."""
-    for level in report.levels:
-        hardware = level.hardware
-        if hardware is None:
-            continue
+    for level, hardware in _bounded(report):
         least = hardware.roofline_s(decodes=1, context=level.prompt_tokens or 1)
         for value in (*level.of("tpot"), level.get("itl", "mean")):
             if value is None or value.statistic == "std" or value.value == 0 or value.span.high >= least:
                 continue
-            yield Finding(
-                "roofline-decode", level, names(value),
-                {"reported_s": value.value, "bound_s": least}, "certain",
+            message = (
                 f"{value.metric} {value.statistic} of {1e3 * value.value:.4g} ms, but reading the weights "
                 f"once takes {1e3 * least:.4g} ms: tokens came several at a time, or another model or GPU "
-                "answered",
-                weight=least / value.value,
-            )  # fmt: skip
+                "answered"
+            )
+            numbers = {"reported_s": value.value, "bound_s": least}
+            yield finding(level, [value], message, numbers, certain=True)
         total = level.get("e2el", "mean", "p50")
         if total is not None and level.output is not None and level.output.fixed:
             bound = level.output.mean.low * least
             if total.value > 0 and total.span.high < bound:
-                yield Finding(
-                    "roofline-decode", level, names(total), {"reported_s": total.value, "bound_s": bound},
-                    "certain" if total.statistic == "mean" else "likely",
-                    f"a latency of {total.value:.4g} s for {level.output.mean.mid:.4g} tokens, "
-                    "each of which takes "
-                    f"{1e3 * least:.4g} ms to read the weights",
-                    weight=bound / total.value,
-                )  # fmt: skip
+                message = (
+                    f"a latency of {total.value:.4g} s for {level.output.mean.mid:.4g} tokens, each of which "
+                    f"takes {1e3 * least:.4g} ms to read the weights"
+                )
+                numbers = {"reported_s": total.value, "bound_s": bound}
+                yield finding(level, [total], message, numbers, certain=total.statistic == "mean")
 
 
 def roofline_prefill(report: Report) -> Iterator[Finding]:
     """A fresh prompt's first token takes its FLOPs at the peak: what is faster came from a prefix cache."""
-    for level in report.levels:
-        hardware = level.hardware
-        if hardware is None:
-            continue
+    for level, hardware in _bounded(report):
         if level.prompt is None or level.repeated:
             continue  # repeated-prompts says it
         tokens = int(level.prompt.mean.low)
@@ -60,13 +56,12 @@ def roofline_prefill(report: Report) -> Iterator[Finding]:
                 continue
             if value.value == 0 or value.span.high >= least:
                 continue
-            yield Finding(
-                "roofline-prefill", level, names(value), {"reported_s": value.value, "bound_s": least},
-                "certain" if value.statistic != "min" else "likely",
-                f"TTFT {value.statistic} of {1e3 * value.value:.4g} ms, but computing {tokens} fresh "
-                f"tokens takes {1e3 * least:.4g} ms at the GPU's peak: a warm prefix cache had them",
-                weight=least / value.value,
-            )  # fmt: skip
+            message = (
+                f"TTFT {value.statistic} of {1e3 * value.value:.4g} ms, but computing {tokens} fresh tokens "
+                f"takes {1e3 * least:.4g} ms at the GPU's peak: a warm prefix cache had them"
+            )
+            numbers = {"reported_s": value.value, "bound_s": least}
+            yield finding(level, [value], message, numbers, certain=value.statistic != "min")
         yield from _burst(level, hardware)
 
 
@@ -83,23 +78,18 @@ def _burst(level: Level, hardware: Hardware) -> Iterator[Finding]:
             continue
         least = hardware.roofline_s(prompts=max(1, ahead // hardware.replicas), tokens=tokens)
         if value.value > 0 and value.span.high < least:
-            yield Finding(
-                "roofline-prefill", level, names(value),
-                {"reported_s": value.value, "bound_s": least, "prompts": float(ahead)}, "likely",
-                f"TTFT {value.statistic} of {1e3 * value.value:.4g} ms at {slots} requests sent "
-                f"at once, but {ahead} "
-                f"prefills of {tokens} fresh tokens take {1e3 * least:.4g} ms at the GPU's peak: a warm "
-                "prefix cache had them",
-                weight=least / value.value,
-            )  # fmt: skip
+            message = (
+                f"TTFT {value.statistic} of {1e3 * value.value:.4g} ms at {slots} requests sent at once, but "
+                f"{ahead} prefills of {tokens} fresh tokens take {1e3 * least:.4g} ms at the GPU's peak: a "
+                "warm prefix cache had them"
+            )
+            numbers = {"reported_s": value.value, "bound_s": least, "prompts": float(ahead)}
+            yield finding(level, [value], message, numbers)
 
 
 def roofline_throughput(report: Report) -> Iterator[Finding]:
     """Tokens/s times FLOPs a token stay under the peak; a closed loop's streams get one token a step each."""
-    for level in report.levels:
-        hardware = level.hardware
-        if hardware is None:
-            continue
+    for level, hardware in _bounded(report):
         tokens = level.get("output_throughput")
         if tokens is None or level.whole_run:
             continue
@@ -110,38 +100,28 @@ def roofline_throughput(report: Report) -> Iterator[Finding]:
         needed = whole.linear_flops_per_token * (tokens.span.low + fresh)
         needed += whole.lm_head_flops(1) * tokens.span.low
         if needed > hardware.flops:
-            yield Finding(
-                "roofline-throughput", level, names(tokens),
-                {"flops": needed, "peak_flops": hardware.flops}, "certain",
+            message = (
                 f"{tokens.value:.4g} tokens/s and their prompts are {needed / 1e12:.4g} TFLOP/s, over the "
-                f"{hardware.flops / 1e12:.4g} of the GPUs",
-                weight=needed / hardware.flops,
-            )  # fmt: skip
+                f"{hardware.flops / 1e12:.4g} of the GPUs"
+            )
+            numbers = {"flops": needed, "peak_flops": hardware.flops}
+            yield finding(level, [tokens], message, numbers, certain=True)
         if level.concurrency is None:
             continue
         most = level.concurrency / hardware.roofline_s(decodes=1)
         if tokens.span.low > most:
-            yield Finding(
-                "roofline-throughput", level, names(tokens),
-                {"output_tok_s": tokens.value, "bound_tok_s": most}, "likely",
-                f"{level.concurrency} streams of one token per reading of the weights are at most "
-                f"{most:.4g} tokens/s, or several tokens come out of a step",
-                weight=tokens.value / most,
-            )  # fmt: skip
+            message = (
+                f"{level.concurrency} streams of one token per reading of the weights are at most {most:.4g} "
+                "tokens/s, or several tokens come out of a step"
+            )
+            yield finding(level, [tokens], message, {"output_tok_s": tokens.value, "bound_tok_s": most})
 
 
 def repeated_prompts(report: Report) -> Iterator[Finding]:
     """Prompts that were sent before are in the prefix cache: the TTFT of such a row is not the cost of its
     prompts, where computing them would have added to it."""
-    for level in report.levels:
-        hardware = level.hardware
-        if (
-            hardware is None
-            or not hardware.prefix_caching
-            or not level.repeated
-            or level.prompt is None
-            or level.whole_run
-        ):
+    for level, hardware in _bounded(report):
+        if not hardware.prefix_caching or not level.repeated or level.prompt is None or level.whole_run:
             continue
         tokens = int(level.prompt.mean.low)
         together = 1 if level.open_loop else min(level.concurrency or 1, level.num_requests or 1)
@@ -156,14 +136,13 @@ def repeated_prompts(report: Report) -> Iterator[Finding]:
                 continue  # zero-latency says it
             if hardware.replicas > 1 and value.value > fresh:
                 continue  # another replica may have had them
-            yield Finding(
-                "repeated-prompts", level, names(value),
-                {"repeated": level.repeated, "reported_s": value.value, "spared_s": spared}, "likely",
+            message = (
                 f"{100 * level.repeated:.0f} % of the prompts were sent before and are in the prefix cache: "
                 f"computing {each} at once would add {1e3 * spared:.3g} ms or more to a TTFT "
-                f"{value.statistic} of {1e3 * value.value:.4g} ms",
-                weight=spared / value.value,
-            )  # fmt: skip
+                f"{value.statistic} of {1e3 * value.value:.4g} ms"
+            )
+            numbers = {"repeated": level.repeated, "reported_s": value.value, "spared_s": spared}
+            yield finding(level, [value], message, numbers, weight=spared / value.value)
 
 
 def kv_arithmetic(report: Report) -> Iterator[Finding]:
@@ -174,17 +153,13 @@ def kv_arithmetic(report: Report) -> Iterator[Finding]:
         usage, running, waiting, memory = (level.get(metric, "max", None) for metric in _WHOLE_RUN_METRICS)
         slots = level.concurrency or (max(loads) if loads and level.whole_run else None)
         if usage is not None and usage.span.low > 1.0:
-            yield Finding(
-                "kv-arithmetic", level, names(usage), {"kv_usage": usage.value}, "certain",
-                "more than all of the KV pool is in use",
-            )  # fmt: skip
+            numbers = {"kv_usage": usage.value}
+            yield finding(level, [usage], "more than all of the KV pool is in use", numbers, certain=True)
         for gauge in (running, waiting):
             if gauge is not None and slots is not None and gauge.span.low > slots:
-                yield Finding(
-                    "kv-arithmetic", level, names(gauge),
-                    {gauge.metric: gauge.value, "concurrency": float(slots)}, "certain",
-                    f"{gauge.value:g} requests {gauge.metric}, of {slots} that can be in flight",
-                )  # fmt: skip
+                message = f"{gauge.value:g} requests {gauge.metric}, of {slots} that can be in flight"
+                numbers = {gauge.metric: gauge.value, "concurrency": float(slots)}
+                yield finding(level, [gauge], message, numbers, certain=True)
         if memory is not None:
             yield from _memory(level)
         yield from _pool(level, slots)
@@ -193,21 +168,19 @@ def kv_arithmetic(report: Report) -> Iterator[Finding]:
 def _weights(report: Report) -> Iterator[Finding]:
     """The weights fit into the GPUs' memory; said once of a model on a GPU."""
     seen: list[Hardware] = []
-    for level in report.levels:
-        hardware = level.hardware
-        if hardware is None or hardware in seen:
+    for level, hardware in _bounded(report):
+        if hardware in seen:
             continue
         seen.append(hardware)
         weights = hardware.shard.weight_bytes
         if weights > hardware.gpu.memory_bytes:
             gib = float(1 << 30)
-            yield Finding(
-                "kv-arithmetic", level, names(*level.values.values()),
-                {"weights_gib": weights / gib, "card_gib": hardware.gpu.memory_bytes / gib}, "certain",
+            message = (
                 f"the weights on one GPU are {weights / gib:.1f} GiB, over its "
-                f"{hardware.gpu.memory_bytes / gib:.1f}: no KV pool is left",
-                weight=weights / hardware.gpu.memory_bytes,
-            )  # fmt: skip
+                f"{hardware.gpu.memory_bytes / gib:.1f}: no KV pool is left"
+            )
+            numbers = {"weights_gib": weights / gib, "card_gib": hardware.gpu.memory_bytes / gib}
+            yield finding(level, level.values.values(), message, numbers, certain=True)
 
 
 def _pool(level: Level, slots: int | None) -> Iterator[Finding]:
@@ -222,25 +195,21 @@ def _pool(level: Level, slots: int | None) -> Iterator[Finding]:
     most = running.value if running is not None else slots
     longest = level.prompt_tokens + level.output.mean.high + 16
     if most is not None and level.output.fixed and (held - usage.half * pool) * (1 - _POOL) > most * longest:
-        yield Finding(
-            "kv-arithmetic", level, names(usage, running),
-            {"held_tokens": held, "most_tokens": most * longest, "pool_tokens": float(pool)}, "likely",
-            f"a KV pool of {pool} tokens in use to {100 * usage.value:.3g} % is {held:.0f} "
-            f"tokens, but {most:g} "
-            f"requests hold {most * longest:.0f} at most",
-            weight=held / max(1.0, most * longest),
-        )  # fmt: skip
+        message = (
+            f"a KV pool of {pool} tokens in use to {100 * usage.value:.3g} % is {held:.0f} tokens, but "
+            f"{most:g} requests hold {most * longest:.0f} at most"
+        )
+        numbers = {"held_tokens": held, "most_tokens": most * longest, "pool_tokens": float(pool)}
+        yield finding(level, [usage, running], message, numbers)
     shared = bool(level.repeated) and not level.whole_run
     least = (running.value if running is not None else 0) * level.prompt_tokens
     if not shared and hardware.replicas == 1 and least > (held + usage.half * pool) * (1 + _POOL):
-        yield Finding(
-            "kv-arithmetic", level, names(usage, running),
-            {"held_tokens": held, "least_tokens": least, "pool_tokens": float(pool)}, "likely",
-            f"{running.value if running else 0:g} requests running hold {least:.0f} prompt "
-            "tokens or more, but "
-            f"{100 * usage.value:.3g} % of a KV pool of {pool} tokens are {held:.0f}",
-            weight=least / max(held, 1.0),
-        )  # fmt: skip
+        message = (
+            f"{running.value if running else 0:g} requests running hold {least:.0f} prompt tokens or more, "
+            f"but {100 * usage.value:.3g} % of a KV pool of {pool} tokens are {held:.0f}"
+        )
+        numbers = {"held_tokens": held, "least_tokens": least, "pool_tokens": float(pool)}
+        yield finding(level, [usage, running], message, numbers)
 
 
 def _memory(level: Level) -> Iterator[Finding]:
@@ -253,30 +222,20 @@ def _memory(level: Level) -> Iterator[Finding]:
     off = expected is not None and abs(memory.value / expected - 1) > _POOL
     if beyond or off:
         gib = float(1 << 30)
-        yield Finding(
-            "kv-arithmetic", level, names(memory),
-            {"gpu_memory_gib": memory.value / gib, "weights_gib": weights / gib,
-             "card_gib": hardware.gpu.memory_bytes / gib}
-            | ({} if expected is None else {"expected_gib": expected / gib}),
-            "certain" if beyond else "likely",
-            f"{memory.value / gib:.1f} GiB in use on a card of "
-            f"{hardware.gpu.memory_bytes / gib:.1f}, with weights of "
-            f"{weights / gib:.1f}"
-            + ("" if expected is None else f", where the flags ask for {expected / gib:.1f}"),
-        )  # fmt: skip
+        weigh, card, asked = weights / gib, hardware.gpu.memory_bytes / gib, (expected or 0) / gib
+        message = f"{memory.value / gib:.1f} GiB in use on a card of {card:.1f}, with weights of {weigh:.1f}"
+        numbers = {"gpu_memory_gib": memory.value / gib, "weights_gib": weigh, "card_gib": card}
+        if expected is not None:
+            message += f", where the flags ask for {asked:.1f}"
+            numbers["expected_gib"] = asked
+        yield finding(level, [memory], message, numbers, certain=beyond)
 
 
 def kv_capacity(report: Report) -> Iterator[Finding]:
     """Requests in flight that hold more than the KV pool must queue or be preempted, which shows in TTFT."""
-    for level in report.levels:
-        hardware, first, time = level.hardware, level.get("ttft", "p50"), latency(level)
-        if (
-            hardware is None
-            or level.concurrency is None
-            or level.prompt is None
-            or first is None
-            or time is None
-        ):
+    for level, hardware in _bounded(report):
+        first, time = level.get("ttft", "p50"), latency(level)
+        if level.concurrency is None or level.prompt is None or first is None or time is None:
             continue
         if level.repeated or level.open_loop:
             continue
@@ -285,10 +244,9 @@ def kv_capacity(report: Report) -> Iterator[Finding]:
         held = level.concurrency * level.prompt.mean.low
         if held <= 2 * pool or first.value > 0.1 * time.span.mid:
             continue
-        yield Finding(
-            "kv-capacity", level, names(first), {"held_tokens": held, "pool_tokens": float(pool)}, "likely",
-            f"the prompts of {level.concurrency} requests are {held:.0f} tokens, over the "
-            f"{pool} that fit beside "
-            f"the weights, yet half of the requests wait only {first.value:.4g} s for their first token",
-            weight=held / max(1, pool),
-        )  # fmt: skip
+        message = (
+            f"the prompts of {level.concurrency} requests are {held:.0f} tokens, over the {pool} that fit "
+            f"beside the weights, yet half of the requests wait only {first.value:.4g} s for their first "
+            "token"
+        )
+        yield finding(level, [first], message, {"held_tokens": held, "pool_tokens": float(pool)})

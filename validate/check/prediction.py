@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from servecast.sim.reproduce.reproduce import reproduce
 from servecast.sim.scenario.deployment import Deployment
-from servecast.validate.check.finding import Finding
+from servecast.validate.check.finding import Confidence, Finding
 from servecast.validate.check.table import Report
 
 _FACTOR, _BANDS = 2.0, 5.0  # off by this factor and by so many error bands: more than a predictor's own error
@@ -34,11 +34,7 @@ def prediction(report: Report) -> Iterator[Finding]:
             level = by_row.get((table.name, tuple(cell.keys.items())))
             if level is None:
                 continue  # a table that repeats the rows of another
-            yield Finding(
-                "prediction", level, (cell.metric,),
-                {"reported": cell.reported, "predicted": cell.predicted, "factor": factor,
-                 "error_band": band},
-                "possible" if known is None or factor < _FAR else "likely",
-                f"{cell.metric} is {cell.reported:.4g}, predicted {cell.predicted:.4g}",
-                weight=factor,
-            )  # fmt: skip
+            numbers = {"reported": cell.reported, "predicted": cell.predicted, "factor": factor}
+            sure: Confidence = "possible" if known is None or factor < _FAR else "likely"
+            message = f"{cell.metric} is {cell.reported:.4g}, predicted {cell.predicted:.4g}"
+            yield Finding(level, (cell.metric,), numbers | {"error_band": band}, sure, message, factor)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from servecast.calibrate.measure.vllm.recording import read_recording
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.metrics.metrics import latencies
 from servecast.sim.metrics.records import Run
@@ -89,16 +89,17 @@ def parts_of_recording(file: Path, measured: Run) -> Residence:
     Raises:
         InputError: the file is no recording, or has fewer requests than finished.
     """
-    try:
-        received, scheduled, ended = _read(file)
-    except (OSError, ValueError, IndexError, TypeError, KeyError) as error:
-        raise InputError(
-            f"not a recording of vLLM's scheduler ({type(error).__name__}: {error})",
-            where=str(file),
-            fix="Record with servecast's calibrate/measure/vllm/recording_scheduler.py.",
-        ) from None
+    recorded = read_recording(file)
+    scheduled: dict[int, tuple[int, int]] = {}  # request -> when and in which step first
+    ended: dict[int, tuple[int, int]] = {}  # request -> when, and steps until then
+    for number, step in enumerate(recorded.steps):
+        for n, _, _ in step.scheduled:
+            scheduled.setdefault(n, (step.decided, number))
+        for n, _ in step.finished:
+            assert step.ended is not None
+            ended[n] = step.ended, number + 1
     done = int((measured.requests["status"] == "finished").sum())
-    whole = [n for n in received if n in scheduled and n in ended]
+    whole = [n for n in recorded.requests if n in scheduled and n in ended]
     if len(whole) < done:
         raise InputError(
             f"records {len(whole)} requests to their end, {done} finished",
@@ -108,31 +109,10 @@ def parts_of_recording(file: Path, measured: Run) -> Residence:
     own = whole[-done:] if done else []
     return _residence(
         measured,
-        np.array([(scheduled[n][0] - received[n]) * 1e-9 for n in own]),
+        np.array([(scheduled[n][0] - recorded.requests[n].received) * 1e-9 for n in own]),
         np.array([(ended[n][0] - scheduled[n][0]) * 1e-9 for n in own]),
         np.array([ended[n][1] - scheduled[n][1] for n in own]),
     )
-
-
-def _read(file: Path) -> tuple[dict[int, int], dict[int, tuple[int, int]], dict[int, tuple[int, int]]]:
-    """Of each request: when it was received, and when and at which step it was first scheduled and ended."""
-    received: dict[int, int] = {}
-    scheduled: dict[int, tuple[int, int]] = {}
-    ended: dict[int, tuple[int, int]] = {}
-    schedules = updates = 0
-    for line in file.read_text(encoding="utf-8").splitlines():
-        kind, *rest = json.loads(line)
-        if kind in ("received", "add"):
-            received.setdefault(rest[1], rest[0])
-        elif kind == "schedule":
-            for n, _, _ in rest[2]:
-                scheduled.setdefault(n, (rest[1], schedules))
-            schedules += 1
-        elif kind == "update":
-            updates += 1
-            for n, _ in rest[2]:
-                ended[n] = (rest[1], updates)
-    return received, scheduled, ended
 
 
 def _residence(run: Run, queue: Any, inside: Any, counts: Any) -> Residence:

@@ -25,15 +25,8 @@ from servecast.validate.compare.samples import (
     resampled_statistics,
 )
 from servecast.validate.compare.series import EngineSeries
-from servecast.validate.compare.verdict import (
-    COUNTS,
-    OF_SWEEPS,
-    State,
-    Tolerances,
-    Verdict,
-    judge_row,
-    verdict_of,
-)
+from servecast.validate.compare.tolerances import COUNTS, OF_SWEEPS, Tolerances
+from servecast.validate.compare.verdict import State, Verdict, judge_row, verdict_of
 from servecast.validate.readers import Reading
 
 RANKS = (50, 90, 95, 99)
@@ -94,6 +87,29 @@ class ClientLag:
     median_ms: float
     p95_ms: float
     max_ms: float
+
+    @classmethod
+    def of(cls, late_s: Floats) -> ClientLag | None:
+        """Of what is known of each request, in s; None where that is nothing."""
+        late = 1000 * late_s[~np.isnan(late_s)]
+        if not len(late):
+            return None
+        return cls(float(np.median(late)), float(np.percentile(late, 95)), float(late.max()))
+
+    @classmethod
+    def behind(cls, sent_s: Floats, planned_s: Floats) -> ClientLag | None:
+        """Of requests in the order of sending."""
+        late = sent_s - planned_s
+        return cls.of(late - late[~np.isnan(late)].min(initial=math.inf))
+
+    def problems(self, tolerances: Tolerances) -> list[str]:
+        """What it says about the worth of a measurement."""
+        if self.p95_ms <= tolerances.client_lag_ms:
+            return []
+        return [
+            f"the client was late: p95 of {self.p95_ms:.1f} ms between planned and actual sending, "
+            f"{tolerances.client_lag_ms:g} ms allowed"
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,22 +292,14 @@ def _lag(measured: Reading, planned_s: Floats | None) -> ClientLag | None:
     requests = measured.run.requests.sort_values("sent", kind="stable")
     sent = requests["sent"].to_numpy(dtype=float)
     bound = measured.context.max_concurrency
-    planned = None
     if planned_s is not None and len(planned_s) == len(sent):
-        planned = np.sort(planned_s)
-    elif measured.planned:
-        planned = requests["arrival"].to_numpy(dtype=float)
-    if planned is not None:
-        late = sent - planned
-        late -= late[~np.isnan(late)].min(initial=math.inf)
-    elif bound is not None and measured.context.request_rate in (None, math.inf):
-        late = sent[bound:] - np.sort(requests["finish"].to_numpy(dtype=float))[: max(len(sent) - bound, 0)]
-    else:
+        return ClientLag.behind(sent, np.sort(planned_s))
+    if measured.planned:
+        return ClientLag.behind(sent, requests["arrival"].to_numpy(dtype=float))
+    if bound is None or measured.context.request_rate not in (None, math.inf):
         return None
-    late = 1000 * late[~np.isnan(late)]
-    if not len(late):
-        return None
-    return ClientLag(float(np.median(late)), float(np.percentile(late, 95)), float(late.max()))
+    free = np.sort(requests["finish"].to_numpy(dtype=float))[: max(len(sent) - bound, 0)]
+    return ClientLag.of(sent[bound:] - free)
 
 
 def _problems(
@@ -301,12 +309,7 @@ def _problems(
     lag: ClientLag | None,
     tolerances: Tolerances,
 ) -> list[str]:
-    problems = []
-    if lag is not None and lag.p95_ms > tolerances.client_lag_ms:
-        problems.append(
-            f"the client was late: p95 of {lag.p95_ms:.1f} ms between planned and actual sending, "
-            f"{tolerances.client_lag_ms:g} ms allowed"
-        )
+    problems = [] if lag is None else lag.problems(tolerances)
     done, failed = figures.get("completed"), figures.get("failed", 0)
     if done is not None:
         if done < tolerances.min_requests:

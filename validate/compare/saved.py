@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import math
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
 
 from servecast.sim.inputs.errors import InputError
-from servecast.sim.metrics.records import Run
+from servecast.sim.plan.judge import Objectives
 from servecast.sim.run.simulate import simulate
 from servecast.sim.scenario.deployment import Deployment
 from servecast.sim.scenario.scenario import Scenario
 from servecast.sim.traffic.arrivals import ClosedLoop
 from servecast.sim.traffic.content import Unique
-from servecast.sim.traffic.draw import with_request_rate
-from servecast.sim.traffic.spec import StageSpec, StreamSpec, Workload
-from servecast.sim.traffic.trace_writers import write_timed_trace
-from servecast.sim.traffic.traces import Trace, TraceSpec
+from servecast.sim.traffic.draw import replayed, with_request_rate
+from servecast.sim.traffic.spec import StageSpec, Workload
+from servecast.sim.traffic.traces import Trace
 from servecast.validate.compare.load import LoadComparison, compare_runs
 from servecast.validate.compare.sweep import Comparison, compare_loads
-from servecast.validate.compare.verdict import Tolerances
+from servecast.validate.compare.tolerances import Tolerances
 from servecast.validate.readers import Reading
 from servecast.validate.readers.run_of import LONGEST_S
 
@@ -35,14 +31,13 @@ _UNIQUE = "simulated prompts share nothing, since the file does not say what its
 
 def judge_result(
     readings: Sequence[Reading],
-    scenario: Scenario,
+    deployment: Deployment,
     *,
     tolerances: Tolerances,
     seeds: int = 5,
     traffic: Traffic | None = None,
-    deployment: Deployment | None = None,
 ) -> Comparison:
-    """Predict each run of a result with a scenario, and compare.
+    """Predict each run of a result with a scenario made concrete, and compare.
 
     Args:
         seeds: replications, from the scenario's seed on.
@@ -53,35 +48,29 @@ def judge_result(
     Raises:
         InputError: the file does not say what is needed for that traffic.
     """
-    deployment = Deployment.of(scenario) if deployment is None else deployment
-    loads = [
-        _judge(
-            reading, scenario, deployment, tolerances, range(scenario.seed, scenario.seed + seeds), traffic
-        )
-        for reading in readings
-    ]
-    return compare_loads(loads, tolerances=tolerances, slos=scenario.slos)
+    scenario = deployment.scenario
 
+    def judged(reading: Reading) -> LoadComparison:
+        if reading.figures().get("completed") == 0:
+            fix = "Give a result of requests that did."
+            raise InputError("none of its requests finished", where=reading.source, fix=fix)
+        replays = reading.has_requests if traffic is None else traffic == "requests"
+        stages = replayed(*requests_of(reading)) if replays else None
+        workload = None if replays else _as_in_scenario(reading, scenario)
+        try:
+            predicted = [
+                simulate(deployment, seed=seed, workload=workload, stages=stages)
+                for seed in range(scenario.seed, scenario.seed + seeds)
+            ]
+        except InputError as error:
+            where = f"{reading.source}: {error.where}" if replays else error.where
+            raise InputError(error.what, where=where, fix=error.fix) from None
+        notes = [_UNIQUE] if replays and _shares_prompts(scenario) else []
+        return compare_runs(predicted, reading, tolerances=tolerances, notes=notes)
 
-def _judge(
-    reading: Reading,
-    scenario: Scenario,
-    deployment: Deployment,
-    tolerances: Tolerances,
-    seeds: range,
-    traffic: Traffic | None,
-) -> LoadComparison:
-    if reading.figures().get("completed") == 0:
-        raise InputError(
-            "none of its requests finished", where=reading.source, fix="Give a result of requests that did."
-        )
-    replays = reading.has_requests if traffic is None else traffic == "requests"
-    with _workload(reading, scenario, replays=replays) as workload:
-        predicted: list[Run] = [
-            simulate(scenario, seed=seed, workload=workload, deployment=deployment) for seed in seeds
-        ]
-    notes = [_UNIQUE] if replays and _shares_prompts(scenario) else []
-    return compare_runs(predicted, reading, tolerances=tolerances, notes=notes)
+    return compare_loads(
+        [judged(each) for each in readings], tolerances=tolerances, objectives=Objectives.of(scenario)
+    )
 
 
 def _shares_prompts(scenario: Scenario) -> bool:
@@ -89,23 +78,6 @@ def _shares_prompts(scenario: Scenario) -> bool:
     return any(
         stream.system_prompt_tokens > 0 or not isinstance(stream.content, Unique | None) for stream in streams
     )
-
-
-@contextmanager
-def _workload(reading: Reading, scenario: Scenario, *, replays: bool) -> Iterator[Workload]:
-    if not replays:
-        yield _as_in_scenario(reading, scenario)
-        return
-    trace, max_concurrency = requests_of(reading)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "requests.jsonl"
-        write_timed_trace(trace, path)
-        spec = TraceSpec(format="timed_trace", path=path, block_tokens=trace.block_tokens)
-        stream = StreamSpec(trace=spec, max_concurrency=max_concurrency)
-        try:
-            yield Workload(stages=(StageSpec(streams=(stream,)),))
-        except InputError as error:
-            raise InputError(error.what, where=f"{reading.source}: {error.where}", fix=error.fix) from None
 
 
 def requests_of(reading: Reading) -> tuple[Trace, int | None]:

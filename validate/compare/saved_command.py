@@ -7,7 +7,13 @@ from pathlib import Path
 from servecast.sim.cli.options import WhatIf
 from servecast.sim.cli.output import print_json
 from servecast.sim.inputs.errors import InputError
-from servecast.validate.compare.saved import Traffic
+from servecast.sim.run.results import check_output, context
+from servecast.sim.scenario.deployment import Deployment
+from servecast.validate.compare.page import write_comparison_page
+from servecast.validate.compare.saved import Traffic, judge_result
+from servecast.validate.compare.text import comparison_text
+from servecast.validate.compare.tolerances import Tolerances
+from servecast.validate.readers import read_all
 
 
 def result(
@@ -40,25 +46,14 @@ def result(
     """
     if seeds < 1:
         raise InputError(f"{seeds} seeds", where="--seeds", fix="Give at least 1.")
-
-    from servecast.sim.run.results import check_output, context
-    from servecast.sim.scenario.deployment import Deployment
-    from servecast.validate.compare.page import write_comparison_report
-    from servecast.validate.compare.saved import judge_result
-    from servecast.validate.compare.text import print_comparison
-    from servecast.validate.compare.verdict import Tolerances
-    from servecast.validate.readers import read_all
-
     if report is not None:
         check_output(report, where="--report")
     limits = Tolerances.load(tolerances)
     readings = read_all(file)
-    loaded, changes = what_if.load(scenario)
+    loaded = what_if.load(scenario)
     deployment = Deployment.of(loaded)
-    comparison = judge_result(
-        readings, loaded, tolerances=limits, seeds=seeds, traffic=traffic, deployment=deployment
-    )
-    made_of = context(loaded, deployment, seed=loaded.seed, what_if=changes)
+    comparison = judge_result(readings, deployment, tolerances=limits, seeds=seeds, traffic=traffic)
+    made_of = context(deployment, seed=loaded.seed)
     first = readings[0].context
     facts = {
         "result": f"{file.name}, {first.tool} {first.tool_version or '(version not stated)'}",
@@ -74,9 +69,9 @@ def result(
     if json:
         print_json(comparison.to_json() | {"facts": facts, "prediction": made_of})
     else:
-        print_comparison(comparison)
+        print(comparison_text(comparison))
     if report is not None:
-        write_comparison_report(
+        write_comparison_page(
             report,
             comparison,
             title=f"{loaded.name} against {file.name}",

@@ -87,11 +87,11 @@ class EngineSeries:
             "kv_cache_usage_peak": _peak(self.kv_usage),
             "max_num_running": _peak(self.running),
             "max_num_waiting": _peak(self.waiting),
-            "num_preemptions": _growth(self.preemptions_total),
+            "num_preemptions": growth(self.preemptions_total),
         }
-        queries = _growth(self.prefix_query_tokens)
+        queries = growth(self.prefix_query_tokens)
         if queries > 0:
-            found["prefix_cache_hit_rate"] = _growth(self.prefix_hit_tokens) / queries
+            found["prefix_cache_hit_rate"] = growth(self.prefix_hit_tokens) / queries
         return {name: value for name, value in found.items() if not math.isnan(value)}
 
 
@@ -100,6 +100,7 @@ def _peak(values: Floats) -> float:
     return float(known.max()) if len(known) else math.nan
 
 
-def _growth(values: Floats) -> float:
+def growth(values: Floats) -> float:
+    """How much a counter grew over its readings; NaN where it was not read twice."""
     known = values[~np.isnan(values)]
     return float(known[-1] - known[0]) if len(known) > 1 else math.nan

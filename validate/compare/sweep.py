@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 
 from servecast.sim.metrics.confidence import Interval
-from servecast.sim.metrics.knee import closed_loop_knee
-from servecast.sim.metrics.metrics import duration, good_requests, statistic
+from servecast.sim.metrics.knee import closed_loop_knee, ends
+from servecast.sim.metrics.metrics import duration
 from servecast.sim.metrics.records import Run
 from servecast.sim.metrics.saturation import Saturation, saturation
-from servecast.sim.metrics.slo import SLO, Goodput
-from servecast.sim.plan.judge import ATTAINMENT
+from servecast.sim.plan.judge import CERTAIN, Judgement, Objectives, judge, observed
 from servecast.sim.plan.prober import WARMUP_SHARE
 from servecast.validate.compare.load import CONFIDENCE, LoadComparison, Row
-from servecast.validate.compare.verdict import State, Tolerances, Verdict, verdict_of
+from servecast.validate.compare.tolerances import Tolerances
+from servecast.validate.compare.verdict import State, Verdict, verdict_of
 
 _STRAINS = 1e-3, 1e3  # between these, so that they have a logarithm
 
@@ -47,21 +47,20 @@ def compare_loads(
     loads: Sequence[LoadComparison],
     *,
     tolerances: Tolerances,
-    slos: Sequence[SLO] = (),
-    goodput: Goodput | None = None,
+    objectives: Objectives | None = None,
     predicted: Mapping[str, Interval] | None = None,
 ) -> Comparison:
     """Put loads together.
 
     Args:
-        slos, goodput: whose largest rate is looked for, by interpolation between the open-loop rates.
+        objectives: whose largest rate is looked for, by interpolation between the open-loop rates.
         predicted: metric -> where the prediction was found by a search of its own, instead of between the
             rates of the loads.
     """
     searched = {} if predicted is None else predicted
     rows, notes = _knees(loads, searched.get("knee"), tolerances)
-    if slos or goodput is not None:
-        more, further = _max_rate(loads, slos, goodput, searched.get("max_request_rate"), tolerances)
+    if objectives is not None:
+        more, further = _max_rate(loads, objectives, searched.get("max_request_rate"), tolerances)
         rows, notes = rows + more, notes + further
     states: list[tuple[State, str]] = [(row.state, row.reason) for row in rows if row.state is not None]
     states += [
@@ -138,7 +137,7 @@ def _knees(
     rates = [rate for rate, _ in levels]
     if len(set(rates)) > 1:
         predicted, measured = (
-            bracket(rates, [sustained(runs) for runs in side])
+            bracket(dict(zip(rates, map(sustained, side), strict=True)))
             for side in _sides([load for _, load in levels])
         )
         more, further = _compared("knee", "the knee", searched or predicted, measured, tolerances)
@@ -180,15 +179,14 @@ def _compared(
     ]
 
 
-def bracket(rates: Sequence[float], holds: Sequence[bool]) -> Interval:
-    """From the largest rate that holds below the smallest that does not (0: none) to that one (inf: none)."""
-    high = min((rate for rate, good in zip(rates, holds, strict=True) if not good), default=math.inf)
-    low = max((rate for rate in rates if rate < high), default=0.0)
+def bracket(tried: Mapping[float, bool]) -> Interval:
+    """Between what rates it stops to hold (see `knee.ends`). tried: rate -> whether it holds."""
+    low, high = ends(tried)
     return Interval(low or high, low, high, CONFIDENCE, 1)
 
 
 def sustained(runs: Sequence[Run]) -> bool:
-    """Whether a rate is sustained, in most of the runs."""
+    """Whether a rate is sustained, in most of the runs: by the test that a single run of a server gets."""
     return sum(not _saturation(run).saturated for run in runs) > len(runs) / 2
 
 
@@ -228,8 +226,7 @@ def _throughput(run: Run) -> float:
 
 def _max_rate(
     loads: Sequence[LoadComparison],
-    slos: Sequence[SLO],
-    goodput: Goodput | None,
+    objectives: Objectives,
     searched: Interval | None,
     tolerances: Tolerances,
 ) -> tuple[list[Row], list[str]]:
@@ -238,43 +235,25 @@ def _max_rate(
     if len(set(rates)) < 2:
         return [], []
     predicted, measured = (
-        _crossing(rates, [float(np.mean([strain(run, slos, goodput) for run in runs])) for runs in side])
+        _crossing(rates, [judged(runs, objectives).strain for runs in side])
         for side in _sides([load for _, load in levels])
     )
     name = "the largest rate at the SLOs"
     return _compared("max_request_rate", name, searched or predicted, measured, tolerances)
 
 
-def strain(run: Run, slos: Sequence[SLO], goodput: Goodput | None) -> float:
-    """How much of its objectives a run takes up: at most 1 meets them all.
-
-    The worst of the SLOs' statistics over their limits, where a request that failed counts as one that took
-    for ever; infinite if one cannot be told. For a goodput the share of requests that miss it, over what its
-    attainment leaves.
-    """
-    requests = run.requests
-    done = float((requests["status"] == "finished").mean()) if len(requests) else 0.0
-    shares = []
-    for slo in slos:
-        rank = (100 if slo.percentile is None else slo.percentile) / max(done, 1e-9)  # of those that finished
-        if rank > 100:
-            shares.append(math.inf)
-            continue
-        name = slo.statistic if slo.percentile is None else f"p{rank}"
-        share = 1000 * statistic(run, slo.metric, name) / slo.limit_ms
-        shares.append(math.inf if math.isnan(share) else share)
-    if goodput is not None and not slos:
-        shares.append((1 - good_requests(run, goodput) / max(len(requests), 1)) / (1 - ATTAINMENT))
-    return max(shares, default=math.inf)
+def judged(runs: Sequence[Run], objectives: Objectives) -> Judgement:
+    """Runs of one load against objectives, each whole, as a client sees it, by their means: the runs of a
+    prediction share the load's traffic, so that an interval over them would say nothing of other traffic."""
+    return judge([observed(run, objectives) for run in runs], objectives, CERTAIN)
 
 
 def _crossing(rates: Sequence[float], strains: Sequence[float]) -> Interval:
     """Where the strain passes 1: log-linear between the two rates around."""
-    found = bracket(rates, [each <= 1 for each in strains])
+    by_rate = dict(zip(rates, strains, strict=True))
+    found = bracket({rate: strain <= 1 for rate, strain in by_rate.items()})
     if found.low == 0 or math.isinf(found.high):
         return found
-    below, above = (
-        math.log(np.clip(strains[list(rates).index(end)], *_STRAINS)) for end in (found.low, found.high)
-    )
+    below, above = (math.log(np.clip(by_rate[end], *_STRAINS)) for end in (found.low, found.high))
     at = found.low + (found.high - found.low) * (-below) / (above - below) if above > below else found.low
     return replace(found, estimate=float(at))

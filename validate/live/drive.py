@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import time
 from collections.abc import Mapping
@@ -23,7 +22,7 @@ from servecast.sim.metrics.records import Run
 from servecast.sim.run.results import cautions, result, to_text
 from servecast.sim.run.simulate import simulate
 from servecast.sim.scenario.deployment import Deployment
-from servecast.sim.scenario.scenario import Scenario
+from servecast.sim.traffic.trace_writers import write_timed_trace
 from servecast.validate.live.loads import SWEPT, Load
 from servecast.validate.live.target import Target, without
 from servecast.validate.live.telemetry import DCGM, Prometheus, gpu_sampler, scraper
@@ -41,12 +40,15 @@ class Prediction:
     """What a load was predicted to do, as it stands on disk.
 
     Attributes:
-        runs: one a seed. cautions: about them. sha256: of the file. written_at: ISO 8601.
+        folder: of trace.jsonl, the load's requests as the benchmark reads them, and prediction.json.
+        runs: one a seed. cautions: about them. sha256, trace_sha256: of the files. written_at: ISO 8601.
     """
 
+    folder: Path
     runs: tuple[Run, ...]
     cautions: tuple[str, ...]
     sha256: str
+    trace_sha256: str
     written_at: str
 
     @property
@@ -78,22 +80,28 @@ class Outcome:
     timed_out: bool = False
 
 
-def predict(load: Load, scenario: Scenario, deployment: Deployment, seeds: range) -> Prediction:
-    """Simulate a load once a seed, and write prediction.json beside its trace."""
-    runs = tuple(
-        simulate(scenario, seed=seed, workload=load.workload(), deployment=deployment) for seed in seeds
-    )
-    now = _now()
+def predict(load: Load, deployment: Deployment, seeds: range, out: Path) -> Prediction:
+    """Simulate a load once a seed, and write its trace and prediction.json to a folder of its name in out."""
+    folder, stages = out / load.name, load.stages()
+    folder.mkdir(parents=True, exist_ok=True)
+    write_timed_trace(load.requests, folder / "trace.jsonl")
+    runs = tuple(simulate(deployment, seed=seed, stages=stages) for seed in seeds)
+    now, trace_sha256 = _now(), file_sha256(folder / "trace.jsonl")
     document = {
         "load": load.to_json(),
-        "trace_sha256": hashlib.sha256(load.trace.read_bytes()).hexdigest(),
+        "trace_sha256": trace_sha256,
         "written_at": now,
-        "replications": [result(scenario, deployment, run, what_if={}, ranks=RANKS) for run in runs],
+        "replications": [result(deployment, run, ranks=RANKS) for run in runs],
     }
-    path = load.trace.with_name("prediction.json")
+    path = folder / "prediction.json"
     write_whole(path, lambda part: part.write_text(to_text(document), encoding="utf-8"))
-    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    return Prediction(runs, tuple(cautions(deployment, runs[0])), sha256, now)
+    said = tuple(cautions(deployment, runs[0]))
+    return Prediction(folder, runs, said, file_sha256(path), trace_sha256, now)
+
+
+def file_sha256(path: Path) -> str:
+    """Of a file's content, in hexadecimal digits."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def drive(
@@ -106,14 +114,14 @@ def drive(
     prometheus: Prometheus | None = None,
     most_s: float | None = None,
 ) -> Outcome:
-    """Run a load, and keep what the benchmark, the engine and the GPU say of it beside its trace.
+    """Run a load, and keep what the benchmark, the engine and the GPU say of it beside its prediction.
 
     Args:
         python: that has vllm, for the benchmark. recording: file that the server's recorder writes.
         prometheus: asked instead of the server's /metrics.
         most_s: how long the benchmark may take at most.
     """
-    folder = load.trace.parent
+    folder = prediction.folder
     began, unix, now = time.perf_counter(), time.time(), _now()
     at = recording.stat().st_size if recording is not None and recording.exists() else 0
     hash_seed = int(unix) % (1 << 32)  # prompts that no server has seen
@@ -128,15 +136,11 @@ def drive(
                 stack.enter_context(sampler)
         try:
             said = run_bench(
-                target.base_url,
-                target.model,
-                target.tokenizer,
-                load.trace,
+                target,
+                folder / "trace.jsonl",
                 folder / "bench.json",
                 python=python,
-                endpoint=target.endpoint,
                 args=bound,
-                api_key_env=target.api_key_env,
                 hash_seed=hash_seed,
                 timeout_s=timeout_s if most_s is None else min(timeout_s, most_s),
             )
@@ -176,12 +180,12 @@ def drive(
 
 
 def _read(said: Mapping[str, Any], file: Path, load: Load) -> Reading:
-    """What the benchmark said in a file, with the rate that the trace stood for, which it does not know.
+    """What the benchmark said in a file, with the load's rate, which it does not know.
 
     A stream that breaks off after its first token is completed to vLLM. Here it has failed. Requests are in
-    the trace's order in both.
+    the same order in both.
     """
-    asked = [json.loads(line)["output_length"] for line in load.trace.read_text("utf-8").splitlines()]
+    asked = load.requests.output_tokens.tolist()
     details = (said.get(name, ()) for name in ("errors", "ttfts", "output_lens", "itls"))
     errors = [
         _CUT_OFF if not error and ttft and max(tokens, 1 + len(gaps)) < wanted else error
@@ -193,7 +197,7 @@ def _read(said: Mapping[str, Any], file: Path, load: Load) -> Reading:
             raise InputError(f"every request {_CUT_OFF}", where=file.name, fix=_IGNORES_EOS)
     (reading,) = READERS["vllm"].read([said], file)
     notes = (f"{count} requests failed: each {_CUT_OFF}. {_IGNORES_EOS}",) if count else ()
-    rate = load.request_rate if load.plan in SWEPT else reading.context.request_rate
+    rate = load.request_rate if load.kind in SWEPT else reading.context.request_rate
     context = replace(reading.context, request_rate=rate)
     return replace(reading, context=context, notes=(*reading.notes, *notes))
 

@@ -17,11 +17,11 @@ from servecast.validate.live.truth import Truth
 _MAY_DIFFER = ("name", "max_position_embeddings")  # of two configs of models that take the same time
 
 
-def refuse_misfit(truth: Truth, scenario: Scenario, deployment: Deployment, model: Path | None) -> list[str]:
+def refuse_misfit(truth: Truth, deployment: Deployment, model: Path | None) -> list[str]:
     """Refuse to predict a server with what is not its own; say what could not be compared.
 
     Args:
-        deployment: of the scenario. model: folder of the served model, if it is at hand.
+        deployment: of the server's scenario. model: folder of the served model, if it is at hand.
 
     Raises:
         InputError: the profile is of another GPU than the server's, the scenario of another model, or the
@@ -32,15 +32,15 @@ def refuse_misfit(truth: Truth, scenario: Scenario, deployment: Deployment, mode
         raise InputError(
             f"runs with {said}, which is not modelled", where="the server", fix="Start it without."
         )
-    notes = _compare_gpu(truth, scenario, deployment)
+    notes = _compare_gpu(truth, deployment)
     if model is None or not (model / "config.json").is_file():
         notes.append("the served model's config.json was not at hand to compare")
     else:
-        notes += _compare_model(model / "config.json", scenario, deployment)
+        notes += _compare_model(model / "config.json", deployment)
     if truth.num_gpu_blocks is None:
         notes.append("the server does not say how many KV blocks it has: the scenario's are taken")
     if truth.version is None:
-        notes.append(f"the server does not say its version: {scenario.engine.version} is taken")
+        notes.append(f"the server does not say its version: {deployment.scenario.engine.version} is taken")
     if "max_num_seqs" not in truth.flags:
         notes.append(
             "the server does not say its scheduler's flags (one with VLLM_SERVER_DEV_MODE=1 does): "
@@ -49,7 +49,8 @@ def refuse_misfit(truth: Truth, scenario: Scenario, deployment: Deployment, mode
     return notes
 
 
-def _compare_model(file: Path, scenario: Scenario, deployment: Deployment) -> list[str]:
+def _compare_model(file: Path, deployment: Deployment) -> list[str]:
+    scenario = deployment.scenario
     served, ours = _config(file), _config(scenario.config_file())
     notes = []
     if isinstance(text := served.get("text_config"), dict):
@@ -87,7 +88,8 @@ def _config(file: Path) -> dict[str, Any]:
         raise InputError(f"cannot be read ({error})", where=str(file), fix="Give a model's folder.") from None
 
 
-def _compare_gpu(truth: Truth, scenario: Scenario, deployment: Deployment) -> list[str]:
+def _compare_gpu(truth: Truth, deployment: Deployment) -> list[str]:
+    scenario = deployment.scenario
     if scenario.gpu.file is not None:
         told = truth.gpu or "not known here"
         return [f"the server's GPU ({told}) is taken to be what {scenario.gpu.file.name} describes"]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from servecast.calibrate.measure.vllm.server import VllmServer, recording
+from servecast.sim.inputs.errors import InputError
 from servecast.sim.scenario.engine_flags import EngineFlags
 from servecast.validate.live.target import Target
 
@@ -30,6 +31,17 @@ class OwnServer:
     python: str = sys.executable
     env: Mapping[str, str] = field(default_factory=dict)
     recorder: bool = False
+
+
+def model_folder(serve: Path) -> Path:
+    """The folder of a model to serve, from wherever the server is started.
+
+    Raises:
+        InputError: it has no config.json.
+    """
+    if not (serve / "config.json").is_file():
+        raise InputError("has no config.json", where=f"--serve {serve}", fix="Give the folder of a model.")
+    return serve.absolute()
 
 
 @dataclass(frozen=True, slots=True)

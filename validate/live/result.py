@@ -1,8 +1,7 @@
-"""What a campaign on a live server comes to: comparison, verdict, and the document that is kept of it."""
+"""What a session with a live server comes to: comparison, verdict, and the document that is kept of it."""
 
 from __future__ import annotations
 
-import hashlib
 import math
 import subprocess
 from collections.abc import Mapping
@@ -17,17 +16,17 @@ import numpy as np
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.metrics.confidence import Interval
 from servecast.sim.metrics.records import Run
+from servecast.sim.plan.judge import Objectives
 from servecast.sim.run.results import SCHEMA_VERSION, check_output
-from servecast.sim.traffic.traces import TraceSpec
 from servecast.validate.compare.load import CONFIDENCE, LoadComparison, Row, compare_runs, make_row
+from servecast.validate.compare.series import growth
 from servecast.validate.compare.sweep import Comparison, compare_loads
-from servecast.validate.compare.verdict import Tolerances, Verdict
+from servecast.validate.compare.tolerances import Tolerances
+from servecast.validate.compare.verdict import Verdict
 from servecast.validate.live.drive import Outcome
-from servecast.validate.live.loads import BLOCK_TOKENS
 from servecast.validate.live.own_server import OwnServer
-from servecast.validate.live.search import SEARCHES, goodput_of
-from servecast.validate.live.session import Campaign
-from servecast.validate.live.telemetry import growth
+from servecast.validate.live.search import SEARCHES
+from servecast.validate.live.session import Session
 
 _FIGURES = 6  # significant, of what is kept
 RESULT = "result.json"
@@ -52,16 +51,16 @@ def new_result(folder: Path) -> Path:
 
 
 def judge(
-    campaign: Campaign, tolerances: Tolerances, known: dict[str, LoadComparison] | None = None
+    session: Session, tolerances: Tolerances, known: dict[str, LoadComparison] | None = None
 ) -> Comparison:
-    """Compare what ran. A campaign that is not at its end, or a load that did not end, is inconclusive; so is
+    """Compare what ran. A session that is not at its end, or a load that did not end, is inconclusive; so is
     one for whose loads there was no time, unless those that ran fail.
 
     Args:
         known: loads that were compared already, by name; the others are added.
     """
     known = {} if known is None else known
-    ended = [outcome for outcome in campaign.outcomes if outcome.measured is not None]
+    ended = [outcome for outcome in session.outcomes if outcome.measured is not None]
     for outcome in ended:
         if outcome.load.name not in known:
             known[outcome.load.name] = _compare(outcome, tolerances)
@@ -69,32 +68,32 @@ def judge(
     comparison = compare_loads(
         loads,
         tolerances=tolerances,
-        slos=campaign.scenario.slos,
-        goodput=goodput_of(campaign.scenario),
-        predicted={SEARCHES[each.plan].metric: each.ends for each in campaign.predicted_rates},
+        objectives=Objectives.of(session.scenario),
+        predicted={
+            SEARCHES[each.kind].metric: each.ends
+            for each in session.predicted_rates
+            if each.kind in session.kinds  # on both sides, or on neither
+        },
     )
     missing = [
         f"{outcome.load.name}: {outcome.problem}"
-        for outcome in campaign.outcomes
+        for outcome in session.outcomes
         if outcome.measured is None and outcome.problem
     ]
-    if not campaign.finished:
-        missing.insert(0, campaign.stopped or "not all loads have been run yet")
-    left_out = [f"the time budget did not last for {', '.join(campaign.left_out)}"] * bool(campaign.left_out)
+    if not session.finished:
+        missing.insert(0, session.stopped or "not all loads have been run yet")
+    left_out = [f"the time budget did not last for {', '.join(session.left_out)}"] * bool(session.left_out)
     verdict = comparison.verdict
     if missing or (left_out and verdict.state != "fail"):
         verdict = Verdict("inconclusive", (*missing, *left_out, *verdict.reasons))
-    notes = [note for note in campaign.notes if note not in missing]
+    notes = [note for note in session.notes if note not in missing]
     return replace(comparison, notes=(*notes, *comparison.notes), verdict=verdict)
 
 
 def _compare(outcome: Outcome, tolerances: Tolerances) -> LoadComparison:
     load, measured = outcome.load, outcome.measured
     assert measured is not None
-    planned = None
-    if load.max_concurrency is None:
-        planned = TraceSpec(format="timed_trace", path=load.trace, block_tokens=BLOCK_TOKENS).read().times_s
-
+    planned = load.requests.times_s if load.max_concurrency is None else None
     rows = _queue_time(outcome, tolerances)
 
     def compared(recording: Path | None, notes: tuple[str, ...]) -> LoadComparison:
@@ -118,10 +117,11 @@ def _compare(outcome: Outcome, tolerances: Tolerances) -> LoadComparison:
 
 def _queue_time(outcome: Outcome, tolerances: Tolerances) -> list[Row]:
     """How long requests waited in the engine for their first step, on average, by the engine's own word."""
-    queued = growth(outcome.telemetry, "queued")
+    seen = outcome.telemetry.reindex(columns=["queued", "queue_s"])
+    queued, queue_s = (growth(seen[name].to_numpy(dtype=float)) for name in seen)
     if math.isnan(queued) or not queued:
         return []
-    measured = 1e3 * growth(outcome.telemetry, "queue_s") / queued
+    measured = 1e3 * queue_s / queued
     predicted = [_mean_queue_ms(run) for run in outcome.prediction.runs]
     difference = float(np.mean(predicted)) - measured
 
@@ -141,54 +141,50 @@ def _mean_queue_ms(run: Run) -> float:
     return float(1e3 * np.maximum(scheduled - seen, 0.0).mean())
 
 
-def document(
-    campaign: Campaign, comparison: Comparison, *, what_if: Mapping[str, Any], tolerances: Tolerances
-) -> dict[str, Any]:
+def document(session: Session, comparison: Comparison, *, tolerances: Tolerances) -> dict[str, Any]:
     """The result: what was predicted of what, what came of it, and what both rest on. No key, and no path of
     this machine.
 
-    plan_max_request_rate is the largest rate that the search of ``servecast plan`` confirms, on which the
-    loads were planned. The sweep's max_request_rate is read off the loads that ran: see live.Campaign.
+    searches: where the largest rate, or the knee, was predicted to lie. The rows of the sweep take them over
+    where the server was searched in the same way, and are otherwise read off the loads that ran.
     """
     judged = {load.label: load.to_json() for load in comparison.loads}
     return {
         "schema_version": SCHEMA_VERSION,
         "servecast_version": version("servecast"),
         "kind": "live",
-        "finished": campaign.finished,
-        "date": campaign.outcomes[0].started_at if campaign.outcomes else None,
-        **facts(campaign),
-        "what_if": dict(what_if),
-        "machine": {name: campaign.machine.get(name) for name in _MACHINE},
-        "server": None if campaign.truth is None else campaign.truth.to_json(),
-        "plans": list(campaign.plans),
-        "seed": campaign.seed,
-        "seeds": campaign.seeds,
+        "finished": session.finished,
+        "date": session.outcomes[0].started_at if session.outcomes else None,
+        **facts(session),
+        "what_if": session.scenario.changes,
+        "machine": {name: session.machine.get(name) for name in _MACHINE},
+        "server": None if session.truth is None else session.truth.to_json(),
+        "plans": list(session.kinds),
+        "seed": session.seed,
+        "seeds": session.seeds,
         "tolerances": tolerances.model_dump(mode="json"),
         "verdict": comparison.verdict.state,
         "reasons": list(comparison.verdict.reasons),
         "notes": list(comparison.notes),
-        "slo": list(campaign.scenario.slo),
-        "plan_max_request_rate": campaign.max_rate,
-        "plan_max_request_rate_sha256": campaign.max_rate_sha256,
-        "searches": [each.to_json() | {"sha256": each.sha256} for each in campaign.predicted_rates],
-        "proxy_added_latency_ms": None if campaign.proxy_s is None else 1e3 * campaign.proxy_s,
+        "slo": list(session.scenario.slo),
+        "searches": [each.to_json() | {"sha256": each.sha256} for each in session.predicted_rates],
+        "proxy_added_latency_ms": None if session.proxy_s is None else 1e3 * session.proxy_s,
         "sweep": [_short(row.to_json()) for row in comparison.sweep],
-        "loads": [_load(outcome, judged.get(outcome.load.name)) for outcome in campaign.outcomes],
+        "loads": [_load(outcome, judged.get(outcome.load.name)) for outcome in session.outcomes],
     }
 
 
-def facts(campaign: Campaign) -> dict[str, Any]:
-    """What the campaign was about, in a few words each."""
-    scenario, server, truth = campaign.scenario, campaign.server, campaign.truth
+def facts(session: Session) -> dict[str, Any]:
+    """What the session was about, in a few words each."""
+    scenario, server, truth = session.scenario, session.server, session.truth
     profile = scenario.profile_file()
     return {
         "scenario": scenario.name,
         "profile": None if profile is None else profile.name,
-        "profile_sha256": campaign.profile_sha256,
+        "profile_sha256": session.profile_sha256,
         "served_model": None if truth is None else truth.served_model,
         "server_started": " ".join(_plain(server.args)) if isinstance(server, OwnServer) else "attached",
-        "load_generator": f"vllm bench serve {_vllm_of(campaign.python) or '(version not known)'}",
+        "load_generator": f"vllm bench serve {_vllm_of(session.python) or '(version not known)'}",
     }
 
 
@@ -212,7 +208,7 @@ def _load(outcome: Outcome, judged: Mapping[str, Any] | None) -> dict[str, Any]:
         "prediction_sha256": outcome.prediction.sha256,
         "predicted_at": outcome.prediction.written_at,
         "started_at": outcome.started_at,
-        "trace_sha256": hashlib.sha256(outcome.load.trace.read_bytes()).hexdigest(),
+        "trace_sha256": outcome.prediction.trace_sha256,
         "hash_seed": outcome.hash_seed,
         "gpu": outcome.gpu,
         "problem": outcome.problem,

@@ -2,12 +2,11 @@
 
 The order is what makes it a test: the server says what it is, the predictions of all loads are written to
 disk, then the loads run, each by ``vllm bench serve`` on a trace that the prediction used as well. The loads
-of a search (plan "slo") hang on what the ones before showed: each is predicted before it runs.
+of a search (as "slo") hang on what the ones before showed: each is predicted before it runs.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,45 +18,42 @@ from typing import Any
 from servecast.calibrate.measure.facts import collect
 from servecast.calibrate.measure.folder import Budget
 from servecast.sim.inputs.errors import InputError
-from servecast.sim.plan import capacity
-from servecast.sim.plan.effort import Effort
+from servecast.sim.plan.capacity import first_guess
 from servecast.sim.plan.judge import Objectives
-from servecast.sim.run.results import context, write_result
+from servecast.sim.run.results import write_result
 from servecast.sim.run.simulate import RateProbe
 from servecast.sim.scenario.deployment import Deployment
 from servecast.sim.scenario.scenario import Scenario
-from servecast.validate.live.drive import BENCH_START_S, Outcome, drive, predict
-from servecast.validate.live.loads import PLANS, SWEPT, Load, Planner, check_plans
+from servecast.validate.live.drive import BENCH_START_S, Outcome, drive, file_sha256, predict
+from servecast.validate.live.loads import KINDS, SWEPT, Load, Loads, check_kinds
 from servecast.validate.live.misfit import refuse_misfit, replaced
 from servecast.validate.live.own_server import OwnServer, started
-from servecast.validate.live.search import SEARCHES, PredictedRate, goodput_of, predict_rate, search
+from servecast.validate.live.search import SEARCHES, PredictedRate, predict_rate, search_near
 from servecast.validate.live.target import Target, answers, proxy_latency_s, warm_up
 from servecast.validate.live.telemetry import Prometheus
 from servecast.validate.live.truth import Truth, read_truth
 
 SERVER_START_S = 90.0
-PLAN_REQUESTS, PLAN_REPLICATIONS = 1000, 4  # where the largest rate is looked for, only to choose loads
 
 
 @dataclass(frozen=True, slots=True)
 class _Served:
-    """A server that runs, and the scenario as the server says it is. recording: its recorder's file."""
+    """A server that runs, and the deployment that it says it is. recording: its recorder's file."""
 
     target: Target
     recording: Path | None
-    scenario: Scenario
     deployment: Deployment
 
 
 @dataclass(slots=True)
-class Campaign:
-    """Predicts and measures the loads of some plans on one server.
+class Session:
+    """Predicts and measures loads on one server.
 
     Args:
         scenario: what is predicted. server: to start, or where it is.
-        out: folder for everything. plans: names of live_plan.PLANS, and "slo".
-        duration_s: how long an open-loop load sends. rates: requests/s, concurrency: levels, instead of the
-            plans' own. seed: of the traffic. seeds: replications of a prediction.
+        out: folder for everything. kinds: of loads, see loads.KINDS and SEARCHED.
+        duration_s: how long an open-loop load sends. rates: requests/s, concurrency: levels, instead of each
+            kind's own. seed: of the traffic. seeds: replications of a prediction.
         time_budget_s: a load that would end later is not started, and one that has not ended by then is cut.
         prometheus: asked instead of scraping /metrics. python: that has vllm, for the benchmark.
         say: told what is being done.
@@ -65,12 +61,10 @@ class Campaign:
 
     Attributes:
         outcomes: of the loads that ran, also after an error.
-        max_rate: the largest rate at the SLOs by the search of ``servecast plan``: it holds with confidence
-            over replications, behind their warm-up. Loads are chosen by it, if a plan asks for that. The
-            sweep's max_request_rate is another figure: interpolated between the loads that ran, in the same
-            way of what was predicted and of what was measured, so that the two can be compared.
-        max_rate_sha256: of prediction-max-rate.json, which says so before any load runs.
-        predicted_rates: where the searches (plans "slo" and "knee") end in simulation, before any load runs.
+        predicted_rates: where the searches end in simulation, before any load runs: those of the kinds "slo"
+            and "knee", and that of the largest rate wherever loads are chosen by it. They judge a load in the
+            way in which what was measured is judged, so that the two can be compared; ``servecast plan`` is
+            stricter: it asks for confidence over other traffic, in a steady state.
         profile_sha256: before anything ran. truth, machine: of the server, and of this machine.
         proxy_s: what a proxy adds to a request.
         left_out: loads for which the time budget did not last.
@@ -80,7 +74,7 @@ class Campaign:
     scenario: Scenario
     server: OwnServer | Target
     out: Path
-    plans: Sequence[str] = ("rate",)
+    kinds: Sequence[str] = ("rate",)
     duration_s: float = 60.0
     rates: tuple[float, ...] = ()
     concurrency: tuple[int, ...] = ()
@@ -90,19 +84,23 @@ class Campaign:
     prometheus: Prometheus | None = None
     python: str = sys.executable
     say: Callable[[str], None] = lambda _text: None
-    after_load: Callable[[Campaign], object] = lambda _campaign: None
+    after_load: Callable[[Session], object] = lambda _session: None
     outcomes: list[Outcome] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     truth: Truth | None = None
     machine: Mapping[str, Any] = field(default_factory=collect)
     proxy_s: float | None = None
-    max_rate: float | None = None
-    max_rate_sha256: str | None = None
     predicted_rates: list[PredictedRate] = field(default_factory=list)
     profile_sha256: str | None = None
     left_out: list[str] = field(default_factory=list)
     stopped: str | None = None
     finished: bool = False
+
+    @property
+    def max_rate(self) -> float | None:
+        """The predicted largest rate at the objectives, None if it was not looked for or not bracketed."""
+        ends = next((each.ends for each in self.predicted_rates if each.kind == "slo"), None)
+        return None if ends is None or not ends.low or math.isinf(ends.high) else ends.estimate
 
     def run(self) -> None:
         """Predict and measure. Ctrl-C, a server that dies, or an error after the first load ends it with what
@@ -110,10 +108,10 @@ class Campaign:
 
         Raises:
             InputError: the server is not what the scenario and its profile are of, it does not start, or a
-                plan is unknown or does not fit the scenario.
+                kind of load is unknown or does not fit the scenario.
         """
-        check_plans(self.plans, self.rates, self.concurrency)
-        if "slo" in self.plans and not (self.scenario.slos or self.scenario.goodput_limits):
+        check_kinds(self.kinds, self.rates, self.concurrency)
+        if "slo" in self.kinds and Objectives.of(self.scenario) is None:
             raise InputError(
                 "there is no SLO to search the largest rate of",
                 where=f"{self.scenario.source}: slo",
@@ -126,7 +124,7 @@ class Campaign:
                 fix="Judge one replica: --replicas 1.",
             )
         profile = self.scenario.profile_file()
-        self.profile_sha256 = None if profile is None else _sha256(profile)
+        self.profile_sha256 = None if profile is None else file_sha256(profile)
         self.out.mkdir(parents=True, exist_ok=True)
         budget = Budget(self.time_budget_s)
         try:
@@ -145,25 +143,21 @@ class Campaign:
     def _at_home(self, budget: Budget) -> list[Load]:
         """Run what the server as it is can be asked; the loads that need another are returned."""
         with self._served({}) as served:
-            levels = {"rate": self.rates, "concurrency": self.concurrency}
-            if not all(levels.get(name) for name in self.plans):
-                self.max_rate = self._largest_rate(served)
-            planner = Planner(
-                served.scenario,
+            maker = Loads(
                 served.deployment,
-                self.out.absolute(),
-                self.max_rate or self._burst_rate(served),
+                2 * first_guess(RateProbe(served.deployment), self.seed),
                 self.duration_s,
                 self.seed,
                 self.rates,
                 self.concurrency,
             )
-            self._predict_rates(planner)
-            loads = [load for name in self.plans if name in PLANS for load in PLANS[name](planner)]
+            self._predict_rates(maker)
+            maker = replace(maker, max_rate=self.max_rate or maker.max_rate)
+            loads = [load for name in self.kinds if name in KINDS for load in KINDS[name](maker)]
             self._all([load for load in loads if not load.engine], served, budget)
             for searched in self.predicted_rates:
-                if self.stopped is None:
-                    self._search(searched, planner, served, budget)
+                if self.stopped is None and searched.kind in self.kinds:
+                    self._search(searched, maker, served, budget)
         return [load for load in loads if load.engine]
 
     def _elsewhere(self, load: Load, budget: Budget) -> None:
@@ -200,7 +194,7 @@ class Campaign:
         scenario = wanted.changed(truth.overrides()) if truth.overrides() else wanted
         deployment = Deployment.of(scenario)
         model = self.server.model if isinstance(self.server, OwnServer) else Path(target.tokenizer)
-        notes = refuse_misfit(truth, scenario, deployment, model if model.is_dir() else None)
+        notes = refuse_misfit(truth, deployment, model if model.is_dir() else None)
         warm_up(target)
         if target.engine_url is not None:
             self.proxy_s = proxy_latency_s(target, truth.served_model)
@@ -211,36 +205,13 @@ class Campaign:
         if self.truth is None:
             self.truth = truth
             self.notes += [*notes, *replaced(truth, self.scenario)]
-        return _Served(target, recording, scenario, deployment)
-
-    def _largest_rate(self, served: _Served) -> float | None:
-        """The predicted largest rate at the scenario's SLOs, and prediction-max-rate.json."""
-        if not (self.scenario.slos or self.scenario.goodput_limits):
-            return None
-        self.say("predicting the largest rate")
-        probe = RateProbe(served.scenario, deployment=served.deployment)
-        found = capacity.plan(
-            probe,
-            Objectives(served.scenario.slos, goodput_of(served.scenario)),
-            effort=Effort(max_requests=PLAN_REQUESTS, replications=(PLAN_REPLICATIONS,)),
-            start_rate=capacity.first_guess(probe, self.seed),
-            seed=self.seed,
-        )
-        document = context(served.scenario, served.deployment, seed=self.seed, what_if={}) | found.to_json()
-        path = self.out / "prediction-max-rate.json"
-        write_result(path, document)
-        self.max_rate_sha256 = _sha256(path)
-        return found.max_request_rate
-
-    def _burst_rate(self, served: _Served) -> float:
-        """The rate at which a burst is served."""
-        return 2 * capacity.first_guess(RateProbe(served.scenario, served.deployment), self.seed)
+        return _Served(target, recording, deployment)
 
     def _all(self, loads: Sequence[Load], served: _Served, budget: Budget) -> None:
         """Predict all loads, then run them."""
         self.say(f"predicting {len(loads)} load{'s' * (len(loads) != 1)}")
         seeds = range(self.seed, self.seed + self.seeds)
-        predictions = [predict(load, served.scenario, served.deployment, seeds) for load in loads]
+        predictions = [predict(load, served.deployment, seeds, self.out.absolute()) for load in loads]
         for load, prediction in zip(loads, predictions, strict=True):
             expected = prediction.seconds + BENCH_START_S
             if not budget.fits(expected):
@@ -267,37 +238,39 @@ class Campaign:
             if self.stopped is not None:
                 return
 
-    def _predict_rates(self, planner: Planner) -> None:
-        """Search the rates of the plans that do, by simulation, and write prediction-PLAN.json."""
-        for plan in [name for name in self.plans if name in SEARCHES]:
-            self.say(f"predicting where plan {plan} ends")
-            found = predict_rate(plan, planner, range(self.seed, self.seed + self.seeds))
-            path = self.out / f"prediction-{plan}.json"
+    def _predict_rates(self, loads: Loads) -> None:
+        """Search what is to be searched, and the largest rate where other loads are chosen by it, by
+        simulation, and write prediction-KIND.json."""
+        kinds = [name for name in self.kinds if name in SEARCHES]
+        chosen = {"rate": not self.rates, "concurrency": False}  # the other kinds always choose by it
+        by_rate = any(chosen.get(name, True) for name in self.kinds if name in KINDS)
+        if by_rate and "slo" not in kinds and Objectives.of(self.scenario) is not None:
+            kinds.insert(0, "slo")
+        for kind in kinds:
+            self.say(f"predicting where the search of {kind} ends")
+            found = predict_rate(kind, loads, range(self.seed, self.seed + self.seeds))
+            path = self.out / f"prediction-{kind}.json"
             write_result(path, found.to_json())
-            self.predicted_rates.append(replace(found, sha256=_sha256(path)))
+            self.predicted_rates.append(replace(found, sha256=file_sha256(path)))
 
-    def _search(self, searched: PredictedRate, planner: Planner, served: _Served, budget: Budget) -> None:
+    def _search(self, searched: PredictedRate, loads: Loads, served: _Served, budget: Budget) -> None:
         """Find the rate on the server: on from what was swept, and first where it is predicted."""
-        plan = searched.plan
+        judged, scenario = SEARCHES[searched.kind], served.deployment.scenario
         tried = {
-            outcome.load.request_rate: SEARCHES[plan].holds([outcome.measured.run], served.scenario)
+            outcome.load.request_rate: judged.holds([outcome.measured.run], scenario)
             for outcome in self.outcomes
-            if outcome.load.plan in SWEPT and outcome.measured and outcome.load.request_rate
+            if outcome.load.kind in SWEPT and outcome.measured and outcome.load.request_rate
         }
 
         def holds(request_rate: float) -> bool | None:
             count = len(self.outcomes)
-            self._all([planner.at_rate(request_rate, plan)], served, budget)
+            self._all([loads.at_rate(request_rate, searched.kind)], served, budget)
             if (
                 len(self.outcomes) == count
                 or self.stopped
                 or (measured := self.outcomes[-1].measured) is None
             ):
                 return None
-            return SEARCHES[plan].holds([measured.run], served.scenario)
+            return judged.holds([measured.run], scenario)
 
-        search(holds, searched.ends.estimate, tried)
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+        search_near(holds, searched.ends.estimate, tried)

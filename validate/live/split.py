@@ -6,7 +6,6 @@ the prefix caches and queues behind a split that are judged, and which router se
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import sys
@@ -14,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -31,13 +30,13 @@ from servecast.sim.metrics.records import Run
 from servecast.sim.run.simulate import simulate
 from servecast.sim.scenario.deployment import Deployment
 from servecast.sim.scenario.scenario import Scenario
-from servecast.sim.traffic.draw import build, with_request_rate
-from servecast.sim.traffic.spec import StageSpec, StreamSpec, Workload
+from servecast.sim.traffic.draw import draw, replayed, with_request_rate
 from servecast.sim.traffic.trace_writers import from_requests, write_timed_trace
-from servecast.sim.traffic.traces import Trace, TraceSpec
-from servecast.validate.compare.verdict import State, Tolerances, Verdict, verdict_of
-from servecast.validate.live.drive import BENCH_START_S, SLOWER
-from servecast.validate.live.loads import BLOCK_TOKENS
+from servecast.sim.traffic.traces import Trace
+from servecast.validate.compare.load import ClientLag
+from servecast.validate.compare.tolerances import Tolerances
+from servecast.validate.compare.verdict import State, Verdict, verdict_of
+from servecast.validate.live.drive import BENCH_START_S, SLOWER, file_sha256
 from servecast.validate.live.own_server import OwnServer, started
 from servecast.validate.live.target import Target, warm_up
 from servecast.validate.live.telemetry import get, parse_metrics
@@ -89,9 +88,10 @@ class Split:
         """
         self._refuse()
         self.out.mkdir(parents=True, exist_ok=True)
-        trace = self._trace()
+        requests = self._requests()
+        write_timed_trace(requests, self.out / "trace.jsonl")
         deployment = Deployment.of(self.scenario)
-        splits = {router: self._predict(router, trace, deployment) for router in self.routers}
+        splits = {router: self._predict(router, requests, deployment) for router in self.routers}
         try:
             with self._replicas() as targets:
                 for target in targets:
@@ -147,35 +147,28 @@ class Split:
                 targets.append(stack.enter_context(server).target)
             yield targets
 
-    def _trace(self) -> Trace:
+    def _requests(self) -> Trace:
         """The traffic: the scenario's open-loop workload at the rate."""
         workload = with_request_rate(
             self.scenario.open_loop(), self.request_rate, num_requests=self.num_requests
         )
-        arrivals, lengths, content = np.random.default_rng(self.seed).spawn(3)
-        stages = build(workload, arrivals=arrivals, lengths=lengths, content=content)
-        requests = [request for stream in stages[0].streams for request in stream.requests]
-        requests.sort(key=lambda request: request.arrival_s)
-        trace = from_requests(requests, block_tokens=BLOCK_TOKENS)
-        write_timed_trace(trace, self.out / "trace.jsonl")
-        return trace
+        requests = [request for stream in draw(workload, self.seed)[0].streams for request in stream.requests]
+        return from_requests(sorted(requests, key=lambda request: request.arrival_s))
 
-    def _predict(self, router: str, trace: Trace, deployment: Deployment) -> tuple[list[Trace], float]:
+    def _predict(self, router: str, requests: Trace, deployment: Deployment) -> tuple[list[Trace], float]:
         """Simulate the fleet behind a router, write the prediction down, and return each replica's part and
         how long all of it takes, in seconds."""
-        spec = TraceSpec(format="timed_trace", path=self.out / "trace.jsonl", block_tokens=BLOCK_TOKENS)
-        workload = Workload(stages=(StageSpec(streams=(StreamSpec(trace=spec),)),))
-        scenario = self.scenario.changed({"fleet.router": router})
-        run = simulate(scenario, seed=self.seed, workload=workload, deployment=deployment)
-        requests = run.requests.sort_values("request_id")
-        hit_rate = float(requests["cached_tokens"].sum() / requests["prompt_tokens"].sum())
+        behind = replace(deployment, scenario=self.scenario.changed({"fleet.router": router}))
+        run = simulate(behind, seed=self.seed, stages=replayed(requests))
+        records = run.requests.sort_values("request_id")
+        hit_rate = float(records["cached_tokens"].sum() / records["prompt_tokens"].sum())
         predicted = _figures(run, hit_rate)
-        replica = requests["replica"].to_numpy()
-        parts = [trace.take(replica == number) for number in range(self.scenario.fleet.size)]
+        replica = records["replica"].to_numpy()
+        parts = [requests.take(replica == number) for number in range(self.scenario.fleet.size)]
         row = {"requests": [len(part) for part in parts], "predicted": predicted}
         path = self.out / router / "prediction.json"
         write_whole(path, lambda part: part.write_text(json.dumps(row | {"replica": replica.tolist()})))
-        self.found[router] = row | {"prediction_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        self.found[router] = row | {"prediction_sha256": file_sha256(path)}
         return parts, duration(run)
 
     def _measure(
@@ -191,9 +184,7 @@ class Split:
             result = folder / f"replica-{number}" / "bench.json"
             result.parent.mkdir(exist_ok=True)
             run_bench(
-                target.base_url,
-                target.model,
-                target.tokenizer,
+                target,
                 file,
                 result,
                 python=self.python,
@@ -222,8 +213,14 @@ class Split:
         queries, hits = (sum(each) for each in zip(*grown, strict=True))
         pooled = Run(pd.concat([run.requests for run in runs]), runs[0].steps, runs[0].itl, runs[0].stages)
         figures = _figures(pooled, hits / queries if queries else math.nan)
-        late_ms = max(_lag_ms(run, parts[number]) for run, number in zip(runs, used, strict=True))
-        return {"measured": figures, "problems": _problems(pooled, figures, late_ms, self.limits)}
+        problems = _problems(pooled, figures, self.limits)
+        lags = [
+            ClientLag.behind(np.sort(run.requests["sent"].to_numpy(dtype=float)), parts[number].times_s)
+            for run, number in zip(runs, used, strict=True)
+        ]
+        if known := [lag for lag in lags if lag is not None]:
+            problems += max(known, key=lambda lag: lag.p95_ms).problems(self.limits)
+        return {"measured": figures, "problems": problems}
 
     def ranking(self) -> dict[str, dict[str, str | None]]:
         """Figure -> the router that is best at it, "predicted" and "measured", of those that were measured;
@@ -260,7 +257,26 @@ def judge(split: Split) -> Verdict:
     return verdict_of(states, problems)
 
 
-def _problems(run: Run, figures: Mapping[str, float], late_ms: float, limits: Tolerances) -> list[str]:
+def document(split: Split, verdict: Verdict) -> dict[str, Any]:
+    """What is kept of a split."""
+    return {
+        "schema_version": 1,
+        "kind": "split",
+        "finished": split.finished,
+        "verdict": verdict.state,
+        "reasons": list(verdict.reasons),
+        "scenario": split.scenario.name,
+        "what_if": split.scenario.changes,
+        "replicas": split.scenario.fleet.size,
+        "request_rate": split.request_rate,
+        "num_requests": split.num_requests,
+        "hit_rate_tolerance": AGREE,
+        "routers": split.found,
+        "best": split.ranking(),
+    }
+
+
+def _problems(run: Run, figures: Mapping[str, float], limits: Tolerances) -> list[str]:
     """Why a measurement says nothing."""
     found = []
     if math.isnan(figures["prefix_hit_rate"]):
@@ -268,18 +284,7 @@ def _problems(run: Run, figures: Mapping[str, float], late_ms: float, limits: To
     failed = int((run.requests["status"] != "finished").sum())
     if failed > limits.max_failed_share * len(run.requests):
         found.append(f"{failed} of {len(run.requests)} requests failed")
-    if late_ms > limits.client_lag_ms:
-        found.append(
-            f"the client was late: p95 of {late_ms:.1f} ms between planned and actual sending, "
-            f"{limits.client_lag_ms:g} ms allowed"
-        )
     return found
-
-
-def _lag_ms(run: Run, planned: Trace) -> float:
-    """p95 of how much later than planned requests were sent, less the least of them."""
-    late = np.sort(run.requests["sent"].to_numpy(dtype=float)) - np.sort(planned.times_s)
-    return float(1e3 * np.percentile(late - late.min(), 95))
 
 
 def _best(values: Mapping[str, float], better: Callable[..., str]) -> str | None:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
+from servecast.calibrate.measure.vllm.ending import sigterm_as_ctrl_c
 from servecast.sim.cli.options import WhatIf
 from servecast.sim.cli.output import print_json
 from servecast.sim.inputs.errors import InputError
-
-if TYPE_CHECKING:
-    from servecast.validate.compare.verdict import Verdict
+from servecast.sim.run.results import write_result
+from servecast.validate.compare.verdict import Verdict
+from servecast.validate.live.own_server import OwnServer, model_folder
+from servecast.validate.live.result import new_result
+from servecast.validate.live.split import Split, document, judge
+from servecast.validate.live.text import print_split, say
 
 
 def split(
@@ -54,50 +58,27 @@ def split(
         raise InputError(f"{request_rate:g}", where="--request-rate", fix="Give requests/s above 0.")
     if num_requests < 1:
         raise InputError(f"{num_requests} requests", where="--num-requests", fix="Give at least 1.")
-    if not (serve / "config.json").is_file():
-        raise InputError("has no config.json", where=f"--serve {serve}", fix="Give the folder of a model.")
-
-    from servecast.calibrate.measure.vllm.ending import sigterm_as_ctrl_c
-    from servecast.sim.run.results import write_result
-    from servecast.validate.live.own_server import OwnServer
-    from servecast.validate.live.result import new_result
-    from servecast.validate.live.split import AGREE, Split, judge
-
-    loaded, changes = what_if.load(scenario)
+    loaded = what_if.load(scenario)
     folder = out or Path("out") / f"split-{loaded.name}"
     path = new_result(folder)
     python = str(vllm_python or sys.executable)
 
     def keep(found: Split) -> tuple[Verdict, dict[str, Any]]:
         verdict = judge(found)
-        kept = {
-            "schema_version": 1,
-            "kind": "split",
-            "finished": found.finished,
-            "verdict": verdict.state,
-            "reasons": list(verdict.reasons),
-            "scenario": loaded.name,
-            "what_if": changes,
-            "replicas": loaded.fleet.size,
-            "request_rate": request_rate,
-            "num_requests": num_requests,
-            "hit_rate_tolerance": AGREE,
-            "routers": found.found,
-            "best": found.ranking(),
-        }
+        kept = document(found, verdict)
         write_result(path, kept)
         return verdict, kept
 
     found = Split(
         loaded,
-        OwnServer(serve.absolute(), vllm_flags, python),
+        OwnServer(model_folder(serve), vllm_flags, python),
         names,
         folder,
         request_rate,
         num_requests,
         seed=loaded.seed,
         python=python,
-        say=_say,
+        say=say,
         after_router=keep,
     )
     with sigterm_as_ctrl_c():
@@ -106,20 +87,6 @@ def split(
     if json:
         print_json(kept)
     else:
-        for router, row in found.measured.items():
-            for figure, value in row["measured"].items():
-                print(
-                    f"{router:20} {figure:16} predicted {row['predicted'][figure]:9.4g} measured {value:9.4g}"
-                )
-        for figure, best in kept["best"].items():
-            print(
-                f"best {figure:16} predicted {best['predicted'] or '-'}, measured {best['measured'] or '-'}"
-            )
-        print(f"written: {path}\n\nverdict: {verdict.state}")
-        for reason in verdict.reasons:
-            print(f"  {reason}")
+        print_split(found, verdict)
+        print(f"written: {path}")
     return verdict.exit_code
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

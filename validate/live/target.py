@@ -7,11 +7,13 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
 
-from servecast.calibrate.measure.vllm.bench_serve import api_key
+from cyclopts import Parameter
+
+from servecast.calibrate.measure.vllm.bench_serve import Server
 from servecast.sim.inputs.errors import InputError
 from servecast.validate.live.telemetry import get, post_s
 
@@ -20,27 +22,24 @@ _HERE = ("127.0.0.1", "localhost", "::1", "0.0.0.0")
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
-    """Where the server is.
+class Target(Server):
+    """The server under test: what the load goes to, vLLM itself or a proxy before it.
 
     Attributes:
-        base_url: what the load goes to, a server or a proxy before it. model: the name that it serves.
-        tokenizer: folder or name. endpoint: of completions.
-        engine_url: the engine behind a proxy, which is asked what it is and for its /metrics.
-        api_key_env: name of the variable with the key of base_url; the key itself is never kept.
+        base_url: of the server: vLLM itself, or a proxy in front of it.
+        model: the name that it serves.
+        tokenizer: the model's, a folder or a name; the model's name without it.
+        endpoint: of completions (/v1/completions).
+        api_key_env: the variable that holds the server's key.
+        engine_url: of vLLM itself behind a proxy: what the proxy adds is then a figure of its own.
         own: whether it was started by us, and so runs here.
     """
 
-    base_url: str
-    model: str
-    tokenizer: str
-    endpoint: str = "/v1/completions"
     engine_url: str | None = None
-    api_key_env: str | None = None
-    own: bool = False
+    own: Annotated[bool, Parameter(parse=False)] = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "base_url", self.base_url.rstrip("/"))
+        Server.__post_init__(self)
         if self.engine_url is not None:
             object.__setattr__(self, "engine_url", self.engine_url.rstrip("/"))
 
@@ -53,17 +52,6 @@ class Target:
     def here(self) -> bool:
         """Whether the engine is reached on this machine. It may run elsewhere: ports can be forwarded."""
         return urlsplit(self.engine).hostname in _HERE
-
-    @property
-    def key(self) -> str | None:
-        """The key of base_url, from the environment.
-
-        Raises:
-            InputError: the variable is not set, or holds no key.
-        """
-        if self.api_key_env is None:
-            return None
-        return api_key(self.api_key_env)
 
 
 def without(key: str | None, text: str) -> str:

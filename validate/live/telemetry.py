@@ -279,11 +279,3 @@ class Prometheus:
 
 def _series(found: Mapping[str, Any]) -> pd.Series[float]:
     return pd.Series({float(at): float(value) for at, value in found["values"]})
-
-
-def growth(frame: pd.DataFrame, column: str) -> float:
-    """How much a counter grew over a frame; NaN where it was not read twice."""
-    if column not in frame:
-        return math.nan
-    values = frame[column].dropna()
-    return float(values.iloc[-1] - values.iloc[0]) if len(values) > 1 else math.nan

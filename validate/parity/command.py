@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import json as json_format
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
+from servecast.sim.cli.output import print_json
 from servecast.sim.engine.rules import RULES
 from servecast.sim.inputs.errors import InputError
 from servecast.validate.parity.parity import Mismatch, ParityResult, Recorded, compare, nearest_rules, record
 from servecast.validate.parity.parity import parity as run_parity
-from servecast.validate.parity.scenarios import Scenario, random_scenarios
+from servecast.validate.parity.scenarios import Scenario, random_scenarios, read_scenarios
 from servecast.validate.parity.vllm_process import VllmProcess, release
-
-MATCH, MISMATCH, INCONCLUSIVE = 0, 1, 3  # exit codes
 
 
 def parity(
@@ -48,33 +45,53 @@ def parity(
     """
     if scenarios < 1:
         raise InputError(f"{scenarios} scenarios", where="--scenarios", fix="Give at least 1.")
-    asked = vllm or max(RULES)
-    started = time.monotonic()
+    asked, started = vllm or max(RULES), time.monotonic()
     process = _start(vllm, vllm_python)
-    if process is None:
-        if release(asked) in RULES:
-            raise InputError(
-                f"vLLM {asked} is not installed for this",
-                where="--vllm",
-                fix="Run tools/install_vllm.sh, or name an environment that has it with --vllm-python.",
-            )
-        return _report(ParityResult(asked, nearest_rules(asked)), None, [], seed, started, json=json)
-    with process:
-        version = release(process.version)
-        rules = version if version in RULES else nearest_rules(version)
-        drawn = _load(replay) if replay else random_scenarios(rules, seed, scenarios)
-        total = len(drawn) if isinstance(drawn, list) else scenarios
+    smallest = None
+    if process is not None:
+        with process:
+            version = release(process.version)
+            rules = version if version in RULES else nearest_rules(version)
+            drawn = read_scenarios(replay) if replay else random_scenarios(rules, seed, scenarios)
+            total = len(drawn) if isinstance(drawn, list) else scenarios
 
-        def show(sofar: ParityResult) -> None:
-            if sys.stderr.isatty():
-                end = "\n" if sofar.scenarios == total else ""
-                print(f"\r{sofar.scenarios}/{total} scenarios", end=end, file=sys.stderr)
+            def show(sofar: ParityResult) -> None:
+                if sys.stderr.isatty():
+                    end = "\n" if sofar.scenarios == total else ""
+                    print(f"\r{sofar.scenarios}/{total} scenarios", end=end, file=sys.stderr)
 
-        answers = record(process, drawn)
-        result = run_parity(process.version, answers, rules=rules, progress=show)
-        smallest = _smallest(process, result, seed, shrink=replay is None) if result.mismatches else None
+            answers = record(process, drawn)
+            result = run_parity(process.version, answers, rules=rules, progress=show)
+            if result.mismatches:
+                smallest = _smallest(process, result, seed, shrink=replay is None)
+    elif release(asked) not in RULES:
+        result = ParityResult(asked, nearest_rules(asked))
+    else:
+        raise InputError(
+            f"vLLM {asked} is not installed for this",
+            where="--vllm",
+            fix="Run tools/install_vllm.sh, or name an environment that has it with --vllm-python.",
+        )
     written = _write(out, result, smallest)
-    return _report(result, smallest, written, seed, started, json=json)
+    if json:
+        more = {
+            "rule_set_known": result.known,
+            "seed": seed,
+            "seconds": round(time.monotonic() - started, 1),
+            "differences": result.differences(),
+            "notes": result.notes(),
+            "replay": [str(file) for file in written],
+        }
+        print_json(result.counts() | more)
+        return result.exit_code
+    for name, value in result.counts().items():
+        print(f"{name.replace('_', ' '):>20}  {value}")
+    for note in result.notes():
+        print(note)
+    if smallest is not None:
+        replay_with = f"servecast validate parity --vllm {result.vllm} --replay {written[0]}"
+        print(f"\n{smallest}\n\nReplay: {replay_with}")
+    return result.exit_code
 
 
 def _start(version: str | None, python: Path | None) -> VllmProcess | None:
@@ -91,21 +108,13 @@ def _start(version: str | None, python: Path | None) -> VllmProcess | None:
     return process
 
 
-def _load(file: Path) -> list[Scenario]:
-    try:
-        lines = file.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(str(error), where="--replay", fix="Give a file that exists.") from error
-    return [Scenario.from_json(line, f"{file}:{n}") for n, line in enumerate(lines, 1) if line.strip()]
-
-
 def _smallest(process: VllmProcess, result: ParityResult, seed: int, *, shrink: bool) -> Mismatch:
     """The first mismatch, its scenario shrunk where hypothesis is at hand."""
     first = result.mismatches[0]
     if not shrink:
         return first
     try:
-        from servecast.validate.parity.shrink import shrink as smaller
+        from servecast.validate.parity.shrink import shrink as smaller  # needs hypothesis
     except ImportError:
         return first
 
@@ -128,46 +137,3 @@ def _write(out: Path, result: ParityResult, smallest: Mismatch | None) -> list[P
         file.write_text(mismatch.scenario.to_json() + "\n")
         written.append(file)
     return written
-
-
-def _report(
-    result: ParityResult,
-    smallest: Mismatch | None,
-    written: list[Path],
-    seed: int,
-    started: float,
-    *,
-    json: bool,
-) -> int:
-    known = release(result.vllm) in RULES
-    differences = Counter(mismatch.fields[0] for mismatch in result.mismatches)
-    notes = []
-    if not known:
-        done = (
-            f"; compared under those of {result.rules}" if result.scenarios else ", and it is not installed"
-        )
-        notes.append(f"There are no rules for vLLM {result.vllm}{done}.")
-    if differences:
-        found = ", ".join(f"{field} in {count}" for field, count in differences.most_common())
-        notes.append(f"First difference of a scenario: {found}.")
-    if json:
-        figures = result.counts() | {
-            "rule_set_known": known,
-            "seed": seed,
-            "seconds": round(time.monotonic() - started, 1),
-            "differences": dict(differences.most_common()),
-            "notes": notes,
-            "replay": [str(file) for file in written],
-        }
-        print(json_format.dumps(figures, indent=2))
-    else:
-        for name, value in result.counts().items():
-            print(f"{name.replace('_', ' '):>20}  {value}")
-        for note in notes:
-            print(note)
-        if smallest is not None:
-            replay = f"servecast validate parity --vllm {result.vllm} --replay {written[0]}"
-            print(f"\n{smallest}\n\nReplay: {replay}")
-    if not known:
-        return INCONCLUSIVE
-    return MISMATCH if result.mismatches else MATCH

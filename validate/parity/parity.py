@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -101,6 +102,31 @@ class ParityResult:
                 self.prefix_hit_tokens += sum(tokens for _, tokens in event["cached_tokens"])
         if mismatch is not None:
             self.mismatches.append(mismatch)
+
+    @property
+    def known(self) -> bool:
+        """Whether there are rules for that vLLM."""
+        return release(self.vllm) in RULES
+
+    @property
+    def exit_code(self) -> int:
+        """0 the same, 1 not, 3 without rules of its own."""
+        return (1 if self.mismatches else 0) if self.known else 3
+
+    def differences(self) -> dict[str, int]:
+        """What differs first, and in how many scenarios; the most frequent one first."""
+        return dict(Counter(mismatch.fields[0] for mismatch in self.mismatches).most_common())
+
+    def notes(self) -> list[str]:
+        """What there is to say besides the counts."""
+        notes = []
+        if not self.known:
+            compared = f"; compared under those of {self.rules}"
+            done = compared if self.scenarios else ", and it is not installed"
+            notes.append(f"There are no rules for vLLM {self.vllm}{done}.")
+        if found := ", ".join(f"{field} in {count}" for field, count in self.differences().items()):
+            notes.append(f"First difference of a scenario: {found}.")
+        return notes
 
     def counts(self) -> dict[str, Any]:
         """The figures, with ``mismatches`` as a number."""

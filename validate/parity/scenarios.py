@@ -255,3 +255,16 @@ def trace_scenarios(trace: Path, version: str, count: int, *, requests: int = 20
             async_scheduling=window % 4 < 2,
         )
         yield Scenario(f"{trace.stem}-{version}-{window}", config, tuple(arrivals))
+
+
+def read_scenarios(file: Path) -> list[Scenario]:
+    """Those of a file, one a line.
+
+    Raises:
+        InputError: it cannot be read, or a line is no scenario.
+    """
+    try:
+        lines = file.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(str(error), where="--replay", fix="Give a file that exists.") from error
+    return [Scenario.from_json(line, f"{file}:{n}") for n, line in enumerate(lines, 1) if line.strip()]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -321,8 +322,6 @@ class Kernels:
 def flash_attention() -> Callable[..., Any] | None:
     """vLLM's FlashAttention, of the version that it picks for this GPU; None where it is not installed."""
     try:
-        from functools import partial
-
         from vllm.vllm_flash_attn import flash_attn_varlen_func
         from vllm.vllm_flash_attn.flash_attn_interface import is_fa_version_supported
     except (ImportError, OSError):

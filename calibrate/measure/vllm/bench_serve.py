@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,23 +44,52 @@ def api_key(variable: str) -> str:
     return key
 
 
+@dataclass(frozen=True, slots=True)
+class Server:
+    """An OpenAI-compatible server as its clients reach it.
+
+    Attributes:
+        base_url: as http://127.0.0.1:8000. model: the name that it serves.
+        tokenizer: the model's, a folder or a name; the model's name without it.
+        endpoint: of completions.
+        api_key_env: name of the variable that holds the server's key; the key itself is never kept.
+    """
+
+    base_url: str
+    model: str
+    tokenizer: str = ""
+    endpoint: str = "/v1/completions"
+    api_key_env: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "base_url", self.base_url.rstrip("/"))
+        object.__setattr__(self, "tokenizer", self.tokenizer or self.model)
+
+    @property
+    def key(self) -> str | None:
+        """The key, from the environment.
+
+        Raises:
+            MeasureError: the variable is not set, or holds no key.
+        """
+        return None if self.api_key_env is None else api_key(self.api_key_env)
+
+
 def bench_command(
-    base_url: str,
-    model: str,
-    tokenizer: str | Path,
+    server: Server,
     trace: Path,
     result_path: Path,
     *,
     python: str | Path = sys.executable,
     block_tokens: int = 16,
-    endpoint: str = "/v1/completions",
     args: Sequence[str] = (),
 ) -> list[str]:
     """The command line that ``run_bench`` runs."""
     requests = sum(1 for line in trace.read_text(encoding="utf-8").splitlines() if line.strip())
     return [
         *(str(python), "-m", "vllm.entrypoints.cli.main", "bench", "serve", "--backend", "openai"),
-        *("--base-url", base_url, "--endpoint", endpoint, "--model", model, "--tokenizer", str(tokenizer)),
+        *("--base-url", server.base_url, "--endpoint", server.endpoint),
+        *("--model", server.model, "--tokenizer", server.tokenizer),
         *("--dataset-name", "timed_trace", "--dataset-path", str(trace), "--num-prompts", str(requests)),
         *("--timed-trace-chunk-hash-size", str(block_tokens), "--disable-tqdm"),
         *("--percentile-metrics", "ttft,tpot,itl,e2el", "--metric-percentiles", "50,90,95,99"),
@@ -69,33 +99,26 @@ def bench_command(
 
 
 def run_bench(
-    base_url: str,
-    model: str,
-    tokenizer: str | Path,
+    server: Server,
     trace: Path,
     result_path: Path,
     *,
     python: str | Path = sys.executable,
     block_tokens: int = 16,
-    endpoint: str = "/v1/completions",
     args: Sequence[str] = (),
     env: Mapping[str, str] | None = None,
-    api_key_env: str | None = None,
     hash_seed: int = 0,
     timeout_s: float | None = None,
 ) -> dict[str, Any]:
     """Send the trace's requests at their times and return what vLLM's benchmark saved.
 
     Args:
-        base_url: of an OpenAI-compatible server. model: the name it serves.
-        tokenizer: folder or name of the tokenizer; prompts are drawn from its vocabulary.
+        server: its key reaches the benchmark by environment, not by command line.
         trace: timed_trace JSONL, as sim.trace_writers.write_timed_trace writes it, with blocks of
             ``block_tokens`` tokens.
         result_path: where the result's JSON is written.
         python: interpreter of the environment that has vllm. args: further flags of ``vllm bench serve``.
         env: variables set on top of our own.
-        api_key_env: name of the variable that holds the server's key; it reaches the benchmark by
-            environment, not by command line.
         hash_seed: PYTHONHASHSEED; vLLM draws the prompts from it, so that one trace and seed give one set
             of prompts, and another seed prompts that no server has cached.
         timeout_s: how long the whole benchmark may take.
@@ -105,22 +128,13 @@ def run_bench(
         MeasureError: it cannot start, fails, or completes no request; the message ends with what it said
             last.
     """
-    command = bench_command(
-        base_url,
-        model,
-        tokenizer,
-        trace,
-        result_path,
-        python=python,
-        block_tokens=block_tokens,
-        endpoint=endpoint,
-        args=args,
-    )
-    variables = vllm_environment(env, offline=Path(tokenizer).is_dir()) | {"PYTHONHASHSEED": str(hash_seed)}
-    if api_key_env is not None:
-        variables["OPENAI_API_KEY"] = api_key(api_key_env)
+    command = bench_command(server, trace, result_path, python=python, block_tokens=block_tokens, args=args)
+    variables = vllm_environment(env, offline=Path(server.tokenizer).is_dir())
+    variables["PYTHONHASHSEED"] = str(hash_seed)
+    if server.key is not None:
+        variables["OPENAI_API_KEY"] = server.key
     result_path.unlink(missing_ok=True)
-    where = f"vllm bench serve against {base_url}"
+    where = f"vllm bench serve against {server.base_url}"
     try:
         code, said = _run(command, variables, timeout_s)
     except OSError as error:

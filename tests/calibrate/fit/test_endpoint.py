@@ -26,7 +26,7 @@ SERVER = Endpoint("http://127.0.0.1:1", "m", "t")
 
 def simulated_bench(*args: Any, **kwargs: Any) -> dict[str, Any]:
     """In place of ``run_bench``: what the shipped profile predicts, saved as vLLM's benchmark saves it."""
-    trace, flags = args[3], kwargs["args"]
+    trace, flags = args[1], kwargs["args"]
     limit = int(flags[flags.index("--max-concurrency") + 1])
     stream = StreamSpec(trace=TraceSpec(format="timed_trace", path=trace), max_concurrency=limit)
     run = simulate(SCENARIO, workload=Workload(stages=(StageSpec(streams=(stream,)),)))

@@ -94,7 +94,7 @@ def test_finds_the_rate_that_theory_gives(found: Plan) -> None:
     assert high is not None
     assert low is not None
     assert low < MAX_RATE < high * 1.005
-    assert high / low < 1.03**3 or found.state == "inconclusive"
+    assert (found.state == "found") == (high / low < 1.03)
 
 
 def test_the_knee_is_where_the_server_is_full(found: Plan) -> None:
@@ -121,8 +121,8 @@ def test_the_queue_for_the_only_slot_binds(found: Plan) -> None:
 def test_headroom_replicas_and_cost(found: Plan) -> None:
     """One token a request: at rate r a gpu that costs 3.6 an hour makes 3600 r tokens for 3.6."""
     rate = found.max_request_rate or math.nan
-    assert found.headroom == pytest.approx(rate / 20)
-    assert found.replicas == math.ceil(20 / rate)
+    assert found.replicas == math.ceil(20 / rate) == 3
+    assert found.headroom == pytest.approx(3 * rate / 20)
     assert found.cost_per_million_output_tokens == pytest.approx(1e6 * 3.6 / (3600 * rate), rel=0.03)
 
 
@@ -177,6 +177,28 @@ def test_two_replications_that_disagree_are_inconclusive() -> None:
     assert result.max_request_rate is None
     assert {probe.state for probe in result.probes} == {"inconclusive"}
     assert result.probes[0].reasons == ("ttft:p95:1000: 1000 is too close to 1000",)
+
+
+@pytest.mark.parametrize(("spread", "state"), [(0.0, "found"), (0.005, "found"), (0.03, "inconclusive")])
+def test_a_bracket_is_found_only_if_it_is_as_narrow_as_the_tolerance(spread: float, state: str) -> None:
+    """TTFT is 0.1 s times the rate, more or less by ``spread`` with the seed. Four replications leave it
+    open by 2.35 (t) x 1.15 spread / 2 to either side of 10/s: 1.4 % in all, which is looked at more closely,
+    or 8 %."""
+
+    def scattered(request_rate: float, seed: int, num_requests: int) -> Run:
+        arrival = np.arange(1, num_requests + 1) / request_rate
+        first_token = arrival + 0.1 * request_rate * (1 + (spread if seed % 2 else -spread))
+        empty = pd.DataFrame({"stage": [], "gap": [], "weight": []})
+        return Run(table(arrival, arrival, first_token), steps_frame(start=[]), empty)
+
+    result = plan(scattered, AT_P95, effort=FEW, start_rate=7.0, max_rate=20)
+    low, high = result.interval
+    assert low is not None
+    assert high is not None
+    assert low < 10 < high
+    assert (result.state, high <= 1.03 * low) == (state, state == "found")
+    said = any(f"rates between {low:g} and {high:g} requests/s" in note for note in result.notes)
+    assert said == (state == "inconclusive")
 
 
 def test_progress_rises_to_the_end() -> None:

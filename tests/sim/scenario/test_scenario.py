@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from small_scenarios import MINIMAL
 
@@ -20,7 +19,7 @@ from servecast.sim.scenario.engine_flags import EngineFlags
 from servecast.sim.scenario.reported import Reported, ReportedRow, read_rows, stage_of
 from servecast.sim.scenario.scenario import Scenario, load, shipped_scenarios
 from servecast.sim.traffic.arrivals import ClosedLoop, Constant, Poisson
-from servecast.sim.traffic.draw import build
+from servecast.sim.traffic.draw import draw
 from servecast.sim.traffic.lengths import Fixed
 
 L4, A6000 = "l4-qwen2.5-0.5b", "a6000-qwen2.5-7b"
@@ -80,8 +79,7 @@ def test_every_reported_row_has_its_stage_and_most_are_predicted(name: str) -> N
             )
         most = len(rows) / 2 if reported.variants else 3 if reported.routers else 2
         assert sum(row.fit for row in rows) <= most
-        arrivals, lengths, content = np.random.default_rng(0).spawn(3)
-        stages = build(load_of_table, arrivals=arrivals, lengths=lengths, content=content)
+        stages = draw(load_of_table, seed=0)
         assert all(stream.requests for stage in stages for stream in stage.streams)
 
 
@@ -185,7 +183,7 @@ def test_a_pasted_command_is_engine_configuration(tmp_path: Path) -> None:
     )
     engine = scenario.engine
     assert (engine.max_num_seqs, engine.enable_prefix_caching) == (32, False)
-    assert engine.notes == ("flags without effect here: --port",)
+    assert scenario.notes == ("flags without effect here: --port",)
     assert engine.serve_command is not None
     assert engine.serve_command.model == "q"
 

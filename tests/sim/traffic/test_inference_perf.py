@@ -20,7 +20,7 @@ from servecast.sim.reproduce.values import summed_up
 from servecast.sim.run.simulate import simulate
 from servecast.sim.scenario.reported import Column
 from servecast.sim.scenario.scenario import Scenario, load
-from servecast.sim.traffic.draw import build
+from servecast.sim.traffic.draw import draw
 from servecast.sim.traffic.spec import Polling
 
 FILE: dict[str, Any] = {
@@ -59,8 +59,7 @@ def changed(path: str, value: Any) -> dict[str, Any]:
 
 
 def drawn(of: Scenario) -> list[Stage]:
-    arrivals, lengths, content = np.random.default_rng(1).spawn(3)
-    return build(of.stages(), arrivals=arrivals, lengths=lengths, content=content)
+    return draw(of.stages(), seed=1)
 
 
 def test_the_report_s_own_file_loads_as_written() -> None:

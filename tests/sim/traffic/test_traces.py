@@ -12,7 +12,7 @@ from places import DATA
 
 from servecast.sim.engine.request import Request
 from servecast.sim.inputs.schema import parse
-from servecast.sim.traffic.draw import build, with_request_rate
+from servecast.sim.traffic.draw import draw, with_request_rate
 from servecast.sim.traffic.forms import expand
 from servecast.sim.traffic.spec import StreamSpec
 from servecast.sim.traffic.trace_writers import WRITERS, from_requests, write_timed_trace
@@ -43,8 +43,7 @@ def replayed(stream: dict[str, Any], rate: float | None = None) -> list[Request]
     load = expand(parse(StreamSpec, stream, source="test"), None)
     if rate is not None:
         load = with_request_rate(load, rate)
-    arrivals, lengths, content = np.random.default_rng(0).spawn(3)
-    return build(load, arrivals=arrivals, lengths=lengths, content=content)[0].streams[0].requests
+    return draw(load, seed=0)[0].streams[0].requests
 
 
 @pytest.mark.parametrize("name", WRITERS)

@@ -23,7 +23,7 @@ from servecast.sim.traffic.arrivals import (
     Timestamps,
     VllmBench,
 )
-from servecast.sim.traffic.draw import build, check_lengths, with_request_rate
+from servecast.sim.traffic.draw import check_lengths, draw, with_request_rate
 from servecast.sim.traffic.forms import expand
 from servecast.sim.traffic.lengths import Empirical, Fixed, Lognormal, Uniform
 from servecast.sim.traffic.spec import StreamSpec, Sweep, Workload
@@ -47,8 +47,7 @@ def staged(*stages: dict[str, Any]) -> Workload:
 
 
 def drawn(load: Workload, seed: int = 0) -> list[Stage]:
-    arrivals, lengths, content = rng(seed).spawn(3)
-    return build(load, arrivals=arrivals, lengths=lengths, content=content)
+    return draw(load, seed)
 
 
 def requests_of(load: Workload, seed: int = 0) -> list[Request]:

@@ -314,7 +314,7 @@ def test_nothing_is_found_in_our_own_sweep_of_long_prompts(tmp_path: Path) -> No
         "reported": [],
     }
     scenario = load("l4-qwen2.5-0.5b", changes)
-    document = result(scenario, Deployment.of(scenario), simulate(scenario), what_if={})
+    document = result(Deployment.of(scenario), simulate(scenario))
     write_result(tmp_path / "result.json", document)
     checked = check(from_results([tmp_path / "result.json"], HARDWARE["l4-qwen2.5-0.5b"]))
     assert [(f.rule, f.level.label, f.message) for f in checked.findings] == []
@@ -589,7 +589,7 @@ def test_a_level_of_two_waves(tmp_path: Path) -> None:
 def test_percentiles_past_the_maximum_by_the_exclusive_law(tmp_path: Path, folder: Path) -> None:
     rows = [dict(row) for row in true_rows("closed", folder)]
     write(tmp_path / "t.csv", rows)
-    context = dataclasses.replace(context_of("l4-qwen2.5-0.5b", FIXED), law="exclusive")
+    context = dataclasses.replace(context_of("l4-qwen2.5-0.5b", FIXED), percentile_law="exclusive")
     found = check(from_table(tmp_path / "t.csv", context)).findings
     assert {(f.rule, row_of(f)) for f in found} == {
         ("percentile-past-maximum", f"concurrency={c}") for c in (1, 2, 4)

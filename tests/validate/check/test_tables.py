@@ -271,7 +271,7 @@ def test_any_table_is_checked_or_refused(tmp_path: Path, data: st.DataObject) ->
         output_tokens=data.draw(st.sampled_from([None, 1, 2, 128])),
         prompt_tokens=data.draw(st.sampled_from([None, 1, 256])),
         num_requests=data.draw(st.sampled_from([None, 1, 10**9])),
-        law=data.draw(st.sampled_from(["linear", "exclusive"])),
+        percentile_law=data.draw(st.sampled_from(["linear", "exclusive"])),
     )
     try:
         done = checked(tmp_path, context, ",".join(columns), *(",".join(row) for row in rows))

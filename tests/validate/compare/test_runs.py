@@ -20,15 +20,17 @@ from servecast.sim.metrics.confidence import Interval
 from servecast.sim.metrics.metrics import latencies, summary
 from servecast.sim.metrics.records import Run
 from servecast.sim.metrics.slo import SLO, Goodput
+from servecast.sim.plan.judge import Objectives
 from servecast.sim.run.simulate import simulate
 from servecast.sim.scenario.scenario import load
 from servecast.validate.compare.attribution import attribute, parts_of_recording, parts_of_run
 from servecast.validate.compare.load import LoadComparison, Row, compare_runs
-from servecast.validate.compare.page import write_comparison_report
+from servecast.validate.compare.page import write_comparison_page
 from servecast.validate.compare.series import EngineSeries
-from servecast.validate.compare.sweep import bracket_row, compare_loads, strain
-from servecast.validate.compare.text import print_comparison
-from servecast.validate.compare.verdict import Tolerances, judge_row, verdict_of
+from servecast.validate.compare.sweep import bracket_row, compare_loads, judged
+from servecast.validate.compare.text import comparison_text
+from servecast.validate.compare.tolerances import Tolerances
+from servecast.validate.compare.verdict import judge_row, verdict_of
 from servecast.validate.readers import Context, Reading
 
 SHIPPED = Tolerances.load()
@@ -357,14 +359,17 @@ def test_a_recording_gives_the_parts_that_the_run_had(tmp_path: Path) -> None:
 # several loads
 
 
+def ttft_within(limit_ms: float) -> Objectives:
+    return Objectives((SLO.parse(f"ttft:p95:{limit_ms:g}"),))
+
+
 def sweep(measured: Callable[[float], Run]) -> list[LoadComparison]:
     return [compared(measured(rate), rate=rate) for rate in (5, 10, 20, 40)]
 
 
 def test_the_knee_and_the_largest_rate_are_compared() -> None:
-    slos = [SLO.parse("ttft:p95:200")]
     loads = [compared(run(rate, 9), rate=rate) for rate in (20, 33, 34, 35, 36, 37, 38, 45)]
-    found = compare_loads(loads, tolerances=SHIPPED, slos=slos)
+    found = compare_loads(loads, tolerances=SHIPPED, objectives=ttft_within(200))
     rows = {each.metric: each for each in found.sweep}
     assert rows.keys() == {"knee", "max_request_rate"}
     largest = rows["max_request_rate"]
@@ -374,9 +379,7 @@ def test_the_knee_and_the_largest_rate_are_compared() -> None:
 
 
 def test_levels_too_far_apart_leave_the_knee_unjudged() -> None:
-    found = compare_loads(
-        sweep(lambda rate: run(rate, 9)), tolerances=SHIPPED, slos=[SLO.parse("ttft:p95:200")]
-    )
+    found = compare_loads(sweep(lambda rate: run(rate, 9)), tolerances=SHIPPED, objectives=ttft_within(200))
     rows = {each.metric: each for each in found.sweep}
     assert rows["knee"].measured.estimate == rows["knee"].predicted.estimate == 20
     assert rows["knee"].state is None
@@ -391,7 +394,7 @@ def test_a_prediction_that_holds_wherever_the_server_does_not_fails() -> None:
     slow = functools.partial(run, seed=9, engine__max_num_seqs=4)
     for rates in ((20, 30), (2, 3)):
         loads = [compared(slow(rate) if rate > 10 else run(rate, 9), rate=rate) for rate in rates]
-        found = compare_loads(loads, tolerances=SHIPPED, slos=[SLO.parse("ttft:p95:150")])
+        found = compare_loads(loads, tolerances=SHIPPED, objectives=ttft_within(150))
         states = {each.metric: each.state for each in found.sweep}
         assert states == ({"knee": "fail", "max_request_rate": "fail"} if rates[0] > 10 else {})
         assert found.verdict.state == ("fail" if rates[0] > 10 else "pass")
@@ -399,20 +402,24 @@ def test_a_prediction_that_holds_wherever_the_server_does_not_fails() -> None:
 
 
 def test_failed_requests_and_missing_latencies_do_not_meet_an_objective() -> None:
-    slo, goodput = [SLO.parse("ttft:p95:1000")], Goodput.parse("ttft:1000")
+    slo, goodput = ttft_within(1000), Objectives((), Goodput.parse("ttft:1000"))
+
+    def strain(of: Run, objectives: Objectives) -> float:
+        return judged([of], objectives).strain
+
     good = run(20, 9)
-    assert strain(good, slo, None) < 1
-    assert strain(good, [], goodput) == 0
+    assert strain(good, slo) < 1
+    assert strain(good, goodput) == 0
     part = replace(good, requests=good.requests.assign(status=["failed", *["finished"] * 9] * 40))
-    assert strain(part, slo, None) == math.inf
-    assert strain(part, [], goodput) == pytest.approx(2)
+    assert strain(part, slo) == math.inf
+    assert strain(part, goodput) == pytest.approx(2)
     few = replace(good, requests=good.requests.assign(status=["failed", *["finished"] * 49] * 8))
     by_ttft = good.requests.assign(first_token=good.requests["sent"] + np.arange(400) / 400)
-    assert strain(replace(few, requests=by_ttft), slo, None) == pytest.approx(0.95, abs=0.01)
+    assert strain(replace(few, requests=by_ttft), slo) == pytest.approx(0.95, abs=0.01)
     by_ttft = by_ttft.assign(status=few.requests["status"])
-    assert strain(replace(few, requests=by_ttft), slo, None) == pytest.approx(0.97, abs=0.01)
+    assert strain(replace(few, requests=by_ttft), slo) == pytest.approx(0.97, abs=0.01)
     nothing = replace(good, requests=good.requests.assign(output_tokens=1))
-    assert strain(nothing, [SLO.parse("tpot:p95:1000")], None) == math.inf
+    assert strain(nothing, Objectives((SLO.parse("tpot:p95:1000"),))) == math.inf
 
 
 def test_another_knee_fails_the_whole() -> None:
@@ -477,7 +484,7 @@ def test_tolerances_come_from_a_file(tmp_path: Path) -> None:
         ("rows: {median_tpot_ms: {}}", "the tolerance is nothing"),
         ("rows: {}\nmin_request: 1", "unknown field 'min_request'"),
         ("rows: {p95_tfft_ms: {relative: 0.1}}", "there is no figure 'p95_tfft_ms'"),
-        ("rows: [", "is not YAML"),
+        ("rows: [", "not valid YAML"),
     ):
         file.write_text(text)
         with pytest.raises(InputError, match=message):
@@ -487,7 +494,7 @@ def test_tolerances_come_from_a_file(tmp_path: Path) -> None:
 
 
 def test_the_report_is_one_file_that_says_the_verdict(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
 ) -> None:
     measured = run(20, 9)
     measured.meta["clock_start_s"] = 0.0
@@ -497,9 +504,9 @@ def test_the_report_is_one_file_that_says_the_verdict(
         compared(measured, telemetry=telemetry(measured), recording=recording),
         compared(slower(run(10, 9), 0.5), rate=10, tolerances=SHIPPED),
     ]
-    found = compare_loads(loads, tolerances=SHIPPED, slos=[SLO.parse("ttft:p95:100")])
+    found = compare_loads(loads, tolerances=SHIPPED, objectives=ttft_within(100))
     file = tmp_path / "report.html"
-    write_comparison_report(file, found, title="<A & B>", question="Does it hold?", facts={"seed": 1})
+    write_comparison_page(file, found, title="<A & B>", question="Does it hold?", facts={"seed": 1})
     page = file.read_text()
     assert "&lt;A &amp; B&gt;" in page
     assert '<div class="number fail">fail</div>' in page
@@ -508,12 +515,11 @@ def test_the_report_is_one_file_that_says_the_verdict(
     assert "src=" not in page
     for name in ("server queue", "Kolmogorov-Smirnov", "TTFT p95, ms", "KV cache, %"):
         assert name in page
-    write_comparison_report(
+    write_comparison_page(
         tmp_path / "again.html", found, title="<A & B>", question="Does it hold?", facts={"seed": 1}
     )
     assert (tmp_path / "again.html").read_text() == page
-    print_comparison(found)
-    text = capsys.readouterr().out
+    text = comparison_text(found)
     assert "verdict: fail" in text
     assert "20 requests/s: prefix_cache_hit_rate: predicted 0.056, measured 0.25" in text
     assert json.loads(json.dumps(found.to_json()))["loads"][1]["verdict"] == "fail"

@@ -1,5 +1,5 @@
-"""The parts of a live campaign, and the campaign itself against a server and a load generator that are not
-vLLM: truth, telemetry, refusals, plans, verdicts, and what is kept when something breaks."""
+"""The parts of a live session, and the session itself against a server and a load generator that are not
+vLLM: truth, telemetry, refusals, loads, verdicts, and what is kept when something breaks."""
 
 from __future__ import annotations
 
@@ -20,21 +20,19 @@ from servecast.sim.hardware.gpu import find_gpu
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.scenario.deployment import Deployment
 from servecast.sim.scenario.scenario import Scenario, load
-from servecast.sim.traffic.traces import TraceSpec
-from servecast.validate.compare.verdict import Tolerances
-from servecast.validate.live import session as live
-from servecast.validate.live.loads import PLANS, Planner
+from servecast.validate.compare.series import growth
+from servecast.validate.compare.tolerances import Tolerances
+from servecast.validate.live.loads import KINDS, Loads
 from servecast.validate.live.misfit import refuse_misfit, replaced
 from servecast.validate.live.own_server import serve_flags
 from servecast.validate.live.result import document, judge
 from servecast.validate.live.search import meets
-from servecast.validate.live.session import Campaign
+from servecast.validate.live.session import Session
 from servecast.validate.live.target import Target, proxy_latency_s
 from servecast.validate.live.telemetry import (
     Prometheus,
     Sampler,
     cache_config,
-    growth,
     parse_metrics,
     scraper,
 )
@@ -92,9 +90,9 @@ def test_metrics_are_summed_over_engines_and_what_is_absent_is_not_a_number() ->
 
 def test_growth_needs_two_readings() -> None:
     frame = pd.DataFrame({"a": [1.0, math.nan, 4.0], "b": [math.nan, 2.0, math.nan]})
-    assert growth(frame, "a") == 3
-    assert math.isnan(growth(frame, "b"))
-    assert math.isnan(growth(frame, "c"))
+    assert growth(frame["a"].to_numpy()) == 3
+    assert math.isnan(growth(frame["b"].to_numpy()))
+    assert math.isnan(growth(pd.Series(dtype=float).to_numpy()))
 
 
 def test_a_sampler_goes_on_after_a_failure() -> None:
@@ -151,7 +149,7 @@ def test_a_server_that_says_little_is_noted(file: Path, model: Path) -> None:
     with FakeServer(version=None, metrics=None) as server:
         truth = read_truth(Target(server.url, "tiny", "tiny"), CPU)
     scenario = load(file)
-    notes = " ".join(refuse_misfit(truth, scenario, Deployment.of(scenario), None))
+    notes = " ".join(refuse_misfit(truth, Deployment.of(scenario), None))
     for missing in ("config.json", "KV blocks", "version", "scheduler's flags", "gpu.json"):
         assert missing in notes
 
@@ -181,12 +179,12 @@ def test_a_profile_of_another_gpu_and_another_model_are_refused(file: Path, mode
     truth = Truth("0.32.0", 900, {"max_num_seqs": 8}, "cpu", "tiny")
     on_l4 = load(file, {"gpu": {"name": "L4"}})
     with pytest.raises(InputError, match="is of L4, the server runs on cpu"):
-        refuse_misfit(truth, on_l4, Deployment.of(on_l4), model)
+        refuse_misfit(truth, Deployment.of(on_l4), model)
     ours = load(file)
-    assert refuse_misfit(truth, ours, Deployment.of(ours), model)
+    assert refuse_misfit(truth, Deployment.of(ours), model)
     larger = write_tiny_model(model.parent / "larger", layers=4)
     with pytest.raises(InputError, match=r"in layers \(2, not 4\)"):
-        refuse_misfit(truth, ours, Deployment.of(ours), larger)
+        refuse_misfit(truth, Deployment.of(ours), larger)
 
 
 def test_flags_of_a_server_that_is_started(file: Path) -> None:
@@ -196,21 +194,21 @@ def test_flags_of_a_server_that_is_started(file: Path) -> None:
     assert not any("version" in flag for flag in flags)
 
 
-# plans
+# loads
 
 
 @pytest.fixture
-def planner(file: Path, tmp_path: Path) -> Planner:
+def loads(file: Path) -> Loads:
     scenario = load(file)
-    return Planner(scenario, Deployment.of(scenario), tmp_path / "out", max_rate=200.0, duration_s=2.0)
+    return Loads(Deployment.of(scenario), max_rate=200.0, duration_s=2.0)
 
 
-def test_every_plan_gives_loads_that_can_be_sent(planner: Planner) -> None:
-    for name, plan in PLANS.items():
-        loads = plan(planner)
-        assert loads, name
-        for each in loads:
-            trace = TraceSpec(format="timed_trace", path=each.trace).read()
+def test_every_kind_gives_loads_that_can_be_sent(loads: Loads) -> None:
+    for name, kind in KINDS.items():
+        found = kind(loads)
+        assert found, name
+        for each in found:
+            trace = each.requests
             assert len(trace.times_s) >= 20
             assert (trace.prompt_tokens + trace.output_tokens).max() <= 1024
             assert (each.request_rate is None) == (name == "concurrency")
@@ -218,48 +216,46 @@ def test_every_plan_gives_loads_that_can_be_sent(planner: Planner) -> None:
                 assert not trace.times_s.any()
 
 
-def test_rates_span_the_predicted_largest_one(planner: Planner) -> None:
-    rates = [each.request_rate or 0.0 for each in PLANS["rate"](planner)]
-    assert min(rates) < planner.max_rate < max(rates)
+def test_rates_span_the_predicted_largest_one(loads: Loads) -> None:
+    rates = [each.request_rate or 0.0 for each in KINDS["rate"](loads)]
+    assert min(rates) < loads.max_rate < max(rates)
 
 
-def test_the_kv_plan_asks_for_a_server_with_too_few_blocks(planner: Planner) -> None:
-    (asked,) = PLANS["kv"](planner)
-    few = planner.scenario.changed({f"engine.{name}": value for name, value in asked.engine.items()})
+def test_the_kv_load_asks_for_a_server_with_too_few_blocks(loads: Loads) -> None:
+    (asked,) = KINDS["kv"](loads)
+    few = loads.scenario.changed({f"engine.{name}": value for name, value in asked.engine.items()})
     from servecast.sim.run.simulate import simulate
 
-    run = simulate(few, workload=asked.workload())
+    run = simulate(few, stages=asked.stages())
     assert run.requests["preemptions"].sum() > 0
 
 
-def test_the_prefix_plan_shares_prompts(planner: Planner) -> None:
-    (asked,) = PLANS["prefix"](planner)
-    trace = TraceSpec(format="timed_trace", path=asked.trace).read()
-    assert trace.hash_ids is not None
-    firsts = [ids[0] for ids in trace.hash_ids]
+def test_the_prefix_load_shares_prompts(loads: Loads) -> None:
+    (asked,) = KINDS["prefix"](loads)
+    assert asked.requests.hash_ids is not None
+    firsts = [ids[0] for ids in asked.requests.hash_ids]
     assert 1 < len(set(firsts)) <= 8
 
 
-def test_the_mixed_plan_has_long_prompts_beside_short_ones(planner: Planner) -> None:
-    (asked,) = PLANS["mixed"](planner)
-    prompts = TraceSpec(format="timed_trace", path=asked.trace).read().prompt_tokens
+def test_the_mixed_load_has_long_prompts_beside_short_ones(loads: Loads) -> None:
+    (asked,) = KINDS["mixed"](loads)
+    prompts = asked.requests.prompt_tokens
     assert prompts.max() > 5 * prompts.min()
 
 
-# the campaign, with a load generator that simulates
+# the session, with a load generator that simulates
 
 
 @pytest.fixture
-def run_campaign(
+def run_session(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., tuple[Campaign, dict[str, Any]]]:
+) -> Callable[..., tuple[Session, dict[str, Any]]]:
     monkeypatch.setenv("FAKE_SCENARIO", str(file))
-    monkeypatch.setattr(live, "PLAN_REQUESTS", 100)
 
-    def run(out: str = "out", **options: Any) -> tuple[Campaign, dict[str, Any]]:
+    def run(out: str = "out", **options: Any) -> tuple[Session, dict[str, Any]]:
         scenario: Scenario = load(file)
         with FakeServer(info=INFO, metrics=SAYS_ONLY_ITS_BLOCKS) as server:
-            campaign = Campaign(
+            session = Session(
                 scenario,
                 Target(server.url, "tiny", str(tmp_path / "tiny")),
                 tmp_path / out,
@@ -267,18 +263,17 @@ def run_campaign(
                 machine=CPU,
                 **{"duration_s": 2.0, "seeds": 2, **options},
             )
-            campaign.run()
+            session.run()
         limits = Tolerances.load()
-        return campaign, document(campaign, judge(campaign, limits), what_if={}, tolerances=limits)
+        return session, document(session, judge(session, limits), tolerances=limits)
 
     return run
 
 
 def test_a_right_prediction_passes_and_was_on_disk_before(
-    run_campaign: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run_session: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Campaign, "_largest_rate", lambda self, served: 150.0)
-    _, kept = run_campaign(plans=("rate", "concurrency", "kv"), rates=(20.0, 60.0), concurrency=(4,))
+    _, kept = run_session(kinds=("rate", "concurrency", "kv"), rates=(20.0, 60.0), concurrency=(4,))
     assert kept["verdict"] == "pass", kept["reasons"]
     assert [each["name"] for each in kept["loads"]] == ["rate-20", "rate-60", "concurrency-4"]
     assert any("left out: it needs a server with num_gpu_blocks_override" in note for note in kept["notes"])
@@ -290,33 +285,33 @@ def test_a_right_prediction_passes_and_was_on_disk_before(
     assert str(tmp_path) not in json.dumps(kept)
 
 
-def test_a_wrong_prediction_fails(run_campaign: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_prediction_fails(run_session: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAKE_SLOWER", "1.5")
-    _, kept = run_campaign(rates=(20.0,))
+    _, kept = run_session(rates=(20.0,))
     assert kept["verdict"] == "fail"
     assert any("median_tpot_ms" in reason for reason in kept["reasons"])
 
 
 def test_streams_that_break_off_have_failed(
-    run_campaign: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    run_session: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FAKE_CUT", "5")
-    campaign, kept = run_campaign(rates=(20.0,))
-    measured = campaign.outcomes[0].measured
+    session, kept = run_session(rates=(20.0,))
+    measured = session.outcomes[0].measured
     assert measured.run.requests["status"].tolist()[:6] == ["failed"] * 5 + ["finished"]
     assert kept["verdict"] == "inconclusive"
     assert any("5 of 40 requests failed" in reason for reason in kept["reasons"])
     assert any("5 requests failed: each ended before its last token" in note for note in measured.notes)
     monkeypatch.setenv("FAKE_CUT", "40")
-    campaign, _ = run_campaign(rates=(20.0,), out="all")
-    assert campaign.outcomes[0].measured is None
-    assert "every request ended before its last token" in str(campaign.outcomes[0].problem)
+    session, _ = run_session(rates=(20.0,), out="all")
+    assert session.outcomes[0].measured is None
+    assert "every request ended before its last token" in str(session.outcomes[0].problem)
 
 
-def test_the_largest_rate_is_searched_for(run_campaign: Callable[..., Any], file: Path) -> None:
-    campaign, kept = run_campaign(plans=("slo",), duration_s=1.5)
-    good = [meets([each.measured.run], campaign.scenario) for each in campaign.outcomes]
-    rates = [each.load.request_rate for each in campaign.outcomes]
+def test_the_largest_rate_is_searched_for(run_session: Callable[..., Any], file: Path) -> None:
+    session, kept = run_session(kinds=("slo",), duration_s=1.5)
+    good = [meets([each.measured.run], session.scenario) for each in session.outcomes]
+    rates = [each.load.request_rate for each in session.outcomes]
     assert {True, False} == set(good)
     low = max(rate for rate, holds in zip(rates, good, strict=True) if holds)
     high = min(rate for rate, holds in zip(rates, good, strict=True) if not holds)
@@ -325,9 +320,9 @@ def test_the_largest_rate_is_searched_for(run_campaign: Callable[..., Any], file
     assert low <= row["measured"] <= high
 
 
-def test_a_time_budget_leaves_loads_out(run_campaign: Callable[..., Any]) -> None:
-    campaign, kept = run_campaign(rates=(20.0, 40.0), time_budget_s=5.0)
-    assert campaign.outcomes == []
+def test_a_time_budget_leaves_loads_out(run_session: Callable[..., Any]) -> None:
+    session, kept = run_session(rates=(20.0, 40.0), time_budget_s=5.0)
+    assert session.outcomes == []
     assert kept["verdict"] == "inconclusive"
     assert sum("time budget" in note for note in kept["notes"]) == 2
 
@@ -356,7 +351,7 @@ def test_a_load_generator_that_fails_is_inconclusive_and_the_key_is_not_kept(
     assert (out / "report.html").exists()
 
 
-def test_ctrl_c_keeps_what_is_done(run_campaign: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_keeps_what_is_done(run_session: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     from servecast.validate.live import drive as live_drive
 
     real, count = live_drive.run_bench, [0]
@@ -368,8 +363,8 @@ def test_ctrl_c_keeps_what_is_done(run_campaign: Callable[..., Any], monkeypatch
         return real(*args, **options)
 
     monkeypatch.setattr(live_drive, "run_bench", interrupted)
-    campaign, kept = run_campaign(rates=(20.0, 40.0, 60.0))
-    assert len(campaign.outcomes) == 1
+    session, kept = run_session(rates=(20.0, 40.0, 60.0))
+    assert len(session.outcomes) == 1
     assert kept["loads"][0]["rows"]
     assert kept["verdict"] == "inconclusive"
     assert "stopped by hand" in kept["reasons"]

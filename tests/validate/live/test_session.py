@@ -1,4 +1,4 @@
-"""A live campaign that is cut short, badly asked for or badly predicted, with a server and a load generator
+"""A live session that is cut short, badly asked for or badly predicted, with a server and a load generator
 that are not vLLM: what it keeps, what it refuses, and what it says."""
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from servecast.sim.inputs.errors import InputError
 from servecast.sim.run.simulate import simulate
 from servecast.sim.scenario.deployment import Deployment
 from servecast.sim.scenario.scenario import load
-from servecast.validate.compare.verdict import Tolerances
+from servecast.validate.compare.tolerances import Tolerances
 from servecast.validate.live import drive as live_drive
 from servecast.validate.live import result as live_result
 from servecast.validate.live import search as live_search
 from servecast.validate.live import session as live
 from servecast.validate.live.own_server import Started
 from servecast.validate.live.result import document, judge
-from servecast.validate.live.search import meets, search
-from servecast.validate.live.session import Campaign
+from servecast.validate.live.search import meets, search_near
+from servecast.validate.live.session import Session
 from servecast.validate.live.target import Target
 
 MACHINE = {"gpu": "cpu", "gpu_count": 0, "driver": None, "host_cpu": "x86"}
@@ -63,8 +63,6 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "tiny.yaml"
     path.write_text(SCENARIO)
     monkeypatch.setenv("FAKE_SCENARIO", str(path))
-    monkeypatch.setattr(live, "PLAN_REQUESTS", 50)
-    monkeypatch.setattr(live, "PLAN_REPLICATIONS", 2)
     return path
 
 
@@ -75,11 +73,11 @@ def server() -> Iterator[FakeServer]:
 
 
 @pytest.fixture
-def campaign(file: Path, server: FakeServer, tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    """Runs a campaign and returns its result."""
+def session(file: Path, server: FakeServer, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Runs a session and returns its result."""
 
     def run(**options: Any) -> dict[str, Any]:
-        wanted = Campaign(
+        wanted = Session(
             load(file, options.pop("changes", {})),
             Target(server.url, "tiny", str(tmp_path / "tiny")),
             tmp_path / "out",
@@ -89,7 +87,7 @@ def campaign(file: Path, server: FakeServer, tmp_path: Path) -> Callable[..., di
         )
         wanted.run()
         limits = Tolerances.load()
-        return document(wanted, judge(wanted, limits), what_if={}, tolerances=limits)
+        return document(wanted, judge(wanted, limits), tolerances=limits)
 
     return run
 
@@ -194,12 +192,11 @@ def test_an_error_after_the_first_load_keeps_it(
     real = live.predict
 
     def predict(asked: Any, *args: Any) -> Any:
-        if asked.plan == "slo":
+        if asked.kind == "slo":
             raise error
         return real(asked, *args)
 
     monkeypatch.setattr(live, "predict", predict)
-    monkeypatch.setattr(Campaign, "_largest_rate", lambda self, served: 50.0)
     code, kept = command("--plan", "rate,slo", "--rates", "20")
     assert (code, kept["verdict"]) == (3, "inconclusive")
     assert kept["reasons"] == [f"not all loads were run: {error}"]
@@ -250,8 +247,8 @@ def test_a_killed_server_by_the_command_line(
 # the time budget
 
 
-def test_a_load_gets_what_is_left_of_the_time_and_ends_the_campaign_with_it(
-    campaign: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+def test_a_load_gets_what_is_left_of_the_time_and_ends_the_session_with_it(
+    session: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, given = live.drive, []
 
@@ -260,7 +257,7 @@ def test_a_load_gets_what_is_left_of_the_time_and_ends_the_campaign_with_it(
         return replace(real(*args, **options), measured=None, timed_out=True, problem="not done after 9 s")
 
     monkeypatch.setattr(live, "drive", drive)
-    kept = campaign(rates=(20.0, 40.0), time_budget_s=60.0)
+    kept = session(rates=(20.0, 40.0), time_budget_s=60.0)
     assert len(given) == 1
     assert 30 < given[0] < 60
     assert kept["verdict"] == "inconclusive"
@@ -268,16 +265,16 @@ def test_a_load_gets_what_is_left_of_the_time_and_ends_the_campaign_with_it(
 
 
 def test_a_load_that_was_left_out_is_no_pass_and_hides_no_fail(
-    campaign: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+    session: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(live.Budget, "fits", lambda self, seconds: seconds < 22)
     options = {"rates": (40.0, 4.0)}  # 20 requests take 5 s at the second
-    kept = campaign(**options)
+    kept = session(**options)
     assert kept["verdict"] == "inconclusive"
     assert kept["reasons"] == ["the time budget did not last for rate-4"]
     assert [each["verdict"] for each in kept["loads"]] == ["pass"]
     monkeypatch.setenv("FAKE_SLOWER", "1.5")
-    kept = campaign(**options)
+    kept = session(**options)
     assert kept["verdict"] == "fail"
     assert any(note.startswith("rate-4 left out") for note in kept["notes"])
 
@@ -285,16 +282,19 @@ def test_a_load_that_was_left_out_is_no_pass_and_hides_no_fail(
 # largest rates
 
 
-def test_the_rate_that_plan_confirms_is_on_disk_before_and_apart_from_the_sweep(
-    campaign: Callable[..., dict[str, Any]], before_bench: BENCHES, tmp_path: Path
+def test_the_rate_by_which_loads_are_chosen_is_on_disk_before_and_the_only_one(
+    session: Callable[..., dict[str, Any]], before_bench: BENCHES, tmp_path: Path
 ) -> None:
-    file = tmp_path / "out" / "prediction-max-rate.json"
+    file = tmp_path / "out" / "prediction-slo.json"
     found = []
     before_bench(lambda number: found.append(hashlib.sha256(file.read_bytes()).hexdigest()))
-    kept = campaign(plans=("prefix",))
-    assert set(found) == {kept["plan_max_request_rate_sha256"]}
-    assert json.loads(file.read_text())["max_request_rate"] == kept["plan_max_request_rate"]
-    assert "predicted_max_request_rate" not in kept
+    kept = session(kinds=("prefix",))
+    (searched,) = kept["searches"]
+    assert set(found) == {searched["sha256"]}
+    assert json.loads(file.read_text()) == {name: searched[name] for name in searched if name != "sha256"}
+    (low, high), (load,) = searched["between"], kept["loads"]
+    assert low <= 2 * load["request_rate"] <= high <= 1.0101 * low
+    assert not [name for name in kept if "max_request_rate" in name]
 
 
 def test_failed_requests_and_unknown_figures_miss(file: Path) -> None:
@@ -311,21 +311,21 @@ def test_failed_requests_and_unknown_figures_miss(file: Path) -> None:
     assert not meets([replace(run, requests=run.requests[:0])], good)
 
 
-def test_the_largest_rate_of_a_goodput_is_compared(campaign: Callable[..., dict[str, Any]]) -> None:
-    kept = campaign(rates=(20.0, 600.0), changes={"slo": [], "goodput": "e2el:50"})
+def test_the_largest_rate_of_a_goodput_is_compared(session: Callable[..., dict[str, Any]]) -> None:
+    kept = session(rates=(20.0, 600.0), changes={"slo": [], "goodput": "e2el:50"})
     (row,) = [row for row in kept["sweep"] if row["metric"] == "max_request_rate"]
     assert 20 < row["measured"] < 600
 
 
 def test_searches_are_predicted_before_any_load_and_judged(
-    campaign: Callable[..., dict[str, Any]], before_bench: BENCHES, tmp_path: Path
+    session: Callable[..., dict[str, Any]], before_bench: BENCHES, tmp_path: Path
 ) -> None:
     """On a server that is twice as slow as predicted, both ends differ for sure."""
     files = [tmp_path / "out" / f"prediction-{plan}.json" for plan in ("slo", "knee")]
     found: list[list[str]] = []
     before_bench(lambda _: found.append([hashlib.sha256(file.read_bytes()).hexdigest() for file in files]))
     changes = {"slo": ["e2el:p95:60"]}
-    kept = campaign(plans=("slo", "knee"), duration_s=1.0, changes=changes)
+    kept = session(kinds=("slo", "knee"), duration_s=1.0, changes=changes)
     assert all(hashes == [each["sha256"] for each in kept["searches"]] for hashes in found)
     assert [each["metric"] for each in kept["searches"]] == ["max_request_rate", "knee"]
     for each in kept["searches"]:
@@ -340,7 +340,7 @@ def test_searches_are_predicted_before_any_load_and_judged(
 def test_a_guess_that_is_off_is_bracketed(off: float, known: dict[float, bool]) -> None:
     """The largest rate is 100. A good guess is confirmed by two tries; a bad one is refuted at least."""
     tried = dict(known)
-    search(lambda rate: rate < 100, 100 * off, tried)
+    search_near(lambda rate: rate < 100, 100 * off, tried)
     low = max(rate for rate, held in tried.items() if held)
     high = min(rate for rate, held in tried.items() if not held)
     assert low < 100 <= high <= low * (1.031 if 0.9 < off < 1.1 else 1.25)
@@ -349,7 +349,7 @@ def test_a_guess_that_is_off_is_bracketed(off: float, known: dict[float, bool]) 
 
 def test_a_search_that_can_not_be_told_ends() -> None:
     tried: dict[float, bool] = {}
-    search(lambda rate: None, 10, tried)
+    search_near(lambda rate: None, 10, tried)
     assert tried == {}
 
 
@@ -362,14 +362,14 @@ def test_a_search_that_can_not_be_told_ends() -> None:
         ({"rates": (5.0, 5.00001)}, "rate 5 is there 2 times"),
         ({"rates": (5.0, 5.0)}, "rate 5 is there 2 times"),
         ({"concurrency": (4, 4)}, "concurrency 4 is there 2 times"),
-        ({"plans": ("rate", "rate")}, "rate is there 2 times"),
+        ({"kinds": ("rate", "rate")}, "rate is there 2 times"),
     ],
 )
 def test_loads_that_would_share_a_folder_are_refused(
-    campaign: Callable[..., Any], tmp_path: Path, options: dict[str, Any], message: str
+    session: Callable[..., Any], tmp_path: Path, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(InputError, match=message):
-        campaign(**options)
+        session(**options)
     assert not (tmp_path / "out").exists()
 
 

@@ -4,19 +4,23 @@ Four of its five workloads; the fifth, ``baseline``, sends equal requests one by
 matters. The benchmark draws two requests more than it measures, sends those two one by one as a warm-up, and
 gives the others the arrival times that they were drawn with. Prompts are English text of four characters a
 nominal token, of which a tokenizer makes about 0.785 tokens.
+
+``python -m servecast.scenarios.make.infer_traffic FOLDER`` writes the four traces, infer_WORKLOAD.jsonl.
 """
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable
-from typing import Literal
+from pathlib import Path
 
 import numpy as np
+from cyclopts import App
 
-from servecast.sim.inputs.schema import Amount, Model, Positive
 from servecast.sim.traffic.traces import Trace
 
+SEED = 42  # of the published runs
 WARMUP = 2
 TOKENS_PER_NOMINAL = 0.785  # 0.77 to 0.8 in the server's counts
 
@@ -70,30 +74,35 @@ WORKLOADS: dict[str, tuple[Callable[[int, random.Random], list[Drawn]], int]] = 
 }
 
 
-class InferBench(Model):
-    """One workload of that benchmark as a trace. ``seed`` is its own (the published runs have 42),
-    independent of the scenario's; ``request_rate`` stretches the arrivals to that mean rate."""
+def draw(workload: str, *, seed: int = SEED, tokens_per_nominal: float = TOKENS_PER_NOMINAL) -> Trace:
+    """The requests that the benchmark measures."""
+    requests, count = WORKLOADS[workload]
+    drawn = requests(WARMUP + count, random.Random(seed))[WARMUP:]
+    times, prompts, outputs = zip(*drawn, strict=True)
+    tokens = np.maximum(1, np.rint(np.array(prompts) * tokens_per_nominal)).astype(np.int64)
+    return Trace(np.array(times), tokens, np.array(outputs, dtype=np.int64))
 
-    format: Literal["infer_bench"]
-    """The ``infer`` server's benchmark, drawn by its own recipe."""
-    workload: Literal["continuous_batching", "paged_attention", "chunked_prefill", "prefix_caching"]
-    """Which of its workloads. ``baseline`` needs no trace, its requests are equal."""
-    seed: Amount = 42
-    """Seed of the recipe, 42 in the published runs; the scenario's seed does not change it."""
-    tokens_per_nominal: Positive = TOKENS_PER_NOMINAL
-    """Tokens of a prompt for each one that was asked for."""
-    request_rate: Positive | None = None
-    """Stretch the times to this mean rate."""
 
-    @property
-    def path(self) -> str:
-        """What messages call it."""
-        return f"infer_bench {self.workload}"
+def timed_trace(trace: Trace) -> str:
+    """As JSONL of vLLM's timed_trace, times in s. There are no hash ids: these servers share no prompts."""
+    rows = zip(*(c.tolist() for c in (trace.times_s, trace.prompt_tokens, trace.output_tokens)), strict=True)
+    names = ("timestamp", "input_length", "output_length")
+    return "".join(json.dumps(dict(zip(names, row, strict=True))) + "\n" for row in rows)
 
-    def read(self, num_requests: int | None = None) -> Trace:
-        """The trace, of as many requests as the benchmark measures unless more or fewer are wanted."""
-        draw, count = WORKLOADS[self.workload]
-        drawn = draw(WARMUP + (num_requests or count), random.Random(self.seed))[WARMUP:]
-        times, prompts, outputs = zip(*drawn, strict=True)
-        tokens = np.maximum(1, np.rint(np.array(prompts) * self.tokens_per_nominal)).astype(np.int64)
-        return Trace(np.array(times), tokens, np.array(outputs, dtype=np.int64))
+
+app = App(help="Write the traces of the infer server's benchmark.")
+
+
+@app.default
+def main(folder: Path) -> None:
+    """Write infer_WORKLOAD.jsonl of each workload.
+
+    Args:
+        folder: where they are written.
+    """
+    for workload in WORKLOADS:
+        (folder / f"infer_{workload}.jsonl").write_text(timed_trace(draw(workload)), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    app()

@@ -1,6 +1,7 @@
-"""Fit the profiles of the ``infer`` server's three phases to the few rows that its scenarios name for it.
+"""The profiles of the ``infer`` server's three phases, fitted to the few rows that its scenarios name for it.
 
-What each row determines, through the simulator:
+``python -m servecast.scenarios.make.infer_profiles FOLDER`` writes one for each model and phase. What each
+row determines, through the simulator:
 
 - ``baseline`` of a model and phase, one request at a time: the fixed costs of a decode and of a prefill pass
 - ``continuous_batching`` of a model under static batching: the cost of a decoding row
@@ -24,6 +25,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+from cyclopts import App
 from numpy.typing import NDArray
 from scipy.optimize import least_squares
 
@@ -226,13 +228,19 @@ def _error_band(servers: dict[str, Server], profiles: dict[str, Profile]) -> flo
     return float(np.quantile(errors, _BAND_SHARE))
 
 
-def fit_infer(*, output: Path) -> None:
-    """Fit the profiles of the infer server's three phases to the rows that its scenarios name for it.
+app = App(help="Fit the profiles of the infer server.")
+
+
+@app.default
+def main(folder: Path) -> None:
+    """Write a profile for each model and phase, which takes about a minute.
 
     Args:
-        output: folder for the profiles, a file for each model and phase. Takes about a minute.
+        folder: where they are written.
     """
-    output.mkdir(parents=True, exist_ok=True)
     for name, profile in fit_padded(say=lambda text: print(text, file=sys.stderr)).items():
-        profile.save(output / f"{name}.json")
-        print(f"profile written to {output / f'{name}.json'}")
+        profile.save(folder / f"{name}.json")
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,58 @@
+"""What a live session or a split comes to, as text."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from servecast.validate.compare.sweep import Comparison
+from servecast.validate.compare.text import comparison_text, verdict_text
+from servecast.validate.compare.verdict import Verdict
+from servecast.validate.live.split import Split
+
+
+def say(text: str) -> None:
+    """Tell whoever waits, apart from the answer."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def ends(kept: Mapping[str, Any]) -> dict[str, Any]:
+    """What there is to say of a result besides the comparison."""
+    server, added = kept["server"] or {}, kept["proxy_added_latency_ms"]
+    return {
+        "vllm": server.get("version"),
+        "kv blocks": server.get("num_gpu_blocks"),
+        "gpu": kept["machine"]["gpu"],
+        "date": kept["date"],
+        **{f"predicted {each['metric'].replace('_', ' ')}": _between(each) for each in kept["searches"]},
+        **({} if added is None else {"latency that the proxy adds": f"{added:.3g} ms"}),
+        "servecast": kept["servecast_version"],
+    }
+
+
+def _between(search: Mapping[str, Any]) -> str:
+    low, high = ("-" if each is None else f"{each:.4g}" for each in search["between"])
+    return f"{low} to {high} requests/s"
+
+
+def print_session(comparison: Comparison, kept: Mapping[str, Any]) -> None:
+    """The comparison, what it rests on, and the hashes of what was predicted before."""
+    print(comparison_text(comparison))
+    print()
+    for name, value in ends(kept).items():
+        print(f"{name}: {'-' if value is None else value}")
+    hashes = {f"prediction of {load['name']}": load["prediction_sha256"] for load in kept["loads"]}
+    hashes |= {f"search of {each['plan']}": each["sha256"] for each in kept["searches"]}
+    for name, sha256 in hashes.items():
+        print(f"{name}: sha256 {sha256}")
+
+
+def print_split(split: Split, verdict: Verdict) -> None:
+    """Each router's figures as predicted and measured, which is best at each, and the verdict."""
+    for router, row in split.measured.items():
+        for figure, value in row["measured"].items():
+            print(f"{router:20} {figure:16} predicted {row['predicted'][figure]:9.4g} measured {value:9.4g}")
+    for figure, best in split.ranking().items():
+        print(f"best {figure:16} predicted {best['predicted'] or '-'}, measured {best['measured'] or '-'}")
+    print(verdict_text(verdict))
