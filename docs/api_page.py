@@ -72,10 +72,10 @@ def _signature(name: str, function: Any) -> str:
         if parameter.kind is parameter.KEYWORD_ONLY and not keyword_only:
             lines.append("*")
             keyword_only = True
-        lines.append(re.sub(r"'([^']*)'( =|$)", r"\1\2", str(parameter)))
+        lines.append(str(parameter).replace(f"'{parameter.annotation}'", parameter.annotation))
     inside = "".join(f"    {line},\n" for line in lines)
     answer = inspect.signature(function).return_annotation
-    return f"```text\n{name}(\n{inside}) -> {answer}\n```"
+    return f"```py\n{name}(\n{inside}) -> {answer}\n```"
 
 
 def _text(documented: Any) -> str:
