@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -114,6 +114,9 @@ FAMILIES = {  # a GPU that was not timed -> the nearest that was: its generation
 TYPICAL_LINK = AllReduce(latency_s=10e-6, link=0.8)  # of ranks that were not timed
 
 
+Fitted = Product | PromptAttention | DecodeAttention | Experts | AllReduce
+
+
 class GpuConstants(_Strict):
     """The constants of one GPU.
 
@@ -153,6 +156,16 @@ class GpuConstants(_Strict):
                 where=str(path),
                 fix="Write one with servecast calibrate fit --kernel-tables.",
             ) from error
+
+    def kinds(self) -> tuple[tuple[str, Mapping[Any, Fitted]], ...]:
+        """Each kind of kernel with its constants by dtype, or by ranks."""
+        return (
+            ("products", self.products),
+            ("prompts", self.prompts),
+            ("decodes", self.decodes),
+            ("experts", self.experts),
+            ("all-reduce", self.all_reduce),
+        )
 
     def efficiencies(self, shard: Shard) -> Efficiencies:
         """What a model reaches on this GPU, with its precisions and ranks.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
+from pathlib import Path
 
 from servecast.sim.engine.config import EngineConfig
 from servecast.sim.hardware.error_band import Transfer, transfer
@@ -18,6 +19,8 @@ from servecast.sim.hardware.step_time.physical import StepTime
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.metrics.binding import Limits
 from servecast.sim.scenario.scenario import Scenario, shipped_folder
+
+KERNELS = "kernels"  # the profile that stands for timings of the GPU's kernels
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,22 +141,29 @@ def _gpu(scenario: Scenario) -> GPU:
 
 
 def _profile(scenario: Scenario, shard: Shard, config: EngineConfig) -> Profile:
-    """The scenario's profile; without one, what is known of the GPU's kernels, or of the nearest GPU's."""
+    """The scenario's profile: a file, what the GPU's kernels reach, or typical values."""
+    release, kind = scenario.engine.version, scenario.server.step_times
+    if scenario.profile == KERNELS and kind == "physical":
+        constants = GpuConstants.load(_constants_file(shard.gpu, f"{scenario.source}: profile"))
+        return Profile.of_kernels(constants, shard, release, async_scheduling=config.async_scheduling)
     path = scenario.profile_file()
     if path is not None:
         return Profile.load(path)
-    release = scenario.engine.version
-    if scenario.server.step_times == "physical":
-        name = FAMILIES.get(shard.gpu.name, shard.gpu.name)
-        constants = shipped_folder() / "gpus" / f"{name.lower().replace(' ', '-')}.json"
-        if constants.is_file():
-            return Profile.of_kernels(
-                GpuConstants.load(constants), shard, release, async_scheduling=config.async_scheduling
-            )
     return Profile.typical(
-        shard.gpu.name,
-        shard.model.name,
-        release,
-        servecast_version=version("servecast"),
-        kind=scenario.server.step_times,
+        shard.gpu.name, shard.model.name, release, servecast_version=version("servecast"), kind=kind
     )
+
+
+def _constants_file(gpu: GPU, where: str) -> Path:
+    """The shipped constants of a GPU, or of the nearest one whose kernels were timed."""
+    folder = shipped_folder() / "gpus"
+    name = FAMILIES.get(gpu.name, gpu.name)
+    file = folder / f"{name.lower().replace(' ', '-')}.json"
+    if not file.is_file():
+        timed = [each.stem for each in sorted(folder.glob("*.json"))]
+        raise InputError(
+            f"no kernels of a {gpu.name} were timed, nor of one near it",
+            where=where,
+            fix=f"Timed are {', '.join(timed)}. Leave profile out for typical values.",
+        )
+    return file

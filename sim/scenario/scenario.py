@@ -144,8 +144,9 @@ class Scenario(Model):
     gpu: GpuSpec
     """The GPU of one rank."""
     profile: str | None = None
-    """Name of a shipped profile, or the path of one. Without it, step times are physics with typical
-    efficiencies, labelled so."""
+    """Name of a shipped profile, or the path of one; ``kernels`` for timings of vLLM's own kernels on this
+    GPU or the nearest that was timed. Without it, step times are physics with typical efficiencies, labelled
+    so."""
     engine: Annotated[EngineFlags, AfterValidator(checked)]
     """The engine's flags."""
     fleet: Fleet = Fleet()

@@ -13,6 +13,8 @@ from hypothesis import given, settings
 from model_shapes import load
 from step_cases import Step, steps
 
+import servecast
+from servecast.__main__ import main
 from servecast.calibrate.fit.kernel_tables import FOLDERS, fit_kernel_tables
 from servecast.scenarios import __file__ as SCENARIOS
 from servecast.sim.hardware.gpu import find_gpu
@@ -20,6 +22,7 @@ from servecast.sim.hardware.gpu_constants import GpuConstants
 from servecast.sim.hardware.shard import Shard
 from servecast.sim.hardware.step_time.physical import PhysicalStepTime
 from servecast.sim.inputs.errors import InputError
+from servecast.sim.scenario.deployment import Deployment
 
 H100 = find_gpu("H100")
 SHIPPED = sorted((Path(SCENARIOS).parent / "gpus").glob("*.json"))
@@ -114,6 +117,32 @@ def test_known_constants_come_back(tables: Path) -> None:
     assert found.release == "vLLM 0.24.0"  # not 0.9.2, of which nothing was read
 
 
+def test_the_command_writes_the_constants(
+    tables: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "h100.json"
+    assert (
+        main(["calibrate", "fit", "--kernel-tables", str(tables), "--gpu", "h100", "--output", str(file)])
+        == 0
+    )
+    assert "products bf16: compute 0.8" in capsys.readouterr().out
+    assert GpuConstants.load(file).gpu == "H100"
+    assert main(["calibrate", "fit", str(tables), "--kernel-tables", "--output", str(file)]) == 2
+    assert "no GPU is named" in capsys.readouterr().err
+
+
+def test_a_scenario_can_rest_on_kernel_timings() -> None:
+    scenario = servecast.load("what-if-llama-3.1-70b").changed({"profile": "kernels", "gpu.name": "h100"})
+    deployment = Deployment.of(scenario)
+    assert deployment.provenance()["basis"] == "kernel timings"
+    origins = {entry.parameter: entry.origin for entry in deployment.profile.provenance}
+    assert origins["efficiencies.compute"] == "kernels"
+    assert origins["efficiencies.host_fixed_s"] == "assumed"
+    near = Deployment.of(scenario.changed({"gpu.name": "a6000", "engine.tensor_parallel_size": 8}))
+    assert near.transfer.basis == "physics only"
+    assert "nearest GPU that was timed" in near.profile.provenance[0].note
+
+
 def test_what_the_tables_do_not_hold_is_not_made_up(tables: Path) -> None:
     found = fit_kernel_tables(tables, H100)
     assert set(found.products) == {"bf16"}
@@ -149,14 +178,7 @@ def test_shipped_constants_load_and_keep_physics(file: Path) -> None:
     """Every share is at most one (the schema holds it), each fit's median error below a fifth."""
     constants = GpuConstants.load(file)
     assert find_gpu(constants.gpu).name in FOLDERS
-    kinds = (
-        constants.products,
-        constants.prompts,
-        constants.decodes,
-        constants.experts,
-        constants.all_reduce,
-    )
-    for kind in kinds:
+    for _, kind in constants.kinds():
         for fitted in kind.values():
             assert fitted.residuals is not None
             assert fitted.residuals.median < 0.25
