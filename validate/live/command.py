@@ -65,9 +65,13 @@ class Started:
             )
         if self.serve is not None:
             return OwnServer(model_folder(self.serve), flags, self.python, recorder=self.recorder)
-        if running is None:
+        if running is None or not running.base_url:
             fix = "Give one of the two: start it, or attach."
             raise InputError("there is no server", where="--serve, --base-url", fix=fix)
+        if not running.model:
+            raise InputError(
+                "no model is named", where="--model", fix="Give the name that the server serves."
+            )
         if self.recorder or flags:
             raise InputError(
                 "is for a server that is started here",
