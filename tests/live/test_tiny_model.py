@@ -137,4 +137,4 @@ def simulate_with_own_steps(lab: Lab, recorded: Path, outcome: Outcome, out: Pat
     profile = out.with_suffix(".json")
     calibrate(steps_folder(recorded, lab.model, out), lab.gpu, profile)
     scenario = load(lab.file, {"profile": str(profile)})
-    return summary(simulate(scenario, workload=outcome.load.workload()))
+    return summary(simulate(scenario, stages=outcome.load.stages()))
