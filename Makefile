@@ -22,7 +22,8 @@ test: check vllm litellm prometheus
 	$(BIN)/python -m pytest -m "(vllm or slow) and not live" -n auto --dist loadfile
 	$(BIN)/python -m pytest -m live
 
-# Measures the committed results of live runs that need no GPU anew; takes twenty minutes.
+# Measures the committed results of live runs that need no GPU anew; takes twenty minutes, and wants a machine
+# that does nothing else: it keeps no result otherwise.
 live-results: $(VENV)/.installed-test vllm
 	$(BIN)/python tests/live/measure_results.py
 	$(BIN)/python docs/generate.py

@@ -15,6 +15,7 @@ from cyclopts import App, Parameter
 from servecast.calibrate.fit import plot as fit_plot
 from servecast.calibrate.fit.endpoint import endpoint
 from servecast.calibrate.fit.folder import fit_folder
+from servecast.calibrate.fit.kernel_tables import fit_kernel_tables
 from servecast.calibrate.fit.layer_tables import is_layer_folder
 from servecast.calibrate.fit.layers import fit_layers
 from servecast.calibrate.fit.report import fit_report
@@ -23,6 +24,7 @@ from servecast.calibrate.measure.vllm.ending import signal_group, sigterm_as_ctr
 from servecast.sim.hardware.gpu import GPU, find_gpu
 from servecast.sim.hardware.profile import Profile
 from servecast.sim.inputs.errors import InputError
+from servecast.sim.inputs.files import write_whole
 from servecast.sim.scenario.scenario import load
 
 app = App(name="calibrate", help="Measure a machine, fit a profile, or show what one says and where it ends.")
@@ -71,6 +73,7 @@ def fit(
     *,
     output: Path,
     from_report: Annotated[bool, Parameter(negative=())] = False,
+    kernel_tables: Annotated[bool, Parameter(negative=())] = False,
     kind: Literal["physical", "grid", "layers"] = "physical",
     scenario: str | None = None,
     gpu: str | None = None,
@@ -87,6 +90,8 @@ def fit(
             reported.0.fit_rows.
         output: where the profile is written. Peaks that no datasheet gave go beside it, into NAME.gpu.json.
         from_report: fit to the scenario's reported table, through the simulator. Takes a few minutes.
+        kernel_tables: fit the constants of --gpu to NVIDIA's timings of vLLM's kernels: source is a folder
+            with an unpacked wheel of aiconfigurator-core.
         kind: physical for efficiencies, which carry over to other models and GPUs; grid for the measured
             steps themselves, interpolated; layers for layer timing tables, put together into steps.
         scenario: for layer timing tables: names the model and the GPU that they are of.
@@ -97,6 +102,8 @@ def fit(
     """
     if from_report:
         return _fit_report(source, output, json_=json_)
+    if kernel_tables:
+        return _fit_kernel_tables(source, gpu, output, json_=json_)
     if is_layer_folder(Path(source)):
         return _fit_layers(Path(source), scenario, kind, output, json_=json_)
     if kind == "layers":
@@ -167,6 +174,26 @@ def _fit_layers(folder: Path, scenario: str | None, kind: str, output: Path, *, 
         f"profile written to {output}" if good else "nothing written: the model does not describe the tables"
     )
     return 0 if good else 1
+
+
+def _fit_kernel_tables(source: str, gpu: str | None, output: Path, *, json_: bool) -> int:
+    if gpu is None:
+        raise InputError("no GPU is named", where="--gpu", fix="Name the GPU whose tables are read, as h200.")
+    found = fit_kernel_tables(source, find_gpu(gpu, where="--gpu"))
+    write_whole(output, lambda partial: partial.write_text(found.model_dump_json(indent=1) + "\n"))
+    if json_:
+        print(found.model_dump_json())
+        return 0
+    print(f"{found.gpu}: {found.source}; {found.release}")
+    for kernels, entries in found.kinds():
+        for name, fitted in entries.items():
+            values = fitted.model_dump(exclude={"residuals"})
+            shown = ", ".join(f"{key} {value:.4g}" for key, value in values.items())
+            left = fitted.residuals
+            error = "" if left is None else f"; {left.rows} rows, off {left.median:.1%} in the median"
+            print(f"  {kernels} {name}: {shown}{error}")
+    print(f"constants written to {output}")
+    return 0
 
 
 def _fit_report(source: str, output: Path, *, json_: bool) -> int:

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import accuracy_tables
+import api_page
 import live_tables
+import modules
 import scenario_reference
 
 from servecast.__main__ import COMMANDS, build_app
@@ -71,8 +73,12 @@ def generated() -> dict[Path, str]:
     readme = between(readme, "accuracy", accuracy_tables.summary(documents))
     return {
         DOCS / "scenario.md": note + scenario_reference.page(),
+        DOCS / "api.md": note + api_page.page(),
         DOCS / "command-line.md": note + command_line_page(),
         DOCS / "accuracy.md": note + accuracy_tables.page(documents),
+        DOCS / "how-it-works.md": between(
+            (DOCS / "how-it-works.md").read_text("utf-8"), "modules", modules.table(REPOSITORY)
+        ),
         DOCS / "live.md": note + live_tables.page(live),
         REPOSITORY / "README.md": between(readme, "live", live_tables.summary(live)),
         REPOSITORY / "scenarios" / "scenario.schema.json": (

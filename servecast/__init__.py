@@ -1,1 +1,70 @@
-"""Forecast LLM serving: a discrete-event simulator of vLLM, calibrated on real GPUs."""
+"""Forecast LLM serving: a discrete-event simulator of vLLM, calibrated on real GPUs.
+
+Each question is a function that takes a scenario and returns an answer: print it, take its parts, or write it
+as a page. ::
+
+    import servecast
+
+    scenario = servecast.load("a6000-qwen2.5-7b")
+    answer = servecast.plan(scenario, slo=["ttft:p95:500", "tpot:p95:60"])
+    print(answer)
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from servecast.sim.compare.compare import compare
+    from servecast.sim.compare.sweep import sweep
+    from servecast.sim.hardware.profile import Profile
+    from servecast.sim.inputs.errors import InputError
+    from servecast.sim.metrics.records import Run
+    from servecast.sim.plan.plan import plan
+    from servecast.sim.report.answer import Answer
+    from servecast.sim.reproduce.reproduce import reproduce
+    from servecast.sim.run.simulation import simulate
+    from servecast.sim.scenario.scenario import Scenario, load
+    from servecast.validate.check.check import check
+
+__all__ = [
+    "Answer",
+    "InputError",
+    "Profile",
+    "Run",
+    "Scenario",
+    "check",
+    "compare",
+    "load",
+    "plan",
+    "reproduce",
+    "simulate",
+    "sweep",
+]
+
+_MODULES = {  # of the public names: imported when they are asked for, so that the command starts at once
+    "Answer": "sim.report.answer",
+    "InputError": "sim.inputs.errors",
+    "Profile": "sim.hardware.profile",
+    "Run": "sim.metrics.records",
+    "Scenario": "sim.scenario.scenario",
+    "check": "validate.check.check",
+    "compare": "sim.compare.compare",
+    "load": "sim.scenario.scenario",
+    "plan": "sim.plan.plan",
+    "reproduce": "sim.reproduce.reproduce",
+    "simulate": "sim.run.simulation",
+    "sweep": "sim.compare.sweep",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'servecast' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"servecast.{_MODULES[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

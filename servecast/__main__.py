@@ -87,7 +87,7 @@ def _nobody_reads() -> bool:
 def _message(error: CycloptsError | InputError) -> str:
     """One message. cyclopts would import every command to suggest one."""
     if isinstance(error, UnknownCommandError) and not error.command_chain:
-        from servecast.sim.inputs.schema import did_you_mean
+        from servecast.sim.inputs.schema import did_you_mean  # only now: it brings pydantic
 
         word = (error.unused_tokens or [""])[0]
         known = f"Known are {', '.join(COMMANDS)}."

@@ -1,12 +1,19 @@
-"""What all tests share: a small scenario, and which tests need vLLM."""
+"""What all tests share: a small scenario, which tests need vLLM, and what pytest says at the end of timing
+verdicts that were wrong where the machine was disturbed."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import settings
 from places import VLLM
 from small_scenarios import scenario_file
+from timing import inconclusive
+
+settings.register_profile("any machine", deadline=None)  # no time of this machine decides a test
+settings.load_profile("any machine")
 
 
 @pytest.fixture
@@ -21,3 +28,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("vllm"):
                 item.add_marker(pytest.mark.skip(reason="needs vLLM: run make vllm"))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker of pytest-xdist hands over its own."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["inconclusive"] = inconclusive
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    inconclusive.extend(getattr(node, "workeroutput", {}).get("inconclusive", []))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if inconclusive:
+        count = f"{len(inconclusive)} timing verdict{'s' * (len(inconclusive) != 1)} inconclusive"
+        terminalreporter.section(f"{count}: this machine was disturbed")
+        for what in inconclusive:
+            terminalreporter.write_line(what)

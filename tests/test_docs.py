@@ -18,9 +18,9 @@ import blocks
 import generate
 import scenario_reference
 
-from servecast.sim.engine.engines import ENGINES
 from servecast.sim.routing.routers import ROUTERS
 from servecast.sim.scenario.scenario import Scenario
+from servecast.sim.scenario.servers import SERVERS
 
 PAGES = {path.name: path for path in blocks.pages()}
 SLOW = {"README.md", "calibrate.md"}  # plans of many seconds
@@ -35,7 +35,7 @@ SLOW = {"README.md", "calibrate.md"}  # plans of many seconds
     ],
 )
 def test_blocks_run_and_print_what_the_page_shows(name: str, tmp_path: Path) -> None:
-    with patch.dict(ROUTERS), patch.dict(ENGINES):  # a page adds one
+    with patch.dict(ROUTERS), patch.dict(SERVERS):  # a page adds one
         ran = list(blocks.run_page(PAGES[name].read_text("utf-8"), tmp_path))
     for block, printed in ran:
         if block.output is not None:

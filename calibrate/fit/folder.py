@@ -14,7 +14,7 @@ from servecast.calibrate.fit.gpu import gpu_of
 from servecast.calibrate.fit.grid import GridFit
 from servecast.calibrate.fit.kernels import told_by
 from servecast.calibrate.fit.measurements import Engine, Measurements, read_folder
-from servecast.calibrate.fit.noise import Scatter, fit_front_end, fit_noise
+from servecast.calibrate.fit.noise import Scatter, fit_front_end, fit_noise, undisturbed
 from servecast.calibrate.fit.physical import PhysicalFit, joined
 from servecast.calibrate.fit.rows import Kernel, Step
 from servecast.calibrate.fit.verdict import kernel_errors, summarise
@@ -95,6 +95,8 @@ def fit_folder(
     if gpu is not None and gpu.name != measured.facts["gpu"]:
         note = f"facts.json says {measured.facts['gpu']}; the fit is relative to {gpu.name}, as was asked"
         measured = replace(measured, notes=(*measured.notes, note))
+    overheads, disturbed = undisturbed(measured.overheads)
+    measured = replace(measured, overheads=overheads, notes=(*measured.notes, *disturbed))
     summary = summarise(fit, measured, steps, kernels, say)
     profile = _profile(kind, fit, measured, steps, the_gpu, noise, summary)
     return FolderFit(profile, the_gpu, derived=gpu is None and the_gpu.memory_source == "measured")

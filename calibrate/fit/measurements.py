@@ -17,7 +17,7 @@ from servecast.sim.hardware.model_shape import ModelShape
 from servecast.sim.hardware.shard import Shard, cudagraph_capture_sizes
 from servecast.sim.hardware.step_time.physical import Efficiencies, PhysicalStepTime
 from servecast.sim.inputs.errors import InputError
-from servecast.sim.scenario.engine_flags import RELEASES
+from servecast.sim.scenario.vllm_server import RELEASES
 
 KERNELS_FILE, ENGINE_FILE = "kernels.jsonl", "engine.jsonl"
 T = TypeVar("T")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,8 @@ from numpy.typing import NDArray
 from scipy.optimize import nnls
 
 from servecast.calibrate.fit.rows import Overhead, Step
+from servecast.calibrate.measure.folder import Row
+from servecast.calibrate.measure.turns import complaints, lags, trusted
 from servecast.sim.fleet.front_end import MAX_ROUND
 from servecast.sim.hardware.front_end_costs import FrontEndCosts
 from servecast.sim.hardware.noise import StepNoise
@@ -64,13 +67,31 @@ class Scatter:
         return np.array([math.sqrt(math.pi / 2 / len(step.times_s)) * self.noise.cv for step in steps])
 
 
+def undisturbed(overheads: Sequence[Overhead]) -> tuple[tuple[Overhead, ...], list[str]]:
+    """The rows of the turns that count (see ``measure.turns``), without the tokens of loads behind which the
+    front end fell; and what was wrong with the others."""
+    loads = defaultdict[int, dict[int, list[Row]]](dict)
+    for row in overheads:
+        loads[row.concurrency].setdefault(row.turn, []).append(row.model_dump())
+    behind = {load for load, turns in loads.items() if lags([row for rows in turns.values() for row in rows])}
+    if behind == loads.keys():
+        behind.clear()  # better than nothing
+    kept = tuple(
+        row
+        for row in overheads
+        if row.turn in trusted(loads[row.concurrency])
+        and not (row.kind == "token_out" and row.concurrency in behind)
+    )
+    return kept, complaints(loads)
+
+
 def fit_front_end(overheads: Sequence[Overhead]) -> tuple[FrontEndCosts, tuple[str, ...]]:
     """The costs in front of the engine, as ``sim.front_end`` spends them.
 
     c requests in preparation at a time are ready after latency + their rounds' costs; the tokens of a burst
-    leave one after the other, so that the mean one waits for half of them, and are delivered after what a
-    first token takes beyond that (a constant delay of the later ones moves none of their gaps). Server and
-    client share one machine here, and what each of them takes is not told apart: all of it is the server's.
+    leave one after the other, first ones last, and are delivered after what a first token takes beyond that
+    (a constant delay of the later ones moves none of their gaps). Server and client share one machine here,
+    and what each of them takes is not told apart: all of it is the server's.
 
     Returns:
         The costs, and the names of those that the rows tell.
@@ -79,10 +100,11 @@ def fit_front_end(overheads: Sequence[Overhead]) -> tuple[FrontEndCosts, tuple[s
     outward = [row for row in overheads if row.kind == "token_out"]
     costs: dict[str, float] = {}
     if inward:
-        latency, request = _line(inward, [_mean_ready(row.concurrency) for row in inward])
+        latency, request = _line(inward, [_mean_ready(_together(row)) for row in inward])
         costs |= {"latency_s": latency, "request_s": request}
-        alone = min(inward, key=lambda row: row.concurrency)
-        spread = _half_width(np.asarray(alone.times_s)) / alone.median_s
+        fewest = min(map(_together, inward))
+        alone = np.concatenate([row.times_s for row in inward if _together(row) == fewest])
+        spread = _half_width(alone) / float(np.median(alone))
         costs["cv"] = spread * (latency + request) / math.hypot(latency, request)  # each is drawn for itself
     if outward:
         first = [row for row in outward if row.first]
@@ -107,9 +129,16 @@ def _line(rows: Sequence[Overhead], at: Sequence[float]) -> tuple[float, float]:
     return float(start), float(slope)
 
 
+def _together(row: Overhead) -> int:
+    """Requests or tokens at a time: all that are in progress, where a row does not say."""
+    return row.burst or row.concurrency
+
+
 def _mean_place(row: Overhead) -> float:
-    """Of a token in its burst, from 1 on."""
-    return (1 + (row.burst or row.concurrency)) / 2
+    """Of these tokens in their burst, from 1 on, whose first tokens stand last."""
+    if row.first and row.firsts:
+        return _together(row) - (row.firsts - 1) / 2
+    return (1 + _together(row) - row.firsts) / 2
 
 
 def _mean_ready(requests: int) -> float:

@@ -189,7 +189,7 @@ def _prior(name: str, base: Deployment, *, gateway: bool) -> Parameter:
             where="reported.0.fit_steps",
             fix=did_you_mean(name, known) or f"Known: {', '.join(known)}.",
         )
-    if name == "efficiencies.host_fixed_s" and base.engine.flags.enforce_eager:
+    if name == "efficiencies.host_fixed_s" and base.scenario.engine.enforce_eager:
         return Parameter(base.model.kernels * _EAGER_KERNEL_S, 0.7, 1e-5, 1e-1)
     if name == "front_end.latency_s" and gateway:
         return replace(known[name], high=1.0)
@@ -278,10 +278,10 @@ def _profile(base: Deployment, values: dict[str, float]) -> Profile:
         gpu=base.gpu.name,
         model=base.model.name,
         models=(base.model,),
-        engine_version=base.engine.flags.version,
-        tensor_parallel_size=base.engine.flags.tensor_parallel_size,
+        engine_version=base.scenario.engine.version,
+        tensor_parallel_size=base.scenario.engine.tensor_parallel_size,
         date=datetime.date.today(),
-        flags={"enforce_eager": True} if base.engine.flags.enforce_eager else {},
+        flags={"enforce_eager": True} if base.scenario.engine.enforce_eager else {},
         efficiencies=replace(Efficiencies(), **of["efficiencies"]),
         noise=StepNoise(**of["noise"]),
         front_end=FrontEndCosts(**of["front_end"]),

@@ -125,14 +125,19 @@ class Step(_Row):
 class Overhead(_Row):
     """``request_in``: client sends to engine's queue. ``token_out``: engine has a token to client read it.
 
-    ``burst``: tokens that left the engine in that step. ``first``: requests' first tokens, or later ones.
+    ``burst``: requests on their way in at a time, or tokens that left the engine in that step, ``firsts`` of
+    them a request's first. ``first``: these, or later ones. ``turn``: one of several at that concurrency.
+    ``lumped``: share of its streams whose tokens came together.
     """
 
     row: Literal["overhead"]
     kind: Literal["request_in", "token_out"]
     concurrency: Count
     burst: Count | None = None
+    firsts: Amount = 0
     first: bool = False
+    turn: Amount = 0
+    lumped: float = 0.0
 
 
 _KERNEL: TypeAdapter[Kernel] = TypeAdapter(Annotated[Kernel, Field(discriminator="row")])

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import yaml
 from cyclopts import Group, Parameter
 
 from servecast.sim.inputs.errors import InputError
-
-if TYPE_CHECKING:  # commands import what they run once their arguments are known to be right
-    from servecast.sim.scenario.scenario import Scenario
-    from servecast.sim.traffic.spec import Workload
+from servecast.sim.inputs.files import file_or_name
+from servecast.sim.scenario.scenario import Scenario, load
 
 WHAT_IF = Group("What-if", sort_key=10)
 LOAD = Group("Load", sort_key=11)
@@ -50,7 +47,7 @@ class WhatIf:
     replicas: int | None = None
     router: str | None = None
 
-    def overrides(self) -> dict[str, Any]:
+    def changes(self) -> dict[str, Any]:
         """Dotted field paths and values; ``--set`` wins over the other flags.
 
         Raises:
@@ -70,12 +67,9 @@ class WhatIf:
         given = {field: value for field, value in flags.items() if value is not None}
         return given | dict(assignment(text) for text in self.set or ())
 
-    def load(self, scenario: str, more: Mapping[str, Any] | None = None) -> tuple[Scenario, dict[str, Any]]:
-        """The changed scenario, and what was changed. more: further changes, which win."""
-        from servecast.sim.scenario.scenario import load
-
-        overrides = self.overrides() | dict(more or {})
-        return load(scenario, overrides), overrides
+    def load(self, scenario: str) -> Scenario:
+        """The scenario with these changes."""
+        return load(scenario, self.changes())
 
 
 @Parameter(name="*", group=LOAD)
@@ -90,25 +84,6 @@ class Load:
 
     request_rate: float | None = None
     num_requests: int = 1000
-
-    def workload(self, scenario: Scenario) -> Workload | None:
-        """The workload to run instead of the scenario's, None: its own."""
-        if self.request_rate is None:
-            return None
-        return at_rate(scenario, self.request_rate, self.num_requests)
-
-
-def at_rate(scenario: Scenario, request_rate: float, num_requests: int) -> Workload:
-    """The scenario's open-loop traffic at a rate given on the command line, checked."""
-    from servecast.sim.traffic.draw import with_request_rate
-
-    if not 0 < request_rate < float("inf"):
-        raise InputError(
-            f"{request_rate:g} is not a rate", where="--request-rate", fix="Give requests a second, above 0."
-        )
-    if num_requests < 1:
-        raise InputError(f"{num_requests} requests", where="--num-requests", fix="Give at least 1.")
-    return with_request_rate(scenario.open_loop(), request_rate, num_requests=num_requests)
 
 
 def assignment(text: str, *, where: str = "--set") -> tuple[str, Any]:
@@ -164,8 +139,6 @@ def _is_text(field: str, value: str) -> bool:
 
 
 def _read(value: str, where: str) -> Any:
-    import yaml
-
     try:
         return yaml.safe_load(value)
     except yaml.YAMLError:
@@ -175,10 +148,3 @@ def _read(value: str, where: str) -> Any:
 def _gpu(name: str) -> dict[str, str]:
     file = file_or_name(name)
     return {"name": name} if file == name else {"file": str(file)}
-
-
-def file_or_name(name: str | None) -> str | None:
-    """A name as it is; a path absolute, since scenarios read paths relative to their own folder."""
-    if name is None or not ("/" in name or Path(name).suffix in (".json", ".yaml", ".yml")):
-        return name
-    return str(Path(name).absolute())

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from servecast.sim.cli.options import WhatIf, check_jobs
-from servecast.sim.cli.output import print_json
+from servecast.sim.cli.output import show
+from servecast.sim.reproduce import reproduce as reproduction
 
 
 def reproduce(
@@ -25,13 +26,4 @@ def reproduce(
         json: print one JSON object and nothing else.
     """
     check_jobs(jobs)
-
-    from servecast.sim.reproduce import reproduce as reproduction
-
-    loaded, _ = what_if.load(scenario)
-    found = reproduction.reproduce(loaded, jobs=jobs)
-    if json:
-        print_json(found.to_json())
-    else:
-        print(found.to_text())
-    return found.exit_code
+    return show(reproduction.reproduce(what_if.load(scenario), jobs=jobs), json=json)

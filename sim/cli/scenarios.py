@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from servecast.sim.cli.output import print_json, print_table
+from servecast.sim.cli.output import print_json
+from servecast.sim.report.text import table
+from servecast.sim.scenario.scenario import load, shipped_scenarios
 
 
 def scenarios(*, json: bool = False) -> None:
@@ -11,11 +13,8 @@ def scenarios(*, json: bool = False) -> None:
     Args:
         json: print a JSON object instead of a table.
     """
-    from servecast.sim.scenario.scenario import load, shipped_scenarios
-
-    found = {name: load(name) for name in shipped_scenarios()}
+    found = {name: load(name).description.strip() for name in shipped_scenarios()}
     if json:
-        print_json({"scenarios": {name: each.description.strip() for name, each in found.items()}})
-        return
-    rows = [[name, each.description.strip()] for name, each in found.items()]
-    print_table(["scenario", "description"], rows)
+        print_json({"scenarios": found})
+    else:
+        print(table(["scenario", "description"], [[name, text] for name, text in found.items()]))

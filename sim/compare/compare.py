@@ -1,213 +1,177 @@
-"""Results side by side: their metrics, and what differs between the runs that may explain the difference."""
+"""Results, scenarios or routers compared: side by side, and routers ranked."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from joblib import Parallel, delayed
+
+from servecast.sim.compare import ranking
+from servecast.sim.compare.page import PodsOverTime, write_router_page
+from servecast.sim.compare.side_by_side import Document, Side, SideBySide, side_by_side
 from servecast.sim.inputs.errors import InputError
-from servecast.sim.metrics.confidence import Interval, t_interval
-from servecast.sim.run.results import measured
-
-Document = Mapping[str, Any]
-
-_EXPLAINS = {  # what a difference may explain, by the last part of a field's name
-    "gpu": "FLOP/s, bandwidth and memory: everything",
-    "model_id": "FLOPs and bytes a token: everything",
-    "model": "FLOPs and bytes a token: everything",
-    "profile": "step times, front end and noise",
-    "basis": "how far the prediction is to be believed",
-    "dtype": "bytes of weights and KV cache: step time, KV blocks",
-    "quantization": "bytes of weights and speed of their kernels: step time, KV blocks",
-    "kv_cache_dtype": "bytes of the KV cache: decode step time, KV blocks",
-    "tensor_parallel_size": "step time, communication, KV blocks",
-    "max_model_len": "which requests are accepted; room for the KV cache",
-    "gpu_memory_utilization": "KV blocks: queueing and preemption under load",
-    "num_gpu_blocks": "queueing and preemption under load",
-    "max_num_seqs": "batch size under load: throughput, queueing (TTFT), TPOT",
-    "max_num_batched_tokens": "prompt tokens a step: TTFT against ITL",
-    "enable_prefix_caching": "prompt tokens that are computed: TTFT",
-    "enable_chunked_prefill": "ITL beside long prompts",
-    "async_scheduling": "host time of a step: TPOT, TTFT",
-    "scheduling_policy": "order of the queue: tail of TTFT",
-    "enforce_eager": "CUDA graphs: TPOT at small batches",
-    "block_size": "KV blocks, prefix hits",
-    "engine_version": "scheduling rules, kernels and defaults",
-    "vllm_version": "scheduling rules, kernels and defaults",
-    "rules": "scheduling rules",
-    "driver_cuda": "kernels and launch times",
-    "machine": "CPU: host time, front end; network",
-    "server_args": "any of the engine's flags",
-    "request_shape": "work a request",
-    "load_pattern": "how the load arrives: queueing",
-    "mean_input_tokens": "prefill work: TTFT",
-    "mean_output_tokens": "decode work: E2E, throughput",
-    "request_rate": "load",
-    "burstiness": "queueing: tail of TTFT",
-    "max_concurrency": "load",
-    "num_prompts": "how much start and end of the run count; warm-up",
-    "replicas": "load of each engine",
-    "router": "how evenly the engines are loaded: tail of TTFT",
-    "seed": "chance",
-}
-_LOAD = ("request_rate", "burstiness", "max_concurrency", "num_prompts")
-_TOP = ("backend", "servecast_version", "scenario", "profile", "seed", "engine_version", "model_id", "gpu")
+from servecast.sim.inputs.files import file_or_name
+from servecast.sim.report.answer import Answer
+from servecast.sim.report.progress import progress_bar
+from servecast.sim.run.results import read_result
+from servecast.sim.run.simulate import simulate as run_of
+from servecast.sim.run.simulation import at_rate, simulate
+from servecast.sim.scenario.scenario import Scenario
+from servecast.sim.traffic.spec import Workload
 
 
 @dataclass(frozen=True, slots=True)
-class Side:
-    """One thing to compare: its label, and its results, one a seed (or the one there is)."""
+class RankedRouters:
+    """Which router is best, and why. sent: the scenario of each, and the traffic that all got (None: its own
+    workload)."""
 
-    label: str
-    results: tuple[Document, ...]
+    places: Sequence[ranking.Ranking]
+    why: Sequence[ranking.Reason]
+    sent: dict[str, tuple[Scenario, Workload | None]]
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A metric on every side: means over the seeds, None where not known.
+@dataclass(frozen=True, slots=True, repr=False)
+class Comparison(Answer):
+    """What differs between the sides.
 
-    ratios: to the first side. differences: mean over seeds of this side less the first, which saw the same
-    seed, with its interval; None where the sides are not paired.
+    Attributes:
+        table: metrics side by side, and what differs between the runs that may explain them.
+        sides: the results of each.
+        routers: their ranking, None where something else was compared.
+        stage: that was asked for.
     """
 
-    stage: str | None
-    metric: str
-    values: tuple[float | None, ...]
-    ratios: tuple[float | None, ...]
-    differences: tuple[Interval | None, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Difference:
-    """A field of the run contexts that is not the same on every side, and what it may explain."""
-
-    field: str
-    values: tuple[Any, ...]
-    may_explain: str
-
-
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """unstated: fields that at least one side gives and at least one does not."""
-
-    labels: tuple[str, ...]
-    seeds: int
-    rows: tuple[Row, ...]
-    differences: tuple[Difference, ...]
-    unstated: tuple[str, ...]
+    table: SideBySide
+    sides: tuple[Side, ...]
+    routers: RankedRouters | None = None
+    stage: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
+        """The table's values, and of routers their places."""
+        document = self.table.to_json()
+        if self.routers is not None:
+            document |= ranking.to_json(self.sides, self.routers.places, self.routers.why)
+        return document
+
+    def to_text(self, *, all_metrics: bool = False) -> str:
+        """Of routers their places and what explains them, otherwise the main metrics.
+
+        Args:
+            all_metrics: all that the results have in common.
+        """
+        parts = []
+        if self.routers is not None:
+            parts.append(ranking.to_text(self.sides, self.routers.places, self.routers.why))
+        if self.routers is None or all_metrics or self.stage is not None:
+            parts.append(self.table.to_text(all_metrics=all_metrics))
+        return "\n".join(parts)
+
+    def to_html(self, path: Path | str) -> Path:
+        """Write the page; that of routers has plots, for which each is simulated once more."""
+        if self.routers is None:
+            return super(Comparison, self).to_html(path)
+        pods = {
+            label: PodsOverTime.of(run_of(scenario, workload=workload))
+            for label, (scenario, workload) in self.routers.sent.items()
+        }
+        title = f"Routers on {self.sides[0].results[0]['scenario']}"
+        places, why = self.routers.places, self.routers.why
+        return write_router_page(path, self.sides, places, why, pods, title=title)
 
 
-def compare(sides: Sequence[Side], *, stage: str | None = None, confidence: float = 0.95) -> Comparison:
-    """Put results side by side.
-
-    Stages of the same name are compared; results without stages as a whole.
+def compare(
+    *sides: Scenario | Path | str,
+    routers: Sequence[str] = (),
+    labels: Sequence[str] = (),
+    seeds: int = 5,
+    stage: str | None = None,
+    request_rate: float | None = None,
+    num_requests: int = 1000,
+    jobs: int = -1,
+    progress: bool = False,
+) -> Comparison:
+    """Put results, scenarios or routers side by side. What is simulated is compared seed by seed.
 
     Args:
-        stage: of the results that have stages, this one alone.
+        sides: scenarios, which are simulated, and result files (of ``servecast simulate`` or ``vllm bench
+            serve``); or one scenario, with routers.
+        routers: routing policies, and files of EndpointPickerConfigs: the same traffic goes through each.
+        labels: of the sides.
+        seeds: how many to simulate, from the scenario's on.
+        stage: compare this stage alone, as "concurrency=32".
+        request_rate: requests/s of the traffic that ``plan`` probes, instead of the scenarios' own workload.
+        num_requests: how many at that rate.
+        jobs: processes; -1 is one for each core. The answer does not depend on it.
+        progress: show how far it is.
 
     Raises:
-        InputError: some results have stages and others have not, or none in common, and none is chosen.
+        InputError: there is nothing to compare, or a scenario or a result is wrong.
     """
-    parts = [[_parts(side, each, stage) for each in side.results] for side in sides]
-    names = [name for name in parts[0][0] if all(name in of_side[0] for of_side in parts)]
-    if not names:
-        have = "; ".join(f"{side.label}: {_names(of[0])}" for side, of in zip(sides, parts, strict=True))
+    if seeds < 1:
+        raise InputError(f"{seeds} seeds", where="--seeds", fix="Give at least 1.")
+    if routers:
+        sides, labels = _behind(sides, routers)
+    elif len(sides) < 2:
         raise InputError(
-            f"there is no stage that all have ({have})",
-            where="--stage",
-            fix="Choose one stage of the results that have several.",
+            "there is nothing to compare with",
+            where="B",
+            fix="Give a second result or scenario, --routers, or a what-if.",
         )
-    paired = len({len(side.results) for side in sides}) == 1 and len(sides[0].results) > 1
-    rows = []
-    for name in names:
-        metrics = [[measured(seed[name]) for seed in of_side] for of_side in parts]
-        for metric in metrics[0][0]:
-            if sum(metric in of_side[0] for of_side in metrics) > 1:
-                samples = [[seed.get(metric) for seed in of_side] for of_side in metrics]
-                rows.append(_row(name, metric, samples, paired, confidence))
-    differences, unstated = _context_differences([side.results[0] for side in sides])
-    return Comparison(
-        tuple(side.label for side in sides), len(sides[0].results), tuple(rows), differences, unstated
-    )
+    found: list[Side] = []
+    sent: dict[str, tuple[Scenario, Workload | None]] = {}
+    with progress_bar("compare", shown=progress) as advance, Parallel(n_jobs=jobs) as pool:
+        for label, side in zip(labels or [_label(side) for side in sides], sides, strict=True):
+            advance(len(found) / len(sides), label)
+            if isinstance(side, Scenario):
+                rate = request_rate
+                sent[label] = side, None if rate is None else at_rate(side, rate, num_requests)
+                found.append(Side(label, tuple(pool(_results(side, seeds, rate, num_requests)))))
+            else:
+                found.append(Side(label, (read_result(Path(side)),)))
+    table = side_by_side(found, stage=stage)
+    ranked = None
+    if routers:
+        places = ranking.rank(found)
+        ranked = RankedRouters(places, ranking.reasons(found, places), sent)
+    return Comparison(table, tuple(found), ranked, stage)
 
 
-def _parts(side: Side, document: Document, stage: str | None) -> dict[str | None, Document]:
-    stages = {each["stage"]: each for each in document.get("stages") or ()}
-    if stage is None or not stages:
-        return stages or {None: document}
-    if stage not in stages:
+def _results(scenario: Scenario, seeds: int, request_rate: float | None, num_requests: int) -> Iterator[Any]:
+    """Tasks that make the result of each seed."""
+    for seed in range(scenario.seed, scenario.seed + seeds):
+        yield delayed(_result)(scenario, seed=seed, request_rate=request_rate, num_requests=num_requests)
+
+
+def _result(scenario: Scenario, **load: Any) -> Document:
+    return simulate(scenario, **load).result
+
+
+def _label(side: Scenario | Path | str) -> str:
+    """A file's name; a scenario's, or what was changed in it."""
+    if not isinstance(side, Scenario):
+        return str(side)
+    return ", ".join(f"{field}={value}" for field, value in side.changes.items()) or side.name
+
+
+def _behind(
+    sides: Sequence[Scenario | Path | str], routers: Sequence[str]
+) -> tuple[tuple[Scenario, ...], list[str]]:
+    """The scenario behind each router, and what the routers are called."""
+    if len(sides) != 1 or not isinstance(sides[0], Scenario) or len(routers) < 2:
         raise InputError(
-            f"{side.label} has no stage {stage!r}", where="--stage", fix=f"It has {', '.join(stages)}."
+            "routers are compared on one scenario, at least two of them",
+            where="--routers",
+            fix="Write for example SCENARIO --routers round_robin least_outstanding.",
         )
-    return {None: stages[stage]}
-
-
-def _names(parts: Mapping[str | None, Document]) -> str:
-    return "no stages" if None in parts else ", ".join(str(name) for name in parts)
-
-
-def _row(
-    stage: str | None,
-    metric: str,
-    samples: Sequence[Sequence[float | None]],
-    paired: bool,
-    confidence: float,
-) -> Row:
-    values = [_mean(of_side) for of_side in samples]
-    first = values[0]
-    ratios = [value / first if value is not None and first else None for value in values]
-    differences: list[Interval | None] = [None]
-    for of_side in samples[1:]:
-        pairs = [
-            ours - base
-            for ours, base in zip(of_side, samples[0], strict=False)
-            if ours is not None and base is not None
-        ]
-        differences.append(t_interval(pairs, confidence) if paired and len(pairs) > 1 else None)
-    return Row(stage, metric, tuple(values), tuple(ratios), tuple(differences))
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return math.fsum(known) / len(known) if len(known) == len(values) else None
-
-
-def _context_differences(
-    documents: Sequence[Document],
-) -> tuple[tuple[Difference, ...], tuple[str, ...]]:
-    facts = [_facts(document) for document in documents]
-    for field in dict.fromkeys(field for document in documents for field in document.get("what_if") or ()):
-        if field.partition(".")[0] in ("workload", "sweep", "plan"):  # the others show in what was run
-            for fact, document in zip(facts, documents, strict=True):
-                if "what_if" in document:
-                    fact[field] = document["what_if"].get(field, "as in the scenario")
-    fields = list(dict.fromkeys(field for each in facts for field in each))
-    differences, unstated = [], []
-    for field in fields:
-        values = tuple(each.get(field) for each in facts)
-        stated = [value for value in values if value is not None]
-        if any(value != stated[0] for value in stated):
-            differences.append(Difference(field, values, _EXPLAINS.get(field.rpartition(".")[2], "")))
-        elif len(stated) < len(values) and not all(field in each for each in facts):
-            unstated.append(field)
-    return tuple(differences), tuple(unstated)
-
-
-def _facts(document: Document) -> dict[str, Any]:
-    """What was run, by flat names. None is vLLM's default, or not stated."""
-    facts = {name: document[name] for name in (*_TOP, *_LOAD) if name in document}
-    for kind in ("engine", "fleet", "run_context"):
-        facts |= {f"{kind}.{name}": value for name, value in (document.get(kind) or {}).items()}
-    if "provenance" in document:
-        facts["basis"] = document["provenance"]["basis"]
-    done = document["completed"]
-    if done:
-        facts["mean_input_tokens"] = round(document["total_input_tokens"] / done, 1)
-        facts["mean_output_tokens"] = round(document["total_output_tokens"] / done, 1)
-    return facts
+    if len(set(routers)) < len(routers):
+        raise InputError("a router is named twice", where="--routers", fix="Name each once.")
+    found = tuple(sides[0].changed({"fleet.router": file_or_name(name)}) for name in routers)
+    for scenario in found:
+        scenario.fleet.check()
+    if found[0].fleet.size < 2:
+        raise InputError("one replica leaves a router no choice", where="--routers", fix="Add --replicas 4.")
+    short = [Path(name).stem for name in routers]
+    return found, short if len(set(short)) == len(short) else list(routers)

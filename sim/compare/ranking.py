@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from servecast.sim.compare.compare import Document, Side
+from servecast.sim.compare.side_by_side import Document, Side
 from servecast.sim.metrics.confidence import Interval, t_interval
+from servecast.sim.report.text import cell_text, table
 from servecast.sim.run.results import measured
+from servecast.sim.run.simulation import replicas_text
 
 RANKED = {  # metric -> whether less of it is better
     "mean_ttft_ms": True,
@@ -178,6 +180,35 @@ def _show(metric: str, value: float) -> str:
     if metric in _PERCENT:
         return f"{value:.0%}"
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def to_text(sides: Sequence[Side], rankings: Sequence[Ranking], why: Sequence[Reason]) -> str:
+    """Places by metric, a row a stage; what explains them; and the replicas of the first seed."""
+    labels = [side.label for side in sides]
+    parts = []
+    for metric in dict.fromkeys(ranking.metric for ranking in rankings):
+        rows = [
+            [ranking.stage or "all", *(_place_text(ranking.of(label)) for label in labels)]
+            for ranking in rankings
+            if ranking.metric == metric
+        ]
+        parts.append(table(["place, value", *labels], rows, title=f"\n{metric}"))
+    if any(ranking.places[-1].behind is not None for ranking in rankings):
+        parts.append("\nPlaces are shared where no difference, seed by seed, is beyond doubt (95%).")
+    for reason in why:
+        where = "" if reason.stage is None else f"{reason.stage}, "
+        parts.append(f"{where}{reason.metric}: {reason.to_text()}.")
+    for side in sides:
+        replicas = side.results[0]["fleet_load"]["replicas"]
+        parts.append(replicas_text(replicas, title=f"\nReplicas behind {side.label}"))
+    return "\n".join(parts)
+
+
+def _place_text(place: Place | None) -> str:
+    if place is None:
+        return "-"
+    text = f"{place.rank}. {cell_text(place.value)}"
+    return f"{text} ({place.behind_text})" if place.behind_text else text
 
 
 def to_json(sides: Sequence[Side], rankings: Sequence[Ranking], why: Sequence[Reason]) -> dict[str, Any]:

@@ -17,16 +17,16 @@ import pandas as pd
 from joblib import Parallel, delayed, parallel_config
 
 from servecast.sim.inputs.errors import InputError
-from servecast.sim.run.results import measured, result, write_result, write_table
-from servecast.sim.run.simulate import simulate
-from servecast.sim.scenario.deployment import Deployment
+from servecast.sim.report.answer import Answer
+from servecast.sim.report.progress import progress_bar
+from servecast.sim.report.text import table
+from servecast.sim.run.results import check_output, measured, write_result, write_table
+from servecast.sim.run.simulation import simulate
 from servecast.sim.scenario.scenario import Scenario
-from servecast.sim.traffic.draw import with_request_rate
-from servecast.sim.traffic.spec import Workload
 
 Backend = Literal["loky", "dask", "ray"]
-Reload = Callable[[Mapping[str, Any]], Scenario]
 Document = dict[str, Any]
+_COLUMNS = ("request_throughput", "output_throughput", "p95_ttft_ms", "p95_tpot_ms", "p95_e2el_ms", "error")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +49,6 @@ class Cell:
             "request_rate": self.request_rate,
             "num_requests": self.num_requests,
         }
-
-    def workload(self, scenario: Scenario) -> Workload | None:
-        """What to run instead of the scenario's own workload."""
-        if self.request_rate is None:
-            return None
-        return with_request_rate(scenario.open_loop(), self.request_rate, num_requests=self.num_requests)
 
 
 def grid(
@@ -101,16 +95,45 @@ def _paths(value: Any) -> Iterator[Path]:
 
 
 @dataclass(frozen=True, slots=True)
-class Swept:
-    """A finished sweep: each cell's document in the grid's order, and how many were there before."""
+class Workers:
+    """Where the cells run; results do not depend on it.
+
+    Attributes:
+        jobs: processes; -1 is one for each core.
+        backend: what runs them.
+        dask_scheduler: address of the scheduler for the backend dask, as tcp://127.0.0.1:8786.
+    """
+
+    jobs: int = -1
+    backend: Backend = "loky"
+    dask_scheduler: str | None = None
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Swept(Answer):
+    """A finished sweep.
+
+    Attributes:
+        documents: each cell's result in the grid's order, or its error.
+        reused: how many cells were there before.
+        summary: the file of the table.
+    """
 
     documents: tuple[Document, ...]
     reused: int
+    summary: Path
 
     @property
     def failed(self) -> int:
+        """How many cells have an error instead of a result."""
         return sum("error" in document for document in self.documents)
 
+    @property
+    def exit_code(self) -> int:
+        """2 if no cell could run, otherwise 0."""
+        return 0 if self.failed < len(self.documents) else 2
+
+    @property
     def table(self) -> pd.DataFrame:
         """A row a cell (and stage): what was varied, then the metrics, and the error where it failed."""
         rows = []
@@ -128,34 +151,96 @@ class Swept:
                 rows.append(head | measured(document))
         return pd.DataFrame(rows)
 
+    def to_json(self) -> dict[str, Any]:
+        """The table's rows, and how the cells fared."""
+        return {
+            "cells": len(self.documents),
+            "reused": self.reused,
+            "failed": self.failed,
+            "summary": str(self.summary),
+            "rows": _without_nan(self.table).to_dict("records"),
+        }
+
+    def to_text(self) -> str:
+        """The table with its main columns, and how the cells fared."""
+        found = self.table
+        varied = dict.fromkeys(name for document in self.documents for name in document["cell"]["changes"])
+        shown = [*dict.fromkeys([*varied, "request_rate", "seed", "stage", *_COLUMNS])]
+        columns = [name for name in shown if name in found and found[name].notna().any()]
+        return (
+            f"{table(columns, _without_nan(found[columns]).to_numpy().tolist())}\n"
+            f"{len(self.documents)} cells, {self.reused} were there already, {self.failed} failed\n"
+            f"Summary: {self.summary}"
+        )
+
+
+def _without_nan(found: pd.DataFrame) -> pd.DataFrame:
+    return found.astype(object).where(found.notna(), None)
+
 
 def sweep(
-    reload: Reload,
+    scenario: Scenario,
+    vary: Mapping[str, Sequence[Any]] | None = None,
+    *,
+    rates: Sequence[float] = (),
+    num_requests: int = 1000,
+    seeds: int = 1,
+    out: Path | str = "out/sweep",
+    resume: bool = False,
+    progress: bool = False,
+    **workers: Any,
+) -> Swept:
+    """Run a grid of what-ifs, in parallel.
+
+    Writes each cell's result as soon as it is done, and ``summary.csv`` at the end. Results do not depend on
+    where they are made. A cell whose input is wrong is recorded with its message, and the others go on.
+
+    Args:
+        vary: fields by their dotted paths and their values, for all combinations.
+        rates: requests/s of the traffic that ``plan`` probes, instead of the scenario's own workload.
+        num_requests: how many at each rate.
+        seeds: how many seeds to run each cell with, from the scenario's on.
+        out: folder of the results; a file is named after its cell's `fingerprint`.
+        resume: leave alone the cells that are there; those that failed are tried again.
+        progress: show how far it is.
+        workers: where they run, as in `Workers`: jobs, backend, dask_scheduler.
+
+    Raises:
+        InputError: nothing varies, the backend is not there, or a file cannot be written.
+    """
+    if not vary and not rates and seeds == 1:
+        raise InputError(
+            "nothing varies", where="--vary", fix="Write for example engine.max_num_seqs=64,128."
+        )
+    for value, flag in ((seeds, "--seeds"), (num_requests, "--num-requests")):
+        if value < 1:
+            raise InputError(f"{value} is too few", where=flag, fix="Give at least 1.")
+    out = Path(out)
+    check_output(out / "summary.csv", where="--out")
+    numbers = range(scenario.seed, scenario.seed + seeds)
+    cells = grid(vary or {}, seeds=numbers, rates=rates, num_requests=num_requests)
+    with progress_bar("sweep", shown=progress) as advance:
+        swept = _run(
+            scenario,
+            cells,
+            out,
+            resume=resume,
+            workers=Workers(**workers),
+            progress=lambda done: advance(done / len(cells), f"{done} of {len(cells)} cells"),
+        )
+    write_table(swept.summary, swept.table)
+    return swept
+
+
+def _run(
+    scenario: Scenario,
     cells: Sequence[Cell],
     out: Path,
     *,
-    what_if: Mapping[str, Any],
-    resume: bool = False,
-    jobs: int = 1,
-    backend: Backend = "loky",
-    dask_scheduler: str | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    resume: bool,
+    workers: Workers,
+    progress: Callable[[int], None],
 ) -> Swept:
-    """Run the cells and write each one's result as soon as it is done, and ``summary.csv`` at the end.
-
-    Results do not depend on the backend or the number of jobs. A cell whose input is wrong is recorded with
-    its message, and the others go on.
-
-    Args:
-        reload: the scenario with a cell's changes. what_if: what the whole sweep changes, for the results.
-        out: folder of the results; a file is named after its cell's `fingerprint`.
-        resume: leave alone the cells that are there; those that failed are tried again.
-        jobs: processes. backend, dask_scheduler: where they run; dask needs the scheduler's address.
-        progress: called with (cells done, all cells).
-
-    Raises:
-        InputError: the backend is not there, or a file cannot be written.
-    """
     documents: dict[int, Document] = {}
     waiting: list[tuple[int, Cell, Scenario]] = []
     names: dict[int, Path] = {}
@@ -163,30 +248,26 @@ def sweep(
     def keep(index: int, document: Document) -> None:
         documents[index] = document
         write_result(names[index], document)
-        if progress is not None:
-            progress(len(documents), len(cells))
+        progress(len(documents))
 
     for index, cell in enumerate(cells):
         try:
-            scenario = reload(cell.changes)
-            names[index] = out / f"{fingerprint(cell, scenario)}.json"
+            changed = scenario.changed(cell.changes)
+            names[index] = out / f"{fingerprint(cell, changed)}.json"
         except InputError as error:
             names[index] = out / f"{fingerprint(cell, None)}.json"
             keep(index, {"cell": cell.to_json(), "error": str(error)})
             continue
         found = _done(names[index]) if resume else None
         if found is None:
-            waiting.append((index, cell, scenario))
+            waiting.append((index, cell, changed))
         else:
             documents[index] = found
     reused = len(cells) - len(waiting) - sum("error" in each for each in documents.values())
-    with _parallel(backend, jobs, dask_scheduler) as run:
-        tasks = (delayed(_simulate)(*each, dict(what_if)) for each in waiting)
-        for index, document in run(tasks):
+    with _parallel(workers) as run:
+        for index, document in run(delayed(_simulate)(*each) for each in waiting):
             keep(index, document)
-    swept = Swept(tuple(documents[index] for index in range(len(cells))), reused)
-    write_table(out / "summary.csv", swept.table())
-    return swept
+    return Swept(tuple(documents[index] for index in range(len(cells))), reused, out / "summary.csv")
 
 
 def _done(path: Path) -> Document | None:
@@ -197,25 +278,24 @@ def _done(path: Path) -> Document | None:
     return None if "error" in document else document
 
 
-def _simulate(index: int, cell: Cell, scenario: Scenario, what_if: Mapping[str, Any]) -> tuple[int, Document]:
+def _simulate(index: int, cell: Cell, scenario: Scenario) -> tuple[int, Document]:
     try:
-        deployment = Deployment.of(scenario)
-        run = simulate(deployment, seed=cell.seed, workload=cell.workload(scenario))
-        document = result(deployment, run, what_if={**what_if, **cell.changes})
+        document = simulate(
+            scenario, seed=cell.seed, request_rate=cell.request_rate, num_requests=cell.num_requests or 0
+        ).result
     except InputError as error:
         document = {"error": str(error)}
     return index, {"cell": cell.to_json(), **document}
 
 
 @contextmanager
-def _parallel(
-    backend: Backend, jobs: int, dask_scheduler: str | None
-) -> Iterator[Callable[[Iterable[Any]], Iterable[Any]]]:
+def _parallel(workers: Workers) -> Iterator[Callable[[Iterable[Any]], Iterable[Any]]]:
     """What runs tasks and yields their results as they are done."""
+    jobs, backend = workers.jobs, workers.backend
     if backend == "loky":
         yield Parallel(n_jobs=jobs, backend="loky", batch_size=1, return_as="generator_unordered")
     elif backend == "dask":
-        with _dask_client(dask_scheduler) as client, parallel_config(backend="dask", client=client):
+        with _dask_client(workers.dask_scheduler) as client, parallel_config(backend="dask", client=client):
             yield Parallel(n_jobs=-1, batch_size=1, return_as="generator_unordered")
     else:
         _optional("ray.util.joblib", "ray").register_ray()

@@ -7,19 +7,18 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """What the scheduler and the KV cache need to know. Counts are tokens, blocks or requests.
+    """What an engine needs to know, all defaults filled in. Counts are tokens, blocks or requests.
 
-    ``policy`` picks the engine (sim.engine); what follows ``max_num_active_seqs`` is not vLLM's.
-
-    ``version`` picks the rule set ("0.23" or "0.32", sim.rules). ``num_gpu_blocks`` includes the null
-    block 0, as vLLM counts it, so num_gpu_blocks - 1 are usable.
+    ``version`` picks the rule set of vLLM's scheduler ("0.23" or "0.32", rules.py). ``num_gpu_blocks``
+    includes the null block 0, as vLLM counts it, so num_gpu_blocks - 1 are usable; it is 0 until the account
+    of memory says it, which reads ``gpu_memory_utilization``. ``batch_wait_s`` is static batching's.
     """
 
     version: str
     max_num_seqs: int
     max_num_batched_tokens: int
     max_model_len: int
-    num_gpu_blocks: int
+    num_gpu_blocks: int = 0
     block_size: int = 16
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
@@ -30,5 +29,5 @@ class EngineConfig:
     long_prefill_token_threshold_adaptive: bool = False  # 0.32 only
     watermark: float = 0.0  # 0.32 only
     max_num_active_seqs: int | None = None  # 0.32 only
-    policy: str = "vllm"
+    gpu_memory_utilization: float = 1.0
     batch_wait_s: float = 0.0

@@ -1,11 +1,11 @@
-"""A KV cache that tells which contents come and go, as vLLM does with ``--kv-events-config``."""
+"""Which contents come into a KV cache and go, as vLLM tells it with ``--kv-events-config``."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from servecast.sim.engine.engines import Engine
+from servecast.sim.engine.engine import Engine
 from servecast.sim.engine.scheduler import Scheduler
 from servecast.sim.engine.sequence import is_shared
 

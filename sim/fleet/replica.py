@@ -16,8 +16,7 @@ import numpy as np
 import simpy
 from simpy.events import EventPriority
 
-from servecast.sim.engine.config import EngineConfig
-from servecast.sim.engine.engines import ENGINES
+from servecast.sim.engine.engine import Engine
 from servecast.sim.engine.request import Request
 from servecast.sim.engine.step import Step
 from servecast.sim.fleet.client import Client
@@ -46,7 +45,7 @@ class Replica:
     Args:
         env: SimPy environment whose clock counts picoseconds.
         index: number of the replica in its fleet.
-        config: engine configuration.
+        engine: a fresh one.
         step_time: how long a step takes.
         noise: factors of mean 1 on the step time, one a step.
         floor: a step's least duration in seconds, which noise does not undercut (its roofline).
@@ -61,7 +60,7 @@ class Replica:
         self,
         env: simpy.Environment,
         index: int,
-        config: EngineConfig,
+        engine: Engine,
         step_time: StepTime,
         noise: Iterator[float],
         floor: Callable[[Step], float],
@@ -73,8 +72,8 @@ class Replica:
     ) -> None:
         self.env = env
         self.index = index
-        self.config = config
-        self.engine = ENGINES[config.policy](config)
+        self.config = engine.config
+        self.engine = engine
         self.outstanding = 0
         self.stage = 0  # stage that pooled gaps are booked under
         self.after_step: Callable[[], None] | None = None  # called when a step has been completed

@@ -16,6 +16,7 @@ from servecast.sim.hardware.shard import Shard
 from servecast.sim.inputs.errors import InputError
 
 TYPICAL_BAND = 0.3  # of a GPU that nobody measured
+KERNELS_BAND = 0.25  # of token times from kernel timings: kept by 95 % of 195 runs on H100 and H200
 MODEL_BAND = 0.2  # least band of another model, where the fit did not leave one out
 GPU_BAND = 0.3  # least band of another GPU
 PER_DOUBLING = 0.02  # more for each doubling of the weights of the nearest model, or of the bandwidth
@@ -28,7 +29,7 @@ class Transfer:
 
     Attributes:
         basis: "measured here", "fitted to a report" (of this GPU and model), "scaled from a measured
-            reference" or "physics only".
+            reference", "kernel timings" (of this GPU's single kernels) or "physics only".
         model_doublings: log2 of the weights over those of the nearest measured model; 0 for one of them,
             NaN where the profile does not say what it was.
         rank_doublings: log2 of the tensor-parallel size over the profile's.
@@ -49,6 +50,8 @@ class Transfer:
         found = []
         if self.basis == "physics only":
             return ("nothing was measured",)
+        if self.basis == "kernel timings":
+            return ("kernels were timed, no server",)
         if self.model_doublings != 0:
             found.append(f"another model{_times(self.model_doublings, 'the weights')}")
         if self.rank_doublings:
@@ -67,6 +70,9 @@ def transfer(profile: Profile, shard: Shard) -> Transfer:
     models = _model_doublings(profile, shard)
     ranks = math.log2(shard.tensor_parallel_size / profile.tensor_parallel_size)
     gpus = _gpu_doublings(profile, shard.gpu)
+    origins = {entry.origin for entry in profile.provenance}
+    if "kernels" in origins:
+        return Transfer("kernel timings", 0.0, 0.0, None, KERNELS_BAND)
     if all(entry.origin == "assumed" for entry in profile.provenance):
         return Transfer("physics only", models, ranks, gpus, max(TYPICAL_BAND, profile.error_band or 0.0))
     if models == 0 and ranks == 0 and gpus is None:

@@ -27,7 +27,7 @@ class GPU:
         memory_bytes: total memory as CUDA reports it, which vLLM multiplies by ``gpu_memory_utilization``:
             about 0.5 GiB under nvidia-smi's figure, since the driver keeps some.
         bandwidth: device memory, bytes/s.
-        bf16_flops, fp8_flops: tensor-core peaks, FLOP/s; None where the GPU has no fp8.
+        bf16_flops, fp8_flops, fp4_flops: tensor-core peaks, FLOP/s; None where the GPU has no such products.
         link_bandwidth: to the other GPUs, bytes/s each way.
         sms: streaming multiprocessors; None if not known (bounds the speed of one sequence's attention).
         capability: CUDA compute capability.
@@ -41,6 +41,7 @@ class GPU:
     link_bandwidth: float
     capability: tuple[int, int]
     fp8_flops: float | None = None
+    fp4_flops: float | None = None
     sms: int | None = None
     source: str = "given"
     memory_source: str = "given"
@@ -48,6 +49,18 @@ class GPU:
     def linear_flops(self, weight_bytes_each: int) -> float:
         """Peak of matrix products with weights of that width; fp8 weights run at bf16 without fp8 units."""
         return self.fp8_flops if weight_bytes_each == 1 and self.fp8_flops else self.bf16_flops
+
+    def peak_flops(self, dtype: str) -> float | None:
+        """Peak of matrix products with weights of that dtype, FLOP/s; None where there are no such products.
+
+        Weight-only dtypes (int4, and mxfp4 without activations of eight bits) are multiplied in 16 bits.
+        """
+        return {
+            "fp8": self.fp8_flops,
+            "fp8_block": self.fp8_flops,
+            "mxfp4_mxfp8": self.fp8_flops,
+            "nvfp4": self.fp4_flops,
+        }.get(dtype, self.bf16_flops)
 
     @classmethod
     def from_mapping(cls, data: Mapping[str, Any], where: str = "gpu") -> GPU:
@@ -57,7 +70,7 @@ class GPU:
             InputError: a field is unknown, missing or not a positive number.
         """
         known = {field.name for field in fields(cls)}
-        required = known - {"source", "memory_source", "sms", "fp8_flops"}
+        required = known - {"source", "memory_source", "sms", "fp8_flops", "fp4_flops"}
         for name in data:
             if name not in known:
                 raise InputError(
@@ -73,7 +86,15 @@ class GPU:
                     fix="Give it, in bytes, FLOP/s or bytes/s.",
                 )
         values = dict(data)
-        for name in ("memory_bytes", "bandwidth", "bf16_flops", "fp8_flops", "link_bandwidth", "sms"):
+        for name in (
+            "memory_bytes",
+            "bandwidth",
+            "bf16_flops",
+            "fp8_flops",
+            "fp4_flops",
+            "link_bandwidth",
+            "sms",
+        ):
             value = values.get(name)
             if value is None and name not in required:
                 continue
@@ -124,21 +145,34 @@ class GPU:
         write_whole(Path(path), lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
+_SMI = "0.5 GiB less than nvidia-smi's"
 _REPORTED = "total capacity in PyTorch's out-of-memory messages"
 # fmt: off
-_TABLE: tuple[tuple[str, float, float, float, float | None, float, tuple[int, int], int, str, str], ...] = (
-    # name, GiB, GB/s, bf16 and fp8 TFLOP/s, link GB/s, capability, SMs, source of the rates, of the memory
-    ("L4", 22.03, 300, 121, 242, 32, (8, 9), 58, "NVIDIA L4 datasheet", _REPORTED),
-    ("A6000", 47.40, 768, 154.8, None, 32, (8, 6), 84, "NVIDIA RTX A6000 datasheet", _REPORTED),
-    ("RTX 5080", 15.47, 960, 112.6, 225.1, 64, (12, 0), 84, "NVIDIA RTX Blackwell whitepaper", _REPORTED),
-    ("RTX 4090", 23.516, 1008, 165.2, 330.3, 32, (8, 9), 128, "NVIDIA Ada whitepaper",
+_Entry = tuple[
+    str, float, float, float, float | None, float | None, float, tuple[int, int], int, str, str
+]
+_TABLE: tuple[_Entry, ...] = (
+    # name, GiB, GB/s, bf16, fp8, fp4 TFLOP/s, link GB/s, capability, SMs, source of rates, of memory
+    ("L4", 22.03, 300, 121, 242, None, 32, (8, 9), 58, "NVIDIA L4 datasheet", _REPORTED),
+    ("A6000", 47.40, 768, 154.8, None, None, 32, (8, 6), 84, "NVIDIA RTX A6000 datasheet", _REPORTED),
+    ("RTX 5080", 15.47, 960, 112.6, 225.1, 900.6, 64, (12, 0), 84, "NVIDIA RTX Blackwell whitepaper",
+     _REPORTED),
+    ("RTX 4090", 23.516, 1008, 165.2, 330.3, None, 32, (8, 9), 128, "NVIDIA Ada whitepaper",
      "25,250,627,584 bytes in the run of LLMServingSim's RTX 4090 data"),
-    ("L40S", 44.42, 864, 362, 733, 32, (8, 9), 142, "NVIDIA L40S datasheet", _REPORTED),
-    ("A100", 79.25, 2039, 312, None, 300, (8, 0), 108, "NVIDIA A100 datasheet, SXM 80 GB", _REPORTED),
-    ("H100", 79.18, 3350, 989, 1979, 450, (9, 0), 132, "NVIDIA H100 datasheet, SXM", _REPORTED),
-    ("H200", 139.80, 4800, 989, 1979, 450, (9, 0), 132, "NVIDIA H200 datasheet, SXM", _REPORTED),
-    ("B200", 178.35, 7700, 2250, 4500, 900, (10, 0), 148, "NVIDIA HGX B200 datasheet",
+    ("L40S", 44.42, 864, 362, 733, None, 32, (8, 9), 142, "NVIDIA L40S datasheet", _REPORTED),
+    ("A100", 79.25, 2039, 312, None, None, 300, (8, 0), 108, "NVIDIA A100 datasheet, SXM 80 GB", _REPORTED),
+    ("H100", 79.18, 3350, 989, 1979, None, 450, (9, 0), 132, "NVIDIA H100 datasheet, SXM", _REPORTED),
+    ("H200", 139.80, 4800, 989, 1979, None, 450, (9, 0), 132, "NVIDIA H200 datasheet, SXM", _REPORTED),
+    ("B200", 178.35, 7700, 2250, 4500, 9000, 900, (10, 0), 148, "NVIDIA HGX B200 datasheet",
      "CUDA device query published with pytorch/ao's roofline utilities"),
+    ("B300", 268.1, 7750, 2250, 4500, 14000, 900, (10, 3), 148, "NVIDIA HGX B300 datasheet",
+     f"{_SMI} 275,040 MiB"),
+    ("GB200", 184.5, 8000, 2500, 5000, 10000, 900, (10, 0), 148, "NVIDIA GB200 NVL72 datasheet",
+     f"{_SMI} 189,471 MiB"),
+    ("GB300", 277.0, 8000, 2500, 5000, 15000, 900, (10, 3), 148, "NVIDIA GB300 NVL72 datasheet",
+     f"{_SMI} 284,208 MiB"),
+    ("RTX PRO 6000", 95.0, 1792, 467.8, 935.6, 1871.2, 64, (12, 0), 188,
+     "NVIDIA RTX PRO 6000 Blackwell Server datasheet, at 2,430 MHz", f"{_SMI} 97,887 MiB"),
 )
 # fmt: on
 CATALOGUE: tuple[GPU, ...] = tuple(
@@ -148,13 +182,14 @@ CATALOGUE: tuple[GPU, ...] = tuple(
         bandwidth=bandwidth * 1e9,
         bf16_flops=bf16 * 1e12,
         fp8_flops=None if fp8 is None else fp8 * 1e12,
+        fp4_flops=None if fp4 is None else fp4 * 1e12,
         link_bandwidth=link * 1e9,
         capability=capability,
         sms=sms,
         source=source,
         memory_source=memory_source,
     )
-    for name, gib, bandwidth, bf16, fp8, link, capability, sms, source, memory_source in _TABLE
+    for name, gib, bandwidth, bf16, fp8, fp4, link, capability, sms, source, memory_source in _TABLE
 )
 _ALIASES: Mapping[str, str] = {
     "rtxa6000": "a6000",

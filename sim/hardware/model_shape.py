@@ -147,6 +147,19 @@ class ModelShape:
         return self.parameters - idle
 
     @property
+    def products(self) -> int:
+        """Matrix products of one forward pass beside routed experts and LM head: query, key and value in one,
+        output, gate and up in one, down; the router of a layer with experts."""
+        return self.layers * 4 - self.moe_layers
+
+    @property
+    def small_kernels(self) -> int:
+        """Kernels of one forward pass that are neither products, attention nor experts: norms, rotary,
+        activation, q and k norms."""
+        extra = 2 if self.qk_norm else 0
+        return self.layers * (self.norms_per_layer + 2 + extra) - self.moe_layers
+
+    @property
     def kernels(self) -> int:
         """GPU kernels of one forward pass: about ten a layer, more with q/k norms, extra norms or experts."""
         extra = (2 if self.qk_norm else 0) + self.norms_per_layer - 2

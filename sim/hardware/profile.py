@@ -10,7 +10,8 @@ import datetime
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from servecast.sim.hardware.fit_summary import FitSummary
 from servecast.sim.hardware.front_end_costs import FrontEndCosts
+from servecast.sim.hardware.gpu_constants import GpuConstants
 from servecast.sim.hardware.model_shape import ModelShape
 from servecast.sim.hardware.noise import StepNoise
 from servecast.sim.hardware.shard import Shard
@@ -57,7 +59,7 @@ class Provenance(_Strict):
     """Where one parameter comes from: "efficiencies.compute", "front_end.request_s", ..."""
 
     parameter: str
-    origin: Literal["measured", "fitted", "assumed"]
+    origin: Literal["measured", "fitted", "kernels", "assumed"]
     note: str = ""
 
 
@@ -115,6 +117,48 @@ class Profile(_Strict):
         if unknown:
             raise ValueError(f"unknown parameter {', '.join(unknown)}; known are {', '.join(known)}")
         return value
+
+    @classmethod
+    def of_kernels(
+        cls, constants: GpuConstants, shard: Shard, engine_version: str, *, async_scheduling: bool
+    ) -> Profile:
+        """A profile from timings of single kernels: no step, server or model was measured.
+
+        The host's times and the front end's latency are assumed. Without async scheduling the GPU waits while
+        the host prepares a step, about 1.5 ms and 25 us a request; a request takes about 8 ms to reach the
+        engine (7.5 to 10.5 ms on three sets of H100 servers with prompts of 250 to 1,000 tokens).
+
+        Raises:
+            InputError: the kernels of this model's weights were not timed.
+        """
+        efficiencies = constants.efficiencies(shard)
+        if not async_scheduling:
+            efficiencies = replace(efficiencies, host_fixed_s=1.5e-3, host_per_seq_s=25e-6)
+        own = constants.gpu == shard.gpu.name
+        note = f"kernel timings on {constants.gpu}, {constants.release}"
+        assumed = [f"efficiencies.{name}" for name in ("host_fixed_s", "host_per_seq_s")]
+        assumed += [f"front_end.{field.name}" for field in fields(FrontEndCosts)]
+        return cls(
+            servecast_version=version("servecast"),
+            gpu=constants.gpu,
+            model=shard.model.name,
+            engine_version=engine_version,
+            tensor_parallel_size=shard.tensor_parallel_size,
+            efficiencies=efficiencies,
+            front_end=FrontEndCosts(latency_s=8e-3),
+            provenance=(
+                *(
+                    Provenance(
+                        parameter=f"efficiencies.{field.name}",
+                        origin="kernels" if own else "assumed",
+                        note=note if own else f"{note}, the nearest GPU that was timed",
+                    )
+                    for field in fields(Efficiencies)
+                    if f"efficiencies.{field.name}" not in assumed
+                ),
+                *(Provenance(parameter=name, origin="assumed", note="typical value") for name in assumed),
+            ),
+        )
 
     @classmethod
     def typical(

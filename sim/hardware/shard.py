@@ -66,7 +66,7 @@ class Shard:
         embeddings = model.vocab_size * model.hidden_size // ranks * (1 if model.tied_embeddings else 2)
         return linear * model.weight_bytes_each + (embeddings + model.small_weights) * model.dtype_bytes
 
-    # -- linear layers and LM head -----------------------------------------------------------------
+    # -- linear layers -----------------------------------------------------------------------------
 
     @property
     def linear_peak(self) -> float:
@@ -83,18 +83,56 @@ class Shard:
         return 2.0 * (model.shared_weights(ranks) + routed)
 
     def linear_bytes(self, tokens: int) -> float:
-        """Weight bytes that a step of ``tokens`` tokens reads, the LM head left out.
-
-        Of E experts, T tokens that each pick k of them, evenly and independently, touch
-        E (1 - (1 - k/E)^T): an expectation; a skewed router touches fewer.
-        """
+        """Weight bytes that a step of ``tokens`` tokens reads, the LM head left out. Experts count as
+        ``expert_bytes`` says."""
         model, ranks = self.model, self.tensor_parallel_size
         read = model.shared_weights(ranks) * model.weight_bytes_each
         if not model.moe_layers:
             return float(read)
+        return read + self.expert_bytes(tokens) + model.moe_layers * model.router_weights * model.dtype_bytes
+
+    @property
+    def product_bytes_per_token(self) -> float:
+        """Bytes of activations a token that the linear layers read and write, routed experts and the LM head
+        left out."""
+        model, ranks = self.model, self.tensor_parallel_size
+        query, key = model.heads // ranks * model.head_dim, model.kv_heads_of(ranks) * model.head_dim
+        attention = 2 * model.hidden_size + 2 * query + 2 * key
+        mlp = 2 * model.hidden_size + 3 * model.intermediate_size / ranks
+        dense = model.layers - model.moe_layers
+        return (model.layers * attention + dense * mlp) * model.dtype_bytes
+
+    # -- routed experts ----------------------------------------------------------------------------
+
+    @property
+    def expert_flops_per_token(self) -> float:
+        """FLOPs of the experts that one token is sent to, all layers."""
+        model = self.model
+        sent = model.moe_layers * model.experts_per_token
+        return 2.0 * sent * model.expert_weights(self.tensor_parallel_size)
+
+    def expert_bytes(self, tokens: int) -> float:
+        """Weight bytes of the experts that a step of ``tokens`` tokens touches, all layers.
+
+        Of E experts, T tokens that each pick k of them, evenly and independently, touch
+        E (1 - (1 - k/E)^T): an expectation; a skewed router touches fewer.
+        """
+        model = self.model
+        if not model.moe_layers:
+            return 0.0
         touched = model.experts * (1.0 - (1.0 - model.experts_per_token / model.experts) ** tokens)
-        experts = touched * model.expert_weights(ranks) * model.weight_bytes_each
-        return read + model.moe_layers * (experts + model.router_weights * model.dtype_bytes)
+        weights = touched * model.expert_weights(self.tensor_parallel_size)
+        return model.moe_layers * (weights * model.weight_bytes_each)
+
+    @property
+    def expert_bytes_per_token(self) -> float:
+        """Bytes of activations a token that the experts it is sent to read and write, all layers."""
+        model, ranks = self.model, self.tensor_parallel_size
+        sent = model.moe_layers * model.experts_per_token
+        width = 2 * model.hidden_size + 3 * model.expert_intermediate_size / ranks
+        return sent * width * model.dtype_bytes
+
+    # -- LM head -----------------------------------------------------------------------------------
 
     def lm_head_flops(self, rows: int) -> float:
         """FLOPs of the logits of ``rows`` sampled tokens."""
@@ -125,6 +163,13 @@ class Shard:
     def attention_flops_per_pair(self) -> float:
         """FLOPs of a pair of query and key token: two products of head_dim multiply-adds in every head."""
         return 4.0 * self.model.heads / self.tensor_parallel_size * self.model.head_dim
+
+    @property
+    def attention_bytes_per_token(self) -> float:
+        """Bytes of a prompt token's q, k, v and o, all layers."""
+        model, ranks = self.model, self.tensor_parallel_size
+        heads = model.heads // ranks + model.kv_heads_of(ranks)
+        return 2.0 * model.layers * heads * model.head_dim * model.dtype_bytes
 
     @property
     def kv_bytes_per_token_and_layer(self) -> int:

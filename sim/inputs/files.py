@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and how a path is told from a name."""
 
 from __future__ import annotations
 
@@ -25,3 +25,10 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         raise InputError(
             f"cannot be written: {error.strerror}", where=str(path), fix="Give another path."
         ) from None
+
+
+def file_or_name(name: str | None) -> str | None:
+    """A name as it is; a path absolute, since scenarios read paths relative to their own folder."""
+    if name is None or not ("/" in name or Path(name).suffix in (".json", ".yaml", ".yml")):
+        return name
+    return str(Path(name).absolute())

@@ -50,7 +50,7 @@ def search(
         inside = [value for value in first if low < value < high]
         if inside:
             value = inside[0]
-        elif low and high <= near * low * (1 + 1e-9):
+        elif near_enough(low, high, near):
             break
         else:
             centre = 0.0 if not low else math.inf if math.isinf(high) else middle(low, high)
@@ -68,6 +68,11 @@ def search(
             break
         tried[value] = held
     return ends(tried)
+
+
+def near_enough(low: float, high: float, near: float) -> bool:
+    """Whether both ends are known, and their ratio is at most ``near`` (but for rounding)."""
+    return low > 0 and high <= near * low * (1 + 1e-9)
 
 
 def readable(rate: float) -> float:

@@ -11,8 +11,9 @@ from typing import Any
 from joblib import Parallel, delayed
 
 from servecast.sim.inputs.errors import InputError
+from servecast.sim.plan.effort import Effort
 from servecast.sim.plan.judge import CERTAIN, Judgement, Objectives, judge
-from servecast.sim.plan.prober import replicate
+from servecast.sim.plan.prober import ProbedRate, replicate
 from servecast.sim.plan.search import search
 from servecast.sim.run.simulate import RateProbe
 from servecast.sim.scenario.scenario import Scenario
@@ -48,32 +49,32 @@ class Sensitivity:
     values: dict[str, float]
     error: str | None = None
 
+    @property
+    def effect(self) -> str:
+        """The change of the largest rate, or why there is none, in words."""
+        return self.error or f"{self.max_request_rate:+.1%}"
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def sensitivity(
-    scenario: Scenario,
-    objectives: Objectives,
-    *,
-    rate: float,
-    num_requests: int,
-    changed: Mapping[str, Any],
-    seed: int,
-    jobs: int = 1,
+    scenario: Scenario, at: ProbedRate, objectives: Objectives, effort: Effort
 ) -> list[Sensitivity]:
     """Scale each numeric assumption that has a field by 0.8 and 1.2 and look at the answer again.
 
     Whole numbers stay whole; one that this does not move is left out, as is one that a what-if replaced.
 
     Args:
-        rate, num_requests: of the plan's answer.
-        changed: the overrides that are in effect already. jobs: processes.
+        at: the plan's answer. effort: its jobs count here.
     """
+    rate, num_requests, seed = at.rate, at.num_requests, scenario.seed
     cases = [
         (assumption.name, assumption.field, float(assumption.value), scaled)
         for assumption in scenario.assumptions
-        if isinstance(assumption.value, float | int) and assumption.field and assumption.field not in changed
+        if isinstance(assumption.value, float | int)
+        and assumption.field
+        and assumption.field not in scenario.changes
         for scaled in _scaled(float(assumption.value))
     ]
 
@@ -82,14 +83,18 @@ def sensitivity(
         for _, field, _, value in cases:
             yield delayed(_estimate_or_error)(scenario, {field: value}, objectives, rate, num_requests, seed)
 
-    base, *estimates = Parallel(n_jobs=jobs)(work())
+    base, *estimates = Parallel(n_jobs=effort.jobs)(work())
     found = []
     for (name, field, assumed, scaled), estimate in zip(cases, estimates, strict=True):
         if isinstance(estimate, InputError):
             found.append(Sensitivity(name, field, assumed, scaled, None, {}, str(estimate)))
             continue
         change = estimate.max_request_rate / base.max_request_rate - 1
-        values = {key: estimate.values[key] / value - 1 for key, value in base.values.items() if value}
+        values = {
+            key: estimate.values[key] / value - 1
+            for key, value in base.values.items()
+            if value and math.isfinite(estimate.values[key] / value)
+        }
         found.append(Sensitivity(name, field, assumed, scaled, change, values))
     return found
 

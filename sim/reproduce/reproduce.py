@@ -35,8 +35,8 @@ def reproduce(
     """Simulate what each reported table measured, and set the two side by side.
 
     Args:
-        seeds: replications, instead of the scenario's; predictions are their means. profile: instead of
-            the scenario's.
+        seeds: replications, instead of the scenario's; predictions are their means.
+        profile: instead of the scenario's.
         jobs: processes over which the simulations run; results do not depend on it.
 
     Raises:

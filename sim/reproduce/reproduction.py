@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from servecast.sim.report.answer import Answer
 from servecast.sim.reproduce.cell import Cell
 from servecast.sim.reproduce.reported_ranking import RouterRanking, Sustained
 from servecast.sim.scenario.scenario import Scenario
@@ -124,16 +125,15 @@ class TableReproduction:
         }
 
 
-@dataclass(frozen=True, slots=True)
-class Reproduction:
-    """All reported tables of a scenario; the first is the main one."""
+@dataclass(frozen=True, slots=True, repr=False)
+class Reproduction(Answer):
+    """All reported tables of a scenario; the first is the main one. Computed is good: whether it is good
+    enough is for the reader."""
 
     scenario: Scenario
     seeds: tuple[int, ...]
     tables: tuple[TableReproduction, ...]
     provenance: dict[str, Any]
-
-    exit_code = 0  # it was computed; whether it is good enough is for the reader
 
     def to_text(self) -> str:
         """All tables, what they rest on, and how to read them."""
@@ -163,7 +163,7 @@ class Reproduction:
             "seeds": list(self.seeds),
             "run_context": None if scenario.run_context is None else scenario.run_context.model_dump(),
             "assumptions": [entry.model_dump() for entry in scenario.assumptions],
-            "notes": list(scenario.engine.notes),
+            "notes": list(scenario.notes),
             "provenance": self.provenance,
         }
 

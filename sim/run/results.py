@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -45,19 +46,20 @@ _MEASURED = (  # besides what ends in _ms
 _VLLM_KEYS = ("completed", "duration", "output_throughput")  # in every result of vllm bench serve
 
 
-def context(deployment: Deployment, *, seed: int, what_if: Mapping[str, Any]) -> dict[str, Any]:
+def context(deployment: Deployment, *, seed: int) -> dict[str, Any]:
     """What produced a result: the same for a simulation, a plan and a sweep.
 
-    what_if: dotted field paths and values by which the scenario was changed. ``run_context`` is that of
-    the benchmark which the scenario describes, before these changes.
+    ``what_if`` in it are the scenario's changes; ``run_context`` is that of the benchmark which the scenario
+    describes, before these changes.
     """
-    scenario, engine, flags = deployment.scenario, deployment.engine, deployment.engine.flags
+    scenario, config = deployment.scenario, asdict(deployment.config)
+    flags = scenario.engine
     return {
         "schema_version": SCHEMA_VERSION,
         "servecast_version": version("servecast"),
         "backend": "servecast",
         "scenario": scenario.name,
-        "what_if": dict(what_if),
+        "what_if": scenario.changes,
         "seed": seed,
         "profile": scenario.profile,
         "engine_version": flags.version,
@@ -65,21 +67,15 @@ def context(deployment: Deployment, *, seed: int, what_if: Mapping[str, Any]) ->
         "gpu": deployment.gpu.name,
         "engine": {
             **flags.model_dump(mode="json", exclude={"command", "assume_rules"}),
-            "rules": engine.rules,
-            "max_model_len": engine.max_model_len,
-            "max_num_seqs": engine.max_num_seqs,
-            "max_num_batched_tokens": engine.max_num_batched_tokens,
-            "gpu_memory_utilization": engine.gpu_memory_utilization,
-            "async_scheduling": engine.async_scheduling,
-            "scheduler_reserve_full_isl": engine.scheduler_reserve_full_isl,
-            "num_gpu_blocks": deployment.config.num_gpu_blocks,
+            "rules": config.pop("version"),
+            **config,
         },
         "fleet": scenario.fleet.facts(),
         "run_context": None if scenario.run_context is None else scenario.run_context.model_dump(),
         "assumptions": [each.model_dump() for each in scenario.assumptions],
         "provenance": deployment.provenance(),
         "error_band": deployment.error_band,
-        "notes": list(flags.notes),
+        "notes": list(deployment.scenario.notes),
     }
 
 
@@ -87,7 +83,6 @@ def result(
     deployment: Deployment,
     run: Run,
     *,
-    what_if: Mapping[str, Any],
     ranks: Sequence[float] = (95, 99),
     warmup: Warmup | None = None,
     detailed: bool = False,
@@ -107,7 +102,7 @@ def result(
     goodput = scenario.goodput_limits
     several = len(run.stages) > 1
     whole = run if several else select(run, warmup=warmup)
-    document = context(deployment, seed=run.meta["seed"], what_if=what_if)
+    document = context(deployment, seed=run.meta["seed"])
     document["notes"] += cautions(deployment, run)
     document |= summary(whole, ranks=ranks, goodput=goodput)
     failures: Mapping[str, int] = run.meta.get("failures", {})

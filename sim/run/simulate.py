@@ -67,7 +67,7 @@ def simulate(
         return Replica(
             env,
             index,
-            its.config,
+            its.scenario.server.engine(its.config),
             its.step_time,
             its.profile.noise.factors(noise_streams[index]),
             its.step_time.roofline_seconds,

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
+from pathlib import Path
 
 from servecast.sim.engine.config import EngineConfig
 from servecast.sim.hardware.error_band import Transfer, transfer
 from servecast.sim.hardware.gpu import GPU, find_gpu
-from servecast.sim.hardware.memory import KVMemory, kv_memory
+from servecast.sim.hardware.gpu_constants import FAMILIES, GpuConstants
+from servecast.sim.hardware.memory import KVMemory
 from servecast.sim.hardware.model_shape import ModelShape
-from servecast.sim.hardware.padded_memory import MemoryRisk, padded_memory
+from servecast.sim.hardware.padded_memory import MemoryRisk
 from servecast.sim.hardware.profile import Profile, build_step_time
-from servecast.sim.hardware.shard import Shard, cudagraph_capture_sizes
+from servecast.sim.hardware.shard import Shard
 from servecast.sim.hardware.step_time.physical import StepTime
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.metrics.binding import Limits
-from servecast.sim.scenario.engine_flags import ResolvedEngine, resolve_defaults
-from servecast.sim.scenario.scenario import Scenario
+from servecast.sim.scenario.scenario import Scenario, shipped_folder
+
+KERNELS = "kernels"  # the profile that stands for timings of the GPU's kernels
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,15 +29,14 @@ class Deployment:
 
     Attributes:
         scenario: what it was made of. shard: its model on its GPUs, one rank of it.
-        engine: vLLM's flags with defaults filled in.
-        memory: the account of the KV pool. config: what the engine model takes.
-        profile: efficiencies, overheads and noise; a typical one where the scenario names none.
+        memory: the account of the KV pool. config: the engine's flags, with all defaults filled in.
+        profile: efficiencies, overheads and noise; from kernel timings, or typical, where the scenario names
+            none.
         step_time: how long a step takes.
     """
 
     scenario: Scenario
     shard: Shard
-    engine: ResolvedEngine
     memory: KVMemory
     config: EngineConfig
     profile: Profile
@@ -49,40 +50,16 @@ class Deployment:
             profile: instead of the one that the scenario names.
 
         Raises:
-            InputError: a name is unknown, vLLM would refuse the flags, or the model does not fit.
+            InputError: a name is unknown, the server would refuse the flags, or the model does not fit.
         """
-        flags = scenario.engine
-        model = _model(scenario)
-        gpu = _gpu(scenario)
-        engine = resolve_defaults(
-            flags,
-            gpu_name=gpu.name,
-            gpu_memory_bytes=gpu.memory_bytes,
-            max_position_embeddings=model.max_position_embeddings,
-            where=f"{scenario.source}: engine",
-        )
-        sizes: tuple[int, ...] = ()
-        if flags.policy == "vllm" and not flags.enforce_eager:
-            sizes = cudagraph_capture_sizes(
-                engine.max_num_seqs,
-                engine.max_num_batched_tokens,
-                version=flags.version,
-                capability=gpu.capability,
-                max_capture_size=flags.max_cudagraph_capture_size,
-            )
-        shard = Shard(
-            model,
-            gpu,
-            flags.tensor_parallel_size,
-            kv_dtype_bytes=1 if flags.kv_cache_dtype.startswith("fp8") else 2,
-            cudagraph_sizes=sizes,
-        )
-        memory = _memory(shard, engine)
-        if profile is None:
-            profile = _profile(scenario, gpu, model)
-        step_time = build_step_time(profile, shard)
-        config = engine.config(memory.num_gpu_blocks)
-        return cls(scenario, shard, engine, memory, config, profile, step_time)
+        flags, server = scenario.engine, scenario.server
+        model, gpu = _model(scenario), _gpu(scenario)
+        config = server.resolve(flags, gpu, model.max_position_embeddings, where=f"{scenario.source}: engine")
+        shard = server.shard(flags, config, model, gpu)
+        memory = server.memory(flags, config, shard)
+        config = replace(config, num_gpu_blocks=memory.num_gpu_blocks)
+        profile = profile or _profile(scenario, shard, config)
+        return cls(scenario, shard, memory, config, profile, build_step_time(profile, shard))
 
     @property
     def model(self) -> ModelShape:
@@ -96,10 +73,8 @@ class Deployment:
 
     @property
     def limits(self) -> Limits:
-        """What could bind a run of this deployment. Another engine than vLLM has a slot's worth of blocks for
-        each row, so that none is waited for, unless it was given fewer."""
-        flags = self.engine.flags
-        waits_for_blocks = flags.policy == "vllm" or flags.num_gpu_blocks_override is not None
+        """What could bind a run of this deployment."""
+        waits_for_blocks = self.scenario.server.waits_for_blocks(self.scenario.engine)
         return Limits(
             max_num_seqs=self.config.max_num_seqs,
             max_num_batched_tokens=self.config.max_num_batched_tokens,
@@ -109,18 +84,8 @@ class Deployment:
         )
 
     def memory_risk(self, longest_prompt: int) -> MemoryRisk | None:
-        """What a joint prefill of a full batch may need; None for vLLM, which measures it and sets it aside.
-
-        Args:
-            longest_prompt: of the traffic, in tokens.
-        """
-        config = self.config
-        if config.policy == "vllm":
-            return None
-        tokens = longest_prompt
-        if config.enable_chunked_prefill and config.long_prefill_token_threshold:
-            tokens = min(tokens, config.long_prefill_token_threshold)
-        return MemoryRisk.of(self.shard, self.memory, max_num_seqs=config.max_num_seqs, tokens=tokens)
+        """See ``Server.memory_risk``."""
+        return self.scenario.server.memory_risk(self.config, self.shard, self.memory, longest_prompt)
 
     @property
     def error_band(self) -> float | None:
@@ -143,32 +108,9 @@ class Deployment:
             "fitted_rows": list(profile.fitted_rows),
             "parameters": [entry.model_dump() for entry in profile.provenance],
             "gpu_source": self.gpu.source,
-            "memory": [dataclasses.asdict(line) for line in self.memory.lines],
+            "memory": [asdict(line) for line in self.memory.lines],
             "servecast_version": version("servecast"),
         }
-
-
-def _memory(shard: Shard, engine: ResolvedEngine) -> KVMemory:
-    flags = engine.flags
-    if flags.policy != "vllm":
-        return padded_memory(
-            shard,
-            max_num_seqs=engine.max_num_seqs,
-            max_model_len=engine.max_model_len,
-            block_size=flags.block_size,
-            num_gpu_blocks=flags.num_gpu_blocks_override,
-        )
-    return kv_memory(
-        shard,
-        version=flags.version,
-        max_num_seqs=engine.max_num_seqs,
-        max_num_batched_tokens=engine.max_num_batched_tokens,
-        max_model_len=engine.max_model_len,
-        gpu_memory_utilization=engine.gpu_memory_utilization,
-        block_size=flags.block_size,
-        kv_cache_memory_bytes=flags.kv_cache_memory_bytes,
-        num_gpu_blocks_override=flags.num_gpu_blocks_override,
-    )
 
 
 def _model(scenario: Scenario) -> ModelShape:
@@ -181,7 +123,7 @@ def _model(scenario: Scenario) -> ModelShape:
             fix="Use bfloat16 or float16, as serving does.",
         )
     if flags.quantization == "fp8":
-        return dataclasses.replace(model, weight_bytes_each=1)
+        return replace(model, weight_bytes_each=1)
     if flags.quantization is not None and model.weight_bytes_each != 1:
         raise InputError(
             f"quantization {flags.quantization!r} is not modelled for this model's config",
@@ -198,14 +140,30 @@ def _gpu(scenario: Scenario) -> GPU:
     return find_gpu(scenario.gpu.name, where=f"{scenario.source}: gpu.name")
 
 
-def _profile(scenario: Scenario, gpu: GPU, model: ModelShape) -> Profile:
+def _profile(scenario: Scenario, shard: Shard, config: EngineConfig) -> Profile:
+    """The scenario's profile: a file, what the GPU's kernels reach, or typical values."""
+    release, kind = scenario.engine.version, scenario.server.step_times
+    if scenario.profile == KERNELS and kind == "physical":
+        constants = GpuConstants.load(_constants_file(shard.gpu, f"{scenario.source}: profile"))
+        return Profile.of_kernels(constants, shard, release, async_scheduling=config.async_scheduling)
     path = scenario.profile_file()
     if path is not None:
         return Profile.load(path)
     return Profile.typical(
-        gpu.name,
-        model.name,
-        scenario.engine.version,
-        servecast_version=version("servecast"),
-        kind="physical" if scenario.engine.policy == "vllm" else "padded",
+        shard.gpu.name, shard.model.name, release, servecast_version=version("servecast"), kind=kind
     )
+
+
+def _constants_file(gpu: GPU, where: str) -> Path:
+    """The shipped constants of a GPU, or of the nearest one whose kernels were timed."""
+    folder = shipped_folder() / "gpus"
+    name = FAMILIES.get(gpu.name, gpu.name)
+    file = folder / f"{name.lower().replace(' ', '-')}.json"
+    if not file.is_file():
+        timed = [each.stem for each in sorted(folder.glob("*.json"))]
+        raise InputError(
+            f"no kernels of a {gpu.name} were timed, nor of one near it",
+            where=where,
+            fix=f"Timed are {', '.join(timed)}. Leave profile out for typical values.",
+        )
+    return file

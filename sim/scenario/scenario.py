@@ -31,6 +31,7 @@ from servecast.sim.inputs.yaml_file import override, read_yaml
 from servecast.sim.metrics import slo as objectives
 from servecast.sim.scenario.engine_flags import EngineFlags
 from servecast.sim.scenario.reported import Reported
+from servecast.sim.scenario.servers import SERVERS, Server, checked
 from servecast.sim.traffic.arrivals import ClosedLoop
 from servecast.sim.traffic.forms import WorkloadSpec, expand
 from servecast.sim.traffic.spec import PlanSpec, StageSpec, StreamSpec, Sweep, Workload
@@ -124,7 +125,7 @@ def _engine_of(engine: EngineFlags, spec: ReplicaSpec) -> EngineFlags:
     """The engine's flags with those of a replica in their place."""
     written = engine.model_dump(include=engine.model_fields_set)
     try:
-        return parse(EngineFlags, written | spec.engine, source="engine")
+        return checked(parse(EngineFlags, written | spec.engine, source="engine"))
     except InputError as error:
         raise invalid(error.what, error.fix, at=error.where.removeprefix("engine: ")) from None
 
@@ -143,9 +144,10 @@ class Scenario(Model):
     gpu: GpuSpec
     """The GPU of one rank."""
     profile: str | None = None
-    """Name of a shipped profile, or the path of one. Without it, step times are physics with typical
-    efficiencies, labelled so."""
-    engine: EngineFlags
+    """Name of a shipped profile, or the path of one; ``kernels`` for timings of vLLM's own kernels on this
+    GPU or the nearest that was timed. Without it, step times are physics with typical efficiencies, labelled
+    so."""
+    engine: Annotated[EngineFlags, AfterValidator(checked)]
     """The engine's flags."""
     fleet: Fleet = Fleet()
     """How many engines, behind which router."""
@@ -173,6 +175,7 @@ class Scenario(Model):
     """How many seeds ``reproduce`` runs, from ``seed`` on."""
 
     _source: Path | None = PrivateAttr(default=None)
+    _changes: dict[str, Any] = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="after")
     def _fits_together(self) -> Scenario:
@@ -204,6 +207,21 @@ class Scenario(Model):
         return self.name if self._source is None else str(self._source)
 
     @property
+    def server(self) -> Server:
+        """The server that its engine is a part of."""
+        return SERVERS[self.engine.policy]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a result should say about the engine's configuration."""
+        return self.server.notes(self.engine)
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """What ``load`` and ``changed`` put in the place of what the file says, by dotted field paths."""
+        return dict(self._changes)
+
+    @property
     def slos(self) -> tuple[objectives.SLO, ...]:
         """The SLOs, parsed."""
         return tuple(objectives.SLO.parse(text) for text in self.slo)
@@ -225,19 +243,27 @@ class Scenario(Model):
         """The scenario with another router (a name, or the path of an EndpointPickerConfig)."""
         return self.model_copy(update={"fleet": self.fleet.model_copy(update={"router": router})})
 
-    def changed(self, overrides: Mapping[str, Any]) -> Scenario:
-        """The scenario with other values in some fields, given by dotted paths as in ``load``.
+    def changed(self, overrides: Mapping[str, Any] | None = None, /, **fields: Any) -> Scenario:
+        """A what-if: the scenario with other values in some fields.
+
+        Args:
+            overrides: by dotted paths, as {"engine.max_num_seqs": 128, "sweep.levels.0.num_requests": 40}.
+            fields: the same for names without a dot, as ``seed=3``.
 
         Raises:
             InputError: as ``load``.
         """
-        names = list(dict.fromkeys(field.split(".")[0] for field in overrides))
+        given = {**(overrides or {}), **fields}
+        names = list(dict.fromkeys(field.split(".")[0] for field in given))
         data = {name: getattr(self, name) for name in self.model_fields_set}
         data |= self.model_dump(include=set(names), exclude_unset=True)
-        for field, value in overrides.items():
+        for field, value in given.items():
             data = override(data, field, value, where=self.source)
-        other = parse(Scenario, data, source=self.source)
-        return self.model_copy(update={name: getattr(other, name) for name in names})
+        folder = None if self._source is None else self._source.parent.absolute()
+        other = parse(Scenario, data, source=self.source, folder=folder)
+        changed = self.model_copy(update={name: getattr(other, name) for name in names})
+        changed._changes = self._changes | given
+        return changed
 
     def open_loop(self) -> Workload:
         """The one-stage workload that ``plan`` probes, at a rate of its own: the workload itself if it is
@@ -303,8 +329,7 @@ def load(name_or_path: str | Path, overrides: Mapping[str, Any] | None = None) -
 
     Args:
         name_or_path: a shipped scenario's name, or a YAML file.
-        overrides: dotted field paths and their values, such as {"engine.max_num_seqs": 128} or
-            {"sweep.levels.0.num_requests": 40}.
+        overrides: what to change in it at once, as ``Scenario.changed`` does later.
 
     Raises:
         InputError: about the first mistake: what, in which file and field, and what to do.
@@ -313,8 +338,9 @@ def load(name_or_path: str | Path, overrides: Mapping[str, Any] | None = None) -
     data = read_yaml(path)
     for field, value in (overrides or {}).items():
         data = override(data, field, value, where=str(path))
-    scenario = parse(Scenario, data, source=str(path), folder=path.parent)
+    scenario = parse(Scenario, data, source=str(path), folder=path.parent.absolute())
     scenario._source = path
+    scenario._changes = dict(overrides or {})
     return scenario
 
 

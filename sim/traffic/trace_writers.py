@@ -1,4 +1,4 @@
-"""Writers of the trace formats that sim.traces reads, and the trace of a simulated workload."""
+"""Writers of the trace formats that traces.py reads, and the trace of a simulated workload."""
 
 from __future__ import annotations
 

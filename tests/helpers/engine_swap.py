@@ -10,7 +10,8 @@ from unittest.mock import patch
 from plain_engine import PlainEngine, PlainStep
 
 from servecast.sim.engine.config import EngineConfig
-from servecast.sim.engine.engines import ENGINES
+from servecast.sim.scenario.servers import SERVERS
+from servecast.sim.scenario.vllm_server import Vllm
 
 
 class SwappedEngine(PlainEngine):
@@ -72,5 +73,5 @@ class SwappedStep:
 @contextmanager
 def plain_engine() -> Iterator[None]:
     """Simulations inside use the plain engine."""
-    with patch.dict(ENGINES, vllm=SwappedEngine):
+    with patch.dict(SERVERS, vllm=Vllm(SwappedEngine)):
         yield

@@ -19,10 +19,10 @@ from typing import Any
 from metronome_law import Law
 from metronome_setup import metronome_environment
 
-from servecast.calibrate.fit.folder import fit_folder
+from servecast.calibrate.fit.folder import FolderFit, fit_folder
 from servecast.calibrate.measure.facts import collect
-from servecast.calibrate.measure.served import overheads
-from servecast.calibrate.measure.vllm.bench_serve import run_bench
+from servecast.calibrate.measure.served import FrontEnd
+from servecast.calibrate.measure.turns import in_turn
 from servecast.calibrate.measure.vllm.recording import read_recording
 from servecast.sim.hardware.gpu import GPU
 from servecast.validate.live.own_server import OwnServer
@@ -84,35 +84,26 @@ def measure_steps(model: Path, out: Path, law: dict[str, Any]) -> Path:
     return out
 
 
-def measure_overheads(target: Target, recording: Path, out: Path, levels: Sequence[int]) -> None:
+def measure_overheads(target: Target, recording: Path, out: Path, levels: Sequence[int]) -> int:
     """Add what stands between client and engine of a server that runs, as ``calibrate measure served``
-    measures it on one of its own."""
-    rows = []
-    for level in levels:
-        trace = out / f"closed-{level}.jsonl"
-        with trace.open("w") as file:
-            for number in range(max(16, 5 * level)):
-                length = 32 + number  # tells the requests apart
-                ids = [10_000 * level + 100 * number + block for block in range(-(-length // 16))]
-                row = {"timestamp": 0.0, "input_length": length, "output_length": 24, "hash_ids": ids}
-                file.write(json.dumps(row) + "\n")
-        result = run_bench(
-            target,
-            trace,
-            out / f"closed-{level}.json",
-            python=PYTHON,
-            args=("--max-concurrency", str(level)),
-            hash_seed=level,
-        )
-        rows += list(overheads(result, recording.read_text(), level))
+    measures it on one of its own. Returns how long the recording was when the second turn began."""
+    front_end = FrontEnd(target, recording, output_tokens=24, python=PYTHON)
+    rows, second = list[dict[str, Any]](), 0
+    for _, turn, found in in_turn(levels, lambda level, turn: front_end.measure(out, level, turn), {}):
+        rows += found
+        if turn == 1:
+            second = recording.stat().st_size
     with (out / "engine.jsonl").open("a") as file:
         for number, row in enumerate(rows):
             file.write(json.dumps({"model": "model", "case": f"model/served/{number}"} | row) + "\n")
+    return second
 
 
-def calibrate(folder: Path, gpu: GPU, profile: Path) -> None:
+def calibrate(folder: Path, gpu: GPU, profile: Path) -> FolderFit:
     """Fit a profile to a folder of measurements."""
-    fit_folder(folder, gpu=gpu).profile.save(profile)
+    fit = fit_folder(folder, gpu=gpu)
+    fit.profile.save(profile)
+    return fit
 
 
 @dataclass(frozen=True)

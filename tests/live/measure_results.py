@@ -3,7 +3,7 @@
     make live-results
 
 Each is what ``servecast validate live`` writes: a server is calibrated, all loads are predicted, then driven.
-Takes about twenty minutes on a machine that does nothing else.
+Takes about twenty minutes on a machine that does nothing else, and keeps no result of one that does.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 from live_setup import PYTHON, calibrate, measure_overheads, measure_steps, metronome, write_scenario
 from live_setup import SCENARIO as METRONOME
 from metronome_setup import ROOFLINE, metronome_gpu, metronome_model
+from timing import Machine
 
 from servecast.__main__ import main
 from servecast.sim.scenario.scenario import load
@@ -36,11 +37,16 @@ def measure_metronome(folder: Path) -> Path:
     with started(own, load(file, {"profile": None}).engine, {}, folder) as server:
         assert server.recording is not None
         measure_overheads(server.target, server.recording, measured, (1, 4, 12))
-    calibrate(measured, gpu, folder / "profile.json")
+    fit = calibrate(measured, gpu, folder / "profile.json")
+    if disturbed := [*fit.summary.reasons, *(note for note in fit.summary.notes if "disturbed" in note)]:
+        sys.exit(f"nothing is kept: {'; '.join(disturbed)}")
     arguments = [str(file), "--serve", str(model), "--vllm-python", PYTHON, "--out", str(folder / "out")]
     plans = ["--plan", "rate,slo,knee,concurrency,prefix,mixed,kv", "--duration", "35", "--recorder"]
     os.environ.update(own.env)
+    machine = Machine()
     main(["validate", "live", *arguments, *plans, "--", *own.args])
+    if not machine.quiet():
+        sys.exit("nothing is kept: other programs ran beside the loads")
     return folder / "out" / "result.json"
 
 

@@ -12,7 +12,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -34,6 +34,8 @@ from live_setup import (
     write_scenario,
 )
 from metronome_setup import ROOFLINE, metronome_gpu, metronome_model
+from timing import Machine
+from timing import judge as judge_timing
 
 from servecast.__main__ import main
 from servecast.sim.hardware.profile import Profile
@@ -53,8 +55,10 @@ pytestmark = [
     pytest.mark.skipif(not ENVIRONMENT.exists(), reason="needs vLLM: run tools/install_vllm.sh"),
 ]
 LIMITS = Tolerances.load()
+PLANS = ("rate", "slo", "concurrency", "prefix")
+CONCURRENCY = (8,)
 RATES = (4.0, 7.5, 9.0, 14.0)  # requests/s, below, near and past the knee
-AGAIN = 2  # times that disturbed loads are run again
+AGAIN = 2  # times that a disturbed load is run again, if its figures are wrong
 MOST_LOST = 0.01  # of a load's time, by which steps were longer than their law
 MOST_LATE_S = 0.1  # p95 of what requests were sent after their time, the benchmark's start included
 LONGEST_GAP_S = 0.25  # between two tokens: no step of these loads takes half of that
@@ -62,34 +66,79 @@ LONGEST_GAP_S = 0.25  # between two tokens: no step of these loads takes half of
 
 @dataclass(frozen=True)
 class Lab:
-    """Two metronomes, and the scenario that predicts one of them, with its calibrated profile."""
+    """Two metronomes, and the scenario that predicts one of them, with its calibrated profile.
+
+    steady: whether this machine kept time while that was measured.
+    """
 
     file: Path
     replicas: tuple[Started, Started]
+    steady: bool
 
     @property
     def target(self) -> Target:
         return self.replicas[0].target
 
-    def campaign(self, out: Path, **options: Any) -> Session:
+    def campaign(self, out: Path, **options: Any) -> Watched:
         """A campaign on the first of them."""
-        return Session(load(self.file), self.target, out, **({"python": PYTHON, "seeds": 3} | options))
+        first = self.replicas[0]
+        campaign = Session(load(self.file), self.target, out, **({"python": PYTHON, "seeds": 3} | options))
+        return Watched(campaign, first.recording, steady=self.steady)
 
-    def in_time(self, outcome: Outcome) -> bool:
-        """Whether the first metronome and its client kept time in a load, whatever came of it."""
-        if outcome.measured is None:
-            return False
-        run, recording = outcome.measured.run, self.replicas[0].recording
-        assert recording is not None
-        began = run.meta["clock_start_s"]
-        lost = lost_time(recording, ROOFLINE, began, began + float(run.requests["finish"].max()))
-        late = 0.0
-        if outcome.load.max_concurrency is None:
-            planned = outcome.load.requests.times_s
-            late = float(np.percentile(np.sort(run.requests["sent"].to_numpy()) - np.sort(planned), 95))
-        gap = float(run.itl["gap"].max())
-        print(f"{outcome.load.name}: steps lost {lost:.2%}, sent {late:.3f} s late, longest gap {gap:.3f} s")
-        return lost < MOST_LOST and late < MOST_LATE_S and gap < LONGEST_GAP_S
+
+class Watched:
+    """A campaign, and whether this machine kept time in each of its loads."""
+
+    def __init__(self, campaign: Session, recording: Path | None = None, *, steady: bool = True) -> None:
+        self.campaign, self._recording, self._machine = campaign, recording, Machine()
+        self._steady = steady
+        self.quiet: dict[str, bool] = {}
+        campaign.after_load = self._after_load
+
+    def run(self) -> dict[str, Any]:
+        """What the campaign writes."""
+        self.campaign.run()
+        return kept(self.campaign)
+
+    def _after_load(self, campaign: Session) -> None:
+        outcome = campaign.outcomes[-1]
+        left_alone = self._machine.quiet()
+        in_time = kept_time(outcome, self._recording)
+        self.quiet[outcome.load.name] = self._steady and in_time and left_alone
+
+
+def kept_time(outcome: Outcome, recording: Path | None) -> bool:
+    """Whether a metronome and its client kept time in a load, whatever came of it.
+
+    The law says how long each step should have lasted: a load in which this machine held up the server or
+    the client says nothing.
+    """
+    recording = outcome.recording or recording
+    if outcome.measured is None or recording is None:
+        return False
+    run = outcome.measured.run
+    began = run.meta["clock_start_s"]
+    lost = lost_time(recording, ROOFLINE, began, began + float(run.requests["finish"].max()))
+    late = 0.0
+    if outcome.load.max_concurrency is None:
+        planned = outcome.load.requests.times_s
+        late = float(np.percentile(np.sort(run.requests["sent"].to_numpy()) - np.sort(planned), 95))
+    gap = float(run.itl["gap"].max())
+    print(f"{outcome.load.name}: steps lost {lost:.2%}, sent {late:.3f} s late, longest gap {gap:.3f} s")
+    return lost < MOST_LOST and late < MOST_LATE_S and gap < LONGEST_GAP_S
+
+
+def until_right(run: Callable[[int], tuple[str, bool, bool]]) -> None:
+    """Judge what a load shows: run again, ``AGAIN`` times at most, where it is wrong and was disturbed.
+
+    Args:
+        run: a load's number, from 0 -> what it shows, whether that is right, and whether it was quiet.
+    """
+    for again in range(1 + AGAIN):
+        what, right, quiet = run(again)
+        if right or quiet:
+            break
+    judge_timing(what, right, quiet=quiet)
 
 
 @pytest.fixture(scope="module")
@@ -107,9 +156,11 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
         servers = [started(metronome(model, ROOFLINE), engine, {}, out) for out in outs]
         first, second = threads.map(stack.enter_context, servers)
         assert first.recording is not None
-        measure_overheads(first.target, first.recording, measured, (1, 4, 12))
-        calibrate(measured, gpu, folder / "profile.json")
-        yield Lab(file, (first, second))
+        measure_overheads(first.target, first.recording, measured, (2, 12))
+        fit = calibrate(measured, gpu, folder / "profile.json")
+        disturbed = [*fit.summary.reasons, *(note for note in fit.summary.notes if "disturbed" in note)]
+        print(fit.profile.front_end, disturbed)
+        yield Lab(file, (first, second), not disturbed)
 
 
 def rows(load: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -118,7 +169,7 @@ def rows(load: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def kept(campaign: Session) -> dict[str, Any]:
     """What a campaign writes."""
-    found = document(campaign, judge(campaign, LIMITS), what_if={}, tolerances=LIMITS)
+    found = document(campaign, judge(campaign, LIMITS), tolerances=LIMITS)
     show(found)
     return found
 
@@ -138,108 +189,133 @@ def show(found: dict[str, Any]) -> None:
 # predicted blind, and driven below, near and past the knee
 
 
+@dataclass(frozen=True)
+class Sweep:
+    """The result of a campaign, and in which of its loads this machine kept time."""
+
+    found: dict[str, Any]
+    quiet: dict[str, bool]
+
+    def judge(self, metric: str, most: float) -> None:
+        """Each load's error."""
+        for each in self.found["loads"]:
+            error = rows(each)[metric]["error"]
+            what = f"{each['name']}: {metric} is {error:+.1%} off, {most:.0%} allowed"
+            judge_timing(what, abs(error) < most, quiet=self.quiet[each["name"]])
+
+    def judge_middle(self, metric: str, most: float) -> None:
+        """The error in the middle of the loads: of those in which this machine kept time, if most did."""
+        loads = [each for each in self.found["loads"] if self.quiet[each["name"]]]
+        enough = 2 * len(loads) > len(self.found["loads"])
+        loads = loads if enough else self.found["loads"]
+        middle = sorted(abs(rows(each)[metric]["error"]) for each in loads)[len(loads) // 2]
+        judge_timing(f"{metric} is {middle:.1%} off in the middle of the loads", middle < most, quiet=enough)
+
+    def judge_states(self, *metrics: str) -> None:
+        """That the intervals of no load's figures lie beyond what is allowed."""
+        for each in self.found["loads"]:
+            for metric in metrics:
+                what, right = f"{each['name']}: {metric} fails", rows(each)[metric]["state"] != "fail"
+                judge_timing(what, right, quiet=self.quiet[each["name"]])
+
+
 @pytest.fixture(scope="module")
-def sweep(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The result of a campaign, with the loads in which the metronome kept time.
-
-    The law says how long each step should have lasted: a load in which this machine held up the server or
-    the client says nothing, is run again with its plan, and is left out if it was disturbed again.
-    """
+def sweep(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Sweep:
+    """Loads in which this machine did not keep time are run again where their figures are wrong."""
     out = tmp_path_factory.mktemp("sweep")
-    plans: tuple[str, ...] = ("rate", "slo", "concurrency", "prefix")
-    campaign = lab.campaign(out / "0", kinds=plans, rates=RATES, concurrency=(8,), duration_s=12)
-    campaign.run()
-    for again in range(1, AGAIN + 1):
-        lost = {outcome.load.kind for outcome in campaign.outcomes if not lab.in_time(outcome)}
-        if not lost:
+    first = lab.campaign(out / "0", kinds=tuple(PLANS), rates=RATES, concurrency=CONCURRENCY, duration_s=12)
+    first.run()
+    outcomes = {each.load.name: each for each in first.campaign.outcomes}
+    quiet = first.quiet
+    for again in range(1, 1 + AGAIN):
+        wrong = [
+            outcomes[each["name"]].load
+            for each in kept(first.campaign)["loads"]
+            if each["verdict"] != "pass" and not quiet[each["name"]]
+        ]
+        if not wrong:
             break
-        plans = tuple(plan for plan in plans if plan in lost)
-        repeated = replace(
-            campaign, out=out / str(again), kinds=plans, outcomes=[], notes=[], predicted_rates=[]
+        more = lab.campaign(
+            out / str(again),
+            kinds=tuple(plan for plan in PLANS if any(each.kind == plan for each in wrong)),
+            rates=tuple(each.request_rate for each in wrong if each.kind == "rate"),
+            concurrency=tuple(each.max_concurrency for each in wrong if each.kind == "concurrency"),
+            duration_s=12,
         )
-        repeated.run()
-        campaign.outcomes = [each for each in campaign.outcomes if each.load.kind not in lost]
-        campaign.outcomes += repeated.outcomes
-    campaign.outcomes = [outcome for outcome in campaign.outcomes if lab.in_time(outcome)]
-    if not campaign.outcomes:
-        pytest.skip("this machine is too busy to keep time")
-    return kept(campaign)
+        more.run()
+        found = {each.load.name: each for each in more.campaign.outcomes}
+        if any(each.kind == "slo" for each in wrong):  # its search may take other rates
+            outcomes = {name: each for name, each in outcomes.items() if each.load.kind != "slo"}
+        outcomes |= found
+        quiet |= more.quiet
+        first.campaign.outcomes = list(outcomes.values())
+    return Sweep(kept(first.campaign), quiet)
 
 
-def loads_of(found: dict[str, Any], *plans: str) -> list[dict[str, Any]]:
-    """The loads of some plans, if this machine kept time in one of each at least."""
-    loads = [each for each in found["loads"] if each["plan"] in plans]
-    if {each["plan"] for each in loads} < set(plans):
-        pytest.skip("this machine was too busy to keep time in these loads")
-    return loads
-
-
-def errors(found: dict[str, Any], metric: str) -> list[float]:
-    """A figure's errors over the loads, rising."""
-    return sorted(abs(rows(each)[metric]["error"]) for each in found["loads"])
-
-
-def worst(found: dict[str, Any], metric: str) -> float:
-    return errors(found, metric)[-1]
-
-
-def middle(found: dict[str, Any], metric: str) -> float:
-    values = errors(found, metric)
-    return values[len(values) // 2]
-
-
-def test_throughput_and_medians(sweep: dict[str, Any]) -> None:
+def test_throughput_and_medians(sweep: Sweep) -> None:
     for metric in ("output_throughput", "median_tpot_ms", "median_e2el_ms"):
-        assert worst(sweep, metric) < 0.03, metric
+        sweep.judge(metric, 0.03)
 
 
-def test_tails(sweep: dict[str, Any]) -> None:
+def test_tails(sweep: Sweep) -> None:
     for metric in ("p95_tpot_ms", "p95_e2el_ms"):
-        assert worst(sweep, metric) < 0.10, metric
+        sweep.judge(metric, 0.10)
 
 
-def test_first_tokens(sweep: dict[str, Any]) -> None:
+def test_first_tokens(sweep: Sweep) -> None:
     """The bars are 8 and 10 %. A first token waits for the end of a step, up to half of its time, and which
     part of it hangs on milliseconds: in a load of 60 requests the bars hold but for chance, in most as such.
     """
-    assert middle(sweep, "median_ttft_ms") < 0.08
-    assert middle(sweep, "p95_ttft_ms") < 0.10
-    for each in sweep["loads"]:
-        for metric in ("median_ttft_ms", "p95_ttft_ms"):
-            assert rows(each)[metric]["state"] != "fail", (each["name"], metric)
+    sweep.judge_middle("median_ttft_ms", 0.08)
+    sweep.judge_middle("p95_ttft_ms", 0.10)
+    sweep.judge_states("median_ttft_ms", "p95_ttft_ms")
 
 
-def test_a_right_prediction_does_not_fail(sweep: dict[str, Any]) -> None:
-    states = [each["verdict"] for each in sweep["loads"]]
-    assert "fail" not in states, sweep["reasons"]
-    assert states.count("pass") >= len(states) / 2
+def test_a_right_prediction_does_not_fail(sweep: Sweep) -> None:
+    quiet = [each["verdict"] for each in sweep.found["loads"] if sweep.quiet[each["name"]]]
+    for each in sweep.found["loads"]:
+        what = f"{each['name']}: the verdict on a right prediction is a fail"
+        judge_timing(what, each["verdict"] != "fail", quiet=sweep.quiet[each["name"]])
+    assert quiet.count("pass") >= len(quiet) / 2
 
 
-def test_prefix_hits(sweep: dict[str, Any]) -> None:
-    (shared,) = loads_of(sweep, "prefix")
+def test_every_request_is_answered_in_full(sweep: Sweep) -> None:
+    """Whatever the machine does meanwhile."""
+    assert {each["plan"] for each in sweep.found["loads"]} == {"rate", "slo", "concurrency", "prefix"}
+    for each in sweep.found["loads"]:
+        assert each["problem"] is None
+        for metric in ("num_preemptions", "prefix_cache_hit_rate"):
+            assert rows(each)[metric]["measured"] is not None
+
+
+def test_prefix_hits(sweep: Sweep) -> None:
+    (shared,) = [each for each in sweep.found["loads"] if each["plan"] == "prefix"]
     hits = rows(shared)["prefix_cache_hit_rate"]
     assert hits["measured"] > 0.4
     assert abs(hits["error"]) < 0.02
 
 
-def test_knee_and_largest_rate(sweep: dict[str, Any]) -> None:
+def test_knee_and_largest_rate(sweep: Sweep) -> None:
     """The largest rate is found live between rates that are 3 % apart, and was predicted to 1 % before. In
     loads of 12 s a queue may grow by chance: the knee is not surely at another of the rates."""
-    loads_of(sweep, "rate", "slo")
-    found = {row["metric"]: row for row in sweep["sweep"]}
+    found = {row["metric"]: row for row in sweep.found["sweep"]}
+    swept = [each["name"] for each in sweep.found["loads"] if each["plan"] in ("rate", "slo")]
+    quiet = all(sweep.quiet[name] for name in swept)
     low, high = found["max_request_rate"]["measured_interval"]
-    assert high < 1.1 * low
-    assert abs(found["max_request_rate"]["error"]) < 0.05
-    assert found["knee"]["measured"] > RATES[0]
-    assert found["knee"]["state"] != "fail"
+    error = found["max_request_rate"]["error"]
+    right = high < 1.1 * low and abs(error) < 0.05
+    judge_timing(f"the largest rate between {low} and {high} is {error:+.1%} off", right, quiet=quiet)
+    knee = found["knee"]
+    right = knee["measured"] > RATES[0] and knee["state"] != "fail"
+    judge_timing(f"the knee at {knee['measured']} was predicted at {knee['predicted']}", right, quiet=quiet)
 
 
-def test_predictions_were_on_disk_before(sweep: dict[str, Any]) -> None:
-    for each in sweep["loads"]:
+def test_predictions_were_on_disk_before(sweep: Sweep) -> None:
+    for each in sweep.found["loads"]:
         assert each["predicted_at"] <= each["started_at"]
         assert len(each["prediction_sha256"]) == 64
-    assert sweep["server"]["version"] == "0.32.0"
-    assert sweep["server"]["flags"]["max_num_seqs"] == 16
+    assert sweep.found["server"]["version"] == "0.32.0"
+    assert sweep.found["server"]["flags"]["max_num_seqs"] == 16
 
 
 def test_kv_pressure(lab: Lab, tmp_path: Path) -> None:
@@ -250,53 +326,68 @@ def test_kv_pressure(lab: Lab, tmp_path: Path) -> None:
     }
     own = metronome(lab.file.parent / "metronome", ROOFLINE)
     scenario = load(lab.file, long)
-    campaign = Session(scenario, own, tmp_path, kinds=("kv",), duration_s=10, seeds=3, python=PYTHON)
-    campaign.run()
-    (each,) = kept(campaign)["loads"]
-    found = rows(each)
-    assert found["num_preemptions"]["measured"] > 20
-    assert abs(found["num_preemptions"]["error"]) < 0.10  # two of twenty hang on a millisecond
-    assert found["num_preemptions"]["state"] != "fail"
-    assert abs(found["output_throughput"]["error"]) < 0.03
-    assert abs(found["median_tpot_ms"]["error"]) < 0.03
-    assert {part["name"] for part in each["attribution"]} > {"server queue", "step time"}
+
+    def run(again: int) -> tuple[str, bool, bool]:
+        out = tmp_path / str(again)
+        campaign = Session(scenario, own, out, kinds=("kv",), duration_s=10, seeds=3, python=PYTHON)
+        watched = Watched(campaign, steady=lab.steady)
+        (each,) = watched.run()["loads"]
+        found = rows(each)
+        assert found["num_preemptions"]["measured"] > 0
+        assert {part["name"] for part in each["attribution"]} > {"server queue", "step time"}
+        bars = {"num_preemptions": 0.10, "output_throughput": 0.03, "median_tpot_ms": 0.03}
+        off = {metric: found[metric]["error"] for metric in bars}  # two of twenty hang on a millisecond
+        right = found["num_preemptions"]["measured"] > 20 and found["num_preemptions"]["state"] != "fail"
+        right = right and all(abs(off[metric]) < most for metric, most in bars.items())
+        return f"few KV blocks: off by {off}", right, all(watched.quiet.values())
+
+    until_right(run)
 
 
 # verdicts
 
 
 def test_a_wrong_profile_fails(lab: Lab, tmp_path: Path) -> None:
-    """By the command line."""
+    """By the command line. Where the client has no CPU to be in time, the verdict is rightly inconclusive."""
     right = Profile.load(lab.file.parent / "profile.json")
     slow = replace(right.efficiencies, host_fixed_s=right.efficiencies.host_fixed_s + 0.006)
     right.model_copy(update={"efficiencies": slow}).save(tmp_path / "wrong.json")
-    code = main(
-        [
-            *("validate", "live", str(lab.file), "--base-url", lab.target.base_url, "--model", "metronome"),
-            *("--tokenizer", lab.target.tokenizer, "--vllm-python", PYTHON, "--rates", "5"),
-            *("--duration", "6", "--profile", str(tmp_path / "wrong.json"), "--out", str(tmp_path / "out")),
-        ]
-    )
-    assert code == 1
-    found = json.loads((tmp_path / "out" / "result.json").read_text())
-    assert found["verdict"] == "fail"
-    assert any("median_tpot_ms" in reason for reason in found["reasons"])
-    assert "<svg" in (tmp_path / "out" / "report.html").read_text()
+
+    def run(again: int) -> tuple[str, bool, bool]:
+        out, machine = tmp_path / str(again), Machine()
+        code = main(
+            [
+                *("validate", "live", str(lab.file), "--base-url", lab.target.base_url),
+                *("--model", "metronome", "--tokenizer", lab.target.tokenizer, "--vllm-python", PYTHON),
+                *("--rates", "5", "--duration", "6", "--profile", str(tmp_path / "wrong.json")),
+                *("--out", str(out)),
+            ]
+        )
+        found = json.loads((out / "result.json").read_text())
+        assert found["verdict"] == {0: "pass", 1: "fail", 3: "inconclusive"}[code]
+        assert "<svg" in (out / "report.html").read_text()
+        fails = code == 1 and any("median_tpot_ms" in reason for reason in found["reasons"])
+        quiet = lab.steady and machine.quiet()
+        return f"a wrong profile: {found['verdict']}, {found['reasons']}", fails, quiet
+
+    until_right(run)
 
 
 def test_a_server_slowed_on_purpose_fails(lab: Lab, tmp_path: Path) -> None:
-    campaign = lab.campaign(tmp_path, rates=(5.0,), duration_s=6)
-    with slowed(lab.replicas[0].group):
-        campaign.run()
-    found = kept(campaign)
-    assert found["verdict"] == "fail"
-    assert rows(found["loads"][0])["median_tpot_ms"]["error"] < -0.2
+    def run(again: int) -> tuple[str, bool, bool]:
+        machine = Machine()
+        watched = lab.campaign(tmp_path / str(again), rates=(5.0,), duration_s=6)
+        with slowed(lab.replicas[0].group):
+            found = watched.run()
+        error = rows(found["loads"][0])["median_tpot_ms"]["error"]
+        assert error < -0.2  # it only gets slower beside other work
+        return f"a slowed server: {found['verdict']}", found["verdict"] == "fail", machine.quiet()
+
+    until_right(run)
 
 
 def test_a_client_without_cpu_is_inconclusive(lab: Lab, tmp_path: Path) -> None:
-    campaign = lab.campaign(tmp_path, rates=(5.0,), duration_s=6, python=starved_python(tmp_path))
-    campaign.run()
-    found = kept(campaign)
+    found = lab.campaign(tmp_path, rates=(5.0,), duration_s=6, python=starved_python(tmp_path)).run()
     assert found["verdict"] == "inconclusive"
     assert any("the client was late" in reason for reason in found["loads"][0]["reasons"])
 
@@ -354,12 +445,13 @@ def test_a_killed_server_keeps_what_was_finished(lab: Lab, tmp_path: Path) -> No
         python=PYTHON,
         say=say,
     )
-    campaign.run()
-    found = kept(campaign)
+    watched = Watched(campaign, doomed.recording, steady=lab.steady)
+    found = watched.run()
     assert found["verdict"] == "inconclusive"
     assert "the server was gone after rate-6: no load was run after it" in found["reasons"]
     first, second = found["loads"]
-    assert abs(rows(first)["median_tpot_ms"]["error"]) < 0.05
+    error = rows(first)["median_tpot_ms"]["error"]
+    judge_timing(f"median TPOT is {error:+.1%} off", abs(error) < 0.05, quiet=watched.quiet[first["name"]])
     assert second["verdict"] == "inconclusive"
 
 

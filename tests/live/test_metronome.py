@@ -24,6 +24,7 @@ from metronome_setup import (
     metronome_gpu,
     metronome_model,
 )
+from timing import judge
 
 from servecast.__main__ import main
 from servecast.calibrate.fit.folder import fit_folder
@@ -94,6 +95,7 @@ def test_the_law_is_recovered_in_every_region_even_if_it_was_not_measured(
     regions = {step.region for step in steps}
     assert regions == {"decode", "decode_ragged", "prefill", "prefill_context", "mixed", "long_run"}
     everything = PhysicalFit(gpu).fit(measured.engines, steps)
+    quiet = not _lost_time(law, measured.steps)
     for region in sorted(regions):
         inside = [step for step in steps if step.region == region]
         others = [step for step in steps if step.region != region]
@@ -104,7 +106,8 @@ def test_the_law_is_recovered_in_every_region_even_if_it_was_not_measured(
             print(
                 f"{name} {region} {kind}: mean {errors.mean():.3f} 90 % under {np.quantile(errors, 0.9):.3f}"
             )
-            assert np.quantile(errors, 0.9) < WITHIN, (region, kind)
+            what = f"{name}, {region} {kind}: 90 % are under {np.quantile(errors, 0.9):.3f}"
+            judge(what, np.quantile(errors, 0.9) < WITHIN, quiet=quiet)
 
 
 @pytest.mark.parametrize("name", ["roofline", "staircase"])
@@ -114,7 +117,8 @@ def test_the_profile_predicts_steps_that_were_never_run(
     law = LAWS[name]
     found = fit_folder(folders[name], gpu=metronome_gpu(law, model))
     measured = read_folder(folders[name])
-    assert found.good or _lost_time(law, measured.steps), found.summary.reasons
+    quiet = not _lost_time(law, measured.steps)
+    judge(f"{name}: a bad fit, {found.summary.reasons}", found.good, quiet=quiet)
     engine = measured.engines[0]
     step_time = engine.step_time(found.gpu, found.profile.efficiencies)
     rng = np.random.default_rng(5)
@@ -124,7 +128,7 @@ def test_the_profile_predicts_steps_that_were_never_run(
     predicted = np.array([step_time.seconds(step) / over for step in steps])
     errors = np.abs(predicted / _lasts(law, steps) - 1)
     print(f"{name}: {noise}, mean {errors.mean():.3f} 95 % under {np.quantile(errors, 0.95):.3f}")
-    assert errors.mean() < WITHIN
+    judge(f"{name}: off by {errors.mean():.3f} on average", errors.mean() < WITHIN, quiet=quiet)
 
 
 def _lost_time(law: dict[str, Any], steps: Sequence[Step]) -> bool:
@@ -175,10 +179,11 @@ def test_overheads_of_a_served_model(model: Path, tmp_path: Path) -> None:
     overheads = [Overhead.model_validate(row) for row in rows]
     assert {row.concurrency for row in overheads} == {4}
     into = [seconds for row in overheads if row.kind == "request_in" for seconds in row.times_s]
-    assert len(into) == 16  # four times as many requests as are in progress
+    turns = {row.turn for row in overheads}
+    assert len(into) == 12 * len(turns) >= 24
     later = [row for row in rows if row["kind"] == "token_out" and not row["first"]]
     assert max(row["burst"] for row in later) == 4
-    assert sum(len(row["times_s"]) for row in later) > 16 * 40
+    assert sum(len(row["times_s"]) for row in later) > 12 * 40 * len(turns)
     costs, told = fit_front_end(overheads)
     print(f"request_in {np.median(into):.4f} s, {costs}")
     assert told

@@ -25,6 +25,7 @@ import pytest
 from metronome_setup import FLAGS, ROOFLINE, metronome_environment, metronome_gpu, metronome_model
 from places import HELPERS
 from places import REPOSITORY as ROOT
+from timing import Machine, judge
 
 from servecast.calibrate.measure.vllm.server import HOST, VllmServer, free_port
 from servecast.sim.hardware.front_end_costs import FrontEndCosts
@@ -85,7 +86,7 @@ def running(command: list[str], *, url: str, log: Path, env: dict[str, str]) -> 
             process.wait()
 
 
-def wait_for(url: str, process: subprocess.Popen[bytes], log: Path, within_s: float = 180.0) -> None:
+def wait_for(url: str, process: subprocess.Popen[bytes], log: Path, within_s: float = 900.0) -> None:
     deadline = time.monotonic() + within_s
     while time.monotonic() < deadline and process.poll() is None:
         try:
@@ -97,7 +98,7 @@ def wait_for(url: str, process: subprocess.Popen[bytes], log: Path, within_s: fl
     raise AssertionError(f"{url} does not answer: {log.read_text()[-2000:]}")
 
 
-def wait_for_scrapes(url: str, targets: int, within_s: float = 60.0) -> None:
+def wait_for_scrapes(url: str, targets: int, within_s: float = 600.0) -> None:
     deadline = time.monotonic() + within_s
     while time.monotonic() < deadline:
         found = json.loads(get(f"{url}/api/v1/query?query=sum(up)"))["data"]["result"]
@@ -241,21 +242,23 @@ def test_prometheus_tells_the_same_as_metrics(engine: str, prometheus: str) -> N
         get(
             f"{engine}/v1/completions",
             body=json.dumps(body | {"prompt": prompt}).encode(),
-            timeout_s=120,
+            timeout_s=600,
         )
 
-    began, unix = time.perf_counter(), time.time()
+    began, unix, machine = time.perf_counter(), time.time(), Machine()
     with scraper(f"{engine}/metrics", interval_s=0.1) as direct, ThreadPoolExecutor(40) as clients:
         time.sleep(2 * SCRAPE_S)
         list(clients.map(ask, range(40)))
         time.sleep(3 * SCRAPE_S)
     frame = Prometheus(prometheus, {"node": "here"}).frame(unix + SCRAPE_S, time.time(), 0.5)
     asked = frame.assign(time_s=frame["time_s"] - unix + began)
-    seen = direct.frame()
+    seen, quiet = direct.frame(), machine.quiet()
     for column in ("running", "waiting", "kv_usage", "preemptions"):
         assert seen[column].max() > 0, column
-        assert asked[column].notna().all(), column
-        assert agreeing(asked, seen, column) > 0.9, column
+        known = asked[column].notna().mean()
+        agree = agreeing(asked, seen, column)
+        what = f"{column}: Prometheus knew it {known:.0%} of the time, and {agree:.0%} agree"
+        judge(what, known == 1 and agree > 0.9, quiet=quiet)
     for counter in ("preemptions", "prefix_queries", "queued"):
         assert growth(asked[counter].to_numpy()) == growth(seen[counter].to_numpy()) > 0, counter
     assert set(asked["gpu_util_pct"]) == {GPU_USE}
@@ -333,7 +336,7 @@ def drive(
         *("--seeds", "1", "--out", str(out), *flags),
     ]
     env = os.environ | {"OUR_KEY": key}
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=1800, check=False)
 
 
 @contextmanager

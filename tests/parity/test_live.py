@@ -49,7 +49,7 @@ def _wait_until_ready(server: subprocess.Popen[bytes], port: int, log: Path) -> 
 def _send(port: int, prompt: list[int], max_tokens: int, delay: float, leave_after: int | None) -> None:
     """One streaming request, sent after ``delay`` s; hang up after ``leave_after`` chunks."""
     time.sleep(delay)
-    connection = HTTPConnection("127.0.0.1", port, timeout=120)
+    connection = HTTPConnection("127.0.0.1", port, timeout=600)
     body = {"model": "tiny", "prompt": prompt, "max_tokens": max_tokens, "stream": True, "ignore_eos": True}
     connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
     response = connection.getresponse()
@@ -101,7 +101,7 @@ def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
             time.sleep(1.0)  # the recorder flushes when the engine runs empty
         finally:
             server.terminate()
-            server.wait(30)
+            server.wait(600)
     return file
 
 

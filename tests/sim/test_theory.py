@@ -19,6 +19,7 @@ import simpy
 
 from servecast.sim.engine.config import EngineConfig
 from servecast.sim.engine.request import Request, Stage, Stream
+from servecast.sim.engine.scheduler import Scheduler
 from servecast.sim.fleet.client import Client
 from servecast.sim.fleet.fleet import Fleet
 from servecast.sim.fleet.replica import Replica
@@ -83,7 +84,7 @@ def serve(
 
     def make_replica(env: simpy.Environment, index: int, client: Client) -> Replica:
         draws = noise(rng.spawn(1)[0])
-        return Replica(env, index, config, TokenTime(), draws, lambda _: 0.0, free, rng, client)
+        return Replica(env, index, Scheduler(config), TokenTime(), draws, lambda _: 0.0, free, rng, client)
 
     fleet = Fleet(env, make_replica, servers, LeastOutstanding(), Client(free), rng)
     return fleet.run([Stage("main", [Stream("poisson", requests, max_concurrency)])])

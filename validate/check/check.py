@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+from servecast.sim.inputs.errors import InputError
+from servecast.sim.inputs.yaml_file import read_yaml
+from servecast.sim.report.answer import Answer
+from servecast.sim.report.text import table
+from servecast.sim.scenario.scenario import Scenario
+from servecast.sim.scenario.scenario import load as load_scenario
 from servecast.validate.check import clock, identities, load, physics
 from servecast.validate.check import few_requests as few
 from servecast.validate.check.finding import Finding
+from servecast.validate.check.from_results import from_results
+from servecast.validate.check.from_scenario import from_scenario
+from servecast.validate.check.from_table import Context, from_table
 from servecast.validate.check.prediction import prediction
 from servecast.validate.check.table import Report
 
@@ -42,11 +52,18 @@ _NOT_PREDICTED = (
     "`reported` in a scenario for a table"
 )
 CLEAN, FOUND, NOTHING_TO_CHECK = 0, 1, 3
+_SHOWN_ROWS = 3
 
 
-@dataclass(frozen=True, slots=True)
-class Checked:
-    """A report and what was found in it, rule by rule in the order of `RULES`, then the prediction."""
+@dataclass(frozen=True, slots=True, repr=False)
+class Checked(Answer):
+    """A report and what was found in it.
+
+    Attributes:
+        report: what was checked.
+        findings: rule by rule in the order of `RULES`, then those of the prediction.
+        predicted: whether it was set against a prediction.
+    """
 
     report: Report
     findings: tuple[Finding, ...]
@@ -93,12 +110,76 @@ class Checked:
             "notes": list(self.report.notes),
         }
 
+    def to_text(self) -> str:
+        """A row a rule with what it found, the clearest in words, and how much was asked."""
+        groups: dict[tuple[str, str, str], list[Finding]] = {}
+        for finding in self.findings:
+            groups.setdefault((finding.rule, finding.level.table, finding.confidence), []).append(finding)
+        rows = []
+        for (rule, of_table, sure), found in groups.items():
+            clearest = max(found, key=lambda finding: finding.weight)
+            rows.append([rule, sure, f"{of_table}: {_cells(found)}", clearest.message])
+        parts = [table(["rule", "sure", "cells", "what (the clearest)"], rows)] if rows else []
+        if self.asked:
+            count = len(self.findings) or "no"
+            parts.append(f"{count} findings ({self.rows} rows, {len(self.rules)} rules)")
+        else:
+            parts.append("Nothing in it can be checked: no latency, no two rates, no bound.")
+        return "\n".join([*parts, *self.report.notes])
 
-def check(report: Report, *, predict: bool = True) -> Checked:
-    """Ask every rule. With ``predict`` the reported values of a scenario are also set against ours."""
+
+def check(
+    report: Report | Scenario | Path | str, *more: Path | str, predict: bool = True, **context: Any
+) -> Checked:
+    """Can this benchmark report be true?
+
+    Asks Little's law, sums of latencies, tokens against requests, rooflines, KV arithmetic, the order of
+    percentiles, warm-up, drain and clocks, and sets a scenario's reports against the prediction.
+
+    Args:
+        report: a scenario with reported tables, or its name; or the path of a CSV table, or of a result.
+        more: further result files, one a level of load.
+        predict: set the reported values of a scenario against ours.
+        context: what a table or a result does not say of itself: model_config, gpu, tensor_parallel_size,
+            replicas, prompt_tokens, output_tokens, num_requests, percentile_law.
+
+    Raises:
+        InputError: the report cannot be read.
+    """
+    if not isinstance(report, Report):
+        report = _read(report, [Path(each) for each in more], Context(**context))
     if predict and report.scenario is None and any(level.hardware is not None for level in report.levels):
         report = replace(report, notes=(*report.notes, _NOT_PREDICTED))
     with_prediction = predict and report.scenario is not None and report.scenario.profile is not None
     rules = RULES | ({"prediction": prediction} if with_prediction else {})
     findings = [replace(finding, rule=name) for name, rule in rules.items() for finding in rule(report)]
     return Checked(report, tuple(findings), with_prediction)
+
+
+def _read(report: Scenario | Path | str, more: list[Path], context: Context) -> Report:
+    if isinstance(report, Scenario):
+        context.refuse()
+        return from_scenario(report)
+    path = Path(report)
+    if all(_is_result(each) for each in (path, *more)):
+        return from_results([path, *more], context)
+    if more:
+        raise InputError(
+            "only result files come several at a time", where=str(more[0]), fix="Give one table or scenario."
+        )
+    return from_table(path, context) if path.suffix == ".csv" else _read(load_scenario(report), [], context)
+
+
+def _is_result(path: Path) -> bool:
+    """Whether a file is a load generator's result: JSON, or YAML that is no scenario."""
+    if path.suffix in (".yaml", ".yml") and path.is_file():
+        return "schema_version" not in read_yaml(path)
+    return path.suffix in (".json", ".jsonl")
+
+
+def _cells(found: list[Finding]) -> str:
+    """Columns and rows of the findings, the rows counted where they are many."""
+    columns = dict.fromkeys(column for finding in found for column in finding.columns)
+    labels = list(dict.fromkeys(finding.level.label for finding in found))
+    rows = ", ".join(labels) if len(labels) <= _SHOWN_ROWS else f"{len(labels)} rows"
+    return f"{', '.join(columns)} at {rows}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from servecast.sim.hardware.gpu import find_gpu
@@ -37,7 +37,7 @@ class Context:
     """What a bare table or a result file does not say of itself.
 
     Attributes:
-        model_config: the model behind a table or a result: a shipped config's name, or a config.json.
+        model_config: the model behind it: a shipped config's name, or a config.json.
         gpu: its GPU, as in the catalogue.
         tensor_parallel_size: GPUs of one engine.
         replicas: engines.
@@ -46,6 +46,9 @@ class Context:
         num_requests: requests of each row.
         percentile_law: how percentiles were interpolated: linear (NumPy), or exclusive (Python's
             statistics.quantiles).
+
+    Raises:
+        InputError: a number is below 1.
     """
 
     model_config: str | None = None
@@ -56,6 +59,25 @@ class Context:
     output_tokens: int | None = None
     num_requests: int | None = None
     percentile_law: PercentileLaw = "linear"
+
+    def __post_init__(self) -> None:
+        for name in self.given():
+            value = getattr(self, name)
+            if isinstance(value, int) and value < 1:
+                raise InputError(f"is {value}", where=_flag(name), fix="Give a number from 1 on.")
+
+    def given(self) -> list[str]:
+        """The names of what is given."""
+        return [each.name for each in fields(self) if getattr(self, each.name) != each.default]
+
+    def refuse(self) -> None:
+        """Raises InputError if anything is given, of what says it itself."""
+        if given := self.given():
+            raise InputError(
+                "a scenario says it itself",
+                where=_flag(given[0]),
+                fix="Leave it out, or change the scenario.",
+            )
 
     def lengths(self) -> dict[str, Lengths | None]:
         """What is known of output and prompt lengths, by name."""
@@ -79,6 +101,10 @@ class Context:
         model = ModelShape.from_config(path, path.stem)
         shard = Shard(model, find_gpu(self.gpu, where="--gpu"), self.tensor_parallel_size)
         return Hardware(shard, self.replicas)
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def from_table(path: Path, context: Context) -> Report:

@@ -8,7 +8,7 @@ import numpy as np
 
 from servecast.sim.metrics.metrics import METRICS, percentiles, samples
 from servecast.sim.metrics.records import Run
-from servecast.sim.report.figures import BAD, FIRST, INK, MUTED, SECOND, drawing
+from servecast.sim.report.drawing import BAD, FIRST, INK, MUTED, SECOND, drawing
 from servecast.validate.compare.load import LoadComparison, spoken
 from servecast.validate.compare.samples import LATENCIES
 from servecast.validate.compare.series import EngineSeries

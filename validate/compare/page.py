@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from servecast.sim.inputs.files import write_whole
 from servecast.sim.metrics.confidence import Interval
-from servecast.sim.report.plan_page import Plot, page_template
+from servecast.sim.report.page import Plot, write_page
 from servecast.validate.compare import figures
 from servecast.validate.compare.load import LoadComparison, Row, spoken
 from servecast.validate.compare.sweep import Comparison, closed_loop, open_loop
@@ -26,7 +25,9 @@ def write_comparison_page(
     Raises:
         InputError: the file cannot be written.
     """
-    page = page_template("page.html.j2", "servecast.validate.compare").render(
+    return write_page(
+        path,
+        "servecast.validate.compare",
         title=title,
         question=question,
         comparison=comparison,
@@ -35,8 +36,6 @@ def write_comparison_page(
         loads=[_load(load) for load in comparison.loads],
         facts=facts,
     )
-    write_whole(path, lambda partial: partial.write_text(page, encoding="utf-8"))
-    return path
 
 
 def _sweep_plots(comparison: Comparison) -> list[Plot]:

@@ -11,7 +11,7 @@ from servecast.sim.run.results import check_output, context
 from servecast.sim.scenario.deployment import Deployment
 from servecast.validate.compare.page import write_comparison_page
 from servecast.validate.compare.saved import Traffic, judge_result
-from servecast.validate.compare.text import print_comparison
+from servecast.validate.compare.text import comparison_text
 from servecast.validate.compare.tolerances import Tolerances
 from servecast.validate.readers import read_all
 
@@ -50,10 +50,10 @@ def result(
         check_output(report, where="--report")
     limits = Tolerances.load(tolerances)
     readings = read_all(file)
-    loaded, changes = what_if.load(scenario)
+    loaded = what_if.load(scenario)
     deployment = Deployment.of(loaded)
     comparison = judge_result(readings, deployment, tolerances=limits, seeds=seeds, traffic=traffic)
-    made_of = context(deployment, seed=loaded.seed, what_if=changes)
+    made_of = context(deployment, seed=loaded.seed)
     first = readings[0].context
     facts = {
         "result": f"{file.name}, {first.tool} {first.tool_version or '(version not stated)'}",
@@ -69,7 +69,7 @@ def result(
     if json:
         print_json(comparison.to_json() | {"facts": facts, "prediction": made_of})
     else:
-        print_comparison(comparison)
+        print(comparison_text(comparison))
     if report is not None:
         write_comparison_page(
             report,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -137,7 +137,7 @@ def _knees(
     rates = [rate for rate, _ in levels]
     if len(set(rates)) > 1:
         predicted, measured = (
-            bracket(dict(zip(rates, map(sustained, side), strict=True)))
+            bracket(zip(rates, map(sustained, side), strict=True))
             for side in _sides([load for _, load in levels])
         )
         more, further = _compared("knee", "the knee", searched or predicted, measured, tolerances)
@@ -179,9 +179,10 @@ def _compared(
     ]
 
 
-def bracket(tried: Mapping[float, bool]) -> Interval:
-    """Between what rates it stops to hold (see `knee.ends`). tried: rate -> whether it holds."""
-    low, high = ends(tried)
+def bracket(tried: Iterable[tuple[float, bool]]) -> Interval:
+    """Between what rates it stops to hold (see `knee.ends`). tried: rates, and whether each holds; of several
+    at one rate all must."""
+    low, high = ends(dict(sorted(tried, reverse=True)))
     return Interval(low or high, low, high, CONFIDENCE, 1)
 
 
@@ -250,8 +251,8 @@ def judged(runs: Sequence[Run], objectives: Objectives) -> Judgement:
 
 def _crossing(rates: Sequence[float], strains: Sequence[float]) -> Interval:
     """Where the strain passes 1: log-linear between the two rates around."""
-    by_rate = dict(zip(rates, strains, strict=True))
-    found = bracket({rate: strain <= 1 for rate, strain in by_rate.items()})
+    by_rate = dict(sorted(zip(rates, strains, strict=True)))  # of loads at one rate the worse
+    found = bracket((rate, strain <= 1) for rate, strain in by_rate.items())
     if found.low == 0 or math.isinf(found.high):
         return found
     below, above = (math.log(np.clip(by_rate[end], *_STRAINS)) for end in (found.low, found.high))

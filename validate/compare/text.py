@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from servecast.sim.cli.output import print_table
+from servecast.sim.report.text import table
 from servecast.validate.compare.load import Row, spoken
 from servecast.validate.compare.page import allowed_text, error_interval_text, error_text, load_facts
 from servecast.validate.compare.sweep import Comparison
@@ -13,42 +13,36 @@ from servecast.validate.compare.verdict import Verdict
 _HEADER = ("figure", "predicted", "measured", "error", "interval (95 %)", "allowed", "")
 
 
-def print_comparison(comparison: Comparison) -> None:
+def comparison_text(comparison: Comparison) -> str:
     """Each load's rows, what they show together, and the verdict with its reasons."""
+    lines = []
     for load in comparison.loads:
-        _print_rows(load.rows, f"\n{load.label}: {load.verdict.state}")
+        lines.append(_rows_text(load.rows, f"\n{load.label}: {load.verdict.state}"))
         for part in load.attribution:
-            print(f"error of the mean E2E by {part.name}: {part.error_ms:+.3g} ms")
-        for fact in (*load_facts(load), *(f"note: {note}" for note in load.notes)):
-            print(fact)
+            lines.append(f"error of the mean E2E by {part.name}: {part.error_ms:+.3g} ms")
+        lines += [*load_facts(load), *(f"note: {note}" for note in load.notes)]
     if comparison.sweep:
-        _print_rows(comparison.sweep, "\nknee and largest rate")
-    for note in comparison.notes:
-        print(f"note: {note}")
-    print_verdict(comparison.verdict)
+        lines.append(_rows_text(comparison.sweep, "\nknee and largest rate"))
+    lines += [f"note: {note}" for note in comparison.notes]
+    return "\n".join([*lines, verdict_text(comparison.verdict)])
 
 
-def print_verdict(verdict: Verdict) -> None:
+def verdict_text(verdict: Verdict) -> str:
     """Its state, and the reasons."""
-    print(f"\nverdict: {verdict.state}")
-    for reason in verdict.reasons:
-        print(f"  {reason}")
+    return "\n".join([f"\nverdict: {verdict.state}", *(f"  {reason}" for reason in verdict.reasons)])
 
 
-def _print_rows(rows: Sequence[Row], title: str) -> None:
-    print_table(
-        _HEADER,
+def _rows_text(rows: Sequence[Row], title: str) -> str:
+    cells = [
         [
-            [
-                spoken(row.metric),
-                row.predicted.estimate,
-                row.measured.estimate,
-                error_text(row),
-                error_interval_text(row),
-                allowed_text(row),
-                row.state or "",
-            ]
-            for row in rows
-        ],
-        title=title,
-    )
+            spoken(row.metric),
+            row.predicted.estimate,
+            row.measured.estimate,
+            error_text(row),
+            error_interval_text(row),
+            allowed_text(row),
+            row.state or "",
+        ]
+        for row in rows
+    ]
+    return table(_HEADER, cells, title=title)

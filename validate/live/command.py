@@ -65,9 +65,13 @@ class Started:
             )
         if self.serve is not None:
             return OwnServer(model_folder(self.serve), flags, self.python, recorder=self.recorder)
-        if running is None:
+        if running is None or not running.base_url:
             fix = "Give one of the two: start it, or attach."
             raise InputError("there is no server", where="--serve, --base-url", fix=fix)
+        if not running.model:
+            raise InputError(
+                "no model is named", where="--model", fix="Give the name that the server serves."
+            )
         if self.recorder or flags:
             raise InputError(
                 "is for a server that is started here",
@@ -166,7 +170,7 @@ def live(
         json: print one JSON object and nothing else.
     """
     options, server = asked.options(), start.server(vllm_flags, attach)
-    loaded, changes = what_if.load(scenario)
+    loaded = what_if.load(scenario)
     limits = Tolerances.load(tolerances)
     folder = out or Path("out") / f"live-{loaded.name}"
     path, page = new_result(folder), report or folder / "report.html"
@@ -175,7 +179,7 @@ def live(
 
     def keep(session: Session) -> tuple[Comparison, dict[str, Any]]:
         comparison = judge(session, limits, known)
-        kept = document(session, comparison, what_if=changes, tolerances=limits)
+        kept = document(session, comparison, tolerances=limits)
         write_result(path, kept)
         return comparison, kept
 

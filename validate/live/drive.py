@@ -91,7 +91,7 @@ def predict(load: Load, deployment: Deployment, seeds: range, out: Path) -> Pred
         "load": load.to_json(),
         "trace_sha256": trace_sha256,
         "written_at": now,
-        "replications": [result(deployment, run, what_if={}, ranks=RANKS) for run in runs],
+        "replications": [result(deployment, run, ranks=RANKS) for run in runs],
     }
     path = folder / "prediction.json"
     write_whole(path, lambda part: part.write_text(to_text(document), encoding="utf-8"))

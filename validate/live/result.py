@@ -141,9 +141,7 @@ def _mean_queue_ms(run: Run) -> float:
     return float(1e3 * np.maximum(scheduled - seen, 0.0).mean())
 
 
-def document(
-    session: Session, comparison: Comparison, *, what_if: Mapping[str, Any], tolerances: Tolerances
-) -> dict[str, Any]:
+def document(session: Session, comparison: Comparison, *, tolerances: Tolerances) -> dict[str, Any]:
     """The result: what was predicted of what, what came of it, and what both rest on. No key, and no path of
     this machine.
 
@@ -158,7 +156,7 @@ def document(
         "finished": session.finished,
         "date": session.outcomes[0].started_at if session.outcomes else None,
         **facts(session),
-        "what_if": dict(what_if),
+        "what_if": session.scenario.changes,
         "machine": {name: session.machine.get(name) for name in _MACHINE},
         "server": None if session.truth is None else session.truth.to_json(),
         "plans": list(session.kinds),

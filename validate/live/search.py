@@ -111,4 +111,4 @@ def search_near(
         most=guess * FARTHEST[1],
         tries=tries,
     )
-    return bracket(tried)
+    return bracket(tried.items())

@@ -257,7 +257,7 @@ def judge(split: Split) -> Verdict:
     return verdict_of(states, problems)
 
 
-def document(split: Split, verdict: Verdict, *, what_if: Mapping[str, Any]) -> dict[str, Any]:
+def document(split: Split, verdict: Verdict) -> dict[str, Any]:
     """What is kept of a split."""
     return {
         "schema_version": 1,
@@ -266,7 +266,7 @@ def document(split: Split, verdict: Verdict, *, what_if: Mapping[str, Any]) -> d
         "verdict": verdict.state,
         "reasons": list(verdict.reasons),
         "scenario": split.scenario.name,
-        "what_if": dict(what_if),
+        "what_if": split.scenario.changes,
         "replicas": split.scenario.fleet.size,
         "request_rate": split.request_rate,
         "num_requests": split.num_requests,

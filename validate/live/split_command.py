@@ -58,14 +58,14 @@ def split(
         raise InputError(f"{request_rate:g}", where="--request-rate", fix="Give requests/s above 0.")
     if num_requests < 1:
         raise InputError(f"{num_requests} requests", where="--num-requests", fix="Give at least 1.")
-    loaded, changes = what_if.load(scenario)
+    loaded = what_if.load(scenario)
     folder = out or Path("out") / f"split-{loaded.name}"
     path = new_result(folder)
     python = str(vllm_python or sys.executable)
 
     def keep(found: Split) -> tuple[Verdict, dict[str, Any]]:
         verdict = judge(found)
-        kept = document(found, verdict, what_if=changes)
+        kept = document(found, verdict)
         write_result(path, kept)
         return verdict, kept
 

@@ -35,6 +35,8 @@ class Target(Server):
         own: whether it was started by us, and so runs here.
     """
 
+    base_url: str = ""
+    model: str = ""
     engine_url: str | None = None
     own: Annotated[bool, Parameter(parse=False)] = False
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from servecast.validate.compare.sweep import Comparison
-from servecast.validate.compare.text import print_comparison, print_verdict
+from servecast.validate.compare.text import comparison_text, verdict_text
 from servecast.validate.compare.verdict import Verdict
 from servecast.validate.live.split import Split
 
@@ -38,7 +38,7 @@ def _between(search: Mapping[str, Any]) -> str:
 
 def print_session(comparison: Comparison, kept: Mapping[str, Any]) -> None:
     """The comparison, what it rests on, and the hashes of what was predicted before."""
-    print_comparison(comparison)
+    print(comparison_text(comparison))
     print()
     for name, value in ends(kept).items():
         print(f"{name}: {'-' if value is None else value}")
@@ -55,4 +55,4 @@ def print_split(split: Split, verdict: Verdict) -> None:
             print(f"{router:20} {figure:16} predicted {row['predicted'][figure]:9.4g} measured {value:9.4g}")
     for figure, best in split.ranking().items():
         print(f"best {figure:16} predicted {best['predicted'] or '-'}, measured {best['measured'] or '-'}")
-    print_verdict(verdict)
+    print(verdict_text(verdict))

@@ -56,10 +56,43 @@ class StepTime(Protocol):
 
 
 _ATTENTION_TILE = 64  # query rows of one thread block of FlashAttention 2 at head_dim 128
+_PROMPT_TILE = 128  # query rows of a tile of FlashAttention 3 and of Blackwell's kernels
 _SAMPLER_BYTES_PER_LOGIT = (
     14  # bf16 logits, fp32 copy, probabilities, noise; slope of the RTX 4090's sampler rows
 )
 _SAMPLER_KERNELS = 10  # times kernel_s: the floor of the same rows, 25 us
+
+
+@dataclass(frozen=True, slots=True)
+class KernelCosts:
+    """Costs of the kinds of kernels, where each was timed (``sim.hardware.gpu_constants``).
+
+    Attributes:
+        product_s: floor of a matrix product, s. product_passes: how often its activations, in and out, are
+            moved at full bandwidth, a quantisation of the input included.
+        attention_s: floor of attention in one layer, KV write included, s. attention_passes: how often q, k,
+            v and o of a prompt chunk are moved.
+        expert_compute, expert_bandwidth: shares of the peaks in routed experts, where reading and multiplying
+            add up. expert_s: their floor in one layer, s. expert_passes: as product_passes.
+    """
+
+    product_s: float
+    product_passes: float
+    attention_s: float
+    attention_passes: float
+    expert_compute: float = 1.0
+    expert_bandwidth: float = 1.0
+    expert_s: float = 0.0
+    expert_passes: float = 0.0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            share = field.name in ("expert_compute", "expert_bandwidth")
+            if not (0.0 < value <= 1.0 if share else 0.0 <= value < math.inf):
+                rule = "above 0 and at most 1" if share else "0 or more"
+                where = f"efficiencies.by_kernel.{field.name}"
+                raise InputError(f"{field.name} is {value}", where=where, fix=f"Make it {rule}.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +119,7 @@ class Efficiencies:
         host_per_seq_s: the same per scheduled request, s. 5e-6: assumed.
         link: share of the link's bandwidth in large all-reduces. 0.8: assumed.
         allreduce_s: latency of one small all-reduce, s. 10e-6: assumed, NVLink; more over PCIe.
+        by_kernel: what the kinds of kernels cost beyond that, where they were timed one by one.
     """
 
     compute: float = 0.80
@@ -99,12 +133,15 @@ class Efficiencies:
     host_per_seq_s: float = 5e-6
     link: float = 0.8
     allreduce_s: float = 10e-6
+    by_kernel: KernelCosts | None = None
 
     SHARES: ClassVar[tuple[str, ...]] = ("compute", "bandwidth", "attention_compute", "kv_bandwidth", "link")
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
+            if field.name == "by_kernel":
+                continue
             if field.name in self.SHARES:
                 good, rule = 0.0 < value <= 1.0, "above 0 and at most 1: nothing beats the datasheet"
             elif field.name == "overlap_exponent":
@@ -164,6 +201,14 @@ class PhysicalStepTime:
         self._block_s = 0.0  # one thread block, per KV token, over all layers
         if gpu.sms is not None:
             self._block_s = 4.0 * _ATTENTION_TILE * model.head_dim * model.layers * gpu.sms / attention_rate
+        self._kernels_s = model.kernels * eff.kernel_s
+        self._chunk_token_s = 0.0
+        costs = eff.by_kernel
+        if costs is not None:
+            floors = model.layers * costs.attention_s + model.products * costs.product_s
+            floors += model.moe_layers * costs.expert_s
+            self._kernels_s = floors + model.small_kernels * eff.kernel_s
+            self._chunk_token_s = shard.attention_bytes_per_token * costs.attention_passes / gpu.bandwidth
         self._by_tokens: dict[int, float] = {}
         self._by_rows: dict[int, float] = {}
 
@@ -251,6 +296,21 @@ class PhysicalStepTime:
 
     # -- parts -------------------------------------------------------------------------------------
 
+    def _linear(self, tokens: int) -> float:
+        """Seconds of the linear layers."""
+        eff, shard, costs = self.efficiencies, self.shard, self.efficiencies.by_kernel
+        if costs is None:
+            return smooth_maximum(*self._linear_sides(tokens), eff.overlap_exponent)
+        bandwidth, flops = self._gpu.bandwidth, tokens * shard.expert_flops_per_token
+        read = shard.expert_bytes(tokens)
+        compute = (tokens * self._token_flops - flops) / (self._linear_peak * eff.compute)
+        memory = (shard.linear_bytes(tokens) - read) / (bandwidth * eff.bandwidth)
+        dense = smooth_maximum(compute, memory, eff.overlap_exponent)
+        dense += tokens * shard.product_bytes_per_token * costs.product_passes / bandwidth
+        experts = flops / (self._linear_peak * costs.expert_compute)
+        experts += read / (bandwidth * costs.expert_bandwidth)
+        return dense + experts + tokens * shard.expert_bytes_per_token * costs.expert_passes / bandwidth
+
     def _linear_sides(self, tokens: int) -> tuple[float, float]:
         """Compute and memory time of the linear layers, s."""
         eff = self.efficiencies
@@ -271,8 +331,8 @@ class PhysicalStepTime:
         moved = padded * self.shard.elementwise_bytes_per_token
         parts = {
             "host": eff.host_fixed_s,
-            "kernels": model.kernels * eff.kernel_s,
-            "linear": smooth_maximum(*self._linear_sides(padded), eff.overlap_exponent),
+            "kernels": self._kernels_s,
+            "linear": self._linear(padded),
             "elementwise": moved / (self._gpu.bandwidth * eff.bandwidth),
         }
         if self._ranks > 1:
@@ -304,14 +364,18 @@ class PhysicalStepTime:
 
     def _attention_prefill(self, chunks: Sequence[tuple[int, int]]) -> float:
         model = self._model
-        pairs, older, longest = 0.0, 0, 0
+        pairs, older, longest, moved = 0.0, 0, 0, 0.0
+        tiled = self.efficiencies.by_kernel is not None
         for tokens, context in chunks:
+            if tiled:
+                moved += tokens * self._chunk_token_s
+                tokens = -(-tokens // _PROMPT_TILE) * _PROMPT_TILE
             pairs += model.attention_pairs(tokens, context)
             if context:
                 older += model.kv_token_layers(context)
                 if context > longest:
                     longest = context
-        return max(pairs * self._pair_s, older * self._kv_read_s, longest * self._block_s)
+        return moved + max(pairs * self._pair_s, older * self._kv_read_s, longest * self._block_s)
 
     def _decode_token_layers(self, step: StepShape) -> int:
         return self._model.kv_token_layers(step.decode_context, step.decodes)

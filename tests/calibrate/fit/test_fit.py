@@ -21,7 +21,7 @@ from servecast.__main__ import main
 from servecast.calibrate.fit.folder import FolderFit, fit_folder
 from servecast.calibrate.fit.kernels import kernel_seconds
 from servecast.calibrate.fit.measurements import read_folder
-from servecast.calibrate.fit.noise import fit_front_end, fit_noise
+from servecast.calibrate.fit.noise import fit_front_end, fit_noise, undisturbed
 from servecast.calibrate.fit.physical import joined
 from servecast.calibrate.fit.rows import Overhead, Step, kernel
 from servecast.sim.hardware.error_band import transfer
@@ -339,13 +339,12 @@ def test_stalls_do_not_move_the_efficiencies_and_the_mean_is_kept(tmp_path: Path
     assert step_time.seconds(step) == pytest.approx(law(step) * (1 + 4 / 21), rel=0.05)
 
 
-def overhead_rows(costs: FrontEndCosts) -> list[dict[str, Any]]:
-    rng, rows = np.random.default_rng(5), list[dict[str, Any]]()
+def overhead_rows(costs: FrontEndCosts, turn: int = 1, seed: int = 5) -> list[dict[str, Any]]:
+    rng, rows = np.random.default_rng(seed), list[dict[str, Any]]()
 
     def add(count: int, seconds: Callable[[], float], **more: Any) -> None:
-        rows.append(
-            {"row": "overhead", "case": f"o{len(rows)}", "times_s": [seconds() for _ in range(count)], **more}
-        )
+        case, times = f"t{turn}/o{len(rows)}", [seconds() for _ in range(count)]
+        rows.append({"row": "overhead", "case": case, "turn": turn, "times_s": times, **more})
 
     def draw() -> float:
         return float(rng.gamma(1 / costs.cv**2, costs.cv**2))
@@ -356,14 +355,16 @@ def overhead_rows(costs: FrontEndCosts) -> list[dict[str, Any]]:
             lambda c=c: costs.latency_s * draw() + c * costs.request_s * draw(),
             kind="request_in",
             concurrency=c,
+            burst=c,
         )
-        for first, start in ((True, costs.delivery_s), (False, 1e-4)):
+        for first, start, place in ((True, costs.delivery_s, c), (False, 1e-4, c / 2)):
             add(
                 100,
-                lambda c=c, start=start: start + costs.token_s * (c + 1) / 2 * rng.normal(1, 0.05),
+                lambda start=start, place=place: start + costs.token_s * place * rng.normal(1, 0.05),
                 kind="token_out",
                 concurrency=c,
                 burst=c,
+                firsts=1,
                 first=first,
             )
     return rows
@@ -382,6 +383,39 @@ def test_front_end_costs_are_found_from_overheads(tmp_path: Path) -> None:
     assert profile.front_end == found
     origin = {entry.parameter: entry.origin for entry in profile.provenance}
     assert (origin["front_end.cv"], origin["front_end.client_token_s"]) == ("fitted", "assumed")
+
+
+def test_a_disturbed_turn_does_not_count(tmp_path: Path) -> None:
+    """The first minute of a server, or another program: everything takes 70 ms more."""
+    costs = FrontEndCosts(request_s=2e-3, latency_s=6e-3, delivery_s=2e-3, token_s=4e-5, cv=0.2)
+    first, *quiet = (overhead_rows(costs, turn, turn) for turn in (1, 2, 3))
+    slow = [row | {"times_s": [seconds + 0.07 for seconds in row["times_s"]]} for row in first]
+    laws = {MODEL: physical_law(MODEL, TRUTH)}
+    found = fit_folder(
+        write_folder(tmp_path / "three", laws, overheads=[*slow, *quiet[0], *quiet[1]])
+    ).profile
+    for name in ("request_s", "latency_s", "delivery_s", "token_s"):
+        assert getattr(found.front_end, name) == pytest.approx(getattr(costs, name), rel=0.1)
+    assert found.fit is not None
+    assert not any("disturbed" in note for note in found.fit.notes)
+    found = fit_folder(write_folder(tmp_path / "two", laws, overheads=[*slow, *quiet[0]])).profile
+    assert found.front_end.latency_s < 0.01, "the quieter one counts"
+    assert found.fit is not None
+    assert sum("the quietest is not confirmed" in note for note in found.fit.notes) == 3
+
+
+def test_tokens_that_came_in_lumps_do_not_count() -> None:
+    costs = FrontEndCosts(request_s=2e-3, latency_s=6e-3, delivery_s=2e-3, token_s=4e-5, cv=0.2)
+    rows = [
+        row | ({"lumped": 0.5, "times_s": [0.2] * 50} if row["concurrency"] == 32 else {})
+        for row in overhead_rows(costs)
+        if row["kind"] == "token_out"
+    ]
+    kept, said = undisturbed([Overhead.model_validate(row) for row in rows])
+    assert {row.concurrency for row in kept} == {1, 8}
+    assert [note[:65] for note in said] == [
+        "with 32 requests in progress API server or client fell behind: to"
+    ]
 
 
 def test_single_steps_of_a_long_run_are_joined_by_composition(folder: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import statistics
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -27,9 +26,7 @@ pytestmark = pytest.mark.vllm  # its torch
 def measure(*flags: str) -> subprocess.CompletedProcess[str]:
     """The bare form, as it runs on a machine without servecast."""
     command = [str(PYTHON), "-m", "measure", "kernels", *flags]
-    return subprocess.run(
-        command, cwd=ROOT / "calibrate", capture_output=True, text=True, timeout=900, check=False
-    )
+    return subprocess.run(command, cwd=ROOT / "calibrate", capture_output=True, text=True, check=False)
 
 
 def rows_in(folder: Path) -> list[dict[str, Any]]:
@@ -63,14 +60,14 @@ def test_every_kind_of_kernel_is_timed_once(measured: Path) -> None:
 
 
 def test_times_are_those_of_the_work(measured: Path) -> None:
-    """Coarse, since the machine is noisy: a copy of 512 MiB takes longer than one of 1 MiB by far more than
-    noise, and no product is faster than 4 TFLOP/s, which no such CPU has."""
+    """By the fastest repeat, since other work on this machine only adds: a copy of 512 MiB takes longer than
+    one of 1 MiB by far more than that, and no product is faster than 4 TFLOP/s, which no such CPU has."""
     rows = rows_in(measured)
-    copies = {row["bytes"]: statistics.median(row["times_s"]) for row in rows if row["row"] == "copy"}
+    copies = {row["bytes"]: min(row["times_s"]) for row in rows if row["row"] == "copy"}
     assert copies[512 << 20] > 20 * copies[1 << 20]
     for row in rows:
         if row["row"] == "gemm":
-            assert 2 * row["m"] * row["n"] * row["k"] / statistics.median(row["times_s"]) < 4e12
+            assert 2 * row["m"] * row["n"] * row["k"] / min(row["times_s"]) < 4e12
 
 
 def test_the_facts_name_the_machine(measured: Path) -> None:

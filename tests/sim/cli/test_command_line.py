@@ -37,7 +37,7 @@ def tiny(tmp_path: Path) -> str:
 
 
 def servecast(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([SERVECAST, *arguments], capture_output=True, text=True, timeout=120)
+    return subprocess.run([SERVECAST, *arguments], capture_output=True, text=True)
 
 
 # help, and how fast the command is
@@ -174,7 +174,7 @@ def test_plan_answers_in_json_with_its_evidence(tiny: str, capsys: pytest.Captur
     document = json.loads(out)
     assert err == ""
     low, high = document["interval"]
-    assert low == document["max_request_rate"] < high <= low * 1.1**3
+    assert low == document["max_request_rate"] < high <= low * 1.1 * (1 + 1e-9)
     assert document["slo"] == ["ttft:p95:100"]  # the scenario's own
     assert document["binding_limit"] != "unknown"
     assert document["binding_evidence"]
@@ -302,7 +302,7 @@ def test_an_interrupt_is_no_traceback(
     def interrupted(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("servecast.sim.run.simulate.simulate", interrupted)
+    monkeypatch.setattr("servecast.sim.run.simulation.run_of", interrupted)
     assert main(["simulate", tiny]) == 130
     assert capsys.readouterr().err == "servecast: interrupted\n"
 

@@ -10,7 +10,7 @@ import pytest
 from small_scenarios import open_loop, scenario_file
 
 from servecast.__main__ import main
-from servecast.sim.compare.compare import Comparison, Row, Side, compare
+from servecast.sim.compare.side_by_side import Row, Side, SideBySide, side_by_side
 from servecast.sim.inputs.errors import InputError
 
 VLLM_BENCH = {  # as vllm bench serve --save-result writes it
@@ -34,13 +34,13 @@ def result(**changes: Any) -> dict[str, Any]:
     return {**VLLM_BENCH, **changes}
 
 
-def row(found: Comparison, metric: str, stage: str | None = None) -> Row:
+def row(found: SideBySide, metric: str, stage: str | None = None) -> Row:
     (match,) = [each for each in found.rows if (each.stage, each.metric) == (stage, metric)]
     return match
 
 
 def test_metrics_stand_side_by_side_with_their_ratio_to_the_first() -> None:
-    found = compare([Side("a", (result(),)), Side("b", (result(p99_ttft_ms=45.0, p50_itl_ms=5.0),))])
+    found = side_by_side([Side("a", (result(),)), Side("b", (result(p99_ttft_ms=45.0, p50_itl_ms=5.0),))])
     assert row(found, "p99_ttft_ms").values == (30.0, 45.0)
     assert row(found, "p99_ttft_ms").ratios == (1.0, 1.5)
     assert row(found, "p99_ttft_ms").differences == (None, None)
@@ -51,7 +51,7 @@ def test_metrics_stand_side_by_side_with_their_ratio_to_the_first() -> None:
 def test_what_differs_is_listed_with_what_it_may_explain() -> None:
     a = result(engine={"dtype": "bfloat16", "max_model_len": 8192, "max_num_seqs": 256})
     b = result(engine={"dtype": "float16", "max_model_len": 8192}, total_output_tokens=1600)
-    found = compare([Side("a", (a,)), Side("b", (b,))])
+    found = side_by_side([Side("a", (a,)), Side("b", (b,))])
     differs = {each.field: each for each in found.differences}
     assert set(differs) == {"engine.dtype", "mean_output_tokens"}
     assert differs["engine.dtype"].values == ("bfloat16", "float16")
@@ -63,7 +63,7 @@ def test_what_differs_is_listed_with_what_it_may_explain() -> None:
 def test_seeds_are_compared_in_pairs() -> None:
     a = Side("a", tuple(result(p99_ttft_ms=value) for value in (10.0, 20.0, 30.0)))
     b = Side("b", tuple(result(p99_ttft_ms=value) for value in (11.0, 22.0, 33.0)))
-    difference = row(compare([a, b]), "p99_ttft_ms").differences[1]
+    difference = row(side_by_side([a, b]), "p99_ttft_ms").differences[1]
     assert difference is not None
     assert difference.estimate == pytest.approx(2.0)
     half = 4.302653 * 1.0 / 3**0.5  # Student's t at 2 degrees of freedom, 97.5 %
@@ -73,20 +73,20 @@ def test_seeds_are_compared_in_pairs() -> None:
 def test_a_metric_missing_for_one_seed_has_no_mean() -> None:
     a = Side("a", (result(), result()))
     b = Side("b", (result(), result(p99_ttft_ms=None)))
-    assert row(compare([a, b]), "p99_ttft_ms").values == (30.0, None)
+    assert row(side_by_side([a, b]), "p99_ttft_ms").values == (30.0, None)
 
 
 def test_stages_are_matched_by_name_and_one_can_be_chosen() -> None:
     stages = [{"stage": f"concurrency={n}", "output_throughput": 10.0 * n} for n in (1, 2)]
     a, b = Side("a", (result(stages=stages),)), Side("b", (result(stages=stages[1:]),))
-    assert row(compare([a, b]), "output_throughput", "concurrency=2").values == (20.0, 20.0)
+    assert row(side_by_side([a, b]), "output_throughput", "concurrency=2").values == (20.0, 20.0)
     live = Side("live", (result(),))
     with pytest.raises(InputError, match="no stage that all have"):
-        compare([a, live])
-    chosen = compare([a, live], stage="concurrency=2")
+        side_by_side([a, live])
+    chosen = side_by_side([a, live], stage="concurrency=2")
     assert row(chosen, "output_throughput").values == (20.0, 40.0)
     with pytest.raises(InputError, match="a has no stage 'concurrency=3'"):
-        compare([a, live], stage="concurrency=3")
+        side_by_side([a, live], stage="concurrency=3")
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:

@@ -12,8 +12,8 @@ from small_epp import EPP
 from small_scenarios import open_loop, scenario_file
 
 from servecast.__main__ import main
-from servecast.sim.compare.compare import Side
 from servecast.sim.compare.ranking import rank, reasons
+from servecast.sim.compare.side_by_side import Side
 from servecast.sim.metrics.fleet_load import fleet_load
 from servecast.sim.metrics.records import STEP_COLUMNS, Run
 

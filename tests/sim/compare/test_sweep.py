@@ -55,7 +55,7 @@ def dask_scheduler(tmp_path: Path) -> Iterator[str]:
         log.close()
 
 
-def wait_for(condition: Any, processes: list[subprocess.Popen[bytes]], seconds: float = 60) -> None:
+def wait_for(condition: Any, processes: list[subprocess.Popen[bytes]], seconds: float = 600) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline

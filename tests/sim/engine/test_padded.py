@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from servecast.sim.engine.config import EngineConfig
-from servecast.sim.engine.engines import ENGINES
 from servecast.sim.engine.padded.batch import PaddedBatch, PaddedStep
 from servecast.sim.engine.request import Request
 from servecast.sim.inputs.errors import InputError
+from servecast.sim.scenario.servers import SERVERS
 
 BASE = EngineConfig(
     version="test",
@@ -23,13 +23,11 @@ BASE = EngineConfig(
     block_size=16,
     enable_chunked_prefill=False,
     async_scheduling=False,
-    policy="contiguous",
 )
 
 
-def engine(**changes: object) -> PaddedBatch:
-    config = replace(BASE, **changes)  # type: ignore[arg-type]
-    made = ENGINES[config.policy](config)
+def engine(policy: str = "contiguous", **changes: object) -> PaddedBatch:
+    made = SERVERS[policy].engine(replace(BASE, **changes))  # type: ignore[arg-type]
     assert isinstance(made, PaddedBatch)
     return made
 

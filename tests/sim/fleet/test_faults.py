@@ -15,6 +15,7 @@ from small_fleet import OneSecondSteps, config, one_stream, times
 from small_scenarios import open_loop, small
 
 from servecast.sim.engine.request import Request, Stage
+from servecast.sim.engine.scheduler import Scheduler
 from servecast.sim.fleet.client import Client
 from servecast.sim.fleet.endpoint import Endpoint
 from servecast.sim.fleet.fleet import Fleet
@@ -47,9 +48,8 @@ def run(
 
     def make(env: simpy.Environment, index: int, client: Client) -> Replica:
         factors = iter(lambda: 1.0, None)
-        return Replica(
-            env, index, config(**engine), steps, factors, steps.roofline_seconds, costs, rng, client
-        )
+        scheduler = Scheduler(config(**engine))
+        return Replica(env, index, scheduler, steps, factors, steps.roofline_seconds, costs, rng, client)
 
     fleet = Fleet(
         simpy.Environment(),
@@ -143,7 +143,9 @@ def test_a_request_in_preparation_fails_with_its_server() -> None:
 
     def make(env: simpy.Environment, index: int, client: Client) -> Replica:
         factors = iter(lambda: 1.0, None)
-        return Replica(env, index, config(), steps, factors, steps.roofline_seconds, costs, rng, client)
+        return Replica(
+            env, index, Scheduler(config()), steps, factors, steps.roofline_seconds, costs, rng, client
+        )
 
     router = ROUTERS["round_robin"](RouterOptions(), rng)
     fleet = Fleet(
@@ -213,7 +215,7 @@ def test_kv_events_are_known_after_their_lag() -> None:
     steps = OneSecondSteps()
     factors = iter(lambda: 1.0, None)
     client = Client(costs)
-    replica = Replica(env, 0, config(), steps, factors, steps.roofline_seconds, costs, rng, client)
+    replica = Replica(env, 0, Scheduler(config()), steps, factors, steps.roofline_seconds, costs, rng, client)
     endpoint = Endpoint(env, replica, Life(), RouterOptions(event_lag_s=0.3), rng)
     endpoint.subscribe()
     request = Request(0, 0.0, 40, 1, 1, ((1, 40),))

@@ -12,6 +12,7 @@ from small_fleet import OneSecondSteps, config, one_stream, times
 
 from servecast.sim.engine.config import EngineConfig
 from servecast.sim.engine.request import Request, Stage, Stream
+from servecast.sim.engine.scheduler import Scheduler
 from servecast.sim.fleet.client import Client
 from servecast.sim.fleet.fleet import Fleet
 from servecast.sim.fleet.front_end import ApiServer, Preparation
@@ -38,7 +39,9 @@ def run(
 
     def make(env: simpy.Environment, index: int, client: Client) -> Replica:
         factors = noise or repeat(1.0)
-        return Replica(env, index, engine, step_time, factors, step_time.roofline_seconds, costs, rng, client)
+        return Replica(
+            env, index, Scheduler(engine), step_time, factors, step_time.roofline_seconds, costs, rng, client
+        )
 
     policy = ROUTERS[router](RouterOptions(), rng)
     return Fleet(simpy.Environment(), make, replicas, policy, Client(costs), rng).run(stages)

@@ -43,7 +43,7 @@ def test_an_unknown_gpu_lists_the_known() -> None:
 
 
 def test_the_catalogue_is_plausible() -> None:
-    assert len(CATALOGUE) == 9
+    assert len(CATALOGUE) == 13
     for gpu in CATALOGUE:
         assert gpu.source
         assert gpu.memory_source

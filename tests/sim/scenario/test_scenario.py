@@ -183,7 +183,7 @@ def test_a_pasted_command_is_engine_configuration(tmp_path: Path) -> None:
     )
     engine = scenario.engine
     assert (engine.max_num_seqs, engine.enable_prefix_caching) == (32, False)
-    assert engine.notes == ("flags without effect here: --port",)
+    assert scenario.notes == ("flags without effect here: --port",)
     assert engine.serve_command is not None
     assert engine.serve_command.model == "q"
 

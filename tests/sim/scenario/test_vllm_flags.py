@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from servecast.sim.hardware.gpu import find_gpu
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.inputs.schema import parse
-from servecast.sim.scenario.engine_flags import GIB, EngineFlags, resolve_defaults
+from servecast.sim.scenario.engine_flags import EngineFlags
 from servecast.sim.scenario.vllm_flags import parse_serve_command
+from servecast.sim.scenario.vllm_server import GIB, RELEASES, Vllm, release_of
 
 
 def flags(**given: Any) -> EngineFlags:
@@ -17,12 +20,8 @@ def flags(**given: Any) -> EngineFlags:
 
 
 def resolved(gpu: str = "A6000", memory_gib: float = 47.4, positions: int = 32768, **given: Any) -> Any:
-    return resolve_defaults(
-        flags(**given),
-        gpu_name=gpu,
-        gpu_memory_bytes=int(memory_gib * GIB),
-        max_position_embeddings=positions,
-    )
+    on = replace(find_gpu("a6000"), name=gpu, memory_bytes=int(memory_gib * GIB))
+    return Vllm().resolve(flags(**given), on, positions)
 
 
 def test_flags_in_every_spelling() -> None:
@@ -118,20 +117,20 @@ def test_batch_sizes_follow_each_other_as_in_vllm(given: dict[str, Any], tokens:
 )
 def test_releases(version: str, rules: str, utilization: float, asynchronous: bool, gate: bool) -> None:
     engine = resolved(version=version)
-    assert (engine.rules, engine.gpu_memory_utilization) == (rules, utilization)
+    assert (engine.version, engine.gpu_memory_utilization) == (rules, utilization)
     assert (engine.async_scheduling, engine.scheduler_reserve_full_isl) == (asynchronous, gate)
     assert resolved(version=version, async_scheduling=not asynchronous).async_scheduling is not asynchronous
 
 
 def test_a_version_without_rules_runs_under_the_nearest_only_on_request() -> None:
     engine = flags(version="0.30", assume_rules=True)
-    assert engine.release.rules == "0.32"
-    assert engine.notes == ("vLLM 0.30 has no rule set; assumed to behave as 0.32",)
+    assert RELEASES[release_of(engine)].rules == "0.32"
+    assert Vllm().notes(engine) == ("vLLM 0.30 has no rule set; assumed to behave as 0.32",)
 
 
 def test_the_engines_configuration() -> None:
-    config = resolved(watermark=0.01, block_size=32, scheduling_policy="priority").config(1000)
-    assert (config.version, config.max_model_len, config.num_gpu_blocks) == ("0.32", 32768, 1000)
+    config = resolved(watermark=0.01, block_size=32, scheduling_policy="priority")
+    assert (config.version, config.max_model_len, config.num_gpu_blocks) == ("0.32", 32768, 0)
     assert (config.watermark, config.block_size, config.scheduling_policy) == (0.01, 32, "priority")
     assert (config.max_num_seqs, config.max_num_batched_tokens) == (256, 2048)
 

@@ -314,7 +314,7 @@ def test_nothing_is_found_in_our_own_sweep_of_long_prompts(tmp_path: Path) -> No
         "reported": [],
     }
     scenario = load("l4-qwen2.5-0.5b", changes)
-    document = result(Deployment.of(scenario), simulate(scenario), what_if={})
+    document = result(Deployment.of(scenario), simulate(scenario))
     write_result(tmp_path / "result.json", document)
     checked = check(from_results([tmp_path / "result.json"], HARDWARE["l4-qwen2.5-0.5b"]))
     assert [(f.rule, f.level.label, f.message) for f in checked.findings] == []

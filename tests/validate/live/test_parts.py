@@ -265,7 +265,7 @@ def run_session(
             )
             session.run()
         limits = Tolerances.load()
-        return session, document(session, judge(session, limits), what_if={}, tolerances=limits)
+        return session, document(session, judge(session, limits), tolerances=limits)
 
     return run
 

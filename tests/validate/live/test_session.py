@@ -87,7 +87,7 @@ def session(file: Path, server: FakeServer, tmp_path: Path) -> Callable[..., dic
         )
         wanted.run()
         limits = Tolerances.load()
-        return document(wanted, judge(wanted, limits), what_if={}, tolerances=limits)
+        return document(wanted, judge(wanted, limits), tolerances=limits)
 
     return run
 

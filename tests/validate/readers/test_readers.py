@@ -502,7 +502,7 @@ def test_a_written_report_reads_back(tmp_path: Path) -> None:
     scenario = load("l4-qwen2.5-0.5b", changes)
     deployment = Deployment.of(scenario)
     run = simulate(deployment)
-    document = result(deployment, run, what_if={}, ranks=(50, 90, 95, 99))
+    document = result(deployment, run, ranks=(50, 90, 95, 99))
     file = tmp_path / "report.yaml"
     write_benchmark_report(file, run, document)
     reading = read(file)

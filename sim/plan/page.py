@@ -1,21 +1,17 @@
-"""The single-file HTML report of a plan: the answer, its plots, its probes, and where it comes from."""
+"""The single-file page of a plan: the answer, its plots, its probes, and where it comes from."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 
-from jinja2 import Environment, FunctionLoader, StrictUndefined, Template
-from markupsafe import Markup
-
-from servecast.sim.inputs.files import write_whole
-from servecast.sim.metrics.knee import closed_loop_knee
 from servecast.sim.metrics.records import Run
+from servecast.sim.plan import closed_loop, figures
 from servecast.sim.plan.capacity import Plan
-from servecast.sim.report import figures
-from servecast.sim.report.figures import SweepPoint
+from servecast.sim.plan.closed_loop import SweepPoint
+from servecast.sim.report.page import Plot, figure_text, write_page
+from servecast.sim.run.figures import engine_over_time, itl_histogram
 
 LIMITS = {  # a binding limit in words, and what moves it
     "compute": ("Compute", "A GPU with more FLOP/s, a smaller or quantised model, or more replicas."),
@@ -42,23 +38,8 @@ _LATENCY = (
 
 
 @dataclass(frozen=True, slots=True)
-class Plot:
-    """One figure of the page. wide: over both columns."""
-
-    title: str
-    svg: str
-    caption: str = ""
-    wide: bool = False
-
-    @property
-    def markup(self) -> Markup:
-        """The SVG, exempt from escaping: it is our own."""
-        return Markup(self.svg)
-
-
-@dataclass(frozen=True, slots=True)
-class ReportContext:
-    """What a report says beside the numbers. All values are shown as given, in the order given.
+class PageContext:
+    """What the page says beside the numbers. All values are shown as given, in the order given.
 
     title: of the page. question: one sentence. band: how far the answer is to be believed ("TTFT p95
     within 20 %, ..."). run_context: model, GPU, engine version, flags, traffic, ... provenance: tool
@@ -73,15 +54,15 @@ class ReportContext:
     assumptions: Sequence[Mapping[str, object]] = ()
 
 
-def write_report(
+def write_plan_page(
     path: Path | str,
     plan: Plan,
     *,
-    context: ReportContext,
+    context: PageContext,
     run: Run | None = None,
     sweep: Sequence[SweepPoint] = (),
 ) -> Path:
-    """Writes the report of a plan and returns its path.
+    """Writes the page of a plan and returns its path.
 
     run: one replication at (or next to) the answer, for the plots over time and the token gaps.
     sweep: a closed-loop sweep, for throughput against concurrency. The file needs no network and is the
@@ -95,15 +76,17 @@ def write_report(
         caption = (
             "Warm-up included." if rate is None else f"One run at {rate:.4g} requests/s, warm-up included."
         )
-        plots.append(Plot("The engine over time", figures.engine_over_time(run), caption, wide=True))
+        plots.append(Plot("The engine over time", engine_over_time(run), caption, wide=True))
     plots.append(Plot("Throughput against request rate", figures.throughput_by_rate(plan)))
     if sweep:
         plots.append(_sweep_plot(sweep))
     if run is not None and len(run.itl):
-        svg = figures.itl_histogram(run)
+        svg = itl_histogram(run)
         plots.append(Plot("Inter-token latency", svg, "Pooled over all tokens of one run at the answer."))
     limit, remedy = LIMITS.get(plan.binding.limit, (plan.binding.limit, ""))
-    page = page_template("plan_page.html.j2").render(
+    return write_page(
+        path,
+        "servecast.sim.plan",
         plan=plan,
         best=plan.best,
         headline=_headline(plan),
@@ -113,33 +96,6 @@ def write_report(
         plots=plots,
         objectives=_objectives(plan),
     )
-    path = Path(path)
-    write_whole(path, lambda partial: partial.write_text(page, encoding="utf-8"))
-    return path
-
-
-def page_template(name: str, package: str = "servecast.sim.report") -> Template:
-    """A page template of a package. What it includes is there or beside this module."""
-    folders = [resources.files(each) for each in (package, "servecast.sim.report")]
-
-    def text(each: str) -> str:
-        found = next(file for folder in folders if (file := folder.joinpath(each)).is_file())
-        return found.read_text(encoding="utf-8")
-
-    environment = Environment(
-        loader=FunctionLoader(text),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["figure"] = _figure
-    return environment.get_template(name)
-
-
-def _figure(value: float) -> str:
-    """Four digits, and no powers of ten."""
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}" if abs(value) >= 0.0001 else "0"
 
 
 def _headline(plan: Plan) -> str:
@@ -154,7 +110,7 @@ def _headline(plan: Plan) -> str:
     fail = plan.interval[1]
     if fail is None:
         return f"{sentence}; no rate that was tried fails."
-    return f"{sentence}; {_figure(fail)} requests/s fails."
+    return f"{sentence}; {figure_text(fail)} requests/s fails."
 
 
 def _objectives(plan: Plan) -> list[str]:
@@ -162,8 +118,7 @@ def _objectives(plan: Plan) -> list[str]:
 
 
 def _sweep_plot(sweep: Sequence[SweepPoint]) -> Plot:
-    levels, tokens = [point.concurrency for point in sweep], [point.output_throughput for point in sweep]
-    knee = closed_loop_knee(levels, tokens)
+    knee = closed_loop.knee(sweep)
     caption = (
         "The knee is the smallest concurrency within 5 % of the largest throughput."
         if knee is not None

@@ -1,22 +1,21 @@
-"""The engine: what a replica asks of a server's scheduler, and which ones there are."""
+"""The engine: what a replica asks of a server's scheduler."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 from servecast.sim.engine.config import EngineConfig
 from servecast.sim.engine.padded.batch import Pool
-from servecast.sim.engine.padded.contiguous import ContiguousBatching
-from servecast.sim.engine.padded.paged import PagedBatching
-from servecast.sim.engine.padded.static import StaticBatching
 from servecast.sim.engine.request import Request
-from servecast.sim.engine.scheduler import Scheduler
 from servecast.sim.engine.step import Step
 
 
 class Engine(Protocol):
     """Decides step by step who computes what. ``add``, then ``schedule`` and ``complete`` in turn."""
+
+    @property
+    def config(self) -> EngineConfig: ...
 
     @property
     def has_requests(self) -> bool:
@@ -52,11 +51,3 @@ class Engine(Protocol):
     def complete(self, step: Step) -> None:
         """The step has run: say in it who got a first, a further, or the last token."""
         ...
-
-
-ENGINES: dict[str, Callable[[EngineConfig], Engine]] = {
-    "vllm": Scheduler,
-    "static": StaticBatching,
-    "contiguous": ContiguousBatching,
-    "paged": PagedBatching,
-}

@@ -1,4 +1,4 @@
-"""The single-file HTML report of a comparison of routers: their places, why, and the plots."""
+"""The single-file page of a comparison of routers: their places, why, and the plots."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from servecast.sim.compare.compare import Document, Side
 from servecast.sim.compare.ranking import Ranking, Reason
-from servecast.sim.inputs.files import write_whole
+from servecast.sim.compare.side_by_side import Document, Side
 from servecast.sim.metrics.metrics import Floats, gauges_at
 from servecast.sim.metrics.records import Run
-from servecast.sim.report.figures import SERIES, drawing
-from servecast.sim.report.plan_page import Plot, page_template
+from servecast.sim.report.drawing import SERIES, drawing
+from servecast.sim.report.page import Plot, write_page
 
 _POINTS = 400  # of a line over time
 _BY_RATE = (  # metric, factor, axis, title; latencies have a logarithmic axis
@@ -42,16 +41,16 @@ class PodsOverTime:
         return cls(times, gauges_at(run, "waiting", times), gauges_at(run, "kv_usage", times))
 
 
-def write_router_report(
-    path: Path,
+def write_router_page(
+    path: Path | str,
     sides: Sequence[Side],
     rankings: Sequence[Ranking],
     why: Sequence[Reason],
     pods: Mapping[str, PodsOverTime],
     *,
     title: str,
-) -> None:
-    """Write the report of sides that saw the same traffic; whole or not at all.
+) -> Path:
+    """Write the page of sides that saw the same traffic; whole or not at all.
 
     Args:
         pods: by label, of one run.
@@ -65,7 +64,9 @@ def write_router_report(
         caption = "One seed, each line a pod."
         plots.append(Plot(side.label, _over_time(pods[side.label], side.label), caption, wide=True))
     stages = list(dict.fromkeys(ranking.stage for ranking in rankings))
-    page = page_template("router_page.html.j2").render(
+    return write_page(
+        path,
+        "servecast.sim.compare",
         title=title,
         labels=[side.label for side in sides],
         seeds=len(sides[0].results),
@@ -74,7 +75,6 @@ def write_router_report(
         plots=plots,
         document=sides[0].results[0],
     )
-    write_whole(path, lambda partial: partial.write_text(page, encoding="utf-8"))
 
 
 def _of(entries: Sequence[Any], stage: str | None) -> list[Any]:

@@ -1,0 +1,382 @@
+"""From NVIDIA's public timings of vLLM's kernels to a GPU's constants.
+
+The wheels ``aiconfigurator-core`` and ``aisimulate`` (Apache-2.0) hold tables of kernel times under
+``systems/data/GPU/OPERATION/vllm/RELEASE/NAME.parquet``: matrix products, attention of prompts and of decodes
+with their KV write, expert layers, all-reduces. Each kind of kernel has an equation of two to five constants
+(``sim.hardware.gpu_constants``), fitted to the logarithm of its times with a loss that outliers do not bend.
+
+What the tables do not tell: prompts behind a context, steps that mix prompts and decodes, batches of unequal
+lengths, whatever the host adds, and, since some dtypes were timed outside CUDA graphs, the floor of
+block-wise fp8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from scipy.optimize import least_squares
+
+from servecast.sim.hardware.gpu import GPU
+from servecast.sim.hardware.gpu_constants import (
+    AllReduce,
+    DecodeAttention,
+    Experts,
+    GpuConstants,
+    Product,
+    PromptAttention,
+    Residuals,
+)
+from servecast.sim.inputs.errors import InputError
+
+Floats = npt.NDArray[np.float64]
+Equation = Callable[[Sequence[float]], Floats]
+
+SMALL_KERNEL_S = 2e-6  # norm, rotary and activation: not in the tables; an H100's, launched from a graph
+TILE = 128  # query rows of an attention tile
+FOLDERS = {  # GPU of the catalogue -> folder of its tables
+    "A100": "a100_sxm",
+    "H100": "h100_sxm",
+    "H200": "h200_sxm",
+    "B200": "b200_sxm",
+    "B300": "b300_sxm",
+    "GB200": "gb200",
+    "GB300": "gb300",
+    "L40S": "l40s",
+    "RTX PRO 6000": "rtx_pro_6000_server",
+}
+MOST_RANKS = {"L40S": 2}  # its four and eight ranks were timed in a box without peer-to-peer
+PRODUCTS = {"bfloat16": "bf16", "fp8": "fp8", "nvfp4": "nvfp4"}  # name in the tables -> ours
+EXPERTS = {
+    "bfloat16": "bf16",
+    "fp8_block": "fp8_block",
+    "int4_wo": "int4",
+    "nvfp4": "nvfp4",
+    "w4a16_mxfp4": "mxfp4",
+    "w4a8_mxfp4_mxfp8": "mxfp4_mxfp8",
+}
+KV = {"bfloat16": "bf16", "fp8": "fp8"}
+BYTES = {"bf16": 2.0, "fp8": 1.0, "fp8_block": 1.0, "int4": 0.53125, "nvfp4": 0.5625, "mxfp4": 0.53125}
+BYTES["mxfp4_mxfp8"] = BYTES[
+    "mxfp4"
+]  # four bits and a scale for each 16 (nvfp4), 32 (mxfp4) or 64 (int4) weights
+LEAST_ROWS = 40
+WORST_MEDIAN = 0.25  # of |fitted / measured - 1|, beyond which a fit of fp8 by blocks is not kept
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Rows of one kind of kernel. seconds: measured. along: what they grow with, and edges of its regions."""
+
+    seconds: Floats
+    along: Floats
+    edges: tuple[float, ...]
+
+    def fit(
+        self, equation: Equation, start: Sequence[float], least: Sequence[float], most: Sequence[float]
+    ) -> tuple[list[float], Residuals]:
+        """The constants between ``least`` and ``most`` for which ``equation`` is nearest, and what it
+        leaves."""
+
+        def residual(constants: Sequence[float]) -> Floats:
+            return np.log(equation(constants) / self.seconds)
+
+        found = least_squares(
+            residual, start, bounds=(least, most), loss="soft_l1", f_scale=0.1, x_scale=np.abs(start)
+        )
+        error = np.expm1(residual(found.x))
+        regions = {}
+        for low, high in zip(self.edges, self.edges[1:], strict=False):
+            inside = (self.along >= low) & (self.along < high)
+            if inside.any():
+                regions[f"{low:g}-{high:g}"] = round(float(np.median(error[inside])), 3)
+        size = np.abs(error)
+        kept = Residuals(
+            rows=len(error),
+            median=round(float(np.median(size)), 4),
+            p90=round(float(np.quantile(size, 0.9)), 4),
+            by_region=regions,
+        )
+        return [float(f"{value:.4g}") for value in found.x], kept
+
+
+class KernelTables:
+    """The tables of one GPU.
+
+    Args:
+        folder: of an unpacked wheel, or any folder above ``systems/data``. gpu: of the catalogue.
+
+    Raises:
+        InputError: there are no tables of this GPU, or one cannot be read.
+    """
+
+    def __init__(self, folder: Path, gpu: GPU) -> None:
+        self.gpu = gpu
+        if gpu.name not in FOLDERS:
+            raise InputError(
+                f"there are no kernel tables of a {gpu.name}", where="--gpu", fix=f"Use {', '.join(FOLDERS)}."
+            )
+        found = sorted(folder.glob(f"**/data/{FOLDERS[gpu.name]}"))
+        if not found:
+            raise InputError(
+                f"there is no folder systems/data/{FOLDERS[gpu.name]} below",
+                where=str(folder),
+                fix="Unpack the wheel of aiconfigurator-core there.",
+            )
+        self._folder = found[0]
+        self.releases: set[str] = set()
+
+    def read(
+        self, operation: str, name: str, columns: Sequence[str], *, optional: Sequence[str] = ()
+    ) -> pd.DataFrame:
+        """The newest table of an operation, with ``seconds``. optional: columns that old tables lack."""
+        files = sorted(self._folder.glob(f"{operation}/vllm/*/{name}.parquet"), key=_release)
+        if not files:
+            raise InputError(
+                f"has no {operation}/vllm/*/{name}.parquet",
+                where=str(self._folder),
+                fix="Unpack the whole wheel.",
+            )
+        try:
+            rows = pd.read_parquet(files[-1])
+            rows = rows[[*columns, *(name for name in optional if name in rows), "latency"]]
+        except ImportError as error:
+            raise InputError(
+                "reading parquet needs pyarrow", where=str(files[-1]), fix="Install servecast[parquet]."
+            ) from error
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(
+                f"is no table of kernel times ({error})", where=str(files[-1]), fix="Unpack the wheel again."
+            ) from error
+        self.releases.add(files[-1].parent.name)
+        rows = rows[rows["latency"] > 0]
+        return rows.assign(seconds=rows["latency"] * 1e-3)
+
+
+def fit_kernel_tables(folder: str | Path, gpu: GPU) -> GpuConstants:
+    """Fit a GPU's constants.
+
+    Raises:
+        InputError: as ``KernelTables``.
+    """
+    tables = KernelTables(Path(folder), gpu)
+    products = _products(tables)
+    attention = _prompts(tables), _decodes(tables)
+    experts, all_reduce = _experts(tables), _all_reduce(tables)
+    releases = ", ".join(sorted(tables.releases, key=lambda name: _numbers(name)))
+    return GpuConstants(
+        gpu=gpu.name,
+        source="NVIDIA's timings of vLLM's kernels, wheel aiconfigurator-core (Apache-2.0)",
+        release=f"vLLM {releases}",
+        small_kernel_s=SMALL_KERNEL_S,
+        products=products,
+        prompts=attention[0],
+        decodes=attention[1],
+        experts=experts,
+        all_reduce=all_reduce,
+    )
+
+
+def _products(tables: KernelTables) -> dict[Any, Product]:
+    gpu = tables.gpu
+    rows = tables.read("gemm", "gemm_perf", ("gemm_dtype", "m", "n", "k"))
+    rows = rows[rows["n"].between(1024, 32768) & rows["k"].between(1024, 32768) & (rows["m"] <= 8192)]
+    found: dict[Any, Product] = {}
+    for name, dtype in PRODUCTS.items():
+        part = rows[rows["gemm_dtype"] == name]
+        if len(part) < LEAST_ROWS or (peak := gpu.peak_flops(dtype)) is None:
+            continue
+        compute, memory, moved = _product_terms(part, gpu, dtype, peak)
+
+        def equation(
+            x: Sequence[float], compute: Floats = compute, memory: Floats = memory, moved: Floats = moved
+        ) -> Floats:
+            share, bandwidth, exponent, floor, passes = x
+            sides = np.power(compute / share, exponent) + np.power(memory / bandwidth, exponent)
+            return np.asarray(floor + np.power(sides, 1 / exponent) + passes * moved)
+
+        values, kept = _timings(part, "m", (1, 2, 17, 65, 257, 1025, 2049, 8193)).fit(
+            equation, (0.7, 0.8, 1.8, 4e-6, 0.3), (0.05, 0.05, 1, 0, 0), (1, 1, 8, 4e-5, 30)
+        )
+        found[dtype] = Product(
+            compute=values[0],
+            bandwidth=values[1],
+            overlap_exponent=values[2],
+            floor_s=values[3],
+            activation_passes=values[4],
+            residuals=kept,
+        )
+    part = rows[
+        (rows["gemm_dtype"] == "fp8_block") & (rows["seconds"] > 2e-4)
+    ]  # outside a graph: long ones only
+    if "fp8" in found and len(part) >= LEAST_ROWS:
+        fp8, peak = found["fp8"], gpu.peak_flops("fp8_block")
+        assert peak is not None
+        compute, memory, moved = _product_terms(part, gpu, "fp8_block", peak)
+
+        def by_block(x: Sequence[float]) -> Floats:
+            sides = np.power(compute / x[0], fp8.overlap_exponent)
+            sides += np.power(memory / fp8.bandwidth, fp8.overlap_exponent)
+            return np.asarray(fp8.floor_s + np.power(sides, 1 / fp8.overlap_exponent) + x[1] * moved)
+
+        values, kept = _timings(part, "m", (1, 65, 257, 1025, 2049, 8193)).fit(
+            by_block, (0.6, 1.0), (0.05, 0), (1, 30)
+        )
+        if kept.median > WORST_MEDIAN:  # a kernel that was not tuned: fp8 stands for it
+            return found
+        found["fp8_block"] = fp8.model_copy(
+            update={"compute": values[0], "activation_passes": values[1], "residuals": kept}
+        )
+    return found
+
+
+def _product_terms(rows: pd.DataFrame, gpu: GPU, dtype: str, peak: float) -> tuple[Floats, Floats, Floats]:
+    """Seconds at the datasheet's rates: of the FLOPs, the weights, and the activations in and out."""
+    m, n, k = (rows[name].to_numpy(float) for name in "mnk")
+    return 2 * m * n * k / peak, n * k * BYTES[dtype] / gpu.bandwidth, 2 * m * (k + n) / gpu.bandwidth
+
+
+def _prompts(tables: KernelTables) -> dict[Any, PromptAttention]:
+    gpu = tables.gpu
+    rows = _attention(tables, "context_attention_perf")
+    rows = rows[rows["batch_size"] * rows["isl"] <= 16384]
+    found: dict[Any, PromptAttention] = {}
+    for name, dtype in KV.items():
+        part = rows[rows["kv_cache_dtype"] == name]
+        if len(part) < LEAST_ROWS:
+            continue
+        batch, length, heads, kv_heads, _ = _attention_columns(part)
+        tiles = np.ceil(length / TILE)
+        pairs = TILE * TILE * tiles * (tiles + 1) / 2
+        compute = batch * 4 * heads * 128 * pairs / gpu.bf16_flops
+        moved = batch * length * 128 * 2 * (2 * heads + 2 * kv_heads) / gpu.bandwidth
+
+        def equation(x: Sequence[float], compute: Floats = compute, moved: Floats = moved) -> Floats:
+            return np.asarray(x[2] + compute / x[0] + x[1] * moved)
+
+        values, kept = _timings(part, "isl", (1, 65, 129, 513, 2049, 8193, 16385)).fit(
+            equation, (0.6, 2.0, 12e-6), (0.05, 0, 0), (1, 30, 6e-5)
+        )
+        found[dtype] = PromptAttention(
+            compute=values[0], activation_passes=values[1], floor_s=values[2], residuals=kept
+        )
+    return found
+
+
+def _decodes(tables: KernelTables) -> dict[Any, DecodeAttention]:
+    gpu = tables.gpu
+    rows = _attention(tables, "generation_attention_perf")
+    rows = rows.assign(context=rows["isl"] + rows["step"])
+    rows = rows[(rows["batch_size"] <= 512) & rows["context"].between(16, 131072)]
+    found: dict[Any, DecodeAttention] = {}
+    for name, dtype in KV.items():
+        part = rows[rows["kv_cache_dtype"] == name]
+        if len(part) < LEAST_ROWS:
+            continue
+        batch, _, _, kv_heads, context = _attention_columns(part)
+        read = 2 * kv_heads * 128 * BYTES[dtype] * context * batch
+        memory = read / gpu.bandwidth
+
+        def equation(x: Sequence[float], memory: Floats = memory, batch: Floats = batch) -> Floats:
+            return np.asarray(x[2] + memory / x[0] + x[1] * batch)
+
+        timings = Timings(part["seconds"].to_numpy(float), read / 1e6, (0, 1, 10, 100, 1000, 1e6))
+        values, kept = timings.fit(equation, (0.85, 3e-8, 12e-6), (0.05, 0, 0), (1, 2e-6, 6e-5))
+        found[dtype] = DecodeAttention(
+            bandwidth=values[0], sequence_s=values[1], floor_s=values[2], residuals=kept
+        )
+    return found
+
+
+def _attention(tables: KernelTables, name: str) -> pd.DataFrame:
+    """Rows of full attention at the usual head size."""
+    columns = ("kv_cache_dtype", "batch_size", "isl", "step", "num_heads", "num_key_value_heads")
+    rows = tables.read("attention", name, (*columns, "head_dim"), optional=("window_size",))
+    if "window_size" in rows:
+        rows = rows[rows["window_size"] == 0]
+    return rows[(rows["head_dim"] == 128) & (rows["num_heads"] >= 4)]
+
+
+def _attention_columns(rows: pd.DataFrame) -> tuple[Floats, Floats, Floats, Floats, Floats]:
+    """Batch, prompt length, heads, KV heads, context."""
+    names = ("batch_size", "isl", "num_heads", "num_key_value_heads")
+    batch, length, heads, kv_heads = (rows[name].to_numpy(float) for name in names)
+    return batch, length, heads, kv_heads, length + rows["step"].to_numpy(float)
+
+
+def _experts(tables: KernelTables) -> dict[Any, Experts]:
+    gpu = tables.gpu
+    sizes = ("num_tokens", "hidden_size", "inter_size", "topk", "num_experts", "moe_tp_size", "moe_ep_size")
+    rows = tables.read("moe", "moe_perf", ("moe_dtype", "distribution", *sizes))
+    rows = rows[(rows["distribution"] == "power_law_1.01") & (rows["moe_ep_size"] == 1)]
+    rows = rows[(rows["moe_tp_size"] <= 8) & (rows["num_tokens"] <= 8192)]
+    found: dict[Any, Experts] = {}
+    for name, dtype in EXPERTS.items():
+        part = rows[rows["moe_dtype"] == name]
+        if len(part) < LEAST_ROWS or (peak := gpu.peak_flops(dtype)) is None:
+            continue
+        tokens, hidden, width, chosen, experts, ranks, _ = (part[size].to_numpy(float) for size in sizes)
+        width = width / ranks
+        touched = experts * (1 - np.power(1 - chosen / experts, tokens))
+        compute = 6 * tokens * chosen * hidden * width / peak
+        memory = touched * 3 * hidden * width * BYTES[dtype] / gpu.bandwidth
+        moved = 2 * tokens * chosen * (2 * hidden + 3 * width) / gpu.bandwidth
+
+        def equation(
+            x: Sequence[float], compute: Floats = compute, memory: Floats = memory, moved: Floats = moved
+        ) -> Floats:
+            return np.asarray(x[2] + compute / x[0] + memory / x[1] + x[3] * moved)
+
+        values, kept = _timings(part, "num_tokens", (1, 2, 17, 65, 257, 1025, 2049, 8193)).fit(
+            equation, (0.5, 0.9, 3e-5, 1.0), (0.02, 0.05, 0, 0), (1, 1, 2e-4, 5)
+        )
+        found[dtype] = Experts(
+            compute=values[0],
+            bandwidth=values[1],
+            floor_s=values[2],
+            activation_passes=values[3],
+            residuals=kept,
+        )
+    return found
+
+
+def _all_reduce(tables: KernelTables) -> dict[int, AllReduce]:
+    gpu = tables.gpu
+    rows = tables.read("comm", "custom_allreduce_perf", ("kernel_source", "num_gpus", "message_size"))
+    graphs = rows["kernel_source"].str.contains("graph", case=False)
+    rows = rows[graphs] if graphs.any() else rows
+    rows = rows.assign(size=2.0 * rows["message_size"])  # elements of two bytes
+    rows = rows[rows["size"].between(4096, 512e6)]
+    found = {}
+    for ranks, part in rows.groupby("num_gpus"):
+        number = int(str(ranks))
+        if number > MOST_RANKS.get(gpu.name, 8) or gpu.link_bandwidth is None:
+            continue
+        ring = 2 * (number - 1) / number * part["size"].to_numpy(float) / gpu.link_bandwidth
+
+        def equation(x: Sequence[float], ring: Floats = ring) -> Floats:
+            return np.asarray(x[0] + ring / x[1])
+
+        timings = Timings(
+            part["seconds"].to_numpy(float), part["size"].to_numpy(float) / 1e6, (0, 0.1, 1, 10, 1000)
+        )
+        values, kept = timings.fit(equation, (5e-6, 0.6), (0, 0.01), (1e-4, 1))
+        found[number] = AllReduce(latency_s=values[0], link=values[1], residuals=kept)
+    return found
+
+
+def _timings(rows: pd.DataFrame, along: str, edges: tuple[float, ...]) -> Timings:
+    return Timings(rows["seconds"].to_numpy(float), rows[along].to_numpy(float), edges)
+
+
+def _release(file: Path) -> tuple[int, ...]:
+    return _numbers(file.parent.name)
+
+
+def _numbers(release: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in release.split(".") if part.isdigit())

@@ -1,0 +1,225 @@
+"""What a GPU reaches of its datasheet, kernel by kernel, and which file says so.
+
+A file of ``scenarios/gpus`` holds about twenty constants of one GPU, fitted to timings of vLLM's own kernels
+on it (``calibrate.fit.kernel_tables``). They are facts of a GPU and a precision, not of a model:
+``efficiencies`` picks those that a model's precisions and its number of ranks ask for.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from servecast.sim.hardware.shard import Shard
+from servecast.sim.hardware.step_time.physical import Efficiencies, KernelCosts
+from servecast.sim.inputs.errors import InputError
+
+Share = Annotated[float, Field(gt=0, le=1)]
+Seconds = Annotated[float, Field(ge=0, lt=1)]
+Passes = Annotated[float, Field(ge=0, lt=100)]
+
+WeightDtype = Literal["bf16", "fp8", "fp8_block", "int8", "int4", "nvfp4", "mxfp4", "mxfp4_mxfp8"]
+KvDtype = Literal["bf16", "fp8"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Residuals(_Strict):
+    """How a fit did: measured rows, and of |fitted / measured - 1| the median and what 90 % keep.
+
+    by_region: the median of fitted / measured - 1 in ranges of what the kernel grows with (tokens of a
+    product, tokens of a prompt, bytes of KV or of an all-reduce), as "lowest-highest".
+    """
+
+    rows: int
+    median: float
+    p90: float
+    by_region: dict[str, float]
+
+
+class Product(_Strict):
+    """A matrix product m x k by k x n of 16-bit activations and weights of one dtype.
+
+    Seconds: floor + (compute^p + memory^p)^(1/p) + activations, where compute is 2mnk over the dtype's peak
+    times ``compute``, memory the weights over the bandwidth times ``bandwidth``, and activations the bytes of
+    input and output over the bandwidth, times ``activation_passes``: how often they are moved, a quantisation
+    of the input included.
+    """
+
+    compute: Share
+    bandwidth: Share
+    overlap_exponent: Annotated[float, Field(ge=1, lt=100)]
+    floor_s: Seconds
+    activation_passes: Passes
+    residuals: Residuals | None = None
+
+
+class PromptAttention(_Strict):
+    """Attention of whole prompts in one layer: floor + FLOPs of 128-row tiles over the 16-bit peak times
+    ``compute`` + bytes of q, k, v and o over the bandwidth, times ``activation_passes``. With the KV
+    write."""
+
+    compute: Share
+    activation_passes: Passes
+    floor_s: Seconds
+    residuals: Residuals | None = None
+
+
+class DecodeAttention(_Strict):
+    """Attention of one token a request in one layer: floor + KV bytes over the bandwidth times ``bandwidth``
+    + ``sequence_s`` a request. With the KV write."""
+
+    bandwidth: Share
+    sequence_s: Seconds
+    floor_s: Seconds
+    residuals: Residuals | None = None
+
+
+class Experts(_Strict):
+    """The routed experts of one layer.
+
+    Seconds: floor + FLOPs over the peak times ``compute`` + bytes of the experts that are touched over the
+    bandwidth times ``bandwidth`` + bytes of the activations of every expert that a token is sent to over the
+    bandwidth, times ``activation_passes``. Reading and multiplying do not overlap.
+    """
+
+    compute: Share
+    bandwidth: Share
+    floor_s: Seconds
+    activation_passes: Passes
+    residuals: Residuals | None = None
+
+
+class AllReduce(_Strict):
+    """An all-reduce between so many ranks: latency + ring bytes over the link's bandwidth times ``link``."""
+
+    latency_s: Seconds
+    link: Share
+    residuals: Residuals | None = None
+
+
+FAMILIES = {  # a GPU that was not timed -> the nearest that was: its generation, by compute capability
+    "L4": "L40S",
+    "RTX 4090": "L40S",
+    "A6000": "A100",
+    "RTX 5080": "RTX PRO 6000",
+}
+TYPICAL_LINK = AllReduce(latency_s=10e-6, link=0.8)  # of ranks that were not timed
+
+
+Fitted = Product | PromptAttention | DecodeAttention | Experts | AllReduce
+
+
+class GpuConstants(_Strict):
+    """The constants of one GPU.
+
+    Attributes:
+        gpu: its name in the catalogue. source: of the timings. release: the vLLM whose kernels they time.
+        small_kernel_s: one of the small kernels of a layer (norm, rotary, activation).
+        products, experts: by the weights' dtype. prompts, decodes: by the KV cache's. all_reduce: by ranks.
+    """
+
+    schema_version: Literal[1] = 1
+    gpu: str
+    source: str
+    release: str
+    small_kernel_s: Seconds
+    products: dict[WeightDtype, Product]
+    prompts: dict[KvDtype, PromptAttention]
+    decodes: dict[KvDtype, DecodeAttention]
+    experts: dict[WeightDtype, Experts] = {}
+    all_reduce: dict[int, AllReduce] = {}
+
+    @classmethod
+    def load(cls, path: str | Path) -> GpuConstants:
+        """Read a file.
+
+        Raises:
+            InputError: it cannot be read, or something in it is no such constant.
+        """
+        try:
+            return cls.model_validate(json.loads(Path(path).read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            what = str(error)
+            if isinstance(error, ValidationError):
+                first = error.errors()[0]
+                what = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+            raise InputError(
+                f"is no file of a GPU's constants ({what})",
+                where=str(path),
+                fix="Write one with servecast calibrate fit --kernel-tables.",
+            ) from error
+
+    def kinds(self) -> tuple[tuple[str, Mapping[Any, Fitted]], ...]:
+        """Each kind of kernel with its constants by dtype, or by ranks."""
+        return (
+            ("products", self.products),
+            ("prompts", self.prompts),
+            ("decodes", self.decodes),
+            ("experts", self.experts),
+            ("all-reduce", self.all_reduce),
+        )
+
+    def efficiencies(self, shard: Shard) -> Efficiencies:
+        """What a model reaches on this GPU, with its precisions and ranks.
+
+        Raises:
+            InputError: there are no timings of its weights.
+        """
+        weights: WeightDtype = "fp8" if shard.model.weight_bytes_each == 1 else "bf16"
+        kv: KvDtype = "fp8" if shard.kv_dtype_bytes == 1 else "bf16"
+        product = _of(self.products, weights, self.gpu, "weights")
+        prompts, decodes = self.prompts.get(kv), self.decodes.get(kv)
+        if prompts is None or decodes is None:  # KV of eight bits is read as one of 16 where it was not timed
+            prompts, decodes = self.prompts["bf16"], self.decodes["bf16"]
+        costs = KernelCosts(
+            product_s=product.floor_s,
+            product_passes=product.activation_passes,
+            attention_s=decodes.floor_s,
+            attention_passes=prompts.activation_passes,
+        )
+        if shard.model.moe_layers:
+            routed = _of(self.experts, weights, self.gpu, "experts")
+            costs = replace(
+                costs,
+                expert_compute=routed.compute,
+                expert_bandwidth=routed.bandwidth,
+                expert_s=routed.floor_s,
+                expert_passes=routed.activation_passes,
+            )
+        link = self.all_reduce.get(shard.tensor_parallel_size, TYPICAL_LINK)
+        return Efficiencies(
+            compute=product.compute,
+            bandwidth=product.bandwidth,
+            overlap_exponent=product.overlap_exponent,
+            attention_compute=prompts.compute,
+            kv_bandwidth=decodes.bandwidth,
+            attention_seq_s=decodes.sequence_s,
+            kernel_s=self.small_kernel_s,
+            link=link.link,
+            allreduce_s=link.latency_s,
+            by_kernel=costs,
+        )
+
+
+_T = TypeVar("_T")
+
+
+def _of(known: Mapping[WeightDtype, _T], dtype: WeightDtype, gpu: str, what: str) -> _T:
+    """The constants of a dtype; those of fp8 and its block-wise kind stand for each other."""
+    near: dict[str, WeightDtype] = {"fp8": "fp8_block", "fp8_block": "fp8"}
+    found = known.get(dtype) or known.get(near.get(dtype, dtype))
+    if found is None:
+        raise InputError(
+            f"there are no timings of {dtype} {what} on a {gpu}",
+            where="profile",
+            fix=f"Use {', '.join(known)}, or a profile measured on this GPU.",
+        )
+    return found

@@ -1,0 +1,337 @@
+"""The planner: the largest request rate that meets the SLOs, and what is asked next.
+
+How sure is it, what binds there, do the prefixes fit, how many replicas serve a given rate, what does a
+token cost, and what would another value of an assumption change?
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from servecast.sim.inputs.errors import InputError
+from servecast.sim.metrics.binding import Binding
+from servecast.sim.metrics.records import Run
+from servecast.sim.metrics.slo import SLO, Goodput
+from servecast.sim.plan import capacity, closed_loop, fleet_size
+from servecast.sim.plan import sensitivity as assumed
+from servecast.sim.plan.boundaries import PlanState
+from servecast.sim.plan.effort import Effort
+from servecast.sim.plan.figures import draw_latency
+from servecast.sim.plan.judge import ATTAINMENT, Objectives
+from servecast.sim.plan.page import PageContext, write_plan_page
+from servecast.sim.plan.prefix_slots import PrefixSlots, prefix_slots
+from servecast.sim.report.answer import Answer
+from servecast.sim.report.drawing import drawn
+from servecast.sim.report.progress import progress_bar
+from servecast.sim.report.text import cell_text, table
+from servecast.sim.run.results import cautions, context
+from servecast.sim.run.simulate import RateProbe
+from servecast.sim.scenario.scenario import Scenario
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class PlanAnswer(Answer):
+    """The largest request rate, and what it rests on.
+
+    Attributes:
+        found: what the search found, with all probed rates as objects.
+        context: what produced the answer: engine, GPU, profile, what-ifs, assumptions, provenance, ...
+        run: one replication at the answer.
+        levels: the scenario's own closed-loop sweep; empty where it has none.
+        prefix_slots: whether the shared prefixes fit, None without any.
+        fleet_size: how many replicas serve the target rate, None unless asked.
+        sensitivity: what the assumptions are worth, None unless asked.
+    """
+
+    found: capacity.Plan
+    context: dict[str, Any]
+    run: Run
+    levels: tuple[closed_loop.SweepPoint, ...] = ()
+    prefix_slots: PrefixSlots | None = None
+    fleet_size: fleet_size.FleetSize | None = None
+    sensitivity: tuple[assumed.Sensitivity, ...] | None = None
+
+    @property
+    def max_request_rate(self) -> float | None:
+        """The largest rate that passes, in requests/s; None if none does."""
+        return self.found.max_request_rate
+
+    @property
+    def interval(self) -> tuple[float | None, float | None]:
+        """It, and the smallest rate that fails (None: none did)."""
+        return self.found.interval
+
+    @property
+    def state(self) -> PlanState:
+        """ "found", "inconclusive", "infeasible" (no rate passes) or "unbounded" (every one does)."""
+        return self.found.state
+
+    @property
+    def binding(self) -> Binding:
+        """What keeps it from more, with the evidence."""
+        return self.found.binding
+
+    @property
+    def knee(self) -> dict[str, float | int | None]:
+        """The largest sustained "request_rate", and the "concurrency" of the scenario's closed-loop sweep."""
+        return {"request_rate": self.found.knee, "concurrency": closed_loop.knee(self.levels)}
+
+    @property
+    def error_band(self) -> float | None:
+        """Relative error band of the latencies, None where it is not known."""
+        band: float | None = self.context["error_band"]
+        return band
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What the prediction rests on: measured, scaled or physics only, profile, parameters, memory."""
+        provenance: dict[str, Any] = self.context["provenance"]
+        return provenance
+
+    @property
+    def probes(self) -> pd.DataFrame:
+        """A row a probed rate: its state, each objective's value, and what was seen there."""
+        return pd.DataFrame(
+            {
+                "request_rate": probe.rate,
+                "state": probe.state,
+                **{verdict.objective: verdict.value.estimate for verdict in probe.verdicts},
+                "output_throughput": probe.output_throughput,
+                "completion_ratio": probe.completion_ratio,
+                "saturated": probe.saturated,
+                "kv_peak": probe.kv_peak,
+                "max_running": probe.max_running,
+                "max_waiting": probe.max_waiting,
+                "preemptions": probe.preemptions,
+                "reasons": "; ".join(probe.reasons),
+            }
+            for probe in self.found.probes
+        )
+
+    @property
+    def exit_code(self) -> int:
+        """0: answered; 1: no rate meets the objectives; 3: inconclusive."""
+        return self.found.exit_code
+
+    def to_json(self) -> dict[str, Any]:
+        """The context, and the answer with its evidence."""
+        document = self.context | self.found.to_json()
+        document["slo"] = document["objectives"]["slos"]
+        document["knee"] = self.knee
+        document["notes"] = self.context["notes"]
+        changes, slots, size = self.sensitivity, self.prefix_slots, self.fleet_size
+        document["sensitivity"] = None if changes is None else [each.to_json() for each in changes]
+        document["prefix_slots"] = None if slots is None else slots.to_json()
+        document["fleet_size"] = None if size is None else size.to_json()
+        return document
+
+    def to_text(self) -> str:
+        """The probed rates, the answer, and what it rests on."""
+        found = self.found
+        lines = [_probes_text(found), "", *_answer_lines(found)]
+        knee = self.knee
+        level = "" if knee["concurrency"] is None else f"; closed loop: concurrency {knee['concurrency']}"
+        lines.append(f"Knee: {cell_text(knee['request_rate'])} requests/s{level}")
+        if found.headroom is not None:
+            lines.append(
+                f"For {found.target_rate:g} requests/s: {found.replicas} of these, "
+                f"headroom {found.headroom:.2f}"
+            )
+        if self.fleet_size is not None:
+            lines.append(self.fleet_size.to_text())
+        if self.prefix_slots is not None:
+            lines.append(f"Prefix slots at {(found.best or found.probes[0]).rate:g} requests/s:")
+            lines += [f"  {line}" for line in self.prefix_slots.to_text().splitlines()]
+        if found.cost_per_million_output_tokens is not None:
+            lines.append(f"Cost of a million output tokens: {found.cost_per_million_output_tokens:.3g}")
+        if self.sensitivity:
+            lines += [_sensitivity_text(self.sensitivity), ""]
+        band = "error not known" if self.error_band is None else f"error band +-{self.error_band:.0%}"
+        basis, profile = self.provenance["basis"], self.provenance["profile"]
+        lines.append(f"Rests on: {basis}; profile {profile}; {band}; seed {found.seed}")
+        return "\n".join([*lines, *(f"note: {note}" for note in self.context["notes"])])
+
+    def to_html(self, path: Path | str) -> Path:
+        """Write the page of the plan, with its plots; see `Answer.to_html`."""
+        return write_plan_page(
+            path, self.found, context=self._page_context(), run=self.run, sweep=self.levels
+        )
+
+    def plot(self) -> Figure:
+        """Each objective against the request rate, with its limit, the answer and the knee."""
+        return drawn(len(self.found.probes[0].verdicts), lambda axes: draw_latency(self.found, axes))
+
+    def _page_context(self) -> PageContext:
+        made, objectives = self.context, self.found.objectives
+        asked = [str(slo) for slo in objectives.slos] or [f"goodput {objectives.goodput}"]
+        band = self.error_band
+        return PageContext(
+            title=f"servecast plan: {made['scenario']}",
+            question=f"How many requests a second can {made['model_id']} on {made['gpu']} serve at "
+            f"{' and '.join(asked)}?",
+            band=f"Latencies within {band:.0%}." if band else "The error of this profile is not known.",
+            run_context={
+                **(made["run_context"] or {}),
+                **{f"what-if: {field}": value for field, value in made["what_if"].items()},
+            },
+            provenance={
+                "basis": self.provenance["basis"],
+                "profile": self.provenance["profile"],
+                "vLLM rules": made["engine"]["rules"],
+                "seed": made["seed"],
+                "servecast": made["servecast_version"],
+                **{f"note {number}": note for number, note in enumerate(made["notes"], 1)},
+            },
+            assumptions=[self._assumption(each) for each in made["assumptions"]],
+        )
+
+    def _assumption(self, assumption: dict[str, Any]) -> dict[str, object]:
+        """A row, with what 20 % of it changes, as far as that was asked for."""
+        row = {"assumed": assumption["name"], "value": assumption["value"], "origin": assumption["origin"]}
+        if self.sensitivity is not None:
+            row["changes the answer by"] = "; ".join(
+                f"{each.scaled:g}: {each.effect}"
+                for each in self.sensitivity
+                if each.name == assumption["name"]
+            )
+        return row
+
+
+def plan(
+    scenario: Scenario,
+    slo: str | Sequence[str] | None = None,
+    *,
+    goodput: str | None = None,
+    attainment: float = ATTAINMENT,
+    target_rate: float | None = None,
+    size_fleet: bool = False,
+    sensitivity: bool = False,
+    progress: bool = False,
+    **effort: Any,
+) -> PlanAnswer:
+    """Find the largest request rate that meets the SLOs, what binds there, and the knee.
+
+    Args:
+        slo: latency:statistic:milliseconds, as "ttft:p95:500", or several of them. Without this and
+            ``goodput`` the scenario's own.
+        goodput: what a good request meets, as "ttft:500 tpot:50".
+        attainment: share of requests that must be good.
+        target_rate: requests/s to serve, for the headroom and the replicas for it.
+        size_fleet: find the fewest replicas behind the scenario's router that serve the target rate. Takes
+            longer.
+        sensitivity: look at the answer with each assumed constant 20 % lower and higher. Takes longer.
+        progress: show how far it is.
+        effort: how surely and how closely, as in `Effort`: confidence, tolerance, replications, max_requests,
+            and jobs, here one for each core.
+
+    Raises:
+        InputError: there is no objective, the scenario cannot be made concrete, or a value is out of range.
+    """
+    if size_fleet and target_rate is None:
+        raise InputError("no rate to size the fleet for", where="--size-fleet", fix="Add --target-rate.")
+    objectives = _objectives(scenario, slo, goodput, attainment)
+    spend = Effort(**{"jobs": -1} | effort)
+    probe = RateProbe(scenario)
+    seed, deployment = scenario.seed, probe.deployment
+    gpus = deployment.shard.tensor_parallel_size * scenario.fleet.size
+    with progress_bar("plan", shown=progress) as advance:
+        advance(0.0, "first look")
+        found = capacity.plan(
+            probe,
+            objectives,
+            effort=spend,
+            limits=deployment.limits,
+            start_rate=capacity.first_guess(probe, seed),
+            seed=seed,
+            target_rate=target_rate,
+            hour_cost=None if scenario.gpu_hour_cost is None else scenario.gpu_hour_cost * gpus,
+            progress=lambda rate, state, share: advance(share, f"{rate:g} requests/s {state}"),
+        )
+        at = found.best or found.probes[0]
+        run = probe(at.rate, seed, at.num_requests)
+        made = context(deployment, seed=seed)
+        made["notes"] += [*found.notes, *cautions(deployment, run)]
+        slots = prefix_slots(
+            scenario.open_loop().stages[0].streams[0],
+            run,
+            kv_tokens=deployment.config.num_gpu_blocks * deployment.config.block_size,
+            replicas=scenario.fleet.size,
+        )
+        answer = PlanAnswer(found, made, run, closed_loop.sweep_points(scenario), slots)
+        if size_fleet and target_rate is not None:
+            sized = fleet_size.size_fleet(
+                scenario,
+                objectives,
+                target_rate,
+                effort=spend,
+                progress=lambda count: advance(1.0, f"{count} replicas at {target_rate:g} requests/s"),
+            )
+            answer = replace(answer, fleet_size=sized)
+        if sensitivity:
+            advance(1.0, "sensitivity to the assumptions")
+            best = found.best
+            changes = () if best is None else assumed.sensitivity(scenario, best, objectives, spend)
+            answer = replace(answer, sensitivity=tuple(changes))
+    return answer
+
+
+def _objectives(
+    scenario: Scenario, slo: str | Sequence[str] | None, goodput: str | None, attainment: float
+) -> Objectives:
+    """Those that are given, or the scenario's: its SLOs, and where it has none its goodput."""
+    if slo is None and goodput is None and (own := Objectives.of(scenario)) is not None:
+        return replace(own, attainment=attainment)
+    texts = [slo] if isinstance(slo, str) else slo or ()
+    good = None if goodput is None else Goodput.parse(goodput)
+    return Objectives(tuple(SLO.parse(text) for text in texts), good, attainment)
+
+
+def _probes_text(found: capacity.Plan) -> str:
+    objectives = [verdict.objective for verdict in found.probes[0].verdicts]
+    rows = [
+        [
+            probe.rate,
+            probe.state,
+            *(verdict.value.estimate for verdict in probe.verdicts),
+            probe.output_throughput,
+            "; ".join(probe.reasons),
+        ]
+        for probe in found.probes
+    ]
+    return table(["requests/s", "verdict", *objectives, "tok/s", "why not"], rows)
+
+
+def _answer_lines(found: capacity.Plan) -> list[str]:
+    """The largest rate, and what binds there."""
+    rate, (low, high) = found.max_request_rate, found.interval
+    if rate is None:
+        lines = [f"Largest request rate: none ({found.state})"]
+    else:
+        end = "no rate that was tried fails" if high is None else f"{high:g} fails"
+        lines = [
+            f"Largest request rate: {rate:g} requests/s",
+            f"  {found.state}: {low:g} passes, {end}, with {found.confidence:.0%} confidence",
+        ]
+    return [*lines, f"What binds: {found.binding.limit}", *(f"  {why}" for why in found.binding.reasons)]
+
+
+def _sensitivity_text(changes: Sequence[assumed.Sensitivity]) -> str:
+    objectives = list(next((each.values for each in changes if each.values), {}))
+    rows = [
+        [
+            each.name,
+            each.assumed,
+            each.scaled,
+            each.effect,
+            *(f"{each.values[name]:+.1%}" if name in each.values else None for name in objectives),
+        ]
+        for each in changes
+    ]
+    title = "\nWhat the assumptions are worth (change of the answer, and of the objectives at it)"
+    return table(["assumed", "value", "instead", "max rate", *objectives], rows, title=title)

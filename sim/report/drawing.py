@@ -1,0 +1,102 @@
+"""How plots look: figures of panels, and the same as inline SVG in the colours of the page."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+# The light colours of style.html.j2, which a page's SVG takes from its CSS variables.
+INK, MUTED, GRID, BAD = "#1a2230", "#667085", "#e3e7ed", "#c6362c"
+SERIES = ("#2f6fde", "#e07b1a", "#1b8a4b", "#8a4fd0", "#b03a6e", "#5f7d8c")
+FIRST, SECOND = SERIES[:2]
+_VARIABLES = {INK: "ink", MUTED: "muted", GRID: "line", BAD: "bad"}
+_VARIABLES |= dict(zip(SERIES, ("first", "second", "third", "fourth", "fifth", "sixth"), strict=True))
+
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "font.size": 10,
+    "text.color": INK,
+    "axes.edgecolor": GRID,
+    "axes.labelcolor": MUTED,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 10,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 4,
+}
+PANEL_INCHES = (6.4, 3.0)
+
+
+def panels(count: int) -> tuple[Figure, list[Axes]]:
+    """A figure of panels side by side: Matplotlib's object, without pyplot and its global state."""
+    figure = Figure(figsize=(PANEL_INCHES[0] * min(count, 2), PANEL_INCHES[1] * -(-count // 2)))
+    figure.set_layout_engine("constrained")
+    return figure, [figure.add_subplot(-(-count // 2), min(count, 2), i + 1) for i in range(count)]
+
+
+def drawn(count: int, draw: Callable[[list[Axes]], None]) -> Figure:
+    """The figure that ``draw`` makes of so many panels."""
+    with mpl.rc_context(_STYLE):
+        figure, axes = panels(count)
+        draw(axes)
+        figure.draw_without_rendering()  # the style holds for what is made at the first drawing
+    return figure
+
+
+@contextmanager
+def drawing(count: int, salt: str) -> Iterator[tuple[list[Axes], Callable[[str], str]]]:
+    """The axes of a figure, and the function that turns it into SVG with a given label.
+
+    The salt makes ids that are the same from run to run and differ between the figures of a page.
+    """
+    with mpl.rc_context({**_STYLE, "svg.hashsalt": salt}):
+        figure, axes = panels(count)
+
+        def finish(label: str) -> str:
+            out = io.StringIO()
+            figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
+            svg = out.getvalue()
+            svg = svg[svg.index("<svg") :]
+            svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, count=1, flags=re.DOTALL)
+            svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+            svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', rf'\1 role="img" aria-label="{label}"', svg, count=1)
+            for color, name in _VARIABLES.items():
+                svg = svg.replace(color, f"var(--{name})")
+            return svg
+
+        yield axes, finish
+
+
+def mark(ax: Axes, at: float | None, label: str, color: str, height: float, *, right: bool = False) -> None:
+    """A labelled vertical line. height: of the label, as a fraction of the axis. right: of the line."""
+    if at is None:
+        return
+    ax.axvline(at, color=color, lw=1, alpha=0.7)
+    ax.annotate(
+        label,
+        (at, height),
+        xycoords=("data", "axes fraction"),
+        xytext=(4 if right else -4, 0),
+        textcoords="offset points",
+        ha="left" if right else "right",
+        va="top",
+        color=color,
+        fontsize=9,
+    )

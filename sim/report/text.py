@@ -1,0 +1,38 @@
+"""Answers as text: tables, blocks of facts, and single values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]], *, title: str = "") -> str:
+    """A table; numbers to the right. A missing value is a dash."""
+    cells = [[cell_text(cell) for cell in row] for row in rows]
+    numeric = [
+        all(isinstance(row[column], int | float) or row[column] is None for row in rows)
+        for column in range(len(header))
+    ]
+    widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
+    lines = [title] if title else []
+    for texts in [list(header), *cells]:
+        aligned = [
+            text.rjust(width) if right else text.ljust(width)
+            for text, width, right in zip(texts, widths, numeric, strict=True)
+        ]
+        lines.append("  ".join(aligned).rstrip())
+    return "\n".join(lines)
+
+
+def cell_text(value: object) -> str:
+    """A value as tables and blocks show it; numbers with four significant digits."""
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return str(value)
+
+
+def facts_text(title: str, facts: Mapping[str, object]) -> str:
+    """A block of names and values."""
+    width = max(map(len, facts), default=0)
+    return "\n".join([title, *(f"  {name:<{width}}  {cell_text(value)}" for name, value in facts.items())])

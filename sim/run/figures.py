@@ -1,0 +1,69 @@
+"""The plots of a run, as inline SVG."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+
+from servecast.sim.metrics.metrics import Floats, percentiles, series
+from servecast.sim.metrics.records import Run
+from servecast.sim.report.drawing import FIRST, INK, SECOND, drawing, mark
+
+MAX_POINTS = 600  # of a time series
+
+
+def engine_over_time(run: Run) -> str:
+    """Running and waiting requests, and KV cache usage, over a run."""
+    with drawing(2, "engine") as (axes, finish):
+        draw_engine(run, axes)
+        return finish("Requests and KV cache over time")
+
+
+def draw_engine(run: Run, axes: Sequence[Axes]) -> None:
+    """The same on two panels."""
+    queue, cache = axes
+    for column, color in (("running", FIRST), ("waiting", SECOND)):
+        times, values = _thinned(series(run.steps, column))
+        queue.plot(times, values, color=color, label=column, lw=1.2)
+    queue.set_ylabel("requests")
+    queue.set_title("Requests in the engine")
+    queue.legend(loc="upper left", ncols=2)
+    queue.set_ylim(0, 1.25 * max(queue.get_ylim()[1], 1))
+    times, values = _thinned(series(run.steps, "kv_usage"))
+    cache.plot(times, 100 * values, color=FIRST, lw=1.2)
+    cache.set_ylabel("% of KV blocks")
+    cache.set_title("KV cache in use")
+    cache.set_ylim(0, min(100.0, max(1.0, 130 * float(values.max(initial=0.0)))))
+    for ax in (queue, cache):
+        ax.set_xlabel("s")
+        ax.set_xlim(left=0)
+
+
+def itl_histogram(run: Run) -> str:
+    """How the times between tokens are distributed, with their median and p95."""
+    gaps, weights = run.itl["gap"].to_numpy(dtype=float) * 1000, run.itl["weight"].to_numpy(dtype=float)
+    median, p95, end = percentiles(gaps, (50, 95, 99.9), weights=weights)
+    with drawing(1, "itl") as ((ax,), finish):
+        inside = gaps <= end
+        counts, edges = np.histogram(gaps[inside], bins=60, range=(0, end), weights=weights[inside])
+        ax.bar(edges[:-1], 100 * counts / weights.sum(), np.diff(edges), align="edge", color=FIRST, alpha=0.8)
+        mark(ax, median, f"p50 {median:.1f} ms", INK, 0.98, right=True)
+        mark(ax, p95, f"p95 {p95:.1f} ms", INK, 0.88, right=True)
+        ax.set_xlim(0, end)
+        ax.set_xlabel("ms, up to p99.9")
+        ax.set_ylabel("% of tokens")
+        ax.grid(visible=False, axis="x")
+        return finish("Inter-token latency")
+
+
+def _thinned(values: pd.Series[float]) -> tuple[Floats, Floats]:
+    """A series with at most MAX_POINTS points: the largest of each stretch, so that peaks stay."""
+    times, heights = np.asarray(values.index, dtype=np.float64), np.asarray(values, dtype=np.float64)
+    size = -(-len(times) // MAX_POINTS)
+    if size <= 1:
+        return times, heights
+    starts = np.arange(0, len(times), size)
+    return times[starts], np.array([heights[at : at + size].max() for at in starts])

@@ -1,0 +1,188 @@
+"""A scenario run once, as an answer: vLLM's own figures, where they come from, and the tables behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from servecast.sim.inputs.errors import InputError
+from servecast.sim.metrics.metrics import vllm_bench_text
+from servecast.sim.metrics.records import Run
+from servecast.sim.metrics.warmup import Warmup
+from servecast.sim.report.answer import Answer
+from servecast.sim.report.drawing import drawn
+from servecast.sim.report.text import facts_text, table
+from servecast.sim.run.figures import draw_engine
+from servecast.sim.run.results import result
+from servecast.sim.run.simulate import simulate as run_of
+from servecast.sim.scenario.deployment import Deployment
+from servecast.sim.scenario.scenario import Scenario
+from servecast.sim.traffic.draw import with_request_rate
+from servecast.sim.traffic.spec import Workload
+
+_COLUMNS = (  # of a table of stages: header, key
+    ("stage", "stage"),
+    ("done", "completed"),
+    ("req/s", "request_throughput"),
+    ("tok/s", "output_throughput"),
+    ("TTFT p50", "median_ttft_ms"),
+    ("p95 ms", "p95_ttft_ms"),
+    ("TPOT p50", "median_tpot_ms"),
+    ("p95 ms", "p95_tpot_ms"),
+    ("ITL p95 ms", "p95_itl_ms"),
+    ("E2EL p50", "median_e2el_ms"),
+    ("p95 ms", "p95_e2el_ms"),
+    ("KV peak", "kv_cache_usage_peak"),
+    ("running", "max_num_running"),
+    ("waiting", "max_num_waiting"),
+)
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Simulation(Answer):
+    """What a run of a scenario came to.
+
+    Attributes:
+        run: what happened: a row a request, a row an engine step, and the times between tokens.
+        result: vllm bench serve's keys, with what produced them; ``to_json`` returns it.
+    """
+
+    run: Run
+    result: dict[str, Any]
+
+    @property
+    def requests(self) -> pd.DataFrame:
+        """A row a request; times in seconds."""
+        return self.run.requests
+
+    @property
+    def steps(self) -> pd.DataFrame:
+        """A row an engine step; times in seconds."""
+        return self.run.steps
+
+    @property
+    def error_band(self) -> float | None:
+        """Relative error band of the latencies, None where it is not known."""
+        band: float | None = self.result["error_band"]
+        return band
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What the prediction rests on."""
+        provenance: dict[str, Any] = self.result["provenance"]
+        return provenance
+
+    def to_json(self) -> dict[str, Any]:
+        """The result."""
+        return self.result
+
+    def to_text(self) -> str:
+        """What vllm bench serve prints (a row a stage where there are several), the run context of the
+        benchmark that the scenario describes, and what the prediction rests on."""
+        result = self.result
+        parts = [_stages_text(result["stages"]) if result["stages"] else vllm_bench_text(result)]
+        if "fleet_load" in result:
+            parts.append(replicas_text(result["fleet_load"]["replicas"]))
+        if result["run_context"]:
+            said = {name: value for name, value in result["run_context"].items() if value is not None}
+            parts.append(facts_text("\nRun context of the benchmark", said))
+        if result["what_if"]:
+            parts.append(facts_text("\nWhat-if", result["what_if"]))
+        parts.append(facts_text("\nWhat the prediction rests on", _rests_on(result)))
+        parts += [f"note: {note}" for note in result["notes"]]
+        return "\n".join(parts)
+
+    def plot(self) -> Figure:
+        """Requests in the engine and KV cache in use, over time."""
+        return drawn(2, lambda axes: draw_engine(self.run, axes))
+
+
+def simulate(
+    scenario: Scenario,
+    *,
+    request_rate: float | None = None,
+    num_requests: int = 1000,
+    seed: int | None = None,
+    percentiles: Sequence[float] = (95, 99),
+    warmup: str | None = None,
+    detailed: bool = False,
+) -> Simulation:
+    """Run a scenario once, in simulated time.
+
+    Args:
+        request_rate: requests/s of the traffic that ``plan`` probes, instead of the scenario's own workload.
+        num_requests: how many at that rate.
+        seed: of the traffic and of the noise, instead of the scenario's.
+        percentiles: which to give.
+        warmup: what to leave out at the start of each stage: "30s", "100" (requests), "20%" or "auto".
+        detailed: add each request's lengths and TTFT to the result.
+
+    Raises:
+        InputError: the scenario cannot be made concrete, a request could never run, or the warm-up leaves
+            nothing of a stage.
+    """
+    cut = None if warmup is None else Warmup.parse(warmup)
+    deployment = Deployment.of(scenario)
+    workload = None if request_rate is None else at_rate(scenario, request_rate, num_requests)
+    run = run_of(deployment, seed=seed, workload=workload)
+    found = result(deployment, run, ranks=percentiles, warmup=cut, detailed=detailed)
+    return Simulation(run, found)
+
+
+def at_rate(scenario: Scenario, request_rate: float, num_requests: int) -> Workload:
+    """The traffic that ``plan`` probes, at a rate.
+
+    Raises:
+        InputError: the rate or the number is none.
+    """
+    if not 0 < request_rate < float("inf"):
+        raise InputError(
+            f"{request_rate:g} is not a rate", where="--request-rate", fix="Give requests a second, above 0."
+        )
+    if num_requests < 1:
+        raise InputError(f"{num_requests} requests", where="--num-requests", fix="Give at least 1.")
+    return with_request_rate(scenario.open_loop(), request_rate, num_requests=num_requests)
+
+
+def replicas_text(replicas: Sequence[Mapping[str, Any]], *, title: str = "\nReplicas") -> str:
+    """A row a replica, of a result's ``fleet_load``."""
+    columns = {
+        "replica": "replica",
+        "requests": "requests",
+        "failed": "failed",
+        "prefix hits": "prefix_cache_hit_rate",
+        "uncached tok/s": "uncached_tokens_per_s",
+        "running (mean)": "mean_num_running",
+        "waiting (mean)": "mean_num_waiting",
+        "waiting (peak)": "max_num_waiting",
+        "KV (mean)": "mean_kv_cache_usage",
+        "KV (peak)": "kv_cache_usage_peak",
+        "preemptions": "num_preemptions",
+    }
+    rows = [[each[key] for key in columns.values()] for each in replicas]
+    return table(list(columns), rows, title=title)
+
+
+def _stages_text(stages: Sequence[Mapping[str, Any]]) -> str:
+    """A row a stage. Latencies are milliseconds."""
+    columns = [
+        (header, key) for header, key in _COLUMNS if any(stage.get(key) is not None for stage in stages)
+    ]
+    return table([header for header, _ in columns], [[stage[key] for _, key in columns] for stage in stages])
+
+
+def _rests_on(result: Mapping[str, Any]) -> dict[str, object]:
+    provenance, band, engine = result["provenance"], result["error_band"], result["engine"]
+    server = f"{'vLLM ' if engine['policy'] == 'vllm' else ''}{result['engine_version']}"
+    return {
+        "basis": provenance["basis"],
+        "profile": f"{result['profile'] or 'none, typical efficiencies'} ({provenance['profile']})",
+        "error band": "not known" if band is None else f"+-{band:.0%}",
+        "engine": f"{server}, rules of {engine['rules']}",
+        "seed": result["seed"],
+        "servecast": result["servecast_version"],
+    }
