@@ -200,7 +200,7 @@ def _with_domain(scenario: Scenario, reported: Reported, profile: Profile) -> Pr
     """The profile, with what it was fitted to."""
     return profile.model_copy(
         update={
-            "domain": _domain(scenario, reported, Deployment.of(scenario, profile)),
+            "domain": _domain(reported, Deployment.of(scenario, profile)),
             "fitted_rows": tuple(str(row) for row in reported.fit_rows),
             "raw_data_sha256": hashlib.sha256(reported.table.read_bytes()).hexdigest(),
         }
@@ -292,8 +292,9 @@ def _profile(base: Deployment, values: dict[str, float]) -> Profile:
     )
 
 
-def _domain(scenario: Scenario, reported: Reported, deployment: Deployment) -> Domain:
+def _domain(reported: Reported, deployment: Deployment) -> Domain:
     """What the steps of the fitted rows ranged over."""
+    scenario = deployment.scenario
     workload = scenario.workload_of(reported)
     rows = [row for row in read_rows(reported) if row.fit]
     parts = []
