@@ -33,6 +33,21 @@ vllm:request_queue_time_seconds_sum{engine="0",model_name="tiny"} 0.2
 # TYPE vllm:cache_config_info gauge
 vllm:cache_config_info{block_size="32",enable_prefix_caching="True",engine="0",num_gpu_blocks="900"} 1.0
 """
+SAYS_ONLY_ITS_BLOCKS = METRICS[METRICS.index("# TYPE vllm:cache_config_info") :]
+SCENARIO = """
+schema_version: 1
+name: tiny
+model: {config: tiny/config.json}
+gpu: {file: gpu.json}
+engine: {version: "0.32", max_num_seqs: 8, max_model_len: 1024, num_gpu_blocks_override: 900, block_size: 32,
+  async_scheduling: false, enforce_eager: true}
+workload:
+  prompt_tokens: {kind: uniform, tokens: 100, range_ratio: 0.5}
+  output_tokens: 100
+  arrivals: {kind: poisson, request_rate: 10}
+  num_requests: 100
+slo: ["e2el:p95:50"]
+"""
 
 
 class FakeServer:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from live_fakes import METRICS, FakeServer, fake_python
+from live_fakes import METRICS, SAYS_ONLY_ITS_BLOCKS, SCENARIO, FakeServer, fake_python
 
 from servecast.__main__ import main
 from servecast.calibrate.measure.vllm.tiny_model import write_tiny_model
@@ -39,7 +39,6 @@ from servecast.validate.live.telemetry import (
 from servecast.validate.live.truth import Truth, read_truth
 
 CPU = {"gpu": "cpu", "gpu_count": 0, "driver": None, "host_cpu": "x86"}
-SAYS_ONLY_ITS_BLOCKS = METRICS[METRICS.index("# TYPE vllm:cache_config_info") :]
 INFO = {
     "scheduler_config": {"max_num_seqs": 8, "async_scheduling": False, "policy": "fcfs", "watermark": 0.0},
     "model_config": {"enforce_eager": True},
@@ -56,22 +55,7 @@ def file(tmp_path: Path, model: Path) -> Path:
     """A scenario on a GPU that a file describes, which a machine without one may serve."""
     find_gpu("L4").save(tmp_path / "gpu.json")
     path = tmp_path / "tiny.yaml"
-    path.write_text(
-        """
-schema_version: 1
-name: tiny
-model: {config: tiny/config.json}
-gpu: {file: gpu.json}
-engine: {version: "0.32", max_num_seqs: 8, max_model_len: 1024, num_gpu_blocks_override: 900, block_size: 32,
-  async_scheduling: false, enforce_eager: true}
-workload:
-  prompt_tokens: {kind: uniform, tokens: 100, range_ratio: 0.5}
-  output_tokens: 100
-  arrivals: {kind: poisson, request_rate: 10}
-  num_requests: 100
-slo: ["e2el:p95:50"]
-"""
-    )
+    path.write_text(SCENARIO)
     return path
 
 
