@@ -161,7 +161,7 @@ def _profile(
         else {},
         provenance=(
             *(
-                [_efficiency(fit, field.name) for field in fields(Efficiencies)]
+                [_efficiency(fit, name) for name in Efficiencies.parameters()]
                 if isinstance(fit, PhysicalFit)
                 else [Provenance(parameter="grid", origin="measured", note=f"{len(steps)} steps")]
             ),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -104,7 +104,7 @@ def fit_layers(folder: Path, scenario: Scenario, *, kind: Kind = "physical") -> 
         changes = {"efficiencies": replace(efficiencies, **{name: getattr(TYPICAL, name) for name in _HOST})}
         changes["fit"] = summary = _summary(layered, steps, efficiencies)
         changes["error_band"] = summary.held_out_p90
-        assumed = [field.name for field in fields(Efficiencies) if field.name not in BOUNDS]
+        assumed = [name for name in Efficiencies.parameters() if name not in BOUNDS]
     typical = (
         Provenance(parameter=f"efficiencies.{name}", origin="assumed", note="typical") for name in assumed
     )

@@ -272,7 +272,7 @@ def _profile(base: Deployment, values: dict[str, float]) -> Profile:
         for group in ("efficiencies", "front_end", "noise")
     }
     fitted = set(values)
-    typical = [f"efficiencies.{name}" for name in Efficiencies.__dataclass_fields__ if name != "SHARES"]
+    typical = [f"efficiencies.{name}" for name in Efficiencies.parameters()]
     return Profile(
         servecast_version=version("servecast"),
         gpu=base.gpu.name,

@@ -16,7 +16,7 @@ from servecast.sim.hardware.shard import Shard
 from servecast.sim.inputs.errors import InputError
 
 TYPICAL_BAND = 0.3  # of a GPU that nobody measured
-KERNELS_BAND = 0.25  # of token times from kernel timings: kept by 95 % of 195 runs on H100 and H200
+KERNELS_BAND = 0.25  # of token times from kernel timings: kept by 99 % of 195 runs on H100 and H200
 MODEL_BAND = 0.2  # least band of another model, where the fit did not leave one out
 GPU_BAND = 0.3  # least band of another GPU
 PER_DOUBLING = 0.02  # more for each doubling of the weights of the nearest model, or of the bandwidth

@@ -174,11 +174,10 @@ class GpuConstants(_Strict):
             InputError: there are no timings of its weights.
         """
         weights: WeightDtype = "fp8" if shard.model.weight_bytes_each == 1 else "bf16"
-        kv: KvDtype = "fp8" if shard.kv_dtype_bytes == 1 else "bf16"
+        eight_bits = shard.kv_dtype_bytes == 1 and "fp8" in self.decodes  # read as 16 where it was not timed
+        kv: KvDtype = "fp8" if eight_bits else "bf16"
         product = _of(self.products, weights, self.gpu, "weights")
-        prompts, decodes = self.prompts.get(kv), self.decodes.get(kv)
-        if prompts is None or decodes is None:  # KV of eight bits is read as one of 16 where it was not timed
-            prompts, decodes = self.prompts["bf16"], self.decodes["bf16"]
+        prompts, decodes = self.prompts[kv], self.decodes[kv]
         costs = KernelCosts(
             product_s=product.floor_s,
             product_passes=product.activation_passes,
@@ -213,9 +212,8 @@ _T = TypeVar("_T")
 
 
 def _of(known: Mapping[WeightDtype, _T], dtype: WeightDtype, gpu: str, what: str) -> _T:
-    """The constants of a dtype; those of fp8 and its block-wise kind stand for each other."""
-    near: dict[str, WeightDtype] = {"fp8": "fp8_block", "fp8_block": "fp8"}
-    found = known.get(dtype) or known.get(near.get(dtype, dtype))
+    """The constants of a dtype; those of fp8 by blocks stand for fp8 where only they were fitted."""
+    found = known.get(dtype) or (known.get("fp8_block") if dtype == "fp8" else None)
     if found is None:
         raise InputError(
             f"there are no timings of {dtype} {what} on a {gpu}",

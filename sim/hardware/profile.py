@@ -149,12 +149,12 @@ class Profile(_Strict):
             provenance=(
                 *(
                     Provenance(
-                        parameter=f"efficiencies.{field.name}",
+                        parameter=f"efficiencies.{name}",
                         origin="kernels" if own else "assumed",
                         note=note if own else f"{note}, the nearest GPU that was timed",
                     )
-                    for field in fields(Efficiencies)
-                    if f"efficiencies.{field.name}" not in assumed
+                    for name in (*Efficiencies.parameters(), "by_kernel")
+                    if f"efficiencies.{name}" not in assumed
                 ),
                 *(Provenance(parameter=name, origin="assumed", note="typical value") for name in assumed),
             ),
@@ -171,8 +171,10 @@ class Profile(_Strict):
         kind: Literal["physical", "padded"] = "physical",
     ) -> Profile:
         """A profile that nobody measured: typical values, all of them assumed."""
-        group: type[Efficiencies | PaddedCosts] = Efficiencies if kind == "physical" else PaddedCosts
-        name = "efficiencies" if kind == "physical" else "padded"
+        if kind == "physical":
+            names = [f"efficiencies.{name}" for name in Efficiencies.parameters()]
+        else:
+            names = [f"padded.{field.name}" for field in fields(PaddedCosts)]
         return cls(
             servecast_version=servecast_version,
             kind=kind,
@@ -180,8 +182,7 @@ class Profile(_Strict):
             model=model,
             engine_version=engine_version,
             provenance=tuple(
-                Provenance(parameter=f"{name}.{field.name}", origin="assumed", note="typical value")
-                for field in fields(group)
+                Provenance(parameter=name, origin="assumed", note="typical value") for name in names
             ),
         )
 

@@ -138,20 +138,21 @@ class Efficiencies:
     SHARES: ClassVar[tuple[str, ...]] = ("compute", "bandwidth", "attention_compute", "kv_bandwidth", "link")
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name == "by_kernel":
-                continue
-            if field.name in self.SHARES:
+        for name in self.parameters():
+            value = getattr(self, name)
+            if name in self.SHARES:
                 good, rule = 0.0 < value <= 1.0, "above 0 and at most 1: nothing beats the datasheet"
-            elif field.name == "overlap_exponent":
+            elif name == "overlap_exponent":
                 good, rule = 1.0 <= value < math.inf, "at least 1"
             else:
                 good, rule = 0.0 <= value < math.inf, "0 or more seconds"
             if not good:
-                raise InputError(
-                    f"{field.name} is {value}", where=f"efficiencies.{field.name}", fix=f"Make it {rule}."
-                )
+                raise InputError(f"{name} is {value}", where=f"efficiencies.{name}", fix=f"Make it {rule}.")
+
+    @classmethod
+    def parameters(cls) -> tuple[str, ...]:
+        """The names of the numbers that a fit may tell: all but ``by_kernel``."""
+        return tuple(field.name for field in fields(cls) if field.name != "by_kernel")
 
 
 def smooth_maximum(first: float, second: float, exponent: float) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
 from hypothesis import example, given, settings
@@ -209,10 +209,7 @@ def test_smooth_maximum() -> None:
     assert smooth_maximum(0.0, 2.0, 1.0) == 2.0
 
 
-NUMBERS = [field.name for field in fields(Efficiencies) if field.name != "by_kernel"]
-
-
-@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("name", Efficiencies.parameters())
 @pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf")])
 def test_impossible_efficiencies_are_refused(name: str, value: float) -> None:
     with pytest.raises(InputError, match=f"efficiencies.{name}"):
