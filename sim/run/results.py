@@ -75,7 +75,7 @@ def context(deployment: Deployment, *, seed: int) -> dict[str, Any]:
         "assumptions": [each.model_dump() for each in scenario.assumptions],
         "provenance": deployment.provenance(),
         "error_band": deployment.error_band,
-        "notes": list(deployment.scenario.notes),
+        "notes": list(deployment.notes),
     }
 
 

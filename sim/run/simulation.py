@@ -180,7 +180,7 @@ def _rests_on(result: Mapping[str, Any]) -> dict[str, object]:
     server = f"{'vLLM ' if engine['policy'] == 'vllm' else ''}{result['engine_version']}"
     return {
         "basis": provenance["basis"],
-        "profile": f"{result['profile'] or 'none, typical efficiencies'} ({provenance['profile']})",
+        "profile": f"{result['profile'] or 'none'} ({provenance['profile']})",
         "error band": "not known" if band is None else f"+-{band:.0%}",
         "engine": f"{server}, rules of {engine['rules']}",
         "seed": result["seed"],

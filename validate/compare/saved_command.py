@@ -58,7 +58,7 @@ def result(
     facts = _measured(file, readings[0].context) | {
         "model predicted": made_of["model_id"],
         "scenario": loaded.name,
-        "profile": made_of["profile"] or "none, typical efficiencies",
+        "profile": made_of["profile"] or "none",
         "basis": made_of["provenance"]["basis"],
         "seeds": f"{loaded.seed} to {loaded.seed + seeds - 1}",
         "tolerances": "shipped" if tolerances is None else tolerances.name,
