@@ -75,6 +75,7 @@ class ModelShape:
     sliding_window: int = 0
     sliding_layers: int = 0
     max_position_embeddings: int | None = None
+    model_type: str = ""
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any] | str | Path, name: str | None = None) -> ModelShape:
@@ -246,6 +247,7 @@ def _parse(config: Mapping[str, Any], name: str, where: str) -> ModelShape:
         max_position_embeddings=count("max_position_embeddings")
         if "max_position_embeddings" in config
         else None,
+        model_type=str(model_type),
     )
 
 

@@ -57,7 +57,7 @@ class Deployment:
         config = server.resolve(flags, gpu, model.max_position_embeddings, where=f"{scenario.source}: engine")
         shard = server.shard(flags, config, model, gpu)
         memory = server.memory(flags, config, shard)
-        config = replace(config, num_gpu_blocks=memory.num_gpu_blocks)
+        config = replace(config, num_gpu_blocks=memory.num_gpu_blocks, max_model_len=memory.max_model_len)
         profile = profile or _profile(scenario, shard, config)
         return cls(scenario, shard, memory, config, profile, build_step_time(profile, shard))
 

@@ -33,8 +33,9 @@ class EngineFlags(Model):
     """As ``--kv-cache-dtype``. fp8 counts one byte an element."""
     tensor_parallel_size: Count = 1
     """GPUs of one replica."""
-    max_model_len: Count | None = None
-    """Longest prompt and output together. Default, the model's own limit."""
+    max_model_len: Count | Literal["auto", -1] | None = None
+    """Longest prompt and output together. Default, the model's own limit; ``auto`` or -1 lowers that to what
+    the KV pool holds."""
     max_num_seqs: Count | None = None
     """Most requests that run together. Default, as vLLM picks it for the GPU."""
     max_num_batched_tokens: Count | None = None
@@ -47,6 +48,9 @@ class EngineFlags(Model):
     """Size of the KV pool on one rank, instead of the account of memory."""
     num_gpu_blocks_override: Count | None = None
     """Number of KV blocks, instead of the account of memory."""
+    compile_cache: Literal["warm", "cold"] = "warm"
+    """Whether vLLM finds its compiled model of an earlier start. A first start, cold, may take 1 GiB more for
+    compiling, which then is missing from the KV pool for as long as the server runs."""
     enable_prefix_caching: Flag = True
     """Find the KV blocks of known prefixes again."""
     enable_chunked_prefill: Flag = True
@@ -92,6 +96,11 @@ class EngineFlags(Model):
         """The pasted command, parsed, with the model's name and the flags that were ignored."""
         return None if self.command is None else parse_serve_command(self.command)
 
+    @property
+    def fits_max_model_len(self) -> bool:
+        """Whether ``max_model_len`` is lowered to what the KV pool holds."""
+        return self.max_model_len in ("auto", -1)
+
     def config(self, **resolved: Any) -> EngineConfig:
         """The flags that an engine reads, with ``resolved`` in place of what was given."""
         shared = {field.name for field in fields(EngineConfig)} & set(EngineFlags.model_fields)
@@ -103,7 +112,8 @@ class EngineFlags(Model):
         Raises:
             InputError: beyond that, or neither says it. ``where`` is what messages call the flags.
         """
-        longest = self.max_model_len or max_position_embeddings
+        longest = None if self.fits_max_model_len else self.max_model_len
+        longest = longest or max_position_embeddings
         if longest is None:
             raise InputError(
                 "the model's config has no max_position_embeddings",

@@ -40,8 +40,8 @@ def _human_int(text: str) -> int:
     return int(float(number) * 1000**power) if suffix.islower() else int(number) * 1024**power
 
 
-def _length(text: str) -> int | None:
-    return None if text.lower() in ("auto", "-1") else _human_int(text)
+def _length(text: str) -> int | str:
+    return "auto" if text.lower() in ("auto", "-1") else _human_int(text)
 
 
 _TAKEN: dict[str, Callable[[str], Any]] = {

@@ -163,12 +163,10 @@ class Vllm:
     def memory(self, flags: EngineFlags, config: EngineConfig, shard: Shard) -> KVMemory:
         return kv_memory(
             shard,
+            config,
             version=flags.version,
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            max_model_len=config.max_model_len,
-            gpu_memory_utilization=config.gpu_memory_utilization,
-            block_size=config.block_size,
+            fit_max_model_len=flags.fits_max_model_len,
+            compile_cache=flags.compile_cache,
             kv_cache_memory_bytes=flags.kv_cache_memory_bytes,
             num_gpu_blocks_override=flags.num_gpu_blocks_override,
         )
