@@ -98,14 +98,16 @@ class KVMemory:
             self.logged_tokens + int(less * tokens),
         )
 
-    def to_text(self) -> str:
-        """As vLLM logs it, with what the account leaves open."""
+    def facts(self) -> dict[str, int | float]:
+        """What vLLM logs of the pool, and the range that the account leaves open."""
         low, high = self.range
-        between = "" if low == high else f"; {low:,} to {high:,} by the account of memory"
-        return (
-            f"GPU KV cache size: {self.logged_tokens:,} tokens, "
-            f"{self.max_concurrency:.2f}x of max_model_len {self.max_model_len:,}{between}"
-        )
+        return {
+            "tokens": self.logged_tokens,
+            "max_concurrency": self.max_concurrency,
+            "max_model_len": self.max_model_len,
+            "lowest_tokens": low,
+            "highest_tokens": high,
+        }
 
 
 def kv_memory(
