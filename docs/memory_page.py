@@ -23,9 +23,10 @@ POOLS = Path(__file__).parents[1] / "tests" / "data" / "kv_logs" / "pools.csv"
 
 INTRODUCTION = """# KV memory
 
-How many tokens the KV cache holds decides how many requests run together. vLLM logs it ("GPU KV cache size: N
-tokens, Maximum concurrency for M tokens per request: X"); `servecast simulate`, `plan` and their results say it
-beforehand, with the account behind it (`provenance.memory` in JSON) and the range that the account leaves open.
+How many tokens the KV cache holds decides how many requests run together. vLLM logs it ("GPU KV cache size:
+N tokens, Maximum concurrency for M tokens per request: X"); `servecast simulate`, `plan` and their results
+say it beforehand, with the account behind it (`provenance.memory` in JSON) and the range that the account
+leaves open.
 
 On each rank the pool gets `gpu_memory_utilization` times the memory that CUDA reports, less
 
@@ -33,29 +34,33 @@ On each rank the pool gets `gpu_memory_utilization` times the memory that CUDA r
 - **the rotary table**: cosines and sines of every position of the model, loaded with the weights.
 - **the activation peak** of vLLM's profile run, which computes `max_num_batched_tokens` tokens and samples
   `max_num_seqs` of them. It is PyTorch's, so it follows from the tensors that are alive together
-  (`sim/hardware/profile_run.py`). On most models the sampler is the largest: 38 bytes a logit up to vLLM 0.16,
-  where it sorts; 14 and a buffer of one row of logits a multiprocessor from 0.17 on, where a Triton kernel
-  filters; 6 on Model Runner V2, and 2 there from 0.32 on. With few sequences or a small vocabulary a layer is the
-  largest: four hidden states and three MLP widths a token. Experts add both their workspaces, cuBLAS its own.
-- **a cold compile cache** (`engine.compile_cache: cold`): the first start of a server compiles the model inside
-  that run, and Inductor times a kernel on a table of random embeddings. Where that is larger than the rest,
-  1 GiB is missing from the pool until the server is started again. The default is warm; the range includes it.
-- **what is outside of PyTorch**: constants from logs. One GPU: 0.13 GiB, 0.25 from 0.18 on where FlashAttention 3
-  or newer runs (H100, H200, B200, ...). Several ranks: 0.55 GiB, and 2.15 from 0.14 on with fused all-reduces, on
-  the same GPUs. Logs of ranks exist for 0.11 and 0.19 only; where between them the step lies is assumed.
-- **CUDA graphs**, as vLLM estimates them: from 0.21 on Model Runner V1; on V2 nothing before 0.32. 0.23 runs
-  dense unquantised Llama, Mistral and Qwen3 on V2, 0.32 everything. 200 KiB a layer and graph is assumed.
+  (`sim/hardware/profile_run.py`). On most models the sampler is the largest: 38 bytes a logit up to vLLM
+  0.16, where it sorts; 14 and a buffer of one row of logits a multiprocessor from 0.17 on, where a Triton
+  kernel filters; 6 on Model Runner V2, and 2 there from 0.32 on. With few sequences or a small vocabulary a
+  layer is the largest: four hidden states and three MLP widths a token. Experts add both their workspaces,
+  cuBLAS its own.
+- **a cold compile cache** (`engine.compile_cache: cold`): the first start of a server compiles the model
+  inside that run, and Inductor times a kernel on a table of random embeddings. Where that is larger than
+  the rest, 1 GiB is missing from the pool until the server is started again. The default is warm; the range
+  includes it.
+- **what is outside of PyTorch**: constants from logs. One GPU: 0.13 GiB, 0.25 from 0.18 on where
+  FlashAttention 3 or newer runs (H100, H200, B200, ...). Several ranks: 0.55 GiB, and 2.15 from 0.14 on
+  with fused all-reduces, on the same GPUs. Logs of ranks exist for 0.11 and 0.19 only; where between them
+  the step lies is assumed.
+- **CUDA graphs**, as vLLM estimates them: from 0.21 on Model Runner V1; on V2 nothing before 0.32. 0.23
+  runs dense unquantised Llama, Mistral and Qwen3 on V2, 0.32 everything. 200 KiB a layer and graph is
+  assumed.
 
-A pool that is estimated too small for one sequence of `max_model_len`, but may be large enough by the range, is a
-warning with the account; beyond the range it is refused, as vLLM refuses it. `--max-model-len auto` (or -1) lowers
-the length to what the pool holds. A pool that a log states can be given: `num_gpu_blocks_override`, or
-`kv_cache_memory_bytes` on each rank.
+A pool that is estimated too small for one sequence of `max_model_len`, but may be large enough by the
+range, is a warning with the account; beyond the range it is refused, as vLLM refuses it. `--max-model-len
+auto` (or -1) lowers the length to what the pool holds. A pool that a log states can be given:
+`num_gpu_blocks_override`, or `kv_cache_memory_bytes` on each rank.
 
 ## Against pools that vLLM logged
 
-Predictions use the flags alone, with a warm compile cache. The constants of what is outside of
-PyTorch come from the memory parts of these same logs, all other terms from vLLM's and PyTorch's sources. A logged pool may be
-off by 0.05 GiB where it was derived from rounded GiB (2 % of the 72B rows).
+Predictions use the flags alone, with a warm compile cache. The constants of what is outside of PyTorch come
+from the memory parts of these same logs, all other terms from vLLM's and PyTorch's sources. A logged pool
+may be off by 0.05 GiB where it was derived from rounded GiB (2 % of the 72B rows).
 """
 
 REASONS = {
@@ -114,7 +119,7 @@ def _memory(row: Mapping[str, str], compile_cache: str) -> KVMemory:
     if engine.dtype == "float32":
         model = replace(model, weight_bytes_each=4, dtype_bytes=4)
     gpu = _gpu(row["gpu"])
-    config = server.resolve(engine, gpu, model.max_position_embeddings)
+    config = server.resolve(engine, gpu, model)
     shard = server.shard(engine, config, model, gpu)
     if engine.dtype == "float32":
         shard = replace(shard, kv_dtype_bytes=4)
@@ -159,10 +164,10 @@ def page() -> str:
             f"Mean absolute error with a warm compile cache {fmean(errors):.1%}, largest {max(errors):.1%}; "
             f"{inside} of {len(found)} logged pools lie inside the range that is printed.",
             "",
-            "Sources: llm-d-planner's accuracy sweep (April 2026), llm-d's config_explorer (late 2025; its release "
-            "is not stated, 0.11 is assumed), lab notes of ThunderAgent (2026), a comment on vLLM's pull request "
-            "38479. The run of `scenarios/rtx4090-llama-3.1-8b.yaml` had 2,588 blocks; the account gives 2,830 "
-            "warm and 2,574 cold.",
+            "Sources: llm-d-planner's accuracy sweep (April 2026), llm-d's config_explorer (late 2025; its "
+            "release is not stated, 0.11 is assumed), lab notes of ThunderAgent (2026), a comment on vLLM's "
+            "pull request 38479. The run of `scenarios/rtx4090-llama-3.1-8b.yaml` had 2,588 blocks; the "
+            "account gives 2,830 warm and 2,574 cold.",
             "",
         ]
     )

@@ -1,10 +1,10 @@
 """What vLLM's profile run finds a model to take beside its weights, on one rank.
 
-At its start vLLM runs the model once on ``max_num_batched_tokens`` tokens and samples ``max_num_seqs`` of them,
-and takes the peak of that, and what CUDA allocates outside of PyTorch, from the KV cache
-(``Worker.determine_available_memory``). What PyTorch allocates follows from the code that runs: the terms below
-are the tensors that are alive together at its peaks. What is outside of PyTorch does not follow; it is a
-constant by release and ranks, from the memory parts that servers logged (tests/data/kv_logs).
+At its start vLLM runs the model once on ``max_num_batched_tokens`` tokens and samples ``max_num_seqs`` of
+them, and takes the peak of that, and what CUDA allocates outside of PyTorch, from the KV cache
+(``Worker.determine_available_memory``). What PyTorch allocates follows from the code that runs: the terms
+below are the tensors that are alive together at its peaks. What is outside of PyTorch does not follow; it
+is a constant by release and ranks, from the memory parts that servers logged (tests/data/kv_logs).
 """
 
 from __future__ import annotations
@@ -89,7 +89,8 @@ def _sampler_bytes(shard: Shard, rows: int, version: str) -> int:
     - on Model Runner V1: the logits, their copy in 32 bits, and behind the top-k and top-p filter the
       probabilities and the noise that they are divided by. The filter sorts the copy up to 0.16; from 0.17 on
       it is a Triton kernel with a buffer of one row a multiprocessor.
-    - on V2: the logits and, before 0.32, their copy. Ranks gather the logits, which doubles them for a moment.
+    - on V2: the logits and, before 0.32, their copy. Ranks gather the logits, which doubles them for a
+      moment.
     """
     model, since = shard.model, release(version)
     logits = rows * model.vocab_size
@@ -132,7 +133,8 @@ def _expert_workspace(shard: Shard, tokens: int) -> int:
 
 
 def outside_torch(shard: Shard, *, version: str) -> Estimate:
-    """Libraries, their handles and kernels, and NCCL: logged in 0.11 to 0.19 on the H100, once on an RTX 4090.
+    """Libraries, their handles and kernels, and NCCL: logged in 0.11 to 0.19 on the H100, once on an RTX
+    4090.
 
     From 0.14 on, ranks linked by NVLink hold the buffers of fused all-reduces, too.
     """
@@ -147,8 +149,8 @@ def outside_torch(shard: Shard, *, version: str) -> Estimate:
 
 
 def cuda_graphs(shard: Shard, *, version: str, max_num_seqs: int) -> Estimate:
-    """vLLM's own estimate of its CUDA graphs, which it takes from the pool from 0.21 on, but on Model Runner V2
-    only from 0.32 on (before, that estimates none): 200 KiB a layer and graph, after logs."""
+    """vLLM's own estimate of its CUDA graphs, which it takes from the pool from 0.21 on, but on Model
+    Runner V2 only from 0.32 on (before, that estimates none): 200 KiB a layer and graph, after logs."""
     charged = release(version) >= ((0, 32) if runs_on_v2(shard, version) else (0, 21))
     piecewise = len(shard.cudagraph_sizes)
     full = sum(size <= max_num_seqs for size in shard.cudagraph_sizes)  # those are for pure decode batches

@@ -78,6 +78,7 @@ def context(deployment: Deployment, *, seed: int) -> dict[str, Any]:
             **flags.model_dump(mode="json", exclude={"command", "assume_rules"}),
             "rules": config.pop("version"),
             **config,
+            "kv_cache_dtype": _kv_cache_dtype(deployment),
         },
         "fleet": scenario.fleet.facts(),
         "run_context": None if scenario.run_context is None else scenario.run_context.model_dump(),
@@ -85,8 +86,18 @@ def context(deployment: Deployment, *, seed: int) -> dict[str, Any]:
         "provenance": deployment.provenance(),
         "error_band": deployment.error_band,
         "kv_cache": deployment.memory.facts(),
-        "notes": [each for each in (*deployment.scenario.notes, deployment.memory.warning) if each],
+        "notes": [
+            each
+            for each in (*deployment.scenario.notes, *deployment.model.notes, deployment.memory.warning)
+            if each
+        ],
     }
+
+
+def _kv_cache_dtype(deployment: Deployment) -> str:
+    """What the flag says, or the checkpoint where that is auto."""
+    asked = deployment.scenario.engine.kv_cache_dtype
+    return "fp8" if asked == "auto" and deployment.shard.kv_dtype_bytes == 1 else asked
 
 
 def engine_lines(document: Mapping[str, Any]) -> list[str]:

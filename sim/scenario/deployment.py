@@ -54,7 +54,7 @@ class Deployment:
         """
         flags, server = scenario.engine, scenario.server
         model, gpu = _model(scenario), _gpu(scenario)
-        config = server.resolve(flags, gpu, model.max_position_embeddings, where=f"{scenario.source}: engine")
+        config = server.resolve(flags, gpu, model, where=f"{scenario.source}: engine")
         shard = server.shard(flags, config, model, gpu)
         memory = server.memory(flags, config, shard)
         config = replace(config, num_gpu_blocks=memory.num_gpu_blocks, max_model_len=memory.max_model_len)
@@ -115,7 +115,7 @@ class Deployment:
 
 def _model(scenario: Scenario) -> ModelShape:
     flags = scenario.engine
-    model = ModelShape.from_config(scenario.config_file())
+    model = ModelShape.from_config(scenario.config_file(), overrides=flags.hf_overrides)
     if flags.dtype in ("float32", "float"):
         raise InputError(
             f"dtype {flags.dtype} is not modelled",

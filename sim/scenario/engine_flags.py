@@ -33,6 +33,10 @@ class EngineFlags(Model):
     """As ``--kv-cache-dtype``. fp8 counts one byte an element."""
     tensor_parallel_size: Count = 1
     """GPUs of one replica."""
+    enable_expert_parallel: Flag = False
+    """Whole experts on each of these GPUs, instead of a part of each. Taken to be evenly used."""
+    hf_overrides: dict[str, Any] | None = None
+    """Fields in place of those of the model's config.json, as ``--hf-overrides``."""
     max_model_len: Count | Literal["auto", -1] | None = None
     """Longest prompt and output together. Default, the model's own limit; ``auto`` or -1 lowers that to what
     the KV pool holds."""
@@ -106,14 +110,16 @@ class EngineFlags(Model):
         shared = {field.name for field in fields(EngineConfig)} & set(EngineFlags.model_fields)
         return EngineConfig(**self.model_dump(include=shared) | resolved)
 
-    def longest_context(self, max_position_embeddings: int | None, where: str) -> int:
-        """``max_model_len``, by default the longest context of the model's config.
+    def longest_context(
+        self, max_position_embeddings: int | None, where: str, *, default: int | None = None
+    ) -> int:
+        """``max_model_len``, by default ``default`` or the longest context of the model's config.
 
         Raises:
             InputError: beyond that, or neither says it. ``where`` is what messages call the flags.
         """
-        longest = None if self.fits_max_model_len else self.max_model_len
-        longest = longest or max_position_embeddings
+        given = self.max_model_len if isinstance(self.max_model_len, int) and self.max_model_len > 0 else None
+        longest = given or default or max_position_embeddings
         if longest is None:
             raise InputError(
                 "the model's config has no max_position_embeddings",
@@ -124,6 +130,6 @@ class EngineFlags(Model):
             raise InputError(
                 f"max_model_len {longest} is beyond the model's {max_position_embeddings} positions",
                 where=f"{where}.max_model_len",
-                fix=f"Lower it to at most {max_position_embeddings}.",
+                fix=f"Lower it to at most {max_position_embeddings}, or stretch them with hf_overrides.",
             )
         return longest
