@@ -17,7 +17,7 @@ from servecast.sim.report.answer import Answer
 from servecast.sim.report.drawing import drawn
 from servecast.sim.report.text import facts_text, table
 from servecast.sim.run.figures import draw_engine
-from servecast.sim.run.results import result
+from servecast.sim.run.results import engine_lines, result
 from servecast.sim.run.simulate import simulate as run_of
 from servecast.sim.scenario.deployment import Deployment
 from servecast.sim.scenario.scenario import Scenario
@@ -93,6 +93,7 @@ class Simulation(Answer):
         if result["what_if"]:
             parts.append(facts_text("\nWhat-if", result["what_if"]))
         parts.append(facts_text("\nWhat the prediction rests on", _rests_on(result)))
+        parts += engine_lines(result)
         parts += [f"note: {note}" for note in result["notes"]]
         return "\n".join(parts)
 

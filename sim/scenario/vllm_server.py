@@ -14,6 +14,7 @@ from servecast.sim.hardware.memory import KVMemory, kv_memory
 from servecast.sim.hardware.model_shape import ModelShape
 from servecast.sim.hardware.padded_memory import MemoryRisk
 from servecast.sim.hardware.shard import Shard, cudagraph_capture_sizes
+from servecast.sim.hardware.shard import release as release_number
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.inputs.schema import invalid
 from servecast.sim.scenario.engine_flags import EngineFlags
@@ -96,10 +97,11 @@ class Vllm:
         return tuple(notes)
 
     def resolve(
-        self, flags: EngineFlags, gpu: GPU, max_position_embeddings: int | None, *, where: str = "engine"
+        self, flags: EngineFlags, gpu: GPU, model: ModelShape, *, where: str = "engine"
     ) -> EngineConfig:
         # EngineArgs.get_batch_defaults, and what follows it
-        max_model_len = flags.longest_context(max_position_embeddings, where)
+        positions = model.longest_context(release_number(flags.version))
+        max_model_len = flags.longest_context(positions, where, default=model.default_positions)
         release = RELEASES[release_of(flags)]
         tokens, seqs = _batch_defaults(gpu, release.rules, flags.tensor_parallel_size)
         if flags.performance_mode == "throughput":
@@ -155,20 +157,23 @@ class Vllm:
                 capability=gpu.capability,
                 max_capture_size=flags.max_cudagraph_capture_size,
             )
-        kv_dtype_bytes = 1 if flags.kv_cache_dtype.startswith("fp8") else 2
+        asked = {"auto": model.kv_bytes_each, "bfloat16": 2, "float16": 2}
         return Shard(
-            model, gpu, flags.tensor_parallel_size, kv_dtype_bytes=kv_dtype_bytes, cudagraph_sizes=sizes
+            model,
+            gpu,
+            flags.tensor_parallel_size,
+            kv_dtype_bytes=asked.get(flags.kv_cache_dtype, 1),
+            expert_parallel=flags.enable_expert_parallel,
+            cudagraph_sizes=sizes,
         )
 
     def memory(self, flags: EngineFlags, config: EngineConfig, shard: Shard) -> KVMemory:
         return kv_memory(
             shard,
+            config,
             version=flags.version,
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            max_model_len=config.max_model_len,
-            gpu_memory_utilization=config.gpu_memory_utilization,
-            block_size=config.block_size,
+            fit_max_model_len=flags.fits_max_model_len,
+            compile_cache=flags.compile_cache,
             kv_cache_memory_bytes=flags.kv_cache_memory_bytes,
             num_gpu_blocks_override=flags.num_gpu_blocks_override,
         )
