@@ -33,6 +33,8 @@ from servecast.sim.report.text import cell_text, table
 from servecast.sim.run.results import cautions, context, engine_lines
 from servecast.sim.run.simulate import RateProbe
 from servecast.sim.scenario.scenario import Scenario
+from servecast.sim.traffic.draw import with_request_rate
+from servecast.sim.traffic.trace_notes import trace_notes
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -258,7 +260,8 @@ def plan(
         at = found.best or found.probes[0]
         run = probe(at.rate, seed, at.num_requests)
         made = context(deployment, seed=seed)
-        made["notes"] += [*found.notes, *cautions(deployment, run)]
+        probed = with_request_rate(scenario.open_loop(), at.rate, num_requests=at.num_requests)
+        made["notes"] += [*found.notes, *cautions(deployment, run), *trace_notes(probed)]
         slots = prefix_slots(
             scenario.open_loop().stages[0].streams[0],
             run,
