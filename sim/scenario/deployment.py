@@ -8,6 +8,7 @@ from pathlib import Path
 
 from servecast.sim.engine.config import EngineConfig
 from servecast.sim.hardware.error_band import Transfer, transfer
+from servecast.sim.hardware.front_end_costs import FrontEndCosts
 from servecast.sim.hardware.gpu import GPU, find_gpu
 from servecast.sim.hardware.gpu_constants import FAMILIES, GpuConstants
 from servecast.sim.hardware.memory import KVMemory
@@ -70,6 +71,13 @@ class Deployment:
     def gpu(self) -> GPU:
         """One of its GPUs."""
         return self.shard.gpu
+
+    @property
+    def front_end(self) -> FrontEndCosts:
+        """What stands in front of the engine, for the scenario's prompts and its network."""
+        scenario = self.scenario
+        costs = self.profile.front_end.of_prompts(scenario.prompts)
+        return costs.over_network(scenario.network_round_trip_s)
 
     @property
     def limits(self) -> Limits:
