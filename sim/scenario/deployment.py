@@ -7,6 +7,7 @@ from importlib.metadata import version
 
 from servecast.sim.engine.config import EngineConfig
 from servecast.sim.hardware.error_band import Transfer, transfer
+from servecast.sim.hardware.front_end_costs import FrontEndCosts
 from servecast.sim.hardware.gpu import GPU, find_gpu
 from servecast.sim.hardware.memory import KVMemory
 from servecast.sim.hardware.model_shape import ModelShape
@@ -67,6 +68,13 @@ class Deployment:
     def gpu(self) -> GPU:
         """One of its GPUs."""
         return self.shard.gpu
+
+    @property
+    def front_end(self) -> FrontEndCosts:
+        """What stands in front of the engine, for the scenario's prompts and its network."""
+        scenario = self.scenario
+        costs = self.profile.front_end.of_prompts(scenario.prompts)
+        return costs.over_network(scenario.network_round_trip_s)
 
     @property
     def limits(self) -> Limits:

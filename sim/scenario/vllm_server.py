@@ -25,13 +25,18 @@ _ONLY_032 = {"long_prefill_token_threshold_adaptive": False, "watermark": 0.0, "
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """How a vLLM release is modelled: its rule set and what its defaults differ in."""
+    """How a vLLM release is modelled: its rule set and what its defaults differ in.
+
+    preparation_round: requests that its API server prepares together, at most: 32 with AsyncMicrobatchTokenizer,
+    which pull request 45759 of June 2026 removed; since then one thread prepares them in their order.
+    """
 
     rules: str
     gpu_memory_utilization: float = 0.92
     async_scheduling: bool = True
     scheduler_reserve_full_isl: bool = True
     note: str = ""
+    preparation_round: int = 32
 
 
 RELEASES = {
@@ -40,7 +45,7 @@ RELEASES = {
     ),
     "0.19": Release("0.23", 0.9, note="vLLM 0.19 is run under the rules of 0.23"),
     "0.23": Release("0.23"),
-    "0.32": Release("0.32"),
+    "0.32": Release("0.32", preparation_round=1),
 }
 
 
@@ -55,11 +60,23 @@ def release_of(flags: EngineFlags) -> str:
             f"Use one of {', '.join(RELEASES)}, or set assume_rules to run under the nearest one.",
             at="version",
         )
-    numbers = {name: _number(name) for name in RELEASES}
     try:
-        wanted = _number(release)
+        return _nearest(release)
     except ValueError:
         raise invalid(f"{flags.version!r} is not a version", "Write it as 0.32.", at="version") from None
+
+
+def preparation_round(version: str | None) -> int:
+    """See ``Release``, of the release that is nearest to a vLLM version; where none is known, of the newest."""
+    try:
+        name = _nearest(".".join((version or "").split(".")[:2]))
+    except ValueError:
+        name = max(RELEASES, key=_number)
+    return RELEASES[name].preparation_round
+
+
+def _nearest(release: str) -> str:
+    wanted, numbers = _number(release), {name: _number(name) for name in RELEASES}
     return min(numbers, key=lambda name: (abs(numbers[name] - wanted), -numbers[name]))
 
 
@@ -144,6 +161,7 @@ class Vllm:
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=tokens,
+            preparation_round=release.preparation_round,
             **defaults,
         )
 
