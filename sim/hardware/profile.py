@@ -124,9 +124,8 @@ class Profile(_Strict):
     ) -> Profile:
         """A profile from timings of single kernels: no step, server or model was measured.
 
-        The host's times and the front end's latency are assumed. Without async scheduling the GPU waits while
-        the host prepares a step, about 1.5 ms and 25 us a request; a request takes about 8 ms to reach the
-        engine (7.5 to 10.5 ms on three sets of H100 servers with prompts of 250 to 1,000 tokens).
+        The host's times and the front end's are assumed. Without async scheduling the GPU waits while the host
+        prepares a step, about 1.5 ms and 25 us a request.
 
         Raises:
             InputError: the kernels of this model's weights were not timed.
@@ -146,7 +145,7 @@ class Profile(_Strict):
             engine_version=engine_version,
             tensor_parallel_size=shard.tensor_parallel_size,
             efficiencies=efficiencies,
-            front_end=FrontEndCosts(latency_s=8e-3),
+            front_end=FrontEndCosts.typical(),
             provenance=(
                 *(
                     Provenance(parameter=f"efficiencies.{name}", origin="kernels", note=note)

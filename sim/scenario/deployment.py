@@ -7,6 +7,7 @@ from importlib.metadata import version
 
 from servecast.sim.engine.config import EngineConfig
 from servecast.sim.hardware.error_band import Transfer, transfer
+from servecast.sim.hardware.front_end_costs import FrontEndCosts
 from servecast.sim.hardware.gpu import GPU, find_gpu
 from servecast.sim.hardware.memory import KVMemory
 from servecast.sim.hardware.model_shape import ModelShape
@@ -51,10 +52,10 @@ class Deployment:
         """
         flags, server = scenario.engine, scenario.server
         model, gpu = _model(scenario), _gpu(scenario)
-        config = server.resolve(flags, gpu, model.max_position_embeddings, where=f"{scenario.source}: engine")
+        config = server.resolve(flags, gpu, model, where=f"{scenario.source}: engine")
         shard = server.shard(flags, config, model, gpu)
         memory = server.memory(flags, config, shard)
-        config = replace(config, num_gpu_blocks=memory.num_gpu_blocks)
+        config = replace(config, num_gpu_blocks=memory.num_gpu_blocks, max_model_len=memory.max_model_len)
         profile = profile or profile_of(scenario, shard, config)
         return cls(scenario, shard, memory, config, profile, build_step_time(profile, shard))
 
@@ -67,6 +68,13 @@ class Deployment:
     def gpu(self) -> GPU:
         """One of its GPUs."""
         return self.shard.gpu
+
+    @property
+    def front_end(self) -> FrontEndCosts:
+        """What stands in front of the engine, for the scenario's prompts and its network."""
+        scenario = self.scenario
+        costs = self.profile.front_end.of_prompts(scenario.prompts)
+        return costs.over_network(scenario.network_round_trip_s)
 
     @property
     def limits(self) -> Limits:
@@ -102,7 +110,12 @@ class Deployment:
     @property
     def notes(self) -> tuple[str, ...]:
         """What a result should say about the configuration and what it rests on."""
-        notes = [*self.scenario.notes, *(each.note for each in self.fitted_profiles)]
+        notes: list[str | None] = [
+            *self.scenario.notes,
+            *self.model.notes,
+            self.memory.warning,
+            *(each.note for each in self.fitted_profiles),
+        ]
         if self.scenario.profile is None and self.transfer.basis == "physics only":
             notes.append(why_typical(self.shard) or "")
         return tuple(filter(None, notes))
@@ -125,7 +138,7 @@ class Deployment:
 
 def _model(scenario: Scenario) -> ModelShape:
     flags = scenario.engine
-    model = ModelShape.from_config(scenario.config_file())
+    model = ModelShape.from_config(scenario.config_file(), overrides=flags.hf_overrides)
     if flags.dtype in ("float32", "float"):
         raise InputError(
             f"dtype {flags.dtype} is not modelled",

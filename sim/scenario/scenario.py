@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BeforeValidator, PrivateAttr, model_validat
 from pydantic_core import PydanticCustomError
 
 from servecast.sim.fleet.spec import Fleet, GpuSpec, ReplicaSpec
+from servecast.sim.hardware.front_end_costs import Prompts
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.inputs.schema import (
     Amount,
@@ -155,6 +156,12 @@ class Scenario(Model):
     """How many engines, behind which router."""
     workload: WorkloadSpec
     """The traffic, one stream or several stages."""
+    prompts: Prompts = "text"
+    """What clients send: ``text``, ``random_text`` (of random token ids, as benchmarks draw, which takes the
+    tokenizer longer), or ``token_ids``, which it need not encode."""
+    network_round_trip_s: NonNegative = 0.0
+    """There and back between client and server, beyond what the profile's front end has of it. It is part of
+    every TTFT, and delays the next request of a closed loop."""
     sweep: Sweep | None = None
     """Levels of the workload's stream, run one after the other."""
     plan: PlanSpec | None = None
