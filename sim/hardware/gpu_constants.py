@@ -150,6 +150,7 @@ class GpuConstants(_Strict):
         gpu: its name in the catalogue. source: of the timings. release: the vLLM whose kernels they time.
         small_kernel_s: one of the small kernels of a layer (norm, rotary, activation).
         products, experts: by the weights' dtype. prompts, decodes: by the KV cache's. all_reduce: by ranks.
+        compute_factor: by which shares of the peak FLOP/s were scaled for another GPU; not in files.
     """
 
     schema_version: Literal[1] = 1
@@ -162,6 +163,7 @@ class GpuConstants(_Strict):
     decodes: dict[KvDtype, DecodeAttention]
     experts: dict[WeightDtype, Experts] = {}
     all_reduce: dict[int, AllReduce] = {}
+    compute_factor: float = Field(default=1.0, exclude=True)
 
     @classmethod
     def load(cls, path: str | Path) -> GpuConstants:
@@ -204,8 +206,8 @@ class GpuConstants(_Strict):
                 for key, each in known.items()
             }
 
-        changed = {"products": of(self.products), "prompts": of(self.prompts), "experts": of(self.experts)}
-        return self.model_copy(update=changed)
+        kinds = {"products": of(self.products), "prompts": of(self.prompts), "experts": of(self.experts)}
+        return self.model_copy(update=kinds | {"compute_factor": factor})
 
     def efficiencies(self, shard: Shard) -> Efficiencies:
         """What a model reaches on this GPU, with its precisions and ranks.
