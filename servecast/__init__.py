@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from servecast.sim.report.answer import Answer
     from servecast.sim.reproduce.reproduce import reproduce
     from servecast.sim.run.simulation import simulate
+    from servecast.sim.scenario.lists import gpus, models, profiles
     from servecast.sim.scenario.scenario import Scenario, load
     from servecast.validate.check.check import check
 
@@ -36,8 +37,11 @@ __all__ = [
     "Scenario",
     "check",
     "compare",
+    "gpus",
     "load",
+    "models",
     "plan",
+    "profiles",
     "reproduce",
     "simulate",
     "sweep",
@@ -51,8 +55,11 @@ _MODULES = {  # of the public names: imported when they are asked for, so that t
     "Scenario": "sim.scenario.scenario",
     "check": "validate.check.check",
     "compare": "sim.compare.compare",
+    "gpus": "sim.scenario.lists",
     "load": "sim.scenario.scenario",
+    "models": "sim.scenario.lists",
     "plan": "sim.plan.plan",
+    "profiles": "sim.scenario.lists",
     "reproduce": "sim.reproduce.reproduce",
     "simulate": "sim.run.simulation",
     "sweep": "sim.compare.sweep",

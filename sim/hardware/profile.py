@@ -136,6 +136,8 @@ class Profile(_Strict):
         note = f"kernel timings on {constants.gpu}, {constants.release}"
         if constants.gpu != shard.gpu.name:
             note += ", scaled by peak and bandwidth"
+        if constants.compute_factor != 1.0:
+            note += f", compute times {constants.compute_factor:.2f} for its power"
         assumed = [f"efficiencies.{name}" for name in ("host_fixed_s", "host_per_seq_s")]
         assumed += [f"front_end.{field.name}" for field in fields(FrontEndCosts)]
         return cls(
