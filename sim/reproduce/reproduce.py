@@ -49,8 +49,8 @@ def reproduce(
             fix="Add a reported table, or use simulate.",
         )
     plain = partial(_reproduce, seeds=seeds or scenario.replications, profile=profile, jobs=jobs)
-    if any(reported.variants or reported.what_ifs for reported in scenario.reported):
-        return in_variants(scenario, plain)
+    if any(table.variants or table.sets or table.what_ifs for table in scenario.reported):
+        return in_variants(scenario, plain, jobs)
     return plain(scenario)
 
 
