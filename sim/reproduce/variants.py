@@ -16,7 +16,7 @@ from joblib import Parallel, delayed
 from servecast.sim.reproduce.cell import Cell
 from servecast.sim.reproduce.reproduction import Reproduction, TableReproduction
 from servecast.sim.scenario.deployment import Deployment
-from servecast.sim.scenario.reported import Reported, matches, read_rows, stage_of
+from servecast.sim.scenario.reported import Reported, matches, read_rows, rows_left_out, stage_of
 from servecast.sim.scenario.scenario import Scenario
 from servecast.sim.traffic.spec import Row, Workload
 
@@ -141,6 +141,7 @@ def _narrowed(reported: Reported, rows: list[Row]) -> Reported:
                 cells for cells in reported.excluded if any(matches(row, cells.row) for row in rows)
             ),
             "what_ifs": (),
+            "left_out": (),
         }
     )
 
@@ -157,4 +158,5 @@ def _joined(reported: Reported, parts: list[TableReproduction]) -> TableReproduc
     """The parts' cells in the order of the table's rows."""
     order = [row.keys for row in read_rows(reported)]
     cells = sorted((cell for part in parts for cell in part.cells), key=lambda cell: order.index(cell.keys))
-    return replace(parts[0], cells=tuple(cells))
+    left_out = tuple(rows_left_out(reported))  # of the whole table; a part has no row of its own in it
+    return replace(parts[0], cells=tuple(cells), left_out=left_out)

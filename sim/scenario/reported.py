@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import csv
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -359,6 +360,14 @@ def read_rows(reported: Reported) -> list[ReportedRow]:
                 fix=f"Add the router of {row.keys[reported.keys[0]]!r}, or leave the row out with rows.",
             )
     return meant
+
+
+def rows_left_out(reported: Reported) -> Iterator[dict[str, Any]]:
+    """What ``left_out`` leaves out: "row", its keys, "rows", how many they are, and "reason"."""
+    everything = read_rows(reported.model_copy(update={"rows": (), "left_out": ()}))
+    for each in reported.left_out:
+        rows = sum(matches(row.keys, each.row) for row in everything)
+        yield {"row": each.row, "rows": rows, "reason": each.reason}
 
 
 def _row(reported: Reported, line: dict[str, str], where: str) -> ReportedRow:
