@@ -85,6 +85,7 @@ def context(deployment: Deployment, *, seed: int) -> dict[str, Any]:
         "assumptions": [each.model_dump() for each in scenario.assumptions],
         "provenance": deployment.provenance(),
         "error_band": deployment.error_band,
+        "error_bands": asdict(deployment.bands),
         "kv_cache": deployment.memory.facts(),
         "notes": list(deployment.notes),
     }
