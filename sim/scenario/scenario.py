@@ -213,8 +213,9 @@ class Scenario(Model):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a result should say about the engine's configuration."""
-        return self.server.notes(self.engine)
+        """What a result should say about the engine's configuration, the router's and the workload's."""
+        said = self.workload.notes() if isinstance(self.workload, InferencePerfWorkload) else ()
+        return (*self.server.notes(self.engine), *self.fleet.notes, *said)
 
     @property
     def changes(self) -> dict[str, Any]:
