@@ -156,6 +156,20 @@ class Fleet(Model):
         """The EndpointPickerConfig, where the router is one."""
         return self.router if isinstance(self.router, Path) else None
 
+    @property
+    def router_name(self) -> str:
+        """What messages call the router."""
+        return self.router if isinstance(self.router, str) else self.router.name
+
+    @property
+    def asks_sessions(self) -> bool:
+        """Whether the router looks at a request's session. Raises InputError if it does not load."""
+        if self.epp is None:
+            return self.router == "session_affinity"
+        config = read_epp(self.epp, self.router_options.epp_release)
+        plugins = (*config.filters, *(scorer for scorer, _weight in config.scorers))
+        return any(plugin.type.startswith("session-affinity") for plugin in plugins)
+
     def check(self) -> None:
         """Read the EndpointPickerConfig, if any. Raises InputError if it does not load."""
         if self.epp is not None:
