@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from servecast.sim.fleet.spec import Fleet
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.inputs.files import write_whole
 from servecast.sim.metrics.fleet_load import fleet_load
@@ -158,7 +159,7 @@ def measured(part: Mapping[str, Any]) -> dict[str, float | None]:
 
 def cautions(deployment: Deployment, run: Run) -> list[str]:
     """What a reader of a run should know, in words: what of it lies beyond the data of its profile's fit, and
-    a risk that the GPU's memory does not suffice."""
+    a risk that the GPU's memory does not suffice, and what its router could not do."""
     steps, requests = run.steps, run.requests
     tokens = steps["prefill_tokens"] + steps["decodes"]
     batch = steps["prefill_requests"] + steps["decodes"]
@@ -169,7 +170,25 @@ def cautions(deployment: Deployment, run: Run) -> list[str]:
         context=(float(requests["prompt_tokens"].min()), float(length.max())),
     )
     risk = deployment.memory_risk(int(requests["prompt_tokens"].max()))
-    return [text for text in (beyond, risk and risk.warning) if text]
+    routed = _routed(deployment.scenario.fleet, requests)
+    return [text for text in (beyond, risk and risk.warning, *routed) if text]
+
+
+def _routed(fleet: Fleet, requests: pd.DataFrame) -> list[str]:
+    """What a router could not do with these requests."""
+    said, replicas = [], requests["replica"].dropna().unique()
+    if fleet.size < 2 or len(requests) < 2:
+        return said
+    if fleet.asks_sessions and requests["group"].isna().all():
+        said.append(f"{fleet.router_name}: no request has a session or group, so there is nothing to hold to")
+    if len(replicas) == 1:
+        why = ""
+        if fleet.router == "prefix_affinity":
+            why = f": all prompts have the same first {fleet.router_options.prefix_tokens} tokens"
+        said.append(
+            f"{fleet.router_name} sent all {len(requests):,} requests to replica {replicas[0]} of {fleet.size}{why}"
+        )
+    return said
 
 
 def _detailed(run: Run) -> dict[str, Any]:
