@@ -53,6 +53,14 @@ _FLAGS = (  # of the engine, that are printed as resolved
     "kv_cache_dtype",
 )
 _SWITCHES = ("enable_prefix_caching", "enable_chunked_prefill", "async_scheduling")
+_OTHERS = (  # by their fields
+    ({"aiperf_version"}, "aiperf"),
+    ({"input_config"}, "aiperf or genai-perf"),
+    ({"benchmarks"}, "guidellm"),
+    ({"load_summary", "successes"}, "inference-perf"),
+    ({"version", "run", "results"}, "an llm-d Benchmark Report"),
+    ({"version", "scenario", "metrics"}, "an llm-d Benchmark Report"),
+)
 _VLLM_KEYS = ("completed", "duration", "output_throughput")  # in every result of vllm bench serve
 
 
@@ -264,7 +272,15 @@ def read_result(path: Path) -> dict[str, Any]:
         ) from None
     if not isinstance(document, dict):
         raise InputError("is not a JSON object", where=str(path), fix="Give a result's JSON file.")
-    found = document.get("schema_version", SCHEMA_VERSION if "servecast_version" not in document else None)
+    ours = "servecast_version" in document
+    other = None if ours else next((tool for keys, tool in _OTHERS if keys <= document.keys()), None)
+    if other is not None:
+        raise InputError(
+            f"is a result of {other}; this reads those of servecast simulate and of vllm bench serve",
+            where=str(path),
+            fix="Ask servecast check whether it can be true, servecast validate result whether it is predicted.",
+        )
+    found = document.get("schema_version") if ours else SCHEMA_VERSION
     if found != SCHEMA_VERSION:
         raise InputError(
             f"schema version {found!r}, this servecast reads {SCHEMA_VERSION}",
