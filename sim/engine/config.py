@@ -12,6 +12,7 @@ class EngineConfig:
     ``version`` picks the rule set of vLLM's scheduler ("0.20" to "0.33", rules.py). ``num_gpu_blocks``
     includes the null block 0, as vLLM counts it, so num_gpu_blocks - 1 are usable; it is 0 until the account
     of memory says it, which reads ``gpu_memory_utilization``. ``batch_wait_s`` is static batching's.
+    ``preparation_round``: requests that the API server in front of the engine prepares together, at most.
     """
 
     version: str
@@ -32,3 +33,4 @@ class EngineConfig:
     prefill_schedule_interval: int = 1
     gpu_memory_utilization: float = 1.0
     batch_wait_s: float = 0.0
+    preparation_round: int = 32

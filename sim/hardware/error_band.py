@@ -29,13 +29,15 @@ class Transfer:
 
     Attributes:
         basis: "measured here", "fitted to a report" (of this GPU and model), "scaled from a measured
-            reference", "kernel timings" (of this GPU's single kernels) or "physics only".
+            reference", "measured kernels of the GPU", "kernels of the GPU scaled to another by peak and
+            bandwidth", or "physics only".
         model_doublings: log2 of the weights over those of the nearest measured model; 0 for one of them,
             NaN where the profile does not say what it was.
         rank_doublings: log2 of the tensor-parallel size over the profile's.
         gpu_doublings: log2 of the bandwidth over that of the profile's GPU; NaN where that is not in the
             catalogue, None on the same GPU.
         error_band: relative; None if not known.
+        of_kernels: single kernels were timed.
     """
 
     basis: str
@@ -43,6 +45,7 @@ class Transfer:
     rank_doublings: float
     gpu_doublings: float | None
     error_band: float | None
+    of_kernels: bool = False
 
     @property
     def distance(self) -> tuple[str, ...]:
@@ -50,8 +53,8 @@ class Transfer:
         found = []
         if self.basis == "physics only":
             return ("nothing was measured",)
-        if self.basis == "kernel timings":
-            return ("kernels were timed, no server",)
+        if self.of_kernels:
+            found.append("kernels were timed, no server")
         if self.model_doublings != 0:
             found.append(f"another model{_times(self.model_doublings, 'the weights')}")
         if self.rank_doublings:
@@ -70,9 +73,13 @@ def transfer(profile: Profile, shard: Shard) -> Transfer:
     models = _model_doublings(profile, shard)
     ranks = math.log2(shard.tensor_parallel_size / profile.tensor_parallel_size)
     gpus = _gpu_doublings(profile, shard.gpu)
-    origins = {entry.origin for entry in profile.provenance}
-    if "kernels" in origins:
-        return Transfer("kernel timings", 0.0, 0.0, None, KERNELS_BAND)
+    if profile.of_kernel_timings:
+        if gpus is None:
+            basis, band = f"measured kernels of the {profile.gpu}", KERNELS_BAND
+        else:
+            basis = f"kernels of the {profile.gpu} scaled to the {shard.gpu.name} by peak and bandwidth"
+            band = GPU_BAND + PER_DOUBLING * _size(gpus)
+        return Transfer(basis, 0.0, 0.0, gpus, band, of_kernels=True)
     if all(entry.origin == "assumed" for entry in profile.provenance):
         return Transfer("physics only", models, ranks, gpus, max(TYPICAL_BAND, profile.error_band or 0.0))
     if models == 0 and ranks == 0 and gpus is None:

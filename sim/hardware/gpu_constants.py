@@ -8,13 +8,15 @@ on it (``calibrate.fit.kernel_tables``). They are facts of a GPU and a precision
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from servecast.sim.hardware.gpu import GPU
 from servecast.sim.hardware.shard import Shard
 from servecast.sim.hardware.step_time.physical import Efficiencies, KernelCosts
 from servecast.sim.inputs.errors import InputError
@@ -105,11 +107,9 @@ class AllReduce(_Strict):
     residuals: Residuals | None = None
 
 
-FAMILIES = {  # a GPU that was not timed -> the nearest that was: its generation, by compute capability
-    "L4": "L40S",
-    "RTX 4090": "L40S",
-    "A6000": "A100",
-    "RTX 5080": "RTX PRO 6000",
+FAMILIES: Mapping[tuple[int, int], tuple[int, int]] = {  # compute capability -> the nearest that was timed
+    (7, 5): (8, 9),
+    (8, 6): (8, 9),  # GDDR6 and a board's power, as an L40S
 }
 TYPICAL_LINK = AllReduce(latency_s=10e-6, link=0.8)  # of ranks that were not timed
 
@@ -173,7 +173,8 @@ class GpuConstants(_Strict):
         Raises:
             InputError: there are no timings of its weights.
         """
-        weights: WeightDtype = "fp8" if shard.model.weight_bytes_each == 1 else "bf16"
+        in_eight = shard.model.weight_bytes_each == 1 and shard.gpu.fp8_flops is not None
+        weights: WeightDtype = "fp8" if in_eight else "bf16"  # without fp8 units they multiply in 16 bits
         eight_bits = shard.kv_dtype_bytes == 1 and "fp8" in self.decodes  # read as 16 where it was not timed
         kv: KvDtype = "fp8" if eight_bits else "bf16"
         product = _of(self.products, weights, self.gpu, "weights")
@@ -208,16 +209,28 @@ class GpuConstants(_Strict):
         )
 
 
+def nearest_timed(gpu: GPU, timed: Iterable[GPU]) -> GPU | None:
+    """The GPU itself where it was timed; else of its compute capability, or of the one that ``FAMILIES``
+    names for it, the nearest in bandwidth; None where there is none."""
+    timed = tuple(timed)
+    for each in timed:
+        if each.name == gpu.name:
+            return each
+    wanted = FAMILIES.get(gpu.capability, gpu.capability)
+    family = [each for each in timed if each.capability == wanted]
+    return min(family, key=lambda each: abs(math.log(each.bandwidth / gpu.bandwidth)), default=None)
+
+
 _T = TypeVar("_T")
 
 
 def _of(known: Mapping[WeightDtype, _T], dtype: WeightDtype, gpu: str, what: str) -> _T:
     """The constants of a dtype; those of fp8 by blocks stand for fp8 where only they were fitted."""
     found = known.get(dtype) or (known.get("fp8_block") if dtype == "fp8" else None)
-    if found is None:
-        raise InputError(
-            f"there are no timings of {dtype} {what} on a {gpu}",
-            where="profile",
-            fix=f"Use {', '.join(known)}, or a profile measured on this GPU.",
-        )
-    return found
+    if found is not None:
+        return found
+    raise InputError(
+        f"there are no timings of {dtype} {what} on a {gpu}",
+        where="profile",
+        fix=f"Use {', '.join(known)}, a profile measured on this GPU, or profile: physics.",
+    )

@@ -43,6 +43,15 @@ _MEASURED = (  # besides what ends in _ms
     "num_preemptions",
     "prefix_cache_hit_rate",
 )
+_FLAGS = (  # of the engine, that are printed as resolved
+    "tensor_parallel_size",
+    "max_model_len",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "gpu_memory_utilization",
+    "kv_cache_dtype",
+)
+_SWITCHES = ("enable_prefix_caching", "enable_chunked_prefill", "async_scheduling")
 _VLLM_KEYS = ("completed", "duration", "output_throughput")  # in every result of vllm bench serve
 
 
@@ -69,14 +78,34 @@ def context(deployment: Deployment, *, seed: int) -> dict[str, Any]:
             **flags.model_dump(mode="json", exclude={"command", "assume_rules"}),
             "rules": config.pop("version"),
             **config,
+            "kv_cache_dtype": _kv_cache_dtype(deployment),
         },
         "fleet": scenario.fleet.facts(),
         "run_context": None if scenario.run_context is None else scenario.run_context.model_dump(),
         "assumptions": [each.model_dump() for each in scenario.assumptions],
         "provenance": deployment.provenance(),
         "error_band": deployment.error_band,
-        "notes": list(deployment.scenario.notes),
+        "kv_cache": deployment.memory.facts(),
+        "notes": list(deployment.notes),
     }
+
+
+def _kv_cache_dtype(deployment: Deployment) -> str:
+    """What the flag says, or the checkpoint where that is auto."""
+    asked = deployment.scenario.engine.kv_cache_dtype
+    return "fp8" if asked == "auto" and deployment.shard.kv_dtype_bytes == 1 else asked
+
+
+def engine_lines(document: Mapping[str, Any]) -> list[str]:
+    """The size of the KV cache as vLLM logs it, and the flags that were resolved, of a result's context."""
+    kv, engine = document["kv_cache"], document["engine"]
+    between = ""
+    if kv["lowest_tokens"] != kv["highest_tokens"]:
+        between = f"; {kv['lowest_tokens']:,} to {kv['highest_tokens']:,} by the account of memory"
+    size = f"{kv['tokens']:,} tokens, {kv['max_concurrency']:.2f}x of max_model_len {kv['max_model_len']:,}"
+    flags = [f"--{name.replace('_', '-')} {engine[name]}" for name in _FLAGS]
+    flags += [f"--{'' if engine[name] else 'no-'}{name.replace('_', '-')}" for name in _SWITCHES]
+    return [f"GPU KV cache size: {size}{between}", f"Flags: {' '.join(flags)}"]
 
 
 def result(

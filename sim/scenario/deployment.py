@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
-from pathlib import Path
 
 from servecast.sim.engine.config import EngineConfig
 from servecast.sim.hardware.error_band import Transfer, transfer
+from servecast.sim.hardware.front_end_costs import FrontEndCosts
 from servecast.sim.hardware.gpu import GPU, find_gpu
-from servecast.sim.hardware.gpu_constants import FAMILIES, GpuConstants
 from servecast.sim.hardware.memory import KVMemory
 from servecast.sim.hardware.model_shape import ModelShape
 from servecast.sim.hardware.padded_memory import MemoryRisk
@@ -18,9 +17,8 @@ from servecast.sim.hardware.shard import Shard
 from servecast.sim.hardware.step_time.physical import StepTime
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.metrics.binding import Limits
-from servecast.sim.scenario.scenario import Scenario, shipped_folder
-
-KERNELS = "kernels"  # the profile that stands for timings of the GPU's kernels
+from servecast.sim.scenario.basis import Fitted, fitted_profiles, profile_of, why_typical
+from servecast.sim.scenario.scenario import Scenario
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +52,11 @@ class Deployment:
         """
         flags, server = scenario.engine, scenario.server
         model, gpu = _model(scenario), _gpu(scenario)
-        config = server.resolve(flags, gpu, model.max_position_embeddings, where=f"{scenario.source}: engine")
+        config = server.resolve(flags, gpu, model, where=f"{scenario.source}: engine")
         shard = server.shard(flags, config, model, gpu)
         memory = server.memory(flags, config, shard)
-        config = replace(config, num_gpu_blocks=memory.num_gpu_blocks)
-        profile = profile or _profile(scenario, shard, config)
+        config = replace(config, num_gpu_blocks=memory.num_gpu_blocks, max_model_len=memory.max_model_len)
+        profile = profile or profile_of(scenario, shard, config)
         return cls(scenario, shard, memory, config, profile, build_step_time(profile, shard))
 
     @property
@@ -70,6 +68,13 @@ class Deployment:
     def gpu(self) -> GPU:
         """One of its GPUs."""
         return self.shard.gpu
+
+    @property
+    def front_end(self) -> FrontEndCosts:
+        """What stands in front of the engine, for the scenario's prompts and its network."""
+        scenario = self.scenario
+        costs = self.profile.front_end.of_prompts(scenario.prompts)
+        return costs.over_network(scenario.network_round_trip_s)
 
     @property
     def limits(self) -> Limits:
@@ -97,13 +102,31 @@ class Deployment:
         """How far this is from what the profile's measurements were of."""
         return transfer(self.profile, self.shard)
 
+    @property
+    def fitted_profiles(self) -> list[Fitted]:
+        """Where step times rest on timings of kernels: those that were fitted to servers on this GPU."""
+        return fitted_profiles(self.shard, self.step_time) if self.profile.of_kernel_timings else []
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a result should say about the configuration and what it rests on."""
+        notes: list[str | None] = [
+            *self.scenario.notes,
+            *self.model.notes,
+            self.memory.warning,
+            *(each.note for each in self.fitted_profiles),
+        ]
+        if self.scenario.profile is None and self.transfer.basis == "physics only":
+            notes.append(why_typical(self.shard) or "")
+        return tuple(filter(None, notes))
+
     def provenance(self) -> dict[str, object]:
         """Where the numbers come from, for results and reports."""
         profile = self.profile
         return {
             "basis": self.transfer.basis,
             "distance": list(self.transfer.distance),
-            "profile": f"{profile.model} on {profile.gpu}, {profile.server}",
+            "profile": profile.title,
             "error_band": self.error_band,
             "fitted_rows": list(profile.fitted_rows),
             "parameters": [entry.model_dump() for entry in profile.provenance],
@@ -115,7 +138,7 @@ class Deployment:
 
 def _model(scenario: Scenario) -> ModelShape:
     flags = scenario.engine
-    model = ModelShape.from_config(scenario.config_file())
+    model = ModelShape.from_config(scenario.config_file(), overrides=flags.hf_overrides)
     if flags.dtype in ("float32", "float"):
         raise InputError(
             f"dtype {flags.dtype} is not modelled",
@@ -138,32 +161,3 @@ def _gpu(scenario: Scenario) -> GPU:
         return GPU.from_file(scenario.gpu.file)
     assert scenario.gpu.name is not None
     return find_gpu(scenario.gpu.name, where=f"{scenario.source}: gpu.name")
-
-
-def _profile(scenario: Scenario, shard: Shard, config: EngineConfig) -> Profile:
-    """The scenario's profile: a file, what the GPU's kernels reach, or typical values."""
-    release, kind = scenario.engine.version, scenario.server.step_times
-    if scenario.profile == KERNELS and kind == "physical":
-        constants = GpuConstants.load(_constants_file(shard.gpu, f"{scenario.source}: profile"))
-        return Profile.of_kernels(constants, shard, release, async_scheduling=config.async_scheduling)
-    path = scenario.profile_file()
-    if path is not None:
-        return Profile.load(path)
-    return Profile.typical(
-        shard.gpu.name, shard.model.name, release, servecast_version=version("servecast"), kind=kind
-    )
-
-
-def _constants_file(gpu: GPU, where: str) -> Path:
-    """The shipped constants of a GPU, or of the nearest one whose kernels were timed."""
-    folder = shipped_folder() / "gpus"
-    name = FAMILIES.get(gpu.name, gpu.name)
-    file = folder / f"{name.lower().replace(' ', '-')}.json"
-    if not file.is_file():
-        timed = [each.stem for each in sorted(folder.glob("*.json"))]
-        raise InputError(
-            f"no kernels of a {gpu.name} were timed, nor of one near it",
-            where=where,
-            fix=f"Timed are {', '.join(timed)}. Leave profile out for typical values.",
-        )
-    return file

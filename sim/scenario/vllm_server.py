@@ -14,6 +14,7 @@ from servecast.sim.hardware.memory import KVMemory, kv_memory
 from servecast.sim.hardware.model_shape import ModelShape
 from servecast.sim.hardware.padded_memory import MemoryRisk
 from servecast.sim.hardware.shard import Shard, cudagraph_capture_sizes
+from servecast.sim.hardware.shard import release as release_number
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.inputs.schema import invalid
 from servecast.sim.scenario.engine_flags import EngineFlags
@@ -24,13 +25,18 @@ _ONLY_032 = {"long_prefill_token_threshold_adaptive": False, "watermark": 0.0, "
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """How a vLLM release is modelled: its rule set and what its defaults differ in."""
+    """How a vLLM release is modelled: its rule set and what its defaults differ in.
+
+    preparation_round: requests that its API server prepares together, at most: 32 with AsyncMicrobatchTokenizer,
+    which pull request 45759 of June 2026 removed; since then one thread prepares them in their order.
+    """
 
     rules: str
     gpu_memory_utilization: float = 0.92
     async_scheduling: bool = True
     scheduler_reserve_full_isl: bool = True
     note: str = ""
+    preparation_round: int = 32
 
 
 RELEASES = {
@@ -39,7 +45,7 @@ RELEASES = {
     ),
     "0.19": Release("0.23", 0.9, note="vLLM 0.19 is run under the rules of 0.23"),
     "0.23": Release("0.23"),
-    "0.32": Release("0.32"),
+    "0.32": Release("0.32", preparation_round=1),
 }
 
 
@@ -54,11 +60,23 @@ def release_of(flags: EngineFlags) -> str:
             f"Use one of {', '.join(RELEASES)}, or set assume_rules to run under the nearest one.",
             at="version",
         )
-    numbers = {name: _number(name) for name in RELEASES}
     try:
-        wanted = _number(release)
+        return _nearest(release)
     except ValueError:
         raise invalid(f"{flags.version!r} is not a version", "Write it as 0.32.", at="version") from None
+
+
+def preparation_round(version: str | None) -> int:
+    """See ``Release``, of the release that is nearest to a vLLM version; where none is known, of the newest."""
+    try:
+        name = _nearest(".".join((version or "").split(".")[:2]))
+    except ValueError:
+        name = max(RELEASES, key=_number)
+    return RELEASES[name].preparation_round
+
+
+def _nearest(release: str) -> str:
+    wanted, numbers = _number(release), {name: _number(name) for name in RELEASES}
     return min(numbers, key=lambda name: (abs(numbers[name] - wanted), -numbers[name]))
 
 
@@ -96,10 +114,11 @@ class Vllm:
         return tuple(notes)
 
     def resolve(
-        self, flags: EngineFlags, gpu: GPU, max_position_embeddings: int | None, *, where: str = "engine"
+        self, flags: EngineFlags, gpu: GPU, model: ModelShape, *, where: str = "engine"
     ) -> EngineConfig:
         # EngineArgs.get_batch_defaults, and what follows it
-        max_model_len = flags.longest_context(max_position_embeddings, where)
+        positions = model.longest_context(release_number(flags.version))
+        max_model_len = flags.longest_context(positions, where, default=model.default_positions)
         release = RELEASES[release_of(flags)]
         tokens, seqs = _batch_defaults(gpu, release.rules, flags.tensor_parallel_size)
         if flags.performance_mode == "throughput":
@@ -142,6 +161,7 @@ class Vllm:
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=tokens,
+            preparation_round=release.preparation_round,
             **defaults,
         )
 
@@ -155,20 +175,23 @@ class Vllm:
                 capability=gpu.capability,
                 max_capture_size=flags.max_cudagraph_capture_size,
             )
-        kv_dtype_bytes = 1 if flags.kv_cache_dtype.startswith("fp8") else 2
+        asked = {"auto": model.kv_bytes_each, "bfloat16": 2, "float16": 2}
         return Shard(
-            model, gpu, flags.tensor_parallel_size, kv_dtype_bytes=kv_dtype_bytes, cudagraph_sizes=sizes
+            model,
+            gpu,
+            flags.tensor_parallel_size,
+            kv_dtype_bytes=asked.get(flags.kv_cache_dtype, 1),
+            expert_parallel=flags.enable_expert_parallel,
+            cudagraph_sizes=sizes,
         )
 
     def memory(self, flags: EngineFlags, config: EngineConfig, shard: Shard) -> KVMemory:
         return kv_memory(
             shard,
+            config,
             version=flags.version,
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            max_model_len=config.max_model_len,
-            gpu_memory_utilization=config.gpu_memory_utilization,
-            block_size=config.block_size,
+            fit_max_model_len=flags.fits_max_model_len,
+            compile_cache=flags.compile_cache,
             kv_cache_memory_bytes=flags.kv_cache_memory_bytes,
             num_gpu_blocks_override=flags.num_gpu_blocks_override,
         )

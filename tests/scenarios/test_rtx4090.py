@@ -20,7 +20,7 @@ from servecast.sim.reproduce.reproduction import TableReproduction
 from servecast.sim.run.simulate import simulate
 from servecast.sim.scenario.deployment import Deployment
 from servecast.sim.scenario.scenario import load
-from servecast.sim.traffic.traces import TraceSpec
+from servecast.sim.traffic.trace_spec import TraceSpec
 
 FOLDER = DATA / "rtx4090_llama8b"
 SCENARIO = load("rtx4090-llama-3.1-8b")

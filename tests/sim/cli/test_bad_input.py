@@ -228,8 +228,11 @@ CASES = [
         "Give num_requests or duration_s.",
     ),
     scenario(
-        "a closed loop by time",
-        {"workload.arrivals": {"kind": "closed_loop", "concurrency": 4}, "workload.duration_s": 60},
+        "all at once by time",
+        {
+            "workload.arrivals": {"kind": "vllm_bench", "request_rate": float("inf")},
+            "workload.duration_s": 60,
+        },
         "workload.duration_s",
         "these arrivals are a number of requests, not a duration",
         "Give num_requests instead.",

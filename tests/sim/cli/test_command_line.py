@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from itertools import chain
@@ -90,8 +91,9 @@ def test_simulate_prints_the_block_of_vllm_bench_and_where_it_comes_from(
     assert out.startswith("============ Serving Benchmark Result ============\nSuccessful requests:")
     assert "P99 TTFT (ms):" in out
     assert "vllm_version   0.23.0" in out  # the run context
-    assert "physics only" in out
-    assert "+-30%" in out
+    assert "kernels of the L40S scaled to the L4 by peak and bandwidth" in out
+    assert "+-33%" in out
+    assert "profile l4-qwen2.5-0.5b was fitted to a server on this GPU" in out
     assert err == ""
 
 
@@ -117,7 +119,7 @@ def test_json_is_alone_on_stdout_and_has_the_keys_of_vllm_bench(tiny: str) -> No
     assert document["run_context"]["commit"] == "abc"
     assert document["assumptions"][0]["name"] == "answer"
     assert (document["schema_version"], document["seed"], document["engine_version"]) == (1, 0, "0.23")
-    assert document["provenance"]["basis"] == "physics only"
+    assert document["provenance"]["basis"] == "kernels of the L40S scaled to the L4 by peak and bandwidth"
     assert len(document["ttfts"]) == len(document["input_lens"]) == len(document["start_times"]) == 60
 
 
@@ -183,7 +185,7 @@ def test_plan_answers_in_json_with_its_evidence(tiny: str, capsys: pytest.Captur
     states = {probe["rate"]: probe["state"] for probe in document["probes"]}
     assert (states[low], states[high]) == ("pass", "fail")
     assert document["replicas"] == -(-1000 // low)
-    assert document["error_band"] == 0.3
+    assert document["error_band"] == pytest.approx(0.3 + 0.02 * math.log2(864 / 300))
     assert document["report"] is None
     less, more = document["sensitivity"]  # of the answer's length: 8 tokens, hence 6 and 10
     assert (less["scaled"], more["scaled"]) == (6, 10)

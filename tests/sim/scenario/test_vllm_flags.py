@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from model_shapes import load
 
 from servecast.sim.hardware.gpu import find_gpu
 from servecast.sim.inputs.errors import InputError
@@ -21,7 +22,7 @@ def flags(**given: Any) -> EngineFlags:
 
 def resolved(gpu: str = "A6000", memory_gib: float = 47.4, positions: int = 32768, **given: Any) -> Any:
     on = replace(find_gpu("a6000"), name=gpu, memory_bytes=int(memory_gib * GIB))
-    return Vllm().resolve(flags(**given), on, positions)
+    return Vllm().resolve(flags(**given), on, replace(load("Qwen3-4B"), max_position_embeddings=positions))
 
 
 def test_flags_in_every_spelling() -> None:
@@ -39,7 +40,7 @@ def test_flags_in_every_spelling() -> None:
         "gpu_memory_utilization": 0.85,
         "async_scheduling": True,
         "enforce_eager": True,
-        "max_model_len": None,
+        "max_model_len": "auto",
         "kv_cache_memory_bytes": 10 * GIB,
         "block_size": 32,
     }
