@@ -73,13 +73,18 @@ RULES = {
 }
 
 
+def minor_release(version: str) -> str:
+    """ "0.32" of "0.32.1" or "v0.32.0": patch releases keep the rules of theirs."""
+    return ".".join(version.removeprefix("v").split(".")[:2])
+
+
 def rules_for(version: str) -> Rules:
     """The rule set of a vLLM version ("0.32", or "0.32.0").
 
     Raises:
         InputError: there is no rule set for it.
     """
-    release = ".".join(version.split(".")[:2])
+    release = minor_release(version)
     if release not in RULES:
         raise InputError(
             f"no rule set for vLLM {version!r}",

@@ -125,12 +125,13 @@ class Profile(_Strict):
         """A profile from timings of single kernels: no step, server or model was measured.
 
         The host's times and the front end's are assumed. Without async scheduling the GPU waits while the host
-        prepares a step, about 1.5 ms and 25 us a request.
+        prepares a step, about 1.5 ms and 25 us a request. Launching a layer's dozen kernels takes the host about
+        0.5 ms, which short prompts outside CUDA graphs are bound by.
 
         Raises:
             InputError: the kernels of this model's weights were not timed.
         """
-        efficiencies = constants.efficiencies(shard)
+        efficiencies = replace(constants.efficiencies(shard), eager_layer_s=0.5e-3)
         if not async_scheduling:
             efficiencies = replace(efficiencies, host_fixed_s=1.5e-3, host_per_seq_s=25e-6)
         note = f"kernel timings on {constants.gpu}, {constants.release}"
@@ -138,7 +139,7 @@ class Profile(_Strict):
             note += ", scaled by peak and bandwidth"
         if constants.compute_factor != 1.0:
             note += f", compute times {constants.compute_factor:.2f} for its power"
-        assumed = [f"efficiencies.{name}" for name in ("host_fixed_s", "host_per_seq_s")]
+        assumed = [f"efficiencies.{name}" for name in ("host_fixed_s", "host_per_seq_s", "eager_layer_s")]
         assumed += [f"front_end.{field.name}" for field in fields(FrontEndCosts)]
         return cls(
             servecast_version=version("servecast"),

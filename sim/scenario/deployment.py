@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 
 from servecast.sim.engine.config import EngineConfig
-from servecast.sim.hardware.error_band import Transfer, transfer
+from servecast.sim.hardware.error_band import Bands, Transfer, transfer
 from servecast.sim.hardware.front_end_costs import FrontEndCosts
 from servecast.sim.hardware.gpu import GPU, find_gpu
 from servecast.sim.hardware.memory import KVMemory
@@ -94,8 +94,17 @@ class Deployment:
 
     @property
     def error_band(self) -> float | None:
-        """Relative error band of predictions for this model and GPU; None if not known."""
+        """Relative error band of token times for this model and GPU; None if not known."""
         return self.transfer.error_band
+
+    @property
+    def bands(self) -> Bands:
+        """Relative error bands by metric. The KV pool of a scenario that gives its size has none to speak of,
+        and that of a server other than vLLM is not known."""
+        flags, bands = self.scenario.engine, self.transfer.bands
+        if flags.policy != "vllm":
+            return replace(bands, kv_tokens=None)
+        return bands if flags.num_gpu_blocks_override is None else replace(bands, kv_tokens=0.0)
 
     @property
     def transfer(self) -> Transfer:
@@ -128,6 +137,7 @@ class Deployment:
             "distance": list(self.transfer.distance),
             "profile": profile.title,
             "error_band": self.error_band,
+            "error_bands": asdict(self.bands),
             "fitted_rows": list(profile.fitted_rows),
             "parameters": [entry.model_dump() for entry in profile.provenance],
             "gpu_source": self.gpu.source,
