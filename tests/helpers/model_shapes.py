@@ -22,6 +22,7 @@ PUBLISHED = {  # billions of parameters, KV bytes a token
     "Qwen3-4B": (4.02, 147_456),
     "Qwen3-32B": (32.76, 262_144),
     "Qwen3-30B-A3B": (30.53, 98_304),
+    "Qwen3-235B-A22B": (235.09, 192_512),
     "gemma-3-1b-it": (1.00, 26_624),
 }
 
