@@ -22,6 +22,7 @@ from servecast.sim.scenario.deployment import Deployment
 from servecast.sim.scenario.scenario import Scenario
 from servecast.sim.traffic.arrivals import ClosedLoop
 from servecast.sim.traffic.draw import check_lengths, draw, with_request_rate
+from servecast.sim.traffic.inference_perf import InferencePerfWorkload
 from servecast.sim.traffic.spec import Workload
 
 
@@ -50,7 +51,7 @@ def simulate(
     noise, front_end, reading, routing = np.random.default_rng(seed).spawn(7)[3:]  # behind those of draw
     load: dict[str, float | int | None] = {}
     if stages is None:
-        workload = scenario.stages() if workload is None else workload
+        workload = _own_workload(deployment) if workload is None else workload
         stages, load = draw(workload, seed), _load(workload)
     elif [len(stage.streams) for stage in stages] == [1]:
         load = {"max_concurrency": stages[0].streams[0].max_concurrency}
@@ -112,6 +113,25 @@ def simulate(
     if fleet.failures:
         run.meta["failures"] = dict(sorted(fleet.failures.items()))
     return run
+
+
+def _own_workload(deployment: Deployment) -> Workload:
+    """The scenario's workload. The stages of inference-perf's sweep are those that its burst leads to, with the
+    scenario's own seed, so that all seeds have the same."""
+    scenario = deployment.scenario
+    spec, workload = scenario.workload, scenario.stages()
+    sweep = spec.asks_server() if isinstance(spec, InferencePerfWorkload) else None
+    if sweep is None:
+        return workload
+    requests = simulate(deployment, seed=scenario.seed, workload=workload).requests
+    rate = sweep.saturation_rate(requests["sent"].to_numpy(), requests["finish"].to_numpy())
+    if rate is None or rate <= 1:
+        raise InputError(
+            "the burst of the sweep does not saturate the server",
+            where=f"{spec.inference_perf}: load.sweep",
+            fix="Raise num_requests or timeout, or give workload.saturation_rate.",
+        )
+    return spec.model_copy(update={"saturation_rate": rate}).workload()
 
 
 def _deployments(deployment: Deployment) -> list[Deployment]:
