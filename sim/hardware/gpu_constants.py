@@ -136,7 +136,10 @@ FAMILIES: Mapping[tuple[int, int], Family] = {  # compute capability -> the near
     # (https://aiweekly.co/alerts/amd-mi300x-hits-only-45-of-peak-flops-in-practice)
     (9, 4): Family((9, 0), most=0.45),
 }
-TYPICAL_LINK = AllReduce(latency_s=10e-6, link=0.8)  # of ranks that were not timed
+TYPICAL_LINK = AllReduce(latency_s=10e-6, link=0.8)  # NVLink between ranks that were not timed
+# PCIe without peer-to-peer, through the host's memory: bytes/s and s, as two RTX PRO 6000 in a server behaved
+NO_PEERS, NO_PEERS_S = 16e9, 20e-6
+MOST_OF_PCIE = 0.6  # two L40S and two RTX PRO 6000, peer to peer
 
 
 _Computing = TypeVar("_Computing", Product, PromptAttention, Experts)
@@ -236,7 +239,7 @@ class GpuConstants(_Strict):
                 expert_s=routed.floor_s,
                 expert_passes=routed.activation_passes,
             )
-        link = self.all_reduce.get(shard.tensor_parallel_size, TYPICAL_LINK)
+        link, _ = self._all_reduce(shard)
         return Efficiencies(
             compute=product.compute,
             bandwidth=product.bandwidth,
@@ -249,6 +252,19 @@ class GpuConstants(_Strict):
             allreduce_s=link.latency_s,
             by_kernel=costs,
         )
+
+    def link_note(self, shard: Shard) -> str | None:
+        """Why the all-reduces between a model's ranks are not the timed ones; None where they are."""
+        return self._all_reduce(shard)[1]
+
+    def _all_reduce(self, shard: Shard) -> tuple[AllReduce, str | None]:
+        """All-reduces between a model's ranks, and where they come from if they were not timed."""
+        gpu, ranks = shard.gpu, shard.tensor_parallel_size
+        if ranks > 1 and not gpu.peer_to_peer and gpu.link_bandwidth:
+            share = min(MOST_OF_PCIE, NO_PEERS / gpu.link_bandwidth)
+            return AllReduce(latency_s=NO_PEERS_S, link=share), "PCIe without peer-to-peer"
+        timed = self.all_reduce.get(ranks)
+        return (timed, None) if timed else (TYPICAL_LINK, "typical value")
 
 
 def nearest_timed(gpu: GPU, timed: Iterable[GPU]) -> GPU | None:

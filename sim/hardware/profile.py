@@ -33,6 +33,7 @@ from servecast.sim.inputs.files import write_whole
 SCHEMA_VERSION: Literal[1] = 1
 
 Range = tuple[float, float]
+LINK = ("link", "allreduce_s")  # the efficiencies that tell of all-reduces
 
 
 class _Strict(BaseModel):
@@ -59,7 +60,7 @@ class Provenance(_Strict):
     """Where one parameter comes from: "efficiencies.compute", "front_end.request_s", ..."""
 
     parameter: str
-    origin: Literal["measured", "fitted", "kernels", "assumed"]
+    origin: Literal["measured", "fitted", "kernels", "assumed", "given"]
     note: str = ""
 
 
@@ -139,6 +140,7 @@ class Profile(_Strict):
             note += ", scaled by peak and bandwidth"
         if constants.compute_factor != 1.0:
             note += f", compute times {constants.compute_factor:.2f} for its power"
+        link = constants.link_note(shard)
         assumed = [f"efficiencies.{name}" for name in ("host_fixed_s", "host_per_seq_s", "eager_layer_s")]
         assumed += [f"front_end.{field.name}" for field in fields(FrontEndCosts)]
         return cls(
@@ -153,7 +155,12 @@ class Profile(_Strict):
                 *(
                     Provenance(parameter=f"efficiencies.{name}", origin="kernels", note=note)
                     for name in (*Efficiencies.parameters(), "by_kernel")
-                    if f"efficiencies.{name}" not in assumed
+                    if f"efficiencies.{name}" not in assumed and (name not in LINK or link is None)
+                ),
+                *(
+                    Provenance(parameter=f"efficiencies.{name}", origin="assumed", note=link)
+                    for name in LINK
+                    if link is not None
                 ),
                 *(Provenance(parameter=name, origin="assumed", note="typical value") for name in assumed),
             ),

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 
 from servecast.sim.engine.config import EngineConfig
+from servecast.sim.fleet.spec import GpuSpec
 from servecast.sim.hardware.error_band import Bands, Transfer, transfer
 from servecast.sim.hardware.front_end_costs import FrontEndCosts
 from servecast.sim.hardware.gpu import GPU, find_gpu
 from servecast.sim.hardware.memory import KVMemory
 from servecast.sim.hardware.model_shape import ModelShape
 from servecast.sim.hardware.padded_memory import MemoryRisk
-from servecast.sim.hardware.profile import Profile, build_step_time
+from servecast.sim.hardware.profile import Profile, Provenance, build_step_time
 from servecast.sim.hardware.shard import Shard
 from servecast.sim.hardware.step_time.physical import StepTime
 from servecast.sim.inputs.errors import InputError
@@ -56,7 +58,7 @@ class Deployment:
         shard = server.shard(flags, config, model, gpu)
         memory = server.memory(flags, config, shard)
         config = replace(config, num_gpu_blocks=memory.num_gpu_blocks, max_model_len=memory.max_model_len)
-        profile = profile or profile_of(scenario, shard, config)
+        profile = _with_link(profile or profile_of(scenario, shard, config), scenario.gpu)
         return cls(scenario, shard, memory, config, profile, build_step_time(profile, shard))
 
     @property
@@ -94,14 +96,15 @@ class Deployment:
 
     @property
     def error_band(self) -> float | None:
-        """Relative error band of token times for this model and GPU; None if not known."""
-        return self.transfer.error_band
+        """Relative error band of token times for this model, GPU and configuration; None if not known."""
+        return self.bands.tpot
 
     @property
     def bands(self) -> Bands:
         """Relative error bands by metric. The KV pool of a scenario that gives its size has none to speak of,
         and that of a server other than vLLM is not known."""
-        flags, bands = self.scenario.engine, self.transfer.bands
+        flags = self.scenario.engine
+        bands = self.transfer.bands.wider(self.scenario.server.extra_error(flags))
         if flags.policy != "vllm":
             return replace(bands, kv_tokens=None)
         return bands if flags.num_gpu_blocks_override is None else replace(bands, kv_tokens=0.0)
@@ -121,6 +124,7 @@ class Deployment:
         """What a result should say about the configuration and what it rests on."""
         notes: list[str | None] = [
             *self.scenario.notes,
+            self._other_model,
             *self.model.notes,
             self.memory.warning,
             *(each.note for each in self.fitted_profiles),
@@ -128,6 +132,19 @@ class Deployment:
         if self.scenario.profile is None and self.transfer.basis == "physics only":
             notes.append(why_typical(self.shard) or "")
         return tuple(filter(None, notes))
+
+    @property
+    def _other_model(self) -> str | None:
+        """Said where a pasted command serves a model of another name than the scenario's."""
+        command = self.scenario.engine.serve_command
+        served = None if command is None else command.model
+        if served is None or served.startswith(("/", ".", "$", "~", "s3:")):
+            return None
+        names = (served.rpartition("/")[2], self.model.name.rpartition("/")[2])
+        plain = [re.sub(r"-(instruct|chat|it|hf|base)\b|[^a-z0-9]", "", name.lower()) for name in names]
+        if plain[0] == plain[1]:
+            return None
+        return f"the command serves {served}, but what is simulated is the scenario's model, {self.model.name}"
 
     def provenance(self) -> dict[str, object]:
         """Where the numbers come from, for results and reports."""
@@ -167,7 +184,41 @@ def _model(scenario: Scenario) -> ModelShape:
 
 
 def _gpu(scenario: Scenario) -> GPU:
-    if scenario.gpu.file is not None:
-        return GPU.from_file(scenario.gpu.file)
-    assert scenario.gpu.name is not None
-    return find_gpu(scenario.gpu.name, where=f"{scenario.source}: gpu.name")
+    spec, ranks = scenario.gpu, scenario.engine.tensor_parallel_size
+    if ranks > spec.per_node:
+        raise InputError(
+            f"{ranks} ranks are more than the {spec.per_node} GPUs that are linked with each other, "
+            "and all-reduces between nodes are not modelled",
+            where=f"{scenario.source}: engine.tensor_parallel_size",
+            fix=f"Use at most {spec.per_node}, or set gpu.per_node where more share one NVLink.",
+        )
+    if spec.file is not None:
+        gpu = GPU.from_file(spec.file)
+    else:
+        assert spec.name is not None
+        gpu = find_gpu(spec.name, where=f"{scenario.source}: gpu.name")
+    return gpu if spec.peer_to_peer is None else replace(gpu, peer_to_peer=spec.peer_to_peer)
+
+
+def _with_link(profile: Profile, spec: GpuSpec) -> Profile:
+    """The profile, with what a scenario says of the link between its GPUs."""
+    given: dict[str, float] = {}
+    if spec.link_share is not None:
+        given["link"] = spec.link_share
+    if spec.allreduce_latency_us is not None:
+        given["allreduce_s"] = spec.allreduce_latency_us * 1e-6
+    if not given:
+        return profile
+    names = {f"efficiencies.{name}" for name in given}
+    return profile.model_copy(
+        update={
+            "efficiencies": replace(profile.efficiencies, **given),
+            "provenance": (
+                *(entry for entry in profile.provenance if entry.parameter not in names),
+                *(
+                    Provenance(parameter=name, origin="given", note="in the scenario")
+                    for name in sorted(names)
+                ),
+            ),
+        }
+    )

@@ -44,7 +44,7 @@ def gpus() -> pd.DataFrame:
 
 
 def models() -> pd.DataFrame:
-    """The models whose config.json is shipped; others of the architectures that are read can be given as files.
+    """The models whose config.json is shipped. Others can be given as files.
 
     Weights and the KV cache are over all ranks and of the config's own dtypes.
     """

@@ -650,7 +650,7 @@ def test_gauges_that_cannot_be(metric: str, factor: float) -> None:
 def test_every_rule_has_a_corruption_here() -> None:
     elsewhere = {
         "warm-up", "few-waves", "percentile-past-maximum", "open-loop", "repeated-prompts", "kv-arithmetic",
-        "records",
+        "records", "all-failed", "prefill-difference",
     }  # fmt: skip
     assert {rule for rule, *_ in CORRUPTIONS} | elsewhere == set(RULES)
 
