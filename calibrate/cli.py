@@ -20,7 +20,7 @@ from servecast.calibrate.fit.layer_tables import is_layer_folder
 from servecast.calibrate.fit.layers import fit_layers
 from servecast.calibrate.fit.report import fit_report
 from servecast.calibrate.fit.text import profile_lines, summary_lines
-from servecast.calibrate.measure.vllm.ending import signal_group, sigterm_as_ctrl_c
+from servecast.calibrate.measure.vllm.ending import heeds_ctrl_c, signal_group, sigterm_as_ctrl_c
 from servecast.sim.hardware.gpu import GPU, find_gpu
 from servecast.sim.hardware.profile import Profile
 from servecast.sim.inputs.errors import InputError
@@ -51,6 +51,7 @@ def measure(
             [str(python), "-m", "measure", *(arguments or ("--help",))],
             env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))},
             start_new_session=True,  # so that a Ctrl-C reaches it once, from us
+            preexec_fn=heeds_ctrl_c,  # also where a shell started us in the background, without one
         )
     except OSError as error:
         raise InputError(
