@@ -20,6 +20,7 @@ from servecast.sim.run.results import read_result, to_text
 from servecast.sim.run.simulate import simulate as run_of
 from servecast.sim.run.simulation import at_rate, simulate
 from servecast.sim.scenario.scenario import Scenario
+from servecast.sim.traffic.inference_perf import InferencePerfWorkload
 from servecast.sim.traffic.spec import Workload
 
 
@@ -135,6 +136,13 @@ def compare(
             where="B",
             fix="Give a second result or scenario, --routers, or a what-if.",
         )
+    asking = [each for each in sides if isinstance(each, Scenario) and _asks_server(each)]
+    if asking and len(sides) > 1 and request_rate is None:
+        raise InputError(
+            "the stages of a sweep depend on the server, so that two sides do not get the same",
+            where=f"{asking[0].source}: workload.inference_perf",
+            fix="Give workload.saturation_rate.",
+        )
     found: list[Side] = []
     sent: dict[str, tuple[Scenario, Workload | None]] = {}
     with progress_bar("compare", shown=progress) as advance, Parallel(n_jobs=jobs) as pool:
@@ -155,6 +163,11 @@ def compare(
         places = ranking.rank(found)
         ranked = RankedRouters(places, ranking.reasons(found, places), sent)
     return Comparison(table, tuple(found), ranked, stage, once)
+
+
+def _asks_server(scenario: Scenario) -> bool:
+    spec = scenario.workload
+    return isinstance(spec, InferencePerfWorkload) and spec.asks_server() is not None
 
 
 def _of_seeds(

@@ -278,7 +278,7 @@ def read_result(path: Path) -> dict[str, Any]:
         raise InputError(
             f"is a result of {other}; this reads those of servecast simulate and of vllm bench serve",
             where=str(path),
-            fix="Ask servecast check whether it can be true, servecast validate result whether it is predicted.",
+            fix="servecast check asks whether it can be true, validate result whether it is predicted.",
         )
     found = document.get("schema_version") if ours else SCHEMA_VERSION
     if found != SCHEMA_VERSION:

@@ -9,7 +9,7 @@ Modelled are its ``shared_prefix``, ``random`` and ``synthetic`` data, and its `
 - A stage's first second is a pause. The parent sleeps to the end of the stage, then looks every second
   whether all its requests are done, and waits ``interval`` before the next stage. A ``concurrent`` stage sends
   ``num_requests`` in a closed loop of ``concurrency_level``.
-- A ``sweep`` makes its stages up to the rate at which a burst saturated the server, which must be given.
+- A ``sweep`` makes its stages up to the rate at which a burst saturated the server: simulated, unless given.
 - Each worker process has at most ``worker_max_concurrency`` requests in flight and sends late beyond that.
   Their number is that of the client's cores unless ``num_workers`` says it; where it does not, nothing is
   bounded here. The bound is put on all workers together.
@@ -24,15 +24,27 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from servecast.sim.inputs.errors import InputError
-from servecast.sim.inputs.schema import Count, Flag, InputFile, Model, NonNegative, Positive, invalid, parse
+from servecast.sim.inputs.schema import (
+    Amount,
+    Count,
+    Flag,
+    InputFile,
+    Model,
+    NonNegative,
+    Positive,
+    invalid,
+    parse,
+)
 from servecast.sim.inputs.yaml_file import read_yaml
-from servecast.sim.traffic.arrivals import ClosedLoop, InferencePerf
+from servecast.sim.traffic.arrivals import ClosedLoop, InferencePerf, Times
 from servecast.sim.traffic.content import SharedPrefix, Unique
 from servecast.sim.traffic.lengths import Fixed, InferencePerfLengths
 from servecast.sim.traffic.spec import Polling, StageSpec, StreamSpec, Workload
 
 START_DELAY_S = 1.0  # between a stage's start and the first second that it sends in
 POLL_S = 1.0
+BURST_S = 5  # in which a sweep sends its burst
+LOOK_S = 0.5  # between its looks at the requests in flight
 
 _NETWORK = "it downloads its prompts"
 _TURNS = "conversations whose turns wait for each other are not modelled"
@@ -74,7 +86,26 @@ class LoadSweep(Model):
     timeout: Positive = 60.0
     num_stages: Count = 5
     stage_duration: Count = 180
-    saturation_percentile: NonNegative = 95.0
+    saturation_percentile: Annotated[NonNegative, Field(le=100)] = 95.0
+
+    def burst(self) -> LoadStage:
+        """What it sends to find the rate."""
+        return LoadStage(rate=self.num_requests / BURST_S, duration=BURST_S)
+
+    def saturation_rate(self, sent_s: Times, done_s: Times) -> float | None:
+        """The rate at which requests in flight fell between looks, at a percentile; None where they fell less
+        than twice before the timeout.
+
+        Args:
+            sent_s, done_s: when the burst's requests were sent and done, in seconds from its start.
+        """
+        looks = np.arange(0.0, min(self.timeout, float(done_s.max()) + LOOK_S), LOOK_S)
+        in_flight = np.searchsorted(np.sort(sent_s), looks, "right") - np.searchsorted(
+            np.sort(done_s), looks, "right"
+        )
+        change = np.diff(in_flight)
+        falls = -change[change < 0] / LOOK_S
+        return float(np.percentile(falls, self.saturation_percentile)) if len(falls) > 1 else None
 
     def stages(self, saturation_rate: float) -> tuple[LoadStage, ...]:
         """Stages from 1 request/s to the saturation rate; those of a geometric one lie closer to it."""
@@ -231,9 +262,7 @@ class Data(Model):
             )
             of_others = ("conversation_replay", "otel_trace_replay", "weka_trace_replay", "visionarena")
             data = {
-                name: value
-                for name, value in data.items()
-                if name not in of_others and value is not False
+                name: value for name, value in data.items() if name not in of_others and value is not False
             }
         return data
 
@@ -247,9 +276,9 @@ class Data(Model):
 
 
 class Api(Model):
-    """How it is sent. The data's prompts are completions; chat would put a template around them."""
+    """How it is sent; chat puts a template around each prompt."""
 
-    type: Literal["completion"] = "completion"
+    type: Literal["completion", "chat"] = "completion"
     streaming: Flag = False
     headers: dict[str, str] | None = None
     slo_unit: str | None = None
@@ -262,12 +291,6 @@ class Api(Model):
     @classmethod
     def _modelled(cls, data: Any) -> Any:
         data = {"type": data} if isinstance(data, str) else data
-        if isinstance(data, dict) and data.get("type") in ("chat", "anthropic_messages"):
-            raise invalid(
-                f"api.type {data['type']} puts a template of unknown length around each prompt",
-                "Write completion, and count the template's tokens into the lengths.",
-                at="type",
-            )
         _refuse(data, {"response_format": "guided decoding is not modelled"})
         return data
 
@@ -353,8 +376,10 @@ class InferencePerfWorkload(Model):
     """The workload file of inference-perf, loaded as written."""
     prompt_tokens_each: Positive = 1.0
     """Tokens that the server counts for each prompt token of the file, as it encodes the text again."""
+    chat_template_tokens: Amount | None = None
+    """Tokens that the chat template puts around each prompt, where the file's ``api.type`` is ``chat``."""
     saturation_rate: Positive | None = None
-    """Requests/s at which the burst of a file's ``sweep`` saturated the server."""
+    """Requests/s at which the burst of a file's ``sweep`` saturated the server. Default, as simulated."""
 
     @model_validator(mode="after")
     def _readable(self) -> InferencePerfWorkload:
@@ -370,30 +395,40 @@ class InferencePerfWorkload(Model):
         return (f"{self.inference_perf.name}: without effect here: {'; '.join(said)}",) if said else ()
 
     def workload(self) -> Workload:
-        """The file's stages. Lengths are rounded to whole tokens.
+        """The file's stages; of a sweep without a ``saturation_rate`` its burst. Lengths are rounded to whole
+        tokens.
 
         Raises:
             InputError: from reading the file.
         """
         file = WorkloadFile.read(self.inference_perf)
-        stages = file.load.stages
+        stages, stream = file.load.stages, self._stream(file)
         if file.load.sweep is not None:
             if self.saturation_rate is None:
-                raise InputError(
-                    "the stages of a sweep go up to the rate that saturates the server, which it asks the server",
-                    where=f"{self.inference_perf}: load.sweep",
-                    fix="Give it as workload.saturation_rate; servecast plan finds one.",
-                )
+                burst = _stage(-1, file.load.sweep.burst(), stream, file.load)
+                return Workload(stages=(burst.model_copy(update={"name": "burst", "row": None}),))
             stages = file.load.sweep.stages(self.saturation_rate)
-        stream = self._stream(file)
         return Workload(
             stages=tuple(_stage(number, stage, stream, file.load) for number, stage in enumerate(stages))
         )
 
+    def asks_server(self) -> LoadSweep | None:
+        """The sweep whose stages are not known before its burst has been sent, if it is one."""
+        return WorkloadFile.read(self.inference_perf).load.sweep if self.saturation_rate is None else None
+
     def _stream(self, file: WorkloadFile) -> dict[str, Any]:
         """What the streams of all stages have in common."""
         data, each = file.data, self.prompt_tokens_each
-        common: dict[str, Any] = {"abort_after_s": file.load.request_timeout}
+        if file.api.type == "chat" and self.chat_template_tokens is None:
+            raise InputError(
+                "api.type chat puts a template of unknown length around each prompt",
+                where=f"{self.inference_perf}: api.type",
+                fix="Give it as workload.chat_template_tokens.",
+            )
+        common: dict[str, Any] = {
+            "abort_after_s": file.load.request_timeout,
+            "suffix_tokens": self.chat_template_tokens or 0,
+        }
         if data.type != "shared_prefix":
             assert data.input_distribution is not None
             assert data.output_distribution is not None

@@ -184,7 +184,9 @@ class InferencePerfLengths(Model):
             raise invalid(f"min {self.min} is above max {self.max}", "Swap or correct them.")
         if self.generator == "random":
             if self.type in ("skew_normal", "poisson"):
-                raise invalid(f"{self.type} lengths are for shared_prefix data alone", "Use normal.", at="type")
+                raise invalid(
+                    f"{self.type} lengths are for shared_prefix data alone", "Use normal.", at="type"
+                )
             if self.type == "normal" and not self.min <= self.mean <= self.max:
                 what = f"mean {self.mean:g} is not between min {self.min} and max {self.max}"
                 raise invalid(what, "inference-perf refuses that, too: correct them.", at="mean")

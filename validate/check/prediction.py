@@ -20,15 +20,14 @@ def prediction(report: Report) -> Iterator[Finding]:
     profile was fitted to are left out: there the two agree by construction."""
     scenario = report.scenario
     assert scenario is not None
-    tokens = Deployment.of(scenario).error_band
+    known = Deployment.of(scenario).error_band
+    band = _UNKNOWN_BAND if known is None else known
+    limit = max(_FACTOR, 1 + _BANDS * band)
     by_row = {(level.table, tuple(level.keys.items())): level for level in report.levels}
     for table in reproduce(scenario, seeds=_SEEDS).tables:
         for cell in table.cells:
             if cell.used in ("fit", "summary") or not cell.predicted > 0 or not cell.reported > 0:
                 continue
-            known = tokens if cell.band is None else cell.band
-            band = _UNKNOWN_BAND if known is None else known
-            limit = max(_FACTOR, 1 + _BANDS * band)
             factor = max(cell.reported / cell.predicted, cell.predicted / cell.reported)
             if factor < limit:
                 continue

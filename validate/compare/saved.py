@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
 
 from servecast.sim.inputs.errors import InputError
+from servecast.sim.metrics.records import Run
 from servecast.sim.plan.judge import Objectives
+from servecast.sim.run.explain import explain_run
 from servecast.sim.run.simulate import simulate
 from servecast.sim.scenario.deployment import Deployment
 from servecast.sim.scenario.scenario import Scenario
@@ -18,7 +21,7 @@ from servecast.sim.traffic.content import Unique
 from servecast.sim.traffic.draw import replayed, with_request_rate
 from servecast.sim.traffic.spec import StageSpec, Workload
 from servecast.sim.traffic.traces import Trace
-from servecast.validate.compare.load import LoadComparison, compare_runs
+from servecast.validate.compare.load import LoadComparison, compare_runs, spoken
 from servecast.validate.compare.sweep import Comparison, compare_loads
 from servecast.validate.compare.tolerances import Tolerances
 from servecast.validate.readers import Context, Reading
@@ -71,11 +74,23 @@ def judge_result(
             where = f"{reading.source}: {error.where}" if replays else error.where
             raise InputError(error.what, where=where, fix=error.fix) from None
         notes += [_UNIQUE] if replays and _shares_prompts(scenario) else []
-        return compare_runs(predicted, reading, tolerances=tolerances, notes=notes)
+        compared = compare_runs(predicted, reading, tolerances=tolerances, notes=notes)
+        return replace(compared, notes=(*compared.notes, *_why(compared, predicted[0], deployment)))
 
     return compare_loads(
         [judged(each) for each in readings], tolerances=tolerances, objectives=Objectives.of(scenario)
     )
+
+
+def _why(compared: LoadComparison, predicted: Run, deployment: Deployment) -> Iterator[str]:
+    """Of each statistic of TTFT that is off: what the predicted one is made of."""
+    for row in compared.rows:
+        name, _, metric = row.metric.partition("_")
+        if row.state != "fail" or metric != "ttft_ms":
+            continue
+        found = explain_run(predicted, deployment, name)
+        if found is not None:
+            yield f"{spoken(row.metric)} as predicted is {found.sentence}; to change it: {'; '.join(found.advice)}"
 
 
 def _shares_prompts(scenario: Scenario) -> bool:

@@ -118,7 +118,9 @@ class _Reader:
         return NotModelled(what, where=f"{self.source}: {at}", fix=fix)
 
     def refused(self, kind: str, why: Kind, at: str) -> NotModelled:
-        return self.not_modelled(f"plugin {kind!r}: {why.why}", at, "Leave it out to see the rest without it.")
+        return self.not_modelled(
+            f"plugin {kind!r}: {why.why}", at, "Leave it out to see the rest without it."
+        )
 
     def config(self) -> EppConfig:
         self._known_fields(self.data, self.release.fields, "")
@@ -201,9 +203,7 @@ class _Reader:
         if found not in KINDS or not (self.release.today or found in BEFORE_1_4):
             near = did_you_mean(kind, (*KINDS, *ALIASES)) or "Plugins of your own are not modelled."
             late = f"Endpoint picker {self.release_name} has none of this type."
-            raise self.fail(
-                f"unknown plugin {kind!r}", f"{at}.type", near if found not in KINDS else late
-            )
+            raise self.fail(f"unknown plugin {kind!r}", f"{at}.type", near if found not in KINDS else late)
         if kind in ALIASES and self.release_name != "v0.5":
             self.notes.append(f"{kind} (today's {found})")
         if KINDS[found].role == "refused":
@@ -236,7 +236,9 @@ class _Reader:
                     )
                 if path == "maxPrefixBlocksToMatch" and release.prefix_tokens:
                     if parameters.amount("maxPrefixTokensToMatch", release.prefix_tokens) > 0:
-                        self.notes.append(f"{plugin}.{path} (maxPrefixTokensToMatch, 131072 by default, counts)")
+                        self.notes.append(
+                            f"{plugin}.{path} (maxPrefixTokensToMatch, 131072 by default, counts)"
+                        )
                 if path in _BLOCK_SIZES and plugin in ("prefix-cache-scorer", APPROXIMATE):
                     self._block_size(path, parameters)
             elif why := _beneath(path, kind.refused):
@@ -251,7 +253,8 @@ class _Reader:
                 raise parameters.error(
                     f"{plugin} has no parameter {path!r}",
                     path,
-                    did_you_mean(path, known) or (f"Known are {', '.join(known)}." if known else "Remove it."),
+                    did_you_mean(path, known)
+                    or (f"Known are {', '.join(known)}." if known else "Remove it."),
                 )
             else:
                 self.notes.append(f"{plugin}.{path} (picker {self.release_name} knows no such parameter)")
@@ -267,7 +270,9 @@ class _Reader:
         if name == wanted:
             return
         if self.release.strict and name == "hashBlockSize":
-            raise parameters.error(f"{APPROXIMATE} has no parameter {name!r}", name, f"Use {wanted}, in tokens.")
+            raise parameters.error(
+                f"{APPROXIMATE} has no parameter {name!r}", name, f"Use {wanted}, in tokens."
+            )
         if wanted == "blockSizeTokens" and name == "blockSize":
             unit = "tokens" if self.release.strict else "characters, although this release refuses it alone"
             self.notes.append(f"blockSize is deprecated; it counts as {unit}")
@@ -475,4 +480,3 @@ def _tokenizes(plugin: Plugin) -> bool:
     return plugin.type in ("token-producer", "tokenizer") and any(
         path.split(".")[0] in exact for path in plugin.parameters.paths()
     )
-

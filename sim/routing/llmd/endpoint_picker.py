@@ -42,7 +42,10 @@ class EndpointPicker:
         self._filters = [FILTERS[plugin.type](plugin, setting) for plugin in config.filters]
         self._scorers = [(SCORERS[plugin.type](plugin, setting), weight) for plugin, weight in config.scorers]
         self._picker = PICKERS[config.picker.type](config.picker, setting)
-        producers = [*setting.loads.values(), *setting.prefixes.values()]  # a load asks before prefixes change
+        producers = [
+            *setting.loads.values(),
+            *setting.prefixes.values(),
+        ]  # a load asks before prefixes change
         plugins = [*producers, *self._filters, *(scorer for scorer, _weight in self._scorers)]
         self._connect = [plugin for plugin in plugins if isinstance(plugin, Connects)]
         self._hear_picks = [plugin for plugin in plugins if isinstance(plugin, HearsPicks)]

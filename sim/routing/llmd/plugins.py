@@ -153,9 +153,7 @@ KINDS: dict[str, Kind] = {
         idle={"latencyPredictionInfoProducerName": "its ttftSource is not the latency predictor"},
         refused={"prefillCalibrationFile": "write its rate as peakPrefillThroughput"},
     ),
-    "utilization-filter": Kind(
-        "filter", reads=("conditions", "fallbackOnEmpty", "inFlightLoadProducerName")
-    ),
+    "utilization-filter": Kind("filter", reads=("conditions", "fallbackOnEmpty", "inFlightLoadProducerName")),
     "session-affinity-filter": Kind("filter", "", _SESSION.reads, _SESSION.idle),
     "approx-prefix-cache-producer": Kind("producer", reads=_INDEX),
     "precise-prefix-cache-producer": _PRECISE,
@@ -266,7 +264,9 @@ KINDS: dict[str, Kind] = {
     **_refused(
         "the GPU's own metrics are not modelled", "endpoint-attribute-filter", "endpoint-attribute-scorer"
     ),
-    **_refused("holding requests back to route them as a batch is not modelled", "burst-prefix-cache-producer"),
+    **_refused(
+        "holding requests back to route them as a batch is not modelled", "burst-prefix-cache-producer"
+    ),
     **_refused(
         _CLUSTERS,
         "multicluster-approx-prefix-cache-producer",

@@ -106,7 +106,9 @@ class PrecisePrefixes:
         self._sources: list[Backend] = []
         ttl_s = parameters.duration_s("speculativeTTL", "2s") or 2.0
         self._ttl_s = ttl_s if parameters.flag("speculativeIndexing", False) else None
-        self._speculative: deque[tuple[float, int, int, list[int]]] = deque()  # until, block size, server, keys
+        self._speculative: deque[tuple[float, int, int, list[int]]] = (
+            deque()
+        )  # until, block size, server, keys
 
     def connect(self, backends: Sequence[Backend]) -> None:
         anyhow = self._setting.release.producers

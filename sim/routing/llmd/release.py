@@ -61,9 +61,7 @@ class EppRelease:
     today: bool = False
 
 
-_OLD = EppRelease(
-    fields=_FIRST, auto_tune=False, block_parameter="hashBlockSize", processor_beside=False
-)
+_OLD = EppRelease(fields=_FIRST, auto_tune=False, block_parameter="hashBlockSize", processor_beside=False)
 _1_1 = EppRelease(fields=_SINCE_1_1, auto_tune=False, block_parameter="blockSize", processor_beside=False)
 _ROUTER = EppRelease(
     fractional_weights=True,

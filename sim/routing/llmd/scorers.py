@@ -95,9 +95,7 @@ class ActiveRequestScorer:
         else:
             counts = [self._load.requests(backend) for backend in cycle.backends]
             most = max(counts)
-        return [
-            (most - count) / most * self._most_busy if count > self._idle else 1.0 for count in counts
-        ]
+        return [(most - count) / most * self._most_busy if count > self._idle else 1.0 for count in counts]
 
     def picked(self, cycle: Cycle, backend: Backend) -> None:
         self._sent[cycle.request.request_id] = self._clock(), backend.index
