@@ -170,9 +170,13 @@ class Profile(_Strict):
         servecast_version: str,
         kind: Literal["physical", "padded"] = "physical",
     ) -> Profile:
-        """A profile that nobody measured: typical values, all of them assumed."""
+        """A profile that nobody measured: typical values, all of them assumed. What stands in front of an engine
+        of padded batches is not known, and left out."""
+        front_end = FrontEndCosts()
         if kind == "physical":
+            front_end = FrontEndCosts.typical()
             names = [f"efficiencies.{name}" for name in Efficiencies.parameters()]
+            names += [f"front_end.{field.name}" for field in fields(FrontEndCosts)]
         else:
             names = [f"padded.{field.name}" for field in fields(PaddedCosts)]
         return cls(
@@ -181,6 +185,7 @@ class Profile(_Strict):
             gpu=gpu,
             model=model,
             engine_version=engine_version,
+            front_end=front_end,
             provenance=tuple(
                 Provenance(parameter=name, origin="assumed", note="typical value") for name in names
             ),
