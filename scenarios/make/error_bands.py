@@ -1,9 +1,10 @@
 """The error bands of ``sim/hardware/error_band.py``, from reproductions.
 
-``python -m servecast.scenarios.make.error_bands docs/results`` reads what ``servecast reproduce NAME --json`` said of
-the shipped scenarios. Predicted means and medians, and rates, fall into groups that share what may be wrong: a model
-on so many GPUs of a kind, or a whole report. A band is what 90 % of the errors keep, where each group counts as much
-as another; how true it is, is told by groups left out: the share of a group's errors inside the band of all others.
+``python -m servecast.scenarios.make.error_bands docs/results`` reads what ``servecast reproduce NAME --json``
+said of the shipped scenarios. Predicted means and medians, and rates, fall into groups that share what may be
+wrong: a model on so many GPUs of a kind, or a whole report. A band is what 90 % of the errors keep, where
+each group counts as much as another; how true it is, is told by groups left out: the share of a group's
+errors inside the band of all others.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ _METRICS = {  # first word of a column -> the band that speaks of it
 
 @dataclass(frozen=True, slots=True)
 class Error:
-    """Of one predicted cell. basis: "kernel timings" or "fitted"; group: what shares its faults; value: relative,
-    without its sign."""
+    """Of one predicted cell. basis: "kernel timings" or "fitted"; group: what shares its faults; value:
+    relative, without its sign."""
 
     basis: str
     group: str
@@ -48,7 +49,12 @@ def errors(documents: Iterable[Mapping[str, Any]]) -> Iterator[Error]:
         for cell in (*document["rows"], *(c for table in document["tables"].values() for c in table["rows"])):
             first, *words = cell["metric"].split("_")
             central = first in ("output", "throughput", "req", "makespan") or set(words) & set(_CENTRAL)
-            if cell["used"] == "predicted" and cell["error_pct"] is not None and central and first in _METRICS:
+            if (
+                cell["used"] == "predicted"
+                and cell["error_pct"] is not None
+                and central
+                and first in _METRICS
+            ):
                 yield Error("fitted", document["scenario"], _METRICS[first], abs(cell["error_pct"]) / 100)
 
 
@@ -111,7 +117,9 @@ def main() -> None:
             print(f"{basis}, {metric}: {SHARE:.0%} keep {band(groups):.1%}; left out, ", end="")
             print(f"{np.mean(list(inside.values())):.0%} of a group are inside on average")
             for name, own in groups.items():
-                print(f"    {name}: {len(own)} errors, median {np.median(own):.1%}, {inside[name]:.0%} inside")
+                print(
+                    f"    {name}: {len(own)} errors, median {np.median(own):.1%}, {inside[name]:.0%} inside"
+                )
 
 
 if __name__ == "__main__":

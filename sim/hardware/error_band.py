@@ -4,9 +4,9 @@ Efficiencies carry over between models on one GPU, and less surely between GPUs.
 where a fit left one of its models out and predicted it from the others; elsewhere the widths below are
 assumed, and said to be.
 
-Each metric has a band of its own. Those from kernel timings, and that of TTFT on any basis, come from real runs:
-``scenarios/make/error_bands.py`` derives them from the shipped reproductions, group by group, each from all other
-groups, and a test holds how many rows of the group that was left out lie inside.
+Each metric has a band of its own. Those from kernel timings, and that of TTFT on any basis, come from real
+runs: ``scenarios/make/error_bands.py`` derives them from the shipped reproductions, group by group, each from
+all other groups, and a test holds how many rows of the group that was left out lie inside.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ PER_RANK_DOUBLING = 0.05  # more for each doubling of the ranks: all-reduces tha
 
 @dataclass(frozen=True, slots=True)
 class Bands:
-    """Relative error bands of means and medians, by metric: nine in ten predictions err by no more, relative to
-    what is measured. None where it is not known.
+    """Relative error bands of means and medians, by metric: nine in ten predictions err by no more, relative
+    to what is measured. None where it is not known.
 
     Attributes:
-        tpot: token times. ttft: time to the first token. throughput: tokens or requests a second of a load that
-            keeps the server busy, and E2E latencies.
+        tpot: token times. ttft: time to the first token. throughput: tokens or requests a second of a load
+            that keeps the server busy, and E2E latencies.
         max_rate: the largest rate that meets objectives. kv_tokens: size of the KV pool.
         guessed: those that no real measurement supports.
     """
@@ -70,6 +70,7 @@ class Bands:
         return ", ".join(parts) or "not known"
 
 
+_ALL = ("tpot", "ttft", "throughput")
 KV_TOKENS = 0.08  # kept by 24 of 27 pools that vLLM logged
 FITTED_TTFT = 0.55  # of a basis that was fitted end to end
 FITTED_THROUGHPUT = 0.08
@@ -138,8 +139,10 @@ def transfer(profile: Profile, shard: Shard) -> Transfer:
     if "kernels" in origins:
         return Transfer("kernel timings", 0.0, 0.0, None, _of_kernels(shard))
     if all(entry.origin == "assumed" for entry in profile.provenance):
-        typical = replace(TYPICAL, tpot=max(TYPICAL_BAND, profile.error_band or 0.0))
-        return Transfer("physics only", models, ranks, gpus, _with_rate(typical))
+        near = profile.efficiencies.by_kernel is not None  # the kernels of another GPU were timed
+        bands = replace(KERNELS_FAMILY, guessed=_ALL) if near else TYPICAL
+        bands = replace(bands, tpot=max(bands.tpot or 0.0, profile.error_band or 0.0))
+        return Transfer("physics only", models, ranks, gpus, _with_rate(bands))
     if models == 0 and ranks == 0 and gpus is None:
         basis = "fitted to a report" if profile.fitted_rows else "measured here"
         return Transfer(basis, models, ranks, gpus, _with_rate(_fitted(profile.error_band, FITTED_TTFT)))
@@ -150,7 +153,7 @@ def transfer(profile: Profile, shard: Shard) -> Transfer:
         band = max(band, GPU_BAND) + PER_DOUBLING * _size(gpus)
     band += PER_RANK_DOUBLING * abs(ranks)
     ttft = FITTED_TTFT + band - (profile.error_band or 0.0)  # as much wider as that of token times
-    guessed = ("ttft", "throughput") if models == 0 or _told(profile) else ("tpot", "ttft", "throughput")
+    guessed = ("ttft", "throughput") if models == 0 or _told(profile) else _ALL
     bands = _with_rate(replace(_fitted(band, ttft), guessed=guessed))
     return Transfer("scaled from a measured reference", models, ranks, gpus, bands)
 
@@ -158,7 +161,7 @@ def transfer(profile: Profile, shard: Shard) -> Transfer:
 def _of_kernels(shard: Shard) -> Bands:
     """From timings of this GPU's kernels."""
     if shard.model.moe_layers:
-        return _with_rate(replace(KERNELS_MOE, guessed=("tpot", "ttft", "throughput")))
+        return _with_rate(replace(KERNELS_MOE, guessed=_ALL))
     return _with_rate(KERNELS["fp8" if shard.model.weight_bytes_each == 1 else "bf16"])
 
 

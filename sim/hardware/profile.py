@@ -124,9 +124,9 @@ class Profile(_Strict):
     ) -> Profile:
         """A profile from timings of single kernels: no step, server or model was measured.
 
-        The host's times and the front end's are assumed. Without async scheduling the GPU waits while the host
-        prepares a step, about 1.5 ms and 25 us a request. Launching a layer's dozen kernels takes the host about
-        0.5 ms, which short prompts outside CUDA graphs are bound by.
+        The host's times and the front end's are assumed. Without async scheduling the GPU waits while the
+        host prepares a step, about 1.5 ms and 25 us a request. Launching a layer's dozen kernels takes the
+        host about 0.5 ms, which short prompts outside CUDA graphs are bound by.
 
         Raises:
             InputError: the kernels of this model's weights were not timed.
@@ -170,8 +170,8 @@ class Profile(_Strict):
         servecast_version: str,
         kind: Literal["physical", "padded"] = "physical",
     ) -> Profile:
-        """A profile that nobody measured: typical values, all of them assumed. What stands in front of an engine
-        of padded batches is not known, and left out."""
+        """A profile that nobody measured: typical values, all of them assumed. What stands in front of an
+        engine of padded batches is not known, and left out."""
         front_end = FrontEndCosts()
         if kind == "physical":
             front_end = FrontEndCosts.typical()

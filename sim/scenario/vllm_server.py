@@ -26,8 +26,9 @@ _ONLY_032 = {"long_prefill_token_threshold_adaptive": False, "watermark": 0.0, "
 class Release:
     """How a vLLM release is modelled: its rule set and what its defaults differ in.
 
-    preparation_round: requests that its API server prepares together, at most: 32 with AsyncMicrobatchTokenizer,
-    which pull request 45759 of June 2026 removed; since then one thread prepares them in their order.
+    preparation_round: requests that its API server prepares together, at most: 32 with
+    AsyncMicrobatchTokenizer, which pull request 45759 of June 2026 removed; since then one thread prepares
+    them in their order.
     """
 
     rules: str
@@ -66,7 +67,8 @@ def release_of(flags: EngineFlags) -> str:
 
 
 def preparation_round(version: str | None) -> int:
-    """See ``Release``, of the release that is nearest to a vLLM version; where none is known, of the newest."""
+    """See ``Release``, of the release that is nearest to a vLLM version; where none is known, of the
+    newest."""
     try:
         name = _nearest(".".join((version or "").split(".")[:2]))
     except ValueError:

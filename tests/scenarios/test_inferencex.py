@@ -1,7 +1,7 @@
 """The closed loops of InferenceX and NVIDIA, predicted from timings of kernels: a sample of their rows.
 
-``make inferencex`` predicts all of them. What is held here is what the accuracy page says of all: mean error of
-TPOT at most 8 %, median of TTFT at most 20 %, and nine in ten inside their bands.
+``make inferencex`` predicts all of them. What is held here is what the accuracy page says of all: mean error
+of TPOT at most 8 %, median of TTFT at most 20 %, and nine in ten inside their bands.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ def test_ten_runs_are_predicted_without_a_row_in_a_fit() -> None:
     main = sample().tables[0]
     assert len(main.rows("predicted")) == 10
     assert {cell.used for cell in main.cells} == {"predicted"}
-    error = {metric: [abs(c.error or 0) for c in main.cells if c.metric == metric] for metric in main.coverage}
+    error = {
+        metric: [abs(c.error or 0) for c in main.cells if c.metric == metric] for metric in main.coverage
+    }
     assert statistics.mean(error["tpot_mean_ms"]) <= 0.08
     assert statistics.median(error["ttft_mean_ms"]) <= 0.2
 
