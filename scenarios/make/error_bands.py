@@ -3,8 +3,8 @@
 ``python -m servecast.scenarios.make.error_bands docs/results`` reads what ``servecast reproduce NAME --json``
 said of the shipped scenarios. Predicted means and medians, and rates, fall into groups that share what may be
 wrong: a model on so many GPUs of a kind, or a whole report. A band is what 90 % of the errors keep, where
-each group counts as much as another; how true it is, is told by groups left out: the share of a group's
-errors inside the band of all others.
+each group counts as much as another, and of several precisions that of the worst; how true it is, is told by
+groups left out: the share of a group's errors inside the band of all others.
 """
 
 from __future__ import annotations
@@ -31,10 +31,15 @@ _METRICS = {  # first word of a column -> the band that speaks of it
 
 @dataclass(frozen=True, slots=True)
 class Error:
-    """Of one predicted cell. basis: "kernel timings" or "fitted"; group: what shares its faults; value:
-    relative, without its sign."""
+    """Of one predicted cell.
+
+    basis: "kernel timings" or "fitted". kind: the precision, of kernel timings. group: what shares its
+    faults.
+    value: relative, without its sign.
+    """
 
     basis: str
+    kind: str
     group: str
     metric: str
     value: float
@@ -55,7 +60,7 @@ def errors(documents: Iterable[Mapping[str, Any]]) -> Iterator[Error]:
                 and central
                 and first in _METRICS
             ):
-                yield Error("fitted", document["scenario"], _METRICS[first], abs(cell["error_pct"]) / 100)
+                yield Error("fitted", "", document["scenario"], _METRICS[first], abs(cell["error_pct"]) / 100)
 
 
 def _of_kernels(cells: Sequence[Mapping[str, Any]]) -> Iterator[Error]:
@@ -73,32 +78,42 @@ def _of_kernels(cells: Sequence[Mapping[str, Any]]) -> Iterator[Error]:
             ("tpot", tpot["error_pct"] / 100),
             ("throughput", whole[0] / whole[1] - 1),
         ):
-            yield Error("kernel timings", group, metric, abs(value))
+            yield Error("kernel timings", key[2], group, metric, abs(value))
 
 
-def by_group(found: Iterable[Error]) -> dict[str, list[float]]:
-    """The errors of each group."""
-    groups: dict[str, list[float]] = {}
+Groups = Mapping[str, Sequence[float]]
+
+
+def by_kind(found: Iterable[Error]) -> dict[str, dict[str, list[float]]]:
+    """The errors of each group, the groups of a kind together."""
+    kinds: dict[str, dict[str, list[float]]] = {}
     for error in found:
-        groups.setdefault(error.group, []).append(error.value)
-    return groups
+        kinds.setdefault(error.kind, {}).setdefault(error.group, []).append(error.value)
+    return kinds
 
 
-def band(groups: Mapping[str, Sequence[float]]) -> float:
+def band(groups: Groups) -> float:
     """What ``SHARE`` of these errors keep, the groups alike."""
     values = np.concatenate([np.asarray(each) for each in groups.values()])
     weights = np.concatenate([np.full(len(each), 1 / len(each)) for each in groups.values()])
     order = np.argsort(values)
     reached = np.cumsum(weights[order]) / weights.sum()
-    return float(values[order][np.searchsorted(reached, SHARE)])
+    return float(values[order][np.searchsorted(reached, SHARE - 1e-9)])
 
 
-def left_out(groups: Mapping[str, Sequence[float]]) -> dict[str, float]:
+def widest(kinds: Mapping[str, Groups]) -> float:
+    """The band that all kinds keep."""
+    return max(band(groups) for groups in kinds.values() if groups)
+
+
+def left_out(kinds: Mapping[str, Groups]) -> dict[str, float]:
     """Of each group the share of errors inside the band of all others."""
-    return {
-        name: float(np.mean(np.asarray(own) <= band({n: each for n, each in groups.items() if n != name})))
-        for name, own in groups.items()
-    }
+    found = {}
+    for groups in kinds.values():
+        for name, own in groups.items():
+            others = {k: {n: each for n, each in g.items() if n != name} for k, g in kinds.items()}
+            found[name] = float(np.mean(np.asarray(own) <= widest(others)))
+    return found
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
@@ -112,11 +127,10 @@ def main() -> None:
     found = list(errors(read(Path(sys.argv[1]))))
     for basis in dict.fromkeys(error.basis for error in found):
         for metric in ("tpot", "ttft", "throughput"):
-            groups = by_group(error for error in found if (error.basis, error.metric) == (basis, metric))
-            inside = left_out(groups)
-            print(f"{basis}, {metric}: {SHARE:.0%} keep {band(groups):.1%}; left out, ", end="")
-            print(f"{np.mean(list(inside.values())):.0%} of a group are inside on average")
-            for name, own in groups.items():
+            kinds = by_kind(error for error in found if (error.basis, error.metric) == (basis, metric))
+            inside = left_out(kinds)
+            print(f"{basis}, {metric}: {SHARE:.0%} keep {widest(kinds):.1%}; groups left out:")
+            for name, own in (each for groups in kinds.values() for each in groups.items()):
                 print(
                     f"    {name}: {len(own)} errors, median {np.median(own):.1%}, {inside[name]:.0%} inside"
                 )

@@ -74,12 +74,10 @@ _ALL = ("tpot", "ttft", "throughput")
 KV_TOKENS = 0.08  # kept by 24 of 27 pools that vLLM logged
 FITTED_TTFT = 0.55  # of a basis that was fitted end to end
 FITTED_THROUGHPUT = 0.08
-KERNELS = {  # own kernel timings, by the weights' and activations' precision
-    "bf16": Bands(tpot=0.2, ttft=0.5, throughput=0.2),
-    "fp8": Bands(tpot=0.2, ttft=0.5, throughput=0.2),
-}
-KERNELS_MOE = Bands(tpot=0.3, ttft=0.7, throughput=0.3)  # mixture of experts: nothing is left out to tell
-KERNELS_FAMILY = Bands(tpot=0.3, ttft=0.6, throughput=0.35)  # timings of the nearest GPU
+KERNELS = Bands(tpot=0.2, ttft=0.5, throughput=0.2)  # kernel timings, dense models of JUDGED GPUs and weights
+JUDGED_GPUS, JUDGED_WEIGHT_BYTES = ("H100", "H200"), (1, 2)  # those that real runs tell the band of
+KERNELS_MOE = Bands(tpot=0.3, ttft=0.7, throughput=0.35)  # mixtures of experts
+KERNELS_ELSEWHERE = Bands(tpot=0.3, ttft=0.6, throughput=0.35)  # other GPUs, and timings of the nearest one
 TYPICAL = Bands(tpot=TYPICAL_BAND, ttft=0.6, throughput=0.45)
 
 
@@ -140,7 +138,7 @@ def transfer(profile: Profile, shard: Shard) -> Transfer:
         return Transfer("kernel timings", 0.0, 0.0, None, _of_kernels(shard))
     if all(entry.origin == "assumed" for entry in profile.provenance):
         near = profile.efficiencies.by_kernel is not None  # the kernels of another GPU were timed
-        bands = replace(KERNELS_FAMILY, guessed=_ALL) if near else TYPICAL
+        bands = replace(KERNELS_ELSEWHERE, guessed=_ALL) if near else TYPICAL
         bands = replace(bands, tpot=max(bands.tpot or 0.0, profile.error_band or 0.0))
         return Transfer("physics only", models, ranks, gpus, _with_rate(bands))
     if models == 0 and ranks == 0 and gpus is None:
@@ -160,9 +158,12 @@ def transfer(profile: Profile, shard: Shard) -> Transfer:
 
 def _of_kernels(shard: Shard) -> Bands:
     """From timings of this GPU's kernels."""
-    if shard.model.moe_layers:
+    model = shard.model
+    if model.moe_layers:
         return _with_rate(replace(KERNELS_MOE, guessed=_ALL))
-    return _with_rate(KERNELS["fp8" if shard.model.weight_bytes_each == 1 else "bf16"])
+    if shard.gpu.name in JUDGED_GPUS and model.weight_bytes_each in JUDGED_WEIGHT_BYTES:
+        return _with_rate(KERNELS)
+    return _with_rate(replace(KERNELS_ELSEWHERE, guessed=_ALL))
 
 
 def _fitted(tpot: float | None, ttft: float) -> Bands:
