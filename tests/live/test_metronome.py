@@ -32,6 +32,7 @@ from servecast.calibrate.fit.measurements import Overhead, Step, read_folder
 from servecast.calibrate.fit.noise import fit_front_end
 from servecast.calibrate.fit.physical import PhysicalFit, joined
 from servecast.calibrate.measure.folder import read_rows
+from servecast.sim.scenario.vllm_server import preparation_round
 from servecast.validate.parity.vllm_process import ENVIRONMENT
 
 pytestmark = pytest.mark.live  # a metronome keeps time where it is not held up
@@ -184,6 +185,6 @@ def test_overheads_of_a_served_model(model: Path, tmp_path: Path) -> None:
     later = [row for row in rows if row["kind"] == "token_out" and not row["first"]]
     assert max(row["burst"] for row in later) == 4
     assert sum(len(row["times_s"]) for row in later) > 12 * 40 * len(turns)
-    costs, told = fit_front_end(overheads)
+    costs, told = fit_front_end(overheads, preparation_round("0.32"))
     print(f"request_in {np.median(into):.4f} s, {costs}")
     assert told
