@@ -10,13 +10,13 @@ groups left out: the share of a group's errors inside the band of all others.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from cyclopts import App
 
 SHARE = 0.9  # of the errors that a band is to hold
 KERNELS = "inferencex-vllm"  # the scenario that rests on kernel timings
@@ -122,9 +122,17 @@ def read(folder: Path) -> list[dict[str, Any]]:
     return [each for each in found if "mape_predicted" in each]
 
 
-def main() -> None:
-    """Print what every band would be, by basis and metric, and what groups left out say of it."""
-    found = list(errors(read(Path(sys.argv[1]))))
+app = App(help="Derive the error bands from reproductions.")
+
+
+@app.default
+def main(folder: Path) -> None:
+    """Print what every band would be, by basis and metric, and what groups left out say of it.
+
+    Args:
+        folder: of what ``servecast reproduce NAME --json`` printed.
+    """
+    found = list(errors(read(folder)))
     for basis in dict.fromkeys(error.basis for error in found):
         for metric in ("tpot", "ttft", "throughput"):
             kinds = by_kind(error for error in found if (error.basis, error.metric) == (basis, metric))
@@ -137,4 +145,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    app()
