@@ -57,6 +57,12 @@ class Bands:
             "request_throughput": self.throughput,
         }.get(metric)
 
+    def wider(self, by: float) -> Bands:
+        """With ``by`` more for whatever a step's time decides."""
+        names = ("tpot", "ttft", "throughput", "max_rate")
+        known = {name: getattr(self, name) for name in names}
+        return replace(self, **{name: band + by for name, band in known.items() if band is not None})
+
     def to_text(self) -> str:
         """In one line; "?" behind what is a guess."""
         names = {"tpot": "TPOT", "ttft": "TTFT", "throughput": "throughput"}
@@ -87,13 +93,15 @@ class Transfer:
 
     Attributes:
         basis: "measured here", "fitted to a report" (of this GPU and model), "scaled from a measured
-            reference", "kernel timings" (of this GPU's single kernels) or "physics only".
+            reference", "measured kernels of the GPU", "kernels of the GPU scaled to another by peak and
+            bandwidth", or "physics only".
         model_doublings: log2 of the weights over those of the nearest measured model; 0 for one of them,
             NaN where the profile does not say what it was.
         rank_doublings: log2 of the tensor-parallel size over the profile's.
         gpu_doublings: log2 of the bandwidth over that of the profile's GPU; NaN where that is not in the
             catalogue, None on the same GPU.
         bands: relative, by metric.
+        of_kernels: single kernels were timed.
     """
 
     basis: str
@@ -101,6 +109,7 @@ class Transfer:
     rank_doublings: float
     gpu_doublings: float | None
     bands: Bands
+    of_kernels: bool = False
 
     @property
     def error_band(self) -> float | None:
@@ -113,8 +122,8 @@ class Transfer:
         found = []
         if self.basis == "physics only":
             return ("nothing was measured",)
-        if self.basis == "kernel timings":
-            return ("kernels were timed, no server",)
+        if self.of_kernels:
+            found.append("kernels were timed, no server")
         if self.model_doublings != 0:
             found.append(f"another model{_times(self.model_doublings, 'the weights')}")
         if self.rank_doublings:
@@ -133,13 +142,15 @@ def transfer(profile: Profile, shard: Shard) -> Transfer:
     models = _model_doublings(profile, shard)
     ranks = math.log2(shard.tensor_parallel_size / profile.tensor_parallel_size)
     gpus = _gpu_doublings(profile, shard.gpu)
-    origins = {entry.origin for entry in profile.provenance}
-    if "kernels" in origins:
-        return Transfer("kernel timings", 0.0, 0.0, None, _of_kernels(shard))
+    if profile.of_kernel_timings:
+        if gpus is None:
+            basis, bands = f"measured kernels of the {profile.gpu}", _of_kernels(shard)
+        else:
+            basis = f"kernels of the {profile.gpu} scaled to the {shard.gpu.name} by peak and bandwidth"
+            bands = _of_family(shard, gpus)
+        return Transfer(basis, 0.0, 0.0, gpus, bands, of_kernels=True)
     if all(entry.origin == "assumed" for entry in profile.provenance):
-        near = profile.efficiencies.by_kernel is not None  # the kernels of another GPU were timed
-        bands = replace(KERNELS_ELSEWHERE, guessed=_ALL) if near else TYPICAL
-        bands = replace(bands, tpot=max(bands.tpot or 0.0, profile.error_band or 0.0))
+        bands = replace(TYPICAL, tpot=max(TYPICAL_BAND, profile.error_band or 0.0))
         return Transfer("physics only", models, ranks, gpus, _with_rate(bands))
     if models == 0 and ranks == 0 and gpus is None:
         basis = "fitted to a report" if profile.fitted_rows else "measured here"
@@ -164,6 +175,14 @@ def _of_kernels(shard: Shard) -> Bands:
     if shard.gpu.name in JUDGED_GPUS and model.weight_bytes_each in JUDGED_WEIGHT_BYTES:
         return _with_rate(KERNELS)
     return _with_rate(replace(KERNELS_ELSEWHERE, guessed=_ALL))
+
+
+def _of_family(shard: Shard, gpu_doublings: float) -> Bands:
+    """From timings of another GPU's kernels: a guess, wider by how much the bandwidths differ."""
+    bands, more = max(_of_kernels(shard), KERNELS_ELSEWHERE, key=lambda each: each.tpot or 0), PER_DOUBLING
+    more *= _size(gpu_doublings)
+    wider = {name: getattr(bands, name) + more for name in ("tpot", "ttft", "throughput")}
+    return _with_rate(Bands(**wider, guessed=_ALL))
 
 
 def _fitted(tpot: float | None, ttft: float) -> Bands:

@@ -31,9 +31,11 @@ from servecast.sim.report.answer import Answer
 from servecast.sim.report.drawing import drawn
 from servecast.sim.report.progress import progress_bar
 from servecast.sim.report.text import cell_text, table
-from servecast.sim.run.results import cautions, context
+from servecast.sim.run.results import cautions, context, engine_lines
 from servecast.sim.run.simulate import RateProbe
 from servecast.sim.scenario.scenario import Scenario
+from servecast.sim.traffic.draw import with_request_rate
+from servecast.sim.traffic.trace_notes import trace_notes
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -161,6 +163,7 @@ class PlanAnswer(Answer):
         basis, profile = self.provenance["basis"], self.provenance["profile"]
         lines.append(f"Rests on: {basis}; profile {profile}; seed {found.seed}")
         lines.append(f"Error bands: {self.bands.to_text()}")
+        lines += engine_lines(self.context)
         return "\n".join([*lines, *(f"note: {note}" for note in self.context["notes"])])
 
     def to_html(self, path: Path | str) -> Path:
@@ -189,6 +192,7 @@ class PlanAnswer(Answer):
                 "basis": self.provenance["basis"],
                 "profile": self.provenance["profile"],
                 "vLLM rules": made["engine"]["rules"],
+                **dict(line.split(": ", 1) for line in engine_lines(made)),
                 "seed": made["seed"],
                 "servecast": made["servecast_version"],
                 **{f"note {number}": note for number, note in enumerate(made["notes"], 1)},
@@ -261,7 +265,8 @@ def plan(
         at = found.best or found.probes[0]
         run = probe(at.rate, seed, at.num_requests)
         made = context(deployment, seed=seed)
-        made["notes"] += [*found.notes, *cautions(deployment, run)]
+        probed = with_request_rate(scenario.open_loop(), at.rate, num_requests=at.num_requests)
+        made["notes"] += [*found.notes, *cautions(deployment, run), *trace_notes(probed)]
         slots = prefix_slots(
             scenario.open_loop().stages[0].streams[0],
             run,

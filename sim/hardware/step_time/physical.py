@@ -187,11 +187,21 @@ class PhysicalStepTime:
 
     Args:
         shard: one rank; the time is a rank's. efficiencies: what is reached of its GPU's peaks.
+
+    Raises:
+        InputError: there are several ranks, and nothing says how fast the link between them is.
     """
 
     def __init__(self, shard: Shard, efficiencies: Efficiencies | None = None) -> None:
         self.shard, self._ranks = shard, shard.tensor_parallel_size
         self._model, self._gpu = model, gpu = shard.model, shard.gpu
+        self._link = gpu.link_bandwidth
+        if self._ranks > 1 and self._link is None:
+            raise InputError(
+                f"nothing says how fast the link between two {gpu.name} is",
+                where="gpu: link_bandwidth",
+                fix="Give it in the GPU's file, in bytes/s each way, or use one rank.",
+            )
         self.efficiencies = eff = efficiencies or Efficiencies()
         self._token_flops, self._linear_peak = shard.linear_flops_per_token, shard.linear_peak
         self._pair_flops = shard.attention_flops_per_pair
@@ -369,9 +379,10 @@ class PhysicalStepTime:
 
     def _all_reduce(self, size: int) -> float:
         """One ring all-reduce of that many bytes: each rank sends 2 (n-1)/n of them."""
-        ranks = self._ranks
-        sent = 2 * (ranks - 1) / ranks * size
-        return self.efficiencies.allreduce_s + sent / (self._gpu.link_bandwidth * self.efficiencies.link)
+        if self._link is None:
+            return 0.0
+        sent = 2 * (self._ranks - 1) / self._ranks * size
+        return self.efficiencies.allreduce_s + sent / (self._link * self.efficiencies.link)
 
     def _attention_prefill(self, chunks: Sequence[tuple[int, int]]) -> float:
         model = self._model
