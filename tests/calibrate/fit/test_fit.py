@@ -373,6 +373,19 @@ def overhead_rows(
     return rows
 
 
+def test_what_a_prompt_token_costs_is_found_from_longer_prompts() -> None:
+    """1,000 tokens more take 3.5 ms more: 3.5 us of random text, which is 1.75 times what text takes."""
+    costs = FrontEndCosts(request_s=2e-3, latency_s=6e-3, delivery_s=2e-3, token_s=4e-5, cv=0.2)
+    rows = overhead_rows(costs)
+    alone = next(row for row in rows if row["kind"] == "request_in" and row["concurrency"] == 1)
+    longer = {"case": "prompts", "more_tokens": 1000, "times_s": [s + 3.5e-3 for s in alone["times_s"]]}
+    measured = [Overhead.model_validate(row) for row in (*rows, alone | longer)]
+    found, told = fit_front_end(undisturbed(measured)[0], 1)
+    assert found.prompt_token_s == pytest.approx(2e-6, rel=0.02)
+    assert "prompt_token_s" in told
+    assert found.latency_s == fit_front_end(measured[:-1], 1)[0].latency_s
+
+
 def test_front_end_costs_are_found_from_overheads(tmp_path: Path) -> None:
     costs = FrontEndCosts(request_s=2e-3, latency_s=6e-3, delivery_s=2e-3, token_s=4e-5, cv=0.2)
     for most in (32, 1):
