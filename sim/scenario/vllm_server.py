@@ -84,7 +84,8 @@ def release_of(flags: EngineFlags) -> str:
 
 
 def preparation_round(version: str | None) -> int:
-    """See ``Release``, of the release that is nearest to a vLLM version; where none is known, of the newest."""
+    """See ``Release``, of the release that is nearest to a vLLM version; where none is known, of the
+    newest."""
     try:
         name = _nearest(minor_release(version or ""))
     except ValueError:
