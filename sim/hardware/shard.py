@@ -242,13 +242,13 @@ def cudagraph_capture_sizes(
     """Token counts that vLLM captures CUDA graphs for, rising: 1, 2, 4, then by 8 to 248, then by 16.
 
     They end at ``max_capture_size`` (``--max-cudagraph-capture-size``), by default 2 max_num_seqs and at most
-    512 (1,024 in 0.32 on compute capability 10), and at the token budget. The budget itself, and in 0.32
-    max_num_seqs, are added if they are not beyond that end.
+    512 (from 0.28 on 1,024 on compute capability 10), and at the token budget. The budget itself, and from
+    0.29 on max_num_seqs, are added if they are not beyond that end.
     """
-    recent = release(version) >= (0, 32)
-    usual = min(2 * max_num_seqs, 1024 if recent and capability[0] == 10 else 512)
+    since = release(version)
+    usual = min(2 * max_num_seqs, 1024 if since >= (0, 28) and capability[0] == 10 else 512)
     limit = min(usual if max_capture_size is None else max_capture_size, max_num_batched_tokens)
     sizes = {1, 2, 4, *range(8, 256, 8), *range(256, limit + 1, 16), max_num_batched_tokens}
-    if recent:
+    if since >= (0, 29):
         sizes.add(max_num_seqs)
     return tuple(sorted(size for size in sizes if size <= limit))

@@ -17,7 +17,8 @@ class EngineFlags(Model):
     """``vllm serve``'s flags that matter here, by their names; None is vLLM's default."""
 
     version: str
-    """vLLM release, in quotes. It picks the rule set and the defaults."""
+    """vLLM release, in quotes. It picks the rule set and the defaults; one that is newer than all known ones
+    runs as the newest."""
     policy: str = "vllm"
     """The engine, ``vllm`` or another one (see [Adding an engine](adding-an-engine.md)). For another,
     ``version`` is that server's own, and flags it does not know have no effect."""
@@ -68,11 +69,13 @@ class EngineFlags(Model):
     long_prefill_token_threshold: Amount = 0
     """Most prompt tokens of one request in a step; 0 is no limit."""
     long_prefill_token_threshold_adaptive: Flag = False
-    """Raise that threshold while few requests are there (0.32)."""
+    """Raise that threshold while few requests are there (from 0.31 on)."""
     watermark: Annotated[NonNegative, Field(lt=1)] = 0.0
-    """Share of the KV blocks that admission leaves free (0.32)."""
+    """Share of the KV blocks that admission leaves free (from 0.24 on)."""
     max_num_active_seqs: Count | None = None
-    """A further bound on running requests (0.32)."""
+    """A further bound on running requests (from 0.31 on)."""
+    prefill_schedule_interval: Count = 1
+    """Steps from one with prompt work to the next while others decode (from 0.33 on)."""
     performance_mode: Literal["balanced", "interactivity", "throughput"] = "balanced"
     """As ``--performance-mode``; ``throughput`` doubles the batch defaults."""
     enforce_eager: Flag = False

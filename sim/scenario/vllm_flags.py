@@ -74,6 +74,7 @@ _TAKEN: dict[str, Callable[[str], Any]] = {
     "long_prefill_token_threshold_adaptive": bool,
     "watermark": float,
     "max_num_active_seqs": int,
+    "prefill_schedule_interval": int,
     "performance_mode": str,
     "enforce_eager": bool,
     "max_cudagraph_capture_size": int,

@@ -93,7 +93,9 @@ def _compare_gpu(truth: Truth, deployment: Deployment) -> list[str]:
         found = find_gpu(truth.gpu, where="the server's GPU").name
     except InputError:
         found = truth.gpu
-    for what, gpu in (("profile", deployment.profile.gpu), ("gpu", deployment.gpu.name)):
+    profile = deployment.profile
+    of = deployment.gpu.name if profile.of_kernel_timings else profile.gpu
+    for what, gpu in (("profile", of), ("gpu", deployment.gpu.name)):
         if found != gpu:
             raise InputError(
                 f"is of {gpu}, the server runs on {truth.gpu}",
