@@ -100,12 +100,14 @@ class Deployment:
 
     @property
     def bands(self) -> Bands:
-        """Relative error bands by metric. The KV pool of a scenario that gives its size has none to speak of,
-        and that of a server other than vLLM is not known."""
-        flags, bands = self.scenario.engine, self.transfer.bands
-        if flags.policy != "vllm":
-            return replace(bands, kv_tokens=None)
-        return bands if flags.num_gpu_blocks_override is None else replace(bands, kv_tokens=0.0)
+        """Relative error bands by metric. That of the KV pool is what its account leaves open; of a server
+        other than vLLM it is not known."""
+        bands, memory = self.transfer.bands, self.memory
+        if self.scenario.engine.policy != "vllm":
+            return bands
+        low, high = memory.range
+        tokens = memory.logged_tokens
+        return replace(bands, kv_tokens=round(max(1 - low / tokens, high / tokens - 1), 3))
 
     @property
     def transfer(self) -> Transfer:
