@@ -245,6 +245,7 @@ _NOT_MODELLED = {
     "ssm_cfg": "state-space layers",
     "hybrid_override_pattern": "state-space layers",
 }
+_LARGEST = 1 << 40  # of any size; of layers, 4,096
 _DTYPES = ("bfloat16", "float16", "float32")
 LEFT_OUT = "images and audio are left out: the text model alone is simulated, without its encoders' weights"
 
@@ -261,7 +262,7 @@ class _File:
         field = next((name for name in fields if self.config.get(name) is not None), fields[0])
         value = self.config.get(field, default)
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _LARGEST:
             problem = "is missing" if value is None else f"is {_short(value)}, not a positive integer"
             raise InputError(
                 f"{field} {problem}",
@@ -274,6 +275,17 @@ class _File:
         """A whole number that may be 0 or missing."""
         value = self.config.get(field)
         return default if value in (None, 0, False) else self.count(field)
+
+    def listed(self, field: str) -> list[Any]:
+        """A list, empty where there is none."""
+        value = self.config.get(field) or []
+        if not isinstance(value, list):
+            raise InputError(
+                f"{field} is {_short(value)}, not a list",
+                where=f"{self.where}: {field}",
+                fix="Take the file from the model's repository.",
+            )
+        return value
 
     def says(self, answer: bool | str, default: bool = False) -> bool:
         """A fact of the family, or of the file's field of that name."""
@@ -297,6 +309,10 @@ def shape_fields(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         file.count("num_attention_heads"),
         file.count("hidden_size"),
     )
+    if layers > 4096:
+        raise InputError(
+            f"{layers} layers are no model's", where=f"{where}: num_hidden_layers", fix="Correct the file."
+        )
     kv_heads = file.count("num_key_value_heads", default=heads)
     head_dim = file.count("head_dim", default=hidden // heads)
     dtype_bytes = _dtype_bytes(config, where)
@@ -397,16 +413,17 @@ def _has_experts(file: _File, experts: Experts, layer: int, layers: int) -> bool
     config = file.config
     if experts.layers == "steps":
         step = file.count("decoder_sparse_step", default=1)
-        return layer not in (config.get("mlp_only_layers") or []) and (layer + 1) % step == 0
+        return layer not in file.listed("mlp_only_layers") and (layer + 1) % step == 0
     if experts.layers == "behind":
         return layer >= file.amount("first_k_dense_replace")
     if experts.layers == "interleaved":
-        listed = config.get("moe_layers")
+        listed = file.listed("moe_layers")
         step = file.count("interleave_moe_layer_step", default=1)
-        return layer in listed if isinstance(listed, list) else (layer + 1) % step == 0
+        return layer in listed if listed else (layer + 1) % step == 0
     if experts.layers == "interval":
-        first, last = file.amount("moe_layer_start_index"), config.get("moe_layer_end_index", -1)
-        last = layers - 1 if last in (-1, None) else last
+        first, last = file.amount("moe_layer_start_index"), layers - 1
+        if config.get("moe_layer_end_index") != -1:
+            last = file.amount("moe_layer_end_index", layers - 1)
         return first <= layer <= last and (layer + 1) % file.count("moe_layer_interval", default=1) == 0
     return True
 
@@ -482,7 +499,7 @@ def _positions(file: _File) -> dict[str, int | None]:
     for each in nested or [rope]:
         kind = each.get("rope_type", each.get("type", "default"))
         stretch = each.get("factor") or 1.0
-        if not isinstance(stretch, int | float) or stretch <= 0:
+        if not isinstance(stretch, int | float) or not 0 < stretch < 1e6:
             raise InputError(
                 f"factor is {_short(stretch)}, not a positive number",
                 where=f"{file.where}: rope_scaling.factor",
@@ -491,10 +508,11 @@ def _positions(file: _File) -> dict[str, int | None]:
         original = each.get("original_max_position_embeddings") or config.get(
             "original_max_position_embeddings"
         )
+        original = original if isinstance(original, int) and 0 < original <= _LARGEST else None
         if kind == "yarn":
             yarn = int((original or positions) * stretch)
         elif kind == "longrope":
-            default = original if isinstance(original, int) else None
+            default = original
         elif kind in ("linear", "dynamic") and "gemma3" not in str(config.get("model_type")):
             factor = float(stretch)
     return {
@@ -517,9 +535,8 @@ def _dtype_bytes(config: Mapping[str, Any], where: str) -> int:
 
 def _sliding_layers(file: _File, family: Family, layers: int) -> int:
     config = file.config
-    types = config.get("layer_types")
-    if types is not None:
-        return _sliding_types(types, layers, file.where)
+    if config.get("layer_types") is not None:
+        return _sliding_types(file.listed("layer_types"), layers, file.where)
     window = config.get("sliding_window")
     if family.sliding == "all":
         positions = config.get("max_position_embeddings")
@@ -531,7 +548,8 @@ def _sliding_layers(file: _File, family: Family, layers: int) -> int:
         return max(0, layers - file.amount("max_window_layers"))
     if isinstance(family.sliding, int) and window:
         pattern = config.get("sliding_window_pattern") or family.sliding
-        every = len(pattern) if isinstance(pattern, str) else int(pattern)
+        every = len(pattern) if isinstance(pattern, str) else 0
+        every = every or file.count("sliding_window_pattern", default=family.sliding)
         return layers - layers // every  # every n-th layer is full
     return 0
 

@@ -6,7 +6,9 @@ corrections, which are buffers there; four families that it does not have are as
 
 from __future__ import annotations
 
+import contextlib
 import json
+import random
 import subprocess
 from typing import Any
 
@@ -142,3 +144,25 @@ def test_what_is_not_modelled_is_refused_by_name(changes: dict[str, Any], messag
     with pytest.raises(InputError) as caught:
         ModelShape.from_config(LLAMA | changes)
     assert message in str(caught.value)
+
+
+WRONG = [None, "x", -1, 0, 1.5, True, [], {}, [1], {"a": 1}, 10**30, "", float("nan"), {"model_type": 3}]
+SAID = [
+    {"quant_method": "fp8", "weight_block_size": [128, 128], "ignored_layers": ["re:("]},
+    {"quant_method": "modelopt", "quant_algo": "FP8", "exclude_modules": ["*", "lm_head"]},
+    {"rope_type": "yarn", "factor": 4.0},
+]
+FIELDS = ["quantization_config", "rope_scaling", "text_config", "layer_types", "sliding_window_pattern"]
+FIELDS += ["mlp_only_layers", "head_dim", "torch_dtype", "first_k_dense_replace", "moe_layers", "model_type"]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_any_wrong_value_is_told_as_such(seed: int) -> None:
+    """A hundred configs with values of other kinds in up to three fields: an answer or an InputError."""
+    draw = random.Random(seed)
+    for _ in range(100):
+        config = dict(draw.choice(list(MODELS.values()))["config"])
+        for _ in range(draw.randint(1, 3)):
+            config[draw.choice([*config, *FIELDS])] = draw.choice([*WRONG, *SAID])
+        with contextlib.suppress(InputError):
+            assert ModelShape.from_config(config).parameters > 0
