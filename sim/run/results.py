@@ -155,9 +155,8 @@ def _routed(fleet: Fleet, requests: pd.DataFrame) -> list[str]:
         why = ""
         if fleet.router == "prefix_affinity":
             why = f": all prompts have the same first {fleet.router_options.prefix_tokens} tokens"
-        said.append(
-            f"{fleet.router_name} sent all {len(requests):,} requests to replica {replicas[0]} of {fleet.size}{why}"
-        )
+        what = f"all {len(requests):,} requests to replica {replicas[0]} of {fleet.size}"
+        said.append(f"{fleet.router_name} sent {what}{why}")
     return said
 
 

@@ -116,8 +116,8 @@ def simulate(
 
 
 def _own_workload(deployment: Deployment) -> Workload:
-    """The scenario's workload. The stages of inference-perf's sweep are those that its burst leads to, with the
-    scenario's own seed, so that all seeds have the same."""
+    """The scenario's workload. The stages of inference-perf's sweep are those that its burst leads to, with
+    the scenario's own seed, so that all seeds have the same."""
     scenario = deployment.scenario
     spec, workload = scenario.workload, scenario.stages()
     sweep = spec.asks_server() if isinstance(spec, InferencePerfWorkload) else None

@@ -4,11 +4,11 @@ Modelled are its ``shared_prefix``, ``random`` and ``synthetic`` data, and its `
 ``concurrent`` loads:
 
 - All groups x prompts of ``shared_prefix`` are generated once and shuffled once; request n of a stage has
-  prompt n mod their number, from 0 in every stage, so that whole prompts come again, question included. Prompts
-  of the others have nothing in common.
+  prompt n mod their number, from 0 in every stage, so that whole prompts come again, question included.
+  Prompts of the others have nothing in common.
 - A stage's first second is a pause. The parent sleeps to the end of the stage, then looks every second
-  whether all its requests are done, and waits ``interval`` before the next stage. A ``concurrent`` stage sends
-  ``num_requests`` in a closed loop of ``concurrency_level``.
+  whether all its requests are done, and waits ``interval`` before the next stage. A ``concurrent`` stage
+  sends ``num_requests`` in a closed loop of ``concurrency_level``.
 - A ``sweep`` makes its stages up to the rate at which a burst saturated the server: simulated, unless given.
 - Each worker process has at most ``worker_max_concurrency`` requests in flight and sends late beyond that.
   Their number is that of the client's cores unless ``num_workers`` says it; where it does not, nothing is

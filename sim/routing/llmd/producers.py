@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 
 from servecast.sim.engine.kv_events import BlockRemoved, BlockStored
 from servecast.sim.engine.request import Request
-from servecast.sim.routing.llmd.config import Plugin
 from servecast.sim.routing.llmd.cycle import CHARACTERS, Cycle, PrefixMatch, Setting
+from servecast.sim.routing.llmd.plugin import Plugin
 from servecast.sim.routing.prefix_index import ApproximateIndex, PreciseIndex, TokenStore
 from servecast.sim.routing.prompt_blocks import PromptBlocks
 from servecast.sim.routing.routers import Backend
@@ -167,15 +167,15 @@ class PrecisePrefixes:
 
 
 class InFlightLoad:
-    """Requests sent and not ended, and their tokens: those of the prompt that the server had not cached, until
-    the first token; with addEstimatedOutputTokens those of the output, too, until the end."""
+    """Requests sent and not ended, and their tokens: those of the prompt that the server had not cached,
+    until the first token; with addEstimatedOutputTokens those of the output, too, until the end."""
 
     def __init__(self, plugin: Plugin, setting: Setting) -> None:
         parameters = plugin.parameters
         self._setting, self._prefixes = setting, plugin.prefixes
         self._with_output = parameters.flag("addEstimatedOutputTokens", False)
         self._ratio = parameters.number("outputRatio", 1.5)
-        self._most_output = parameters.number("maxEstimatedOutputTokens", float("inf"))
+        self._most_output = parameters.number("maxEstimatedOutputTokens", 1e12)
         self._requests: dict[int, int] = {}
         self._tokens: dict[int, int] = {}
         self._added: dict[int, int] = {}  # request -> its tokens
