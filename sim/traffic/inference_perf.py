@@ -46,6 +46,9 @@ POLL_S = 1.0
 BURST_S = 5  # in which a sweep sends its burst
 LOOK_S = 0.5  # between its looks at the requests in flight
 
+Bounded = Annotated[Count, Field(le=10**8)]
+MOST_REQUESTS = 10**8  # of a stage
+
 _NETWORK = "it downloads its prompts"
 _TURNS = "conversations whose turns wait for each other are not modelled"
 NOT_MODELLED = {  # data.type -> why
@@ -73,19 +76,19 @@ class LoadStage(Model):
     """int(rate x duration) requests in ``duration`` seconds, or num_requests in a closed loop."""
 
     rate: Positive | None = None
-    duration: Count | None = None
-    num_requests: Count | None = None
-    concurrency_level: Count | None = None
+    duration: Bounded | None = None
+    num_requests: Bounded | None = None
+    concurrency_level: Bounded | None = None
 
 
 class LoadSweep(Model):
     """Stages up to the rate that saturates the server."""
 
     type: Literal["geometric", "linear"]
-    num_requests: Count = 2000  # of the burst that looks for that rate, as is timeout
+    num_requests: Bounded = 2000  # of the burst that looks for that rate, as is timeout
     timeout: Positive = 60.0
-    num_stages: Count = 5
-    stage_duration: Count = 180
+    num_stages: Annotated[Count, Field(le=1000)] = 5
+    stage_duration: Bounded = 180
     saturation_percentile: Annotated[NonNegative, Field(le=100)] = 95.0
 
     def burst(self) -> LoadStage:
@@ -123,8 +126,8 @@ class Load(Model):
     interval: NonNegative = 1.0
     stages: tuple[LoadStage, ...] = ()
     sweep: LoadSweep | None = None
-    num_workers: Count | None = None
-    worker_max_concurrency: Count = 100
+    num_workers: Bounded | None = None
+    worker_max_concurrency: Bounded = 100
     worker_max_tcp_connections: Count = 2500  # a session of its own for each request: without effect
     request_timeout: Positive | None = None
     base_seed: int | None = None
@@ -153,6 +156,10 @@ class Load(Model):
                 if getattr(stage, name) is None:
                     at = f"stages.{number}.{name}"
                     raise invalid(f"{name} is missing in a stage of a {self.type} load", "Add it.", at=at)
+            if (stage.rate or 0) * (stage.duration or 0) > MOST_REQUESTS:
+                raise invalid(
+                    "more than 100 million requests in a stage", "Lower rate or duration.", at="stages"
+                )
             for name in other if not closed else ():  # a client sets those of a closed loop while it runs
                 if getattr(stage, name) is not None:
                     at = f"stages.{number}.{name}"
@@ -173,9 +180,9 @@ class Distribution(Model):
     """Lengths in tokens, see ``InferencePerfLengths``."""
 
     type: Literal["normal", "skew_normal", "lognormal", "uniform", "poisson", "fixed"] = "normal"
-    min: Count = 10
-    max: Count = 1024
-    mean: Positive = 512.0
+    min: Bounded = 10
+    max: Bounded = 1024
+    mean: Annotated[Positive, Field(le=1e8)] = 512.0
     std_dev: NonNegative | None = None
     variance: NonNegative | None = None
     skew: float = 0.0
@@ -204,11 +211,11 @@ class Distribution(Model):
 class SharedPrefixData(Model):
     """Lengths in tokens, as generated: encoding the text again gives others."""
 
-    num_groups: Count = 10
-    num_prompts_per_group: Count = 10
-    system_prompt_len: Count = 100
-    question_len: Count | Distribution = 50
-    output_len: Count | Distribution = 50
+    num_groups: Bounded = 10
+    num_prompts_per_group: Bounded = 10
+    system_prompt_len: Bounded = 100
+    question_len: Bounded | Distribution = 50
+    output_len: Bounded | Distribution = 50
     question_distribution: Distribution | None = None
     output_distribution: Distribution | None = None
     seed: int | None = None

@@ -211,7 +211,9 @@ class _Reader:
                 self._known_fields(source, ("pluginRef", "extractors"), at)
                 types.add(self._named(source.get("pluginRef"), plugins, f"{at}.pluginRef").type)
                 for each, extractor in enumerate(self._list(source, "extractors", at)):
-                    self._named(extractor.get("pluginRef"), plugins, f"{at}.extractors.{each}.pluginRef")
+                    place = f"{at}.extractors.{each}"
+                    self._known_fields(extractor, ("pluginRef",), place)
+                    self._named(extractor.get("pluginRef"), plugins, f"{place}.pluginRef")
             if layer.get("injectDefaults") is False and "metrics-data-source" not in types:
                 raise self.not_modelled(
                     "a picker without metrics is not modelled",

@@ -141,7 +141,7 @@ class PrecisePrefixes:
         if self._ttl_s is not None and backend.block_size in self._indexes:
             index, blocks = self._indexes[backend.block_size]
             keys = blocks.shared(cycle.request)
-            index.apply(PreciseIndex.expected(backend.index), BlockStored(tuple(keys)))
+            index.expect(backend.index, BlockStored(tuple(keys)))
             until = self._setting.clock() + self._ttl_s
             self._speculative.append((until, backend.block_size, backend.index, keys))
 
@@ -149,7 +149,7 @@ class PrecisePrefixes:
         while self._speculative and self._speculative[0][0] <= self._setting.clock():
             _until, size, server, keys = self._speculative.popleft()
             for key in keys:
-                self._indexes[size][0].apply(PreciseIndex.expected(server), BlockRemoved(key))
+                self._indexes[size][0].expect(server, BlockRemoved(key))
 
     def _known_tokens(self, request: Request) -> int:
         """Leading tokens of the prompt that it is scored on. The whole prompt is known to the next one."""
