@@ -40,6 +40,8 @@ class StreamClient:
         self._ready: deque[Job] = deque()  # arrived, wait for the semaphore
         self._stopped = False
         fleet.env.process(self._arrivals())
+        if stream.until_s is not None:
+            after(fleet.env, to_ps(stream.until_s), self._out_of_time)
 
     def stop(self) -> None:
         """Send no more; what was not sent was never part of the run."""
@@ -47,6 +49,14 @@ class StreamClient:
         unsent = {id(job.record) for job in self._ready}
         self._ready.clear()
         self.fleet.records = [record for record in self.fleet.records if id(record) not in unsent]
+        self.open = self._in_flight
+        if not self.open and not self.finished.triggered:
+            self.finished.succeed()
+
+    def _out_of_time(self) -> None:
+        if self.open:
+            self.fleet.ran_out |= not self._ready  # it would have sent more
+            self.stop()
 
     def _arrivals(self) -> Generator[simpy.Event, None, None]:
         env, start = self.fleet.env, int(self.fleet.env.now)
@@ -72,7 +82,8 @@ class StreamClient:
     def _done(self) -> None:
         self._in_flight -= 1
         self.open -= 1
-        if not self.open:
+        if not self.open and not self.finished.triggered:
+            self.fleet.ran_out |= self.stream.until_s is not None and not self._stopped
             self.finished.succeed()
         self._send()
 
@@ -109,6 +120,7 @@ class Fleet:
         self._rng = rng
         self.records: list[RequestRecord] = []
         self.failures: Counter[str] = Counter()  # why requests failed
+        self.ran_out = False  # whether a stream that sends until a time had too few requests for it
         self._stage_starts: list[float] = []
         self.replicas = [make_replica(env, index, client) for index in range(count)]
         self._router = router

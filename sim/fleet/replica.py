@@ -86,7 +86,7 @@ class Replica:
         self._step_seconds = step_time.seconds
         self._noise = noise
         self._floor = floor
-        self._api_server = ApiServer(env, costs, rng, self._put)
+        self._api_server = ApiServer(env, costs, rng, self._put, engine.config.preparation_round)
         self._client = client
         self._inbox: deque[tuple[int, Job | int]] = deque()  # (time, new job or id to abort)
         self._jobs: dict[int, Job] = {}
@@ -102,7 +102,7 @@ class Replica:
         self.outstanding += 1
         job.record.replica = self.index
         self._jobs[job.request.request_id] = job
-        self._api_server.accept(job)
+        self._api_server.accept(job, job.request.prompt_tokens)
 
     def abort(self, request_id: int) -> None:
         """The client has gone away."""

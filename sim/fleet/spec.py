@@ -38,6 +38,15 @@ class GpuSpec(Model):
     """Name in the catalogue (``sim/hardware/gpu.py``)."""
     file: InputFile | None = None
     """YAML or JSON file that describes a GPU of your own."""
+    per_node: Count = 8
+    """GPUs that are linked with each other: the most ranks that a model can be split over."""
+    peer_to_peer: bool | None = None
+    """Whether they read each other's memory. Default, over NVLink only: most servers do not let them over
+    PCIe."""
+    link_share: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Share of the link's bandwidth that all-reduces reach, in place of the profile's."""
+    allreduce_latency_us: NonNegative | None = None
+    """Latency of one small all-reduce, in place of the profile's."""
 
     @model_validator(mode="after")
     def _one(self) -> GpuSpec:

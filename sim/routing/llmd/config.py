@@ -30,7 +30,7 @@ def read_document(path: Path) -> dict[str, Any]:
     router = data.get("router")
     for chart in (data.get("inferenceExtension"), router.get("epp") if isinstance(router, dict) else None):
         texts = chart.get("pluginsCustomConfig") if isinstance(chart, dict) else None
-        if isinstance(texts, dict) and texts:
+        if isinstance(chart, dict) and isinstance(texts, dict) and texts:
             name = chart.get("pluginsConfigFile")
             name = name if isinstance(name, str) and name in texts else next(iter(texts))
             return parse_yaml(str(texts[name]), source=f"{path}: {name}")

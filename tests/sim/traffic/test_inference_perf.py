@@ -23,7 +23,8 @@ from servecast.sim.run.simulate import simulate
 from servecast.sim.scenario.reported import Column
 from servecast.sim.scenario.scenario import Scenario, load
 from servecast.sim.traffic.draw import draw
-from servecast.sim.traffic.inference_perf import InferencePerfWorkload, LoadSweep
+from servecast.sim.traffic.inference_perf.file import LoadSweep
+from servecast.sim.traffic.inference_perf.workload import InferencePerfWorkload
 from servecast.sim.traffic.spec import Polling
 
 FILE: dict[str, Any] = {
