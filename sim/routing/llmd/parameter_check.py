@@ -40,10 +40,13 @@ class ParameterCheck:
             if _beneath(path, kind.reads):
                 if plugin == "prefix-cache-scorer" and release.producers and path not in _SCORER_OWN:
                     raise parameters.error(
-                        f"{path} is a parameter of {APPROXIMATE}, not of {plugin}, since router-v0.9",
+                        f"{path} is a parameter of {APPROXIMATE}, not of {plugin}, since v1.5",
                         path,
                         f"Move it to a plugin of type {APPROXIMATE}.",
                     )
+                if plugin == "prefix-cache-scorer" and self._name == "v1.5" and path not in _SCORER_OWN:
+                    said = f"{plugin}.{path} (taken, although picker v1.5 reads it of {APPROXIMATE} alone)"
+                    self._notes.append(said)
                 if plugin in ("prefix-cache-scorer", APPROXIMATE):
                     self._index(plugin, path, parameters)
             elif why := _beneath(path, kind.refused):

@@ -268,10 +268,10 @@ def test_a_later_release_that_takes_it_is_named(text: str, release: str, group: 
 
 
 @pytest.mark.parametrize(
-    ("name", "release"), [("hashBlockSize", "v1.0"), ("autoTune", "v1.5"), ("lruCapacityPerServer", "v1.1")]
+    ("name", "release"), [("hashBlockSize", "v1.0"), ("autoTune", "v1.4"), ("lruCapacityPerServer", "v1.1")]
 )
 def test_an_earlier_release_that_takes_it_is_named(name: str, release: str) -> None:
-    """The prefix scorer had an index of its own up to v1.5; the newest where the parameter has an effect."""
+    """The prefix scorer had an index of its own up to v1.4; the newest where the parameter has an effect."""
     value = "false" if name == "autoTune" else "64"
     said = refusal(f"plugins: [{{type: prefix-cache-scorer, parameters: {{{name}: {value}}}}}]", group=OLD)
     assert f"{name} is a parameter of approx-prefix-cache-producer, not of prefix-cache-scorer" in said
