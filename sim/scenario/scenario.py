@@ -35,7 +35,7 @@ from servecast.sim.scenario.reported import Reported
 from servecast.sim.scenario.servers import SERVERS, Server, checked
 from servecast.sim.traffic.arrivals import ClosedLoop
 from servecast.sim.traffic.forms import WorkloadSpec, expand
-from servecast.sim.traffic.inference_perf import InferencePerfWorkload
+from servecast.sim.traffic.inference_perf.workload import InferencePerfWorkload
 from servecast.sim.traffic.spec import PlanSpec, StageSpec, StreamSpec, Sweep, Workload
 
 SCHEMA_VERSION = 1

@@ -292,7 +292,9 @@ def _flag(word: str, release: str, version: str | None) -> _Flag:
     head, _, key = head.partition(".")
     if not head.startswith("--"):
         if head.startswith("-O"):
-            return _Flag("optimization_level", "value" if word == "-O" or key else "switch", value or head[2:], key)
+            return _Flag(
+                "optimization_level", "value" if word == "-O" or key else "switch", value or head[2:], key
+            )
         name = known.short.get(head[1:], "")
     else:
         name = head[2:].replace("-", "_")
@@ -330,7 +332,9 @@ def _positive(name: str, takes: dict[str, str]) -> tuple[str, bool]:
 def _completed(name: str, takes: dict[str, str], head: str) -> str:
     """The one flag that begins so, as argparse completes it; the name itself where there is none."""
     switches = [flag for flag, kind in takes.items() if kind == "switch"]
-    names = [flag for flag in [*takes, *(f"no_{flag}" for flag in switches)] if name and flag.startswith(name)]
+    names = [
+        flag for flag in [*takes, *(f"no_{flag}" for flag in switches)] if name and flag.startswith(name)
+    ]
     if len(names) > 1:
         shown = ", ".join(f"--{flag.replace('_', '-')}" for flag in names[:4])
         raise InputError(f"{head} can mean {shown}", where=WHERE, fix="Write the flag out.")
