@@ -98,7 +98,12 @@ class ModelShape:
         if not isinstance(loaded, dict):
             raise InputError("is not a JSON object", where=str(path), fix="Give a model's config.json.")
         usual = path.resolve().parent.name if path.name == "config.json" else path.stem
-        return _parse(loaded, name or str(loaded.get("_name_or_path") or usual), str(path))
+        try:
+            return _parse(loaded, name or str(loaded.get("_name_or_path") or usual), str(path))
+        except (TypeError, AttributeError, ArithmeticError) as error:
+            raise InputError(
+                f"a field is not of its kind ({error})", where=str(path), fix="Give a model's config.json."
+            ) from None
 
     # -- weights ---------------------------------------------------------------------------------
 
