@@ -112,8 +112,20 @@ def fit(
             where=source,
             fix="Give a folder with dense.csv, per_sequence.csv and attention.csv, or another kind.",
         )
+    return _fit_measurements(source, kind, gpu, output, even_bad=even_bad, json_=json_)
+
+
+def _fit_measurements(
+    folder: str,
+    kind: Literal["physical", "grid"],
+    gpu: str | None,
+    output: Path,
+    *,
+    even_bad: bool,
+    json_: bool,
+) -> int:
     own = None if gpu is None else (GPU.from_file(gpu) if Path(gpu).suffix else find_gpu(gpu, where="--gpu"))
-    found = fit_folder(source, kind=kind, gpu=own, progress=_say)
+    found = fit_folder(folder, kind=kind, gpu=own, progress=_say)
     written = found.good or even_bad
     peaks = output.with_suffix(".gpu.json") if found.derived and written else None
     if written:
@@ -121,19 +133,9 @@ def fit(
         if peaks is not None:
             found.gpu.save(peaks)
     if json_:
-        files = {
-            "profile": str(output) if written else None,
-            "gpu": None if peaks is None else str(peaks),
-        }
-        print(
-            json.dumps(
-                {
-                    "good": found.good,
-                    **files,
-                    "fit": found.summary.model_dump(mode="json", exclude={"shown"}),
-                }
-            )
-        )
+        files = {"profile": str(output) if written else None, "gpu": None if peaks is None else str(peaks)}
+        fit = found.summary.model_dump(mode="json", exclude={"shown"})
+        print(json.dumps({"good": found.good, **files, "fit": fit}))
         if not found.good:
             _say(f"a bad fit: {'; '.join(found.summary.reasons)}")
         return 0 if found.good else 1

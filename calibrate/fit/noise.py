@@ -14,7 +14,6 @@ from scipy.optimize import nnls
 from servecast.calibrate.fit.rows import Overhead, Step
 from servecast.calibrate.measure.folder import Row
 from servecast.calibrate.measure.turns import complaints, lags, trusted
-from servecast.sim.fleet.front_end import MAX_ROUND
 from servecast.sim.hardware.front_end_costs import FrontEndCosts
 from servecast.sim.hardware.noise import StepNoise
 
@@ -85,13 +84,18 @@ def undisturbed(overheads: Sequence[Overhead]) -> tuple[tuple[Overhead, ...], li
     return kept, complaints(loads)
 
 
-def fit_front_end(overheads: Sequence[Overhead]) -> tuple[FrontEndCosts, tuple[str, ...]]:
+def fit_front_end(
+    overheads: Sequence[Overhead], preparation_round: int
+) -> tuple[FrontEndCosts, tuple[str, ...]]:
     """The costs in front of the engine, as ``sim.front_end`` spends them.
 
     c requests in preparation at a time are ready after latency + their rounds' costs; the tokens of a burst
     leave one after the other, first ones last, and are delivered after what a first token takes beyond that
     (a constant delay of the later ones moves none of their gaps). Server and client share one machine here,
     and what each of them takes is not told apart: all of it is the server's.
+
+    Args:
+        preparation_round: requests that the server prepared together, at most.
 
     Returns:
         The costs, and the names of those that the rows tell.
@@ -100,7 +104,7 @@ def fit_front_end(overheads: Sequence[Overhead]) -> tuple[FrontEndCosts, tuple[s
     outward = [row for row in overheads if row.kind == "token_out"]
     costs: dict[str, float] = {}
     if inward:
-        latency, request = _line(inward, [_mean_ready(_together(row)) for row in inward])
+        latency, request = _line(inward, [_mean_ready(_together(row), preparation_round) for row in inward])
         costs |= {"latency_s": latency, "request_s": request}
         fewest = min(map(_together, inward))
         alone = np.concatenate([row.times_s for row in inward if _together(row) == fewest])
@@ -141,9 +145,9 @@ def _mean_place(row: Overhead) -> float:
     return (1 + _together(row) - row.firsts) / 2
 
 
-def _mean_ready(requests: int) -> float:
+def _mean_ready(requests: int, most: int) -> float:
     """When a burst of requests is ready, on average, in units of one's cost (``front_end.Preparation``)."""
-    ready = [min(requests, MAX_ROUND * (at // MAX_ROUND + 1)) for at in range(requests)]
+    ready = [min(requests, most * (at // most + 1)) for at in range(requests)]
     return sum(ready) / requests
 
 

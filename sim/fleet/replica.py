@@ -37,6 +37,7 @@ class Job:
     request: Request
     record: RequestRecord
     done: Callable[[], None]
+    answered: Callable[[], None] | None = None  # called when the first token comes
 
 
 class Replica:
@@ -85,7 +86,7 @@ class Replica:
         self._step_seconds = step_time.seconds
         self._noise = noise
         self._floor = floor
-        self._api_server = ApiServer(env, costs, rng, self._put)
+        self._api_server = ApiServer(env, costs, rng, self._put, engine.config.preparation_round)
         self._client = client
         self._inbox: deque[tuple[int, Job | int]] = deque()  # (time, new job or id to abort)
         self._jobs: dict[int, Job] = {}
@@ -101,7 +102,7 @@ class Replica:
         self.outstanding += 1
         job.record.replica = self.index
         self._jobs[job.request.request_id] = job
-        self._api_server.accept(job)
+        self._api_server.accept(job, job.request.prompt_tokens)
 
     def abort(self, request_id: int) -> None:
         """The client has gone away."""
@@ -241,7 +242,10 @@ class Replica:
         last = first + pace * (emitted - 1)
         newest = len(step.first_tokens) - 1
         for position, request_id in enumerate(step.first_tokens):  # the newest stand last in the batch
-            self._jobs[request_id].record.first_token = last - pace * (newest - position)
+            job = self._jobs[request_id]
+            comes = job.record.first_token = last - pace * (newest - position)
+            if job.answered is not None:
+                after(self.env, comes - now, job.answered)
         share = (last - first) // (len(step.finished) or 1)
         for position, request_id in enumerate(step.finished):  # these are spread over the batch
             first_token = self._jobs[request_id].record.first_token or 0

@@ -40,8 +40,15 @@ def _human_int(text: str) -> int:
     return int(float(number) * 1000**power) if suffix.islower() else int(number) * 1024**power
 
 
-def _length(text: str) -> int | None:
-    return None if text.lower() in ("auto", "-1") else _human_int(text)
+def _length(text: str) -> int | str:
+    return "auto" if text.lower() in ("auto", "-1") else _human_int(text)
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    found = json.loads(text)
+    if not isinstance(found, dict):
+        raise ValueError
+    return found
 
 
 _TAKEN: dict[str, Callable[[str], Any]] = {
@@ -49,6 +56,8 @@ _TAKEN: dict[str, Callable[[str], Any]] = {
     "quantization": str,
     "kv_cache_dtype": str,
     "tensor_parallel_size": int,
+    "enable_expert_parallel": bool,
+    "hf_overrides": _mapping,
     "max_model_len": _length,
     "max_num_seqs": int,
     "max_num_batched_tokens": _human_int,
@@ -65,6 +74,7 @@ _TAKEN: dict[str, Callable[[str], Any]] = {
     "long_prefill_token_threshold_adaptive": bool,
     "watermark": float,
     "max_num_active_seqs": int,
+    "prefill_schedule_interval": int,
     "performance_mode": str,
     "enforce_eager": bool,
     "max_cudagraph_capture_size": int,
@@ -206,6 +216,7 @@ def _value(word: str, convert: Callable[[str], Any], value: str | None) -> Any:
     try:
         return convert(value)
     except ValueError:
+        what = "a JSON object" if convert is _mapping else "a number"
         raise InputError(
-            f"{word.split('=', 1)[0]} takes a number, not {value!r}", where=WHERE, fix="Correct the value."
+            f"{word.split('=', 1)[0]} takes {what}, not {value!r}", where=WHERE, fix="Correct the value."
         ) from None

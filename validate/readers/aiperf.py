@@ -24,7 +24,7 @@ from servecast.validate.readers.reading import (
     broken,
     expect,
 )
-from servecast.validate.readers.run_of import run_of, run_without_requests
+from servecast.validate.readers.run_of import Columns, run_of, run_without_requests
 
 SUMMARY = "profile_export_aiperf.json"
 _SUMMED = ("request_throughput", "request_latency", "request_count", "error_request_count")
@@ -265,16 +265,18 @@ def _reading(records: Sequence[_Record], summary: _Summary | None, path: Path) -
     run = run_of(
         context,
         str(path),
-        arrival=[seconds(each.metadata.credit_issued_ns) for each in counted],
-        sent=sent,
-        first_token=sent + column("time_to_first_token") / 1000,
-        finish=sent + column("request_latency") / 1000,
-        prompt_tokens=column("input_sequence_length"),
-        output_tokens=column("output_sequence_length"),
-        cached_tokens=column("usage_prompt_cache_read_tokens"),
-        status=status,
-        gaps=gaps,
-        start=0.0,
+        Columns(
+            arrival=[seconds(each.metadata.credit_issued_ns) for each in counted],
+            sent=sent,
+            first_token=sent + column("time_to_first_token") / 1000,
+            finish=sent + column("request_latency") / 1000,
+            prompt_tokens=column("input_sequence_length"),
+            output_tokens=column("output_sequence_length"),
+            cached_tokens=column("usage_prompt_cache_read_tokens"),
+            status=status,
+            gaps=gaps,
+            start=0.0,
+        ),
     )
     reported = {} if summary is None else summary.reported
     open_loop = context.max_concurrency is None

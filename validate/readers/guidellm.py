@@ -29,7 +29,7 @@ from servecast.validate.readers.reading import (
     expect,
     sampled,
 )
-from servecast.validate.readers.run_of import run_of, run_without_requests
+from servecast.validate.readers.run_of import Columns, run_of, run_without_requests
 
 FORM = "guidellm"
 _DAY_S = 86_400.0
@@ -275,15 +275,17 @@ def _reading(benchmark: _Benchmark, metadata: _Metadata, source: str) -> Reading
     run = run_of(
         context,
         source,
-        arrival=targets if one_clock else None,
-        sent=starts,
-        first_token=_column(timings, "first_token_iteration"),
-        finish=_column(timings, "last_token_iteration"),
-        prompt_tokens=_column(requests, "prompt_tokens"),
-        output_tokens=_column(requests, "output_tokens"),
-        cached_tokens=_column(requests, "cached_tokens"),
-        status=[status for status, _ in sent],
-        start=benchmark.start_time,
+        Columns(
+            arrival=targets if one_clock else None,
+            sent=starts,
+            first_token=_column(timings, "first_token_iteration"),
+            finish=_column(timings, "last_token_iteration"),
+            prompt_tokens=_column(requests, "prompt_tokens"),
+            output_tokens=_column(requests, "output_tokens"),
+            cached_tokens=_column(requests, "cached_tokens"),
+            status=[status for status, _ in sent],
+            start=benchmark.start_time,
+        ),
     )
     planned = one_clock and context.max_concurrency is None
     return Reading(source, context.load, context, run, reported, tuple(notes), planned=planned)

@@ -25,7 +25,7 @@ from servecast.validate.readers.reading import (
     expect,
     sampled,
 )
-from servecast.validate.readers.run_of import run_of, run_without_requests
+from servecast.validate.readers.run_of import Columns, run_of, run_without_requests
 
 FORM, OURS = "vllm bench serve", "servecast simulate"
 _TOTALS = ("total_input_tokens", "total_output_tokens")
@@ -149,13 +149,15 @@ def _run(details: _Details, result: _Result, context: Context, source: str) -> R
     return run_of(
         context,
         source,
-        arrival=None if details.queue_times is None else sent - np.array(details.queue_times),
-        sent=sent,
-        first_token=sent + ttft,
-        finish=finish,
-        prompt_tokens=details.input_lens,
-        output_tokens=details.output_lens,
-        status=np.where(finished, "finished", "failed").tolist(),
-        gaps=list(chain.from_iterable(compress(details.itls, finished))),
-        start=start,
+        Columns(
+            arrival=None if details.queue_times is None else sent - np.array(details.queue_times),
+            sent=sent,
+            first_token=sent + ttft,
+            finish=finish,
+            prompt_tokens=details.input_lens,
+            output_tokens=details.output_lens,
+            status=np.where(finished, "finished", "failed").tolist(),
+            gaps=list(chain.from_iterable(compress(details.itls, finished))),
+            start=start,
+        ),
     )

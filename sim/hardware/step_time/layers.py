@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from bisect import bisect_right
-from dataclasses import replace
 
 from pydantic import model_validator
 
@@ -91,17 +90,11 @@ class LayeredStepTime:
 
     def __init__(self, tables: LayerTables, shard: Shard, efficiencies: Efficiencies) -> None:
         model = shard.model
-        like = replace(
-            tables.shape,
-            name=model.name,
-            layers=model.layers,
-            max_position_embeddings=model.max_position_embeddings,
-        )
         for what, measured, asked in (
             ("GPU", tables.gpu, shard.gpu.name),
             ("tensor_parallel_size", 1, shard.tensor_parallel_size),
             ("KV bytes", 2, shard.kv_dtype_bytes),
-            ("model sizes", like == model, True),
+            ("model sizes", model.alike(tables.shape, "layers"), []),
         ):
             if measured != asked:
                 which = f": {measured}, not {asked}" if what != "model sizes" else ""

@@ -307,14 +307,14 @@ CASES = [
         {"engine.version": "0.7"},
         "engine.version",
         "no rule set for vLLM '0.7'",
-        "Use one of 0.10, 0.19, 0.23, 0.32, or set assume_rules to run under the nearest one.",
+        "Use 0.10, 0.19, or 0.20 to 0.33, or set assume_rules to run under the nearest of them.",
     ),
     scenario(
         "flag of another version",
         {"engine.watermark": 0.01},
         "engine.watermark",
         "vLLM 0.23 has no watermark",
-        "Remove it, or use version 0.32.",
+        "Remove it, or use version 0.24.",
     ),
     scenario(
         "pasted flag of another version",

@@ -260,7 +260,7 @@ def context_of(name: str, lengths: Mapping[str, Any]) -> Context:
     return dataclasses.replace(HARDWARE[name], **FIXED) if lengths is FIXED else HARDWARE[name]
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 3))])
 @pytest.mark.parametrize("lengths", [FIXED, VARIED], ids=["fixed", "varied"])
 @pytest.mark.parametrize("name", HARDWARE)
 @pytest.mark.parametrize("load_kind", ["closed", "open"])
