@@ -125,8 +125,7 @@ class TableReproduction:
             knee += f"\n{self.ranking.to_text()}"
         misses = "".join(f"\nknown miss: {miss}" for miss in self.known_misses)
         misses += "".join(
-            f"\nleft out: {each['rows']} rows, {_keys(each['row'])}: {each['reason']}"
-            for each in self.left_out
+            f"\nleft out: {each['rows']} rows, {_keys(each['row'])}: {each['reason']}" for each in self.left_out
         )
         what_ifs = "".join(f"\n\n{what_if.to_text()}" for what_if in self.what_ifs)
         return f"{self.name}: predicted, error against reported\n{text}{knee}{misses}{what_ifs}"

@@ -119,9 +119,7 @@ class Vllm:
         if minor_release(flags.version) != release:
             notes.append(f"vLLM {flags.version} has no rule set; assumed to behave as {release}")
         if flags.prefill_schedule_interval > 1 and not _keeps_prefills_apart(release):
-            notes.append(
-                f"prefill_schedule_interval has no effect in vLLM {release} without data parallelism"
-            )
+            notes.append(f"prefill_schedule_interval has no effect in vLLM {release} without data parallelism")
         if RELEASES[release].note:
             notes.append(RELEASES[release].note)
         if flags.serve_command is not None and flags.serve_command.ignored:
