@@ -95,7 +95,9 @@ def _in_shell(text: str) -> Pasted:
             variables |= _variables(words[:end])
             words = words[end + 1 :]
     raise InputError(
-        f"{text.strip()[:40]!r} is not a vllm serve command", where=WHERE, fix="Paste it from 'vllm serve' on."
+        f"{text.strip()[:40]!r} is not a vllm serve command",
+        where=WHERE,
+        fix="Paste it from 'vllm serve' on.",
     )
 
 

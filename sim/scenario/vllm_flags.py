@@ -292,7 +292,9 @@ def _flag(word: str, release: str, version: str | None) -> _Flag:
     head, _, key = head.partition(".")
     if not head.startswith("--"):
         if head.startswith("-O"):
-            return _Flag("optimization_level", "value" if word == "-O" or key else "switch", value or head[2:], key)
+            return _Flag(
+                "optimization_level", "value" if word == "-O" or key else "switch", value or head[2:], key
+            )
         name = known.short.get(head[1:], "")
     else:
         name = head[2:].replace("-", "_")
@@ -300,7 +302,8 @@ def _flag(word: str, release: str, version: str | None) -> _Flag:
         name = "gpu_memory_utilization"
     if name not in takes and name not in known.takes:
         name = _completed(name, takes, head)
-    name, positive = _positive(name, takes)
+    both_ways = release not in known.releases or known.releases.index(release) >= known.releases.index("0.33")
+    name, positive = _positive(name, takes, both_ways=both_ways)
     if name in takes:
         return _Flag(name, "value" if key else takes[name], value if positive else "no", key)
     if name in known.takes:
@@ -317,11 +320,11 @@ def _flag(word: str, release: str, version: str | None) -> _Flag:
     )
 
 
-def _positive(name: str, takes: dict[str, str]) -> tuple[str, bool]:
-    """The switch that a name turns on, or off: --no-..., and since 0.33 --disable-... for --enable-..."""
+def _positive(name: str, takes: dict[str, str], *, both_ways: bool) -> tuple[str, bool]:
+    """The switch that a name turns on, or off: --no-..., and ``both_ways`` --disable-... for --enable-..."""
     if name in takes:
         return name, True
-    opposites = {"no": "", "disable": "enable_", "enable": "disable_"}
+    opposites = {"no": ""} | ({"disable": "enable_", "enable": "disable_"} if both_ways else {})
     start, _, rest = name.partition("_")
     switch = opposites.get(start, start) + rest
     return (switch, False) if takes.get(switch) == "switch" else (name, True)
@@ -330,7 +333,9 @@ def _positive(name: str, takes: dict[str, str]) -> tuple[str, bool]:
 def _completed(name: str, takes: dict[str, str], head: str) -> str:
     """The one flag that begins so, as argparse completes it; the name itself where there is none."""
     switches = [flag for flag, kind in takes.items() if kind == "switch"]
-    names = [flag for flag in [*takes, *(f"no_{flag}" for flag in switches)] if name and flag.startswith(name)]
+    names = [
+        flag for flag in [*takes, *(f"no_{flag}" for flag in switches)] if name and flag.startswith(name)
+    ]
     if len(names) > 1:
         shown = ", ".join(f"--{flag.replace('_', '-')}" for flag in names[:4])
         raise InputError(f"{head} can mean {shown}", where=WHERE, fix="Write the flag out.")

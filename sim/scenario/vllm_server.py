@@ -121,12 +121,16 @@ class Vllm:
         if minor_release(flags.version) != release:
             notes.append(f"vLLM {flags.version} has no rule set; assumed to behave as {release}")
         if flags.prefill_schedule_interval > 1 and not _keeps_prefills_apart(release):
-            notes.append(f"prefill_schedule_interval has no effect in vLLM {release} without data parallelism")
+            notes.append(
+                f"prefill_schedule_interval has no effect in vLLM {release} without data parallelism"
+            )
         if RELEASES[release].note:
             notes.append(RELEASES[release].note)
         command = flags.serve_command
         if command is not None and command.release and minor_release(command.release) != release:
-            notes.append(f"the command's image is vLLM {command.release}, engine.version says {flags.version}")
+            notes.append(
+                f"the command's image is vLLM {command.release}, engine.version says {flags.version}"
+            )
         if command is not None and command.widening:
             notes.append(
                 f"not modelled, and {FLAG_BAND:.0%} more error for each: {', '.join(command.widening)}"
