@@ -15,11 +15,11 @@ plan: $(VENV)/.installed
 check: lint types unit
 
 unit: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m "not vllm and not live and not slow" -n auto --dist loadfile
+	$(BIN)/python -m pytest -m "not vllm and not live and not slow" -n logical --dist loadfile
 
 # Live tests judge predictions against real servers on this machine: last, since they want it for themselves.
 test: check vllm litellm prometheus
-	$(BIN)/python -m pytest -m "(vllm or slow) and not live" -n auto --dist loadfile
+	$(BIN)/python -m pytest -m "(vllm or slow) and not live" -n logical --dist loadfile
 	$(BIN)/python -m pytest -m live
 
 # Measures the committed results of live runs that need no GPU anew; takes twenty minutes, and wants a machine

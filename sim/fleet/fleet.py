@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Sequence
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -19,9 +20,10 @@ from servecast.sim.fleet.spec import Life
 from servecast.sim.inputs.units import to_ps, to_seconds
 from servecast.sim.metrics.records import STEP_COLUMNS, RequestRecord, Run, requests_frame
 from servecast.sim.routing.options import RouterOptions
-from servecast.sim.routing.routers import Informed, Router
+from servecast.sim.routing.routers import Answered, Informed, Router
 
 NOT_READY = "no replica was ready (503)"
+_UNPICKED = "the router let no replica pass (503)"
 _REFUSED = "sent to a replica that had failed before the router knew"
 _LOST = "in flight on a replica that failed"
 
@@ -134,6 +136,7 @@ class Fleet:
             if endpoint.life != Life():
                 env.process(self._live(endpoint, to_ps(detection_s)))
         self._informed = router if isinstance(router, Informed) else None
+        self._told = router if isinstance(router, Answered) else None
         if self._informed is not None:
             self._informed.connect(self._endpoints)
 
@@ -156,8 +159,12 @@ class Fleet:
         if not self._ready:  # HTTP 503
             self._fail(job, NOT_READY)
             return
-        replica = self._ready[self._router.pick(job.request, self._ready)].replica
-        informed = self._informed
+        position = self._router.pick(job.request, self._ready)
+        if position is None:
+            self._fail(job, _UNPICKED)
+            return
+        replica = self._ready[position].replica
+        informed, told = self._informed, self._told
         if informed is not None:
             request, done, index = job.request, job.done, replica.index
 
@@ -166,6 +173,8 @@ class Fleet:
                 done()
 
             job.done = ended
+        if told is not None:
+            job.answered = partial(told.answered, job.request, replica.index)
         if replica.failed:
             job.record.replica = replica.index
             self._fail(job, _REFUSED)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import simpy
 
+from servecast.sim.fleet.client import SerialProcess
 from servecast.sim.hardware.front_end_costs import FrontEndCosts
 from servecast.sim.inputs.units import to_ps
 
@@ -81,6 +82,7 @@ class ApiServer:
         "_env",
         "_preparation",
         "_sent",
+        "_tokenizer",
         "_token_ps",
         "_variation",
     )
@@ -98,6 +100,7 @@ class ApiServer:
         self._deliver = deliver
         self._preparation = Preparation(env, preparation_round)
         self._delivery_ps = to_ps(costs.delivery_s)
+        self._tokenizer = SerialProcess()
         self._sent = 0  # when the last token so far is
         self._token_ps = to_ps(costs.token_s)
         self._variation = _gamma_factors(costs.cv, rng)
@@ -127,10 +130,17 @@ class ApiServer:
         return self._sent + self._delivery_ps - cost * (tokens - 1), cost, events
 
     def _prepare(self, item: Any, prompt_tokens: int) -> None:
-        costs = self._costs
-        cost = to_ps(costs.request_s * next(self._variation) + costs.prompt_token_s * prompt_tokens)
+        cost = to_ps(self._costs.request_s * next(self._variation))
         if cost:
-            self._preparation.start(cost, lambda: self._deliver(item))
+            self._preparation.start(cost, lambda: self._encode(item, prompt_tokens))
+        else:
+            self._encode(item, prompt_tokens)
+
+    def _encode(self, item: Any, prompt_tokens: int) -> None:
+        """The tokenizer's thread takes one prompt after the other."""
+        cost, now = to_ps(self._costs.prompt_token_s * prompt_tokens), int(self._env.now)
+        if cost:
+            after(self._env, self._tokenizer.serve(now, cost) - now, lambda: self._deliver(item))
         else:
             self._deliver(item)
 

@@ -37,6 +37,7 @@ class Job:
     request: Request
     record: RequestRecord
     done: Callable[[], None]
+    answered: Callable[[], None] | None = None  # called when the first token comes
 
 
 class Replica:
@@ -241,7 +242,10 @@ class Replica:
         last = first + pace * (emitted - 1)
         newest = len(step.first_tokens) - 1
         for position, request_id in enumerate(step.first_tokens):  # the newest stand last in the batch
-            self._jobs[request_id].record.first_token = last - pace * (newest - position)
+            job = self._jobs[request_id]
+            comes = job.record.first_token = last - pace * (newest - position)
+            if job.answered is not None:
+                after(self.env, comes - now, job.answered)
         share = (last - first) // (len(step.finished) or 1)
         for position, request_id in enumerate(step.finished):  # these are spread over the batch
             first_token = self._jobs[request_id].record.first_token or 0

@@ -1,8 +1,12 @@
-"""What a prediction rests on, and how its error band widens with the distance from what was measured.
+"""What a prediction rests on, and how its error bands widen with the distance from what was measured.
 
 Efficiencies carry over between models on one GPU, and less surely between GPUs. What that costs is known
 where a fit left one of its models out and predicted it from the others; elsewhere the widths below are
 assumed, and said to be.
+
+Each metric has a band of its own. Those from kernel timings, and that of TTFT on any basis, come from real runs:
+``scenarios/make/error_bands.py`` derives them from the shipped reproductions, group by group, each from all other
+groups, and a test holds how many rows of the group that was left out lie inside.
 """
 
 from __future__ import annotations
@@ -16,11 +20,78 @@ from servecast.sim.hardware.shard import Shard
 from servecast.sim.inputs.errors import InputError
 
 TYPICAL_BAND = 0.3  # of a GPU that nobody measured
-KERNELS_BAND = 0.25  # of token times from kernel timings: kept by 99 % of 195 runs on H100 and H200
 MODEL_BAND = 0.2  # least band of another model, where the fit did not leave one out
 GPU_BAND = 0.3  # least band of another GPU
 PER_DOUBLING = 0.02  # more for each doubling of the weights of the nearest model, or of the bandwidth
 PER_RANK_DOUBLING = 0.05  # more for each doubling of the ranks: all-reduces that nobody measured
+
+
+@dataclass(frozen=True, slots=True)
+class Bands:
+    """Relative error bands of means and medians, by metric: nine in ten predictions err by no more, relative to
+    what is measured. None where it is not known.
+
+    Attributes:
+        tpot: token times. ttft: time to the first token. throughput: tokens or requests a second of a load that
+            keeps the server busy, and E2E latencies.
+        max_rate: the largest rate that meets objectives. kv_tokens: size of the KV pool.
+        guessed: those that no real measurement supports.
+    """
+
+    tpot: float | None = None
+    ttft: float | None = None
+    throughput: float | None = None
+    max_rate: float | None = None
+    kv_tokens: float | None = None
+    guessed: tuple[str, ...] = ()
+
+    def of(self, metric: str) -> float | None:
+        """Of a reported column's metric."""
+        return {
+            "ttft": self.ttft,
+            "tpot": self.tpot,
+            "itl": self.tpot,
+            "e2el": self.throughput,
+            "makespan": self.throughput,
+            "output_throughput": self.throughput,
+            "request_throughput": self.throughput,
+        }.get(metric)
+
+    def wider(self, extra: float) -> Bands:
+        """With ``extra`` more for whatever a step's time decides, by a guess."""
+        if not extra:
+            return self
+        timed = {
+            name: band
+            for name in ("tpot", "ttft", "throughput", "max_rate")
+            if (band := getattr(self, name)) is not None
+        }
+        guessed = tuple(dict.fromkeys([*self.guessed, *timed]))
+        return replace(self, **{name: band + extra for name, band in timed.items()}, guessed=guessed)
+
+    def to_text(self) -> str:
+        """In one line; "?" behind what is a guess."""
+        names = {"tpot": "TPOT", "ttft": "TTFT", "throughput": "throughput"}
+        names |= {"max_rate": "largest rate", "kv_tokens": "KV tokens"}
+        known = {name: getattr(self, name) for name in names}
+        parts = [
+            f"{names[name]} +-{band:.0%}{'?' if name in self.guessed else ''}"
+            for name, band in known.items()
+            if band is not None
+        ]
+        return ", ".join(parts) or "not known"
+
+
+KV_TOKENS = 0.08  # kept by 24 of 27 pools that vLLM logged
+FITTED_TTFT = 0.55  # of a basis that was fitted end to end
+FITTED_THROUGHPUT = 0.08
+KERNELS = {  # own kernel timings, by the weights' and activations' precision
+    "bf16": Bands(tpot=0.2, ttft=0.5, throughput=0.2),
+    "fp8": Bands(tpot=0.2, ttft=0.5, throughput=0.2),
+}
+KERNELS_MOE = Bands(tpot=0.3, ttft=0.7, throughput=0.3)  # mixture of experts: nothing is left out to tell
+KERNELS_FAMILY = Bands(tpot=0.3, ttft=0.6, throughput=0.35)  # timings of the nearest GPU
+TYPICAL = Bands(tpot=TYPICAL_BAND, ttft=0.6, throughput=0.45)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +107,7 @@ class Transfer:
         rank_doublings: log2 of the tensor-parallel size over the profile's.
         gpu_doublings: log2 of the bandwidth over that of the profile's GPU; NaN where that is not in the
             catalogue, None on the same GPU.
-        error_band: relative; None if not known.
+        bands: relative, by metric.
         of_kernels: single kernels were timed.
     """
 
@@ -44,8 +115,13 @@ class Transfer:
     model_doublings: float
     rank_doublings: float
     gpu_doublings: float | None
-    error_band: float | None
+    bands: Bands
     of_kernels: bool = False
+
+    @property
+    def error_band(self) -> float | None:
+        """That of token times."""
+        return self.bands.tpot
 
     @property
     def distance(self) -> tuple[str, ...]:
@@ -75,23 +151,59 @@ def transfer(profile: Profile, shard: Shard) -> Transfer:
     gpus = _gpu_doublings(profile, shard.gpu)
     if profile.of_kernel_timings:
         if gpus is None:
-            basis, band = f"measured kernels of the {profile.gpu}", KERNELS_BAND
+            basis, bands = f"measured kernels of the {profile.gpu}", _of_kernels(shard)
         else:
             basis = f"kernels of the {profile.gpu} scaled to the {shard.gpu.name} by peak and bandwidth"
-            band = GPU_BAND + PER_DOUBLING * _size(gpus)
-        return Transfer(basis, 0.0, 0.0, gpus, band, of_kernels=True)
+            bands = _of_family(shard, gpus)
+        return Transfer(basis, 0.0, 0.0, gpus, bands, of_kernels=True)
     if all(entry.origin == "assumed" for entry in profile.provenance):
-        return Transfer("physics only", models, ranks, gpus, max(TYPICAL_BAND, profile.error_band or 0.0))
+        typical = replace(TYPICAL, tpot=max(TYPICAL_BAND, profile.error_band or 0.0))
+        return Transfer("physics only", models, ranks, gpus, _with_rate(typical))
     if models == 0 and ranks == 0 and gpus is None:
         basis = "fitted to a report" if profile.fitted_rows else "measured here"
-        return Transfer(basis, models, ranks, gpus, profile.error_band)
+        return Transfer(basis, models, ranks, gpus, _with_rate(_fitted(profile.error_band, FITTED_TTFT)))
     band = 1.5 * (profile.error_band or 0.0)
     if models != 0:
         band = max(band, _left_out(profile)) + PER_DOUBLING * _size(models)
     if gpus is not None:
         band = max(band, GPU_BAND) + PER_DOUBLING * _size(gpus)
     band += PER_RANK_DOUBLING * abs(ranks)
-    return Transfer("scaled from a measured reference", models, ranks, gpus, band)
+    ttft = FITTED_TTFT + band - (profile.error_band or 0.0)  # as much wider as that of token times
+    guessed = ("ttft", "throughput") if models == 0 or _told(profile) else ("tpot", "ttft", "throughput")
+    bands = _with_rate(replace(_fitted(band, ttft), guessed=guessed))
+    return Transfer("scaled from a measured reference", models, ranks, gpus, bands)
+
+
+def _of_kernels(shard: Shard) -> Bands:
+    """From timings of this GPU's kernels."""
+    if shard.model.moe_layers:
+        return _with_rate(replace(KERNELS_MOE, guessed=("tpot", "ttft", "throughput")))
+    return _with_rate(KERNELS["fp8" if shard.model.weight_bytes_each == 1 else "bf16"])
+
+
+def _of_family(shard: Shard, gpu_doublings: float) -> Bands:
+    """From timings of another GPU's kernels: a guess, wider by how much the bandwidths differ."""
+    bands, more = max(_of_kernels(shard), KERNELS_FAMILY, key=lambda each: each.tpot or 0), PER_DOUBLING
+    more *= _size(gpu_doublings)
+    wider = {name: getattr(bands, name) + more for name in ("tpot", "ttft", "throughput")}
+    return _with_rate(Bands(**wider, guessed=("tpot", "ttft", "throughput")))
+
+
+def _fitted(tpot: float | None, ttft: float) -> Bands:
+    throughput = None if tpot is None else max(tpot, FITTED_THROUGHPUT)
+    return Bands(tpot=tpot, ttft=ttft, throughput=throughput)
+
+
+def _with_rate(bands: Bands) -> Bands:
+    """With the bands of what follows: a KV pool hardly depends on the basis, and the largest rate of an
+    objective moves more than the throughput of a busy server, by how much is a guess."""
+    rate = None if bands.throughput is None else 1.5 * bands.throughput
+    return replace(bands, max_rate=rate, kv_tokens=KV_TOKENS, guessed=(*bands.guessed, "max_rate"))
+
+
+def _told(profile: Profile) -> bool:
+    """Whether its fit left models out and predicted them."""
+    return bool(profile.fit and profile.fit.transfer)
 
 
 def _size(doublings: float) -> float:

@@ -18,7 +18,8 @@ class FrontEndCosts:
 
     Attributes:
         request_s: API server, per request: HTTP, chat template, tokenizer; requests in progress share it.
-        prompt_token_s: the same per token of a prompt: tokenizer, JSON. That of text; see ``of_prompts``.
+        prompt_token_s: the tokenizer's thread behind it, serial, per token of a prompt, JSON included. That of
+            text; see ``of_prompts``.
         token_s: API server, serial, per event streamed, of one token unless it lags: detokenizer, one event.
         latency_s: per request, not serial, on its way to the engine: connection, network, wake-ups.
         delivery_s: per token, not serial, on its way from the engine: wake-ups, network.

@@ -33,6 +33,7 @@ from servecast.sim.inputs.files import write_whole
 SCHEMA_VERSION: Literal[1] = 1
 
 Range = tuple[float, float]
+LINK = ("link", "allreduce_s")  # the efficiencies that tell of all-reduces
 
 
 class _Strict(BaseModel):
@@ -59,7 +60,7 @@ class Provenance(_Strict):
     """Where one parameter comes from: "efficiencies.compute", "front_end.request_s", ..."""
 
     parameter: str
-    origin: Literal["measured", "fitted", "kernels", "assumed"]
+    origin: Literal["measured", "fitted", "kernels", "assumed", "given"]
     note: str = ""
 
 
@@ -125,18 +126,22 @@ class Profile(_Strict):
         """A profile from timings of single kernels: no step, server or model was measured.
 
         The host's times and the front end's are assumed. Without async scheduling the GPU waits while the host
-        prepares a step, about 1.5 ms and 25 us a request.
+        prepares a step, about 1.5 ms and 25 us a request. Launching a layer's dozen kernels takes the host about
+        0.5 ms, which short prompts outside CUDA graphs are bound by.
 
         Raises:
             InputError: the kernels of this model's weights were not timed.
         """
-        efficiencies = constants.efficiencies(shard)
+        efficiencies = replace(constants.efficiencies(shard), eager_layer_s=0.5e-3)
         if not async_scheduling:
             efficiencies = replace(efficiencies, host_fixed_s=1.5e-3, host_per_seq_s=25e-6)
         note = f"kernel timings on {constants.gpu}, {constants.release}"
         if constants.gpu != shard.gpu.name:
             note += ", scaled by peak and bandwidth"
-        assumed = [f"efficiencies.{name}" for name in ("host_fixed_s", "host_per_seq_s")]
+        if constants.compute_factor != 1.0:
+            note += f", compute times {constants.compute_factor:.2f} for its power"
+        link = constants.link_note(shard)
+        assumed = [f"efficiencies.{name}" for name in ("host_fixed_s", "host_per_seq_s", "eager_layer_s")]
         assumed += [f"front_end.{field.name}" for field in fields(FrontEndCosts)]
         return cls(
             servecast_version=version("servecast"),
@@ -150,7 +155,12 @@ class Profile(_Strict):
                 *(
                     Provenance(parameter=f"efficiencies.{name}", origin="kernels", note=note)
                     for name in (*Efficiencies.parameters(), "by_kernel")
-                    if f"efficiencies.{name}" not in assumed
+                    if f"efficiencies.{name}" not in assumed and (name not in LINK or link is None)
+                ),
+                *(
+                    Provenance(parameter=f"efficiencies.{name}", origin="assumed", note=link)
+                    for name in LINK
+                    if link is not None
                 ),
                 *(Provenance(parameter=name, origin="assumed", note="typical value") for name in assumed),
             ),

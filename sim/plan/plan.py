@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
+from servecast.sim.hardware.error_band import Bands
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.metrics.binding import Binding
 from servecast.sim.metrics.records import Run
@@ -86,9 +87,14 @@ class PlanAnswer(Answer):
 
     @property
     def error_band(self) -> float | None:
-        """Relative error band of the latencies, None where it is not known."""
+        """Relative error band of token times, None where it is not known; see ``bands``."""
         band: float | None = self.context["error_band"]
         return band
+
+    @property
+    def bands(self) -> Bands:
+        """Relative error bands by metric, that of the largest rate among them."""
+        return Bands(**self.context["error_bands"])
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -154,9 +160,9 @@ class PlanAnswer(Answer):
             lines.append(f"Cost of a million output tokens: {found.cost_per_million_output_tokens:.3g}")
         if self.sensitivity:
             lines += [_sensitivity_text(self.sensitivity), ""]
-        band = "error not known" if self.error_band is None else f"error band +-{self.error_band:.0%}"
         basis, profile = self.provenance["basis"], self.provenance["profile"]
-        lines.append(f"Rests on: {basis}; profile {profile}; {band}; seed {found.seed}")
+        lines.append(f"Rests on: {basis}; profile {profile}; seed {found.seed}")
+        lines.append(f"Error bands: {self.bands.to_text()}")
         lines += engine_lines(self.context)
         return "\n".join([*lines, *(f"note: {note}" for note in self.context["notes"])])
 
@@ -173,12 +179,11 @@ class PlanAnswer(Answer):
     def _page_context(self) -> PageContext:
         made, objectives = self.context, self.found.objectives
         asked = [str(slo) for slo in objectives.slos] or [f"goodput {objectives.goodput}"]
-        band = self.error_band
         return PageContext(
             title=f"servecast plan: {made['scenario']}",
             question=f"How many requests a second can {made['model_id']} on {made['gpu']} serve at "
             f"{' and '.join(asked)}?",
-            band=f"Latencies within {band:.0%}." if band else "The error of this profile is not known.",
+            band=f"Error bands: {self.bands.to_text()}.",
             run_context={
                 **(made["run_context"] or {}),
                 **{f"what-if: {field}": value for field, value in made["what_if"].items()},

@@ -80,6 +80,11 @@ class PreciseIndex:
         self._size, self._pods = size, pods
         self._servers: OrderedDict[int, dict[int, None]] = OrderedDict()  # block -> servers
 
+    @staticmethod
+    def expected(server: int) -> int:
+        """Who holds what a server is expected to hold soon; it counts as the server's, and goes apart."""
+        return ~server
+
     def apply(self, server: int, event: KVEvent) -> None:
         """An event of a server."""
         if isinstance(event, BlockStored):
@@ -115,11 +120,12 @@ class PreciseIndex:
             holders = find(key)
             if holders is None:
                 break
+            servers = {max(server, ~server) for server in holders}
             if not reached:
-                active = set(holders)
-            elif not holders.keys() >= active:
-                counts |= dict.fromkeys(active - holders.keys(), reached)
-                active &= holders.keys()
+                active = servers
+            elif not servers >= active:
+                counts |= dict.fromkeys(active - servers, reached)
+                active &= servers
                 if not active:
                     break
             reached += 1

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from servecast.sim.fleet.spec import Fleet
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.inputs.files import write_whole
 from servecast.sim.metrics.fleet_load import fleet_load
@@ -52,6 +53,14 @@ _FLAGS = (  # of the engine, that are printed as resolved
     "kv_cache_dtype",
 )
 _SWITCHES = ("enable_prefix_caching", "enable_chunked_prefill", "async_scheduling")
+_OTHERS = (  # by their fields
+    ({"aiperf_version"}, "aiperf"),
+    ({"input_config"}, "aiperf or genai-perf"),
+    ({"benchmarks"}, "guidellm"),
+    ({"load_summary", "successes"}, "inference-perf"),
+    ({"version", "run", "results"}, "an llm-d Benchmark Report"),
+    ({"version", "scenario", "metrics"}, "an llm-d Benchmark Report"),
+)
 _VLLM_KEYS = ("completed", "duration", "output_throughput")  # in every result of vllm bench serve
 
 
@@ -85,6 +94,7 @@ def context(deployment: Deployment, *, seed: int) -> dict[str, Any]:
         "assumptions": [each.model_dump() for each in scenario.assumptions],
         "provenance": deployment.provenance(),
         "error_band": deployment.error_band,
+        "error_bands": asdict(deployment.bands),
         "kv_cache": deployment.memory.facts(),
         "notes": list(deployment.notes),
     }
@@ -157,7 +167,7 @@ def measured(part: Mapping[str, Any]) -> dict[str, float | None]:
 
 def cautions(deployment: Deployment, run: Run) -> list[str]:
     """What a reader of a run should know, in words: what of it lies beyond the data of its profile's fit, and
-    a risk that the GPU's memory does not suffice."""
+    a risk that the GPU's memory does not suffice, and what its router could not do."""
     steps, requests = run.steps, run.requests
     tokens = steps["prefill_tokens"] + steps["decodes"]
     batch = steps["prefill_requests"] + steps["decodes"]
@@ -168,7 +178,25 @@ def cautions(deployment: Deployment, run: Run) -> list[str]:
         context=(float(requests["prompt_tokens"].min()), float(length.max())),
     )
     risk = deployment.memory_risk(int(requests["prompt_tokens"].max()))
-    return [text for text in (beyond, risk and risk.warning) if text]
+    routed = _routed(deployment.scenario.fleet, requests)
+    return [text for text in (beyond, risk and risk.warning, *routed) if text]
+
+
+def _routed(fleet: Fleet, requests: pd.DataFrame) -> list[str]:
+    """What a router could not do with these requests."""
+    said, replicas = [], requests["replica"].dropna().unique()
+    if fleet.size < 2 or len(requests) < 2:
+        return said
+    if fleet.asks_sessions and requests["group"].isna().all():
+        said.append(f"{fleet.router_name}: no request has a session or group, so there is nothing to hold to")
+    if len(replicas) == 1:
+        why = ""
+        if fleet.router == "prefix_affinity":
+            why = f": all prompts have the same first {fleet.router_options.prefix_tokens} tokens"
+        said.append(
+            f"{fleet.router_name} sent all {len(requests):,} requests to replica {replicas[0]} of {fleet.size}{why}"
+        )
+    return said
 
 
 def _detailed(run: Run) -> dict[str, Any]:
@@ -244,7 +272,15 @@ def read_result(path: Path) -> dict[str, Any]:
         ) from None
     if not isinstance(document, dict):
         raise InputError("is not a JSON object", where=str(path), fix="Give a result's JSON file.")
-    found = document.get("schema_version", SCHEMA_VERSION if "servecast_version" not in document else None)
+    ours = "servecast_version" in document
+    other = None if ours else next((tool for keys, tool in _OTHERS if keys <= document.keys()), None)
+    if other is not None:
+        raise InputError(
+            f"is a result of {other}; this reads those of servecast simulate and of vllm bench serve",
+            where=str(path),
+            fix="servecast check asks whether it can be true, validate result whether it is predicted.",
+        )
+    found = document.get("schema_version") if ours else SCHEMA_VERSION
     if found != SCHEMA_VERSION:
         raise InputError(
             f"schema version {found!r}, this servecast reads {SCHEMA_VERSION}",

@@ -23,6 +23,7 @@ from servecast.sim.scenario.deployment import Deployment
 from servecast.sim.scenario.scenario import Scenario
 from servecast.sim.traffic.arrivals import ClosedLoop
 from servecast.sim.traffic.draw import CLOSED_LOOP_REQUESTS, check_requests, draw, with_request_rate
+from servecast.sim.traffic.inference_perf import InferencePerfWorkload
 from servecast.sim.traffic.spec import Workload
 
 _MOST_REQUESTS = 10_000_000  # of a closed loop
@@ -54,7 +55,7 @@ def simulate(
         if [len(stage.streams) for stage in stages] == [1]:
             load = {"max_concurrency": stages[0].streams[0].max_concurrency}
         return _run(deployment, stages, seed, load)[0]
-    workload = deployment.scenario.stages() if workload is None else workload
+    workload = _own_workload(deployment) if workload is None else workload
     requests, before = CLOSED_LOOP_REQUESTS, 0
     while True:
         stages = draw(workload, seed, closed_loop=requests)
@@ -141,6 +142,25 @@ def _closed_loop(stage: Stage) -> tuple[int, float] | None:
     if len(front) != 1 or front[0].until_s is None or front[0].max_concurrency is None:
         return None
     return front[0].max_concurrency, front[0].until_s
+
+
+def _own_workload(deployment: Deployment) -> Workload:
+    """The scenario's workload. The stages of inference-perf's sweep are those that its burst leads to, with the
+    scenario's own seed, so that all seeds have the same."""
+    scenario = deployment.scenario
+    spec, workload = scenario.workload, scenario.stages()
+    sweep = spec.asks_server() if isinstance(spec, InferencePerfWorkload) else None
+    if sweep is None:
+        return workload
+    requests = simulate(deployment, seed=scenario.seed, workload=workload).requests
+    rate = sweep.saturation_rate(requests["sent"].to_numpy(), requests["finish"].to_numpy())
+    if rate is None or rate <= 1:
+        raise InputError(
+            "the burst of the sweep does not saturate the server",
+            where=f"{spec.inference_perf}: load.sweep",
+            fix="Raise num_requests or timeout, or give workload.saturation_rate.",
+        )
+    return spec.model_copy(update={"saturation_rate": rate}).workload()
 
 
 def _deployments(deployment: Deployment) -> list[Deployment]:

@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
+from servecast.sim.hardware.error_band import Bands
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.metrics.metrics import steady_s, vllm_bench_text
 from servecast.sim.metrics.records import Run
@@ -67,9 +68,14 @@ class Simulation(Answer):
 
     @property
     def error_band(self) -> float | None:
-        """Relative error band of the latencies, None where it is not known."""
+        """Relative error band of token times, None where it is not known; see ``bands``."""
         band: float | None = self.result["error_band"]
         return band
+
+    @property
+    def bands(self) -> Bands:
+        """Relative error bands by metric."""
+        return Bands(**self.result["error_bands"])
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -196,12 +202,12 @@ def _stages_text(stages: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _rests_on(result: Mapping[str, Any]) -> dict[str, object]:
-    provenance, band, engine = result["provenance"], result["error_band"], result["engine"]
+    provenance, engine = result["provenance"], result["engine"]
     server = f"{'vLLM ' if engine['policy'] == 'vllm' else ''}{result['engine_version']}"
     return {
         "basis": provenance["basis"],
         "profile": f"{result['profile'] or 'none'} ({provenance['profile']})",
-        "error band": "not known" if band is None else f"+-{band:.0%}",
+        "error bands": Bands(**result["error_bands"]).to_text(),
         "engine": f"{server}, rules of {engine['rules']}",
         "seed": result["seed"],
         "servecast": result["servecast_version"],

@@ -14,7 +14,7 @@ from pathlib import Path
 from servecast.sim.engine.config import EngineConfig
 from servecast.sim.hardware.error_band import transfer
 from servecast.sim.hardware.gpu import GPU, find_gpu
-from servecast.sim.hardware.gpu_constants import GpuConstants, nearest_timed
+from servecast.sim.hardware.gpu_constants import GpuConstants, compute_factor, nearest_timed
 from servecast.sim.hardware.profile import Profile, build_step_time
 from servecast.sim.hardware.shard import Shard
 from servecast.sim.hardware.step_time.physical import StepTime
@@ -33,7 +33,7 @@ def timed_gpus() -> dict[GPU, Path]:
 
 
 def constants_of(gpu: GPU) -> GpuConstants:
-    """A GPU's constants, or those of the nearest that was timed.
+    """A GPU's constants, or those of the nearest that was timed, with what this one's power makes of them.
 
     Raises:
         InputError: none near it was timed.
@@ -46,7 +46,8 @@ def constants_of(gpu: GPU) -> GpuConstants:
             where="profile",
             fix=f"Timed are {', '.join(each.name for each in timed)}. Leave profile out for typical values.",
         )
-    return GpuConstants.load(timed[nearest])
+    found = GpuConstants.load(timed[nearest])
+    return found.scaled(compute_factor(gpu, nearest, found.products["bf16"].compute))
 
 
 def profile_of(scenario: Scenario, shard: Shard, config: EngineConfig) -> Profile:

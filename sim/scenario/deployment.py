@@ -7,13 +7,14 @@ from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 
 from servecast.sim.engine.config import EngineConfig
-from servecast.sim.hardware.error_band import Transfer, transfer
+from servecast.sim.fleet.spec import GpuSpec
+from servecast.sim.hardware.error_band import Bands, Transfer, transfer
 from servecast.sim.hardware.front_end_costs import FrontEndCosts
 from servecast.sim.hardware.gpu import GPU, find_gpu
 from servecast.sim.hardware.memory import KVMemory
 from servecast.sim.hardware.model_shape import ModelShape
 from servecast.sim.hardware.padded_memory import MemoryRisk
-from servecast.sim.hardware.profile import Profile, build_step_time
+from servecast.sim.hardware.profile import Profile, Provenance, build_step_time
 from servecast.sim.hardware.shard import Shard
 from servecast.sim.hardware.step_time.physical import StepTime
 from servecast.sim.inputs.errors import InputError
@@ -57,7 +58,7 @@ class Deployment:
         shard = server.shard(flags, config, model, gpu)
         memory = server.memory(flags, config, shard)
         config = replace(config, num_gpu_blocks=memory.num_gpu_blocks, max_model_len=memory.max_model_len)
-        profile = profile or profile_of(scenario, shard, config)
+        profile = _with_link(profile or profile_of(scenario, shard, config), scenario.gpu)
         return cls(scenario, shard, memory, config, profile, build_step_time(profile, shard))
 
     @property
@@ -95,9 +96,18 @@ class Deployment:
 
     @property
     def error_band(self) -> float | None:
-        """Relative error band of predictions for this model, GPU and configuration; None if not known."""
-        band = self.transfer.error_band
-        return None if band is None else band + self.scenario.server.extra_error(self.scenario.engine)
+        """Relative error band of token times for this model, GPU and configuration; None if not known."""
+        return self.bands.tpot
+
+    @property
+    def bands(self) -> Bands:
+        """Relative error bands by metric. The KV pool of a scenario that gives its size has none to speak of,
+        and that of a server other than vLLM is not known."""
+        flags = self.scenario.engine
+        bands = self.transfer.bands.wider(self.scenario.server.extra_error(flags))
+        if flags.policy != "vllm":
+            return replace(bands, kv_tokens=None)
+        return bands if flags.num_gpu_blocks_override is None else replace(bands, kv_tokens=0.0)
 
     @property
     def transfer(self) -> Transfer:
@@ -146,6 +156,7 @@ class Deployment:
             "distance": list(self.transfer.distance),
             "profile": profile.title,
             "error_band": self.error_band,
+            "error_bands": asdict(self.bands),
             "fitted_rows": list(profile.fitted_rows),
             "parameters": [entry.model_dump() for entry in profile.provenance],
             "gpu_source": self.gpu.source,
@@ -175,7 +186,41 @@ def _model(scenario: Scenario) -> ModelShape:
 
 
 def _gpu(scenario: Scenario) -> GPU:
-    if scenario.gpu.file is not None:
-        return GPU.from_file(scenario.gpu.file)
-    assert scenario.gpu.name is not None
-    return find_gpu(scenario.gpu.name, where=f"{scenario.source}: gpu.name")
+    spec, ranks = scenario.gpu, scenario.engine.tensor_parallel_size
+    if ranks > spec.per_node:
+        raise InputError(
+            f"{ranks} ranks are more than the {spec.per_node} GPUs that are linked with each other, "
+            "and all-reduces between nodes are not modelled",
+            where=f"{scenario.source}: engine.tensor_parallel_size",
+            fix=f"Use at most {spec.per_node}, or set gpu.per_node where more share one NVLink.",
+        )
+    if spec.file is not None:
+        gpu = GPU.from_file(spec.file)
+    else:
+        assert spec.name is not None
+        gpu = find_gpu(spec.name, where=f"{scenario.source}: gpu.name")
+    return gpu if spec.peer_to_peer is None else replace(gpu, peer_to_peer=spec.peer_to_peer)
+
+
+def _with_link(profile: Profile, spec: GpuSpec) -> Profile:
+    """The profile, with what a scenario says of the link between its GPUs."""
+    given: dict[str, float] = {}
+    if spec.link_share is not None:
+        given["link"] = spec.link_share
+    if spec.allreduce_latency_us is not None:
+        given["allreduce_s"] = spec.allreduce_latency_us * 1e-6
+    if not given:
+        return profile
+    names = {f"efficiencies.{name}" for name in given}
+    return profile.model_copy(
+        update={
+            "efficiencies": replace(profile.efficiencies, **given),
+            "provenance": (
+                *(entry for entry in profile.provenance if entry.parameter not in names),
+                *(
+                    Provenance(parameter=name, origin="given", note="in the scenario")
+                    for name in sorted(names)
+                ),
+            ),
+        }
+    )

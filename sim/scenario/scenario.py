@@ -35,6 +35,7 @@ from servecast.sim.scenario.reported import Reported
 from servecast.sim.scenario.servers import SERVERS, Server, checked
 from servecast.sim.traffic.arrivals import ClosedLoop
 from servecast.sim.traffic.forms import WorkloadSpec, expand
+from servecast.sim.traffic.inference_perf import InferencePerfWorkload
 from servecast.sim.traffic.spec import PlanSpec, StageSpec, StreamSpec, Sweep, Workload
 
 SCHEMA_VERSION = 1
@@ -222,8 +223,9 @@ class Scenario(Model):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a result should say about the engine's configuration."""
-        return self.server.notes(self.engine)
+        """What a result should say about the engine's configuration, the router's and the workload's."""
+        said = self.workload.notes() if isinstance(self.workload, InferencePerfWorkload) else ()
+        return (*self.server.notes(self.engine), *self.fleet.notes, *said)
 
     @property
     def changes(self) -> dict[str, Any]:

@@ -27,6 +27,7 @@ PUBLISHED = {  # billions of parameters, KV bytes a token
     "Qwen3-14B": (14.77, 163_840),
     "Qwen3-32B": (32.76, 262_144),
     "Qwen3-30B-A3B": (30.53, 98_304),
+    "Qwen3-235B-A22B": (235.09, 192_512),
     "gemma-3-1b-it": (1.00, 26_624),
 }
 

@@ -18,16 +18,7 @@ import yaml
 
 from servecast.validate.parity.parity import MakeScheduler, Mismatch, Recorded, compare
 
-ENGINE = (
-    "rules",
-    "kv_cache",
-    "sequence",
-    "waiting",
-    "cruise",
-    "cadence",
-    "step",
-    "scheduler",
-)  # import order
+ENGINE = ("rules", "kv_cache", "sequence", "waiting", "cruise", "cadence", "step", "scheduler")  # import order
 
 
 @dataclass(frozen=True, slots=True)

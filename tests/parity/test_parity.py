@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from places import DATA, REPOSITORY
+from trace_scenarios import trace_scenarios
 
 sys.path.append(str(REPOSITORY / "docs"))
 
@@ -35,7 +36,6 @@ from servecast.validate.parity.scenarios import (
     corner_cases,
     random_scenarios,
     read_scenarios,
-    trace_scenarios,
 )
 from servecast.validate.parity.shrink import shrink
 from servecast.validate.parity.vllm_process import ENVIRONMENT, VllmProcess

@@ -492,7 +492,8 @@ BAD = {
     "missing picker": (
         f"plugins: [{{type: queue-scorer}}, {HANDLER}]\n"
         "schedulingProfiles: [{name: x, plugins: [{pluginRef: queue-scorer, weight: 1}]}]",
-        "epp.yaml: schedulingProfiles.0.plugins: the profile has no picker. Add max-score-picker.",
+        "epp.yaml: schedulingProfiles.0.plugins: the profile has no picker. Add max-score-picker."
+        " epp_release router-v0.10 takes it as written.",
     ),
     "two pickers": (
         f"plugins: [{{type: random-picker}}, {{type: max-score-picker}}, {HANDLER}]\n"
@@ -507,24 +508,25 @@ BAD = {
     ),
     "no handler": (
         "plugins: [{type: queue-scorer}]",
-        "epp.yaml: plugins: there is no profile handler. Add - type: single-profile-handler.",
+        "epp.yaml: plugins: there is no profile handler. Add - type: single-profile-handler."
+        " epp_release router-v0.10 takes it as written.",
     ),
     "no profile": (
         f"plugins: [{{type: random-picker}}, {HANDLER}]",
         "epp.yaml: schedulingProfiles: there are 0 scheduling profiles. "
-        "single-profile-handler runs exactly one.",
+        "single-profile-handler runs exactly one. epp_release router-v0.10 takes it as written.",
     ),
     "fractional weight": (
         f"plugins: [{{type: queue-scorer}}, {{type: random-picker}}, {HANDLER}]\n"
         "schedulingProfiles: [{name: x, plugins: [{pluginRef: queue-scorer, weight: 1.5}]}]",
         "epp.yaml: schedulingProfiles.0.plugins.0.weight: weight 1.5 is a fraction, which endpoint picker "
-        "v0.5 does not load. Multiply all weights to whole numbers, or set epp_release to v1.4.",
+        "v0.5 does not load. Multiply all weights to whole numbers. epp_release router-v0.10 takes it as written.",
     ),
     "scorer without a weight": (
         f"plugins: [{{type: queue-scorer}}, {{type: random-picker}}, {HANDLER}]\n"
         "schedulingProfiles: [{name: x, plugins: [{pluginRef: queue-scorer}]}]",
         "epp.yaml: schedulingProfiles.0.plugins.0.weight: "
-        "scorer 'queue-scorer' has no weight. Add weight: 1.",
+        "scorer 'queue-scorer' has no weight. Add weight: 1. epp_release router-v0.10 takes it as written.",
     ),
     "reference to nothing": (
         f"plugins: [{{type: queue-scorer, name: queue}}, {HANDLER}]\n"

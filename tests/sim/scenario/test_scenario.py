@@ -68,7 +68,7 @@ def test_every_reported_row_has_its_stage_and_most_are_predicted(name: str) -> N
             rows = [row for row in rows if not row.summary]
             for row in rows:
                 stage_of(reported.stage_keys(row.keys), load_of_table)
-        elif reported.variants:
+        elif reported.variants or reported.sets:
             stages = {stage_of(reported.stage_keys(row.keys), load_of_table) for row in rows}
             assert stages in ({None}, set(range(len(load_of_table.stages))))
         elif reported.parts:
@@ -77,7 +77,7 @@ def test_every_reported_row_has_its_stage_and_most_are_predicted(name: str) -> N
             assert sorted(stage_of(row.keys, load_of_table) or 0 for row in rows) == list(
                 range(len(load_of_table.stages))
             )
-        most = len(rows) / 2 if reported.variants else 3 if reported.routers else 2
+        most = len(rows) / 2 if reported.variants or reported.sets else 3 if reported.routers else 2
         assert sum(row.fit for row in rows) <= most
         stages = draw(load_of_table, seed=0)
         assert all(stream.requests for stage in stages for stream in stage.streams)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from places import DATA
+from trace_formats import WRITERS
 
 from servecast.sim.engine.request import Request
 from servecast.sim.inputs.errors import InputError
@@ -20,7 +21,7 @@ from servecast.sim.traffic.forms import expand
 from servecast.sim.traffic.spec import Level, PlanSpec, StreamSpec, Sweep
 from servecast.sim.traffic.trace_notes import trace_notes
 from servecast.sim.traffic.trace_spec import TraceSpec
-from servecast.sim.traffic.trace_writers import WRITERS, from_requests, write_timed_trace
+from servecast.sim.traffic.trace_writers import from_requests, write_timed_trace
 from servecast.sim.traffic.traces import (
     Trace,
     read_azure,

@@ -263,10 +263,10 @@ def test_guidellm_sampled_requests_are_no_run(tmp_path: Path) -> None:
 
 def test_guidellm_of_another_schema_is_refused(tmp_path: Path) -> None:
     document = json.loads((SAMPLES / "guidellm" / "benchmarks.json").read_text())
-    document["metadata"]["version"] = 1
+    document["metadata"]["version"] = 3
     file = tmp_path / "old.json"
     file.write_text(json.dumps(document))
-    with pytest.raises(InputError, match="schema version 1 of guidellm, this servecast reads 2"):
+    with pytest.raises(InputError, match="schema version 3 of guidellm, this servecast reads 1 and 2"):
         read_all(file)
 
 
