@@ -19,6 +19,7 @@ from servecast.sim.scenario.vllm_server import Vllm
 
 TAKEN = {"tensor_parallel_size": 2, "max_model_len": 16384}
 FLAGS = "--tensor-parallel-size 2 --max-model-len 16384"
+MODULE = "vllm.entrypoints.openai.api_server"
 
 
 def deployed(folder: Path, **engine: Any) -> Deployment:
@@ -33,25 +34,25 @@ def deployed(folder: Path, **engine: Any) -> Deployment:
         f"vllm serve Q/m {FLAGS} > server.log 2>&1 &",
         f"nohup vllm serve Q/m {FLAGS} >>log & sleep 60; curl localhost:8000/health",
         f"pip install vllm && vllm serve Q/m {FLAGS} | tee log",
-        "vllm serve Q/m --tensor-parallel-size 2 \\\n  --max-model-len 16384   # as in many guides, don't ask",
-        "# the server\nexport HF_TOKEN=a\nvllm serve Q/m \\  \n  --tensor-parallel-size 2 \\\r\n  --max-model-len 16384",
+        "vllm serve Q/m --tensor-parallel-size 2 \\\n  --max-model-len 16384   # as in guides, don't ask",
+        "# it\nexport A=a\nvllm serve Q/m \\  \n  --tensor-parallel-size 2 \\\r\n  --max-model-len 16384",
         "vllm serve Q/m\n  --tensor-parallel-size 2\n  --max-model-len 16384\n",
         f"CUDA_VISIBLE_DEVICES=0,1 HF_HOME='/a b' /opt/venv/bin/vllm serve Q/m {FLAGS}",
         f"sudo env A=1 numactl -N 0 vllm serve --model Q/m {FLAGS}",
         f"uv run --with vllm vllm serve Q/m {FLAGS}",
-        f"python3 -m vllm.entrypoints.openai.api_server --model Q/m {FLAGS}",
+        f"python3 -m {MODULE} --model Q/m {FLAGS}",
         f"python -m vllm.entrypoints.cli.main serve Q/m {FLAGS}",
         f"bash -c 'vllm serve Q/m {FLAGS}'",
-        f"docker run --gpus all --name vllm -v ~/vllm:/root -p 8000:8000 --ipc=host vllm/vllm-openai --model Q/m {FLAGS}",
+        f"docker run --gpus all --name vllm -v ~/vllm:/r --ipc=host vllm/vllm-openai --model Q/m {FLAGS}",
         f"docker run -d --rm --runtime nvidia ghcr.io/me/llm:latest vllm serve Q/m {FLAGS}",
-        f"docker run --entrypoint python3 vllm/vllm-openai:latest -m vllm.entrypoints.openai.api_server --model Q/m {FLAGS}",
+        f"docker run --entrypoint python3 vllm/vllm-openai -m {MODULE} --model Q/m {FLAGS}",
         f"sudo podman run -it --entrypoint bash vllm/vllm-openai:v0.32.0 -c 'vllm serve Q/m {FLAGS}'",
         ["--model", "Q/m", "--tensor-parallel-size", "2", "--max-model-len=16384"],
         ["serve", "Q/m", "--tensor-parallel-size=2", "--max-model-len", 16384],
         ["vllm", "serve", "Q/m", *FLAGS.split()],
         ["/bin/sh", "-c", f"exec vllm serve Q/m {FLAGS}"],
         {"command": ["vllm", "serve"], "args": ["Q/m", *FLAGS.split()]},
-        {"command": ["python3", "-m", "vllm.entrypoints.openai.api_server"], "args": ["--model=Q/m", *FLAGS.split()]},
+        {"command": ["python3", "-m", MODULE], "args": ["--model=Q/m", *FLAGS.split()]},
         '["--model", "Q/m", "--tensor-parallel-size", "2", "--max-model-len", "16384"]',
         "- serve\n- Q/m\n- --tensor-parallel-size=2\n- --max-model-len=16384\n",
         "args:\n  - --model\n  - Q/m\n  - --tensor-parallel-size=2\n  - --max-model-len=16384\n",
@@ -100,9 +101,9 @@ def test_flags_cut_short_and_dotted(words: str, version: str, flags: dict[str, A
     [
         ("--max-num 5", "0.23", "--max-num can mean --max-num-batched-tokens, --max-num-partial-prefills"),
         ("--disable-prefix-caching", "0.23", "vllm serve has no flag --disable-prefix-caching"),
-        ("--disable-log-requests", "0.32", "vLLM 0.32 has no --disable-log-requests. Remove it, or use version 0.10"),
+        ("--disable-log-requests", "0.32", "has no --disable-log-requests. Remove it, or use version 0.10"),
         ("--rope-scaling {}", "0.23", "vLLM 0.23 has no --rope-scaling"),
-        ("--watermark 0.1", "0.23.0", "vLLM 0.23.0 has no --watermark. Remove it, or use version 0.24 to 0.33"),
+        ("--watermark 0.1", "0.23.0", "has no --watermark. Remove it, or use version 0.24 to 0.33"),
         ("--max-num-seqs.a 5", "0.32", "--max-num-seqs.a takes no keys"),
         ("--task embed", "0.10", "--task embed cannot be simulated"),
         ("--cpu-offload-gb 1", "0.32", "Offloading is not modelled"),
@@ -115,7 +116,7 @@ def test_flags_cut_short_and_dotted(words: str, version: str, flags: dict[str, A
     ],
 )  # fmt: skip
 def test_what_a_release_or_the_model_has_not_is_refused(words: str, version: str, message: str) -> None:
-    with pytest.raises(InputError, match="cannot|has no|can mean|takes") as caught:
+    with pytest.raises(InputError, match=r"cannot|has no|can mean|takes") as caught:
         parse_serve_command(
             f"vllm serve m {words.replace('{', chr(39) + '{').replace('}', '}' + chr(39))}", version=version
         )
@@ -148,8 +149,9 @@ def test_flags_of_0_10() -> None:
 def test_other_kernels_graphs_and_processes_widen_the_band(tmp_path: Path) -> None:
     """Each by 10 %: two flags and a variable, beside a variable and a flag that change nothing."""
     command = (
-        "VLLM_LOGGING_LEVEL=DEBUG VLLM_ATTENTION_BACKEND=FLASHINFER vllm serve m --compilation-config '{\"mode\":0}' "
-        "--attention-backend FLASHINFER --port 80 --distributed-executor-backend mp"
+        "VLLM_LOGGING_LEVEL=DEBUG VLLM_ATTENTION_BACKEND=FLASHINFER vllm serve m "
+        "--compilation-config '{\"mode\":0}' --attention-backend FLASHINFER --port 80 "
+        "--distributed-executor-backend mp"
     )
     plain = deployed(tmp_path)
     changed = deployed(tmp_path, command=command)
