@@ -66,7 +66,7 @@ UNKNOWN_RELEASE_BAND = 0.1  # assumed: what a release without a rule set may hav
 
 
 def release_of(flags: EngineFlags) -> str:
-    """The name of the release in ``RELEASES`` that a vLLM version is modelled as: its own, the newest for those
+    """The name of the release in ``RELEASES`` that a vLLM version is modelled as: its own, the newest for one
     to come, the nearest with ``assume_rules``. Raises as ``check``."""
     release = minor_release(flags.version)
     if release in RELEASES:
