@@ -57,17 +57,11 @@ class Bands:
             "request_throughput": self.throughput,
         }.get(metric)
 
-    def wider(self, extra: float) -> Bands:
-        """With ``extra`` more for whatever a step's time decides, by a guess."""
-        if not extra:
-            return self
-        timed = {
-            name: band
-            for name in ("tpot", "ttft", "throughput", "max_rate")
-            if (band := getattr(self, name)) is not None
-        }
-        guessed = tuple(dict.fromkeys([*self.guessed, *timed]))
-        return replace(self, **{name: band + extra for name, band in timed.items()}, guessed=guessed)
+    def wider(self, by: float) -> Bands:
+        """With ``by`` more for whatever a step's time decides."""
+        names = ("tpot", "ttft", "throughput", "max_rate")
+        known = {name: getattr(self, name) for name in names}
+        return replace(self, **{name: band + by for name, band in known.items() if band is not None})
 
     def to_text(self) -> str:
         """In one line; "?" behind what is a guess."""
