@@ -57,6 +57,12 @@ class Bands:
             "request_throughput": self.throughput,
         }.get(metric)
 
+    def wider(self, by: float) -> Bands:
+        """With ``by`` more for whatever a step's time decides."""
+        names = ("tpot", "ttft", "throughput", "max_rate")
+        known = {name: getattr(self, name) for name in names}
+        return replace(self, **{name: band + by for name, band in known.items() if band is not None})
+
     def to_text(self) -> str:
         """In one line; "?" behind what is a guess."""
         names = {"tpot": "TPOT", "ttft": "TTFT", "throughput": "throughput"}

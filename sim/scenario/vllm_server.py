@@ -19,6 +19,7 @@ from servecast.sim.hardware.shard import release as release_number
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.inputs.schema import invalid
 from servecast.sim.scenario.engine_flags import EngineFlags
+from servecast.sim.scenario.vllm_flags import FLAG_BAND
 
 GIB = 1 << 30
 
@@ -61,6 +62,7 @@ RELEASES = {
     },
 }
 NEWEST = max(RELEASES, key=_number)
+UNKNOWN_RELEASE_BAND = 0.1  # assumed: what a release without a rule set may have changed
 
 
 def release_of(flags: EngineFlags) -> str:
@@ -122,9 +124,21 @@ class Vllm:
             notes.append(f"prefill_schedule_interval has no effect in vLLM {release} without data parallelism")
         if RELEASES[release].note:
             notes.append(RELEASES[release].note)
-        if flags.serve_command is not None and flags.serve_command.ignored:
-            notes.append(f"flags without effect here: {', '.join(flags.serve_command.ignored)}")
+        command = flags.serve_command
+        if command is not None and command.release and minor_release(command.release) != release:
+            notes.append(f"the command's image is vLLM {command.release}, engine.version says {flags.version}")
+        if command is not None and command.widening:
+            notes.append(
+                f"not modelled, and {FLAG_BAND:.0%} more error for each: {', '.join(command.widening)}"
+            )
+        if command is not None and command.ignored:
+            notes.append(f"flags without effect here: {', '.join(command.ignored)}")
         return tuple(notes)
+
+    def extra_error(self, flags: EngineFlags) -> float:
+        command = flags.serve_command
+        unknown = minor_release(flags.version) not in RELEASES
+        return FLAG_BAND * (len(command.widening) if command else 0) + UNKNOWN_RELEASE_BAND * unknown
 
     def resolve(
         self, flags: EngineFlags, gpu: GPU, model: ModelShape, *, where: str = "engine"
