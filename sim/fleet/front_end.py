@@ -83,8 +83,8 @@ class ApiServer:
         "_env",
         "_preparation",
         "_sent",
-        "_tokenizer",
         "_token_ps",
+        "_tokenizer",
         "_variation",
     )
 

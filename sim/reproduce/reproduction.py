@@ -68,7 +68,8 @@ class TableReproduction:
 
     @property
     def mape_by_group(self) -> dict[str, dict[str, float]] | None:
-        """The same for each group of rows, named by the values of its keys; None for a table without groups."""
+        """The same for each group of rows, named by the values of its keys; None for a table without
+        groups."""
         if not self.groups:
             return None
         by_group: dict[str, list[Cell]] = {}

@@ -1,7 +1,7 @@
 """Finds the ``vllm serve`` in what people paste: shell lines, ``docker run``, Kubernetes ``args``.
 
-Comments, redirections, what follows ``&`` or ``;``, and what stands before the command are left out; variables
-that are set there are kept.
+Comments, redirections, what follows ``&`` or ``;``, and what stands before the command are left out; the
+variables that are set there are kept.
 """
 
 from __future__ import annotations

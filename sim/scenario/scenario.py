@@ -148,9 +148,9 @@ class Scenario(Model):
     gpu: GpuSpec
     """The GPU of one rank."""
     profile: str | None = None
-    """Name of a shipped profile, or the path of one. Without it, and with ``kernels``, timings of vLLM's own
-    kernels on this GPU, or on the nearest that was timed, scaled by peaks and bandwidth; ``physics`` for
-    typical efficiencies. Results say which."""
+    """Name of a shipped profile, or the path of one or of a GPU's constants. Without it, and with
+    ``kernels``, timings of vLLM's own kernels on this GPU, or on the nearest that was timed, scaled by peaks
+    and bandwidth; ``physics`` for typical efficiencies. Results say which."""
     engine: Annotated[EngineFlags, AfterValidator(checked)]
     """The engine's flags."""
     fleet: Fleet = Fleet()
