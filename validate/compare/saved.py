@@ -19,7 +19,7 @@ from servecast.sim.scenario.scenario import Scenario
 from servecast.sim.traffic.arrivals import Arrivals, ClosedLoop, Constant, Gamma, Poisson, VllmBench
 from servecast.sim.traffic.content import Unique
 from servecast.sim.traffic.draw import replayed, with_request_rate
-from servecast.sim.traffic.spec import StageSpec, Workload
+from servecast.sim.traffic.spec import StageSpec, StreamSpec, Workload
 from servecast.sim.traffic.traces import Trace
 from servecast.validate.compare.load import LoadComparison, compare_runs, spoken
 from servecast.validate.compare.sweep import Comparison, compare_loads
@@ -203,12 +203,16 @@ def _with_arrivals(workload: Workload, context: Context) -> Workload:
 
     stage = workload.stages[0]
     streams = [
-        stream
-        if stream.background
-        else stream.model_copy(update={"arrivals": law((stream.arrivals or stream.trace).request_rate)})
+        stream if stream.background else stream.model_copy(update={"arrivals": law(_rate(stream))})
         for stream in stage.streams
     ]
     return Workload(stages=(stage.model_copy(update={"streams": tuple(streams)}),))
+
+
+def _rate(stream: StreamSpec) -> float:
+    """The rate that ``with_request_rate`` gave a stream."""
+    rate: float = getattr(stream.trace if stream.own_arrivals else stream.arrivals, "request_rate")  # noqa: B009
+    return rate
 
 
 def _arrivals_note(reading: Reading) -> str:
