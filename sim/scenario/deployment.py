@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
+from typing import Any
 
 from servecast.sim.engine.config import EngineConfig
 from servecast.sim.fleet.spec import GpuSpec
@@ -95,17 +97,20 @@ class Deployment:
 
     @property
     def error_band(self) -> float | None:
-        """Relative error band of token times for this model and GPU; None if not known."""
-        return self.transfer.error_band
+        """Relative error band of token times for this model, GPU and configuration; None if not known."""
+        return self.bands.tpot
 
     @property
     def bands(self) -> Bands:
-        """Relative error bands by metric. The KV pool of a scenario that gives its size has none to speak of,
-        and that of a server other than vLLM is not known."""
-        flags, bands = self.scenario.engine, self.transfer.bands
+        """Relative error bands by metric. That of the KV pool is what its account leaves open; of a server
+        other than vLLM it is not known."""
+        flags, memory = self.scenario.engine, self.memory
+        bands = self.transfer.bands.wider(self.scenario.server.extra_error(flags))
         if flags.policy != "vllm":
-            return replace(bands, kv_tokens=None)
-        return bands if flags.num_gpu_blocks_override is None else replace(bands, kv_tokens=0.0)
+            return bands
+        low, high = memory.range
+        tokens = memory.logged_tokens
+        return replace(bands, kv_tokens=round(max(1 - low / tokens, high / tokens - 1), 3))
 
     @property
     def transfer(self) -> Transfer:
@@ -122,6 +127,7 @@ class Deployment:
         """What a result should say about the configuration and what it rests on."""
         notes: list[str | None] = [
             *self.scenario.notes,
+            self._other_model,
             *self.model.notes,
             self.memory.warning,
             *(each.note for each in self.fitted_profiles),
@@ -129,6 +135,21 @@ class Deployment:
         if self.scenario.profile is None and self.transfer.basis == "physics only":
             notes.append(why_typical(self.shard) or "")
         return tuple(filter(None, notes))
+
+    @property
+    def _other_model(self) -> str | None:
+        """Said where a pasted command serves a model of another name than the scenario's."""
+        command = self.scenario.engine.serve_command
+        served = None if command is None else command.model
+        if served is None or served.startswith(("/", ".", "$", "~", "s3:")):
+            return None
+        names = (served.rpartition("/")[2], self.model.name.rpartition("/")[2])
+        plain = [re.sub(r"-(instruct|chat|it|hf|base)\b|[^a-z0-9]", "", name.lower()) for name in names]
+        if plain[0] == plain[1]:
+            return None
+        return (
+            f"the command serves {served}, but what is simulated is the scenario's model, {self.model.name}"
+        )
 
     def provenance(self) -> dict[str, object]:
         """Where the numbers come from, for results and reports."""
@@ -186,7 +207,7 @@ def _gpu(scenario: Scenario) -> GPU:
 
 def _with_link(profile: Profile, spec: GpuSpec) -> Profile:
     """The profile, with what a scenario says of the link between its GPUs."""
-    given: dict[str, float] = {}
+    given: dict[str, Any] = {}
     if spec.link_share is not None:
         given["link"] = spec.link_share
     if spec.allreduce_latency_us is not None:

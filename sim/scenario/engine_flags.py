@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import fields
 from typing import Annotated, Any, Literal
 
@@ -10,6 +11,7 @@ from pydantic import Field, model_validator
 from servecast.sim.engine.config import EngineConfig
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.inputs.schema import Amount, Count, Flag, Model, NonNegative, Positive, invalid
+from servecast.sim.scenario.pasted_command import find_serve
 from servecast.sim.scenario.vllm_flags import ServeCommand, parse_serve_command
 
 
@@ -25,7 +27,8 @@ class EngineFlags(Model):
     assume_rules: Flag = False
     """Run a release without a rule set under the nearest one."""
     command: str | None = None
-    """A pasted ``vllm serve ...`` line. Fields beside it win."""
+    """A pasted ``vllm serve``, ``python -m vllm.entrypoints.openai.api_server`` or ``docker run`` command,
+    or a container's list of ``args``. Fields beside it win."""
     dtype: Literal["auto", "bfloat16", "float16", "half", "float32", "float"] = "auto"
     """As ``--dtype``."""
     quantization: str | None = None
@@ -90,18 +93,21 @@ class EngineFlags(Model):
     @model_validator(mode="before")
     @classmethod
     def _from_command(cls, data: Any) -> Any:
-        if not isinstance(data, dict) or not isinstance(data.get("command"), str):
+        if not isinstance(data, dict) or not isinstance(data.get("command"), str | list | dict):
             return data
+        pasted = data["command"]
         try:
-            command = parse_serve_command(data["command"], version=str(data.get("version")))
+            command = parse_serve_command(pasted, version=str(data.get("version")))
+            if not isinstance(pasted, str):
+                pasted = shlex.join(["vllm", "serve", *find_serve(pasted).words])
         except InputError as error:
             raise invalid(error.what, error.fix, at="command") from None
-        return {**command.flags, **data}
+        return {**command.flags, **data, "command": pasted}
 
     @property
     def serve_command(self) -> ServeCommand | None:
         """The pasted command, parsed, with the model's name and the flags that were ignored."""
-        return None if self.command is None else parse_serve_command(self.command)
+        return None if self.command is None else parse_serve_command(self.command, version=self.version)
 
     @property
     def fits_max_model_len(self) -> bool:

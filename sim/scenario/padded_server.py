@@ -33,6 +33,9 @@ class Padded:
     def notes(self, flags: EngineFlags) -> tuple[str, ...]:
         return ()
 
+    def extra_error(self, flags: EngineFlags) -> float:
+        return 0.0
+
     def resolve(
         self, flags: EngineFlags, gpu: GPU, model: ModelShape, *, where: str = "engine"
     ) -> EngineConfig:

@@ -242,7 +242,7 @@ class Reported(Model):
                         f"{name} without a statistic", "Add one, as p90.", at=f"columns.{name}.statistic"
                     )
         for name, columns, known in (
-            ("sets", self.sets, (*self.keys, *self.inputs)),
+            ("sets", tuple(self.sets), (*self.keys, *self.inputs)),
             ("groups", self.groups, self.keys),
         ):
             for column in columns:
@@ -338,10 +338,8 @@ def read_rows(reported: Reported) -> list[ReportedRow]:
                 )
         lines = list(reader)
     rows = [_row(reported, line, f"{reported.table}, line {n}") for n, line in enumerate(lines, start=2)]
-    for wanted in (
-        *reported.fit_rows,
-        *(cells.row for cells in (*reported.excluded, *reported.left_out)),
-    ):
+    excluded = [cells.row for cells in reported.excluded]
+    for wanted in (*reported.fit_rows, *excluded, *(cells.row for cells in reported.left_out)):
         if not any(matches(row.keys, wanted) for row in rows):
             raise InputError(
                 f"no row with {_show(wanted)}", where=str(reported.table), fix="Name a row by its keys."

@@ -49,6 +49,10 @@ class Server(Protocol):
         """What a result should say about this configuration: an assumed rule set, ignored flags."""
         ...
 
+    def extra_error(self, flags: EngineFlags) -> float:
+        """What is not modelled of this configuration adds so much to the relative error band."""
+        ...
+
     def resolve(
         self, flags: EngineFlags, gpu: GPU, model: ModelShape, *, where: str = "engine"
     ) -> EngineConfig:

@@ -157,9 +157,8 @@ class TraceSpec(Model):
     def _window(self, trace: Trace) -> npt.NDArray[np.bool_]:
         low, high = (self._seconds(moment, trace) for moment in (self.from_, self.to))
         since_first = trace.times_s - trace.times_s[0]
-        after = since_first >= (-math.inf if low is None else low)
-        before = since_first < (math.inf if high is None else high)
-        inside: npt.NDArray[np.bool_] = after & before
+        after: npt.NDArray[np.bool_] = since_first >= (-math.inf if low is None else low)
+        inside: npt.NDArray[np.bool_] = after & (since_first < (math.inf if high is None else high))
         return inside
 
     def _seconds(self, moment: float | str | None, trace: Trace) -> float | None:

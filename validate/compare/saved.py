@@ -202,17 +202,16 @@ def _with_arrivals(workload: Workload, context: Context) -> Workload:
         return Gamma(kind="gamma", request_rate=rate, burstiness=stated)
 
     stage = workload.stages[0]
-    streams = [
-        stream if stream.background else stream.model_copy(update={"arrivals": law(_rate(stream))})
-        for stream in stage.streams
-    ]
+
+    def redrawn(stream: StreamSpec) -> StreamSpec:
+        source = stream.arrivals or stream.trace
+        rate = None if source is None or isinstance(source, ClosedLoop) else source.request_rate
+        if stream.background or rate is None:
+            return stream
+        return stream.model_copy(update={"arrivals": law(rate)})
+
+    streams = [redrawn(stream) for stream in stage.streams]
     return Workload(stages=(stage.model_copy(update={"streams": tuple(streams)}),))
-
-
-def _rate(stream: StreamSpec) -> float:
-    """The rate that ``with_request_rate`` gave a stream."""
-    rate: float = getattr(stream.trace if stream.own_arrivals else stream.arrivals, "request_rate")  # noqa: B009
-    return rate
 
 
 def _arrivals_note(reading: Reading) -> str:
