@@ -114,6 +114,8 @@ def test_the_shipped_what_if_says_what_it_rests_on(changes: dict[str, Any]) -> N
     assert rests["profile"] == "Qwen/Qwen2.5-7B-Instruct on A6000, vLLM 0.23"
     assert rests["distance"]
     assert rests["error_band"] == deployment.error_band
+    assert rests["error_bands"]["ttft"] > rests["error_bands"]["tpot"] == rests["error_band"]
+    assert "max_rate" in rests["error_bands"]["guessed"]
     assert deployment.error_band is not None
     assert deployment.error_band > 0.2
     assert deployment.config.num_gpu_blocks > 500
@@ -158,3 +160,10 @@ def test_a_profile_of_the_same_gpu_is_named_with_what_it_would_change() -> None:
     ratio = fitted.step_time.seconds(step) / kernels.step_time.seconds(step)
     assert f"32 decodes take {ratio:.2f} and a prompt" in note
     assert not any(note.startswith("profile ") for note in fitted.notes)
+
+
+def test_a_pool_that_the_scenario_gives_has_no_band() -> None:
+    """It is known; and of a server other than vLLM nothing is known of its pool."""
+    given = Deployment.of(load("what-if-llama-3.1-70b", {"engine.num_gpu_blocks_override": 4000}))
+    assert given.bands.kv_tokens == 0.0
+    assert Deployment.of(load("infer-rtx5080-static")).bands.kv_tokens is None
