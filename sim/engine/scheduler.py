@@ -278,7 +278,7 @@ class Scheduler:
                 if victim is sequence:
                     break
             if sequence.status != RUNNING:
-                if self._priority and self.rules.loop_goes_on_after_own_preemption:
+                if self.rules.loop_goes_on_after_own_preemption:  # under FCFS it was the last anyway
                     continue  # its place in the list is the next one's now
                 break
             if sequence.cruising:

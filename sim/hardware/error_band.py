@@ -77,7 +77,6 @@ class Bands:
 
 
 _ALL = ("tpot", "ttft", "throughput")
-KV_TOKENS = 0.08  # kept by 24 of 27 pools that vLLM logged
 FITTED_TTFT = 0.55  # of a basis that was fitted end to end
 FITTED_THROUGHPUT = 0.08
 KERNELS = Bands(tpot=0.2, ttft=0.5, throughput=0.2)  # kernel timings, dense models of JUDGED GPUs and weights
@@ -191,10 +190,10 @@ def _fitted(tpot: float | None, ttft: float) -> Bands:
 
 
 def _with_rate(bands: Bands) -> Bands:
-    """With the bands of what follows: a KV pool hardly depends on the basis, and the largest rate of an
-    objective moves more than the throughput of a busy server, by how much is a guess."""
+    """With the band of what follows: the largest rate of an objective moves more than the throughput of a busy
+    server, by how much is a guess."""
     rate = None if bands.throughput is None else 1.5 * bands.throughput
-    return replace(bands, max_rate=rate, kv_tokens=KV_TOKENS, guessed=(*bands.guessed, "max_rate"))
+    return replace(bands, max_rate=rate, guessed=(*bands.guessed, "max_rate"))
 
 
 def _told(profile: Profile) -> bool:

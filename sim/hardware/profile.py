@@ -197,6 +197,17 @@ class Profile(_Strict):
             ),
         )
 
+    def parameters(self) -> tuple[str, ...]:
+        """The names of the numbers that its kind of profile uses, as in ``provenance``."""
+        padded = self.kind == "padded"
+        groups = [name for name in _PARAMETERS if (name == "padded") == padded or name == "noise"]
+        return tuple(
+            f"{group}.{field.name}"
+            for group in groups
+            for field in fields(_PARAMETERS[group])
+            if isinstance(getattr(getattr(self, group), field.name), int | float)
+        )
+
     @property
     def of_kernel_timings(self) -> bool:
         """Whether it comes from timings of single kernels: no server was measured."""

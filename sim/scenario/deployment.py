@@ -101,13 +101,15 @@ class Deployment:
 
     @property
     def bands(self) -> Bands:
-        """Relative error bands by metric. The KV pool of a scenario that gives its size has none to speak of,
-        and that of a server other than vLLM is not known."""
-        flags = self.scenario.engine
+        """Relative error bands by metric. That of the KV pool is what its account leaves open; of a server
+        other than vLLM it is not known."""
+        flags, memory = self.scenario.engine, self.memory
         bands = self.transfer.bands.wider(self.scenario.server.extra_error(flags))
         if flags.policy != "vllm":
-            return replace(bands, kv_tokens=None)
-        return bands if flags.num_gpu_blocks_override is None else replace(bands, kv_tokens=0.0)
+            return bands
+        low, high = memory.range
+        tokens = memory.logged_tokens
+        return replace(bands, kv_tokens=round(max(1 - low / tokens, high / tokens - 1), 3))
 
     @property
     def transfer(self) -> Transfer:
@@ -144,7 +146,9 @@ class Deployment:
         plain = [re.sub(r"-(instruct|chat|it|hf|base)\b|[^a-z0-9]", "", name.lower()) for name in names]
         if plain[0] == plain[1]:
             return None
-        return f"the command serves {served}, but what is simulated is the scenario's model, {self.model.name}"
+        return (
+            f"the command serves {served}, but what is simulated is the scenario's model, {self.model.name}"
+        )
 
     def provenance(self) -> dict[str, object]:
         """Where the numbers come from, for results and reports."""

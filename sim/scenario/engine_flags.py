@@ -27,7 +27,7 @@ class EngineFlags(Model):
     assume_rules: Flag = False
     """Run a release without a rule set under the nearest one."""
     command: str | None = None
-    """A pasted ``vllm serve ...``, ``python -m vllm.entrypoints.openai.api_server ...`` or ``docker run ...``,
+    """A pasted ``vllm serve``, ``python -m vllm.entrypoints.openai.api_server`` or ``docker run`` command,
     or a container's list of ``args``. Fields beside it win."""
     dtype: Literal["auto", "bfloat16", "float16", "half", "float32", "float"] = "auto"
     """As ``--dtype``."""

@@ -1,7 +1,7 @@
 """Finds the ``vllm serve`` in what people paste: shell lines, ``docker run``, Kubernetes ``args``.
 
-Comments, redirections, what follows ``&`` or ``;``, and what stands before the command are left out; variables
-that are set there are kept.
+Comments, redirections, what follows ``&`` or ``;``, and what stands before the command are left out; the
+variables that are set there are kept.
 """
 
 from __future__ import annotations
@@ -95,7 +95,9 @@ def _in_shell(text: str) -> Pasted:
             variables |= _variables(words[:end])
             words = words[end + 1 :]
     raise InputError(
-        f"{text.strip()[:40]!r} is not a vllm serve command", where=WHERE, fix="Paste it from 'vllm serve' on."
+        f"{text.strip()[:40]!r} is not a vllm serve command",
+        where=WHERE,
+        fix="Paste it from 'vllm serve' on.",
     )
 
 

@@ -1,24 +1,21 @@
 """Parses a pasted ``vllm serve ...`` command, of the release that a scenario names.
 
-The flags of each release stand in vllm_flags.json. Those that the model of the engine has are taken. Of those
-that change time or memory in ways that it does not model, the ones that ask for another way of serving are
-refused, and the ones that ask for other kernels, graphs or processes widen the error band, each by ``FLAG_BAND``.
-All others are listed as without effect.
+Flags that the model of the engine has are taken. Of those that change time or memory in ways that it does not
+model, the ones that ask for another way of serving are refused, and the ones that ask for other kernels,
+graphs or processes widen the error bands, each by ``FLAG_BAND``. All others are listed as without effect.
 """
 
 from __future__ import annotations
 
-import functools
 import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import resources
 from typing import Any
 
 from servecast.sim.inputs.errors import InputError
-from servecast.sim.inputs.schema import did_you_mean
 from servecast.sim.scenario.pasted_command import WHERE, find_serve
+from servecast.sim.scenario.release_flags import read_flag
 
 FLAG_BAND = 0.1  # assumed: what another kernel, graph mode or process layout changes
 
@@ -117,16 +114,51 @@ _REFUSED = {  # flag -> what to do instead
     "headless": "Paste the command of the first node.",
     "config": "Paste the flags of the file.",
 }
-_WIDENING = frozenset(  # other kernels, graphs and processes than those of the defaults
-    """additional_config all2all_backend api_server_count attention_backend attention_config compilation_config
-    cuda_graph_sizes cudagraph_capture_sizes data_parallel_external_lb data_parallel_hybrid_lb
-    disable_custom_all_reduce disable_frontend_multiprocessing distributed_executor_backend
-    enable_batch_sharded_sampling enable_bf16x3_router_gemm enable_eplb enable_flashinfer_autotune
-    enable_multimodal_encoder_data_parallel enable_prompt_embeds enable_return_routed_experts eplb_config
-    expert_placement_strategy ir_op_priority kernel_config kv_cache_dtype_skip_layers kv_sharing_fast_prefill
-    linear_backend logits_processors max_seq_len_to_capture model_class_overrides model_impl moe_backend monokernel
-    nnodes num_redundant_experts optimization_level override_attention_dtype prefix_match_unit
-    renderer_num_workers use_fp64_gumbel watermark_config worker_cls""".split()
+_WIDENING = frozenset(
+    (  # other kernels, graphs and processes than those of the defaults
+        "additional_config",
+        "all2all_backend",
+        "api_server_count",
+        "attention_backend",
+        "attention_config",
+        "compilation_config",
+        "cuda_graph_sizes",
+        "cudagraph_capture_sizes",
+        "data_parallel_external_lb",
+        "data_parallel_hybrid_lb",
+        "disable_custom_all_reduce",
+        "disable_frontend_multiprocessing",
+        "distributed_executor_backend",
+        "enable_batch_sharded_sampling",
+        "enable_bf16x3_router_gemm",
+        "enable_eplb",
+        "enable_flashinfer_autotune",
+        "enable_multimodal_encoder_data_parallel",
+        "enable_prompt_embeds",
+        "enable_return_routed_experts",
+        "eplb_config",
+        "expert_placement_strategy",
+        "ir_op_priority",
+        "kernel_config",
+        "kv_cache_dtype_skip_layers",
+        "kv_sharing_fast_prefill",
+        "linear_backend",
+        "logits_processors",
+        "max_seq_len_to_capture",
+        "model_class_overrides",
+        "model_impl",
+        "moe_backend",
+        "monokernel",
+        "nnodes",
+        "num_redundant_experts",
+        "optimization_level",
+        "override_attention_dtype",
+        "prefix_match_unit",
+        "renderer_num_workers",
+        "use_fp64_gumbel",
+        "watermark_config",
+        "worker_cls",
+    )
 )
 _NOTHING = ("no", "0", "0.0", "", "none", "None", "null", "auto", "False", "false", "{}")
 _DEFAULTS = {  # further values that ask for nothing
@@ -137,59 +169,16 @@ _DEFAULTS = {  # further values that ask for nothing
 }
 _POOLING = {"task": ("auto", "generate"), "runner": ("auto", "generate"), "convert": ("auto", "none")}
 _HARMLESS_VARIABLES = re.compile(
-    r"VLLM_(LOG\w*|CONFIGURE_LOGGING|API_KEY|\w*CACHE_ROOT|\w*CACHE_DIR|\w*PORT|HOST_IP|NO_USAGE_STATS|DO_NOT_TRACK|"
-    r"USAGE\w*|WORKER_MULTIPROC_METHOD|ALLOW_\w+|\w*TIMEOUT\w*|USE_MODELSCOPE|SERVER_DEV_MODE|PLUGINS|TARGET_DEVICE)"
+    r"VLLM_(LOG\w*|CONFIGURE_LOGGING|API_KEY|\w*CACHE_ROOT|\w*CACHE_DIR|\w*PORT|HOST_IP|NO_USAGE_STATS|PLUGINS|"
+    r"DO_NOT_TRACK|USAGE\w*|WORKER_MULTIPROC_METHOD|ALLOW_\w+|\w*TIMEOUT\w*|USE_MODELSCOPE|SERVER_DEV_MODE)"
 )
-
-
-@dataclass(frozen=True, slots=True)
-class _Known:
-    """vLLM's flags by release: what each takes ("switch", "value", "values", "optional"), the releases that have
-    it (positions of the first and the last), and the long form of short ones."""
-
-    releases: tuple[str, ...]
-    takes: dict[str, str]
-    span: dict[str, tuple[int, int]]
-    short: dict[str, str]
-
-    def of(self, release: str | None) -> dict[str, str]:
-        """What each flag of a release takes; all flags where the release is not one of the table's."""
-        if release not in self.releases:
-            return self.takes
-        position = self.releases.index(release)
-        return {
-            flag: kind
-            for flag, kind in self.takes.items()
-            if self.span[flag][0] <= position <= self.span[flag][1]
-        }
-
-    def releases_with(self, flag: str) -> str:
-        first, last = (self.releases[position] for position in self.span[flag])
-        return first if first == last else f"{first} to {last}"
-
-
-@functools.cache
-def _known() -> _Known:
-    text = resources.files("servecast.sim.scenario").joinpath("vllm_flags.json").read_text(encoding="utf-8")
-    data = json.loads(text)
-    releases = tuple(data["releases"])
-    takes, span = {}, {}
-    for kind in ("switch", "value", "values", "optional"):
-        for entry in data[kind]:
-            flag, _, having = entry.replace("-", "_", entry.partition(" ")[0].count("-")).partition(" ")
-            first, _, last = having.partition("-")
-            takes[flag] = kind
-            span[flag] = (releases.index(first or releases[0]), releases.index(last or releases[-1]))
-    short = {short: flag.replace("-", "_") for short, flag in data["short"].items()}
-    return _Known(releases, takes, span, short)
 
 
 def parse_serve_command(
     command: str | list[Any] | dict[str, Any], *, version: str | None = None
 ) -> ServeCommand:
-    """Parse ``vllm serve MODEL --flag value --flag=value --no-flag --flag.key value ...`` as vLLM's parser does:
-    dashes or underscores, and flags cut short as far as they are clear. See ``find_serve`` for what may stand
-    around it.
+    """Parse ``vllm serve MODEL --flag value --flag=value --no-flag --flag.key value`` as vLLM's parser does.
+    See ``find_serve`` for what may stand around it.
 
     With the ``version`` of a release whose flags are known, flags that it does not have are refused.
 
@@ -197,7 +186,6 @@ def parse_serve_command(
         InputError: no such command, an unknown flag, one that is not modelled, or a value that does not fit.
     """
     pasted = find_serve(command)
-    release = ".".join((version or "").removeprefix("v").split(".")[:2])
     words = list(pasted.words)
     model: str | None = None
     flags: dict[str, Any] = {}
@@ -214,7 +202,7 @@ def parse_serve_command(
                 )
             model = word
             continue
-        flag = _flag(word, release, version)
+        flag = read_flag(word, version)
         value = flag.value
         if flag.takes == "values":
             while words and not words[0].startswith("-"):
@@ -271,70 +259,6 @@ def _put(into: dict[str, Any], path: str, text: str) -> None:
         into[last] = json.loads(text)
     except ValueError:
         into[last] = text
-
-
-@dataclass(frozen=True, slots=True)
-class _Flag:
-    """One word: the flag's name, what it takes, the value that the word itself holds ("no" for --no-...), and the
-    keys after a dot."""
-
-    name: str
-    takes: str
-    value: str | None
-    key: str = ""
-
-
-def _flag(word: str, release: str, version: str | None) -> _Flag:
-    known = _known()
-    takes = known.of(release)
-    head, equals, held = word.partition("=")
-    value = held if equals else None
-    head, _, key = head.partition(".")
-    if not head.startswith("--"):
-        if head.startswith("-O"):
-            return _Flag("optimization_level", "value" if word == "-O" or key else "switch", value or head[2:], key)
-        name = known.short.get(head[1:], "")
-    else:
-        name = head[2:].replace("-", "_")
-    if name == "device_memory_utilization":
-        name = "gpu_memory_utilization"
-    if name not in takes and name not in known.takes:
-        name = _completed(name, takes, head)
-    name, positive = _positive(name, takes)
-    if name in takes:
-        return _Flag(name, "value" if key else takes[name], value if positive else "no", key)
-    if name in known.takes:
-        raise InputError(
-            f"vLLM {version} has no {head}",
-            where=WHERE,
-            fix=f"Remove it, or use version {known.releases_with(name)}.",
-        )
-    flags = [f"--{flag.replace('_', '-')}" for flag in takes]
-    raise InputError(
-        f"vllm serve has no flag {head}",
-        where=WHERE,
-        fix=did_you_mean(head.replace("_", "-"), flags) or "Remove it.",
-    )
-
-
-def _positive(name: str, takes: dict[str, str]) -> tuple[str, bool]:
-    """The switch that a name turns on, or off: --no-..., and since 0.33 --disable-... for --enable-..."""
-    if name in takes:
-        return name, True
-    opposites = {"no": "", "disable": "enable_", "enable": "disable_"}
-    start, _, rest = name.partition("_")
-    switch = opposites.get(start, start) + rest
-    return (switch, False) if takes.get(switch) == "switch" else (name, True)
-
-
-def _completed(name: str, takes: dict[str, str], head: str) -> str:
-    """The one flag that begins so, as argparse completes it; the name itself where there is none."""
-    switches = [flag for flag, kind in takes.items() if kind == "switch"]
-    names = [flag for flag in [*takes, *(f"no_{flag}" for flag in switches)] if name and flag.startswith(name)]
-    if len(names) > 1:
-        shown = ", ".join(f"--{flag.replace('_', '-')}" for flag in names[:4])
-        raise InputError(f"{head} can mean {shown}", where=WHERE, fix="Write the flag out.")
-    return names[0] if names else name
 
 
 def _value(word: str, convert: Callable[[str], Any], value: str | None) -> Any:

@@ -29,8 +29,8 @@ class Release:
     """How a vLLM release is modelled: its rule set and what its defaults differ in.
 
     large_gpu_defaults: EngineArgs.get_batch_defaults has a row for GPUs of 160 GiB.
-    preparation_round: requests that its API server prepares together, at most: 32 with AsyncMicrobatchTokenizer,
-    which 0.24 has no more; since then one thread prepares them in their order.
+    preparation_round: requests that its API server prepares together, at most: 32 with
+    AsyncMicrobatchTokenizer, which 0.24 has no more; since then one thread prepares them in their order.
     """
 
     rules: str
@@ -66,8 +66,8 @@ UNKNOWN_RELEASE_BAND = 0.1  # assumed: what a release without a rule set may hav
 
 
 def release_of(flags: EngineFlags) -> str:
-    """The name of the release in ``RELEASES`` that a vLLM version is modelled as: its own, the newest for those
-    that come later, the nearest with ``assume_rules``. Raises as ``check``."""
+    """The name of the release in ``RELEASES`` that a vLLM version is modelled as: its own, the newest for one
+    to come, the nearest with ``assume_rules``. Raises as ``check``."""
     release = minor_release(flags.version)
     if release in RELEASES:
         return release
@@ -84,8 +84,7 @@ def release_of(flags: EngineFlags) -> str:
 
 
 def preparation_round(version: str | None) -> int:
-    """See ``Release``, of the release that is nearest to a vLLM version; where none is known, of the
-    newest."""
+    """See ``Release``, of the release nearest to a vLLM version; where none is known, of the newest."""
     try:
         name = _nearest(minor_release(version or ""))
     except ValueError:
@@ -122,12 +121,16 @@ class Vllm:
         if minor_release(flags.version) != release:
             notes.append(f"vLLM {flags.version} has no rule set; assumed to behave as {release}")
         if flags.prefill_schedule_interval > 1 and not _keeps_prefills_apart(release):
-            notes.append(f"prefill_schedule_interval has no effect in vLLM {release} without data parallelism")
+            notes.append(
+                f"prefill_schedule_interval has no effect in vLLM {release} without data parallelism"
+            )
         if RELEASES[release].note:
             notes.append(RELEASES[release].note)
         command = flags.serve_command
         if command is not None and command.release and minor_release(command.release) != release:
-            notes.append(f"the command's image is vLLM {command.release}, engine.version says {flags.version}")
+            notes.append(
+                f"the command's image is vLLM {command.release}, engine.version says {flags.version}"
+            )
         if command is not None and command.widening:
             notes.append(
                 f"not modelled, and {FLAG_BAND:.0%} more error for each: {', '.join(command.widening)}"
@@ -144,6 +147,12 @@ class Vllm:
     def resolve(
         self, flags: EngineFlags, gpu: GPU, model: ModelShape, *, where: str = "engine"
     ) -> EngineConfig:
+        if flags.dtype == "bfloat16" and (0, 0) < gpu.capability < (8, 0):
+            raise InputError(
+                f"vLLM refuses bfloat16 on a {gpu.name}, whose compute capability is below 8.0",
+                where=f"{where}.dtype",
+                fix="Use float16, which takes the same time, or leave it out.",
+            )
         # EngineArgs.get_batch_defaults, and what follows it
         positions = model.longest_context(release_number(flags.version))
         max_model_len = flags.longest_context(positions, where, default=model.default_positions)

@@ -90,7 +90,8 @@ def _why(compared: LoadComparison, predicted: Run, deployment: Deployment) -> It
             continue
         found = explain_run(predicted, deployment, name)
         if found is not None:
-            yield f"{spoken(row.metric)} as predicted is {found.sentence}; to change it: {'; '.join(found.advice)}"
+            advice = "; ".join(found.advice)
+            yield f"{spoken(row.metric)} as predicted is {found.sentence}; to change it: {advice}"
 
 
 def _shares_prompts(scenario: Scenario) -> bool:

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from servecast.sim.engine.request import Request
-from servecast.sim.routing.llmd.config import NotModelled, Plugin
 from servecast.sim.routing.llmd.cycle import Cycle, Setting
+from servecast.sim.routing.llmd.plugin import NotModelled, Plugin
 from servecast.sim.routing.llmd.sessions import Sessions
 from servecast.sim.routing.routers import Backend
 
@@ -31,10 +31,12 @@ class DecodeFilter:
 
 
 class PrefixCacheAffinityFilter:
-    """Those that have affinityThreshold of the prompt or more; all, where none does, or where the least loaded
-    of them has so many more tokens in flight than the least loaded of the others that the wait for them, at
-    peakPrefillThroughput tokens a second, is maxTTFTPenaltyMs longer (or their number maxTokensInFlightPenalty
-    larger)."""
+    """Those that have affinityThreshold of the prompt or more.
+
+    All, where none does, or where the least loaded of them has so many more tokens in flight than the least
+    loaded of the others that the wait for them, at peakPrefillThroughput tokens a second, is more than
+    maxTTFTPenaltyMs longer, or that they are more than maxTokensInFlightPenalty. 0 is no limit.
+    """
 
     def __init__(self, plugin: Plugin, setting: Setting) -> None:
         parameters = plugin.parameters

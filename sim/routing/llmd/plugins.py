@@ -1,4 +1,4 @@
-"""llm-d's plugins: which are modelled, which change nothing here, and which are refused; parameter by parameter.
+"""llm-d's plugins: which are modelled, which change nothing here, which are refused, by parameter.
 
 A parameter is in ``reads`` of its plugin's kind, or in ``idle`` with the reason why it has no effect, or in
 ``refused`` with the reason why it is not modelled. Names are dotted paths, and stand for all beneath them.
@@ -19,7 +19,8 @@ class Kind:
     """A type of plugin.
 
     Attributes:
-        role: what it is in the model; ``idle`` changes nothing where requests go, ``refused`` is not modelled.
+        role: what it is in the model; ``idle`` changes nothing in where requests go, ``refused`` is not
+            modelled.
         why: of an idle or refused one.
         takes_all: it reads none of its parameters, whatever they are.
         in_profile: it matters only where a profile names it.
@@ -66,7 +67,7 @@ _PRECISE = Kind(
     },
     refused={
         "indexerConfig.kvBlockIndexConfig.redisConfig": "an index in Redis is not modelled",
-        "indexerConfig.kvBlockIndexConfig.costAwareMemoryConfig": "an index bounded by memory is not modelled",
+        "indexerConfig.kvBlockIndexConfig.costAwareMemoryConfig": "its size is not modelled",
         "indexerConfig.kvCacheBackendConfigs": "KV blocks outside the GPU are not modelled",
     },
 )

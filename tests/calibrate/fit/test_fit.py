@@ -33,7 +33,7 @@ from servecast.sim.hardware.shard import Shard
 from servecast.sim.hardware.step_time.physical import Efficiencies
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.scenario.deployment import Deployment
-from servecast.sim.scenario.scenario import load
+from servecast.sim.scenario.scenario import load, shipped_folder
 
 MODEL, LARGER = "Qwen2.5-7B-Instruct", "Qwen3-32B"
 TRUTH = Efficiencies(
@@ -502,9 +502,44 @@ def test_show_prints_and_plots(tmp_path: Path, fitted: FolderFit, capsys: pytest
         assert text in out
     assert main(["calibrate", "show", str(path), "--plot", str(tmp_path / "p.gif")]) == 2
     bare = tmp_path / "bare.json"
-    fitted.profile.model_copy(update={"fit": None}).save(bare)
+    fitted.profile.model_copy(update={"fit": None, "models": (), "model": "mine"}).save(bare)
     assert main(["calibrate", "show", str(bare), "--plot", str(tmp_path / "q.svg")]) == 2
+    assert "no sizes of its model 'mine'" in capsys.readouterr().err
     assert not (tmp_path / "q.svg").exists()
+
+
+@pytest.mark.parametrize("name", ["a6000-qwen2.5-7b", "infer-rtx5080-static-llama"])
+def test_shipped_profiles_are_shown_by_name_and_drawn_from_what_they_predict(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["calibrate", "show", name, "--plot", str(tmp_path / "p.svg")]) == 0
+    out = capsys.readouterr().out
+    profile = Profile.load(shipped_folder() / "profiles" / f"{name}.json")
+    for parameter in profile.parameters():  # each with its origin, those too that the file does not name
+        (line,) = [line for line in out.splitlines() if line.strip().startswith(f"{parameter} ")]
+        assert "fitted: " in line or "assumed: " in line
+    picture = (tmp_path / "p.svg").read_text()
+    assert "what the time goes to" in picture
+    assert "roofline" in picture
+
+
+def test_the_constants_of_a_gpu_are_shown_with_their_timings(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """14,112 products of bf16 were timed on an H100, which the fit is off by 5.8 % in the median."""
+    assert main(["calibrate", "show", "h100"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("H100: NVIDIA's timings of vLLM's kernels, wheel aiconfigurator-core (Apache-2.0)")
+    assert "products bf16: compute 0.8432" in out
+    assert "14112 rows, off 5.8% in the median" in out
+    assert main(["calibrate", "show", "l4"]) == 0
+    assert "compute times 0.72, for the power of the GPU" in capsys.readouterr().out
+    assert main(["calibrate", "show", str(shipped_folder() / "gpus" / "h100.json"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["gpu"] == "H100"
+    assert main(["calibrate", "show", "h100", "--plot", str(tmp_path / "p.svg")]) == 2
+    assert "constants of kernels have no steps" in capsys.readouterr().err
+    assert main(["calibrate", "show", "a6000-qwen"]) == 2
+    assert "there is no profile 'a6000-qwen'. Did you mean" in capsys.readouterr().err
 
 
 # bad input

@@ -321,7 +321,7 @@ CASES = [
         {"engine.command": "vllm serve m --max-num-queued-reqs 5"},
         "engine.command",
         "vLLM 0.23 has no --max-num-queued-reqs",
-        "Remove it, or use version 0.32.",
+        "Remove it, or use version 0.29 to 0.33.",
     ),
     scenario(
         "pasted value out of range",
@@ -331,8 +331,8 @@ CASES = [
     ),
     command(
         "unknown flag",
-        "vllm serve m --max-num-seq 5",
-        "vllm serve has no flag --max-num-seq",
+        "vllm serve m --max-num-sequences 5",
+        "vllm serve has no flag --max-num-sequences",
         "Did you mean '--max-num-seqs'?",
     ),
     command(

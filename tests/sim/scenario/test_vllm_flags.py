@@ -139,7 +139,9 @@ def test_a_release_to_come_runs_under_the_newest_rules(version: str) -> None:
     )
 
 
-@pytest.mark.parametrize(("version", "release"), [("0.27.1", "0.27"), ("v0.25.1", "0.25"), ("0.20.2", "0.20")])
+@pytest.mark.parametrize(
+    ("version", "release"), [("0.27.1", "0.27"), ("v0.25.1", "0.25"), ("0.20.2", "0.20")]
+)
 def test_a_patch_release_is_its_minor_release(version: str, release: str) -> None:
     assert resolved(version=version).version == release
     assert Vllm().notes(flags(version=version)) == ()
