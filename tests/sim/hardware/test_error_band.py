@@ -138,7 +138,10 @@ def test_kernels_are_the_basis_where_no_profile_is_named() -> None:
 
 def test_a_gpu_that_none_is_near_is_physics_and_says_why(tmp_path: Any) -> None:
     replace(H200, name="mine", capability=(3, 5)).save(tmp_path / "gpu.json")
-    scenario = load("what-if-llama-3.1-70b", {"profile": None, "engine.tensor_parallel_size": 8})
+    scenario = load(
+        "what-if-llama-3.1-70b",
+        {"profile": None, "engine.tensor_parallel_size": 8, "engine.dtype": "float16"},
+    )
     own = scenario.changed({"gpu": {"file": str(tmp_path / "gpu.json")}})
     made = Deployment.of(own)
     assert made.transfer.basis == "physics only"
