@@ -340,6 +340,7 @@ def read_rows(reported: Reported) -> list[ReportedRow]:
     rows = [_row(reported, line, f"{reported.table}, line {n}") for n, line in enumerate(lines, start=2)]
     for wanted in (
         *reported.fit_rows,
+        *reported.rows,
         *(cells.row for cells in reported.excluded),
         *(each.row for each in reported.left_out),
     ):
