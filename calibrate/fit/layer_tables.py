@@ -86,7 +86,8 @@ def read_layer_tables(
             )
         meta = meta or _meta(file, model, tensor_parallel_size, degrees)
     dense_share = (model.layers - model.moe_layers) / model.layers
-    linear, elementwise = {**_LINEAR}, {**_ELEMENTWISE}
+    linear: dict[str, float] = {**_LINEAR}
+    elementwise: dict[str, float] = {**_ELEMENTWISE}
     if dense_share:
         linear |= dict.fromkeys(_MLP, dense_share)
         elementwise[_MLP_ELEMENTWISE] = dense_share

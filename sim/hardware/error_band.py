@@ -190,8 +190,8 @@ def _fitted(tpot: float | None, ttft: float) -> Bands:
 
 
 def _with_rate(bands: Bands) -> Bands:
-    """With the band of what follows: the largest rate of an objective moves more than the throughput of a busy
-    server, by how much is a guess."""
+    """With the band of what follows: the largest rate of an objective moves more than the throughput of a
+    busy server, by how much is a guess."""
     rate = None if bands.throughput is None else 1.5 * bands.throughput
     return replace(bands, max_rate=rate, guessed=(*bands.guessed, "max_rate"))
 

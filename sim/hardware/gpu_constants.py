@@ -307,7 +307,8 @@ def compute_factor(gpu: GPU, timed: GPU, share: float) -> float:
         return 1.0
     family = _family(gpu)
     watts = gpu.power / gpu.bf16_flops / (timed.power / timed.bf16_flops) * family.efficiency
-    return min(family.most, share * watts**BY_POWER) / share
+    reached: float = min(family.most, share * watts**BY_POWER)
+    return reached / share
 
 
 def _family(gpu: GPU) -> Family:

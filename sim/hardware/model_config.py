@@ -16,7 +16,6 @@ from servecast.sim.inputs.errors import InputError
 from servecast.sim.inputs.schema import did_you_mean
 
 
-
 @dataclass(frozen=True, slots=True)
 class Experts:
     """The mixture of a family: names of the fields that say how many experts there are, how many a token

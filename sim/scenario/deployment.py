@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
+from typing import Any
 
 from servecast.sim.engine.config import EngineConfig
 from servecast.sim.fleet.spec import GpuSpec
@@ -206,7 +207,7 @@ def _gpu(scenario: Scenario) -> GPU:
 
 def _with_link(profile: Profile, spec: GpuSpec) -> Profile:
     """The profile, with what a scenario says of the link between its GPUs."""
-    given: dict[str, float] = {}
+    given: dict[str, Any] = {}
     if spec.link_share is not None:
         given["link"] = spec.link_share
     if spec.allreduce_latency_us is not None:
