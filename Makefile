@@ -6,12 +6,12 @@ BIN := $(VENV)/bin
 SCENARIO ?= a6000-qwen2.5-7b
 SLO ?= --slo ttft:p95:500 --slo tpot:p95:60
 
-.PHONY: plan check test unit live-results lint types tree benchmark parity-ladder parity-long docs vllm litellm prometheus clean
+.PHONY: plan check test unit inferencex live-results lint types tree benchmark parity-ladder parity-long docs vllm litellm prometheus clean
 
 plan: $(VENV)/.installed
 	$(BIN)/servecast plan $(SCENARIO) $(SLO) --report out/plan-$(SCENARIO).html
 
-# Needs neither vLLM nor a quiet machine: five minutes on two cores.
+# Needs neither vLLM nor a quiet machine: six CPU minutes.
 check: lint types unit
 
 unit: $(VENV)/.installed-test
@@ -21,6 +21,13 @@ unit: $(VENV)/.installed-test
 test: check vllm litellm prometheus
 	$(BIN)/python -m pytest -m "(vllm or slow) and not live" -n logical --dist loadfile
 	$(BIN)/python -m pytest -m live
+
+# Predicts every run of InferenceX, a few minutes, and renews what the accuracy page says of them.
+inferencex: $(VENV)/.installed-test
+	mkdir -p out
+	$(BIN)/servecast reproduce inferencex-vllm --json > out/inferencex-vllm.json
+	mv out/inferencex-vllm.json docs/results/
+	$(BIN)/python docs/generate.py
 
 # Measures the committed results of live runs that need no GPU anew; takes twenty minutes, and wants a machine
 # that does nothing else: it keeps no result otherwise.

@@ -12,7 +12,7 @@ from typing import Any
 
 from accuracy_tables import table_lines
 
-from servecast.sim.hardware.gpu import GPU, find_gpu
+from servecast.sim.hardware.gpu import find_gpu
 from servecast.sim.hardware.memory import KVMemory
 from servecast.sim.hardware.model_shape import ModelShape
 from servecast.sim.scenario.engine_flags import EngineFlags
@@ -64,7 +64,7 @@ may be off by 0.05 GiB where it was derived from rounded GiB (2 % of the 72B row
 """
 
 REASONS = {
-    "P6": "float32 is refused in a scenario, since its step times are not modelled; the account is the same",
+    "P6": "refused in a scenario, since step times of float32 are not modelled; the account is the same",
     "P16": "the same deployment as P15, which logged 2 % more",
     "X4": "beyond 8 %: by all signs the first start of that server",
     "X5": "not the first start of that server",
@@ -118,19 +118,12 @@ def _memory(row: Mapping[str, str], compile_cache: str) -> KVMemory:
         model = replace(model, weight_bytes_each=1)
     if engine.dtype == "float32":
         model = replace(model, weight_bytes_each=4, dtype_bytes=4)
-    gpu = _gpu(row["gpu"])
+    gpu = find_gpu(row["gpu"])
     config = server.resolve(engine, gpu, model)
     shard = server.shard(engine, config, model, gpu)
     if engine.dtype == "float32":
         shard = replace(shard, kv_dtype_bytes=4)
     return server.memory(engine, config, shard)
-
-
-def _gpu(name: str) -> GPU:
-    if name == "RTX 5090":  # 31.36 GiB as CUDA reports it
-        ada = find_gpu("RTX 4090")
-        return replace(ada, name=name, memory_bytes=int(31.36 * (1 << 30)), sms=170, capability=(12, 0))
-    return find_gpu(name)
 
 
 def page() -> str:

@@ -71,6 +71,8 @@ def undisturbed(overheads: Sequence[Overhead]) -> tuple[tuple[Overhead, ...], li
     front end fell; and what was wrong with the others."""
     loads = defaultdict[int, dict[int, list[Row]]](dict)
     for row in overheads:
+        if row.more_tokens:
+            continue  # measured once
         loads[row.concurrency].setdefault(row.turn, []).append(row.model_dump())
     behind = {load for load, turns in loads.items() if lags([row for rows in turns.values() for row in rows])}
     if behind == loads.keys():
@@ -78,8 +80,11 @@ def undisturbed(overheads: Sequence[Overhead]) -> tuple[tuple[Overhead, ...], li
     kept = tuple(
         row
         for row in overheads
-        if row.turn in trusted(loads[row.concurrency])
-        and not (row.kind == "token_out" and row.concurrency in behind)
+        if row.more_tokens
+        or (
+            row.turn in trusted(loads[row.concurrency])
+            and not (row.kind == "token_out" and row.concurrency in behind)
+        )
     )
     return kept, complaints(loads)
 
@@ -100,7 +105,8 @@ def fit_front_end(
     Returns:
         The costs, and the names of those that the rows tell.
     """
-    inward = [row for row in overheads if row.kind == "request_in"]
+    inward = [row for row in overheads if row.kind == "request_in" and not row.more_tokens]
+    longer = [row for row in overheads if row.kind == "request_in" and row.more_tokens]
     outward = [row for row in overheads if row.kind == "token_out"]
     costs: dict[str, float] = {}
     if inward:
@@ -109,6 +115,11 @@ def fit_front_end(
         fewest = min(map(_together, inward))
         alone = np.concatenate([row.times_s for row in inward if _together(row) == fewest])
         spread = _half_width(alone) / float(np.median(alone))
+        if longer:  # prompts of random tokens, one at a time
+            usual = float(np.median(alone))
+            took = np.concatenate([(np.array(row.times_s) - usual) / row.more_tokens for row in longer])
+            random = FrontEndCosts(prompt_token_s=1.0).of_prompts("random_text").prompt_token_s
+            costs["prompt_token_s"] = max(0.0, float(np.median(took))) / random
         costs["cv"] = spread * (latency + request) / math.hypot(latency, request)  # each is drawn for itself
     if outward:
         first = [row for row in outward if row.first]

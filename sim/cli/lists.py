@@ -49,9 +49,12 @@ def profiles(*, json: bool = False) -> None:
 
 
 def _records(found: pd.DataFrame) -> list[dict[str, object]]:
-    return found.astype(object).where(found.notna(), None).to_dict("records")
+    return [
+        {str(name): value for name, value in row.items()}
+        for row in found.astype(object).where(found.notna(), None).to_dict("records")
+    ]
 
 
 def _text(found: pd.DataFrame) -> str:
-    rows = [[row[name] for name in found] for row in _records(found)]
-    return table(list(found), rows)
+    names = [str(name) for name in found]
+    return table(names, [[row[name] for name in names] for row in _records(found)])

@@ -20,7 +20,7 @@ from servecast.sim.run.results import read_result, to_text
 from servecast.sim.run.simulate import simulate as run_of
 from servecast.sim.run.simulation import at_rate, simulate
 from servecast.sim.scenario.scenario import Scenario
-from servecast.sim.traffic.inference_perf import InferencePerfWorkload
+from servecast.sim.traffic.inference_perf.workload import InferencePerfWorkload
 from servecast.sim.traffic.spec import Workload
 
 

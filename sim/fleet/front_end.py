@@ -19,6 +19,7 @@ from servecast.sim.fleet.client import SerialProcess
 from servecast.sim.hardware.front_end_costs import FrontEndCosts
 from servecast.sim.inputs.units import to_ps
 
+
 class Preparation:
     """Requests in preparation take turns of one event loop, in rounds that are ready as a whole.
 
@@ -82,8 +83,8 @@ class ApiServer:
         "_env",
         "_preparation",
         "_sent",
-        "_tokenizer",
         "_token_ps",
+        "_tokenizer",
         "_variation",
     )
 

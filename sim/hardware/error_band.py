@@ -4,9 +4,9 @@ Efficiencies carry over between models on one GPU, and less surely between GPUs.
 where a fit left one of its models out and predicted it from the others; elsewhere the widths below are
 assumed, and said to be.
 
-Each metric has a band of its own. Those from kernel timings, and that of TTFT on any basis, come from real runs:
-``scenarios/make/error_bands.py`` derives them from the shipped reproductions, group by group, each from all other
-groups, and a test holds how many rows of the group that was left out lie inside.
+Each metric has a band of its own. Those from kernel timings, and that of TTFT on any basis, come from real
+runs: ``scenarios/make/error_bands.py`` derives them from the shipped reproductions, group by group, each from
+all other groups, and a test holds how many rows of the group that was left out lie inside.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ PER_RANK_DOUBLING = 0.05  # more for each doubling of the ranks: all-reduces tha
 
 @dataclass(frozen=True, slots=True)
 class Bands:
-    """Relative error bands of means and medians, by metric: nine in ten predictions err by no more, relative to
-    what is measured. None where it is not known.
+    """Relative error bands of means and medians, by metric: nine in ten predictions err by no more, relative
+    to what is measured. None where it is not known.
 
     Attributes:
-        tpot: token times. ttft: time to the first token. throughput: tokens or requests a second of a load that
-            keeps the server busy, and E2E latencies.
+        tpot: token times. ttft: time to the first token. throughput: tokens or requests a second of a load
+            that keeps the server busy, and E2E latencies.
         max_rate: the largest rate that meets objectives. kv_tokens: size of the KV pool.
         guessed: those that no real measurement supports.
     """
@@ -76,15 +76,13 @@ class Bands:
         return ", ".join(parts) or "not known"
 
 
-KV_TOKENS = 0.08  # kept by 24 of 27 pools that vLLM logged
+_ALL = ("tpot", "ttft", "throughput")
 FITTED_TTFT = 0.55  # of a basis that was fitted end to end
 FITTED_THROUGHPUT = 0.08
-KERNELS = {  # own kernel timings, by the weights' and activations' precision
-    "bf16": Bands(tpot=0.2, ttft=0.5, throughput=0.2),
-    "fp8": Bands(tpot=0.2, ttft=0.5, throughput=0.2),
-}
-KERNELS_MOE = Bands(tpot=0.3, ttft=0.7, throughput=0.3)  # mixture of experts: nothing is left out to tell
-KERNELS_FAMILY = Bands(tpot=0.3, ttft=0.6, throughput=0.35)  # timings of the nearest GPU
+KERNELS = Bands(tpot=0.2, ttft=0.5, throughput=0.2)  # kernel timings, dense models of JUDGED GPUs and weights
+JUDGED_GPUS, JUDGED_WEIGHT_BYTES = ("H100", "H200"), (1, 2)  # those that real runs tell the band of
+KERNELS_MOE = Bands(tpot=0.3, ttft=0.7, throughput=0.35)  # mixtures of experts
+KERNELS_ELSEWHERE = Bands(tpot=0.3, ttft=0.6, throughput=0.35)  # other GPUs, and timings of the nearest one
 TYPICAL = Bands(tpot=TYPICAL_BAND, ttft=0.6, throughput=0.45)
 
 
@@ -151,8 +149,8 @@ def transfer(profile: Profile, shard: Shard) -> Transfer:
             bands = _of_family(shard, gpus)
         return Transfer(basis, 0.0, 0.0, gpus, bands, of_kernels=True)
     if all(entry.origin == "assumed" for entry in profile.provenance):
-        typical = replace(TYPICAL, tpot=max(TYPICAL_BAND, profile.error_band or 0.0))
-        return Transfer("physics only", models, ranks, gpus, _with_rate(typical))
+        bands = replace(TYPICAL, tpot=max(TYPICAL_BAND, profile.error_band or 0.0))
+        return Transfer("physics only", models, ranks, gpus, _with_rate(bands))
     if models == 0 and ranks == 0 and gpus is None:
         basis = "fitted to a report" if profile.fitted_rows else "measured here"
         return Transfer(basis, models, ranks, gpus, _with_rate(_fitted(profile.error_band, FITTED_TTFT)))
@@ -163,24 +161,27 @@ def transfer(profile: Profile, shard: Shard) -> Transfer:
         band = max(band, GPU_BAND) + PER_DOUBLING * _size(gpus)
     band += PER_RANK_DOUBLING * abs(ranks)
     ttft = FITTED_TTFT + band - (profile.error_band or 0.0)  # as much wider as that of token times
-    guessed = ("ttft", "throughput") if models == 0 or _told(profile) else ("tpot", "ttft", "throughput")
+    guessed = ("ttft", "throughput") if models == 0 or _told(profile) else _ALL
     bands = _with_rate(replace(_fitted(band, ttft), guessed=guessed))
     return Transfer("scaled from a measured reference", models, ranks, gpus, bands)
 
 
 def _of_kernels(shard: Shard) -> Bands:
     """From timings of this GPU's kernels."""
-    if shard.model.moe_layers:
-        return _with_rate(replace(KERNELS_MOE, guessed=("tpot", "ttft", "throughput")))
-    return _with_rate(KERNELS["fp8" if shard.model.weight_bytes_each == 1 else "bf16"])
+    model = shard.model
+    if model.moe_layers:
+        return _with_rate(replace(KERNELS_MOE, guessed=_ALL))
+    if shard.gpu.name in JUDGED_GPUS and model.weight_bytes_each in JUDGED_WEIGHT_BYTES:
+        return _with_rate(KERNELS)
+    return _with_rate(replace(KERNELS_ELSEWHERE, guessed=_ALL))
 
 
 def _of_family(shard: Shard, gpu_doublings: float) -> Bands:
     """From timings of another GPU's kernels: a guess, wider by how much the bandwidths differ."""
-    bands, more = max(_of_kernels(shard), KERNELS_FAMILY, key=lambda each: each.tpot or 0), PER_DOUBLING
+    bands, more = max(_of_kernels(shard), KERNELS_ELSEWHERE, key=lambda each: each.tpot or 0), PER_DOUBLING
     more *= _size(gpu_doublings)
     wider = {name: getattr(bands, name) + more for name in ("tpot", "ttft", "throughput")}
-    return _with_rate(Bands(**wider, guessed=("tpot", "ttft", "throughput")))
+    return _with_rate(Bands(**wider, guessed=_ALL))
 
 
 def _fitted(tpot: float | None, ttft: float) -> Bands:
@@ -189,10 +190,10 @@ def _fitted(tpot: float | None, ttft: float) -> Bands:
 
 
 def _with_rate(bands: Bands) -> Bands:
-    """With the bands of what follows: a KV pool hardly depends on the basis, and the largest rate of an
-    objective moves more than the throughput of a busy server, by how much is a guess."""
+    """With the band of what follows: the largest rate of an objective moves more than the throughput of a
+    busy server, by how much is a guess."""
     rate = None if bands.throughput is None else 1.5 * bands.throughput
-    return replace(bands, max_rate=rate, kv_tokens=KV_TOKENS, guessed=(*bands.guessed, "max_rate"))
+    return replace(bands, max_rate=rate, guessed=(*bands.guessed, "max_rate"))
 
 
 def _told(profile: Profile) -> bool:

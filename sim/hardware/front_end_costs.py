@@ -18,8 +18,8 @@ class FrontEndCosts:
 
     Attributes:
         request_s: API server, per request: HTTP, chat template, tokenizer; requests in progress share it.
-        prompt_token_s: the tokenizer's thread behind it, serial, per token of a prompt, JSON included. That of
-            text; see ``of_prompts``.
+        prompt_token_s: the tokenizer's thread behind it, serial, per token of a prompt, JSON included. That
+            of text; see ``of_prompts``.
         token_s: API server, serial, per event streamed, of one token unless it lags: detokenizer, one event.
         latency_s: per request, not serial, on its way to the engine: connection, network, wake-ups.
         delivery_s: per token, not serial, on its way from the engine: wake-ups, network.
@@ -49,9 +49,10 @@ class FrontEndCosts:
         """Of a server that nobody measured, driven from the same machine.
 
         Encoding takes 1.2 to 1.5 us a token of English text (tokenizers 0.23; 2.2 to 2.8 us of the text of
-        random token ids), JSON and messages 0.1 to 0.3 us more. Three sets of H100 servers answered prompts of
-        250 to 1,000 tokens 7.5 to 10.5 ms later than their engines, which leaves 6 to 8 ms beside these. The
-        cost of a request and its variation, 0.8 to 1 ms and 0.5, are weakly known. That of a streamed event,
+        random token ids), JSON and messages 0.1 to 0.3 us more. Three sets of H100 servers answered prompts
+        of 250 to 1,000 tokens 7.5 to 10.5 ms later than their engines, which leaves 6 to 8 ms beside these.
+        The cost of a request and its variation, 0.8 to 1 ms and 0.5, are weakly known. That of a streamed
+        event,
         10 to 50 us, is not: none.
         """
         return cls(request_s=0.9e-3, prompt_token_s=1.6e-6, latency_s=7e-3, cv=0.5)

@@ -103,7 +103,7 @@ class GPU:
                 continue
             try:  # YAML reads 3.35e12 without a sign in the exponent as text
                 number = float("nan" if isinstance(value, bool) or value is None else value)
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 number = float("nan")
             if not 0 < number < float("inf"):
                 raise InputError(

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from servecast.sim.hardware.gpu import GPU
 from servecast.sim.hardware.shard import Shard
@@ -168,6 +168,18 @@ class GpuConstants(_Strict):
     all_reduce: dict[int, AllReduce] = {}
     compute_factor: float = Field(default=1.0, exclude=True)
 
+    @model_validator(mode="after")
+    def _complete(self) -> GpuConstants:
+        for name in ("prompts", "decodes"):
+            if "bf16" not in getattr(self, name):
+                raise ValueError(f"{name} of a bf16 KV cache are missing")
+        return self
+
+    @staticmethod
+    def are_in(path: Path) -> bool:
+        """Whether a file holds a GPU's constants and not a profile."""
+        return path.is_file() and '"small_kernel_s"' in path.read_text("utf-8", "replace")
+
     @classmethod
     def load(cls, path: str | Path) -> GpuConstants:
         """Read a file.
@@ -181,7 +193,7 @@ class GpuConstants(_Strict):
             what = str(error)
             if isinstance(error, ValidationError):
                 first = error.errors()[0]
-                what = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+                what = ": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"])))
             raise InputError(
                 f"is no file of a GPU's constants ({what})",
                 where=str(path),
@@ -295,7 +307,8 @@ def compute_factor(gpu: GPU, timed: GPU, share: float) -> float:
         return 1.0
     family = _family(gpu)
     watts = gpu.power / gpu.bf16_flops / (timed.power / timed.bf16_flops) * family.efficiency
-    return min(family.most, share * watts**BY_POWER) / share
+    reached: float = min(family.most, share * watts**BY_POWER)
+    return reached / share
 
 
 def _family(gpu: GPU) -> Family:

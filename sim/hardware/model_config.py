@@ -7,8 +7,8 @@ are refused by name.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from servecast.sim.hardware.quantization import Quantization, read_quantization
@@ -24,7 +24,7 @@ class Experts:
     Attributes:
         shared: field with the width of the shared expert, or with how many shared ones of ``width`` there are
             (``shared_count``). shared_gate: it has a gate of its own.
-        router_bias: a bias, or a correction, for each expert of a layer.
+        router_bias: a bias, or a correction, for each expert of a layer. bias: of the experts' products.
         layers: which have experts: "steps" (every ``decoder_sparse_step``-th), "behind" (all but the first
             ``first_k_dense_replace``), "interleaved" (every ``interleave_moe_layer_step``-th), "interval"
             (ERNIE's), "all".
@@ -37,7 +37,8 @@ class Experts:
     shared: str = ""
     shared_count: str = ""
     shared_gate: bool = False
-    router_bias: bool | str = False
+    router_bias: bool = False
+    bias: bool = False
     layers: Literal["all", "steps", "behind", "interleaved", "interval"] = "all"
 
 
@@ -50,6 +51,7 @@ class Family:
         tied: when tie_word_embeddings is absent. gated: gate and up projections, not one.
         sliding: which layers slide where there are no layer_types: "no", "all" (if there is a
             sliding_window), "qwen" (use_sliding_window), or all but every n-th.
+        sinks: a learned sink for each head. rename: gives the file's fields their usual names.
     """
 
     qkv_bias: bool | str = "attention_bias"
@@ -57,14 +59,44 @@ class Family:
     mlp_bias: bool | str = False
     qk_norm: Literal["no", "head", "all"] = "no"
     qk_norm_field: str = ""
-    norms: int = 2
+    norms: int | str = 2
     norm_bias: bool = False
     final_norm: bool = True
     tied: bool = False
     gated: bool = True
     head_bias: bool = False
     sliding: Literal["no", "all", "qwen"] | int = "no"
+    sinks: bool = False
     experts: Experts | None = None
+    rename: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
+
+
+def _falcon(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    two = config.get("new_decoder_architecture")
+    heads = config.get("num_attention_heads")
+    grouped = config.get("num_kv_heads") if two else 1 if config.get("multi_query", True) else heads
+    hidden = config.get("hidden_size")
+    return {
+        "intermediate_size": config.get("ffn_hidden_size") or (4 * hidden if isinstance(hidden, int) else 0),
+        "max_position_embeddings": 2048,
+        **config,
+        "num_key_value_heads": grouped,
+        "norms": 2 if two or not config.get("parallel_attn", True) else 1,
+    }
+
+
+def _gpt_bigcode(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    names = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"}
+    names |= {"max_position_embeddings": "n_positions"}
+    found = {name: config.get(theirs) for name, theirs in names.items()}
+    hidden = found["hidden_size"]
+    return {
+        **found,
+        "intermediate_size": config.get("n_inner") or (4 * hidden if isinstance(hidden, int) else 0),
+        "num_key_value_heads": 1 if config.get("multi_query", True) else found["num_attention_heads"],
+        "learned_positions": True,
+        **config,
+    }
 
 
 _PLAIN = Family(qkv_bias=False, out_bias=False)
@@ -73,6 +105,13 @@ _QWEN3 = Family(qk_norm="head", sliding="qwen")
 _QWEN3_EXPERTS = Experts(width="moe_intermediate_size", layers="steps")
 _GEMMA = Family(tied=True)
 _OLMO2 = Family(qk_norm="all")
+_BEHIND = Experts(
+    count=("n_routed_experts",),
+    width="moe_intermediate_size",
+    shared_count="n_shared_experts",
+    router_bias=True,
+    layers="behind",
+)
 
 FAMILIES: Mapping[str, Family] = {
     "llama": Family(mlp_bias="mlp_bias"),
@@ -129,24 +168,11 @@ FAMILIES: Mapping[str, Family] = {
         out_bias=False,
         qk_norm="head",
         qk_norm_field="use_qk_norm",
-        experts=Experts(
-            count=("n_routed_experts",),
-            width="moe_intermediate_size",
-            shared_count="n_shared_experts",
-            router_bias=True,
-            layers="behind",
-        ),
+        experts=_BEHIND,
     ),
-    "dots1": Family(
-        qk_norm="head",
-        experts=Experts(
-            count=("n_routed_experts",),
-            width="moe_intermediate_size",
-            shared_count="n_shared_experts",
-            router_bias=True,
-            layers="behind",
-        ),
-    ),
+    "dots1": Family(qk_norm="head", experts=_BEHIND),
+    "solar_open": Family(experts=_BEHIND),
+    "deepseek": Family(experts=replace(_BEHIND, router_bias=False)),
     "ernie4_5": Family(qkv_bias="use_bias", out_bias="use_bias", mlp_bias="use_bias", tied=True),
     "ernie4_5_moe": Family(
         qkv_bias="use_bias",
@@ -167,6 +193,35 @@ FAMILIES: Mapping[str, Family] = {
     "hunyuan_v1_dense": Family(qk_norm="head"),
     "exaone4": Family(qkv_bias=False, out_bias=False, qk_norm="head", sliding=4),
     "nemotron": Family(mlp_bias="mlp_bias", norm_bias=True, gated=False),
+    "gpt_oss": Family(
+        qkv_bias=True, out_bias=True, sliding=2, sinks=True, experts=Experts(router_bias=True, bias=True)
+    ),
+    "gpt_bigcode": Family(
+        qkv_bias=True,
+        out_bias=True,
+        mlp_bias=True,
+        norm_bias=True,
+        tied=True,
+        gated=False,
+        rename=_gpt_bigcode,
+    ),
+    "falcon": Family(
+        qkv_bias="bias",
+        out_bias="bias",
+        mlp_bias="bias",
+        norms="norms",
+        norm_bias=True,
+        tied=True,
+        gated=False,
+        rename=_falcon,
+    ),
+    "stablelm": Family(qkv_bias="use_qkv_bias", out_bias=False, norm_bias=True),
+    "exaone": _PLAIN,
+    "internlm2": Family(qkv_bias="bias", out_bias="bias"),
+    "internlm3": Family(qkv_bias="qkv_bias", out_bias="bias", mlp_bias="bias"),
+    "minicpm": Family(qkv_bias=False, out_bias=False, tied=True),
+    "baichuan": _PLAIN,
+    "cwm": Family(qkv_bias=False, out_bias=False, sliding=4),
     "arcee": Family(mlp_bias="mlp_bias", gated=False),
 }
 _ALIASES = {  # text parts of multimodal models, and other names of the same layers
@@ -190,6 +245,7 @@ _NOT_MODELLED = {
     "ssm_cfg": "state-space layers",
     "hybrid_override_pattern": "state-space layers",
 }
+_LARGEST = 1 << 40  # of any size; of layers, 4,096
 _DTYPES = ("bfloat16", "float16", "float32")
 LEFT_OUT = "images and audio are left out: the text model alone is simulated, without its encoders' weights"
 
@@ -206,7 +262,7 @@ class _File:
         field = next((name for name in fields if self.config.get(name) is not None), fields[0])
         value = self.config.get(field, default)
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _LARGEST:
             problem = "is missing" if value is None else f"is {_short(value)}, not a positive integer"
             raise InputError(
                 f"{field} {problem}",
@@ -219,6 +275,17 @@ class _File:
         """A whole number that may be 0 or missing."""
         value = self.config.get(field)
         return default if value in (None, 0, False) else self.count(field)
+
+    def listed(self, field: str) -> list[Any]:
+        """A list, empty where there is none."""
+        value = self.config.get(field) or []
+        if not isinstance(value, list):
+            raise InputError(
+                f"{field} is {_short(value)}, not a list",
+                where=f"{self.where}: {field}",
+                fix="Take the file from the model's repository.",
+            )
+        return value
 
     def says(self, answer: bool | str, default: bool = False) -> bool:
         """A fact of the family, or of the file's field of that name."""
@@ -235,12 +302,17 @@ def shape_fields(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     config, notes = _text_part(config, where)
     model_type = str(config.get("model_type"))
     family = _family(config, where)
+    config = family.rename(config)
     file = _File(config, where)
     layers, heads, hidden = (
         file.count("num_hidden_layers", "num_layers", "n_layers"),
         file.count("num_attention_heads"),
         file.count("hidden_size"),
     )
+    if layers > 4096:
+        raise InputError(
+            f"{layers} layers are no model's", where=f"{where}: num_hidden_layers", fix="Correct the file."
+        )
     kv_heads = file.count("num_key_value_heads", default=heads)
     head_dim = file.count("head_dim", default=hidden // heads)
     dtype_bytes = _dtype_bytes(config, where)
@@ -264,7 +336,7 @@ def shape_fields(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         "mlp_bias": file.says(family.mlp_bias),
         "mlp_products": 3 if family.gated else 2,
         "qk_norm": family.qk_norm != "no" and file.says(family.qk_norm_field or True),
-        "norms_per_layer": family.norms,
+        "norms_per_layer": config[family.norms] if isinstance(family.norms, str) else family.norms,
         "dtype_bytes": dtype_bytes,
         "weight_bytes_each": quantization.weight_bytes,
         "weight_block": quantization.block,
@@ -341,16 +413,17 @@ def _has_experts(file: _File, experts: Experts, layer: int, layers: int) -> bool
     config = file.config
     if experts.layers == "steps":
         step = file.count("decoder_sparse_step", default=1)
-        return layer not in (config.get("mlp_only_layers") or []) and (layer + 1) % step == 0
+        return layer not in file.listed("mlp_only_layers") and (layer + 1) % step == 0
     if experts.layers == "behind":
         return layer >= file.amount("first_k_dense_replace")
     if experts.layers == "interleaved":
-        listed = config.get("moe_layers")
+        listed = file.listed("moe_layers")
         step = file.count("interleave_moe_layer_step", default=1)
-        return layer in listed if isinstance(listed, list) else (layer + 1) % step == 0
+        return layer in listed if listed else (layer + 1) % step == 0
     if experts.layers == "interval":
-        first, last = file.amount("moe_layer_start_index"), config.get("moe_layer_end_index", -1)
-        last = layers - 1 if last in (-1, None) else last
+        first, last = file.amount("moe_layer_start_index"), layers - 1
+        if config.get("moe_layer_end_index") != -1:
+            last = file.amount("moe_layer_end_index", layers - 1)
         return first <= layer <= last and (layer + 1) % file.count("moe_layer_interval", default=1) == 0
     return True
 
@@ -361,15 +434,19 @@ def _other_weights(file: _File, family: Family, sizes: Mapping[str, Any]) -> int
     hidden, layers = sizes["hidden_size"], sizes["layers"]
     total = 0 if family.final_norm else -hidden
     if family.norm_bias:
-        total += (layers * family.norms + 1) * hidden
+        total += (layers * sizes["norms_per_layer"] + 1) * hidden
     if sizes["qk_norm"] and family.qk_norm == "all":
         total += layers * (sizes["heads"] + sizes["kv_heads"] - 2) * sizes["head_dim"]
     total += sizes["vocab_size"] if family.head_bias else 0
+    total += layers * sizes["heads"] if family.sinks else 0
+    total += file.count("max_position_embeddings") * hidden if file.config.get("learned_positions") else 0
     if sizes["mlp_bias"] and not family.gated:
         total -= layers * sizes["intermediate_size"]
     if family.experts is not None and sizes.get("moe_layers"):
         total += sizes["moe_layers"] * hidden if family.experts.shared_gate else 0
-        total += sizes["moe_layers"] * sizes["experts"] if file.says(family.experts.router_bias) else 0
+        total += sizes["moe_layers"] * sizes["experts"] if family.experts.router_bias else 0
+        biases = sizes["experts"] * (2 * sizes["expert_intermediate_size"] + hidden)
+        total += sizes["moe_layers"] * biases if family.experts.bias else 0
     return total
 
 
@@ -422,7 +499,7 @@ def _positions(file: _File) -> dict[str, int | None]:
     for each in nested or [rope]:
         kind = each.get("rope_type", each.get("type", "default"))
         stretch = each.get("factor") or 1.0
-        if not isinstance(stretch, int | float) or stretch <= 0:
+        if not isinstance(stretch, int | float) or not 0 < stretch < 1e6:
             raise InputError(
                 f"factor is {_short(stretch)}, not a positive number",
                 where=f"{file.where}: rope_scaling.factor",
@@ -431,10 +508,11 @@ def _positions(file: _File) -> dict[str, int | None]:
         original = each.get("original_max_position_embeddings") or config.get(
             "original_max_position_embeddings"
         )
+        original = original if isinstance(original, int) and 0 < original <= _LARGEST else None
         if kind == "yarn":
             yarn = int((original or positions) * stretch)
         elif kind == "longrope":
-            default = original if isinstance(original, int) else None
+            default = original
         elif kind in ("linear", "dynamic") and "gemma3" not in str(config.get("model_type")):
             factor = float(stretch)
     return {
@@ -457,9 +535,8 @@ def _dtype_bytes(config: Mapping[str, Any], where: str) -> int:
 
 def _sliding_layers(file: _File, family: Family, layers: int) -> int:
     config = file.config
-    types = config.get("layer_types")
-    if types is not None:
-        return _sliding_types(types, layers, file.where)
+    if config.get("layer_types") is not None:
+        return _sliding_types(file.listed("layer_types"), layers, file.where)
     window = config.get("sliding_window")
     if family.sliding == "all":
         positions = config.get("max_position_embeddings")
@@ -471,7 +548,8 @@ def _sliding_layers(file: _File, family: Family, layers: int) -> int:
         return max(0, layers - file.amount("max_window_layers"))
     if isinstance(family.sliding, int) and window:
         pattern = config.get("sliding_window_pattern") or family.sliding
-        every = len(pattern) if isinstance(pattern, str) else int(pattern)
+        every = len(pattern) if isinstance(pattern, str) else 0
+        every = every or file.count("sliding_window_pattern", default=family.sliding)
         return layers - layers // every  # every n-th layer is full
     return 0
 

@@ -114,7 +114,12 @@ class ModelShape:
         if path is not None:
             usual = path.resolve().parent.name if path.name == "config.json" else path.stem
         named = name or str(loaded.get("_name_or_path") or usual)
-        return cls(named, **shape_fields(loaded, "config.json" if path is None else str(path)))
+        where = "config.json" if path is None else str(path)
+        try:
+            return cls(named, **shape_fields(loaded, where))
+        except (TypeError, AttributeError, ArithmeticError) as error:
+            fix = "Take the file from the model's repository."
+            raise InputError(f"a field is not of its kind ({error})", where=where, fix=fix) from None
 
     def alike(self, other: ModelShape, *but: str) -> list[str]:
         """The fields, all but those that take no time in a step and ``but``, in which two models differ."""

@@ -125,9 +125,9 @@ class Profile(_Strict):
     ) -> Profile:
         """A profile from timings of single kernels: no step, server or model was measured.
 
-        The host's times and the front end's are assumed. Without async scheduling the GPU waits while the host
-        prepares a step, about 1.5 ms and 25 us a request. Launching a layer's dozen kernels takes the host about
-        0.5 ms, which short prompts outside CUDA graphs are bound by.
+        The host's times and the front end's are assumed. Without async scheduling the GPU waits while the
+        host prepares a step, about 1.5 ms and 25 us a request. Launching a layer's dozen kernels takes the
+        host about 0.5 ms, which short prompts outside CUDA graphs are bound by.
 
         Raises:
             InputError: the kernels of this model's weights were not timed.
@@ -176,9 +176,13 @@ class Profile(_Strict):
         servecast_version: str,
         kind: Literal["physical", "padded"] = "physical",
     ) -> Profile:
-        """A profile that nobody measured: typical values, all of them assumed."""
+        """A profile that nobody measured: typical values, all of them assumed. What stands in front of an
+        engine of padded batches is not known, and left out."""
+        front_end = FrontEndCosts()
         if kind == "physical":
+            front_end = FrontEndCosts.typical()
             names = [f"efficiencies.{name}" for name in Efficiencies.parameters()]
+            names += [f"front_end.{field.name}" for field in fields(FrontEndCosts)]
         else:
             names = [f"padded.{field.name}" for field in fields(PaddedCosts)]
         return cls(
@@ -187,9 +191,21 @@ class Profile(_Strict):
             gpu=gpu,
             model=model,
             engine_version=engine_version,
+            front_end=front_end,
             provenance=tuple(
                 Provenance(parameter=name, origin="assumed", note="typical value") for name in names
             ),
+        )
+
+    def parameters(self) -> tuple[str, ...]:
+        """The names of the numbers that its kind of profile uses, as in ``provenance``."""
+        padded = self.kind == "padded"
+        groups = [name for name in _PARAMETERS if (name == "padded") == padded or name == "noise"]
+        return tuple(
+            f"{group}.{field.name}"
+            for group in groups
+            for field in fields(_PARAMETERS[group])
+            if isinstance(getattr(getattr(self, group), field.name), int | float)
         )
 
     @property

@@ -81,6 +81,15 @@ def read_quantization(config: Mapping[str, Any], dtype_bytes: int, where: str) -
     elif method not in _FP8_METHODS:
         raise _refused(method, f"{where}: quantization_config.quant_method")
     columns = block[0] if isinstance(block, list) and block and isinstance(block[0], int) else 0
+    for pattern in exceptions:
+        try:
+            _matches(pattern, "")
+        except re.error as error:
+            raise InputError(
+                f"{pattern!r} is no regular expression: {error}",
+                where=f"{where}: quantization_config",
+                fix="Take the file from the model's repository.",
+            ) from None
     return Quantization(1, columns, exceptions, kv_bytes)
 
 

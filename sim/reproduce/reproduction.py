@@ -68,7 +68,8 @@ class TableReproduction:
 
     @property
     def mape_by_group(self) -> dict[str, dict[str, float]] | None:
-        """The same for each group of rows, named by the values of its keys; None for a table without groups."""
+        """The same for each group of rows, named by the values of its keys; None for a table without
+        groups."""
         if not self.groups:
             return None
         by_group: dict[str, list[Cell]] = {}
@@ -125,7 +126,8 @@ class TableReproduction:
             knee += f"\n{self.ranking.to_text()}"
         misses = "".join(f"\nknown miss: {miss}" for miss in self.known_misses)
         misses += "".join(
-            f"\nleft out: {each['rows']} rows, {_keys(each['row'])}: {each['reason']}" for each in self.left_out
+            f"\nleft out: {each['rows']} rows, {_keys(each['row'])}: {each['reason']}"
+            for each in self.left_out
         )
         what_ifs = "".join(f"\n\n{what_if.to_text()}" for what_if in self.what_ifs)
         return f"{self.name}: predicted, error against reported\n{text}{knee}{misses}{what_ifs}"

@@ -196,7 +196,7 @@ def _why(cause: str, slow: SlowTtft, run: Run, deployment: Deployment) -> tuple[
             f"--max-num-batched-tokens, now {config.max_num_batched_tokens}, at the price of ITL"
         ],
         "prefill": [
-            f"shorter prompts (mean {prompt:.0f} tokens), shared prefixes, --tensor-parallel-size, a faster GPU"
+            f"shorter prompts (mean {prompt:.0f}), shared prefixes, --tensor-parallel-size, another GPU"
         ],
         "front_end": ["--api-server-count, fewer requests/s a server, a faster CPU"],
         "cold_start": [

@@ -184,7 +184,8 @@ def cautions(deployment: Deployment, run: Run) -> list[str]:
 
 def _routed(fleet: Fleet, requests: pd.DataFrame) -> list[str]:
     """What a router could not do with these requests."""
-    said, replicas = [], requests["replica"].dropna().unique()
+    said: list[str] = []
+    replicas = requests["replica"].dropna().unique()
     if fleet.size < 2 or len(requests) < 2:
         return said
     if fleet.asks_sessions and requests["group"].isna().all():
@@ -193,9 +194,8 @@ def _routed(fleet: Fleet, requests: pd.DataFrame) -> list[str]:
         why = ""
         if fleet.router == "prefix_affinity":
             why = f": all prompts have the same first {fleet.router_options.prefix_tokens} tokens"
-        said.append(
-            f"{fleet.router_name} sent all {len(requests):,} requests to replica {replicas[0]} of {fleet.size}{why}"
-        )
+        what = f"all {len(requests):,} requests to replica {replicas[0]} of {fleet.size}"
+        said.append(f"{fleet.router_name} sent {what}{why}")
     return said
 
 

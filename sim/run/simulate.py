@@ -23,7 +23,7 @@ from servecast.sim.scenario.deployment import Deployment
 from servecast.sim.scenario.scenario import Scenario
 from servecast.sim.traffic.arrivals import ClosedLoop
 from servecast.sim.traffic.draw import CLOSED_LOOP_REQUESTS, check_requests, draw, with_request_rate
-from servecast.sim.traffic.inference_perf import InferencePerfWorkload
+from servecast.sim.traffic.inference_perf.workload import InferencePerfWorkload
 from servecast.sim.traffic.spec import Workload
 
 _MOST_REQUESTS = 10_000_000  # of a closed loop
@@ -145,12 +145,12 @@ def _closed_loop(stage: Stage) -> tuple[int, float] | None:
 
 
 def _own_workload(deployment: Deployment) -> Workload:
-    """The scenario's workload. The stages of inference-perf's sweep are those that its burst leads to, with the
-    scenario's own seed, so that all seeds have the same."""
+    """The scenario's workload. The stages of inference-perf's sweep are those that its burst leads to, with
+    the scenario's own seed, so that all seeds have the same."""
     scenario = deployment.scenario
     spec, workload = scenario.workload, scenario.stages()
     sweep = spec.asks_server() if isinstance(spec, InferencePerfWorkload) else None
-    if sweep is None:
+    if sweep is None or not isinstance(spec, InferencePerfWorkload):
         return workload
     requests = simulate(deployment, seed=scenario.seed, workload=workload).requests
     rate = sweep.saturation_rate(requests["sent"].to_numpy(), requests["finish"].to_numpy())

@@ -1,8 +1,8 @@
 """What a deployment's step times rest on where its scenario leaves that open.
 
-In this order: the profile that the scenario names; the constants of its GPU's kernels, as timed; those of the
-nearest GPU that was timed, scaled by peaks and bandwidth; typical efficiencies, if asked for or if nothing
-near was timed.
+In this order: the profile, or the file of a GPU's constants, that the scenario names; the constants of its
+GPU's kernels, as timed; those of the nearest GPU that was timed, scaled by peaks and bandwidth; typical
+efficiencies, if asked for or if nothing near was timed.
 """
 
 from __future__ import annotations
@@ -46,8 +46,19 @@ def constants_of(gpu: GPU) -> GpuConstants:
             where="profile",
             fix=f"Timed are {', '.join(each.name for each in timed)}. Leave profile out for typical values.",
         )
-    found = GpuConstants.load(timed[nearest])
-    return found.scaled(compute_factor(gpu, nearest, found.products["bf16"].compute))
+    return constants_from(timed[nearest], gpu)
+
+
+def constants_from(file: Path, gpu: GPU) -> GpuConstants:
+    """A file's constants, with what a GPU's power makes of them where it is not theirs.
+
+    Raises:
+        InputError: the file cannot be read, or is of a GPU that the catalogue does not know.
+    """
+    found = GpuConstants.load(file)
+    timed = find_gpu(found.gpu, where=f"{file}: gpu")
+    product = found.products.get("bf16")
+    return found if product is None else found.scaled(compute_factor(gpu, timed, product.compute))
 
 
 def profile_of(scenario: Scenario, shard: Shard, config: EngineConfig) -> Profile:
@@ -57,6 +68,7 @@ def profile_of(scenario: Scenario, shard: Shard, config: EngineConfig) -> Profil
         InputError: the profile that it names cannot be read, or it asks for kernel timings and none are near.
     """
     release, kind = scenario.engine.version, scenario.server.step_times
+    path = scenario.profile_file()
     if kind == "physical" and scenario.profile in (None, KERNELS):
         try:
             constants = constants_of(shard.gpu)
@@ -64,7 +76,9 @@ def profile_of(scenario: Scenario, shard: Shard, config: EngineConfig) -> Profil
         except InputError:
             if scenario.profile == KERNELS:
                 raise
-    path = scenario.profile_file()
+    if path is not None and GpuConstants.are_in(path):
+        constants = constants_from(path, shard.gpu)
+        return Profile.of_kernels(constants, shard, release, async_scheduling=config.async_scheduling)
     if path is not None:
         return Profile.load(path)
     return Profile.typical(

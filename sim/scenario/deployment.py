@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
+from typing import Any
 
 from servecast.sim.engine.config import EngineConfig
 from servecast.sim.fleet.spec import GpuSpec
@@ -101,13 +102,15 @@ class Deployment:
 
     @property
     def bands(self) -> Bands:
-        """Relative error bands by metric. The KV pool of a scenario that gives its size has none to speak of,
-        and that of a server other than vLLM is not known."""
-        flags = self.scenario.engine
+        """Relative error bands by metric. That of the KV pool is what its account leaves open; of a server
+        other than vLLM it is not known."""
+        flags, memory = self.scenario.engine, self.memory
         bands = self.transfer.bands.wider(self.scenario.server.extra_error(flags))
         if flags.policy != "vllm":
             return replace(bands, kv_tokens=None)
-        return bands if flags.num_gpu_blocks_override is None else replace(bands, kv_tokens=0.0)
+        low, high = memory.range
+        tokens = memory.logged_tokens
+        return replace(bands, kv_tokens=round(max(1 - low / tokens, high / tokens - 1), 3))
 
     @property
     def transfer(self) -> Transfer:
@@ -204,7 +207,7 @@ def _gpu(scenario: Scenario) -> GPU:
 
 def _with_link(profile: Profile, spec: GpuSpec) -> Profile:
     """The profile, with what a scenario says of the link between its GPUs."""
-    given: dict[str, float] = {}
+    given: dict[str, Any] = {}
     if spec.link_share is not None:
         given["link"] = spec.link_share
     if spec.allreduce_latency_us is not None:

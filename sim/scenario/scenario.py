@@ -35,7 +35,7 @@ from servecast.sim.scenario.reported import Reported
 from servecast.sim.scenario.servers import SERVERS, Server, checked
 from servecast.sim.traffic.arrivals import ClosedLoop
 from servecast.sim.traffic.forms import WorkloadSpec, expand
-from servecast.sim.traffic.inference_perf import InferencePerfWorkload
+from servecast.sim.traffic.inference_perf.workload import InferencePerfWorkload
 from servecast.sim.traffic.spec import PlanSpec, StageSpec, StreamSpec, Sweep, Workload
 
 SCHEMA_VERSION = 1
@@ -148,9 +148,9 @@ class Scenario(Model):
     gpu: GpuSpec
     """The GPU of one rank."""
     profile: str | None = None
-    """Name of a shipped profile, or the path of one. Without it, and with ``kernels``, timings of vLLM's own
-    kernels on this GPU, or on the nearest that was timed, scaled by peaks and bandwidth; ``physics`` for
-    typical efficiencies. Results say which."""
+    """Name of a shipped profile, or the path of one or of a GPU's constants. Without it, and with
+    ``kernels``, timings of vLLM's own kernels on this GPU, or on the nearest that was timed, scaled by peaks
+    and bandwidth; ``physics`` for typical efficiencies. Results say which."""
     engine: Annotated[EngineFlags, AfterValidator(checked)]
     """The engine's flags."""
     fleet: Fleet = Fleet()

@@ -147,6 +147,12 @@ class Vllm:
     def resolve(
         self, flags: EngineFlags, gpu: GPU, model: ModelShape, *, where: str = "engine"
     ) -> EngineConfig:
+        if flags.dtype == "bfloat16" and (0, 0) < gpu.capability < (8, 0):
+            raise InputError(
+                f"vLLM refuses bfloat16 on a {gpu.name}, whose compute capability is below 8.0",
+                where=f"{where}.dtype",
+                fix="Use float16, which takes the same time, or leave it out.",
+            )
         # EngineArgs.get_batch_defaults, and what follows it
         positions = model.longest_context(release_number(flags.version))
         max_model_len = flags.longest_context(positions, where, default=model.default_positions)

@@ -154,10 +154,10 @@ class Empirical(Model):
 
 
 class InferencePerfLengths(Model):
-    """inference-perf's ``Distribution``: whole numbers from ``min`` to ``max``; draws outside are set to them.
+    """inference-perf's ``Distribution``: whole numbers from ``min`` to ``max``, to which others are set.
 
-    Its generators differ: that of ``random`` and ``synthetic`` data shifts a lognormal to start at ``min``, that
-    of ``shared_prefix`` data does not, and draws a uniform up to ``max`` + 1.
+    Its generators differ: that of ``random`` and ``synthetic`` data shifts a lognormal to start at ``min``,
+    that of ``shared_prefix`` data does not, and draws a uniform up to ``max`` + 1.
     """
 
     kind: Literal["inference_perf"] = "inference_perf"

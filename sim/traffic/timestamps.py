@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 import re
 
 _DATE = re.compile(
@@ -35,15 +36,15 @@ def read_date(text: str) -> DateNs | None:
 
 
 def read_number(value: object) -> int | float | None:
-    """A number, or text that is one; None for anything else. Whole numbers stay exact."""
+    """A number, or text that is one; None for anything else. Whole numbers of 64 bits stay exact."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
-    if not isinstance(value, str):
-        return value
     try:
-        return int(value) if value.strip().lstrip("+-").isdecimal() else float(value)
+        whole = isinstance(value, int) or (isinstance(value, str) and value.strip().lstrip("+-").isdecimal())
+        number = int(value) if whole else float(value)
     except ValueError:
         return None
+    return number if abs(number) < 2**63 else math.copysign(math.inf, number > 0 or -1)
 
 
 def unit_of(number: float) -> tuple[float, str]:

@@ -157,9 +157,9 @@ class TraceSpec(Model):
     def _window(self, trace: Trace) -> npt.NDArray[np.bool_]:
         low, high = (self._seconds(moment, trace) for moment in (self.from_, self.to))
         since_first = trace.times_s - trace.times_s[0]
-        return (since_first >= (-math.inf if low is None else low)) & (
-            since_first < (math.inf if high is None else high)
-        )
+        after: npt.NDArray[np.bool_] = since_first >= (-math.inf if low is None else low)
+        inside: npt.NDArray[np.bool_] = after & (since_first < (math.inf if high is None else high))
+        return inside
 
     def _seconds(self, moment: float | str | None, trace: Trace) -> float | None:
         """A moment in seconds after the first request."""

@@ -22,6 +22,7 @@ from servecast.validate.check.from_scenario import from_scenario
 from servecast.validate.check.from_table import Context, from_table
 from servecast.validate.check.prediction import prediction
 from servecast.validate.check.table import Report
+from servecast.validate.readers.document import is_csv_of_vllm
 
 Rule = Callable[[Report], Iterator[Finding]]
 
@@ -198,6 +199,8 @@ def _is_result(path: Path) -> bool:
     """Whether a file is a load generator's result: JSON, or YAML that is no scenario."""
     if path.suffix in (".yaml", ".yml") and path.is_file():
         return "schema_version" not in read_yaml(path)
+    if path.suffix == ".csv" and path.is_file():
+        return is_csv_of_vllm(path)
     return path.suffix in (".json", ".jsonl")
 
 

@@ -19,7 +19,7 @@ from servecast.sim.scenario.scenario import Scenario
 from servecast.sim.traffic.arrivals import Arrivals, ClosedLoop, Constant, Gamma, Poisson, VllmBench
 from servecast.sim.traffic.content import Unique
 from servecast.sim.traffic.draw import replayed, with_request_rate
-from servecast.sim.traffic.spec import StageSpec, Workload
+from servecast.sim.traffic.spec import StageSpec, StreamSpec, Workload
 from servecast.sim.traffic.traces import Trace
 from servecast.validate.compare.load import LoadComparison, compare_runs, spoken
 from servecast.validate.compare.sweep import Comparison, compare_loads
@@ -90,7 +90,8 @@ def _why(compared: LoadComparison, predicted: Run, deployment: Deployment) -> It
             continue
         found = explain_run(predicted, deployment, name)
         if found is not None:
-            yield f"{spoken(row.metric)} as predicted is {found.sentence}; to change it: {'; '.join(found.advice)}"
+            advice = "; ".join(found.advice)
+            yield f"{spoken(row.metric)} as predicted is {found.sentence}; to change it: {advice}"
 
 
 def _shares_prompts(scenario: Scenario) -> bool:
@@ -201,12 +202,15 @@ def _with_arrivals(workload: Workload, context: Context) -> Workload:
         return Gamma(kind="gamma", request_rate=rate, burstiness=stated)
 
     stage = workload.stages[0]
-    streams = [
-        stream
-        if stream.background
-        else stream.model_copy(update={"arrivals": law((stream.arrivals or stream.trace).request_rate)})
-        for stream in stage.streams
-    ]
+
+    def redrawn(stream: StreamSpec) -> StreamSpec:
+        source = stream.arrivals or stream.trace
+        rate = None if source is None or isinstance(source, ClosedLoop) else source.request_rate
+        if stream.background or rate is None:
+            return stream
+        return stream.model_copy(update={"arrivals": law(rate)})
+
+    streams = [redrawn(stream) for stream in stage.streams]
     return Workload(stages=(stage.model_copy(update={"streams": tuple(streams)}),))
 
 

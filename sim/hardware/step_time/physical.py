@@ -119,8 +119,9 @@ class Efficiencies:
         host_per_seq_s: the same per scheduled request, s. 5e-6: assumed.
         link: share of the link's bandwidth in large all-reduces. 0.8: assumed.
         allreduce_s: latency of one small all-reduce, s. 10e-6: assumed, NVLink; more over PCIe.
-        eager_layer_s: time that the host takes to launch one layer's kernels where no CUDA graph does, s: a step
-            of more tokens than the largest graph is never shorter than that for all layers. 0: not bound by it.
+        eager_layer_s: time that the host takes to launch one layer's kernels where no CUDA graph does, s: a
+            step of more tokens than the largest graph is never shorter than that for all layers. 0: not bound
+            by it.
         by_kernel: what the kinds of kernels cost beyond that, where they were timed one by one.
     """
 

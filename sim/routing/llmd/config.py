@@ -3,58 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.inputs.schema import did_you_mean
 from servecast.sim.inputs.yaml_file import parse_yaml, read_yaml
+from servecast.sim.routing.llmd.parameter_check import UNKNOWN, ParameterCheck
 from servecast.sim.routing.llmd.parameters import Parameters
+from servecast.sim.routing.llmd.plugin import EppConfig, NotModelled, Plugin
 from servecast.sim.routing.llmd.plugins import ALIASES, BEFORE_1_4, GATES, KINDS, Kind
 from servecast.sim.routing.llmd.release import EPP_RELEASES, EppRelease
+from servecast.sim.routing.llmd.wiring import Wiring
 
 GROUP, KIND = "inference.networking.x-k8s.io/v1alpha1", "EndpointPickerConfig"
 GROUPS_TODAY = (GROUP, "llm-d.ai/v1alpha1", "llm-d.ai/v1")
-APPROXIMATE, PRECISE = "approx-prefix-cache-producer", "precise-prefix-cache-producer"
-IN_FLIGHT = "inflight-load-producer"
-
-
-@dataclass(frozen=True, slots=True)
-class Plugin:
-    """One of ``plugins``: its type (by today's name), its own name, its parameters.
-
-    prefixes, load: names of the producers that tell it of cached prefixes and of requests in flight, empty
-    where it asks for none.
-    """
-
-    type: str
-    name: str
-    parameters: Parameters
-    prefixes: str = ""
-    load: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class EppConfig:
-    """What decides where a request goes.
-
-    scorers: in the order of the profile, with their weights. picker: the profile's. filters: in order.
-    producers: what scorers and filters ask, those that are theirs alone included. exact_tokens: prompts are
-    tokenized as the servers do, not estimated from their length. notes: what has no effect here, and why.
-    """
-
-    picker: Plugin
-    scorers: tuple[tuple[Plugin, float], ...] = ()
-    filters: tuple[Plugin, ...] = ()
-    producers: tuple[Plugin, ...] = ()
-    exact_tokens: bool = False
-    source: str = field(default="", compare=False)
-    notes: tuple[str, ...] = ()
-
-
-class NotModelled(InputError):
-    """The picker takes it, the model does not."""
 
 
 def read_document(path: Path) -> dict[str, Any]:
@@ -64,11 +27,12 @@ def read_document(path: Path) -> dict[str, Any]:
         InputError: it cannot be read.
     """
     data = read_yaml(path)
-    for chart in (data.get("inferenceExtension"), (data.get("router") or {}).get("epp")):
+    router = data.get("router")
+    for chart in (data.get("inferenceExtension"), router.get("epp") if isinstance(router, dict) else None):
         texts = chart.get("pluginsCustomConfig") if isinstance(chart, dict) else None
-        if isinstance(texts, dict) and texts:
+        if isinstance(chart, dict) and isinstance(texts, dict) and texts:
             name = chart.get("pluginsConfigFile")
-            name = name if name in texts else next(iter(texts))
+            name = name if isinstance(name, str) and name in texts else next(iter(texts))
             return parse_yaml(str(texts[name]), source=f"{path}: {name}")
     return data
 
@@ -91,16 +55,20 @@ def parse_epp(data: Mapping[str, Any], release: str, *, source: str) -> EppConfi
         return _Reader(data, release, source).config()
     except InputError as error:
         found = error
+    takes: tuple[int, str] | None = None  # how much of it has no effect, and the release
     for other in reversed(EPP_RELEASES):
         try:
-            _Reader(data, other, source).config()
+            notes = _Reader(data, other, source).config().notes
         except NotModelled as error:  # whatever the release, this stands in the way
             found = found if isinstance(found, NotModelled) else error
         except InputError:
             continue
         else:
-            fix = f"{found.fix} epp_release {other} takes it as written."
-            raise type(found)(found.what, where=found.where, fix=fix) from None
+            if not any(note.endswith(UNKNOWN) for note in notes):
+                takes = min(takes or (len(notes), other), (len(notes), other), key=lambda each: each[0])
+    if takes is not None:
+        fix = f"{found.fix} epp_release {takes[1]} takes it as written."
+        raise type(found)(found.what, where=found.where, fix=fix)
     raise found
 
 
@@ -110,6 +78,7 @@ class _Reader:
         self.release: EppRelease = EPP_RELEASES[release]
         self.release_name = release
         self.notes: list[str] = []
+        self.checks = ParameterCheck(release, self.notes)
 
     def fail(self, what: str, at: str, fix: str) -> InputError:
         return InputError(what, where=f"{self.source}: {at}", fix=fix)
@@ -189,10 +158,12 @@ class _Reader:
             if not isinstance(kind, str):
                 raise self.fail("a plugin has no type", f"{at}.type", "Name the plugin's type.")
             name = entry.get("name") or kind
+            if not isinstance(name, str):
+                raise self.fail(f"name is not text: {name!r}", f"{at}.name", "Correct it.")
             if name in plugins:
                 raise self.fail(f"two plugins are named {name!r}", f"{at}.name", "Give each its own name.")
             parameters = Parameters(entry.get("parameters") or {}, f"{self.source}: {at}.parameters")
-            plugins[name] = Plugin(self._type(kind, parameters, at), str(name), parameters)
+            plugins[name] = Plugin(self._type(kind, parameters, at), name, parameters)
         if not plugins:
             raise self.fail("there are no plugins", "plugins", "Add a list of plugins.")
         return plugins
@@ -220,64 +191,8 @@ class _Reader:
                 found = "precise-prefix-cache-scorer"
         if KINDS[found].role == "idle":
             self.notes.append(f"{kind} ({KINDS[found].why})")
-        self._parameters(found, KINDS[found], parameters)
+        self.checks.check(found, parameters)
         return found
-
-    def _parameters(self, plugin: str, kind: Kind, parameters: Parameters) -> None:
-        """Each is read, or told, or refused."""
-        release = self.release
-        for path in parameters.paths():
-            if _beneath(path, kind.reads):
-                if plugin == "prefix-cache-scorer" and release.producers and path not in _SCORER_OWN:
-                    raise parameters.error(
-                        f"{path} is a parameter of {APPROXIMATE}, not of {plugin}, since router-v0.9",
-                        path,
-                        f"Move it to a plugin of type {APPROXIMATE}.",
-                    )
-                if path == "maxPrefixBlocksToMatch" and release.prefix_tokens:
-                    if parameters.amount("maxPrefixTokensToMatch", release.prefix_tokens) > 0:
-                        self.notes.append(
-                            f"{plugin}.{path} (maxPrefixTokensToMatch, 131072 by default, counts)"
-                        )
-                if path in _BLOCK_SIZES and plugin in ("prefix-cache-scorer", APPROXIMATE):
-                    self._block_size(path, parameters)
-            elif why := _beneath(path, kind.refused):
-                raise NotModelled(f"{path}: {why}", parameters.where(path), "Leave it out.")
-            elif kind.takes_all:
-                if kind.role != "idle":
-                    self.notes.append(f"{plugin}.{path} (it reads no parameters)")
-            elif name := _beneath(path, tuple(kind.idle)):
-                self.notes.append(f"{plugin}.{name} ({kind.idle[name]})")
-            elif release.strict:
-                known = tuple(dict.fromkeys(name.split(".")[0] for name in (*kind.reads, *kind.idle)))
-                raise parameters.error(
-                    f"{plugin} has no parameter {path!r}",
-                    path,
-                    did_you_mean(path, known)
-                    or (f"Known are {', '.join(known)}." if known else "Remove it."),
-                )
-            else:
-                self.notes.append(f"{plugin}.{path} (picker {self.release_name} knows no such parameter)")
-            if path.startswith("indexerConfig.tokenProcessorConfig.blockSize") and release.processor_beside:
-                self.notes.append(
-                    f"{plugin}.{path} is taken as if it stood beside indexerConfig, where picker "
-                    f"{self.release_name} looks for it"
-                )
-
-    def _block_size(self, name: str, parameters: Parameters) -> None:
-        """The block size of the approximate index has had three names."""
-        wanted = self.release.block_parameter
-        if name == wanted:
-            return
-        if self.release.strict and name == "hashBlockSize":
-            raise parameters.error(
-                f"{APPROXIMATE} has no parameter {name!r}", name, f"Use {wanted}, in tokens."
-            )
-        if wanted == "blockSizeTokens" and name == "blockSize":
-            unit = "tokens" if self.release.strict else "characters, although this release refuses it alone"
-            self.notes.append(f"blockSize is deprecated; it counts as {unit}")
-            return
-        self.notes.append(f"{name} (picker {self.release_name} reads {wanted})")
 
     def _data_layer(self, plugins: dict[str, Plugin]) -> None:
         """dataLayer, flowControl, parsers: that they name plugins, and what of them has no effect."""
@@ -296,7 +211,9 @@ class _Reader:
                 self._known_fields(source, ("pluginRef", "extractors"), at)
                 types.add(self._named(source.get("pluginRef"), plugins, f"{at}.pluginRef").type)
                 for each, extractor in enumerate(self._list(source, "extractors", at)):
-                    self._named(extractor.get("pluginRef"), plugins, f"{at}.extractors.{each}.pluginRef")
+                    place = f"{at}.extractors.{each}"
+                    self._known_fields(extractor, ("pluginRef",), place)
+                    self._named(extractor.get("pluginRef"), plugins, f"{place}.pluginRef")
             if layer.get("injectDefaults") is False and "metrics-data-source" not in types:
                 raise self.not_modelled(
                     "a picker without metrics is not modelled",
@@ -309,7 +226,7 @@ class _Reader:
                               "priority are shed)")  # fmt: skip
 
     def _named(self, name: Any, plugins: Mapping[str, Plugin], at: str) -> Plugin:
-        plugin = plugins.get(name)
+        plugin = plugins.get(name) if isinstance(name, str) else None
         if plugin is None:
             raise self.fail(
                 f"there is no plugin named {name!r}",
@@ -335,7 +252,7 @@ class _Reader:
         entries = self._list(profiles[0], "plugins", f"{at}.plugins")
         if not entries:
             raise self.fail("the profile has no plugins", f"{at}.plugins", "Refer to plugins by name.")
-        parts = _Parts(self, plugins)
+        parts = Wiring(self.release, plugins, self.source)
         filters, scorers, pickers = [], [], []
         for number, entry in enumerate(entries):
             place = f"{at}.plugins.{number}"
@@ -372,9 +289,12 @@ class _Reader:
         )
 
     def _sees_prompts(self, plugins: Mapping[str, Plugin], asking: list[Plugin]) -> None:
-        handler = self.data.get("requestHandler") or {}
-        parsers = {each.get("pluginRef") for each in self._list(handler, "parsers", "requestHandler.parsers")}
-        types = {plugins[name].type if name in plugins else name for name in parsers}
+        handler, types = self.data.get("requestHandler") or {}, set()
+        self._known_fields(handler, ("parsers",), "requestHandler")
+        for number, each in enumerate(self._list(handler, "parsers", "requestHandler.parsers")):
+            self._known_fields(each, ("pluginRef",), f"requestHandler.parsers.{number}")
+            name = str(each.get("pluginRef"))
+            types.add(plugins[name].type if name in plugins else name)
         if types == {"passthrough-parser"} and any(each.prefixes for each in asking):
             raise self.not_modelled(
                 "a picker that does not see the prompts, but scores them, is not modelled",
@@ -396,83 +316,6 @@ class _Reader:
                 "Multiply all weights to whole numbers.",
             )
         return float(weight)
-
-
-class _Parts:
-    """Which producers scorers and filters ask; those that nobody listed are made with their defaults."""
-
-    def __init__(self, reader: _Reader, plugins: Mapping[str, Plugin]) -> None:
-        self._reader, self._plugins = reader, plugins
-        self._made: dict[str, Plugin] = {}
-
-    def asking(self, plugin: Plugin) -> Plugin:
-        """The plugin with the names of its producers."""
-        kind, apart = plugin.type, self._reader.release.producers
-        named = plugin.parameters.text("prefixMatchInfoProducerName", "")
-        if named:
-            return self._with_load(replace(plugin, prefixes=self._producer(named, "", plugin)))
-        if kind == "precise-prefix-cache-scorer":
-            self._made[plugin.name] = replace(plugin, type=PRECISE)
-            return self._with_load(replace(plugin, prefixes=plugin.name))
-        if kind == "prefix-cache-scorer" and not (apart or self._listed(APPROXIMATE)):
-            self._made[plugin.name] = replace(plugin, type=APPROXIMATE)
-            return replace(plugin, prefixes=plugin.name)
-        asks = kind in ("prefix-cache-scorer", "prefix-cache-affinity-filter") or (
-            kind == "no-hit-lru-scorer" and apart
-        )
-        if asks:
-            plugin = replace(plugin, prefixes=self._producer(APPROXIMATE, APPROXIMATE, plugin))
-        return self._with_load(plugin)
-
-    def _with_load(self, plugin: Plugin) -> Plugin:
-        kinds = ("token-load-scorer", "prefix-cache-affinity-filter", "utilization-filter")
-        if plugin.type in kinds or (
-            plugin.type == "active-request-scorer" and self._reader.release.producers
-        ):
-            named = plugin.parameters.text("inFlightLoadProducerName", IN_FLIGHT)
-            return replace(plugin, load=self._producer(named, IN_FLIGHT, plugin))
-        return plugin
-
-    def _producer(self, name: str, default: str, plugin: Plugin) -> str:
-        listed = self._plugins.get(name)
-        if listed is not None and listed.type == "precise-prefix-cache-scorer":
-            self._made[name] = replace(listed, type=PRECISE)
-        elif listed is not None and KINDS[listed.type].role == "producer":
-            self._made[name] = listed
-        elif name == default:
-            self._made[name] = Plugin(name, name, Parameters({}, self._reader.source))
-        elif name not in self._made:
-            raise plugin.parameters.error(
-                f"there is no producer named {name!r}",
-                "prefixMatchInfoProducerName",
-                "Name a plugin of type " + (default or f"{APPROXIMATE} or {PRECISE}") + ".",
-            )
-        return name
-
-    def _listed(self, kind: str) -> bool:
-        return any(plugin.type == kind for plugin in self._plugins.values())
-
-    def producers(self) -> tuple[Plugin, ...]:
-        """All that are asked, those that a count of requests in flight asks included."""
-        for name, plugin in list(self._made.items()):
-            if plugin.type == IN_FLIGHT:
-                asked = plugin.parameters.text("prefixMatchInfoProducerName", "")
-                if asked or APPROXIMATE in self._plugins or APPROXIMATE in self._made:
-                    asked = self._producer(asked or APPROXIMATE, APPROXIMATE, plugin)
-                self._made[name] = replace(plugin, prefixes=asked)
-        return tuple(self._made.values())
-
-
-_SCORER_OWN = ("prefixMatchInfoProducerName", "matchLengthWeight", "matchLengthScaleTokens")
-_BLOCK_SIZES = ("hashBlockSize", "blockSize", "blockSizeTokens")
-
-
-def _beneath(path: str, names: Mapping[str, str] | tuple[str, ...]) -> str:
-    """The name that a dotted path is or lies under (its reason, of a mapping); nothing where there is none."""
-    for name in names:
-        if path == name or path.startswith(f"{name}."):
-            return names[name] if isinstance(names, Mapping) else name
-    return ""
 
 
 def _tokenizes(plugin: Plugin) -> bool:

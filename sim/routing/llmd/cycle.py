@@ -44,8 +44,11 @@ class Cycle:
 
 
 class PrefixProducer(Protocol):
-    """Tells what servers have of a prompt. Attributes: stretched: its counts are stretched over the holders to
-    0..1, not taken as shares of the prompt."""
+    """Tells what servers have of a prompt.
+
+    Attributes:
+        stretched: its counts are stretched over the holders to 0..1, not taken as shares of the prompt.
+    """
 
     stretched: bool
 

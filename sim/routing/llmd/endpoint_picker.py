@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from servecast.sim.engine.request import Request
-from servecast.sim.routing.llmd.config import IN_FLIGHT, EppConfig
 from servecast.sim.routing.llmd.cycle import Connects, Cycle, HearsAnswers, HearsEnds, HearsPicks, Setting
 from servecast.sim.routing.llmd.filters import FILTERS
 from servecast.sim.routing.llmd.pickers import PICKERS
+from servecast.sim.routing.llmd.plugin import IN_FLIGHT, EppConfig
 from servecast.sim.routing.llmd.producers import PREFIXES, InFlightLoad
 from servecast.sim.routing.llmd.release import EPP_RELEASES
 from servecast.sim.routing.llmd.scorers import SCORERS

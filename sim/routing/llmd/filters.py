@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from servecast.sim.engine.request import Request
-from servecast.sim.routing.llmd.config import NotModelled, Plugin
 from servecast.sim.routing.llmd.cycle import Cycle, Setting
+from servecast.sim.routing.llmd.plugin import NotModelled, Plugin
 from servecast.sim.routing.llmd.sessions import Sessions
 from servecast.sim.routing.routers import Backend
 
@@ -20,8 +20,8 @@ class Filter(Protocol):
         ...
 
 
-class DecodeFilter:
-    """All: without roles every replica decodes."""
+class EveryoneFilter:
+    """All: without roles every replica decodes, and the fleet is of those that a selector leaves."""
 
     def __init__(self, plugin: Plugin, setting: Setting) -> None:
         pass
@@ -31,10 +31,12 @@ class DecodeFilter:
 
 
 class PrefixCacheAffinityFilter:
-    """Those that have affinityThreshold of the prompt or more; all, where none does, or where the least loaded
-    of them has so many more tokens in flight than the least loaded of the others that the wait for them, at
-    peakPrefillThroughput tokens a second, is maxTTFTPenaltyMs longer (or their number maxTokensInFlightPenalty
-    larger)."""
+    """Those that have affinityThreshold of the prompt or more.
+
+    All, where none does, or where the least loaded of them has so many more tokens in flight than the least
+    loaded of the others that the wait for them, at peakPrefillThroughput tokens a second, is more than
+    maxTTFTPenaltyMs longer, or that they are more than maxTokensInFlightPenalty. 0 is no limit.
+    """
 
     def __init__(self, plugin: Plugin, setting: Setting) -> None:
         parameters = plugin.parameters
@@ -121,7 +123,10 @@ class SessionAffinityFilter:
 
 
 FILTERS: dict[str, Callable[[Plugin, Setting], Filter]] = {
-    "decode-filter": DecodeFilter,
+    "decode-filter": EveryoneFilter,
+    "by-label": EveryoneFilter,
+    "by-label-selector": EveryoneFilter,
+    "label-selector-filter": EveryoneFilter,
     "prefix-cache-affinity-filter": PrefixCacheAffinityFilter,
     "utilization-filter": UtilizationFilter,
     "session-affinity-filter": SessionAffinityFilter,

@@ -58,7 +58,12 @@ class Parameters:
     def number(self, name: str, default: float, *, low: float = 0.0, high: float = float("inf")) -> float:
         """A number of a range, its ends included."""
         value = self._get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not low <= value <= high
+            or value == float("inf")
+        ):
             limits = f"from {low:g} on" if high == float("inf") else f"from {low:g} to {high:g}"
             raise self._wrong(name, value, f"a number {limits}")
         return float(value)

@@ -10,8 +10,8 @@ from typing import Protocol
 
 import numpy as np
 
-from servecast.sim.routing.llmd.config import Plugin
 from servecast.sim.routing.llmd.cycle import Setting
+from servecast.sim.routing.llmd.plugin import Plugin
 
 
 class Picker(Protocol):

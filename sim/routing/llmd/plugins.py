@@ -1,4 +1,4 @@
-"""llm-d's plugins: which are modelled, which change nothing here, and which are refused; parameter by parameter.
+"""llm-d's plugins: which are modelled, which change nothing here, which are refused, by parameter.
 
 A parameter is in ``reads`` of its plugin's kind, or in ``idle`` with the reason why it has no effect, or in
 ``refused`` with the reason why it is not modelled. Names are dotted paths, and stand for all beneath them.
@@ -19,7 +19,8 @@ class Kind:
     """A type of plugin.
 
     Attributes:
-        role: what it is in the model; ``idle`` changes nothing where requests go, ``refused`` is not modelled.
+        role: what it is in the model; ``idle`` changes nothing in where requests go, ``refused`` is not
+            modelled.
         why: of an idle or refused one.
         takes_all: it reads none of its parameters, whatever they are.
         in_profile: it matters only where a profile names it.
@@ -66,7 +67,7 @@ _PRECISE = Kind(
     },
     refused={
         "indexerConfig.kvBlockIndexConfig.redisConfig": "an index in Redis is not modelled",
-        "indexerConfig.kvBlockIndexConfig.costAwareMemoryConfig": "an index bounded by memory is not modelled",
+        "indexerConfig.kvBlockIndexConfig.costAwareMemoryConfig": "its size is not modelled",
         "indexerConfig.kvCacheBackendConfigs": "KV blocks outside the GPU are not modelled",
     },
 )
@@ -88,6 +89,7 @@ _SCRAPE = {
 }  # fmt: skip
 _PREFILL = "disaggregated prefill is not modelled"
 _PREDICTOR = "it asks a latency predictor that is trained while it serves"
+_SELECTS = ("label", "validValues", "allowsNoLabel", "matchLabels", "matchExpressions")
 _LABELS = "replicas have no labels here"
 _CLUSTERS = "clusters as endpoints are not modelled"
 _MEDIA = "multimodal inputs are not modelled"
@@ -97,7 +99,7 @@ _FLOW = "nothing queues in the picker without flow control"
 _SHEDS = "only requests of negative priority are shed"
 
 
-_SCHEDULES = re.compile(r"-(filter|scorer)$|^by-label|^context-length-aware$")
+_SCHEDULES = re.compile(r"-(filter|scorer)$|^context-length-aware$")
 
 
 def _idle(why: str, *names: str) -> dict[str, Kind]:
@@ -138,6 +140,12 @@ KINDS: dict[str, Kind] = {
         idle={"prefixPluginType": "the plugin is found by its name"},
     ),
     "decode-filter": Kind("filter", takes_all=True),
+    **{
+        name: Kind(
+            "filter", idle=dict.fromkeys(_SELECTS, "all pass: the fleet is of those that are selected")
+        )
+        for name in ("by-label", "by-label-selector", "label-selector-filter")
+    },
     "prefix-cache-affinity-filter": Kind(
         "filter",
         reads=(
@@ -250,9 +258,6 @@ KINDS: dict[str, Kind] = {
     ),
     **_refused(
         _LABELS,
-        "by-label",
-        "by-label-selector",
-        "label-selector-filter",
         "context-length-aware",
         "header-label-affinity-scorer",
         "topology-affinity-filter",
@@ -291,6 +296,8 @@ KINDS: dict[str, Kind] = {
 BEFORE_1_4 = frozenset(  # of those that are modelled; the others came with v1.4 or later
     {
         *(name for name, kind in KINDS.items() if kind.role in ("handler", "picker", "scorer", "refused")),
+        "by-label",
+        "by-label-selector",
         "decode-filter",
         "prefill-header-handler",
         "metrics-data-source",

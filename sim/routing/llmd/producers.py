@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 
 from servecast.sim.engine.kv_events import BlockRemoved, BlockStored
 from servecast.sim.engine.request import Request
-from servecast.sim.routing.llmd.config import Plugin
 from servecast.sim.routing.llmd.cycle import CHARACTERS, Cycle, PrefixMatch, Setting
+from servecast.sim.routing.llmd.plugin import Plugin
 from servecast.sim.routing.prefix_index import ApproximateIndex, PreciseIndex, TokenStore
 from servecast.sim.routing.prompt_blocks import PromptBlocks
 from servecast.sim.routing.routers import Backend
@@ -141,7 +141,7 @@ class PrecisePrefixes:
         if self._ttl_s is not None and backend.block_size in self._indexes:
             index, blocks = self._indexes[backend.block_size]
             keys = blocks.shared(cycle.request)
-            index.apply(PreciseIndex.expected(backend.index), BlockStored(tuple(keys)))
+            index.expect(backend.index, BlockStored(tuple(keys)))
             until = self._setting.clock() + self._ttl_s
             self._speculative.append((until, backend.block_size, backend.index, keys))
 
@@ -149,7 +149,7 @@ class PrecisePrefixes:
         while self._speculative and self._speculative[0][0] <= self._setting.clock():
             _until, size, server, keys = self._speculative.popleft()
             for key in keys:
-                self._indexes[size][0].apply(PreciseIndex.expected(server), BlockRemoved(key))
+                self._indexes[size][0].expect(server, BlockRemoved(key))
 
     def _known_tokens(self, request: Request) -> int:
         """Leading tokens of the prompt that it is scored on. The whole prompt is known to the next one."""
@@ -167,15 +167,15 @@ class PrecisePrefixes:
 
 
 class InFlightLoad:
-    """Requests sent and not ended, and their tokens: those of the prompt that the server had not cached, until
-    the first token; with addEstimatedOutputTokens those of the output, too, until the end."""
+    """Requests sent and not ended, and their tokens: those of the prompt that the server had not cached,
+    until the first token; with addEstimatedOutputTokens those of the output, too, until the end."""
 
     def __init__(self, plugin: Plugin, setting: Setting) -> None:
         parameters = plugin.parameters
         self._setting, self._prefixes = setting, plugin.prefixes
         self._with_output = parameters.flag("addEstimatedOutputTokens", False)
         self._ratio = parameters.number("outputRatio", 1.5)
-        self._most_output = parameters.number("maxEstimatedOutputTokens", float("inf"))
+        self._most_output = parameters.number("maxEstimatedOutputTokens", 1e12)
         self._requests: dict[int, int] = {}
         self._tokens: dict[int, int] = {}
         self._added: dict[int, int] = {}  # request -> its tokens

@@ -31,7 +31,7 @@ class EppRelease:
             others characters.
         default_block: of the approximate index, in the unit of block_parameter. least_block: smaller ones,
             the servers' too, are raised to it.
-        prefix_tokens: so many leading tokens are looked at, where nothing else is said; 0, blocks are counted.
+        prefix_tokens: so many leading tokens are looked at, where nothing else is said; 0, blocks count.
         tokens: prompts are tokens to it, and the part of a block at a prompt's end counts as one.
         tokenizes_later: a prompt is scored on what was tokenized before it came; without, a prompt of which
             less than 0.8 is known is tokenized at once.

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from servecast.sim.engine.request import Request
-from servecast.sim.routing.llmd.config import Plugin
 from servecast.sim.routing.llmd.cycle import Cycle, Setting
+from servecast.sim.routing.llmd.plugin import Plugin
 from servecast.sim.routing.llmd.sessions import Sessions
 from servecast.sim.routing.routers import Backend
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from servecast.sim.engine.request import Request
-from servecast.sim.routing.llmd.config import Plugin
 from servecast.sim.routing.llmd.cycle import Cycle, Setting
+from servecast.sim.routing.llmd.plugin import Plugin
 from servecast.sim.routing.routers import Backend
 
 

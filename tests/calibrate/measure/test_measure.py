@@ -28,6 +28,7 @@ from servecast.calibrate.measure.folder import Budget, Folder, Progress, Row, re
 from servecast.calibrate.measure.served import OUTPUT_TOKENS, SHORTEST, overheads
 from servecast.calibrate.measure.turns import complaints, in_turn, trusted
 from servecast.calibrate.measure.vllm.bench_serve import Server, TookTooLongError, run_bench
+from servecast.calibrate.measure.vllm.ending import heeds_ctrl_c
 from servecast.calibrate.measure.vllm.server import VllmServer
 from servecast.calibrate.measure.vllm.tiny_model import write_tiny_model, write_tokenizer
 from servecast.sim.inputs.errors import InputError
@@ -660,7 +661,7 @@ def test_a_command_that_is_stopped_stops_what_it_measures_with(tmp_path: Path) -
             str(python),
             "engine",
         ]
-        process = subprocess.Popen(command, start_new_session=True)
+        process = subprocess.Popen(command, start_new_session=True, preexec_fn=heeds_ctrl_c)
         while not (tmp_path / "began").exists():
             assert process.poll() is None
             time.sleep(0.05)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+from small_scenarios import small
 
 from servecast.sim.hardware.gpu import CATALOGUE, find_gpu
 from servecast.sim.hardware.gpu_constants import GpuConstants, compute_factor, nearest_timed
@@ -99,3 +102,39 @@ def test_ranks_beyond_a_node_are_refused_with_the_reason() -> None:
     assert "all-reduces between nodes are not modelled" in str(caught.value)
     _, made = all_reduce({"name": "gb200", "per_node": 72}, 16)
     assert made.shard.tensor_parallel_size == 16
+
+
+def test_constants_of_ones_own_are_a_profile(tmp_path: Path) -> None:
+    data = json.loads(timed_gpus()[find_gpu("h100")].read_text())
+    data["products"]["bf16"]["compute"] = 0.5
+    (tmp_path / "own.json").write_text(json.dumps(data))
+    scenario = small(tmp_path, gpu={"name": "h100"}, profile="own.json")
+    made = Deployment.of(scenario)
+    assert made.profile.efficiencies.compute == 0.5
+    assert made.transfer.basis == "measured kernels of the H100"
+    away = Deployment.of(scenario.changed({"gpu.name": "h200"}))
+    assert away.transfer.basis == "kernels of the H100 scaled to the H200 by peak and bandwidth"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"decodes": {}},
+            "own.json: is no file of a GPU's constants (.*decodes of a bf16 KV cache are missing",
+        ),
+        ({"gpu": "H900"}, "own.json: gpu: GPU 'H900' is not in the catalogue"),
+        (
+            {"products": {"bf16": {"compute": 2}}},
+            "products.bf16.compute: Input should be less than or equal to 1",
+        ),
+        ({"speed": 3}, "speed: Extra inputs are not permitted"),
+    ],
+)
+def test_a_file_of_constants_that_is_wrong_is_told_in_one_message(
+    change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    data = json.loads(timed_gpus()[find_gpu("h100")].read_text()) | change
+    (tmp_path / "own.json").write_text(json.dumps(data))
+    with pytest.raises(InputError, match=message.replace("(", r"\(")):
+        Deployment.of(small(tmp_path, gpu={"name": "h100"}, profile="own.json"))

@@ -72,3 +72,11 @@ def test_what_may_fit_runs_with_a_note(tmp_path: Path) -> None:
     found = simulate(scenario(tmp_path, gpu="RTX 4090", max_model_len=40_960))
     assert found.result["engine"]["num_gpu_blocks"] == 40_960 // 16 + 1
     assert any("may be up to" in note for note in found.result["notes"])
+
+
+def test_bfloat16_needs_a_gpu_that_has_it(tmp_path: Path) -> None:
+    """vLLM: "Bfloat16 is only supported on GPUs with compute capability of at least 8.0"; auto is float16."""
+    small = {"model": "Qwen2.5-0.5B-Instruct", "gpu": "T4"}
+    with pytest.raises(InputError, match=r"engine\.dtype: vLLM refuses bfloat16 on a T4"):
+        Deployment.of(scenario(tmp_path, **small, dtype="bfloat16"))
+    assert Deployment.of(scenario(tmp_path, **small)).gpu.name == "T4"

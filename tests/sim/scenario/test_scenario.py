@@ -235,3 +235,9 @@ def test_the_json_schema_knows_fields_and_short_forms() -> None:
 def test_a_change_is_what_the_file_would_be_with_it(name: str, field: str) -> None:
     """Also beside a length in short, or beside the path of a router's configuration."""
     assert load(name).changed({field: 3}) == load(name, {field: 3})
+
+
+@pytest.mark.parametrize(("field", "value"), [("sets", {"conc": ["seed"]}), ("groups", ["gpu"])])
+def test_columns_that_a_table_lacks_are_refused(field: str, value: object) -> None:
+    with pytest.raises(InputError, match="there is no column"):
+        load(L4, {f"reported.0.{field}": value})

@@ -21,7 +21,7 @@ from servecast.sim.run.simulate import simulate
 from servecast.sim.scenario.reported import Column
 from servecast.sim.scenario.scenario import Scenario, load
 from servecast.sim.traffic.draw import draw
-from servecast.sim.traffic.inference_perf import LoadSweep
+from servecast.sim.traffic.inference_perf.file import LoadSweep
 from servecast.sim.traffic.spec import Polling
 
 FILE: dict[str, Any] = {
@@ -263,8 +263,8 @@ def test_lengths_follow_their_law(tmp_path: Path, law: dict[str, Any], mean: flo
 
 
 def test_the_first_releases_ignored_std(tmp_path: Path) -> None:
-    """Their own examples write ``std: 10``, a field that is not read, so that std_dev stays 200: of a normal of
-    mean 50 cut to 10..100, 0.421 lie below 10 and 0.401 above 100."""
+    """Their own examples write ``std: 10``, a field that is not read, so that std_dev stays 200: of a normal
+    of mean 50 cut to 10..100, 0.421 lie below 10 and 0.401 above 100."""
     law = {"min": 10, "max": 100, "mean": 50, "std": 10}
     file = changed("data", {"type": "random", "input_distribution": law, "output_distribution": law})
     file["load"]["stages"] = [{"rate": 500, "duration": 10}]
@@ -315,7 +315,7 @@ def test_a_chat_template_s_tokens_are_part_of_each_prompt(tmp_path: Path) -> Non
     ("kind", "rates"), [("linear", [1, 10.75, 20.5, 30.25, 40]), ("geometric", [1, 25.09, 34.68, 38.49, 40])]
 )
 def test_a_sweep_goes_up_to_the_saturation_rate(tmp_path: Path, kind: str, rates: list[float]) -> None:
-    """Five stages to 40 requests/s: equal steps, or 1 + 40 - 40^(k/4) with 2.51, 6.32 and 15.91 for k = 1, 2, 3."""
+    """Five stages to 40 requests/s: equal steps, or 1 + 40 - 40^(k/4): 2.51, 6.32, 15.91 for k = 1, 2, 3."""
     load_of = {"type": "constant", "sweep": {"type": kind, "stage_duration": 10}}
     found = scenario(tmp_path, changed("load", load_of), saturation_rate=40.0).stages()
     assert [each.row["qps"] for each in found.stages if each.row] == rates
@@ -323,8 +323,8 @@ def test_a_sweep_goes_up_to_the_saturation_rate(tmp_path: Path, kind: str, rates
 
 
 def test_the_saturation_rate_is_how_fast_the_burst_drains() -> None:
-    """Ten requests in flight at once, of which one is done each 0.1 s from 1 s on: requests in flight fall by 5
-    in each half second, 10 a second. With one request there are no two falls."""
+    """Ten requests in flight at once, of which one is done each 0.1 s from 1 s on: requests in flight fall by
+    5 in each half second, 10 a second. With one request there are no two falls."""
     sweep = LoadSweep(type="linear")
     sent = np.zeros(10)
     assert sweep.saturation_rate(sent, 1.05 + 0.1 * np.arange(10)) == 10.0

@@ -1,19 +1,4 @@
-"""inference-perf's workload file as a workload: kubernetes-sigs/inference-perf, v0.2 and later.
-
-Modelled are its ``shared_prefix``, ``random`` and ``synthetic`` data, and its ``constant``, ``poisson`` and
-``concurrent`` loads:
-
-- All groups x prompts of ``shared_prefix`` are generated once and shuffled once; request n of a stage has
-  prompt n mod their number, from 0 in every stage, so that whole prompts come again, question included. Prompts
-  of the others have nothing in common.
-- A stage's first second is a pause. The parent sleeps to the end of the stage, then looks every second
-  whether all its requests are done, and waits ``interval`` before the next stage. A ``concurrent`` stage sends
-  ``num_requests`` in a closed loop of ``concurrency_level``.
-- A ``sweep`` makes its stages up to the rate at which a burst saturated the server: simulated, unless given.
-- Each worker process has at most ``worker_max_concurrency`` requests in flight and sends late beyond that.
-  Their number is that of the client's cores unless ``num_workers`` says it; where it does not, nothing is
-  bounded here. The bound is put on all workers together.
-"""
+"""inference-perf's workload file, field by field: what is modelled, told as without effect, or refused."""
 
 from __future__ import annotations
 
@@ -23,28 +8,16 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from servecast.sim.inputs.errors import InputError
-from servecast.sim.inputs.schema import (
-    Amount,
-    Count,
-    Flag,
-    InputFile,
-    Model,
-    NonNegative,
-    Positive,
-    invalid,
-    parse,
-)
+from servecast.sim.inputs.schema import Count, Flag, Model, NonNegative, Positive, invalid, parse
 from servecast.sim.inputs.yaml_file import read_yaml
-from servecast.sim.traffic.arrivals import ClosedLoop, InferencePerf, Times
-from servecast.sim.traffic.content import SharedPrefix, Unique
-from servecast.sim.traffic.lengths import Fixed, InferencePerfLengths
-from servecast.sim.traffic.spec import Polling, StageSpec, StreamSpec, Workload
+from servecast.sim.traffic.arrivals import Times
+from servecast.sim.traffic.lengths import InferencePerfLengths
 
-START_DELAY_S = 1.0  # between a stage's start and the first second that it sends in
-POLL_S = 1.0
 BURST_S = 5  # in which a sweep sends its burst
 LOOK_S = 0.5  # between its looks at the requests in flight
+
+Bounded = Annotated[Count, Field(le=10**8)]
+MOST_REQUESTS = 10**8  # of a stage
 
 _NETWORK = "it downloads its prompts"
 _TURNS = "conversations whose turns wait for each other are not modelled"
@@ -73,19 +46,19 @@ class LoadStage(Model):
     """int(rate x duration) requests in ``duration`` seconds, or num_requests in a closed loop."""
 
     rate: Positive | None = None
-    duration: Count | None = None
-    num_requests: Count | None = None
-    concurrency_level: Count | None = None
+    duration: Bounded | None = None
+    num_requests: Bounded | None = None
+    concurrency_level: Bounded | None = None
 
 
 class LoadSweep(Model):
     """Stages up to the rate that saturates the server."""
 
     type: Literal["geometric", "linear"]
-    num_requests: Count = 2000  # of the burst that looks for that rate, as is timeout
+    num_requests: Bounded = 2000  # of the burst that looks for that rate, as is timeout
     timeout: Positive = 60.0
-    num_stages: Count = 5
-    stage_duration: Count = 180
+    num_stages: Annotated[Count, Field(le=1000)] = 5
+    stage_duration: Bounded = 180
     saturation_percentile: Annotated[NonNegative, Field(le=100)] = 95.0
 
     def burst(self) -> LoadStage:
@@ -123,8 +96,8 @@ class Load(Model):
     interval: NonNegative = 1.0
     stages: tuple[LoadStage, ...] = ()
     sweep: LoadSweep | None = None
-    num_workers: Count | None = None
-    worker_max_concurrency: Count = 100
+    num_workers: Bounded | None = None
+    worker_max_concurrency: Bounded = 100
     worker_max_tcp_connections: Count = 2500  # a session of its own for each request: without effect
     request_timeout: Positive | None = None
     base_seed: int | None = None
@@ -153,6 +126,10 @@ class Load(Model):
                 if getattr(stage, name) is None:
                     at = f"stages.{number}.{name}"
                     raise invalid(f"{name} is missing in a stage of a {self.type} load", "Add it.", at=at)
+            if (stage.rate or 0) * (stage.duration or 0) > MOST_REQUESTS:
+                raise invalid(
+                    "more than 100 million requests in a stage", "Lower rate or duration.", at="stages"
+                )
             for name in other if not closed else ():  # a client sets those of a closed loop while it runs
                 if getattr(stage, name) is not None:
                     at = f"stages.{number}.{name}"
@@ -173,9 +150,9 @@ class Distribution(Model):
     """Lengths in tokens, see ``InferencePerfLengths``."""
 
     type: Literal["normal", "skew_normal", "lognormal", "uniform", "poisson", "fixed"] = "normal"
-    min: Count = 10
-    max: Count = 1024
-    mean: Positive = 512.0
+    min: Bounded = 10
+    max: Bounded = 1024
+    mean: Annotated[Positive, Field(le=1e8)] = 512.0
     std_dev: NonNegative | None = None
     variance: NonNegative | None = None
     skew: float = 0.0
@@ -204,11 +181,11 @@ class Distribution(Model):
 class SharedPrefixData(Model):
     """Lengths in tokens, as generated: encoding the text again gives others."""
 
-    num_groups: Count = 10
-    num_prompts_per_group: Count = 10
-    system_prompt_len: Count = 100
-    question_len: Count | Distribution = 50
-    output_len: Count | Distribution = 50
+    num_groups: Bounded = 10
+    num_prompts_per_group: Bounded = 10
+    system_prompt_len: Bounded = 100
+    question_len: Bounded | Distribution = 50
+    output_len: Bounded | Distribution = 50
     question_distribution: Distribution | None = None
     output_distribution: Distribution | None = None
     seed: int | None = None
@@ -366,128 +343,3 @@ def _without_nulls(data: Any) -> Any:
     if isinstance(data, dict):
         return {name: _without_nulls(value) for name, value in data.items() if value is not None}
     return [_without_nulls(value) for value in data] if isinstance(data, list) else data
-
-
-class InferencePerfWorkload(Model):
-    """A workload that an inference-perf file describes. Its stages reproduce the rows of a reported table by
-    their rate, as ``qps``, or by their ``concurrency``."""
-
-    inference_perf: InputFile
-    """The workload file of inference-perf, loaded as written."""
-    prompt_tokens_each: Positive = 1.0
-    """Tokens that the server counts for each prompt token of the file, as it encodes the text again."""
-    chat_template_tokens: Amount | None = None
-    """Tokens that the chat template puts around each prompt, where the file's ``api.type`` is ``chat``."""
-    saturation_rate: Positive | None = None
-    """Requests/s at which the burst of a file's ``sweep`` saturated the server. Default, as simulated."""
-
-    @model_validator(mode="after")
-    def _readable(self) -> InferencePerfWorkload:
-        try:
-            self.workload()
-        except InputError as error:
-            raise invalid(f"{error.what} ({error.where})", error.fix, at="inference_perf") from None
-        return self
-
-    def notes(self) -> tuple[str, ...]:
-        """What of the file has no effect here."""
-        said = WorkloadFile.read(self.inference_perf).notes()
-        return (f"{self.inference_perf.name}: without effect here: {'; '.join(said)}",) if said else ()
-
-    def workload(self) -> Workload:
-        """The file's stages; of a sweep without a ``saturation_rate`` its burst. Lengths are rounded to whole
-        tokens.
-
-        Raises:
-            InputError: from reading the file.
-        """
-        file = WorkloadFile.read(self.inference_perf)
-        stages, stream = file.load.stages, self._stream(file)
-        if file.load.sweep is not None:
-            if self.saturation_rate is None:
-                burst = _stage(-1, file.load.sweep.burst(), stream, file.load)
-                return Workload(stages=(burst.model_copy(update={"name": "burst", "row": None}),))
-            stages = file.load.sweep.stages(self.saturation_rate)
-        return Workload(
-            stages=tuple(_stage(number, stage, stream, file.load) for number, stage in enumerate(stages))
-        )
-
-    def asks_server(self) -> LoadSweep | None:
-        """The sweep whose stages are not known before its burst has been sent, if it is one."""
-        return WorkloadFile.read(self.inference_perf).load.sweep if self.saturation_rate is None else None
-
-    def _stream(self, file: WorkloadFile) -> dict[str, Any]:
-        """What the streams of all stages have in common."""
-        data, each = file.data, self.prompt_tokens_each
-        if file.api.type == "chat" and self.chat_template_tokens is None:
-            raise InputError(
-                "api.type chat puts a template of unknown length around each prompt",
-                where=f"{self.inference_perf}: api.type",
-                fix="Give it as workload.chat_template_tokens.",
-            )
-        common: dict[str, Any] = {
-            "abort_after_s": file.load.request_timeout,
-            "suffix_tokens": self.chat_template_tokens or 0,
-        }
-        if data.type != "shared_prefix":
-            assert data.input_distribution is not None
-            assert data.output_distribution is not None
-            return common | {
-                "prompt_tokens": data.input_distribution.lengths("random", each),
-                "output_tokens": data.output_distribution.lengths("random", 1.0),
-                "content": Unique(),
-            }
-        of = data.shared_prefix or SharedPrefixData()
-        return common | {
-            "prompt_tokens": self._lengths(of.question_len, of.question_distribution, each),
-            "output_tokens": self._lengths(of.output_len, of.output_distribution, 1.0),
-            "content": SharedPrefix(
-                kind="shared_prefix",
-                groups=of.num_groups,
-                prefix_tokens=_tokens(of.system_prompt_len, each),
-                prompts_per_group=of.num_prompts_per_group,
-                order="cycle",
-            ),
-        }
-
-    def _lengths(
-        self, length: int | Distribution, older: Distribution | None, each: float
-    ) -> Fixed | InferencePerfLengths:
-        found = length if older is None else older
-        if isinstance(found, int):
-            return Fixed(tokens=_tokens(found, each))
-        return found.lengths("shared_prefix", each)
-
-
-def _tokens(generated: int, each: float) -> int:
-    return max(1, round(generated * each))
-
-
-def _stage(number: int, stage: LoadStage, common: dict[str, Any], load: Load) -> StageSpec:
-    if load.type == "concurrent":
-        assert stage.concurrency_level is not None
-        stream = StreamSpec(
-            arrivals=ClosedLoop(kind="closed_loop", concurrency=stage.concurrency_level),
-            num_requests=stage.num_requests,
-            start_s=START_DELAY_S,
-            **common,
-        )
-        row, sends_s = {"concurrency": stage.concurrency_level}, 0
-    else:
-        assert load.type != "concurrent"
-        assert stage.rate is not None
-        assert stage.duration is not None
-        law = InferencePerf(
-            kind="inference_perf", request_rate=stage.rate, load=load.type, start_delay_s=START_DELAY_S
-        )
-        stream = StreamSpec(
-            arrivals=law,
-            duration_s=float(stage.duration),
-            max_concurrency=load.max_concurrency,
-            **common,
-        )
-        rate = int(stage.rate) if float(stage.rate).is_integer() else stage.rate
-        row, sends_s = {"qps": rate}, stage.duration
-    name = " ".join(f"{key}={value:g}" for key, value in row.items())
-    polling = Polling(after_s=START_DELAY_S + sends_s, every_s=POLL_S, pause_s=load.interval)
-    return StageSpec(streams=(stream,), name=f"stage {number} {name}", row=row, polling=polling)
