@@ -270,7 +270,7 @@ class PlanSpec(Model):
     max_tokens: Count | None = None
     """Instead of the stream's."""
     content: Content = Unique()
-    """Which prompts share leading tokens. Default, those of an open loop, and none in place of closed ones."""
+    """Which prompts share leading tokens. Default, those of an open loop; none in place of closed loops."""
     keep_content: Flag = False
     """The prompts are those of the workload."""
 
