@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import yaml
 from llmd_pods import Clock, Pod, pods, request, stored, totals
-from mutations import mutations
 from small_scenarios import open_loop, small
 
 from servecast.sim.compare.compare import compare
@@ -190,7 +189,7 @@ REFUSED = {
         "plugins: [{type: latency-scorer}]",
         "schedulingProfiles.0.plugins.0.pluginRef: plugin 'latency-scorer': it asks a latency predictor",
     ),
-    "labels": ("plugins: [{type: label-selector-filter}]", "replicas have no labels here"),
+    "labels": ("plugins: [{type: topology-affinity-scorer}]", "replicas have no labels here"),
     "GPU metrics": ("plugins: [{type: endpoint-attribute-filter}]", "the GPU's own metrics are not modelled"),
     "Redis": (
         "plugins: [{type: precise-prefix-cache-producer, parameters: "
@@ -287,26 +286,21 @@ schedulingProfiles: [{name: x, plugins: [{pluginRef: queue-scorer}]}]
     assert [plugin.type for plugin, _weight in parsed(text).scorers] == ["queue-scorer"]
 
 
+def test_a_selector_of_pods_lets_the_whole_fleet_pass() -> None:
+    """A fleet is of the replicas that it selects, and it is told."""
+    text = "plugins: [{type: label-selector-filter, parameters: {matchLabels: {role: leader}}}]"
+    assert kept(picking(text), request(0, 10), pods((0, 0), (0, 0))) == [0, 1]
+    assert parsed(text).notes == (
+        "label-selector-filter.matchLabels (all pass: the fleet is of those that are selected)",
+    )
+
+
 @pytest.mark.parametrize(
     "gate", ["dataLayer", "prepareDataPlugins", "enableLegacyMetrics", "flowControl=false"]
 )
 def test_gates_without_effect_load(gate: str) -> None:
     (note,) = parsed(f"featureGates: [{gate}]\nplugins: [{{type: queue-scorer}}]").notes
     assert note.startswith(f"feature gate {gate.partition('=')[0]} (")
-
-
-@pytest.mark.parametrize("text", [PRECISE, TOKENS], ids=["precise", "tokens"])
-def test_no_mistake_is_more_than_a_message(text: str) -> None:
-    """300 files that are nearly right load, or are refused in words."""
-    whole = yaml.safe_load(f"apiVersion: {TODAY}\nkind: EndpointPickerConfig\n{text}")
-    refused = 0
-    for data in mutations(whole, 300):
-        try:
-            config = parse_epp(data, NEWEST, source="epp.yaml")
-            EndpointPicker(config, RouterOptions(), np.random.default_rng(0), Clock())
-        except InputError:
-            refused += 1
-    assert 100 < refused < 300
 
 
 # ---- the same router, written in other ways ---------------------------------------------------------
