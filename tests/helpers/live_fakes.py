@@ -16,6 +16,10 @@ from types import TracebackType
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+from servecast.calibrate.measure.vllm.tiny_model import write_tiny_model
+from servecast.sim.hardware.front_end_costs import FrontEndCosts
+from servecast.sim.hardware.gpu import find_gpu
+from servecast.sim.hardware.profile import Profile
 from servecast.sim.run.simulate import simulate
 from servecast.sim.scenario.scenario import load
 from servecast.sim.traffic.draw import replayed
@@ -54,6 +58,18 @@ workload:
   num_requests: 100
 slo: ["e2el:p95:50"]
 """
+
+
+def tiny_scenario(folder: Path) -> Path:
+    """The file of a scenario on a GPU that a file describes, which a machine without one may serve. Its steps
+    are typical, and nothing random stands in front of them, so that two runs differ by their load alone."""
+    write_tiny_model(folder / "tiny")
+    find_gpu("L4").save(folder / "gpu.json")
+    typical = Profile.typical("L4", "tiny", "0.32", servecast_version="0.2.0")
+    typical.model_copy(update={"front_end": FrontEndCosts()}).save(folder / "profile.json")
+    path = folder / "tiny.yaml"
+    path.write_text(SCENARIO + "profile: profile.json\n")
+    return path
 
 
 class FakeServer:

@@ -81,7 +81,7 @@ def scenario(folder: Path, **changes: Any) -> Path:
     )
     sections: dict[str, Any] = {
         "name": "recorded",
-        "workload": {"trace": {"format": "llmservingsim", "path": "workload.jsonl"}},
+        "workload": {"trace": {"format": "llmservingsim", "path": "workload.jsonl", "first_at_zero": False}},
         "reported": [
             {
                 "table": "table.csv",

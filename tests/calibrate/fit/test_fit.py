@@ -636,16 +636,16 @@ def test_empty_and_missing_folders_are_named(tmp_path: Path) -> None:
 
 
 def test_a_version_without_rule_set_is_fitted_and_said(tmp_path: Path) -> None:
-    version = {"vllm": "0.27.1"}
+    version = {"vllm": "0.41.0"}
     write_folder(
         tmp_path,
         {MODEL: physical_law(MODEL, TRUTH)},
         facts=FACTS | version,
-        flags=FLAGS | {"version": "0.27.1"},
+        flags=FLAGS | {"version": "0.41.0"},
     )
     found = fit_folder(tmp_path)
     assert found.good
-    assert any("vLLM 0.27.1 has no rule set" in note for note in found.summary.notes)
+    assert any("vLLM 0.41.0 has no rule set" in note for note in found.summary.notes)
 
 
 def test_rows_of_a_later_version_are_left_out_and_said(tmp_path: Path, folder: Path) -> None:

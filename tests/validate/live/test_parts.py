@@ -12,11 +12,10 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from live_fakes import METRICS, SAYS_ONLY_ITS_BLOCKS, SCENARIO, FakeServer, fake_python
+from live_fakes import METRICS, SAYS_ONLY_ITS_BLOCKS, FakeServer, fake_python, tiny_scenario
 
 from servecast.__main__ import main
 from servecast.calibrate.measure.vllm.tiny_model import write_tiny_model
-from servecast.sim.hardware.gpu import find_gpu
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.scenario.deployment import Deployment
 from servecast.sim.scenario.scenario import Scenario, load
@@ -52,11 +51,7 @@ def model(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def file(tmp_path: Path, model: Path) -> Path:
-    """A scenario on a GPU that a file describes, which a machine without one may serve."""
-    find_gpu("L4").save(tmp_path / "gpu.json")
-    path = tmp_path / "tiny.yaml"
-    path.write_text(SCENARIO + "profile: physics\n")
-    return path
+    return tiny_scenario(tmp_path)
 
 
 # telemetry

@@ -15,11 +15,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from live_fakes import SAYS_ONLY_ITS_BLOCKS, SCENARIO, FakeServer, fake_python
+from live_fakes import SAYS_ONLY_ITS_BLOCKS, SCENARIO, FakeServer, fake_python, tiny_scenario
 
 from servecast.__main__ import main
-from servecast.calibrate.measure.vllm.tiny_model import write_tiny_model
-from servecast.sim.hardware.gpu import find_gpu
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.run.simulate import simulate
 from servecast.sim.scenario.deployment import Deployment
@@ -43,10 +41,7 @@ BENCHES = Callable[[Callable[[int], None]], None]
 @pytest.fixture
 def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A scenario on a GPU that a file describes, which a machine without one may serve."""
-    write_tiny_model(tmp_path / "tiny")
-    find_gpu("L4").save(tmp_path / "gpu.json")
-    path = tmp_path / "tiny.yaml"
-    path.write_text(SCENARIO + "profile: physics\n")
+    path = tiny_scenario(tmp_path)
     monkeypatch.setenv("FAKE_SCENARIO", str(path))
     return path
 
