@@ -30,6 +30,10 @@ class Client:
         self._request_ps = to_ps(costs.client_request_s)
         self._token_ps = to_ps(costs.client_token_s)
 
+    @property
+    def reading_costs(self) -> bool:
+        return self._token_ps > 0
+
     def send(self, now: int) -> int:
         """When a request that is started now is on the wire."""
         return self.process.serve(now, self._request_ps)

@@ -198,8 +198,8 @@ class Fleet:
     def run(self, stages: list[Stage]) -> Run:
         """Run all stages, one after the other, on the same servers."""
         self.env.run(until=self.env.process(self._stages(stages)))
-        steps = np.concatenate([np.frombuffer(r.steps).reshape(-1, len(STEP_COLUMNS)) for r in self.replicas])
-        gaps = np.concatenate([np.frombuffer(r.gaps).reshape(-1, 4) for r in self.replicas])
+        steps = np.concatenate([replica.step_rows() for replica in self.replicas])
+        gaps = np.concatenate([replica.gap_rows() for replica in self.replicas])
         return Run(
             requests=requests_frame(self.records),
             steps=pd.DataFrame(steps, columns=list(STEP_COLUMNS)).astype(STEP_COLUMNS),
@@ -213,7 +213,7 @@ class Fleet:
         for number, stage in enumerate(stages):
             self._stage_starts.append(to_seconds(int(self.env.now)))
             for replica in self.replicas:
-                replica.stage = number
+                replica.set_stage(number)
             clients = [StreamClient(self, stream, number, i) for i, stream in enumerate(stage.streams)]
             running += clients
             if not stage.drain and stage.duration_s is not None:

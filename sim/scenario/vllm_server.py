@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from servecast.sim.engine.config import EngineConfig
+from servecast.sim.engine.core import COMPILED
+from servecast.sim.engine.core import Scheduler as CoreScheduler
 from servecast.sim.engine.engine import Engine
 from servecast.sim.engine.scheduler import Scheduler
 from servecast.sim.hardware.gpu import GPU
@@ -71,7 +73,7 @@ def _number(release: str) -> float:
 class Vllm:
     """``vllm serve``, in the releases of ``RELEASES``."""
 
-    engine: Callable[[EngineConfig], Engine] = Scheduler
+    engine: Callable[[EngineConfig], Engine] = CoreScheduler if COMPILED else Scheduler
     step_times: Literal["physical", "padded"] = "physical"
 
     def title(self, version: str) -> str:

@@ -66,7 +66,11 @@ WORKLOADS: dict[str, dict[str, Any]] = {
     "500 in, 2,000 out": {"workload": poisson(8, 200, prompt_tokens=500, output_tokens=2000)},
     "closed loop, no async scheduling": {
         "engine": {"async_scheduling": False, "num_gpu_blocks_override": 2000},
-        "workload": {"arrivals": {"kind": "closed_loop", "concurrency": 64}, "num_requests": 300, **LOGNORMAL},
+        "workload": {
+            "arrivals": {"kind": "closed_loop", "concurrency": 64},
+            "num_requests": 300,
+            **LOGNORMAL,
+        },
     },
     "four replicas by least outstanding, aborts": {
         "fleet": {"replicas": 4, "router": "least_outstanding"},
@@ -91,7 +95,7 @@ def digests(run: Run) -> dict[str, Any]:
     }
 
 
-def _digest(column: "pd.Series[Any]") -> str:
+def _digest(column: pd.Series[Any]) -> str:
     if column.dtype == "Int64":
         column = column.fillna(-1).astype("int64")
     data = column.to_numpy()
