@@ -7,7 +7,7 @@ CORE = Extension(
     "servecast.sim.engine.core",
     ["sim/engine/core.py"],
     # Sums keep their order and their roundings: no fused multiply and add, no -ffast-math.
-    extra_compile_args=["-O2", "-ffp-contract=off"],
+    extra_compile_args=["-O2", "-g0", "-ffp-contract=off"],
     optional=True,
 )
 setup(ext_modules=cythonize([CORE], build_dir="build"))

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from servecast.sim.engine.config import EngineConfig
-from servecast.sim.engine.core import COMPILED
-from servecast.sim.engine.core import Scheduler as CoreScheduler
 from servecast.sim.engine.engine import Engine
-from servecast.sim.engine.scheduler import Scheduler
+from servecast.sim.engine.vllm_scheduler import VllmScheduler
 from servecast.sim.hardware.gpu import GPU
 from servecast.sim.hardware.memory import KVMemory, kv_memory
 from servecast.sim.hardware.model_shape import ModelShape
@@ -73,7 +71,7 @@ def _number(release: str) -> float:
 class Vllm:
     """``vllm serve``, in the releases of ``RELEASES``."""
 
-    engine: Callable[[EngineConfig], Engine] = CoreScheduler if COMPILED else Scheduler
+    engine: Callable[[EngineConfig], Engine] = VllmScheduler
     step_times: Literal["physical", "padded"] = "physical"
 
     def title(self, version: str) -> str:
