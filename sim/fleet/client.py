@@ -34,6 +34,11 @@ class Client:
     def reading_costs(self) -> bool:
         return self._token_ps > 0
 
+    @property
+    def is_free(self) -> bool:
+        """Whether it holds nothing up."""
+        return not self._token_ps and not self._request_ps
+
     def send(self, now: int) -> int:
         """When a request that is started now is on the wire."""
         return self.process.serve(now, self._request_ps)

@@ -101,6 +101,14 @@ class ApiServer:
         self._token_ps = to_ps(costs.token_s)
         self._variation = _gamma_factors(costs.cv, rng)
 
+    @property
+    def constant_ps(self) -> int | None:
+        """How long every request takes to the engine, None where they hold each other up or vary."""
+        costs = self._costs
+        if costs.request_s or (costs.latency_s and costs.cv):
+            return None
+        return to_ps(costs.latency_s)
+
     def accept(self, item: Any) -> None:
         """A request has been sent to this server; it arrives after the latency."""
         latency = to_ps(self._costs.latency_s * next(self._variation))

@@ -122,6 +122,17 @@ class Replica:
         rows: NDArray[np.float64] = self._loop.gap_rows()
         return rows
 
+    @property
+    def constant_ps(self) -> int | None:
+        """How long every request takes to an engine that can run alone; None where it is not so."""
+        return self._api_server.constant_ps if isinstance(self._loop, EngineLoop) else None
+
+    def run_alone(self, times: NDArray[np.int64], requests: list[Request]) -> dict[str, NDArray[np.int64]]:
+        """Requests that reach the engine at these times, to the end of the last; see ``EngineLoop.run``."""
+        assert isinstance(self._loop, EngineLoop)
+        columns: dict[str, NDArray[np.int64]] = self._loop.run(times, requests)
+        return columns
+
     def submit(self, job: Job) -> None:
         """A request has been sent to this replica."""
         self.outstanding += 1
