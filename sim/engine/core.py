@@ -14,6 +14,7 @@ last bit.
 from __future__ import annotations
 
 from array import array
+from heapq import heappop, heappush
 from typing import Any
 
 import cython
@@ -44,7 +45,7 @@ BLOCKS_PER_CONTENT = cython.declare(cython.longlong, 1 << 24)  # a content id ow
 REMEMBERED = cython.declare(cython.int, 4096)  # different shared prefixes whose keys are kept
 PICOSECONDS = cython.declare(cython.double, 1e12)
 EXACT = cython.declare(cython.longlong, 1 << 53)  # integers below are doubles, too
-OUTCOMES = ("queued", "scheduled", "ended", "first_token", "finish", "cached_tokens", "preemptions")
+OUTCOMES = ("sent", "queued", "scheduled", "ended", "first_token", "finish", "cached_tokens", "preemptions")
 STEP_FIELDS = cython.declare(cython.int, 12)  # columns of a step's row
 GAP_FIELDS = cython.declare(cython.int, 4)
 
@@ -1215,20 +1216,50 @@ class EngineLoop:
         """Drop a request wherever it stands."""
         self.scheduler.abort(request_id)
 
-    def run(self, times: cython.longlong[::1], requests: list[Any]) -> dict[str, Any]:
-        """Run requests that reach the input queue at these times, which do not fall, to the end of the last:
-        nothing outside changes with what the engine does.
+    def run(
+        self, times: cython.longlong[::1], requests: list[Any], latency: cython.longlong, limit: cython.int
+    ) -> dict[str, Any]:
+        """Run the requests of one client to the end of the last.
+
+        Args:
+            times: of their arrivals, which do not fall. latency: from the client to the input queue.
+            limit: at most so many in flight, first come, first served; 0 is no limit.
 
         Returns:
             A column for each of ``OUTCOMES``, a value a request.
         """
         i: cython.Py_ssize_t
         count: cython.Py_ssize_t = len(requests)
+        in_flight: cython.Py_ssize_t = 0
+        time: cython.longlong = 0
+        until: cython.longlong
+        full: cython.bint
+        done: list = []  # heap: when clients see their last tokens
+        sequence: Sequence
         self.outcomes = np.zeros((len(OUTCOMES), count), np.int64)
-        self.tell_ends = False
+        self.tell_ends = limit > 0
         for i in range(count):
-            self.advance(times[i])
-            self.inbox.append((times[i], requests[i]))
+            time = max(time, times[i])
+            while True:
+                while done and done[0] <= time:
+                    heappop(done)
+                    in_flight -= 1
+                full = 0 < limit <= in_flight
+                until = time
+                if full:
+                    until = done[0] if done else 1 << 62
+                if self.advance(until) == _ENDED:
+                    for sequence in self.ended:
+                        heappush(done, sequence.finish)
+                    self.ended.clear()
+                elif full:
+                    time = until
+                else:
+                    break
+            self.outcomes[0, i] = time
+            self.inbox.append((time + latency, requests[i]))
+            in_flight += 1
+        self.tell_ends = False
         self.advance(1 << 62)
         columns: Any = np.asarray(self.outcomes)
         return dict(zip(OUTCOMES, columns, strict=True))
@@ -1304,11 +1335,15 @@ class EngineLoop:
     def drain(self) -> cython.int:
         """All that has reached the engine's input queue by now (EngineCore._process_input_queue)."""
         item: tuple
-        i: cython.Py_ssize_t
-        for i in range(len(self.inbox)):
-            item = self.inbox[i]
-            self.take(item[1], item[0])
-        self.inbox.clear()
+        time: cython.longlong
+        taken: cython.Py_ssize_t = 0
+        for item in self.inbox:
+            time = item[0]
+            if time > self.now:
+                break
+            self.take(item[1], time)
+            taken += 1
+        del self.inbox[:taken]
         return 0
 
     @cython.cfunc
@@ -1422,17 +1457,17 @@ class EngineLoop:
                 sequence = step.leavers[i]
                 sequence.ended = self.now
                 sequence.finish = max(sequence.first_token, first + share * i + share // 2)
-                if not self.tell_ends:
+                if sequence.row < self.outcomes.shape[1]:
                     self.book(sequence)
         return 0
 
     @cython.cfunc
     def book(self, sequence: Sequence) -> cython.int:
         row: cython.Py_ssize_t = sequence.row
-        self.outcomes[0, row], self.outcomes[1, row] = sequence.queued, sequence.scheduled
-        self.outcomes[2, row], self.outcomes[3, row] = sequence.ended, sequence.first_token
-        self.outcomes[4, row] = sequence.finish
-        self.outcomes[5, row], self.outcomes[6, row] = sequence.cached_tokens, sequence.preemptions
+        self.outcomes[1, row], self.outcomes[2, row] = sequence.queued, sequence.scheduled
+        self.outcomes[3, row], self.outcomes[4, row] = sequence.ended, sequence.first_token
+        self.outcomes[5, row] = sequence.finish
+        self.outcomes[6, row], self.outcomes[7, row] = sequence.cached_tokens, sequence.preemptions
         return 0
 
     @cython.cfunc

@@ -200,7 +200,7 @@ class Fleet:
         """Run all stages, one after the other, on the same servers."""
         requests = self._known_beforehand(stages)
         if requests is not None:
-            table = self._run_alone(requests)
+            table = self._run_alone(requests, stages[0].streams[0].max_concurrency or 0)
         else:
             self.env.run(until=self.env.process(self._stages(stages)))
             table = requests_frame(self.records)
@@ -215,14 +215,16 @@ class Fleet:
         )
 
     def _known_beforehand(self, stages: list[Stage]) -> list[Request] | None:
-        """The requests, where when they reach which engine depends on no engine: an open loop of one client
-        that holds nothing up, a router that does not look, replicas that are there all the time."""
+        """The requests, where each engine can run by itself: one client that holds nothing up, a router that
+        does not look, replicas that are there all the time, and only one of them if requests wait for others.
+        """
         if len(stages) != 1 or len(stages[0].streams) != 1 or not self._client.is_free:
             return None
         stream, router = stages[0].streams[0], self._router
-        if stream.max_concurrency is not None or stream.background or not stream.requests:
+        if stream.background or not stream.requests:
             return None
-        if len(self.replicas) > 1 and not isinstance(router, RoundRobin | Random):
+        static = isinstance(router, RoundRobin | Random) and stream.max_concurrency is None
+        if len(self.replicas) > 1 and not static:
             return None
         if isinstance(router, Informed) or any(each.life != Life() for each in self._endpoints):
             return None
@@ -235,10 +237,10 @@ class Fleet:
             last = request.arrival_s
         return stream.requests
 
-    def _run_alone(self, requests: list[Request]) -> pd.DataFrame:
+    def _run_alone(self, requests: list[Request], limit: int) -> pd.DataFrame:
         """Each engine by itself, on what the router sends to it."""
         self._stage_starts.append(0.0)
-        sent = np.rint(np.array([r.arrival_s for r in requests]) * PICOSECONDS).astype(np.int64)
+        arrival = np.rint(np.array([r.arrival_s for r in requests]) * PICOSECONDS).astype(np.int64)
         count = len(requests)
         places = np.zeros(count, np.int64)
         if len(self.replicas) > 1:
@@ -248,12 +250,12 @@ class Fleet:
         prompts = np.array([request.prompt_tokens for request in requests])
         for place, replica in enumerate(self.replicas):
             own = np.flatnonzero(places == place)
-            assert replica.constant_ps is not None
-            found = replica.run_alone(sent[own] + replica.constant_ps, [requests[i] for i in own.tolist()])
+            found = replica.run_alone(arrival[own], [requests[i] for i in own.tolist()], limit)
             for name, values in found.items():
                 columns[name][own] = values
             outputs[own] = np.minimum(outputs[own], replica.config.max_model_len - prompts[own])
-        return finished_frame(requests, sent, columns | {"replica": places, "output_tokens": outputs})
+        columns |= {"arrival": arrival, "replica": places, "output_tokens": outputs}
+        return finished_frame(requests, columns)
 
     def _stages(self, stages: list[Stage]) -> Generator[simpy.Event, None, None]:
         running: list[StreamClient] = []

@@ -127,10 +127,12 @@ class Replica:
         """How long every request takes to an engine that can run alone; None where it is not so."""
         return self._api_server.constant_ps if isinstance(self._loop, EngineLoop) else None
 
-    def run_alone(self, times: NDArray[np.int64], requests: list[Request]) -> dict[str, NDArray[np.int64]]:
-        """Requests that reach the engine at these times, to the end of the last; see ``EngineLoop.run``."""
+    def run_alone(
+        self, times: NDArray[np.int64], requests: list[Request], limit: int
+    ) -> dict[str, NDArray[np.int64]]:
+        """Requests that arrive at these times, to the end of the last; see ``EngineLoop.run``."""
         assert isinstance(self._loop, EngineLoop)
-        columns: dict[str, NDArray[np.int64]] = self._loop.run(times, requests)
+        columns: dict[str, NDArray[np.int64]] = self._loop.run(times, requests, self.constant_ps, limit)
         return columns
 
     def submit(self, job: Job) -> None:

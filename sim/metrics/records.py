@@ -76,16 +76,14 @@ class Run:
     meta: dict[str, Any] = field(default_factory=dict)
 
 
-def finished_frame(
-    requests: Sequence[Request], sent: NDArray[np.int64], columns: Mapping[str, NDArray[np.int64]]
-) -> pd.DataFrame:
-    """The table of one stage's requests that were sent as they arrived and have all finished.
+def finished_frame(requests: Sequence[Request], columns: Mapping[str, NDArray[np.int64]]) -> pd.DataFrame:
+    """The table of one stream's requests that have all finished.
 
     Args:
-        sent: picoseconds. columns: replica and output_tokens, and what the engine knows (``core.OUTCOMES``).
+        columns: what no request says by itself; times in picoseconds.
     """
     count = len(requests)
-    known: dict[str, Any] = dict(columns) | {"arrival": sent, "sent": sent}
+    known: dict[str, Any] = dict(columns)
     known |= {"stage": np.zeros(count, np.int64), "stream": np.zeros(count, np.int64)}
     known |= {
         name: [getattr(each, name) for each in requests] for name in ("request_id", "prompt_tokens", "group")
