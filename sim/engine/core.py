@@ -83,7 +83,7 @@ class Sequence:
     scheduled_tokens: cython.int
     arrival = cython.declare(cython.longlong, visibility="readonly")
     serial: cython.longlong
-    row: cython.Py_ssize_t  # in the table of outcomes
+    row: cython.Py_ssize_t  # in the table of outcomes, -1 outside of it
     shared_keys: list
     request = cython.declare(object, visibility="readonly")
     request_id = cython.declare(cython.longlong, visibility="readonly")
@@ -232,7 +232,8 @@ class KVCache:
     @property
     def usage(self) -> float:
         """Share of the usable blocks in use, 0..1 (vllm:kv_cache_usage_perc)."""
-        return 1.0 - self.free_blocks / (self.num_blocks - 1)
+        free: cython.double = self.free_blocks
+        return 1.0 - free / (self.num_blocks - 1)
 
     @property
     def cached_keys(self) -> int:
@@ -1134,7 +1135,9 @@ class EngineLoop:
     aborts = cython.declare(cython.int, visibility="public")  # in the inbox
     stage = cython.declare(cython.int, visibility="public")
     after_step = cython.declare(object, visibility="public")
-    inbox = cython.declare(list, visibility="readonly")  # (time, Request or id to abort), in order
+    inbox = cython.declare(
+        list, visibility="readonly"
+    )  # (time, Request or id to abort, row of a request), in order
     outcomes: cython.longlong[:, ::1]  # a row a field, a column a request
     ended = cython.declare(list, visibility="public")
     scheduler: Scheduler
@@ -1203,7 +1206,6 @@ class EngineLoop:
     def take(self, request: Any, time: cython.longlong) -> Sequence:
         """A request reaches the scheduler that was put into the queue at ``time``."""
         sequence: Sequence = self.scheduler.add(request, self.arrivals)
-        sequence.row = self.arrivals
         self.arrivals += 1
         sequence.queued = time
         return sequence
@@ -1215,54 +1217,6 @@ class EngineLoop:
     def abort(self, request_id: Any) -> None:
         """Drop a request wherever it stands."""
         self.scheduler.abort(request_id)
-
-    def run(
-        self, times: cython.longlong[::1], requests: list[Any], latency: cython.longlong, limit: cython.int
-    ) -> dict[str, Any]:
-        """Run the requests of one client to the end of the last.
-
-        Args:
-            times: of their arrivals, which do not fall. latency: from the client to the input queue.
-            limit: at most so many in flight, first come, first served; 0 is no limit.
-
-        Returns:
-            A column for each of ``OUTCOMES``, a value a request.
-        """
-        i: cython.Py_ssize_t
-        count: cython.Py_ssize_t = len(requests)
-        in_flight: cython.Py_ssize_t = 0
-        time: cython.longlong = 0
-        until: cython.longlong
-        full: cython.bint
-        done: list = []  # heap: when clients see their last tokens
-        sequence: Sequence
-        self.outcomes = np.zeros((len(OUTCOMES), count), np.int64)
-        self.tell_ends = limit > 0
-        for i in range(count):
-            time = max(time, times[i])
-            while True:
-                while done and done[0] <= time:
-                    heappop(done)
-                    in_flight -= 1
-                full = 0 < limit <= in_flight
-                until = time
-                if full:
-                    until = done[0] if done else 1 << 62
-                if self.advance(until) == _ENDED:
-                    for sequence in self.ended:
-                        heappush(done, sequence.finish)
-                    self.ended.clear()
-                elif full:
-                    time = until
-                else:
-                    break
-            self.outcomes[0, i] = time
-            self.inbox.append((time + latency, requests[i]))
-            in_flight += 1
-        self.tell_ends = False
-        self.advance(1 << 62)
-        columns: Any = np.asarray(self.outcomes)
-        return dict(zip(OUTCOMES, columns, strict=True))
 
     @cython.ccall
     def advance(self, until: cython.longlong) -> cython.int:
@@ -1335,15 +1289,12 @@ class EngineLoop:
     def drain(self) -> cython.int:
         """All that has reached the engine's input queue by now (EngineCore._process_input_queue)."""
         item: tuple
-        time: cython.longlong
-        taken: cython.Py_ssize_t = 0
+        sequence: Sequence
         for item in self.inbox:
-            time = item[0]
-            if time > self.now:
-                break
-            self.take(item[1], time)
-            taken += 1
-        del self.inbox[:taken]
+            sequence = self.take(item[1], item[0])
+            if len(item) > 2:
+                sequence.row = item[2]
+        self.inbox.clear()
         return 0
 
     @cython.cfunc
@@ -1393,7 +1344,7 @@ class EngineLoop:
         self.steps[at + 6] = step.decode_context
         self.steps[at + 7] = len(scheduler.runners)
         self.steps[at + 8] = scheduler.num_waiting
-        self.steps[at + 9] = 1.0 - cython.cast(cython.double, kv.free_blocks) / (kv.num_blocks - 1)
+        self.steps[at + 9] = kv.usage
         self.steps[at + 10] = len(step.victims)
         self.steps[at + 11] = len(step.samplers)
         return 0
@@ -1457,7 +1408,7 @@ class EngineLoop:
                 sequence = step.leavers[i]
                 sequence.ended = self.now
                 sequence.finish = max(sequence.first_token, first + share * i + share // 2)
-                if sequence.row < self.outcomes.shape[1]:
+                if sequence.row >= 0:
                     self.book(sequence)
         return 0
 
@@ -1488,4 +1439,182 @@ class EngineLoop:
         self.gaps[at + 1] = in_seconds(gap)
         self.gaps[at + 2] = tokens
         self.gaps[at + 3] = spread
+        return 0
+
+
+ARRIVAL = cython.declare(cython.int, 0)
+ON_WIRE = cython.declare(cython.int, 1)
+AT_SERVER = cython.declare(cython.int, 2)
+PREPARED = cython.declare(cython.int, 3)
+DONE = cython.declare(cython.int, 4)
+MAX_ROUND = cython.declare(cython.Py_ssize_t, 32)
+
+
+@cython.final
+@cython.cclass
+class Alone:
+    """One client, one API server and one engine, when nothing else happens: what ``Fleet``, ``ApiServer`` and
+    ``Replica`` do with events of SimPy, in the same order, see there.
+
+    Args:
+        loop: of the engine. send: when a request that the client starts now is on the wire; None: at once.
+        costs_s: latency and preparation at the API server. variation: their factors, in the order of need.
+        limit: requests in flight at most, first come, first served; 0 is no limit.
+    """
+
+    loop: EngineLoop
+    send: Any
+    latency_s: cython.double
+    request_s: cython.double
+    variation: Any
+    limit: cython.Py_ssize_t
+    requests: list
+    times: cython.longlong[::1]
+    sent: cython.longlong[::1]
+    heap: list  # (time, order, what, request)
+    order: cython.longlong
+    ready: cython.Py_ssize_t  # requests that have arrived and those that were sent, from the first on
+    started: cython.Py_ssize_t
+    in_flight: cython.Py_ssize_t
+    busy_until: cython.longlong
+    rounds: list  # ends of rounds of preparation, and who is in each
+
+    def __init__(
+        self,
+        loop: EngineLoop,
+        send: Any,
+        costs_s: tuple[float, float],
+        variation: Any,
+        limit: int,
+    ) -> None:
+        self.loop, self.send, self.variation, self.limit = loop, send, variation, limit
+        self.latency_s, self.request_s = costs_s
+        self.heap, self.rounds, self.requests = [], [], []
+        self.order = self.busy_until = 0
+        self.ready = self.started = self.in_flight = 0
+
+    def run(self, times: cython.longlong[::1], requests: list[Any]) -> dict[str, Any]:
+        """Run requests that arrive at these times, which do not fall, to the end of the last.
+
+        Returns:
+            A column for each of ``OUTCOMES``, a value a request.
+        """
+        loop: EngineLoop = self.loop
+        count: cython.Py_ssize_t = len(requests)
+        time: cython.longlong
+        what: cython.int
+        event: tuple
+        sequence: Sequence
+        self.times, self.requests = times, requests
+        loop.outcomes = np.zeros((len(OUTCOMES), count), np.int64)
+        loop.tell_ends = self.limit > 0
+        self.sent = loop.outcomes[0]
+        self.push(times[0], ARRIVAL, 0)
+        while True:
+            time = 1 << 62
+            if self.heap:
+                event = self.heap[0]
+                time = event[0]
+            if loop.advance(time) == _ENDED:
+                for sequence in loop.ended:
+                    self.push(sequence.finish, DONE, 0)
+                loop.ended.clear()
+                continue
+            if not self.heap:
+                break
+            event = heappop(self.heap)
+            what = event[2]
+            if what == ARRIVAL:
+                self.arrive(time)
+            elif what == ON_WIRE:
+                self.accept(time, event[3])
+            elif what == AT_SERVER:
+                self.prepare(time, event[3])
+            elif what == PREPARED:
+                self.end_round(time)
+            else:
+                self.in_flight -= 1
+                self.start(time)
+        columns: Any = np.asarray(loop.outcomes)
+        return dict(zip(OUTCOMES, columns, strict=True))
+
+    @cython.cfunc
+    def push(self, time: cython.longlong, what: cython.int, request: cython.Py_ssize_t) -> cython.int:
+        heappush(self.heap, (time, self.order, what, request))
+        self.order += 1
+        return 0
+
+    @cython.cfunc
+    def arrive(self, now: cython.longlong) -> cython.int:
+        """All that the client means to send by now, and when the next one comes (StreamClient._arrivals)."""
+        count: cython.Py_ssize_t = len(self.requests)
+        while self.ready < count and self.times[self.ready] <= now:
+            self.ready += 1
+            self.start(now)
+        if self.ready < count:
+            self.push(self.times[self.ready], ARRIVAL, 0)
+        return 0
+
+    @cython.cfunc
+    def start(self, now: cython.longlong) -> cython.int:
+        """Send what may be sent (StreamClient._send)."""
+        request: cython.Py_ssize_t
+        on_wire: cython.longlong = now
+        while self.started < self.ready and (not self.limit or self.in_flight < self.limit):
+            request = self.started
+            self.started += 1
+            self.in_flight += 1
+            self.sent[request] = now
+            if self.send is not None:
+                on_wire = self.send(now)
+            if on_wire > now:
+                self.push(on_wire, ON_WIRE, request)
+            else:
+                self.accept(now, request)
+        return 0
+
+    @cython.cfunc
+    def varied(self, seconds: cython.double) -> cython.longlong:
+        factor: cython.double = next(self.variation)
+        return cython.cast(cython.longlong, rint(seconds * factor * PICOSECONDS))
+
+    @cython.cfunc
+    def accept(self, now: cython.longlong, request: cython.Py_ssize_t) -> cython.int:
+        """ApiServer.accept."""
+        latency: cython.longlong = self.varied(self.latency_s)
+        if latency:
+            self.push(now + latency, AT_SERVER, request)
+        else:
+            self.prepare(now, request)
+        return 0
+
+    @cython.cfunc
+    def prepare(self, now: cython.longlong, request: cython.Py_ssize_t) -> cython.int:
+        """ApiServer._prepare and Preparation.start."""
+        cost: cython.longlong = self.varied(self.request_s)
+        if not cost:
+            self.put(now, request)
+            return 0
+        self.busy_until = max(now, self.busy_until) + cost
+        if not self.rounds or len(self.rounds[len(self.rounds) - 1][1]) == MAX_ROUND:
+            self.rounds.append([0, []])
+            if len(self.rounds) == 1:
+                self.push(now + cost, PREPARED, 0)
+        self.rounds[len(self.rounds) - 1][1].append(request)
+        self.rounds[len(self.rounds) - 1][0] = self.busy_until
+        return 0
+
+    @cython.cfunc
+    def put(self, now: cython.longlong, request: cython.Py_ssize_t) -> cython.int:
+        self.loop.inbox.append((now, self.requests[request], request))
+        return 0
+
+    @cython.cfunc
+    def end_round(self, now: cython.longlong) -> cython.int:
+        """Preparation._end."""
+        if now == self.rounds[0][0]:
+            for request in self.rounds.pop(0)[1]:
+                self.put(now, request)
+        if self.rounds:
+            self.push(self.rounds[0][0], PREPARED, 0)
         return 0

@@ -215,20 +215,23 @@ class Fleet:
         )
 
     def _known_beforehand(self, stages: list[Stage]) -> list[Request] | None:
-        """The requests, where each engine can run by itself: one client that holds nothing up, a router that
-        does not look, replicas that are there all the time, and only one of them if requests wait for others.
-        """
-        if len(stages) != 1 or len(stages[0].streams) != 1 or not self._client.is_free:
+        """The requests, where each engine can run by itself: one stream, a router that does not look, and
+        replicas there all the time, of which there is one if requests wait for others or for the client."""
+        if len(stages) != 1 or len(stages[0].streams) != 1:
             return None
         stream, router = stages[0].streams[0], self._router
         if stream.background or not stream.requests:
             return None
-        static = isinstance(router, RoundRobin | Random) and stream.max_concurrency is None
+        static = (
+            isinstance(router, RoundRobin | Random)
+            and stream.max_concurrency is None
+            and self._client.is_free
+        )
         if len(self.replicas) > 1 and not static:
             return None
         if isinstance(router, Informed) or any(each.life != Life() for each in self._endpoints):
             return None
-        if any(replica.constant_ps is None for replica in self.replicas):
+        if not all(replica.can_run_alone for replica in self.replicas):
             return None
         last = 0.0
         for request in stream.requests:
@@ -250,6 +253,8 @@ class Fleet:
         prompts = np.array([request.prompt_tokens for request in requests])
         for place, replica in enumerate(self.replicas):
             own = np.flatnonzero(places == place)
+            if not len(own):
+                continue
             found = replica.run_alone(arrival[own], [requests[i] for i in own.tolist()], limit)
             for name, values in found.items():
                 columns[name][own] = values

@@ -75,14 +75,14 @@ class ApiServer:
     """
 
     __slots__ = (
-        "_costs",
         "_deliver",
         "_delivery_ps",
         "_env",
         "_preparation",
         "_sent",
         "_token_ps",
-        "_variation",
+        "costs",
+        "variation",
     )
 
     def __init__(
@@ -93,25 +93,17 @@ class ApiServer:
         deliver: Callable[[Any], None],
     ) -> None:
         self._env = env
-        self._costs = costs
+        self.costs = costs
         self._deliver = deliver
         self._preparation = Preparation(env)
         self._delivery_ps = to_ps(costs.delivery_s)
         self._sent = 0  # when the last token so far is
         self._token_ps = to_ps(costs.token_s)
-        self._variation = _gamma_factors(costs.cv, rng)
-
-    @property
-    def constant_ps(self) -> int | None:
-        """How long every request takes to the engine, None where they hold each other up or vary."""
-        costs = self._costs
-        if costs.request_s or (costs.latency_s and costs.cv):
-            return None
-        return to_ps(costs.latency_s)
+        self.variation = _gamma_factors(costs.cv, rng)
 
     def accept(self, item: Any) -> None:
         """A request has been sent to this server; it arrives after the latency."""
-        latency = to_ps(self._costs.latency_s * next(self._variation))
+        latency = to_ps(self.costs.latency_s * next(self.variation))
         if latency:
             after(self._env, latency, lambda: self._prepare(item))
         else:
@@ -133,7 +125,7 @@ class ApiServer:
         return self._sent + self._delivery_ps - cost * (tokens - 1), cost, events
 
     def _prepare(self, item: Any) -> None:
-        cost = to_ps(self._costs.request_s * next(self._variation))
+        cost = to_ps(self.costs.request_s * next(self.variation))
         if cost:
             self._preparation.start(cost, lambda: self._deliver(item))
         else:

@@ -14,7 +14,7 @@ import simpy
 from numpy.typing import NDArray
 from simpy.events import EventPriority
 
-from servecast.sim.engine.core import ABORTS, BUSY, ENDED, EngineLoop, Scheduler, Sequence
+from servecast.sim.engine.core import ABORTS, BUSY, ENDED, Alone, EngineLoop, Scheduler, Sequence
 from servecast.sim.engine.engine import Engine
 from servecast.sim.engine.request import Request
 from servecast.sim.engine.step import Step
@@ -77,6 +77,7 @@ class Replica:
         self.outstanding = 0
         self.failed = False
         self._api_server = ApiServer(env, costs, rng, self._put)
+        self._client = client
         self._jobs: dict[int, Job] = {}
         self._wake: simpy.Event | None = None
         token_ps, delivery_ps = to_ps(costs.token_s), to_ps(costs.delivery_s)
@@ -123,16 +124,19 @@ class Replica:
         return rows
 
     @property
-    def constant_ps(self) -> int | None:
-        """How long every request takes to an engine that can run alone; None where it is not so."""
-        return self._api_server.constant_ps if isinstance(self._loop, EngineLoop) else None
+    def can_run_alone(self) -> bool:
+        return isinstance(self._loop, EngineLoop)
 
     def run_alone(
         self, times: NDArray[np.int64], requests: list[Request], limit: int
     ) -> dict[str, NDArray[np.int64]]:
-        """Requests that arrive at these times, to the end of the last; see ``EngineLoop.run``."""
+        """One client's requests that arrive at these times, to the end of the last; see ``core.Alone``."""
         assert isinstance(self._loop, EngineLoop)
-        columns: dict[str, NDArray[np.int64]] = self._loop.run(times, requests, self.constant_ps, limit)
+        server, client = self._api_server, self._client
+        send = None if client.is_free else client.send
+        costs = server.costs.latency_s, server.costs.request_s
+        alone = Alone(self._loop, send, costs, server.variation, limit)
+        columns: dict[str, NDArray[np.int64]] = alone.run(times, requests)
         return columns
 
     def submit(self, job: Job) -> None:

@@ -228,9 +228,10 @@ def _by_second(first: Floats, gap: Floats, tokens: NDArray[np.int64], seconds: i
     while (early := first + before * gap < edge).any():
         before += early
     left = tokens[owner] - before
-    counts = np.bincount(start, weights=tokens, minlength=seconds)
+    counts: Floats = np.bincount(start, weights=tokens, minlength=seconds).astype(np.float64)
     counts += np.bincount(edge, weights=left, minlength=seconds)
-    return counts - np.bincount(edge - 1, weights=left, minlength=seconds)
+    counts -= np.bincount(edge - 1, weights=left, minlength=seconds)
+    return counts
 
 
 def prefix_hit_rate(requests: pd.DataFrame) -> float:

@@ -38,6 +38,7 @@ class State:
     has_requests: bool
     free_blocks: int
     free_list: list[int]
+    usage: float
     cached_blocks: int
     block_ids: dict[int, list[int]]
 
@@ -50,6 +51,7 @@ class State:
             has_requests=engine.has_requests,
             free_blocks=engine.free_blocks,
             free_list=list(engine.free_list(engine.free_blocks)),
+            usage=engine.kv.usage,
             cached_blocks=engine.cached_blocks,
             block_ids={i: list(engine.block_ids(i)) for i in running},
         )
