@@ -311,6 +311,7 @@ class KVCache:
     @cython.cfunc
     @cython.inline
     @cython.exceptval(check=False)
+    @cython.overflowcheck(False)
     def home(self, key: cython.longlong) -> cython.int:
         product: cython.ulonglong = cython.cast(cython.ulonglong, key) * cython.cast(
             cython.ulonglong, 0x9E3779B97F4A7C15
