@@ -6,21 +6,28 @@ BIN := $(VENV)/bin
 SCENARIO ?= a6000-qwen2.5-7b
 SLO ?= --slo ttft:p95:500 --slo tpot:p95:60
 
-.PHONY: plan check test unit live-results lint types tree benchmark parity-long docs vllm litellm prometheus build clean
+.PHONY: plan check test unit inferencex live-results lint types tree benchmark parity-ladder parity-long docs vllm litellm prometheus build clean
 
 plan: $(VENV)/.installed
 	$(BIN)/servecast plan $(SCENARIO) $(SLO) --report out/plan-$(SCENARIO).html
 
-# Needs neither vLLM nor a quiet machine: five minutes on two cores.
+# Needs neither vLLM nor a quiet machine: six CPU minutes.
 check: lint types unit
 
 unit: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m "not vllm and not live and not slow" -n auto --dist loadfile
+	$(BIN)/python -m pytest -m "not vllm and not live and not slow" -n logical --dist loadfile
 
 # Live tests judge predictions against real servers on this machine: last, since they want it for themselves.
 test: check vllm litellm prometheus
-	$(BIN)/python -m pytest -m "(vllm or slow) and not live" -n auto --dist loadfile
+	$(BIN)/python -m pytest -m "(vllm or slow) and not live" -n logical --dist loadfile
 	$(BIN)/python -m pytest -m live
+
+# Predicts every run of InferenceX, a few minutes, and renews what the accuracy page says of them.
+inferencex: $(VENV)/.installed-test
+	mkdir -p out
+	$(BIN)/servecast reproduce inferencex-vllm --json > out/inferencex-vllm.json
+	mv out/inferencex-vllm.json docs/results/
+	$(BIN)/python docs/generate.py
 
 # Measures the committed results of live runs that need no GPU anew; takes twenty minutes, and wants a machine
 # that does nothing else: it keeps no result otherwise.
@@ -39,6 +46,7 @@ types: $(VENV)/.installed-test tree
 # The real vLLM, in an environment of its own, for the comparison of schedulers.
 vllm:
 	PYTHON=$(PYTHON) bash tools/install_vllm.sh
+	bash tools/unpack_vllm.sh 0.20 0.23 0.33
 
 # What stands around vLLM in a live test: a proxy before it, and a server that scrapes it.
 litellm:
@@ -46,6 +54,12 @@ litellm:
 
 prometheus:
 	bash tools/install_prometheus.sh
+
+# Every minor release's own scheduler against its rule set: unpacks the Python sources of 14 wheels (500 MB
+# on disk, 5 GB of downloads) and takes a quarter of an hour.
+parity-ladder: $(VENV)/.installed-test vllm
+	bash tools/unpack_vllm.sh $$($(BIN)/python -c 'from servecast.sim.engine.rules import RELEASES; print(*RELEASES)')
+	$(BIN)/python docs/parity_page.py --ladder
 
 parity-long: $(VENV)/.installed-test vllm
 	$(BIN)/python docs/parity_page.py --long

@@ -19,13 +19,16 @@ from servecast.calibrate.fit.kernel_tables import fit_kernel_tables
 from servecast.calibrate.fit.layer_tables import is_layer_folder
 from servecast.calibrate.fit.layers import fit_layers
 from servecast.calibrate.fit.report import fit_report
-from servecast.calibrate.fit.text import profile_lines, summary_lines
-from servecast.calibrate.measure.vllm.ending import signal_group, sigterm_as_ctrl_c
+from servecast.calibrate.fit.text import constants_lines, profile_lines, summary_lines
+from servecast.calibrate.measure.vllm.ending import heeds_ctrl_c, signal_group, sigterm_as_ctrl_c
 from servecast.sim.hardware.gpu import GPU, find_gpu
+from servecast.sim.hardware.gpu_constants import GpuConstants
 from servecast.sim.hardware.profile import Profile
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.inputs.files import write_whole
-from servecast.sim.scenario.scenario import load
+from servecast.sim.inputs.schema import did_you_mean
+from servecast.sim.scenario.basis import constants_of
+from servecast.sim.scenario.scenario import load, shipped_folder
 
 app = App(name="calibrate", help="Measure a machine, fit a profile, or show what one says and where it ends.")
 app.command(endpoint)
@@ -51,6 +54,7 @@ def measure(
             [str(python), "-m", "measure", *(arguments or ("--help",))],
             env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))},
             start_new_session=True,  # so that a Ctrl-C reaches it once, from us
+            preexec_fn=heeds_ctrl_c,  # also where a shell started us in the background, without one
         )
     except OSError as error:
         raise InputError(
@@ -112,8 +116,20 @@ def fit(
             where=source,
             fix="Give a folder with dense.csv, per_sequence.csv and attention.csv, or another kind.",
         )
+    return _fit_measurements(source, kind, gpu, output, even_bad=even_bad, json_=json_)
+
+
+def _fit_measurements(
+    folder: str,
+    kind: Literal["physical", "grid"],
+    gpu: str | None,
+    output: Path,
+    *,
+    even_bad: bool,
+    json_: bool,
+) -> int:
     own = None if gpu is None else (GPU.from_file(gpu) if Path(gpu).suffix else find_gpu(gpu, where="--gpu"))
-    found = fit_folder(source, kind=kind, gpu=own, progress=_say)
+    found = fit_folder(folder, kind=kind, gpu=own, progress=_say)
     written = found.good or even_bad
     peaks = output.with_suffix(".gpu.json") if found.derived and written else None
     if written:
@@ -121,19 +137,9 @@ def fit(
         if peaks is not None:
             found.gpu.save(peaks)
     if json_:
-        files = {
-            "profile": str(output) if written else None,
-            "gpu": None if peaks is None else str(peaks),
-        }
-        print(
-            json.dumps(
-                {
-                    "good": found.good,
-                    **files,
-                    "fit": found.summary.model_dump(mode="json", exclude={"shown"}),
-                }
-            )
-        )
+        files = {"profile": str(output) if written else None, "gpu": None if peaks is None else str(peaks)}
+        fit = found.summary.model_dump(mode="json", exclude={"shown"})
+        print(json.dumps({"good": found.good, **files, "fit": fit}))
         if not found.good:
             _say(f"a bad fit: {'; '.join(found.summary.reasons)}")
         return 0 if found.good else 1
@@ -184,14 +190,7 @@ def _fit_kernel_tables(source: str, gpu: str | None, output: Path, *, json_: boo
     if json_:
         print(found.model_dump_json())
         return 0
-    print(f"{found.gpu}: {found.source}; {found.release}")
-    for kernels, entries in found.kinds():
-        for name, fitted in entries.items():
-            values = fitted.model_dump(exclude={"residuals"})
-            shown = ", ".join(f"{key} {value:.4g}" for key, value in values.items())
-            left = fitted.residuals
-            error = "" if left is None else f"; {left.rows} rows, off {left.median:.1%} in the median"
-            print(f"  {kernels} {name}: {shown}{error}")
+    print(*constants_lines(found), sep="\n")
     print(f"constants written to {output}")
     return 0
 
@@ -216,7 +215,7 @@ def _say(text: str) -> None:
 
 @app.command
 def show(
-    profile: Path,
+    profile: str,
     *,
     plot: Path | None = None,
     json_: Annotated[bool, Parameter(name="--json", negative=())] = False,
@@ -224,11 +223,20 @@ def show(
     """Print what a profile says: parameters with their origin, domain, error band, and how its fit did.
 
     Args:
-        profile: a profile's JSON file.
-        plot: draw measured against fitted, and the roofline, into this .svg or .html.
+        profile: a profile's JSON file, or a shipped one's name; or a GPU's name, for the constants that a
+            scenario without a profile rests on.
+        plot: draw it into this .svg or .html: measured against fitted, where it keeps measured steps, or its
+            own steps, and the roofline.
         json_: print it as JSON.
     """
-    loaded = Profile.load(profile)
+    loaded = _named(profile)
+    if isinstance(loaded, GpuConstants):
+        if plot is not None:
+            raise InputError(
+                "constants of kernels have no steps", where="--plot", fix="Leave it out, or name a profile."
+            )
+        print(loaded.model_dump_json(indent=2) if json_ else "\n".join(constants_lines(loaded)))
+        return
     if plot is not None:
         fit_plot.plot(loaded, plot)
     if json_:
@@ -238,3 +246,23 @@ def show(
         print(line)
     if plot is not None:
         print(f"plot written to {plot}")
+
+
+def _named(name: str) -> Profile | GpuConstants:
+    """A profile by its file or its name, or a GPU's constants by its name or their file."""
+    path = Path(name)
+    if path.suffix != ".json" and not path.is_file():
+        shipped = {each.stem: each for each in (shipped_folder() / "profiles").glob("*.json")}
+        if name.lower() not in shipped:
+            try:
+                gpu = find_gpu(name, where="PROFILE")
+            except InputError as error:
+                fix = (
+                    did_you_mean(name, shipped) or f"Shipped are {', '.join(sorted(shipped))}; or name a GPU."
+                )
+                raise InputError(f"there is no profile {name!r}", where="PROFILE", fix=fix) from error
+            return constants_of(gpu)
+        path = shipped[name.lower()]
+    if GpuConstants.are_in(path):
+        return GpuConstants.load(path)
+    return Profile.load(path)

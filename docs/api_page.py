@@ -38,7 +38,7 @@ def page() -> str:
     parts = [INTRODUCTION.rstrip()]
     for name, each in functions.items():
         parts.append(f"## {name}\n\n{_signature(f'servecast.{name}', each)}\n\n{_text(each)}")
-        if answers[each] not in public.values():
+        if answers[each] not in public.values() and answers[each].__module__.startswith("servecast"):
             parts.append(_class(answers[each], level=3))
     parts += [_class(each, level=2) for each in public.values() if inspect.isclass(each)]
     return "\n\n".join(parts) + "\n"

@@ -14,6 +14,7 @@ from typing import Any
 import accuracy_tables
 import api_page
 import live_tables
+import memory_page
 import modules
 import scenario_reference
 
@@ -79,6 +80,7 @@ def generated() -> dict[Path, str]:
         DOCS / "how-it-works.md": between(
             (DOCS / "how-it-works.md").read_text("utf-8"), "modules", modules.table(REPOSITORY)
         ),
+        DOCS / "memory.md": note + memory_page.page(),
         DOCS / "live.md": note + live_tables.page(live),
         REPOSITORY / "README.md": between(readme, "live", live_tables.summary(live)),
         REPOSITORY / "scenarios" / "scenario.schema.json": (

@@ -1,18 +1,21 @@
 """Writes docs/parity.md: what is compared, over how much, and the proof that each rule is seen.
 
-python docs/parity_page.py          after a change of the engine or of tests/parity/mutations.yaml
-python docs/parity_page.py --long   runs a million steps a version first (minutes)
+python docs/parity_page.py           after a change of the engine or of tests/parity/mutations.yaml
+python docs/parity_page.py --long    runs a million steps first, of the oldest and the newest (minutes)
+python docs/parity_page.py --ladder  runs every release of RULES first, and renews their table alone (minutes)
 """
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from servecast.sim.engine.rules import RULES
+from servecast.sim.engine.rules import OPTION_SINCE, RULE_IN, RULES, Rules, rule_groups
 from servecast.sim.inputs.errors import InputError
 from servecast.validate.parity.parity import Mismatch, ParityResult, Recorded, compare, parity, record
 from servecast.validate.parity.scenarios import Scenario, corner_cases, random_scenarios
@@ -23,7 +26,10 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "parity"))
 from mutations import Mutation, catch, load_mutations
 
 DOCS = Path(__file__).resolve().parent
-SCENARIOS, SEED = 150, 0  # the set that every test run compares
+SCENARIOS = {"0.20": 40, "0.23": 150, "0.32": 150, "0.33": 40}  # random ones that every test run compares
+SEED = 0
+LADDER_SCENARIOS = 60  # of each release
+LADDER_HEADING = "## Every release"
 LONG_STEPS, LONG_SEED = 1_000_000, 1
 
 INTRODUCTION = """\
@@ -72,7 +78,7 @@ LIMITS = """\
 
 def ci_scenarios(version: str) -> list[Scenario]:
     """What every test run compares for a version."""
-    return [*corner_cases(version), *random_scenarios(version, SEED, SCENARIOS)]
+    return [*corner_cases(version), *random_scenarios(version, SEED, SCENARIOS[version])]
 
 
 def report(
@@ -80,6 +86,7 @@ def report(
     control: Mapping[str, int],
     mutations: Sequence[tuple[Mutation, Mismatch | None]],
     long_run: Mapping[str, Any] | None,
+    ladder: Mapping[str, Any] | None,
 ) -> str:
     """The text of docs/parity.md.
 
@@ -88,6 +95,7 @@ def report(
         control: what the negative control found: "of" scenarios, those that "differ".
         mutations: each with what caught it.
         long_run: counts by version, or None before the first long run.
+        ladder: counts by release, or None before the first ladder.
     """
     lines = [INTRODUCTION, "## Every test run", "", *_counts([result.counts() for result in results])]
     lines += [
@@ -95,6 +103,8 @@ def report(
         f"Negative control: 0.32's scheduler against the rules of 0.23 differs in {control['differ']} of "
         f"{control['of']} scenarios.",
     ]
+    if ladder:
+        lines += ["", *ladder_section(ladder)]
     if long_run:
         lines += ["", "## The long run", "", *_counts(list(long_run.values()))]
     caught = sum(mismatch is not None for _, mismatch in mutations)
@@ -127,6 +137,68 @@ def _counts(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
+def ladder_section(ladder: Mapping[str, Any]) -> list[str]:
+    """The releases, what differs between them, and what each of them was held against."""
+    groups = ["–".join((group[0], group[-1])) if len(group) > 1 else group[0] for group in rule_groups()]
+    lines = [
+        LADDER_HEADING,
+        "",
+        "`make parity-ladder` unpacks the Python sources of every minor release and draws "
+        f"{LADDER_SCENARIOS} scenarios for each, of the options that it has. *Wrong rules* is in how many of "
+        "them the release differs from our engine under the rules of another group: "
+        f"{', '.join(groups)}.",
+        "",
+        "| vLLM | scenarios | steps | preemptions | prefix hit tokens | mismatches | wrong rules |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for counts in ladder.values():
+        wrong = ", ".join(f"{release}: {count}" for release, count in counts["wrong_rules"].items())
+        names = ("scenarios", "steps", "preemptions", "prefix_hit_tokens", "mismatches")
+        lines.append(f"| {counts['vllm']} | {' | '.join(f'{counts[name]:,}' for name in names)} | {wrong} |")
+    lines += [
+        "",
+        "| Rule of `sim/engine/rules.py` | releases | what it says, and where vLLM has it |",
+        "|---|---|---|",
+    ]
+    described = re.split(r"(?m)^    (\w+): ", inspect.cleandoc(Rules.__doc__ or ""))[1:]
+    for name, text in zip(described[::2], described[1::2], strict=True):
+        first, last = RULE_IN[name]
+        releases = f"from {first} on" if last is None else f"{first} to {last}" if first != last else first
+        lines.append(f"| `{name}` | {releases} | {' '.join(text.split())} |")
+    options = ", ".join(f"`{name}` from {release} on" for name, release in OPTION_SINCE.items())
+    return [*lines, "", f"Options that came later: {options}."]
+
+
+def run_ladder() -> dict[str, Any]:
+    """Counts of every release of RULES, with the scenarios that differ under the rules of others.
+
+    Raises:
+        InputError: a release is not installed.
+    """
+    rows: dict[str, Any] = {}
+    for release in RULES:
+        with _installed(release) as vllm:
+            recorded = list(record(vllm, random_scenarios(release, SEED, LADDER_SCENARIOS)))
+        counts = parity(vllm.version, recorded).counts()
+        rows[release] = counts | {"wrong_rules": wrong_rules(release, recorded)}
+        print(
+            f"vLLM {vllm.version}: {counts['steps']:,} steps, {counts['mismatches']} mismatches", flush=True
+        )
+    return rows
+
+
+def wrong_rules(release: str, recorded: Sequence[Recorded]) -> dict[str, int]:
+    """How many recordings of a release differ from our engine under the rules of each other group, which is
+    named by its first release."""
+    others = [group[0] for group in rule_groups() if release not in group]
+    return {other: sum(compare(one, other) is not None for one in recorded) for other in others}
+
+
+def load_ladder(file: Path = DOCS / "parity_ladder.json") -> dict[str, Any] | None:
+    """The counts of the last ladder; None where there was none."""
+    return load_long_run(file)
+
+
 def _where(mismatch: Mismatch) -> str:
     event = mismatch.theirs[-1] or mismatch.ours[-1] or {}
     call = next((f"{kind} {event[kind]}" for kind in ("schedule", "complete") if kind in event), "end")
@@ -157,7 +229,7 @@ def _installed(version: str) -> VllmProcess:
         raise InputError(
             f"vLLM {version} is not installed for this",
             where="docs/parity_page.py",
-            fix="Run tools/install_vllm.sh.",
+            fix="Run make vllm; tools/unpack_vllm.sh for the release of a ladder.",
         )
     return vllm
 
@@ -181,17 +253,27 @@ def load_long_run(file: Path = DOCS / "parity_long.json") -> dict[str, Any] | No
 
 
 def main(arguments: Sequence[str]) -> None:
+    if "--ladder" in arguments:
+        rows = run_ladder()
+        (DOCS / "parity_ladder.json").write_text(json.dumps(rows, indent=2) + "\n")
+        page = (DOCS / "parity.md").read_text()
+        before, found, after = page.partition(LADDER_HEADING)
+        if found:
+            rest = after[after.index("\n## ") :]
+            (DOCS / "parity.md").write_text(before + "\n".join(ladder_section(rows)) + "\n" + rest)
+        return
     if "--long" in arguments:
-        counts = {version: long_run(version) for version in RULES}
+        counts = {version: long_run(version) for version in (min(RULES), max(RULES))}
         (DOCS / "parity_long.json").write_text(json.dumps(counts, indent=2) + "\n")
     recorded, results = {}, []
-    for version in RULES:
+    for version in SCENARIOS:
         with _installed(version) as vllm:
             recorded[version] = list(record(vllm, ci_scenarios(version)))
             results.append(parity(vllm.version, recorded[version]))
-            control = record_control(vllm)  # that of the newest version stays
+            if version == "0.32":
+                control = record_control(vllm)
     mutations = [(m, catch(m, recorded[m.version])) for m in load_mutations()]
-    text = report(results, negative_control(control), mutations, load_long_run())
+    text = report(results, negative_control(control), mutations, load_long_run(), load_ladder())
     (DOCS / "parity.md").write_text(text)
     survived = [mutation.rule for mutation, mismatch in mutations if mismatch is None]
     print(f"docs/parity.md: {len(mutations)} mutations, survived: {survived or 'none'}")

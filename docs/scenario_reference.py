@@ -111,7 +111,8 @@ def _type(prop: Schema, definitions: Schema) -> str:
     if kind == "array":
         return f"list of {_type(prop.get('items', {}), definitions)}"
     if kind == "object":
-        return f"mapping of name to {_type(prop.get('additionalProperties') or {}, definitions)}"
+        values = prop.get("additionalProperties")
+        return f"mapping of name to {_type(values if isinstance(values, dict) else {}, definitions)}"
     if kind == "string":
         return "path" if prop.get("format") in ("path", "file-path") else "text"
     if kind == "boolean":

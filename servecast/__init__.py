@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from servecast.sim.plan.plan import plan
     from servecast.sim.report.answer import Answer
     from servecast.sim.reproduce.reproduce import reproduce
+    from servecast.sim.run.explain import explain
     from servecast.sim.run.simulation import simulate
+    from servecast.sim.scenario.lists import gpus, models, profiles
     from servecast.sim.scenario.scenario import Scenario, load
     from servecast.validate.check.check import check
 
@@ -36,8 +38,12 @@ __all__ = [
     "Scenario",
     "check",
     "compare",
+    "explain",
+    "gpus",
     "load",
+    "models",
     "plan",
+    "profiles",
     "reproduce",
     "simulate",
     "sweep",
@@ -51,8 +57,12 @@ _MODULES = {  # of the public names: imported when they are asked for, so that t
     "Scenario": "sim.scenario.scenario",
     "check": "validate.check.check",
     "compare": "sim.compare.compare",
+    "explain": "sim.run.explain",
+    "gpus": "sim.scenario.lists",
     "load": "sim.scenario.scenario",
+    "models": "sim.scenario.lists",
     "plan": "sim.plan.plan",
+    "profiles": "sim.scenario.lists",
     "reproduce": "sim.reproduce.reproduce",
     "simulate": "sim.run.simulation",
     "sweep": "sim.compare.sweep",

@@ -22,7 +22,11 @@ COMMANDS = {  # name -> where it is, and its line in --help
     "compare": ("servecast.sim.cli.compare:compare", "Put two results, scenarios or routers side by side."),
     "sweep": ("servecast.sim.cli.sweep:sweep", "Run a grid of what-ifs, in parallel."),
     "check": ("servecast.validate.check.command:check", "Can this benchmark report be true?"),
+    "explain": ("servecast.sim.cli.explain:explain", "Why is the first token slow?"),
     "scenarios": ("servecast.sim.cli.scenarios:scenarios", "List the shipped scenarios."),
+    "gpus": ("servecast.sim.cli.lists:gpus", "List the GPUs, and what is known of each."),
+    "models": ("servecast.sim.cli.lists:models", "List the models and architectures."),
+    "profiles": ("servecast.sim.cli.lists:profiles", "List the shipped profiles."),
     "calibrate": ("servecast.calibrate.cli:app", "Turn measurements or reports into a profile."),
     "validate": ("servecast.validate.cli:app", "Judge the simulator against vLLM itself."),
 }

@@ -23,7 +23,7 @@ from servecast.sim.scenario.scenario import Scenario
 from servecast.sim.scenario.servers import SERVERS
 
 PAGES = {path.name: path for path in blocks.pages()}
-SLOW = {"README.md", "calibrate.md"}  # plans of many seconds
+SLOW = {"README.md", "index.md", "calibrate.md", "tutorial.md"}  # plans of many seconds
 
 
 @pytest.mark.parametrize(
@@ -48,11 +48,12 @@ def test_an_output_that_differs_is_noticed() -> None:
     assert not blocks.matches("a.c\n", "abc\n")
 
 
-@pytest.mark.parametrize(
-    "path", [path for path in generate.generated() if path.suffix != ".json"], ids=lambda p: p.name
-)
+GENERATED = generate.generated()
+
+
+@pytest.mark.parametrize("path", [path for path in GENERATED if path.suffix != ".json"], ids=lambda p: p.name)
 def test_generated_pages_are_current(path: Path) -> None:
-    text = generate.generated()[path]
+    text = GENERATED[path]
     assert _comparable(path, path.read_text("utf-8")) == _comparable(path, text), (
         "run python docs/generate.py"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from importlib import import_module
@@ -28,7 +29,7 @@ workload:
   output_tokens: 8
 slo: ["ttft:p95:100"]
 """
-ROUGH: dict[str, Any] = {"tolerance": 0.1, "jobs": 1}
+ROUGH: dict[str, Any] = {"tolerance": 0.3, "jobs": 1, "max_requests": 300}
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +55,11 @@ def test_exported_names() -> None:
         "Scenario",
         "check",
         "compare",
+        "gpus",
         "load",
+        "models",
         "plan",
+        "profiles",
         "reproduce",
         "simulate",
         "sweep",
@@ -81,7 +85,25 @@ def test_the_command_is_a_module_too() -> None:
     assert done.stdout.strip()
 
 
-def test_a_printed_plan_is_what_the_command_prints(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def answer(scenario: servecast.Scenario) -> servecast.Answer:
+    return servecast.plan(scenario, **ROUGH)
+
+
+def test_a_printed_plan_is_what_the_command_prints(
+    answer: servecast.Answer,
+    tiny: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", str(tiny), "--tolerance", "0.3", "--max-num-requests", "300", "--jobs", "1"]) == 0
+    assert capsys.readouterr().out == f"{answer}\nReport: out/plan-tiny.html\n"
+
+
+@pytest.mark.slow
+def test_so_is_that_of_a_shipped_scenario(tmp_path: Path) -> None:
     code = "import servecast\nprint(servecast.plan(servecast.load('l4-qwen2.5-0.5b'), slo=['ttft:p95:500']))"
     printed = subprocess.check_output([sys.executable, "-c", code], text=True, cwd=tmp_path)
     command = [sys.executable, "-m", "servecast", "plan", "l4-qwen2.5-0.5b", "--slo", "ttft:p95:500"]
@@ -89,12 +111,12 @@ def test_a_printed_plan_is_what_the_command_prints(tmp_path: Path) -> None:
     assert shown == f"{printed}Report: out/plan-l4-qwen2.5-0.5b.html\n"
 
 
-def test_a_plan_can_be_taken_apart(scenario: servecast.Scenario, tmp_path: Path) -> None:
-    answer = servecast.plan(scenario, **ROUGH)
+def test_a_plan_can_be_taken_apart(answer: Any, tmp_path: Path) -> None:
     assert isinstance(answer, servecast.Answer)
     assert answer.max_request_rate == answer.interval[0] == answer.to_json()["max_request_rate"]
-    assert (answer.state, answer.exit_code, answer.error_band) == ("found", 0, 0.3)
-    assert answer.provenance["basis"] == "physics only"
+    assert (answer.state, answer.exit_code) == ("found", 0)
+    assert answer.error_band == pytest.approx(0.3 + 0.02 * math.log2(864 / 300))  # two doublings of bandwidth
+    assert answer.provenance["basis"] == "kernels of the L40S scaled to the L4 by peak and bandwidth"
     assert isinstance(answer.probes, pd.DataFrame)
     passed = answer.probes[answer.probes["state"] == "pass"]
     assert passed["request_rate"].max() == answer.max_request_rate
@@ -138,7 +160,7 @@ def test_a_simulation_has_its_tables(
     found = servecast.simulate(scenario, request_rate=10, num_requests=40)
     assert len(found.requests) == found.to_json()["completed"] == 40
     assert found.steps["emitted"].sum() == 40 * 8
-    assert found.error_band == 0.3
+    assert found.error_band == pytest.approx(0.33, abs=0.01)
     assert isinstance(found.plot(), Figure)
     assert main(["simulate", str(tiny), "--request-rate", "10", "--num-requests", "40"]) == 0
     assert capsys.readouterr().out == f"{found}\n"
@@ -163,7 +185,7 @@ def test_routers_compare(scenario: servecast.Scenario, tmp_path: Path) -> None:
 
 
 def test_a_sweep_is_a_table(scenario: servecast.Scenario, tmp_path: Path) -> None:
-    swept = servecast.sweep(scenario, {"engine.max_num_seqs": [1, 8]}, out=tmp_path / "sweep")
+    swept = servecast.sweep(scenario, {"engine.max_num_seqs": [1, 8]}, out=tmp_path / "sweep", jobs=1)
     assert swept.table["engine.max_num_seqs"].tolist() == [1, 8]
     assert (swept.exit_code, swept.failed, len(swept.documents)) == (0, 0, 2)
     assert "2 cells, 0 were there already, 0 failed" in str(swept)

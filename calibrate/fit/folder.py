@@ -26,6 +26,7 @@ from servecast.sim.hardware.noise import StepNoise
 from servecast.sim.hardware.profile import Domain, Profile, Provenance
 from servecast.sim.hardware.step_time.physical import Efficiencies
 from servecast.sim.inputs.errors import InputError
+from servecast.sim.scenario.vllm_server import preparation_round
 
 Kind = Literal["physical", "grid"]
 
@@ -129,7 +130,7 @@ def _profile(
     summary: FitSummary,
 ) -> Profile:
     facts, engines = measured.facts, measured.engines
-    front_end, told = fit_front_end(measured.overheads)
+    front_end, told = fit_front_end(measured.overheads, preparation_round(measured.version))
     engine = engines[steps[0].engine] if steps else None
     flags = {} if engine is None else engine.flags
     efficiencies = fit.efficiencies_ if isinstance(fit, PhysicalFit) else Efficiencies()

@@ -1,8 +1,10 @@
 """Layer timing tables, as LLMServingSim's profiler writes them, read and checked.
 
 A folder has ``meta.yaml`` (what was measured on what), ``dense.csv`` (layer, tokens, time_us),
-``per_sequence.csv`` (layer, sequences, time_us) and ``attention.csv`` (prefill_chunk, kv_prefill, n_decode,
-kv_decode, time_us). Kernel times of one layer, without the host.
+``per_sequence.csv`` (layer, sequences, time_us) and ``attention.csv`` (prefill_chunk, kv_prefill or
+prefill_key, n_decode, kv_decode, time_us), and of a mixture of experts ``moe.csv`` (tokens,
+activated_experts, time_us). Kernel times of one layer on one rank, without the host; where several degrees of
+tensor parallelism were measured, the tables are in folders tp1, tp2, ... beside ``meta.yaml``.
 """
 
 from __future__ import annotations
@@ -18,16 +20,19 @@ from typing import Any
 
 import yaml
 
-from servecast.sim.hardware.gpu import find_gpu
+from servecast.sim.hardware.gpu import GPU, find_gpu
 from servecast.sim.hardware.model_shape import ModelShape
 from servecast.sim.hardware.step_time.layers import LayerTables
 from servecast.sim.inputs.errors import InputError
 
 FILES = ("meta.yaml", "dense.csv", "per_sequence.csv", "attention.csv")
-_LINEAR = {"qkv_proj": 1, "o_proj": 1, "gate_up_proj": 1, "down_proj": 1}  # kernel: times a layer runs it
-_ELEMENTWISE = {"layernorm": 2, "rotary_emb": 1, "act_fn": 1}
+MOE_FILE = "moe.csv"
+_LINEAR = {"qkv_proj": 1, "o_proj": 1}  # kernel: times a layer runs it
+_ELEMENTWISE = {"layernorm": 2, "rotary_emb": 1}
+_MLP, _MLP_ELEMENTWISE = ("gate_up_proj", "down_proj"), "act_fn"
 _ONCE = {"embedding": 1, "final_layernorm": 1}
 _ATTENTION_AXES = ("prefill_chunk", "kv_prefill", "n_decode", "kv_decode")
+_KEYS = "prefill_key"  # in place of kv_prefill: the chunk is counted too
 _SIZES = {  # ours: config.json's
     "hidden_size": "hidden_size",
     "intermediate_size": "intermediate_size",
@@ -49,42 +54,60 @@ class LayerFolder:
 
 def is_layer_folder(folder: Path) -> bool:
     """Whether a folder holds layer timing tables, by the names of its files."""
-    return (folder / "dense.csv").is_file() or (folder / "attention.csv").is_file()
+    return any((each / name).is_file() for each in (folder, *folder.glob("tp*")) for name in FILES[1:])
 
 
-def read_layer_tables(folder: Path, model: ModelShape) -> LayerFolder:
+def read_layer_tables(
+    folder: Path, model: ModelShape, gpu: GPU | None = None, *, tensor_parallel_size: int = 1
+) -> LayerFolder:
     """Read a folder of layer timing tables.
 
     Args:
         folder: with the files of ``FILES``.
-        model: the sizes of the model that was measured.
+        model: the sizes of the model that was measured, whole.
+        gpu: that the tables are of, where a file describes it; otherwise the catalogue knows it.
+        tensor_parallel_size: whose tables to read.
 
     Raises:
         InputError: a file, a column, a kernel or a point of a grid is missing, a value is no time, or the
-            folder was measured on a model of other sizes.
+            folder was measured on another GPU or a model of other sizes.
     """
-    for name in FILES:
-        if not (folder / name).is_file():
+    degrees = sorted(int(each.name[2:]) for each in folder.glob("tp*") if each.name[2:].isdigit())
+    inside = folder / f"tp{tensor_parallel_size}" if tensor_parallel_size in degrees else folder
+    tables_of = (*FILES[1:], MOE_FILE) if model.moe_layers else FILES[1:]
+    files = [folder / FILES[0], *(inside / name for name in tables_of)]
+    meta: dict[str, Any] = {}
+    for file in files:
+        if not file.is_file():
             raise InputError(
-                f"there is no {name}",
-                where=str(folder),
-                fix=f"Give a folder of layer timing tables: {', '.join(FILES)}.",
+                f"there is no {file.name}",
+                where=str(file.parent),
+                fix=f"Give a folder of layer timing tables: {', '.join(each.name for each in files)}.",
             )
-    meta = _meta(folder / "meta.yaml", model)
-    dense = _by_kernel(folder / "dense.csv", "tokens", (*_LINEAR, *_ELEMENTWISE, *_ONCE))
-    rows = _by_kernel(folder / "per_sequence.csv", "sequences", ("lm_head", "sampler"))
+        meta = meta or _meta(file, model, tensor_parallel_size, degrees)
+    dense_share = (model.layers - model.moe_layers) / model.layers
+    linear: dict[str, float] = {**_LINEAR}
+    elementwise: dict[str, float] = {**_ELEMENTWISE}
+    if dense_share:
+        linear |= dict.fromkeys(_MLP, dense_share)
+        elementwise[_MLP_ELEMENTWISE] = dense_share
+    if model.qk_norm:
+        elementwise["qk_norm"] = 1
+    dense = _by_kernel(inside / "dense.csv", "tokens", (*linear, *elementwise, *_ONCE))
+    rows = _by_kernel(inside / "per_sequence.csv", "sequences", ("lm_head", "sampler"))
     tokens, sequences = tuple(sorted(dense["o_proj"])), tuple(sorted(rows["lm_head"]))
-    axes, attention = _attention(folder / "attention.csv")
+    axes, attention, keys = _attention(inside / "attention.csv")
 
-    def summed(kernels: Mapping[str, int]) -> tuple[float, ...]:
+    def summed(kernels: Mapping[str, float]) -> tuple[float, ...]:
         return tuple(sum(n * dense[kernel][at] for kernel, n in kernels.items()) for at in tokens)
 
     tables = LayerTables(
-        gpu=find_gpu(str(meta["gpu"]), where=f"{folder / 'meta.yaml'}: gpu").name,
+        gpu=_gpu_of(str(meta["gpu"]), gpu, f"{folder / FILES[0]}: gpu"),
         shape=model,
+        tensor_parallel_size=tensor_parallel_size,
         tokens=tokens,
-        linear=summed(_LINEAR),
-        elementwise=summed(_ELEMENTWISE),
+        linear=summed(linear),
+        elementwise=summed(elementwise),
         once=summed(_ONCE),
         sequences=sequences,
         lm_head=tuple(rows["lm_head"][at] for at in sequences),
@@ -94,10 +117,12 @@ def read_layer_tables(folder: Path, model: ModelShape) -> LayerFolder:
         decodes=axes[2],
         decode_context=axes[3],
         attention=attention,
+        keys=keys,
+        **(_experts(inside / MOE_FILE) if model.moe_layers else {}),
     )
     digest = hashlib.sha256()
-    for name in FILES:
-        digest.update((folder / name).read_bytes())
+    for file in files:
+        digest.update(file.read_bytes())
     return LayerFolder(
         tables=tables,
         model=str(meta["model"]),
@@ -106,7 +131,17 @@ def read_layer_tables(folder: Path, model: ModelShape) -> LayerFolder:
     )
 
 
-def _meta(path: Path, model: ModelShape) -> dict[str, Any]:
+def _gpu_of(measured: str, given: GPU | None, where: str) -> str:
+    """The name of the GPU that was measured: the catalogue's, or that of a file, which it lacks."""
+    try:
+        return find_gpu(measured, where=where).name
+    except InputError:
+        if given is None:
+            raise
+        return given.name
+
+
+def _meta(path: Path, model: ModelShape, ranks: int, degrees: Sequence[int]) -> dict[str, Any]:
     try:
         meta: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -114,22 +149,30 @@ def _meta(path: Path, model: ModelShape) -> dict[str, Any]:
     for name in ("gpu", "model", "vllm_version", "tp_degrees"):
         if not isinstance(meta, dict) or meta.get(name) is None:
             raise InputError(f"{name} is missing", where=str(path), fix="Say what was measured on what.")
-    if meta["tp_degrees"] != [1]:
+    measured = meta["tp_degrees"]
+    if ranks not in measured if ranks in degrees else measured != [ranks]:
         raise InputError(
-            f"tables of tensor parallel degrees {meta['tp_degrees']}",
+            f"tables of tensor parallel degrees {measured}, the scenario's is {ranks}",
             where=f"{path}: tp_degrees",
-            fix="Give tables of degree 1 alone; a physical profile carries over to others.",
+            fix="Give tables of that degree, in a folder tpN where there are others; or fit kind physical, "
+            "which carries over.",
         )
     engine = meta.get("engine_effective") or {}
     sizes = engine.get("hf_overrides") or {}
     for ours, theirs in _SIZES.items():
-        if sizes.get(theirs, getattr(model, ours)) != getattr(model, ours):
+        whole = getattr(model, ours)  # the profiler writes a rank's sizes
+        if sizes.get(theirs, whole) not in {whole // n for n in (1, *measured)}:
             raise InputError(
                 f"{theirs} is {sizes[theirs]}, that of {model.name} is {getattr(model, ours)}",
                 where=f"{path}: engine_effective.hf_overrides",
                 fix="Name the config of the model that was measured.",
             )
     return meta
+
+
+def _header(path: Path) -> list[str]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return next(csv.reader(file), [])
 
 
 def _lines(path: Path, columns: Sequence[str]) -> list[tuple[str, dict[str, str]]]:
@@ -198,16 +241,45 @@ def _by_kernel(path: Path, size: str, kernels: Sequence[str]) -> dict[str, dict[
     return found
 
 
-def _attention(path: Path) -> tuple[list[tuple[int, ...]], tuple[float | None, ...]]:
-    """Axes, and the times at their points, None where not measured."""
+def _attention(path: Path) -> tuple[list[tuple[int, ...]], tuple[float | None, ...], bool]:
+    """Axes, the times at their points, None where not measured, and whether the second axis counts keys."""
     times: dict[tuple[int, ...], float] = {}
-    for where, row in _lines(path, (*_ATTENTION_AXES, "time_us")):
-        point = tuple(_count(row, axis, where) for axis in _ATTENTION_AXES)
+    keys = _KEYS in _header(path)
+    names = [_KEYS if keys and name == "kv_prefill" else name for name in _ATTENTION_AXES]
+    kinds: set[str | None] = set()
+    for where, row in _lines(path, (*names, "time_us")):
+        if row.get("decode_q_len", "1") != "1":
+            continue  # speculation
+        kinds.add(row.get("layer"))
+        point = tuple(_count(row, axis, where) for axis in names)
         if point in times:
             raise InputError("a point for the second time", where=where, fix="Keep one of them.")
         times[point] = 1e-6 * _number(row, "time_us", where)
+    if len(kinds) > 1:
+        raise InputError(
+            f"attention of several kinds: {', '.join(sorted(map(str, kinds)))}",
+            where=str(path),
+            fix="Keep the rows of one: a model of several kinds is not put together from tables.",
+        )
     axes = [tuple(sorted({0, *values})) for values in zip(*times, strict=True)]
-    for axis, name in zip(axes, _ATTENTION_AXES, strict=True):
+    for axis, name in zip(axes, names, strict=True):
         if len(axis) < 2:
             raise InputError(f"{name} is always 0", where=str(path), fix="Measure prompts and decodes.")
-    return axes, tuple(times.get(point) for point in itertools.product(*axes))
+    return axes, tuple(times.get(point) for point in itertools.product(*axes)), keys
+
+
+def _experts(path: Path) -> dict[str, Any]:
+    """The experts of one layer by tokens and activated experts, all on one rank's share."""
+    times: dict[tuple[int, int], float] = {}
+    for where, row in _lines(path, ("tokens", "activated_experts", "time_us")):
+        if row.get("ep", "1") == "1":
+            point = _count(row, "tokens", where), _count(row, "activated_experts", where)
+            times[point] = 1e-6 * _number(row, "time_us", where)
+    if not times:
+        raise InputError("has no rows of ep 1", where=str(path), fix="Measure without expert parallelism.")
+    axes = [tuple(sorted(set(values))) for values in zip(*times, strict=True)]
+    return {
+        "expert_tokens": axes[0],
+        "experts": axes[1],
+        "expert_times": tuple(times.get(point) for point in itertools.product(*axes)),
+    }

@@ -70,15 +70,19 @@ def fit_layers(folder: Path, scenario: Scenario, *, kind: Kind = "physical") -> 
             see ``FitSummary.reasons``.
     """
     deployment = Deployment.of(scenario.model_copy(update={"profile": None}))
-    found = read_layer_tables(folder, deployment.model)
+    ranks = deployment.shard.tensor_parallel_size
+    own = None if scenario.gpu.file is None else deployment.gpu
+    found = read_layer_tables(folder, deployment.model, own, tensor_parallel_size=ranks)
     tables = found.tables
-    layered = LayeredStepTime(tables, Shard(deployment.model, deployment.gpu, 1), _NO_HOST)
+    shard = Shard(deployment.model, deployment.gpu, ranks)
+    layered = LayeredStepTime(tables, shard, _NO_HOST, measured_only=True)
     profile = Profile(
         servecast_version=version("servecast"),
         kind=kind,
         gpu=deployment.gpu.name,
         model=deployment.model.name,
         engine_version=found.engine_version,
+        tensor_parallel_size=ranks,
         date=datetime.date.today(),
         models=(deployment.model,),
         domain=Domain(
@@ -90,6 +94,10 @@ def fit_layers(folder: Path, scenario: Scenario, *, kind: Kind = "physical") -> 
     )
     note = f"kernel times of {found.model}"
     if kind == "layers":
+        known = sum(value is not None for value in tables.attention)
+        note += (
+            f"; {known:,} of {len(tables.attention):,} points of attention, the others put together from them"
+        )
         told = [Provenance(parameter="layers", origin="measured", note=note)]
         changes: dict[str, Any] = {"layers": tables}
         assumed = list(_HOST)
@@ -155,7 +163,7 @@ def _inside(layered: LayeredStepTime, step: DesignedStep) -> bool:
 def _parts(step_time: LayeredStepTime | PhysicalStepTime, step: DesignedStep) -> tuple[float, float, float]:
     """Seconds of matrix products of the layers, of the LM head and sampler, and of all else."""
     parts = step_time.breakdown(step)
-    linear = parts["linear"]
+    linear = parts["linear"] + parts.get("experts", 0.0)
     head = parts.get("lm_head", 0.0) + parts.get("sampler", 0.0)
     return linear, head, sum(parts.values()) - linear - head
 

@@ -14,7 +14,6 @@ from scipy.optimize import nnls
 from servecast.calibrate.fit.rows import Overhead, Step
 from servecast.calibrate.measure.folder import Row
 from servecast.calibrate.measure.turns import complaints, lags, trusted
-from servecast.sim.fleet.front_end import MAX_ROUND
 from servecast.sim.hardware.front_end_costs import FrontEndCosts
 from servecast.sim.hardware.noise import StepNoise
 
@@ -72,6 +71,8 @@ def undisturbed(overheads: Sequence[Overhead]) -> tuple[tuple[Overhead, ...], li
     front end fell; and what was wrong with the others."""
     loads = defaultdict[int, dict[int, list[Row]]](dict)
     for row in overheads:
+        if row.more_tokens:
+            continue  # measured once
         loads[row.concurrency].setdefault(row.turn, []).append(row.model_dump())
     behind = {load for load, turns in loads.items() if lags([row for rows in turns.values() for row in rows])}
     if behind == loads.keys():
@@ -79,13 +80,18 @@ def undisturbed(overheads: Sequence[Overhead]) -> tuple[tuple[Overhead, ...], li
     kept = tuple(
         row
         for row in overheads
-        if row.turn in trusted(loads[row.concurrency])
-        and not (row.kind == "token_out" and row.concurrency in behind)
+        if row.more_tokens
+        or (
+            row.turn in trusted(loads[row.concurrency])
+            and not (row.kind == "token_out" and row.concurrency in behind)
+        )
     )
     return kept, complaints(loads)
 
 
-def fit_front_end(overheads: Sequence[Overhead]) -> tuple[FrontEndCosts, tuple[str, ...]]:
+def fit_front_end(
+    overheads: Sequence[Overhead], preparation_round: int
+) -> tuple[FrontEndCosts, tuple[str, ...]]:
     """The costs in front of the engine, as ``sim.front_end`` spends them.
 
     c requests in preparation at a time are ready after latency + their rounds' costs; the tokens of a burst
@@ -93,18 +99,27 @@ def fit_front_end(overheads: Sequence[Overhead]) -> tuple[FrontEndCosts, tuple[s
     (a constant delay of the later ones moves none of their gaps). Server and client share one machine here,
     and what each of them takes is not told apart: all of it is the server's.
 
+    Args:
+        preparation_round: requests that the server prepared together, at most.
+
     Returns:
         The costs, and the names of those that the rows tell.
     """
-    inward = [row for row in overheads if row.kind == "request_in"]
+    inward = [row for row in overheads if row.kind == "request_in" and not row.more_tokens]
+    longer = [row for row in overheads if row.kind == "request_in" and row.more_tokens]
     outward = [row for row in overheads if row.kind == "token_out"]
     costs: dict[str, float] = {}
     if inward:
-        latency, request = _line(inward, [_mean_ready(_together(row)) for row in inward])
+        latency, request = _line(inward, [_mean_ready(_together(row), preparation_round) for row in inward])
         costs |= {"latency_s": latency, "request_s": request}
         fewest = min(map(_together, inward))
         alone = np.concatenate([row.times_s for row in inward if _together(row) == fewest])
         spread = _half_width(alone) / float(np.median(alone))
+        if longer:  # prompts of random tokens, one at a time
+            usual = float(np.median(alone))
+            took = np.concatenate([(np.array(row.times_s) - usual) / row.more_tokens for row in longer])
+            random = FrontEndCosts(prompt_token_s=1.0).of_prompts("random_text").prompt_token_s
+            costs["prompt_token_s"] = max(0.0, float(np.median(took))) / random
         costs["cv"] = spread * (latency + request) / math.hypot(latency, request)  # each is drawn for itself
     if outward:
         first = [row for row in outward if row.first]
@@ -141,9 +156,9 @@ def _mean_place(row: Overhead) -> float:
     return (1 + _together(row) - row.firsts) / 2
 
 
-def _mean_ready(requests: int) -> float:
+def _mean_ready(requests: int, most: int) -> float:
     """When a burst of requests is ready, on average, in units of one's cost (``front_end.Preparation``)."""
-    ready = [min(requests, MAX_ROUND * (at // MAX_ROUND + 1)) for at in range(requests)]
+    ready = [min(requests, most * (at // most + 1)) for at in range(requests)]
     return sum(ready) / requests
 
 

@@ -182,9 +182,9 @@ def _bootstrap(
     for _ in range(count):
         weight = np.sqrt(np.append(rng.multinomial(rows, np.full(rows, 1 / rows)), np.ones(size)))
         shift = np.append(np.zeros(rows), rng.standard_normal(size) * spread * np.diag(jac[rows:]))
-        step = lsq_linear(
-            weight[:, None] * jac, -weight * (scaled + shift), bounds=[bound - point for bound in bounds]
-        )
+        q, r = np.linalg.qr(weight[:, None] * jac)
+        target = -q.T @ (weight * (scaled + shift))
+        step = lsq_linear(r, target, bounds=[bound - point for bound in bounds], method="bvls")
         draws.append(point + step.x)
     return np.array(draws)
 

@@ -127,7 +127,8 @@ class Overhead(_Row):
 
     ``burst``: requests on their way in at a time, or tokens that left the engine in that step, ``firsts`` of
     them a request's first. ``first``: these, or later ones. ``turn``: one of several at that concurrency.
-    ``lumped``: share of its streams whose tokens came together.
+    ``lumped``: share of its streams whose tokens came together. ``more_tokens``: of its prompts, beyond
+    those of the other rows.
     """
 
     row: Literal["overhead"]
@@ -138,6 +139,7 @@ class Overhead(_Row):
     first: bool = False
     turn: Amount = 0
     lumped: float = 0.0
+    more_tokens: Amount = 0
 
 
 _KERNEL: TypeAdapter[Kernel] = TypeAdapter(Annotated[Kernel, Field(discriminator="row")])

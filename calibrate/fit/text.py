@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from servecast.sim.hardware.fit_summary import FitSummary, RegionError
-from servecast.sim.hardware.profile import Profile
+from servecast.sim.hardware.gpu_constants import GpuConstants
+from servecast.sim.hardware.profile import Profile, Provenance
 
 
 def profile_lines(profile: Profile) -> Iterator[str]:
@@ -17,13 +18,15 @@ def profile_lines(profile: Profile) -> Iterator[str]:
     yield f"{profile.model} on {profile.gpu}, " + ", ".join(
         [engine, *software, profile.dtype, str(profile.date)]
     )
-    for entry in profile.provenance:
-        group, _, name = entry.parameter.partition(".")
+    known = {entry.parameter: entry for entry in profile.provenance}
+    for parameter in (*known, *(name for name in profile.parameters() if name not in known)):
+        group, _, name = parameter.partition(".")
         value = f"{getattr(getattr(profile, group), name):<12.4g}" if name else " " * 12
-        ends = profile.intervals.get(entry.parameter)
+        ends = profile.intervals.get(parameter)
         interval = f"{ends[0]:.3g} to {ends[1]:.3g}" if ends else ""
+        entry = known.get(parameter, Provenance(parameter=parameter, origin="assumed", note="typical value"))
         origin = f"{entry.origin}: {entry.note}" if entry.note else entry.origin
-        yield f"  {entry.parameter:32} {value} {interval:24} {origin}"
+        yield f"  {parameter:32} {value} {interval:24} {origin}"
     for name in ("tokens", "batch", "context"):
         span = getattr(profile.domain, name)
         yield f"  domain {name:25} {'not restricted' if span is None else f'{span[0]:g} to {span[1]:g}'}"
@@ -31,6 +34,20 @@ def profile_lines(profile: Profile) -> Iterator[str]:
     yield f"  error band {band}; fitted rows: {', '.join(profile.fitted_rows) or 'none'}"
     if profile.raw_data_sha256:
         yield f"  raw data sha256 {profile.raw_data_sha256}"
+
+
+def constants_lines(constants: GpuConstants) -> Iterator[str]:
+    """Where a GPU's constants come from, and each with how its fit did."""
+    yield f"{constants.gpu}: {constants.source}; {constants.release}"
+    if constants.compute_factor != 1.0:
+        yield f"  compute times {constants.compute_factor:.2f}, for the power of the GPU that it stands for"
+    for kernels, entries in constants.kinds():
+        for name, fitted in entries.items():
+            values = fitted.model_dump(exclude={"residuals"})
+            shown = ", ".join(f"{key} {value:.4g}" for key, value in values.items())
+            left = fitted.residuals
+            error = "" if left is None else f"; {left.rows} rows, off {left.median:.1%} in the median"
+            yield f"  {kernels} {name}: {shown}{error}"
 
 
 def summary_lines(summary: FitSummary) -> Iterator[str]:

@@ -88,7 +88,7 @@ def _number(text: str | None) -> float | None:
 def _cuda() -> str | None:
     """The CUDA version that torch was built for."""
     try:
-        import torch
+        import torch  # where it is installed: a served model needs none here
     except ImportError:
         return None
     return None if torch.version.cuda is None else str(torch.version.cuda)

@@ -10,7 +10,7 @@ import tempfile
 import time
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from .vllm.tiny_model import write_tokenizer
 WAVES, LEAST = 3, 12  # requests sent in a turn: per request in progress, and at least
 WARM_UP = 4  # requests before a turn that are not counted, at most: connections and what is done once
 SHORTEST = 32  # prompt tokens; each request has one more than the one before, which tells them apart
+LONGER = 1024  # prompt tokens more than that of the requests that tell what one costs, at most
 OUTPUT_TOKENS = 64  # on average, see ``_write_trace``
 STRIDE = 7  # from one request's output to the next one's, modulo their range
 MOST_VALUES = 2000  # of one row; more are thinned out evenly
@@ -93,6 +94,12 @@ def _serve(
                 done = sum(map(len, turns.values()))
                 print(f"the time budget is spent: {done} turns measured", file=sys.stderr)
                 break
+        else:
+            if not any(row.get("more_tokens") for row in folder.rows if row.get("model") == name):
+                rows = front_end.measure_prompts(work, _longer(model_config(model), flags))
+                folder.add(
+                    *({"model": name, "case": f"{name}/served/prompts/{n}"} | r for n, r in enumerate(rows))
+                )
     for complaint in complaints(turns):
         print(f"{complaint}. Measure again on a machine that does nothing else", file=sys.stderr)
 
@@ -101,7 +108,7 @@ def _turns(rows: Iterable[Row]) -> defaultdict[int, dict[int, Sequence[Row]]]:
     """Rows of overheads by requests in progress and turn."""
     found: defaultdict[int, dict[int, Sequence[Row]]] = defaultdict(dict)
     for row in rows:
-        if row["row"] == "overhead":
+        if row["row"] == "overhead" and not row.get("more_tokens"):
             of, turn = found[row["concurrency"]], row.get("turn", 0)
             of[turn] = [*of.get(turn, ()), row]
     return found
@@ -123,19 +130,36 @@ class FrontEnd:
 
     def measure(self, work: Path, concurrency: int, turn: int) -> list[Row]:
         """Rows of one turn: a closed loop of ``concurrency`` requests. ``work``: folder for its files."""
-        trace = work / f"closed-{concurrency}-{turn}.jsonl"
-        _write_trace(trace, max(LEAST, WAVES * concurrency), self.output_tokens)
+        return [row | {"turn": turn} for row in self._closed_loop(work, concurrency, turn, SHORTEST)]
+
+    def measure_prompts(self, work: Path, more_tokens: int) -> list[Row]:
+        """Rows of long prompts, one at a time: on their way in they take longer than short ones by what their
+        tokens cost. ``more_tokens``: than the others have."""
+        rows = self._closed_loop(work, 1, 0, SHORTEST + more_tokens)
+        return [row | {"more_tokens": more_tokens} for row in rows if row["kind"] == "request_in"]
+
+    def _closed_loop(self, work: Path, concurrency: int, turn: int, shortest: int) -> list[Row]:
+        trace = work / f"closed-{concurrency}-{turn}-{shortest}.jsonl"
+        _write_trace(trace, max(LEAST, WAVES * concurrency), self.output_tokens, shortest)
         result = run_bench(
             self.server,
             trace,
             trace.with_suffix(".json"),
             python=self.python,
             args=["--max-concurrency", str(concurrency), "--num-warmups", str(min(concurrency, WARM_UP))],
-            hash_seed=1000 * turn + concurrency,  # prompts of its own
+            hash_seed=1000 * turn + concurrency + shortest - SHORTEST,  # prompts of its own
         )
         time.sleep(FLUSH_S)
         recorded = self.recording.read_text(encoding="utf-8")
-        return [row | {"turn": turn} for row in overheads(result, recorded, concurrency)]
+        return list(overheads(result, recorded, concurrency))
+
+
+def _longer(config: Mapping[str, Any], flags: Sequence[str]) -> int:
+    """How many tokens more a long prompt may have: a quarter of what the server takes, at most ``LONGER``."""
+    longest = config.get("max_position_embeddings") or 4 * LONGER
+    if "--max-model-len" in flags[:-1]:
+        longest = flags[flags.index("--max-model-len") + 1]
+    return min(LONGER, int(longest) // 4)
 
 
 def _with_tokenizer(model: Path, folder: Path) -> Path:
@@ -149,8 +173,8 @@ def _with_tokenizer(model: Path, folder: Path) -> Path:
     return folder
 
 
-def _write_trace(file: Path, requests: int, output_tokens: int) -> None:
-    """Requests that are all there at once, each with a length and content of its own.
+def _write_trace(file: Path, requests: int, output_tokens: int, shortest: int) -> None:
+    """Requests that are all there at once, each with a length (from ``shortest`` on) and content of its own.
 
     Their outputs differ too, by up to half either way: a closed loop of equal requests stays in lockstep, in
     which all of them are prepared, and get their first tokens, at a time, while the engine is idle. Traffic
@@ -160,7 +184,7 @@ def _write_trace(file: Path, requests: int, output_tokens: int) -> None:
     with file.open("w", encoding="utf-8") as out:
         fresh = 0
         for number in range(requests):
-            prompt = SHORTEST + number
+            prompt = shortest + number
             blocks = -(-prompt // 16)
             row = {
                 "timestamp": 0.0,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,11 @@ from servecast.sim.inputs.errors import InputError
 from servecast.sim.inputs.files import file_or_name
 from servecast.sim.report.answer import Answer
 from servecast.sim.report.progress import progress_bar
-from servecast.sim.run.results import read_result
+from servecast.sim.run.results import read_result, to_text
 from servecast.sim.run.simulate import simulate as run_of
 from servecast.sim.run.simulation import at_rate, simulate
 from servecast.sim.scenario.scenario import Scenario
+from servecast.sim.traffic.inference_perf.workload import InferencePerfWorkload
 from servecast.sim.traffic.spec import Workload
 
 
@@ -41,13 +42,14 @@ class Comparison(Answer):
         table: metrics side by side, and what differs between the runs that may explain them.
         sides: the results of each.
         routers: their ranking, None where something else was compared.
-        stage: that was asked for.
+        stage: that was asked for. once: seeds were asked for that would give the same again.
     """
 
     table: SideBySide
     sides: tuple[Side, ...]
     routers: RankedRouters | None = None
     stage: str | None = None
+    once: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """The table's values, and of routers their places."""
@@ -67,7 +69,21 @@ class Comparison(Answer):
             parts.append(ranking.to_text(self.sides, self.routers.places, self.routers.why))
         if self.routers is None or all_metrics or self.stage is not None:
             parts.append(self.table.to_text(all_metrics=all_metrics))
-        return "\n".join(parts)
+        return "\n".join([*parts, *self._notes()])
+
+    def _notes(self) -> list[str]:
+        """What each side says of itself, where it does not go for all; and that nothing here is random."""
+        said = [list(side.results[0].get("notes") or ()) for side in self.sides]
+        lines = [
+            f"note: {side.label}: {note}"
+            for side, notes in zip(self.sides, said, strict=True)
+            for note in notes
+            if not all(note in others for others in said)
+        ]
+        simulated = all("servecast_version" in side.results[0] for side in self.sides)
+        if self.once and simulated:
+            lines.append("note: nothing in these runs is random: one seed was run")
+        return lines
 
     def to_html(self, path: Path | str) -> Path:
         """Write the page; that of routers has plots, for which each is simulated once more."""
@@ -120,6 +136,13 @@ def compare(
             where="B",
             fix="Give a second result or scenario, --routers, or a what-if.",
         )
+    asking = [each for each in sides if isinstance(each, Scenario) and _asks_server(each)]
+    if asking and len(sides) > 1 and request_rate is None:
+        raise InputError(
+            "the stages of a sweep depend on the server, so that two sides do not get the same",
+            where=f"{asking[0].source}: workload.inference_perf",
+            fix="Give workload.saturation_rate.",
+        )
     found: list[Side] = []
     sent: dict[str, tuple[Scenario, Workload | None]] = {}
     with progress_bar("compare", shown=progress) as advance, Parallel(n_jobs=jobs) as pool:
@@ -128,21 +151,48 @@ def compare(
             if isinstance(side, Scenario):
                 rate = request_rate
                 sent[label] = side, None if rate is None else at_rate(side, rate, num_requests)
-                found.append(Side(label, tuple(pool(_results(side, seeds, rate, num_requests)))))
+                found.append(Side(label, _of_seeds(side, seeds, rate, num_requests, pool)))
             else:
                 found.append(Side(label, (read_result(Path(side)),)))
+    once = seeds > 1 and all(_same(side.results) for side in found)
+    if once:
+        found = [Side(side.label, side.results[:1]) for side in found]
     table = side_by_side(found, stage=stage)
     ranked = None
     if routers:
         places = ranking.rank(found)
         ranked = RankedRouters(places, ranking.reasons(found, places), sent)
-    return Comparison(table, tuple(found), ranked, stage)
+    return Comparison(table, tuple(found), ranked, stage, once)
 
 
-def _results(scenario: Scenario, seeds: int, request_rate: float | None, num_requests: int) -> Iterator[Any]:
-    """Tasks that make the result of each seed."""
-    for seed in range(scenario.seed, scenario.seed + seeds):
-        yield delayed(_result)(scenario, seed=seed, request_rate=request_rate, num_requests=num_requests)
+def _asks_server(scenario: Scenario) -> bool:
+    spec = scenario.workload
+    return isinstance(spec, InferencePerfWorkload) and spec.asks_server() is not None
+
+
+def _of_seeds(
+    scenario: Scenario, seeds: int, request_rate: float | None, num_requests: int, pool: Parallel
+) -> tuple[Document, ...]:
+    """The result of each seed; where the first two are the same, nothing in it is random, and all are."""
+
+    def of(numbers: range) -> list[Document]:
+        return list(
+            pool(
+                delayed(_result)(scenario, seed=seed, request_rate=request_rate, num_requests=num_requests)
+                for seed in numbers
+            )
+        )
+
+    first = scenario.seed
+    found = of(range(first, first + min(seeds, 2)))
+    if len(found) > 1 and _same(found):
+        return tuple({**found[0], "seed": seed} for seed in range(first, first + seeds))
+    return (*found, *of(range(first + 2, first + seeds)))
+
+
+def _same(results: Sequence[Document]) -> bool:
+    """Whether results do not depend on their seed."""
+    return len({to_text({**result, "seed": None}) for result in results}) == 1
 
 
 def _result(scenario: Scenario, **load: Any) -> Document:

@@ -22,6 +22,7 @@ RANKED = {  # metric -> whether less of it is better
 }
 _WHY = ("mean_ttft_ms", "output_throughput")  # explained in words
 _MATTERS = 0.1  # relative difference of a cause
+_EQUAL = 1e-3  # relative difference up to which two sides are equals, however sure it is
 _PERCENT = ("prefix_cache_hit_rate", "mean_kv_cache_usage")
 CAUSES = {  # metric -> in words; all but the first are worse where they are more
     "prefix_cache_hit_rate": "prefix hits {} of prompt tokens",
@@ -35,10 +36,11 @@ CAUSES = {  # metric -> in words; all but the first are worse where they are mor
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A side's place. rank: 1 + how many sides are better beyond doubt, so that equals share one.
+    """A side's place. rank: 1 + how many sides are better beyond doubt and by a thousandth or more, so that
+    equals share one.
 
     value: mean over the seeds. behind: this side less the best one, seed by seed, with its interval; None for
-    the best one, and where there is one seed, which puts the values in their order.
+    the best one, and where there is one seed, which puts values that differ in their order.
     """
 
     label: str
@@ -133,7 +135,8 @@ def _places(values: Mapping[str, list[float]], less: bool, confidence: float) ->
         for other in order:
             gap = _difference(values[label], values[other], confidence)
             worse_by = gap if less else Interval(-gap.estimate, -gap.high, -gap.low, confidence, gap.samples)
-            better += worse_by.low > 0 if gap.samples > 1 else worse_by.estimate > 0
+            equal = abs(gap.estimate) <= _EQUAL * max(abs(means[label]), abs(means[other]))
+            better += not equal and (worse_by.low > 0 if gap.samples > 1 else worse_by.estimate > 0)
         behind = _difference(values[label], values[order[0]], confidence)
         shown = behind if label != order[0] and behind.samples > 1 else None
         places.append(Place(label, 1 + better, means[label], shown))
@@ -194,7 +197,7 @@ def to_text(sides: Sequence[Side], rankings: Sequence[Ranking], why: Sequence[Re
         ]
         parts.append(table(["place, value", *labels], rows, title=f"\n{metric}"))
     if any(ranking.places[-1].behind is not None for ranking in rankings):
-        parts.append("\nPlaces are shared where no difference, seed by seed, is beyond doubt (95%).")
+        parts.append("\nPlaces are shared where no difference, seed by seed, is beyond doubt (95%) and 0.1%.")
     for reason in why:
         where = "" if reason.stage is None else f"{reason.stage}, "
         parts.append(f"{where}{reason.metric}: {reason.to_text()}.")

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 class EngineConfig:
     """What an engine needs to know, all defaults filled in. Counts are tokens, blocks or requests.
 
-    ``version`` picks the rule set of vLLM's scheduler ("0.23" or "0.32", rules.py). ``num_gpu_blocks``
+    ``version`` picks the rule set of vLLM's scheduler ("0.20" to "0.33", rules.py). ``num_gpu_blocks``
     includes the null block 0, as vLLM counts it, so num_gpu_blocks - 1 are usable; it is 0 until the account
     of memory says it, which reads ``gpu_memory_utilization``. ``batch_wait_s`` is static batching's.
+    ``preparation_round``: requests that the API server in front of the engine prepares together, at most.
     """
 
     version: str
@@ -26,8 +27,10 @@ class EngineConfig:
     async_scheduling: bool = True
     scheduler_reserve_full_isl: bool = True
     long_prefill_token_threshold: int = 0
-    long_prefill_token_threshold_adaptive: bool = False  # 0.32 only
-    watermark: float = 0.0  # 0.32 only
-    max_num_active_seqs: int | None = None  # 0.32 only
+    long_prefill_token_threshold_adaptive: bool = False
+    watermark: float = 0.0
+    max_num_active_seqs: int | None = None
+    prefill_schedule_interval: int = 1
     gpu_memory_utilization: float = 1.0
     batch_wait_s: float = 0.0
+    preparation_round: int = 32

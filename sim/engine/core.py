@@ -20,6 +20,7 @@ from typing import Any
 import cython
 import numpy as np
 
+from servecast.sim.engine.cadence import PrefillCadence
 from servecast.sim.engine.rules import rules_for
 from servecast.sim.engine.waiting import QUEUES
 from servecast.sim.inputs.errors import InputError
@@ -401,7 +402,9 @@ class Scheduler:
     reuse_unhashed_first: cython.bint
     lone_request_ignores_threshold: cython.bint
     cursor_follows_victim: cython.bint
-    count_failed_lookups: cython.bint
+    count_admitted_lookups: cython.bint
+    loop_goes_on_after_own_preemption: cython.bint
+    cadence: Any
     prefix_caching: cython.bint
     chunked_prefill: cython.bint
     is_async: cython.bint
@@ -428,10 +431,15 @@ class Scheduler:
     def __init__(self, config: Any, *, trace: bool = False) -> None:
         rules = rules_for(config.version)
         self.config, self.rules, self.trace = config, rules, trace
-        self.reuse_unhashed_first = rules.reuse_unhashed_first
+        appends = rules.append_without_caching and not config.enable_prefix_caching
+        self.reuse_unhashed_first = rules.reuse_unhashed_first and not appends
+        self.loop_goes_on_after_own_preemption = rules.loop_goes_on_after_own_preemption
         self.lone_request_ignores_threshold = rules.lone_request_ignores_threshold
         self.cursor_follows_victim = rules.cursor_follows_victim
-        self.count_failed_lookups = rules.count_failed_lookups
+        self.count_admitted_lookups = rules.count_admitted_lookups
+        self.cadence = None
+        if config.prefill_schedule_interval > 1:
+            self.cadence = PrefillCadence(config.prefill_schedule_interval)
         self.prefix_caching = config.enable_prefix_caching
         self.chunked_prefill = config.enable_chunked_prefill
         self.is_async, self.full_isl = config.async_scheduling, config.scheduler_reserve_full_isl
@@ -567,19 +575,34 @@ class Scheduler:
         step: Step = Step(self.tick)
         threshold: cython.int = self.chunk_limit()
         budget: cython.int
+        defer: cython.bint = False
         self.finished_unsent = False
         if self.trace:
             step.composition = []
-        budget = self.schedule_running(step, threshold)
+        if self.cadence is not None:
+            defer = self.cadence.begin() and self.somebody_decodes()
+        budget = self.schedule_running(step, threshold, defer)
         if self.num_waiting and not step.victims:
-            self.schedule_waiting(step, budget, threshold)
+            self.schedule_waiting(step, budget, threshold, defer)
         self.tick += 1
+        if self.cadence is not None:
+            admitting = not step.victims and not defer
+            self.cadence.end(tokens=step.total_tokens, admitting=admitting, waiting=self.num_waiting)
         return step
+
+    @cython.cfunc
+    def somebody_decodes(self) -> cython.bint:
+        """Whether a running request has left its prefill (Scheduler.schedule: "not r.is_prefill_chunk")."""
+        sequence: Sequence
+        decoding: cython.int = 0
+        for sequence in self.runners:
+            decoding += sequence.computed >= sequence.catch_up
+        return decoding > 0
 
     @cython.cfunc
     def chunk_limit(self) -> cython.int:
         """``long_prefill_token_threshold`` in force in this step; 0 is none."""
-        # Scheduler.schedule, before its loops; 0.32: "num_eligible_reqs > 1"
+        # Scheduler.schedule, before its loops: num_eligible_reqs
         active: cython.int
         if self.long_prefill_threshold and self.lone_request_ignores_threshold:
             active = len(self.runners) + self.num_waiting
@@ -590,9 +613,9 @@ class Scheduler:
         return self.long_prefill_threshold
 
     @cython.cfunc
-    def schedule_running(self, step: Step, threshold: cython.int) -> cython.int:
-        """Phase 1: running requests catch up, in order of admission; where blocks run out, others are
-        preempted. Returns the budget left."""
+    def schedule_running(self, step: Step, threshold: cython.int, defer: cython.bint) -> cython.int:
+        """Phase 1: running requests catch up, in order of admission, but for those that prefill where their
+        work is to ``defer``; where blocks run out, others are preempted. Returns the budget left."""
         # Scheduler.schedule, "First, schedule the RUNNING requests": index is its req_index
         runners: list = self.runners
         sequence: Sequence
@@ -617,7 +640,7 @@ class Scheduler:
                 tokens = budget
             if tokens > self.max_model_len - sequence.computed - 1:
                 tokens = self.max_model_len - sequence.computed - 1
-            if tokens == 0:
+            if tokens == 0 or (defer and sequence.computed < sequence.catch_up):
                 index += 1
                 continue
             end = sequence.computed + tokens
@@ -630,16 +653,21 @@ class Scheduler:
                     if self.priority and victim.scheduled_tick == self.tick:
                         given_back = self.withdraw(step, victim)
                         budget += given_back
-                    # 0.23: "if preempted_req in scheduled_running_reqs: ... req_index -= 1"
-                    # 0.32: "if victim_index < req_index: req_index -= 1"
+                    # before 0.28: "if preempted_req in scheduled_running_reqs": it gave tokens back
                     if position < index if self.cursor_follows_victim else given_back > 0:
                         index -= 1
                     self.preempt(step, victim, position)
                     if victim is sequence:
-                        return budget
+                        break
+                if sequence.status != RUNNING:
+                    if self.loop_goes_on_after_own_preemption:  # under FCFS it was the last anyway
+                        continue  # its place in the list is the next one's now
+                    return budget
                 self.take_blocks(sequence, need)
             if self.prefix_caching:
                 self.cache_blocks(sequence, min(end, sequence.num_tokens))
+            if self.cadence is not None and sequence.computed < sequence.catch_up:
+                self.cadence.carries_prefill = True
             self.advance(step, sequence, tokens)
             budget -= tokens
             index += 1
@@ -692,8 +720,11 @@ class Scheduler:
         return 0
 
     @cython.cfunc
-    def schedule_waiting(self, step: Step, budget: cython.int, threshold: cython.int) -> cython.int:
-        """Phase 2: the head of the queue, while it fits; the first one that does not blocks the rest."""
+    def schedule_waiting(
+        self, step: Step, budget: cython.int, threshold: cython.int, defer: cython.bint
+    ) -> cython.int:
+        """Phase 2: the head of the queue, while it fits and has no prompt work to ``defer``; the first one
+        that does not blocks the rest."""
         sequence: Sequence
         kv: KVCache = self.kv
         slot: cython.int
@@ -706,15 +737,19 @@ class Scheduler:
         fit: cython.int
         i: cython.int
         block: cython.int
+        carries_prefill: cython.bint
         while self.num_waiting and budget > 0 and len(self.runners) < self.max_running:
             sequence = self.queue.head()
             slot = self.slots[len(self.slots) - 1]
             row = slot * self.width
             hits = self.longest_hit(sequence, row) if self.prefix_caching else 0
             cached = hits * self.block_size
-            if self.count_failed_lookups:
+            if not self.count_admitted_lookups:
                 self.count_lookup(sequence, cached)
             tokens = sequence.num_tokens - cached
+            carries_prefill = tokens > 1
+            if defer and carries_prefill:
+                break
             if 0 < threshold < tokens:
                 tokens = threshold
             if tokens > budget:
@@ -734,7 +769,9 @@ class Scheduler:
             self.queue.pop()
             self.num_waiting -= 1
             self.slots.pop()
-            if not self.count_failed_lookups:
+            if self.cadence is not None and carries_prefill:
+                self.cadence.carries_prefill = True
+            if self.count_admitted_lookups:
                 self.count_lookup(sequence, cached)
             for i in range(hits):  # BlockPool.touch
                 block = self.table[row + i]
@@ -761,8 +798,7 @@ class Scheduler:
 
     @cython.cfunc
     def count_lookup(self, sequence: Sequence, hit_tokens: cython.int) -> cython.int:
-        """vLLM keeps the look-ups of preempted requests out of its counters (PrefixCacheStats.record). 0.23
-        counts in get_computed_blocks, at each look-up, 0.32 in record_prefix_cache_stats, once admitted."""
+        """vLLM keeps the look-ups of preempted requests out of its counters (PrefixCacheStats.record)."""
         if self.prefix_caching and not sequence.preemptions:
             self.prefix_queries += sequence.num_tokens
             self.prefix_hits += hit_tokens
@@ -949,7 +985,7 @@ class Scheduler:
     @cython.cfunc
     def free(self, sequence: Sequence) -> cython.int:
         """Give its blocks back, last one first, so that a prefix outlives what follows it
-        (BlockPool.free_blocks); 0.32 puts those without a hash at the head of the list."""
+        (BlockPool.free_blocks); see ``Rules`` for those without a hash."""
         kv: KVCache = self.kv
         row: cython.Py_ssize_t = sequence.slot * self.width
         count: cython.int = sequence.blocks_end // self.block_size
@@ -988,6 +1024,8 @@ class StepCosts:
     block_s: cython.double
     chunk_token_s: cython.double
     request_s: cython.double
+    eager_s: cython.double  # of a step of more tokens than ``graphed`` at least
+    graphed: cython.longlong
     prompt_tile: cython.longlong  # 0: chunks are not padded
     layers: cython.longlong
     sliding_layers: cython.longlong
@@ -1002,6 +1040,7 @@ class StepCosts:
         self.decode_kv_s, self.mixed_decode_kv_s = numbers["decode_kv_s"], numbers["mixed_decode_kv_s"]
         self.decode_s, self.block_s = numbers["decode_s"], numbers["block_s"]
         self.chunk_token_s, self.request_s = numbers["chunk_token_s"], numbers["request_s"]
+        self.eager_s, self.graphed = numbers["eager_s"], numbers["graphed"]
         self.prompt_tile, self.layers = numbers["prompt_tile"], numbers["layers"]
         self.sliding_layers = numbers["sliding_layers"]
         self.sliding_window = numbers["sliding_window"]
@@ -1084,7 +1123,8 @@ class StepCosts:
                 * (self.mixed_decode_kv_s if step.chunks else self.decode_kv_s)
                 + step.decodes * self.decode_s
             )
-        return total + self.of_tokens(tokens) + self.of_rows(len(step.samplers)) + requests * self.request_s
+        total += self.of_tokens(tokens) + self.of_rows(len(step.samplers)) + requests * self.request_s
+        return total if tokens <= self.graphed or total > self.eager_s else self.eager_s
 
 
 @cython.ccall
@@ -1128,6 +1168,7 @@ class EngineLoop:
         tell_ends: ``advance`` returns when requests have ended.
         ended: sequences that ended since they were last taken, where it tells.
         after_step: called with the time when a step has been completed, or None.
+        on_first: called with a request's id and the time at which its first token comes, or None.
     """
 
     now = cython.declare(cython.longlong, visibility="public")
@@ -1136,6 +1177,7 @@ class EngineLoop:
     aborts = cython.declare(cython.int, visibility="public")  # in the inbox
     stage = cython.declare(cython.int, visibility="public")
     after_step = cython.declare(object, visibility="public")
+    on_first = cython.declare(object, visibility="public")
     inbox = cython.declare(
         list, visibility="readonly"
     )  # (time, Request or id to abort, row of a request), in order
@@ -1188,7 +1230,7 @@ class EngineLoop:
         self.aborts = self.stage = 0
         self.tell_ends, self.executing = True, False
         self.first = self.second = self.pending = None
-        self.after_step = None
+        self.after_step = self.on_first = None
         self.inbox, self.ended = [], []
         self.outcomes = np.zeros((len(OUTCOMES), 0), np.int64)
         self.seen = np.zeros(1024, np.int64)
@@ -1402,6 +1444,8 @@ class EngineLoop:
         for i in range(count):  # the newest stand last in the batch
             sequence = step.firsts[i]
             sequence.first_token = last - pace * (count - 1 - i)
+            if self.on_first is not None:
+                self.on_first(sequence.request_id, sequence.first_token)
         count = len(step.leavers)
         if count:
             share = (last - first) // count
@@ -1447,8 +1491,8 @@ ARRIVAL = cython.declare(cython.int, 0)
 ON_WIRE = cython.declare(cython.int, 1)
 AT_SERVER = cython.declare(cython.int, 2)
 PREPARED = cython.declare(cython.int, 3)
-DONE = cython.declare(cython.int, 4)
-MAX_ROUND = cython.declare(cython.Py_ssize_t, 32)
+ENCODED = cython.declare(cython.int, 4)
+DONE = cython.declare(cython.int, 5)
 
 
 @cython.final
@@ -1459,7 +1503,8 @@ class Alone:
 
     Args:
         loop: of the engine. send: when a request that the client starts now is on the wire; None: at once.
-        costs_s: latency and preparation at the API server. variation: their factors, in the order of need.
+        costs_s: latency, preparation and, for a prompt token, encoding at the API server. variation: factors
+            of the first two, in the order of need. most: requests of a round of preparation.
         limit: requests in flight at most, first come, first served; 0 is no limit.
     """
 
@@ -1467,6 +1512,9 @@ class Alone:
     send: Any
     latency_s: cython.double
     request_s: cython.double
+    prompt_token_s: cython.double
+    tokenizer_free: cython.longlong
+    most: cython.Py_ssize_t
     variation: Any
     limit: cython.Py_ssize_t
     requests: list
@@ -1484,12 +1532,14 @@ class Alone:
         self,
         loop: EngineLoop,
         send: Any,
-        costs_s: tuple[float, float],
+        costs_s: tuple[float, float, float],
         variation: Any,
+        most: int,
         limit: int,
     ) -> None:
         self.loop, self.send, self.variation, self.limit = loop, send, variation, limit
-        self.latency_s, self.request_s = costs_s
+        self.latency_s, self.request_s, self.prompt_token_s = costs_s
+        self.most, self.tokenizer_free = most, 0
         self.heap, self.rounds, self.requests = [], [], []
         self.order = self.busy_until = 0
         self.ready = self.started = self.in_flight = 0
@@ -1533,6 +1583,8 @@ class Alone:
                 self.prepare(time, event[3])
             elif what == PREPARED:
                 self.end_round(time)
+            elif what == ENCODED:
+                self.put(time, event[3])
             else:
                 self.in_flight -= 1
                 self.start(time)
@@ -1594,15 +1646,27 @@ class Alone:
         """ApiServer._prepare and Preparation.start."""
         cost: cython.longlong = self.varied(self.request_s)
         if not cost:
-            self.put(now, request)
+            self.encode(now, request)
             return 0
         self.busy_until = max(now, self.busy_until) + cost
-        if not self.rounds or len(self.rounds[len(self.rounds) - 1][1]) == MAX_ROUND:
+        if not self.rounds or len(self.rounds[len(self.rounds) - 1][1]) == self.most:
             self.rounds.append([0, []])
             if len(self.rounds) == 1:
                 self.push(now + cost, PREPARED, 0)
         self.rounds[len(self.rounds) - 1][1].append(request)
         self.rounds[len(self.rounds) - 1][0] = self.busy_until
+        return 0
+
+    @cython.cfunc
+    def encode(self, now: cython.longlong, request: cython.Py_ssize_t) -> cython.int:
+        """ApiServer._encode."""
+        tokens: cython.longlong = self.requests[request].prompt_tokens
+        cost: cython.longlong = cython.cast(cython.longlong, rint(self.prompt_token_s * tokens * PICOSECONDS))
+        if cost:
+            self.tokenizer_free = max(now, self.tokenizer_free) + cost
+            self.push(self.tokenizer_free, ENCODED, request)
+        else:
+            self.put(now, request)
         return 0
 
     @cython.cfunc
@@ -1615,7 +1679,7 @@ class Alone:
         """Preparation._end."""
         if now == self.rounds[0][0]:
             for request in self.rounds.pop(0)[1]:
-                self.put(now, request)
+                self.encode(now, request)
         if self.rounds:
             self.push(self.rounds[0][0], PREPARED, 0)
         return 0

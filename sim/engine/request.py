@@ -46,12 +46,14 @@ class Stream:
     ``max_concurrency`` bounds the requests in flight with a FIFO semaphore around the send (vllm bench
     serve's ``--max-concurrency``); all arrivals at 0 with a bound make a closed loop.
     A ``background`` stream stops sending once every foreground stream of its stage is done.
+    ``until_s`` ends the sending so long after the stage's start.
     """
 
     name: str
     requests: list[Request]
     max_concurrency: int | None = None
     background: bool = False
+    until_s: float | None = None
 
 
 @dataclass(slots=True)

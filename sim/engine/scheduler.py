@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from operator import attrgetter
 
+from servecast.sim.engine.cadence import PrefillCadence
 from servecast.sim.engine.config import EngineConfig
 from servecast.sim.engine.cruise import Cruise
 from servecast.sim.engine.kv_cache import KVCache
@@ -40,7 +41,9 @@ class Scheduler:
         self.config = config
         self.rules = rules_for(config.version)
         self.trace = trace
-        self.kv = KVCache(config.num_gpu_blocks, reuse_unhashed_first=self.rules.reuse_unhashed_first)
+        appends = self.rules.append_without_caching and not config.enable_prefix_caching
+        reuse_unhashed_first = self.rules.reuse_unhashed_first and not appends
+        self.kv = KVCache(config.num_gpu_blocks, reuse_unhashed_first=reuse_unhashed_first)
         self.tick = 0  # number of schedule() calls so far
         self.prefix_queries = 0  # tokens looked up and found, as vLLM's counters have them
         self.prefix_hits = 0
@@ -54,6 +57,7 @@ class Scheduler:
         self._unsettled: dict[int, Sequence] = {}  # the running ones that prefill or were starved, by order
         self._next_order = 0
         self._cruise = Cruise(config.block_size, async_scheduling=config.async_scheduling)
+        self._cadence = PrefillCadence(config.prefill_schedule_interval)
         self._in_flight: list[Step] = []  # decided, not completed: at most two
         self._finished_unsent = False
 
@@ -147,15 +151,22 @@ class Scheduler:
         step = Step(self.tick)
         self._finished_unsent = False
         threshold = self._chunk_limit()
-        budget = self._schedule_running(step, self.config.max_num_batched_tokens, threshold)
+        defer = self._cadence.begin() and self._somebody_decodes()
+        budget = self._schedule_running(step, self.config.max_num_batched_tokens, threshold, defer=defer)
         if not step.preempted and len(self._waiting):
-            budget = self._admit(step, budget, threshold)
+            budget = self._admit(step, budget, threshold, defer=defer)
         self._advance(step)
+        admitting = not step.preempted and not defer
+        self._cadence.end(tokens=step.total_tokens, admitting=admitting, waiting=len(self._waiting))
         return step
+
+    def _somebody_decodes(self) -> bool:
+        """Whether a running request has left its prefill (Scheduler.schedule: "not r.is_prefill_chunk")."""
+        return len(self._running) > sum(sequence.prefills for sequence in self._unsettled.values())
 
     def _chunk_limit(self) -> int:
         """``long_prefill_token_threshold`` in force in this step; 0 is none."""
-        # Scheduler.schedule, before its loops; 0.32: "num_eligible_reqs > 1"
+        # Scheduler.schedule, before its loops: num_eligible_reqs
         threshold = self.config.long_prefill_token_threshold
         if threshold and self.rules.lone_request_ignores_threshold:
             active = len(self._running) + len(self._waiting)
@@ -173,8 +184,9 @@ class Scheduler:
             wanted = threshold
         return wanted
 
-    def _schedule_running(self, step: Step, budget: int, threshold: int) -> int:
-        """Phase 1: running requests, in order of admission. Returns the budget left."""
+    def _schedule_running(self, step: Step, budget: int, threshold: int, *, defer: bool) -> int:
+        """Phase 1: running requests, in order of admission, without those that prefill where their work is
+        to ``defer``. Returns the budget left."""
         for sequence in self._cruise.last_in_flight(self.tick):
             self._stop_cruising(sequence)
         due = self._cruise.blocks_due(self.tick)
@@ -184,12 +196,12 @@ class Scheduler:
             for sequence in due:
                 self._cruise.add_block(sequence, self.kv.take_one())
             return budget - self._cruise.count
-        if self._settled_can_be_skipped(due, budget, threshold):
+        if not defer and self._settled_can_be_skipped(due, budget, threshold):
             if self._unsettled:
                 due = [*due, *self._unsettled.values()]
             due.sort(key=_by_order)
             return self._walk_changes(step, due, budget, threshold)
-        return self._walk_all(step, budget, threshold)
+        return self._walk_all(step, budget, threshold, defer=defer)
 
     def _settled_can_be_skipped(self, due: list[Sequence], budget: int, threshold: int) -> bool:
         """Whether all cruisers get their token whatever the order, so that only changes are visited."""
@@ -230,12 +242,13 @@ class Scheduler:
             if sequence.cruising:
                 self._cruise.add_block(sequence, self.kv.take_one())
             else:
+                self._cadence.carries_prefill |= sequence.prefills
                 self._grow(sequence, tokens, need)
                 step.entries.append((sequence, tokens))
                 budget -= tokens
         return budget
 
-    def _walk_all(self, step: Step, budget: int, threshold: int) -> int:
+    def _walk_all(self, step: Step, budget: int, threshold: int, *, defer: bool) -> int:
         """Visit every running sequence, as vLLM's loop does: some may get no token, or lose it again."""
         # Scheduler.schedule, "First, schedule the RUNNING requests": cursor is its req_index
         members = list(self._running.values())
@@ -247,7 +260,8 @@ class Scheduler:
                 tokens, computed = 1, self.tick - sequence.base
             else:
                 tokens, computed = min(self._demand(sequence, threshold), budget), sequence.computed
-            if tokens <= 0 or (sequence.order not in self._unsettled and not sequence.cruising):
+            idle = sequence.order not in self._unsettled and not sequence.cruising
+            if tokens <= 0 or idle or (defer and sequence.prefills):
                 cursor += 1
                 continue
             need = -(-(computed + tokens) // self._block_size) - len(sequence.blocks)
@@ -257,19 +271,21 @@ class Scheduler:
                 del members[position]
                 given_back = scheduled.pop(victim.order, 0)
                 budget += given_back
-                # 0.23: "if preempted_req in scheduled_running_reqs: ... req_index -= 1": it gave tokens back
-                # 0.32: "if victim_index < req_index: req_index -= 1"
+                # before 0.28: "if preempted_req in scheduled_running_reqs": it gave tokens back
                 if given_back if not self.rules.cursor_follows_victim else position < cursor:
                     cursor -= 1
                 self._preempt(step, victim, scheduled=bool(given_back))
                 if victim is sequence:
                     break
             if sequence.status != RUNNING:
+                if self.rules.loop_goes_on_after_own_preemption:  # under FCFS it was the last anyway
+                    continue  # its place in the list is the next one's now
                 break
             if sequence.cruising:
                 if need > 0:
                     self._cruise.add_block(sequence, self.kv.take_one())
             else:
+                self._cadence.carries_prefill |= sequence.prefills
                 self._grow(sequence, tokens, need)
             scheduled[sequence.order] = tokens
             budget -= tokens
@@ -289,8 +305,9 @@ class Scheduler:
             return max(members, key=lambda s: (s.request.priority, s.arrival))
         return members[-1]
 
-    def _admit(self, step: Step, budget: int, threshold: int) -> int:
-        """Phase 2: the head of the queue, while it fits. Returns the budget left."""
+    def _admit(self, step: Step, budget: int, threshold: int, *, defer: bool) -> int:
+        """Phase 2: the head of the queue, while it fits and has no prompt work to ``defer``. Returns the
+        budget left."""
         kv, block_size, config = self.kv, self._block_size, self.config
         while len(self._waiting) and budget > 0 and len(self._running) < self._max_running:
             sequence = self._waiting.head()
@@ -299,9 +316,12 @@ class Scheduler:
                 # KVCacheManager.get_computed_blocks: the last token is always computed, for its logits
                 hits = kv.lookup(sequence.keys(0, (sequence.num_tokens - 1) // block_size))
             hit_tokens = len(hits) * block_size
-            if self.rules.count_failed_lookups:
+            if not self.rules.count_admitted_lookups:
                 self._count_lookup(sequence, hit_tokens)
             tokens = sequence.num_tokens - hit_tokens
+            carries_prefill = tokens > 1
+            if defer and carries_prefill:
+                break
             if 0 < threshold < tokens:
                 tokens = threshold
             if not config.enable_chunked_prefill and tokens > budget:
@@ -319,7 +339,8 @@ class Scheduler:
             if fit + reserve > kv.free_blocks:
                 break
             self._waiting.pop()
-            if not self.rules.count_failed_lookups:
+            self._cadence.carries_prefill |= carries_prefill
+            if self.rules.count_admitted_lookups:
                 self._count_lookup(sequence, hit_tokens)
             kv.touch(hits)
             sequence.blocks = hits
@@ -339,8 +360,7 @@ class Scheduler:
         return budget
 
     def _count_lookup(self, sequence: Sequence, hit_tokens: int) -> None:
-        """vLLM keeps the look-ups of preempted requests out of its counters (PrefixCacheStats.record). 0.23
-        counts in get_computed_blocks, at each look-up, 0.32 in record_prefix_cache_stats, once admitted."""
+        """vLLM keeps the look-ups of preempted requests out of its counters (PrefixCacheStats.record)."""
         if self.config.enable_prefix_caching and not sequence.preemptions:
             self.prefix_queries += sequence.num_tokens
             self.prefix_hits += hit_tokens

@@ -78,6 +78,11 @@ class Sequence:
         self.shared_keys = _shared_keys(request, block_size)
         self.private_key = (2 * request.request_id + 1) * BLOCKS_PER_CONTENT
 
+    @property
+    def prefills(self) -> bool:
+        """Not cruising: it still computes what it was admitted with (Request.is_prefill_chunk)."""
+        return self.computed < self.prefill_tokens
+
     def keys(self, start: int, end: int) -> range | list[int]:
         """Identities of blocks ``start`` to ``end`` (exclusive)."""
         shared = self.shared_keys

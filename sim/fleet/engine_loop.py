@@ -61,6 +61,7 @@ class PythonLoop:
         self.engine = engine
         self.now = self.wake = self.aborts = self.stage = 0
         self.after_step: Callable[[int], None] | None = None
+        self.on_first: Callable[[int, int], None] | None = None
         self.inbox: list[tuple[int, Request | int]] = []
         self.ended: list[InEngine] = []
         self._depth = 2 if engine.config.async_scheduling else 1
@@ -220,7 +221,9 @@ class PythonLoop:
         last = first + pace * (emitted - 1)
         newest = len(step.first_tokens) - 1
         for position, request_id in enumerate(step.first_tokens):  # the newest stand last in the batch
-            self._inside[request_id].first_token = last - pace * (newest - position)
+            comes = self._inside[request_id].first_token = last - pace * (newest - position)
+            if self.on_first is not None:
+                self.on_first(request_id, comes)
         share = (last - first) // (len(step.finished) or 1)
         for position, request_id in enumerate(step.finished):  # these are spread over the batch
             request = self._inside.pop(request_id)

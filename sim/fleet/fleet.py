@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Sequence
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -20,9 +21,10 @@ from servecast.sim.fleet.spec import Life
 from servecast.sim.inputs.units import PICOSECONDS, to_ps, to_seconds
 from servecast.sim.metrics.records import STEP_COLUMNS, RequestRecord, Run, finished_frame, requests_frame
 from servecast.sim.routing.options import RouterOptions
-from servecast.sim.routing.routers import Informed, Random, RoundRobin, Router
+from servecast.sim.routing.routers import Answered, Informed, Random, RoundRobin, Router
 
 NOT_READY = "no replica was ready (503)"
+_UNPICKED = "the router let no replica pass (503)"
 _REFUSED = "sent to a replica that had failed before the router knew"
 _LOST = "in flight on a replica that failed"
 
@@ -39,6 +41,8 @@ class StreamClient:
         self._ready: deque[Job] = deque()  # arrived, wait for the semaphore
         self._stopped = False
         fleet.env.process(self._arrivals())
+        if stream.until_s is not None:
+            after(fleet.env, to_ps(stream.until_s), self._out_of_time)
 
     def stop(self) -> None:
         """Send no more; what was not sent was never part of the run."""
@@ -46,6 +50,14 @@ class StreamClient:
         unsent = {id(job.record) for job in self._ready}
         self._ready.clear()
         self.fleet.records = [record for record in self.fleet.records if id(record) not in unsent]
+        self.open = self._in_flight
+        if not self.open and not self.finished.triggered:
+            self.finished.succeed()
+
+    def _out_of_time(self) -> None:
+        if self.open:
+            self.fleet.ran_out |= not self._ready  # it would have sent more
+            self.stop()
 
     def _arrivals(self) -> Generator[simpy.Event, None, None]:
         env, start = self.fleet.env, int(self.fleet.env.now)
@@ -71,7 +83,8 @@ class StreamClient:
     def _done(self) -> None:
         self._in_flight -= 1
         self.open -= 1
-        if not self.open:
+        if not self.open and not self.finished.triggered:
+            self.fleet.ran_out |= self.stream.until_s is not None and not self._stopped
             self.finished.succeed()
         self._send()
 
@@ -108,6 +121,7 @@ class Fleet:
         self._rng = rng
         self.records: list[RequestRecord] = []
         self.failures: Counter[str] = Counter()  # why requests failed
+        self.ran_out = False  # whether a stream that sends until a time had too few requests for it
         self._stage_starts: list[float] = []
         self.replicas = [make_replica(env, index, client) for index in range(count)]
         self._router = router
@@ -123,6 +137,7 @@ class Fleet:
             if endpoint.life != Life():
                 env.process(self._live(endpoint, to_ps(detection_s)))
         self._informed = router if isinstance(router, Informed) else None
+        self._told = router if isinstance(router, Answered) else None
         if self._informed is not None:
             self._informed.connect(self._endpoints)
 
@@ -145,8 +160,12 @@ class Fleet:
         if not self._ready:  # HTTP 503
             self._fail(job, NOT_READY)
             return
-        replica = self._ready[self._router.pick(job.request, self._ready)].replica
-        informed = self._informed
+        position = self._router.pick(job.request, self._ready)
+        if position is None:
+            self._fail(job, _UNPICKED)
+            return
+        replica = self._ready[position].replica
+        informed, told = self._informed, self._told
         if informed is not None:
             request, done, index = job.request, job.done, replica.index
 
@@ -155,6 +174,8 @@ class Fleet:
                 done()
 
             job.done = ended
+        if told is not None:
+            job.answered = partial(told.answered, job.request, replica.index)
         if replica.failed:
             job.record.replica = replica.index
             self._fail(job, _REFUSED)
@@ -220,7 +241,7 @@ class Fleet:
         if len(stages) != 1 or len(stages[0].streams) != 1:
             return None
         stream, router = stages[0].streams[0], self._router
-        if stream.background or not stream.requests:
+        if stream.background or stream.until_s is not None or not stream.requests:
             return None
         static = (
             isinstance(router, RoundRobin | Random)
@@ -229,7 +250,7 @@ class Fleet:
         )
         if len(self.replicas) > 1 and not static:
             return None
-        if isinstance(router, Informed) or any(each.life != Life() for each in self._endpoints):
+        if isinstance(router, Informed | Answered) or any(each.life != Life() for each in self._endpoints):
             return None
         if not all(replica.can_run_alone for replica in self.replicas):
             return None

@@ -15,10 +15,9 @@ from typing import Any
 import numpy as np
 import simpy
 
+from servecast.sim.fleet.client import SerialProcess
 from servecast.sim.hardware.front_end_costs import FrontEndCosts
 from servecast.sim.inputs.units import to_ps
-
-MAX_ROUND = 32  # max_batch_size of vLLM's AsyncMicrobatchTokenizer
 
 
 class Preparation:
@@ -27,13 +26,15 @@ class Preparation:
     Each needs several turns (HTTP, chat template and tokenizer in a thread that waits for the interpreter
     lock, micro-batched tokenization), and one that arrives meanwhile joins the round, up to the size of
     vLLM's tokenizer batches. The mean time in it is near that of processor sharing, cost / (1 - load)
-    (Kleinrock 1976), but a burst of n stays a burst, ready after n times the cost of one.
+    (Kleinrock 1976), but a burst of n stays a burst, ready after n times the cost of one. With rounds of one,
+    as releases without micro-batches have them, it is first come, first served.
     """
 
-    __slots__ = ("_busy_until", "_env", "_rounds")
+    __slots__ = ("_busy_until", "_env", "_most", "_rounds")
 
-    def __init__(self, env: simpy.Environment) -> None:
+    def __init__(self, env: simpy.Environment, most: int) -> None:
         self._env = env
+        self._most = most  # requests of a round
         self._busy_until = 0
         self._rounds: deque[_Round] = deque()
 
@@ -41,7 +42,7 @@ class Preparation:
         """Begin with a request of ``cost`` picoseconds; ``ready`` is called when its round is."""
         now = int(self._env.now)
         self._busy_until = max(now, self._busy_until) + cost
-        if not self._rounds or len(self._rounds[-1].ready) == MAX_ROUND:
+        if not self._rounds or len(self._rounds[-1].ready) == self._most:
             self._rounds.append(_Round())
             if len(self._rounds) == 1:
                 after(self._env, cost, self._end)
@@ -72,6 +73,7 @@ class ApiServer:
         env: SimPy environment whose clock counts picoseconds.
         costs: the costs of this process. rng: its generator.
         deliver: called with an item when it reaches the engine's input queue.
+        preparation_round: requests that are prepared together, at most.
     """
 
     __slots__ = (
@@ -81,6 +83,7 @@ class ApiServer:
         "_preparation",
         "_sent",
         "_token_ps",
+        "_tokenizer",
         "costs",
         "variation",
     )
@@ -91,23 +94,26 @@ class ApiServer:
         costs: FrontEndCosts,
         rng: np.random.Generator,
         deliver: Callable[[Any], None],
+        preparation_round: int,
     ) -> None:
         self._env = env
         self.costs = costs
         self._deliver = deliver
-        self._preparation = Preparation(env)
+        self._preparation = Preparation(env, preparation_round)
         self._delivery_ps = to_ps(costs.delivery_s)
+        self._tokenizer = SerialProcess()
         self._sent = 0  # when the last token so far is
         self._token_ps = to_ps(costs.token_s)
         self.variation = _gamma_factors(costs.cv, rng)
 
-    def accept(self, item: Any) -> None:
-        """A request has been sent to this server; it arrives after the latency."""
+    def accept(self, item: Any, prompt_tokens: int) -> None:
+        """A request with a prompt of so many tokens has been sent to this server; it arrives after the
+        latency."""
         latency = to_ps(self.costs.latency_s * next(self.variation))
         if latency:
-            after(self._env, latency, lambda: self._prepare(item))
+            after(self._env, latency, lambda: self._prepare(item, prompt_tokens))
         else:
-            self._prepare(item)
+            self._prepare(item, prompt_tokens)
 
     def stream(self, now: int, tokens: int) -> tuple[int, int, int]:
         """Send ``tokens`` that the engine delivers now, one a stream.
@@ -124,10 +130,18 @@ class ApiServer:
         events = (self._sent - waiting) // cost if cost else tokens
         return self._sent + self._delivery_ps - cost * (tokens - 1), cost, events
 
-    def _prepare(self, item: Any) -> None:
+    def _prepare(self, item: Any, prompt_tokens: int) -> None:
         cost = to_ps(self.costs.request_s * next(self.variation))
         if cost:
-            self._preparation.start(cost, lambda: self._deliver(item))
+            self._preparation.start(cost, lambda: self._encode(item, prompt_tokens))
+        else:
+            self._encode(item, prompt_tokens)
+
+    def _encode(self, item: Any, prompt_tokens: int) -> None:
+        """The tokenizer's thread takes one prompt after the other."""
+        cost, now = to_ps(self.costs.prompt_token_s * prompt_tokens), int(self._env.now)
+        if cost:
+            after(self._env, self._tokenizer.serve(now, cost) - now, lambda: self._deliver(item))
         else:
             self._deliver(item)
 

@@ -37,6 +37,7 @@ class Job:
     request: Request
     record: RequestRecord
     done: Callable[[], None]
+    answered: Callable[[], None] | None = None  # called when the first token comes
 
 
 class Replica:
@@ -76,7 +77,7 @@ class Replica:
         self.engine = engine
         self.outstanding = 0
         self.failed = False
-        self._api_server = ApiServer(env, costs, rng, self._put)
+        self._api_server = ApiServer(env, costs, rng, self._put, engine.config.preparation_round)
         self._client = client
         self._jobs: dict[int, Job] = {}
         self._wake: simpy.Event | None = None
@@ -134,8 +135,9 @@ class Replica:
         assert isinstance(self._loop, EngineLoop)
         server, client = self._api_server, self._client
         send = None if client.is_free else client.send
-        costs = server.costs.latency_s, server.costs.request_s
-        alone = Alone(self._loop, send, costs, server.variation, limit)
+        costs = server.costs.latency_s, server.costs.request_s, server.costs.prompt_token_s
+        most = self.config.preparation_round
+        alone = Alone(self._loop, send, costs, server.variation, most, limit)
         columns: dict[str, NDArray[np.int64]] = alone.run(times, requests)
         return columns
 
@@ -144,7 +146,9 @@ class Replica:
         self.outstanding += 1
         job.record.replica = self.index
         self._jobs[job.request.request_id] = job
-        self._api_server.accept(job)
+        if job.answered is not None:
+            self._loop.on_first = self._tell_answered
+        self._api_server.accept(job, job.request.prompt_tokens)
 
     def abort(self, request_id: int) -> None:
         """The client has gone away."""
@@ -211,6 +215,11 @@ class Replica:
                 loop.abort(item)
                 self._end(item, "aborted", inside)
         loop.aborts = 0
+
+    def _tell_answered(self, request_id: int, time: int) -> None:
+        answered = self._jobs[request_id].answered
+        if answered is not None:
+            after(self.env, time - int(self.env.now), answered)
 
     def _take_ended(self) -> None:
         """Requests whose last token is on its way."""

@@ -8,11 +8,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 from pydantic import AfterValidator, Discriminator, Field, Tag, ValidationInfo, model_validator
 
 from servecast.sim.inputs.schema import Count, InputFile, Model, NonNegative, Positive, did_you_mean, invalid
-from servecast.sim.inputs.yaml_file import read_yaml
-from servecast.sim.routing.llmd.config import read_epp
+from servecast.sim.routing.llmd.config import read_document, read_epp
+from servecast.sim.routing.llmd.endpoint_picker import EndpointPicker
 from servecast.sim.routing.options import RouterOptions
 from servecast.sim.routing.routers import ROUTERS
 
@@ -37,6 +38,15 @@ class GpuSpec(Model):
     """Name in the catalogue (``sim/hardware/gpu.py``)."""
     file: InputFile | None = None
     """YAML or JSON file that describes a GPU of your own."""
+    per_node: Count = 8
+    """GPUs that are linked with each other: the most ranks that a model can be split over."""
+    peer_to_peer: bool | None = None
+    """Whether they read each other's memory. Default, over NVLink only: most servers do not let them over
+    PCIe."""
+    link_share: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Share of the link's bandwidth that all-reduces reach, in place of the profile's."""
+    allreduce_latency_us: NonNegative | None = None
+    """Latency of one small all-reduce, in place of the profile's."""
 
     @model_validator(mode="after")
     def _one(self) -> GpuSpec:
@@ -155,14 +165,37 @@ class Fleet(Model):
         """The EndpointPickerConfig, where the router is one."""
         return self.router if isinstance(self.router, Path) else None
 
+    @property
+    def router_name(self) -> str:
+        """What messages call the router."""
+        return self.router if isinstance(self.router, str) else self.router.name
+
+    @property
+    def asks_sessions(self) -> bool:
+        """Whether the router looks at a request's session. Raises InputError if it does not load."""
+        if self.epp is None:
+            return self.router == "session_affinity"
+        config = read_epp(self.epp, self.router_options.epp_release)
+        plugins = (*config.filters, *(scorer for scorer, _weight in config.scorers))
+        return any(plugin.type.startswith("session-affinity") for plugin in plugins)
+
     def check(self) -> None:
         """Read the EndpointPickerConfig, if any. Raises InputError if it does not load."""
         if self.epp is not None:
-            read_epp(self.epp, self.router_options.epp_release)
+            config = read_epp(self.epp, self.router_options.epp_release)
+            EndpointPicker(config, self.router_options, np.random.default_rng(0), lambda: 0.0)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What of the router has no effect here. Raises InputError if it does not load."""
+        if self.epp is None:
+            return ()
+        found = read_epp(self.epp, self.router_options.epp_release).notes
+        return (f"{self.epp.name}: without effect here: {'; '.join(found)}",) if found else ()
 
     def facts(self) -> Mapping[str, Any]:
         """What a result says of it: all that is not a default, always how many behind what, and what the
         EndpointPickerConfig held."""
         facts: dict[str, Any] = {"replicas": self.replicas, "router": self.router}
         facts |= self.model_dump(mode="json", exclude_defaults=True)
-        return facts if self.epp is None else facts | {"endpoint_picker_config": read_yaml(self.epp)}
+        return facts if self.epp is None else facts | {"endpoint_picker_config": read_document(self.epp)}

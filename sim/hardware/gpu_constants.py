@@ -8,13 +8,15 @@ on it (``calibrate.fit.kernel_tables``). They are facts of a GPU and a precision
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import replace
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from servecast.sim.hardware.gpu import GPU
 from servecast.sim.hardware.shard import Shard
 from servecast.sim.hardware.step_time.physical import Efficiencies, KernelCosts
 from servecast.sim.inputs.errors import InputError
@@ -105,15 +107,42 @@ class AllReduce(_Strict):
     residuals: Residuals | None = None
 
 
-FAMILIES = {  # a GPU that was not timed -> the nearest that was: its generation, by compute capability
-    "L4": "L40S",
-    "RTX 4090": "L40S",
-    "A6000": "A100",
-    "RTX 5080": "RTX PRO 6000",
+MOST = (
+    0.95  # of the 16-bit peak, where power does not hold it back: an RTX 4090 reaches 0.96 (shipped profile)
+)
+BY_POWER = 2 / 3  # exponent of the watts a FLOP/s: an H100 NVL reached 0.60 of its peak, an H100 of 0.84
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Whose kernels stand for a GPU that was not timed.
+
+    Attributes:
+        capability: of the timed GPUs. efficiency: FLOPs a joule, relative to theirs. most: of the 16-bit
+            peak.
+    """
+
+    capability: tuple[int, int]
+    efficiency: float = 1.0
+    most: float = MOST
+
+
+FAMILIES: Mapping[tuple[int, int], Family] = {  # compute capability -> the nearest that was timed
+    # GDDR6 and a board's power, as an L40S; 0.41 is what a report of an A6000 fits to (0.57 of its peak)
+    (7, 5): Family((8, 9), efficiency=0.41),
+    (8, 6): Family((8, 9), efficiency=0.41),
+    (8, 7): Family((8, 9), efficiency=0.41),
+    # MI300X: products reach 0.45 of the peak in every dtype, copies 0.81 of the bandwidth
+    # (https://aiweekly.co/alerts/amd-mi300x-hits-only-45-of-peak-flops-in-practice)
+    (9, 4): Family((9, 0), most=0.45),
 }
-TYPICAL_LINK = AllReduce(latency_s=10e-6, link=0.8)  # of ranks that were not timed
+TYPICAL_LINK = AllReduce(latency_s=10e-6, link=0.8)  # NVLink between ranks that were not timed
+# PCIe without peer-to-peer, through the host's memory: bytes/s and s, as two RTX PRO 6000 in a server behaved
+NO_PEERS, NO_PEERS_S = 16e9, 20e-6
+MOST_OF_PCIE = 0.6  # two L40S and two RTX PRO 6000, peer to peer
 
 
+_Computing = TypeVar("_Computing", Product, PromptAttention, Experts)
 Fitted = Product | PromptAttention | DecodeAttention | Experts | AllReduce
 
 
@@ -124,6 +153,7 @@ class GpuConstants(_Strict):
         gpu: its name in the catalogue. source: of the timings. release: the vLLM whose kernels they time.
         small_kernel_s: one of the small kernels of a layer (norm, rotary, activation).
         products, experts: by the weights' dtype. prompts, decodes: by the KV cache's. all_reduce: by ranks.
+        compute_factor: by which shares of the peak FLOP/s were scaled for another GPU; not in files.
     """
 
     schema_version: Literal[1] = 1
@@ -136,6 +166,19 @@ class GpuConstants(_Strict):
     decodes: dict[KvDtype, DecodeAttention]
     experts: dict[WeightDtype, Experts] = {}
     all_reduce: dict[int, AllReduce] = {}
+    compute_factor: float = Field(default=1.0, exclude=True)
+
+    @model_validator(mode="after")
+    def _complete(self) -> GpuConstants:
+        for name in ("prompts", "decodes"):
+            if "bf16" not in getattr(self, name):
+                raise ValueError(f"{name} of a bf16 KV cache are missing")
+        return self
+
+    @staticmethod
+    def are_in(path: Path) -> bool:
+        """Whether a file holds a GPU's constants and not a profile."""
+        return path.is_file() and '"small_kernel_s"' in path.read_text("utf-8", "replace")
 
     @classmethod
     def load(cls, path: str | Path) -> GpuConstants:
@@ -150,7 +193,7 @@ class GpuConstants(_Strict):
             what = str(error)
             if isinstance(error, ValidationError):
                 first = error.errors()[0]
-                what = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+                what = ": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"])))
             raise InputError(
                 f"is no file of a GPU's constants ({what})",
                 where=str(path),
@@ -167,13 +210,28 @@ class GpuConstants(_Strict):
             ("all-reduce", self.all_reduce),
         )
 
+    def scaled(self, factor: float) -> GpuConstants:
+        """With shares of the peak FLOP/s that are so many times as high, up to 1."""
+        if factor == 1.0:
+            return self
+
+        def of(known: Mapping[Any, _Computing]) -> dict[Any, _Computing]:
+            return {
+                key: each.model_copy(update={"compute": min(1.0, each.compute * factor), "residuals": None})
+                for key, each in known.items()
+            }
+
+        kinds = {"products": of(self.products), "prompts": of(self.prompts), "experts": of(self.experts)}
+        return self.model_copy(update=kinds | {"compute_factor": factor})
+
     def efficiencies(self, shard: Shard) -> Efficiencies:
         """What a model reaches on this GPU, with its precisions and ranks.
 
         Raises:
             InputError: there are no timings of its weights.
         """
-        weights: WeightDtype = "fp8" if shard.model.weight_bytes_each == 1 else "bf16"
+        in_eight = shard.model.weight_bytes_each == 1 and shard.gpu.fp8_flops is not None
+        weights: WeightDtype = "fp8" if in_eight else "bf16"  # without fp8 units they multiply in 16 bits
         eight_bits = shard.kv_dtype_bytes == 1 and "fp8" in self.decodes  # read as 16 where it was not timed
         kv: KvDtype = "fp8" if eight_bits else "bf16"
         product = _of(self.products, weights, self.gpu, "weights")
@@ -193,7 +251,7 @@ class GpuConstants(_Strict):
                 expert_s=routed.floor_s,
                 expert_passes=routed.activation_passes,
             )
-        link = self.all_reduce.get(shard.tensor_parallel_size, TYPICAL_LINK)
+        link, _ = self._all_reduce(shard)
         return Efficiencies(
             compute=product.compute,
             bandwidth=product.bandwidth,
@@ -207,6 +265,55 @@ class GpuConstants(_Strict):
             by_kernel=costs,
         )
 
+    def link_note(self, shard: Shard) -> str | None:
+        """Why the all-reduces between a model's ranks are not the timed ones; None where they are."""
+        return self._all_reduce(shard)[1]
+
+    def _all_reduce(self, shard: Shard) -> tuple[AllReduce, str | None]:
+        """All-reduces between a model's ranks, and where they come from if they were not timed."""
+        gpu, ranks = shard.gpu, shard.tensor_parallel_size
+        if ranks > 1 and not gpu.peer_to_peer and gpu.link_bandwidth:
+            share = min(MOST_OF_PCIE, NO_PEERS / gpu.link_bandwidth)
+            return AllReduce(latency_s=NO_PEERS_S, link=share), "PCIe without peer-to-peer"
+        timed = self.all_reduce.get(ranks)
+        return (timed, None) if timed else (TYPICAL_LINK, "typical value")
+
+
+def nearest_timed(gpu: GPU, timed: Iterable[GPU]) -> GPU | None:
+    """The GPU itself where it was timed; else the nearest in bandwidth of its compute capability, of its
+    generation, or of the family that ``FAMILIES`` names; None where there is none."""
+    timed = tuple(timed)
+    wanted = _family(gpu).capability
+    for near in (
+        [each for each in timed if each.name == gpu.name],
+        [each for each in timed if each.capability == wanted],
+        [each for each in timed if each.capability[0] == wanted[0] > 8],
+    ):
+        if near:
+            return min(near, key=lambda each: abs(math.log(each.bandwidth / gpu.bandwidth)))
+    return None
+
+
+def compute_factor(gpu: GPU, timed: GPU, share: float) -> float:
+    """What a GPU reaches of its peaks, relative to the timed one that stands for it.
+
+    A card with fewer watts for each FLOP/s of its peak lowers its clocks in products, by the power 2/3; one
+    with more of them reaches nearly all of a peak that the maker set low, as GeForce's with fp32 sums.
+
+    Args:
+        share: of the 16-bit peak that the timed one reaches.
+    """
+    if gpu.name == timed.name or gpu.power is None or timed.power is None:
+        return 1.0
+    family = _family(gpu)
+    watts = gpu.power / gpu.bf16_flops / (timed.power / timed.bf16_flops) * family.efficiency
+    reached: float = min(family.most, share * watts**BY_POWER)
+    return reached / share
+
+
+def _family(gpu: GPU) -> Family:
+    return FAMILIES.get(gpu.capability, Family(gpu.capability))
+
 
 _T = TypeVar("_T")
 
@@ -214,10 +321,10 @@ _T = TypeVar("_T")
 def _of(known: Mapping[WeightDtype, _T], dtype: WeightDtype, gpu: str, what: str) -> _T:
     """The constants of a dtype; those of fp8 by blocks stand for fp8 where only they were fitted."""
     found = known.get(dtype) or (known.get("fp8_block") if dtype == "fp8" else None)
-    if found is None:
-        raise InputError(
-            f"there are no timings of {dtype} {what} on a {gpu}",
-            where="profile",
-            fix=f"Use {', '.join(known)}, or a profile measured on this GPU.",
-        )
-    return found
+    if found is not None:
+        return found
+    raise InputError(
+        f"there are no timings of {dtype} {what} on a {gpu}",
+        where="profile",
+        fix=f"Use {', '.join(known)}, a profile measured on this GPU, or profile: physics.",
+    )

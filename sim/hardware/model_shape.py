@@ -7,39 +7,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from servecast.sim.hardware.model_config import shape_fields
 from servecast.sim.inputs.errors import InputError
 
-
-@dataclass(frozen=True, slots=True)
-class _Family:
-    """What a ``model_type`` implies and its config.json does not say."""
-
-    qkv_bias: bool | None  # None: the field attention_bias says
-    qk_norm: bool
-    norms: int  # per layer, of width hidden_size
-    tied: bool  # when tie_word_embeddings is absent
-
-
-_FAMILIES: Mapping[str, _Family] = {
-    "llama": _Family(qkv_bias=None, qk_norm=False, norms=2, tied=False),
-    "mistral": _Family(qkv_bias=False, qk_norm=False, norms=2, tied=False),
-    "qwen2": _Family(qkv_bias=True, qk_norm=False, norms=2, tied=False),
-    "qwen3": _Family(qkv_bias=None, qk_norm=True, norms=2, tied=False),
-    "qwen3_moe": _Family(qkv_bias=None, qk_norm=True, norms=2, tied=False),
-    "gemma3_text": _Family(qkv_bias=None, qk_norm=True, norms=4, tied=True),
-}
-_DTYPES = ("bfloat16", "float16", "float32")
-_NOT_MODELLED = (
-    "kv_lora_rank",
-    "text_config",
-    "num_local_experts",
-    "n_routed_experts",
-    "shared_expert_intermediate_size",
+_NO_TIME = (  # fields that take no time in a step
+    "name",
+    "max_position_embeddings",
+    "yarn_positions",
+    "default_positions",
+    "model_type",
+    "weight_block",
+    "kv_bytes_each",
+    "notes",
 )
+_BESIDE = "hf_quant_config.json"
 _KERNELS_DENSE = 10  # 2 norms, 4 matrix products, rotary, KV write, attention, activation
 _KERNELS_MOE = 5  # router, top-k, alignment and the second grouped product's sum, beyond a dense layer's
 
@@ -50,6 +35,17 @@ class ModelShape:
     embeddings, LM head, norms and activations have ``dtype_bytes``. ``experts`` is 0 for a dense model,
     ``moe_layers`` counts the layers that have experts. ``sliding_layers`` attend only to the last
     ``sliding_window`` tokens.
+
+    Attributes:
+        max_position_embeddings: longest context; ``longest_context`` says what vLLM makes of it, of
+            ``yarn_positions`` and of ``default_positions``.
+        mlp_products: 3 with a gate, 2 without. shared_expert_size: width of what all tokens pass in a layer
+            with experts.
+        other_weights: small ones of all layers, beyond those that the fields above imply.
+        kept_weights: linear weights that stay in ``dtype_bytes`` although the others are quantised.
+        weight_block: columns of a block of quantised weights that share a scale; 0 for none.
+        kv_bytes_each: of a number in the KV cache, as the checkpoint asks for.
+        notes: what a reader should know of how the config was read.
     """
 
     name: str
@@ -75,30 +71,70 @@ class ModelShape:
     sliding_window: int = 0
     sliding_layers: int = 0
     max_position_embeddings: int | None = None
+    yarn_positions: int | None = None
+    default_positions: int | None = None
+    model_type: str = ""
+    mlp_products: int = 3
+    shared_expert_size: int = 0
+    other_weights: int = 0
+    kept_weights: int = 0
+    weight_block: int = 0
+    kv_bytes_each: int = 2
+    notes: tuple[str, ...] = ()
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any] | str | Path, name: str | None = None) -> ModelShape:
-        """Read a Hugging Face config.json, given as a mapping or as the path of the file.
+    def from_config(
+        cls,
+        config: Mapping[str, Any] | str | Path,
+        name: str | None = None,
+        *,
+        overrides: Mapping[str, Any] | None = None,
+    ) -> ModelShape:
+        """Read a Hugging Face config.json, given as a mapping or as the path of the file, and beside a file
+        what ModelOpt says of its quantisation.
+
+        Args:
+            overrides: fields in place of the file's, as ``--hf-overrides``.
 
         Raises:
             InputError: file unreadable, field missing or not a positive integer, architecture or
                 quantisation that this model of time does not cover.
         """
-        if isinstance(config, Mapping):
-            return _parse(config, name or str(config.get("_name_or_path") or "model"), "config.json")
-        path = Path(config)
+        path, loaded = (None, config) if isinstance(config, Mapping) else (Path(config), {})
+        if path is not None:
+            loaded = _load(path)
+            beside = path.with_name(_BESIDE)
+            if not loaded.get("quantization_config") and path.name == "config.json" and beside.is_file():
+                loaded = {**loaded, "quantization_config": _load(beside)}
+        for field, value in (overrides or {}).items():
+            inside = loaded.get(field) if field.endswith("_config") else None
+            merged = {**inside, **value} if isinstance(inside, dict) and isinstance(value, Mapping) else value
+            loaded = {**loaded, field: merged}
+        usual = "model"
+        if path is not None:
+            usual = path.resolve().parent.name if path.name == "config.json" else path.stem
+        named = name or str(loaded.get("_name_or_path") or usual)
+        where = "config.json" if path is None else str(path)
         try:
-            loaded = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"cannot read it as JSON ({error})",
-                where=str(path),
-                fix="Give the path of a model's config.json.",
-            ) from error
-        if not isinstance(loaded, dict):
-            raise InputError("is not a JSON object", where=str(path), fix="Give a model's config.json.")
-        usual = path.resolve().parent.name if path.name == "config.json" else path.stem
-        return _parse(loaded, name or str(loaded.get("_name_or_path") or usual), str(path))
+            return cls(named, **shape_fields(loaded, where))
+        except (TypeError, AttributeError, ArithmeticError) as error:
+            fix = "Take the file from the model's repository."
+            raise InputError(f"a field is not of its kind ({error})", where=where, fix=fix) from None
+
+    def alike(self, other: ModelShape, *but: str) -> list[str]:
+        """The fields, all but those that take no time in a step and ``but``, in which two models differ."""
+        return [
+            field.name
+            for field in fields(self)
+            if field.name not in (*_NO_TIME, *but) and getattr(self, field.name) != getattr(other, field.name)
+        ]
+
+    def longest_context(self, release: tuple[int, int]) -> int | None:
+        """Tokens of the longest context that a vLLM release takes the model to have; None if nothing says
+        it."""
+        if self.yarn_positions is not None and release < (0, 32):
+            return self.yarn_positions
+        return self.max_position_embeddings
 
     # -- weights ---------------------------------------------------------------------------------
 
@@ -110,12 +146,13 @@ class ModelShape:
         """Weights of the linear layers that every token passes, on one rank: all but experts and router."""
         query, key = self.heads // ranks * self.head_dim, self.kv_heads_of(ranks) * self.head_dim
         attention = self.hidden_size * (2 * query + 2 * key)
-        mlp = 3 * self.hidden_size * self.intermediate_size // ranks
-        return self.layers * attention + (self.layers - self.moe_layers) * mlp
+        dense = (self.layers - self.moe_layers) * self.intermediate_size
+        width = dense + self.moe_layers * self.shared_expert_size
+        return self.layers * attention + self.mlp_products * self.hidden_size * width // ranks
 
     def expert_weights(self, ranks: int) -> int:
         """Weights of one expert of one layer, on one rank."""
-        return 3 * self.hidden_size * self.expert_intermediate_size // ranks
+        return self.mlp_products * self.hidden_size * self.expert_intermediate_size // ranks
 
     @property
     def router_weights(self) -> int:
@@ -131,7 +168,8 @@ class ModelShape:
         per_layer += query + 2 * key if self.qkv_bias else 0
         per_layer += self.hidden_size if self.out_bias else 0
         per_layer += 2 * self.intermediate_size + self.hidden_size if self.mlp_bias else 0
-        return self.layers * per_layer + self.moe_layers * self.router_weights + self.hidden_size
+        total = self.layers * per_layer + self.moe_layers * self.router_weights + self.hidden_size
+        return total + self.other_weights
 
     @property
     def parameters(self) -> int:
@@ -150,7 +188,7 @@ class ModelShape:
     def products(self) -> int:
         """Matrix products of one forward pass beside routed experts and LM head: query, key and value in one,
         output, gate and up in one, down; the router of a layer with experts."""
-        return self.layers * 4 - self.moe_layers
+        return self.layers * 4 - self.moe_layers + (2 * self.moe_layers if self.shared_expert_size else 0)
 
     @property
     def small_kernels(self) -> int:
@@ -187,128 +225,15 @@ class ModelShape:
         return (self.layers - self.sliding_layers) * context + self.sliding_layers * seen
 
 
-def _parse(config: Mapping[str, Any], name: str, where: str) -> ModelShape:
-    model_type = config.get("model_type")
-    family = _FAMILIES.get(str(model_type))
-    for field in _NOT_MODELLED:
-        if config.get(field):
-            raise InputError(
-                f"{field} = {_short(config[field])} belongs to an architecture that is not modelled",
-                where=f"{where}: {field}",
-                fix=f"Use a text model of one of the types {', '.join(_FAMILIES)}.",
-            )
-    if family is None:
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise InputError(
-            f"model_type {model_type!r} is not modelled" if model_type else "model_type is missing",
-            where=f"{where}: model_type",
-            fix=f"Use one of {', '.join(_FAMILIES)}.",
-        )
-
-    def count(field: str, default: int | None = None) -> int:
-        value = config.get(field, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            problem = "is missing" if value is None else f"is {_short(value)}, not a positive integer"
-            raise InputError(
-                f"{field} {problem}",
-                where=f"{where}: {field}",
-                fix="Take the file from the model's repository.",
-            )
-        return value
-
-    layers, heads = count("num_hidden_layers"), count("num_attention_heads")
-    attention_bias = bool(config.get("attention_bias", False))
-    dtype_bytes = _dtype_bytes(config, where)
-    moe_layers = _moe_layers(config, layers) if model_type == "qwen3_moe" else 0
-    sliding_layers = _sliding_layers(config, str(model_type), layers, where)
-    return ModelShape(
-        name=name,
-        hidden_size=count("hidden_size"),
-        intermediate_size=count("intermediate_size"),
-        layers=layers,
-        heads=heads,
-        kv_heads=count("num_key_value_heads", heads),
-        head_dim=count("head_dim", count("hidden_size") // heads),
-        vocab_size=count("vocab_size"),
-        tied_embeddings=bool(config.get("tie_word_embeddings", family.tied)),
-        qkv_bias=attention_bias if family.qkv_bias is None else family.qkv_bias,
-        out_bias=attention_bias if family.qkv_bias is None else False,
-        mlp_bias=bool(config.get("mlp_bias", False)),
-        qk_norm=family.qk_norm,
-        norms_per_layer=family.norms,
-        dtype_bytes=dtype_bytes,
-        weight_bytes_each=_linear_weight_bytes(config, dtype_bytes, where),
-        experts=count("num_experts") if moe_layers else 0,
-        experts_per_token=count("num_experts_per_tok") if moe_layers else 0,
-        expert_intermediate_size=count("moe_intermediate_size") if moe_layers else 0,
-        moe_layers=moe_layers,
-        sliding_window=count("sliding_window") if sliding_layers else 0,
-        sliding_layers=sliding_layers,
-        max_position_embeddings=count("max_position_embeddings")
-        if "max_position_embeddings" in config
-        else None,
-    )
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
-
-
-def _dtype_bytes(config: Mapping[str, Any], where: str) -> int:
-    dtype = config.get("torch_dtype", config.get("dtype", "bfloat16"))
-    if dtype not in _DTYPES:
-        raise InputError(
-            f"torch_dtype {dtype!r} is not known",
-            where=f"{where}: torch_dtype",
-            fix=f"Use {', '.join(_DTYPES)}.",
-        )
-    return 2  # vLLM's --dtype auto casts float32 weights down to half precision
-
-
-def _linear_weight_bytes(config: Mapping[str, Any], dtype_bytes: int, where: str) -> int:
-    quantization = config.get("quantization_config")
-    if not quantization:
-        return dtype_bytes
-    method = quantization.get("quant_method")
-    groups = (quantization.get("config_groups") or {}).values()
-    weights = [group.get("weights") or {} for group in groups]
-    is_fp8 = method == "fp8" or (
-        method == "compressed-tensors"
-        and bool(weights)
-        and all(entry.get("num_bits") == 8 and entry.get("type") == "float" for entry in weights)
-    )
-    if not is_fp8:
-        raise InputError(
-            f"quantisation {_short(method)} is not modelled",
-            where=f"{where}: quantization_config.quant_method",
-            fix="Use fp8 weights (quant_method fp8, or compressed-tensors with 8-bit floats) or none.",
-        )
-    return 1
-
-
-def _moe_layers(config: Mapping[str, Any], layers: int) -> int:
-    """Qwen3-MoE: layer i has experts unless listed as dense, and every ``decoder_sparse_step``-th only."""
-    dense = config.get("mlp_only_layers") or []
-    step = int(config.get("decoder_sparse_step") or 1)
-    return sum(layer not in dense and (layer + 1) % step == 0 for layer in range(layers))
-
-
-def _sliding_layers(config: Mapping[str, Any], model_type: str, layers: int, where: str) -> int:
-    types = config.get("layer_types")
-    if types is not None:
-        unknown = [kind for kind in types if kind not in ("full_attention", "sliding_attention")]
-        if unknown or len(types) != layers:
-            raise InputError(
-                f"{len(types)} entries, the unknown among them {unknown[:3]}, for {layers} layers",
-                where=f"{where}: layer_types",
-                fix="Only full_attention and sliding_attention, one a layer, are modelled.",
-            )
-        return sum(kind == "sliding_attention" for kind in types)
-    if model_type == "gemma3_text":
-        pattern = int(config.get("sliding_window_pattern") or 6)
-        return layers - layers // pattern  # every pattern-th layer is full
-    if model_type == "mistral":
-        return layers if config.get("sliding_window") else 0
-    if config.get("use_sliding_window"):
-        return max(0, layers - int(config.get("max_window_layers") or 0))
-    return 0
+            f"cannot read it as JSON ({error})",
+            where=str(path),
+            fix="Give the path of a model's config.json.",
+        ) from error
+    if not isinstance(loaded, dict):
+        raise InputError("is not a JSON object", where=str(path), fix="Give a model's config.json.")
+    return loaded

@@ -54,6 +54,7 @@ def padded_memory(
         num_gpu_blocks=blocks,
         block_size=block_size,
         bytes_per_block=bytes_per_block,
+        max_model_len=max_model_len,
         memory_used_bytes=weights + pool + CONTEXT_BYTES,
         lines=lines,
     )

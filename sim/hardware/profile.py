@@ -33,6 +33,7 @@ from servecast.sim.inputs.files import write_whole
 SCHEMA_VERSION: Literal[1] = 1
 
 Range = tuple[float, float]
+LINK = ("link", "allreduce_s")  # the efficiencies that tell of all-reduces
 
 
 class _Strict(BaseModel):
@@ -59,7 +60,7 @@ class Provenance(_Strict):
     """Where one parameter comes from: "efficiencies.compute", "front_end.request_s", ..."""
 
     parameter: str
-    origin: Literal["measured", "fitted", "kernels", "assumed"]
+    origin: Literal["measured", "fitted", "kernels", "assumed", "given"]
     note: str = ""
 
 
@@ -124,19 +125,23 @@ class Profile(_Strict):
     ) -> Profile:
         """A profile from timings of single kernels: no step, server or model was measured.
 
-        The host's times and the front end's latency are assumed. Without async scheduling the GPU waits while
-        the host prepares a step, about 1.5 ms and 25 us a request; a request takes about 8 ms to reach the
-        engine (7.5 to 10.5 ms on three sets of H100 servers with prompts of 250 to 1,000 tokens).
+        The host's times and the front end's are assumed. Without async scheduling the GPU waits while the
+        host prepares a step, about 1.5 ms and 25 us a request. Launching a layer's dozen kernels takes the
+        host about 0.5 ms, which short prompts outside CUDA graphs are bound by.
 
         Raises:
             InputError: the kernels of this model's weights were not timed.
         """
-        efficiencies = constants.efficiencies(shard)
+        efficiencies = replace(constants.efficiencies(shard), eager_layer_s=0.5e-3)
         if not async_scheduling:
             efficiencies = replace(efficiencies, host_fixed_s=1.5e-3, host_per_seq_s=25e-6)
-        own = constants.gpu == shard.gpu.name
         note = f"kernel timings on {constants.gpu}, {constants.release}"
-        assumed = [f"efficiencies.{name}" for name in ("host_fixed_s", "host_per_seq_s")]
+        if constants.gpu != shard.gpu.name:
+            note += ", scaled by peak and bandwidth"
+        if constants.compute_factor != 1.0:
+            note += f", compute times {constants.compute_factor:.2f} for its power"
+        link = constants.link_note(shard)
+        assumed = [f"efficiencies.{name}" for name in ("host_fixed_s", "host_per_seq_s", "eager_layer_s")]
         assumed += [f"front_end.{field.name}" for field in fields(FrontEndCosts)]
         return cls(
             servecast_version=version("servecast"),
@@ -145,16 +150,17 @@ class Profile(_Strict):
             engine_version=engine_version,
             tensor_parallel_size=shard.tensor_parallel_size,
             efficiencies=efficiencies,
-            front_end=FrontEndCosts(latency_s=8e-3),
+            front_end=FrontEndCosts.typical(),
             provenance=(
                 *(
-                    Provenance(
-                        parameter=f"efficiencies.{name}",
-                        origin="kernels" if own else "assumed",
-                        note=note if own else f"{note}, the nearest GPU that was timed",
-                    )
+                    Provenance(parameter=f"efficiencies.{name}", origin="kernels", note=note)
                     for name in (*Efficiencies.parameters(), "by_kernel")
-                    if f"efficiencies.{name}" not in assumed
+                    if f"efficiencies.{name}" not in assumed and (name not in LINK or link is None)
+                ),
+                *(
+                    Provenance(parameter=f"efficiencies.{name}", origin="assumed", note=link)
+                    for name in LINK
+                    if link is not None
                 ),
                 *(Provenance(parameter=name, origin="assumed", note="typical value") for name in assumed),
             ),
@@ -170,9 +176,13 @@ class Profile(_Strict):
         servecast_version: str,
         kind: Literal["physical", "padded"] = "physical",
     ) -> Profile:
-        """A profile that nobody measured: typical values, all of them assumed."""
+        """A profile that nobody measured: typical values, all of them assumed. What stands in front of an
+        engine of padded batches is not known, and left out."""
+        front_end = FrontEndCosts()
         if kind == "physical":
+            front_end = FrontEndCosts.typical()
             names = [f"efficiencies.{name}" for name in Efficiencies.parameters()]
+            names += [f"front_end.{field.name}" for field in fields(FrontEndCosts)]
         else:
             names = [f"padded.{field.name}" for field in fields(PaddedCosts)]
         return cls(
@@ -181,10 +191,34 @@ class Profile(_Strict):
             gpu=gpu,
             model=model,
             engine_version=engine_version,
+            front_end=front_end,
             provenance=tuple(
                 Provenance(parameter=name, origin="assumed", note="typical value") for name in names
             ),
         )
+
+    def parameters(self) -> tuple[str, ...]:
+        """The names of the numbers that its kind of profile uses, as in ``provenance``."""
+        padded = self.kind == "padded"
+        groups = [name for name in _PARAMETERS if (name == "padded") == padded or name == "noise"]
+        return tuple(
+            f"{group}.{field.name}"
+            for group in groups
+            for field in fields(_PARAMETERS[group])
+            if isinstance(getattr(getattr(self, group), field.name), int | float)
+        )
+
+    @property
+    def of_kernel_timings(self) -> bool:
+        """Whether it comes from timings of single kernels: no server was measured."""
+        return any(entry.origin == "kernels" for entry in self.provenance)
+
+    @property
+    def title(self) -> str:
+        """What it is of, in words."""
+        if self.of_kernel_timings:
+            return next(entry.note for entry in self.provenance if entry.origin == "kernels")
+        return f"{self.model} on {self.gpu}, {self.server}"
 
     @property
     def server(self) -> str:

@@ -24,6 +24,8 @@ class Shard:
         model, gpu: sizes and peaks.
         tensor_parallel_size: ranks that the model is split over. There is no default.
         kv_dtype_bytes: of a number in the KV cache: 2, or 1 for ``--kv-cache-dtype fp8``.
+        expert_parallel: each rank has whole experts, instead of a part of each. Evenly used ones take the
+            same memory and time.
         cudagraph_sizes: rising, from ``cudagraph_capture_sizes``; empty for ``--enforce-eager``.
 
     Raises:
@@ -34,6 +36,7 @@ class Shard:
     gpu: GPU
     tensor_parallel_size: int
     kv_dtype_bytes: int = 2
+    expert_parallel: bool = False
     cudagraph_sizes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -45,6 +48,28 @@ class Shard:
                 where="tensor_parallel_size",
                 fix="Use a size that divides the heads.",
             )
+        if model.weight_block and ranks > 1:
+            self._refuse_cut_blocks()
+
+    def _refuse_cut_blocks(self) -> None:
+        """Weights that are quantised by blocks are split between blocks only."""
+        model, ranks = self.model, self.tensor_parallel_size
+        widths = {
+            "an expert": 0 if self.expert_parallel else model.expert_intermediate_size // ranks,
+            "the shared expert": model.shared_expert_size // ranks,
+            "the MLP": model.intermediate_size // ranks if model.moe_layers < model.layers else 0,
+            "the queries": model.heads // ranks * model.head_dim,
+            "the keys": model.kv_heads_of(ranks) * model.head_dim,
+        }
+        for what, width in widths.items():
+            if width % model.weight_block:
+                more = "--enable-expert-parallel, or " if what == "an expert" else ""
+                raise InputError(
+                    f"split {ranks} ways, {what} of {model.name} has {width} columns, no multiple of the "
+                    f"{model.weight_block} of a block of its quantised weights: vLLM refuses it",
+                    where="tensor_parallel_size",
+                    fix=f"Use {more}fewer ranks.",
+                )
 
     @property
     def whole(self) -> Shard:
@@ -64,7 +89,8 @@ class Shard:
         model, ranks = self.model, self.tensor_parallel_size
         linear = model.shared_weights(ranks) + model.moe_layers * model.experts * model.expert_weights(ranks)
         embeddings = model.vocab_size * model.hidden_size // ranks * (1 if model.tied_embeddings else 2)
-        return linear * model.weight_bytes_each + (embeddings + model.small_weights) * model.dtype_bytes
+        small = (embeddings + model.small_weights) * model.dtype_bytes
+        return linear * model.weight_bytes_each + self._kept_bytes + small
 
     # -- linear layers -----------------------------------------------------------------------------
 
@@ -86,10 +112,16 @@ class Shard:
         """Weight bytes that a step of ``tokens`` tokens reads, the LM head left out. Experts count as
         ``expert_bytes`` says."""
         model, ranks = self.model, self.tensor_parallel_size
-        read = model.shared_weights(ranks) * model.weight_bytes_each
+        read = model.shared_weights(ranks) * model.weight_bytes_each + self._kept_bytes
         if not model.moe_layers:
             return float(read)
         return read + self.expert_bytes(tokens) + model.moe_layers * model.router_weights * model.dtype_bytes
+
+    @property
+    def _kept_bytes(self) -> int:
+        """What linear weights take more because a part of them is not quantised."""
+        model = self.model
+        return model.kept_weights // self.tensor_parallel_size * (model.dtype_bytes - model.weight_bytes_each)
 
     @property
     def product_bytes_per_token(self) -> float:
@@ -98,9 +130,12 @@ class Shard:
         model, ranks = self.model, self.tensor_parallel_size
         query, key = model.heads // ranks * model.head_dim, model.kv_heads_of(ranks) * model.head_dim
         attention = 2 * model.hidden_size + 2 * query + 2 * key
-        mlp = 2 * model.hidden_size + 3 * model.intermediate_size / ranks
         dense = model.layers - model.moe_layers
-        return (model.layers * attention + dense * mlp) * model.dtype_bytes
+        mlp = dense * (2 * model.hidden_size + model.mlp_products * model.intermediate_size / ranks)
+        if model.shared_expert_size:
+            shared = 2 * model.hidden_size + model.mlp_products * model.shared_expert_size / ranks
+            mlp += model.moe_layers * shared
+        return (model.layers * attention + mlp) * model.dtype_bytes
 
     # -- routed experts ----------------------------------------------------------------------------
 
@@ -129,7 +164,7 @@ class Shard:
         """Bytes of activations a token that the experts it is sent to read and write, all layers."""
         model, ranks = self.model, self.tensor_parallel_size
         sent = model.moe_layers * model.experts_per_token
-        width = 2 * model.hidden_size + 3 * model.expert_intermediate_size / ranks
+        width = 2 * model.hidden_size + model.mlp_products * model.expert_intermediate_size / ranks
         return sent * width * model.dtype_bytes
 
     # -- LM head -----------------------------------------------------------------------------------
@@ -155,7 +190,9 @@ class Shard:
         per_layer += 2 * (query + key) if model.qk_norm else 0
         dense = (model.layers - model.moe_layers) * model.intermediate_size
         routed = model.moe_layers * model.experts_per_token * model.expert_intermediate_size
-        return (model.layers * per_layer + 3 * (dense + routed) / ranks) * model.dtype_bytes
+        shared = model.moe_layers * model.shared_expert_size
+        widths = model.mlp_products * (dense + routed + shared) / ranks
+        return (model.layers * per_layer + widths) * model.dtype_bytes
 
     # -- attention and KV cache --------------------------------------------------------------------
 
@@ -205,13 +242,13 @@ def cudagraph_capture_sizes(
     """Token counts that vLLM captures CUDA graphs for, rising: 1, 2, 4, then by 8 to 248, then by 16.
 
     They end at ``max_capture_size`` (``--max-cudagraph-capture-size``), by default 2 max_num_seqs and at most
-    512 (1,024 in 0.32 on compute capability 10), and at the token budget. The budget itself, and in 0.32
-    max_num_seqs, are added if they are not beyond that end.
+    512 (from 0.28 on 1,024 on compute capability 10), and at the token budget. The budget itself, and from
+    0.29 on max_num_seqs, are added if they are not beyond that end.
     """
-    recent = release(version) >= (0, 32)
-    usual = min(2 * max_num_seqs, 1024 if recent and capability[0] == 10 else 512)
+    since = release(version)
+    usual = min(2 * max_num_seqs, 1024 if since >= (0, 28) and capability[0] == 10 else 512)
     limit = min(usual if max_capture_size is None else max_capture_size, max_num_batched_tokens)
     sizes = {1, 2, 4, *range(8, 256, 8), *range(256, limit + 1, 16), max_num_batched_tokens}
-    if recent:
+    if since >= (0, 29):
         sizes.add(max_num_seqs)
     return tuple(sorted(size for size in sizes if size <= limit))

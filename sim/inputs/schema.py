@@ -27,18 +27,24 @@ class Model(BaseModel):
     """A frozen model without unknown fields. What a field means stands under it, and from there in the JSON
     schema and the scenario reference."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        serialize_by_alias=True,
+    )
 
     @model_validator(mode="before")
     @classmethod
     def _known_fields(cls, data: Any) -> Any:
         if isinstance(data, Mapping):
+            known = [field.alias or name for name, field in cls.model_fields.items()]
             for key in data:
-                if key not in cls.model_fields:
+                if key not in known:
                     raise invalid(
                         f"unknown field {key!r}",
-                        did_you_mean(str(key), cls.model_fields)
-                        or f"Known are {', '.join(cls.model_fields)}.",
+                        did_you_mean(str(key), known) or f"Known are {', '.join(known)}.",
                         at=str(key),
                     )
         return data

@@ -42,18 +42,25 @@ def read_yaml(path: Path) -> dict[str, Any]:
         InputError: it cannot be read, is no YAML, has a key twice, or is not a mapping.
     """
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot be read: {error}", where=str(path), fix="Give a readable file.") from None
+    return parse_yaml(text, source=str(path))
+
+
+def parse_yaml(text: str, *, source: str) -> dict[str, Any]:
+    """The fields of a YAML text; ``source`` is the file in messages. Raises InputError as ``read_yaml``."""
+    try:
+        data = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = "" if mark is None else f", line {mark.line + 1}"
         problem = getattr(error, "problem", None) or str(error)
         raise InputError(
-            f"not valid YAML: {problem}", where=f"{path}{line}", fix="Correct the line."
+            f"not valid YAML: {problem}", where=f"{source}{line}", fix="Correct the line."
         ) from None
     if not isinstance(data, dict):
-        raise InputError("not a mapping of fields", where=str(path), fix="See the scenario reference.")
+        raise InputError("not a mapping of fields", where=source, fix="See the scenario reference.")
     return data
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -153,6 +154,35 @@ def duration(run: Run) -> float:
     return float(done.max()) - float(run.meta.get("start_s", 0.0)) if len(done) else math.nan
 
 
+def counted(run: Run) -> tuple[Run, float]:
+    """What rates count: the run, and its `duration`; of a closed loop of a given duration its steady middle
+    (see `steady_s`), with the requests that finished in it."""
+    window = steady_s(run)
+    if window is None:
+        return run, duration(run)
+    finish = run.requests["finish"]
+    inside = run.requests[(finish > window[0]) & (finish <= window[1])]
+    return replace(run, requests=inside), window[1] - window[0]
+
+
+def steady_s(run: Run) -> tuple[float, float] | None:
+    """The steady middle of a closed loop of a given duration: from when each client had its first answer (at
+    most half of the duration) until no more is sent. None for another run, for one of several stages, and
+    where fewer requests than clients finish in it."""
+    stages = run.requests["stage"].unique()
+    loop = (run.meta.get("closed_loops") or {}) and len(stages) == 1 and run.meta["closed_loops"][stages[0]]
+    if not loop:
+        return None
+    clients, seconds = loop
+    start = float(run.meta["stage_starts_s"][stages[0]])
+    first = run.requests.sort_values("sent", kind="stable")["finish"].iloc[:clients].max()
+    begin = max(min(float(first), start + seconds / 2), float(run.meta.get("start_s", 0.0)))
+    finish = run.requests["finish"]
+    if ((finish > begin) & (finish <= start + seconds)).sum() < clients:
+        return None
+    return begin, start + seconds
+
+
 def good_requests(run: Run, goodput: Goodput) -> int:
     """How many finished requests meet every limit, each limit included.
 
@@ -263,6 +293,8 @@ def summary(
         int(done["prompt_tokens"].sum()),
         int(done["output_tokens"].sum()),
     )
+    part, middle_s = counted(run)
+    middle = part.requests[part.requests["status"] == "finished"]
     tokens_peak, concurrency_peak = peaks(requests)
     rate, max_concurrency = meta.get("request_rate"), meta.get("max_concurrency")
     result: dict[str, Any] = {
@@ -275,17 +307,16 @@ def summary(
         "failed": int(requests["status"].isin(("failed", "aborted")).sum()),
         "total_input_tokens": prompt,
         "total_output_tokens": output,
-        "request_throughput": len(done) / seconds,
+        "request_throughput": len(middle) / middle_s,
         "request_goodput": None,
-        "output_throughput": output / seconds,
-        "total_token_throughput": (prompt + output) / seconds,
+        "output_throughput": int(middle["output_tokens"].sum()) / middle_s,
+        "total_token_throughput": int(middle[["prompt_tokens", "output_tokens"]].sum().sum()) / middle_s,
         "max_output_tokens_per_s": tokens_peak,
         "max_concurrent_requests": concurrency_peak,
     }
     if goodput is not None:
-        good = good_requests(run, goodput)
-        share = wilson(good, len(requests))
-        result["request_goodput"] = good / seconds
+        share = wilson(good_requests(run, goodput), len(requests))
+        result["request_goodput"] = good_requests(part, goodput) / middle_s
         result["goodput_share"] = share.estimate
         result["goodput_share_interval"] = [share.low, share.high]
     shown = ["ttft", "tpot", "itl", "e2el"]

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 
 from servecast.sim.plan.capacity import Plan
 from servecast.sim.plan.closed_loop import SweepPoint
-from servecast.sim.plan.judge import Verdict
+from servecast.sim.plan.judge import JudgedObjective
 from servecast.sim.report.drawing import BAD, FIRST, INK, MUTED, SECOND, drawing, mark
 
 OVER_LIMIT = 2.5  # a latency plot ends at this multiple of its SLO
@@ -96,7 +96,7 @@ def throughput_by_concurrency(sweep: Sequence[SweepPoint], knee: int | None) -> 
         return finish("Output throughput against concurrency")
 
 
-def spoken(verdict: Verdict) -> str:
+def spoken(verdict: JudgedObjective) -> str:
     """An objective for people: "TTFT p95 ≤ 500 ms" for "ttft:p95:500"."""
     if verdict.objective.startswith("goodput "):
         limits = (limit.split(":") for limit in verdict.objective.removeprefix("goodput ").split())

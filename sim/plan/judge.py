@@ -65,7 +65,7 @@ class Observation:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class JudgedObjective:
     """One objective at one rate. value and limit: milliseconds, or shares for a goodput."""
 
     objective: str
@@ -80,7 +80,7 @@ class Judgement:
     much of its limit the worst objective takes up: at most 1 meets all."""
 
     state: State
-    verdicts: tuple[Verdict, ...]
+    verdicts: tuple[JudgedObjective, ...]
     reasons: tuple[str, ...]
     load: Saturation | None
     strain: float
@@ -140,22 +140,22 @@ def judge(observations: Sequence[Observation], objectives: Objectives, confidenc
     )
 
 
-def _verdict(objective: str, values: Sequence[float], limit: float, confidence: float) -> Verdict:
+def _verdict(objective: str, values: Sequence[float], limit: float, confidence: float) -> JudgedObjective:
     """A latency that is not known, or endless, in one of the runs does not meet a limit."""
     if not all(map(math.isfinite, values)):
-        return Verdict(
+        return JudgedObjective(
             objective, limit, Interval(math.inf, math.inf, math.inf, confidence, len(values)), "fail"
         )
     value = t_interval(values, confidence)
     if confidence == CERTAIN:
         value = replace(value, low=value.estimate, high=value.estimate)
     state: State = "pass" if value.high <= limit else "fail" if value.low > limit else "inconclusive"
-    return Verdict(objective, limit, value, state)
+    return JudgedObjective(objective, limit, value, state)
 
 
 def _goodput_verdict(
     observations: Sequence[Observation], goodput: Goodput, attainment: float, confidence: float
-) -> Verdict:
+) -> JudgedObjective:
     good, total = sum(each.good for each in observations), sum(each.requests for each in observations)
     value = wilson(good, total, confidence)
     if confidence != CERTAIN:
@@ -165,10 +165,10 @@ def _goodput_verdict(
     state: State = (
         "pass" if value.low >= attainment else "inconclusive" if value.high >= attainment else "fail"
     )
-    return Verdict(f"goodput {goodput}", attainment, value, state)
+    return JudgedObjective(f"goodput {goodput}", attainment, value, state)
 
 
-def _reason(verdict: Verdict) -> str:
+def _reason(verdict: JudgedObjective) -> str:
     value, limit = f"{verdict.value.estimate:.4g}", f"{verdict.limit:g}"
     relation = "misses" if verdict.state == "fail" else "is too close to"
     return f"{verdict.objective}: {value} {relation} {limit}"

@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
+from servecast.sim.hardware.error_band import Bands
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.metrics.binding import Binding
 from servecast.sim.metrics.records import Run
@@ -30,9 +31,11 @@ from servecast.sim.report.answer import Answer
 from servecast.sim.report.drawing import drawn
 from servecast.sim.report.progress import progress_bar
 from servecast.sim.report.text import cell_text, table
-from servecast.sim.run.results import cautions, context
+from servecast.sim.run.results import cautions, context, engine_lines
 from servecast.sim.run.simulate import RateProbe
 from servecast.sim.scenario.scenario import Scenario
+from servecast.sim.traffic.draw import with_request_rate
+from servecast.sim.traffic.trace_notes import trace_notes
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -84,9 +87,14 @@ class PlanAnswer(Answer):
 
     @property
     def error_band(self) -> float | None:
-        """Relative error band of the latencies, None where it is not known."""
+        """Relative error band of token times, None where it is not known; see ``bands``."""
         band: float | None = self.context["error_band"]
         return band
+
+    @property
+    def bands(self) -> Bands:
+        """Relative error bands by metric, that of the largest rate among them."""
+        return Bands(**self.context["error_bands"])
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -152,9 +160,10 @@ class PlanAnswer(Answer):
             lines.append(f"Cost of a million output tokens: {found.cost_per_million_output_tokens:.3g}")
         if self.sensitivity:
             lines += [_sensitivity_text(self.sensitivity), ""]
-        band = "error not known" if self.error_band is None else f"error band +-{self.error_band:.0%}"
         basis, profile = self.provenance["basis"], self.provenance["profile"]
-        lines.append(f"Rests on: {basis}; profile {profile}; {band}; seed {found.seed}")
+        lines.append(f"Rests on: {basis}; profile {profile}; seed {found.seed}")
+        lines.append(f"Error bands: {self.bands.to_text()}")
+        lines += engine_lines(self.context)
         return "\n".join([*lines, *(f"note: {note}" for note in self.context["notes"])])
 
     def to_html(self, path: Path | str) -> Path:
@@ -170,12 +179,11 @@ class PlanAnswer(Answer):
     def _page_context(self) -> PageContext:
         made, objectives = self.context, self.found.objectives
         asked = [str(slo) for slo in objectives.slos] or [f"goodput {objectives.goodput}"]
-        band = self.error_band
         return PageContext(
             title=f"servecast plan: {made['scenario']}",
             question=f"How many requests a second can {made['model_id']} on {made['gpu']} serve at "
             f"{' and '.join(asked)}?",
-            band=f"Latencies within {band:.0%}." if band else "The error of this profile is not known.",
+            band=f"Error bands: {self.bands.to_text()}.",
             run_context={
                 **(made["run_context"] or {}),
                 **{f"what-if: {field}": value for field, value in made["what_if"].items()},
@@ -184,6 +192,7 @@ class PlanAnswer(Answer):
                 "basis": self.provenance["basis"],
                 "profile": self.provenance["profile"],
                 "vLLM rules": made["engine"]["rules"],
+                **dict(line.split(": ", 1) for line in engine_lines(made)),
                 "seed": made["seed"],
                 "servecast": made["servecast_version"],
                 **{f"note {number}": note for number, note in enumerate(made["notes"], 1)},
@@ -256,7 +265,8 @@ def plan(
         at = found.best or found.probes[0]
         run = probe(at.rate, seed, at.num_requests)
         made = context(deployment, seed=seed)
-        made["notes"] += [*found.notes, *cautions(deployment, run)]
+        probed = with_request_rate(scenario.open_loop(), at.rate, num_requests=at.num_requests)
+        made["notes"] += [*found.notes, *cautions(deployment, run), *trace_notes(probed)]
         slots = prefix_slots(
             scenario.open_loop().stages[0].streams[0],
             run,

@@ -17,7 +17,15 @@ from servecast.sim.metrics.records import Run
 from servecast.sim.metrics.saturation import saturation
 from servecast.sim.metrics.warmup import Warmup, select
 from servecast.sim.plan.effort import Effort
-from servecast.sim.plan.judge import Judgement, Objectives, Observation, State, Verdict, judge, observed
+from servecast.sim.plan.judge import (
+    JudgedObjective,
+    Judgement,
+    Objectives,
+    Observation,
+    State,
+    judge,
+    observed,
+)
 
 WARMUP_SHARE = 0.2
 TAIL_SAMPLES = 20
@@ -64,7 +72,7 @@ class ProbedRate:
 
     rate: float
     state: State
-    verdicts: tuple[Verdict, ...]
+    verdicts: tuple[JudgedObjective, ...]
     reasons: tuple[str, ...]
     saturated: bool
     completion_ratio: float

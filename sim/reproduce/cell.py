@@ -14,7 +14,8 @@ class Cell:
     keys: the row's keys. metric: the column. reported, predicted: in the column's unit; predicted is the
     mean over the seeds, and spread its standard deviation over them. used: "fit", "predicted", "summary"
     (it sums up other rows) or "excluded", the last with its reason. true: where the report's harness
-    measures something else than its column says, the predicted value without that.
+    measures something else than its column says, the predicted value without that. band: what its error is
+    said to keep, relative; None where nothing is said of it (a share, a percentile).
     """
 
     keys: dict[str, float | int | str]
@@ -25,11 +26,17 @@ class Cell:
     used: str
     reason: str | None = None
     true: float | None = None
+    band: float | None = None
 
     @property
     def error(self) -> float | None:
         """Relative error, None where the reported value is 0."""
         return self.predicted / self.reported - 1 if self.reported else None
+
+    @property
+    def inside(self) -> bool | None:
+        """Whether its error keeps its band; None where there is none of them."""
+        return None if self.error is None or self.band is None else abs(self.error) <= self.band
 
     def to_json(self) -> dict[str, Any]:
         """One flat object, the row's keys first."""

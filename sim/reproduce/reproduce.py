@@ -22,7 +22,14 @@ from servecast.sim.reproduce.values import Value, summed_up, values_of
 from servecast.sim.reproduce.variants import in_variants
 from servecast.sim.run.simulate import simulate
 from servecast.sim.scenario.deployment import Deployment
-from servecast.sim.scenario.reported import Reported, ReportedRow, read_rows, stage_of
+from servecast.sim.scenario.reported import (
+    Column,
+    Reported,
+    ReportedRow,
+    read_rows,
+    rows_left_out,
+    stage_of,
+)
 from servecast.sim.scenario.scenario import Scenario
 from servecast.sim.traffic.spec import Workload
 
@@ -49,8 +56,8 @@ def reproduce(
             fix="Add a reported table, or use simulate.",
         )
     plain = partial(_reproduce, seeds=seeds or scenario.replications, profile=profile, jobs=jobs)
-    if any(reported.variants or reported.what_ifs for reported in scenario.reported):
-        return in_variants(scenario, plain)
+    if any(table.variants or table.sets or table.what_ifs for table in scenario.reported):
+        return in_variants(scenario, plain, jobs)
     return plain(scenario)
 
 
@@ -138,6 +145,7 @@ def _table(
         fitted = row.fit or str(row.keys) in deployment.profile.fitted_rows
         for column in row.columns:
             cell = _cell(row, column, [seed.values[column] for seed in seeds], fitted=fitted)
+            cell = replace(cell, band=_band(reported.columns[column], deployment))
             cells.append(cell)
             level = row.keys.get("concurrency")
             if reported.columns[column].metric == "output_throughput" and isinstance(level, int):
@@ -153,7 +161,15 @@ def _table(
             "concurrency": closed_loop_knee(levels, [throughput[level][0] for level in levels]),
             "reported_concurrency": closed_loop_knee(levels, [throughput[level][1] for level in levels]),
         }
-    table = TableReproduction(reported.name, reported.source, tuple(cells), knee, reported.known_misses)
+    table = TableReproduction(
+        reported.name,
+        reported.source,
+        tuple(cells),
+        knee,
+        reported.known_misses,
+        groups=reported.groups,
+        left_out=tuple(rows_left_out(reported)),
+    )
     if not reported.routers:
         return table
     return replace(
@@ -181,6 +197,12 @@ def _cell(row: ReportedRow, column: str, values: list[Value], *, fitted: bool) -
         reason,
         float(np.mean(true)) if true else None,
     )
+
+
+def _band(column: Column, deployment: Deployment) -> float | None:
+    """Bands speak of means and medians, and of rates."""
+    central = column.statistic in (None, "mean", "median", "p50")
+    return deployment.bands.of(column.metric) if central else None
 
 
 def _part(run: Run, stage: int | None, workload: Workload) -> Run:

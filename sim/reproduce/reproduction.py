@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
+from servecast.sim.hardware.error_band import Bands
 from servecast.sim.report.answer import Answer
 from servecast.sim.reproduce.cell import Cell
 from servecast.sim.reproduce.reported_ranking import RouterRanking, Sustained
@@ -26,7 +27,8 @@ class WhatIfTable(Protocol):
 @dataclass(frozen=True, slots=True)
 class TableReproduction:
     """One reported table. cells: row by row. experiments: the key that tells its routers apart, if there are
-    several. ranking, sustained: see ``router_ranking``."""
+    several. ranking, sustained: see ``router_ranking``. groups: keys by whose values errors are told apart.
+    left_out: rows of the table's file that are not predicted, as ``rows_left_out`` has them."""
 
     name: str
     source: str
@@ -37,6 +39,8 @@ class TableReproduction:
     ranking: RouterRanking | None = None
     sustained: dict[str, Sustained] | None = None
     what_ifs: tuple[WhatIfTable, ...] = ()
+    groups: tuple[str, ...] = ()
+    left_out: tuple[Mapping[str, Any], ...] = ()
 
     def rows(self, used: str) -> list[dict[str, float | int | str]]:
         """Keys of the rows that have cells of this use, each once."""
@@ -62,12 +66,32 @@ class TableReproduction:
             for name in names
         }
 
+    @property
+    def mape_by_group(self) -> dict[str, dict[str, float]] | None:
+        """The same for each group of rows, named by the values of its keys; None for a table without
+        groups."""
+        if not self.groups:
+            return None
+        by_group: dict[str, list[Cell]] = {}
+        for cell in self.cells:
+            by_group.setdefault(", ".join(f"{key} {cell.keys[key]}" for key in self.groups), []).append(cell)
+        return {name: _mape(cells) for name, cells in by_group.items()}
+
+    @property
+    def coverage(self) -> dict[str, float]:
+        """Metric -> share of its predicted cells whose error keeps the band that is stated for it."""
+        found: dict[str, list[bool]] = {}
+        for cell in self.cells:
+            if cell.used == "predicted" and cell.inside is not None:
+                found.setdefault(cell.metric, []).append(cell.inside)
+        return {metric: sum(inside) / len(inside) for metric, inside in found.items()}
+
     def to_text(self) -> str:
         """A line a row: predicted values with their error; marked * where fitted, ( ) where excluded."""
         columns = list(dict.fromkeys(cell.metric for cell in self.cells))
         by_row: dict[str, dict[str, str]] = {}
         for cell in self.cells:
-            name = " ".join(f"{key}={value}" for key, value in cell.keys.items()) or "whole run"
+            name = _keys(cell.keys) or "whole run"
             error = "" if cell.error is None else f" {100 * cell.error:+.1f}%"
             true = "" if cell.true is None else f" [{cell.true:.4g}]"
             text = f"{cell.predicted:.4g}{error}{true}"
@@ -76,10 +100,13 @@ class TableReproduction:
         mape = {metric: f"{value:.1f}%" for metric, value in self.mape_predicted.items()}
         lines = [["", *columns]]
         lines += [[name, *(row.get(column, "") for column in columns)] for name, row in by_row.items()]
-        for name, errors in (self.mape_by_experiment or {}).items():
+        for name, errors in (self.mape_by_experiment or self.mape_by_group or {}).items():
             shown = (f"{errors[column]:.1f}%" if column in errors else "" for column in columns)
             lines.append([f"mean error, {name}", *shown])
         lines.append(["mean error, predicted", *(mape.get(column, "") for column in columns)])
+        inside = {metric: f"{share:.0%}" for metric, share in self.coverage.items()}
+        if inside:
+            lines.append(["inside the error band", *(inside.get(column, "") for column in columns)])
         widths = [max(len(line[i]) for line in lines) for i in range(len(columns) + 1)]
         text = "\n".join(
             "  ".join(
@@ -98,6 +125,10 @@ class TableReproduction:
         if self.ranking is not None:
             knee += f"\n{self.ranking.to_text()}"
         misses = "".join(f"\nknown miss: {miss}" for miss in self.known_misses)
+        misses += "".join(
+            f"\nleft out: {each['rows']} rows, {_keys(each['row'])}: {each['reason']}"
+            for each in self.left_out
+        )
         what_ifs = "".join(f"\n\n{what_if.to_text()}" for what_if in self.what_ifs)
         return f"{self.name}: predicted, error against reported\n{text}{knee}{misses}{what_ifs}"
 
@@ -109,6 +140,9 @@ class TableReproduction:
             "predicted_rows": self.rows("predicted"),
             "rows": [cell.to_json() for cell in self.cells],
             "mape_predicted": self.mape_predicted,
+            "mape_by_group": self.mape_by_group,
+            "coverage": self.coverage,
+            "left_out": list(self.left_out),
             "knee": self.knee,
             "known_misses": list(self.known_misses),
             "what_ifs": [what_if.to_json() for what_if in self.what_ifs],
@@ -144,12 +178,12 @@ class Reproduction(Answer):
                 0, "\n".join(f"{name}: {value}" for name, value in context.model_dump().items() if value)
             )
         rests = self.provenance
-        band = "not known" if rests["error_band"] is None else f"+-{100 * rests['error_band']:.0f} %"
+        bands = Bands(**rests["error_bands"]).to_text()
         parts.append(
             "* used to fit the profile; + sums up other rows; [ ] without the peculiarities of the "
             "report's harness; ( ) excluded, with the reason in --json. "
             f"Means over {len(self.seeds)} seeds.\n"
-            f"profile: {rests['profile']}; {rests['basis']}; error band {band}"
+            f"profile: {rests['profile']}; {rests['basis']}; error bands {bands}"
         )
         return "\n\n".join(parts)
 
@@ -166,6 +200,10 @@ class Reproduction(Answer):
             "notes": list(scenario.notes),
             "provenance": self.provenance,
         }
+
+
+def _keys(row: Mapping[str, Any]) -> str:
+    return " ".join(f"{key}={value}" for key, value in row.items())
 
 
 def _mape(cells: Iterable[Cell]) -> dict[str, float]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.metrics.metrics import (
-    duration,
+    counted,
     gauges_at,
     good_requests,
     latencies,
@@ -83,10 +83,12 @@ def measure(run: Run, column: Column, reported: Reported, deployment: Deployment
         return float(done["finish"].max() - run.requests["sent"].min())
     if metric == "success":
         return len(done) / len(run.requests)
+    part, seconds = counted(run)
+    rated = part.requests[part.requests["status"] == "finished"]
     if metric == "output_throughput":
-        return float((done["output_tokens"] + extra).sum()) / duration(run)
+        return float((rated["output_tokens"] + extra).sum()) / seconds
     if metric == "request_throughput":
-        return len(done) / duration(run)
+        return len(rated) / seconds
     if metric == "goodput":
         goodput = deployment.scenario.goodput_limits
         if goodput is None:

@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import AfterValidator, Field
 
 from servecast.sim.inputs.schema import Count, Model, NonNegative, Positive, did_you_mean, invalid
-from servecast.sim.routing.llmd.release import EPP_RELEASES
+from servecast.sim.routing.llmd.release import EPP_RELEASES, NEWEST
 
 
 def _release(name: str) -> str:
@@ -28,9 +28,9 @@ class RouterOptions(Model):
     """Time from a scrape until the router knows its result."""
     event_lag_s: NonNegative = 0.005
     """Time from a KV event until the router knows of it."""
-    epp_release: Annotated[str, AfterValidator(_release)] = "v0.5"
-    """Release of the Gateway API Inference Extension with whose defaults and details an EndpointPickerConfig
-    is run."""
+    epp_release: Annotated[str, AfterValidator(_release)] = NEWEST
+    """Release of the endpoint picker with whose defaults and details an EndpointPickerConfig is run: of the
+    llm-d router, or up to v1.5 of the Gateway API Inference Extension. Default, the newest."""
     bytes_per_token: Positive = 4.0
     """Mean length of a token in the prompt's text, for prefix indexes over bytes."""
     load_factor: Annotated[Positive, Field(ge=1)] = 1.25

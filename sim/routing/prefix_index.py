@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 
 from servecast.sim.engine.kv_events import BlockStored, KVEvent
 
@@ -79,6 +79,12 @@ class PreciseIndex:
     def __init__(self, size: int = 100_000_000, pods: int = 10) -> None:
         self._size, self._pods = size, pods
         self._servers: OrderedDict[int, dict[int, None]] = OrderedDict()  # block -> servers
+        self._expects = False
+
+    def expect(self, server: int, event: KVEvent) -> None:
+        """An event that a server is expected to tell soon: it counts as its own, and is undone apart."""
+        self._expects = True
+        self.apply(~server, event)
 
     def apply(self, server: int, event: KVEvent) -> None:
         """An event of a server."""
@@ -115,11 +121,14 @@ class PreciseIndex:
             holders = find(key)
             if holders is None:
                 break
+            servers: Set[int] = holders.keys()
+            if self._expects:
+                servers = {max(server, ~server) for server in holders}
             if not reached:
-                active = set(holders)
-            elif not holders.keys() >= active:
-                counts |= dict.fromkeys(active - holders.keys(), reached)
-                active &= holders.keys()
+                active = set(servers)
+            elif not servers >= active:
+                counts |= dict.fromkeys(active - servers, reached)
+                active &= servers
                 if not active:
                     break
             reached += 1

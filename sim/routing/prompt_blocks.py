@@ -15,20 +15,22 @@ _REMEMBERED = 4096  # different prompts
 
 
 class PromptBlocks:
-    """Identities of the full blocks of a prompt, from its first on; a partial block at the end has none.
+    """Identities of the full blocks of a prompt, from its first on.
 
     A block belongs to the part of the prompt in which its last token (or byte) lies.
 
     Args:
         size: of a block. per_token: what a token is long in the same unit: 1 for blocks of tokens, the mean
             number of bytes of a token for blocks of bytes.
-        limit: at most so many blocks; None is no limit.
+        limit: at most so many blocks; None is no limit. partial: what is left at the end is a block, too.
     """
 
-    __slots__ = ("_limit", "_per_token", "_shared", "_size")
+    __slots__ = ("_limit", "_partial", "_per_token", "_shared", "_size")
 
-    def __init__(self, size: int, per_token: float = 1.0, limit: int | None = None) -> None:
-        self._size, self._per_token, self._limit = size, per_token, limit
+    def __init__(
+        self, size: int, per_token: float = 1.0, limit: int | None = None, *, partial: bool = False
+    ) -> None:
+        self._size, self._per_token, self._limit, self._partial = size, per_token, limit, partial
         self._shared = lru_cache(_REMEMBERED)(self._of_content)
 
     def shared(self, request: Request) -> list[int]:
@@ -38,8 +40,13 @@ class PromptBlocks:
     def all(self, request: Request) -> list[int]:
         """All blocks of the prompt."""
         shared, count = self._shared(request.content), self._blocks(request.prompt_tokens)
+        if self._partial:
+            length = int(request.prompt_tokens * self._per_token)
+            count += length > count * self._size and count != self._limit
         if len(shared) >= count:
             return shared
+        if self._partial and request.content and request.content[-1][1] == request.prompt_tokens:
+            return [*shared, 2 * request.content[-1][0] * BLOCKS_PER_CONTENT + len(shared)]
         own = (2 * request.request_id + 1) * BLOCKS_PER_CONTENT  # odd: nobody else's
         return [*shared, *range(own + len(shared), own + count)]
 

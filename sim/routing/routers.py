@@ -54,9 +54,9 @@ class Backend(Protocol):
 class Router(Protocol):
     """Picks the replica at the moment a request is sent."""
 
-    def pick(self, request: Request, backends: Sequence[Backend]) -> int:
+    def pick(self, request: Request, backends: Sequence[Backend]) -> int | None:
         """Position in ``backends``, which are the replicas that are ready (one or more), of the one that
-        takes the request."""
+        takes the request; None refuses it."""
         ...
 
 
@@ -70,6 +70,15 @@ class Informed(Protocol):
 
     def ended(self, request: Request, index: int) -> None:
         """A request that replica ``index`` took has ended, well or not."""
+        ...
+
+
+@runtime_checkable
+class Answered(Protocol):
+    """A router that learns when the first token of a request comes."""
+
+    def answered(self, request: Request, index: int) -> None:
+        """Replica ``index`` has sent the first token of a request."""
         ...
 
 

@@ -19,7 +19,7 @@ import yaml
 from servecast.sim.inputs.files import write_whole
 from servecast.sim.metrics.metrics import (
     Floats,
-    duration,
+    counted,
     latencies,
     percentiles,
     prefix_hit_rate,
@@ -68,14 +68,16 @@ def benchmark_report(run: Run, document: Mapping[str, Any]) -> dict[str, Any]:
         document: the run's result, as ``results.result`` gives it: what was run, and with what.
     """
     done = run.requests[run.requests["status"] == "finished"]
-    seconds = duration(run)
+    part, seconds = counted(run)
+    rated = part.requests[part.requests["status"] == "finished"]
+    tokens_in, tokens_out = (int(rated[name].sum()) for name in ("prompt_tokens", "output_tokens"))
     prompt = done["prompt_tokens"].to_numpy(dtype=np.float64)
     output = done["output_tokens"].to_numpy(dtype=np.float64)
     rates = {
-        "input_token_rate": (prompt.sum(), "tokens/s"),
-        "output_token_rate": (output.sum(), "tokens/s"),
-        "total_token_rate": (prompt.sum() + output.sum(), "tokens/s"),
-        "request_rate": (len(done), "queries/s"),
+        "input_token_rate": (tokens_in, "tokens/s"),
+        "output_token_rate": (tokens_out, "tokens/s"),
+        "total_token_rate": (tokens_in + tokens_out, "tokens/s"),
+        "request_rate": (len(rated), "queries/s"),
     }
     aggregate: dict[str, Any] = {
         "requests": {

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from servecast.sim.fleet.spec import Fleet
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.inputs.files import write_whole
 from servecast.sim.metrics.fleet_load import fleet_load
@@ -43,6 +44,23 @@ _MEASURED = (  # besides what ends in _ms
     "num_preemptions",
     "prefix_cache_hit_rate",
 )
+_FLAGS = (  # of the engine, that are printed as resolved
+    "tensor_parallel_size",
+    "max_model_len",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "gpu_memory_utilization",
+    "kv_cache_dtype",
+)
+_SWITCHES = ("enable_prefix_caching", "enable_chunked_prefill", "async_scheduling")
+_OTHERS = (  # by their fields
+    ({"aiperf_version"}, "aiperf"),
+    ({"input_config"}, "aiperf or genai-perf"),
+    ({"benchmarks"}, "guidellm"),
+    ({"load_summary", "successes"}, "inference-perf"),
+    ({"version", "run", "results"}, "an llm-d Benchmark Report"),
+    ({"version", "scenario", "metrics"}, "an llm-d Benchmark Report"),
+)
 _VLLM_KEYS = ("completed", "duration", "output_throughput")  # in every result of vllm bench serve
 
 
@@ -69,14 +87,35 @@ def context(deployment: Deployment, *, seed: int) -> dict[str, Any]:
             **flags.model_dump(mode="json", exclude={"command", "assume_rules"}),
             "rules": config.pop("version"),
             **config,
+            "kv_cache_dtype": _kv_cache_dtype(deployment),
         },
         "fleet": scenario.fleet.facts(),
         "run_context": None if scenario.run_context is None else scenario.run_context.model_dump(),
         "assumptions": [each.model_dump() for each in scenario.assumptions],
         "provenance": deployment.provenance(),
         "error_band": deployment.error_band,
-        "notes": list(deployment.scenario.notes),
+        "error_bands": asdict(deployment.bands),
+        "kv_cache": deployment.memory.facts(),
+        "notes": list(deployment.notes),
     }
+
+
+def _kv_cache_dtype(deployment: Deployment) -> str:
+    """What the flag says, or the checkpoint where that is auto."""
+    asked = deployment.scenario.engine.kv_cache_dtype
+    return "fp8" if asked == "auto" and deployment.shard.kv_dtype_bytes == 1 else asked
+
+
+def engine_lines(document: Mapping[str, Any]) -> list[str]:
+    """The size of the KV cache as vLLM logs it, and the flags that were resolved, of a result's context."""
+    kv, engine = document["kv_cache"], document["engine"]
+    between = ""
+    if kv["lowest_tokens"] != kv["highest_tokens"]:
+        between = f"; {kv['lowest_tokens']:,} to {kv['highest_tokens']:,} by the account of memory"
+    size = f"{kv['tokens']:,} tokens, {kv['max_concurrency']:.2f}x of max_model_len {kv['max_model_len']:,}"
+    flags = [f"--{name.replace('_', '-')} {engine[name]}" for name in _FLAGS]
+    flags += [f"--{'' if engine[name] else 'no-'}{name.replace('_', '-')}" for name in _SWITCHES]
+    return [f"GPU KV cache size: {size}{between}", f"Flags: {' '.join(flags)}"]
 
 
 def result(
@@ -128,7 +167,7 @@ def measured(part: Mapping[str, Any]) -> dict[str, float | None]:
 
 def cautions(deployment: Deployment, run: Run) -> list[str]:
     """What a reader of a run should know, in words: what of it lies beyond the data of its profile's fit, and
-    a risk that the GPU's memory does not suffice."""
+    a risk that the GPU's memory does not suffice, and what its router could not do."""
     steps, requests = run.steps, run.requests
     tokens = steps["prefill_tokens"] + steps["decodes"]
     batch = steps["prefill_requests"] + steps["decodes"]
@@ -139,7 +178,25 @@ def cautions(deployment: Deployment, run: Run) -> list[str]:
         context=(float(requests["prompt_tokens"].min()), float(length.max())),
     )
     risk = deployment.memory_risk(int(requests["prompt_tokens"].max()))
-    return [text for text in (beyond, risk and risk.warning) if text]
+    routed = _routed(deployment.scenario.fleet, requests)
+    return [text for text in (beyond, risk and risk.warning, *routed) if text]
+
+
+def _routed(fleet: Fleet, requests: pd.DataFrame) -> list[str]:
+    """What a router could not do with these requests."""
+    said: list[str] = []
+    replicas = requests["replica"].dropna().unique()
+    if fleet.size < 2 or len(requests) < 2:
+        return said
+    if fleet.asks_sessions and requests["group"].isna().all():
+        said.append(f"{fleet.router_name}: no request has a session or group, so there is nothing to hold to")
+    if len(replicas) == 1:
+        why = ""
+        if fleet.router == "prefix_affinity":
+            why = f": all prompts have the same first {fleet.router_options.prefix_tokens} tokens"
+        what = f"all {len(requests):,} requests to replica {replicas[0]} of {fleet.size}"
+        said.append(f"{fleet.router_name} sent {what}{why}")
+    return said
 
 
 def _detailed(run: Run) -> dict[str, Any]:
@@ -215,7 +272,15 @@ def read_result(path: Path) -> dict[str, Any]:
         ) from None
     if not isinstance(document, dict):
         raise InputError("is not a JSON object", where=str(path), fix="Give a result's JSON file.")
-    found = document.get("schema_version", SCHEMA_VERSION if "servecast_version" not in document else None)
+    ours = "servecast_version" in document
+    other = None if ours else next((tool for keys, tool in _OTHERS if keys <= document.keys()), None)
+    if other is not None:
+        raise InputError(
+            f"is a result of {other}; this reads those of servecast simulate and of vllm bench serve",
+            where=str(path),
+            fix="servecast check asks whether it can be true, validate result whether it is predicted.",
+        )
+    found = document.get("schema_version") if ours else SCHEMA_VERSION
     if found != SCHEMA_VERSION:
         raise InputError(
             f"schema version {found!r}, this servecast reads {SCHEMA_VERSION}",

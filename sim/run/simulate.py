@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import simpy
@@ -21,8 +22,11 @@ from servecast.sim.routing.routers import ROUTERS, Router
 from servecast.sim.scenario.deployment import Deployment
 from servecast.sim.scenario.scenario import Scenario
 from servecast.sim.traffic.arrivals import ClosedLoop
-from servecast.sim.traffic.draw import check_lengths, draw, with_request_rate
+from servecast.sim.traffic.draw import CLOSED_LOOP_REQUESTS, check_requests, draw, with_request_rate
+from servecast.sim.traffic.inference_perf.workload import InferencePerfWorkload
 from servecast.sim.traffic.spec import Workload
+
+_MOST_REQUESTS = 10_000_000  # of a closed loop
 
 
 def simulate(
@@ -45,19 +49,34 @@ def simulate(
         InputError: the scenario cannot be made concrete, or a request could never run.
     """
     deployment = scenario if isinstance(scenario, Deployment) else Deployment.of(scenario)
+    seed = deployment.scenario.seed if seed is None else seed
+    if stages is not None:
+        load = {}
+        if [len(stage.streams) for stage in stages] == [1]:
+            load = {"max_concurrency": stages[0].streams[0].max_concurrency}
+        return _run(deployment, stages, seed, load)[0]
+    workload = _own_workload(deployment) if workload is None else workload
+    requests, before = CLOSED_LOOP_REQUESTS, 0
+    while True:
+        stages = draw(workload, seed, closed_loop=requests)
+        run, ran_out = _run(deployment, stages, seed, _load(workload))
+        drawn = sum(len(stream.requests) for stage in stages for stream in stage.streams)
+        if not ran_out or drawn == before or requests > _MOST_REQUESTS:
+            return run
+        requests, before = (
+            4 * requests,
+            drawn,
+        )  # of a closed loop one cannot tell beforehand how many it sends
+
+
+def _run(deployment: Deployment, stages: list[Stage], seed: int, load: dict[str, Any]) -> tuple[Run, bool]:
+    """A run of requests that are drawn, and whether a closed loop of a duration had too few of them."""
     scenario = deployment.scenario
-    seed = scenario.seed if seed is None else seed
     noise, front_end, reading, routing = np.random.default_rng(seed).spawn(7)[3:]  # behind those of draw
-    load: dict[str, float | int | None] = {}
-    if stages is None:
-        workload = scenario.stages() if workload is None else workload
-        stages, load = draw(workload, seed), _load(workload)
-    elif [len(stage.streams) for stage in stages] == [1]:
-        load = {"max_concurrency": stages[0].streams[0].max_concurrency}
     specs = scenario.fleet.specs
     deployments = _deployments(deployment)
     shortest = min(each.config.max_model_len for each in deployments)
-    check_lengths(stages, shortest, where=f"{scenario.source}: workload")
+    check_requests(stages, shortest, where=f"{scenario.source}: workload")
 
     count = len(specs)
     noise_streams, front_end_streams = noise.spawn(count), front_end.spawn(count)
@@ -71,7 +90,7 @@ def simulate(
             its.step_time,
             its.profile.noise.factors(noise_streams[index]),
             its.step_time.roofline_seconds,
-            its.profile.front_end,
+            its.front_end,
             front_end_streams[index],
             client,
             cold_start_s=scenario.fleet.cold_start_s,
@@ -84,7 +103,7 @@ def simulate(
         make_replica,
         count,
         router(scenario, picking, lambda: to_seconds(int(env.now))),
-        Client(deployment.profile.front_end),
+        Client(deployment.front_end),
         reading,
         options=scenario.fleet.router_options,
         routing=scraping,
@@ -111,7 +130,37 @@ def simulate(
     }
     if fleet.failures:
         run.meta["failures"] = dict(sorted(fleet.failures.items()))
-    return run
+    closed = [_closed_loop(stage) for stage in stages]
+    if any(loop is not None for loop in closed):
+        run.meta["closed_loops"] = closed
+    return run, fleet.ran_out
+
+
+def _closed_loop(stage: Stage) -> tuple[int, float] | None:
+    """Clients and seconds of a stage that is a closed loop of a given duration, alone."""
+    front = [stream for stream in stage.streams if not stream.background]
+    if len(front) != 1 or front[0].until_s is None or front[0].max_concurrency is None:
+        return None
+    return front[0].max_concurrency, front[0].until_s
+
+
+def _own_workload(deployment: Deployment) -> Workload:
+    """The scenario's workload. The stages of inference-perf's sweep are those that its burst leads to, with
+    the scenario's own seed, so that all seeds have the same."""
+    scenario = deployment.scenario
+    spec, workload = scenario.workload, scenario.stages()
+    sweep = spec.asks_server() if isinstance(spec, InferencePerfWorkload) else None
+    if sweep is None or not isinstance(spec, InferencePerfWorkload):
+        return workload
+    requests = simulate(deployment, seed=scenario.seed, workload=workload).requests
+    rate = sweep.saturation_rate(requests["sent"].to_numpy(), requests["finish"].to_numpy())
+    if rate is None or rate <= 1:
+        raise InputError(
+            "the burst of the sweep does not saturate the server",
+            where=f"{spec.inference_perf}: load.sweep",
+            fix="Raise num_requests or timeout, or give workload.saturation_rate.",
+        )
+    return spec.model_copy(update={"saturation_rate": rate}).workload()
 
 
 def _deployments(deployment: Deployment) -> list[Deployment]:

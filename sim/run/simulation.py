@@ -9,20 +9,22 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
+from servecast.sim.hardware.error_band import Bands
 from servecast.sim.inputs.errors import InputError
-from servecast.sim.metrics.metrics import vllm_bench_text
+from servecast.sim.metrics.metrics import steady_s, vllm_bench_text
 from servecast.sim.metrics.records import Run
-from servecast.sim.metrics.warmup import Warmup
+from servecast.sim.metrics.warmup import Warmup, select
 from servecast.sim.report.answer import Answer
 from servecast.sim.report.drawing import drawn
 from servecast.sim.report.text import facts_text, table
 from servecast.sim.run.figures import draw_engine
-from servecast.sim.run.results import result
+from servecast.sim.run.results import engine_lines, result
 from servecast.sim.run.simulate import simulate as run_of
 from servecast.sim.scenario.deployment import Deployment
 from servecast.sim.scenario.scenario import Scenario
 from servecast.sim.traffic.draw import with_request_rate
 from servecast.sim.traffic.spec import Workload
+from servecast.sim.traffic.trace_notes import trace_notes
 
 _COLUMNS = (  # of a table of stages: header, key
     ("stage", "stage"),
@@ -66,9 +68,14 @@ class Simulation(Answer):
 
     @property
     def error_band(self) -> float | None:
-        """Relative error band of the latencies, None where it is not known."""
+        """Relative error band of token times, None where it is not known; see ``bands``."""
         band: float | None = self.result["error_band"]
         return band
+
+    @property
+    def bands(self) -> Bands:
+        """Relative error bands by metric."""
+        return Bands(**self.result["error_bands"])
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -93,6 +100,7 @@ class Simulation(Answer):
         if result["what_if"]:
             parts.append(facts_text("\nWhat-if", result["what_if"]))
         parts.append(facts_text("\nWhat the prediction rests on", _rests_on(result)))
+        parts += engine_lines(result)
         parts += [f"note: {note}" for note in result["notes"]]
         return "\n".join(parts)
 
@@ -127,10 +135,28 @@ def simulate(
     """
     cut = None if warmup is None else Warmup.parse(warmup)
     deployment = Deployment.of(scenario)
-    workload = None if request_rate is None else at_rate(scenario, request_rate, num_requests)
+    workload = scenario.stages() if request_rate is None else at_rate(scenario, request_rate, num_requests)
     run = run_of(deployment, seed=seed, workload=workload)
     found = result(deployment, run, ranks=percentiles, warmup=cut, detailed=detailed)
+    found["notes"] += [*trace_notes(workload), *_steady_notes(run)]
     return Simulation(run, found)
+
+
+def _steady_notes(run: Run) -> list[str]:
+    """Over what the rates of closed loops that have a duration are taken."""
+    notes = []
+    for stage, loop in enumerate(run.meta.get("closed_loops", ())):
+        if loop is None:
+            continue
+        of = f" of stage {run.stages[stage]}" if len(run.stages) > 1 else ""
+        window = steady_s(select(run, stage=stage))
+        if window is None:
+            notes.append(f"the closed loop{of} has no steady middle: its rates hold its start and end")
+        else:
+            notes.append(
+                f"rates{of} are those of the steady middle, from {window[0]:.4g} to {window[1]:.4g} s"
+            )
+    return notes
 
 
 def at_rate(scenario: Scenario, request_rate: float, num_requests: int) -> Workload:
@@ -176,12 +202,12 @@ def _stages_text(stages: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _rests_on(result: Mapping[str, Any]) -> dict[str, object]:
-    provenance, band, engine = result["provenance"], result["error_band"], result["engine"]
+    provenance, engine = result["provenance"], result["engine"]
     server = f"{'vLLM ' if engine['policy'] == 'vllm' else ''}{result['engine_version']}"
     return {
         "basis": provenance["basis"],
-        "profile": f"{result['profile'] or 'none, typical efficiencies'} ({provenance['profile']})",
-        "error band": "not known" if band is None else f"+-{band:.0%}",
+        "profile": f"{result['profile'] or 'none'} ({provenance['profile']})",
+        "error bands": Bands(**result["error_bands"]).to_text(),
         "engine": f"{server}, rules of {engine['rules']}",
         "seed": result["seed"],
         "servecast": result["servecast_version"],

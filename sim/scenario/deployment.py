@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
-from pathlib import Path
+from typing import Any
 
 from servecast.sim.engine.config import EngineConfig
-from servecast.sim.hardware.error_band import Transfer, transfer
+from servecast.sim.fleet.spec import GpuSpec
+from servecast.sim.hardware.error_band import Bands, Transfer, transfer
+from servecast.sim.hardware.front_end_costs import FrontEndCosts
 from servecast.sim.hardware.gpu import GPU, find_gpu
-from servecast.sim.hardware.gpu_constants import FAMILIES, GpuConstants
 from servecast.sim.hardware.memory import KVMemory
 from servecast.sim.hardware.model_shape import ModelShape
 from servecast.sim.hardware.padded_memory import MemoryRisk
-from servecast.sim.hardware.profile import Profile, build_step_time
+from servecast.sim.hardware.profile import Profile, Provenance, build_step_time
 from servecast.sim.hardware.shard import Shard
 from servecast.sim.hardware.step_time.physical import StepTime
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.metrics.binding import Limits
-from servecast.sim.scenario.scenario import Scenario, shipped_folder
-
-KERNELS = "kernels"  # the profile that stands for timings of the GPU's kernels
+from servecast.sim.scenario.basis import Fitted, fitted_profiles, profile_of, why_typical
+from servecast.sim.scenario.scenario import Scenario
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +55,11 @@ class Deployment:
         """
         flags, server = scenario.engine, scenario.server
         model, gpu = _model(scenario), _gpu(scenario)
-        config = server.resolve(flags, gpu, model.max_position_embeddings, where=f"{scenario.source}: engine")
+        config = server.resolve(flags, gpu, model, where=f"{scenario.source}: engine")
         shard = server.shard(flags, config, model, gpu)
         memory = server.memory(flags, config, shard)
-        config = replace(config, num_gpu_blocks=memory.num_gpu_blocks)
-        profile = profile or _profile(scenario, shard, config)
+        config = replace(config, num_gpu_blocks=memory.num_gpu_blocks, max_model_len=memory.max_model_len)
+        profile = _with_link(profile or profile_of(scenario, shard, config), scenario.gpu)
         return cls(scenario, shard, memory, config, profile, build_step_time(profile, shard))
 
     @property
@@ -70,6 +71,13 @@ class Deployment:
     def gpu(self) -> GPU:
         """One of its GPUs."""
         return self.shard.gpu
+
+    @property
+    def front_end(self) -> FrontEndCosts:
+        """What stands in front of the engine, for the scenario's prompts and its network."""
+        scenario = self.scenario
+        costs = self.profile.front_end.of_prompts(scenario.prompts)
+        return costs.over_network(scenario.network_round_trip_s)
 
     @property
     def limits(self) -> Limits:
@@ -89,13 +97,59 @@ class Deployment:
 
     @property
     def error_band(self) -> float | None:
-        """Relative error band of predictions for this model and GPU; None if not known."""
-        return self.transfer.error_band
+        """Relative error band of token times for this model, GPU and configuration; None if not known."""
+        return self.bands.tpot
+
+    @property
+    def bands(self) -> Bands:
+        """Relative error bands by metric. That of the KV pool is what its account leaves open; of a server
+        other than vLLM it is not known."""
+        flags, memory = self.scenario.engine, self.memory
+        bands = self.transfer.bands.wider(self.scenario.server.extra_error(flags))
+        if flags.policy != "vllm":
+            return bands
+        low, high = memory.range
+        tokens = memory.logged_tokens
+        return replace(bands, kv_tokens=round(max(1 - low / tokens, high / tokens - 1), 3))
 
     @property
     def transfer(self) -> Transfer:
         """How far this is from what the profile's measurements were of."""
         return transfer(self.profile, self.shard)
+
+    @property
+    def fitted_profiles(self) -> list[Fitted]:
+        """Where step times rest on timings of kernels: those that were fitted to servers on this GPU."""
+        return fitted_profiles(self.shard, self.step_time) if self.profile.of_kernel_timings else []
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a result should say about the configuration and what it rests on."""
+        notes: list[str | None] = [
+            *self.scenario.notes,
+            self._other_model,
+            *self.model.notes,
+            self.memory.warning,
+            *(each.note for each in self.fitted_profiles),
+        ]
+        if self.scenario.profile is None and self.transfer.basis == "physics only":
+            notes.append(why_typical(self.shard) or "")
+        return tuple(filter(None, notes))
+
+    @property
+    def _other_model(self) -> str | None:
+        """Said where a pasted command serves a model of another name than the scenario's."""
+        command = self.scenario.engine.serve_command
+        served = None if command is None else command.model
+        if served is None or served.startswith(("/", ".", "$", "~", "s3:")):
+            return None
+        names = (served.rpartition("/")[2], self.model.name.rpartition("/")[2])
+        plain = [re.sub(r"-(instruct|chat|it|hf|base)\b|[^a-z0-9]", "", name.lower()) for name in names]
+        if plain[0] == plain[1]:
+            return None
+        return (
+            f"the command serves {served}, but what is simulated is the scenario's model, {self.model.name}"
+        )
 
     def provenance(self) -> dict[str, object]:
         """Where the numbers come from, for results and reports."""
@@ -103,8 +157,9 @@ class Deployment:
         return {
             "basis": self.transfer.basis,
             "distance": list(self.transfer.distance),
-            "profile": f"{profile.model} on {profile.gpu}, {profile.server}",
+            "profile": profile.title,
             "error_band": self.error_band,
+            "error_bands": asdict(self.bands),
             "fitted_rows": list(profile.fitted_rows),
             "parameters": [entry.model_dump() for entry in profile.provenance],
             "gpu_source": self.gpu.source,
@@ -115,7 +170,7 @@ class Deployment:
 
 def _model(scenario: Scenario) -> ModelShape:
     flags = scenario.engine
-    model = ModelShape.from_config(scenario.config_file())
+    model = ModelShape.from_config(scenario.config_file(), overrides=flags.hf_overrides)
     if flags.dtype in ("float32", "float"):
         raise InputError(
             f"dtype {flags.dtype} is not modelled",
@@ -134,36 +189,41 @@ def _model(scenario: Scenario) -> ModelShape:
 
 
 def _gpu(scenario: Scenario) -> GPU:
-    if scenario.gpu.file is not None:
-        return GPU.from_file(scenario.gpu.file)
-    assert scenario.gpu.name is not None
-    return find_gpu(scenario.gpu.name, where=f"{scenario.source}: gpu.name")
-
-
-def _profile(scenario: Scenario, shard: Shard, config: EngineConfig) -> Profile:
-    """The scenario's profile: a file, what the GPU's kernels reach, or typical values."""
-    release, kind = scenario.engine.version, scenario.server.step_times
-    if scenario.profile == KERNELS and kind == "physical":
-        constants = GpuConstants.load(_constants_file(shard.gpu, f"{scenario.source}: profile"))
-        return Profile.of_kernels(constants, shard, release, async_scheduling=config.async_scheduling)
-    path = scenario.profile_file()
-    if path is not None:
-        return Profile.load(path)
-    return Profile.typical(
-        shard.gpu.name, shard.model.name, release, servecast_version=version("servecast"), kind=kind
-    )
-
-
-def _constants_file(gpu: GPU, where: str) -> Path:
-    """The shipped constants of a GPU, or of the nearest one whose kernels were timed."""
-    folder = shipped_folder() / "gpus"
-    name = FAMILIES.get(gpu.name, gpu.name)
-    file = folder / f"{name.lower().replace(' ', '-')}.json"
-    if not file.is_file():
-        timed = [each.stem for each in sorted(folder.glob("*.json"))]
+    spec, ranks = scenario.gpu, scenario.engine.tensor_parallel_size
+    if ranks > spec.per_node:
         raise InputError(
-            f"no kernels of a {gpu.name} were timed, nor of one near it",
-            where=where,
-            fix=f"Timed are {', '.join(timed)}. Leave profile out for typical values.",
+            f"{ranks} ranks are more than the {spec.per_node} GPUs that are linked with each other, "
+            "and all-reduces between nodes are not modelled",
+            where=f"{scenario.source}: engine.tensor_parallel_size",
+            fix=f"Use at most {spec.per_node}, or set gpu.per_node where more share one NVLink.",
         )
-    return file
+    if spec.file is not None:
+        gpu = GPU.from_file(spec.file)
+    else:
+        assert spec.name is not None
+        gpu = find_gpu(spec.name, where=f"{scenario.source}: gpu.name")
+    return gpu if spec.peer_to_peer is None else replace(gpu, peer_to_peer=spec.peer_to_peer)
+
+
+def _with_link(profile: Profile, spec: GpuSpec) -> Profile:
+    """The profile, with what a scenario says of the link between its GPUs."""
+    given: dict[str, Any] = {}
+    if spec.link_share is not None:
+        given["link"] = spec.link_share
+    if spec.allreduce_latency_us is not None:
+        given["allreduce_s"] = spec.allreduce_latency_us * 1e-6
+    if not given:
+        return profile
+    names = {f"efficiencies.{name}" for name in given}
+    return profile.model_copy(
+        update={
+            "efficiencies": replace(profile.efficiencies, **given),
+            "provenance": (
+                *(entry for entry in profile.provenance if entry.parameter not in names),
+                *(
+                    Provenance(parameter=name, origin="given", note="in the scenario")
+                    for name in sorted(names)
+                ),
+            ),
+        }
+    )

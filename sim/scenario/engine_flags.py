@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import fields
 from typing import Annotated, Any, Literal
 
@@ -10,6 +11,7 @@ from pydantic import Field, model_validator
 from servecast.sim.engine.config import EngineConfig
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.inputs.schema import Amount, Count, Flag, Model, NonNegative, Positive, invalid
+from servecast.sim.scenario.pasted_command import find_serve
 from servecast.sim.scenario.vllm_flags import ServeCommand, parse_serve_command
 
 
@@ -17,14 +19,16 @@ class EngineFlags(Model):
     """``vllm serve``'s flags that matter here, by their names; None is vLLM's default."""
 
     version: str
-    """vLLM release, in quotes. It picks the rule set and the defaults."""
+    """vLLM release, in quotes. It picks the rule set and the defaults; one that is newer than all known ones
+    runs as the newest."""
     policy: str = "vllm"
     """The engine, ``vllm`` or another one (see [Adding an engine](adding-an-engine.md)). For another,
     ``version`` is that server's own, and flags it does not know have no effect."""
     assume_rules: Flag = False
     """Run a release without a rule set under the nearest one."""
     command: str | None = None
-    """A pasted ``vllm serve ...`` line. Fields beside it win."""
+    """A pasted ``vllm serve``, ``python -m vllm.entrypoints.openai.api_server`` or ``docker run`` command,
+    or a container's list of ``args``. Fields beside it win."""
     dtype: Literal["auto", "bfloat16", "float16", "half", "float32", "float"] = "auto"
     """As ``--dtype``."""
     quantization: str | None = None
@@ -33,8 +37,13 @@ class EngineFlags(Model):
     """As ``--kv-cache-dtype``. fp8 counts one byte an element."""
     tensor_parallel_size: Count = 1
     """GPUs of one replica."""
-    max_model_len: Count | None = None
-    """Longest prompt and output together. Default, the model's own limit."""
+    enable_expert_parallel: Flag = False
+    """Whole experts on each of these GPUs, instead of a part of each. Taken to be evenly used."""
+    hf_overrides: dict[str, Any] | None = None
+    """Fields in place of those of the model's config.json, as ``--hf-overrides``."""
+    max_model_len: Count | Literal["auto", -1] | None = None
+    """Longest prompt and output together. Default, the model's own limit; ``auto`` or -1 lowers that to what
+    the KV pool holds."""
     max_num_seqs: Count | None = None
     """Most requests that run together. Default, as vLLM picks it for the GPU."""
     max_num_batched_tokens: Count | None = None
@@ -47,6 +56,9 @@ class EngineFlags(Model):
     """Size of the KV pool on one rank, instead of the account of memory."""
     num_gpu_blocks_override: Count | None = None
     """Number of KV blocks, instead of the account of memory."""
+    compile_cache: Literal["warm", "cold"] = "warm"
+    """Whether vLLM finds its compiled model of an earlier start. A first start, cold, may take 1 GiB more for
+    compiling, which then is missing from the KV pool for as long as the server runs."""
     enable_prefix_caching: Flag = True
     """Find the KV blocks of known prefixes again."""
     enable_chunked_prefill: Flag = True
@@ -60,11 +72,13 @@ class EngineFlags(Model):
     long_prefill_token_threshold: Amount = 0
     """Most prompt tokens of one request in a step; 0 is no limit."""
     long_prefill_token_threshold_adaptive: Flag = False
-    """Raise that threshold while few requests are there (0.32)."""
+    """Raise that threshold while few requests are there (from 0.31 on)."""
     watermark: Annotated[NonNegative, Field(lt=1)] = 0.0
-    """Share of the KV blocks that admission leaves free (0.32)."""
+    """Share of the KV blocks that admission leaves free (from 0.24 on)."""
     max_num_active_seqs: Count | None = None
-    """A further bound on running requests (0.32)."""
+    """A further bound on running requests (from 0.31 on)."""
+    prefill_schedule_interval: Count = 1
+    """Steps from one with prompt work to the next while others decode (from 0.33 on)."""
     performance_mode: Literal["balanced", "interactivity", "throughput"] = "balanced"
     """As ``--performance-mode``; ``throughput`` doubles the batch defaults."""
     enforce_eager: Flag = False
@@ -79,31 +93,42 @@ class EngineFlags(Model):
     @model_validator(mode="before")
     @classmethod
     def _from_command(cls, data: Any) -> Any:
-        if not isinstance(data, dict) or not isinstance(data.get("command"), str):
+        if not isinstance(data, dict) or not isinstance(data.get("command"), str | list | dict):
             return data
+        pasted = data["command"]
         try:
-            command = parse_serve_command(data["command"], version=str(data.get("version")))
+            command = parse_serve_command(pasted, version=str(data.get("version")))
+            if not isinstance(pasted, str):
+                pasted = shlex.join(["vllm", "serve", *find_serve(pasted).words])
         except InputError as error:
             raise invalid(error.what, error.fix, at="command") from None
-        return {**command.flags, **data}
+        return {**command.flags, **data, "command": pasted}
 
     @property
     def serve_command(self) -> ServeCommand | None:
         """The pasted command, parsed, with the model's name and the flags that were ignored."""
-        return None if self.command is None else parse_serve_command(self.command)
+        return None if self.command is None else parse_serve_command(self.command, version=self.version)
+
+    @property
+    def fits_max_model_len(self) -> bool:
+        """Whether ``max_model_len`` is lowered to what the KV pool holds."""
+        return self.max_model_len in ("auto", -1)
 
     def config(self, **resolved: Any) -> EngineConfig:
         """The flags that an engine reads, with ``resolved`` in place of what was given."""
         shared = {field.name for field in fields(EngineConfig)} & set(EngineFlags.model_fields)
         return EngineConfig(**self.model_dump(include=shared) | resolved)
 
-    def longest_context(self, max_position_embeddings: int | None, where: str) -> int:
-        """``max_model_len``, by default the longest context of the model's config.
+    def longest_context(
+        self, max_position_embeddings: int | None, where: str, *, default: int | None = None
+    ) -> int:
+        """``max_model_len``, by default ``default`` or the longest context of the model's config.
 
         Raises:
             InputError: beyond that, or neither says it. ``where`` is what messages call the flags.
         """
-        longest = self.max_model_len or max_position_embeddings
+        given = self.max_model_len if isinstance(self.max_model_len, int) and self.max_model_len > 0 else None
+        longest = given or default or max_position_embeddings
         if longest is None:
             raise InputError(
                 "the model's config has no max_position_embeddings",
@@ -114,6 +139,6 @@ class EngineFlags(Model):
             raise InputError(
                 f"max_model_len {longest} is beyond the model's {max_position_embeddings} positions",
                 where=f"{where}.max_model_len",
-                fix=f"Lower it to at most {max_position_embeddings}.",
+                fix=f"Lower it to at most {max_position_embeddings}, or stretch them with hf_overrides.",
             )
         return longest

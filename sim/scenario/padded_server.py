@@ -33,10 +33,19 @@ class Padded:
     def notes(self, flags: EngineFlags) -> tuple[str, ...]:
         return ()
 
+    def extra_error(self, flags: EngineFlags) -> float:
+        return 0.0
+
     def resolve(
-        self, flags: EngineFlags, gpu: GPU, max_position_embeddings: int | None, *, where: str = "engine"
+        self, flags: EngineFlags, gpu: GPU, model: ModelShape, *, where: str = "engine"
     ) -> EngineConfig:
-        max_model_len = flags.longest_context(max_position_embeddings, where)
+        if flags.fits_max_model_len:
+            raise InputError(
+                f"the policy {flags.policy!r} fits no length to its memory",
+                where=f"{where}.max_model_len",
+                fix="Give a number.",
+            )
+        max_model_len = flags.longest_context(model.max_position_embeddings, where)
         if flags.max_num_seqs is None:
             raise InputError(
                 f"the policy {flags.policy!r} has no default batch",

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import csv
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -140,6 +141,15 @@ class Excluded(Model):
     """Why."""
 
 
+class LeftOut(Model):
+    """Rows of a table's file that are not predicted."""
+
+    row: Row = Field(min_length=1)
+    """Keys of the rows."""
+    reason: str
+    """Why."""
+
+
 class Reported(Model):
     """A reported table."""
 
@@ -157,6 +167,13 @@ class Reported(Model):
     """Columns that are inputs here, such as requests a level."""
     rows: tuple[Row, ...] = ()
     """Rows of the file that the table is, by their keys. Default, all."""
+    left_out: tuple[LeftOut, ...] = ()
+    """Rows of the file that are not predicted."""
+    sets: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    """Fields of the scenario, by dotted paths, that take their values from a column, row by row: each row is
+    a run of its own, of the scenario's one stream, as ``{concurrency: [workload.arrivals.concurrency]}``."""
+    groups: tuple[str, ...] = ()
+    """Keys by whose values errors are told apart."""
     routers: dict[str, RouterName] = Field(default_factory=dict)
     """The router that rows were measured behind, by the value of the first key."""
     summary: Row | None = None
@@ -224,6 +241,17 @@ class Reported(Model):
                     raise invalid(
                         f"{name} without a statistic", "Add one, as p90.", at=f"columns.{name}.statistic"
                     )
+        for name, columns, known in (
+            ("sets", tuple(self.sets), (*self.keys, *self.inputs)),
+            ("groups", self.groups, self.keys),
+        ):
+            for column in columns:
+                if column not in known:
+                    raise invalid(
+                        f"there is no column {column!r}",
+                        did_you_mean(column, known) or f"Known: {', '.join(known)}.",
+                        at=name,
+                    )
         if (self.ranking is not None or self.summary is not None) and not self.routers:
             raise invalid(
                 "nothing to rank or to sum up", "Add routers, by the value of the first key.", at="routers"
@@ -232,7 +260,9 @@ class Reported(Model):
 
     def stage_keys(self, keys: Row) -> Row:
         """What of a row's keys names its stage: all but the key of the routers, those of parts, and those of
-        all variants."""
+        all variants; nothing where each row is a run of its own."""
+        if self.sets:
+            return {}
         other = set(self.keys[:1]) if self.routers else set()
         other.update(key for part in self.parts for key in part.row)
         if self.variants:
@@ -242,6 +272,17 @@ class Reported(Model):
     def part(self, keys: Row) -> tuple[int, int] | None:
         """The requests, [first, end), that the row with these keys is about; None: all."""
         return next((part.requests for part in self.parts if matches(keys, part.row)), None)
+
+    def settings(self, row: ReportedRow) -> dict[str, float | int | str]:
+        """The scenario's fields, by dotted paths, that a row sets; an empty cell sets none."""
+        whole = {name: int(value) for name, value in row.inputs.items() if value.is_integer()}
+        values = row.inputs | whole | row.keys
+        return {
+            path: values[column]
+            for column, paths in self.sets.items()
+            for path in paths
+            if values[column] == values[column]
+        }
 
     def own_workload(self) -> Workload | None:
         """The workload that the table was measured with, or None: the scenario's."""
@@ -297,13 +338,17 @@ def read_rows(reported: Reported) -> list[ReportedRow]:
                 )
         lines = list(reader)
     rows = [_row(reported, line, f"{reported.table}, line {n}") for n, line in enumerate(lines, start=2)]
-    for wanted in (*reported.fit_rows, *(cells.row for cells in reported.excluded)):
+    excluded = [cells.row for cells in reported.excluded]
+    for wanted in (*reported.fit_rows, *excluded, *(cells.row for cells in reported.left_out)):
         if not any(matches(row.keys, wanted) for row in rows):
             raise InputError(
                 f"no row with {_show(wanted)}", where=str(reported.table), fix="Name a row by its keys."
             )
     meant = [
-        row for row in rows if not reported.rows or any(matches(row.keys, wanted) for wanted in reported.rows)
+        row
+        for row in rows
+        if (not reported.rows or any(matches(row.keys, wanted) for wanted in reported.rows))
+        and not any(matches(row.keys, other.row) for other in reported.left_out)
     ]
     for row in meant:
         if reported.routers and row.router is None:
@@ -313,6 +358,14 @@ def read_rows(reported: Reported) -> list[ReportedRow]:
                 fix=f"Add the router of {row.keys[reported.keys[0]]!r}, or leave the row out with rows.",
             )
     return meant
+
+
+def rows_left_out(reported: Reported) -> Iterator[dict[str, Any]]:
+    """What ``left_out`` leaves out: "row", its keys, "rows", how many they are, and "reason"."""
+    everything = read_rows(reported.model_copy(update={"rows": (), "left_out": ()}))
+    for each in reported.left_out:
+        rows = sum(matches(row.keys, each.row) for row in everything)
+        yield {"row": each.row, "rows": rows, "reason": each.reason}
 
 
 def _row(reported: Reported, line: dict[str, str], where: str) -> ReportedRow:

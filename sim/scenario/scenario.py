@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BeforeValidator, PrivateAttr, model_validat
 from pydantic_core import PydanticCustomError
 
 from servecast.sim.fleet.spec import Fleet, GpuSpec, ReplicaSpec
+from servecast.sim.hardware.front_end_costs import Prompts
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.inputs.schema import (
     Amount,
@@ -34,9 +35,12 @@ from servecast.sim.scenario.reported import Reported
 from servecast.sim.scenario.servers import SERVERS, Server, checked
 from servecast.sim.traffic.arrivals import ClosedLoop
 from servecast.sim.traffic.forms import WorkloadSpec, expand
+from servecast.sim.traffic.inference_perf.workload import InferencePerfWorkload
 from servecast.sim.traffic.spec import PlanSpec, StageSpec, StreamSpec, Sweep, Workload
 
 SCHEMA_VERSION = 1
+KERNELS = "kernels"  # the profile that stands for timings of the GPU's kernels
+PHYSICS = "physics"  # the one that stands for typical efficiencies
 
 
 def shipped_folder() -> Path:
@@ -144,15 +148,21 @@ class Scenario(Model):
     gpu: GpuSpec
     """The GPU of one rank."""
     profile: str | None = None
-    """Name of a shipped profile, or the path of one; ``kernels`` for timings of vLLM's own kernels on this
-    GPU or the nearest that was timed. Without it, step times are physics with typical efficiencies, labelled
-    so."""
+    """Name of a shipped profile, or the path of one or of a GPU's constants. Without it, and with
+    ``kernels``, timings of vLLM's own kernels on this GPU, or on the nearest that was timed, scaled by peaks
+    and bandwidth; ``physics`` for typical efficiencies. Results say which."""
     engine: Annotated[EngineFlags, AfterValidator(checked)]
     """The engine's flags."""
     fleet: Fleet = Fleet()
     """How many engines, behind which router."""
     workload: WorkloadSpec
     """The traffic, one stream or several stages."""
+    prompts: Prompts = "text"
+    """What clients send: ``text``, ``random_text`` (of random token ids, as benchmarks draw, which takes the
+    tokenizer longer), or ``token_ids``, which it need not encode."""
+    network_round_trip_s: NonNegative = 0.0
+    """There and back between client and server, beyond what the profile's front end has of it. It is part of
+    every TTFT, and delays the next request of a closed loop."""
     sweep: Sweep | None = None
     """Levels of the workload's stream, run one after the other."""
     plan: PlanSpec | None = None
@@ -213,8 +223,9 @@ class Scenario(Model):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a result should say about the engine's configuration."""
-        return self.server.notes(self.engine)
+        """What a result should say about the engine's configuration, the router's and the workload's."""
+        said = self.workload.notes() if isinstance(self.workload, InferencePerfWorkload) else ()
+        return (*self.server.notes(self.engine), *self.fleet.notes, *said)
 
     @property
     def changes(self) -> dict[str, Any]:
@@ -297,12 +308,13 @@ class Scenario(Model):
         return self._named_file(self.model.config, "models", "model.config")
 
     def profile_file(self) -> Path | None:
-        """The profile's file, or None without a profile.
+        """The profile's file, or None without one.
 
         Raises:
             InputError: there is none of that name or path.
         """
-        return None if self.profile is None else self._named_file(self.profile, "profiles", "profile")
+        given = None if self.profile in (KERNELS, PHYSICS) else self.profile
+        return None if given is None else self._named_file(given, "profiles", "profile")
 
     def _named_file(self, name: str, kind: str, field: str) -> Path:
         """A shipped file by its name (in any case), or a path relative to the scenario's folder."""

@@ -49,13 +49,17 @@ class Server(Protocol):
         """What a result should say about this configuration: an assumed rule set, ignored flags."""
         ...
 
+    def extra_error(self, flags: EngineFlags) -> float:
+        """What is not modelled of this configuration adds so much to the relative error band."""
+        ...
+
     def resolve(
-        self, flags: EngineFlags, gpu: GPU, max_position_embeddings: int | None, *, where: str = "engine"
+        self, flags: EngineFlags, gpu: GPU, model: ModelShape, *, where: str = "engine"
     ) -> EngineConfig:
         """The flags with its defaults filled in, all but the number of KV blocks.
 
         Args:
-            max_position_embeddings: the longest context of the model's config.
+            model: says the longest context.
             where: what messages call the flags.
 
         Raises:

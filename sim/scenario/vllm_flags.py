@@ -1,33 +1,42 @@
-"""Parses a pasted ``vllm serve ...`` line.
+"""Parses a pasted ``vllm serve ...`` command, of the release that a scenario names.
 
-The flags that vLLM knows are listed in vllm_flags.json. Those that the model of the engine has are taken,
-those that change timing in ways it does not model are refused, all others are accepted and listed as ignored.
+Flags that the model of the engine has are taken. Of those that change time or memory in ways that it does not
+model, the ones that ask for another way of serving are refused, and the ones that ask for other kernels,
+graphs or processes widen the error bands, each by ``FLAG_BAND``. All others are listed as without effect.
 """
 
 from __future__ import annotations
 
-import functools
 import json
 import re
-import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import resources
 from typing import Any
 
 from servecast.sim.inputs.errors import InputError
-from servecast.sim.inputs.schema import did_you_mean
+from servecast.sim.scenario.pasted_command import WHERE, find_serve
+from servecast.sim.scenario.release_flags import read_flag
 
-WHERE = "vllm serve"
+FLAG_BAND = 0.1  # assumed: what another kernel, graph mode or process layout changes
 
 
 @dataclass(frozen=True, slots=True)
 class ServeCommand:
-    """A parsed command: the model's name, the flags taken (as fields of EngineFlags), those ignored."""
+    """A parsed command.
+
+    Attributes:
+        model: the model's name; None without one.
+        flags: those taken, as fields of EngineFlags.
+        ignored: flags without effect here.
+        widening: flags and variables that change time or memory in ways that only widen the error band.
+        release: of vLLM, where a container image says it.
+    """
 
     model: str | None
     flags: dict[str, Any]
     ignored: tuple[str, ...]
+    widening: tuple[str, ...] = ()
+    release: str | None = None
 
 
 def _human_int(text: str) -> int:
@@ -40,8 +49,15 @@ def _human_int(text: str) -> int:
     return int(float(number) * 1000**power) if suffix.islower() else int(number) * 1024**power
 
 
-def _length(text: str) -> int | None:
-    return None if text.lower() in ("auto", "-1") else _human_int(text)
+def _length(text: str) -> int | str:
+    return "auto" if text.lower() in ("auto", "-1") else _human_int(text)
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    found = json.loads(text)
+    if not isinstance(found, dict):
+        raise ValueError
+    return found
 
 
 _TAKEN: dict[str, Callable[[str], Any]] = {
@@ -49,6 +65,8 @@ _TAKEN: dict[str, Callable[[str], Any]] = {
     "quantization": str,
     "kv_cache_dtype": str,
     "tensor_parallel_size": int,
+    "enable_expert_parallel": bool,
+    "hf_overrides": _mapping,
     "max_model_len": _length,
     "max_num_seqs": int,
     "max_num_batched_tokens": _human_int,
@@ -65,13 +83,13 @@ _TAKEN: dict[str, Callable[[str], Any]] = {
     "long_prefill_token_threshold_adaptive": bool,
     "watermark": float,
     "max_num_active_seqs": int,
+    "prefill_schedule_interval": int,
     "performance_mode": str,
     "enforce_eager": bool,
     "max_cudagraph_capture_size": int,
     "stream_interval": int,
 }
-_SAME_AS = {"device_memory_utilization": "gpu_memory_utilization"}
-_REFUSED = {  # flag -> what to do instead; "1" and --no-... ask for nothing
+_REFUSED = {  # flag -> what to do instead
     "pipeline_parallel_size": "Pipeline parallelism is not modelled: use tensor_parallel_size.",
     "data_parallel_size": "Give the number of replicas as fleet.replicas.",
     "decode_context_parallel_size": "Context parallelism is not modelled.",
@@ -83,57 +101,96 @@ _REFUSED = {  # flag -> what to do instead; "1" and --no-... ask for nothing
     "max_num_scheduled_tokens": "Give max_num_batched_tokens.",
     "max_num_partial_prefills": "Give long_prefill_token_threshold.",
     "cpu_offload_gb": "Offloading is not modelled.",
+    "offload_group_size": "Offloading is not modelled.",
     "kv_offloading_size": "Offloading is not modelled.",
+    "kv_transfer_config": "Disaggregated prefill and KV connectors are not modelled: paste it without.",
+    "ec_transfer_config": "Disaggregated encoders are not modelled: paste it without.",
+    "enable_lora": "LoRA adapters are not modelled: paste it without.",
     "enable_dbo": "Dual batch overlap is not modelled.",
+    "quantization_config": "Give a model config whose quantization_config has it.",
+    "scheduler_cls": "Another scheduler is not modelled.",
+    "diffusion_config": "Diffusion models are not modelled.",
+    "mm_encoder_only": "Encoders are not modelled.",
+    "headless": "Paste the command of the first node.",
     "config": "Paste the flags of the file.",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class _Known:
-    """vLLM's flags: what each takes ("switch", "value", "values"), the long form of short ones, and the
-    release of those that only one release has."""
-
-    takes: dict[str, str]
-    short: dict[str, str]
-    only_in: dict[str, str]
-
-
-@functools.cache
-def _known() -> _Known:
-    text = resources.files("servecast.sim.scenario").joinpath("vllm_flags.json").read_text(encoding="utf-8")
-    data = json.loads(text)
-    return _Known(
-        {flag.replace("-", "_"): kind for kind in ("switch", "value", "values") for flag in data[kind]},
-        {short: flag.replace("-", "_") for short, flag in data["short"].items()},
-        {flag.replace("-", "_"): release for release, flags in data["only_in"].items() for flag in flags},
+_WIDENING = frozenset(
+    (  # other kernels, graphs and processes than those of the defaults
+        "additional_config",
+        "all2all_backend",
+        "api_server_count",
+        "attention_backend",
+        "attention_config",
+        "compilation_config",
+        "cuda_graph_sizes",
+        "cudagraph_capture_sizes",
+        "data_parallel_external_lb",
+        "data_parallel_hybrid_lb",
+        "disable_custom_all_reduce",
+        "disable_frontend_multiprocessing",
+        "distributed_executor_backend",
+        "enable_batch_sharded_sampling",
+        "enable_bf16x3_router_gemm",
+        "enable_eplb",
+        "enable_flashinfer_autotune",
+        "enable_multimodal_encoder_data_parallel",
+        "enable_prompt_embeds",
+        "enable_return_routed_experts",
+        "eplb_config",
+        "expert_placement_strategy",
+        "ir_op_priority",
+        "kernel_config",
+        "kv_cache_dtype_skip_layers",
+        "kv_sharing_fast_prefill",
+        "linear_backend",
+        "logits_processors",
+        "max_seq_len_to_capture",
+        "model_class_overrides",
+        "model_impl",
+        "moe_backend",
+        "monokernel",
+        "nnodes",
+        "num_redundant_experts",
+        "optimization_level",
+        "override_attention_dtype",
+        "prefix_match_unit",
+        "renderer_num_workers",
+        "use_fp64_gumbel",
+        "watermark_config",
+        "worker_cls",
     )
+)
+_NOTHING = ("no", "0", "0.0", "", "none", "None", "null", "auto", "False", "false", "{}")
+_DEFAULTS = {  # further values that ask for nothing
+    "optimization_level": "2",
+    "distributed_executor_backend": "mp",
+    **dict.fromkeys(("nnodes", "api_server_count", "renderer_num_workers", "max_num_partial_prefills"), "1"),
+    **dict.fromkeys((flag for flag in _REFUSED if "parallel_size" in flag), "1"),
+}
+_POOLING = {"task": ("auto", "generate"), "runner": ("auto", "generate"), "convert": ("auto", "none")}
+_HARMLESS_VARIABLES = re.compile(
+    r"VLLM_(LOG\w*|CONFIGURE_LOGGING|API_KEY|\w*CACHE_ROOT|\w*CACHE_DIR|\w*PORT|HOST_IP|NO_USAGE_STATS|PLUGINS|"
+    r"DO_NOT_TRACK|USAGE\w*|WORKER_MULTIPROC_METHOD|ALLOW_\w+|\w*TIMEOUT\w*|USE_MODELSCOPE|SERVER_DEV_MODE)"
+)
 
 
-def parse_serve_command(command: str, *, version: str | None = None) -> ServeCommand:
-    """Parse ``vllm serve MODEL --flag value --flag=value --no-flag ...``; dashes or underscores.
+def parse_serve_command(
+    command: str | list[Any] | dict[str, Any], *, version: str | None = None
+) -> ServeCommand:
+    """Parse ``vllm serve MODEL --flag value --flag=value --no-flag --flag.key value`` as vLLM's parser does.
+    See ``find_serve`` for what may stand around it.
 
     With the ``version`` of a release whose flags are known, flags that it does not have are refused.
 
     Raises:
-        InputError: an unknown flag, one that is not modelled, or a value that does not fit.
+        InputError: no such command, an unknown flag, one that is not modelled, or a value that does not fit.
     """
-    try:
-        words = shlex.split(command.replace("\\\n", " "))
-    except ValueError as error:
-        raise InputError(
-            f"cannot be split into words: {error}", where=WHERE, fix="Check the quotes."
-        ) from None
-    if words[:2] != ["vllm", "serve"]:
-        raise InputError(
-            f"{command.strip()[:40]!r} is not a vllm serve command",
-            where=WHERE,
-            fix="Paste it from 'vllm serve' on.",
-        )
-    words = words[2:]
+    pasted = find_serve(command)
+    words = list(pasted.words)
     model: str | None = None
     flags: dict[str, Any] = {}
     ignored: list[str] = []
+    widening = [f"{name}={value}" for name, value in pasted.variables.items() if _widens(name, value)]
     while words:
         word = words.pop(0)
         if not word.startswith("-"):
@@ -145,58 +202,63 @@ def parse_serve_command(command: str, *, version: str | None = None) -> ServeCom
                 )
             model = word
             continue
-        name, takes, value = _flag(word)
-        _check_release(word, name, version)
-        if takes == "values":
+        flag = read_flag(word, version)
+        value = flag.value
+        if flag.takes == "values":
             while words and not words[0].startswith("-"):
                 words.pop(0)
-        elif takes == "value" and value is None:
+        elif flag.takes == "optional":
+            if value is None and words and not words[0].startswith("-"):
+                words.pop(0)
+        elif flag.takes == "value" and value is None:
             if not words:
                 raise InputError(f"{word} has no value", where=WHERE, fix="Give its value after it.")
             value = words.pop(0)
+        name, shown = flag.name, word.split("=", 1)[0]
         if name == "model":
             model = value
         elif name in _REFUSED:
-            if value not in ("1", "no"):
+            if flag.key or not _asks_nothing(name, value):
                 raise InputError(f"{word} cannot be simulated", where=WHERE, fix=_REFUSED[name])
+        elif name in _POOLING and value not in _POOLING[name]:
+            raise InputError(
+                f"{shown} {value} cannot be simulated", where=WHERE, fix="Only generation is modelled."
+            )
+        elif name in _TAKEN and flag.key:
+            if not isinstance(flags.setdefault(name, {}), dict) or _TAKEN[name] is not _mapping:
+                raise InputError(f"{shown} takes no keys", where=WHERE, fix="Give its value as a whole.")
+            _put(flags[name], flag.key, value or "")
         elif name in _TAKEN:
             flags[name] = _value(word, _TAKEN[name], value)
+        elif name in _WIDENING and (flag.key or not _asks_nothing(name, value)):
+            widening.append(shown)
         else:
-            ignored.append(word.split("=", 1)[0])
-    return ServeCommand(model, flags, tuple(ignored))
+            ignored.append(shown)
+    return ServeCommand(model, flags, tuple(ignored), tuple(widening), pasted.release)
 
 
-def _check_release(word: str, name: str, version: str | None) -> None:
-    release = ".".join((version or "").split(".")[:2])
-    only_in = _known().only_in
-    if release in set(only_in.values()) and only_in.get(name, release) != release:
+def _asks_nothing(name: str, value: str | None) -> bool:
+    return value in _NOTHING or (value is not None and value == _DEFAULTS.get(name))
+
+
+def _widens(variable: str, value: str) -> bool:
+    if variable == "VLLM_USE_V1" and value == "0":
         raise InputError(
-            f"vLLM {version} has no {word.split('=', 1)[0]}",
-            where=WHERE,
-            fix=f"Remove it, or use version {only_in[name]}.",
+            "VLLM_USE_V1=0 cannot be simulated", where=WHERE, fix="Only the V1 engine is modelled."
         )
+    widens = variable.startswith("VLLM_") and variable != "VLLM_USE_V1"
+    return widens and _HARMLESS_VARIABLES.fullmatch(variable) is None
 
 
-def _flag(word: str) -> tuple[str, str, str | None]:
-    """Name, what it takes, and the value that the word itself holds ("no" for --no-...)."""
-    takes, short = _known().takes, _known().short
-    head, equals, value = word.partition("=")
-    name = head.lstrip("-").replace("-", "_").split(".", 1)[0]
-    if not head.startswith("--"):
-        name = short.get(head[1:], "optimization_level" if head.startswith("-O") else "")
-        if head.startswith("-O") and head != "-O":
-            return name, "switch", head[2:]
-    name = _SAME_AS.get(name, name)
-    if name in takes:
-        return name, takes[name], value if equals else None
-    if name.startswith("no_") and takes.get(name[3:]) == "switch":
-        return name[3:], "switch", "no"
-    known = [f"--{flag.replace('_', '-')}" for flag in takes]
-    raise InputError(
-        f"vllm serve has no flag {head}",
-        where=WHERE,
-        fix=did_you_mean(head.replace("_", "-"), known) or "Remove it.",
-    )
+def _put(into: dict[str, Any], path: str, text: str) -> None:
+    """``--flag.a.b value``: JSON where it can be read as such, else text."""
+    *outer, last = path.split(".")
+    for key in outer:
+        into = into.setdefault(key, {})
+    try:
+        into[last] = json.loads(text)
+    except ValueError:
+        into[last] = text
 
 
 def _value(word: str, convert: Callable[[str], Any], value: str | None) -> Any:
@@ -206,6 +268,7 @@ def _value(word: str, convert: Callable[[str], Any], value: str | None) -> Any:
     try:
         return convert(value)
     except ValueError:
+        what = "a JSON object" if convert is _mapping else "a number"
         raise InputError(
-            f"{word.split('=', 1)[0]} takes a number, not {value!r}", where=WHERE, fix="Correct the value."
+            f"{word.split('=', 1)[0]} takes {what}, not {value!r}", where=WHERE, fix="Correct the value."
         ) from None

@@ -8,29 +8,43 @@ from typing import Literal
 
 from servecast.sim.engine.config import EngineConfig
 from servecast.sim.engine.engine import Engine
+from servecast.sim.engine.rules import OPTION_SINCE, RULES, has_option, minor_release
 from servecast.sim.engine.vllm_scheduler import VllmScheduler
 from servecast.sim.hardware.gpu import GPU
 from servecast.sim.hardware.memory import KVMemory, kv_memory
 from servecast.sim.hardware.model_shape import ModelShape
 from servecast.sim.hardware.padded_memory import MemoryRisk
 from servecast.sim.hardware.shard import Shard, cudagraph_capture_sizes
+from servecast.sim.hardware.shard import release as release_number
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.inputs.schema import invalid
 from servecast.sim.scenario.engine_flags import EngineFlags
+from servecast.sim.scenario.vllm_flags import FLAG_BAND
 
 GIB = 1 << 30
-_ONLY_032 = {"long_prefill_token_threshold_adaptive": False, "watermark": 0.0, "max_num_active_seqs": None}
 
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """How a vLLM release is modelled: its rule set and what its defaults differ in."""
+    """How a vLLM release is modelled: its rule set and what its defaults differ in.
+
+    large_gpu_defaults: EngineArgs.get_batch_defaults has a row for GPUs of 160 GiB.
+    preparation_round: requests that its API server prepares together, at most: 32 with
+    AsyncMicrobatchTokenizer, which 0.24 has no more; since then one thread prepares them in their order.
+    """
 
     rules: str
     gpu_memory_utilization: float = 0.92
     async_scheduling: bool = True
     scheduler_reserve_full_isl: bool = True
     note: str = ""
+    large_gpu_defaults: bool = False
+    preparation_round: int = 32
+
+
+def _number(release: str) -> float:
+    major, _, minor = release.partition(".")
+    return 1000 * int(major) + int(minor or 0)
 
 
 RELEASES = {
@@ -38,33 +52,49 @@ RELEASES = {
         "0.23", 0.9, False, False, "vLLM 0.10 is run under the rules of 0.23, simplified to its age"
     ),
     "0.19": Release("0.23", 0.9, note="vLLM 0.19 is run under the rules of 0.23"),
-    "0.23": Release("0.23"),
-    "0.32": Release("0.32"),
+    **{
+        release: Release(
+            release,
+            large_gpu_defaults=_number(release) >= _number("0.28"),
+            preparation_round=1 if _number(release) >= _number("0.24") else 32,
+        )
+        for release in RULES
+    },
 }
+NEWEST = max(RELEASES, key=_number)
+UNKNOWN_RELEASE_BAND = 0.1  # assumed: what a release without a rule set may have changed
 
 
 def release_of(flags: EngineFlags) -> str:
-    """The name of the release in ``RELEASES`` that a vLLM version is modelled as. Raises as ``check``."""
-    release = ".".join(flags.version.split(".")[:2])
+    """The name of the release in ``RELEASES`` that a vLLM version is modelled as: its own, the newest for one
+    to come, the nearest with ``assume_rules``. Raises as ``check``."""
+    release = minor_release(flags.version)
     if release in RELEASES:
         return release
-    if not flags.assume_rules:
-        raise invalid(
-            f"no rule set for vLLM {flags.version!r}",
-            f"Use one of {', '.join(RELEASES)}, or set assume_rules to run under the nearest one.",
-            at="version",
-        )
-    numbers = {name: _number(name) for name in RELEASES}
     try:
-        wanted = _number(release)
+        if _number(release) > _number(NEWEST) or flags.assume_rules:
+            return _nearest(release)
     except ValueError:
         raise invalid(f"{flags.version!r} is not a version", "Write it as 0.32.", at="version") from None
+    raise invalid(
+        f"no rule set for vLLM {flags.version!r}",
+        f"Use 0.10, 0.19, or {min(RULES)} to {NEWEST}, or set assume_rules to run under the nearest of them.",
+        at="version",
+    )
+
+
+def preparation_round(version: str | None) -> int:
+    """See ``Release``, of the release nearest to a vLLM version; where none is known, of the newest."""
+    try:
+        name = _nearest(minor_release(version or ""))
+    except ValueError:
+        name = NEWEST
+    return RELEASES[name].preparation_round
+
+
+def _nearest(release: str) -> str:
+    wanted, numbers = _number(release), {name: _number(name) for name in RELEASES}
     return min(numbers, key=lambda name: (abs(numbers[name] - wanted), -numbers[name]))
-
-
-def _number(release: str) -> float:
-    major, _, minor = release.partition(".")
-    return 1000 * int(major) + int(minor or 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,30 +108,56 @@ class Vllm:
         return f"vLLM {version}"
 
     def check(self, flags: EngineFlags) -> None:
-        if RELEASES[release_of(flags)].rules == "0.23":
-            for name, default in _ONLY_032.items():
-                if getattr(flags, name) != default:
-                    raise invalid(
-                        f"vLLM {flags.version} has no {name}", "Remove it, or use version 0.32.", at=name
-                    )
+        release = RELEASES[release_of(flags)].rules
+        for name, since in OPTION_SINCE.items():
+            given = getattr(flags, name) != EngineFlags.model_fields[name].default
+            if given and not has_option(release, name) and name != "prefill_schedule_interval":
+                raise invalid(
+                    f"vLLM {flags.version} has no {name}", f"Remove it, or use version {since}.", at=name
+                )
 
     def notes(self, flags: EngineFlags) -> tuple[str, ...]:
         release, notes = release_of(flags), []
-        if ".".join(flags.version.split(".")[:2]) != release:
+        if minor_release(flags.version) != release:
             notes.append(f"vLLM {flags.version} has no rule set; assumed to behave as {release}")
+        if flags.prefill_schedule_interval > 1 and not _keeps_prefills_apart(release):
+            notes.append(
+                f"prefill_schedule_interval has no effect in vLLM {release} without data parallelism"
+            )
         if RELEASES[release].note:
             notes.append(RELEASES[release].note)
-        if flags.serve_command is not None and flags.serve_command.ignored:
-            notes.append(f"flags without effect here: {', '.join(flags.serve_command.ignored)}")
+        command = flags.serve_command
+        if command is not None and command.release and minor_release(command.release) != release:
+            notes.append(
+                f"the command's image is vLLM {command.release}, engine.version says {flags.version}"
+            )
+        if command is not None and command.widening:
+            notes.append(
+                f"not modelled, and {FLAG_BAND:.0%} more error for each: {', '.join(command.widening)}"
+            )
+        if command is not None and command.ignored:
+            notes.append(f"flags without effect here: {', '.join(command.ignored)}")
         return tuple(notes)
 
+    def extra_error(self, flags: EngineFlags) -> float:
+        command = flags.serve_command
+        unknown = minor_release(flags.version) not in RELEASES
+        return FLAG_BAND * (len(command.widening) if command else 0) + UNKNOWN_RELEASE_BAND * unknown
+
     def resolve(
-        self, flags: EngineFlags, gpu: GPU, max_position_embeddings: int | None, *, where: str = "engine"
+        self, flags: EngineFlags, gpu: GPU, model: ModelShape, *, where: str = "engine"
     ) -> EngineConfig:
+        if flags.dtype == "bfloat16" and (0, 0) < gpu.capability < (8, 0):
+            raise InputError(
+                f"vLLM refuses bfloat16 on a {gpu.name}, whose compute capability is below 8.0",
+                where=f"{where}.dtype",
+                fix="Use float16, which takes the same time, or leave it out.",
+            )
         # EngineArgs.get_batch_defaults, and what follows it
-        max_model_len = flags.longest_context(max_position_embeddings, where)
+        positions = model.longest_context(release_number(flags.version))
+        max_model_len = flags.longest_context(positions, where, default=model.default_positions)
         release = RELEASES[release_of(flags)]
-        tokens, seqs = _batch_defaults(gpu, release.rules, flags.tensor_parallel_size)
+        tokens, seqs = _batch_defaults(gpu, release, flags.tensor_parallel_size)
         if flags.performance_mode == "throughput":
             tokens, seqs = 2 * tokens, 2 * seqs
         max_num_seqs = flags.max_num_seqs or seqs
@@ -142,7 +198,8 @@ class Vllm:
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=tokens,
-            **defaults,
+            preparation_round=release.preparation_round,
+            **defaults | ({} if _keeps_prefills_apart(release.rules) else {"prefill_schedule_interval": 1}),
         )
 
     def shard(self, flags: EngineFlags, config: EngineConfig, model: ModelShape, gpu: GPU) -> Shard:
@@ -155,20 +212,23 @@ class Vllm:
                 capability=gpu.capability,
                 max_capture_size=flags.max_cudagraph_capture_size,
             )
-        kv_dtype_bytes = 1 if flags.kv_cache_dtype.startswith("fp8") else 2
+        asked = {"auto": model.kv_bytes_each, "bfloat16": 2, "float16": 2}
         return Shard(
-            model, gpu, flags.tensor_parallel_size, kv_dtype_bytes=kv_dtype_bytes, cudagraph_sizes=sizes
+            model,
+            gpu,
+            flags.tensor_parallel_size,
+            kv_dtype_bytes=asked.get(flags.kv_cache_dtype, 1),
+            expert_parallel=flags.enable_expert_parallel,
+            cudagraph_sizes=sizes,
         )
 
     def memory(self, flags: EngineFlags, config: EngineConfig, shard: Shard) -> KVMemory:
         return kv_memory(
             shard,
+            config,
             version=flags.version,
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            max_model_len=config.max_model_len,
-            gpu_memory_utilization=config.gpu_memory_utilization,
-            block_size=config.block_size,
+            fit_max_model_len=flags.fits_max_model_len,
+            compile_cache=flags.compile_cache,
             kv_cache_memory_bytes=flags.kv_cache_memory_bytes,
             num_gpu_blocks_override=flags.num_gpu_blocks_override,
         )
@@ -182,12 +242,16 @@ class Vllm:
         return True
 
 
-def _batch_defaults(gpu: GPU, rules: str, world_size: int) -> tuple[int, int]:
+def _keeps_prefills_apart(release: str) -> bool:
+    return has_option(RELEASES[release].rules, "prefill_schedule_interval")
+
+
+def _batch_defaults(gpu: GPU, release: Release, world_size: int) -> tuple[int, int]:
     """max_num_batched_tokens and max_num_seqs of vLLM's API server. They go by the memory that the device
     reports: an "80 GB" A100 has 79 GiB."""
     if gpu.name.lower() == "cpu":
         return 2048 * world_size, 128 * world_size
-    if gpu.memory_bytes >= 160 * GIB and rules == "0.32":
+    if gpu.memory_bytes >= 160 * GIB and release.large_gpu_defaults:
         return 16384, 1024
     if gpu.memory_bytes >= 70 * GIB and "a100" not in gpu.name.lower():
         return 8192, 1024

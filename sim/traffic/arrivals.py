@@ -23,10 +23,12 @@ Draw = Callable[[int], Times]
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """How much a stream sends: a number of requests, or all that arrive before ``duration_s``, or both."""
+    """How much a stream sends: a number of requests, or all that arrive before ``duration_s``, or both.
+    closed_loop: requests to draw where only the duration ends a closed loop."""
 
     num_requests: int | None
     duration_s: float | None
+    closed_loop: int = 0
 
     def count(self, rate: float) -> int:
         """The number of requests of a law that fixes it in advance: int(rate x duration_s), at least 1."""
@@ -220,8 +222,7 @@ class ClosedLoop(Model):
 
     def times(self, extent: Extent, rng: np.random.Generator) -> Times:
         """Zeros: the stream's ``max_concurrency`` does the rest."""
-        assert extent.num_requests is not None
-        return np.zeros(extent.num_requests)
+        return np.zeros(extent.num_requests or max(extent.closed_loop, self.concurrency))
 
 
 def _kind(data: Any) -> str | None:

@@ -8,6 +8,7 @@ a later stage goes on drawing, except that ``content: repeat`` starts over with 
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +21,9 @@ from servecast.sim.inputs.errors import InputError
 from servecast.sim.traffic.arrivals import ClosedLoop, Extent, Times, replay
 from servecast.sim.traffic.content import ContentIds, Repeat, Same, SharedPrefix, Unique
 from servecast.sim.traffic.lengths import Tokens
-from servecast.sim.traffic.spec import StreamSpec, Workload, at_rate
-from servecast.sim.traffic.traces import Trace, TraceSpec
+from servecast.sim.traffic.spec import StreamSpec, Workload
+from servecast.sim.traffic.trace_spec import TraceSpec
+from servecast.sim.traffic.traces import Trace
 
 Parts = tuple[tuple[int, int], ...]
 
@@ -64,16 +66,13 @@ def with_request_rate(
         shares = [rate / sum(rates) for rate in rates]
     scaled = {}
     for stream, share in zip(front, shares, strict=True):
-        changes: dict[str, Any] = {}
-        if stream.trace is not None and stream.arrivals is None:
-            changes["trace"] = stream.trace.model_copy(update={"request_rate": request_rate * share})
-        else:
-            try:
-                changes["arrivals"] = at_rate(stream.arrivals, request_rate * share)
-            except PydanticCustomError as error:
-                context = error.context or {}
-                raise InputError(context["what"], where="workload.arrivals", fix=context["fix"]) from None
-        if num_requests is not None or duration_s is not None:
+        more = num_requests is not None or duration_s is not None
+        try:
+            changes = stream.at_rate(request_rate * share, repeat=more)
+        except PydanticCustomError as error:
+            context = error.context or {}
+            raise InputError(context["what"], where="workload.arrivals", fix=context["fix"]) from None
+        if more:
             changes["num_requests"] = None if num_requests is None else max(1, round(num_requests * share))
             changes["duration_s"] = duration_s
         scaled[stream.name] = stream.model_copy(update=changes)
@@ -103,8 +102,14 @@ class _Generators:
         self.cycle: npt.NDArray[np.int64] | None = None
 
 
-def draw(workload: Workload, seed: int) -> list[Stage]:
+CLOSED_LOOP_REQUESTS = 1024
+
+
+def draw(workload: Workload, seed: int, *, closed_loop: int = CLOSED_LOOP_REQUESTS) -> list[Stage]:
     """Draw the workload's requests, which count from 0 over all stages, and are the same whoever draws them.
+
+    Args:
+        closed_loop: requests of each closed loop that only its duration ends.
 
     Raises:
         InputError: a trace cannot be read or is too short.
@@ -117,7 +122,7 @@ def draw(workload: Workload, seed: int) -> list[Stage]:
         for stream in stage.streams:
             if stream.name not in generators:
                 generators[stream.name] = _Generators(arrivals, lengths, content)
-            drawn[-1].append(_draw(stream, generators[stream.name]))
+            drawn[-1].append(_draw(stream, generators[stream.name], closed_loop))
 
     texts: dict[str, set[int]] = {}  # text -> lengths at which a prompt leaves it
     for stage, numbers in zip(workload.stages, drawn, strict=True):
@@ -133,18 +138,18 @@ def draw(workload: Workload, seed: int) -> list[Stage]:
         for stream, d in zip(stage.streams, numbers, strict=True):
             requests = _requests(stream, d, _parts(stream, d, ids, texts), request_id)
             request_id += len(requests)
-            limit = stream.max_concurrency
+            limit, until_s = stream.max_concurrency, None
             if isinstance(stream.arrivals, ClosedLoop):
-                limit = stream.arrivals.concurrency
-            streams.append(Stream(stream.name, requests, limit, stream.background))
+                limit, until_s = stream.arrivals.concurrency, stream.duration_s
+            streams.append(Stream(stream.name, requests, limit, stream.background, until_s))
         name = stage.name or (f"stage {index}" if len(workload.stages) > 1 else "all")
         end_s = None if stage.polling is None else stage.polling.end_s
         stages.append(Stage(name, streams, stage.drain, stage.duration_s, end_s))
     return stages
 
 
-def _draw(stream: StreamSpec, rngs: _Generators) -> _Drawn:
-    extent = Extent(num_requests=stream.num_requests, duration_s=stream.duration_s)
+def _draw(stream: StreamSpec, rngs: _Generators, closed_loop: int) -> _Drawn:
+    extent = Extent(stream.num_requests, stream.duration_s, closed_loop)
     if stream.trace is not None:
         return _draw_trace(stream, stream.trace, extent, rngs)
     assert stream.arrivals is not None
@@ -179,21 +184,38 @@ def _which_prompt(content: SharedPrefix, n: int, rngs: _Generators) -> npt.NDArr
 
 def _draw_trace(stream: StreamSpec, spec: TraceSpec, extent: Extent, rngs: _Generators) -> _Drawn:
     trace = spec.read()
-    if stream.arrivals is None:
-        times = replay(trace.times_s, spec.request_rate, extent)
-    else:
+    wanted = 0 if extent.num_requests is None or extent.duration_s is not None else extent.num_requests
+    times = None
+    if stream.arrivals is not None:
         if extent.num_requests is None and extent.duration_s is None:
             extent = Extent(num_requests=len(trace), duration_s=None)
         times = stream.arrivals.times(extent, rngs.arrivals)
-    wanted = max(len(times), stream.num_requests or 0 if stream.duration_s is None else 0)
-    if wanted > len(trace):
+        if isinstance(stream.arrivals, ClosedLoop) and not spec.repeat and extent.num_requests is None:
+            times = times[: len(trace)]
+        wanted = len(times)
+    elif spec.request_rate is not None and len(trace) > 0 and trace.times_s[-1] <= 0:
+        raise InputError(
+            "all its requests come at once, so there is no rate to change",
+            where=str(spec.path),
+            fix="Give the workload arrivals with a request_rate, or remove the rate.",
+        )
+    elif spec.repeat and extent.duration_s is not None:
+        rate = spec.request_rate or len(trace) / float(trace.times_s[-1] or math.inf)
+        wanted = extent.num_requests or math.ceil(rate * extent.duration_s) + 1
+    if spec.repeat:
+        trace = trace.repeated(-(-wanted // len(trace)))
+    elif wanted > len(trace):
         raise InputError(
             f"the trace has {len(trace)} requests, {wanted} are wanted",
             where=str(spec.path),
-            fix="Lower num_requests, duration_s or the rate, or give a longer trace.",
+            fix="Lower num_requests, duration_s or the rate, give a longer trace, or set its repeat to true.",
         )
+    if times is None:
+        times = replay(trace.times_s, spec.request_rate, extent)
     trace = trace.take(slice(len(times)))
-    return _Drawn(times + stream.start_s, trace.prompt_tokens, trace.output_tokens, trace=trace)
+    return _Drawn(
+        times + stream.start_s, trace.prompt_tokens, trace.output_tokens, group=trace.sessions, trace=trace
+    )
 
 
 def _parts(stream: StreamSpec, d: _Drawn, ids: ContentIds, texts: dict[str, set[int]]) -> list[Parts]:
@@ -283,10 +305,22 @@ def _requests(stream: StreamSpec, d: _Drawn, parts: list[Parts], first_id: int) 
     ]
 
 
-def check_lengths(stages: list[Stage], max_model_len: int, *, where: str) -> None:
-    """Refuse requests that the server would refuse: prompt and ``max_tokens`` beyond ``max_model_len``."""
+LONGEST_S = 90 * 86_400.0  # a run's clock counts picoseconds in 63 bits: 106 days
+
+
+def check_requests(stages: list[Stage], max_model_len: int, *, where: str) -> None:
+    """Refuse requests that the server would refuse: prompt and ``max_tokens`` beyond ``max_model_len``. And
+    those that come later than can be simulated."""
     for stage in stages:
         for stream in stage.streams:
+            last_s = max((request.arrival_s for request in stream.requests), default=0.0)
+            if last_s > LONGEST_S:
+                raise InputError(
+                    f"requests arrive over {last_s / 86_400:.4g} days (stage {stage.name!r}, stream "
+                    f"{stream.name!r}), more than {LONGEST_S / 86_400:.0f}",
+                    where=where,
+                    fix="Give fewer requests or a higher rate; of a trace a window (from, to).",
+                )
             for request in stream.requests:
                 if request.prompt_tokens + request.max_tokens > max_model_len:
                     raise InputError(

@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Discriminator, Tag
 
 from servecast.sim.inputs.schema import invalid, within
-from servecast.sim.traffic.inference_perf import InferencePerfWorkload
+from servecast.sim.traffic.inference_perf.workload import InferencePerfWorkload
 from servecast.sim.traffic.spec import StageSpec, StreamSpec, Sweep, Workload
 
 

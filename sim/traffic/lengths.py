@@ -153,6 +153,73 @@ class Empirical(Model):
         return values
 
 
+class InferencePerfLengths(Model):
+    """inference-perf's ``Distribution``: whole numbers from ``min`` to ``max``, to which others are set.
+
+    Its generators differ: that of ``random`` and ``synthetic`` data shifts a lognormal to start at ``min``,
+    that of ``shared_prefix`` data does not, and draws a uniform up to ``max`` + 1.
+    """
+
+    kind: Literal["inference_perf"] = "inference_perf"
+    generator: Literal["random", "shared_prefix"] = "random"
+    """Whose."""
+    type: Literal["normal", "skew_normal", "lognormal", "uniform", "poisson", "fixed"] = "normal"
+    """Shape; a ``fixed`` one is ``mean``, whatever the bounds."""
+    min: Count = 10
+    """Shortest."""
+    max: Count = 1024
+    """Longest."""
+    mean: Positive = 512.0
+    """Mean, before draws are set to the bounds."""
+    std_dev: NonNegative = 200.0
+    """Standard deviation, likewise."""
+    skew: Annotated[float, Field(strict=True)] = 0.0
+    """Shape of a ``skew_normal``."""
+    tokens_each: Positive = 1.0
+    """Tokens that the server counts for each of these."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> InferencePerfLengths:
+        if self.min > self.max:
+            raise invalid(f"min {self.min} is above max {self.max}", "Swap or correct them.")
+        if self.generator == "random":
+            if self.type in ("skew_normal", "poisson"):
+                raise invalid(
+                    f"{self.type} lengths are for shared_prefix data alone", "Use normal.", at="type"
+                )
+            if self.type == "normal" and not self.min <= self.mean <= self.max:
+                what = f"mean {self.mean:g} is not between min {self.min} and max {self.max}"
+                raise invalid(what, "inference-perf refuses that, too: correct them.", at="mean")
+        return self
+
+    def draw(self, n: int, rng: np.random.Generator) -> Tokens:
+        """``n`` lengths."""
+        if self.type == "fixed":
+            whole = np.full(n, int(self.mean))
+        else:
+            whole = np.rint(np.clip(self._raw(n, rng), self.min, self.max))
+        tokens: Tokens = np.maximum(np.rint(whole * self.tokens_each), 1).astype(np.int64)
+        return tokens
+
+    def _raw(self, n: int, rng: np.random.Generator) -> npt.NDArray[np.float64]:
+        low, mean, std_dev, of_random = self.min, self.mean, self.std_dev, self.generator == "random"
+        if self.type == "uniform":
+            return rng.uniform(low, self.max if of_random else self.max + 1, n)
+        if self.type == "poisson":
+            return rng.poisson(mean, n).astype(np.float64)
+        if self.type == "lognormal":
+            shift = low if of_random else 0
+            above = mean - shift if mean > shift else 1.0
+            variance = math.log1p((std_dev / above) ** 2)
+            return shift + rng.lognormal(math.log(above) - variance / 2, math.sqrt(variance), n)
+        unit = rng.standard_normal(n)
+        if self.type == "skew_normal":  # Azzalini 1985
+            delta = self.skew / math.sqrt(1 + self.skew**2)
+            other = delta * unit + math.sqrt(1 - delta**2) * rng.standard_normal(n)
+            unit = np.where(unit >= 0, other, -other)
+        return mean + std_dev * unit
+
+
 def _kind(data: Any) -> str | None:
     if isinstance(data, dict):
         kind = data.get("kind")
@@ -164,6 +231,7 @@ Lengths = Annotated[
     Annotated[Fixed, Tag("fixed")]
     | Annotated[Uniform, Tag("uniform")]
     | Annotated[Lognormal, Tag("lognormal")]
-    | Annotated[Empirical, Tag("empirical")],
+    | Annotated[Empirical, Tag("empirical")]
+    | Annotated[InferencePerfLengths, Tag("inference_perf")],
     Discriminator(_kind),
 ]

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from servecast.sim.inputs.errors import InputError
 from servecast.sim.inputs.schema import Amount, Count, Flag, Model, NonNegative, Positive, invalid, within
 from servecast.sim.traffic.arrivals import (
     Arrivals,
@@ -19,7 +20,7 @@ from servecast.sim.traffic.arrivals import (
 )
 from servecast.sim.traffic.content import Content, Unique
 from servecast.sim.traffic.lengths import Lengths
-from servecast.sim.traffic.traces import TraceSpec
+from servecast.sim.traffic.trace_spec import TraceSpec
 
 Row = dict[str, int | float | str]  # keys of a reported table's row, and their values
 
@@ -85,6 +86,27 @@ class StreamSpec(Model):
             )
         return self
 
+    @property
+    def own_arrivals(self) -> bool:
+        """Whether the arrivals are those of its trace."""
+        return self.trace is not None and self.arrivals is None
+
+    def at_rate(self, request_rate: float, *, repeat: bool) -> dict[str, Any]:
+        """The fields that change at another rate: a trace's own arrivals are stretched to it.
+
+        Args:
+            repeat: begin the trace anew where more requests are wanted than it has.
+
+        Raises:
+            PydanticCustomError: the arrivals have no rate.
+        """
+        if self.trace is not None:
+            trace = self.trace.model_copy(update={"repeat": self.trace.repeat or repeat})
+            if self.own_arrivals:
+                return {"trace": trace.model_copy(update={"request_rate": request_rate})}
+            return {"trace": trace, "arrivals": at_rate(self.arrivals, request_rate)}
+        return {"arrivals": at_rate(self.arrivals, request_rate)}
+
     def check_complete(self) -> None:
         """Refuse a stream whose arrivals are not all given (as that of a sweep, before its levels)."""
         law = self.arrivals
@@ -93,8 +115,8 @@ class StreamSpec(Model):
         own_end = self.trace is not None or isinstance(law, Timestamps)
         if self.num_requests is None and self.duration_s is None and not own_end:
             raise invalid("the stream has no end", "Give num_requests or duration_s.")
-        by_count = isinstance(law, ClosedLoop) or (
-            isinstance(law, VllmBench) and (law.ramp_up_strategy is not None or math.isinf(law.request_rate))
+        by_count = isinstance(law, VllmBench) and (
+            law.ramp_up_strategy is not None or math.isinf(law.request_rate)
         )
         if by_count and self.duration_s is not None:
             what = "these arrivals are a number of requests, not a duration"
@@ -214,7 +236,8 @@ class Sweep(Model):
             changes["arrivals"] = ClosedLoop(kind="closed_loop", concurrency=level.concurrency)
             row = row or {"concurrency": level.concurrency}
         elif level.request_rate is not None:
-            changes["arrivals"] = at_rate(stream.arrivals, level.request_rate)
+            more = level.num_requests is not None or level.duration_s is not None
+            changes |= stream.at_rate(level.request_rate, repeat=more)
             row = row or {"request_rate": level.request_rate}
         at_level = stream.model_copy(update=changes)
         at_level.check_complete()
@@ -233,7 +256,7 @@ class PlanSpec(Model):
     """The open-loop traffic that ``plan`` probes: what differs from the workload's (first) stream."""
 
     arrivals: Literal["poisson", "gamma", "constant", "vllm_bench"] = "poisson"
-    """Arrival law."""
+    """Arrival law. A trace keeps its own arrivals unless this is given."""
     burstiness: Positive | None = None
     """Shape of the gaps under ``gamma`` and ``vllm_bench``."""
     num_requests: Count | None = None
@@ -260,7 +283,11 @@ class PlanSpec(Model):
         return self
 
     def of(self, stream: StreamSpec) -> StreamSpec:
-        """The stream to probe, at 1 request/s."""
+        """The stream to probe, at 1 request/s, or where it keeps a trace's arrivals at the trace's rate.
+
+        Raises:
+            InputError: the plan has what the stream's trace has.
+        """
         burstiness = self.burstiness or 1.0
         laws: dict[str, Arrivals] = {
             "poisson": Poisson(kind="poisson", request_rate=1.0),
@@ -269,10 +296,15 @@ class PlanSpec(Model):
             "vllm_bench": VllmBench(kind="vllm_bench", request_rate=1.0, burstiness=burstiness),
         }
         no_extent = self.num_requests is None and self.duration_s is None
-        content = stream.content if self.keep_content else self.content
+        law: Arrivals | None = laws[self.arrivals]
+        if stream.trace is not None:
+            self._check_beside_trace()
+            if not {"arrivals", "burstiness"} & self.model_fields_set:
+                law = None if isinstance(stream.arrivals, ClosedLoop | Timestamps) else stream.arrivals
+        own = self.keep_content or (stream.trace is not None and "content" not in self.model_fields_set)
         changes: dict[str, Any] = {
-            "arrivals": laws[self.arrivals],
-            "content": content if stream.trace is None else None,
+            "arrivals": law,
+            "content": stream.content if own else self.content,
             "max_concurrency": None,
             "num_requests": 1000 if no_extent else self.num_requests,
             "duration_s": self.duration_s,
@@ -281,6 +313,18 @@ class PlanSpec(Model):
             if getattr(self, name) is not None:
                 changes[name] = getattr(self, name)
         return stream.model_copy(update=changes)
+
+    def _check_beside_trace(self) -> None:
+        """Refuse what a trace has itself."""
+        given = [name for name in ("prompt_tokens", "output_tokens") if getattr(self, name) is not None]
+        if not isinstance(self.content, Unique):
+            given.append("content")
+        if given:
+            raise InputError(
+                f"{given[0]} for the plan of a trace, which has its own",
+                where=f"plan.{given[0]}",
+                fix="Remove it.",
+            )
 
 
 def at_rate(law: Arrivals | None, request_rate: float) -> Arrivals:

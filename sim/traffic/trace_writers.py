@@ -1,11 +1,9 @@
-"""Writers of the trace formats that traces.py reads, and the trace of a simulated workload."""
+"""Writes a trace as vLLM replays it, and makes the trace of a simulated workload."""
 
 from __future__ import annotations
 
-import csv
-import datetime
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from itertools import count
 from pathlib import Path
 
@@ -14,13 +12,6 @@ import numpy as np
 from servecast.sim.engine.request import Request
 from servecast.sim.traffic.traces import HashIds, Trace
 
-AZURE_START = datetime.datetime(2023, 11, 16, 18, 0, 0)
-
-
-def write_mooncake(trace: Trace, path: Path) -> None:
-    """Write Mooncake's JSONL. Times are rounded to the format's whole milliseconds."""
-    _write_json(trace, path, [round(t * 1e3) for t in trace.times_s.tolist()])
-
 
 def write_timed_trace(trace: Trace, path: Path) -> None:
     """Write vLLM's timed_trace JSONL, times in seconds.
@@ -28,13 +19,9 @@ def write_timed_trace(trace: Trace, path: Path) -> None:
     vLLM builds the prompts from the hash ids alone, so where the trace has none each block gets its own.
     Replay with ``--timed-trace-chunk-hash-size`` set to the trace's ``block_tokens``.
     """
-    _write_json(trace, path, trace.times_s.tolist())
-
-
-def _write_json(trace: Trace, path: Path, times: Iterable[float]) -> None:
     fresh = count()
     with path.open("w", encoding="utf-8") as file:
-        for row, time in enumerate(times):
+        for row, time in enumerate(trace.times_s.tolist()):
             prompt = int(trace.prompt_tokens[row])
             if trace.hash_ids is None:
                 ids = [next(fresh) for _ in range(-(-prompt // trace.block_tokens))]
@@ -43,34 +30,6 @@ def _write_json(trace: Trace, path: Path, times: Iterable[float]) -> None:
             output = int(trace.output_tokens[row])
             record = {"timestamp": time, "input_length": prompt, "output_length": output, "hash_ids": ids}
             file.write(json.dumps(record) + "\n")
-
-
-def write_azure(trace: Trace, path: Path, *, start: datetime.datetime = AZURE_START) -> None:
-    """Write Azure's CSV, times to 100 ns from ``start``."""
-    first = np.datetime64(start, "ns")
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["TIMESTAMP", "ContextTokens", "GeneratedTokens"])
-        for time, prompt, output in _rows(trace):
-            stamp = str(first + np.timedelta64(round(time * 1e7) * 100, "ns"))[:-2]
-            writer.writerow([stamp.replace("T", " "), prompt, output])
-
-
-def write_burstgpt(trace: Trace, path: Path, *, model: str = "GPT-4") -> None:
-    """Write BurstGPT's CSV. vLLM's reader keeps the rows of model "GPT-4" only."""
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(
-            ["Timestamp", "Model", "Request tokens", "Response tokens", "Total tokens", "Log Type"]
-        )
-        for time, prompt, output in _rows(trace):
-            writer.writerow([time, model, prompt, output, prompt + output, "API log"])
-
-
-def _rows(trace: Trace) -> Iterator[tuple[float, int, int]]:
-    yield from zip(
-        trace.times_s.tolist(), trace.prompt_tokens.tolist(), trace.output_tokens.tolist(), strict=True
-    )
 
 
 def from_requests(requests: Iterable[Request], *, block_tokens: int = 16) -> Trace:
@@ -104,11 +63,3 @@ def from_requests(requests: Iterable[Request], *, block_tokens: int = 16) -> Tra
         hash_ids,
         block_tokens,
     )
-
-
-WRITERS: dict[str, Callable[[Trace, Path], None]] = {
-    "mooncake": write_mooncake,
-    "azure": write_azure,
-    "burstgpt": write_burstgpt,
-    "timed_trace": write_timed_trace,
-}

@@ -9,15 +9,19 @@ import hashlib
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pandas as pd
 from places import DATA
 from small_scenarios import small
 
+from servecast.sim.engine.scheduler import Scheduler
 from servecast.sim.metrics.records import Run
 from servecast.sim.run.simulate import simulate
 from servecast.sim.scenario.scenario import Scenario
+from servecast.sim.scenario.servers import SERVERS
+from servecast.sim.scenario.vllm_server import Vllm
 
 KEPT = DATA / "golden" / "engine.json"
 LOGNORMAL = {
@@ -106,7 +110,7 @@ def _digest(column: pd.Series[Any]) -> str:
 if __name__ == "__main__":
     from tempfile import TemporaryDirectory
 
-    with TemporaryDirectory() as home:
+    with TemporaryDirectory() as home, patch.dict(SERVERS, vllm=Vllm(Scheduler)):
         found = {name: digests(simulate(scenario(Path(home), name))) for name in WORKLOADS}
     KEPT.parent.mkdir(exist_ok=True)
     KEPT.write_text(json.dumps(found, indent=1) + "\n", "utf-8")

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
 import stat
 import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from socketserver import StreamRequestHandler, ThreadingTCPServer
 from types import TracebackType
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
+
+from servecast.sim.run.simulate import simulate
+from servecast.sim.scenario.scenario import load
+from servecast.sim.traffic.draw import replayed
+from servecast.sim.traffic.traces import read_timed_trace
 
 METRICS = """# HELP vllm:num_requests_running Number of requests in model execution batches.
 # TYPE vllm:num_requests_running gauge
@@ -127,45 +133,62 @@ class FakeServer:
 
 
 def fake_python(folder: Path) -> Path:
-    """A "Python with vLLM" whose ``vllm bench serve`` simulates the trace: see ``bench``."""
+    """A "Python with vLLM" whose ``vllm bench serve`` simulates the trace: see ``bench``.
+
+    It is a program of its own, which lets this process do the work: what it needs is imported here already.
+    """
     file = folder / "python"
-    tests = Path(__file__).resolve().parent
     file.write_text(
-        f"#!{sys.executable}\nimport sys\nsys.path.insert(0, {str(tests)!r})\n"
-        "from live_fakes import bench\nsys.exit(bench(sys.argv))\n"
+        f"""#!{sys.executable} -IS
+import json, os, socket, sys
+with socket.create_connection(("127.0.0.1", {_benches()})) as here:
+    stream = here.makefile("rw")
+    print(json.dumps([sys.argv, {{**os.environ}}]), file=stream, flush=True)
+    code, said = json.loads(stream.readline())
+print(said)
+sys.exit(code)
+"""
     )
     file.chmod(file.stat().st_mode | stat.S_IXUSR)
     return file
 
 
-def bench(argv: list[str]) -> int:
-    """Write the result that a server would give that is the scenario $FAKE_SCENARIO, $FAKE_SLOWER times as
-    slow, and whose first $FAKE_CUT streams break off; $FAKE_SAYS makes it fail with that text."""
-    if "bench" not in argv:
-        print("0.32.0")
-        return 0
-    if text := os.environ.get("FAKE_SAYS"):
-        print(text.replace("KEY", os.environ.get("OPENAI_API_KEY", "")))
-        return 1
+@cache
+def _benches() -> int:
+    """The port where this process does what a ``fake_python`` is asked for."""
 
-    from servecast.sim.run.simulate import simulate
-    from servecast.sim.scenario.scenario import load
-    from servecast.sim.traffic.draw import replayed
-    from servecast.sim.traffic.traces import read_timed_trace
+    class Handler(StreamRequestHandler):
+        def handle(self) -> None:
+            self.wfile.write(json.dumps(bench(*json.loads(self.rfile.readline()))).encode() + b"\n")
+
+    server = ThreadingTCPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return int(server.server_address[1])
+
+
+def bench(argv: list[str], environment: dict[str, str]) -> tuple[int, str]:
+    """Write the result that a server would give that is the scenario $FAKE_SCENARIO, $FAKE_SLOWER times as
+    slow, and whose first $FAKE_CUT streams break off; $FAKE_SAYS makes it fail with that text. Exit code and
+    what it prints."""
+    if "bench" not in argv:
+        return 0, "0.32.0"
+    if text := environment.get("FAKE_SAYS"):
+        return 1, text.replace("KEY", environment.get("OPENAI_API_KEY", ""))
 
     def option(name: str) -> str:
         return argv[argv.index(name) + 1]
 
     bound = int(option("--max-concurrency")) if "--max-concurrency" in argv else None
     stages = replayed(read_timed_trace(Path(option("--dataset-path"))), bound)
-    slower = float(os.environ.get("FAKE_SLOWER", "1"))
-    run = simulate(load(os.environ["FAKE_SCENARIO"]), seed=77, stages=stages)
+    slower = float(environment.get("FAKE_SLOWER", "1"))
+    run = simulate(load(environment["FAKE_SCENARIO"]), seed=77, stages=stages)
     requests = run.requests.sort_values("sent")
     sent, tokens = requests["sent"].to_numpy(), requests["output_tokens"].to_numpy(copy=True)
     ttft = slower * (requests["first_token"].to_numpy() - sent)
     rest = slower * (requests["finish"].to_numpy() - requests["first_token"].to_numpy())
     end = float((sent + ttft + rest).max())
-    cut = int(os.environ.get("FAKE_CUT", "0"))
+    cut = int(environment.get("FAKE_CUT", "0"))
     tokens[:cut], rest[:cut] = 1, 0.0
     result = {
         "completed": len(sent),
@@ -185,4 +208,4 @@ def bench(argv: list[str]) -> int:
         "errors": [""] * len(sent),
     }
     (Path(option("--result-dir")) / option("--result-filename")).write_text(json.dumps(result))
-    return 0
+    return 0, ""

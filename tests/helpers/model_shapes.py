@@ -19,9 +19,15 @@ PUBLISHED = {  # billions of parameters, KV bytes a token
     "Llama-3.1-8B-Instruct": (8.03, 131_072),
     "Llama-3.1-70B-Instruct": (70.55, 327_680),
     "Llama-3.1-405B-Instruct": (405.85, 516_096),
+    "Qwen2.5-72B-Instruct": (72.71, 327_680),
+    "CodeLlama-7b-hf": (6.74, 524_288),
+    "Qwen3-0.6B": (0.596, 114_688),
     "Qwen3-4B": (4.02, 147_456),
+    "Qwen3-8B": (8.19, 147_456),
+    "Qwen3-14B": (14.77, 163_840),
     "Qwen3-32B": (32.76, 262_144),
     "Qwen3-30B-A3B": (30.53, 98_304),
+    "Qwen3-235B-A22B": (235.09, 192_512),
     "gemma-3-1b-it": (1.00, 26_624),
 }
 

@@ -41,6 +41,10 @@ class State:
         limit = self.request.prompt_tokens + self.request.max_tokens
         return self.placeholders > 0 and self.num_computed_tokens + 2 - self.placeholders >= limit
 
+    @property
+    def prefills(self) -> bool:
+        return self.num_computed_tokens < self.catch_up
+
     def block_hash(self, index: int, block_size: int) -> BlockHash:
         """Identity of full block ``index``: that of the part which holds its last token."""
         last_token = (index + 1) * block_size - 1
@@ -89,9 +93,12 @@ class PlainEngine:
     """The scheduler with its KV cache. With async scheduling call schedule(k+1) before complete(k)."""
 
     def __init__(self, config: EngineConfig) -> None:
-        assert config.version in ("0.23", "0.32")
         self.config = config
-        self.v032 = config.version == "0.32"
+        self.minor = int(config.version.split(".")[1])  # 0.20 to 0.33
+        assert 20 <= self.minor <= 33
+        self.executed = 0  # steps with tokens, and the one of them that last carried prompt work
+        self.last_prefill = -config.prefill_schedule_interval
+        self.capacity_bound = False
         self.requests: dict[int, State] = {}
         self.running_states: list[State] = []  # in admission order
         self.waiting_states: list[State] = []  # head first
@@ -163,17 +170,25 @@ class PlainEngine:
     def schedule(self) -> PlainStep:
         step = PlainStep()
         threshold = self.prefill_threshold()
-        budget = self.schedule_running(step, threshold)
+        held = self.executed + 1 - self.last_prefill < self.config.prefill_schedule_interval
+        held = held and not self.capacity_bound and not all(s.prefills for s in self.running_states)
+        self.carries_prefill = False
+        budget = self.schedule_running(step, threshold, held)
         if not step.preempted:
-            self.schedule_waiting(step, threshold, budget)
+            self.schedule_waiting(step, threshold, budget, held)
+            if not held:
+                self.capacity_bound = bool(self.waiting_states)
+        self.executed += bool(step.tokens)
+        if self.carries_prefill:
+            self.last_prefill = self.executed
         self.advance(step)
         self.finished_req_ids = []
         return step
 
     def prefill_threshold(self) -> int:
-        """Most tokens of one request in this step; 0 is no limit. 0.32 lifts it when few are there."""
+        """Most tokens of one request in this step; 0 is no limit. 0.31 lifts it when few are there."""
         threshold = self.config.long_prefill_token_threshold
-        if threshold > 0 and self.v032:
+        if threshold > 0 and self.minor >= 31:
             requests = len(self.running_states) + len(self.waiting_states)
             if requests <= 1:
                 return 0
@@ -181,7 +196,7 @@ class PlainEngine:
                 return max(threshold, self.config.max_num_batched_tokens // requests)
         return threshold
 
-    def schedule_running(self, step: PlainStep, threshold: int) -> int:
+    def schedule_running(self, step: PlainStep, threshold: int, held: bool) -> int:
         """Phase 1: every running request catches up, preempting others where blocks run out.
 
         Returns the token budget that is left.
@@ -194,7 +209,7 @@ class PlainEngine:
             if 0 < threshold < tokens:
                 tokens = threshold
             tokens = min(tokens, budget, self.config.max_model_len - state.num_computed_tokens - 1)
-            if state.last_in_flight or tokens == 0:
+            if state.last_in_flight or tokens == 0 or (held and state.prefills):
                 index += 1
                 continue
             while not self.allocate_slots(state, tokens, hit=[]):
@@ -204,12 +219,17 @@ class PlainEngine:
                 if given_back is not None:  # it was scheduled earlier in this step
                     step.tokens.remove((victim.request_id, given_back))
                     budget += given_back
-                if victim_index < index if self.v032 else given_back is not None:
+                if victim_index < index if self.minor >= 28 else given_back is not None:
                     index -= 1
                 self.preempt(victim)
                 step.preempted.append(victim.request_id)
                 if victim is state:
-                    return budget
+                    break
+            if state.status == "PREEMPTED":
+                if self.minor >= 33 and self.config.scheduling_policy == "priority":
+                    continue
+                return budget
+            self.carries_prefill |= state.prefills
             step.tokens.append((state.request_id, tokens))
             budget -= tokens
             index += 1
@@ -226,21 +246,24 @@ class PlainEngine:
         self.running_states.remove(victim)
         victim.num_computed_tokens = 0
         victim.status = "PREEMPTED"
-        if self.v032:
+        if self.minor >= 31:
             victim.placeholders = 0
         self.waiting_states.insert(0, victim)
         self.sort_waiting()
 
-    def schedule_waiting(self, step: PlainStep, threshold: int, budget: int) -> None:
+    def schedule_waiting(self, step: PlainStep, threshold: int, budget: int, held: bool) -> None:
         """Phase 2: admit from the head of the queue; the first one that does not fit blocks the rest."""
         max_running = self.config.max_num_seqs
-        if self.v032 and self.config.max_num_active_seqs is not None:
+        if self.config.max_num_active_seqs is not None:
             max_running = min(max_running, self.config.max_num_active_seqs)
         while self.waiting_states and budget > 0 and len(self.running_states) < max_running:
             state = self.waiting_states[0]
             hit = self.longest_hit(state)
             cached_tokens = len(hit) * self.config.block_size
             tokens = state.num_tokens - cached_tokens
+            prefills = tokens > 1
+            if held and prefills:
+                return
             if 0 < threshold < tokens:
                 tokens = threshold
             if tokens > budget and not self.config.enable_chunked_prefill:
@@ -249,6 +272,7 @@ class PlainEngine:
             if not self.allocate_slots(state, tokens, hit):
                 return
             self.waiting_states.pop(0)
+            self.carries_prefill |= prefills
             self.running_states.append(state)
             (step.admitted if state.status == "WAITING" else step.resumed).append(state.request_id)
             state.status = "RUNNING"
@@ -311,7 +335,7 @@ class PlainEngine:
         admission = state.status != "RUNNING"
         evicted = sum(self.ref_count[block] == 0 for block in hit)  # hits that leave the free list
         reserve = 0
-        if self.v032 and admission and self.running_states:
+        if admission and self.running_states:
             reserve = int(cfg.watermark * cfg.num_gpu_blocks)
         if admission and cfg.scheduler_reserve_full_isl:
             missing = max(self.blocks_for(state.num_tokens) - len(hit), 0)
@@ -365,7 +389,8 @@ class PlainEngine:
             self.ref_count[block] -= 1
             if self.ref_count[block] == 0:
                 released.append(block)
-        plain = [block for block in released if self.v032 and block not in self.hash_of]
+        first = self.minor >= 24 and (self.minor != 27 or self.config.enable_prefix_caching)
+        plain = [block for block in released if first and block not in self.hash_of]
         self.free.extendleft(reversed(plain))
         self.free.extend(block for block in released if block not in plain)
         state.blocks = []

@@ -57,11 +57,11 @@ pytestmark = [
 LIMITS = Tolerances.load()
 PLANS = ("rate", "slo", "concurrency", "prefix")
 CONCURRENCY = (8,)
-RATES = (4.0, 7.5, 9.0, 14.0)  # requests/s, below, near and past the knee
+RATES = (4.0, 9.0, 14.0)  # requests/s, below, near and past the knee; the search adds those beside its end
 AGAIN = 2  # times that a disturbed load is run again, if its figures are wrong
 MOST_LOST = 0.01  # of a load's time, by which steps were longer than their law
 MOST_LATE_S = 0.1  # p95 of what requests were sent after their time, the benchmark's start included
-LONGEST_GAP_S = 0.25  # between two tokens: no step of these loads takes half of that
+LONGEST_GAP_S = 0.25  # between two tokens, but for those of a preempted request: no step takes half of that
 
 
 @dataclass(frozen=True)
@@ -124,8 +124,9 @@ def kept_time(outcome: Outcome, recording: Path | None) -> bool:
         planned = outcome.load.requests.times_s
         late = float(np.percentile(np.sort(run.requests["sent"].to_numpy()) - np.sort(planned), 95))
     gap = float(run.itl["gap"].max())
+    preempted = max(float(each.itl["gap"].max()) for each in outcome.prediction.runs)  # or the longest step
     print(f"{outcome.load.name}: steps lost {lost:.2%}, sent {late:.3f} s late, longest gap {gap:.3f} s")
-    return lost < MOST_LOST and late < MOST_LATE_S and gap < LONGEST_GAP_S
+    return lost < MOST_LOST and late < MOST_LATE_S and gap < max(LONGEST_GAP_S, 1.25 * preempted)
 
 
 def until_right(run: Callable[[int], tuple[str, bool, bool]]) -> None:
@@ -322,21 +323,21 @@ def test_kv_pressure(lab: Lab, tmp_path: Path) -> None:
     """Our own server with too few KV blocks for long answers, recorded."""
     long = {
         "workload.prompt_tokens": {"kind": "uniform", "tokens": 60, "range_ratio": 0.5},
-        "workload.output_tokens": {"kind": "uniform", "tokens": 300, "range_ratio": 0.4},
+        "workload.output_tokens": {"kind": "uniform", "tokens": 200, "range_ratio": 0.4},
     }
     own = metronome(lab.file.parent / "metronome", ROOFLINE)
     scenario = load(lab.file, long)
 
     def run(again: int) -> tuple[str, bool, bool]:
         out = tmp_path / str(again)
-        campaign = Session(scenario, own, out, kinds=("kv",), duration_s=10, seeds=3, python=PYTHON)
+        campaign = Session(scenario, own, out, kinds=("kv",), duration_s=20, seeds=3, python=PYTHON)
         watched = Watched(campaign, steady=lab.steady)
         (each,) = watched.run()["loads"]
         found = rows(each)
         assert found["num_preemptions"]["measured"] > 0
         assert {part["name"] for part in each["attribution"]} > {"server queue", "step time"}
         bars = {"num_preemptions": 0.10, "output_throughput": 0.03, "median_tpot_ms": 0.03}
-        off = {metric: found[metric]["error"] for metric in bars}  # two of twenty hang on a millisecond
+        off = {metric: found[metric]["error"] for metric in bars}  # single ones hang on a millisecond
         right = found["num_preemptions"]["measured"] > 20 and found["num_preemptions"]["state"] != "fail"
         right = right and all(abs(off[metric]) < most for metric, most in bars.items())
         return f"few KV blocks: off by {off}", right, all(watched.quiet.values())

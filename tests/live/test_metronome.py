@@ -32,6 +32,7 @@ from servecast.calibrate.fit.measurements import Overhead, Step, read_folder
 from servecast.calibrate.fit.noise import fit_front_end
 from servecast.calibrate.fit.physical import PhysicalFit, joined
 from servecast.calibrate.measure.folder import read_rows
+from servecast.sim.scenario.vllm_server import preparation_round
 from servecast.validate.parity.vllm_process import ENVIRONMENT
 
 pytestmark = pytest.mark.live  # a metronome keeps time where it is not held up
@@ -176,14 +177,17 @@ def test_overheads_of_a_served_model(model: Path, tmp_path: Path) -> None:
     if not ENVIRONMENT.exists():
         pytest.skip("needs vLLM: run tools/install_vllm.sh")
     rows = read_rows(_run("served", model, tmp_path, ROOFLINE, "--concurrency", "4") / "engine.jsonl")
-    overheads = [Overhead.model_validate(row) for row in rows]
+    measured = [Overhead.model_validate(row) for row in rows]
+    overheads = [row for row in measured if not row.more_tokens]
     assert {row.concurrency for row in overheads} == {4}
+    longer = [row for row in measured if row.more_tokens]
+    assert {(row.kind, row.concurrency) for row in longer} == {("request_in", 1)}
     into = [seconds for row in overheads if row.kind == "request_in" for seconds in row.times_s]
     turns = {row.turn for row in overheads}
     assert len(into) == 12 * len(turns) >= 24
     later = [row for row in rows if row["kind"] == "token_out" and not row["first"]]
     assert max(row["burst"] for row in later) == 4
     assert sum(len(row["times_s"]) for row in later) > 12 * 40 * len(turns)
-    costs, told = fit_front_end(overheads)
+    costs, told = fit_front_end(measured, preparation_round("0.32"))
     print(f"request_in {np.median(into):.4f} s, {costs}")
-    assert told
+    assert "prompt_token_s" in told

@@ -18,7 +18,8 @@ import yaml
 
 from servecast.validate.parity.parity import MakeScheduler, Mismatch, Recorded, compare
 
-ENGINE = ("rules", "kv_cache", "sequence", "waiting", "cruise", "step", "scheduler")  # import order
+# in the order of import
+ENGINE = ("rules", "kv_cache", "sequence", "waiting", "cruise", "cadence", "step", "scheduler")
 
 
 @dataclass(frozen=True, slots=True)

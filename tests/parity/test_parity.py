@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from places import DATA, REPOSITORY
+from trace_scenarios import trace_scenarios
 
 sys.path.append(str(REPOSITORY / "docs"))
 
 import parity_page
 from mutations import ENGINE, Mutation, catch, load_mutations
-from parity_page import ci_scenarios
+from parity_page import SCENARIOS, ci_scenarios
 
 from servecast.sim.engine.rules import RULES
 from servecast.sim.engine.scheduler import Scheduler
@@ -34,12 +36,11 @@ from servecast.validate.parity.scenarios import (
     corner_cases,
     random_scenarios,
     read_scenarios,
-    trace_scenarios,
 )
 from servecast.validate.parity.shrink import shrink
 from servecast.validate.parity.vllm_process import ENVIRONMENT, VllmProcess
 
-VERSIONS = tuple(RULES)
+VERSIONS = tuple(SCENARIOS)
 MUTATIONS = load_mutations()
 needs_vllm = pytest.mark.vllm
 
@@ -52,9 +53,9 @@ def installed(version: str) -> VllmProcess:
 
 @pytest.fixture(scope="module")
 def vllm() -> Iterator[dict[str, VllmProcess]]:
-    """Both versions, by release."""
-    with installed("0.23") as older, installed("0.32") as newer:
-        yield {"0.23": older, "0.32": newer}
+    """The oldest and the newest release, and two between them, by release."""
+    with ExitStack() as stack:
+        yield {version: stack.enter_context(installed(version)) for version in VERSIONS}
 
 
 @pytest.fixture(scope="module")
@@ -85,11 +86,12 @@ def test_every_decision_is_vllms(results: dict[str, ParityResult], version: str)
     result = results[version]
     print(result.counts())
     assert not result.mismatches, str(result.mismatches[0])
-    assert result.scenarios >= 150
-    assert result.steps >= 30_000
-    assert result.preemptions > 500
-    assert result.prefix_hit_tokens > 50_000
-    assert result.aborts > 200
+    share = SCENARIOS[version] / 150
+    assert result.scenarios >= 150 * share
+    assert result.steps >= max(10_000, 30_000 * share)
+    assert result.preemptions > 500 * share
+    assert result.prefix_hit_tokens > 50_000 * share
+    assert result.aborts > 200 * share
 
 
 @needs_vllm
@@ -100,11 +102,14 @@ def test_scenarios_cover_every_option(recorded: dict[str, list[Recorded]], versi
     both_ways += ["scheduler_reserve_full_isl", "scheduling_policy"]
     for option in both_ways:
         assert len({getattr(config, option) for config in configs}) == 2, option
-    assert sum(config.long_prefill_token_threshold > 0 for config in configs) > 20
-    if version != "0.23":
-        assert sum(config.watermark > 0 for config in configs) > 20
-        assert sum(config.long_prefill_token_threshold_adaptive for config in configs) > 20
-        assert sum(config.max_num_active_seqs is not None for config in configs) > 10
+    share = SCENARIOS[version] / 150
+    assert sum(config.long_prefill_token_threshold > 0 for config in configs) > 20 * share
+    if version >= "0.32":
+        assert sum(config.watermark > 0 for config in configs) > 20 * share
+        assert sum(config.long_prefill_token_threshold_adaptive for config in configs) > 20 * share
+        assert sum(config.max_num_active_seqs is not None for config in configs) > 10 * share
+    if version >= "0.33":
+        assert sum(config.prefill_schedule_interval > 1 for config in configs) > 10
     scenarios = [one.scenario for one in recorded[version]]
     requests = [arrival.request for scenario in scenarios for arrival in scenario.arrivals]
     assert any(request.output_tokens < request.max_tokens for request in requests)
@@ -161,6 +166,7 @@ def test_docs_say_what_was_found(
         parity_page.negative_control(control),
         [(mutation, caught[mutation.rule]) for mutation in MUTATIONS],
         parity_page.load_long_run(),
+        parity_page.load_ladder(),
     )
     page = (parity_page.DOCS / "parity.md").read_text()
     assert page == text, "run python docs/parity_page.py"
@@ -201,13 +207,31 @@ def test_a_scenario_survives_its_json_form() -> None:
 
 
 def test_nearest_rules() -> None:
-    assert [nearest_rules(version) for version in ("0.19.1", "0.24", "0.31", "0.40.2", "1.0")] == [
-        "0.23",
-        "0.23",
-        "0.32",
-        "0.32",
-        "0.32",
-    ]
+    versions = ("0.19.1", "0.24", "0.31.2", "0.34", "0.40.2", "1.0")
+    assert [nearest_rules(version) for version in versions] == ["0.20", "0.24", "0.31", *3 * ["0.33"]]
+
+
+def test_the_ladder_has_every_release_and_catches_the_wrong_rules() -> None:
+    ladder = parity_page.load_ladder()
+    assert ladder is not None
+    assert list(ladder) == [f"0.{minor}" for minor in range(20, 34)]
+    for release, counts in ladder.items():
+        assert counts["vllm"].startswith(f"{release}.")
+        assert (counts["rules"], counts["mismatches"]) == (release, 0)
+        assert counts["scenarios"] >= 60
+        assert counts["steps"] >= 10_000
+        assert all(count > 0 for count in counts["wrong_rules"].values()), release
+        assert len(counts["wrong_rules"]) == 5
+    page = (parity_page.DOCS / "parity.md").read_text()
+    assert "\n".join(parity_page.ladder_section(ladder)) in page, "run python docs/parity_page.py --ladder"
+
+
+@needs_vllm
+@pytest.mark.parametrize("version", [min(RULES), max(RULES)])
+def test_the_wrong_releases_rules_are_caught(recorded: dict[str, list[Recorded]], version: str) -> None:
+    caught = parity_page.wrong_rules(version, recorded[version])
+    assert len(caught) == 5
+    assert min(caught.values()) > 0, caught
 
 
 @needs_vllm

@@ -30,7 +30,7 @@ from servecast.sim.scenario.deployment import Deployment
 from servecast.sim.scenario.reported import read_rows
 from servecast.sim.scenario.scenario import load, shipped_folder
 from servecast.sim.traffic.spec import Workload
-from servecast.sim.traffic.traces import TraceSpec
+from servecast.sim.traffic.trace_spec import TraceSpec
 
 STATIC, CONTINUOUS, PAGED = "infer-rtx5080-static", "infer-rtx5080-continuous", "infer-rtx5080-paged"
 GPU = find_gpu("rtx5080")

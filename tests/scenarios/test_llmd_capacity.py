@@ -25,9 +25,18 @@ from servecast.sim.scenario.scenario import load
 NAME = "llmd-4x-llama-3.1-70b-tp4-h100"
 
 
+Tables = tuple[TableReproduction, ...]
+
+
 @cache
-def tables() -> tuple[TableReproduction, ...]:
-    return reproduce(load(NAME), jobs=2).tables
+def reproduced(seeds: int) -> Tables:
+    return reproduce(load(NAME), seeds=seeds, jobs=min(seeds, 2)).tables
+
+
+@pytest.fixture(params=[1, pytest.param(4, marks=pytest.mark.slow)], ids=["one seed", "all seeds"])
+def tables(request: pytest.FixtureRequest) -> Tables:
+    """On one seed, and on the four of the scenario, whose means are what is published."""
+    return reproduced(request.param)
 
 
 def test_a_fit_sees_two_rows_of_precise_and_one_constant_one_row_of_random() -> None:
@@ -55,16 +64,20 @@ def test_nothing_is_faster_than_the_datasheet() -> None:
     assert all(0 < getattr(efficiencies, name) <= 1 for name in efficiencies.SHARES)
 
 
-def test_the_account_of_memory_is_near_the_report_s_kv_tokens() -> None:
-    """461,376 tokens; within 5 %."""
-    memory = Deployment.of(load(NAME, {"engine.num_gpu_blocks_override": None})).memory
-    assert memory.kv_tokens == pytest.approx(461_376, rel=0.05)
+def test_the_report_s_kv_tokens_lie_between_two_usual_shares() -> None:
+    """461,376 tokens; the report does not state the share: vLLM's default is 0.9, llm-d often sets 0.95."""
+    tokens = []
+    for share in (0.9, 0.95):
+        changes = {"engine.num_gpu_blocks_override": None, "engine.gpu_memory_utilization": share}
+        tokens.append(Deployment.of(load(NAME, changes)).memory.kv_tokens)
+    assert tokens[0] < 461_376 < tokens[1]
+    assert tokens[1] / tokens[0] < 1.13
 
 
-def errors(experiment: str, metric: str, above: float = 0) -> list[float]:
+def errors(tables: Tables, experiment: str, metric: str, above: float = 0) -> list[float]:
     return [
         abs(cell.error or 0.0)
-        for cell in tables()[0].cells
+        for cell in tables[0].cells
         if cell.keys["experiment"] == f"{experiment}-scheduling"
         and cell.metric == metric
         and cell.used == "predicted"
@@ -73,17 +86,18 @@ def errors(experiment: str, metric: str, above: float = 0) -> list[float]:
 
 
 @pytest.mark.parametrize("experiment", ["precise", "load", "random"])
-def test_output_tokens_a_second(experiment: str) -> None:
-    by_experiment = tables()[0].mape_by_experiment
+def test_output_tokens_a_second(tables: Tables, experiment: str) -> None:
+    by_experiment = tables[0].mape_by_experiment
     assert by_experiment is not None
-    assert by_experiment[f"{experiment}-scheduling"]["output_tok_s"] <= 5
-    assert 100 * np.mean(errors(experiment, "output_tok_s")) == pytest.approx(
+    bar = 6 if tables is reproduced(1) else 5  # a single run of a saturated server varies
+    assert by_experiment[f"{experiment}-scheduling"]["output_tok_s"] <= bar
+    assert 100 * np.mean(errors(tables, experiment, "output_tok_s")) == pytest.approx(
         by_experiment[f"{experiment}-scheduling"]["output_tok_s"]
     )
 
 
-def test_ttft_of_saturated_rows() -> None:
-    found = errors("load", "ttft_mean_s", above=5) + errors("random", "ttft_mean_s", above=5)
+def test_ttft_of_saturated_rows(tables: Tables) -> None:
+    found = errors(tables, "load", "ttft_mean_s", above=5) + errors(tables, "random", "ttft_mean_s", above=5)
     assert len(found) == 13  # 7 rows each, one of which was fitted
     assert np.mean(found) <= 0.15
 
@@ -92,10 +106,10 @@ NEAR_CAPACITY = ("qps=4", "qps=5")  # of load and random: either's queue may be 
 
 
 @pytest.mark.parametrize(("table", "equal"), [(0, ("precise-scheduling", "default-scheduling")), (2, None)])
-def test_the_four_are_ranked_as_reported(table: int, equal: tuple[str, str] | None) -> None:
+def test_the_four_are_ranked_as_reported(tables: Tables, table: int, equal: tuple[str, str] | None) -> None:
     """Under the printed weights a group never leaves its pod, so that default and precise do the same; under
     weight 1 they are in the reported order."""
-    ranking = tables()[table].ranking
+    ranking = tables[table].ranking
     assert ranking is not None
     assert len(ranking.pairs) == 63
     for pair in ranking.wrong:
@@ -103,29 +117,29 @@ def test_the_four_are_ranked_as_reported(table: int, equal: tuple[str, str] | No
         assert (pair.better, pair.worse) == equal or (near and "precise" not in pair.better), pair
 
 
-def test_random_and_load_saturate_between_3_and_4() -> None:
-    held = tables()[0].sustained
+def test_random_and_load_saturate_between_3_and_4(tables: Tables) -> None:
+    held = tables[0].sustained
     assert held is not None
     assert held["random-scheduling"] == held["load-scheduling"] == Sustained(3.0, 4.0)
     assert held["precise-scheduling"] == Sustained(20.0, None)
 
 
 @pytest.mark.parametrize("experiment", ["load", "random"])
-def test_queue_and_kv(experiment: str) -> None:
-    cells = [c for c in tables()[1].cells if c.keys["experiment"] == f"{experiment}-scheduling"]
+def test_queue_and_kv(tables: Tables, experiment: str) -> None:
+    cells = [c for c in tables[1].cells if c.keys["experiment"] == f"{experiment}-scheduling"]
     assert {c.metric: c.error for c in cells if abs(c.error or 0.0) > 0.2} == {}
     assert len(cells) == 6
 
 
-def test_gaps_are_half_the_true_ones() -> None:
-    for cell in tables()[0].cells:
+def test_gaps_are_half_the_true_ones(tables: Tables) -> None:
+    for cell in tables[0].cells:
         if cell.metric == "itl_mean_s" and cell.used != "summary":
             assert cell.true == pytest.approx(2001 / 999 * cell.predicted, rel=1e-3)
 
 
-def test_summary_rows_do_not_count() -> None:
+def test_summary_rows_do_not_count(tables: Tables) -> None:
     """They repeat what the rows of the stages say, the fitted ones among them."""
-    summary = [cell for cell in tables()[0].cells if cell.keys["qps"] == "all"]
+    summary = [cell for cell in tables[0].cells if cell.keys["qps"] == "all"]
     assert len(summary) == 32
     assert {cell.used for cell in summary} == {"summary"}
 

@@ -20,7 +20,7 @@ from servecast.sim.reproduce.reproduction import TableReproduction
 from servecast.sim.run.simulate import simulate
 from servecast.sim.scenario.deployment import Deployment
 from servecast.sim.scenario.scenario import load
-from servecast.sim.traffic.traces import TraceSpec
+from servecast.sim.traffic.trace_spec import TraceSpec
 
 FOLDER = DATA / "rtx4090_llama8b"
 SCENARIO = load("rtx4090-llama-3.1-8b")
@@ -44,6 +44,11 @@ def profile(kind: str) -> Profile:
         return shipped
     tables = fit_layers(FOLDER / "profile", SCENARIO, kind="layers")
     return tables.model_copy(update={"efficiencies": shipped.efficiencies})
+
+
+@cache
+def fitted_to_the_tables() -> Profile:
+    return fit_layers(FOLDER / "profile", SCENARIO)
 
 
 @cache
@@ -86,7 +91,7 @@ def test_the_tables_themselves_predict_the_run_as_well() -> None:
 
 def test_without_anything_of_the_run_the_means_hold() -> None:
     """Kernel times and typical host times on a warm engine: nothing is fitted to any request."""
-    kernels = fit_layers(FOLDER / "profile", SCENARIO)
+    kernels = fitted_to_the_tables()
     warm = load("rtx4090-llama-3.1-8b", {"fleet.cold_start_s": 0.0})
     cells = reproduce(warm, seeds=1, profile=kernels).tables[0].cells
     errors = {cell.metric: 100 * abs(cell.error or 0.0) for cell in cells if cell.keys == {"requests": "all"}}
@@ -115,7 +120,7 @@ def test_running_waiting_and_kv_usage_second_by_second(column: str, recorded: st
 
 
 def test_the_shipped_parameters_are_those_that_the_data_gives() -> None:
-    shipped, fitted = profile("physical"), fit_layers(FOLDER / "profile", SCENARIO)
+    shipped, fitted = profile("physical"), fitted_to_the_tables()
     told = [entry.parameter.partition(".")[2] for entry in fitted.provenance if entry.origin == "fitted"]
     assert len(told) == 7
     for name in told:

@@ -1,8 +1,8 @@
 """How fast and how large a simulation is, beside the engine that runs where nothing was compiled.
 
 Runs under ``make benchmark``. Times are CPU time of ``servecast.simulate``, percentiles included, compared
-within one run as ratios of medians; only the ratios and sizes, which do not depend on the machine, are kept in
-docs/results/speed.json.
+within one run as ratios of medians; only the ratios and sizes, which do not depend on the machine, are kept
+in docs/results/speed.json.
 """
 
 from __future__ import annotations

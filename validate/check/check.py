@@ -15,16 +15,19 @@ from servecast.sim.scenario.scenario import Scenario
 from servecast.sim.scenario.scenario import load as load_scenario
 from servecast.validate.check import clock, identities, load, physics
 from servecast.validate.check import few_requests as few
+from servecast.validate.check.asked import GPU, not_asked
 from servecast.validate.check.finding import Finding
 from servecast.validate.check.from_results import from_results
 from servecast.validate.check.from_scenario import from_scenario
 from servecast.validate.check.from_table import Context, from_table
 from servecast.validate.check.prediction import prediction
 from servecast.validate.check.table import Report
+from servecast.validate.readers.document import is_csv_of_vllm
 
 Rule = Callable[[Report], Iterator[Finding]]
 
 RULES: dict[str, Rule] = {
+    "all-failed": identities.all_failed,
     "records": identities.records,
     "percentile-order": identities.percentile_order,
     "e2e-sum": identities.e2e_sum,
@@ -42,6 +45,7 @@ RULES: dict[str, Rule] = {
     "clock-grid": clock.clock_grid,
     "roofline-decode": physics.roofline_decode,
     "roofline-prefill": physics.roofline_prefill,
+    "prefill-difference": physics.prefill_difference,
     "roofline-throughput": physics.roofline_throughput,
     "repeated-prompts": physics.repeated_prompts,
     "kv-arithmetic": physics.kv_arithmetic,
@@ -71,8 +75,13 @@ class Checked(Answer):
 
     @property
     def rules(self) -> list[str]:
-        """Ids of the rules that were asked."""
+        """Ids of the rules that there are for it."""
         return [*RULES, *(["prediction"] if self.predicted else [])]
+
+    @property
+    def not_asked(self) -> dict[str, str]:
+        """Those of them that no row could be asked, and what they need."""
+        return not_asked(self.report, self.rules)
 
     @property
     def asked(self) -> bool:
@@ -106,6 +115,7 @@ class Checked(Answer):
             "report": self.report.source,
             "findings": [finding.to_json() for finding in self.findings],
             "rules": self.rules,
+            "not_asked": self.not_asked,
             "rows": self.rows,
             "notes": list(self.report.notes),
         }
@@ -122,10 +132,25 @@ class Checked(Answer):
         parts = [table(["rule", "sure", "cells", "what (the clearest)"], rows)] if rows else []
         if self.asked:
             count = len(self.findings) or "no"
-            parts.append(f"{count} findings ({self.rows} rows, {len(self.rules)} rules)")
+            missing = self.not_asked
+            known = f"{len(self.rules) - len(missing)} of {len(self.rules)} rules"
+            parts.append(f"{count} findings ({self.rows} rows, {known})")
+            parts += _asked_text(self.rules, missing)
         else:
             parts.append("Nothing in it can be checked: no latency, no two rates, no bound.")
         return "\n".join([*parts, *self.report.notes])
+
+
+def _asked_text(rules: list[str], missing: dict[str, str]) -> list[str]:
+    """Which rules were asked, and which were not for want of a GPU, or of something else."""
+    of_gpu = [rule for rule, need in missing.items() if need.endswith(GPU)]
+    others = [rule for rule in missing if rule not in of_gpu]
+    lines = [f"Asked: {', '.join(rule for rule in rules if rule not in missing)}"]
+    if of_gpu:
+        lines.append(f"Not asked, which need {GPU}: {', '.join(of_gpu)}")
+    if others:
+        lines.append(f"Not asked, for want of what --json names: {', '.join(others)}")
+    return lines
 
 
 def check(
@@ -174,6 +199,8 @@ def _is_result(path: Path) -> bool:
     """Whether a file is a load generator's result: JSON, or YAML that is no scenario."""
     if path.suffix in (".yaml", ".yml") and path.is_file():
         return "schema_version" not in read_yaml(path)
+    if path.suffix == ".csv" and path.is_file():
+        return is_csv_of_vllm(path)
     return path.suffix in (".json", ".jsonl")
 
 

@@ -20,9 +20,11 @@ _LOAD = {  # columns that say how the load was made
     "prompt_tokens": ("prompt_tokens", "input_tokens", "input_len", "isl"),
 }
 _METRIC = {  # metrics that are no latencies: their names without unit and statistic
-    "request_throughput": "req_s requests_s req_per_s requests_per_s rps request_throughput throughput_req_s",
+    "request_throughput": "req_s requests_s req_per_s requests_per_s rps request_throughput throughput_req_s "
+    "request_throughput_requests_sec request_throughput_req_s",
     "output_throughput": "output_tok_s output_toks_s out_tok_s tok_s tokens_s output_throughput "
-    "throughput_tok_s output_tokens_per_s output_tokens_s",
+    "throughput_tok_s output_tokens_per_s output_tokens_s output_token_throughput "
+    "output_token_throughput_tokens_sec",
     "success": "success success_rate",
     "goodput": "goodput",
     "kv_usage": "kv kv_usage kv_cache kv_cache_usage",
@@ -31,7 +33,14 @@ _METRIC = {  # metrics that are no latencies: their names without unit and stati
     "gpu_memory": "gpu_memory",
 }
 _METRIC_OF = {name: metric for metric, names in _METRIC.items() for name in names.split()}
-_LATENCY = {name: name for name in LATENCIES} | {"e2e": "e2el", "latency": "e2el"}
+_LATENCY = {name: name for name in LATENCIES} | {
+    "e2e": "e2el",
+    "latency": "e2el",
+    "request_latency": "e2el",
+    "time_to_first_token": "ttft",
+    "time_per_output_token": "tpot",
+    "inter_token_latency": "itl",
+}
 _STATISTIC = {name: name for name in ("mean", "max", "min", "std")}
 _STATISTIC |= {"avg": "mean", "median": "p50", "p0": "min", "p100": "max"}
 _UNIT = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "pct": 0.01, "percent": 0.01, "gib": float(1 << 30)}
@@ -60,15 +69,15 @@ def read_name(column: str) -> ColumnName:
     for field, names in _LOAD.items():
         if whole in names:
             return ColumnName("load", field)
-    statistic, rest, scale = None, [], None
-    for word in words:
-        if (named := read_statistic(word)) is not None:
-            statistic = named
-        else:
-            rest.append(word)
+    said = [named for word in words if (named := read_statistic(word)) is not None]
+    rest, scale = [word for word in words if read_statistic(word) is None], None
+    if len(said) > 1 and said[1:] != ["mean"]:
+        return ColumnName("key", column)  # the spread of a statistic over runs
+    statistic = said[0] if said else None
     name = "_".join(rest)
     if name in _METRIC_OF:
-        return ColumnName("metric", _METRIC_OF[name], statistic)
+        rate = _METRIC_OF[name].endswith("throughput") and statistic == "mean"
+        return ColumnName("metric", _METRIC_OF[name], None if rate else statistic)
     if len(rest) > 1 and rest[-1] in _UNIT:
         scale = _UNIT[rest.pop()]
     name = "_".join(rest)

@@ -41,7 +41,7 @@ def from_scenario(scenario: Scenario) -> Report:
     seen: list[tuple[Path, Row]] = []
     for reported in scenario.reported:
         alone = [scenario.model_copy(update={"reported": (reported,)})]
-        if reported.variants:
+        if reported.variants or reported.sets:
             alone = [variant for _, variant in variants_of(scenario, reported)]
         found = [level for part in alone for level in _table_levels(part)]
         for row in read_rows(reported):

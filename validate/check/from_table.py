@@ -114,7 +114,7 @@ def from_table(path: Path, context: Context) -> Report:
         InputError: it cannot be read, a cell is not what its column can have, no column is known, or two mean
             the same.
     """
-    header, lines = _read_csv(path)
+    header, lines, further = _read_csv(path)
     if {"metric", "value"} <= set(header):
         header, lines = _wide(path, header, lines)
     names = {column: read_name(column) for column in header}
@@ -132,8 +132,10 @@ def from_table(path: Path, context: Context) -> Report:
         for number, line in enumerate(lines, start=2)
     ]
     unknown = [c for c, name in names.items() if name.part == "key" and _is_number(lines[0][c])]
-    notes = (f"not a metric that is known: {', '.join(unknown)}",) if unknown else ()
-    return Report(str(path), tuple(levels), notes=notes)
+    notes = [f"not a metric that is known: {', '.join(unknown)}"] if unknown else []
+    if further:
+        notes.append(f"{further} lines behind the first blank one not read: another table")
+    return Report(str(path), tuple(levels), notes=tuple(notes))
 
 
 def _refuse_twins(names: Mapping[str, ColumnName], path: Path) -> None:
@@ -260,29 +262,34 @@ def _wide(
     return [*keys, *metrics], list(rows.values())
 
 
-def _read_csv(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+def _read_csv(path: Path) -> tuple[list[str], list[dict[str, str]], int]:
+    """Header and rows of the first table of a file, and how many lines come behind the blank one after it."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, restval="")
-            header, lines = list(reader.fieldnames or ()), list(reader)
+            rows = list(csv.reader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"cannot be read: {error}", where=str(path), fix="Give a CSV file.") from None
+    begin = next((number for number, row in enumerate(rows) if any(row)), len(rows))
+    end = next((n for n in range(begin + 2, len(rows)) if not any(rows[n])), len(rows))
+    header, cells = rows[begin] if begin < len(rows) else [], [row for row in rows[begin + 1 : end] if row]
+    further = sum(any(row) for row in rows[end:])
+    lines = [dict(zip(header, row + [""] * (len(header) - len(row)), strict=False)) for row in cells]
     what = ""
     if not lines:
         what = "has no rows"
-    elif any(None in line for line in lines):
+    elif any(len(row) > len(header) for row in cells):
         what = "has a row with more cells than its header"
     elif len(set(header)) < len(header):
         twice = next(column for column in header if header.count(column) > 1)
         what = f"has column {twice!r} twice"
     if what:
         raise InputError(what, where=str(path), fix="Give a table with a header and a row a load.")
-    return header, lines
+    return header, lines, further
 
 
 def decimals_of(path: Path) -> dict[str, int]:
     """Digits after the point of each column: those of its most precise cell."""
-    header, lines = _read_csv(path)
+    header, lines, _ = _read_csv(path)
     return {column: max(_places(line[column]) for line in lines) for column in header}
 
 

@@ -23,6 +23,7 @@ from servecast.validate.check.finding import (
 from servecast.validate.check.table import Level, Report, Span, Value, exactly
 
 _MEASURED, _ESTIMATED = 1.02, 1.15  # Little's law over its bound, with the mean latency and with a median
+_HARDLY = 0.02  # share of a closed loop's slots in use, under which no drain and no wave explains it
 _HIGHEST, _HIGHEST_OF_EQUAL = 99, 90  # ranks that stand for the longest latency; outputs of equal length
 _LONGEST = 2.0  # times the highest percentile, of outputs that differ
 # of rate x tokens, where the number of requests, and so the noise of their rate, is not known
@@ -33,15 +34,42 @@ def littles_law(report: Report) -> Iterator[Finding]:
     """In flight = throughput x latency. It cannot exceed a closed loop's slots, and fills them."""
     for level in report.levels:
         flight, slots = in_flight(level), level.concurrency
-        if flight is None or slots is None:
+        if slots is None:
+            continue
+        if flight is None:
+            yield from _waiting_alone(level, slots)
             continue
         over = flight.span.low > slots * (_MEASURED if flight.exact else _ESTIMATED)
         busy, known = _busy(level, slots)
-        if over or flight.span.high < IDLE * busy:
+        hardly = flight.span.high < _HARDLY * slots and (level.num_requests or slots) >= slots
+        if hardly and not level.open_loop:
+            message = (
+                f"throughput x latency is {flight.span.mid:.2g} requests in flight of {slots}: the latencies "
+                "are of another unit (seconds that are called ms?), or the load was another"
+            )
+            numbers = {"in_flight": flight.span.mid, "concurrency": float(slots)}
+            yield finding(level, flight.values, message, numbers)
+        elif over or flight.span.high < IDLE * busy:
             why = "more than there can be" if over else "another load, or a latency that leaves a part out"
             message = f"throughput x latency is {flight.span.mid:.4g} requests in flight of {slots}: {why}"
             numbers = {"in_flight": flight.span.mid, "concurrency": float(slots)}
             yield finding(level, flight.values, message, numbers, certain=flight.exact and (over or known))
+
+
+def _waiting_alone(level: Level, slots: int) -> Iterator[Finding]:
+    """Where the latency is not known: the requests before their first token are not more than the slots."""
+    rate, first = completion_rate(level), level.get("ttft", "mean", "p50")
+    if rate is None or first is None or level.whole_run or not level.all_answered:
+        return
+    exact = rate.exact and first.statistic == "mean"
+    before = rate.span * first.span
+    if before.low > slots * (_MEASURED if exact else _ESTIMATED):
+        message = (
+            f"throughput x TTFT alone is {before.mid:.4g} requests in flight of {slots}, and no latency is "
+            "shorter than that of its first token"
+        )
+        numbers = {"in_flight": before.mid, "concurrency": float(slots)}
+        yield finding(level, [*rate.values, first], message, numbers, certain=exact)
 
 
 def _busy(level: Level, slots: int) -> tuple[float, bool]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
+from servecast.validate.check.columns import read_name
 from servecast.validate.check.finding import Finding, completion_rate, finding, latency
 from servecast.validate.check.table import Hardware, Level, Report
 
+_ALLOWED = 0.9  # of a difference of two bounds
 _POOL = 0.25  # how far the estimate of the KV pool may be off
 _SPARED = 0.05  # share of a TTFT that a warm cache spares, from which it matters
 _WHOLE_RUN_METRICS = ("kv_usage", "running", "waiting", "gpu_memory")
@@ -63,6 +66,44 @@ def roofline_prefill(report: Report) -> Iterator[Finding]:
             numbers = {"reported_s": value.value, "bound_s": least}
             yield finding(level, [value], message, numbers, certain=value.statistic != "min")
         yield from _burst(level, hardware)
+
+
+def prefill_difference(report: Report) -> Iterator[Finding]:
+    """A longer prompt's first token comes later by what its further tokens take at the peak, at least."""
+    alike: dict[tuple[object, ...], list[tuple[Level, Hardware]]] = {}
+    for level, hardware in _bounded(report):
+        if level.prompt is not None and not level.repeated and not level.whole_run:
+            others = tuple(each for each in level.series if not _is_prompt_length(each))
+            place = (level.table, others, level.concurrency, level.request_rate)
+            alike.setdefault(place, []).append((level, hardware))
+    for levels in alike.values():
+        for statistic in ("mean", "p50"):
+            known = [
+                (level.prompt.mean.mid, value, level, hardware)
+                for level, hardware in levels
+                if level.prompt is not None
+                and (value := level.get("ttft", statistic)) is not None
+                and value.value > 0
+            ]
+            known.sort(key=lambda each: each[0])
+            for (fewer, before, _, _), (more, after, level, hardware) in pairwise(known):
+                low, high = (hardware.roofline_s(prompts=1, tokens=int(tokens)) for tokens in (fewer, more))
+                longer = after.span.high - before.span.low
+                if int(more) == int(fewer) or longer >= _ALLOWED * (high - low):
+                    continue
+                message = (
+                    f"{more - fewer:.0f} tokens more delay the first one by {1e3 * longer:.4g} ms at most, "
+                    f"but computing them takes {1e3 * (high - low):.4g} ms at the GPU's peak: a warm prefix "
+                    "cache had them"
+                )
+                numbers = {"longer_s": longer, "bound_s": high - low, "tokens": more - fewer}
+                weight = (high - low) / max(longer, 1e-9)
+                yield finding(level, [after], message, numbers, weight=weight)
+
+
+def _is_prompt_length(key: str) -> bool:
+    """Whether a part of a level's series ("isl=1024") says the length of its prompts."""
+    return read_name(key.partition("=")[0]).name == "prompt_tokens"
 
 
 def _burst(level: Level, hardware: Hardware) -> Iterator[Finding]:

@@ -102,18 +102,38 @@ def _statistics_of_draws(values: Floats, weights: Floats, counts: NDArray[np.int
     order = np.argsort(values, kind="stable")
     order = order[np.isfinite(values[order])]
     values, weights, block = values[order], weights[order], block[order]
-    ranks = [rank for rank in STATISTICS.values() if rank is not None]
-    draws = []
-    for drawn in (np.ones(blocks), *counts):
-        times = drawn[block] * weights
-        total = times.sum()
-        mean = float(values @ times / total) if total else math.nan
-        draws.append([mean, *percentiles(values, ranks, weights=times)])
-    whole, resampled = np.array(draws[:1]), np.array(draws[1:])
+    if not len(values):
+        return np.full((len(counts), len(STATISTICS)), math.nan)
+    drawn = np.vstack([np.ones(blocks), counts])  # (draws, blocks); the first is the sample itself
+    upto = np.zeros((len(values), blocks))  # how much of each block lies at or below a value
+    upto[np.arange(len(values)), block] = weights
+    upto.cumsum(axis=0, out=upto)
+    totals = np.rint(drawn @ upto[-1])[:, None]
+    totals[totals == 0] = math.nan  # only blocks without a value
+    sums = drawn @ np.bincount(block, weights * values, minlength=blocks)
+    ranks = np.array([rank for rank in STATISTICS.values() if rank is not None])
+    position = ranks / 100 * (totals - 1)  # as `percentiles` takes them
+    below, above = (
+        values[_first_beyond(upto, drawn, np.minimum(lower, totals - 1))]
+        for lower in (np.floor(position), np.floor(position) + 1)
+    )
+    part = position % 1
+    figures = np.column_stack([sums[:, None] / totals, below + (above - below) * part])
+    whole, resampled = figures[:1], figures[1:]
     if blocks == 1:
         return resampled
     spread = stdtrit(blocks - 1, 0.975) / ndtri(0.975) * math.sqrt(blocks / (blocks - 1))
     return np.asarray(whole + spread * (resampled - whole))
+
+
+def _first_beyond(upto: Floats, drawn: Floats, targets: Floats) -> NDArray[np.int64]:
+    """The first value up to which a draw has more than its target, (draws, targets), by halving."""
+    low, high = np.zeros(targets.shape, dtype=np.int64), np.full(targets.shape, len(upto) - 1)
+    while (low < high).any():
+        middle = (low + high) // 2
+        short = np.einsum("dtb,db->dt", upto[middle], drawn) <= targets
+        low, high = np.where(short, middle + 1, low), np.where(short, high, middle)
+    return low
 
 
 def distances(predicted: Sequence[Run], measured: Run) -> list[Distance]:

@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
 
 from servecast.sim.inputs.errors import InputError
+from servecast.sim.metrics.records import Run
 from servecast.sim.plan.judge import Objectives
+from servecast.sim.run.explain import explain_run
 from servecast.sim.run.simulate import simulate
 from servecast.sim.scenario.deployment import Deployment
 from servecast.sim.scenario.scenario import Scenario
-from servecast.sim.traffic.arrivals import ClosedLoop
+from servecast.sim.traffic.arrivals import Arrivals, ClosedLoop, Constant, Gamma, Poisson, VllmBench
 from servecast.sim.traffic.content import Unique
 from servecast.sim.traffic.draw import replayed, with_request_rate
-from servecast.sim.traffic.spec import StageSpec, Workload
+from servecast.sim.traffic.spec import StageSpec, StreamSpec, Workload
 from servecast.sim.traffic.traces import Trace
-from servecast.validate.compare.load import LoadComparison, compare_runs
+from servecast.validate.compare.load import LoadComparison, compare_runs, spoken
 from servecast.validate.compare.sweep import Comparison, compare_loads
 from servecast.validate.compare.tolerances import Tolerances
-from servecast.validate.readers import Reading
+from servecast.validate.readers import Context, Reading
 from servecast.validate.readers.run_of import LONGEST_S
+from servecast.validate.readers.vllm_bench import FORM as VLLM_BENCH
+from servecast.validate.readers.vllm_bench import OURS
 
 Traffic = Literal["requests", "scenario"]
 _MOST_REQUESTS = 10_000_000
@@ -57,6 +62,9 @@ def judge_result(
         replays = reading.has_requests if traffic is None else traffic == "requests"
         stages = replayed(*requests_of(reading)) if replays else None
         workload = None if replays else _as_in_scenario(reading, scenario)
+        notes = (
+            [] if workload is None or not _states_arrivals(reading, scenario) else [_arrivals_note(reading)]
+        )
         try:
             predicted = [
                 simulate(deployment, seed=seed, workload=workload, stages=stages)
@@ -65,12 +73,25 @@ def judge_result(
         except InputError as error:
             where = f"{reading.source}: {error.where}" if replays else error.where
             raise InputError(error.what, where=where, fix=error.fix) from None
-        notes = [_UNIQUE] if replays and _shares_prompts(scenario) else []
-        return compare_runs(predicted, reading, tolerances=tolerances, notes=notes)
+        notes += [_UNIQUE] if replays and _shares_prompts(scenario) else []
+        compared = compare_runs(predicted, reading, tolerances=tolerances, notes=notes)
+        return replace(compared, notes=(*compared.notes, *_why(compared, predicted[0], deployment)))
 
     return compare_loads(
         [judged(each) for each in readings], tolerances=tolerances, objectives=Objectives.of(scenario)
     )
+
+
+def _why(compared: LoadComparison, predicted: Run, deployment: Deployment) -> Iterator[str]:
+    """Of each statistic of TTFT that is off: what the predicted one is made of."""
+    for row in compared.rows:
+        name, _, metric = row.metric.partition("_")
+        if row.state != "fail" or metric != "ttft_ms":
+            continue
+        found = explain_run(predicted, deployment, name)
+        if found is not None:
+            advice = "; ".join(found.advice)
+            yield f"{spoken(row.metric)} as predicted is {found.sentence}; to change it: {advice}"
 
 
 def _shares_prompts(scenario: Scenario) -> bool:
@@ -130,7 +151,10 @@ def _as_in_scenario(reading: Reading, scenario: Scenario) -> Workload:
                 where=reading.source,
                 fix="Is its rate one of requests a second?",
             )
-        return _bounded(with_request_rate(scenario.open_loop(), rate, num_requests=count), bound)
+        at_rate = with_request_rate(scenario.open_loop(), rate, num_requests=count)
+        if _states_arrivals(reading, scenario):
+            at_rate = _with_arrivals(at_rate, context)
+        return _bounded(at_rate, bound)
     if bound is not None and context.ramp is None:
         stream = scenario.open_loop().stages[0].streams[0]
         law = ClosedLoop(kind="closed_loop", concurrency=bound)
@@ -145,6 +169,55 @@ def _as_in_scenario(reading: Reading, scenario: Scenario) -> Workload:
             fix="Give a scenario with one load, that of the result.",
         )
     return workload
+
+
+def _states_arrivals(reading: Reading, scenario: Scenario) -> bool:
+    """Whether the file states a rate and a law of its gaps other than the scenario's."""
+    stated, rate = reading.context.burstiness, reading.context.request_rate
+    if stated is None or rate is None or not math.isfinite(rate):
+        return False
+    streams = scenario.open_loop().stages[0].streams
+    return any(_burstiness(stream.arrivals) != stated for stream in streams if not stream.background)
+
+
+def _burstiness(law: Arrivals | None) -> float | None:
+    """Shape of the gaps of an arrival law, None where they are not those of a gamma law."""
+    if isinstance(law, Gamma | VllmBench):
+        return law.burstiness
+    return 1.0 if isinstance(law, Poisson) else math.inf if isinstance(law, Constant) else None
+
+
+def _with_arrivals(workload: Workload, context: Context) -> Workload:
+    """The workload with gaps as the file states them, at its streams' own rates."""
+    stated = context.burstiness
+    assert stated is not None
+
+    def law(rate: float) -> Arrivals:
+        if context.tool in (VLLM_BENCH, OURS):
+            return VllmBench(kind="vllm_bench", request_rate=rate, burstiness=stated)
+        if math.isinf(stated):
+            return Constant(kind="constant", request_rate=rate)
+        if stated == 1:
+            return Poisson(kind="poisson", request_rate=rate)
+        return Gamma(kind="gamma", request_rate=rate, burstiness=stated)
+
+    stage = workload.stages[0]
+
+    def redrawn(stream: StreamSpec) -> StreamSpec:
+        source = stream.arrivals or stream.trace
+        rate = None if source is None or isinstance(source, ClosedLoop) else source.request_rate
+        if stream.background or rate is None:
+            return stream
+        return stream.model_copy(update={"arrivals": law(rate)})
+
+    streams = [redrawn(stream) for stream in stage.streams]
+    return Workload(stages=(stage.model_copy(update={"streams": tuple(streams)}),))
+
+
+def _arrivals_note(reading: Reading) -> str:
+    stated = reading.context.burstiness
+    how = "equal gaps" if stated == math.inf else f"gaps of burstiness {stated:g}"
+    return f"arrivals as the file states them: {how}, where the scenario has others"
 
 
 def _bounded(workload: Workload, bound: int | None) -> Workload:

@@ -14,6 +14,7 @@ from servecast.validate.compare.saved import Traffic, judge_result
 from servecast.validate.compare.text import comparison_text
 from servecast.validate.compare.tolerances import Tolerances
 from servecast.validate.readers import read_all
+from servecast.validate.readers.reading import Context
 
 
 def result(
@@ -54,13 +55,10 @@ def result(
     deployment = Deployment.of(loaded)
     comparison = judge_result(readings, deployment, tolerances=limits, seeds=seeds, traffic=traffic)
     made_of = context(deployment, seed=loaded.seed)
-    first = readings[0].context
-    facts = {
-        "result": f"{file.name}, {first.tool} {first.tool_version or '(version not stated)'}",
-        "model measured": first.model or "not stated",
+    facts = _measured(file, readings[0].context) | {
         "model predicted": made_of["model_id"],
         "scenario": loaded.name,
-        "profile": made_of["profile"] or "none, typical efficiencies",
+        "profile": made_of["profile"] or "none",
         "basis": made_of["provenance"]["basis"],
         "seeds": f"{loaded.seed} to {loaded.seed + seeds - 1}",
         "tolerances": "shipped" if tolerances is None else tolerances.name,
@@ -71,13 +69,16 @@ def result(
     else:
         print(comparison_text(comparison))
     if report is not None:
-        write_comparison_page(
-            report,
-            comparison,
-            title=f"{loaded.name} against {file.name}",
-            question="Does the prediction hold?",
-            facts=facts,
-        )
+        title, question = f"{loaded.name} against {file.name}", "Does the prediction hold?"
+        write_comparison_page(report, comparison, title=title, question=question, facts=facts)
         if not json:
             print(f"written: {report}")
     return comparison.verdict.exit_code
+
+
+def _measured(file: Path, said: Context) -> dict[str, str]:
+    """What a result says of itself."""
+    return {
+        "result": f"{file.name}, {said.tool} {said.tool_version or '(version not stated)'}",
+        "model measured": said.model or "not stated",
+    }

@@ -189,17 +189,21 @@ def live(
     with sigterm_as_ctrl_c():
         session.run()
     comparison, kept = keep(session)
-    told = {name.replace("_", " "): value for name, value in facts(session).items()}
-    write_comparison_page(
-        page,
-        comparison,
-        title=f"{loaded.name} against a live server",
-        question="Did the server do what was predicted of it?",
-        facts=told | ends(kept),
-    )
+    _write_page(page, session, comparison, kept)
     if json:
         print_json(kept)
     else:
         print_session(comparison, kept)
         print(f"written: {path}\nwritten: {page}")
     return comparison.verdict.exit_code
+
+
+def _write_page(page: Path, session: Session, comparison: Comparison, kept: dict[str, Any]) -> None:
+    told = {name.replace("_", " "): value for name, value in facts(session).items()}
+    write_comparison_page(
+        page,
+        comparison,
+        title=f"{session.scenario.name} against a live server",
+        question="Did the server do what was predicted of it?",
+        facts=told | ends(kept),
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,6 @@ from servecast.sim.inputs.errors import InputError
 from servecast.sim.scenario.deployment import Deployment
 from servecast.sim.scenario.scenario import Scenario
 from servecast.validate.live.truth import Truth
-
-_MAY_DIFFER = ("name", "max_position_embeddings")  # of two configs of models that take the same time
 
 
 def refuse_misfit(truth: Truth, deployment: Deployment, model: Path | None) -> list[str]:
@@ -66,12 +64,8 @@ def _compare_model(file: Path, deployment: Deployment) -> list[str]:
         notes.append(f"the served model was compared as the scenario's model_type: {error.what}")
     if scenario.engine.quantization == "fp8":
         shape = replace(shape, weight_bytes_each=1)
-    pairs = {
-        field.name: (getattr(deployment.model, field.name), getattr(shape, field.name))
-        for field in fields(ModelShape)
-        if field.name not in _MAY_DIFFER
-    }
-    other = [f"{name} ({mine}, not {theirs})" for name, (mine, theirs) in pairs.items() if mine != theirs]
+    mine = deployment.model
+    other = [f"{name} ({getattr(mine, name)}, not {getattr(shape, name)})" for name in mine.alike(shape)]
     if other:
         raise InputError(
             f"differs from the served model's config.json in {', '.join(other)}",
@@ -99,7 +93,9 @@ def _compare_gpu(truth: Truth, deployment: Deployment) -> list[str]:
         found = find_gpu(truth.gpu, where="the server's GPU").name
     except InputError:
         found = truth.gpu
-    for what, gpu in (("profile", deployment.profile.gpu), ("gpu", deployment.gpu.name)):
+    profile = deployment.profile
+    of = deployment.gpu.name if profile.of_kernel_timings else profile.gpu
+    for what, gpu in (("profile", of), ("gpu", deployment.gpu.name)):
         if found != gpu:
             raise InputError(
                 f"is of {gpu}, the server runs on {truth.gpu}",

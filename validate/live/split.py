@@ -83,8 +83,8 @@ class Split:
         first router, ends it with what is done.
 
         Raises:
-            InputError: the replicas are not alike, cache no prefixes, one does not start, or a load generator
-                fails.
+            InputError: an argument cannot be, the replicas are not alike, cache no prefixes, one does not
+                start, or a load generator fails.
         """
         self._refuse()
         self.out.mkdir(parents=True, exist_ok=True)
@@ -114,6 +114,13 @@ class Split:
         return {router: row for router, row in self.found.items() if "measured" in row}
 
     def _refuse(self) -> None:
+        if len(set(self.routers)) < 2:
+            fix = "Give two or more, separated by commas."
+            raise InputError(f"{','.join(self.routers)!r}", where="--routers", fix=fix)
+        if not 0 < self.request_rate < float("inf"):
+            raise InputError(f"{self.request_rate:g}", where="--request-rate", fix="Give requests/s above 0.")
+        if self.num_requests < 1:
+            raise InputError(f"{self.num_requests} requests", where="--num-requests", fix="Give at least 1.")
         fleet = self.scenario.fleet
         here = fleet.size if isinstance(self.server, OwnServer) else len(self.server)
         if not 2 <= fleet.size == here or any(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +12,6 @@ from cyclopts import Parameter
 from servecast.calibrate.measure.vllm.ending import sigterm_as_ctrl_c
 from servecast.sim.cli.options import WhatIf
 from servecast.sim.cli.output import print_json
-from servecast.sim.inputs.errors import InputError
 from servecast.sim.run.results import write_result
 from servecast.validate.compare.verdict import Verdict
 from servecast.validate.live.own_server import OwnServer, model_folder
@@ -51,42 +51,35 @@ def split(
         out: folder for predictions, traces, results and logs (out/split-NAME), without an earlier result.
         json: print one JSON object and nothing else.
     """
-    names = routers.split(",")
-    if len(set(names)) < 2:
-        raise InputError(f"{routers!r}", where="--routers", fix="Give two or more, separated by commas.")
-    if not 0 < request_rate < float("inf"):
-        raise InputError(f"{request_rate:g}", where="--request-rate", fix="Give requests/s above 0.")
-    if num_requests < 1:
-        raise InputError(f"{num_requests} requests", where="--num-requests", fix="Give at least 1.")
     loaded = what_if.load(scenario)
     folder = out or Path("out") / f"split-{loaded.name}"
     path = new_result(folder)
     python = str(vllm_python or sys.executable)
-
-    def keep(found: Split) -> tuple[Verdict, dict[str, Any]]:
-        verdict = judge(found)
-        kept = document(found, verdict)
-        write_result(path, kept)
-        return verdict, kept
-
     found = Split(
         loaded,
         OwnServer(model_folder(serve), vllm_flags, python),
-        names,
+        routers.split(","),
         folder,
         request_rate,
         num_requests,
         seed=loaded.seed,
         python=python,
         say=say,
-        after_router=keep,
+        after_router=partial(_keep, path),
     )
     with sigterm_as_ctrl_c():
         found.run()
-    verdict, kept = keep(found)
+    verdict, kept = _keep(path, found)
     if json:
         print_json(kept)
     else:
         print_split(found, verdict)
         print(f"written: {path}")
     return verdict.exit_code
+
+
+def _keep(path: Path, found: Split) -> tuple[Verdict, dict[str, Any]]:
+    verdict = judge(found)
+    kept = document(found, verdict)
+    write_result(path, kept)
+    return verdict, kept

@@ -162,7 +162,7 @@ def scraper(metrics_url: str, *, interval_s: float = 0.25) -> Sampler:
 def gpu_sampler(interval_s: float = 1.0) -> Sampler | None:
     """Samples clocks, power, memory and use, by its driver, of the first GPU that CUDA_VISIBLE_DEVICES leaves
     to us; None where there is none."""
-    import pynvml
+    import pynvml  # only where a server is driven
 
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
     try:

@@ -45,33 +45,8 @@ def parity(
     """
     if scenarios < 1:
         raise InputError(f"{scenarios} scenarios", where="--scenarios", fix="Give at least 1.")
-    asked, started = vllm or max(RULES), time.monotonic()
-    process = _start(vllm, vllm_python)
-    smallest = None
-    if process is not None:
-        with process:
-            version = release(process.version)
-            rules = version if version in RULES else nearest_rules(version)
-            drawn = read_scenarios(replay) if replay else random_scenarios(rules, seed, scenarios)
-            total = len(drawn) if isinstance(drawn, list) else scenarios
-
-            def show(sofar: ParityResult) -> None:
-                if sys.stderr.isatty():
-                    end = "\n" if sofar.scenarios == total else ""
-                    print(f"\r{sofar.scenarios}/{total} scenarios", end=end, file=sys.stderr)
-
-            answers = record(process, drawn)
-            result = run_parity(process.version, answers, rules=rules, progress=show)
-            if result.mismatches:
-                smallest = _smallest(process, result, seed, shrink=replay is None)
-    elif release(asked) not in RULES:
-        result = ParityResult(asked, nearest_rules(asked))
-    else:
-        raise InputError(
-            f"vLLM {asked} is not installed for this",
-            where="--vllm",
-            fix="Run tools/install_vllm.sh, or name an environment that has it with --vllm-python.",
-        )
+    started = time.monotonic()
+    result, smallest = _compared(vllm, vllm_python, scenarios, seed, replay)
     written = _write(out, result, smallest)
     if json:
         more = {
@@ -92,6 +67,36 @@ def parity(
         replay_with = f"servecast validate parity --vllm {result.vllm} --replay {written[0]}"
         print(f"\n{smallest}\n\nReplay: {replay_with}")
     return result.exit_code
+
+
+def _compared(
+    vllm: str | None, python: Path | None, scenarios: int, seed: int, replay: Path | None
+) -> tuple[ParityResult, Mismatch | None]:
+    """What the comparison finds, and its first mismatch made small; without vLLM, whether it has rules."""
+    process = _start(vllm, python)
+    if process is None:
+        asked = vllm or max(RULES)
+        if release(asked) in RULES:
+            raise InputError(
+                f"vLLM {asked} is not installed for this",
+                where="--vllm",
+                fix="Run tools/install_vllm.sh, or name an environment that has it with --vllm-python.",
+            )
+        return ParityResult(asked, nearest_rules(asked)), None
+    with process:
+        version = release(process.version)
+        rules = version if version in RULES else nearest_rules(version)
+        drawn = read_scenarios(replay) if replay else random_scenarios(rules, seed, scenarios)
+        total = len(drawn) if isinstance(drawn, list) else scenarios
+
+        def show(sofar: ParityResult) -> None:
+            if sys.stderr.isatty():
+                end = "\n" if sofar.scenarios == total else ""
+                print(f"\r{sofar.scenarios}/{total} scenarios", end=end, file=sys.stderr)
+
+        result = run_parity(process.version, record(process, drawn), rules=rules, progress=show)
+        small = _smallest(process, result, seed, shrink=replay is None) if result.mismatches else None
+        return result, small
 
 
 def _start(version: str | None, python: Path | None) -> VllmProcess | None:

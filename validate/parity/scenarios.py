@@ -1,12 +1,12 @@
 """Scenarios for the comparison with vLLM's scheduler: requests and aborts at given steps.
 
-Each has a JSON form that replays it exactly. Random ones are drawn from (seed, index); fixed ones come
-from the block hash ids of a Mooncake trace.
+Each has a JSON form that replays it exactly. Random ones are drawn from (seed, index).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ import numpy as np
 
 from servecast.sim.engine.config import EngineConfig
 from servecast.sim.engine.request import Request
+from servecast.sim.engine.rules import has_option
 from servecast.sim.inputs.errors import InputError
 
 Pick = Callable[[int, int], int]  # an integer between two, both included; 0 or the lowest is the simplest
@@ -112,8 +113,9 @@ def draw_scenario(pick: Pick, version: str, name: str) -> Scenario:
     """A scenario from choices: every flag and every kind of traffic that the rules speak of.
 
     Every fourth or so is a crush: many short requests at once on small blocks and a small pool, so that
-    they preempt each other all the time.
+    they preempt each other all the time. Options are those that the release of ``version`` has.
     """
+    has = functools.partial(has_option, version)
     crush = pick(0, 3) == 3
     block_size = (4, 8)[pick(0, 1)] if crush else (16, 16, 8, 4, 32)[pick(0, 4)]
     max_model_len = block_size * pick(4, 40) + (0, 1, block_size - 1)[pick(0, 2)]
@@ -150,7 +152,6 @@ def draw_scenario(pick: Pick, version: str, name: str) -> Scenario:
     threshold = pick(1, 3 * block_size) if pick(0, 3) >= (2 if crush else 3) else 0
     max_num_seqs = pick(6, 24) if crush else pick(1, 24) if pick(0, 3) else pick(1, 4)
     max_num_seqs = min(max_num_seqs, budget)  # vLLM refuses more
-    newest = version != "0.23"
     config = EngineConfig(
         version=version,
         max_num_seqs=max_num_seqs,
@@ -164,9 +165,11 @@ def draw_scenario(pick: Pick, version: str, name: str) -> Scenario:
         async_scheduling=pick(0, 1) == 1,
         scheduler_reserve_full_isl=pick(0, 3) < (2 if crush else 3),
         long_prefill_token_threshold=threshold,
-        long_prefill_token_threshold_adaptive=newest and pick(0, 1) == 1,
-        watermark=pick(1, 30) / 100 if newest and pick(0, 3) == 3 else 0.0,
-        max_num_active_seqs=pick(1, max_num_seqs) if newest and pick(0, 5) == 5 else None,
+        long_prefill_token_threshold_adaptive=has("long_prefill_token_threshold_adaptive")
+        and pick(0, 1) == 1,
+        watermark=pick(1, 30) / 100 if has("watermark") and pick(0, 3) == 3 else 0.0,
+        max_num_active_seqs=pick(1, max_num_seqs) if has("max_num_active_seqs") and pick(0, 5) == 5 else None,
+        prefill_schedule_interval=pick(2, 6) if has("prefill_schedule_interval") and pick(0, 2) == 2 else 1,
     )
     aborts.sort(key=lambda abort: abort.step)
     return Scenario(name, config, tuple(arrivals), tuple(aborts))
@@ -212,49 +215,6 @@ def _lengths(
         "max_tokens": max_tokens,
         "content": tuple(content),
     }
-
-
-TRACE_BLOCK = 512  # tokens that a hash id of a Mooncake trace stands for
-
-
-def trace_scenarios(trace: Path, version: str, count: int, *, requests: int = 200) -> Iterator[Scenario]:
-    """Windows of a Mooncake trace, 1/32 of the length: who shares what with whom is the trace's.
-
-    Every other one has a pool that hardly holds two requests.
-
-    Args:
-        trace: JSON lines with timestamp (ms), input_length, output_length, hash_ids.
-        count: number of windows, evenly spread over the trace.
-        requests: requests a window.
-    """
-    lines = trace.read_text().splitlines()
-    scale = 32
-    part = TRACE_BLOCK // scale
-    for window in range(count):
-        start = window * (len(lines) - requests) // count
-        rows = [json.loads(line) for line in lines[start : start + requests]]
-        arrivals: list[Arrival] = []
-        for row in rows:
-            prompt = max(row["input_length"] // scale, 1)
-            output = min(max(row["output_length"] // scale, 1), 60)
-            ends = [min(part * (k + 1), prompt) for k in range(len(row["hash_ids"]))]
-            content = tuple(
-                (hash_id, end)
-                for k, (hash_id, end) in enumerate(zip(row["hash_ids"], ends, strict=True))
-                if k == 0 or end > ends[k - 1]
-            )
-            request = Request(len(arrivals), 0.0, prompt, output, output, content)
-            arrivals.append(Arrival((row["timestamp"] - rows[0]["timestamp"]) // 500, len(arrivals), request))
-        longest = max(a.request.prompt_tokens + a.request.output_tokens for a in arrivals)
-        config = EngineConfig(
-            version=version,
-            max_num_seqs=32,
-            max_num_batched_tokens=512,
-            max_model_len=longest + 1,
-            num_gpu_blocks=2 + (20, 2)[window % 2] * -(-longest // 16),
-            async_scheduling=window % 4 < 2,
-        )
-        yield Scenario(f"{trace.stem}-{version}-{window}", config, tuple(arrivals))
 
 
 def read_scenarios(file: Path) -> list[Scenario]:

@@ -268,6 +268,7 @@ def _vllm_config(config: dict[str, Any], model: str) -> VllmConfig:
         ("scheduler_reserve_full_isl", None),
         ("watermark", 0.0),
         ("max_num_active_seqs", None),
+        ("prefill_schedule_interval", 1),
     ):
         if name in known:
             options[name] = config[name]

@@ -54,6 +54,9 @@ def read_all(path: Path) -> list[Reading]:
     """
     try:
         values = values_of(path)
+        sweep = values[0] if len(values) == 1 and isinstance(values[0], list) else []
+        if sweep and all(map(READERS["vllm"].recognises, sweep)):
+            values = sweep  # the summary.json of vllm bench sweep
         return READERS[sniff(values, path)].read(values, path)
     except RecursionError:
         raise InputError(
@@ -86,6 +89,8 @@ def sniff(values: Sequence[Any], path: Path) -> str:
 
 
 def _seen(value: Any) -> str:
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return f" (it is a list, of objects with {', '.join(map(str, list(value[0])[:8]))})"
     if isinstance(value, dict):
         return f" (its fields are {', '.join(map(str, list(value)[:8]))}{', ...' if len(value) > 8 else ''})"
     return f" (it is a {type(value).__name__})"

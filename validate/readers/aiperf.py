@@ -1,4 +1,5 @@
-"""aiperf's ``profile_export.jsonl``, a record a line, with the ``profile_export_aiperf.json`` beside it."""
+"""aiperf's ``profile_export.jsonl``, a record a line, with the ``profile_export_aiperf.json`` beside it, the
+tables of its sweeps, and the summary of genai-perf, from which it came."""
 
 from __future__ import annotations
 
@@ -13,21 +14,21 @@ from pydantic import Field, model_validator
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.inputs.schema import invalid
 from servecast.sim.metrics.metrics import Floats
+from servecast.validate.readers.aiperf_load import FORM, GENAI_PERF, load_of
 from servecast.validate.readers.document import values_of
 from servecast.validate.readers.reading import (
     Context,
     Part,
-    Rate,
     Reading,
-    Slots,
     Statistics,
     broken,
     expect,
 )
-from servecast.validate.readers.run_of import run_of, run_without_requests
+from servecast.validate.readers.run_of import Columns, run_of, run_without_requests
 
-FORM = "aiperf"
 SUMMARY = "profile_export_aiperf.json"
+_SUMMED = ("request_throughput", "request_latency", "request_count", "error_request_count")
+_SWEEP = ("aggregation_type", "per_combination_metrics")
 
 
 Stamp = Annotated[int, Field(ge=0, lt=1 << 63)]  # ns
@@ -59,43 +60,20 @@ class _Total(Part):
     avg: float
 
 
-class _Phase(Part):
-    kind: str | None = None
-    name: str | None = None
-    type: str | None = None
-    rate: Rate | None = None
-    concurrency: Slots | None = None
-
-
-class _Model(Part):
-    name: str | None = None
-
-
-class _Models(Part):
-    items: tuple[_Model, ...] = ()
-
-
-class _Endpoint(Part):
-    type: str | None = None
-
-
-class _Input(Part):
-    models: _Models = _Models()
-    endpoint: _Endpoint = _Endpoint()
-    phases: tuple[_Phase, ...] = ()
-
-
 class _Summary(Part):
     """What no request has, as everything of a run of which all failed, is not there."""
 
-    aiperf_version: str
-    input_config: _Input = _Input()
-    request_count: _Total = _Total(avg=0)
+    aiperf_version: str | None = None
+    input_config: Any = None
+    request_count: _Total | None = None
+    error_request_count: _Total | None = None
     benchmark_duration: _Total | None = None
     request_throughput: _Total | None = None
     output_token_throughput: _Total | None = None
     total_isl: _Total | None = None
     total_osl: _Total | None = None
+    input_sequence_length: _Total | None = None
+    output_sequence_length: _Total | None = None
     time_to_first_token: Statistics | None = None
     inter_token_latency: Statistics | None = None
     inter_chunk_latency: Statistics | None = None
@@ -103,15 +81,24 @@ class _Summary(Part):
 
     @model_validator(mode="after")
     def _counted(self) -> _Summary:
+        if self.request_count is None:  # genai-perf before 0.0.14 does not say
+            return self
         if (self.request_count.avg > 0) != (self.request_latency is not None):
             raise invalid("of request_count and request_latency only one is there", "Save it again.")
         return self
 
     @property
+    def completed(self) -> float | None:
+        """Requests that finished, None where it does not say."""
+        if self.request_count is not None:
+            return self.request_count.avg
+        return 0.0 if self.request_latency is None else None
+
+    @property
     def reported(self) -> dict[str, float]:
         """aiperf's inter-token latency is vLLM's TPOT, its inter-chunk latency vLLM's ITL."""
         totals = {
-            "completed": self.request_count,
+            "failed": self.error_request_count,
             "duration": self.benchmark_duration,
             "request_throughput": self.request_throughput,
             "output_throughput": self.output_token_throughput,
@@ -125,48 +112,53 @@ class _Summary(Part):
             "e2el": self.request_latency,
         }
         found = {key: total.avg for key, total in totals.items() if total is not None}
+        lengths = {
+            "total_input_tokens": self.input_sequence_length,
+            "total_output_tokens": self.output_sequence_length,
+        }
+        if self.completed is not None:
+            found["completed"] = self.completed
+            for key, mean in lengths.items():
+                if mean is not None:
+                    found.setdefault(key, mean.avg * self.completed)
         for metric, statistics in latencies.items():
             if statistics is not None:
                 found |= statistics.named(metric, to_ms=1.0)
         return found
 
-    @property
-    def context(self) -> Context:
-        phase = next(
-            (each for each in self.input_config.phases if each.kind in (None, "profiling")), _Phase()
-        )
-        model = self.input_config.models.items[:1]
-        closed = phase.rate is None and phase.concurrency is not None
-        return Context(
-            tool=FORM,
-            tool_version=self.aiperf_version,
-            backend=self.input_config.endpoint.type,
-            model=model[0].name if model else None,
-            request_rate=math.inf if closed else phase.rate,
-            max_concurrency=phase.concurrency,
-            burstiness={"poisson": 1.0, "constant": math.inf}.get(phase.type or ""),
-        )
-
 
 class Aiperf:
-    """aiperf's records, or its summary alone."""
+    """aiperf's records, its summary alone, that of genai-perf before it, and the tables of their sweeps."""
 
     name = FORM
 
     def recognises(self, value: Any) -> bool:
-        """By a record's start, or by the summary's version."""
+        """By a record's start, by the metrics of a summary, or by the combinations of a sweep."""
         if not isinstance(value, dict):
             return False
         metadata = value.get("metadata")
-        return "aiperf_version" in value or (isinstance(metadata, dict) and "request_start_ns" in metadata)
+        record = isinstance(metadata, dict) and "request_start_ns" in metadata
+        summary = "input_config" in value and any(name in value for name in (*_SUMMED, "records"))
+        return record or summary or "aiperf_version" in value or {*_SWEEP} <= value.keys() or _raw(value)
 
     def read(self, values: Sequence[Any], path: Path) -> list[Reading]:
-        """One run."""
-        if "aiperf_version" in values[0]:
-            summary = expect(_Summary, values[0], source=str(path), form=FORM)
-            run = run_without_requests(summary.context)
-            notes = ("only totals: the requests are in profile_export.jsonl",)
-            return [Reading(str(path), summary.context.load, summary.context, run, summary.reported, notes)]
+        """One run, or one a combination of a sweep."""
+        value = values[0]
+        if _raw(value):
+            raise InputError(
+                "this is genai-perf's raw profile, which has no token counts",
+                where=str(path),
+                fix="Give the profile_export_genai_perf.json that stands beside it.",
+            )
+        if "per_combination_metrics" in value:
+            return _sweep(value, path)
+        if "metrics" in value and "aiperf_version" in value:
+            aggregate = {"parameters": {}, "metrics": value["metrics"]}
+            return [_combination(aggregate, str(path), value["aiperf_version"])]
+        if "metadata" not in value or "request_start_ns" not in value["metadata"]:
+            records = value.get("records")
+            flat = {**records, **value} if isinstance(records, dict) else value
+            return [_totals(expect(_Summary, flat, source=str(path), form=FORM), str(path))]
         beside = path.with_name(SUMMARY)
         found = None
         if beside.is_file():
@@ -178,8 +170,61 @@ class Aiperf:
         return [_reading(records, found, path)]
 
 
+def _raw(value: Mapping[str, Any]) -> bool:
+    """Whether it is genai-perf's profile_export.json."""
+    return isinstance(value.get("experiments"), list) and "service_kind" in value
+
+
+def _totals(summary: _Summary, source: str) -> Reading:
+    context = load_of(summary.input_config, summary.aiperf_version, source)
+    raw = "profile_export.jsonl" if context.tool == FORM else "a profile_export.json without token counts"
+    notes = [f"only totals: the requests are in {raw}"]
+    if context.tool == GENAI_PERF:
+        notes.append("genai-perf's inter-token latency is a mean of each request, as vLLM's TPOT")
+    run = run_without_requests(context)
+    return Reading(source, context.load, context, run, summary.reported, tuple(notes))
+
+
+def _sweep(value: Mapping[str, Any], path: Path) -> list[Reading]:
+    combinations = value["per_combination_metrics"]
+    if not isinstance(combinations, list) or not combinations:
+        raise broken("there is none of the combinations of its sweep", FORM, where=str(path))
+    return [
+        _combination(each, f"{path}: per_combination_metrics.{number}", None)
+        for number, each in enumerate(combinations)
+    ]
+
+
+class _Over(Part):
+    """A statistic over repeated runs."""
+
+    mean: float | None = None
+
+
+class _Combination(Part):
+    parameters: Mapping[str, Any] = {}
+    metrics: Mapping[str, _Over | Any] = {}
+
+
+def _combination(value: Any, source: str, version: Any) -> Reading:
+    """One combination of a sweep, of means over its runs: ``time_to_first_token_p99`` and the like."""
+    combination = expect(_Combination, value, source=source, form=FORM)
+    nested: dict[str, dict[str, float]] = {}
+    for key, over in combination.metrics.items():
+        name, _, statistic = key.rpartition("_")
+        if isinstance(over, _Over) and over.mean is not None and name in _Summary.model_fields:
+            nested.setdefault(name, {})[statistic] = over.mean
+    complete = {name: each for name, each in nested.items() if "avg" in each}
+    summary = expect(_Summary, complete, source=source, form=FORM)
+    context = load_of({"loadgen": {**combination.parameters}}, version, source)
+    notes = ("means over the runs of a combination: the requests are in each run's profile_export.jsonl",)
+    return Reading(source, context.load, context, run_without_requests(context), summary.reported, notes)
+
+
 def _reading(records: Sequence[_Record], summary: _Summary | None, path: Path) -> Reading:
-    context = Context(tool=FORM) if summary is None else summary.context
+    context = Context(tool=FORM)
+    if summary is not None:
+        context = load_of(summary.input_config, summary.aiperf_version or "not stated", str(path))
     notes = ["aiperf's own throughput divides by a phase that begins before the first request is sent"]
     if summary is None:
         notes.append(f"no {SUMMARY} beside it: model, load and version are not stated")
@@ -196,9 +241,9 @@ def _reading(records: Sequence[_Record], summary: _Summary | None, path: Path) -
                 fix="Run aiperf with --streaming, and with --export-level records.",
             )
     finished = status.count("finished")
-    if summary is not None and summary.request_count.avg != finished:
+    if summary is not None and summary.completed != finished:
         raise broken(
-            f"it says {summary.request_count.avg:g} requests, and {path.name} lists {finished} finished",
+            f"it says {summary.completed or 0:g} requests, and {path.name} lists {finished} finished",
             FORM,
             where=f"{path.with_name(SUMMARY)}: request_count",
         )
@@ -220,16 +265,18 @@ def _reading(records: Sequence[_Record], summary: _Summary | None, path: Path) -
     run = run_of(
         context,
         str(path),
-        arrival=[seconds(each.metadata.credit_issued_ns) for each in counted],
-        sent=sent,
-        first_token=sent + column("time_to_first_token") / 1000,
-        finish=sent + column("request_latency") / 1000,
-        prompt_tokens=column("input_sequence_length"),
-        output_tokens=column("output_sequence_length"),
-        cached_tokens=column("usage_prompt_cache_read_tokens"),
-        status=status,
-        gaps=gaps,
-        start=0.0,
+        Columns(
+            arrival=[seconds(each.metadata.credit_issued_ns) for each in counted],
+            sent=sent,
+            first_token=sent + column("time_to_first_token") / 1000,
+            finish=sent + column("request_latency") / 1000,
+            prompt_tokens=column("input_sequence_length"),
+            output_tokens=column("output_sequence_length"),
+            cached_tokens=column("usage_prompt_cache_read_tokens"),
+            status=status,
+            gaps=gaps,
+            start=0.0,
+        ),
     )
     reported = {} if summary is None else summary.reported
     open_loop = context.max_concurrency is None

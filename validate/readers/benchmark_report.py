@@ -1,10 +1,10 @@
 """llm-d's Benchmark Report v0.2 (and 0.2.1, which adds media), whole or the part that a load generator
-writes; JSON or YAML. It holds statistics alone."""
+writes, and v0.1; JSON or YAML. It holds statistics alone."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,6 +40,18 @@ _SCALE = {  # to seconds, shares and counts
 }
 
 
+_OLD = {"version", "scenario", "metrics"}  # parts of a report of 0.1
+_LOAD_0_1 = {  # what load generators called it in their arguments, which 0.1 repeats
+    "rate_qps": ("request_rate", "request-rate", "qps", "qps_values", "rate"),
+    "concurrency": ("max_concurrency", "max-concurrency", "concurrency"),
+}
+_RATES_0_1 = {
+    "output_token_rate": ("output_tokens_per_sec", "tokens/s"),
+    "total_token_rate": ("total_tokens_per_sec", "tokens/s"),
+    "request_rate": ("requests_per_sec", "queries/s"),
+}
+
+
 class _Statistics(Statistics):
     units: str
 
@@ -58,8 +70,8 @@ class _Statistics(Statistics):
 
 class _Requests(Part):
     total: Requests
-    failures: Requests = 0
-    incomplete: Requests = 0
+    failures: Requests | None = None
+    incomplete: Requests | None = None
     input_length: _Statistics | None = None
     output_length: _Statistics | None = None
 
@@ -159,8 +171,10 @@ class BenchmarkReport:
     name = FORM
 
     def recognises(self, value: Any) -> bool:
-        """By its three parts."""
-        return isinstance(value, dict) and {"version", "run", "results"} <= value.keys()
+        """By its three parts, which in 0.1 were two others."""
+        return isinstance(value, dict) and (
+            {"version", "run", "results"} <= value.keys() or value.keys() >= _OLD
+        )
 
     def read(self, values: Sequence[Any], path: Path) -> list[Reading]:
         """A run a report."""
@@ -168,18 +182,69 @@ class BenchmarkReport:
 
     def _one(self, value: dict[str, Any], path: Path) -> Reading:
         version = str(value["version"])
-        if version != "0.2" and not version.startswith("0.2."):
+        old = version == "0.1" and value.keys() >= _OLD
+        if not old and version != "0.2" and not version.startswith("0.2."):
             raise InputError(
-                f"version {version!r} of the {FORM}, this servecast reads 0.2",
+                f"version {version!r} of the {FORM}, this servecast reads 0.1 and 0.2",
                 where=f"{path}: version",
                 fix="Convert it with llm-d-benchmark's tools.",
             )
-        report = expect(_Report, {**value, "version": version}, source=str(path), form=FORM)
+        whole = {**value, "version": version}
+        report = expect(_Report, _of_0_1(whole) if old else whole, source=str(path), form=f"{FORM} {version}")
         context = _context(report)
         notes = ("only totals: this format has no single requests",)
         return Reading(
             str(path), context.load, context, run_without_requests(context), _reported(report, path), notes
         )
+
+
+def _of_0_1(value: Mapping[str, Any]) -> dict[str, Any]:
+    """A report of 0.1 with its parts where 0.2 has them; what is not of its shape stays, to be refused."""
+    scenario, metrics = value["scenario"], value["metrics"]
+    if not isinstance(scenario, dict) or not isinstance(metrics, dict):
+        return {**value, "run": scenario, "results": metrics}
+    model, load, platform = (scenario.get(name) for name in ("model", "load", "platform"))
+    arguments = load.get("args") if isinstance(load, dict) else None
+    said = {name: _first(arguments, keys) for name, keys in _LOAD_0_1.items()}
+    engines = platform.get("engine") if isinstance(platform, dict) else None
+    engine = engines[0] if isinstance(engines, list) and engines else {}
+    standard = {
+        "kind": "inference_engine",
+        "tool": engine.get("name") if isinstance(engine, dict) else None,
+        "model": model,
+    }
+    load_0_2 = {"tool": load.get("name") if isinstance(load, dict) else None, **said}
+    rates, throughput = metrics.get("throughput"), {}
+    if isinstance(rates, dict):
+        throughput = {
+            name: {"units": unit, "mean": rates[old]}
+            for name, (old, unit) in _RATES_0_1.items()
+            if rates.get(old) is not None
+        }
+    time = metrics.get("time")
+    return {
+        "version": value["version"],
+        "run": {"time": time if isinstance(time, dict) else None},
+        "scenario": {"stack": [{"standardized": standard}], "load": {"standardized": load_0_2}},
+        "results": {
+            "request_performance": {
+                "aggregate": {
+                    "requests": metrics.get("requests"),
+                    "latency": metrics.get("latency"),
+                    "throughput": throughput,
+                }
+            }
+        },
+    }
+
+
+def _first(arguments: Any, keys: Sequence[str]) -> Any:
+    """The first of these arguments that is a single number above 0."""
+    for key in keys:
+        value = arguments.get(key) if isinstance(arguments, dict) else None
+        if isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
+            return value
+    return None
 
 
 def _context(report: _Report) -> Context:
@@ -209,7 +274,7 @@ def _reported(report: _Report, path: Path) -> dict[str, float]:
             raise broken(f"there is no {name} among its aggregates", FORM, where=str(path))
     found: dict[str, float] = {}
     if (requests := aggregate.requests) is not None:
-        completed = requests.total - requests.failures - requests.incomplete
+        completed = requests.total - (requests.failures or 0) - (requests.incomplete or 0)
         if completed < 0:
             raise broken(f"of {requests.total} requests more failed", FORM, where=str(path))
         found |= {"completed": float(completed), "failed": float(requests.total - completed)}

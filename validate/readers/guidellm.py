@@ -1,4 +1,9 @@
-"""guidellm's ``benchmarks.json`` (or .yaml), schema version 2."""
+"""guidellm's ``benchmarks.json`` (or .yaml), of its releases 0.3 to 0.8.
+
+0.7 and 0.8 write schema version 2, 0.5 and 0.6 version 1, which has the same places of what is read here, and
+0.4 the same without saying so. Until 0.3 the strategy and the times of requests lay elsewhere: they are put
+where they lie today.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import model_validator
+from pydantic import AliasChoices, Field, model_validator
 
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.inputs.schema import Positive
@@ -24,7 +29,7 @@ from servecast.validate.readers.reading import (
     expect,
     sampled,
 )
-from servecast.validate.readers.run_of import run_of, run_without_requests
+from servecast.validate.readers.run_of import Columns, run_of, run_without_requests
 
 FORM = "guidellm"
 _DAY_S = 86_400.0
@@ -32,12 +37,20 @@ _STATUS = {"successful": "finished", "errored": "failed", "incomplete": "aborted
 
 
 class _Metadata(Part):
-    version: int
+    version: int | None = None
     guidellm_version: str | None = None
+
+    @property
+    def form(self) -> str:
+        """The format by its name, an old one by its version, too."""
+        if self.version == 2:
+            return FORM
+        version = self.guidellm_version or "0.4 or older"
+        return f"{FORM} {version}" + ("" if self.version is None else f" (schema version {self.version})")
 
 
 class _Strategy(Part):
-    type_: str
+    type_: str = Field(validation_alias=AliasChoices("type_", "kind"))
     rate: Rate | None = None
     streams: Slots | None = None
 
@@ -95,6 +108,7 @@ class _Successful(Part):
 
 class _Totals(Part):
     successful: Requests
+    errored: Requests = 0
 
 
 class _Metrics(Part):
@@ -115,7 +129,7 @@ class _Benchmark(Part):
 
 
 class _Report(Part):
-    metadata: _Metadata
+    metadata: _Metadata = _Metadata()
     benchmarks: list[Any]
 
 
@@ -125,24 +139,25 @@ class Guidellm:
     name = FORM
 
     def recognises(self, value: Any) -> bool:
-        """By the benchmarks beside guidellm's own metadata."""
-        return (
-            isinstance(value, dict)
-            and "benchmarks" in value
-            and isinstance(value.get("metadata"), dict)
-            and "guidellm_version" in value["metadata"]
-        )
+        """By the benchmarks beside guidellm's own metadata, or by what they are."""
+        if not isinstance(value, dict) or "benchmarks" not in value:
+            return False
+        metadata, found = value.get("metadata"), value["benchmarks"]
+        if isinstance(metadata, dict) and "guidellm_version" in metadata:
+            return True
+        first = found[0] if isinstance(found, list) and found else None
+        return isinstance(first, dict) and first.get("type_") == "generative_benchmark"
 
     def read(self, values: Sequence[Any], path: Path) -> list[Reading]:
         """A run a benchmark."""
         readings = []
         for value in values:
             report = expect(_Report, value, source=str(path), form=FORM)
-            if report.metadata.version != 2:
+            if report.metadata.version not in (None, 1, 2):
                 raise InputError(
-                    f"schema version {report.metadata.version} of guidellm, this servecast reads 2",
+                    f"schema version {report.metadata.version} of guidellm, this servecast reads 1 and 2",
                     where=f"{path}: metadata.version",
-                    fix="Run a guidellm that writes version 2.",
+                    fix="Run guidellm 0.3 to 0.8.",
                 )
             if not report.benchmarks:
                 raise InputError(
@@ -150,9 +165,49 @@ class Guidellm:
                 )
             for number, each in enumerate(report.benchmarks):
                 source = f"{path}: benchmarks.{number}"
-                benchmark = expect(_Benchmark, each, source=source, form=FORM)
+                benchmark = expect(_Benchmark, _today(each), source=source, form=report.metadata.form)
                 readings.append(_reading(benchmark, report.metadata, source))
         return readings
+
+
+def _today(benchmark: Any) -> Any:
+    """A benchmark of 0.3 with its parts where 0.4 and later have them; any other as it is."""
+    arguments = benchmark.get("args") if isinstance(benchmark, dict) else None
+    if not isinstance(arguments, dict) or "strategy" not in arguments or "config" in benchmark:
+        return benchmark
+    worker, metrics, times = (benchmark.get(name) for name in ("worker", "metrics", "run_stats"))
+    backend = {}
+    if isinstance(worker, dict):
+        backend = {"kind": worker.get("backend_type"), "model": worker.get("backend_model")}
+    if isinstance(metrics, dict):
+        metrics = {"request_totals": benchmark.get("request_totals"), **metrics}
+    moved = {"config": {"strategy": arguments["strategy"], "backend": backend}, "metrics": metrics}
+    if isinstance(times, dict) and "duration" not in benchmark:
+        start, end = (benchmark.get(name, times.get(name)) for name in ("start_time", "end_time"))
+        if isinstance(start, int | float) and isinstance(end, int | float):
+            moved |= {"start_time": start, "duration": end - start}
+    requests = benchmark.get("requests")
+    if isinstance(requests, dict):
+        moved["requests"] = {
+            status: [_request_today(each) for each in listed] if isinstance(listed, list) else listed
+            for status, listed in requests.items()
+        }
+    return {**benchmark, **moved}
+
+
+def _request_today(request: Any) -> Any:
+    """A request of 0.3. Its targeted start is -1 where there is none."""
+    if not isinstance(request, dict):
+        return request
+    scheduled = request.get("scheduler_info")
+    target = scheduled.get("targeted_start_time") if isinstance(scheduled, dict) else None
+    timings = {
+        "targeted_start": None if target == -1 else target,
+        "request_start": request.get("start_time"),
+        "first_token_iteration": request.get("first_token_time"),
+        "last_token_iteration": request.get("last_token_time"),
+    }
+    return {**request, "info": {"timings": timings}}
 
 
 def _reading(benchmark: _Benchmark, metadata: _Metadata, source: str) -> Reading:
@@ -160,7 +215,7 @@ def _reading(benchmark: _Benchmark, metadata: _Metadata, source: str) -> Reading
     closed = {"synchronous": 1, "concurrent": strategy.streams}
     context = Context(
         tool=FORM,
-        tool_version=metadata.guidellm_version,
+        tool_version=metadata.guidellm_version or "0.4 or older",
         backend=benchmark.config.backend.kind,
         model=benchmark.config.backend.model,
         request_rate=strategy.rate if strategy.rate is not None else math.inf,
@@ -170,6 +225,7 @@ def _reading(benchmark: _Benchmark, metadata: _Metadata, source: str) -> Reading
     reported = sampled(
         {
             "completed": float(metrics.request_totals.successful),
+            "failed": float(metrics.request_totals.errored),
             "duration": benchmark.duration,
             "request_throughput": metrics.requests_per_second.successful.mean,
             "output_throughput": metrics.output_tokens_per_second.successful.mean,
@@ -219,15 +275,17 @@ def _reading(benchmark: _Benchmark, metadata: _Metadata, source: str) -> Reading
     run = run_of(
         context,
         source,
-        arrival=targets if one_clock else None,
-        sent=starts,
-        first_token=_column(timings, "first_token_iteration"),
-        finish=_column(timings, "last_token_iteration"),
-        prompt_tokens=_column(requests, "prompt_tokens"),
-        output_tokens=_column(requests, "output_tokens"),
-        cached_tokens=_column(requests, "cached_tokens"),
-        status=[status for status, _ in sent],
-        start=benchmark.start_time,
+        Columns(
+            arrival=targets if one_clock else None,
+            sent=starts,
+            first_token=_column(timings, "first_token_iteration"),
+            finish=_column(timings, "last_token_iteration"),
+            prompt_tokens=_column(requests, "prompt_tokens"),
+            output_tokens=_column(requests, "output_tokens"),
+            cached_tokens=_column(requests, "cached_tokens"),
+            status=[status for status, _ in sent],
+            start=benchmark.start_time,
+        ),
     )
     planned = one_clock and context.max_concurrency is None
     return Reading(source, context.load, context, run, reported, tuple(notes), planned=planned)

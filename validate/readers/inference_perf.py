@@ -20,7 +20,7 @@ from servecast.sim.inputs.errors import InputError
 from servecast.validate.readers.document import values_of
 from servecast.validate.readers.inference_perf_stage import NEAR_ZERO, Load, Stage
 from servecast.validate.readers.reading import Context, Part, Reading, expect
-from servecast.validate.readers.run_of import run_of, run_without_requests
+from servecast.validate.readers.run_of import Columns, run_of, run_without_requests
 
 FORM = "inference-perf"
 HALVED = (
@@ -179,13 +179,15 @@ def _run(requests: Sequence[_Request], stage: Stage | None, beside: _Beside, sou
     run = run_of(
         context,
         source,
-        sent=[each.start_time for each in requests],
-        first_token=[each[0] if each else None for each in times],
-        finish=[each[-1] if each else None for each in times],
-        prompt_tokens=[each.prompt_tokens for each in requests],
-        output_tokens=[each.output_tokens for each in requests],
-        status=["finished" if each.error is None else "failed" for each in requests],
-        gaps=[b - a for each in times for a, b in pairwise(each)],
+        Columns(
+            sent=[each.start_time for each in requests],
+            first_token=[each[0] if each else None for each in times],
+            finish=[each[-1] if each else None for each in times],
+            prompt_tokens=[each.prompt_tokens for each in requests],
+            output_tokens=[each.output_tokens for each in requests],
+            status=["finished" if each.error is None else "failed" for each in requests],
+            gaps=[b - a for each in times for a, b in pairwise(each)],
+        ),
     )
     reported = {} if stage is None else stage.reported()
     return Reading(source, context.load, context, run, reported, tuple(notes), halved=doubled)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,52 +22,54 @@ MOST_TOKENS = 10_000_000  # of a request: the longest contexts
 LONGEST_S = 30 * 86_400.0  # of a run
 
 
-def run_of(
-    context: Context,
-    source: str,
-    *,
-    sent: Column,
-    first_token: Column,
-    finish: Column,
-    prompt_tokens: Column,
-    output_tokens: Column,
-    status: Sequence[str],
-    arrival: Column | None = None,
-    cached_tokens: Column | None = None,
-    gaps: Column = (),
-    start: float | None = None,
-) -> Run:
-    """A run of one stage from columns, a value a request; None and NaN are not known.
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Columns:
+    """What a load generator kept of its requests, a value a request; None and NaN are not known.
 
-    Args:
-        source: file and which of its runs, for messages.
+    Attributes:
         sent, first_token, finish, arrival: seconds on any one clock.
         status: "finished", "failed" or "aborted"; of the last two only the sending and the prompt are kept
             (0 tokens if not known).
         gaps: seconds between tokens, over all finished requests.
         start: when the benchmark began, on that clock; the first arrival or sending without it.
+    """
+
+    sent: Column = ()
+    first_token: Column = ()
+    finish: Column = ()
+    prompt_tokens: Column = ()
+    output_tokens: Column = ()
+    status: Sequence[str] = ()
+    arrival: Column | None = None
+    cached_tokens: Column | None = None
+    gaps: Column = ()
+    start: float | None = None
+
+
+def run_of(context: Context, source: str, kept: Columns) -> Run:
+    """A run of one stage. source: file and which of its runs, for messages.
 
     Raises:
         InputError: times or lengths that no request has.
     """
-    good = np.array([each == "finished" for each in status], dtype=bool)
+    good = np.array([each == "finished" for each in kept.status], dtype=bool)
 
     def column(values: Column | None) -> Floats:
         return np.full(len(good), math.nan) if values is None else np.array(values, dtype=np.float64)
 
     times = {
-        "arrival": column(arrival),
-        "sent": column(sent),
-        "first_token": np.where(good, column(first_token), math.nan),
-        "finish": np.where(good, column(finish), math.nan),
+        "arrival": column(kept.arrival),
+        "sent": column(kept.sent),
+        "first_token": np.where(good, column(kept.first_token), math.nan),
+        "finish": np.where(good, column(kept.finish), math.nan),
     }
     tokens = {
-        "prompt_tokens": column(prompt_tokens),
-        "output_tokens": np.where(good, column(output_tokens), 0.0),
-        "cached_tokens": column(cached_tokens),
+        "prompt_tokens": column(kept.prompt_tokens),
+        "output_tokens": np.where(good, column(kept.output_tokens), 0.0),
+        "cached_tokens": column(kept.cached_tokens),
     }
-    gap = np.array(gaps, dtype=np.float64)
-    began = start
+    gap = np.array(kept.gaps, dtype=np.float64)
+    began = kept.start
     if began is None:
         began = float(np.nanmin([*times["arrival"], *times["sent"]])) if len(good) else 0.0
     if wrong := _impossible(times, tokens, good, gap, began):
@@ -84,7 +87,7 @@ def run_of(
         "output_tokens": tokens["output_tokens"].astype("int64"),
         "cached_tokens": pd.array(tokens["cached_tokens"], dtype="Int64"),
         "preemptions": math.nan,
-        "status": list(status),
+        "status": list(kept.status),
         "group": unknown,
     }
     return Run(
@@ -133,6 +136,4 @@ def _impossible(
 
 def run_without_requests(context: Context) -> Run:
     """The run of a file that has only totals."""
-    return run_of(
-        context, "", sent=[], first_token=[], finish=[], prompt_tokens=[], output_tokens=[], status=[]
-    )
+    return run_of(context, "", Columns())

@@ -25,9 +25,9 @@ from servecast.validate.readers.reading import (
     expect,
     sampled,
 )
-from servecast.validate.readers.run_of import run_of, run_without_requests
+from servecast.validate.readers.run_of import Columns, run_of, run_without_requests
 
-FORM = "vllm bench serve"
+FORM, OURS = "vllm bench serve", "servecast simulate"
 _TOTALS = ("total_input_tokens", "total_output_tokens")
 
 
@@ -94,7 +94,7 @@ class VllmBench:
         rate = math.inf if result.request_rate == "inf" else result.request_rate
         ours = result.servecast_version is not None
         context = Context(
-            tool="servecast simulate" if ours else FORM,
+            tool=OURS if ours else FORM,
             tool_version=result.servecast_version or result.vllm_version,
             backend=result.backend,
             model=result.model_id,
@@ -107,13 +107,17 @@ class VllmBench:
         notes = []
         if result.ramp is not None:
             notes.append(f"{context.load}: the rate rose during the run ({result.ramp_up_strategy})")
-        if "itls" in value:
+        if "itls" in value and "start_times" in value:
             run = _run(expect(_Details, value, source=source, form=FORM), result, context, source)
             if "latencies" not in value and result.max_concurrency is not None:
                 notes.append("the file does not say how long requests waited in the client for their turn")
         else:
             run = run_without_requests(context)
-            notes.append("only totals: saved without --save-detailed")
+            notes.append(
+                "only totals: this release does not save when each request was sent (start_times)"
+                if "itls" in value
+                else "only totals: saved without --save-detailed"
+            )
         said = measured(value) | {key: value.get(key) for key in _TOTALS}
         figures = expect(_Figures, said, source=source, form=FORM).root
         reported = sampled({key: each for key, each in figures.items() if each is not None})
@@ -145,13 +149,15 @@ def _run(details: _Details, result: _Result, context: Context, source: str) -> R
     return run_of(
         context,
         source,
-        arrival=None if details.queue_times is None else sent - np.array(details.queue_times),
-        sent=sent,
-        first_token=sent + ttft,
-        finish=finish,
-        prompt_tokens=details.input_lens,
-        output_tokens=details.output_lens,
-        status=np.where(finished, "finished", "failed").tolist(),
-        gaps=list(chain.from_iterable(compress(details.itls, finished))),
-        start=start,
+        Columns(
+            arrival=None if details.queue_times is None else sent - np.array(details.queue_times),
+            sent=sent,
+            first_token=sent + ttft,
+            finish=finish,
+            prompt_tokens=details.input_lens,
+            output_tokens=details.output_lens,
+            status=np.where(finished, "finished", "failed").tolist(),
+            gaps=list(chain.from_iterable(compress(details.itls, finished))),
+            start=start,
+        ),
     )

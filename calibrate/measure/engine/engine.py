@@ -9,8 +9,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+import vllm
+from vllm import SamplingParams
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.usage.usage_lib import UsageContext
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.engine.core import EngineCore
+from vllm.v1.executor import Executor
+from vllm.v1.request import Request
+
 from ..errors import MeasureError
 from .grid import STEPS_AHEAD, Case, Limits
+from .step_schedulers import recording
 from .steps import Step
 
 COLD = 2  # first steps of a composition, which compile and warm up
@@ -32,7 +43,7 @@ class Engine:
         flags: how vLLM resolved them. limits: what the engine can do. config: the model's config.json.
 
     Raises:
-        MeasureError: vLLM refuses the flags or the model, or cannot be imported.
+        MeasureError: vLLM refuses the flags or the model.
     """
 
     def __init__(self, model: Path, flags: Sequence[str] = ()) -> None:
@@ -112,9 +123,6 @@ class Engine:
                 setattr(self._scheduler, name, requests)
 
     def _add(self, prompt: int, computed: int, *, output: int) -> dict[str, int]:
-        from vllm import SamplingParams
-        from vllm.v1.request import Request
-
         self._numbers += 1
         name = f"measured-{self._numbers}"
         request = Request(
@@ -151,20 +159,6 @@ def _is(step: Step, case: Case) -> bool:
 
 def _start(model: Path, flags: Sequence[str]) -> tuple[Any, Any]:
     """The engine core and its VllmConfig, with a recording scheduler."""
-    try:
-        from vllm.engine.arg_utils import AsyncEngineArgs
-        from vllm.usage.usage_lib import UsageContext
-        from vllm.utils.argparse_utils import FlexibleArgumentParser
-        from vllm.v1.engine.core import EngineCore
-        from vllm.v1.executor import Executor
-
-        from .step_schedulers import recording
-    except ImportError as error:
-        raise MeasureError(
-            f"vLLM cannot be imported ({error})",
-            "--python",
-            "Give the Python of an environment that has vLLM.",
-        ) from error
     parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser(prog="vllm's flags", add_help=False))
     fixed = ("--model", str(model), "--load-format", "dummy", "--skip-tokenizer-init")
     parsed = parser.parse_args([*flags, *fixed, "--no-enable-prefix-caching"])
@@ -187,8 +181,6 @@ def _start(model: Path, flags: Sequence[str]) -> tuple[Any, Any]:
 
 def fill_kv_cache(worker: Any) -> bool:
     """Fill a worker's KV cache with random values; whether it has one. Runs in the worker's process."""
-    import torch
-
     caches = getattr(worker.model_runner, "kv_caches", None) or []
     for cache in caches:
         for tensor in cache if isinstance(cache, list | tuple) else [cache]:
@@ -201,8 +193,6 @@ def fill_kv_cache(worker: Any) -> bool:
 
 def _resolved(settings: Any) -> dict[str, Any]:
     """The flags that decide what a step costs, as vLLM resolved them."""
-    import vllm
-
     scheduler, cache, parallel = settings.scheduler_config, settings.cache_config, settings.parallel_config
     compilation = settings.compilation_config
     mode = getattr(getattr(compilation, "cudagraph_mode", None), "name", "NONE")

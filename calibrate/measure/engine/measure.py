@@ -11,14 +11,16 @@ import time
 from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import MeasureError
 from ..facts import collect
 from ..folder import Budget, Folder, Progress
-from .engine import Engine
 from .grid import Case, grid
 from .steps import Step
+
+if TYPE_CHECKING:
+    from .engine import Engine
 
 FILE = "engine.jsonl"
 SAME_NOT = ("num_gpu_blocks",)  # flags that may differ between two starts of one engine
@@ -54,6 +56,14 @@ def run(args: argparse.Namespace, flags: Sequence[str]) -> int:
     _check(args)
     budget = Budget(args.time_budget)  # the engines' start counts
     configs = [model_config(model) for model in args.model]
+    try:
+        from .engine import Engine  # brings vLLM, which neither --help nor a wrong argument waits for
+    except ImportError as error:
+        raise MeasureError(
+            f"vLLM cannot be imported ({error})",
+            "--python",
+            "Give the Python of an environment that has vLLM.",
+        ) from error
     names = [args.name or model.resolve().name for model in args.model]
     engines: dict[str, Engine] = {}
     with Folder(args.out, FILE, collect(), resume=args.resume) as folder:

@@ -321,7 +321,7 @@ class Kernels:
 
 def flash_attention() -> Callable[..., Any] | None:
     """vLLM's FlashAttention, of the version that it picks for this GPU; None where it is not installed."""
-    try:
+    try:  # kernels are timed with torch alone where there is no vLLM
         from vllm.vllm_flash_attn import flash_attn_varlen_func
         from vllm.vllm_flash_attn.flash_attn_interface import is_fa_version_supported
     except (ImportError, OSError):

@@ -16,8 +16,6 @@ from ..errors import MeasureError
 from .ending import signal_group
 from .server import vllm_environment
 
-DETAILS = ("start_times", "ttfts", "itls", "input_lens", "output_lens", "errors")  # of --save-detailed
-
 
 class TookTooLongError(MeasureError):
     """The benchmark was ended since its time was up."""

@@ -38,3 +38,9 @@ def group_exists(group: int, leader: subprocess.Popen[bytes]) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+def heeds_ctrl_c() -> None:
+    """For ``preexec_fn``: SIGINT ends a new process, whatever ours does. A shell without job control starts
+    what it puts into the background deaf to it, and so all that that starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 from bisect import bisect_right
-from dataclasses import replace
 
+import numpy as np
+import numpy.typing as npt
 from pydantic import model_validator
 
 from servecast.sim.hardware.model_shape import ModelShape
@@ -26,20 +27,25 @@ _AXES = {  # of attention, in words
 
 
 class LayerTables(Model):
-    """Measured kernel times, in seconds, of one layer and of what a step does once, in bf16 on one GPU.
+    """Measured kernel times, in seconds, of one layer and of what a step does once, in bf16 on one rank.
 
     Attributes:
         gpu: its name. shape: the model that was measured; its number of layers does not matter.
+        tensor_parallel_size: ranks that it was split over. All-reduces are not in the tables.
         tokens: (t,) rising. linear, elementwise: (t,) matrix products, and all other kernels of one layer
             without attention. once: (t,) embedding and last norm.
         sequences: (s,) rising. lm_head, sampler: (s,).
         chunk, context, decodes, decode_context: rising axes of attention: tokens of one prompt chunk, KV
             tokens before it, decodes, KV tokens of each. They start at 0: no chunk, no context, no decodes.
         attention: of one layer, by the four axes, the last running fastest; None where not measured.
+        keys: whether ``context`` counts the chunk, too.
+        expert_tokens, experts: rising axes of ``expert_times``, the routed experts of one layer with their
+            router: tokens, and experts that they touch; empty of a dense model.
     """
 
     gpu: str
     shape: ModelShape
+    tensor_parallel_size: int = 1
     tokens: Axis
     linear: Floats
     elementwise: Floats
@@ -52,6 +58,10 @@ class LayerTables(Model):
     decodes: Axis
     decode_context: Axis
     attention: tuple[float | None, ...]
+    keys: bool = False
+    expert_tokens: Axis = ()
+    experts: Axis = ()
+    expert_times: tuple[float | None, ...] = ()
 
     @model_validator(mode="after")
     def _consistent(self) -> LayerTables:
@@ -62,6 +72,7 @@ class LayerTables(Model):
         points = math.prod(len(getattr(self, name)) for name in _AXES)
         sizes = dict.fromkeys(("linear", "elementwise", "once"), len(self.tokens))
         sizes |= dict.fromkeys(("lm_head", "sampler"), len(self.sequences)) | {"attention": points}
+        sizes["expert_times"] = len(self.expert_tokens) * len(self.experts)
         for name, size in sizes.items():
             values = getattr(self, name)
             if len(values) != size:
@@ -78,30 +89,30 @@ class LayeredStepTime:
     Between the tables' points it interpolates linearly in every coordinate; tokens are padded to CUDA-graph
     sizes as in ``PhysicalStepTime``. Attention was measured for one prompt chunk beside decodes of one
     context: decodes count with their mean context, and several chunks as one of as many tokens and as many
-    query-key pairs (of fewer tokens, if even without context so many would have more pairs). Never under
-    ``roofline_seconds``.
+    query-key pairs (of fewer tokens, if even without context so many would have more pairs). Prompts and
+    decodes that were not measured together are taken to add up, and a context that was not measured with a
+    chunk, or a number of decodes, to cost what the next shorter one does, by its query-key pairs. All-reduces
+    are the physical model's. Never under ``roofline_seconds``.
 
     Args:
-        tables: the measured times. shard: as measured. efficiencies: its host costs are used.
+        tables: the measured times. shard: as measured. efficiencies: its host and link costs are used.
+        measured_only: refuse what would have to be put together so.
 
     Raises:
-        InputError: the tables are of another GPU, of a model of other sizes, or this one is split or has a KV
-            cache of another width; from ``seconds`` and ``breakdown``: the step is beyond what was measured.
+        InputError: the tables are of another GPU, of a model of other sizes, or this one is split otherwise
+            or has a KV cache of another width; from ``seconds`` and ``breakdown``: the step is beyond what
+            was measured.
     """
 
-    def __init__(self, tables: LayerTables, shard: Shard, efficiencies: Efficiencies) -> None:
+    def __init__(
+        self, tables: LayerTables, shard: Shard, efficiencies: Efficiencies, *, measured_only: bool = False
+    ) -> None:
         model = shard.model
-        like = replace(
-            tables.shape,
-            name=model.name,
-            layers=model.layers,
-            max_position_embeddings=model.max_position_embeddings,
-        )
         for what, measured, asked in (
             ("GPU", tables.gpu, shard.gpu.name),
-            ("tensor_parallel_size", 1, shard.tensor_parallel_size),
+            ("tensor_parallel_size", tables.tensor_parallel_size, shard.tensor_parallel_size),
             ("KV bytes", 2, shard.kv_dtype_bytes),
-            ("model sizes", like == model, True),
+            ("model sizes", model.alike(tables.shape, "layers"), []),
         ):
             if measured != asked:
                 which = f": {measured}, not {asked}" if what != "model sizes" else ""
@@ -115,6 +126,11 @@ class LayeredStepTime:
         self._axes: list[Axis] = [getattr(tables, name) for name in _AXES]
         sizes = [len(axis) for axis in self._axes]
         self._strides = [math.prod(sizes[at + 1 :]) for at in range(4)]
+        attention = _grid(tables.attention, sizes)
+        self._attention_times = (attention if measured_only else _filled(tables, attention)).ravel().tolist()
+        experts = _grid(tables.expert_times, [len(tables.expert_tokens), len(tables.experts)])
+        self._expert_times = _extended(experts, np.array([tables.experts], dtype=float))
+        self._experts_by_tokens: dict[int, float] = {}
 
     def seconds(self, step: StepShape) -> float:
         """Duration of the step in seconds. A step with nothing in it takes no time."""
@@ -145,6 +161,13 @@ class LayeredStepTime:
             + _between(tables.once, at, weight),
             "attention": layers * self._attention(step, chunk_tokens),
         }
+        if tables.expert_tokens:
+            padded = self.shard.padded(tokens)
+            if padded not in self._experts_by_tokens:
+                self._experts_by_tokens[padded] = self._experts(padded)
+            parts["experts"] = self.shard.model.moe_layers * self._experts_by_tokens[padded]
+        if tables.tensor_parallel_size > 1:
+            parts["all_reduce"] = self.physical.breakdown(step)["all_reduce"]
         if step.samples:
             at, weight = _bracket(tables.sequences, step.samples, "sampled sequences a step")
             parts["lm_head"] = _between(tables.lm_head, at, weight)
@@ -164,6 +187,7 @@ class LayeredStepTime:
             if context < 0.0:
                 chunk, context = math.sqrt(2.0 * pairs), 0.0
             chunk = max(chunk, tables.chunk[1])
+            context += chunk if tables.keys else 0.0
         decode_context = 0.0
         if step.decodes:
             decode_context = max(step.decode_context / step.decodes, tables.decode_context[1])
@@ -178,12 +202,53 @@ class LayeredStepTime:
                 share *= weight if side else 1.0 - weight
                 place += (at + side) * stride
             if share:
-                value = tables.attention[place]
-                if value is None:
+                value = self._attention_times[place]
+                if math.isnan(value):
                     asked = zip(point, _AXES.values(), strict=True)
                     raise _beyond(", ".join(f"{at:g} {name}" for at, name in asked) + " were not measured")
                 total += share * value
         return total
+
+    def _experts(self, tokens: int) -> float:
+        """The routed experts of one layer, in seconds: of as many as so many tokens touch."""
+        tables, model = self.tables, self.shard.model
+        row, down = _bracket(tables.expert_tokens, tokens, "tokens a step of the experts")
+        touched = model.experts * (1.0 - (1.0 - model.experts_per_token / model.experts) ** tokens)
+        touched = min(max(touched, tables.experts[0]), tables.experts[-1])
+        column, right = _bracket(tables.experts, touched, "experts")
+        corners = self._expert_times[row : row + 2, column : column + 2]
+        weights = np.outer([1.0 - down, down], [1.0 - right, right])[: corners.shape[0], : corners.shape[1]]
+        return float((corners * weights).sum())
+
+
+def _grid(values: tuple[float | None, ...], sizes: list[int]) -> npt.NDArray[np.float64]:
+    return np.array([math.nan if value is None else value for value in values]).reshape(sizes)
+
+
+def _filled(tables: LayerTables, times: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Attention with what was not measured put together from what was; see ``LayeredStepTime``."""
+    chunk, context = (np.array(axis, dtype=float) for axis in (tables.chunk, tables.context))
+    after = (
+        np.maximum(context, chunk[:, None]) - chunk[:, None] / 2
+        if tables.keys
+        else context + chunk[:, None] / 2
+    )
+    prompts = _extended(times[:, :, 0, 0], after)
+    decodes = _extended(times[0, 0], np.array([tables.decode_context], dtype=float))
+    prompts[0], decodes[0] = 0.0, 0.0
+    return np.where(np.isnan(times), prompts[:, :, None, None] + decodes, times)
+
+
+def _extended(times: npt.NDArray[np.float64], work: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Each row's gaps filled from the measured point before, or else after, in proportion to the work."""
+    times, work = times.copy(), np.broadcast_to(work, times.shape)
+    for row, of in zip(times, work, strict=True):
+        measured = np.flatnonzero(~np.isnan(row))
+        for at in np.flatnonzero(np.isnan(row)) if len(measured) else ():
+            before = np.searchsorted(measured, at)
+            near = measured[before - 1 if before else 0]
+            row[at] = row[near] * (of[at] / of[near] if of[near] else 1.0)
+    return times
 
 
 def _bracket(axis: Axis, value: float, name: str) -> tuple[int, float]:

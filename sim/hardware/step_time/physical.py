@@ -120,6 +120,9 @@ class Efficiencies:
         host_per_seq_s: the same per scheduled request, s. 5e-6: assumed.
         link: share of the link's bandwidth in large all-reduces. 0.8: assumed.
         allreduce_s: latency of one small all-reduce, s. 10e-6: assumed, NVLink; more over PCIe.
+        eager_layer_s: time that the host takes to launch one layer's kernels where no CUDA graph does, s: a
+            step of more tokens than the largest graph is never shorter than that for all layers. 0: not bound
+            by it.
         by_kernel: what the kinds of kernels cost beyond that, where they were timed one by one.
     """
 
@@ -134,6 +137,7 @@ class Efficiencies:
     host_per_seq_s: float = 5e-6
     link: float = 0.8
     allreduce_s: float = 10e-6
+    eager_layer_s: float = 0.0
     by_kernel: KernelCosts | None = None
 
     SHARES: ClassVar[tuple[str, ...]] = ("compute", "bandwidth", "attention_compute", "kv_bandwidth", "link")
@@ -168,7 +172,8 @@ class PhysicalStepTime:
     ``seconds`` is a sum of parts, each at least its FLOPs over the peak and at least its bytes over the
     bandwidth, so the sum is never under ``roofline_seconds``:
 
-    - host: fixed and per request; kernels: a fixed cost each
+    - host: fixed and per request, and what the GPU waits for launches outside CUDA graphs; kernels: a fixed
+      cost each
     - linear: weights read once against 2 FLOPs a weight and token, joined by a smooth maximum
     - elementwise: norms, rotary, activation and KV write, by bytes
     - attention_prefill: FLOPs of all chunks, or reading their older KV, or the chunk with the longest context
@@ -183,11 +188,21 @@ class PhysicalStepTime:
 
     Args:
         shard: one rank; the time is a rank's. efficiencies: what is reached of its GPU's peaks.
+
+    Raises:
+        InputError: there are several ranks, and nothing says how fast the link between them is.
     """
 
     def __init__(self, shard: Shard, efficiencies: Efficiencies | None = None) -> None:
         self.shard, self._ranks = shard, shard.tensor_parallel_size
         self._model, self._gpu = model, gpu = shard.model, shard.gpu
+        self._link = gpu.link_bandwidth
+        if self._ranks > 1 and self._link is None:
+            raise InputError(
+                f"nothing says how fast the link between two {gpu.name} is",
+                where="gpu: link_bandwidth",
+                fix="Give it in the GPU's file, in bytes/s each way, or use one rank.",
+            )
         self.efficiencies = eff = efficiencies or Efficiencies()
         self._token_flops, self._linear_peak = shard.linear_flops_per_token, shard.linear_peak
         self._pair_flops = shard.attention_flops_per_pair
@@ -211,6 +226,8 @@ class PhysicalStepTime:
             floors += model.moe_layers * costs.expert_s
             self._kernels_s = floors + model.small_kernels * eff.kernel_s
             self._chunk_token_s = shard.attention_bytes_per_token * costs.attention_passes / gpu.bandwidth
+        self._graphed = shard.cudagraph_sizes[-1] if shard.cudagraph_sizes else 0  # most tokens in a graph
+        self._eager_s = model.layers * eff.eager_layer_s
         self._by_tokens: dict[int, float] = {}
         self._by_rows: dict[int, float] = {}
 
@@ -228,8 +245,9 @@ class PhysicalStepTime:
             return 0.0
         if decodes:
             total += self._attention_decode(step)
-        total += self._tokens_seconds(tokens)
-        return total + self._rows_seconds(step.samples) + requests * self.efficiencies.host_per_seq_s
+        by_tokens, by_rows = self._tokens_seconds(tokens), self._rows_seconds(step.samples)
+        total += by_tokens + by_rows + requests * self.efficiencies.host_per_seq_s
+        return total if tokens <= self._graphed or total > self._eager_s else self._eager_s
 
     def costs(self) -> StepCosts:
         """The same for the engine's core, which adds up ``seconds`` by itself."""
@@ -243,6 +261,8 @@ class PhysicalStepTime:
             "block_s": self._block_s,
             "chunk_token_s": self._chunk_token_s,
             "request_s": self.efficiencies.host_per_seq_s,
+            "eager_s": self._eager_s,
+            "graphed": self._graphed,
             "prompt_tile": _PROMPT_TILE if tiled else 0,
             "layers": model.layers,
             "sliding_layers": model.sliding_layers,
@@ -261,6 +281,8 @@ class PhysicalStepTime:
         parts["attention_decode"] = self._attention_decode(step) if step.decodes else 0.0
         for name, seconds in self._row_parts(step.samples).items():
             parts[name] = parts.get(name, 0.0) + seconds
+        if tokens > self._graphed:
+            parts["host"] += max(0.0, self._eager_s - sum(parts.values()))
         return parts
 
     def binding(self, step: StepShape) -> Binding:
@@ -386,9 +408,10 @@ class PhysicalStepTime:
 
     def _all_reduce(self, size: int) -> float:
         """One ring all-reduce of that many bytes: each rank sends 2 (n-1)/n of them."""
-        ranks = self._ranks
-        sent = 2 * (ranks - 1) / ranks * size
-        return self.efficiencies.allreduce_s + sent / (self._gpu.link_bandwidth * self.efficiencies.link)
+        if self._link is None:
+            return 0.0
+        sent = 2 * (self._ranks - 1) / self._ranks * size
+        return self.efficiencies.allreduce_s + sent / (self._link * self.efficiencies.link)
 
     def _attention_prefill(self, chunks: Sequence[tuple[int, int]]) -> float:
         model = self._model

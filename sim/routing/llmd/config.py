@@ -2,110 +2,39 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.inputs.schema import did_you_mean
-from servecast.sim.inputs.yaml_file import read_yaml
+from servecast.sim.inputs.yaml_file import parse_yaml, read_yaml
+from servecast.sim.routing.llmd.parameter_check import UNKNOWN, ParameterCheck
+from servecast.sim.routing.llmd.parameters import Parameters
+from servecast.sim.routing.llmd.plugin import EppConfig, NotModelled, Plugin
+from servecast.sim.routing.llmd.plugins import ALIASES, BEFORE_1_4, GATES, KINDS, Kind
 from servecast.sim.routing.llmd.release import EPP_RELEASES, EppRelease
+from servecast.sim.routing.llmd.wiring import Wiring
 
-API_VERSION, KIND = "inference.networking.x-k8s.io/v1alpha1", "EndpointPickerConfig"
-FILTERS = ("decode-filter",)
-HANDLERS = ("single-profile-handler",)
-PICKERS = ("max-score-picker", "random-picker", "weighted-random-picker")
-SCORERS = (
-    "queue-scorer",
-    "kv-cache-utilization-scorer",
-    "running-requests-size-scorer",
-    "load-aware-scorer",
-    "active-request-scorer",
-    "prefix-cache-scorer",
-    "precise-prefix-cache-scorer",
-    "session-affinity-scorer",
-    "no-hit-lru-scorer",
-    "lora-affinity-scorer",
-)
-ALIASES = {"kv-cache-scorer": "kv-cache-utilization-scorer"}
-_TOP = ("apiVersion", "kind", "plugins", "schedulingProfiles")
-_TOP_LATER = ("saturationDetector", "featureGates")
+GROUP, KIND = "inference.networking.x-k8s.io/v1alpha1", "EndpointPickerConfig"
+GROUPS_TODAY = (GROUP, "llm-d.ai/v1alpha1", "llm-d.ai/v1")
 
 
-class Parameters:
-    """A plugin's parameters; those that the plugin does not ask for are ignored, as its JSON reader does."""
+def read_document(path: Path) -> dict[str, Any]:
+    """The configuration in a file: the file itself, or what llm-d's Helm values in it hold.
 
-    def __init__(self, values: Any, where: str) -> None:
-        if not isinstance(values, Mapping):
-            raise InputError("parameters are not a mapping", where=where, fix="Write names and values.")
-        self._values, self._where = values, where
-
-    def block(self, name: str) -> Parameters:
-        """Parameters under a name; empty where it is absent."""
-        return Parameters(self._get(name, {}), f"{self._where}.{name}")
-
-    def whole(self, name: str, default: int) -> int:
-        """A whole number; the default also in place of 0 and below, as the plugins have it."""
-        value = self._get(name, default)
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise self._wrong(name, value, "a whole number")
-        return value if value > 0 else default
-
-    def flag(self, name: str, default: bool) -> bool:
-        """True or false."""
-        value = self._get(name, default)
-        if not isinstance(value, bool):
-            raise self._wrong(name, value, "true or false")
-        return value
-
-    def text(self, name: str, default: str) -> str:
-        """Text."""
-        value = self._get(name, default)
-        if not isinstance(value, str):
-            raise self._wrong(name, value, "text")
-        return value
-
-    def duration_s(self, name: str, default: str) -> float:
-        """A duration in Go's form ("2m", "1m30s", "500ms"), in seconds."""
-        text = self.text(name, default)
-        units = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
-        parts = re.findall(r"(\d+(?:\.\d+)?)(h|ms|us|ns|m|s)", text)
-        if not parts or "".join(number + unit for number, unit in parts) != text:
-            raise self._wrong(name, text, "a duration such as 2m or 1m30s")
-        return sum(float(number) * units[unit] for number, unit in parts)
-
-    def _get(self, name: str, default: Any) -> Any:
-        value = self._values.get(name)
-        return default if value is None else value
-
-    def _wrong(self, name: str, value: Any, expected: str) -> InputError:
-        return InputError(f"{name} is not {expected}: {value!r}", f"{self._where}.{name}", "Correct it.")
-
-
-@dataclass(frozen=True, slots=True)
-class Plugin:
-    """One of ``plugins``: its type (by today's name), its own name, its parameters."""
-
-    type: str
-    name: str
-    parameters: Parameters
-
-
-@dataclass(frozen=True, slots=True)
-class EppConfig:
-    """What decides where a request goes.
-
-    scorers: in the order of the profile, with their weights. picker: the profile's. filters: in order.
+    Raises:
+        InputError: it cannot be read.
     """
-
-    picker: Plugin
-    scorers: tuple[tuple[Plugin, float], ...] = ()
-    filters: tuple[Plugin, ...] = ()
-    source: str = field(default="", compare=False)
+    data = read_yaml(path)
+    router = data.get("router")
+    for chart in (data.get("inferenceExtension"), router.get("epp") if isinstance(router, dict) else None):
+        texts = chart.get("pluginsCustomConfig") if isinstance(chart, dict) else None
+        if isinstance(chart, dict) and isinstance(texts, dict) and texts:
+            name = chart.get("pluginsConfigFile")
+            name = name if isinstance(name, str) and name in texts else next(iter(texts))
+            return parse_yaml(str(texts[name]), source=f"{path}: {name}")
+    return data
 
 
 def read_epp(path: Path, release: str) -> EppConfig:
@@ -117,31 +46,63 @@ def read_epp(path: Path, release: str) -> EppConfig:
     Raises:
         InputError: about the first thing that the endpoint picker would refuse or that is not modelled.
     """
-    return parse_epp(read_yaml(path), release, source=str(path))
+    return parse_epp(read_document(path), release, source=str(path))
 
 
 def parse_epp(data: Mapping[str, Any], release: str, *, source: str) -> EppConfig:
     """The same of what a YAML file holds; ``source`` is the file in messages."""
-    return _Reader(data, EPP_RELEASES[release], release, source).config()
+    try:
+        return _Reader(data, release, source).config()
+    except InputError as error:
+        found = error
+    takes: tuple[int, str] | None = None  # how much of it has no effect, and the release
+    for other in reversed(EPP_RELEASES):
+        try:
+            notes = _Reader(data, other, source).config().notes
+        except NotModelled as error:  # whatever the release, this stands in the way
+            found = found if isinstance(found, NotModelled) else error
+        except InputError:
+            continue
+        else:
+            if not any(note.endswith(UNKNOWN) for note in notes):
+                takes = min(takes or (len(notes), other), (len(notes), other), key=lambda each: each[0])
+    if takes is not None:
+        fix = f"{found.fix} epp_release {takes[1]} takes it as written."
+        raise type(found)(found.what, where=found.where, fix=fix)
+    raise found
 
 
 class _Reader:
-    def __init__(self, data: Mapping[str, Any], release: EppRelease, name: str, source: str) -> None:
-        self.data, self.release, self.release_name, self.source = data, release, name, source
+    def __init__(self, data: Mapping[str, Any], release: str, source: str) -> None:
+        self.data, self.source = data, source
+        self.release: EppRelease = EPP_RELEASES[release]
+        self.release_name = release
+        self.notes: list[str] = []
+        self.checks = ParameterCheck(release, self.notes)
 
     def fail(self, what: str, at: str, fix: str) -> InputError:
         return InputError(what, where=f"{self.source}: {at}", fix=fix)
 
+    def not_modelled(self, what: str, at: str, fix: str) -> NotModelled:
+        return NotModelled(what, where=f"{self.source}: {at}", fix=fix)
+
+    def refused(self, kind: str, why: Kind, at: str) -> NotModelled:
+        return self.not_modelled(
+            f"plugin {kind!r}: {why.why}", at, "Leave it out to see the rest without it."
+        )
+
     def config(self) -> EppConfig:
-        known = (*_TOP, *(_TOP_LATER if self.release.saturation_block else ()))
-        self._known_fields(self.data, known, "")
-        for name, expected in (("apiVersion", API_VERSION), ("kind", KIND)):
-            if self.data.get(name) != expected:
-                raise self.fail(f"{name} is {self.data.get(name)!r}", name, f"Write {expected}.")
-        if self.data.get("featureGates"):
-            raise self.fail("feature gates are not modelled", "featureGates", "Remove them.")
+        self._known_fields(self.data, self.release.fields, "")
+        groups = GROUPS_TODAY if self.release.today else (GROUP,)
+        for name, expected in (("apiVersion", groups), ("kind", (KIND,))):
+            if self.data.get(name) not in expected:
+                raise self.fail(f"{name} is {self.data.get(name)!r}", name, f"Write {expected[0]}.")
+        if self.release.today and not self.release.strict and self.data["apiVersion"] != GROUP:
+            self.notes.append(f"apiVersion (picker {self.release_name} itself knows {GROUP} alone)")
+        self._gates()
         plugins = self._plugins()
-        handlers = [name for name, plugin in plugins.items() if plugin.type in HANDLERS]
+        self._data_layer(plugins)
+        handlers = [name for name, plugin in plugins.items() if KINDS[plugin.type].role == "handler"]
         if len(handlers) > 1:
             raise self.fail(
                 f"there are {len(handlers)} profile handlers: {', '.join(handlers)}", "plugins", "Keep one."
@@ -169,6 +130,25 @@ class _Reader:
             raise self.fail(f"{name} is not a list", at, "Correct it.")
         return value
 
+    def _gates(self) -> None:
+        for number, gate in enumerate(self._list(self.data, "featureGates", "featureGates")):
+            name, _, value = str(gate).partition("=")
+            at = f"featureGates.{number}"
+            if name not in GATES:
+                raise self.fail(
+                    f"there is no feature gate {name!r}",
+                    at,
+                    did_you_mean(name, GATES) or f"Known are {', '.join(GATES)}.",
+                )
+            why = GATES[name]
+            if why is None and value != "false":
+                raise self.not_modelled(
+                    "flow control is not modelled: it holds requests in the picker while the fleet is full",
+                    at,
+                    "Remove the gate to see where requests go without it.",
+                )
+            self.notes.append(f"feature gate {name} ({why or 'it is off'})")
+
     def _plugins(self) -> dict[str, Plugin]:
         plugins: dict[str, Plugin] = {}
         for number, entry in enumerate(self._list(self.data, "plugins", "plugins")):
@@ -178,10 +158,12 @@ class _Reader:
             if not isinstance(kind, str):
                 raise self.fail("a plugin has no type", f"{at}.type", "Name the plugin's type.")
             name = entry.get("name") or kind
+            if not isinstance(name, str):
+                raise self.fail(f"name is not text: {name!r}", f"{at}.name", "Correct it.")
             if name in plugins:
                 raise self.fail(f"two plugins are named {name!r}", f"{at}.name", "Give each its own name.")
             parameters = Parameters(entry.get("parameters") or {}, f"{self.source}: {at}.parameters")
-            plugins[name] = Plugin(self._type(kind, parameters, at), str(name), parameters)
+            plugins[name] = Plugin(self._type(kind, parameters, at), name, parameters)
         if not plugins:
             raise self.fail("there are no plugins", "plugins", "Add a list of plugins.")
         return plugins
@@ -189,21 +171,69 @@ class _Reader:
     def _type(self, kind: str, parameters: Parameters, at: str) -> str:
         """Today's name of a plugin type."""
         found = ALIASES.get(kind, kind)
-        known = (*SCORERS, *PICKERS, *HANDLERS, *FILTERS)
-        if found not in known:
-            raise self.fail(
-                f"unknown plugin {kind!r}",
-                f"{at}.type",
-                did_you_mean(kind, (*known, *ALIASES)) or f"Known are {', '.join(known)}.",
-            )
+        if found not in KINDS or not (self.release.today or found in BEFORE_1_4):
+            near = did_you_mean(kind, (*KINDS, *ALIASES)) or "Plugins of your own are not modelled."
+            late = f"Endpoint picker {self.release_name} has none of this type."
+            raise self.fail(f"unknown plugin {kind!r}", f"{at}.type", near if found not in KINDS else late)
+        if kind in ALIASES and self.release_name != "v0.5":
+            self.notes.append(f"{kind} (today's {found})")
+        if KINDS[found].role == "refused":
+            if not KINDS[found].in_profile:
+                raise self.refused(kind, KINDS[found], f"{at}.type")
+            return found
         if found == "prefix-cache-scorer":
             mode = parameters.text("mode", "estimate")
             if mode not in ("estimate", "cache_tracking"):
                 raise self.fail(
                     f"mode is {mode!r}", f"{at}.parameters.mode", "Known are estimate and cache_tracking."
                 )
-            return "precise-prefix-cache-scorer" if mode == "cache_tracking" else found
+            if mode == "cache_tracking":
+                found = "precise-prefix-cache-scorer"
+        if KINDS[found].role == "idle":
+            self.notes.append(f"{kind} ({KINDS[found].why})")
+        self.checks.check(found, parameters)
         return found
+
+    def _data_layer(self, plugins: dict[str, Plugin]) -> None:
+        """dataLayer, flowControl, parsers: that they name plugins, and what of them has no effect."""
+        for name in ("dataLayer", "data"):
+            layer = self.data.get(name)
+            if layer is None:
+                continue
+            fields = (
+                "sources", "injectDefaults", "discovery", "peerDiscovery",
+                "crossReplicaSyncerPluginRef", "crossReplicaSyncInterval",
+            )  # fmt: skip
+            self._known_fields(layer, fields, name)
+            types = set()
+            for number, source in enumerate(self._list(layer, "sources", f"{name}.sources")):
+                at = f"{name}.sources.{number}"
+                self._known_fields(source, ("pluginRef", "extractors"), at)
+                types.add(self._named(source.get("pluginRef"), plugins, f"{at}.pluginRef").type)
+                for each, extractor in enumerate(self._list(source, "extractors", at)):
+                    place = f"{at}.extractors.{each}"
+                    self._known_fields(extractor, ("pluginRef",), place)
+                    self._named(extractor.get("pluginRef"), plugins, f"{place}.pluginRef")
+            if layer.get("injectDefaults") is False and "metrics-data-source" not in types:
+                raise self.not_modelled(
+                    "a picker without metrics is not modelled",
+                    f"{name}.injectDefaults",
+                    "Add metrics-data-source to the sources, or remove injectDefaults.",
+                )
+            self.notes.append(f"{name} (gauges and events come as router_options say)")
+        if "flowControl" in self.data or "saturationDetector" in self.data:
+            self.notes.append("flowControl, saturationDetector (without the gate only requests of negative "
+                              "priority are shed)")  # fmt: skip
+
+    def _named(self, name: Any, plugins: Mapping[str, Plugin], at: str) -> Plugin:
+        plugin = plugins.get(name) if isinstance(name, str) else None
+        if plugin is None:
+            raise self.fail(
+                f"there is no plugin named {name!r}",
+                at,
+                did_you_mean(str(name), plugins) or f"Named are {', '.join(plugins)}.",
+            )
+        return plugin
 
     def _profile(self, plugins: dict[str, Plugin]) -> EppConfig:
         profiles = self._list(self.data, "schedulingProfiles", "schedulingProfiles")
@@ -222,31 +252,55 @@ class _Reader:
         entries = self._list(profiles[0], "plugins", f"{at}.plugins")
         if not entries:
             raise self.fail("the profile has no plugins", f"{at}.plugins", "Refer to plugins by name.")
+        parts = Wiring(self.release, plugins, self.source)
         filters, scorers, pickers = [], [], []
         for number, entry in enumerate(entries):
             place = f"{at}.plugins.{number}"
             self._known_fields(entry, ("pluginRef", "weight"), place)
-            plugin = plugins.get(entry.get("pluginRef"))
-            if plugin is None:
-                raise self.fail(
-                    f"there is no plugin named {entry.get('pluginRef')!r}",
-                    f"{place}.pluginRef",
-                    did_you_mean(str(entry.get("pluginRef")), plugins) or f"Named are {', '.join(plugins)}.",
-                )
-            if plugin.type in FILTERS:
-                filters.append(plugin)
-            elif plugin.type in PICKERS:
+            plugin = self._named(entry.get("pluginRef"), plugins, f"{place}.pluginRef")
+            role = KINDS[plugin.type].role
+            if role == "refused":
+                raise self.refused(plugin.type, KINDS[plugin.type], f"{place}.pluginRef")
+            if role == "filter":
+                filters.append(parts.asking(plugin))
+            elif role == "picker":
                 pickers.append(plugin)
-            elif plugin.type in SCORERS:
-                scorers.append((plugin, self._weight(entry.get("weight"), plugin.name, f"{place}.weight")))
+            elif role == "scorer":
+                weight = self._weight(entry.get("weight"), plugin.name, f"{place}.weight")
+                scorers.append((parts.asking(plugin), weight))
         if len(pickers) > 1:
             names = ", ".join(plugin.name for plugin in pickers)
             raise self.fail(f"there are {len(pickers)} pickers: {names}", f"{at}.plugins", "Keep one.")
         if not pickers:
             if not self.release.fills_in:
                 raise self.fail("the profile has no picker", f"{at}.plugins", "Add max-score-picker.")
-            pickers = [Plugin("max-score-picker", "max-score-picker", Parameters({}, self.source))]
-        return EppConfig(pickers[0], tuple(scorers), tuple(filters), self.source)
+            declared = [plugin for plugin in plugins.values() if KINDS[plugin.type].role == "picker"]
+            default = Plugin("max-score-picker", "max-score-picker", Parameters({}, self.source))
+            pickers = [*declared, default][:1]
+        self._sees_prompts(plugins, [*filters, *(scorer for scorer, _weight in scorers)])
+        return EppConfig(
+            pickers[0],
+            tuple(scorers),
+            tuple(filters),
+            parts.producers(),
+            any(_tokenizes(plugin) for plugin in plugins.values()),
+            self.source,
+            tuple(dict.fromkeys(self.notes)),
+        )
+
+    def _sees_prompts(self, plugins: Mapping[str, Plugin], asking: list[Plugin]) -> None:
+        handler, types = self.data.get("requestHandler") or {}, set()
+        self._known_fields(handler, ("parsers",), "requestHandler")
+        for number, each in enumerate(self._list(handler, "parsers", "requestHandler.parsers")):
+            self._known_fields(each, ("pluginRef",), f"requestHandler.parsers.{number}")
+            name = str(each.get("pluginRef"))
+            types.add(plugins[name].type if name in plugins else name)
+        if types == {"passthrough-parser"} and any(each.prefixes for each in asking):
+            raise self.not_modelled(
+                "a picker that does not see the prompts, but scores them, is not modelled",
+                "requestHandler.parsers",
+                "Add openai-parser, or leave out what looks at prompts.",
+            )
 
     def _weight(self, weight: Any, name: str, at: str) -> float:
         if weight is None:
@@ -259,6 +313,13 @@ class _Reader:
             raise self.fail(
                 f"weight {weight!r} is a fraction, which endpoint picker {self.release_name} does not load",
                 at,
-                "Multiply all weights to whole numbers, or set epp_release to v1.4.",
+                "Multiply all weights to whole numbers.",
             )
         return float(weight)
+
+
+def _tokenizes(plugin: Plugin) -> bool:
+    exact = ("modelName", "vllm", "udsTokenizerConfig")
+    return plugin.type in ("token-producer", "tokenizer") and any(
+        path.split(".")[0] in exact for path in plugin.parameters.paths()
+    )

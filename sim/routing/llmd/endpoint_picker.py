@@ -7,10 +7,13 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from servecast.sim.engine.request import Request
-from servecast.sim.routing.llmd.config import EppConfig
+from servecast.sim.routing.llmd.cycle import Connects, Cycle, HearsAnswers, HearsEnds, HearsPicks, Setting
+from servecast.sim.routing.llmd.filters import FILTERS
 from servecast.sim.routing.llmd.pickers import PICKERS
+from servecast.sim.routing.llmd.plugin import IN_FLIGHT, EppConfig
+from servecast.sim.routing.llmd.producers import PREFIXES, InFlightLoad
 from servecast.sim.routing.llmd.release import EPP_RELEASES
-from servecast.sim.routing.llmd.scorers import SCORERS, Connects, Cycle, HearsEnds, HearsPicks, Setting
+from servecast.sim.routing.llmd.scorers import SCORERS
 from servecast.sim.routing.options import RouterOptions
 from servecast.sim.routing.routers import Backend
 
@@ -18,8 +21,7 @@ from servecast.sim.routing.routers import Backend
 class EndpointPicker:
     """The total of an endpoint is the sum of weight x score, not divided by anything; the picker sees totals.
 
-    Nothing corrects the gauges for requests sent since the last scrape. The only filter that is modelled,
-    decode-filter, lets every replica pass: without roles all of them decode.
+    Nothing corrects the gauges for requests sent since the last scrape.
 
     Args:
         config: what ``read_epp`` gave.
@@ -30,26 +32,45 @@ class EndpointPicker:
         self, config: EppConfig, options: RouterOptions, rng: np.random.Generator, clock: Callable[[], float]
     ) -> None:
         release = EPP_RELEASES[options.epp_release]
-        setting = Setting(release, options.bytes_per_token, rng, clock)
+        setting = Setting(release, options.bytes_per_token, rng, clock, config.exact_tokens)
+        for plugin in config.producers:
+            if plugin.type == IN_FLIGHT:
+                setting.loads[plugin.name] = InFlightLoad(plugin, setting)
+            else:
+                setting.prefixes[plugin.name] = PREFIXES[plugin.type](plugin, setting)
         self._clamps = release.clamps
+        self._filters = [FILTERS[plugin.type](plugin, setting) for plugin in config.filters]
         self._scorers = [(SCORERS[plugin.type](plugin, setting), weight) for plugin, weight in config.scorers]
         self._picker = PICKERS[config.picker.type](config.picker, setting)
-        scorers = [scorer for scorer, _weight in self._scorers]
-        self._connect = [scorer for scorer in scorers if isinstance(scorer, Connects)]
-        self._hear_picks = [scorer for scorer in scorers if isinstance(scorer, HearsPicks)]
-        self._hear_ends = [scorer for scorer in scorers if isinstance(scorer, HearsEnds)]
+        producers = [
+            *setting.loads.values(),
+            *setting.prefixes.values(),
+        ]  # a load asks before prefixes change
+        plugins = [*producers, *self._filters, *(scorer for scorer, _weight in self._scorers)]
+        self._connect = [plugin for plugin in plugins if isinstance(plugin, Connects)]
+        self._hear_picks = [plugin for plugin in plugins if isinstance(plugin, HearsPicks)]
+        self._hear_answers = [plugin for plugin in plugins if isinstance(plugin, HearsAnswers)]
+        self._hear_ends = [plugin for plugin in plugins if isinstance(plugin, HearsEnds)]
 
     def connect(self, backends: Sequence[Backend]) -> None:
         for backend in backends:
             backend.scrape()
-        for scorer in self._connect:
-            scorer.connect(backends)
+        for plugin in self._connect:
+            plugin.connect(backends)
 
-    def pick(self, request: Request, backends: Sequence[Backend]) -> int:
-        cycle = Cycle(request, backends, [backend.gauges for backend in backends])
-        position = self._picker.pick(self.totals(cycle))
-        for scorer in self._hear_picks:
-            scorer.picked(cycle, backends[position])
+    def pick(self, request: Request, backends: Sequence[Backend]) -> int | None:
+        everyone = cycle = Cycle(request, backends, [backend.gauges for backend in backends])
+        positions: Sequence[int] = range(len(backends))
+        for each in self._filters:
+            kept = each.keep(cycle)
+            if not kept:
+                return None
+            if len(kept) < len(positions):
+                positions = [positions[position] for position in kept]
+                cycle = everyone.of(positions)
+        position = positions[self._picker.pick(self.totals(cycle))]
+        for plugin in self._hear_picks:
+            plugin.picked(everyone, backends[position])
         return position
 
     def totals(self, cycle: Cycle) -> list[float]:
@@ -62,6 +83,10 @@ class EndpointPicker:
                 totals[position] += score * weight
         return totals
 
+    def answered(self, request: Request, index: int) -> None:
+        for plugin in self._hear_answers:
+            plugin.answered(request, index)
+
     def ended(self, request: Request, index: int) -> None:
-        for scorer in self._hear_ends:
-            scorer.ended(request, index)
+        for plugin in self._hear_ends:
+            plugin.ended(request, index)

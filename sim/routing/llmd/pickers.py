@@ -10,8 +10,8 @@ from typing import Protocol
 
 import numpy as np
 
-from servecast.sim.routing.llmd.config import Plugin
-from servecast.sim.routing.llmd.scorers import Setting
+from servecast.sim.routing.llmd.cycle import Setting
+from servecast.sim.routing.llmd.plugin import Plugin
 
 
 class Picker(Protocol):
@@ -26,7 +26,6 @@ class MaxScorePicker:
     """The highest score; of exact equals, any with equal chances."""
 
     def __init__(self, plugin: Plugin, setting: Setting) -> None:
-        plugin.parameters.whole("maxNumOfEndpoints", 1)
         self._rng = setting.rng
 
     def pick(self, scores: Sequence[float]) -> int:
@@ -39,7 +38,6 @@ class RandomPicker:
     """Any, with equal chances."""
 
     def __init__(self, plugin: Plugin, setting: Setting) -> None:
-        plugin.parameters.whole("maxNumOfEndpoints", 1)
         self._rng = setting.rng
 
     def pick(self, scores: Sequence[float]) -> int:
@@ -51,7 +49,6 @@ class WeightedRandomPicker:
     2006). A score of 0 is never picked, unless all are 0, which is any."""
 
     def __init__(self, plugin: Plugin, setting: Setting) -> None:
-        plugin.parameters.whole("maxNumOfEndpoints", 1)
         self._rng = setting.rng
 
     def pick(self, scores: Sequence[float]) -> int:

@@ -4,39 +4,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
-
-import numpy as np
+from typing import Protocol
 
 from servecast.sim.engine.request import Request
-from servecast.sim.routing.gauges import Gauges
-from servecast.sim.routing.llmd.config import Plugin
-from servecast.sim.routing.llmd.release import EppRelease
-from servecast.sim.routing.prefix_index import ApproximateIndex, PreciseIndex, TokenStore
-from servecast.sim.routing.prompt_blocks import PromptBlocks
+from servecast.sim.routing.llmd.cycle import Cycle, Setting
+from servecast.sim.routing.llmd.plugin import Plugin
+from servecast.sim.routing.llmd.sessions import Sessions
 from servecast.sim.routing.routers import Backend
-
-
-@dataclass(slots=True)
-class Cycle:
-    """One scheduling cycle: a request, its candidates and one snapshot of their gauges, which all scorers
-    see. matched: by plugin name, what the approximate prefix index found (see ``NoHitLruScorer``)."""
-
-    request: Request
-    backends: Sequence[Backend]
-    gauges: list[Gauges]
-    matched: dict[str, dict[int, int]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """What plugins may use. clock: simulated seconds."""
-
-    release: EppRelease
-    bytes_per_token: float
-    rng: np.random.Generator
-    clock: Callable[[], float]
 
 
 class Scorer(Protocol):
@@ -45,27 +19,6 @@ class Scorer(Protocol):
     def score(self, cycle: Cycle) -> Sequence[float]:
         """A score for each candidate, in their order; 0 for one of which it knows nothing."""
         ...
-
-
-@runtime_checkable
-class HearsPicks(Protocol):
-    """A scorer that learns where requests go."""
-
-    def picked(self, cycle: Cycle, backend: Backend) -> None: ...
-
-
-@runtime_checkable
-class HearsEnds(Protocol):
-    """A scorer that learns when requests end."""
-
-    def ended(self, request: Request, index: int) -> None: ...
-
-
-@runtime_checkable
-class Connects(Protocol):
-    """A scorer that listens to the servers' KV events."""
-
-    def connect(self, backends: Sequence[Backend]) -> None: ...
 
 
 def _fewest_best(values: Sequence[int]) -> list[float]:
@@ -120,20 +73,29 @@ class LoadAwareScorer:
 class ActiveRequestScorer:
     """Fewest of the requests that this router has in flight: (most - count) / most, 1 for none.
 
-    Ones that were sent longer ago than requestTimeout no longer count.
+    Up to idleThreshold requests are as good as none, and more are worth maxBusyScore at best. Up to v1.5 it
+    counts on its own, without those that were sent longer ago than requestTimeout.
     """
 
     def __init__(self, plugin: Plugin, setting: Setting) -> None:
-        self._timeout_s = plugin.parameters.duration_s("requestTimeout", "2m")
+        parameters = plugin.parameters
+        self._timeout_s = parameters.duration_s("requestTimeout", "2m")
+        self._idle = max(parameters.amount("idleThreshold", 0), 0)
+        self._most_busy = parameters.number("maxBusyScore", 1.0, high=1.0)
+        self._load = setting.loads[plugin.load] if plugin.load else None
         self._clock = setting.clock
         self._sent: OrderedDict[int, tuple[float, int]] = OrderedDict()  # request -> when, to which replica
         self._counts: dict[int, int] = {}
 
     def score(self, cycle: Cycle) -> list[float]:
-        self._expire()
-        most = max(self._counts.values(), default=0)
-        counts = (self._counts.get(backend.index, 0) for backend in cycle.backends)
-        return [(most - count) / most if count else 1.0 for count in counts]
+        if self._load is None:
+            self._expire()
+            most = max(self._counts.values(), default=0)
+            counts = [self._counts.get(backend.index, 0) for backend in cycle.backends]
+        else:
+            counts = [self._load.requests(backend) for backend in cycle.backends]
+            most = max(counts)
+        return [(most - count) / most * self._most_busy if count > self._idle else 1.0 for count in counts]
 
     def picked(self, cycle: Cycle, backend: Backend) -> None:
         self._sent[cycle.request.request_id] = self._clock(), backend.index
@@ -153,122 +115,85 @@ class ActiveRequestScorer:
             self._counts[index] -= 1
 
 
+class TokenLoadScorer:
+    """Fewest tokens in flight, those of the request included: 1 for none, falling to 0 at
+    ``queueThresholdTokens``."""
+
+    def __init__(self, plugin: Plugin, setting: Setting) -> None:
+        self._threshold = plugin.parameters.whole("queueThresholdTokens", 4_194_304)
+        self._load = setting.loads[plugin.load]
+
+    def score(self, cycle: Cycle) -> list[float]:
+        load, most = self._load, self._threshold
+        tokens = [load.tokens(backend) + load.uncached(cycle, backend) for backend in cycle.backends]
+        return [1.0 - min(each, most) / most for each in tokens]
+
+
 class PrefixCacheScorer:
-    """Share of the prompt's leading blocks of bytes that were routed to the endpoint before.
+    """Share of the prompt's leading blocks that the endpoint has; matchLengthWeight of it by their length, as
+    the square of its share of matchLengthScaleTokens.
 
-    Only the first hashBlockSize x maxPrefixBlocksToMatch bytes are looked at.
-    """
-
-    MODEL = -1  # stands for the model's name in front of the prompt
-
-    def __init__(self, plugin: Plugin, setting: Setting) -> None:
-        parameters, release = plugin.parameters, setting.release
-        self._name = plugin.name
-        self._model_entry = release.model_entry
-        self._auto_tune = release.auto_tune and parameters.flag("autoTune", True)
-        self._block_size = parameters.whole("blockSize" if release.auto_tune else "hashBlockSize", 64)
-        self._limit = parameters.whole("maxPrefixBlocksToMatch", 256)
-        self._lru_size = parameters.whole("lruCapacityPerServer", 31250)
-        self._bytes_per_token = setting.bytes_per_token
-        self._blocks: PromptBlocks | None = None
-        self._index = ApproximateIndex()
-
-    def score(self, cycle: Cycle) -> list[float]:
-        blocks = self._of(cycle)
-        counts = cycle.matched[self._name] = self._index.match(blocks)
-        return [counts.get(backend.index, 0) / (len(blocks) or 1) for backend in cycle.backends]
-
-    def picked(self, cycle: Cycle, backend: Backend) -> None:
-        size = backend.num_gpu_blocks if self._auto_tune else self._lru_size
-        self._index.add(backend.index, self._of(cycle), size)
-
-    def _of(self, cycle: Cycle) -> list[int]:
-        if self._blocks is None:
-            size = 4 * cycle.backends[0].block_size if self._auto_tune else self._block_size
-            self._blocks = PromptBlocks(size, self._bytes_per_token, self._limit)
-        blocks = self._blocks.all(cycle.request)
-        return [self.MODEL, *blocks] if blocks and self._model_entry else blocks
-
-
-class PrecisePrefixCacheScorer:
-    """Leading KV blocks that the endpoint says it has, stretched to 0..1 over the endpoints that have any.
-
-    Blocks are those of tokenProcessorConfig.blockSize; servers with another block size never match.
+    A precise index up to v1.5 is stretched to 0..1 over the endpoints that have any.
     """
 
     def __init__(self, plugin: Plugin, setting: Setting) -> None:
-        indexer = plugin.parameters.block("indexerConfig")
-        memory = indexer.block("kvBlockIndexConfig").block("inMemoryConfig")
-        store = indexer.block("prefixStoreConfig")
-        self._block_size = indexer.block("tokenProcessorConfig").whole("blockSize", 16)
-        self._index = PreciseIndex(memory.whole("size", 100_000_000), memory.whole("podCacheSize", 10))
-        self._chunk_size = store.whole("blockSize", 256)
-        self._store = TokenStore(store.whole("cacheSize", 500_000))
-        self._chunks = PromptBlocks(self._chunk_size, setting.bytes_per_token)
-        self._blocks = PromptBlocks(self._block_size)
-        self._bytes_per_token = setting.bytes_per_token
-        self._later = setting.release.tokenizes_later
-        self._sources: list[Backend] = []
-
-    def connect(self, backends: Sequence[Backend]) -> None:
-        self._sources = [backend for backend in backends if backend.block_size == self._block_size]
-        for backend in self._sources:
-            backend.subscribe()
+        parameters = plugin.parameters
+        self._producer = setting.prefixes[plugin.prefixes]
+        self._by_length = parameters.number("matchLengthWeight", 0.0, high=1.0)
+        self._scale = parameters.whole("matchLengthScaleTokens", 8192)
 
     def score(self, cycle: Cycle) -> list[float]:
-        for backend in self._sources:
-            for event in backend.take_events():
-                self._index.apply(backend.index, event)
-        request = cycle.request
-        keys = self._blocks.shared(request)
-        counts = self._index.match(keys[: self._known_tokens(request) // self._block_size])
-        if not counts:
-            return [0.0] * len(cycle.backends)
-        least, most = min(counts.values()), max(counts.values())
-        stretched = {
-            server: (count - least) / (most - least) if most > least else 1.0
-            for server, count in counts.items()
-        }
-        return [stretched.get(backend.index, 0.0) for backend in cycle.backends]
-
-    def _known_tokens(self, request: Request) -> int:
-        """Leading tokens of the prompt that it is scored on. The whole prompt is known to the next one."""
-        chunks = self._chunks.all(request)
-        known_bytes = self._store.known(chunks) * self._chunk_size
-        whole_bytes = request.prompt_tokens * self._bytes_per_token
-        if self._later or known_bytes < 0.8 * whole_bytes:
-            self._store.add(chunks)
-        if not self._later and known_bytes < 0.8 * whole_bytes:
-            return request.prompt_tokens
-        return int(known_bytes / self._bytes_per_token)
+        match = self._producer.match(cycle)
+        counts = [match.counts.get(backend.index, 0) for backend in cycle.backends]
+        if self._producer.stretched:
+            held = match.counts.values()
+            least, most = min(held, default=0), max(held, default=0)
+            if most == least:
+                return [float(count > 0) for count in counts]
+            return [max(count - least, 0) / (most - least) for count in counts]
+        whole, by_length = match.total or 1, self._by_length
+        if not by_length:
+            return [count / whole for count in counts]
+        lengths = [min(1.0, count * match.block_tokens / self._scale) for count in counts]
+        return [
+            by_length * length**2 + (1 - by_length) * count / whole
+            for length, count in zip(lengths, counts, strict=True)
+        ]
 
 
 class SessionAffinityScorer:
-    """1 for the endpoint that answered the session's last request (``Request.group`` is the session)."""
+    """1 for the endpoint that has the session."""
 
     def __init__(self, plugin: Plugin, setting: Setting) -> None:
-        self._answered: dict[int, int] = {}
+        self._sessions = Sessions(plugin, setting)
 
     def score(self, cycle: Cycle) -> list[float]:
-        home = None if cycle.request.group is None else self._answered.get(cycle.request.group)
+        home = self._sessions.home(cycle.request)
         return [float(backend.index == home) for backend in cycle.backends]
 
+    def picked(self, cycle: Cycle, backend: Backend) -> None:
+        self._sessions.picked(cycle, backend)
+
     def ended(self, request: Request, index: int) -> None:
-        if request.group is not None:
-            self._answered[request.group] = index
+        self._sessions.ended(request, index)
 
 
 class NoHitLruScorer:
     """Spreads requests that hit no prefix: endpoints that never had one first, then the one whose last was
-    longest ago. 0.5 for all where the approximate index (``prefixPluginName``) found the prefix."""
+    longest ago. 0.5 for all where a prefix was found: by the producer that it names, or up to v1.5 by the
+    approximate index ``prefixPluginName`` where that was asked before."""
 
     def __init__(self, plugin: Plugin, setting: Setting) -> None:
         self._prefix_plugin = plugin.parameters.text("prefixPluginName", "prefix-cache-scorer")
+        self._producer = setting.prefixes[plugin.prefixes] if plugin.prefixes else None
         self._size = plugin.parameters.whole("lruSize", 1024)
         self._last_cold: OrderedDict[int, None] = OrderedDict()  # endpoints, oldest first
 
     def _is_cold(self, cycle: Cycle) -> bool:
-        return not cycle.matched.get(self._prefix_plugin)
+        if self._producer is not None:
+            return not self._producer.match(cycle).counts
+        match = cycle.matches.get(self._prefix_plugin)
+        return match is None or not match.counts
 
     def score(self, cycle: Cycle) -> list[float]:
         numbers = [backend.index for backend in cycle.backends]
@@ -305,8 +230,9 @@ SCORERS: dict[str, Callable[[Plugin, Setting], Scorer]] = {
     "running-requests-size-scorer": RunningRequestsSizeScorer,
     "load-aware-scorer": LoadAwareScorer,
     "active-request-scorer": ActiveRequestScorer,
+    "token-load-scorer": TokenLoadScorer,
     "prefix-cache-scorer": PrefixCacheScorer,
-    "precise-prefix-cache-scorer": PrecisePrefixCacheScorer,
+    "precise-prefix-cache-scorer": PrefixCacheScorer,
     "session-affinity-scorer": SessionAffinityScorer,
     "no-hit-lru-scorer": NoHitLruScorer,
     "lora-affinity-scorer": LoraAffinityScorer,

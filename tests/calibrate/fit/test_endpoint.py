@@ -17,7 +17,7 @@ from servecast.sim.metrics.warmup import select
 from servecast.sim.run.simulate import simulate
 from servecast.sim.scenario.scenario import load
 from servecast.sim.traffic.spec import StageSpec, StreamSpec, Workload
-from servecast.sim.traffic.traces import TraceSpec
+from servecast.sim.traffic.trace_spec import TraceSpec
 
 SCENARIO = load("a6000-qwen2.5-7b")
 LEVELS = [Level(1, 256, 32), Level(1, 1024, 8), Level(8, 256, 32)]

@@ -33,7 +33,7 @@ from servecast.sim.hardware.shard import Shard
 from servecast.sim.hardware.step_time.physical import Efficiencies
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.scenario.deployment import Deployment
-from servecast.sim.scenario.scenario import load
+from servecast.sim.scenario.scenario import load, shipped_folder
 
 MODEL, LARGER = "Qwen2.5-7B-Instruct", "Qwen3-32B"
 TRUTH = Efficiencies(
@@ -339,7 +339,10 @@ def test_stalls_do_not_move_the_efficiencies_and_the_mean_is_kept(tmp_path: Path
     assert step_time.seconds(step) == pytest.approx(law(step) * (1 + 4 / 21), rel=0.05)
 
 
-def overhead_rows(costs: FrontEndCosts, turn: int = 1, seed: int = 5) -> list[dict[str, Any]]:
+def overhead_rows(
+    costs: FrontEndCosts, turn: int = 1, seed: int = 5, *, rounds: bool = False
+) -> list[dict[str, Any]]:
+    """Of a server that prepares a burst in one round, or else (0.32) one request after the other."""
     rng, rows = np.random.default_rng(seed), list[dict[str, Any]]()
 
     def add(count: int, seconds: Callable[[], float], **more: Any) -> None:
@@ -352,7 +355,7 @@ def overhead_rows(costs: FrontEndCosts, turn: int = 1, seed: int = 5) -> list[di
     for c in (1, 8, 32):
         add(
             400,
-            lambda c=c: costs.latency_s * draw() + c * costs.request_s * draw(),
+            lambda c=c: costs.latency_s * draw() + (c if rounds else (c + 1) / 2) * costs.request_s * draw(),
             kind="request_in",
             concurrency=c,
             burst=c,
@@ -370,15 +373,29 @@ def overhead_rows(costs: FrontEndCosts, turn: int = 1, seed: int = 5) -> list[di
     return rows
 
 
-def test_front_end_costs_are_found_from_overheads(tmp_path: Path) -> None:
+def test_what_a_prompt_token_costs_is_found_from_longer_prompts() -> None:
+    """1,000 tokens more take 3.5 ms more: 3.5 us of random text, which is 1.75 times what text takes."""
     costs = FrontEndCosts(request_s=2e-3, latency_s=6e-3, delivery_s=2e-3, token_s=4e-5, cv=0.2)
     rows = overhead_rows(costs)
-    found, told = fit_front_end([Overhead.model_validate(row) for row in rows])
-    for name in ("request_s", "latency_s", "delivery_s", "token_s"):
-        assert getattr(found, name) == pytest.approx(getattr(costs, name), rel=0.1)
+    alone = next(row for row in rows if row["kind"] == "request_in" and row["concurrency"] == 1)
+    longer = {"case": "prompts", "more_tokens": 1000, "times_s": [s + 3.5e-3 for s in alone["times_s"]]}
+    measured = [Overhead.model_validate(row) for row in (*rows, alone | longer)]
+    found, told = fit_front_end(undisturbed(measured)[0], 1)
+    assert found.prompt_token_s == pytest.approx(2e-6, rel=0.02)
+    assert "prompt_token_s" in told
+    assert found.latency_s == fit_front_end(measured[:-1], 1)[0].latency_s
+
+
+def test_front_end_costs_are_found_from_overheads(tmp_path: Path) -> None:
+    costs = FrontEndCosts(request_s=2e-3, latency_s=6e-3, delivery_s=2e-3, token_s=4e-5, cv=0.2)
+    for most in (32, 1):
+        rows = overhead_rows(costs, rounds=most > 1)
+        found, told = fit_front_end([Overhead.model_validate(row) for row in rows], most)
+        for name in ("request_s", "latency_s", "delivery_s", "token_s"):
+            assert getattr(found, name) == pytest.approx(getattr(costs, name), rel=0.1)
     assert found.cv == pytest.approx(0.2, rel=0.2)
     assert set(told) == {"request_s", "latency_s", "delivery_s", "token_s", "cv"}
-    assert fit_front_end([]) == (FrontEndCosts(), ())
+    assert fit_front_end([], 32) == (FrontEndCosts(), ())
     profile = fit_folder(write_folder(tmp_path, {MODEL: physical_law(MODEL, TRUTH)}, overheads=rows)).profile
     assert profile.front_end == found
     origin = {entry.parameter: entry.origin for entry in profile.provenance}
@@ -485,9 +502,44 @@ def test_show_prints_and_plots(tmp_path: Path, fitted: FolderFit, capsys: pytest
         assert text in out
     assert main(["calibrate", "show", str(path), "--plot", str(tmp_path / "p.gif")]) == 2
     bare = tmp_path / "bare.json"
-    fitted.profile.model_copy(update={"fit": None}).save(bare)
+    fitted.profile.model_copy(update={"fit": None, "models": (), "model": "mine"}).save(bare)
     assert main(["calibrate", "show", str(bare), "--plot", str(tmp_path / "q.svg")]) == 2
+    assert "no sizes of its model 'mine'" in capsys.readouterr().err
     assert not (tmp_path / "q.svg").exists()
+
+
+@pytest.mark.parametrize("name", ["a6000-qwen2.5-7b", "infer-rtx5080-static-llama"])
+def test_shipped_profiles_are_shown_by_name_and_drawn_from_what_they_predict(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["calibrate", "show", name, "--plot", str(tmp_path / "p.svg")]) == 0
+    out = capsys.readouterr().out
+    profile = Profile.load(shipped_folder() / "profiles" / f"{name}.json")
+    for parameter in profile.parameters():  # each with its origin, those too that the file does not name
+        (line,) = [line for line in out.splitlines() if line.strip().startswith(f"{parameter} ")]
+        assert "fitted: " in line or "assumed: " in line
+    picture = (tmp_path / "p.svg").read_text()
+    assert "what the time goes to" in picture
+    assert "roofline" in picture
+
+
+def test_the_constants_of_a_gpu_are_shown_with_their_timings(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """14,112 products of bf16 were timed on an H100, which the fit is off by 5.8 % in the median."""
+    assert main(["calibrate", "show", "h100"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("H100: NVIDIA's timings of vLLM's kernels, wheel aiconfigurator-core (Apache-2.0)")
+    assert "products bf16: compute 0.8432" in out
+    assert "14112 rows, off 5.8% in the median" in out
+    assert main(["calibrate", "show", "l4"]) == 0
+    assert "compute times 0.72, for the power of the GPU" in capsys.readouterr().out
+    assert main(["calibrate", "show", str(shipped_folder() / "gpus" / "h100.json"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["gpu"] == "H100"
+    assert main(["calibrate", "show", "h100", "--plot", str(tmp_path / "p.svg")]) == 2
+    assert "constants of kernels have no steps" in capsys.readouterr().err
+    assert main(["calibrate", "show", "a6000-qwen"]) == 2
+    assert "there is no profile 'a6000-qwen'. Did you mean" in capsys.readouterr().err
 
 
 # bad input

@@ -134,13 +134,12 @@ def test_the_command_writes_the_constants(
 def test_a_scenario_can_rest_on_kernel_timings() -> None:
     scenario = servecast.load("what-if-llama-3.1-70b").changed({"profile": "kernels", "gpu.name": "h100"})
     deployment = Deployment.of(scenario)
-    assert deployment.provenance()["basis"] == "kernel timings"
+    assert deployment.provenance()["basis"] == "measured kernels of the H100"
     origins = {entry.parameter: entry.origin for entry in deployment.profile.provenance}
     assert origins["efficiencies.compute"] == "kernels"
     assert origins["efficiencies.host_fixed_s"] == "assumed"
     near = Deployment.of(scenario.changed({"gpu.name": "a6000", "engine.tensor_parallel_size": 8}))
-    assert near.transfer.basis == "physics only"
-    assert "nearest GPU that was timed" in near.profile.provenance[0].note
+    assert near.transfer.basis == "kernels of the L40S scaled to the A6000 by peak and bandwidth"
 
 
 def test_what_the_tables_do_not_hold_is_not_made_up(tables: Path) -> None:

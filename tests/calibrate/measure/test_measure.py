@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from places import REPOSITORY as ROOT
+from places import VLLM
 
 from servecast.__main__ import main
 from servecast.calibrate.measure.engine.grid import STEPS_AHEAD, Case, Limits, grid
@@ -27,6 +28,7 @@ from servecast.calibrate.measure.folder import Budget, Folder, Progress, Row, re
 from servecast.calibrate.measure.served import OUTPUT_TOKENS, SHORTEST, overheads
 from servecast.calibrate.measure.turns import complaints, in_turn, trusted
 from servecast.calibrate.measure.vllm.bench_serve import Server, TookTooLongError, run_bench
+from servecast.calibrate.measure.vllm.ending import heeds_ctrl_c
 from servecast.calibrate.measure.vllm.server import VllmServer
 from servecast.calibrate.measure.vllm.tiny_model import write_tiny_model, write_tokenizer
 from servecast.sim.inputs.errors import InputError
@@ -659,12 +661,12 @@ def test_a_command_that_is_stopped_stops_what_it_measures_with(tmp_path: Path) -
             str(python),
             "engine",
         ]
-        process = subprocess.Popen(command, start_new_session=True)
-        deadline = time.monotonic() + 60
-        while not (tmp_path / "began").exists() and time.monotonic() < deadline:
+        process = subprocess.Popen(command, start_new_session=True, preexec_fn=heeds_ctrl_c)
+        while not (tmp_path / "began").exists():
+            assert process.poll() is None
             time.sleep(0.05)
         process.send_signal(number)
-        assert process.wait(15) == 130
+        assert process.wait() == 130  # what it started would sleep for ten minutes, and then end well
         assert (tmp_path / "ended").exists()
         (tmp_path / "began").unlink()
         (tmp_path / "ended").unlink()
@@ -673,13 +675,19 @@ def test_a_command_that_is_stopped_stops_what_it_measures_with(tmp_path: Path) -
 # -- tokenizer -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.vllm
 def test_any_tokens_come_back_from_their_text(tmp_path: Path) -> None:
-    """vLLM 0.23's benchmark sends its prompts as text: each token must be read as one again."""
-    tokenizers = pytest.importorskip("tokenizers", reason="needs tokenizers")
+    """vLLM 0.23's benchmark sends its prompts as text: each token must be read as one again, by the library
+    that vLLM brings."""
     write_tokenizer(tmp_path, vocab_size=152_064)
-    tokenizer = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    ids = [number for number in range(0, 152_064, 7) if not 256 <= number <= 258]
-    assert tokenizer.encode(tokenizer.decode(ids)).ids == ids
+    code = (
+        "import sys, tokenizers\n"
+        "tokenizer = tokenizers.Tokenizer.from_file(sys.argv[1])\n"
+        "ids = [number for number in range(0, 152_064, 7) if not 256 <= number <= 258]\n"
+        "assert tokenizer.encode(tokenizer.decode(ids)).ids == ids\n"
+    )
+    python = VLLM / "bin" / "python"
+    subprocess.run([str(python), "-c", code, str(tmp_path / "tokenizer.json")], check=True)
 
 
 def test_the_tokenizer_has_a_character_of_its_own_for_each_token(tmp_path: Path) -> None:

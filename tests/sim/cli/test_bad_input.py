@@ -228,8 +228,11 @@ CASES = [
         "Give num_requests or duration_s.",
     ),
     scenario(
-        "a closed loop by time",
-        {"workload.arrivals": {"kind": "closed_loop", "concurrency": 4}, "workload.duration_s": 60},
+        "all at once by time",
+        {
+            "workload.arrivals": {"kind": "vllm_bench", "request_rate": float("inf")},
+            "workload.duration_s": 60,
+        },
         "workload.duration_s",
         "these arrivals are a number of requests, not a duration",
         "Give num_requests instead.",
@@ -304,21 +307,21 @@ CASES = [
         {"engine.version": "0.7"},
         "engine.version",
         "no rule set for vLLM '0.7'",
-        "Use one of 0.10, 0.19, 0.23, 0.32, or set assume_rules to run under the nearest one.",
+        "Use 0.10, 0.19, or 0.20 to 0.33, or set assume_rules to run under the nearest of them.",
     ),
     scenario(
         "flag of another version",
         {"engine.watermark": 0.01},
         "engine.watermark",
         "vLLM 0.23 has no watermark",
-        "Remove it, or use version 0.32.",
+        "Remove it, or use version 0.24.",
     ),
     scenario(
         "pasted flag of another version",
         {"engine.command": "vllm serve m --max-num-queued-reqs 5"},
         "engine.command",
         "vLLM 0.23 has no --max-num-queued-reqs",
-        "Remove it, or use version 0.32.",
+        "Remove it, or use version 0.29 to 0.33.",
     ),
     scenario(
         "pasted value out of range",
@@ -328,8 +331,8 @@ CASES = [
     ),
     command(
         "unknown flag",
-        "vllm serve m --max-num-seq 5",
-        "vllm serve has no flag --max-num-seq",
+        "vllm serve m --max-num-sequences 5",
+        "vllm serve has no flag --max-num-sequences",
         "Did you mean '--max-num-seqs'?",
     ),
     command(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from itertools import chain
@@ -90,8 +91,9 @@ def test_simulate_prints_the_block_of_vllm_bench_and_where_it_comes_from(
     assert out.startswith("============ Serving Benchmark Result ============\nSuccessful requests:")
     assert "P99 TTFT (ms):" in out
     assert "vllm_version   0.23.0" in out  # the run context
-    assert "physics only" in out
-    assert "+-30%" in out
+    assert "kernels of the L40S scaled to the L4 by peak and bandwidth" in out
+    assert "+-33%" in out
+    assert "profile l4-qwen2.5-0.5b was fitted to a server on this GPU" in out
     assert err == ""
 
 
@@ -117,19 +119,22 @@ def test_json_is_alone_on_stdout_and_has_the_keys_of_vllm_bench(tiny: str) -> No
     assert document["run_context"]["commit"] == "abc"
     assert document["assumptions"][0]["name"] == "answer"
     assert (document["schema_version"], document["seed"], document["engine_version"]) == (1, 0, "0.23")
-    assert document["provenance"]["basis"] == "physics only"
+    assert document["provenance"]["basis"] == "kernels of the L40S scaled to the L4 by peak and bandwidth"
     assert len(document["ttfts"]) == len(document["input_lens"]) == len(document["start_times"]) == 60
 
 
 def test_the_same_seed_writes_the_same_bytes_and_another_does_not(tiny: str, tmp_path: Path) -> None:
-    def write(name: str, seed: str) -> list[bytes]:
+    """In this process and in another, whose hashes are salted otherwise."""
+
+    def write(name: str, seed: str, *, apart: bool = False) -> list[bytes]:
         files = [tmp_path / name / file for file in ("result.json", "requests.csv", "steps.parquet")]
         options = zip(("--output", "--records", "--steps"), map(str, files), strict=True)
-        assert servecast("simulate", tiny, "--seed", seed, *chain(*options)).returncode == 0
+        command = ("simulate", tiny, "--seed", seed, *chain(*options))
+        assert (servecast(*command).returncode if apart else main(list(command))) == 0
         return [file.read_bytes() for file in files]
 
     first = write("a", "3")
-    assert write("b", "3") == first
+    assert write("b", "3", apart=True) == first
     assert all(ours != theirs for ours, theirs in zip(write("c", "4"), first, strict=True))
     written = tmp_path / "a"
     assert len(list(written.iterdir())) == 3
@@ -165,7 +170,7 @@ def test_what_if_flags_are_the_same_as_the_fields_they_stand_for(
 # plan
 
 
-QUICK = ("--tolerance", "0.1", "--jobs", "1")
+QUICK = ("--tolerance", "0.3", "--max-num-requests", "300", "--jobs", "1")
 
 
 def test_plan_answers_in_json_with_its_evidence(tiny: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -174,7 +179,7 @@ def test_plan_answers_in_json_with_its_evidence(tiny: str, capsys: pytest.Captur
     document = json.loads(out)
     assert err == ""
     low, high = document["interval"]
-    assert low == document["max_request_rate"] < high <= low * 1.1 * (1 + 1e-9)
+    assert low == document["max_request_rate"] < high <= low * 1.3 * (1 + 1e-9)
     assert document["slo"] == ["ttft:p95:100"]  # the scenario's own
     assert document["binding_limit"] != "unknown"
     assert document["binding_evidence"]
@@ -183,7 +188,7 @@ def test_plan_answers_in_json_with_its_evidence(tiny: str, capsys: pytest.Captur
     states = {probe["rate"]: probe["state"] for probe in document["probes"]}
     assert (states[low], states[high]) == ("pass", "fail")
     assert document["replicas"] == -(-1000 // low)
-    assert document["error_band"] == 0.3
+    assert document["error_band"] == pytest.approx(0.3 + 0.02 * math.log2(864 / 300))
     assert document["report"] is None
     less, more = document["sensitivity"]  # of the answer's length: 8 tokens, hence 6 and 10
     assert (less["scaled"], more["scaled"]) == (6, 10)
@@ -220,10 +225,11 @@ def test_plan_takes_goodput_as_vllm_bench_does(tiny: str, capsys: pytest.Capture
 # reproduce
 
 
-def test_reproduce_prints_the_object_of_every_cell() -> None:
-    found = servecast("reproduce", "l4-qwen2.5-0.5b", "--json")
-    assert (found.returncode, found.stderr) == (0, "")
-    document = json.loads(found.stdout)
+def test_reproduce_prints_the_object_of_every_cell(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["reproduce", "l4-qwen2.5-0.5b", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    document = json.loads(out)
     assert {"fitted_rows", "predicted_rows", "rows", "mape_predicted"} <= set(document)
 
 
@@ -310,14 +316,15 @@ def test_an_interrupt_is_no_traceback(
 # result files
 
 
-def test_results_of_another_schema_version_are_refused(tiny: str, tmp_path: Path) -> None:
+def test_results_of_another_schema_version_are_refused(
+    tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     ours, other = tmp_path / "ours.json", tmp_path / "other.json"
     assert main(["simulate", tiny, "--output", str(ours)]) == 0
     document = read_result(ours)
     write_result(other, {**document, "schema_version": 2})
-    found = servecast("compare", str(ours), str(other))
-    assert found.returncode == 2
-    assert found.stderr == (
+    assert main(["compare", str(ours), str(other)]) == 2
+    assert capsys.readouterr().err == (
         f"servecast: {other}: schema_version: schema version 2, this servecast reads 1. "
         "Write the result again with this version of servecast.\n"
     )

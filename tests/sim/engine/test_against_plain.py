@@ -48,20 +48,21 @@ class Case:
 @st.composite
 def configs(draw: st.DrawFn) -> EngineConfig:
     """Small engines, most of them short of blocks; always large enough for one sequence."""
-    version = draw(st.sampled_from(["0.32", "0.23"]))
+    version = draw(st.sampled_from(["0.33", "0.32", "0.28", "0.27", "0.24", "0.23"]))
     block_size = draw(st.sampled_from([4, 1, 2, 8, 16]))
     max_model_len = draw(st.integers(4, draw(st.sampled_from([96, 96, 96, 400]))))
     one_sequence = -(-max_model_len // block_size)
     max_num_seqs = draw(st.integers(1, 12))
     chunked = draw(st.sampled_from([True, True, True, False]))
     least_tokens = max_num_seqs if chunked else max(max_num_seqs, max_model_len)
-    only_032: dict[str, Any] = {}
-    if version == "0.32":
-        only_032 = {
-            "long_prefill_token_threshold_adaptive": draw(st.booleans()),
-            "watermark": draw(st.sampled_from([0.0, 0.0, 0.1, 0.4])),
-            "max_num_active_seqs": draw(st.none() | st.integers(1, max_num_seqs)),
-        }
+    options: dict[str, Any] = {}
+    if version >= "0.24":
+        options["watermark"] = draw(st.sampled_from([0.0, 0.0, 0.1, 0.4]))
+    if version >= "0.31":
+        options["long_prefill_token_threshold_adaptive"] = draw(st.booleans())
+        options["max_num_active_seqs"] = draw(st.none() | st.integers(1, max_num_seqs))
+    if version >= "0.33":
+        options["prefill_schedule_interval"] = draw(st.sampled_from([1, 1, 2, 5]))
     return EngineConfig(
         version=version,
         max_num_seqs=max_num_seqs,
@@ -75,7 +76,7 @@ def configs(draw: st.DrawFn) -> EngineConfig:
         async_scheduling=draw(st.booleans()),
         scheduler_reserve_full_isl=draw(st.booleans()),
         long_prefill_token_threshold=draw(st.sampled_from([0, 0, 3, 10])),
-        **only_032,
+        **options,
     )
 
 

@@ -1,4 +1,4 @@
-"""The core gives the kept tables when it is built with checks of bounds, overflow and None, and interpreted."""
+"""The core gives the kept tables built with checks of bounds, overflow and None, or interpreted."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ BUILD = """
 import sys
 from Cython.Build import cythonize
 from setuptools import Extension, setup
-setup(name="checked", ext_modules=cythonize([Extension("core_checked", ["core_checked.py"])], language_level=3))
+core = Extension("core_checked", ["core_checked.py"], extra_compile_args=["-ffp-contract=off"])
+setup(name="checked", ext_modules=cythonize([core], language_level=3))
 """
 RUN = """
 import importlib, json, sys, tempfile

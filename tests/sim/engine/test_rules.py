@@ -376,6 +376,41 @@ def test_023_skips_a_request_after_a_victim_that_was_passed_over(
     assert log[1].after_complete.waiting == []
 
 
+@pytest.mark.parametrize(
+    ("version", "policy", "step"),
+    [
+        ("0.32", "priority", "a1 -b"),
+        ("0.33", "priority", "a1 c1 -b"),
+        ("0.33", "fcfs", "a1 b1 -c"),
+    ],
+)
+def test_033_goes_on_after_a_request_that_preempted_itself(
+    engine: Make, version: str, policy: str, step: str
+) -> None:
+    """4 blocks: a and c have one with room left, b fills its two and needs a third. Under priority b itself
+    is the victim: 0.32 ends the step there, 0.33 goes on to c. Under FCFS c, the last one, is."""
+    requests = [ask(A, 10, 9), ask(B, 31, 9, priority=5), ask(C, 10, 9)]
+    log = simulate(engine(version=version, usable=4, scheduling_policy=policy), requests, at={C: 1})
+    assert lines(log)[:3] == ["a10 b31 +a +b", "a1 b1 c10 +c", step]
+
+
+@pytest.mark.parametrize(
+    ("interval", "expected"),
+    [
+        (1, ["a20 +a", "a1 b95 +b", "a1 b25", "a1 b1 .a .b", "c10 +c .c", ""]),
+        (3, ["a20 +a", "a1", "a1", "a1 b95 +b .a", "b25 c10 +c .c", "b1 .b", ""]),
+    ],
+)
+def test_033_keeps_prefills_apart_while_somebody_decodes(
+    engine: Make, interval: int, expected: list[str]
+) -> None:
+    """b comes at step 1, c at step 4. With --prefill-schedule-interval 3 b waits until three steps after a's
+    prefill; then a has ended, nobody decodes, and nothing is held back."""
+    requests = [ask(A, 20, 4), ask(B, 120, 2), ask(C, 10, 1)]
+    log = simulate(engine(version="0.33", prefill_schedule_interval=interval), requests, at={B: 1, C: 4})
+    assert lines(log) == expected
+
+
 # ---- the prefix cache
 
 
@@ -386,10 +421,14 @@ def test_023_skips_a_request_after_a_victim_that_was_passed_over(
         ("0.23", True, [3, 4, 5, 2, 1]),
         ("0.32", False, [2, 1, 3, 4, 5]),
         ("0.23", False, [3, 4, 5, 2, 1]),
+        ("0.24", False, [2, 1, 3, 4, 5]),
+        ("0.27", False, [3, 4, 5, 2, 1]),
+        ("0.27", True, [2, 3, 4, 5, 1]),
     ],
 )
 def test_free_list_order(engine: Make, version: str, caching: bool, expected: list[int]) -> None:
-    """20 tokens in blocks 1 (full) and 2, freed last block first; 0.32 puts those without a hash in front."""
+    """20 tokens in blocks 1 (full) and 2, freed last block first; from 0.24 on those without a hash come in
+    front, but in 0.27 only where there are hashes at all."""
     log = simulate(engine(version=version, usable=5, enable_prefix_caching=caching), [ask(A, 20, 1)])
     assert log[0].after_schedule.free_list == [3, 4, 5]
     assert log[0].after_complete.free_list == expected

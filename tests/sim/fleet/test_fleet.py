@@ -119,7 +119,7 @@ def test_a_burst_is_prepared_in_one_round() -> None:
 def test_preparation_joins_what_overlaps_and_no_more() -> None:
     """0 and 40 overlap (0-50, then 40-90 joins: ready at 100); 200 is alone."""
     env, log = simpy.Environment(), []
-    preparation = Preparation(env)
+    preparation = Preparation(env, 32)
     for start in (0, 40, 200):
         env.timeout(start).callbacks.append(
             lambda _event, start=start: preparation.start(50, lambda: log.append((start, env.now)))
@@ -131,11 +131,36 @@ def test_preparation_joins_what_overlaps_and_no_more() -> None:
 def test_a_full_round_does_not_wait_for_the_next() -> None:
     """33 requests of 1: the first 32 are ready at 32, the last at 33."""
     env, log = simpy.Environment(), []
-    preparation = Preparation(env)
+    preparation = Preparation(env, 32)
     for _ in range(33):
         preparation.start(1, lambda: log.append(env.now))
     env.run()
     assert log == [32] * 32 + [33]
+
+
+def test_without_micro_batches_preparation_is_first_come_first_served() -> None:
+    """vLLM 0.32 has one thread for it (renderer_num_workers 1): three requests of 0.1 s each are ready one
+    after the other."""
+    costs = FrontEndCosts(request_s=0.1)
+    requests = [Request(i, 0.0, 10, 1, 1) for i in range(3)]
+    result = run(one_stream(requests), config(preparation_round=1), costs)
+    assert times(result, "queued") == pytest.approx([0.1, 0.2, 0.3])
+
+
+def test_a_long_prompt_takes_longer_to_prepare() -> None:
+    """1 ms a prompt token: 100 tokens are ready at 0.1, and 150 more behind them at 0.25."""
+    costs = FrontEndCosts(prompt_token_s=1e-3)
+    requests = [Request(0, 0.0, 100, 1, 1), Request(1, 0.0, 150, 1, 1)]
+    result = run(one_stream(requests), config(preparation_round=1), costs)
+    assert times(result, "queued") == pytest.approx([0.1, 0.25])
+
+
+def test_the_network_delays_what_the_client_sees_and_the_next_request_of_a_closed_loop() -> None:
+    """A step of 1.0 a request, one at a time, 0.25 there and back: first tokens at 1.25, 2.5 and 3.75."""
+    costs = FrontEndCosts().over_network(0.25)
+    requests = [Request(i, 0.0, 10, 1, 1) for i in range(3)]
+    result = run(one_stream(requests, max_concurrency=1), config(), costs)
+    assert times(result, "first_token") == [1.25, 2.5, 3.75]
 
 
 def test_latency_delays_and_costs_vary_with_mean_one() -> None:
@@ -145,9 +170,10 @@ def test_latency_delays_and_costs_vary_with_mean_one() -> None:
         FrontEndCosts(latency_s=1.0, cv=0.3),
         np.random.default_rng(1),
         lambda _item: arrived.append(env.now),
+        preparation_round=32,
     )
     for item in range(4000):
-        server.accept(item)
+        server.accept(item, 10)
     env.run()
     seconds = np.array(arrived) / 1e12
     assert seconds.mean() == pytest.approx(1.0, abs=0.02)

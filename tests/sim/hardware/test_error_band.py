@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ from servecast.sim.hardware.fit_summary import FitSummary, RegionError
 from servecast.sim.hardware.gpu import find_gpu
 from servecast.sim.hardware.profile import Profile, Provenance
 from servecast.sim.hardware.shard import Shard
+from servecast.sim.inputs.errors import InputError
+from servecast.sim.metrics.binding import StepRow
 from servecast.sim.scenario.deployment import Deployment
 from servecast.sim.scenario.scenario import load
 
@@ -114,3 +117,44 @@ def test_the_shipped_what_if_says_what_it_rests_on(changes: dict[str, Any]) -> N
     assert deployment.error_band is not None
     assert deployment.error_band > 0.2
     assert deployment.config.num_gpu_blocks > 500
+
+
+def test_kernels_are_the_basis_where_no_profile_is_named() -> None:
+    """Of the GPU itself, of the nearest of its compute capability, or, where none is near, physics."""
+    scenario = load("what-if-llama-3.1-70b", {"profile": None, "engine.tensor_parallel_size": 8})
+    for gpu, basis in (
+        ("h100", "measured kernels of the H100"),
+        ("a6000", "kernels of the L40S scaled to the A6000 by peak and bandwidth"),
+    ):
+        made = Deployment.of(scenario.changed({"gpu.name": gpu}))
+        assert made.transfer.basis == basis
+        assert "kernels were timed, no server" in made.transfer.distance
+    asked = Deployment.of(scenario.changed({"gpu.name": "h100", "profile": "physics"}))
+    assert asked.transfer.basis == "physics only"
+    assert not asked.notes
+
+
+def test_a_gpu_that_none_is_near_is_physics_and_says_why(tmp_path: Any) -> None:
+    replace(H200, name="mine", capability=(3, 5)).save(tmp_path / "gpu.json")
+    scenario = load("what-if-llama-3.1-70b", {"profile": None, "engine.tensor_parallel_size": 8})
+    own = scenario.changed({"gpu": {"file": str(tmp_path / "gpu.json")}})
+    made = Deployment.of(own)
+    assert made.transfer.basis == "physics only"
+    assert made.notes == (
+        "no kernels of a mine were timed, nor of a GPU near it: typical efficiencies stand in",
+    )
+    with pytest.raises(InputError, match="no kernels of a mine were timed"):
+        Deployment.of(own.changed(profile="kernels"))
+
+
+def test_a_profile_of_the_same_gpu_is_named_with_what_it_would_change() -> None:
+    """Efficiencies of both are known: a decode step of the fitted profile over the kernels' own."""
+    scenario = load("llmd-4x-llama-3.1-70b-tp4-h100")
+    fitted, kernels = Deployment.of(scenario), Deployment.of(scenario.changed(profile=None))
+    (note,) = [note for note in kernels.notes if note.startswith("profile ")]
+    assert note.startswith("profile llmd-4x-llama-3.1-70b-tp4-h100 was fitted to a server on this GPU")
+    assert "tensor_parallel_size 4, vLLM 0.10, enforce_eager" in note
+    step = StepRow(chunks=(), decodes=32, decode_context=32 * 1024, samples=32)
+    ratio = fitted.step_time.seconds(step) / kernels.step_time.seconds(step)
+    assert f"32 decodes take {ratio:.2f} and a prompt" in note
+    assert not any(note.startswith("profile ") for note in fitted.notes)

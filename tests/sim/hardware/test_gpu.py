@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from model_shapes import load as model_shape
 
 from servecast.sim.hardware.gpu import CATALOGUE, GPU, find_gpu
+from servecast.sim.hardware.shard import Shard
+from servecast.sim.hardware.step_time.physical import PhysicalStepTime
 from servecast.sim.inputs.errors import InputError
 
 OWN = {
@@ -31,6 +34,14 @@ OWN = {
         ("h200", "H200"),
         ("b200", "B200"),
         ("NVIDIA L40S", "L40S"),
+        ("NVIDIA A100-SXM4-40GB", "A100 40GB"),
+        ("NVIDIA A100 80GB PCIe", "A100 PCIe"),
+        ("NVIDIA H100 PCIe", "H100 PCIe"),
+        ("h100-nvl", "H100 NVL"),
+        ("Tesla T4", "T4"),
+        ("NVIDIA GeForce RTX 5090", "RTX 5090"),
+        ("NVIDIA RTX PRO 5000 Blackwell", "RTX PRO 5000"),
+        ("AMD Instinct MI325X", "MI325X"),
     ],
 )
 def test_names_as_people_and_drivers_write_them(spelling: str, name: str) -> None:
@@ -38,16 +49,19 @@ def test_names_as_people_and_drivers_write_them(spelling: str, name: str) -> Non
 
 
 def test_an_unknown_gpu_lists_the_known() -> None:
-    with pytest.raises(InputError, match=r"'TPU v5' is not in the catalogue.*L4, A6000.*B200"):
+    with pytest.raises(InputError, match=r"'TPU v5' is not in the catalogue.*L4, A10G.*B200"):
         find_gpu("TPU v5")
 
 
 def test_the_catalogue_is_plausible() -> None:
-    assert len(CATALOGUE) == 13
+    assert len({gpu.name for gpu in CATALOGUE}) == len(CATALOGUE) == 28
     for gpu in CATALOGUE:
-        assert gpu.source
+        assert "https://" in gpu.source
         assert gpu.memory_source
         assert 30 < gpu.bf16_flops / gpu.bandwidth < 500  # FLOPs a byte at the ridge
+        assert gpu.power is not None
+        assert gpu.link_bandwidth is not None
+        assert 0.2 < gpu.bf16_flops / gpu.power / 1e12 < 3  # TFLOP/s a watt
         assert gpu.fp8_flops is None or gpu.fp8_flops == pytest.approx(2 * gpu.bf16_flops, rel=0.02)
     assert find_gpu("4090").memory_bytes == pytest.approx(25_250_627_584, rel=1e-4)
 
@@ -66,9 +80,24 @@ def test_a_gpu_of_ones_own(tmp_path: Path) -> None:
     assert GPU.from_mapping(OWN) == GPU.from_file(yaml_file) == GPU.from_file(json_file) == expected
 
 
+def test_a_gpu_needs_only_what_it_must(tmp_path: Path) -> None:
+    least = {name: OWN[name] for name in ("name", "memory_bytes", "bandwidth", "bf16_flops")}
+    own = GPU.from_mapping(least)
+    assert (own.link_bandwidth, own.capability, own.peer_to_peer) == (None, (0, 0), True)
+    own.save(tmp_path / "own.json")
+    assert GPU.from_file(tmp_path / "own.json") == own
+    shape = model_shape("Qwen2.5-0.5B-Instruct")
+    assert PhysicalStepTime(Shard(shape, own, 1))
+    with pytest.raises(InputError, match="nothing says how fast the link between two mine is"):
+        PhysicalStepTime(Shard(shape, own, 2))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"peer_to_peer": "yes"}, "peer_to_peer is 'yes'"),
+        ({"link_bandwidth": "fast"}, "link_bandwidth is 'fast', not a positive number"),
+        ({"power": 0}, "power is 0, not a positive number"),
         ({"bandwith": 1}, "gpu: bandwith: unknown field 'bandwith'"),
         ({"bandwidth": None}, "bandwidth is None, not a positive number"),
         ({"bf16_flops": -1}, "bf16_flops is -1, not a positive number"),

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import pytest
 from model_shapes import load
 
+from servecast.sim.engine.config import EngineConfig
 from servecast.sim.hardware.gpu import find_gpu
-from servecast.sim.hardware.memory import KVMemory, kv_memory
+from servecast.sim.hardware.memory import KVMemory, MemoryLine, kv_memory
 from servecast.sim.hardware.shard import Shard, cudagraph_capture_sizes
 from servecast.sim.inputs.errors import InputError
 
@@ -16,17 +18,24 @@ GIB = 1 << 30
 
 
 def pool(model: str, gpu: str, **changes: Any) -> KVMemory:
-    settings: dict[str, Any] = {"version": "0.23", "max_num_seqs": 256, "max_num_batched_tokens": 2048}
-    settings |= {"max_model_len": 8192, **changes}
-    device = find_gpu(gpu)
+    settings: dict[str, Any] = {"max_num_seqs": 256, "max_num_batched_tokens": 2048, "max_model_len": 8192}
+    settings |= {"gpu_memory_utilization": 0.92, "version": "0.23"} | changes
+    names = {field.name for field in fields(EngineConfig)} - {"version"}
+    config = EngineConfig("0.32", **{name: settings.pop(name) for name in names & set(settings)})
+    device, version = find_gpu(gpu), settings["version"]
     sizes = cudagraph_capture_sizes(
-        settings["max_num_seqs"],
-        settings["max_num_batched_tokens"],
-        version=settings["version"],
+        config.max_num_seqs,
+        config.max_num_batched_tokens,
+        version=version,
         capability=device.capability,
     )
-    ranks = settings.pop("tensor_parallel_size", 1)
-    return kv_memory(Shard(load(model), device, ranks, cudagraph_sizes=sizes), **settings)
+    ranks, kv = settings.pop("tensor_parallel_size", 1), settings.pop("kv_dtype_bytes", 2)
+    shard = Shard(load(model), device, ranks, kv_dtype_bytes=kv, cudagraph_sizes=sizes)
+    return kv_memory(shard, config, **settings)
+
+
+def line(memory: KVMemory, name: str) -> MemoryLine:
+    return next(line for line in memory.lines if line.name == name)
 
 
 def test_l4_benchmark() -> None:
@@ -38,9 +47,20 @@ def test_l4_benchmark() -> None:
 
 
 def test_rtx_4090_run() -> None:
-    """Llama-3.1-8B under vLLM 0.19 got 2,588 blocks."""
-    memory = pool("Llama-3.1-8B-Instruct", "RTX 4090", version="0.19", gpu_memory_utilization=0.9)
-    assert memory.num_gpu_blocks == pytest.approx(2588, rel=0.02)
+    """Llama-3.1-8B under vLLM 0.19 got 2,588 blocks at its first start."""
+    changes: dict[str, Any] = {"version": "0.19", "gpu_memory_utilization": 0.9, "compile_cache": "cold"}
+    memory = pool("Llama-3.1-8B-Instruct", "RTX 4090", **changes)
+    assert memory.num_gpu_blocks == pytest.approx(2588, rel=0.01)
+
+
+def test_the_cold_start_of_qwen3_8b_on_an_rtx_4090() -> None:
+    """A log of vLLM 0.27.1 has 35,792 tokens, one of 0.24 with a warm cache 43,888."""
+    changes: dict[str, Any] = {"version": "0.27", "max_model_len": 32768}
+    cold = pool("Qwen3-8B", "RTX 4090", compile_cache="cold", **changes)
+    assert cold.logged_tokens == pytest.approx(35_792, rel=0.04)
+    warm = pool("Qwen3-8B", "RTX 4090", **changes)
+    assert warm.logged_tokens == pytest.approx(43_888, rel=0.02)
+    assert warm.range[0] < 35_792 < 43_888 < warm.range[1]
 
 
 def test_a6000_defaults_hold_a_full_batch() -> None:
@@ -60,7 +80,8 @@ def test_the_account_adds_up() -> None:
 def test_given_figures_replace_estimates() -> None:
     base = pool("Qwen2.5-7B-Instruct", "A6000")
     exact = pool("Qwen2.5-7B-Instruct", "A6000", kv_cache_memory_bytes=10 * GIB)
-    assert [line.origin for line in exact.lines][5:] == ["given"]
+    assert [line.origin for line in exact.lines][6:] == ["given"]
+    assert exact.range == (exact.logged_tokens, exact.logged_tokens)
     assert exact.num_gpu_blocks == 10 * GIB // exact.bytes_per_block
     assert exact.memory_used_bytes < base.memory_used_bytes
     override = pool("Qwen2.5-7B-Instruct", "A6000", num_gpu_blocks_override=1000)
@@ -73,9 +94,67 @@ def test_ranks_have_a_pool_each() -> None:
     assert memory.kv_tokens > 300_000
 
 
-def test_cuda_graphs_are_charged_from_0_21_on() -> None:
-    old, new = (pool("Qwen2.5-7B-Instruct", "A6000", version=version) for version in ("0.20", "0.21"))
-    assert old.num_gpu_blocks > new.num_gpu_blocks
+@pytest.mark.parametrize(
+    ("model", "version", "charged"),
+    [
+        ("Qwen2.5-7B-Instruct", "0.20", False),
+        ("Qwen2.5-7B-Instruct", "0.21", True),  # Model Runner V1
+        ("Llama-3.1-8B-Instruct", "0.23", False),  # V2, whose profile_cudagraph_memory returns 0
+        ("Qwen3-30B-A3B", "0.23", True),  # experts run on V1
+        ("Llama-3.1-8B-Instruct", "0.32", True),  # V2 measures them
+    ],
+)
+def test_cuda_graphs_are_charged_by_release_and_runner(model: str, version: str, charged: bool) -> None:
+    memory = pool(model, "H200", version=version)
+    assert (line(memory, "CUDA graphs").bytes < 0) is charged
+
+
+def test_the_sampler_s_peak_is_that_of_the_sources() -> None:
+    """By the logit: 2 + 4 (copy) + 12 (sorted values and indices) + 20 (the sort's own) up to 0.16; 2 + 4 + 4
+    (probabilities) + 4 (noise) and a row a multiprocessor from 0.17 on. Logged: 5.64 and 2.23 GiB."""
+    changes: dict[str, Any] = {"max_num_seqs": 1024, "max_num_batched_tokens": 8192}
+    logits, states = 1024 * 151_936, (8192 + 2 * 1024) * 5120 * 2
+    for version, peak, logged in (
+        ("0.16", 38 * logits, 5.64),
+        ("0.17", 14 * logits + 132 * 151_936 * 4, 2.23),
+    ):
+        memory = pool("Qwen3-14B", "H100", version=version, **changes)
+        assert -line(memory, "activation peak").bytes == peak + states + (32 << 20)
+        assert -line(memory, "activation peak").bytes / GIB == pytest.approx(logged, abs=0.006)
+
+
+def test_experts_add_their_workspaces() -> None:
+    """Logged: 2.68 GiB; 8,192 tokens x 8 experts x 2,048 hidden, twice, are 0.5 of it."""
+    memory = pool("Qwen3-30B-A3B", "H100", version="0.19", max_num_seqs=1024, max_num_batched_tokens=8192)
+    assert -line(memory, "activation peak").bytes / GIB == pytest.approx(2.68, abs=0.01)
+
+
+def test_vllm_s_log_line() -> None:
+    """vLLM counts the null block: 12,288 blocks and sequences of 32,768 are 6 sequences."""
+    memory = pool("Qwen3-4B", "H200", max_model_len=32768, num_gpu_blocks_override=12_288)
+    assert (memory.logged_tokens, memory.max_concurrency) == (196_608, 6.0)
+    low, high = pool("Qwen3-4B", "H200").range
+    assert low < pool("Qwen3-4B", "H200").logged_tokens < high
+
+
+def test_auto_fits_the_length_to_the_pool() -> None:
+    fitted = pool("Qwen3-8B", "RTX 4090", max_model_len=40_960, version="0.32", fit_max_model_len=True)
+    assert fitted.max_model_len == fitted.kv_tokens < 40_960
+    assert pool("Qwen3-8B", "H200", max_model_len=40_960, fit_max_model_len=True).max_model_len == 40_960
+
+
+def test_what_may_fit_is_a_warning() -> None:
+    """A length between the estimate and the upper end of its range is not refused."""
+    fits = pool("Qwen3-8B", "RTX 4090", max_model_len=38_000, version="0.32")
+    assert fits.warning is None
+    longest = (fits.logged_tokens + fits.range[1]) // 2
+    doubtful = pool("Qwen3-8B", "RTX 4090", max_model_len=longest, version="0.32")
+    assert doubtful.warning is not None
+    assert "may be up to" in doubtful.warning
+    assert "CUDA graphs -0.59 GiB" in doubtful.warning
+    assert longest <= doubtful.kv_tokens < longest + 16
+    with pytest.raises(InputError, match=r"auto fits it to the pool"):
+        pool("Qwen3-8B", "RTX 4090", max_model_len=fits.range[1] + 32, version="0.32")
 
 
 @pytest.mark.parametrize(

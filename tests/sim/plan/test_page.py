@@ -20,7 +20,7 @@ from servecast.sim.metrics.slo import SLO, Goodput
 from servecast.sim.plan import figures
 from servecast.sim.plan.capacity import Plan
 from servecast.sim.plan.closed_loop import SweepPoint
-from servecast.sim.plan.judge import Objectives, State, Verdict
+from servecast.sim.plan.judge import JudgedObjective, Objectives, State
 from servecast.sim.plan.page import LIMITS, PageContext, write_plan_page
 from servecast.sim.plan.prober import ProbedRate
 from servecast.sim.report import drawing
@@ -42,8 +42,8 @@ def probed(rate: float, ttft: float, state: State, *, saturated: bool = False) -
         rate=rate,
         state=state,
         verdicts=(
-            Verdict("ttft:p95:500", 500.0, values[0], state),
-            Verdict("goodput ttft:500 tpot:50", 0.95, values[1], "pass"),
+            JudgedObjective("ttft:p95:500", 500.0, values[0], state),
+            JudgedObjective("goodput ttft:500 tpot:50", 0.95, values[1], "pass"),
         ),
         reasons=() if state == "pass" else (f"ttft:p95:500: {ttft:g} misses 500",),
         saturated=saturated,

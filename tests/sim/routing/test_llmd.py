@@ -2,60 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pytest
 import yaml
+from llmd_pods import Clock, Pod, pods, request, shares, stored, totals
 
-from servecast.sim.engine.kv_events import BlockRemoved, BlockStored, KVEvent
-from servecast.sim.engine.request import Request
+from servecast.sim.engine.kv_events import BlockRemoved
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.routing.gauges import Gauges
 from servecast.sim.routing.llmd.config import parse_epp
 from servecast.sim.routing.llmd.endpoint_picker import EndpointPicker
-from servecast.sim.routing.llmd.scorers import Cycle
 from servecast.sim.routing.options import RouterOptions
 from servecast.sim.routing.prompt_blocks import PromptBlocks
 
 HEAD = "apiVersion: inference.networking.x-k8s.io/v1alpha1\nkind: EndpointPickerConfig\n"
-
-
-@dataclass
-class Pod:
-    """A replica with the gauges that a test gives it."""
-
-    index: int
-    gauges: Gauges = field(default_factory=Gauges)
-    outstanding: int = 0
-    block_size: int = 16
-    num_gpu_blocks: int = 1001
-    events: list[KVEvent] = field(default_factory=list)
-    scraped: bool = False
-
-    def scrape(self) -> None:
-        self.scraped = True
-
-    def subscribe(self) -> None:
-        pass
-
-    def take_events(self) -> list[KVEvent]:
-        events, self.events = self.events, []
-        return events
-
-
-def pods(*gauges: tuple[int, float]) -> list[Pod]:
-    """Pods with these waiting requests and KV usages."""
-    return [Pod(i, Gauges(waiting, 0, usage)) for i, (waiting, usage) in enumerate(gauges)]
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def picker(
@@ -88,15 +50,6 @@ def picker(
     options = RouterOptions(epp_release=release, bytes_per_token=bytes_per_token)
     config = parse_epp(data, release, source="epp.yaml")
     return EndpointPicker(config, options, np.random.default_rng(seed), clock or Clock())
-
-
-def request(number: int, tokens: int, *content: tuple[int, int], group: int | None = None) -> Request:
-    return Request(number, 0.0, tokens, 1, 1, tuple(content), group=group)
-
-
-def totals(epp: EndpointPicker, backends: Sequence[Pod], asked: Request | None = None) -> list[float]:
-    asked = asked or request(0, 100)
-    return epp.totals(Cycle(asked, backends, [backend.gauges for backend in backends]))
 
 
 # ---- scorers ----------------------------------------------------------------------------------------
@@ -291,10 +244,6 @@ def precise(backends: list[Pod], release: str = "v1.0", **parameters: Any) -> En
     return epp
 
 
-def stored(asked: Request, blocks: int) -> BlockStored:
-    return BlockStored(tuple(PromptBlocks(16).shared(asked)[:blocks]))
-
-
 def test_precise_scores_are_min_max_over_the_holders() -> None:
     """A prompt of 160 tokens, 10 blocks. Pods hold 8, 10, 9 and none: 0, 1, 1/2 and 0: the weakest of
     several holders counts like none. A lone holder, and holders of as much, get 1."""
@@ -376,11 +325,6 @@ def test_v10_tokenizes_at_once_unless_most_is_known() -> None:
 
 
 # ---- pickers ----------------------------------------------------------------------------------------
-
-
-def shares(epp: EndpointPicker, backends: list[Pod], n: int = 4000) -> list[float]:
-    picks = [epp.pick(request(number, 10), backends) for number in range(n)]
-    return [picks.count(position) / n for position in range(len(backends))]
 
 
 def test_max_score_picker_breaks_exact_ties_at_random() -> None:
@@ -492,7 +436,8 @@ BAD = {
     "missing picker": (
         f"plugins: [{{type: queue-scorer}}, {HANDLER}]\n"
         "schedulingProfiles: [{name: x, plugins: [{pluginRef: queue-scorer, weight: 1}]}]",
-        "epp.yaml: schedulingProfiles.0.plugins: the profile has no picker. Add max-score-picker.",
+        "epp.yaml: schedulingProfiles.0.plugins: the profile has no picker. Add max-score-picker."
+        " epp_release router-v0.10 takes it as written.",
     ),
     "two pickers": (
         f"plugins: [{{type: random-picker}}, {{type: max-score-picker}}, {HANDLER}]\n"
@@ -507,24 +452,26 @@ BAD = {
     ),
     "no handler": (
         "plugins: [{type: queue-scorer}]",
-        "epp.yaml: plugins: there is no profile handler. Add - type: single-profile-handler.",
+        "epp.yaml: plugins: there is no profile handler. Add - type: single-profile-handler."
+        " epp_release router-v0.10 takes it as written.",
     ),
     "no profile": (
         f"plugins: [{{type: random-picker}}, {HANDLER}]",
         "epp.yaml: schedulingProfiles: there are 0 scheduling profiles. "
-        "single-profile-handler runs exactly one.",
+        "single-profile-handler runs exactly one. epp_release router-v0.10 takes it as written.",
     ),
     "fractional weight": (
         f"plugins: [{{type: queue-scorer}}, {{type: random-picker}}, {HANDLER}]\n"
         "schedulingProfiles: [{name: x, plugins: [{pluginRef: queue-scorer, weight: 1.5}]}]",
         "epp.yaml: schedulingProfiles.0.plugins.0.weight: weight 1.5 is a fraction, which endpoint picker "
-        "v0.5 does not load. Multiply all weights to whole numbers, or set epp_release to v1.4.",
+        "v0.5 does not load. Multiply all weights to whole numbers. "
+        "epp_release router-v0.10 takes it as written.",
     ),
     "scorer without a weight": (
         f"plugins: [{{type: queue-scorer}}, {{type: random-picker}}, {HANDLER}]\n"
         "schedulingProfiles: [{name: x, plugins: [{pluginRef: queue-scorer}]}]",
         "epp.yaml: schedulingProfiles.0.plugins.0.weight: "
-        "scorer 'queue-scorer' has no weight. Add weight: 1.",
+        "scorer 'queue-scorer' has no weight. Add weight: 1. epp_release router-v0.10 takes it as written.",
     ),
     "reference to nothing": (
         f"plugins: [{{type: queue-scorer, name: queue}}, {HANDLER}]\n"

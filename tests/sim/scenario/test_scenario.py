@@ -68,7 +68,7 @@ def test_every_reported_row_has_its_stage_and_most_are_predicted(name: str) -> N
             rows = [row for row in rows if not row.summary]
             for row in rows:
                 stage_of(reported.stage_keys(row.keys), load_of_table)
-        elif reported.variants:
+        elif reported.variants or reported.sets:
             stages = {stage_of(reported.stage_keys(row.keys), load_of_table) for row in rows}
             assert stages in ({None}, set(range(len(load_of_table.stages))))
         elif reported.parts:
@@ -77,7 +77,7 @@ def test_every_reported_row_has_its_stage_and_most_are_predicted(name: str) -> N
             assert sorted(stage_of(row.keys, load_of_table) or 0 for row in rows) == list(
                 range(len(load_of_table.stages))
             )
-        most = len(rows) / 2 if reported.variants else 3 if reported.routers else 2
+        most = len(rows) / 2 if reported.variants or reported.sets else 3 if reported.routers else 2
         assert sum(row.fit for row in rows) <= most
         stages = draw(load_of_table, seed=0)
         assert all(stream.requests for stage in stages for stream in stage.streams)
@@ -235,3 +235,9 @@ def test_the_json_schema_knows_fields_and_short_forms() -> None:
 def test_a_change_is_what_the_file_would_be_with_it(name: str, field: str) -> None:
     """Also beside a length in short, or beside the path of a router's configuration."""
     assert load(name).changed({field: 3}) == load(name, {field: 3})
+
+
+@pytest.mark.parametrize(("field", "value"), [("sets", {"conc": ["seed"]}), ("groups", ["gpu"])])
+def test_columns_that_a_table_lacks_are_refused(field: str, value: object) -> None:
+    with pytest.raises(InputError, match="there is no column"):
+        load(L4, {f"reported.0.{field}": value})

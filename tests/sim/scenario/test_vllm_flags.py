@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from model_shapes import load
 
 from servecast.sim.hardware.gpu import find_gpu
 from servecast.sim.inputs.errors import InputError
@@ -21,7 +22,7 @@ def flags(**given: Any) -> EngineFlags:
 
 def resolved(gpu: str = "A6000", memory_gib: float = 47.4, positions: int = 32768, **given: Any) -> Any:
     on = replace(find_gpu("a6000"), name=gpu, memory_bytes=int(memory_gib * GIB))
-    return Vllm().resolve(flags(**given), on, positions)
+    return Vllm().resolve(flags(**given), on, replace(load("Qwen3-4B"), max_position_embeddings=positions))
 
 
 def test_flags_in_every_spelling() -> None:
@@ -39,7 +40,7 @@ def test_flags_in_every_spelling() -> None:
         "gpu_memory_utilization": 0.85,
         "async_scheduling": True,
         "enforce_eager": True,
-        "max_model_len": None,
+        "max_model_len": "auto",
         "kv_cache_memory_bytes": 10 * GIB,
         "block_size": 32,
     }
@@ -58,10 +59,9 @@ def test_flags_without_effect_are_listed_with_their_values_skipped() -> None:
         "--host",
         "--api-key",
         "--trust-remote-code",
-        "-O3",
-        "--compilation-config.mode",
         "--disable-log-stats",
     )
+    assert command.widening == ("-O3", "--compilation-config.mode")
 
 
 @pytest.mark.parametrize(
@@ -76,6 +76,8 @@ def test_integers_as_vllm_reads_them(text: str, value: int) -> None:
     [
         ("0.32", "B200", 178.0, 16384, 1024),
         ("0.23", "B200", 178.0, 8192, 1024),
+        ("0.27", "B200", 178.0, 8192, 1024),
+        ("0.28", "B200", 178.0, 16384, 1024),
         ("0.32", "H200", 140.4, 8192, 1024),
         ("0.23", "H100", 79.6, 8192, 1024),
         ("0.32", "A100", 79.3, 2048, 256),
@@ -112,6 +114,7 @@ def test_batch_sizes_follow_each_other_as_in_vllm(given: dict[str, Any], tokens:
         ("0.10", "0.23", 0.9, False, False),
         ("0.19.0", "0.23", 0.9, True, True),
         ("0.23.0", "0.23", 0.92, True, True),
+        ("0.20", "0.20", 0.92, True, True),
         ("0.32", "0.32", 0.92, True, True),
     ],
 )
@@ -123,9 +126,25 @@ def test_releases(version: str, rules: str, utilization: float, asynchronous: bo
 
 
 def test_a_version_without_rules_runs_under_the_nearest_only_on_request() -> None:
-    engine = flags(version="0.30", assume_rules=True)
-    assert RELEASES[release_of(engine)].rules == "0.32"
-    assert Vllm().notes(engine) == ("vLLM 0.30 has no rule set; assumed to behave as 0.32",)
+    engine = flags(version="0.12", assume_rules=True)
+    assert RELEASES[release_of(engine)].rules == "0.23"
+    assert Vllm().notes(engine)[0] == "vLLM 0.12 has no rule set; assumed to behave as 0.10"
+
+
+@pytest.mark.parametrize("version", ["0.34", "0.40.1", "1.0"])
+def test_a_release_to_come_runs_under_the_newest_rules(version: str) -> None:
+    assert resolved(version=version).version == "0.33"
+    assert Vllm().notes(flags(version=version)) == (
+        f"vLLM {version} has no rule set; assumed to behave as 0.33",
+    )
+
+
+@pytest.mark.parametrize(
+    ("version", "release"), [("0.27.1", "0.27"), ("v0.25.1", "0.25"), ("0.20.2", "0.20")]
+)
+def test_a_patch_release_is_its_minor_release(version: str, release: str) -> None:
+    assert resolved(version=version).version == release
+    assert Vllm().notes(flags(version=version)) == ()
 
 
 def test_the_engines_configuration() -> None:

@@ -9,6 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from mutations import mutations
+from pydantic import ValidationError
 from small_scenarios import small
 
 from servecast.sim.engine.request import Stage
@@ -21,6 +23,8 @@ from servecast.sim.run.simulate import simulate
 from servecast.sim.scenario.reported import Column
 from servecast.sim.scenario.scenario import Scenario, load
 from servecast.sim.traffic.draw import draw
+from servecast.sim.traffic.inference_perf.file import LoadSweep
+from servecast.sim.traffic.inference_perf.workload import InferencePerfWorkload
 from servecast.sim.traffic.spec import Polling
 
 FILE: dict[str, Any] = {
@@ -133,12 +137,29 @@ def test_lengths_are_those_of_the_text_encoded_again(tmp_path: Path) -> None:
         ("load.stages", [], "load.stages"),
         ("load.stages", [{"rate": -1, "duration": 3}], "load.stages.0.rate"),
         ("load.stages", [{"rate": 1, "durations": 3}], "unknown field 'durations'.*Did you mean 'duration'"),
-        ("load.type", "concurrent", "type cannot be 'concurrent'.*constant, poisson"),
-        ("load.sweep", {"type": "linear"}, "unknown field 'sweep'"),
-        ("data.type", "random", "type cannot be 'random'.*shared_prefix"),
+        ("load.stages", [{"rate": 1}], "duration is missing in a stage of a constant load"),
+        (
+            "load.stages",
+            [{"rate": 1, "duration": 3, "num_requests": 9}],
+            "num_requests in a stage of a constant",
+        ),
+        ("load.type", "concurrent", "num_requests is missing in a stage of a concurrent load"),
+        ("load.type", "trace_session_replay", "type cannot be.*constant, poisson, concurrent"),
+        ("load.sweep", {"type": "cubic"}, "load.sweep.type.*geometric, linear"),
+        ("load.lora_traffic_split", [{"name": "a", "split": 1.0}], "LoRA adapters are not modelled"),
+        ("data.type", "random", "data.input_distribution.*random data needs it"),
+        ("data.type", "shareGPT", "data.type shareGPT is not modelled: it downloads its prompts"),
+        ("data.type", "cnn_dailymail", "data.type cnn_dailymail is not modelled: it downloads"),
+        ("data.type", "conversation_replay", "turns wait for each other"),
+        ("data.type", "sharedPrefix", "Did you mean 'shared_prefix'"),
+        ("data.multimodal", {"image": {"count": 1}}, "multimodal inputs are not modelled"),
+        ("data.shared_prefix.system_prompt_len", {"mean": 9}, "prefixes of different lengths are not"),
+        ("data.shared_prefix.num_unique_system_prompts", 3, "num_unique_system_prompts beside num_groups"),
+        ("api.response_format", {"type": "json_object"}, "guided decoding is not modelled"),
         ("data.shared_prefix.num_group", 3, "unknown field 'num_group'.*Did you mean 'num_groups'"),
         ("data.shared_prefix.enable_multi_turn_chat", True, "enable_multi_turn_chat"),
-        ("api.type", "chat", "type cannot be 'chat'"),
+        ("api.type", "chat", "Give it as workload.chat_template_tokens"),
+        ("api.type", "anthropic_messages", "type cannot be 'anthropic_messages'"),
         ("server.ignore_eos", False, "without ignore_eos"),
         ("vllm", {}, "unknown field 'vllm'"),
     ],
@@ -149,6 +170,204 @@ def test_what_is_wrong_or_not_modelled_is_refused(
     with pytest.raises(InputError, match=message) as raised:
         scenario(tmp_path, changed(field, value))
     assert "perf.yaml" in str(raised.value)
+
+
+DATA = {"input_distribution": {"min": 10, "max": 100, "mean": 50, "std_dev": 10, "total_count": 10},
+        "output_distribution": {"min": 10, "max": 100, "mean": 50, "std_dev": 10}}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "change",
+    {
+        "names of today": {
+            "data.shared_prefix.num_groups": None,
+            "data.shared_prefix.num_prompts_per_group": None,
+            "data.shared_prefix.num_unique_system_prompts": 3,
+            "data.shared_prefix.num_users_per_system_prompt": 2,
+        },
+        "nulls": {
+            "load.sweep": None,
+            "load.request_timeout": None,
+            "load.num_workers": None,
+            "load.circuit_breakers": [],
+            "api.headers": None,
+            "data.path": None,
+            "data.input_distribution": None,
+            "data.shared_prefix.multimodal": None,
+            "data.shared_prefix.enable_multi_turn_chat": False,
+            "data.conversation_replay": {"num_conversations": 200},
+            "data.use_chat_template": False,
+            "metrics": None,
+        },
+        "client": {"load.base_seed": 42, "data.shared_prefix.seed": 7, "load.worker_max_tcp_connections": 10},
+        "a word for the API": {"api": "completion"},
+    }.items(),
+    ids=lambda change: change[0],
+)
+def test_other_spellings_of_one_file_are_the_same_requests(
+    tmp_path: Path, change: tuple[str, dict[str, Any]]
+) -> None:
+    """What inference-perf of today writes when it resolves its defaults, and fields that are the client's."""
+    stages = drawn(scenario(tmp_path, FILE))
+    file: dict[str, Any] = yaml.safe_load(yaml.safe_dump(FILE))
+    for path, value in change[1].items():
+        node = file
+        *parents, last = path.split(".")
+        for part in parents:
+            node = node[part]
+        node[last] = value
+    other = drawn(scenario(tmp_path, file))
+    assert other[0].streams[0].requests == stages[0].streams[0].requests
+
+
+def test_what_has_no_effect_is_told(tmp_path: Path) -> None:
+    file = changed("load.base_seed", 42)
+    file["load"]["circuit_breakers"] = ["slow"]
+    assert scenario(tmp_path, file).notes[-1] == (
+        "perf.yaml: without effect here: load.base_seed (the scenario has the seed); "
+        "load.circuit_breakers (no stage is cut short)"
+    )
+
+
+@pytest.mark.parametrize("kind", ["random", "synthetic"])
+def test_random_and_synthetic_data_have_lengths_of_their_own(tmp_path: Path, kind: str) -> None:
+    """2,000 lengths of 10 to 100 tokens, mean 50 and standard deviation 10: the mean of 2,000 is off by 0.22.
+    No two prompts have anything in common."""
+    file = changed("data", {"type": kind, **DATA})
+    file["load"]["stages"] = [{"rate": 100, "duration": 20}]
+    (stage,) = drawn(scenario(tmp_path, file))
+    requests = stage.streams[0].requests
+    for lengths in ([each.prompt_tokens for each in requests], [each.output_tokens for each in requests]):
+        assert min(lengths) >= 10
+        assert max(lengths) <= 100
+        assert np.mean(lengths) == pytest.approx(50, abs=0.9)
+        assert np.std(lengths) == pytest.approx(10, abs=0.7)
+    assert {each.content for each in requests} == {()}
+
+
+@pytest.mark.parametrize(
+    ("law", "mean", "std"),
+    [
+        ({"type": "uniform", "min": 10, "max": 110}, 60, 100 / 12**0.5),
+        ({"type": "lognormal", "min": 10, "max": 9999, "mean": 60, "std_dev": 25}, 60, 25),
+        ({"type": "fixed", "min": 1, "max": 2, "mean": 60}, 60, 0),
+        ({"type": "normal", "min": 1, "max": 999, "mean": 60, "variance": 25}, 60, 200),
+    ],
+)
+def test_lengths_follow_their_law(tmp_path: Path, law: dict[str, Any], mean: float, std: float) -> None:
+    """A uniform between 10 and 110 has a mean of 60 and a standard deviation of 100 / sqrt(12). A fixed one
+    ignores its bounds. A variance stands for std_dev, 5 for 25."""
+    file = changed("data", {"type": "random", "input_distribution": law, "output_distribution": law})
+    file["load"]["stages"] = [{"rate": 500, "duration": 10}]
+    (stage,) = drawn(scenario(tmp_path, file))
+    lengths = [each.prompt_tokens for each in stage.streams[0].requests]
+    assert np.mean(lengths) == pytest.approx(mean, abs=1.5)
+    assert np.std(lengths) == pytest.approx(5 if "variance" in law else std, abs=1.5)
+
+
+def test_the_first_releases_ignored_std(tmp_path: Path) -> None:
+    """Their own examples write ``std: 10``, a field that is not read, so that std_dev stays 200: of a normal
+    of mean 50 cut to 10..100, 0.421 lie below 10 and 0.401 above 100."""
+    law = {"min": 10, "max": 100, "mean": 50, "std": 10}
+    file = changed("data", {"type": "random", "input_distribution": law, "output_distribution": law})
+    file["load"]["stages"] = [{"rate": 500, "duration": 10}]
+    found = scenario(tmp_path, file)
+    lengths = [each.prompt_tokens for each in drawn(found)[0].streams[0].requests]
+    assert lengths.count(10) / 5000 == pytest.approx(0.421, abs=0.03)
+    assert lengths.count(100) / 5000 == pytest.approx(0.401, abs=0.03)
+    assert "std (inference-perf does not read it: std_dev is 200 unless written)" in found.notes[-1]
+
+
+def test_questions_and_outputs_may_follow_a_law(tmp_path: Path) -> None:
+    """Six prompts of 20 to 40 tokens behind 100 of prefix; the older field says the same."""
+    law = {"type": "uniform", "min": 20, "max": 40}
+    for field in ("question_len", "question_distribution"):
+        (stage,) = drawn(scenario(tmp_path, changed(f"data.shared_prefix.{field}", law)))
+        lengths = [each.prompt_tokens - 100 for each in stage.streams[0].requests]
+        assert len(set(lengths)) > 1
+        assert min(lengths) >= 20
+        assert max(lengths) <= 40
+        assert lengths[6:12] == lengths[:6]
+
+
+def test_a_concurrent_load_is_a_closed_loop(tmp_path: Path) -> None:
+    """40 requests, never more than 8 in flight; a client that resolved the file adds rate and duration."""
+    stage = {"num_requests": 40, "concurrency_level": 8, "rate": 40, "duration": 1}
+    file = changed("load", {"type": "concurrent", "stages": [stage, {**stage, "concurrency_level": 2}]})
+    found = scenario(tmp_path, file)
+    assert [each.row for each in found.stages().stages] == [{"concurrency": 8}, {"concurrency": 2}]
+    run = simulate(found)
+    first = run.requests[run.requests["stage"] == 0]
+    assert len(first) == 40
+    assert first["sent"].min() == 1.0
+    in_flight = [((first["sent"] <= at) & (first["finish"] > at)).sum() for at in first["sent"]]
+    assert max(in_flight) == 8
+
+
+def test_a_timeout_is_the_client_s_patience(tmp_path: Path) -> None:
+    (stage,) = drawn(scenario(tmp_path, changed("load.request_timeout", 30)))
+    assert {each.abort_after_s for each in stage.streams[0].requests} == {30.0}
+
+
+def test_a_chat_template_s_tokens_are_part_of_each_prompt(tmp_path: Path) -> None:
+    (stage,) = drawn(scenario(tmp_path, changed("api.type", "chat"), chat_template_tokens=12))
+    assert {each.prompt_tokens for each in stage.streams[0].requests} == {162}
+
+
+@pytest.mark.parametrize(
+    ("kind", "rates"), [("linear", [1, 10.75, 20.5, 30.25, 40]), ("geometric", [1, 25.09, 34.68, 38.49, 40])]
+)
+def test_a_sweep_goes_up_to_the_saturation_rate(tmp_path: Path, kind: str, rates: list[float]) -> None:
+    """Five stages to 40 requests/s: equal steps, or 1 + 40 - 40^(k/4): 2.51, 6.32, 15.91 for k = 1, 2, 3."""
+    load_of = {"type": "constant", "sweep": {"type": kind, "stage_duration": 10}}
+    found = scenario(tmp_path, changed("load", load_of), saturation_rate=40.0).stages()
+    assert [each.row["qps"] for each in found.stages if each.row] == rates
+    assert {each.streams[0].duration_s for each in found.stages} == {10.0}
+
+
+def test_the_saturation_rate_is_how_fast_the_burst_drains() -> None:
+    """Ten requests in flight at once, of which one is done each 0.1 s from 1 s on: requests in flight fall by
+    5 in each half second, 10 a second. With one request there are no two falls."""
+    sweep = LoadSweep(type="linear")
+    sent = np.zeros(10)
+    assert sweep.saturation_rate(sent, 1.05 + 0.1 * np.arange(10)) == 10.0
+    assert sweep.saturation_rate(sent[:1], np.array([1.0])) is None
+
+
+def test_a_sweep_asks_the_simulated_server(tmp_path: Path) -> None:
+    """Four at a time, 100 tokens each: the server drains the burst of 200 requests at one rate, and the last
+    stage is at the rate at which requests of a closed loop of four come through, within a tenth."""
+    sweep = {"type": "linear", "num_requests": 200, "num_stages": 2, "stage_duration": 1,
+             "saturation_percentile": 50}  # fmt: skip
+    file = changed("load", {"type": "constant", "sweep": sweep})
+    file["data"]["shared_prefix"]["output_len"] = 100
+    engine = {"version": "0.32", "max_num_seqs": 4}
+    (tmp_path / "perf.yaml").write_text(yaml.safe_dump(file))
+    found = small(tmp_path, name="sweep", engine=engine, workload={"inference_perf": "perf.yaml"})
+    run = simulate(found)
+    assert run.stages == simulate(found, seed=5).stages
+    assert run.stages[0] == "stage 0 qps=1"
+    last = float(run.stages[-1].removeprefix("stage 1 qps="))
+    (tmp_path / "perf.yaml").write_text(
+        yaml.safe_dump(
+            file | {"load": {"type": "concurrent", "stages": [{"num_requests": 200, "concurrency_level": 4}]}}
+        )
+    )
+    closed = simulate(small(tmp_path, name="closed", engine=engine, workload={"inference_perf": "perf.yaml"}))
+    took = closed.requests["finish"].max() - closed.requests["sent"].min()
+    assert last == pytest.approx(200 / took, rel=0.1)
+
+
+def test_no_mistake_is_more_than_a_message(tmp_path: Path) -> None:
+    """300 files that are nearly right load, or are refused in words."""
+    path, refused = tmp_path / "perf.yaml", 0
+    for data in mutations(FILE, 300):
+        path.write_text(yaml.safe_dump(data))
+        try:
+            InferencePerfWorkload(inference_perf=path).workload()
+        except (InputError, ValidationError):
+            refused += 1
+    assert 100 < refused < 300
 
 
 def test_no_sweep_over_a_file(tmp_path: Path) -> None:

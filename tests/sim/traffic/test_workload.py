@@ -23,7 +23,7 @@ from servecast.sim.traffic.arrivals import (
     Timestamps,
     VllmBench,
 )
-from servecast.sim.traffic.draw import check_lengths, draw, with_request_rate
+from servecast.sim.traffic.draw import check_requests, draw, with_request_rate
 from servecast.sim.traffic.forms import expand
 from servecast.sim.traffic.lengths import Empirical, Fixed, Lognormal, Uniform
 from servecast.sim.traffic.spec import StreamSpec, Sweep, Workload
@@ -424,8 +424,8 @@ def test_stages_without_drain_last_as_long_as_their_streams() -> None:
 
 def test_requests_beyond_max_model_len_are_refused() -> None:
     stages = drawn(workload(open_loop(prompt_tokens=1000, output_tokens=25)))
-    check_lengths(stages, 1025, where="test")
+    check_requests(stages, 1025, where="test")
     with pytest.raises(
         InputError, match="1000 prompt tokens and max_tokens 25 is longer than max_model_len 1024"
     ):
-        check_lengths(stages, 1024, where="test")
+        check_requests(stages, 1024, where="test")

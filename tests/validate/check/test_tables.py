@@ -278,3 +278,62 @@ def test_any_table_is_checked_or_refused(tmp_path: Path, data: st.DataObject) ->
     except InputError:
         return
     json.dumps(done.to_json(), allow_nan=False)
+
+
+# -- what was asked, and what a row alone shows ------------------------------------------------------
+
+
+def test_throughput_times_ttft_alone_may_be_over_the_slots(tmp_path: Path) -> None:
+    """0.5 requests/s that wait 8 s for their first token are 4 before it, in a loop of 1."""
+    rows = ("concurrency,requests,ttft_mean_ms,req_s", "1,40,8000,0.5", "4,40,8000,2")
+    report = checked(tmp_path, Context(), *rows)
+    assert [(f.rule, f.confidence) for f in report.findings] == [("littles-law", "certain")] * 2
+    assert report.findings[0].numbers == {"in_flight": pytest.approx(4, rel=0.1), "concurrency": 1.0}
+    assert said(tmp_path, Context(), rows[0], "1,40,1900,0.5") == []
+
+
+@pytest.mark.parametrize("row", ["1,128,50,500,60,3040,0.3289", "8,128,400,900,80,3968,2.016"])
+def test_a_tpot_that_does_not_fit_is_found_with_a_column_of_lengths(tmp_path: Path, row: str) -> None:
+    """500 ms and 127 x 60 ms are 8.1 s, of a latency of 3.0 s."""
+    header = "concurrency,osl,requests,ttft_mean_ms,tpot_mean_ms,e2e_mean_ms,req_s"
+    assert said(tmp_path, Context(), header, row) == [("e2e-sum", "likely")]
+    fits = "1,128,50,500,20,3040,0.3289"
+    assert said(tmp_path, Context(), header, fits) == []
+
+
+def test_seconds_that_are_called_milliseconds(tmp_path: Path) -> None:
+    """0.3787 requests/s of 2.64 ms are 0.001 in flight of 1; of 2.64 s they are 1."""
+    rows = ["1,50,2.64,0.3787", "2,100,2.7,0.74", "4,200,2.9,1.37"]
+    found = said(tmp_path, Context(), "concurrency,requests,e2e_mean_ms,req_s", *rows)
+    assert found == [("littles-law", "likely")] * 3
+    assert said(tmp_path, Context(), "concurrency,requests,e2e_mean_s,req_s", *rows) == []
+
+
+def test_a_longer_prompt_that_delays_too_little_was_cached(tmp_path: Path) -> None:
+    """1,024 tokens more of a 72B model on two H100 are 1.5e14 FLOPs, 74 ms at the peak of 1.98e15 FLOP/s."""
+    context = Context(model_config="Llama-3.1-70B-Instruct", gpu="h100", tensor_parallel_size=2)
+    header = "isl,osl,concurrency,requests,ttft_mean_ms,tpot_mean_ms,e2e_mean_ms,req_s"
+    rows = ["1024,128,1,8,130,31.0,4067,0.2459", "2048,128,1,8,150,31.0,4087,0.2447"]
+    (found,) = checked(tmp_path, context, header, *rows, "4096,128,1,8,510,31.1,4460,0.2242").findings
+    assert (found.rule, found.confidence, found.level.label.split()[0]) == (
+        "prefill-difference", "likely", "isl=2048",
+    )  # fmt: skip
+    assert found.numbers["bound_s"] == pytest.approx(0.074, rel=0.05)
+    assert said(tmp_path, context, header, rows[0], "2048,128,1,8,230,31.0,4167,0.2400") == []
+
+
+def test_a_run_in_which_all_failed_is_no_clean_report(tmp_path: Path) -> None:
+    assert said(tmp_path, Context(), "concurrency,requests,errors,req_s", "4,40,40,0") == [
+        ("all-failed", "certain")
+    ]
+    assert said(tmp_path, Context(), "concurrency,requests,errors,ttft_p50_ms", "4,40,4,20") == []
+
+
+def test_it_says_which_rules_could_be_asked(tmp_path: Path) -> None:
+    report = checked(tmp_path, Context(), "concurrency,requests,e2e_mean_ms,req_s", "1,40,2000,0.49")
+    asked = set(report.rules) - report.not_asked.keys()
+    assert asked == {"littles-law", "few-waves", "wall-time", "zero-latency"}
+    assert report.not_asked["roofline-throughput"] == "tokens/s, --model-config and --gpu"
+    assert "(1 rows, 4 of 23 rules)" in report.to_text()
+    assert "Asked: wall-time, littles-law, few-waves, zero-latency" in report.to_text()
+    assert report.to_json()["not_asked"] == report.not_asked

@@ -55,7 +55,7 @@ def file(tmp_path: Path, model: Path) -> Path:
     """A scenario on a GPU that a file describes, which a machine without one may serve."""
     find_gpu("L4").save(tmp_path / "gpu.json")
     path = tmp_path / "tiny.yaml"
-    path.write_text(SCENARIO)
+    path.write_text(SCENARIO + "profile: physics\n")
     return path
 
 

@@ -46,7 +46,7 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_tiny_model(tmp_path / "tiny")
     find_gpu("L4").save(tmp_path / "gpu.json")
     path = tmp_path / "tiny.yaml"
-    path.write_text(SCENARIO)
+    path.write_text(SCENARIO + "profile: physics\n")
     monkeypatch.setenv("FAKE_SCENARIO", str(path))
     return path
 
@@ -394,7 +394,7 @@ def test_the_profile_is_hashed_before_the_run_and_vllm_asked_once(
     before = hashlib.sha256(profile.read_bytes()).hexdigest()
     before_bench(lambda number: profile.write_text("{}") and None)
     monkeypatch.setenv("FAKE_SCENARIO", str(tmp_path / "same.yaml"))
-    (tmp_path / "same.yaml").write_text(SCENARIO)
+    (tmp_path / "same.yaml").write_text(SCENARIO + "profile: physics\n")
     asked, real = [], live_result.subprocess.run
     monkeypatch.setattr(live_result.subprocess, "run", lambda *a, **k: asked.append(a[0]) or real(*a, **k))
     _, kept = command("--rates", "20,40")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import yaml
 from places import SAMPLES
@@ -263,10 +264,10 @@ def test_guidellm_sampled_requests_are_no_run(tmp_path: Path) -> None:
 
 def test_guidellm_of_another_schema_is_refused(tmp_path: Path) -> None:
     document = json.loads((SAMPLES / "guidellm" / "benchmarks.json").read_text())
-    document["metadata"]["version"] = 1
+    document["metadata"]["version"] = 3
     file = tmp_path / "old.json"
     file.write_text(json.dumps(document))
-    with pytest.raises(InputError, match="schema version 1 of guidellm, this servecast reads 2"):
+    with pytest.raises(InputError, match="schema version 3 of guidellm, this servecast reads 1 and 2"):
         read_all(file)
 
 
@@ -653,3 +654,198 @@ def test_spoiled_files_are_read_or_refused(tmp_path: Path, file: Path) -> None:
         with contextlib.suppress(InputError):
             for reading in read_all(target):
                 reading.figures()
+
+
+# -- older releases, sweeps, and other tools' names for the same --------------------------------------
+
+
+def old_guidellm(version: str) -> dict[str, Any]:
+    """The sample as guidellm 0.3, 0.4 or 0.6 would have written it (by the models in their packages)."""
+    document: dict[str, Any] = json.loads((SAMPLES / "guidellm" / "benchmarks.json").read_text())
+    document["benchmarks"] = document["benchmarks"][:1]
+    if version == "0.6.0":
+        return document | {"metadata": {"version": 1, "guidellm_version": version}, "args": {}}
+    benchmark = document["benchmarks"][0] | {"type_": "generative_benchmark"}
+    if version == "0.4.0":
+        return {"args": {}, "benchmarks": [benchmark]}
+    config, metrics = benchmark.pop("config"), benchmark.pop("metrics")
+    start, length = benchmark["start_time"], benchmark.pop("duration")
+    benchmark |= {
+        "args": {"strategy": config["strategy"]},
+        "worker": {"backend_type": "openai_http", "backend_model": "tiny"},
+        "run_stats": {"start_time": start, "end_time": start + length},
+        "end_time": start + length,
+        "request_totals": metrics.pop("request_totals"),
+        "metrics": metrics,
+    }
+    for status, requests in benchmark["requests"].items():
+        benchmark["requests"][status] = requests and [
+            {
+                **{name: each[name] for name in ("prompt_tokens", "output_tokens")},
+                "start_time": each["info"]["timings"]["request_start"],
+                "first_token_time": each["info"]["timings"]["first_token_iteration"],
+                "last_token_time": each["info"]["timings"]["last_token_iteration"],
+                "scheduler_info": {"targeted_start_time": each["info"]["timings"]["targeted_start"]},
+            }
+            for each in requests
+        ]
+    return {"benchmarks": [benchmark]}
+
+
+@pytest.mark.parametrize("version", ["0.3.1", "0.4.0", "0.6.0"])
+def test_older_guidellm_says_the_same(version: str, tmp_path: Path) -> None:
+    file = tmp_path / "benchmarks.json"
+    file.write_text(json.dumps(old_guidellm(version)))
+    old, new = read(file), read_all(SAMPLES / "guidellm" / "benchmarks.json")[0]
+    assert old.figures() == pytest.approx(new.figures(), nan_ok=True)
+    assert (old.context.request_rate, old.context.burstiness) == (10, 1.0)
+    assert old.planned
+    assert old.run.requests["arrival"].tolist() == new.run.requests["arrival"].tolist()
+
+
+def test_the_head_of_an_old_guidellm_file_is_refused_by_name_and_version(tmp_path: Path) -> None:
+    file = tmp_path / "stub.json"
+    document = old_guidellm("0.6.0")
+    document["benchmarks"] = [{"type_": "generative_benchmark", "config": {"strategy": {"type_": "x"}}}]
+    file.write_text(json.dumps(document))
+    with pytest.raises(InputError, match=r"result of guidellm 0\.6\.0 \(schema version 1\), but"):
+        read(file)
+
+
+def test_vllm_details_before_start_times_are_totals(tmp_path: Path) -> None:
+    later = ("start_times", "latencies", "queue_times")
+    reading = read(changed("vllm/vllm-0.32.json", tmp_path, lambda d: [d.pop(key, None) for key in later]))
+    assert not reading.has_requests
+    assert reading.reported["mean_ttft_ms"] == vllm_document()["mean_ttft_ms"]
+    assert any("does not save when each request was sent" in note for note in reading.notes)
+
+
+def test_the_summaries_of_a_vllm_sweep_are_a_run_a_row(tmp_path: Path) -> None:
+    """vLLM's sweep writes summary.json, a list of results, and summary.csv, a row a result (pandas)."""
+    runs = [json.loads(line) for line in (SAMPLES / "vllm" / "vllm-0.23.jsonl").read_text().splitlines()]
+    as_list, as_table = tmp_path / "summary.json", tmp_path / "summary.csv"
+    as_list.write_text(json.dumps([run | {"run_number": number} for number, run in enumerate(runs)]))
+    pd.DataFrame(runs).to_csv(as_table)
+    truth = read_all(SAMPLES / "vllm" / "vllm-0.23.jsonl")
+    for file in (as_list, as_table):
+        for reading, true in zip(read_all(file), truth, strict=True):
+            assert reading.label == true.label
+            assert reading.reported == pytest.approx(true.reported)
+
+
+def test_a_benchmark_report_of_0_1_says_the_same(tmp_path: Path) -> None:
+    """The same statistics where llm-d-benchmark's schema_v0_1.py has them."""
+    file = tmp_path / "report.yaml"
+    latency = {"units": "ms", "mean": 100.0, "p50": 90.0, "p99": 210.0}
+    report = {
+        "version": "0.1",
+        "scenario": {
+            "model": {"name": "some/model"},
+            "platform": {"engine": [{"name": "vllm", "version": "0.9.0.1"}]},
+            "load": {"name": "vllm-benchmark", "args": {"max_concurrency": 8}},
+        },
+        "metrics": {
+            "time": {"duration": 10.0, "start": 1749570583.5},
+            "requests": {
+                "total": 12,
+                "failures": 2,
+                "incomplete": None,
+                "output_length": {"units": "count", "mean": 30.0},
+            },
+            "latency": {"time_to_first_token": latency, "request_latency": {"units": "s", "mean": 3.0}},
+            "throughput": {
+                "requests_per_sec": 1.0,
+                "output_tokens_per_sec": 30.0,
+                "total_tokens_per_sec": 31,
+            },
+        },
+    }
+    file.write_text(yaml.safe_dump(report))
+    reading = read(file)
+    assert (reading.context.model, reading.context.max_concurrency) == ("some/model", 8)
+    expected = {
+        "completed": 10, "failed": 2, "mean_ttft_ms": 100, "median_ttft_ms": 90, "mean_e2el_ms": 3000,
+        "request_throughput": 1, "output_throughput": 30, "total_output_tokens": 300,
+    }  # fmt: skip
+    assert {key: reading.reported[key] for key in expected} == pytest.approx(expected)
+    file.write_text(yaml.safe_dump(report | {"version": "0.3"}))
+    with pytest.raises(
+        InputError, match=r"version '0\.3' of the llm-d Benchmark Report, this servecast reads"
+    ):
+        read(file)
+
+
+EIGHT = {"concurrency": 8}
+
+
+def summary_of(config: dict[str, Any], **metrics: Any) -> dict[str, Any]:
+    """A summary of aiperf or genai-perf: 3.4 requests/s of 2,190 ms."""
+    latency = {"unit": "ms", "avg": 2190.0, "p50": 2100.0, "p99": 2900.0}
+    return {
+        "request_throughput": {"unit": "requests/sec", "avg": 3.4},
+        "request_latency": latency,
+        "time_to_first_token": {"unit": "ms", "avg": 118.0, "p99": 130.0},
+        "output_token_throughput": {"unit": "tokens/sec", "avg": 775.2},
+        "input_config": config,
+        **metrics,
+    }
+
+
+@pytest.mark.parametrize(
+    ("config", "tool", "load"),
+    [
+        ({"models": {"items": [{"name": "m"}]}, "phases": [{"rate": 4.0}]}, "aiperf", (4, None)),
+        ({"endpoint": {"model_names": ["m"]}, "loadgen": EIGHT}, "aiperf", (math.inf, 8)),
+        ({"model_names": ["m"], "perf_analyzer": {"stimulus": EIGHT}}, "genai-perf", (math.inf, 8)),
+        ({"model": ["m"], "concurrency": 8, "request_rate": None}, "genai-perf", (math.inf, 8)),
+        ({"model": ["m"], "concurrency": None, "request_rate": 4.0}, "genai-perf", (4, None)),
+    ],
+)  # fmt: skip
+def test_aiperf_and_genai_perf_say_their_load_in_several_ways(
+    config: dict[str, Any], tool: str, load: tuple[float, int | None], tmp_path: Path
+) -> None:
+    file = tmp_path / "summary.json"
+    file.write_text(json.dumps(summary_of(config)))
+    reading = read(file)
+    assert (reading.context.tool, reading.context.model) == (tool, "m")
+    assert (reading.context.request_rate, reading.context.max_concurrency) == load
+    assert reading.reported["p99_e2el_ms"] == 2900
+
+
+def test_gamma_arrivals_of_aiperf_have_a_burstiness(tmp_path: Path) -> None:
+    phase = {"kind": "profiling", "type": "gamma", "rate": 4.0, "smoothness": 2.5}
+    file = tmp_path / "summary.json"
+    file.write_text(json.dumps(summary_of({"phases": [phase]}, aiperf_version="0.13.0")))
+    assert read(file).context.burstiness == 2.5
+
+
+def test_a_sweep_of_aiperf_is_a_run_a_combination(tmp_path: Path) -> None:
+    """By aiperf 0.13's AggregateSweepJsonExporter: a mean for each metric and statistic, and the aggregate of
+    repeated runs the same without parameters."""
+
+    def metrics(latency: float) -> dict[str, Any]:
+        flat = {
+            "request_throughput_avg": 3.4,
+            "request_latency_avg": latency,
+            "request_latency_p99": 2 * latency,
+        }
+        return {name: {"mean": value, "std": 0.0, "unit": "ms"} for name, value in flat.items()}
+
+    file = tmp_path / "profile_export_aiperf_sweep.json"
+    combinations = [{"parameters": {"concurrency": n}, "metrics": metrics(100.0 * n)} for n in (1, 8)]
+    file.write_text(json.dumps({"aggregation_type": "sweep", "per_combination_metrics": combinations}))
+    first, second = read_all(file)
+    assert (first.context.max_concurrency, second.context.max_concurrency) == (1, 8)
+    assert second.reported["mean_e2el_ms"] == 800
+    assert second.reported["p99_e2el_ms"] == 1600
+    assert second.reported["request_throughput"] == 3.4
+    aggregate = {"aiperf_version": "0.13.0", "metadata": {}, "metrics": metrics(100.0)}
+    file.write_text(json.dumps(aggregate))
+    assert read(file).reported["mean_e2el_ms"] == 100
+
+
+def test_what_has_no_token_counts_is_refused_by_its_name(tmp_path: Path) -> None:
+    file = tmp_path / "profile_export.json"
+    file.write_text(json.dumps({"service_kind": "openai", "experiments": [{"requests": []}]}))
+    with pytest.raises(InputError, match="genai-perf's raw profile, which has no token counts"):
+        read(file)

@@ -1,0 +1,60 @@
+"""``servecast gpus``, ``models`` and ``profiles``."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from servecast.sim.cli.output import print_json
+from servecast.sim.report.text import table
+from servecast.sim.scenario import lists
+
+
+def gpus(*, json: bool = False) -> None:
+    """List the GPUs of the catalogue, and what a scenario without a profile rests on for each.
+
+    Args:
+        json: print a JSON object instead of a table, with the source of each GPU's figures.
+    """
+    found = lists.gpus()
+    if json:
+        print_json({"gpus": _records(found)})
+    else:
+        print(_text(found.drop(columns="source")))
+
+
+def models(*, json: bool = False) -> None:
+    """List the models that come with servecast, and the architectures whose config.json it reads.
+
+    Args:
+        json: print a JSON object instead of a table.
+    """
+    found = lists.models()
+    if json:
+        print_json({"models": _records(found), "architectures": list(lists.ARCHITECTURES)})
+    else:
+        print(_text(found), f"Architectures (model_type): {', '.join(lists.ARCHITECTURES)}", sep="\n")
+
+
+def profiles(*, json: bool = False) -> None:
+    """List the profiles that come with servecast: their GPU, model and server, and how far each is off.
+
+    Args:
+        json: print a JSON object instead of a table.
+    """
+    found = lists.profiles()
+    if json:
+        print_json({"profiles": _records(found)})
+    else:
+        print(_text(found))
+
+
+def _records(found: pd.DataFrame) -> list[dict[str, object]]:
+    return [
+        {str(name): value for name, value in row.items()}
+        for row in found.astype(object).where(found.notna(), None).to_dict("records")
+    ]
+
+
+def _text(found: pd.DataFrame) -> str:
+    names = [str(name) for name in found]
+    return table(names, [[row[name] for name in names] for row in _records(found)])

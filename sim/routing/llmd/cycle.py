@@ -1,0 +1,126 @@
+"""One scheduling cycle, and what plugins may use in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from servecast.sim.engine.request import Request
+from servecast.sim.routing.gauges import Gauges
+from servecast.sim.routing.llmd.release import EppRelease
+from servecast.sim.routing.routers import Backend
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixMatch:
+    """Leading blocks of a prompt that servers have: by server's number; how many the prompt has of them; the
+    length of a block in tokens."""
+
+    counts: dict[int, int]
+    total: int
+    block_tokens: float
+
+
+@dataclass(slots=True)
+class Cycle:
+    """A request, its candidates and one snapshot of their gauges, which all plugins see. matches: by the name
+    of the producer, what it found."""
+
+    request: Request
+    backends: Sequence[Backend]
+    gauges: list[Gauges]
+    matches: dict[str, PrefixMatch] = field(default_factory=dict)
+
+    def of(self, positions: Sequence[int]) -> Cycle:
+        """The same with some of the candidates."""
+        return replace(
+            self,
+            backends=[self.backends[position] for position in positions],
+            gauges=[self.gauges[position] for position in positions],
+        )
+
+
+class PrefixProducer(Protocol):
+    """Tells what servers have of a prompt.
+
+    Attributes:
+        stretched: its counts are stretched over the holders to 0..1, not taken as shares of the prompt.
+    """
+
+    stretched: bool
+
+    def match(self, cycle: Cycle) -> PrefixMatch:
+        """What the servers have, looked up once a cycle."""
+        ...
+
+
+class LoadProducer(Protocol):
+    """Tells what of this router is in flight."""
+
+    def requests(self, backend: Backend) -> int:
+        """Requests."""
+        ...
+
+    def tokens(self, backend: Backend) -> int:
+        """Tokens that are not computed yet."""
+        ...
+
+    def uncached(self, cycle: Cycle, backend: Backend) -> int:
+        """Tokens that a server would have to compute for the cycle's request."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What plugins may use. clock: simulated seconds. prefixes, loads: producers by name.
+
+    exact_tokens: prompts are tokenized; without, they have a token for each four characters.
+    """
+
+    release: EppRelease
+    bytes_per_token: float
+    rng: np.random.Generator
+    clock: Callable[[], float]
+    exact_tokens: bool = False
+    prefixes: dict[str, PrefixProducer] = field(default_factory=dict)
+    loads: dict[str, LoadProducer] = field(default_factory=dict)
+
+    def prompt_tokens(self, request: Request) -> int:
+        """Length of a prompt, as the picker knows it."""
+        if self.exact_tokens:
+            return request.prompt_tokens
+        return int(request.prompt_tokens * self.bytes_per_token) // CHARACTERS
+
+
+CHARACTERS = 4  # of a token, to the picker
+
+
+@runtime_checkable
+class HearsPicks(Protocol):
+    """A plugin that learns where requests go."""
+
+    def picked(self, cycle: Cycle, backend: Backend) -> None: ...
+
+
+@runtime_checkable
+class HearsAnswers(Protocol):
+    """A plugin that learns when the first token comes."""
+
+    def answered(self, request: Request, index: int) -> None: ...
+
+
+@runtime_checkable
+class HearsEnds(Protocol):
+    """A plugin that learns when requests end."""
+
+    def ended(self, request: Request, index: int) -> None: ...
+
+
+@runtime_checkable
+class Connects(Protocol):
+    """A plugin that listens to the servers' KV events."""
+
+    def connect(self, backends: Sequence[Backend]) -> None: ...

@@ -1,0 +1,130 @@
+"""llm-d's filters: which endpoints are candidates at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from servecast.sim.engine.request import Request
+from servecast.sim.routing.llmd.cycle import Cycle, Setting
+from servecast.sim.routing.llmd.plugin import NotModelled, Plugin
+from servecast.sim.routing.llmd.sessions import Sessions
+from servecast.sim.routing.routers import Backend
+
+
+class Filter(Protocol):
+    """Leaves some of the candidates."""
+
+    def keep(self, cycle: Cycle) -> Sequence[int]:
+        """Positions of those that stay, rising."""
+        ...
+
+
+class DecodeFilter:
+    """All: without roles every replica decodes."""
+
+    def __init__(self, plugin: Plugin, setting: Setting) -> None:
+        pass
+
+    def keep(self, cycle: Cycle) -> Sequence[int]:
+        return range(len(cycle.backends))
+
+
+class PrefixCacheAffinityFilter:
+    """Those that have affinityThreshold of the prompt or more.
+
+    All, where none does, or where the least loaded of them has so many more tokens in flight than the least
+    loaded of the others that the wait for them, at peakPrefillThroughput tokens a second, is more than
+    maxTTFTPenaltyMs longer, or that they are more than maxTokensInFlightPenalty. 0 is no limit.
+    """
+
+    def __init__(self, plugin: Plugin, setting: Setting) -> None:
+        parameters = plugin.parameters
+        self._plugin, self._setting = plugin, setting
+        self._threshold = parameters.number("affinityThreshold", 0.8, high=1.0)
+        self._explores = parameters.number("explorationProbability", 0.0, high=1.0)
+        if parameters.text("ttftSource", "prefillThroughput") != "prefillThroughput":
+            raise NotModelled(
+                "ttftSource latencyPredictor asks a predictor that is trained while it serves: not modelled",
+                where=parameters.where("ttftSource"),
+                fix="Use prefillThroughput.",
+            )
+        penalty_ms = parameters.number("maxTTFTPenaltyMs", 18_000.0)
+        rate = parameters.number("peakPrefillThroughput", 15_928.0)
+        tokens = parameters.number("maxTokensInFlightPenalty", 0.0)
+        limits = [penalty_ms / 1e3 * rate, tokens]
+        self._most_tokens = min((limit for limit in limits if limit > 0), default=None)
+
+    def keep(self, cycle: Cycle) -> Sequence[int]:
+        everyone = range(len(cycle.backends))
+        if len(everyone) <= 1 or self._threshold <= 0:
+            return everyone
+        if self._explores and self._setting.rng.random() < self._explores:
+            return everyone
+        match = self._setting.prefixes[self._plugin.prefixes].match(cycle)
+        shares = [match.counts.get(each.index, 0) / (match.total or 1) for each in cycle.backends]
+        sticky = [i for i in everyone if shares[i] >= self._threshold]
+        if not sticky or len(sticky) == len(everyone):
+            return everyone
+        if self._most_tokens is not None:
+            load = self._setting.loads[self._plugin.load]
+            tokens = [load.tokens(backend) for backend in cycle.backends]
+            others = min(tokens[i] for i in everyone if i not in sticky)
+            if min(tokens[i] for i in sticky) - others > self._most_tokens:
+                return everyone
+        return sticky
+
+
+class UtilizationFilter:
+    """Those whose every named value is at most its maxValue; with fallbackOnEmpty all, where none is."""
+
+    def __init__(self, plugin: Plugin, setting: Setting) -> None:
+        load, parameters = setting.loads[plugin.load], plugin.parameters
+        values: dict[str, Callable[[Cycle, int], float]] = {
+            "active-requests": lambda cycle, i: load.requests(cycle.backends[i]),
+            "running-requests": lambda cycle, i: cycle.gauges[i].running,
+            "waiting-queue": lambda cycle, i: cycle.gauges[i].waiting,
+            "kv-cache-utilization": lambda cycle, i: cycle.gauges[i].kv_usage,
+        }
+        self._fallback = parameters.flag("fallbackOnEmpty", False)
+        self._limits: list[tuple[Callable[[Cycle, int], float], float]] = []
+        for condition in parameters.blocks("conditions"):
+            metric = condition.text("metric", "")
+            if metric not in values:
+                raise condition.error(f"metric is {metric!r}", "metric", f"Known are {', '.join(values)}.")
+            if "maxValue" not in condition.paths():
+                raise condition.error("maxValue is missing", "maxValue", "Add it.")
+            self._limits.append((values[metric], condition.number("maxValue", 0.0)))
+        if not self._limits:
+            raise parameters.error("there are no conditions", "conditions", "Add at least one.")
+
+    def keep(self, cycle: Cycle) -> Sequence[int]:
+        everyone = range(len(cycle.backends))
+        kept = [i for i in everyone if all(value(cycle, i) <= most for value, most in self._limits)]
+        return kept if kept or not self._fallback else everyone
+
+
+class SessionAffinityFilter:
+    """The one that has the session; all, where there is none."""
+
+    def __init__(self, plugin: Plugin, setting: Setting) -> None:
+        self._sessions = Sessions(plugin, setting)
+
+    def keep(self, cycle: Cycle) -> Sequence[int]:
+        home = self._sessions.home(cycle.request)
+        numbers = [backend.index for backend in cycle.backends]
+        return [numbers.index(home)] if home in numbers else range(len(numbers))
+
+    def picked(self, cycle: Cycle, backend: Backend) -> None:
+        self._sessions.picked(cycle, backend)
+
+    def ended(self, request: Request, index: int) -> None:
+        self._sessions.ended(request, index)
+
+
+FILTERS: dict[str, Callable[[Plugin, Setting], Filter]] = {
+    "decode-filter": DecodeFilter,
+    "prefix-cache-affinity-filter": PrefixCacheAffinityFilter,
+    "utilization-filter": UtilizationFilter,
+    "session-affinity-filter": SessionAffinityFilter,
+}

@@ -1,0 +1,1 @@
+"""inference-perf's workload file as a workload."""

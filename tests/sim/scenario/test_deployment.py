@@ -1,0 +1,82 @@
+"""Scenarios made concrete: lengths that the model, the memory and overrides decide, and what is said of
+them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_scenarios import scenario_file
+
+from servecast.sim.inputs.errors import InputError
+from servecast.sim.run.simulation import simulate
+from servecast.sim.scenario.deployment import Deployment
+from servecast.sim.scenario.scenario import Scenario, load
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+
+
+def scenario(folder: Path, model: str = "Qwen3-8B", gpu: str = "H100", **engine: Any) -> Scenario:
+    changes = {"model.config": model, "gpu": {"name": gpu}, "engine": {"version": "0.32", **engine}}
+    return load(scenario_file(folder), {**changes, "profile": None})
+
+
+@pytest.mark.parametrize("asked", ["auto", -1])
+def test_a_length_is_fitted_to_the_pool(tmp_path: Path, asked: str | int) -> None:
+    fitted = Deployment.of(scenario(tmp_path, gpu="RTX 4090", max_model_len=asked))
+    assert fitted.config.max_model_len == fitted.memory.kv_tokens < 40_960
+    pasted = scenario(tmp_path, gpu="RTX 4090", command=f"vllm serve m --max-model-len {asked}")
+    assert Deployment.of(pasted).config.max_model_len == fitted.config.max_model_len
+    assert Deployment.of(scenario(tmp_path, max_model_len=asked)).config.max_model_len == 40_960
+
+
+def test_yarn_stretches_the_positions(tmp_path: Path) -> None:
+    """Up to 0.31 vLLM takes the original positions times the factor; 0.32 what max_position_embeddings
+    says."""
+    asked = {"max_model_len": 131_072, "hf_overrides": {"rope_scaling": YARN}}
+    stretched = Deployment.of(scenario(tmp_path, **asked | {"version": "0.23"}))
+    assert stretched.config.max_model_len == 131_072
+    with pytest.raises(InputError, match="beyond the model's 40960 positions"):
+        Deployment.of(scenario(tmp_path, **asked))
+    overrides = '{"rope_parameters":{"rope_type":"yarn","factor":4.0},"max_position_embeddings":131072}'
+    command = f"vllm serve m --max-model-len 131072 --hf-overrides '{overrides}'"
+    assert Deployment.of(scenario(tmp_path, command=command)).config.max_model_len == 131_072
+
+
+def test_rope_of_other_kinds(tmp_path: Path) -> None:
+    linear = {"rope_scaling": {"type": "linear", "factor": 2.0}}
+    assert Deployment.of(scenario(tmp_path, hf_overrides=linear)).config.max_model_len == 81_920
+    llama3 = {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}
+    assert Deployment.of(scenario(tmp_path, hf_overrides=llama3)).config.max_model_len == 40_960
+    long = {"rope_scaling": {"type": "longrope"}, "original_max_position_embeddings": 4096}
+    assert Deployment.of(scenario(tmp_path, hf_overrides=long)).config.max_model_len == 4096
+
+
+def test_overrides_that_are_no_object_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--hf-overrides takes a JSON object"):
+        scenario(tmp_path, command="vllm serve m --hf-overrides 7")
+
+
+def test_a_run_says_its_pool_and_flags(tmp_path: Path) -> None:
+    found = simulate(scenario(tmp_path, num_gpu_blocks_override=4096, max_model_len=8192))
+    text = found.to_text().splitlines()
+    assert "GPU KV cache size: 65,536 tokens, 8.00x of max_model_len 8,192" in text
+    flags = next(line for line in text if line.startswith("Flags: "))
+    assert "--max-num-seqs 1024 --max-num-batched-tokens 8192 --gpu-memory-utilization 0.92" in flags
+    assert flags.endswith("--enable-prefix-caching --enable-chunked-prefill --async-scheduling")
+    assert found.result["kv_cache"]["tokens"] == 65_536
+
+
+def test_what_may_fit_runs_with_a_note(tmp_path: Path) -> None:
+    found = simulate(scenario(tmp_path, gpu="RTX 4090", max_model_len=40_960))
+    assert found.result["engine"]["num_gpu_blocks"] == 40_960 // 16 + 1
+    assert any("may be up to" in note for note in found.result["notes"])
+
+
+def test_bfloat16_needs_a_gpu_that_has_it(tmp_path: Path) -> None:
+    """vLLM: "Bfloat16 is only supported on GPUs with compute capability of at least 8.0"; auto is float16."""
+    small = {"model": "Qwen2.5-0.5B-Instruct", "gpu": "T4"}
+    with pytest.raises(InputError, match=r"engine\.dtype: vLLM refuses bfloat16 on a T4"):
+        Deployment.of(scenario(tmp_path, **small, dtype="bfloat16"))
+    assert Deployment.of(scenario(tmp_path, **small)).gpu.name == "T4"
