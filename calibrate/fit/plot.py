@@ -99,7 +99,7 @@ def _predicted(axes: list[Axes], profile: Profile) -> None:
         parts.set_xlabel(name)
         parts.set_xscale("log")
         parts.set_ylim(0, 1)
-        parts.legend(frameon=False, fontsize=7)
+        parts.legend(fontsize=7, framealpha=0.8)
 
 
 def _shape(profile: Profile) -> ModelShape:

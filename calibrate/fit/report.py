@@ -57,7 +57,7 @@ PARAMETERS: dict[str, Parameter] = {
     "efficiencies.host_per_seq_s": Parameter(5e-6, 1.0, 1e-7, 5e-4),
     "front_end.request_s": Parameter(1.5e-3, 1.0, 1e-5, 3e-2),
     "front_end.token_s": Parameter(3e-5, 1.0, 1e-6, 1e-3),
-    "front_end.latency_s": Parameter(8e-3, 1.0, 1e-4, 1e-1),
+    "front_end.latency_s": Parameter(8e-3, 1.0, 1e-4, 1.0),
     "front_end.client_request_s": Parameter(5e-4, 1.0, 1e-5, 1e-2),
     "front_end.client_token_s": Parameter(3e-5, 1.0, 1e-6, 1e-3),
     "front_end.cv": Parameter(0.2, 0.7, 0.01, 1.0),
@@ -67,6 +67,7 @@ PARAMETERS: dict[str, Parameter] = {
 FURTHER: dict[str, Parameter] = {  # that only a report whose fit_steps name them can tell
     "efficiencies.kv_bandwidth": Parameter(0.9, 0.1, 0.3, 1.0),
     "efficiencies.attention_seq_s": Parameter(2e-7, 1.0, 1e-8, 2e-6),
+    "front_end.prompt_token_s": Parameter(1.6e-6, 0.5, 1e-7, 2e-5),
 }
 _EAGER_KERNEL_S = 6e-6  # a kernel launched from Python, without a CUDA graph: 5 to 10 us of host time
 
@@ -180,8 +181,7 @@ def _steps(reported: Reported) -> tuple[FitStep, ...]:
     return reported.fit_steps or (everything,)
 
 
-def _prior(name: str, base: Deployment, *, gateway: bool) -> Parameter:
-    """gateway: requests go through one, and through an endpoint picker."""
+def _prior(name: str, base: Deployment) -> Parameter:
     known = PARAMETERS | FURTHER
     if name not in known:
         raise InputError(
@@ -191,8 +191,6 @@ def _prior(name: str, base: Deployment, *, gateway: bool) -> Parameter:
         )
     if name == "efficiencies.host_fixed_s" and base.scenario.engine.enforce_eager:
         return Parameter(base.model.kernels * _EAGER_KERNEL_S, 0.7, 1e-5, 1e-1)
-    if name == "front_end.latency_s" and gateway:
-        return replace(known[name], high=1.0)
     return known[name]
 
 
@@ -218,7 +216,7 @@ def _search(
 ) -> dict[str, float]:
     """The parameters of one step, by least squares. known: those of the steps before it."""
     names = list(step.parameters)
-    prior = [_prior(name, base, gateway=bool(reported.routers)) for name in names]
+    prior = [_prior(name, base) for name in names]
     centre = np.log([p.typical for p in prior])
     spread = np.array([p.spread for p in prior])
     rows = _only(reported, step.rows)

@@ -107,7 +107,7 @@ class Deployment:
         flags, memory = self.scenario.engine, self.memory
         bands = self.transfer.bands.wider(self.scenario.server.extra_error(flags))
         if flags.policy != "vllm":
-            return bands
+            return replace(bands, kv_tokens=None)
         low, high = memory.range
         tokens = memory.logged_tokens
         return replace(bands, kv_tokens=round(max(1 - low / tokens, high / tokens - 1), 3))

@@ -241,11 +241,11 @@ class Reported(Model):
                     raise invalid(
                         f"{name} without a statistic", "Add one, as p90.", at=f"columns.{name}.statistic"
                     )
-        for name, columns, known in (
+        for name, asked, known in (
             ("sets", tuple(self.sets), (*self.keys, *self.inputs)),
             ("groups", self.groups, self.keys),
         ):
-            for column in columns:
+            for column in asked:
                 if column not in known:
                     raise invalid(
                         f"there is no column {column!r}",
@@ -338,8 +338,12 @@ def read_rows(reported: Reported) -> list[ReportedRow]:
                 )
         lines = list(reader)
     rows = [_row(reported, line, f"{reported.table}, line {n}") for n, line in enumerate(lines, start=2)]
-    excluded = [cells.row for cells in reported.excluded]
-    for wanted in (*reported.fit_rows, *excluded, *(cells.row for cells in reported.left_out)):
+    for wanted in (
+        *reported.fit_rows,
+        *reported.rows,
+        *(cells.row for cells in reported.excluded),
+        *(each.row for each in reported.left_out),
+    ):
         if not any(matches(row.keys, wanted) for row in rows):
             raise InputError(
                 f"no row with {_show(wanted)}", where=str(reported.table), fix="Name a row by its keys."

@@ -20,8 +20,8 @@ class Filter(Protocol):
         ...
 
 
-class DecodeFilter:
-    """All: without roles every replica decodes."""
+class EveryoneFilter:
+    """All: without roles every replica decodes, and the fleet is of those that a selector leaves."""
 
     def __init__(self, plugin: Plugin, setting: Setting) -> None:
         pass
@@ -123,7 +123,10 @@ class SessionAffinityFilter:
 
 
 FILTERS: dict[str, Callable[[Plugin, Setting], Filter]] = {
-    "decode-filter": DecodeFilter,
+    "decode-filter": EveryoneFilter,
+    "by-label": EveryoneFilter,
+    "by-label-selector": EveryoneFilter,
+    "label-selector-filter": EveryoneFilter,
     "prefix-cache-affinity-filter": PrefixCacheAffinityFilter,
     "utilization-filter": UtilizationFilter,
     "session-affinity-filter": SessionAffinityFilter,

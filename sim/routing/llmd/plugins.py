@@ -89,6 +89,7 @@ _SCRAPE = {
 }  # fmt: skip
 _PREFILL = "disaggregated prefill is not modelled"
 _PREDICTOR = "it asks a latency predictor that is trained while it serves"
+_SELECTS = ("label", "validValues", "allowsNoLabel", "matchLabels", "matchExpressions")
 _LABELS = "replicas have no labels here"
 _CLUSTERS = "clusters as endpoints are not modelled"
 _MEDIA = "multimodal inputs are not modelled"
@@ -98,7 +99,7 @@ _FLOW = "nothing queues in the picker without flow control"
 _SHEDS = "only requests of negative priority are shed"
 
 
-_SCHEDULES = re.compile(r"-(filter|scorer)$|^by-label|^context-length-aware$")
+_SCHEDULES = re.compile(r"-(filter|scorer)$|^context-length-aware$")
 
 
 def _idle(why: str, *names: str) -> dict[str, Kind]:
@@ -139,6 +140,12 @@ KINDS: dict[str, Kind] = {
         idle={"prefixPluginType": "the plugin is found by its name"},
     ),
     "decode-filter": Kind("filter", takes_all=True),
+    **{
+        name: Kind(
+            "filter", idle=dict.fromkeys(_SELECTS, "all pass: the fleet is of those that are selected")
+        )
+        for name in ("by-label", "by-label-selector", "label-selector-filter")
+    },
     "prefix-cache-affinity-filter": Kind(
         "filter",
         reads=(
@@ -251,9 +258,6 @@ KINDS: dict[str, Kind] = {
     ),
     **_refused(
         _LABELS,
-        "by-label",
-        "by-label-selector",
-        "label-selector-filter",
         "context-length-aware",
         "header-label-affinity-scorer",
         "topology-affinity-filter",
@@ -292,6 +296,8 @@ KINDS: dict[str, Kind] = {
 BEFORE_1_4 = frozenset(  # of those that are modelled; the others came with v1.4 or later
     {
         *(name for name, kind in KINDS.items() if kind.role in ("handler", "picker", "scorer", "refused")),
+        "by-label",
+        "by-label-selector",
         "decode-filter",
         "prefill-header-handler",
         "metrics-data-source",

@@ -114,6 +114,8 @@ def test_the_shipped_what_if_says_what_it_rests_on(changes: dict[str, Any]) -> N
     assert rests["profile"] == "Qwen/Qwen2.5-7B-Instruct on A6000, vLLM 0.23"
     assert rests["distance"]
     assert rests["error_band"] == deployment.error_band
+    assert rests["error_bands"]["ttft"] > rests["error_bands"]["tpot"] == rests["error_band"]
+    assert "max_rate" in rests["error_bands"]["guessed"]
     assert deployment.error_band is not None
     assert deployment.error_band > 0.2
     assert deployment.config.num_gpu_blocks > 500
@@ -136,7 +138,10 @@ def test_kernels_are_the_basis_where_no_profile_is_named() -> None:
 
 def test_a_gpu_that_none_is_near_is_physics_and_says_why(tmp_path: Any) -> None:
     replace(H200, name="mine", capability=(3, 5)).save(tmp_path / "gpu.json")
-    scenario = load("what-if-llama-3.1-70b", {"profile": None, "engine.tensor_parallel_size": 8})
+    scenario = load(
+        "what-if-llama-3.1-70b",
+        {"profile": None, "engine.tensor_parallel_size": 8, "engine.dtype": "float16"},
+    )
     own = scenario.changed({"gpu": {"file": str(tmp_path / "gpu.json")}})
     made = Deployment.of(own)
     assert made.transfer.basis == "physics only"
@@ -158,3 +163,10 @@ def test_a_profile_of_the_same_gpu_is_named_with_what_it_would_change() -> None:
     ratio = fitted.step_time.seconds(step) / kernels.step_time.seconds(step)
     assert f"32 decodes take {ratio:.2f} and a prompt" in note
     assert not any(note.startswith("profile ") for note in fitted.notes)
+
+
+def test_a_pool_that_the_scenario_gives_has_no_band() -> None:
+    """It is known; and of a server other than vLLM nothing is known of its pool."""
+    given = Deployment.of(load("what-if-llama-3.1-70b", {"engine.num_gpu_blocks_override": 4000}))
+    assert given.bands.kv_tokens == 0.0
+    assert Deployment.of(load("infer-rtx5080-static")).bands.kv_tokens is None

@@ -219,3 +219,18 @@ def test_impossible_efficiencies_are_refused(name: str, value: float) -> None:
 def test_nothing_beats_the_datasheet() -> None:
     with pytest.raises(InputError, match=r"compute is 1\.01.*nothing beats the datasheet"):
         Efficiencies(compute=1.01)
+
+
+def test_a_prompt_outside_the_graphs_is_never_faster_than_the_host_launches_its_kernels() -> None:
+    """24 layers of 1 ms each: 24 ms for 600 tokens, of which the GPU's part is shorter; a step of 8 decodes,
+    in a graph of 8, is not bound by it."""
+    shard = Shard(SHAPES["Qwen2.5-0.5B-Instruct"], find_gpu("H100"), 1, cudagraph_sizes=(1, 2, 4, 8))
+    free, bound = (PhysicalStepTime(shard, Efficiencies(eager_layer_s=each)) for each in (0.0, 1e-3))
+    prompt = Step(chunks=((600, 0),), samples=1)
+    assert free.seconds(prompt) < 24e-3
+    assert bound.seconds(prompt) == pytest.approx(24e-3)
+    assert sum(bound.breakdown(prompt).values()) == pytest.approx(24e-3)
+    assert bound.binding(prompt) == "host"
+    assert bound.seconds(decode(8)) == free.seconds(decode(8))
+    without = PhysicalStepTime(replace(shard, cudagraph_sizes=()), Efficiencies(eager_layer_s=1e-3))
+    assert without.seconds(decode(8)) == pytest.approx(24e-3)  # --enforce-eager

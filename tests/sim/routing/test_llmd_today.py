@@ -190,7 +190,7 @@ REFUSED = {
         "plugins: [{type: latency-scorer}]",
         "schedulingProfiles.0.plugins.0.pluginRef: plugin 'latency-scorer': it asks a latency predictor",
     ),
-    "labels": ("plugins: [{type: label-selector-filter}]", "replicas have no labels here"),
+    "labels": ("plugins: [{type: topology-affinity-scorer}]", "replicas have no labels here"),
     "GPU metrics": ("plugins: [{type: endpoint-attribute-filter}]", "the GPU's own metrics are not modelled"),
     "Redis": (
         "plugins: [{type: precise-prefix-cache-producer, parameters: "
@@ -285,6 +285,15 @@ plugins: [{type: prefill-filter}, {type: by-label, parameters: {label: role, val
 schedulingProfiles: [{name: x, plugins: [{pluginRef: queue-scorer}]}]
 """
     assert [plugin.type for plugin, _weight in parsed(text).scorers] == ["queue-scorer"]
+
+
+def test_a_selector_of_pods_lets_the_whole_fleet_pass() -> None:
+    """A fleet is of the replicas that it selects, and it is told."""
+    text = "plugins: [{type: label-selector-filter, parameters: {matchLabels: {role: leader}}}]"
+    assert kept(picking(text), request(0, 10), pods((0, 0), (0, 0))) == [0, 1]
+    assert parsed(text).notes == (
+        "label-selector-filter.matchLabels (all pass: the fleet is of those that are selected)",
+    )
 
 
 @pytest.mark.parametrize(

@@ -78,11 +78,12 @@ def test_the_parts_add_up_to_the_ttft_of_the_slow_requests(tmp_path: Path) -> No
         assert set(slow.parts) == set(PARTS)
         assert sum(slow.parts.values()) == pytest.approx(slow.ttft_s, rel=1e-9)
         assert all(seconds >= -1e-9 for seconds in slow.parts.values())
-    run = servecast.simulate(scenario).result
+    found = servecast.simulate(scenario)
+    run, ttft = found.result, found.requests["first_token"] - found.requests["sent"]
     assert 1000 * explain(scenario, statistic="mean").slow.ttft_s == pytest.approx(run["mean_ttft_ms"])
     assert 1000 * slow.threshold_s == pytest.approx(run["p95_ttft_ms"])
     assert slow.ttft_s >= slow.threshold_s
-    assert slow.requests == 16  # 5 % of 320
+    assert slow.requests == (ttft >= slow.threshold_s).sum() >= 16  # 5 % of 320
 
 
 def test_text_and_json_say_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
