@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from places import DATA, SAMPLES
@@ -23,10 +24,13 @@ from servecast.sim.hardware.profile import Profile
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.inputs.schema import parse
 from servecast.sim.routing.llmd.config import read_epp
+from servecast.sim.routing.llmd.endpoint_picker import EndpointPicker
+from servecast.sim.routing.llmd.release import NEWEST
+from servecast.sim.routing.options import RouterOptions
 from servecast.sim.run.results import read_result
 from servecast.sim.scenario.scenario import load, shipped_folder
 from servecast.sim.traffic.draw import check_requests, draw
-from servecast.sim.traffic.inference_perf import WorkloadFile
+from servecast.sim.traffic.inference_perf.workload import InferencePerfWorkload
 from servecast.sim.traffic.trace_spec import TraceSpec
 from servecast.validate.check.check import check
 from servecast.validate.readers import read_all
@@ -59,6 +63,11 @@ def scenario(path: Path) -> object:
     if all((stream.num_requests or 10**9) < 10_000 and stream.duration_s is None for stream in streams):
         check_requests(draw(workload, 0), 10**9, where="test")
     return loaded
+
+
+def picker(path: Path) -> object:
+    """An endpoint picker of a configuration."""
+    return EndpointPicker(read_epp(path, NEWEST), RouterOptions(), np.random.default_rng(0), lambda: 0.0)
 
 
 def hashed(**names: Any) -> str:
@@ -127,7 +136,51 @@ TEXTS: dict[str, tuple[str, str, Callable[[Path], object]]] = {  # name -> endin
                 "server": {"ignore_eos": True},
             }
         ),
-        WorkloadFile.read,
+        lambda path: parse(InferencePerfWorkload, {"inference_perf": str(path)}, source="test").workload(),
+    ),
+    "endpoint picker of today": (
+        "yaml",
+        yaml.safe_dump(
+            {
+                "apiVersion": "llm-d.ai/v1alpha1",
+                "kind": "EndpointPickerConfig",
+                "featureGates": ["dataLayer"],
+                "plugins": [
+                    {"type": "token-producer", "parameters": {"vllm": {"url": "http://render:8000"}}},
+                    {"type": "endpoint-notification-source"},
+                    {
+                        "type": "precise-prefix-cache-producer",
+                        "parameters": {"tokenProcessorConfig": {"blockSize": 64}, "speculativeTTL": "2s"},
+                    },
+                    {
+                        "type": "prefix-cache-affinity-filter",
+                        "parameters": {
+                            "prefixMatchInfoProducerName": "precise-prefix-cache-producer",
+                            "affinityThreshold": 0.8,
+                        },
+                    },
+                    {"type": "token-load-scorer"},
+                ],
+                "dataLayer": {
+                    "sources": [
+                        {
+                            "pluginRef": "endpoint-notification-source",
+                            "extractors": [{"pluginRef": "precise-prefix-cache-producer"}],
+                        }
+                    ]
+                },
+                "schedulingProfiles": [
+                    {
+                        "name": "default",
+                        "plugins": [
+                            {"pluginRef": "prefix-cache-affinity-filter"},
+                            {"pluginRef": "token-load-scorer", "weight": 2},
+                        ],
+                    }
+                ],
+            }
+        ),
+        picker,
     ),
     "endpoint picker": (
         "yaml",

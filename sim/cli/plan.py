@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +15,7 @@ from servecast.sim.cli.options import WhatIf, check_jobs
 from servecast.sim.cli.output import print_json
 from servecast.sim.plan import plan as planner
 from servecast.sim.run.results import check_output
+from servecast.sim.scenario.scenario import Scenario
 
 
 @Parameter(name="*", group=Group("Objectives", sort_key=8))
@@ -75,15 +78,16 @@ def plan(
             longer.
         gpu_hour_cost: what a GPU costs an hour: prints the cost of a million output tokens.
         sensitivity: look at the answer with each assumed constant 20 % lower and higher. Takes longer.
-        report: HTML file to write (out/plan-NAME.html, unless --json).
+        report: HTML file to write (out/plan-NAME.html, a what-if's changes behind NAME; none with --json).
         json: print one JSON object and nothing else.
     """
     check_jobs(spend.jobs)
     loaded = what_if.load(scenario)
+    page = Path("out") / f"plan-{loaded.name}{_changed(loaded)}.html"
     if gpu_hour_cost is not None:
         loaded = loaded.changed(gpu_hour_cost=gpu_hour_cost)
     if report is None and not json:
-        report = Path("out") / f"plan-{loaded.name}.html"
+        report = page
     if report is not None:
         check_output(report, where="--report")
     answer = planner.plan(
@@ -107,3 +111,10 @@ def plan(
     else:
         print(answer, f"Report: {report}", sep="\n")
     return answer.exit_code
+
+
+def _changed(scenario: Scenario) -> str:
+    """What is changed of a scenario, for the name of a file, as "-engine.max_num_seqs=64"."""
+    whole = "".join(f"-{field}={value}" for field, value in scenario.changes.items())
+    plain = re.sub(r"[^\w.=-]+", "_", whole)
+    return plain if len(plain) <= 80 else f"{plain[:70]}-{zlib.crc32(whole.encode()):08x}"

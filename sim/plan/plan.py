@@ -279,6 +279,7 @@ def plan(
                 scenario,
                 objectives,
                 target_rate,
+                divided=found.replicas,
                 effort=spend,
                 progress=lambda count: advance(1.0, f"{count} replicas at {target_rate:g} requests/s"),
             )

@@ -254,7 +254,8 @@ def check_table(path: Path, *, where: str) -> None:
 def check_output(path: Path, *, where: str) -> None:
     """Refuse, before a long run, a file that could not be written. Missing folders are made later."""
     folder = next(each for each in path.absolute().parents if each.exists())
-    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+    taken = path.is_dir() or (path.exists() and not os.access(path, os.W_OK))
+    if taken or not folder.is_dir() or not os.access(folder, os.W_OK):
         raise InputError(f"{str(path)!r} cannot be written", where=where, fix="Give another path.")
 
 

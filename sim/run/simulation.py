@@ -13,6 +13,7 @@ from servecast.sim.hardware.error_band import Bands
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.metrics.metrics import steady_s, vllm_bench_text
 from servecast.sim.metrics.records import Run
+from servecast.sim.metrics.saturation import saturation
 from servecast.sim.metrics.warmup import Warmup, select
 from servecast.sim.report.answer import Answer
 from servecast.sim.report.drawing import drawn
@@ -22,6 +23,7 @@ from servecast.sim.run.results import engine_lines, result
 from servecast.sim.run.simulate import simulate as run_of
 from servecast.sim.scenario.deployment import Deployment
 from servecast.sim.scenario.scenario import Scenario
+from servecast.sim.traffic.arrivals import ClosedLoop
 from servecast.sim.traffic.draw import with_request_rate
 from servecast.sim.traffic.spec import Workload
 from servecast.sim.traffic.trace_notes import trace_notes
@@ -58,8 +60,13 @@ class Simulation(Answer):
 
     @property
     def requests(self) -> pd.DataFrame:
-        """A row a request; times in seconds."""
-        return self.run.requests
+        """A row a request; times in seconds. Where there are several stages, ``stage_name`` says which."""
+        requests, names = self.run.requests, self.run.stages
+        return (
+            requests.assign(stage_name=requests["stage"].map(dict(enumerate(names))))
+            if names[1:]
+            else requests
+        )
 
     @property
     def steps(self) -> pd.DataFrame:
@@ -138,8 +145,26 @@ def simulate(
     workload = scenario.stages() if request_rate is None else at_rate(scenario, request_rate, num_requests)
     run = run_of(deployment, seed=seed, workload=workload)
     found = result(deployment, run, ranks=percentiles, warmup=cut, detailed=detailed)
-    found["notes"] += [*trace_notes(workload), *_steady_notes(run)]
+    found["notes"] += [*trace_notes(workload), *_steady_notes(run), *_saturated_notes(run, workload)]
     return Simulation(run, found)
+
+
+def _saturated_notes(run: Run, workload: Workload) -> list[str]:
+    """Open loops that send more than is served: their latencies grow with the length of the run."""
+    notes = []
+    for index, stage in enumerate(workload.stages):
+        requests = run.requests[run.requests["stage"] == index]
+        if any(isinstance(stream.arrivals, ClosedLoop) or stream.max_concurrency for stream in stage.streams):
+            continue
+        if requests["arrival"].nunique() < 2:
+            continue
+        load = saturation(select(run, stage=index), start_s=float(requests["arrival"].min()))
+        if load.saturated:
+            of = f" of stage {run.stages[index]}" if len(run.stages) > 1 else ""
+            notes.append(
+                f"the load{of} is more than is served: {load.reason}; its latencies grow with its length"
+            )
+    return notes
 
 
 def _steady_notes(run: Run) -> list[str]:

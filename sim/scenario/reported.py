@@ -406,7 +406,8 @@ def _row(reported: Reported, line: dict[str, str], where: str) -> ReportedRow:
 
 
 def stage_of(keys: Row, workload: Workload) -> int | None:
-    """Index of the stage that a row with these keys reproduces; None for a table without keys (the run).
+    """Index of the stage that a row with these keys reproduces; None for a table without keys (the run). A
+    first stage that has the keys of one other is its warm-up.
 
     Raises:
         InputError: no stage, or several.
@@ -414,6 +415,8 @@ def stage_of(keys: Row, workload: Workload) -> int | None:
     if not keys:
         return None
     found = [i for i, stage in enumerate(workload.stages) if stage.row and matches(stage.row, keys)]
+    if len(found) == 2 and found[0] == 0:
+        return found[1]
     if len(found) != 1:
         raise InputError(
             f"{len(found) or 'no'} stages reproduce the row with {_show(keys)}",

@@ -208,6 +208,61 @@ def test_plan_prints_the_answer_and_writes_the_report(
     assert "tiny" in (tmp_path / "out" / "plan-tiny.html").read_text()
 
 
+def test_every_what_if_has_a_report_of_its_own(
+    tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for changes in (
+        [],
+        ["--set", "engine.max_num_seqs=4"],
+        ["--set", "engine.max_num_seqs=8", "--set", "workload.prompt_tokens=70"],
+    ):
+        main(["plan", tiny, *QUICK, *changes])
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "plan-tiny-engine.max_num_seqs=4.html",
+        "plan-tiny-engine.max_num_seqs=8-workload.prompt_tokens=70.html",
+        "plan-tiny.html",
+    ]
+
+
+def test_simulate_says_that_more_is_sent_than_is_served(
+    tiny: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The queue of one seat: 20 requests a second, of which each takes some 40 ms alone."""
+    said = {}
+    for seats in (1, 64):
+        main(
+            [
+                "simulate",
+                tiny,
+                "--json",
+                "--set",
+                f"engine.max_num_seqs={seats}",
+                "--num-requests",
+                "200",
+                "--request-rate",
+                "30",
+            ]
+        )
+        notes = json.loads(capsys.readouterr().out)["notes"]
+        said[seats] = [note for note in notes if "more than is served" in note]
+    assert len(said[1]) == 1
+    assert said[64] == []
+
+
+def test_records_name_their_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stream = {
+        "arrivals": {"kind": "poisson", "request_rate": 20},
+        "num_requests": 5,
+        "prompt_tokens": 8,
+        "output_tokens": 2,
+    }
+    stages = [{"name": name, "streams": [stream]} for name in ("slow", "fast")]
+    file = scenario_file(tmp_path, workload={"stages": stages})
+    assert main(["simulate", str(file), "--records", str(tmp_path / "r.csv")]) == 0
+    assert pd.read_csv(tmp_path / "r.csv")["stage_name"].tolist() == ["slow"] * 5 + ["fast"] * 5
+
+
 def test_plan_exits_with_1_where_nothing_meets_the_slo(tiny: str, capsys: pytest.CaptureFixture[str]) -> None:
     impossible = ("--slo", "ttft:p95:0.1", "--set", "workload.output_tokens=1")
     assert main(["plan", tiny, *QUICK, "--json", *impossible]) == 1
@@ -225,10 +280,14 @@ def test_plan_takes_goodput_as_vllm_bench_does(tiny: str, capsys: pytest.Capture
 # reproduce
 
 
-def test_reproduce_prints_the_object_of_every_cell(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["reproduce", "l4-qwen2.5-0.5b", "--json"]) == 0
+def test_reproduce_prints_and_writes_the_object_of_every_cell(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "cells.json"
+    assert main(["reproduce", "l4-qwen2.5-0.5b", "--json", "--output", str(file)]) == 0
     out, err = capsys.readouterr()
     assert err == ""
+    assert file.read_text() == out
     document = json.loads(out)
     assert {"fitted_rows", "predicted_rows", "rows", "mape_predicted"} <= set(document)
 

@@ -146,6 +146,27 @@ def test_each_table_has_the_runs_of_its_own_workload(tmp_path: Path) -> None:
     assert len(set(latencies)) == 10
 
 
+def test_a_first_stage_with_the_rate_of_another_is_its_warm_up(tmp_path: Path) -> None:
+    """Prompts of the warm-up are ten times as long: the row is of the third stage, not of the first."""
+    (tmp_path / "t.csv").write_text("qps,ttft_ms\n5,1\n10,1\n")
+
+    def stage(rate: int, prompt: int) -> dict[str, Any]:
+        arrivals = {"kind": "constant", "request_rate": rate}
+        lengths = {"prompt_tokens": prompt, "output_tokens": 2}
+        return {"streams": [{"arrivals": arrivals, "num_requests": 5, **lengths}], "row": {"qps": rate}}
+
+    table = {
+        "name": "t",
+        "table": "t.csv",
+        "keys": ["qps"],
+        "columns": {"ttft_ms": {"metric": "ttft", "statistic": "mean", "unit": "ms"}},
+    }
+    stages = [stage(5, 1600), stage(10, 160), stage(5, 160)]
+    found = reproduce(small(tmp_path, workload={"stages": stages}, reported=[table]), seeds=1)
+    first, second = (cell.predicted for cell in found.tables[0].cells)
+    assert first == pytest.approx(second, rel=0.3)
+
+
 def test_rows_that_the_profile_was_fitted_to_are_not_predictions() -> None:
     """The scenario is told to call other rows the fitted ones: those of the profile stay fitted."""
     scenario = load("a6000-qwen2.5-7b", {"reported.0.fit_rows": [{"concurrency": 8}]})

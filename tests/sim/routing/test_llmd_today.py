@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import yaml
 from llmd_pods import Clock, Pod, pods, request, stored, totals
-from mutations import mutations
 from small_scenarios import open_loop, small
 
 from servecast.sim.compare.compare import compare
@@ -302,20 +301,6 @@ def test_a_selector_of_pods_lets_the_whole_fleet_pass() -> None:
 def test_gates_without_effect_load(gate: str) -> None:
     (note,) = parsed(f"featureGates: [{gate}]\nplugins: [{{type: queue-scorer}}]").notes
     assert note.startswith(f"feature gate {gate.partition('=')[0]} (")
-
-
-@pytest.mark.parametrize("text", [PRECISE, TOKENS], ids=["precise", "tokens"])
-def test_no_mistake_is_more_than_a_message(text: str) -> None:
-    """300 files that are nearly right load, or are refused in words."""
-    whole = yaml.safe_load(f"apiVersion: {TODAY}\nkind: EndpointPickerConfig\n{text}")
-    refused = 0
-    for data in mutations(whole, 300):
-        try:
-            config = parse_epp(data, NEWEST, source="epp.yaml")
-            EndpointPicker(config, RouterOptions(), np.random.default_rng(0), Clock())
-        except InputError:
-            refused += 1
-    assert 100 < refused < 300
 
 
 # ---- the same router, written in other ways ---------------------------------------------------------
