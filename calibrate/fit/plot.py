@@ -6,6 +6,7 @@ from __future__ import annotations
 import html
 import io
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import matplotlib as mpl
@@ -44,7 +45,8 @@ def plot(profile: Profile, path: Path) -> None:
         )
     shown = () if profile.fit is None else profile.fit.shown
     title = f"{profile.model} on {profile.gpu}, {profile.server}"
-    svg = _svg(lambda axes: _measured(axes, shown) if shown else _predicted(axes, profile), title)
+    draw = partial(_measured, shown=shown) if shown else partial(_predicted, profile=profile)
+    svg = _svg(draw, title)
     if path.suffix == ".html":
         svg = svg[svg.index("<svg") :]
         svg = f'<!doctype html>\n<meta charset="utf-8">\n<title>{html.escape(title)}</title>\n{svg}'
