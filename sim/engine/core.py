@@ -1049,7 +1049,7 @@ class StepCosts:
 
     @cython.cfunc
     def of_tokens(self, tokens: cython.longlong) -> cython.double:
-        if tokens >= self.tokens_s.shape[0]:
+        if tokens >= len(self.tokens_s):
             self.tokens_s = longer(self.tokens_s, tokens + 1)
         if self.tokens_s[tokens] < 0.0:
             self.tokens_s[tokens] = self.by_tokens(tokens)
@@ -1057,7 +1057,7 @@ class StepCosts:
 
     @cython.cfunc
     def of_rows(self, rows: cython.longlong) -> cython.double:
-        if rows >= self.rows_s.shape[0]:
+        if rows >= len(self.rows_s):
             self.rows_s = longer(self.rows_s, rows + 1)
         if self.rows_s[rows] < 0.0:
             self.rows_s[rows] = self.by_rows(rows)
