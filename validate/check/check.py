@@ -135,15 +135,16 @@ class Checked(Answer):
             missing = self.not_asked
             known = f"{len(self.rules) - len(missing)} of {len(self.rules)} rules"
             parts.append(f"{count} findings ({self.rows} rows, {known})")
-            parts += _asked_text(self.rules, missing)
+            bounded = any(level.hardware is not None for level in self.report.levels)
+            parts += _asked_text(self.rules, missing, bounded=bounded)
         else:
             parts.append("Nothing in it can be checked: no latency, no two rates, no bound.")
         return "\n".join([*parts, *self.report.notes])
 
 
-def _asked_text(rules: list[str], missing: dict[str, str]) -> list[str]:
+def _asked_text(rules: list[str], missing: dict[str, str], *, bounded: bool) -> list[str]:
     """Which rules were asked, and which were not for want of a GPU, or of something else."""
-    of_gpu = [rule for rule, need in missing.items() if need.endswith(GPU)]
+    of_gpu = [rule for rule, need in missing.items() if need.endswith(GPU) and not bounded]
     others = [rule for rule in missing if rule not in of_gpu]
     lines = [f"Asked: {', '.join(rule for rule in rules if rule not in missing)}"]
     if of_gpu:

@@ -397,3 +397,12 @@ def test_a_result_that_fails_to_be_written_leaves_the_old_one(tmp_path: Path) ->
     assert [each.name for each in tmp_path.iterdir()] == ["r.json"]
     assert json.loads(path.read_text()) == {"a": 1.5, "b": None}
     check_output(tmp_path / "new" / "folder" / "r.json", where="--output")
+
+
+def test_compare_says_which_tools_it_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [tmp_path / name for name in ("a.json", "b.json")]
+    for file in files:
+        file.write_text('{"schema_version": "1.3", "aiperf_version": "0.10.0", "input_config": {}}')
+    assert main(["compare", *map(str, files)]) == 2
+    said = capsys.readouterr().err
+    assert "is a result of aiperf; this reads those of servecast simulate and of vllm bench serve" in said

@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 from places import DATA
+from small_scenarios import small
 from trace_formats import WRITERS
 
+import servecast
 from servecast.sim.engine.request import Request
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.inputs.schema import parse
@@ -369,3 +371,32 @@ def test_requests_all_at_once_have_no_rate_to_change(tmp_path: Path) -> None:
     (tmp_path / "trace").write_text("t,i,o\n3,5,5\n3,5,5\n")
     with pytest.raises(InputError, match="all its requests come at once"):
         replayed({"trace": {"path": str(tmp_path / "trace"), "columns": columns}}, rate=1.0)
+
+
+OFFSET = (
+    "Timestamp,Session ID,Elapsed time,Model,Request tokens,Response tokens,Total tokens,Log Type\n"
+    "{0}00.0,a,4,M,900,40,940,Conversation log\n{0}51.0,b,2,M,36,29,65,Conversation log\n"
+    "{1}44.0,c,3,M,935,78,1013,Conversation log\n"
+)
+
+
+@pytest.mark.parametrize("offset", [("50000", "50001"), ("194400", "194401")])
+def test_a_clock_that_is_far_off_changes_nothing(offset: tuple[str, str], tmp_path: Path) -> None:
+    """Times of 0, 51 and 144 s: the last answer comes about 145 s after the first request."""
+    (tmp_path / "trace.csv").write_text(OFFSET.format(*offset))
+    trace = {"format": "burstgpt", "path": "trace.csv"}
+    found = servecast.simulate(small(tmp_path, workload={"trace": trace})).result
+    assert 144 < found["duration"] < 146
+    assert found["request_throughput"] == pytest.approx(0.02, abs=0.001)
+    stretched = small(tmp_path, workload={"trace": trace | {"request_rate": 0.05}})
+    arrivals = servecast.simulate(stretched).requests["arrival"]
+    assert arrivals.tolist() == pytest.approx([0, 51 / 144 * 60, 60])  # 3 requests at 0.05 a second
+
+
+def test_an_endless_trace_is_refused(tmp_path: Path) -> None:
+    """A run's clock counts picoseconds in 63 bits, 106 days."""
+    (tmp_path / "trace.csv").write_text("t,i,o\n0,5,5\n9000000,5,5\n")
+    columns = {"timestamp": "t", "input_tokens": "i", "output_tokens": "o"}
+    scenario = small(tmp_path, workload={"trace": {"path": "trace.csv", "columns": columns}})
+    with pytest.raises(InputError, match=r"requests arrive over 104\.2 days .* a window"):
+        servecast.simulate(scenario)

@@ -289,3 +289,49 @@ def test_a_ramp_is_replayed_as_it_came(tmp_path: Path) -> None:
     trace, bound = requests_of(read(file))
     assert bound == 8
     assert trace.times_s[-1] > 1
+
+
+def totals(path: Path, **stated: Any) -> Path:
+    """Totals of vllm bench serve: 150 requests at 20 requests/s, with a first token after a second."""
+    document = {
+        "num_prompts": 150, "request_rate": 20.0, "max_concurrency": None, "duration": 8.0, "completed": 150,
+        "failed": 0, "total_input_tokens": 30_000, "total_output_tokens": 6_000, "request_throughput": 18.75,
+        "output_throughput": 750.0, "mean_ttft_ms": 1000.0, "median_ttft_ms": 1000.0, "p95_ttft_ms": 1000.0,
+    }  # fmt: skip
+    path.write_text(json.dumps(document | stated))
+    return path
+
+
+def predicted(capsys: pytest.CaptureFixture[str], file: Path, scenario: str) -> tuple[list[float], list[str]]:
+    """What is predicted of a file's TTFT, and the notes."""
+    _, document = judged(capsys, str(file), "--scenario", scenario, "--seeds", "2")
+    (load_,) = document["loads"]
+    rows = [row["predicted"] for row in load_["rows"] if row["metric"].endswith("_ttft_ms")]
+    assert len(rows) == 3
+    return rows, load_["notes"]
+
+
+@pytest.mark.parametrize("burstiness", [50.0, 0.1, "inf"])
+def test_the_arrivals_that_a_file_states_are_sent(
+    burstiness: float | str, tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the scenario predicts them when it is written with these arrivals itself."""
+    shape = float(burstiness)
+    file = totals(tmp_path / "result.json", burstiness=shape if math.isfinite(shape) else math.inf)
+    law = {"kind": "vllm_bench", "request_rate": 20, "burstiness": shape}
+    workload = POOL["workload"] | {"arrivals": law}
+    (tmp_path / "written").mkdir()
+    written = str(scenario_file(tmp_path / "written", **POOL | {"workload": workload}))
+    stated, notes = predicted(capsys, file, tiny)
+    assert stated == predicted(capsys, file, written)[0]
+    assert any("arrivals as the file states them" in note for note in notes)
+    poisson, notes = predicted(capsys, totals(tmp_path / "poisson.json", burstiness=1.0), tiny)
+    assert stated != poisson
+    assert not any("arrivals as the file states them" in note for note in notes)
+
+
+def test_a_bad_verdict_on_ttft_says_what_it_is_made_of(
+    tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, notes = predicted(capsys, totals(tmp_path / "result.json"), tiny)
+    assert any(note.startswith("TTFT p95, ms as predicted is ") and "to change it:" in note for note in notes)
