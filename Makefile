@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 SCENARIO ?= a6000-qwen2.5-7b
 SLO ?= --slo ttft:p95:500 --slo tpot:p95:60
 
-.PHONY: plan check test unit inferencex live-results lint types tree benchmark parity-ladder parity-long docs vllm litellm prometheus clean
+.PHONY: plan check test unit inferencex live-results lint types tree benchmark parity-ladder parity-long docs vllm litellm prometheus build clean
 
 plan: $(VENV)/.installed
 	$(BIN)/servecast plan $(SCENARIO) $(SLO) --report out/plan-$(SCENARIO).html
@@ -74,13 +74,26 @@ docs: $(VENV)/.installed-test
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/pip install -q -e .
+# The engine's core is compiled as it is installed. Where there is no C compiler, one comes from PyPI (ziglang);
+# where that fails, too, everything runs with the engine in Python, and `servecast --version` says so.
+COMPILED := pyproject.toml setup.py sim/engine/core.py
+define install
+	@command -v $${CC:-cc} > /dev/null || $(BIN)/pip install -q ziglang || echo "No C compiler: the engine stays in \
+	Python, several times slower. Install gcc or clang, then run make build."
+	@if ! command -v $${CC:-cc} > /dev/null && $(BIN)/python -m ziglang version > /dev/null 2>&1; then \
+	  export CC="$(CURDIR)/$(BIN)/python -m ziglang cc"; fi; $(BIN)/pip install -q -e '$(1)'
+endef
+
+$(VENV)/.installed: $(COMPILED) | $(VENV)/bin/python
+	$(call install,.)
 	touch $@
 
-$(VENV)/.installed-test: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/pip install -q -e '.[test]'
+$(VENV)/.installed-test: $(COMPILED) | $(VENV)/bin/python
+	$(call install,.[test])
 	touch $@ $(VENV)/.installed
+
+# After a change of sim/engine/core.py; `make check` does it, too.
+build: $(VENV)/.installed-test
 
 # Type checkers and import-linter do not follow setuptools' package mapping: give them the tree that it means.
 tree:

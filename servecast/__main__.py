@@ -6,7 +6,9 @@ import os
 import select
 import sys
 from collections.abc import Collection, Sequence
+from importlib.machinery import EXTENSION_SUFFIXES
 from importlib.metadata import version
+from importlib.util import find_spec
 
 from cyclopts import App, Parameter
 from cyclopts.exceptions import CycloptsError, UnknownCommandError
@@ -41,7 +43,7 @@ def build_app(told: Collection[str] = ()) -> App:
     app = App(
         name="servecast",
         help="Forecast LLM serving: what a model, a GPU and vLLM's flags can serve, and at what latency.",
-        version=version("servecast"),
+        version=_version,
         help_formatter="default" if sys.stdout.isatty() else "plain",
         help_format="markdown",
         default_parameter=Parameter(negative=()),
@@ -53,6 +55,13 @@ def build_app(told: Collection[str] = ()) -> App:
     for name, (path, text) in COMMANDS.items():
         app.command(path, name=name, help=None if name in told else text)
     return app
+
+
+def _version() -> str:
+    """The version, and whether the engine's core was compiled where it is installed."""
+    core = find_spec("servecast.sim.engine.core")
+    compiled = core is not None and str(core.origin).endswith(tuple(EXTENSION_SUFFIXES))
+    return f"{version('servecast')} (engine {'compiled' if compiled else 'in Python: slower'})"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

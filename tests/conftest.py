@@ -12,6 +12,8 @@ from places import VLLM
 from small_scenarios import scenario_file
 from timing import inconclusive
 
+from servecast.sim.engine import core
+
 settings.register_profile("any machine", deadline=None)  # no time of this machine decides a test
 settings.load_profile("any machine")
 
@@ -20,6 +22,13 @@ settings.load_profile("any machine")
 def tiny(tmp_path: Path) -> str:
     """The file of a scenario that takes milliseconds, as a command takes it."""
     return str(scenario_file(tmp_path))
+
+
+def pytest_sessionstart() -> None:
+    """A compiled core that is older than its source would be tested in its place."""
+    compiled = Path(str(core.__file__))
+    if compiled.stat().st_mtime < compiled.with_name("core.py").stat().st_mtime:
+        pytest.exit("sim/engine/core.py is newer than what was compiled of it: run make build", returncode=3)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -7,6 +7,7 @@ the wheel.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from places import REPOSITORY
 
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text("utf-8"))
 FOLDERS: dict[str, str] = PROJECT["tool"]["setuptools"]["package-dir"]  # package: folder
+COMPILER = shutil.which(os.environ.get("CC", "cc").split()[0]) is not None
 BUILD = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
 IMPORT_ALL = """
 import importlib, json, sys
@@ -46,7 +48,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if file.is_file():
             shutil.copy(file, source)
     for folder in FOLDERS.values():
-        shutil.copytree(REPOSITORY / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
+        ignored = shutil.ignore_patterns("__pycache__", "*.so")
+        shutil.copytree(REPOSITORY / folder, source / folder, ignore=ignored)
     run(sys.executable, "-c", BUILD, str(out), cwd=source)
     (path,) = out.iterdir()
     return path
@@ -85,9 +88,11 @@ def test_the_wheel_has_every_file_of_the_tree_and_no_other(wheel: Path) -> None:
         "/".join((*package.split("."), *path.relative_to(REPOSITORY / folder).parts))
         for package, folder in FOLDERS.items()
         for path in (REPOSITORY / folder).rglob("*")
-        if path.is_file() and path.suffix not in (".pyc", ".md")
+        if path.is_file() and path.suffix not in (".pyc", ".md", ".so")
     }
-    assert files_in(wheel) == tree
+    compiled = {name for name in files_in(wheel) if name.endswith(".so")}
+    assert files_in(wheel) - compiled == tree
+    assert [name.partition(".")[0] for name in compiled] == ["servecast/sim/engine/core"] * COMPILER
 
 
 def test_the_wheel_brings_its_licence_and_those_of_its_data(wheel: Path) -> None:
@@ -112,7 +117,9 @@ def test_the_public_names_are_those_of_the_wheel(installed: Path) -> None:
 
 def test_the_installed_command_plans_a_shipped_scenario(installed: Path) -> None:
     command = installed / "bin" / "servecast"
-    assert run(command, "--version", cwd=installed).strip() == PROJECT["project"]["version"]
+    version = PROJECT["project"]["version"]
+    told = "engine compiled" if COMPILER else "engine in Python: slower"
+    assert run(command, "--version", cwd=installed).strip() == f"{version} ({told})"
     coarse = ("--max-num-requests", "200", "--tolerance", "0.5", "--jobs", "1")
     text = run(
         command,

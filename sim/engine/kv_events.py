@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from servecast.sim.engine import core
 from servecast.sim.engine.engine import Engine
 from servecast.sim.engine.scheduler import Scheduler
 from servecast.sim.engine.sequence import is_shared
@@ -36,7 +37,7 @@ def publish_kv_events(engine: Engine, publish: Publish) -> None:
     Contents that only one request can have (its own prompt tokens and its output) are left out: no other
     prompt can ask for them.
     """
-    if not isinstance(engine, Scheduler):
+    if not isinstance(engine, Scheduler | core.Scheduler):
         return
     assert not engine.has_requests
 

@@ -30,6 +30,15 @@ class Client:
         self._request_ps = to_ps(costs.client_request_s)
         self._token_ps = to_ps(costs.client_token_s)
 
+    @property
+    def reading_costs(self) -> bool:
+        return self._token_ps > 0
+
+    @property
+    def is_free(self) -> bool:
+        """Whether it holds nothing up."""
+        return not self._token_ps and not self._request_ps
+
     def send(self, now: int) -> int:
         """When a request that is started now is on the wire."""
         return self.process.serve(now, self._request_ps)

@@ -54,17 +54,17 @@ class Endpoint:
         interval, delay = to_ps(self._options.scrape_interval_s), to_ps(self._options.scrape_delay_s)
         phase = int(self._rng.integers(interval)) if interval else 0
         self._scrape = Scrape(interval, delay, to_ps(self.life.start_s) + phase)
-        self.replica.after_step = self._set_gauges
+        self.replica.call_after_step(self._set_gauges)
 
-    def _set_gauges(self) -> None:
+    def _set_gauges(self, now: int) -> None:
         assert self._scrape is not None
         engine = self.replica.engine
         gauges = Gauges(engine.num_waiting, engine.num_running, engine.kv.usage)
-        self._scrape.put(int(self._env.now), gauges)
+        self._scrape.put(now, gauges)
 
     def subscribe(self) -> None:
-        lag, events, env = to_ps(self._options.event_lag_s), self._events, self._env
-        publish_kv_events(self.replica.engine, lambda event: events.append((int(env.now) + lag, event)))
+        lag, events, replica = to_ps(self._options.event_lag_s), self._events, self.replica
+        publish_kv_events(replica.engine, lambda event: events.append((replica.now + lag, event)))
 
     def take_events(self) -> Iterator[KVEvent]:
         now, events = int(self._env.now), self._events

@@ -11,16 +11,17 @@ import pandas as pd
 import simpy
 from numpy.typing import NDArray
 
-from servecast.sim.engine.request import Stage, Stream
+from servecast.sim.engine.core import OUTCOMES
+from servecast.sim.engine.request import Request, Stage, Stream
 from servecast.sim.fleet.client import Client
 from servecast.sim.fleet.endpoint import Endpoint
 from servecast.sim.fleet.front_end import after
 from servecast.sim.fleet.replica import Job, Replica
 from servecast.sim.fleet.spec import Life
-from servecast.sim.inputs.units import to_ps, to_seconds
-from servecast.sim.metrics.records import STEP_COLUMNS, RequestRecord, Run, requests_frame
+from servecast.sim.inputs.units import PICOSECONDS, to_ps, to_seconds
+from servecast.sim.metrics.records import STEP_COLUMNS, RequestRecord, Run, finished_frame, requests_frame
 from servecast.sim.routing.options import RouterOptions
-from servecast.sim.routing.routers import Answered, Informed, Router
+from servecast.sim.routing.routers import Answered, Informed, Random, RoundRobin, Router
 
 NOT_READY = "no replica was ready (503)"
 _UNPICKED = "the router let no replica pass (503)"
@@ -218,23 +219,76 @@ class Fleet:
 
     def run(self, stages: list[Stage]) -> Run:
         """Run all stages, one after the other, on the same servers."""
-        self.env.run(until=self.env.process(self._stages(stages)))
-        steps = np.concatenate([np.frombuffer(r.steps).reshape(-1, len(STEP_COLUMNS)) for r in self.replicas])
-        gaps = np.concatenate([np.frombuffer(r.gaps).reshape(-1, 4) for r in self.replicas])
+        requests = self._known_beforehand(stages)
+        if requests is not None:
+            table = self._run_alone(requests, stages[0].streams[0].max_concurrency or 0)
+        else:
+            self.env.run(until=self.env.process(self._stages(stages)))
+            table = requests_frame(self.records)
+        steps = np.concatenate([replica.step_rows() for replica in self.replicas])
+        gaps = np.concatenate([replica.gap_rows() for replica in self.replicas])
         return Run(
-            requests=requests_frame(self.records),
+            requests=table,
             steps=pd.DataFrame(steps, columns=list(STEP_COLUMNS)).astype(STEP_COLUMNS),
             itl=_pooled_gaps(gaps, self._rng),
             stages=[stage.name for stage in stages],
             meta={"stage_starts_s": self._stage_starts},
         )
 
+    def _known_beforehand(self, stages: list[Stage]) -> list[Request] | None:
+        """The requests, where each engine can run by itself: one stream, a router that does not look, and
+        replicas there all the time, of which there is one if requests wait for others or for the client."""
+        if len(stages) != 1 or len(stages[0].streams) != 1:
+            return None
+        stream, router = stages[0].streams[0], self._router
+        if stream.background or stream.until_s is not None or not stream.requests:
+            return None
+        static = (
+            isinstance(router, RoundRobin | Random)
+            and stream.max_concurrency is None
+            and self._client.is_free
+        )
+        if len(self.replicas) > 1 and not static:
+            return None
+        if isinstance(router, Informed | Answered) or any(each.life != Life() for each in self._endpoints):
+            return None
+        if not all(replica.can_run_alone for replica in self.replicas):
+            return None
+        last = 0.0
+        for request in stream.requests:
+            if request.abort_after_s is not None or request.arrival_s < last:
+                return None
+            last = request.arrival_s
+        return stream.requests
+
+    def _run_alone(self, requests: list[Request], limit: int) -> pd.DataFrame:
+        """Each engine by itself, on what the router sends to it."""
+        self._stage_starts.append(0.0)
+        arrival = np.rint(np.array([r.arrival_s for r in requests]) * PICOSECONDS).astype(np.int64)
+        count = len(requests)
+        places = np.zeros(count, np.int64)
+        if len(self.replicas) > 1:
+            places = np.array([self._router.pick(request, self._endpoints) for request in requests])
+        columns = {name: np.empty(count, np.int64) for name in OUTCOMES}
+        outputs = np.array([request.output_tokens for request in requests])
+        prompts = np.array([request.prompt_tokens for request in requests])
+        for place, replica in enumerate(self.replicas):
+            own = np.flatnonzero(places == place)
+            if not len(own):
+                continue
+            found = replica.run_alone(arrival[own], [requests[i] for i in own.tolist()], limit)
+            for name, values in found.items():
+                columns[name][own] = values
+            outputs[own] = np.minimum(outputs[own], replica.config.max_model_len - prompts[own])
+        columns |= {"arrival": arrival, "replica": places, "output_tokens": outputs}
+        return finished_frame(requests, columns)
+
     def _stages(self, stages: list[Stage]) -> Generator[simpy.Event, None, None]:
         running: list[StreamClient] = []
         for number, stage in enumerate(stages):
             self._stage_starts.append(to_seconds(int(self.env.now)))
             for replica in self.replicas:
-                replica.stage = number
+                replica.set_stage(number)
             clients = [StreamClient(self, stream, number, i) for i, stream in enumerate(stage.streams)]
             running += clients
             if not stage.drain and stage.duration_s is not None:

@@ -77,7 +77,6 @@ class ApiServer:
     """
 
     __slots__ = (
-        "_costs",
         "_deliver",
         "_delivery_ps",
         "_env",
@@ -85,7 +84,8 @@ class ApiServer:
         "_sent",
         "_token_ps",
         "_tokenizer",
-        "_variation",
+        "costs",
+        "variation",
     )
 
     def __init__(
@@ -97,19 +97,19 @@ class ApiServer:
         preparation_round: int,
     ) -> None:
         self._env = env
-        self._costs = costs
+        self.costs = costs
         self._deliver = deliver
         self._preparation = Preparation(env, preparation_round)
         self._delivery_ps = to_ps(costs.delivery_s)
         self._tokenizer = SerialProcess()
         self._sent = 0  # when the last token so far is
         self._token_ps = to_ps(costs.token_s)
-        self._variation = _gamma_factors(costs.cv, rng)
+        self.variation = _gamma_factors(costs.cv, rng)
 
     def accept(self, item: Any, prompt_tokens: int) -> None:
         """A request with a prompt of so many tokens has been sent to this server; it arrives after the
         latency."""
-        latency = to_ps(self._costs.latency_s * next(self._variation))
+        latency = to_ps(self.costs.latency_s * next(self.variation))
         if latency:
             after(self._env, latency, lambda: self._prepare(item, prompt_tokens))
         else:
@@ -131,7 +131,7 @@ class ApiServer:
         return self._sent + self._delivery_ps - cost * (tokens - 1), cost, events
 
     def _prepare(self, item: Any, prompt_tokens: int) -> None:
-        cost = to_ps(self._costs.request_s * next(self._variation))
+        cost = to_ps(self.costs.request_s * next(self.variation))
         if cost:
             self._preparation.start(cost, lambda: self._encode(item, prompt_tokens))
         else:
@@ -139,7 +139,7 @@ class ApiServer:
 
     def _encode(self, item: Any, prompt_tokens: int) -> None:
         """The tokenizer's thread takes one prompt after the other."""
-        cost, now = to_ps(self._costs.prompt_token_s * prompt_tokens), int(self._env.now)
+        cost, now = to_ps(self.costs.prompt_token_s * prompt_tokens), int(self._env.now)
         if cost:
             after(self._env, self._tokenizer.serve(now, cost) - now, lambda: self._deliver(item))
         else:

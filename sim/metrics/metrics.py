@@ -239,15 +239,29 @@ def peaks(requests: pd.DataFrame) -> tuple[float, int]:
     seconds = math.ceil(finish.max() - origin) + 2
     edges = np.bincount((sent - origin).astype(int), minlength=seconds).astype(float)
     edges -= np.bincount((finish - origin).astype(int) + 1, minlength=seconds)
-    per_second = np.zeros(seconds)
     gap = (finish - first) / np.maximum(tokens - 1, 1)
-    for at in range(0, len(done), 10_000):  # bounds the memory: a float a token
-        part = slice(at, at + 10_000)
-        count = tokens[part]
-        number = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
-        times = np.repeat(first[part] - origin, count) + number * np.repeat(gap[part], count)
-        per_second += np.bincount(times.astype(int), minlength=seconds)
+    per_second = _by_second(first - origin, gap, tokens, seconds)
     return float(per_second.max()), int(np.cumsum(edges).max())
+
+
+def _by_second(first: Floats, gap: Floats, tokens: NDArray[np.int64], seconds: int) -> Floats:
+    """How many tokens fall into each second, of requests whose token k comes at ``first + k * gap``, rounded
+    as floats are. A request costs the seconds that it touches, not its tokens."""
+    start = first.astype(int)
+    spans = (first + (tokens - 1) * gap).astype(int) - start  # full seconds that begin between two tokens
+    owner = np.repeat(np.arange(len(first)), spans)
+    edge = start[owner] + 1 + np.arange(len(owner)) - np.repeat(np.cumsum(spans) - spans, spans)
+    first, gap = first[owner], gap[owner]
+    before = np.ceil((edge - first) / gap)  # tokens before that second, but for rounding
+    while (late := first + (before - 1) * gap >= edge).any():
+        before -= late
+    while (early := first + before * gap < edge).any():
+        before += early
+    left = tokens[owner] - before
+    counts: Floats = np.bincount(start, weights=tokens, minlength=seconds).astype(np.float64)
+    counts += np.bincount(edge, weights=left, minlength=seconds)
+    counts -= np.bincount(edge - 1, weights=left, minlength=seconds)
+    return counts
 
 
 def prefix_hit_rate(requests: pd.DataFrame) -> float:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
+
+from servecast.sim.engine.request import Request
 
 SECONDS_COLUMNS = ("arrival", "sent", "queued", "scheduled", "ended", "first_token", "finish")
 
@@ -72,16 +76,38 @@ class Run:
     meta: dict[str, Any] = field(default_factory=dict)
 
 
+def finished_frame(requests: Sequence[Request], columns: Mapping[str, NDArray[np.int64]]) -> pd.DataFrame:
+    """The table of one stream's requests that have all finished.
+
+    Args:
+        columns: what no request says by itself; times in picoseconds.
+    """
+    count = len(requests)
+    known: dict[str, Any] = dict(columns)
+    known |= {"stage": np.zeros(count, np.int64), "stream": np.zeros(count, np.int64)}
+    known |= {
+        name: [getattr(each, name) for each in requests] for name in ("request_id", "prompt_tokens", "group")
+    }
+    known["status"] = ["finished"] * count
+    return _frame(known)
+
+
 def requests_frame(records: list[RequestRecord]) -> pd.DataFrame:
     """RequestRecords to a table with times in seconds."""
-    names = list(RequestRecord.__slots__)
+    return _frame({name: [getattr(record, name) for record in records] for name in RequestRecord.__slots__})
+
+
+def _frame(known: Mapping[str, Any]) -> pd.DataFrame:
+    """Columns to a table. Times are picoseconds."""
     columns: dict[str, Any] = {}
-    for name in names:
-        values = [getattr(record, name) for record in records]
+    for name in RequestRecord.__slots__:
+        values = known[name]
         if name in SECONDS_COLUMNS:
-            columns[name] = np.array([np.nan if v is None else v * 1e-12 for v in values], dtype="float64")
+            if not isinstance(values, np.ndarray):
+                values = np.array([np.nan if v is None else v for v in values], dtype="float64")
+            columns[name] = values * 1e-12
         elif name in ("replica", "cached_tokens", "group"):
             columns[name] = pd.array(values, dtype="Int64")
         else:
             columns[name] = values
-    return pd.DataFrame(columns, columns=names)
+    return pd.DataFrame(columns, columns=list(RequestRecord.__slots__))

@@ -7,13 +7,15 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+from cores import interpreted
 from plain_engine import PlainEngine
 
+from servecast.sim.engine import core
 from servecast.sim.engine.config import EngineConfig
 from servecast.sim.engine.request import Request
 from servecast.sim.engine.scheduler import Scheduler
 
-Engine = PlainEngine | Scheduler
+Engine = PlainEngine | Scheduler | core.Scheduler
 
 
 MAX_STEPS = 3_000  # without the full-length gate vLLM itself can preempt for ever
@@ -36,6 +38,7 @@ class State:
     has_requests: bool
     free_blocks: int
     free_list: list[int]
+    usage: float
     cached_blocks: int
     block_ids: dict[int, list[int]]
 
@@ -48,6 +51,7 @@ class State:
             has_requests=engine.has_requests,
             free_blocks=engine.free_blocks,
             free_list=list(engine.free_list(engine.free_blocks)),
+            usage=engine.kv.usage,
             cached_blocks=engine.cached_blocks,
             block_ids={i: list(engine.block_ids(i)) for i in running},
         )
@@ -90,7 +94,7 @@ def run(
     Request i is added before the schedule() numbered ``arrive_step[i]``; an idle engine skips to the
     next arrival. With async scheduling one step stays in flight: the next schedule() comes before its
     complete(), and an idle engine schedules twice before the first complete(). Without ``trace`` the log
-    leaves out which request got how many tokens, as the fast engine does not tell it then.
+    leaves out which request got how many tokens, as a fast engine does not tell it then.
     """
     arrivals = deque(sorted(range(len(requests)), key=lambda i: arrive_step[i]))
     pending = sorted(aborts, key=lambda abort: abort.step)
@@ -153,5 +157,19 @@ def run(
     return log
 
 
-def fast(config: EngineConfig) -> Scheduler:
+def counting(config: EngineConfig) -> Scheduler:
+    """The engine that counts the requests that decode."""
     return Scheduler(config, trace=True)
+
+
+def compiled(config: EngineConfig) -> core.Scheduler:
+    """The core as it is installed."""
+    return core.Scheduler(config, trace=True)
+
+
+def in_python(config: EngineConfig) -> Any:
+    """The core's source, interpreted."""
+    return interpreted().Scheduler(config, trace=True)
+
+
+FAST = (counting, compiled, in_python)

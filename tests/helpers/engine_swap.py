@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
 from unittest.mock import patch
 
 from plain_engine import PlainEngine, PlainStep
@@ -30,10 +29,6 @@ class SwappedEngine(PlainEngine):
     @property
     def num_waiting(self) -> int:
         return len(self.waiting_states)
-
-    @property
-    def kv(self) -> SimpleNamespace:
-        return SimpleNamespace(usage=1.0 - len(self.free) / (self.config.num_gpu_blocks - 1))
 
     def schedule(self) -> SwappedStep:
         step = SwappedStep(super().schedule(), self.tick)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 from servecast.sim.engine.config import EngineConfig
 from servecast.sim.engine.request import Request
@@ -124,6 +125,10 @@ class PlainEngine:
     @property
     def free_blocks(self) -> int:
         return len(self.free)
+
+    @property
+    def kv(self) -> SimpleNamespace:
+        return SimpleNamespace(usage=1.0 - len(self.free) / (self.config.num_gpu_blocks - 1))
 
     @property
     def cached_blocks(self) -> int:

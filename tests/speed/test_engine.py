@@ -1,7 +1,8 @@
-"""How fast and how large a simulation is, beside the plain loop over all running requests.
+"""How fast and how large a simulation is, beside the engine that runs where nothing was compiled.
 
-Runs under ``make benchmark``. Times are CPU time, compared within one run as ratios of medians; only the
-ratios and sizes, which do not depend on the machine, are kept in docs/results/speed.json.
+Runs under ``make benchmark``. Times are CPU time of ``servecast.simulate``, percentiles included, compared
+within one run as ratios of medians; only the ratios and sizes, which do not depend on the machine, are kept
+in docs/results/speed.json.
 """
 
 from __future__ import annotations
@@ -14,35 +15,62 @@ from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import yaml
-from engine_swap import plain_engine
 from pytest_benchmark.fixture import BenchmarkFixture
 from same_run import assert_same
 from speed_results import keep
 
-from servecast.sim.run.simulate import simulate
-from servecast.sim.scenario.deployment import Deployment
+from servecast.sim.engine.scheduler import Scheduler
+from servecast.sim.run.simulation import simulate
 from servecast.sim.scenario.scenario import Scenario, load
+from servecast.sim.scenario.servers import SERVERS
+from servecast.sim.scenario.vllm_server import Vllm
 
-LOAD = 0.8  # of saturation
-SEQUENCES = 256
 ROUNDS = 5
 GROWTH = (10_000, 100_000, 1_000_000)
-WORKLOADS: dict[str, tuple[int, dict[str, Any]]] = {  # name -> requests, lengths
-    "256 in, 128 out": (5_000, {"prompt_tokens": 256, "output_tokens": 128}),
-    "lognormal 1000 in, 250 out": (
-        2_000,
-        {
-            "prompt_tokens": {"kind": "lognormal", "mean": 1000, "std": 600, "max_tokens": 6000},
-            "output_tokens": {"kind": "lognormal", "mean": 250, "std": 150, "max_tokens": 2000},
-        },
+SMALLER = 10  # so many times fewer requests for the engine in Python
+FIXED = {"prompt_tokens": 256, "output_tokens": 128}
+LOGNORMAL = {
+    "prompt_tokens": {"kind": "lognormal", "mean": 1000, "std": 600, "max_tokens": 6000},
+    "output_tokens": {"kind": "lognormal", "mean": 250, "std": 150, "max_tokens": 2000},
+}
+PREFIXES = {"kind": "shared_prefix", "groups": 64, "prefix_tokens": 700}
+
+
+def poisson(rate: float, **rest: Any) -> dict[str, Any]:
+    return {"arrivals": {"kind": "poisson", "request_rate": rate}, **rest}
+
+
+def two_streams(rate: float, num_requests: int, **rest: Any) -> dict[str, Any]:
+    """Two streams of half the rate, which SimPy carries."""
+    streams = [
+        {"name": name, "num_requests": num_requests // 2, **poisson(rate / 2, **rest)}
+        for name in ("one", "other")
+    ]
+    return {"stages": [{"streams": streams}]}
+
+
+WORKLOADS: dict[str, tuple[int, dict[str, Any]]] = {  # name -> requests, workload
+    "256 in, 128 out, near saturation": (20_000, poisson(80, **FIXED)),
+    "256 in, 128 out, low load": (10_000, poisson(20, **FIXED)),
+    "shared prefixes": (20_000, poisson(50, prompt_tokens=300, output_tokens=128, content=PREFIXES)),
+    "500 in, 2,000 out": (2_000, poisson(8, prompt_tokens=500, output_tokens=2000)),
+    "closed loop of 256, lognormal": (
+        10_000,
+        {"arrivals": {"kind": "closed_loop", "concurrency": 256}, **LOGNORMAL},
     ),
+    "256 in, 128 out, two streams": (20_000, {"streams": 2}),
 }
 
 
-def scenario(lengths: dict[str, Any], num_requests: int, arrivals: dict[str, Any]) -> Scenario:
+def scenario(workload: dict[str, Any], num_requests: int) -> Scenario:
+    if "streams" in workload:
+        workload = two_streams(80, num_requests, **FIXED)
+    else:
+        workload = {"num_requests": num_requests, **workload}
     data = {
         "schema_version": 1,
         "name": "speed",
@@ -50,11 +78,11 @@ def scenario(lengths: dict[str, Any], num_requests: int, arrivals: dict[str, Any
         "gpu": {"name": "h100"},
         "engine": {
             "version": "0.32",
-            "max_num_seqs": SEQUENCES,
+            "max_num_seqs": 256,
             "max_num_batched_tokens": 8192,
             "max_model_len": 8192,
         },
-        "workload": {"arrivals": arrivals, "num_requests": num_requests, **lengths},
+        "workload": workload,
     }
     with TemporaryDirectory() as folder:
         path = Path(folder) / "speed.yaml"
@@ -62,47 +90,38 @@ def scenario(lengths: dict[str, Any], num_requests: int, arrivals: dict[str, Any
         return load(path)
 
 
-def request_rate(lengths: dict[str, Any]) -> float:
-    """A share of the rate that the engine completes while all its slots are taken, requests/s."""
-    full = simulate(scenario(lengths, 8 * SEQUENCES, {"kind": "closed_loop", "concurrency": SEQUENCES}))
-    last_sent = float(full.requests["sent"].max())
-    return float(LOAD * (full.requests["finish"] <= last_sent).sum() / last_sent)
-
-
 @pytest.mark.benchmark(timer=time.process_time)
 @pytest.mark.parametrize("name", WORKLOADS)
-def test_requests_per_cpu_second_beside_the_plain_loop(
+def test_requests_per_cpu_second_beside_the_engine_in_python(
     name: str, benchmark: BenchmarkFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    num_requests, lengths = WORKLOADS[name]
-    case = scenario(lengths, num_requests, {"kind": "poisson", "request_rate": request_rate(lengths)})
-    deployment = Deployment.of(case)
-    plain_times = []
-    with plain_engine():
-        plain = simulate(deployment)
+    num_requests, workload = WORKLOADS[name]
+    case, few = scenario(workload, num_requests), scenario(workload, num_requests // SMALLER)
+    python_times = []
+    with patch.dict(SERVERS, vllm=Vllm(Scheduler)):
+        in_python = simulate(few).run
+    assert_same(simulate(few).run, in_python)
 
-    def plain_round() -> None:  # before each round of the other, so that both see the same machine
-        with plain_engine():
+    def python_round() -> None:  # before each round of the other, so that both see the same machine
+        with patch.dict(SERVERS, vllm=Vllm(Scheduler)):
             start = time.process_time()
-            simulate(deployment)
-            plain_times.append(time.process_time() - start)
+            simulate(few)
+            python_times.append((time.process_time() - start) * SMALLER)
 
-    fast = benchmark.pedantic(simulate, args=(deployment,), setup=plain_round, rounds=ROUNDS)
-    assert_same(fast, plain)
-
-    seconds, plain_seconds = benchmark.stats.stats.median, statistics.median(plain_times)
+    fast = benchmark.pedantic(simulate, args=(case,), setup=python_round, rounds=ROUNDS).run
+    seconds, python_seconds = benchmark.stats.stats.median, statistics.median(python_times)
     running = fast.steps["running"].mean()
     with capsys.disabled():
         print(
             f"\n{name}: {num_requests / seconds:,.0f} requests a CPU second, "
-            f"plain loop {num_requests / plain_seconds:,.0f}: {plain_seconds / seconds:.1f} times; "
+            f"engine in Python {num_requests / python_seconds:,.0f}: {python_seconds / seconds:.1f} times; "
             f"{running:.0f} running, {len(fast.steps) / num_requests:.2f} steps a request"
         )
     keep(
-        "beside the plain loop",
+        "beside the engine in Python",
         {
             name: {
-                "times_faster": round(plain_seconds / seconds, 1),
+                "times_faster": round(python_seconds / seconds, 1),
                 "mean_running": round(running),
                 "steps_per_request": round(len(fast.steps) / num_requests, 2),
                 "identical_results": True,
@@ -113,8 +132,7 @@ def test_requests_per_cpu_second_beside_the_plain_loop(
 
 def grow(num_requests: int, rate: float) -> tuple[float, int]:
     """CPU seconds of a run, and the most bytes that this process has held."""
-    lengths = WORKLOADS["256 in, 128 out"][1]
-    case = scenario(lengths, num_requests, {"kind": "poisson", "request_rate": rate})
+    case = scenario(poisson(rate, **FIXED), num_requests)
     start = time.process_time()
     simulate(case)
     seconds = time.process_time() - start
@@ -126,7 +144,7 @@ def grow(num_requests: int, rate: float) -> tuple[float, int]:
 def test_growth_to_a_million_requests(
     benchmark: BenchmarkFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rate = request_rate(WORKLOADS["256 in, 128 out"][1])
+    rate = 80.0
     with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as fresh:
         _, empty = fresh.submit(grow, 1, rate).result()
         found = benchmark.pedantic(lambda: [fresh.submit(grow, n, rate).result() for n in GROWTH], rounds=1)

@@ -18,13 +18,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from servecast.sim.engine.rules import RULES
-from servecast.sim.engine.scheduler import Scheduler
+from servecast.sim.engine.vllm_scheduler import VllmScheduler
 from servecast.validate.parity.engine_core import decisions
 from servecast.validate.parity.scenarios import Scenario
 from servecast.validate.parity.vllm_process import VllmProcess, release
 
 Event = dict[str, Any]  # what engine_core.decisions yields
-MakeScheduler = Callable[..., Any]  # servecast.sim.engine.scheduler.Scheduler, or a mutation of it
+MakeScheduler = Callable[..., Any]  # an engine's class, or a mutation of it
 
 EVENTS_SHOWN = 3  # up to and including the first difference
 
@@ -147,7 +147,7 @@ def record(vllm: VllmProcess, scenarios: Iterable[Scenario]) -> Iterator[Recorde
             yield Recorded(before[0], before[1].result())
 
 
-def compare(recorded: Recorded, rules: str, make_scheduler: MakeScheduler = Scheduler) -> Mismatch | None:
+def compare(recorded: Recorded, rules: str, make_scheduler: MakeScheduler = VllmScheduler) -> Mismatch | None:
     """The first difference between vLLM's decisions and ours under the rule set ``rules``.
 
     Our engine runs twice: read out completely after every step, and left alone as in a forecast, where
@@ -197,7 +197,7 @@ def _differences(ours: Event, theirs: Event) -> list[str]:
 
 
 def our_decisions(
-    scenario: Scenario, rules: str, make_scheduler: MakeScheduler = Scheduler, *, observed: bool = True
+    scenario: Scenario, rules: str, make_scheduler: MakeScheduler = VllmScheduler, *, observed: bool = True
 ) -> Iterator[Event]:
     """The simulator's decisions, under the rule set of vLLM ``rules``."""
     config = dataclasses.replace(scenario.config, version=rules)
@@ -219,7 +219,7 @@ def parity(
     recorded: Iterable[Recorded],
     *,
     rules: str | None = None,
-    make_scheduler: MakeScheduler = Scheduler,
+    make_scheduler: MakeScheduler = VllmScheduler,
     progress: Callable[[ParityResult], None] | None = None,
 ) -> ParityResult:
     """Compare our engine with vLLM's scheduler over scenarios.

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import ClassVar, Literal, Protocol
 
+from servecast.sim.engine.core import StepCosts
 from servecast.sim.hardware.shard import Shard
 from servecast.sim.inputs.errors import InputError
 
@@ -244,14 +245,30 @@ class PhysicalStepTime:
             return 0.0
         if decodes:
             total += self._attention_decode(step)
-        by_tokens = self._by_tokens.get(tokens)
-        if by_tokens is None:
-            by_tokens = self._by_tokens[tokens] = sum(self._token_parts(tokens).values())
-        by_rows = self._by_rows.get(step.samples)
-        if by_rows is None:
-            by_rows = self._by_rows[step.samples] = sum(self._row_parts(step.samples).values())
+        by_tokens, by_rows = self._tokens_seconds(tokens), self._rows_seconds(step.samples)
         total += by_tokens + by_rows + requests * self.efficiencies.host_per_seq_s
         return total if tokens <= self._graphed or total > self._eager_s else self._eager_s
+
+    def costs(self) -> StepCosts:
+        """The same for the engine's core, which adds up ``seconds`` by itself."""
+        model, tiled = self._model, self.efficiencies.by_kernel is not None
+        numbers = {
+            "pair_s": self._pair_s,
+            "kv_read_s": self._kv_read_s,
+            "decode_kv_s": self._decode_kv_s,
+            "mixed_decode_kv_s": self._mixed_decode_kv_s,
+            "decode_s": self._decode_s,
+            "block_s": self._block_s,
+            "chunk_token_s": self._chunk_token_s,
+            "request_s": self.efficiencies.host_per_seq_s,
+            "eager_s": self._eager_s,
+            "graphed": self._graphed,
+            "prompt_tile": _PROMPT_TILE if tiled else 0,
+            "layers": model.layers,
+            "sliding_layers": model.sliding_layers,
+            "sliding_window": model.sliding_window,
+        }
+        return StepCosts(numbers, self._tokens_seconds, self._rows_seconds)
 
     def breakdown(self, step: StepShape) -> dict[str, float]:
         """Part -> seconds; they add up to ``seconds``."""
@@ -316,6 +333,18 @@ class PhysicalStepTime:
         return max(compute, read / self._gpu.bandwidth)
 
     # -- parts -------------------------------------------------------------------------------------
+
+    def _tokens_seconds(self, tokens: int) -> float:
+        seconds = self._by_tokens.get(tokens)
+        if seconds is None:
+            seconds = self._by_tokens[tokens] = sum(self._token_parts(tokens).values())
+        return seconds
+
+    def _rows_seconds(self, rows: int) -> float:
+        seconds = self._by_rows.get(rows)
+        if seconds is None:
+            seconds = self._by_rows[rows] = sum(self._row_parts(rows).values())
+        return seconds
 
     def _linear(self, tokens: int) -> float:
         """Seconds of the linear layers."""

@@ -312,3 +312,25 @@ def test_mser5_leaves_a_level_series_alone_and_reports_a_drifting_one() -> None:
     cut, steady = mser5(np.arange(1000.0))
     assert cut == 500
     assert not steady
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 50), st.floats(0, 2), st.integers(1, 300)), min_size=1, max_size=8),
+    st.sampled_from([1.0, 0.1, 1 / 3]),
+)
+def test_tokens_by_second_are_those_of_all_tokens_expanded(
+    rows: list[tuple[float, float, int]], scale: float
+) -> None:
+    first, gap, tokens = (
+        np.array([r[0] for r in rows]),
+        np.array([r[1] * scale for r in rows]),
+        [r[2] for r in rows],
+    )
+    every = [
+        one + number * step
+        for one, step, count in zip(first, gap, tokens, strict=True)
+        for number in range(count)
+    ]
+    seconds = int(max(every)) + 2
+    expected = np.bincount(np.array(every).astype(int), minlength=seconds)
+    assert metrics._by_second(first, gap, np.array(tokens), seconds).tolist() == expected.tolist()
