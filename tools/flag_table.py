@@ -1,7 +1,7 @@
 """Writes sim/scenario/vllm_flags.json: the flags of ``vllm serve`` by release, from each one's own parser.
 
-    bash tools/unpack_vllm.sh 0.10 0.19 $(python -c 'from servecast... import RELEASES')   # see the docs
-    python tools/flag_table.py 0.10 0.19 0.20 ...
+    bash tools/unpack_vllm.sh 0.10.2 0.19.1 0.20 0.21 ...
+    python tools/flag_table.py 0.10 0.19 0.20 0.21 ...
 
 A flag stands with what it takes and, where not all releases have it, with the first and the last that do.
 """

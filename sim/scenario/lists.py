@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from servecast.sim.hardware.gpu import CATALOGUE
-from servecast.sim.hardware.model_config import FAMILIES
+from servecast.sim.hardware.model_families import FAMILIES
 from servecast.sim.hardware.model_shape import ModelShape
 from servecast.sim.hardware.profile import Profile
 from servecast.sim.hardware.shard import Shard

@@ -57,7 +57,11 @@ def find_serve(command: str | list[Any] | dict[str, Any]) -> Pasted:
 
 
 def _words_of(listed: Any) -> list[str]:
-    return listed.split() if isinstance(listed, str) else [str(word) for word in listed or ()]
+    if isinstance(listed, str):
+        return listed.split()
+    if listed is None or isinstance(listed, list):
+        return [str(word) for word in listed or ()]
+    raise InputError(f"{listed!r} is no list of arguments", where=WHERE, fix="Give a list of words.")
 
 
 def _listed(text: str) -> list[Any] | dict[str, Any] | None:

@@ -99,6 +99,8 @@ def read_flag(word: str, version: str | None) -> Flag:
     )
     name, positive = _positive(name, takes, both_ways=both_ways)
     if name in takes:
+        if takes[name] == "switch" and equals and not key:
+            raise InputError(f"{head} takes no value", where=WHERE, fix=f"Write {head} or --no-{head[2:]}.")
         return Flag(name, "value" if key else takes[name], value if positive else "no", key)
     if name in known.takes:
         raise InputError(

@@ -296,7 +296,8 @@ class Scenario(Model):
         if isinstance(stream, Workload):
             stream = next(s for s in stream.stages[0].streams if not s.background)
         if self.plan is not None or self.sweep is not None or isinstance(stream.arrivals, ClosedLoop):
-            stream = (self.plan or PlanSpec()).of(stream)
+            several = isinstance(written, Workload) and len(written.stages) > 1
+            stream = (self.plan or PlanSpec()).of(stream, swept=several or self.sweep is not None)
         return Workload(stages=(StageSpec(streams=(stream,)),))
 
     def config_file(self) -> Path:

@@ -254,7 +254,10 @@ def _put(into: dict[str, Any], path: str, text: str) -> None:
     """``--flag.a.b value``: JSON where it can be read as such, else text."""
     *outer, last = path.split(".")
     for key in outer:
-        into = into.setdefault(key, {})
+        inner = into.setdefault(key, {})
+        if not isinstance(inner, dict):
+            raise InputError(f"{key} is {inner!r} and has keys", where=WHERE, fix="Give one of them.")
+        into = inner
     try:
         into[last] = json.loads(text)
     except ValueError:

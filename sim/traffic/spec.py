@@ -256,7 +256,7 @@ class PlanSpec(Model):
     """The open-loop traffic that ``plan`` probes: what differs from the workload's (first) stream."""
 
     arrivals: Literal["poisson", "gamma", "constant", "vllm_bench"] = "poisson"
-    """Arrival law. A trace keeps its own arrivals unless this is given."""
+    """Arrival law. Open loops and traces keep their own unless this is given."""
     burstiness: Positive | None = None
     """Shape of the gaps under ``gamma`` and ``vllm_bench``."""
     num_requests: Count | None = None
@@ -270,7 +270,7 @@ class PlanSpec(Model):
     max_tokens: Count | None = None
     """Instead of the stream's."""
     content: Content = Unique()
-    """Which prompts share leading tokens. Default, none do."""
+    """Which prompts share leading tokens. Default, those of an open loop; none in place of closed loops."""
     keep_content: Flag = False
     """The prompts are those of the workload."""
 
@@ -282,8 +282,11 @@ class PlanSpec(Model):
             raise invalid("content beside keep_content", "Give one of them.", at="content")
         return self
 
-    def of(self, stream: StreamSpec) -> StreamSpec:
-        """The stream to probe, at 1 request/s, or where it keeps a trace's arrivals at the trace's rate.
+    def of(self, stream: StreamSpec, *, swept: bool = False) -> StreamSpec:
+        """The stream to probe, at 1 request/s, or where it keeps its arrivals at their rate.
+
+        Args:
+            swept: it is one of several stages or levels, so that its arrivals are not the traffic's.
 
         Raises:
             InputError: the plan has what the stream's trace has.
@@ -297,15 +300,16 @@ class PlanSpec(Model):
         }
         no_extent = self.num_requests is None and self.duration_s is None
         law: Arrivals | None = laws[self.arrivals]
+        open_loop = not (swept or stream.arrivals is None or isinstance(stream.arrivals, ClosedLoop))
         if stream.trace is not None:
             self._check_beside_trace()
-            if not {"arrivals", "burstiness"} & self.model_fields_set:
-                law = None if isinstance(stream.arrivals, ClosedLoop | Timestamps) else stream.arrivals
-        own = self.keep_content or (stream.trace is not None and "content" not in self.model_fields_set)
+        if (open_loop or stream.trace is not None) and not {"arrivals", "burstiness"} & self.model_fields_set:
+            law = None if isinstance(stream.arrivals, ClosedLoop | Timestamps) else stream.arrivals
+        own = (open_loop or stream.trace is not None) and "content" not in self.model_fields_set
         changes: dict[str, Any] = {
             "arrivals": law,
-            "content": stream.content if own else self.content,
-            "max_concurrency": None,
+            "content": stream.content if own or self.keep_content else self.content,
+            "max_concurrency": stream.max_concurrency if open_loop else None,
             "num_requests": 1000 if no_extent else self.num_requests,
             "duration_s": self.duration_s,
         }

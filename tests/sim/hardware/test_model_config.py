@@ -16,7 +16,8 @@ import pytest
 from places import REPOSITORY, VLLM
 
 from servecast.sim.hardware.gpu import find_gpu
-from servecast.sim.hardware.model_config import FAMILIES, LEFT_OUT
+from servecast.sim.hardware.model_config import LEFT_OUT
+from servecast.sim.hardware.model_families import FAMILIES
 from servecast.sim.hardware.model_shape import ModelShape
 from servecast.sim.hardware.shard import Shard
 from servecast.sim.inputs.errors import InputError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,8 @@ def test_flags_cut_short_and_dotted(words: str, version: str, flags: dict[str, A
         ("--rope-scaling {}", "0.23", "vLLM 0.23 has no --rope-scaling"),
         ("--watermark 0.1", "0.23.0", "has no --watermark. Remove it, or use version 0.24 to 0.33"),
         ("--max-num-seqs.a 5", "0.32", "--max-num-seqs.a takes no keys"),
+        ("--enable-prefix-caching=False", "0.32", "--enable-prefix-caching takes no value"),
+        ("--hf-overrides.a 5 --hf-overrides.a.b 6", "0.32", "a is 5 and has keys"),
         ("--task embed", "0.10", "--task embed cannot be simulated"),
         ("--cpu-offload-gb 1", "0.32", "Offloading is not modelled"),
         ("--kv-offloading-size 1", "0.32", "Offloading is not modelled"),
@@ -116,7 +119,7 @@ def test_flags_cut_short_and_dotted(words: str, version: str, flags: dict[str, A
     ],
 )  # fmt: skip
 def test_what_a_release_or_the_model_has_not_is_refused(words: str, version: str, message: str) -> None:
-    with pytest.raises(InputError, match=r"cannot|has no|can mean|takes") as caught:
+    with pytest.raises(InputError, match=r"cannot|has no|can mean|takes|has keys") as caught:
         parse_serve_command(
             f"vllm serve m {words.replace('{', chr(39) + '{').replace('}', '}' + chr(39))}", version=version
         )
@@ -167,6 +170,47 @@ def test_a_release_to_come_widens_the_band(tmp_path: Path) -> None:
     unknown = deployed(tmp_path, version="0.35")
     assert known.error_band is not None
     assert unknown.error_band == pytest.approx(known.error_band + 0.1)
+
+
+def test_broken_commands_get_a_message() -> None:
+    """Cut, doubled and jumbled texts, and lists of anything: an InputError, or a command."""
+    rng = random.Random(0)
+    image = "docker run -e B='c d' --rm vllm/vllm-openai:v0.9.1"
+    whole = f"A=1 {image} --model Q/m {FLAGS} --hf-overrides.a.b 1 -O3 & # x"
+    pieces = [
+        "-",
+        "--",
+        "'",
+        '"',
+        "\\",
+        "=",
+        ".",
+        "#",
+        "&",
+        "\n",
+        "vllm",
+        "serve",
+        "run",
+        "-c",
+        "--hf-overrides.a",
+        "[",
+        "args:",
+    ]
+    odd: list[Any] = [None, 1, 2.5, True, [], ["a"], {"args": 3}, {}, [None, {"a": 1}], {"command": {"a": 1}}]
+    for _ in range(300):
+        words = whole.split(" ")
+        for _ in range(rng.randint(1, 4)):
+            words.insert(rng.randrange(len(words)), rng.choice(pieces))
+            del words[rng.randrange(len(words))]
+        text = " ".join(words)[rng.randint(0, 5) :]
+        odd += [text, text[: rng.randrange(len(text))], words]
+    messages = 0
+    for given in odd:
+        try:
+            parse(EngineFlags, {"version": "0.32", "command": given}, source="test")
+        except InputError:
+            messages += 1
+    assert 200 < messages < len(odd)
 
 
 def test_the_v0_engine_is_refused() -> None:

@@ -141,6 +141,20 @@ def test_an_open_loop_scenario_is_planned_as_it_is(tmp_path: Path) -> None:
     assert (stream.num_requests, stream.duration_s) == (None, 30)
 
 
+@pytest.mark.parametrize("field", ["arrivals", "duration_s", "num_requests"])
+def test_a_field_of_the_plan_leaves_the_rest_of_the_traffic(tmp_path: Path, field: str) -> None:
+    """Twenty prefixes of 3,000 tokens, bursts, and a client that sends at most 50 at once stay."""
+    content = "content: {kind: shared_prefix, groups: 20, prefix_tokens: 3000}\n  max_concurrency: 50\n"
+    text = MINIMAL.replace("kind: poisson,", "kind: gamma, burstiness: 0.5,") + f"  {content}"
+    plain = load(written(tmp_path, text)).open_loop().stages[0].streams[0]
+    value = {"arrivals": "poisson", "duration_s": 60, "num_requests": 7}[field]
+    planned = load(written(tmp_path, text), {f"plan.{field}": value}).open_loop().stages[0].streams[0]
+    assert (planned.content, planned.max_concurrency) == (plain.content, 50)
+    assert planned.arrivals == (
+        plain.arrivals if field != "arrivals" else Poisson(kind="poisson", request_rate=1)
+    )
+
+
 def test_overrides_replace_single_fields() -> None:
     overrides = {
         "engine.max_num_seqs": 128,
