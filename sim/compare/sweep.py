@@ -7,7 +7,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -21,8 +21,9 @@ from servecast.sim.report.answer import Answer
 from servecast.sim.report.progress import progress_bar
 from servecast.sim.report.text import table
 from servecast.sim.run.results import check_output, measured, write_result, write_table
-from servecast.sim.run.simulation import simulate
+from servecast.sim.run.simulation import at_rate, simulate
 from servecast.sim.scenario.scenario import Scenario
+from servecast.sim.traffic.trace_notes import trace_notes
 
 Backend = Literal["loky", "dask", "ray"]
 Document = dict[str, Any]
@@ -117,11 +118,13 @@ class Swept(Answer):
         documents: each cell's result in the grid's order, or its error.
         reused: how many cells were there before.
         summary: the file of the table.
+        notes: what was done with the scenario's traces.
     """
 
     documents: tuple[Document, ...]
     reused: int
     summary: Path
+    notes: tuple[str, ...] = ()
 
     @property
     def failed(self) -> int:
@@ -158,6 +161,7 @@ class Swept(Answer):
             "reused": self.reused,
             "failed": self.failed,
             "summary": str(self.summary),
+            "notes": list(self.notes),
             "rows": _without_nan(self.table).to_dict("records"),
         }
 
@@ -170,7 +174,7 @@ class Swept(Answer):
         return (
             f"{table(columns, _without_nan(found[columns]).to_numpy().tolist())}\n"
             f"{len(self.documents)} cells, {self.reused} were there already, {self.failed} failed\n"
-            f"Summary: {self.summary}"
+            f"Summary: {self.summary}" + "".join(f"\nnote: {note}" for note in self.notes)
         )
 
 
@@ -229,7 +233,15 @@ def sweep(
             progress=lambda done: advance(done / len(cells), f"{done} of {len(cells)} cells"),
         )
     write_table(swept.summary, swept.table)
-    return swept
+    return replace(swept, notes=tuple(_trace_notes(scenario, rates, num_requests)))
+
+
+def _trace_notes(scenario: Scenario, rates: Sequence[float], num_requests: int) -> list[str]:
+    """What was done with the scenario's traces, nothing where it has no traffic at one rate."""
+    try:
+        return trace_notes(at_rate(scenario, rates[0], num_requests) if rates else scenario.stages())
+    except InputError:  # which the cells tell
+        return []
 
 
 def _run(

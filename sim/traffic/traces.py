@@ -108,7 +108,8 @@ class Format:
     """How a kind of trace is written.
 
     seconds_per_unit: of its times; None: dates, or numbers whose unit their size tells. block_tokens: that a
-    hash id stands for. exact: the last block has an id, too, where it is not full.
+    hash id stands for. exact: the last block has an id, too, where it is not full. every_block: all full ones
+    have one.
     """
 
     container: Container
@@ -116,6 +117,7 @@ class Format:
     seconds_per_unit: float | None = None
     block_tokens: int = 16
     exact: bool = False
+    every_block: bool = False
 
 
 _LENGTHS = {"timestamp": "timestamp", "input_tokens": "input_length", "output_tokens": "output_length"}
@@ -124,7 +126,10 @@ FORMATS: dict[str, Format] = {
         "jsonl", Columns(**_LENGTHS, hash_ids="hash_ids"), 1e-3, MOONCAKE_BLOCK_TOKENS, exact=True
     ),
     "bailian": Format(
-        "jsonl", Columns(**_LENGTHS, hash_ids="hash_ids", session="chat_id", parent="parent_chat_id"), 1.0
+        "jsonl",
+        Columns(**_LENGTHS, hash_ids="hash_ids", session="chat_id", parent="parent_chat_id"),
+        1.0,
+        every_block=True,
     ),
     "timed_trace": Format("jsonl", Columns(**_LENGTHS, hash_ids="hash_ids"), 1.0),
     "llmservingsim": Format(
@@ -179,7 +184,9 @@ class _Records:
                 None,
             )
             fix = "Is the line cut off, or the file of another format? Correct or remove it."
-            if "conversations" in record:
+            if any(str(key).startswith(("{", "[")) for key in record):
+                fix = "The file is JSON: its format is one of JSON lines, as mooncake or jsonl."
+            elif "conversations" in record:
                 fix = "Conversations as in ShareGPT have no times and no lengths: count their tokens first."
             elif other is not None:
                 fix = f"Its columns are those of the format {other}."
@@ -276,8 +283,11 @@ class _Records:
         if self.times and not self.hash_ids:
             raise self.error(f"{name} is given for some requests only")
         blocks = -(-prompt // block)
-        if len(ids) > blocks or (self.form.exact and len(ids) != blocks):
+        few = self.form.every_block and len(ids) < prompt // block
+        if few or len(ids) > blocks or (self.form.exact and len(ids) != blocks):
             fix = "Give the file's block size as block_tokens."
+            if few and len(ids) == -(-prompt // MOONCAKE_BLOCK_TOKENS):
+                fix = "Blocks of 512 tokens fit: is it a Mooncake trace? Its format is mooncake."
             if self.form.exact and len(ids) in (-(-prompt // 16), prompt // 16):
                 fix = "Blocks of 16 tokens fit: is it a Bailian trace? Its format is bailian."
             raise self.error(f"{len(ids)} {name} for {prompt} tokens in blocks of {block}", fix)
