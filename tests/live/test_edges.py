@@ -361,7 +361,7 @@ def test_the_gpu_that_is_visible_is_read(
 def driven(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
     """A short load, driven against a server that is not vLLM."""
     monkeypatch.setenv("FAKE_SCENARIO", str(file))
-    monkeypatch.setattr(live_drive, "gpu_sampler", lambda: Sampler(lambda: {"power_w": 70.0}, 0.05))
+    monkeypatch.setattr(live_drive, "gpu_sampler", lambda: Sampler(lambda: {"power_w": 70.0}, 0.001))
     scenario = load(file)
     deployment = Deployment.of(scenario)
     asked = Loads(deployment, max_rate=10.0, duration_s=3.0).at_rate(10.0, "rate")
