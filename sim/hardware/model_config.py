@@ -100,7 +100,9 @@ def shape_fields(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     dtype_bytes = _dtype_bytes(config, where)
     quantization = read_quantization(config, dtype_bytes, where)
     sliding = _sliding_layers(file, family, layers)
-    mixture = {} if family.experts is None else _mixture(file, family.experts, layers)
+    mixture = (
+        _no_mixture(file, model_type) if family.experts is None else _mixture(file, family.experts, layers)
+    )
     dense_width = "intermediate_size" if family.experts is None else family.experts.dense_width
     has_dense = mixture.get("moe_layers", 0) < layers
     intermediate = file.count(dense_width) if has_dense or dense_width in config else 1
@@ -169,6 +171,18 @@ def _family(config: Mapping[str, Any], where: str) -> Family:
             fix=f"{near} Use one of {', '.join(FAMILIES)}.".strip(),
         )
     return found
+
+
+def _no_mixture(file: _File, model_type: str) -> dict[str, int]:
+    """Of a dense family, whose config must not speak of experts."""
+    for name in ("num_local_experts", "num_experts", "n_routed_experts"):
+        if file.config.get(name) not in (None, 0, 1):
+            raise InputError(
+                f"{name} = {_short(file.config[name])}, but models of type {model_type!r} have no experts",
+                where=file.where,
+                fix="Correct model_type, or remove the field.",
+            )
+    return {}
 
 
 def _mixture(file: _File, experts: Experts, layers: int) -> dict[str, int]:
