@@ -1,4 +1,4 @@
-"""Builds the compiled engine; where that fails, the same source runs interpreted."""
+"""Builds the compiled engine; where that fails, the one of sim/engine/scheduler.py runs in its place."""
 
 from Cython.Build import cythonize
 from setuptools import Extension, setup
@@ -8,6 +8,7 @@ CORE = Extension(
     ["sim/engine/core.py"],
     # Sums keep their order and their roundings: no fused multiply and add, no -ffast-math.
     extra_compile_args=["-O2", "-g0", "-ffp-contract=off"],
-    optional=True,
 )
-setup(ext_modules=cythonize([CORE], build_dir="build"))
+(BUILT,) = cythonize([CORE], build_dir="build")
+BUILT.optional = True  # of the extension that cythonize makes of CORE, which does not take this over
+setup(ext_modules=[BUILT])

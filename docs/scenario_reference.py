@@ -60,6 +60,8 @@ def _section(name: str, definition: Schema, definitions: Schema) -> str:
     for field, prop in fields_of(definition).items():
         shown, default = _type(prop, definitions), prop.get("default")
         standard = "" if default is None else f"`{_yaml(default)}`"
+        if "\n" in standard:  # a whole object: its own section has the defaults
+            standard = "its own"
         if field in required:
             standard = "required"
         meaning = "Which form this is." if field == "kind" else _prose(prop["description"])

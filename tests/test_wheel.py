@@ -41,15 +41,22 @@ for name in getattr(servecast, "__all__", ()):
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy, so that no earlier build can lend it a file."""
-    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the tree, so that no earlier build can lend a file."""
+    source = tmp_path_factory.mktemp("source")
     for file in REPOSITORY.iterdir():
         if file.is_file():
             shutil.copy(file, source)
     for folder in FOLDERS.values():
         ignored = shutil.ignore_patterns("__pycache__", "*.so")
         shutil.copytree(REPOSITORY / folder, source / folder, ignore=ignored)
+    return source
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from that copy."""
+    out = tmp_path_factory.mktemp("wheel")
     run(sys.executable, "-c", BUILD, str(out), cwd=source)
     (path,) = out.iterdir()
     return path
@@ -69,10 +76,16 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-def run(program: str | Path, *arguments: str, cwd: Path, given: str | None = None) -> str:
+def run(program: str | Path, *arguments: str, cwd: Path, given: str | None = None, **env: str) -> str:
     """What a program prints."""
     done = subprocess.run(
-        [str(program), *arguments], cwd=cwd, input=given, capture_output=True, text=True, check=False
+        [str(program), *arguments],
+        cwd=cwd,
+        input=given,
+        env=os.environ | env,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -93,6 +106,15 @@ def test_the_wheel_has_every_file_of_the_tree_and_no_other(wheel: Path) -> None:
     compiled = {name for name in files_in(wheel) if name.endswith(".so")}
     assert files_in(wheel) - compiled == tree
     assert [name.partition(".")[0] for name in compiled] == ["servecast/sim/engine/core"] * COMPILER
+
+
+@pytest.mark.usefixtures("wheel")  # which has translated the core to C
+def test_without_a_compiler_it_is_built_without_the_core(source: Path, tmp_path: Path) -> None:
+    told = run(
+        sys.executable, "setup.py", "build_ext", "-b", str(tmp_path), "-f", cwd=source, CC="/no/such/cc"
+    )
+    assert "/no/such/cc" in told
+    assert not list(tmp_path.rglob("*.so"))
 
 
 def test_the_wheel_brings_its_licence_and_those_of_its_data(wheel: Path) -> None:

@@ -96,4 +96,4 @@ def _wrapped(text: str) -> str:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(sys.argv[1:] or sys.exit(__doc__))

@@ -35,7 +35,7 @@ class GpuSpec(Model):
     """The GPU, by its name or by a file."""
 
     name: str | None = None
-    """Name in the catalogue (``sim/hardware/gpu.py``)."""
+    """Name in the catalogue (``servecast gpus``)."""
     file: InputFile | None = None
     """YAML or JSON file that describes a GPU of your own."""
     per_node: Count = 8

@@ -102,7 +102,7 @@ def parse(model: type[M], data: Any, *, source: str, folder: Path | None = None)
         details = error.errors(include_url=False)
         what, fix, path = _explain(details[0], data)
         if len(details) > 1:
-            fix += f" ({len(details) - 1} more mistakes after this one.)"
+            fix += f" ({len(details) - 1} more after this one.)"
         raise InputError(what, where=f"{source}: {path}" if path else source, fix=fix) from None
 
 

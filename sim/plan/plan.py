@@ -98,7 +98,7 @@ class PlanAnswer(Answer):
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """What the prediction rests on: measured, scaled or physics only, profile, parameters, memory."""
+        """What the prediction rests on: its basis, profile, parameters, memory."""
         provenance: dict[str, Any] = self.context["provenance"]
         return provenance
 

@@ -32,7 +32,7 @@ class EngineFlags(Model):
     dtype: Literal["auto", "bfloat16", "float16", "half", "float32", "float"] = "auto"
     """As ``--dtype``."""
     quantization: str | None = None
-    """As ``--quantization``. fp8 weights count one byte, all others two."""
+    """As ``--quantization``: fp8, or the method of an fp8 ``config.json``. Others are refused."""
     kv_cache_dtype: Literal["auto", "bfloat16", "float16", "fp8", "fp8_e4m3", "fp8_e5m2"] = "auto"
     """As ``--kv-cache-dtype``. fp8 counts one byte an element."""
     tensor_parallel_size: Count = 1
@@ -86,7 +86,7 @@ class EngineFlags(Model):
     max_cudagraph_capture_size: Count | None = None
     """Largest batch with a CUDA graph. Default, as vLLM picks it."""
     stream_interval: Count = 1
-    """As ``--stream-interval``. Accepted; every token is streamed."""
+    """As ``--stream-interval``. Every token is streamed all the same, which a note says."""
     batch_wait_s: NonNegative = 0.05
     """How long static batching waits for a batch to fill."""
 

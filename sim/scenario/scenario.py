@@ -82,7 +82,7 @@ class ModelSpec(Model):
     """The model, by its config."""
 
     config: str
-    """Name of a shipped model config, or the path of a Hugging Face ``config.json``."""
+    """Name of a shipped config (``servecast models``), or the path of a Hugging Face ``config.json``."""
 
 
 class RunContext(Model):
@@ -148,9 +148,9 @@ class Scenario(Model):
     gpu: GpuSpec
     """The GPU of one rank."""
     profile: str | None = None
-    """Name of a shipped profile, or the path of one or of a GPU's constants. Without it, and with
-    ``kernels``, timings of vLLM's own kernels on this GPU, or on the nearest that was timed, scaled by peaks
-    and bandwidth; ``physics`` for typical efficiencies. Results say which."""
+    """Name of a shipped profile (``servecast profiles``), or the path of one or of a GPU's constants. Without
+    it, and with ``kernels``, timings of vLLM's own kernels on this GPU, or on the nearest that was timed,
+    scaled by peaks and bandwidth; ``physics`` for typical efficiencies. Results say which."""
     engine: Annotated[EngineFlags, AfterValidator(checked)]
     """The engine's flags."""
     fleet: Fleet = Fleet()

@@ -137,6 +137,11 @@ class Vllm:
             )
         if command is not None and command.ignored:
             notes.append(f"flags without effect here: {', '.join(command.ignored)}")
+        if flags.stream_interval > 1:
+            notes.append(
+                f"stream_interval {flags.stream_interval} is not modelled: every token is streamed, so gaps "
+                "between tokens are shorter, and the front end does more"
+            )
         return tuple(notes)
 
     def extra_error(self, flags: EngineFlags) -> float:

@@ -188,6 +188,13 @@ def test_shipped_configs_are_found_in_any_case(tmp_path: Path) -> None:
     assert scenario.profile_file() is None
 
 
+def test_tokens_that_would_be_streamed_in_lots_are_told(tmp_path: Path) -> None:
+    scenario = load(written(tmp_path, MINIMAL), {"engine.stream_interval": 4})
+    (note,) = scenario.notes
+    assert note.startswith("stream_interval 4 is not modelled: every token is streamed")
+    assert load(written(tmp_path, MINIMAL), {"engine.stream_interval": 1}).notes == ()
+
+
 def test_a_pasted_command_is_engine_configuration(tmp_path: Path) -> None:
     command = (
         '{version: "0.32", command: "vllm serve q --max-num-seqs 64 --no-enable-prefix-caching --port 80"}'
