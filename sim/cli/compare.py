@@ -59,7 +59,7 @@ def compare(
         seeds=seeds,
         stage=stage,
         request_rate=load.request_rate,
-        num_requests=load.num_requests,
+        num_requests=load.count,
         jobs=jobs,
         progress=sys.stderr.isatty(),
     )

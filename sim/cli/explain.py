@@ -33,7 +33,7 @@ def explain(
         what_if.load(scenario),
         statistic=statistic,
         request_rate=load.request_rate,
-        num_requests=load.num_requests,
+        num_requests=load.count,
         stage=stage,
     )
     return show(found, json=json)

@@ -79,11 +79,26 @@ class Load:
 
     Attributes:
         request_rate: requests a second, of the traffic that plan probes.
-        num_requests: how many requests at that rate.
+        num_requests: how many requests at that rate, 1000 without it.
     """
 
     request_rate: float | None = None
-    num_requests: int = 1000
+    num_requests: int | None = None
+
+    @property
+    def count(self) -> int:
+        """How many requests at the rate.
+
+        Raises:
+            InputError: a number without a rate, which would change nothing.
+        """
+        if self.num_requests is not None and self.request_rate is None:
+            raise InputError(
+                f"{self.num_requests} requests at no rate: the scenario's own workload has its own number",
+                where="--num-requests",
+                fix="Give --request-rate with it, or --set workload.num_requests=...",
+            )
+        return 1000 if self.num_requests is None else self.num_requests
 
 
 def assignment(text: str, *, where: str = "--set") -> tuple[str, Any]:

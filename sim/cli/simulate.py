@@ -83,7 +83,7 @@ def simulate(
     found = simulation.simulate(
         what_if.load(scenario),
         request_rate=load.request_rate,
-        num_requests=load.num_requests,
+        num_requests=load.count,
         percentiles=ranks,
         warmup=warmup,
         detailed=files.save_detailed,

@@ -18,3 +18,8 @@ class InputError(ValueError):
 
     def __str__(self) -> str:
         return f"{self.where}: {self.what}. {self.fix}"
+
+
+def reason(error: Exception) -> str:
+    """What went wrong: of the system's errors without their number, and the path that ``where`` has."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)

@@ -101,8 +101,9 @@ def parse(model: type[M], data: Any, *, source: str, folder: Path | None = None)
     except ValidationError as error:
         details = error.errors(include_url=False)
         what, fix, path = _explain(details[0], data)
-        if len(details) > 1:
-            fix += f" ({len(details) - 1} more after this one.)"
+        more = len({_place(each["loc"], data) for each in details}) - 1  # a union has one for each of its forms
+        if more > 0:
+            fix += f" ({more} more after this one.)"
         raise InputError(what, where=f"{source}: {path}" if path else source, fix=fix) from None
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from servecast.sim.inputs.errors import InputError
+from servecast.sim.inputs.errors import InputError, reason
 
 
 class _Loader(yaml.SafeLoader):
@@ -44,7 +44,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot be read: {error}", where=str(path), fix="Give a readable file.") from None
+        raise InputError(
+            f"cannot be read: {reason(error)}", where=str(path), fix="Give a readable file."
+        ) from None
     return parse_yaml(text, source=str(path))
 
 

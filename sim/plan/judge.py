@@ -169,6 +169,7 @@ def _goodput_verdict(
 
 
 def _reason(verdict: JudgedObjective) -> str:
-    value, limit = f"{verdict.value.estimate:.4g}", f"{verdict.limit:g}"
+    estimate = verdict.value.estimate
+    value, limit = f"{estimate:{'.0f' if estimate >= 1000 else '.4g'}}", f"{verdict.limit:g}"
     relation = "misses" if verdict.state == "fail" else "is too close to"
     return f"{verdict.objective}: {value} {relation} {limit}"

@@ -73,7 +73,7 @@ class PrefixSlots:
         lines = [
             f"{self.kv_tokens:,} KV tokens a replica, less {self.in_flight:.1f} requests in flight x "
             f"{self.own_tokens:,.0f} tokens of their own: {self.slots_per_replica} slots of "
-            f"{self.prefix_tokens:,}, {self.slots} in {self.replicas} replicas",
+            f"{self.prefix_tokens:,}, {self.slots} in {self.replicas} replica{'s' * (self.replicas > 1)}",
             f"{self.groups} prefixes ({self.groups * self.prefix_tokens:,} tokens): " + _fill(self.overfill),
         ]
         if self.replicas > 1:

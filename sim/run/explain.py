@@ -123,6 +123,10 @@ def explain(
     Raises:
         InputError: the scenario cannot be made concrete, or no request finished.
     """
+    if statistic == "std":
+        raise InputError(
+            "std is a spread, not a time to explain", where="statistic", fix="Give p95, max or mean."
+        )
     deployment = Deployment.of(scenario)
     workload = scenario.stages() if request_rate is None else at_rate(scenario, request_rate, num_requests)
     run = simulate(deployment, seed=seed, workload=workload)

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from servecast.sim.fleet.spec import Fleet
-from servecast.sim.inputs.errors import InputError
+from servecast.sim.inputs.errors import InputError, reason
 from servecast.sim.inputs.files import write_whole
 from servecast.sim.metrics.fleet_load import fleet_load
 from servecast.sim.metrics.metrics import latencies, summary
@@ -269,7 +269,7 @@ def read_result(path: Path) -> dict[str, Any]:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(
-            f"cannot be read: {error}", where=str(path), fix="Give a result's JSON file."
+            f"cannot be read: {reason(error)}", where=str(path), fix="Give a result's JSON file."
         ) from None
     if not isinstance(document, dict):
         raise InputError("is not a JSON object", where=str(path), fix="Give a result's JSON file.")

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from servecast.sim.inputs.errors import InputError
+from servecast.sim.inputs.errors import InputError, reason
 from servecast.sim.traffic.timestamps import read_date, read_number, unit_of
 
 MOONCAKE_BLOCK_TOKENS = 512
@@ -386,7 +386,9 @@ def _lines(records: _Records) -> Iterator[str]:
                 yield line
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
-            f"cannot be read: {error}", where=str(records.path), fix="Give a readable UTF-8 text file."
+            f"cannot be read: {reason(error)}",
+            where=str(records.path),
+            fix="Give a readable UTF-8 text file.",
         ) from None
 
 

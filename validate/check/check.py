@@ -134,7 +134,9 @@ class Checked(Answer):
             count = len(self.findings) or "no"
             missing = self.not_asked
             known = f"{len(self.rules) - len(missing)} of {len(self.rules)} rules"
-            parts.append(f"{count} findings ({self.rows} rows, {known})")
+            parts.append(
+                f"{count} finding{'s' * (count != 1)} ({self.rows} row{'s' * (self.rows != 1)}, {known})"
+            )
             bounded = any(level.hardware is not None for level in self.report.levels)
             parts += _asked_text(self.rules, missing, bounded=bounded)
         else:

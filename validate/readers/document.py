@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from servecast.sim.inputs.errors import InputError
+from servecast.sim.inputs.errors import InputError, reason
 
 
 def values_of(path: Path) -> list[Any]:
@@ -23,7 +23,9 @@ def values_of(path: Path) -> list[Any]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
-            f"cannot be read: {error}", where=str(path), fix="Give a result's JSON, JSONL or YAML file."
+            f"cannot be read: {reason(error)}",
+            where=str(path),
+            fix="Give a result's JSON, JSONL or YAML file.",
         ) from None
     if not text.strip():
         raise InputError("is empty", where=str(path), fix="Give a result's JSON, JSONL or YAML file.")

@@ -200,6 +200,19 @@ CASES = [
         "prompt_tokens should be greater than or equal to 1, not 0",
     ),
     scenario(
+        "a mistake in a field of two forms is one mistake",
+        {"engine.max_model_len": -2},
+        "engine.max_model_len",
+        "max_model_len should be greater than or equal to 1, not -2",
+    ),
+    scenario(
+        "two mistakes",
+        {"engine.max_model_len": 0, "fleet.replicas": 1.5},
+        "engine.max_model_len",
+        "max_model_len should be greater than or equal to 1, not 0",
+        "Correct it. (1 more mistake after this one.)",
+    ),
+    scenario(
         "fractional count",
         {"fleet.replicas": 1.5},
         "fleet.replicas",

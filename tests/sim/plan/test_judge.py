@@ -42,6 +42,12 @@ def test_one_run_is_judged_by_its_value_alone() -> None:
     assert judge(taking(99.0), TTFT, 0.95).state == "inconclusive"
 
 
+def test_values_are_written_out_whatever_their_size() -> None:
+    """As the table beside them writes them: 78033, not 7.803e+04."""
+    for value, said in ((78032.6, "78033"), (1000.2, "1000"), (120.04, "120")):
+        assert judge(taking(value), TTFT, CERTAIN).reasons == (f"ttft:p95:100: {said} misses 100",)
+
+
 def test_shares() -> None:
     """960 of 1,000 are good where 900 must be: 40 of the 100 that may be bad."""
     runs = [Observation((), good, 500, None) for good in (470, 490)]

@@ -334,6 +334,6 @@ def test_it_says_which_rules_could_be_asked(tmp_path: Path) -> None:
     asked = set(report.rules) - report.not_asked.keys()
     assert asked == {"littles-law", "few-waves", "wall-time", "zero-latency"}
     assert report.not_asked["roofline-throughput"] == "tokens/s, --model-config and --gpu"
-    assert "(1 rows, 4 of 23 rules)" in report.to_text()
+    assert "(1 row, 4 of 23 rules)" in report.to_text()
     assert "Asked: wall-time, littles-law, few-waves, zero-latency" in report.to_text()
     assert report.to_json()["not_asked"] == report.not_asked
