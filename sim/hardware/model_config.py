@@ -121,6 +121,7 @@ def shape_fields(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         "mlp_products": 3 if family.gated else 2,
         "qk_norm": family.qk_norm != "no" and file.says(family.qk_norm_field or True),
         "norms_per_layer": config[family.norms] if isinstance(family.norms, str) else family.norms,
+        "qk_norm_over_ranks": family.qk_norm == "all" and file.says(family.qk_norm_field or True),
         "dtype_bytes": dtype_bytes,
         "weight_bytes_each": quantization.weight_bytes,
         "weight_block": quantization.block,
@@ -231,7 +232,7 @@ def _other_weights(file: _File, family: Family, sizes: Mapping[str, Any]) -> int
     total = 0 if family.final_norm else -hidden
     if family.norm_bias:
         total += (layers * sizes["norms_per_layer"] + 1) * hidden
-    if sizes["qk_norm"] and family.qk_norm == "all":
+    if sizes["qk_norm"] and family.qk_norm in ("heads", "all"):
         total += layers * (sizes["heads"] + sizes["kv_heads"] - 2) * sizes["head_dim"]
     total += sizes["vocab_size"] if family.head_bias else 0
     total += layers * sizes["heads"] if family.sinks else 0

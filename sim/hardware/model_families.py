@@ -41,7 +41,8 @@ class Family:
     """What a ``model_type`` implies. A text names the field of the file that says it.
 
     Attributes:
-        qk_norm: of query and key, on each head or on all heads together. norms: in a layer.
+        qk_norm: of query and key: on each head with the same weights ("head") or with its own ("heads"), or
+            on all heads together, about which ranks tell each other ("all"). norms: in a layer.
         tied: when tie_word_embeddings is absent. gated: gate and up projections, not one.
         sliding: which layers slide where there are no layer_types: "no", "all" (if there is a
             sliding_window), "qwen" (use_sliding_window), or all but every n-th.
@@ -51,7 +52,7 @@ class Family:
     qkv_bias: bool | str = "attention_bias"
     out_bias: bool | str = "attention_bias"
     mlp_bias: bool | str = False
-    qk_norm: Literal["no", "head", "all"] = "no"
+    qk_norm: Literal["no", "head", "heads", "all"] = "no"
     qk_norm_field: str = ""
     norms: int | str = 2
     norm_bias: bool = False
@@ -154,7 +155,7 @@ FAMILIES: Mapping[str, Family] = {
         gated=False,
         sliding="all",
     ),
-    "cohere": Family(qk_norm="all", qk_norm_field="use_qk_norm", norms=1, tied=True),
+    "cohere": Family(qk_norm="heads", qk_norm_field="use_qk_norm", norms=1, tied=True),
     "cohere2": Family(norms=1, tied=True, sliding=4),
     "glm": Family(out_bias=False),
     "glm4": Family(out_bias=False, norms=4),

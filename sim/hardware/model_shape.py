@@ -25,7 +25,7 @@ _NO_TIME = (  # fields that take no time in a step
     "notes",
 )
 _BESIDE = "hf_quant_config.json"
-_KERNELS_DENSE = 10  # 2 norms, 4 matrix products, rotary, KV write, attention, activation
+KERNELS_DENSE = 10  # 2 norms, 4 matrix products, rotary, KV write, attention, activation
 _KERNELS_MOE = 5  # router, top-k, alignment and the second grouped product's sum, beyond a dense layer's
 
 
@@ -39,6 +39,7 @@ class ModelShape:
     Attributes:
         max_position_embeddings: longest context; ``longest_context`` says what vLLM makes of it, of
             ``yarn_positions`` and of ``default_positions``.
+        qk_norm_over_ranks: q and k are normed over all heads together, so that ranks tell each other sums.
         mlp_products: 3 with a gate, 2 without. shared_expert_size: width of what all tokens pass in a layer
             with experts.
         other_weights: small ones of all layers, beyond those that the fields above imply.
@@ -61,6 +62,7 @@ class ModelShape:
     out_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    qk_norm_over_ranks: bool = False
     norms_per_layer: int = 2
     dtype_bytes: int = 2
     weight_bytes_each: int = 2
@@ -201,7 +203,7 @@ class ModelShape:
     def kernels(self) -> int:
         """GPU kernels of one forward pass: about ten a layer, more with q/k norms, extra norms or experts."""
         extra = (2 if self.qk_norm else 0) + self.norms_per_layer - 2
-        return self.layers * (_KERNELS_DENSE + extra) + self.moe_layers * _KERNELS_MOE
+        return self.layers * (KERNELS_DENSE + extra) + self.moe_layers * _KERNELS_MOE
 
     # -- attention ---------------------------------------------------------------------------------
 

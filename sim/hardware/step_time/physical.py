@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from typing import ClassVar, Literal, Protocol
 
 from servecast.sim.engine.core import StepCosts
+from servecast.sim.hardware.model_shape import KERNELS_DENSE
 from servecast.sim.hardware.shard import Shard
 from servecast.sim.inputs.errors import InputError
 
@@ -120,9 +121,9 @@ class Efficiencies:
         host_per_seq_s: the same per scheduled request, s. 5e-6: assumed.
         link: share of the link's bandwidth in large all-reduces. 0.8: assumed.
         allreduce_s: latency of one small all-reduce, s. 10e-6: assumed, NVLink; more over PCIe.
-        eager_layer_s: time that the host takes to launch one layer's kernels where no CUDA graph does, s: a
-            step of more tokens than the largest graph is never shorter than that for all layers. 0: not bound
-            by it.
+        eager_layer_s: time that the host takes to launch the kernels of a plain dense layer where no CUDA
+            graph does, s: a step of more tokens than the largest graph is never shorter than that for all
+            kernels. 0: not bound by it.
         by_kernel: what the kinds of kernels cost beyond that, where they were timed one by one.
     """
 
@@ -181,7 +182,8 @@ class PhysicalStepTime:
     - attention_decode: KV read, and a fixed cost per decode and layer. Beside prompt chunks, FlashAttention 2
       (compute capability 8 and 12) pads the one query row of a decode to a tile, which costs a tile's FLOPs
     - lm_head, sampler: by sampled row
-    - all_reduce: two a layer and the gathered logits, under tensor parallelism
+    - all_reduce: two a layer, a small one more where q and k are normed over all heads together, and the
+      gathered logits, under tensor parallelism
 
     Tokens are padded up to the next CUDA-graph size while there is one, as vLLM pads pure decode steps (full
     graphs) and mixed ones (piecewise graphs).
@@ -227,7 +229,7 @@ class PhysicalStepTime:
             self._kernels_s = floors + model.small_kernels * eff.kernel_s
             self._chunk_token_s = shard.attention_bytes_per_token * costs.attention_passes / gpu.bandwidth
         self._graphed = shard.cudagraph_sizes[-1] if shard.cudagraph_sizes else 0  # most tokens in a graph
-        self._eager_s = model.layers * eff.eager_layer_s
+        self._eager_s = model.kernels / KERNELS_DENSE * eff.eager_layer_s
         self._by_tokens: dict[int, float] = {}
         self._by_rows: dict[int, float] = {}
 
@@ -386,9 +388,10 @@ class PhysicalStepTime:
             "elementwise": moved / (self._gpu.bandwidth * eff.bandwidth),
         }
         if self._ranks > 1:
-            parts["all_reduce"] = (
-                2 * model.layers * self._all_reduce(padded * model.hidden_size * model.dtype_bytes)
-            )
+            layer = 2 * self._all_reduce(padded * model.hidden_size * model.dtype_bytes)
+            if model.qk_norm_over_ranks:  # MiniMaxText01RMSNormTP.forward_qk: two fp32 sums a token
+                layer += self._all_reduce(padded * 8)
+            parts["all_reduce"] = model.layers * layer
         return parts
 
     def _row_parts(self, rows: int) -> dict[str, float]:

@@ -23,7 +23,9 @@ TENSOR_PARALLEL = {
     name: [
         tp
         for tp in (1, 2, 4, 8)
-        if shape.heads % tp == 0 and (shape.kv_heads % tp == 0 or tp % shape.kv_heads == 0)
+        if shape.heads % tp == 0
+        and (shape.kv_heads % tp == 0 or tp % shape.kv_heads == 0)
+        and not (shape.weight_block and shape.expert_intermediate_size // tp % shape.weight_block)
     ]
     for name, shape in SHAPES.items()
 }
@@ -234,3 +236,17 @@ def test_a_prompt_outside_the_graphs_is_never_faster_than_the_host_launches_its_
     assert bound.seconds(decode(8)) == free.seconds(decode(8))
     without = PhysicalStepTime(replace(shard, cudagraph_sizes=()), Efficiencies(eager_layer_s=1e-3))
     assert without.seconds(decode(8)) == pytest.approx(24e-3)  # --enforce-eager
+    experts = Shard(SHAPES["Qwen3-30B-A3B"], find_gpu("H100"), 1, cudagraph_sizes=(1, 2, 4, 8))
+    launched = PhysicalStepTime(experts, Efficiencies(eager_layer_s=1e-3)).seconds(prompt)
+    assert launched == pytest.approx(48 * 1.7e-3)  # 17 kernels a layer, with q and k norms and experts
+
+
+def test_norms_over_all_heads_cost_a_small_all_reduce_a_layer() -> None:
+    """62 layers; 8 bytes a token, so little more than the latency."""
+    together, efficiencies = SHAPES["MiniMax-M2.5"], Efficiencies(allreduce_s=10e-6)
+    apart = replace(together, qk_norm_over_ranks=False)
+    seconds = [
+        PhysicalStepTime(Shard(shape, find_gpu("H200"), 4), efficiencies).seconds(decode(8))
+        for shape in (together, apart)
+    ]
+    assert seconds[0] - seconds[1] == pytest.approx(62 * 10e-6, rel=0.02)
