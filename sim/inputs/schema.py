@@ -101,7 +101,7 @@ def parse(model: type[M], data: Any, *, source: str, folder: Path | None = None)
     except ValidationError as error:
         details = error.errors(include_url=False)
         what, fix, path = _explain(details[0], data)
-        more = len({_place(each["loc"], data) for each in details}) - 1  # a union has one for each of its forms
+        more = len({_place(each["loc"], data) for each in details}) - 1  # a union has one for each form
         if more > 0:
             fix += f" ({more} more after this one.)"
         raise InputError(what, where=f"{source}: {path}" if path else source, fix=fix) from None

@@ -210,7 +210,7 @@ CASES = [
         {"engine.max_model_len": 0, "fleet.replicas": 1.5},
         "engine.max_model_len",
         "max_model_len should be greater than or equal to 1, not 0",
-        "Correct it. (1 more mistake after this one.)",
+        "Correct it. (1 more after this one.)",
     ),
     scenario(
         "fractional count",
