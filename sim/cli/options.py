@@ -87,18 +87,23 @@ class Load:
 
     @property
     def count(self) -> int:
-        """How many requests at the rate.
+        """How many requests at the rate."""
+        return requests_at(self.request_rate, self.num_requests, "--request-rate")
 
-        Raises:
-            InputError: a number without a rate, which would change nothing.
-        """
-        if self.num_requests is not None and self.request_rate is None:
-            raise InputError(
-                f"{self.num_requests} requests at no rate: the scenario's own workload has its own number",
-                where="--num-requests",
-                fix="Give --request-rate with it, or --set workload.num_requests=...",
-            )
-        return 1000 if self.num_requests is None else self.num_requests
+
+def requests_at(rate: float | str | None, num_requests: int | None, flag: str) -> int:
+    """How many requests at the rate, which ``flag`` gives: 1000, unless ``num_requests`` says otherwise.
+
+    Raises:
+        InputError: a number without a rate, which would change nothing.
+    """
+    if num_requests is not None and rate is None:
+        raise InputError(
+            f"{num_requests} requests at no rate: the scenario's own workload has its own number",
+            where="--num-requests",
+            fix=f"Give {flag} with it, or --set workload.num_requests=...",
+        )
+    return 1000 if num_requests is None else num_requests
 
 
 def assignment(text: str, *, where: str = "--set") -> tuple[str, Any]:

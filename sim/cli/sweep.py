@@ -9,7 +9,7 @@ from typing import Annotated
 
 from cyclopts import Group, Parameter
 
-from servecast.sim.cli.options import WhatIf, assignments, check_jobs, numbers
+from servecast.sim.cli.options import WhatIf, assignments, check_jobs, numbers, requests_at
 from servecast.sim.cli.output import show
 from servecast.sim.compare import sweep as sweeping
 from servecast.sim.compare.sweep import Workers
@@ -23,7 +23,7 @@ def sweep(
     *,
     vary: list[str] | None = None,
     rates: str | None = None,
-    num_requests: int = 1000,
+    num_requests: int | None = None,
     seeds: int = 1,
     out: Path = Path("out/sweep"),
     resume: bool = False,
@@ -42,7 +42,7 @@ def sweep(
             combinations.
         rates: requests a second, as 5,10,20, of the traffic that plan probes, instead of the scenario's
             own workload.
-        num_requests: how many requests at each rate.
+        num_requests: how many requests at each rate, 1000 without it.
         seeds: how many seeds to run each cell with, from --seed on.
         out: folder for the results.
         resume: run only the cells that are not there yet.
@@ -53,7 +53,7 @@ def sweep(
         what_if.load(scenario),
         dict(assignments(text) for text in vary or ()),
         rates=() if rates is None else numbers(rates, where="--rates"),
-        num_requests=num_requests,
+        num_requests=requests_at(rates, num_requests, "--rates"),
         seeds=seeds,
         out=out,
         resume=resume,

@@ -191,7 +191,7 @@ def kv_memory(
     if blocks < needed:
         account = ", ".join(f"{line.name} {line.bytes / _GIB:+.2f} GiB" for line in lines if line.bytes)
         if needed * bytes_per_block > available + slack:
-            _refuse(blocks, block_size, longest, account)
+            _refuse(blocks, block_size, longest, account, given=kv_cache_memory_bytes is not None)
         warning = (
             f"the KV pool is estimated at {max(0, blocks - 1) * block_size:,} tokens, less than one sequence "
             f"of max_model_len {longest:,}, for which vLLM would not start. The account may be up to "
@@ -213,8 +213,12 @@ def _line(name: str, found: Estimate, origin: Origin = "assumed") -> MemoryLine:
     return MemoryLine(name, -found.bytes, origin, found.note, found.more, found.less)
 
 
-def _refuse(blocks: int, block_size: int, longest: int, account: str) -> NoReturn:
-    """Say that no sequence fits, not even with all that the account leaves open."""
+def _refuse(blocks: int, block_size: int, longest: int, account: str, *, given: bool) -> NoReturn:
+    """Say that no sequence fits, not even with all that the account leaves open; ``given``: by the user."""
+    if blocks < 2 and given:
+        raise InputError(
+            "no memory is left for KV blocks", where="kv_cache_memory_bytes", fix="Raise it, or leave it out."
+        )
     if blocks < 2:
         raise InputError(
             f"no memory is left for KV blocks: {account}",

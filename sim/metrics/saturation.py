@@ -98,6 +98,20 @@ def saturation(run: Run, *, start_s: float = 0.0) -> Saturation:
     )
 
 
+def lasts(run: Run) -> bool:
+    """Whether arrivals go on for twice as long as a request takes once it is scheduled (the median).
+
+    In a shorter run most requests are still under way at the last arrival, however few are sent, and what
+    it completes until then says nothing of what is served.
+    """
+    requests = run.requests
+    arrival = requests["arrival"].to_numpy(dtype=float)
+    started = requests["scheduled"].fillna(requests["first_token"])
+    served = (requests["finish"] - started).to_numpy(dtype=float)
+    known = served[~np.isnan(served)]
+    return not len(known) or float(arrival.max() - arrival.min()) > 2 * float(np.median(known))
+
+
 def pooled(replications: Sequence[Saturation]) -> Saturation:
     """One verdict over independent replications: their means, and the growths tested between them.
 

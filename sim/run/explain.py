@@ -8,7 +8,7 @@ from typing import Any
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.metrics.metrics import statistic
 from servecast.sim.metrics.records import Run
-from servecast.sim.metrics.saturation import saturation
+from servecast.sim.metrics.saturation import lasts, saturation
 from servecast.sim.metrics.slow_ttft import SlowTtft, largest, slow_ttft
 from servecast.sim.metrics.warmup import select
 from servecast.sim.report.answer import Answer
@@ -224,7 +224,7 @@ def _why(cause: str, slow: SlowTtft, run: Run, deployment: Deployment) -> tuple[
         found = [*found, more]
         if clients:
             found.append(f"--max-concurrency of the client, now {bound}")
-    if not bound and _open_loop(run) and (load := saturation(run)).saturated:
+    if not bound and _open_loop(run) and (load := saturation(run)).saturated and lasts(run):
         reasons.append(f"the load is more than is served: {load.reason}")
     if slow.at_start > slow.requests / 2 and slow.requests > 1:
         reasons.append(

@@ -13,7 +13,7 @@ from servecast.sim.hardware.error_band import Bands
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.metrics.metrics import steady_s, vllm_bench_text
 from servecast.sim.metrics.records import Run
-from servecast.sim.metrics.saturation import saturation
+from servecast.sim.metrics.saturation import lasts, saturation
 from servecast.sim.metrics.warmup import Warmup, select
 from servecast.sim.report.answer import Answer
 from servecast.sim.report.drawing import drawn
@@ -158,8 +158,9 @@ def _saturated_notes(run: Run, workload: Workload) -> list[str]:
             continue
         if requests["arrival"].nunique() < 2:
             continue
-        load = saturation(select(run, stage=index), start_s=float(requests["arrival"].min()))
-        if load.saturated:
+        part = select(run, stage=index)
+        load = saturation(part, start_s=float(requests["arrival"].min()))
+        if load.saturated and lasts(part):
             of = f" of stage {run.stages[index]}" if len(run.stages) > 1 else ""
             notes.append(
                 f"the load{of} is more than is served: {load.reason}; its latencies grow with its length"

@@ -340,6 +340,10 @@ def test_reproduce_prints_and_writes_the_object_of_every_cell(
         (["sweep", "TINY"], "--vary: nothing varies."),
         (["sweep", "TINY", "--vary", "x"], "--vary: 'x' is not of the form FIELD=VALUE."),
         (["sweep", "TINY", "--rates", "5,fast"], "--rates: '5,fast' is no list of numbers above 0."),
+        (
+            ["sweep", "TINY", "--seeds", "2", "--num-requests", "7"],
+            "Give --rates with it, or --set workload.",
+        ),
         (["sweep", "TINY", "--seeds", "0"], "--seeds: 0 is too few."),
         (["sweep", "TINY", "--seeds", "2", "--backend", "threads"], "--backend"),
         (["sweep", "TINY", "--seeds", "2", "--backend", "dask"], "--dask-scheduler: dask needs the address"),

@@ -162,6 +162,7 @@ def test_what_may_fit_is_a_warning() -> None:
     [
         ("Llama-3.1-70B-Instruct", "H100", {}, "131.4 GiB of weights, but one H100 has 79.2 GiB"),
         ("Llama-3.1-8B-Instruct", "RTX 5080", {}, "no memory is left for KV blocks: requested"),
+        ("Qwen3-8B", "H100", {"kv_cache_memory_bytes": 100}, "kv_cache_memory_bytes: no memory is left"),
         ("Llama-3.1-8B-Instruct", "RTX 4090", {"max_model_len": 131_072}, "a sequence up to 131072"),
         ("Qwen3-4B", "L4", {"gpu_memory_utilization": 1.2}, "1.2 is not a share"),
         ("Qwen3-4B", "L4", {"tensor_parallel_size": 5}, "cannot be split 5 ways"),

@@ -6,11 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 from small_scenarios import open_loop, scenario_file, small
 
 import servecast
 from servecast.__main__ import main
+from servecast.sim.metrics.records import Run
+from servecast.sim.metrics.saturation import lasts
 from servecast.sim.metrics.slow_ttft import PARTS
 from servecast.sim.run.explain import explain
 
@@ -98,3 +102,16 @@ def test_text_and_json_say_the_same(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert all(f"To change it: {each}" in text for each in document["advice"])
     assert main(["explain", str(path), "--max-num-seqs", "32", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["cause"] != "max_num_seqs"
+
+
+def test_a_run_shorter_than_its_answers_is_not_called_too_much() -> None:
+    """One answer takes 20 s: of arrivals over 30 s hardly any is done at the last one, over 50 s most are."""
+
+    def taking(over_s: float) -> Run:
+        arrival = np.linspace(0, over_s, 31)
+        requests = pd.DataFrame(
+            {"arrival": arrival, "scheduled": arrival, "first_token": arrival, "finish": arrival + 20}
+        )
+        return Run(requests, pd.DataFrame(), pd.DataFrame())
+
+    assert (lasts(taking(30)), lasts(taking(50))) == (False, True)
