@@ -169,7 +169,9 @@ def _goodput_verdict(
 
 
 def _reason(verdict: JudgedObjective) -> str:
-    estimate = verdict.value.estimate
+    estimate, high = verdict.value.estimate, verdict.value.high
     value, limit = f"{estimate:{'.0f' if estimate >= 1000 else '.4g'}}", f"{verdict.limit:g}"
-    relation = "misses" if verdict.state == "fail" else "is too close to"
-    return f"{verdict.objective}: {value} {relation} {limit}"
+    if verdict.state == "fail":
+        return f"{verdict.objective}: {value} misses {limit}"
+    spread = f" +-{high - estimate:.3g}" if math.isfinite(high - estimate) else ", of too few runs,"
+    return f"{verdict.objective}: {value}{spread} leaves {limit} open"
