@@ -836,7 +836,7 @@ def test_json_and_text_count_the_same_rows(tmp_path: Path, capsys: pytest.Captur
     path = tmp_path / "t.csv"
     path.write_text("concurrency,ttft_p50_ms\n1,20\n2,\n")
     assert main(["check", str(path)]) == 0
-    assert "(1 rows," in capsys.readouterr().out
+    assert "(1 row," in capsys.readouterr().out
     assert main(["check", str(path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["rows"] == 1
 
