@@ -149,7 +149,7 @@ class PlanAnswer(Answer):
         if found.headroom is not None:
             lines.append(
                 f"For {found.target_rate:g} requests/s: {found.replicas} of these, "
-                f"headroom {found.headroom:.2f}"
+                f"headroom {found.headroom - 1:.1%}"
             )
         if self.fleet_size is not None:
             lines.append(self.fleet_size.to_text())
