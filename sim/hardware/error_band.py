@@ -178,10 +178,8 @@ def _of_kernels(shard: Shard) -> Bands:
 
 def _of_family(shard: Shard, gpu_doublings: float) -> Bands:
     """From timings of another GPU's kernels: a guess, wider by how much the bandwidths differ."""
-    bands, more = max(_of_kernels(shard), KERNELS_ELSEWHERE, key=lambda each: each.tpot or 0), PER_DOUBLING
-    more *= _size(gpu_doublings)
-    wider = {name: getattr(bands, name) + more for name in ("tpot", "ttft", "throughput")}
-    return _with_rate(Bands(**wider, guessed=_ALL))
+    bands = KERNELS_MOE if shard.model.moe_layers else KERNELS_ELSEWHERE
+    return _with_rate(replace(bands, guessed=_ALL).wider(PER_DOUBLING * _size(gpu_doublings)))
 
 
 def _fitted(tpot: float | None, ttft: float) -> Bands:

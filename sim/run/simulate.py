@@ -57,16 +57,13 @@ def simulate(
         return _run(deployment, stages, seed, load)[0]
     workload = _own_workload(deployment) if workload is None else workload
     requests, before = CLOSED_LOOP_REQUESTS, 0
-    while True:
+    while True:  # one cannot tell beforehand how many requests a closed loop of some duration sends
         stages = draw(workload, seed, closed_loop=requests)
         run, ran_out = _run(deployment, stages, seed, _load(workload))
         drawn = sum(len(stream.requests) for stage in stages for stream in stage.streams)
         if not ran_out or drawn == before or requests > _MOST_REQUESTS:
             return run
-        requests, before = (
-            4 * requests,
-            drawn,
-        )  # of a closed loop one cannot tell beforehand how many it sends
+        requests, before = 4 * requests, drawn
 
 
 def _run(deployment: Deployment, stages: list[Stage], seed: int, load: dict[str, Any]) -> tuple[Run, bool]:

@@ -7,9 +7,12 @@ efficiencies, if asked for or if nothing near was timed.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 
 from servecast.sim.engine.config import EngineConfig
 from servecast.sim.hardware.error_band import transfer
@@ -122,16 +125,22 @@ class Fitted:
         )
 
 
+@cache
+def shipped_profiles() -> Mapping[str, Profile]:
+    """What a scenario's ``profile`` may name, by name."""
+    files = sorted((shipped_folder() / "profiles").glob("*.json"))
+    return MappingProxyType({file.stem: Profile.load(file) for file in files})
+
+
 def fitted_profiles(shard: Shard, step_time: StepTime) -> list[Fitted]:
     """The shipped profiles of a deployment's GPU and of models near its own, the nearest first."""
     found = []
-    for file in sorted((shipped_folder() / "profiles").glob("*.json")):
-        profile = Profile.load(file)
+    for name, profile in shipped_profiles().items():
         if profile.gpu != shard.gpu.name or profile.kind != "physical":
             continue
         away = abs(transfer(profile, shard).model_doublings)
         if away <= NEAR:
             other = build_step_time(profile, shard)
             ratios = [other.seconds(step) / step_time.seconds(step) for step in (_DECODES, _PROMPT)]
-            found.append((away, Fitted(file.stem, profile, *ratios)))
+            found.append((away, Fitted(name, profile, *ratios)))
     return [each for _, each in sorted(found, key=lambda pair: pair[0])]

@@ -7,9 +7,8 @@ import pandas as pd
 from servecast.sim.hardware.gpu import CATALOGUE
 from servecast.sim.hardware.model_families import FAMILIES
 from servecast.sim.hardware.model_shape import ModelShape
-from servecast.sim.hardware.profile import Profile
 from servecast.sim.hardware.shard import Shard
-from servecast.sim.scenario.basis import constants_of
+from servecast.sim.scenario.basis import constants_of, shipped_profiles
 from servecast.sim.scenario.scenario import shipped_folder
 
 
@@ -76,11 +75,10 @@ ARCHITECTURES = tuple(FAMILIES)  # model_type of the configs that can be read
 def profiles() -> pd.DataFrame:
     """The shipped profiles: of which GPU, model and server, how each came about, and its error band there."""
     rows = []
-    for file in sorted((shipped_folder() / "profiles").glob("*.json")):
-        profile = Profile.load(file)
+    for name, profile in shipped_profiles().items():
         rows.append(
             {
-                "profile": file.stem,
+                "profile": name,
                 "gpu": profile.gpu,
                 "model": profile.model,
                 "tensor_parallel_size": profile.tensor_parallel_size,
