@@ -17,11 +17,13 @@ from servecast.sim.fleet.client import Client
 from servecast.sim.fleet.endpoint import Endpoint
 from servecast.sim.fleet.front_end import after
 from servecast.sim.fleet.replica import Job, Replica
+from servecast.sim.fleet.session_client import SessionClient
 from servecast.sim.fleet.spec import Life
 from servecast.sim.inputs.units import PICOSECONDS, to_ps, to_seconds
 from servecast.sim.metrics.records import STEP_COLUMNS, RequestRecord, Run, finished_frame, requests_frame
 from servecast.sim.routing.options import RouterOptions
 from servecast.sim.routing.routers import Answered, Informed, Random, RoundRobin, Router
+from servecast.sim.traffic.sessions import SessionStream
 
 NOT_READY = "no replica was ready (503)"
 _UNPICKED = "the router let no replica pass (503)"
@@ -121,6 +123,7 @@ class Fleet:
         self._rng = rng
         self.records: list[RequestRecord] = []
         self.failures: Counter[str] = Counter()  # why requests failed
+        self.unsent = 0  # requests whose session had failed
         self.ran_out = False  # whether a stream that sends until a time had too few requests for it
         self._stage_starts: list[float] = []
         self.replicas = [make_replica(env, index, client) for index in range(count)]
@@ -243,6 +246,8 @@ class Fleet:
         stream, router = stages[0].streams[0], self._router
         if stream.background or stream.until_s is not None or not stream.requests:
             return None
+        if isinstance(stream, SessionStream):
+            return None
         static = (
             isinstance(router, RoundRobin | Random)
             and stream.max_concurrency is None
@@ -284,12 +289,17 @@ class Fleet:
         return finished_frame(requests, columns)
 
     def _stages(self, stages: list[Stage]) -> Generator[simpy.Event, None, None]:
-        running: list[StreamClient] = []
+        running: list[StreamClient | SessionClient] = []
         for number, stage in enumerate(stages):
             self._stage_starts.append(to_seconds(int(self.env.now)))
             for replica in self.replicas:
                 replica.set_stage(number)
-            clients = [StreamClient(self, stream, number, i) for i, stream in enumerate(stage.streams)]
+            clients = [
+                SessionClient(self, stream, number, i)
+                if isinstance(stream, SessionStream)
+                else StreamClient(self, stream, number, i)
+                for i, stream in enumerate(stage.streams)
+            ]
             running += clients
             if not stage.drain and stage.duration_s is not None:
                 self.env.process(self._end_background(clients))
@@ -303,7 +313,9 @@ class Fleet:
                     yield self.env.timeout(max(0, noticed - done))
         yield self.env.all_of([c.finished for c in running if not c.stream.background])
 
-    def _end_background(self, clients: list[StreamClient]) -> Generator[simpy.Event, None, None]:
+    def _end_background(
+        self, clients: Sequence[StreamClient | SessionClient]
+    ) -> Generator[simpy.Event, None, None]:
         """A stage's background streams stop when its foreground is done."""
         yield self.env.all_of([c.finished for c in clients if not c.stream.background])
         for client in clients:
