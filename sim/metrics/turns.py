@@ -9,22 +9,27 @@ from typing import Any
 import pandas as pd
 
 from servecast.sim.metrics.metrics import latencies, percentiles, prefix_hit_rate
+from servecast.sim.metrics.records import Run
 
 
-def session_summary(requests: pd.DataFrame, ranks: Sequence[float]) -> dict[str, Any] | None:
+def session_summary(run: Run, ranks: Sequence[float]) -> dict[str, Any] | None:
     """What sessions took, and each of their turns; None where there are none.
 
     turn: from the arrival of its first request to the last token of its last, tools and agents between them
-    included. session: from the arrival of its first request to the last token of all. Only those count all of
-    whose requests have finished. served_share: of the time of these sessions, that in which at least one of
-    their requests was with the server.
+    included. session: from the arrival of its first request to the last token of all. Times of sessions are
+    of ``whole_sessions``, whose requests were all sent and have finished. served_share: of the time of these
+    sessions, that in which at least one of their requests was with the server.
     """
+    requests = run.requests
     if "turn" not in requests:
         return None
-    sessions = _spans(requests, ["stage", "stream", "group"])
+    every = _spans(requests, ["stage", "stream", "group"])
+    cut = every.index.get_level_values("group").isin(list(run.meta.get("cut_sessions", ())))
+    sessions = every.assign(end=every["end"].where(~cut))
     turns = _spans(requests, ["stage", "stream", "group", "turn"])
     found = {
         "sessions": len(sessions),
+        "whole_sessions": int(sessions["end"].notna().sum()),
         "mean_turns": float(turns.groupby(["stage", "stream", "group"]).size().mean()),
         "mean_requests": len(requests) / len(sessions),
         "served_share": _served(requests, sessions),

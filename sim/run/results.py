@@ -153,11 +153,11 @@ def result(
         document["stages"].append({"stage": name, **summary(part, ranks=ranks, goodput=goodput)})
         if scenario.fleet.size > 1:
             document["stages"][-1]["fleet_load"] = fleet_load(part)
-        if (sessions := session_summary(part.requests, ranks)) is not None:
+        if (sessions := session_summary(part, ranks)) is not None:
             document["stages"][-1]["sessions"] = sessions
     if scenario.fleet.size > 1:
         document["fleet_load"] = fleet_load(whole)
-    sessions = session_summary(whole.requests, ranks)
+    sessions = session_summary(whole, ranks)
     if sessions is not None:
         document["sessions"] = sessions
     if detailed:

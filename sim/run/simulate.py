@@ -140,10 +140,11 @@ def _tell_turns(run: Run, stages: list[Stage], unsent: int) -> None:
     streams = [stream for stage in stages for stream in stage.streams if isinstance(stream, SessionStream)]
     if not streams:
         return
-    known = {
-        each.request_id: each.turn for s in streams for each in s.requests if isinstance(each, SessionRequest)
-    }
+    drawn = [each for s in streams for each in s.requests if isinstance(each, SessionRequest)]
+    known = {each.request_id: each.turn for each in drawn}
     run.requests["turn"] = run.requests["request_id"].map(known).astype("Int64")
+    sent = set(run.requests["request_id"].tolist())
+    run.meta["cut_sessions"] = {each.group for each in drawn if each.request_id not in sent}
     if unsent:
         run.meta.setdefault("failures", {})["never sent, as their session had failed"] = unsent
 

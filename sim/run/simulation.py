@@ -227,6 +227,7 @@ def sessions_text(sessions: Mapping[str, Any]) -> str:
     tails = [key for key in sessions if key.endswith("_session_s") and key.startswith("p")]
     facts = {
         "sessions": sessions["sessions"],
+        "whole ones": sessions["whole_sessions"],
         "turns of each (mean)": sessions["mean_turns"],
         "requests of each (mean)": sessions["mean_requests"],
         "seconds (median)": sessions["median_session_s"],

@@ -81,7 +81,7 @@ def test_a_turn_waits_for_the_answer_before_and_then_thinks() -> None:
     # 52 tokens in the first step, then a token a second: 12 s; 84 - 48 and 116 - 80 fit one step, too
     assert times(run, "arrival") == [0, 15, 30, 100, 115, 130]
     assert times(run, "finish") == [12, 27, 42, 112, 127, 142]
-    found = session_summary(run.requests, (95,))
+    found = session_summary(run, (95,))
     assert found is not None
     assert (found["sessions"], found["mean_turns"], found["median_session_s"]) == (2, 3, 42)
     assert found["served_share"] == pytest.approx(36 / 42)
@@ -129,6 +129,14 @@ def test_a_session_is_over_when_a_request_of_it_fails() -> None:
     run = served(drawn({"turns": 3}), lives=lives)
     assert run.requests["status"].tolist() == ["failed", "finished", "finished", "finished"]
     assert run.meta["unsent"] == 2
+
+
+def test_times_of_sessions_are_those_of_whole_ones() -> None:
+    run = served(drawn({"turns": 3}))
+    run.meta["cut_sessions"] = {run.requests["group"].iloc[-1]}
+    found = session_summary(run, (95,))
+    assert found is not None
+    assert (found["sessions"], found["whole_sessions"], found["median_session_s"]) == (2, 1, 36)
 
 
 def test_a_session_ends_before_a_request_that_is_too_long() -> None:
