@@ -15,9 +15,8 @@ from numpy.typing import NDArray
 from simpy.events import EventPriority
 
 from servecast.sim.engine.core import ABORTS, BUSY, ENDED, Alone, EngineLoop, Scheduler, Sequence
-from servecast.sim.engine.engine import Engine
+from servecast.sim.engine.engine import Engine, Step
 from servecast.sim.engine.request import Request
-from servecast.sim.engine.step import Step
 from servecast.sim.fleet.client import Client
 from servecast.sim.fleet.engine_loop import InEngine, PythonLoop
 from servecast.sim.fleet.front_end import ApiServer, after
