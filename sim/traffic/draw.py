@@ -20,7 +20,8 @@ from servecast.sim.engine.request import Content, Requests, Stage, Stream
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.traffic.arrivals import ClosedLoop, Extent, Times, replay
 from servecast.sim.traffic.content import ContentIds, Repeat, Same, SharedPrefix, Unique
-from servecast.sim.traffic.lengths import Tokens
+from servecast.sim.traffic.lengths import draw_outputs
+from servecast.sim.traffic.measured_lengths import Tokens
 from servecast.sim.traffic.spec import StreamSpec, Workload
 from servecast.sim.traffic.trace_spec import TraceSpec
 from servecast.sim.traffic.traces import Trace
@@ -158,6 +159,9 @@ def _draw(stream: StreamSpec, rngs: _Generators, closed_loop: int) -> _Drawn:
     prompt_rng, output_rng = rngs.prompt, rngs.output
     if isinstance(stream.content, Repeat):
         prompt_rng, output_rng = copy.deepcopy(prompt_rng), copy.deepcopy(output_rng)
+    together = stream.length_correlation
+    if together == "rows":
+        output_rng = copy.deepcopy(prompt_rng)
     if isinstance(stream.content, SharedPrefix):
         which = _which_prompt(stream.content, n, rngs)
         if stream.content.prompts_per_group is not None:
@@ -166,8 +170,11 @@ def _draw(stream: StreamSpec, rngs: _Generators, closed_loop: int) -> _Drawn:
         else:
             body = stream.prompt_tokens.draw(n, prompt_rng)
         group = which // (stream.content.prompts_per_group or 1)
-        return _Drawn(times, body, stream.output_tokens.draw(n, output_rng), which, group)
-    return _Drawn(times, stream.prompt_tokens.draw(n, prompt_rng), stream.output_tokens.draw(n, output_rng))
+        return _Drawn(
+            times, body, draw_outputs(stream.output_tokens, body, together, output_rng), which, group
+        )
+    body = stream.prompt_tokens.draw(n, prompt_rng)
+    return _Drawn(times, body, draw_outputs(stream.output_tokens, body, together, output_rng))
 
 
 def _which_prompt(content: SharedPrefix, n: int, rngs: _Generators) -> npt.NDArray[np.int64]:
