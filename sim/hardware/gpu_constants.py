@@ -232,7 +232,7 @@ class GpuConstants(_Strict):
         Raises:
             InputError: there are no timings of its weights.
         """
-        in_eight = shard.model.weight_bytes_each == 1 and shard.gpu.fp8_flops is not None
+        in_eight = shard.linear_kernel in ("fp8", "fp8_block")
         weights: WeightDtype = "fp8" if in_eight else "bf16"  # without fp8 units they multiply in 16 bits
         eight_bits = shard.kv_dtype_bytes == 1 and "fp8" in self.decodes  # read as 16 where it was not timed
         kv: KvDtype = "fp8" if eight_bits else "bf16"
