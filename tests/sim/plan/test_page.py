@@ -50,6 +50,7 @@ def probed(rate: float, ttft: float, state: State, *, saturated: bool = False) -
         completion_ratio=0.9 if saturated else 1.0,
         output_throughput=100 * rate,
         e2e_s=1.0,
+        tpot_s=0.02,
         kv_peak=0.25,
         max_running=40,
         max_waiting=3,
@@ -79,11 +80,7 @@ def plan() -> Plan:
         confidence=0.95,
         tolerance=0.03,
         seed=0,
-        target_rate=10.0,
-        headroom=0.4,
-        replicas=3,
-        cost_per_million_output_tokens=1.25,
-        notes=("replicas assume that traffic is split evenly between them",),
+        notes=("a note",),
     )
 
 
