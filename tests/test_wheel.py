@@ -71,7 +71,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("installed")
     venv.create(home)
     (packages,) = home.glob("lib/python*/site-packages")
-    with zipfile.ZipFile(wheel) as archive:  # as pip does it, which takes seconds to bring into an environment
+    with zipfile.ZipFile(wheel) as archive:  # as pip does it, which takes seconds to bring in
         archive.extractall(packages)
     ((command,),) = (each.entry_points for each in distributions(name="servecast", path=[str(packages)]))
     program = f"#!{home}/bin/python\nimport sys\nfrom {command.module} import {command.attr}\n"

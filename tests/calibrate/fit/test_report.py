@@ -98,9 +98,7 @@ def test_what_the_rows_do_not_tell_stays_typical(made: Scenario) -> None:
 def in_steps(
     made: Scenario, *parameters: str, level: int = 1, columns: tuple[str, ...] = ("itl_p50_ms",)
 ) -> Scenario:
-    step = FitStep(
-        rows=({"concurrency": level},), parameters=parameters, columns=columns, max_evaluations=4
-    )
+    step = FitStep(rows=({"concurrency": level},), parameters=parameters, columns=columns, max_evaluations=4)
     return made.model_copy(update={"reported": (made.reported[0].model_copy(update={"fit_steps": (step,)}),)})
 
 
