@@ -279,7 +279,7 @@ def test_reproduce_prints_and_writes_the_object_of_every_cell(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "cells.json"
-    assert main(["reproduce", "l4-qwen2.5-0.5b", "--seeds", "1", "--json", "--output", str(file)]) == 0
+    assert main(["reproduce", "l4-qwen2.5-0.5b", "--jobs", "1", "--json", "--output", str(file)]) == 0
     out, err = capsys.readouterr()
     assert err == ""
     assert file.read_text() == out
