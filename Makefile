@@ -15,7 +15,7 @@ plan: $(VENV)/.installed
 check: lint types unit
 
 unit: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m "not vllm and not live and not slow" -n logical --dist loadfile
+	$(BIN)/python -m pytest -m "not vllm and not live and not slow" -n logical --dist loadfile --no-loadscope-reorder
 
 # Live tests judge predictions against real servers on this machine: last, since they want it for themselves.
 test: check vllm litellm prometheus
