@@ -3,137 +3,106 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict, deque
-from functools import partial
-from typing import TYPE_CHECKING
 
-import simpy
-
-from servecast.sim.fleet.front_end import after
-from servecast.sim.fleet.replica import Job
+from servecast.sim.fleet.flow import Flow
 from servecast.sim.inputs.units import to_ps
-from servecast.sim.metrics.records import RequestRecord
 from servecast.sim.traffic.sessions import SessionRequest, SessionStream
-
-if TYPE_CHECKING:
-    from servecast.sim.fleet.fleet import Fleet
 
 
 class SessionClient:
-    """Sends a stream's sessions. One whose request failed, or was given up, sends no more.
+    """Says when the requests of a stream's sessions are sent. A session whose request failed, or was given
+    up, sends no more.
 
     Sessions wait for a place among ``max_sessions`` in order of arrival, and hold it until their last request
-    has ended; the clock of a request that waits for ``max_concurrency`` runs from its arrival, as elsewhere.
+    has ended; requests that are meant to be sent wait for one among ``max_concurrency``, as elsewhere.
+
+    Args:
+        flow: in which the stream begins now. number: of the stream. first: row of its first request.
     """
 
-    def __init__(self, fleet: Fleet, stream: SessionStream, stage: int, index: int) -> None:
-        self.fleet, self.stream, self.stage, self.index = fleet, stream, stage, index
-        self.finished = simpy.Event(fleet.env)
-        self._start, self._stopped, self._in_flight = int(fleet.env.now), False, 0
-        self._waiting: deque[SessionRequest] = deque()  # first requests, for a place among the sessions
-        self._ready: deque[Job] = deque()  # arrived, for a place in flight
-        self._following: dict[int, list[SessionRequest]] = defaultdict(list)
+    def __init__(self, flow: Flow, stream: SessionStream, number: int, first: int) -> None:
+        self.unsent = 0  # requests whose session had failed
+        self._flow, self._number, self._start, self._in_flight = flow, number, flow.now, 0
+        self._most, self._limit = stream.max_sessions, stream.max_concurrency
+        self._waiting: deque[int] = deque()  # first requests, for a place among the sessions
+        self._ready: deque[int] = deque()  # meant to be sent, for a place in flight
+        self._rows: dict[int, SessionRequest] = {}
+        self._following: dict[int, list[int]] = defaultdict(list)
         self._missing: dict[int, int] = {}  # request -> how many that it waits for have not ended
         self._left: Counter[int | None] = Counter()  # session -> its requests that have not ended
-        self._going = 0  # sessions
-        first: list[SessionRequest] = []
-        for request in stream.requests:
+        self._going, self._coming = 0, 0  # sessions
+        rows = {request.request_id: row for row, request in enumerate(stream.requests, start=first)}
+        flow.open(first, first + len(rows), 0, self)
+        for row, request in enumerate(stream.requests, start=first):
             assert isinstance(request, SessionRequest)
+            self._rows[row] = request
             self._left[request.group] += 1
-            self._missing[request.request_id] = len(request.after)
+            self._missing[row] = len(request.after)
             for earlier in request.after:
-                self._following[earlier].append(request)
+                self._following[rows[earlier]].append(row)
             if not request.after:
-                first.append(request)
-        self._open = len(self._left)
-        self._coming = deque(sorted(first, key=lambda request: request.arrival_s))
-        self._next()
-        if stream.until_s is not None:
-            after(fleet.env, to_ps(stream.until_s), self._out_of_time)
-        if not self._open:
-            self.finished.succeed()
+                self._coming += 1
+                flow.remind(self._start + to_ps(request.arrival_s), row)
+        flow.drop(number, 0)
 
-    def stop(self) -> None:
-        """Send no more; what was not sent was never part of the run."""
-        self._stopped = True
-        unsent = {id(job.record) for job in self._ready}
-        self._ready.clear()
-        self.fleet.records = [record for record in self.fleet.records if id(record) not in unsent]
-        self._finish()
+    @property
+    def all_begun(self) -> bool:
+        """Whether no session is left that could begin."""
+        return not self._waiting and not self._coming
 
-    def _finish(self) -> None:
-        done = not self._open or (self._stopped and not self._in_flight)
-        if done and not self.finished.triggered:
-            self.finished.succeed()
-
-    def _out_of_time(self) -> None:
-        if self._open:
-            self.fleet.ran_out |= not self._waiting and not self._coming
-            self.stop()
-
-    def _after(self, when: int, action: partial[None]) -> None:
-        after(self.fleet.env, max(0, when - int(self.fleet.env.now)), action)
-
-    def _next(self) -> None:
-        """The next session begins when it arrives."""
-        if self._coming:
-            request = self._coming.popleft()
-            self._after(self._start + to_ps(request.arrival_s), partial(self._begin, request))
-
-    def _begin(self, request: SessionRequest) -> None:
-        if self._stopped:
+    def due(self, row: int) -> None:
+        """It is time for a request."""
+        if self._flow.senders[self._number].stopped:
             return
-        self._waiting.append(request)
-        self._admit()
-        self._next()
+        if self._rows[row].after:
+            self._meant(row)
+        else:
+            self._coming -= 1
+            self._waiting.append(row)
+            self._admit()
 
     def _admit(self) -> None:
-        most = self.stream.max_sessions
-        while self._waiting and (most is None or self._going < most):
+        while self._waiting and (self._most is None or self._going < self._most):
             self._going += 1
-            self._arrive(self._waiting.popleft())
+            self._meant(self._waiting.popleft())
 
-    def _arrive(self, request: SessionRequest) -> None:
-        """It is meant to be sent now."""
-        if self._stopped:
-            return
-        arrival = int(self.fleet.env.now)
-        record = RequestRecord(request.request_id, self.stage, self.index, request.prompt_tokens, arrival)
-        record.group = request.group
-        self.fleet.records.append(record)
-        self._ready.append(Job(request, record, partial(self._ended, request, record)))
+    def _meant(self, row: int) -> None:
+        self._flow.meant(row)
+        self._ready.append(row)
         self._send()
 
     def _send(self) -> None:
-        most = self.stream.max_concurrency
-        while self._ready and (most is None or self._in_flight < most):
+        while self._ready and (self._limit is None or self._in_flight < self._limit):
             self._in_flight += 1
-            self.fleet.send(self._ready.popleft())
+            self._flow.dispatch(self._ready.popleft())
 
-    def _ended(self, request: SessionRequest, record: RequestRecord) -> None:
+    def ended(self, row: int, well: bool) -> None:
+        """A request has its answer, or none will come."""
         self._in_flight -= 1
-        group, now = request.group, int(self.fleet.env.now)
+        if self._flow.senders[self._number].stopped:
+            return
+        group = self._rows[row].group
         self._left[group] -= 1
-        for following in self._following.pop(request.request_id, ()):
-            number = following.request_id
-            if record.status != "finished":
+        for following in self._following.pop(row, ()):
+            if not well:
                 self._drop(following)
                 continue
-            self._missing[number] -= 1
-            if not self._missing[number]:
-                when = max(now + to_ps(following.delay_s), self._start + to_ps(following.arrival_s))
-                self._after(when, partial(self._arrive, following))
+            self._missing[following] -= 1
+            if not self._missing[following]:
+                request = self._rows[following]
+                after_answer = self._flow.now + to_ps(request.delay_s)
+                self._flow.remind(max(after_answer, self._start + to_ps(request.arrival_s)), following)
         if not self._left[group]:
-            self._open -= 1
             self._going -= 1
             self._admit()
         self._send()
-        self._finish()
 
-    def _drop(self, request: SessionRequest) -> None:
+    def _drop(self, row: int) -> None:
         """It and all that wait for it are never sent."""
-        if self._missing.pop(request.request_id, None) is None:
+        if self._missing.pop(row, None) is None:
             return
-        self.fleet.unsent += 1
-        self._left[request.group] -= 1
-        for following in self._following.pop(request.request_id, ()):
+        self.unsent += 1
+        self._left[self._rows[row].group] -= 1
+        self._flow.drop(self._number, 1)
+        for following in self._following.pop(row, ()):
             self._drop(following)

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic_core import PydanticCustomError
 
-from servecast.sim.engine.request import Request, Stage, Stream
+from servecast.sim.engine.request import Content, Requests, Stage, Stream
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.traffic.arrivals import ClosedLoop, Extent, Times, replay
 from servecast.sim.traffic.content import ContentIds, Repeat, Same, SharedPrefix, Unique
@@ -26,8 +26,6 @@ from servecast.sim.traffic.sessions import Begins, session_stream
 from servecast.sim.traffic.spec import StreamSpec, Workload
 from servecast.sim.traffic.trace_spec import TraceSpec
 from servecast.sim.traffic.traces import Trace
-
-Parts = tuple[tuple[int, int], ...]
 
 
 def with_request_rate(
@@ -145,7 +143,7 @@ def draw(workload: Workload, seed: int, *, closed_loop: int = CLOSED_LOOP_REQUES
                 streams.append(session_stream(stream, begins, ids, request_id, index, each))
                 request_id += len(streams[-1].requests)
                 continue
-            requests = _requests(stream, d, _parts(stream, d, ids, texts), request_id)
+            requests = _requests(stream, d, _contents(stream, d, ids, texts), request_id)
             request_id += len(requests)
             limit, until_s = stream.max_concurrency, None
             if isinstance(stream.arrivals, ClosedLoop):
@@ -264,7 +262,7 @@ def _draw_recorded_sessions(stream: StreamSpec, spec: TraceSpec, extent: Extent,
 
 def _begins(stream: StreamSpec, d: _Drawn, ids: ContentIds) -> Begins:
     """When a stream's sessions begin, and with what."""
-    parts: list[Parts] = []
+    parts: list[Content] = []
     if d.trace is not None:
         assert stream.trace is not None
         parts = [()] * len(d.trace)
@@ -273,57 +271,66 @@ def _begins(stream: StreamSpec, d: _Drawn, ids: ContentIds) -> Begins:
     return Begins(d.times, d.prompt, d.trace, parts)
 
 
-def _parts(stream: StreamSpec, d: _Drawn, ids: ContentIds, texts: dict[str, set[int]]) -> list[Parts]:
-    """Each request's shared parts (see ``Request.content``)."""
-    system, content = stream.system_prompt_tokens, stream.content
-    front: Parts = ((ids.first("system", system), system),) if system else ()
+Contents = tuple[list[Content], npt.NDArray[Any]]  # different ones, and which of them each request has
+
+
+def _contents(stream: StreamSpec, d: _Drawn, ids: ContentIds, texts: dict[str, set[int]]) -> Contents:
+    """The requests' shared parts (see ``Request.content``)."""
+    system, content, count = stream.system_prompt_tokens, stream.content, len(d.times)
+    front: Content = ((ids.first("system", system), system),) if system else ()
     if d.trace is not None and d.trace.hash_ids is not None and content is None:
         assert stream.trace is not None
-        return _hashed_parts(front, system, d.trace, ids.first("trace", stream.trace.path, system))
-    totals = (system + d.body + stream.suffix_tokens).tolist()
+        first = ids.first("trace", stream.trace.path, system)
+        return _hashed_parts(front, system, d.trace, first), np.arange(count)
     if content is None or isinstance(content, Unique):
-        return [front] * len(totals)
+        return [front], np.zeros(count, np.int32)
+    totals = system + d.body + stream.suffix_tokens
     if isinstance(content, Repeat):
         first = ids.first("repeat", stream.name, system, repr(stream.prompt_tokens), stream.suffix_tokens)
-        return [(*front, (first + i, total)) for i, total in enumerate(totals)]
+        return [(*front, (first + i, total)) for i, total in enumerate(totals.tolist())], np.arange(count)
     if isinstance(content, Same):
         text = ids.first("text", content.text, system)
         end = ids.first("end of text", content.text, system, stream.suffix_tokens)
         cuts = sorted(texts[content.text])
-        parts = {
-            length: (
+        lengths, which = np.unique(d.body, return_inverse=True)
+        parts: list[Content] = [
+            (
                 *front,
                 *((text + cut, system + cut) for cut in cuts if cut <= length),
                 *(((end + length, system + length + stream.suffix_tokens),) if stream.suffix_tokens else ()),
             )
-            for length in np.unique(d.body).tolist()
-        }
-        return [parts[length] for length in d.body.tolist()]
+            for length in lengths.tolist()
+        ]
+        return parts, which
     assert d.prompt is not None
     assert d.group is not None
     prefix = ids.first("prefix", stream.name, system, content.prefix_tokens)
     heads = [(*front, (prefix + group, system + content.prefix_tokens)) for group in range(content.groups)]
     if content.prompts_per_group is None:
-        return [heads[group] for group in d.group.tolist()]
+        return heads, d.group
     whole = ids.first("prompt", stream.name, system, content.prefix_tokens)
-    rows = zip(d.group.tolist(), d.prompt.tolist(), totals, strict=True)
-    return [(*heads[g], (whole + p, total + content.prefix_tokens)) for g, p, total in rows]
+    prompts, at, which = np.unique(d.prompt, return_index=True, return_inverse=True)
+    ends = (totals[at] + content.prefix_tokens).tolist()
+    rows = zip(d.group[at].tolist(), prompts.tolist(), ends, strict=True)
+    return [(*heads[group], (whole + prompt, end)) for group, prompt, end in rows], which
 
 
 def replayed(trace: Trace, max_concurrency: int | None = None) -> list[Stage]:
     """A trace's requests as they stand there: one stage, sent by one client."""
-    parts: list[Parts] = [()] * len(trace) if trace.hash_ids is None else _hashed_parts((), 0, trace, 0)
-    columns = zip(
-        trace.times_s.tolist(), trace.prompt_tokens.tolist(), trace.output_tokens.tolist(), parts, strict=True
+    count, hashed = len(trace), trace.hash_ids is not None
+    requests = Requests(
+        np.arange(count),
+        trace.times_s,
+        trace.prompt_tokens,
+        trace.output_tokens,
+        trace.output_tokens,
+        np.arange(count, dtype=np.int32) if hashed else np.zeros(count, np.int32),
+        _hashed_parts((), 0, trace, 0) if hashed else [()],
     )
-    requests = [
-        Request(i, time, prompt, output, output, content)
-        for i, (time, prompt, output, content) in enumerate(columns)
-    ]
     return [Stage("all", [Stream("requests", requests, max_concurrency)])]
 
 
-def _hashed_parts(front: Parts, system: int, trace: Trace, first: int) -> list[Parts]:
+def _hashed_parts(front: Content, system: int, trace: Trace, first: int) -> list[Content]:
     assert trace.hash_ids is not None
     dense: dict[int, int] = {}
     block = trace.block_tokens
@@ -337,27 +344,24 @@ def _hashed_parts(front: Parts, system: int, trace: Trace, first: int) -> list[P
     ]
 
 
-def _requests(stream: StreamSpec, d: _Drawn, parts: list[Parts], first_id: int) -> list[Request]:
+def _requests(stream: StreamSpec, d: _Drawn, contents: Contents, first_id: int) -> Requests:
     extra = stream.system_prompt_tokens + stream.suffix_tokens
     if isinstance(stream.content, SharedPrefix):
         extra += stream.content.prefix_tokens
-    output = d.output if stream.max_tokens is None else np.minimum(d.output, stream.max_tokens)
-    limit = output if stream.max_tokens is None else np.full(len(output), stream.max_tokens)
-    groups: list[Any] = [None] * len(parts) if d.group is None else d.group.tolist()
-    columns = zip(
-        d.times.tolist(),
-        (d.body + extra).tolist(),
-        output.tolist(),
-        limit.tolist(),
-        parts,
-        groups,
-        strict=True,
+    count, limit = len(d.times), stream.max_tokens
+    output = d.output if limit is None else np.minimum(d.output, limit)
+    return Requests(
+        np.arange(first_id, first_id + count),
+        d.times,
+        d.body + extra if extra else d.body,
+        output,
+        output if limit is None else np.full(count, limit),
+        contents[1].astype(np.int32, copy=False),
+        contents[0],
+        d.group,
+        np.full(count, stream.priority) if stream.priority else None,
+        None if stream.abort_after_s is None else np.full(count, float(stream.abort_after_s)),
     )
-    priority, abort_after_s = stream.priority, stream.abort_after_s
-    return [
-        Request(i, time, prompt, out, most, content, priority, abort_after_s, group)
-        for i, (time, prompt, out, most, content, group) in enumerate(columns, start=first_id)
-    ]
 
 
 LONGEST_S = 90 * 86_400.0  # a run's clock counts picoseconds in 63 bits: 106 days
@@ -368,7 +372,8 @@ def check_requests(stages: list[Stage], max_model_len: int, *, where: str) -> No
     those that come later than can be simulated."""
     for stage in stages:
         for stream in stage.streams:
-            last_s = max((request.arrival_s for request in stream.requests), default=0.0)
+            requests = Requests.of(stream.requests)
+            last_s = float(requests.arrival_s.max(initial=0.0))
             if last_s > LONGEST_S:
                 raise InputError(
                     f"requests arrive over {last_s / 86_400:.4g} days (stage {stage.name!r}, stream "
@@ -376,12 +381,13 @@ def check_requests(stages: list[Stage], max_model_len: int, *, where: str) -> No
                     where=where,
                     fix="Give fewer requests or a higher rate; of a trace a window (from, to).",
                 )
-            for request in stream.requests:
-                if request.prompt_tokens + request.max_tokens > max_model_len:
-                    raise InputError(
-                        f"request {request.request_id} (stage {stage.name!r}, stream {stream.name!r}) of "
-                        f"{request.prompt_tokens} prompt tokens and max_tokens {request.max_tokens} "
-                        f"is longer than max_model_len {max_model_len}",
-                        where=where,
-                        fix="Shorten the lengths, bound their distribution, or raise engine.max_model_len.",
-                    )
+            too_long = requests.prompt_tokens + requests.max_tokens > max_model_len
+            if too_long.any():
+                request = requests[int(too_long.argmax())]
+                raise InputError(
+                    f"request {request.request_id} (stage {stage.name!r}, stream {stream.name!r}) of "
+                    f"{request.prompt_tokens} prompt tokens and max_tokens {request.max_tokens} "
+                    f"is longer than max_model_len {max_model_len}",
+                    where=where,
+                    fix="Shorten the lengths, bound their distribution, or raise engine.max_model_len.",
+                )

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pandas as pd
 import pytest
-import simpy
 
 from servecast.sim.engine.config import EngineConfig
 from servecast.sim.engine.core import Scheduler
@@ -97,15 +96,14 @@ def serve_stages(
         enable_prefix_caching=False,
         async_scheduling=False,
     )
-    free, env = FrontEndCosts(), simpy.Environment()
+    free = FrontEndCosts()
 
-    def make_replica(env: simpy.Environment, index: int, client: Client) -> Replica:
+    def make_replica(index: int, client: Client) -> Replica:
         draws = noise(rng.spawn(1)[0])
         law = step_time or TokenTime()
-        return Replica(env, index, Scheduler(config), law, draws, lambda _: 0.0, free, rng, client)
+        return Replica(index, Scheduler(config), law, draws, lambda _: 0.0, free, rng, client)
 
-    fleet = Fleet(env, make_replica, servers, LeastOutstanding(), Client(free), rng)
-    return fleet.run(stages)
+    return Fleet(make_replica, servers, LeastOutstanding(), Client(free), rng).run(stages)
 
 
 def poisson(

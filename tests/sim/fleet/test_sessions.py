@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import simpy
 from small_fleet import OneSecondSteps, config, times
 
 from servecast.sim.engine.core import Scheduler
@@ -42,16 +41,15 @@ def drawn(sessions: dict[str, Any], **fields: Any) -> list[Stage]:
 
 def served(stages: list[Stage], *, lives: list[Life] | None = None, router: Router | None = None) -> Run:
     """By replicas whose steps last a second and hold 64 new tokens."""
-    env, free, rng = simpy.Environment(), FrontEndCosts(), np.random.default_rng(0)
+    free, rng = FrontEndCosts(), np.random.default_rng(0)
 
-    def replica(env: simpy.Environment, index: int, client: Client) -> Replica:
+    def replica(index: int, client: Client) -> Replica:
         law, ones = OneSecondSteps(), iter(lambda: 1.0, None)
         engine = Scheduler(config(max_model_len=512, num_gpu_blocks=401))
-        return Replica(env, index, engine, law, ones, lambda _: 0.0, free, rng, client)
+        return Replica(index, engine, law, ones, lambda _: 0.0, free, rng, client)
 
     count = len(lives or [Life()])
-    fleet = Fleet(
-        env, replica, count, router or RoundRobin(), Client(free), rng, lives=lives, detection_s=0.5
+    fleet = Fleet(replica, count, router or RoundRobin(), Client(free), rng, lives=lives, detection_s=0.5
     )
     run = fleet.run(stages)
     requests = [each for stage in stages for stream in stage.streams for each in stream.requests]
