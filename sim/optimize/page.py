@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 _PARETO = (
     "A line a candidate, through the rates that were looked at; a disc where it serves its largest rate "
-    "within all objectives. Up is cheaper, right is faster for each user; the shaded side misses the objective "
-    "on TPOT. Grey: further candidates."
+    "within all objectives. Up is cheaper, right is faster for each user; the shaded side misses the "
+    "objective on TPOT. Grey: further candidates."
 )
 
 
