@@ -12,7 +12,7 @@ from typing import Annotated
 from cyclopts import Group, Parameter
 
 from servecast.sim.cli.options import WhatIf, check_jobs
-from servecast.sim.cli.output import print_json
+from servecast.sim.cli.output import print_json, today
 from servecast.sim.plan import plan as planner
 from servecast.sim.plan.effort import Effort
 from servecast.sim.run.results import check_output
@@ -136,7 +136,7 @@ def plan(
         jobs=spend.jobs,
     )
     if report is not None:
-        answer.to_html(report)
+        answer.to_html(report, date=today())
     if json:
         print_json(answer.to_json() | {"report": None if report is None else str(report)})
     else:

@@ -39,9 +39,8 @@ class Candidate:
         return find_gpu(spec.name or "", where=f"{self.scenario.source}: gpu.name").name
 
     def __str__(self) -> str:
-        return " ".join(
-            str(value) if name in _SHOWN.values() else f"{name}={value}" for name, value in self.label.items()
-        )
+        names = {"tensor_parallel": "TP{}", **dict.fromkeys(_SHOWN.values(), "{}")}
+        return " ".join(names.get(name, name + "={}").format(value) for name, value in self.label.items())
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,8 +24,7 @@ def deployment_files(deployment: Deployment, replicas: int) -> dict[str, str]:
     """The files by their names: so many replicas of a deployment. Where the scenario does not say what the
     model is called, its config's name stands in the place of it."""
     scenario = deployment.scenario
-    command = scenario.engine.serve_command
-    model = (command and command.model) or deployment.model.name
+    model = deployment.served_name
     flags, others = _flags(scenario), _others(scenario)
     words = [word for each in others.values() for word in each]
     port = int(others.get("port", ["", PORT])[1])

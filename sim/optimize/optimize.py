@@ -128,7 +128,7 @@ class Optimum(Answer):
     def columns(self) -> list[str]:
         """Of the table of offers."""
         return [
-            *self.offers[0].candidate.label,
+            *("TP" if name == "tensor_parallel" else name for name in self.offers[0].candidate.label),
             *("req/s each", "replicas", "GPUs", f"{self.prices[0].currency}/h", "in hand", "how"),
         ]
 
@@ -257,16 +257,18 @@ def optimize(
         own if own and each.scenario.gpu == scenario.gpu else listed.of(each.gpu, source)
         for each in candidates
     ]
-    check_output(Path(out) / "best", where="--out")
+    check_output(Path(out) / "best" / "vllm-serve.sh", where="--out")
     demand = Demand(target_rate, margin, Traffic.of(scenario))
     race = Race(objectives, effort or Effort(), workers or Workers(), Path(out), resume)
     with progress_bar("optimize", shown=progress) as advance:
         found = race.run(candidates, costs, demand, advance)
-    made, files = {}, {}
+    made: dict[str, Any] = {}
+    files: dict[str, str] = {}
     if found.offers:
         best = found.offers[0]
         deployment = Deployment.of(best.candidate.scenario)
         made = context(deployment, seed=scenario.seed)
+        made["served_name"] = deployment.served_name
         made["notes"] += best.document["notes"]
         files = deployment_files(deployment, best.size.replicas)
     return Optimum(

@@ -35,13 +35,14 @@ def write_optimum_page(path: Path | str, found: Optimum, *, date: str | None) ->
         "servecast.sim.optimize",
         found=found,
         best=best,
-        title=f"The cheapest way to serve {made.get('model_id', found.scenario)}",
+        title=f"The cheapest way to serve {made.get('served_name', found.scenario)}",
         asked=f"{found.demand.target_rate:g} requests/s at {found.objectives}",
         date=date,
         limit=limit,
         remedy=remedy,
         plots=[Plot("What a GPU makes, what a user sees", pareto(found), _PARETO, wide=True)] if rows else [],
-        rows=[(offer, row) for offer, row in zip(found.offers, rows, strict=True)],
+        rows=list(zip(found.offers, rows, strict=True)),
+        texts=len(found.offers[0].candidate.label) if rows else 0,  # the first columns
         facts={} if best is None else _facts(best, found.prices[0].currency),
         resolved=dict(line.split(": ", 1) for line in engine_lines(made)) if made else {},
     )
