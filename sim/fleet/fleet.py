@@ -14,12 +14,15 @@ from numpy.typing import NDArray
 
 from servecast.sim.engine.core import OUTCOMES
 from servecast.sim.engine.request import Requests, Stage
+from servecast.sim.fleet.autoscaler import AutoscalerSpec
 from servecast.sim.fleet.client import Client
 from servecast.sim.fleet.endpoint import Endpoint
 from servecast.sim.fleet.flow import NOT_READY, Flow
 from servecast.sim.fleet.replica import Replica
+from servecast.sim.fleet.scaling import Scaling
 from servecast.sim.fleet.session_client import SessionClient
 from servecast.sim.fleet.spec import Life
+from servecast.sim.inputs.errors import InputError
 from servecast.sim.inputs.units import to_ps, to_seconds
 from servecast.sim.metrics.records import STATUSES, STEP_COLUMNS, Run, requests_table
 from servecast.sim.routing.options import RouterOptions
@@ -29,6 +32,7 @@ from servecast.sim.traffic.sessions import SessionStream
 __all__ = ["NOT_READY", "Fleet"]
 _LOST = "in flight on a replica that failed"
 _NEVER = 1 << 62
+_MOST_REPLICAS = 10_000  # that an autoscaler may start
 Columns = dict[str, Any]
 
 
@@ -45,6 +49,7 @@ class Fleet:
         options: how late the router knows things. routing: for when it scrapes; without, rng.
         lives: of each replica; without, all are there all the time.
         detection_s: for so long the router still sends requests to a replica that has failed.
+        autoscaler: what lets replicas come and go; ``lives`` are then those of the first ones.
     """
 
     def __init__(
@@ -59,6 +64,7 @@ class Fleet:
         routing: np.random.Generator | None = None,
         lives: Sequence[Life] | None = None,
         detection_s: float = 0.0,
+        autoscaler: AutoscalerSpec | None = None,
     ) -> None:
         self._env = simpy.Environment()
         self._rng, self._client, self._router = rng, client, router
@@ -69,16 +75,37 @@ class Fleet:
         self._flow: Flow | None = None
         self._finished: list[simpy.Event] = []  # by stream
         self._stage_starts: list[float] = []
-        self._outstanding = np.zeros(count, np.int64)
-        self.replicas = [make_replica(index, client) for index in range(count)]
-        self._longest = np.array([replica.config.max_model_len for replica in self.replicas])
-        options, lives = options or RouterOptions(), lives or [Life()] * count
-        self._endpoints = [
-            Endpoint(replica, life, options, routing or rng, lambda: self.now, self._outstanding)
-            for replica, life in zip(self.replicas, lives, strict=True)
-        ]
+        self._autoscaler, self._make_replica = autoscaler, make_replica
+        self.scaling: Scaling | None = None
+        self._outstanding = np.zeros(count if autoscaler is None else _MOST_REPLICAS, np.int64)
+        self._options, self._routing = options or RouterOptions(), routing or rng
+        self.replicas: list[Replica] = []
+        self._endpoints = [self._endpoint(life) for life in lives or [Life()] * count]
         if isinstance(router, Informed):
             router.connect(self._endpoints)
+
+    def _endpoint(self, life: Life) -> Endpoint:
+        """Of one more replica."""
+        self.replicas.append(self._make_replica(len(self.replicas), self._client))
+        clock, outstanding = (lambda: self.now), self._outstanding
+        return Endpoint(self.replicas[-1], life, self._options, self._routing, clock, outstanding)
+
+    def _started(self) -> Endpoint:
+        """A replica starts while the others run."""
+        if len(self.replicas) == _MOST_REPLICAS:
+            raise InputError(
+                f"the autoscaler started {_MOST_REPLICAS:,} replicas",
+                where="fleet.autoscaler",
+                fix="Let it decide more slowly, or simulate a part of the day.",
+            )
+        endpoint = self._endpoint(Life(start_s=to_seconds(self.now)))
+        self._endpoints.append(endpoint)
+        assert self._flow is not None
+        self._flow.add(endpoint.replica.server)
+        endpoint.replica.loop.stage = max(len(self._stage_starts) - 1, 0)
+        if isinstance(self._router, Informed):
+            self._router.connect([endpoint])
+        return endpoint
 
     @property
     def now(self) -> int:
@@ -103,6 +130,9 @@ class Fleet:
             meta={"stage_starts_s": self._stage_starts},
         )
 
+    def _longest(self) -> NDArray[np.int64]:
+        return np.array([replica.config.max_model_len for replica in self.replicas])
+
     # ---- replicas that do not touch each other ----------------------------------------------------
 
     def _apart(self, stages: list[Stage], requests: Requests) -> bool:
@@ -116,6 +146,7 @@ class Fleet:
             isinstance(self._router, RoundRobin | Random)
             and not (stream.background or stream.until_s or stream.max_concurrency)
             and not isinstance(stream, SessionStream)
+            and self._autoscaler is None
             and requests.abort_after_s is None
             and (self._client.is_free or len(self.replicas) == 1)
             and all(endpoint.life == Life() for endpoint in self._endpoints)
@@ -142,7 +173,7 @@ class Fleet:
         flow.open(0, len(requests), 0)
         flow.advance(_NEVER)
         flow.columns["status"][:] = STATUSES.index("finished")
-        return _columns(flow, [(0, 0)], self._longest)
+        return _columns(flow, [(0, 0)], self._longest())
 
     def _make_flow(self, requests: Requests, ready: list[Endpoint], *, quiet: bool, ordered: bool = False) -> Flow:
         router, send = self._router, None if self._client.is_free else self._client.send
@@ -171,6 +202,8 @@ class Fleet:
         for endpoint in self._endpoints:
             if endpoint.life != Life():
                 env.process(self._live(flow, endpoint))
+        if self._autoscaler is not None:
+            self.scaling = Scaling(env, flow, self._autoscaler, self._started)
         whole = env.process(self._stages(flow, stages))
         while not whole.processed:
             flow.advance(_NEVER if math.isinf(env.peek()) else int(env.peek()))
@@ -180,7 +213,7 @@ class Fleet:
             env.step()
         self.failures.update(flow.failures)
         self.unsent = sum(each.sessions.unsent for each in flow.senders if each.sessions is not None)
-        return _columns(flow, streams, self._longest)
+        return _columns(flow, streams, self._longest())
 
     def _succeed(self, event: simpy.Event, time: int) -> None:
         event._ok, event._value = True, None

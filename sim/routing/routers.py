@@ -65,7 +65,7 @@ class Informed(Protocol):
     """A router that knows more than it did itself."""
 
     def connect(self, backends: Sequence[Backend]) -> None:
-        """All replicas of the fleet, once, before the first request."""
+        """Replicas of the fleet, each once, before its first request."""
         ...
 
     def ended(self, request: Request, index: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,8 @@ from servecast.sim.engine.request import Stage
 from servecast.sim.fleet.client import Client
 from servecast.sim.fleet.fleet import NOT_READY, Fleet
 from servecast.sim.fleet.replica import Replica
+from servecast.sim.fleet.scaling import Life, Scaling
+from servecast.sim.fleet.spec import ReplicaSpec
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.inputs.units import to_seconds
 from servecast.sim.metrics.records import Run
@@ -79,7 +81,10 @@ def _run(deployment: Deployment, stages: list[Stage], seed: int, load: dict[str,
     noise_streams, front_end_streams = noise.spawn(count), front_end.spawn(count)
 
     def make_replica(index: int, client: Client) -> Replica:
-        its = deployments[index]
+        its = deployments[min(index, count - 1)]
+        if index >= len(noise_streams):  # one that an autoscaler started
+            noise_streams.extend(noise.spawn(1))
+            front_end_streams.extend(front_end.spawn(1))
         return Replica(
             index,
             its.scenario.server.engine(its.config),
@@ -103,6 +108,7 @@ def _run(deployment: Deployment, stages: list[Stage], seed: int, load: dict[str,
         routing=scraping,
         lives=[spec.life for spec in specs],
         detection_s=scenario.fleet.failure_detection_s,
+        autoscaler=scenario.fleet.autoscaler,
     )
     run = fleet.run(stages)
     if fleet.failures[NOT_READY] == len(run.requests):
@@ -119,7 +125,8 @@ def _run(deployment: Deployment, stages: list[Stage], seed: int, load: dict[str,
         "max_num_seqs": deployment.config.max_num_seqs,
         "max_num_batched_tokens": deployment.config.max_num_batched_tokens,
         "num_gpu_blocks": deployment.config.num_gpu_blocks,
-        "replicas": count,
+        "replicas": len(fleet.replicas),
+        "lives": lives_of(fleet.scaling, specs),
         **load,
     }
     if fleet.failures:
@@ -129,6 +136,16 @@ def _run(deployment: Deployment, stages: list[Stage], seed: int, load: dict[str,
     if any(loop is not None for loop in closed):
         run.meta["closed_loops"] = closed
     return run, fleet.ran_out
+
+
+def lives_of(scaling: Scaling | None, specs: Sequence[ReplicaSpec]) -> list[Life]:
+    """When each replica of a run was there."""
+    if scaling is not None:
+        return scaling.lives
+    return [
+        Life(spec.start_s, spec.start_s, spec.drain_s if spec.fail_s is None else min(spec.fail_s, spec.drain_s or spec.fail_s), index)
+        for index, spec in enumerate(specs)
+    ]
 
 
 def _tell_turns(run: Run, stages: list[Stage], unsent: int) -> None:

@@ -112,8 +112,9 @@ class PrecisePrefixes:
 
     def connect(self, backends: Sequence[Backend]) -> None:
         anyhow = self._setting.release.producers
-        self._sources = [each for each in backends if anyhow or each.block_size == self._block_size]
-        for backend in self._sources:
+        heard = [each for each in backends if anyhow or each.block_size == self._block_size]
+        self._sources = [*self._sources, *heard]
+        for backend in heard:
             backend.subscribe()
             size = backend.block_size
             self._indexes[size] = self._indexes.get(size) or (PreciseIndex(*self._size), PromptBlocks(size))
