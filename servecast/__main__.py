@@ -25,6 +25,7 @@ COMMANDS = {  # name -> where it is, and its line in --help
         "servecast.sim.cli.optimize:optimize",
         "Find the cheapest deployment for a rate within the SLOs.",
     ),
+    "day": ("servecast.sim.cli.day:day", "A day by the hour: latency, replicas, autoscalers."),
     "check": ("servecast.validate.check.command:check", "Can this benchmark report be true?"),
     "explain": ("servecast.sim.cli.explain:explain", "Why is the first token slow?"),
     "scenarios": ("servecast.sim.cli.scenarios:scenarios", "List the shipped scenarios."),

@@ -37,7 +37,7 @@ class Answer(ABC):
             InputError: the file cannot be written.
         """
         title = f"servecast: {type(self).__name__.lower()}"
-        return write_page(path, PACKAGE, title=title, text=self.to_text())
+        return write_page(path, PACKAGE, title=title, text=self.to_text(), plots=())
 
     def __str__(self) -> str:
         return self.to_text()
