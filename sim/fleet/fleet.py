@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from servecast.sim.engine.core import OUTCOMES
 from servecast.sim.engine.request import Requests, Stage
 from servecast.sim.fleet.client import Client
-from servecast.sim.fleet.endpoint import Endpoint
+from servecast.sim.fleet.endpoint import Board, Endpoint, Endpoints
 from servecast.sim.fleet.flow import NOT_READY, Flow
 from servecast.sim.fleet.replica import Replica
 from servecast.sim.fleet.spec import Life
@@ -66,16 +66,18 @@ class Fleet:
         self._flow: Flow | None = None
         self._finished: list[simpy.Event] = []  # by stream
         self._stage_starts: list[float] = []
-        self._outstanding = np.zeros(count, np.int64)
+        self._board = Board(count, lambda: self.now)
         self.replicas = [make_replica(index, client) for index in range(count)]
         self._longest = np.array([replica.config.max_model_len for replica in self.replicas])
         options, lives = options or RouterOptions(), lives or [Life()] * count
         self._endpoints = [
-            Endpoint(replica, life, options, routing or rng, lambda: self.now, self._outstanding)
+            Endpoint(replica, life, options, routing or rng, self._board)
             for replica, life in zip(self.replicas, lives, strict=True)
         ]
+        ready = [endpoint for endpoint in self._endpoints if not endpoint.life.start_s]
+        self._ready = Endpoints(self._endpoints, ready, self._board)
         if isinstance(router, Informed):
-            router.connect(self._endpoints)
+            router.connect(Endpoints(self._endpoints, self._endpoints, self._board))
 
     @property
     def now(self) -> int:
@@ -140,7 +142,7 @@ class Fleet:
         flow.columns["status"][:] = STATUSES.index("finished")
         return _columns(flow, [(0, 0)], self._longest)
 
-    def _make_flow(self, requests: Requests, ready: list[Endpoint], *, quiet: bool, ordered: bool = False) -> Flow:
+    def _make_flow(self, requests: Requests, ready: Sequence[Endpoint], *, quiet: bool, ordered: bool = False) -> Flow:
         router, send = self._router, None if self._client.is_free else self._client.send
         return Flow(
             requests,
@@ -148,7 +150,7 @@ class Fleet:
             ready,
             send,
             None if quiet else router,
-            self._outstanding,
+            self._board.outstanding,
             ended=router.ended if isinstance(router, Informed) else None,
             answered=router.answered if isinstance(router, Answered) else None,
             quiet=quiet,
@@ -160,9 +162,8 @@ class Fleet:
     def _run_together(self, stages: list[Stage], requests: Requests) -> Columns:
         """What happens up to SimPy's next event, and that event, in turn."""
         env = self._env
-        ready = [endpoint for endpoint in self._endpoints if not endpoint.life.start_s]
         streams = [(number, i) for number, stage in enumerate(stages) for i in range(len(stage.streams))]
-        self._flow = flow = self._make_flow(requests, ready, quiet=False, ordered=len(streams) > 1)
+        self._flow = flow = self._make_flow(requests, self._ready, quiet=False, ordered=len(streams) > 1)
         for endpoint in self._endpoints:
             if endpoint.life != Life():
                 env.process(self._live(flow, endpoint))
@@ -231,11 +232,10 @@ class Fleet:
 
     def _live(self, flow: Flow, endpoint: Endpoint) -> Generator[simpy.Event, None, None]:
         """A replica comes and goes."""
-        env, life, ready = self._env, endpoint.life, flow.ready
+        env, life, ready = self._env, endpoint.life, self._ready
         if life.start_s:
             yield env.timeout(to_ps(life.start_s))
-            ready.append(endpoint)
-            ready.sort(key=lambda each: each.index)
+            ready.add(endpoint)
         if life.drain_s is not None:
             yield env.timeout(to_ps(life.drain_s) - int(env.now))
             ready.remove(endpoint)

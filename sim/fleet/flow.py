@@ -136,7 +136,7 @@ class Flow:
 
     now = cython.declare(cython.longlong, visibility="public")
     requests = cython.declare(object, visibility="readonly")
-    ready = cython.declare(list, visibility="readonly")
+    ready = cython.declare(object, visibility="readonly")
     finished = cython.declare(list, visibility="public")
     failures = cython.declare(dict, visibility="readonly")
     servers = cython.declare(list, visibility="readonly")
@@ -168,7 +168,7 @@ class Flow:
         self,
         requests: Any,
         servers: list[Server],
-        ready: list[Any],
+        ready: Any,
         send: Any,
         router: Any,
         outstanding: Any,
@@ -400,7 +400,7 @@ class Flow:
         index: cython.int
         if self.status[row] == _ABORTED:
             return 0
-        if not self.ready:  # HTTP 503
+        if not len(self.ready):  # HTTP 503
             return self.refuse(row, NOT_READY)
         if self.router is not None:
             request = self.requests[row]
