@@ -1,4 +1,4 @@
-"""Builds the compiled engine; where that fails, the one of sim/engine/scheduler.py runs in its place."""
+"""Builds the compiled engine; where that fails, its source runs interpreted."""
 
 from Cython.Build import cythonize
 from setuptools import Extension, setup

@@ -115,7 +115,8 @@ class Sequence:
 @cython.final
 @cython.cclass
 class Step:
-    """What one ``schedule`` decided, and after ``complete`` what came of it; see ``step.Step``."""
+    """What one ``schedule`` decided, and after ``complete`` what came of it; see ``Step`` in
+    ``servecast.sim.engine.engine``."""
 
     tick = cython.declare(cython.longlong, visibility="readonly")
     total_tokens = cython.declare(cython.int, visibility="readonly")

@@ -14,9 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from servecast.sim.engine.core import ABORTS, BUSY, ENDED, IDLE
-from servecast.sim.engine.engine import Engine
+from servecast.sim.engine.engine import Engine, Step
 from servecast.sim.engine.request import Request
-from servecast.sim.engine.step import Step
 from servecast.sim.hardware.step_time.physical import StepTime
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.inputs.units import PICOSECONDS, to_ps

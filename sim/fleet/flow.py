@@ -186,10 +186,11 @@ class Flow:
         self.heap, self.senders, self.finished, self.order = [], [], [], []
         self.objects, self.failures = {}, {}
         self.now = self.count = self.until = 0
-        self.arrival_s, self.prompt = requests.arrival_s, requests.prompt_tokens
+        self.arrival_s = np.require(requests.arrival_s, float, "W")  # a table's columns may be read-only
+        self.prompt = np.require(requests.prompt_tokens, None, "W")
         self.gives_up = requests.abort_after_s is not None
         if self.gives_up:
-            self.abort_s = requests.abort_after_s
+            self.abort_s = np.require(requests.abort_after_s, float, "W")
         outcomes: Any = np.zeros((len(OUTCOMES), n), np.int64)
         outcomes[:7] = -1  # all but preemptions
         columns: dict = {

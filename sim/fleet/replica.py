@@ -8,8 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from servecast.sim.engine.core import EngineLoop, Scheduler
-from servecast.sim.engine.engine import Engine
-from servecast.sim.engine.step import Step
+from servecast.sim.engine.engine import Engine, Step
 from servecast.sim.fleet.client import Client
 from servecast.sim.fleet.engine_loop import PythonLoop
 from servecast.sim.fleet.flow import Server

@@ -118,7 +118,10 @@ class Part(BaseModel):
 def at(*paths: str, default: Any = None) -> Any:
     """A field that lies deeper in a file: at the first of these paths ("load.args.rate", "engines.0.name")
     that leads anywhere. ``default``: where none does; ``...`` refuses the file."""
-    choices = (AliasPath(*(int(s) if s.isdigit() else s for s in path.split("."))) for path in paths)
+    choices = []
+    for path in paths:
+        first, *rest = path.split(".")
+        choices.append(AliasPath(first, *(int(step) if step.isdigit() else step for step in rest)))
     return Field(default, validation_alias=AliasChoices(*choices))
 
 
