@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Sequence, Set
 
 from servecast.sim.engine.kv_events import BlockStored, KVEvent
-from servecast.sim.engine.sequence import BLOCKS_PER_CONTENT
+from servecast.sim.engine.kv_events import BLOCKS_PER_CONTENT
 
 _REMEMBERED = 4096  # different prompts
 
