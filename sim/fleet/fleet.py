@@ -20,7 +20,7 @@ from servecast.sim.fleet.flow import NOT_READY, Flow
 from servecast.sim.fleet.replica import Replica
 from servecast.sim.fleet.spec import Life
 from servecast.sim.inputs.units import to_ps, to_seconds
-from servecast.sim.metrics.records import STATUSES, STEP_COLUMNS, Run, requests_table
+from servecast.sim.metrics.records import STATUSES, Run, requests_table, steps_table
 from servecast.sim.routing.options import RouterOptions
 from servecast.sim.routing.routers import Answered, Informed, Random, RoundRobin, Router
 
@@ -92,12 +92,11 @@ class Fleet:
             columns = self._run_apart(requests)
         else:
             columns = self._run_together(stages, requests)
-        gaps = np.concatenate([replica.gap_rows() for replica in self.replicas])
-        steps = np.concatenate([replica.step_rows() for replica in self.replicas])
+        loops = [replica.loop for replica in self.replicas]
         return Run(
             requests=requests_table(requests, columns),
-            steps=pd.DataFrame(steps, columns=list(STEP_COLUMNS)).astype(STEP_COLUMNS),
-            itl=_pooled_gaps(gaps, self._rng),
+            steps=steps_table(_joined([loop.step_columns for loop in loops])),
+            itl=_pooled_gaps(_joined([loop.gap_columns for loop in loops]), self._rng),
             stages=[stage.name for stage in stages],
             meta={"stage_starts_s": self._stage_starts},
         )
@@ -281,16 +280,26 @@ def _columns(flow: Flow, streams: list[tuple[int, int]], longest: NDArray[np.int
 _ORDERS = 4  # draws a row for the place of a stream in its batch
 
 
-def _pooled_gaps(rows: NDArray[np.float64], rng: np.random.Generator) -> pd.DataFrame:
-    """Rows (stage, gap, tokens, spread) to the table of inter-token gaps.
+def _joined(parts: list[NDArray[Any]]) -> NDArray[Any]:
+    """The columns of all, behind each other."""
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+
+
+def _pooled_gaps(columns: NDArray[np.float64], rng: np.random.Generator) -> pd.DataFrame:
+    """Stage, gap, tokens and spread to the table of inter-token gaps.
 
     The tokens of a step are read over ``spread`` seconds, in an order that changes from step to step: a
     stream's gap differs from the gap of the batches by the difference of two places in it, each uniform.
     """
-    if rows[:, 3].any():
-        orders = rng.random((2, _ORDERS, len(rows)))
-        gaps = np.maximum(rows[:, 1] + (orders[0] - orders[1]) * rows[:, 3], 0.0)
-        rows = np.column_stack((np.tile(rows[:, 0], _ORDERS), gaps.ravel(), np.tile(rows[:, 2], _ORDERS)))
-        rows[:, 2] /= _ORDERS
-    frame = pd.DataFrame(rows[:, :3], columns=["stage", "gap", "weight"])
-    return frame.astype({"stage": "int64"})
+    stage, gap, tokens, spread = columns
+    if spread.any():
+        places = rng.random((_ORDERS, len(gap)))
+        for place in places:  # becomes the gap
+            place -= rng.random(len(gap))
+            place *= spread
+            place += gap
+            np.maximum(place, 0.0, out=place)
+        gap, tokens = places.ravel(), np.tile(tokens / _ORDERS, _ORDERS)
+        stage = np.tile(stage, _ORDERS) if stage.any() else np.zeros(len(gap))
+    whole = stage.astype(np.int64) if stage.any() else np.zeros(len(gap), np.int64)
+    return pd.DataFrame({"stage": whole, "gap": gap, "weight": tokens}, copy=False)
