@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from servecast.sim.engine.core import OUTCOMES
 from servecast.sim.engine.request import Requests, Stage
 from servecast.sim.fleet.client import Client
-from servecast.sim.fleet.endpoint import Endpoint
+from servecast.sim.fleet.endpoint import Board, Endpoint, Endpoints
 from servecast.sim.fleet.flow import NOT_READY, Flow
 from servecast.sim.fleet.replica import Replica
 from servecast.sim.fleet.spec import Life
 from servecast.sim.inputs.units import to_ps, to_seconds
-from servecast.sim.metrics.records import STATUSES, STEP_COLUMNS, Run, requests_table
+from servecast.sim.metrics.records import STATUSES, Run, requests_table, steps_table
 from servecast.sim.routing.options import RouterOptions
 from servecast.sim.routing.routers import Answered, Informed, Random, RoundRobin, Router
 
@@ -66,16 +66,18 @@ class Fleet:
         self._flow: Flow | None = None
         self._finished: list[simpy.Event] = []  # by stream
         self._stage_starts: list[float] = []
-        self._outstanding = np.zeros(count, np.int64)
+        self._board = Board(count, lambda: self.now)
         self.replicas = [make_replica(index, client) for index in range(count)]
         self._longest = np.array([replica.config.max_model_len for replica in self.replicas])
         options, lives = options or RouterOptions(), lives or [Life()] * count
         self._endpoints = [
-            Endpoint(replica, life, options, routing or rng, lambda: self.now, self._outstanding)
+            Endpoint(replica, life, options, routing or rng, self._board)
             for replica, life in zip(self.replicas, lives, strict=True)
         ]
+        ready = [endpoint for endpoint in self._endpoints if not endpoint.life.start_s]
+        self._ready = Endpoints(self._endpoints, ready, self._board)
         if isinstance(router, Informed):
-            router.connect(self._endpoints)
+            router.connect(Endpoints(self._endpoints, self._endpoints, self._board))
 
     @property
     def now(self) -> int:
@@ -90,12 +92,11 @@ class Fleet:
             columns = self._run_apart(requests)
         else:
             columns = self._run_together(stages, requests)
-        gaps = np.concatenate([replica.gap_rows() for replica in self.replicas])
-        steps = np.concatenate([replica.step_rows() for replica in self.replicas])
+        loops = [replica.loop for replica in self.replicas]
         return Run(
             requests=requests_table(requests, columns),
-            steps=pd.DataFrame(steps, columns=list(STEP_COLUMNS)).astype(STEP_COLUMNS),
-            itl=_pooled_gaps(gaps, self._rng),
+            steps=steps_table(_joined([loop.step_columns for loop in loops])),
+            itl=_pooled_gaps(_joined([loop.gap_columns for loop in loops]), self._rng),
             stages=[stage.name for stage in stages],
             meta={"stage_starts_s": self._stage_starts},
         )
@@ -140,7 +141,7 @@ class Fleet:
         flow.columns["status"][:] = STATUSES.index("finished")
         return _columns(flow, [(0, 0)], self._longest)
 
-    def _make_flow(self, requests: Requests, ready: list[Endpoint], *, quiet: bool, ordered: bool = False) -> Flow:
+    def _make_flow(self, requests: Requests, ready: Sequence[Endpoint], *, quiet: bool, ordered: bool = False) -> Flow:
         router, send = self._router, None if self._client.is_free else self._client.send
         return Flow(
             requests,
@@ -148,7 +149,7 @@ class Fleet:
             ready,
             send,
             None if quiet else router,
-            self._outstanding,
+            self._board.outstanding,
             ended=router.ended if isinstance(router, Informed) else None,
             answered=router.answered if isinstance(router, Answered) else None,
             quiet=quiet,
@@ -160,9 +161,8 @@ class Fleet:
     def _run_together(self, stages: list[Stage], requests: Requests) -> Columns:
         """What happens up to SimPy's next event, and that event, in turn."""
         env = self._env
-        ready = [endpoint for endpoint in self._endpoints if not endpoint.life.start_s]
         streams = [(number, i) for number, stage in enumerate(stages) for i in range(len(stage.streams))]
-        self._flow = flow = self._make_flow(requests, ready, quiet=False, ordered=len(streams) > 1)
+        self._flow = flow = self._make_flow(requests, self._ready, quiet=False, ordered=len(streams) > 1)
         for endpoint in self._endpoints:
             if endpoint.life != Life():
                 env.process(self._live(flow, endpoint))
@@ -231,11 +231,10 @@ class Fleet:
 
     def _live(self, flow: Flow, endpoint: Endpoint) -> Generator[simpy.Event, None, None]:
         """A replica comes and goes."""
-        env, life, ready = self._env, endpoint.life, flow.ready
+        env, life, ready = self._env, endpoint.life, self._ready
         if life.start_s:
             yield env.timeout(to_ps(life.start_s))
-            ready.append(endpoint)
-            ready.sort(key=lambda each: each.index)
+            ready.add(endpoint)
         if life.drain_s is not None:
             yield env.timeout(to_ps(life.drain_s) - int(env.now))
             ready.remove(endpoint)
@@ -281,16 +280,26 @@ def _columns(flow: Flow, streams: list[tuple[int, int]], longest: NDArray[np.int
 _ORDERS = 4  # draws a row for the place of a stream in its batch
 
 
-def _pooled_gaps(rows: NDArray[np.float64], rng: np.random.Generator) -> pd.DataFrame:
-    """Rows (stage, gap, tokens, spread) to the table of inter-token gaps.
+def _joined(parts: list[NDArray[Any]]) -> NDArray[Any]:
+    """The columns of all, behind each other."""
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+
+
+def _pooled_gaps(columns: NDArray[np.float64], rng: np.random.Generator) -> pd.DataFrame:
+    """Stage, gap, tokens and spread to the table of inter-token gaps.
 
     The tokens of a step are read over ``spread`` seconds, in an order that changes from step to step: a
     stream's gap differs from the gap of the batches by the difference of two places in it, each uniform.
     """
-    if rows[:, 3].any():
-        orders = rng.random((2, _ORDERS, len(rows)))
-        gaps = np.maximum(rows[:, 1] + (orders[0] - orders[1]) * rows[:, 3], 0.0)
-        rows = np.column_stack((np.tile(rows[:, 0], _ORDERS), gaps.ravel(), np.tile(rows[:, 2], _ORDERS)))
-        rows[:, 2] /= _ORDERS
-    frame = pd.DataFrame(rows[:, :3], columns=["stage", "gap", "weight"])
-    return frame.astype({"stage": "int64"})
+    stage, gap, tokens, spread = columns
+    if spread.any():
+        places = rng.random((_ORDERS, len(gap)))
+        for place in places:  # becomes the gap
+            place -= rng.random(len(gap))
+            place *= spread
+            place += gap
+            np.maximum(place, 0.0, out=place)
+        gap, tokens = places.ravel(), np.tile(tokens / _ORDERS, _ORDERS)
+        stage = np.tile(stage, _ORDERS) if stage.any() else np.zeros(len(gap))
+    whole = stage.astype(np.int64) if stage.any() else np.zeros(len(gap), np.int64)
+    return pd.DataFrame({"stage": whole, "gap": gap, "weight": tokens}, copy=False)
