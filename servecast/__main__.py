@@ -21,6 +21,10 @@ COMMANDS = {  # name -> where it is, and its line in --help
     "reproduce": ("servecast.sim.cli.reproduce:reproduce", "Compare predictions with a reported benchmark."),
     "compare": ("servecast.sim.cli.compare:compare", "Put two results, scenarios or routers side by side."),
     "sweep": ("servecast.sim.cli.sweep:sweep", "Run a grid of what-ifs, in parallel."),
+    "optimize": (
+        "servecast.sim.cli.optimize:optimize",
+        "Find the cheapest deployment for a rate within the SLOs.",
+    ),
     "check": ("servecast.validate.check.command:check", "Can this benchmark report be true?"),
     "explain": ("servecast.sim.cli.explain:explain", "Why is the first token slow?"),
     "scenarios": ("servecast.sim.cli.scenarios:scenarios", "List the shipped scenarios."),
@@ -61,7 +65,7 @@ def _version() -> str:
     """The version, and whether the engine's core was compiled where it is installed."""
     core = find_spec("servecast.sim.engine.core")
     compiled = core is not None and str(core.origin).endswith(tuple(EXTENSION_SUFFIXES))
-    return f"{version('servecast')} (engine {'compiled' if compiled else 'in Python: slower'})"
+    return f"{version('servecast')} (engine {'compiled' if compiled else 'interpreted: slower'})"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -148,7 +148,7 @@ def test_the_public_names_are_those_of_the_wheel(installed: Path) -> None:
 def test_the_installed_command_plans_a_shipped_scenario(installed: Path) -> None:
     command = installed / "bin" / "servecast"
     version = PROJECT["project"]["version"]
-    told = "engine compiled" if COMPILER else "engine in Python: slower"
+    told = "engine compiled" if COMPILER else "engine interpreted: slower"
     assert run(command, "--version", cwd=installed).strip() == f"{version} ({told})"
     coarse = ("--max-num-requests", "200", "--tolerance", "0.5", "--jobs", "1")
     text = run(

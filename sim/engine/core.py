@@ -115,7 +115,8 @@ class Sequence:
 @cython.final
 @cython.cclass
 class Step:
-    """What one ``schedule`` decided, and after ``complete`` what came of it; see ``step.Step``."""
+    """What one ``schedule`` decided, and after ``complete`` what came of it; see ``Step`` in
+    ``servecast.sim.engine.engine``."""
 
     tick = cython.declare(cython.longlong, visibility="readonly")
     total_tokens = cython.declare(cython.int, visibility="readonly")
@@ -1166,9 +1167,11 @@ class EngineLoop:
     Attributes:
         now: up to when it has run. wake: when to call ``advance`` again, where it came to BUSY.
         tell_ends: ``advance`` returns when requests have ended.
-        ended: sequences that ended since they were last taken, where it tells.
+        ended: rows of requests that ended since they were last taken, where it tells.
         after_step: called with the time when a step has been completed, or None.
-        on_first: called with a request's id and the time at which its first token comes, or None.
+        on_first: called with a request's row and the time at which its first token comes, or None.
+        requests, outcomes: the table of requests, and (fields, n) what becomes of them, by ``OUTCOMES``.
+        inbox: (time, row of a request, or ~row of one whose client has gone), in order.
     """
 
     now = cython.declare(cython.longlong, visibility="public")
@@ -1178,10 +1181,9 @@ class EngineLoop:
     stage = cython.declare(cython.int, visibility="public")
     after_step = cython.declare(object, visibility="public")
     on_first = cython.declare(object, visibility="public")
-    inbox = cython.declare(
-        list, visibility="readonly"
-    )  # (time, Request or id to abort, row of a request), in order
-    outcomes: cython.longlong[:, ::1]  # a row a field, a column a request
+    inbox = cython.declare(list, visibility="readonly")
+    requests = cython.declare(object, visibility="public")
+    outcomes = cython.declare(cython.longlong[:, ::1], visibility="public")
     ended = cython.declare(list, visibility="public")
     scheduler: Scheduler
     costs: StepCosts
@@ -1231,8 +1233,7 @@ class EngineLoop:
         self.tell_ends, self.executing = True, False
         self.first = self.second = self.pending = None
         self.after_step = self.on_first = None
-        self.inbox, self.ended = [], []
-        self.outcomes = np.zeros((len(OUTCOMES), 0), np.int64)
+        self.inbox, self.ended, self.requests = [], [], None
         self.seen = np.zeros(1024, np.int64)
         self.steps, self.gaps = np.zeros(1024 * STEP_FIELDS), np.zeros(1024 * GAP_FIELDS)
         self.num_seen = self.num_steps = self.num_gaps = 0
@@ -1246,20 +1247,21 @@ class EngineLoop:
         return np.asarray(self.gaps)[: self.num_gaps * GAP_FIELDS].reshape(-1, GAP_FIELDS)
 
     @cython.ccall
-    def take(self, request: Any, time: cython.longlong) -> Sequence:
+    def take(self, row: cython.Py_ssize_t, time: cython.longlong) -> cython.int:
         """A request reaches the scheduler that was put into the queue at ``time``."""
-        sequence: Sequence = self.scheduler.add(request, self.arrivals)
+        sequence: Sequence = self.scheduler.add(self.requests[row], self.arrivals)
         self.arrivals += 1
         sequence.queued = time
-        return sequence
+        sequence.row = row
+        return 0
 
-    def find(self, request_id: Any) -> Any:
-        """A request in the engine, or None."""
-        return self.scheduler.sequences.get(request_id)
-
-    def abort(self, request_id: Any) -> None:
-        """Drop a request wherever it stands."""
-        self.scheduler.abort(request_id)
+    def leave(self, row: int) -> None:
+        """A request ends without its last token, wherever it stands."""
+        request_id: Any = self.requests.request_id[row]
+        found: Any = self.scheduler.sequences.get(request_id)
+        if found is not None:
+            self.book(found)
+            self.scheduler.abort(request_id)
 
     @cython.ccall
     def advance(self, until: cython.longlong) -> cython.int:
@@ -1274,6 +1276,7 @@ class EngineLoop:
             InputError: a request can never run.
         """
         scheduler: Scheduler = self.scheduler
+        sequence: Sequence
         step: Step
         while True:
             if self.pending is not None:
@@ -1299,7 +1302,8 @@ class EngineLoop:
                     self.after_step(self.now)
                 self.deliver(step)
                 if step.leavers and self.tell_ends:
-                    self.ended.extend(step.leavers)
+                    for sequence in step.leavers:
+                        self.ended.append(sequence.row)
                     return _ENDED
             if self.first is None and self.inbox and not (scheduler.sequences or scheduler.finished_unsent):
                 self.now = max(self.now, self.next_arrival())
@@ -1332,11 +1336,8 @@ class EngineLoop:
     def drain(self) -> cython.int:
         """All that has reached the engine's input queue by now (EngineCore._process_input_queue)."""
         item: tuple
-        sequence: Sequence
         for item in self.inbox:
-            sequence = self.take(item[1], item[0])
-            if len(item) > 2:
-                sequence.row = item[2]
+            self.take(item[1], item[0])
         self.inbox.clear()
         return 0
 
@@ -1445,7 +1446,7 @@ class EngineLoop:
             sequence = step.firsts[i]
             sequence.first_token = last - pace * (count - 1 - i)
             if self.on_first is not None:
-                self.on_first(sequence.request_id, sequence.first_token)
+                self.on_first(sequence.row, sequence.first_token)
         count = len(step.leavers)
         if count:
             share = (last - first) // count
@@ -1453,8 +1454,7 @@ class EngineLoop:
                 sequence = step.leavers[i]
                 sequence.ended = self.now
                 sequence.finish = max(sequence.first_token, first + share * i + share // 2)
-                if sequence.row >= 0:
-                    self.book(sequence)
+                self.book(sequence)
         return 0
 
     @cython.cfunc
@@ -1463,7 +1463,10 @@ class EngineLoop:
         self.outcomes[1, row], self.outcomes[2, row] = sequence.queued, sequence.scheduled
         self.outcomes[3, row], self.outcomes[4, row] = sequence.ended, sequence.first_token
         self.outcomes[5, row] = sequence.finish
-        self.outcomes[6, row], self.outcomes[7, row] = sequence.cached_tokens, sequence.preemptions
+        if sequence.scheduled >= 0:
+            self.outcomes[6, row] = sequence.cached_tokens
+        if sequence.preemptions:
+            self.outcomes[7, row] = sequence.preemptions
         return 0
 
     @cython.cfunc
@@ -1484,202 +1487,4 @@ class EngineLoop:
         self.gaps[at + 1] = in_seconds(gap)
         self.gaps[at + 2] = tokens
         self.gaps[at + 3] = spread
-        return 0
-
-
-ARRIVAL = cython.declare(cython.int, 0)
-ON_WIRE = cython.declare(cython.int, 1)
-AT_SERVER = cython.declare(cython.int, 2)
-PREPARED = cython.declare(cython.int, 3)
-ENCODED = cython.declare(cython.int, 4)
-DONE = cython.declare(cython.int, 5)
-
-
-@cython.final
-@cython.cclass
-class Alone:
-    """One client, one API server and one engine, when nothing else happens: what ``Fleet``, ``ApiServer`` and
-    ``Replica`` do with events of SimPy, in the same order, see there.
-
-    Args:
-        loop: of the engine. send: when a request that the client starts now is on the wire; None: at once.
-        costs_s: latency, preparation and, for a prompt token, encoding at the API server. variation: factors
-            of the first two, in the order of need. most: requests of a round of preparation.
-        limit: requests in flight at most, first come, first served; 0 is no limit.
-    """
-
-    loop: EngineLoop
-    send: Any
-    latency_s: cython.double
-    request_s: cython.double
-    prompt_token_s: cython.double
-    tokenizer_free: cython.longlong
-    most: cython.Py_ssize_t
-    variation: Any
-    limit: cython.Py_ssize_t
-    requests: list
-    times: cython.longlong[::1]
-    sent: cython.longlong[::1]
-    heap: list  # (time, order, what, request)
-    order: cython.longlong
-    ready: cython.Py_ssize_t  # requests that have arrived and those that were sent, from the first on
-    started: cython.Py_ssize_t
-    in_flight: cython.Py_ssize_t
-    busy_until: cython.longlong
-    rounds: list  # ends of rounds of preparation, and who is in each
-
-    def __init__(
-        self,
-        loop: EngineLoop,
-        send: Any,
-        costs_s: tuple[float, float, float],
-        variation: Any,
-        most: int,
-        limit: int,
-    ) -> None:
-        self.loop, self.send, self.variation, self.limit = loop, send, variation, limit
-        self.latency_s, self.request_s, self.prompt_token_s = costs_s
-        self.most, self.tokenizer_free = most, 0
-        self.heap, self.rounds, self.requests = [], [], []
-        self.order = self.busy_until = 0
-        self.ready = self.started = self.in_flight = 0
-
-    def run(self, times: cython.longlong[::1], requests: list[Any]) -> dict[str, Any]:
-        """Run requests that arrive at these times, which do not fall, to the end of the last.
-
-        Returns:
-            A column for each of ``OUTCOMES``, a value a request.
-        """
-        loop: EngineLoop = self.loop
-        count: cython.Py_ssize_t = len(requests)
-        time: cython.longlong
-        what: cython.int
-        event: tuple
-        sequence: Sequence
-        self.times, self.requests = times, requests
-        loop.outcomes = np.zeros((len(OUTCOMES), count), np.int64)
-        loop.tell_ends = self.limit > 0
-        self.sent = loop.outcomes[0]
-        self.push(times[0], ARRIVAL, 0)
-        while True:
-            time = 1 << 62
-            if self.heap:
-                event = self.heap[0]
-                time = event[0]
-            if loop.advance(time) == _ENDED:
-                for sequence in loop.ended:
-                    self.push(sequence.finish, DONE, 0)
-                loop.ended.clear()
-                continue
-            if not self.heap:
-                break
-            event = heappop(self.heap)
-            what = event[2]
-            if what == ARRIVAL:
-                self.arrive(time)
-            elif what == ON_WIRE:
-                self.accept(time, event[3])
-            elif what == AT_SERVER:
-                self.prepare(time, event[3])
-            elif what == PREPARED:
-                self.end_round(time)
-            elif what == ENCODED:
-                self.put(time, event[3])
-            else:
-                self.in_flight -= 1
-                self.start(time)
-        columns: Any = np.asarray(loop.outcomes)
-        return dict(zip(OUTCOMES, columns, strict=True))
-
-    @cython.cfunc
-    def push(self, time: cython.longlong, what: cython.int, request: cython.Py_ssize_t) -> cython.int:
-        heappush(self.heap, (time, self.order, what, request))
-        self.order += 1
-        return 0
-
-    @cython.cfunc
-    def arrive(self, now: cython.longlong) -> cython.int:
-        """All that the client means to send by now, and when the next one comes (StreamClient._arrivals)."""
-        count: cython.Py_ssize_t = len(self.requests)
-        while self.ready < count and self.times[self.ready] <= now:
-            self.ready += 1
-            self.start(now)
-        if self.ready < count:
-            self.push(self.times[self.ready], ARRIVAL, 0)
-        return 0
-
-    @cython.cfunc
-    def start(self, now: cython.longlong) -> cython.int:
-        """Send what may be sent (StreamClient._send)."""
-        request: cython.Py_ssize_t
-        on_wire: cython.longlong = now
-        while self.started < self.ready and (not self.limit or self.in_flight < self.limit):
-            request = self.started
-            self.started += 1
-            self.in_flight += 1
-            self.sent[request] = now
-            if self.send is not None:
-                on_wire = self.send(now)
-            if on_wire > now:
-                self.push(on_wire, ON_WIRE, request)
-            else:
-                self.accept(now, request)
-        return 0
-
-    @cython.cfunc
-    def varied(self, seconds: cython.double) -> cython.longlong:
-        factor: cython.double = next(self.variation)
-        return cython.cast(cython.longlong, rint(seconds * factor * PICOSECONDS))
-
-    @cython.cfunc
-    def accept(self, now: cython.longlong, request: cython.Py_ssize_t) -> cython.int:
-        """ApiServer.accept."""
-        latency: cython.longlong = self.varied(self.latency_s)
-        if latency:
-            self.push(now + latency, AT_SERVER, request)
-        else:
-            self.prepare(now, request)
-        return 0
-
-    @cython.cfunc
-    def prepare(self, now: cython.longlong, request: cython.Py_ssize_t) -> cython.int:
-        """ApiServer._prepare and Preparation.start."""
-        cost: cython.longlong = self.varied(self.request_s)
-        if not cost:
-            self.encode(now, request)
-            return 0
-        self.busy_until = max(now, self.busy_until) + cost
-        if not self.rounds or len(self.rounds[len(self.rounds) - 1][1]) == self.most:
-            self.rounds.append([0, []])
-            if len(self.rounds) == 1:
-                self.push(now + cost, PREPARED, 0)
-        self.rounds[len(self.rounds) - 1][1].append(request)
-        self.rounds[len(self.rounds) - 1][0] = self.busy_until
-        return 0
-
-    @cython.cfunc
-    def encode(self, now: cython.longlong, request: cython.Py_ssize_t) -> cython.int:
-        """ApiServer._encode."""
-        tokens: cython.longlong = self.requests[request].prompt_tokens
-        cost: cython.longlong = cython.cast(cython.longlong, rint(self.prompt_token_s * tokens * PICOSECONDS))
-        if cost:
-            self.tokenizer_free = max(now, self.tokenizer_free) + cost
-            self.push(self.tokenizer_free, ENCODED, request)
-        else:
-            self.put(now, request)
-        return 0
-
-    @cython.cfunc
-    def put(self, now: cython.longlong, request: cython.Py_ssize_t) -> cython.int:
-        self.loop.inbox.append((now, self.requests[request], request))
-        return 0
-
-    @cython.cfunc
-    def end_round(self, now: cython.longlong) -> cython.int:
-        """Preparation._end."""
-        if now == self.rounds[0][0]:
-            for request in self.rounds.pop(0)[1]:
-                self.encode(now, request)
-        if self.rounds:
-            self.push(self.rounds[0][0], PREPARED, 0)
         return 0

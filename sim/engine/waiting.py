@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from servecast.sim.engine.sequence import Sequence
+if TYPE_CHECKING:
+    from servecast.sim.engine.core import Sequence
 
 
 class WaitingQueue(Protocol):
