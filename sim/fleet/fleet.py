@@ -16,7 +16,7 @@ from servecast.sim.engine.core import OUTCOMES
 from servecast.sim.engine.request import Requests, Stage
 from servecast.sim.fleet.autoscaler import AutoscalerSpec
 from servecast.sim.fleet.client import Client
-from servecast.sim.fleet.endpoint import Endpoint
+from servecast.sim.fleet.endpoint import Board, Endpoint, Endpoints
 from servecast.sim.fleet.flow import NOT_READY, Flow
 from servecast.sim.fleet.replica import Replica
 from servecast.sim.fleet.scaling import Scaling
@@ -24,7 +24,7 @@ from servecast.sim.fleet.session_client import SessionClient
 from servecast.sim.fleet.spec import Life
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.inputs.units import to_ps, to_seconds
-from servecast.sim.metrics.records import STATUSES, STEP_COLUMNS, Run, requests_table
+from servecast.sim.metrics.records import STATUSES, STEP_COLUMNS, Run, requests_table, steps_table
 from servecast.sim.routing.options import RouterOptions
 from servecast.sim.routing.routers import Answered, Informed, Random, RoundRobin, Router
 from servecast.sim.traffic.sessions import SessionStream
@@ -77,18 +77,24 @@ class Fleet:
         self._stage_starts: list[float] = []
         self._autoscaler, self._make_replica = autoscaler, make_replica
         self.scaling: Scaling | None = None
-        self._outstanding = np.zeros(count if autoscaler is None else _MOST_REPLICAS, np.int64)
+        self._condensed_s: float | None = None
+        self._condensed: list[dict[str, float]] = []
         self._options, self._routing = options or RouterOptions(), routing or rng
+        self._board = Board(count if autoscaler is None else _MOST_REPLICAS, lambda: self.now)
         self.replicas: list[Replica] = []
-        self._endpoints = [self._endpoint(life) for life in lives or [Life()] * count]
+        self._endpoints: list[Endpoint] = []
+        for life in lives or [Life()] * count:
+            self._endpoint(life)
+        ready = [endpoint for endpoint in self._endpoints if not endpoint.life.start_s]
+        self._ready = Endpoints(self._endpoints, ready, self._board)
         if isinstance(router, Informed):
-            router.connect(self._endpoints)
+            router.connect(Endpoints(self._endpoints, self._endpoints, self._board))
 
     def _endpoint(self, life: Life) -> Endpoint:
         """Of one more replica."""
         self.replicas.append(self._make_replica(len(self.replicas), self._client))
-        clock, outstanding = (lambda: self.now), self._outstanding
-        return Endpoint(self.replicas[-1], life, self._options, self._routing, clock, outstanding)
+        self._endpoints.append(Endpoint(self.replicas[-1], life, self._options, self._routing, self._board))
+        return self._endpoints[-1]
 
     def _started(self) -> Endpoint:
         """A replica starts while the others run."""
@@ -99,12 +105,11 @@ class Fleet:
                 fix="Let it decide more slowly, or simulate a part of the day.",
             )
         endpoint = self._endpoint(Life(start_s=to_seconds(self.now)))
-        self._endpoints.append(endpoint)
         assert self._flow is not None
         self._flow.add(endpoint.replica.server)
         endpoint.replica.loop.stage = max(len(self._stage_starts) - 1, 0)
         if isinstance(self._router, Informed):
-            self._router.connect([endpoint])
+            self._router.connect(Endpoints(self._endpoints, [endpoint], self._board))
         return endpoint
 
     @property
@@ -112,23 +117,51 @@ class Fleet:
         """Simulated time, picoseconds."""
         return 0 if self._flow is None else self._flow.now
 
-    def run(self, stages: list[Stage]) -> Run:
-        """Run all stages, one after the other, on the same servers."""
+    def run(self, stages: list[Stage], *, condensed_s: float | None = None) -> Run:
+        """Run all stages, one after the other, on the same servers.
+
+        Args:
+            condensed_s: keep one row of the step table for each replica and so many seconds, of sums, and of means
+                over time where they are gauges, and no times between tokens: those of a day do not fit in memory.
+        """
+        self._condensed_s = condensed_s
         rows = [Requests.of(stream.requests) for stage in stages for stream in stage.streams]
         requests = Requests.joined(rows)
-        if self._apart(stages, requests):
+        if condensed_s is None and self._apart(stages, requests):
             columns = self._run_apart(requests)
         else:
             columns = self._run_together(stages, requests)
-        gaps = np.concatenate([replica.gap_rows() for replica in self.replicas])
-        steps = np.concatenate([replica.step_rows() for replica in self.replicas])
+        loops = [replica.loop for replica in self.replicas]
+        if condensed_s is not None:
+            self._condense()
+            steps = pd.DataFrame(self._condensed, columns=list(STEP_COLUMNS)).astype({"replica": "int64"})
+        else:
+            steps = steps_table(_joined([loop.step_columns for loop in loops]))
         return Run(
             requests=requests_table(requests, columns),
-            steps=pd.DataFrame(steps, columns=list(STEP_COLUMNS)).astype(STEP_COLUMNS),
-            itl=_pooled_gaps(gaps, self._rng),
+            steps=steps,
+            itl=_pooled_gaps(_joined([loop.gap_columns for loop in loops]), self._rng),
             stages=[stage.name for stage in stages],
             meta={"stage_starts_s": self._stage_starts},
         )
+
+    def _condense(self) -> None:
+        """The step tables so far, as a row each."""
+        for replica in self.replicas:
+            steps = steps_table(replica.loop.step_columns.copy())
+            replica.loop.drop_rows()
+            if len(steps):
+                seconds = steps["duration"].to_numpy()
+                row = {name: float(steps[name].sum()) for name in STEP_COLUMNS}
+                row |= {name: float(steps[name].iloc[0]) for name in ("replica", "start")}
+                for name in ("running", "waiting", "kv_usage"):
+                    row[name] = float(steps[name].to_numpy() @ seconds) / max(float(seconds.sum()), 1e-12)
+                self._condensed.append(row)
+
+    def _condense_on(self, every: int) -> Generator[simpy.Event, None, None]:
+        while True:
+            yield self._env.timeout(every)
+            self._condense()
 
     def _longest(self) -> NDArray[np.int64]:
         return np.array([replica.config.max_model_len for replica in self.replicas])
@@ -175,7 +208,7 @@ class Fleet:
         flow.columns["status"][:] = STATUSES.index("finished")
         return _columns(flow, [(0, 0)], self._longest())
 
-    def _make_flow(self, requests: Requests, ready: list[Endpoint], *, quiet: bool, ordered: bool = False) -> Flow:
+    def _make_flow(self, requests: Requests, ready: Sequence[Endpoint], *, quiet: bool, ordered: bool = False) -> Flow:
         router, send = self._router, None if self._client.is_free else self._client.send
         return Flow(
             requests,
@@ -183,7 +216,7 @@ class Fleet:
             ready,
             send,
             None if quiet else router,
-            self._outstanding,
+            self._board.outstanding,
             ended=router.ended if isinstance(router, Informed) else None,
             answered=router.answered if isinstance(router, Answered) else None,
             quiet=quiet,
@@ -195,15 +228,16 @@ class Fleet:
     def _run_together(self, stages: list[Stage], requests: Requests) -> Columns:
         """What happens up to SimPy's next event, and that event, in turn."""
         env = self._env
-        ready = [endpoint for endpoint in self._endpoints if not endpoint.life.start_s]
         streams = [(number, i) for number, stage in enumerate(stages) for i in range(len(stage.streams))]
         ordered = len(streams) > 1 or isinstance(stages[0].streams[0], SessionStream)
-        self._flow = flow = self._make_flow(requests, ready, quiet=False, ordered=ordered)
+        self._flow = flow = self._make_flow(requests, self._ready, quiet=False, ordered=ordered)
         for endpoint in self._endpoints:
             if endpoint.life != Life():
                 env.process(self._live(flow, endpoint))
         if self._autoscaler is not None:
             self.scaling = Scaling(env, flow, self._autoscaler, self._started)
+        if self._condensed_s is not None:
+            env.process(self._condense_on(to_ps(self._condensed_s)))
         whole = env.process(self._stages(flow, stages))
         while not whole.processed:
             flow.advance(_NEVER if math.isinf(env.peek()) else int(env.peek()))
@@ -274,11 +308,10 @@ class Fleet:
 
     def _live(self, flow: Flow, endpoint: Endpoint) -> Generator[simpy.Event, None, None]:
         """A replica comes and goes."""
-        env, life, ready = self._env, endpoint.life, flow.ready
+        env, life, ready = self._env, endpoint.life, self._ready
         if life.start_s:
             yield env.timeout(to_ps(life.start_s))
-            ready.append(endpoint)
-            ready.sort(key=lambda each: each.index)
+            ready.add(endpoint)
         if life.drain_s is not None:
             yield env.timeout(to_ps(life.drain_s) - int(env.now))
             ready.remove(endpoint)
@@ -321,16 +354,26 @@ def _columns(flow: Flow, streams: list[tuple[int, int]], longest: NDArray[np.int
 _ORDERS = 4  # draws a row for the place of a stream in its batch
 
 
-def _pooled_gaps(rows: NDArray[np.float64], rng: np.random.Generator) -> pd.DataFrame:
-    """Rows (stage, gap, tokens, spread) to the table of inter-token gaps.
+def _joined(parts: list[NDArray[Any]]) -> NDArray[Any]:
+    """The columns of all, behind each other."""
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+
+
+def _pooled_gaps(columns: NDArray[np.float64], rng: np.random.Generator) -> pd.DataFrame:
+    """Stage, gap, tokens and spread to the table of inter-token gaps.
 
     The tokens of a step are read over ``spread`` seconds, in an order that changes from step to step: a
     stream's gap differs from the gap of the batches by the difference of two places in it, each uniform.
     """
-    if rows[:, 3].any():
-        orders = rng.random((2, _ORDERS, len(rows)))
-        gaps = np.maximum(rows[:, 1] + (orders[0] - orders[1]) * rows[:, 3], 0.0)
-        rows = np.column_stack((np.tile(rows[:, 0], _ORDERS), gaps.ravel(), np.tile(rows[:, 2], _ORDERS)))
-        rows[:, 2] /= _ORDERS
-    frame = pd.DataFrame(rows[:, :3], columns=["stage", "gap", "weight"])
-    return frame.astype({"stage": "int64"})
+    stage, gap, tokens, spread = columns
+    if spread.any():
+        places = rng.random((_ORDERS, len(gap)))
+        for place in places:  # becomes the gap
+            place -= rng.random(len(gap))
+            place *= spread
+            place += gap
+            np.maximum(place, 0.0, out=place)
+        gap, tokens = places.ravel(), np.tile(tokens / _ORDERS, _ORDERS)
+        stage = np.tile(stage, _ORDERS) if stage.any() else np.zeros(len(gap))
+    whole = stage.astype(np.int64) if stage.any() else np.zeros(len(gap), np.int64)
+    return pd.DataFrame({"stage": whole, "gap": gap, "weight": tokens}, copy=False)

@@ -141,7 +141,7 @@ class Flow:
     now = cython.declare(cython.longlong, visibility="public")
     sent = cython.declare(cython.longlong, visibility="readonly")
     requests = cython.declare(object, visibility="readonly")
-    ready = cython.declare(list, visibility="readonly")
+    ready = cython.declare(object, visibility="readonly")
     finished = cython.declare(list, visibility="public")
     failures = cython.declare(dict, visibility="readonly")
     servers = cython.declare(list, visibility="readonly")
@@ -158,7 +158,6 @@ class Flow:
     heap: list  # (time, order, what, number)
     count: cython.longlong
     until: cython.longlong
-    arrival_s: cython.double[::1]
     prompt: cython.longlong[::1]
     abort_s: cython.double[::1]
     gives_up: cython.bint
@@ -173,7 +172,7 @@ class Flow:
         self,
         requests: Any,
         servers: list[Server],
-        ready: list[Any],
+        ready: Any,
         send: Any,
         router: Any,
         outstanding: Any,
@@ -191,8 +190,7 @@ class Flow:
         self.heap, self.senders, self.finished, self.order = [], [], [], []
         self.objects, self.failures = {}, {}
         self.now = self.count = self.until = self.sent = 0
-        self.arrival_s = np.require(requests.arrival_s, float, "W")  # a table's columns may be read-only
-        self.prompt = np.require(requests.prompt_tokens, None, "W")
+        self.prompt = np.require(requests.prompt_tokens, None, "W")  # a table's columns may be read-only
         self.gives_up = requests.abort_after_s is not None
         if self.gives_up:
             self.abort_s = np.require(requests.abort_after_s, float, "W")
@@ -217,8 +215,7 @@ class Flow:
 
     def connect(self, server: Server) -> None:
         """Requests may be sent to it."""
-        server.loop.outcomes = self.columns["outcomes"]
-        server.loop.requests = self.requests
+        server.loop.load(self.requests, self.columns["outcomes"])
         server.loop.tell_ends = not self.quiet
         if self.answered is not None:
             server.loop.on_first = self.tell_answered
@@ -442,7 +439,7 @@ class Flow:
         index: cython.int
         if self.status[row] == _ABORTED:
             return 0
-        if not self.ready:  # HTTP 503
+        if not len(self.ready):  # HTTP 503
             return self.refuse(row, NOT_READY)
         if self.router is not None:
             request = self.requests[row]

@@ -104,10 +104,11 @@ class Scaling:
         if life.drain_s is None:
             endpoint = self._make()
             life.ready_s, life.replica = self._now_s, endpoint.index
-            self._flow.ready.append(endpoint)
+            self._flow.ready.add(endpoint)
 
     def _remove(self) -> None:
         going = [life for life in self.lives if life.drain_s is None]
         life = max(going, key=lambda each: (each.ready_s is None, each.ready_s or 0.0, each.ordered_s))
         life.drain_s = self._now_s
-        self._flow.ready[:] = [each for each in self._flow.ready if each.index != life.replica]
+        for endpoint in [each for each in self._flow.ready if each.index == life.replica]:
+            self._flow.ready.remove(endpoint)

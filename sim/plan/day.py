@@ -182,6 +182,9 @@ def day(
         raise InputError(what, where="--period", fix="Give a period above 0, and a sample that is no longer.")
     objectives = Objectives(tuple(SLO.parse(text) for text in slo)) if slo else Objectives.of(scenario)
     limits = _limits(objectives)
+    if objectives is not None and any(each.metric == "itl" for each in objectives.slos):
+        what = "an objective of single times between tokens, which a day does not keep"
+        raise InputError(what, where="--slo", fix="Give one of tpot.")
     workload = scenario.stages()
     if len(workload.stages) != 1:
         raise InputError(
@@ -204,7 +207,7 @@ def day(
                 fix="Leave it out, or give a fixed number of replicas.",
             )
         if sample_s is None:
-            run = simulate(deployment, seed=seed, workload=workload)
+            run = simulate(deployment, seed=seed, workload=workload, condensed_s=min(60.0, period_s))
             found.append(_of_run(name, own, run, objectives, limits, period_s))
         else:
             found.append(_of_samples(name, own, deployment, stages, objectives, limits, (period_s, sample_s)))

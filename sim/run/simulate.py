@@ -37,6 +37,7 @@ def simulate(
     seed: int | None = None,
     workload: Workload | None = None,
     stages: list[Stage] | None = None,
+    condensed_s: float | None = None,
 ) -> Run:
     """Run a scenario's workload to the end of its last request.
 
@@ -45,7 +46,7 @@ def simulate(
 
     Args:
         scenario: or the deployment that was made of it. seed, workload: instead of its own.
-        stages: requests that are drawn already, instead of a workload.
+        stages: requests that are drawn already, instead of a workload. condensed_s: see ``Fleet.run``.
 
     Raises:
         InputError: the scenario cannot be made concrete, or a request could never run.
@@ -56,19 +57,25 @@ def simulate(
         load = {}
         if [len(stage.streams) for stage in stages] == [1]:
             load = {"max_concurrency": stages[0].streams[0].max_concurrency}
-        return _run(deployment, stages, seed, load)[0]
+        return _run(deployment, stages, seed, load, condensed_s)[0]
     workload = _own_workload(deployment) if workload is None else workload
     requests, before = CLOSED_LOOP_REQUESTS, 0
     while True:  # one cannot tell beforehand how many requests a closed loop of some duration sends
         stages = draw(workload, seed, closed_loop=requests)
-        run, ran_out = _run(deployment, stages, seed, _load(workload))
+        run, ran_out = _run(deployment, stages, seed, _load(workload), condensed_s)
         drawn = sum(len(stream.requests) for stage in stages for stream in stage.streams)
         if not ran_out or drawn == before or requests > _MOST_REQUESTS:
             return run
         requests, before = 4 * requests, drawn
 
 
-def _run(deployment: Deployment, stages: list[Stage], seed: int, load: dict[str, Any]) -> tuple[Run, bool]:
+def _run(
+    deployment: Deployment,
+    stages: list[Stage],
+    seed: int,
+    load: dict[str, Any],
+    condensed_s: float | None = None,
+) -> tuple[Run, bool]:
     """A run of requests that are drawn, and whether a closed loop of a duration had too few of them."""
     scenario = deployment.scenario
     noise, front_end, reading, routing = np.random.default_rng(seed).spawn(7)[3:]  # behind those of draw
@@ -110,7 +117,7 @@ def _run(deployment: Deployment, stages: list[Stage], seed: int, load: dict[str,
         detection_s=scenario.fleet.failure_detection_s,
         autoscaler=scenario.fleet.autoscaler,
     )
-    run = fleet.run(stages)
+    run = fleet.run(stages, condensed_s=condensed_s)
     if fleet.failures[NOT_READY] == len(run.requests):
         raise InputError(
             f"no replica was ready for any of the {len(run.requests)} requests",
