@@ -33,10 +33,9 @@ def by_period(
         mean over time.
     """
     requests = run.requests
-    last = float(requests["arrival"].max()) if len(requests) else 0.0
-    count = max(1, math.ceil((last if end_s is None else end_s) / period_s + 1e-9))
     place = (requests["arrival"].to_numpy() // period_s).astype(int)
-    edges = np.arange(count + 1) * period_s
+    count = max(int(place.max(initial=0)) + 1, math.ceil((end_s or 0.0) / period_s - 1e-9))
+    edges = np.arange(count + 1, dtype=np.float64) * period_s
     there = sum((_overlap(edges, begin, end) for begin, end in lives), np.zeros(count))
     steps, seconds = run.steps, run.steps["duration"].to_numpy()
     of_step = np.minimum((steps["start"].to_numpy() // period_s).astype(int), count - 1)

@@ -96,7 +96,7 @@ class Day(Answer):
         """Each fleet by the hour, and where there are several, side by side."""
         parts = []
         for fleet in self.fleets:
-            hours = fleet.hours.assign(needed=list(self.sizes)) if self.sizes is not None else fleet.hours
+            hours = fleet.hours.assign(needed=pd.Series(self.sizes, dtype=object)) if self.sizes is not None else fleet.hours
             columns = _COLUMNS | ({"needed": "needed"} if self.sizes is not None else {})
             rows = [[_plain(row[key]) for key in columns.values()] for row in hours.to_dict("records")]
             parts.append(table(list(columns), rows, title=f"{fleet.name}") + "\n")
@@ -264,7 +264,7 @@ def _of_run(
     name: str, own: Scenario, run: Run, objectives: Objectives | None, limits: Goodput | None, period_s: float
 ) -> FleetDay:
     """A fleet's day, from the run of all of it."""
-    end_s = max(math.ceil(float(run.requests["arrival"].max()) / period_s + 1e-9), 1) * period_s
+    end_s = (int(run.requests["arrival"].max() // period_s) + 1) * period_s
     lives = _lives(run, end_s)
     hours = by_period(run, limits, lives, period_s, end_s=end_s)
     place = (run.requests["arrival"].to_numpy() // period_s).astype(int)
@@ -290,7 +290,7 @@ def _told(
     limits: Goodput | None,
     changes: tuple[tuple[float, int], ...],
 ) -> FleetDay:
-    hours = hours.assign(hour=hours["start_s"] / HOUR_S, met=list(met))
+    hours = hours.assign(hour=hours["start_s"] / HOUR_S, met=pd.Series(met, dtype=object))
     requests, period_s = run.requests, float(hours["start_s"].iloc[1]) if len(hours) > 1 else HOUR_S
     gpus = own.engine.tensor_parallel_size
     gpu_hours = float(hours["replicas"].sum()) * period_s / HOUR_S * gpus
@@ -320,7 +320,7 @@ def _samples(stages: Sequence[Stage], period_s: float, sample_s: float) -> list[
         )
     last = max((float(each.arrival_s.max(initial=0.0)) for each in rows), default=0.0)
     found: list[list[Stage] | None] = []
-    for number in range(math.ceil(last / period_s + 1e-9)):
+    for number in range(int(last // period_s) + 1):
         begin = number * period_s
         streams = []
         for stream, requests in zip(stages[0].streams, rows, strict=True):
@@ -349,7 +349,8 @@ def _of_samples(
 ) -> FleetDay:
     """A fleet's day, from the beginning of each period."""
     period_s, sample_s = spans
-    hours, met, parts = [], [], []
+    hours, parts = list[pd.DataFrame](), list[pd.DataFrame]()
+    met: list[bool | None] = []
     for number, sample in enumerate(_samples(stages, period_s, sample_s)):
         if sample is None:
             hours.append(pd.DataFrame([{"start_s": number * period_s, "requests": 0, "request_rate": 0.0}]))

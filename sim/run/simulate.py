@@ -246,7 +246,14 @@ class RateProbe:
 
     def __init__(self, scenario: Scenario | Deployment) -> None:
         self.deployment = scenario if isinstance(scenario, Deployment) else Deployment.of(scenario)
-        self._workload = self.deployment.scenario.open_loop()
+        own = self.deployment.scenario
+        if own.fleet.autoscaler is not None:
+            raise InputError(
+                "a fleet that grows with its load has no largest rate of its own",
+                where=f"{own.source}: fleet.autoscaler",
+                fix="Leave the autoscaler out (--set fleet.autoscaler=null), or use servecast day.",
+            )
+        self._workload = own.open_loop()
 
     def __call__(self, request_rate: float, seed: int, num_requests: int) -> Run:
         """One replication: ``num_requests`` requests at ``request_rate`` requests/s."""
