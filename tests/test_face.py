@@ -55,6 +55,7 @@ def test_exported_names() -> None:
         "Scenario",
         "check",
         "compare",
+        "day",
         "explain",
         "gpus",
         "load",
