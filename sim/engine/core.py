@@ -21,6 +21,7 @@ import cython
 import numpy as np
 
 from servecast.sim.engine.cadence import PrefillCadence
+from servecast.sim.engine.group_cache import GroupCache
 from servecast.sim.engine.rules import rules_for
 from servecast.sim.engine.waiting import QUEUES
 from servecast.sim.inputs.errors import InputError
@@ -86,6 +87,8 @@ class Sequence:
     serial: cython.longlong
     row: cython.Py_ssize_t  # in the table of outcomes, -1 outside of it
     shared_keys: list
+    prompt: cython.int
+    junction: cython.int  # tokens up to which some group had a longer hit than all
     request = cython.declare(object, visibility="readonly")
     request_id = cython.declare(cython.longlong, visibility="readonly")
     preemptions = cython.declare(cython.int, visibility="readonly")
@@ -100,7 +103,7 @@ class Sequence:
         self.request = request
         self.request_id = request_id
         self.status = WAITING
-        self.computed = self.placeholders = self.catch_up = self.preemptions = 0
+        self.computed = self.placeholders = self.catch_up = self.preemptions = self.junction = 0
         self.blocks_end = self.cached_end = self.scheduled_tokens = 0
         self.slot = self.cached_tokens = self.row = -1
         self.token_tick = self.scheduled_tick = self.arrival = self.serial = -1
@@ -395,6 +398,7 @@ class Scheduler:
     config = cython.declare(object, visibility="readonly")
     rules = cython.declare(object, visibility="readonly")
     kv = cython.declare("KVCache", visibility="readonly")
+    groups: Any  # GroupCache, of models with several KV cache groups
     tick = cython.declare(cython.longlong, visibility="readonly")  # number of schedule() calls so far
     prefix_queries = cython.declare(cython.longlong, visibility="readonly")  # tokens, as in vLLM's counters
     prefix_hits = cython.declare(cython.longlong, visibility="readonly")
@@ -407,6 +411,8 @@ class Scheduler:
     cadence: Any
     prefix_caching: cython.bint
     chunked_prefill: cython.bint
+    grouped: cython.bint
+    aligned: cython.bint  # chunks end where states are kept
     is_async: cython.bint
     full_isl: cython.bint
     adaptive: cython.bint
@@ -416,10 +422,12 @@ class Scheduler:
     max_running: cython.int
     max_model_len: cython.int
     block_size: cython.int
+    hash_block: cython.int
     long_prefill_threshold: cython.int
     watermark: cython.int
     finished_unsent: cython.bint
     added: cython.longlong
+    processed: cython.longlong  # tick of the last step that is complete
     sequences: dict
     runners: list  # in the order of admission
     queue: Any
@@ -446,7 +454,7 @@ class Scheduler:
         self.adaptive = config.long_prefill_token_threshold_adaptive
         self.priority = config.scheduling_policy == "priority"
         self.max_tokens, self.max_model_len = config.max_num_batched_tokens, config.max_model_len
-        self.block_size = config.block_size
+        self.block_size = self.hash_block = config.block_size
         self.max_running = min(config.max_num_seqs, config.max_num_active_seqs or config.max_num_seqs)
         self.long_prefill_threshold = config.long_prefill_token_threshold
         self.watermark = int(config.watermark * config.num_gpu_blocks)
@@ -458,8 +466,15 @@ class Scheduler:
         self.queue = QUEUES[config.scheduling_policy]()
         self.width = self.blocks_for(self.max_model_len) + 1
         rows = self.max_running + 1  # one more: what a look-up finds
-        self.table = np.zeros(rows * self.width, np.int32)
         self.slots = list(range(rows))
+        self.groups = None
+        self.grouped, self.aligned = bool(config.kv_groups), False
+        self.processed = -1
+        if config.kv_groups:
+            self.groups = GroupCache(config, rules, self.kv, rows, self.reuse_unhashed_first)
+            self.hash_block = self.groups.hash_block
+            self.aligned = self.groups.aligned
+        self.table = np.zeros(0 if config.kv_groups else rows * self.width, np.int32)
 
     # ---- what can be read -------------------------------------------------------------------------
 
@@ -497,6 +512,8 @@ class Scheduler:
 
     def block_ids(self, request_id: int) -> list[int]:
         sequence: Sequence = self.sequences[request_id]
+        if self.groups is not None:
+            return self.groups.block_ids(sequence.slot)
         first: cython.Py_ssize_t = sequence.slot * self.width
         return [int(self.table[first + i]) for i in range(sequence.blocks_end // self.block_size)]
 
@@ -512,7 +529,7 @@ class Scheduler:
         sequence: Sequence = Sequence(request, request.request_id)
         prompt: cython.int = request.prompt_tokens
         need: cython.int
-        sequence.num_tokens = prompt
+        sequence.num_tokens = sequence.prompt = prompt
         sequence.limit = prompt + request.max_tokens
         sequence.final_tokens = min(prompt + request.output_tokens, sequence.limit, self.max_model_len)
         sequence.arrival, sequence.serial = arrival, self.added
@@ -524,6 +541,8 @@ class Scheduler:
                 fix=f"Shorten it below max_model_len={self.max_model_len}, or raise max_model_len.",
             )
         need = (sequence.final_tokens + self.block_size - 2) // self.block_size  # the last is never computed
+        if self.groups is not None:
+            need = self.groups.most_held(sequence.final_tokens - 1)
         if need > self.kv.num_blocks - 1:
             raise InputError(
                 f"its {sequence.final_tokens} tokens need {need} KV blocks of {self.block_size}",
@@ -537,7 +556,7 @@ class Scheduler:
             if keys is None:
                 if len(self.prefixes) >= REMEMBERED:
                     self.prefixes.clear()
-                keys = self.prefixes[content] = self.kv.shared_keys(content, self.block_size)
+                keys = self.prefixes[content] = self.kv.shared_keys(content, self.hash_block)
             sequence.shared_keys = keys
         self.sequences[sequence.request_id] = sequence
         self.queue.push(sequence)
@@ -577,6 +596,8 @@ class Scheduler:
         budget: cython.int
         defer: cython.bint = False
         self.finished_unsent = False
+        if self.grouped:
+            self.groups.begin_step()
         if self.trace:
             step.composition = []
         if self.cadence is not None:
@@ -640,12 +661,17 @@ class Scheduler:
                 tokens = budget
             if tokens > self.max_model_len - sequence.computed - 1:
                 tokens = self.max_model_len - sequence.computed - 1
+            if self.aligned:
+                tokens = self.groups.chunk(sequence, sequence.computed, tokens)
             if tokens == 0 or (defer and sequence.computed < sequence.catch_up):
                 index += 1
                 continue
             end = sequence.computed + tokens
-            if end > sequence.blocks_end:
-                need = self.blocks_for(end) - sequence.blocks_end // self.block_size
+            if self.grouped or end > sequence.blocks_end:
+                if self.grouped:
+                    need = self.groups.make_room(sequence, end, self.in_flight(sequence))
+                else:
+                    need = self.blocks_for(end) - sequence.blocks_end // self.block_size
                 while need > self.kv.free_blocks:
                     position = self.pick_victim()
                     victim = runners[position]
@@ -663,7 +689,10 @@ class Scheduler:
                     if self.loop_goes_on_after_own_preemption:  # under FCFS it was the last anyway
                         continue  # its place in the list is the next one's now
                     return budget
-                self.take_blocks(sequence, need)
+                if self.grouped:
+                    self.groups.take(sequence.slot, end)
+                else:
+                    self.take_blocks(sequence, need)
             if self.prefix_caching:
                 self.cache_blocks(sequence, min(end, sequence.num_tokens))
             if self.cadence is not None and sequence.computed < sequence.catch_up:
@@ -742,8 +771,12 @@ class Scheduler:
             sequence = self.queue.head()
             slot = self.slots[len(self.slots) - 1]
             row = slot * self.width
-            hits = self.longest_hit(sequence, row) if self.prefix_caching else 0
-            cached = hits * self.block_size
+            if self.grouped:
+                hits = 0
+                cached = self.groups.look_up(sequence, slot) if self.prefix_caching else 0
+            else:
+                hits = self.longest_hit(sequence, row) if self.prefix_caching else 0
+                cached = hits * self.block_size
             if not self.count_admitted_lookups:
                 self.count_lookup(sequence, cached)
             tokens = sequence.num_tokens - cached
@@ -756,14 +789,21 @@ class Scheduler:
                 if not self.chunked_prefill:
                     break
                 tokens = budget
+            if self.aligned:
+                tokens = self.groups.chunk(sequence, cached, tokens)
+                if tokens == 0:
+                    break
             # KVCacheManager.allocate_slots; hits that lie free are taken from the free list, too
             reserve = self.watermark if self.runners else 0
             for i in range(hits):
                 if kv.ref[self.table[row + i]] == 0:
                     reserve += 1
-            need = fit = self.blocks_for(cached + tokens) - hits
-            if self.full_isl:  # full_sequence_must_fit
-                fit = max(need, self.blocks_for(sequence.num_tokens) - hits)
+            if self.grouped:
+                need = fit = self.groups.room_for(sequence, slot, cached, tokens, self.full_isl)
+            else:
+                need = fit = self.blocks_for(cached + tokens) - hits
+                if self.full_isl:  # full_sequence_must_fit
+                    fit = max(need, self.blocks_for(sequence.num_tokens) - hits)
             if fit + reserve > kv.free_blocks:
                 break
             self.queue.pop()
@@ -779,8 +819,12 @@ class Scheduler:
                     kv.unlink(block)
                 kv.ref[block] += 1
             sequence.slot = slot
-            sequence.blocks_end = sequence.cached_end = cached
-            self.take_blocks(sequence, need)
+            if self.grouped:
+                self.groups.adopt(slot, cached)
+                self.groups.take(slot, cached + tokens)
+            else:
+                sequence.blocks_end = sequence.cached_end = cached
+                self.take_blocks(sequence, need)
             step.joined.append(sequence)
             step.joined_cached.append(cached)
             step.joined_again.append(sequence.status == PREEMPTED)
@@ -815,7 +859,7 @@ class Scheduler:
             step.decode_context += sequence.computed + 1
         else:
             self.note_chunk(step, sequence, tokens)
-        if self.priority or self.trace:
+        if self.priority or self.trace or self.grouped:
             self.note_scheduled(step, sequence, tokens)
         sequence.computed += tokens
         if sequence.computed >= sequence.num_tokens + sequence.placeholders:
@@ -878,6 +922,7 @@ class Scheduler:
                 self.forget(sequence)
                 step.leavers.append(sequence)
         step.emitted, step.steady = emitted, steady
+        self.processed = tick
         if left:
             still: list = []
             for i in range(len(self.runners)):
@@ -898,6 +943,11 @@ class Scheduler:
         return (tokens + self.block_size - 1) // self.block_size
 
     @cython.cfunc
+    def in_flight(self, sequence: Sequence) -> cython.int:
+        """Its tokens in the step that is scheduled and not complete (Request.num_in_flight_tokens)."""
+        return sequence.scheduled_tokens if sequence.scheduled_tick > self.processed else 0
+
+    @cython.cfunc
     def take_blocks(self, sequence: Sequence, count: cython.int) -> cython.int:
         at: cython.Py_ssize_t = sequence.slot * self.width + sequence.blocks_end // self.block_size
         i: cython.int
@@ -910,7 +960,9 @@ class Scheduler:
     @cython.inline
     def cache_blocks(self, sequence: Sequence, tokens: cython.int) -> cython.int:
         """The full blocks among the first ``tokens`` tokens can be found from now on."""
-        if sequence.cached_end + self.block_size <= tokens:
+        if self.grouped:
+            self.groups.cache(sequence, tokens)
+        elif sequence.cached_end + self.block_size <= tokens:
             self.hash_blocks(sequence, tokens)
         return 0
 
@@ -987,6 +1039,8 @@ class Scheduler:
         """Give its blocks back, last one first, so that a prefix outlives what follows it
         (BlockPool.free_blocks); see ``Rules`` for those without a hash."""
         kv: KVCache = self.kv
+        if self.grouped:
+            self.groups.free(sequence.slot)
         row: cython.Py_ssize_t = sequence.slot * self.width
         count: cython.int = sequence.blocks_end // self.block_size
         i: cython.int
