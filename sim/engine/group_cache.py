@@ -91,7 +91,7 @@ class GroupCache:
         specs = config.kv_groups
         self.pool, self.specs, self.count = pool, specs, len(specs)
         self.caching, self.splits = config.enable_prefix_caching, splits
-        self.splits_windows = rules.splits_freed_windows and self.caching
+        self.splits_windows = rules.splits_freed_windows
         self.trims_processed, self.pins_junctions = rules.trims_what_is_processed, rules.pins_junctions
         self.retains_states, self.retires_states = rules.retains_states, rules.retires_all_states
         self.registers_tail = rules.registers_boundary_state
@@ -454,23 +454,22 @@ class GroupCache:
                     self.table[row + i] = 0
                     n += 1
                     i -= 1
-            if n:
-                self.give_back(g, n)
+            self.give_back(n, self.splits or self.splits_windows)
             if self.by_state[g] and self.last_state[at] >= 0:
                 i = self.last_state[at]
                 if i < (tokens + self.block[g] - 1) // self.block[g] - 1 and self.table[row + i]:
                     self.freed[0] = self.table[row + i]
                     self.table[row + i] = 0
-                    self.give_back(g, 1)
+                    self.give_back(1, self.splits)
         return 0
 
     @cython.cfunc
-    def give_back(self, group: cython.int, count: cython.int) -> cython.int:
-        """BlockPool.free_blocks: the first of ``freed`` is reused first."""
+    def give_back(self, count: cython.int, split: cython.bint) -> cython.int:
+        """The first ``count`` of ``freed``, to be reused in this order; ``split``: those without a hash before
+        all others (BlockPool.free_blocks)."""
         pool: KVCache = self.pool
         i: cython.int
         block: cython.int
-        split: cython.bint = self.splits or (self.splits_windows and self.kind[group] == SLIDING)
         for i in range(count):
             block = self.freed[i]
             pool.ref[block] -= 1
@@ -555,7 +554,7 @@ class GroupCache:
                 if self.table[row + i]:
                     self.freed[n] = self.table[row + i]
                     n += 1
-            self.give_back(g, n)
+            self.give_back(n, self.splits or (self.splits_windows and self.kind[g] == SLIDING))
             self.held[at] = self.cached[at] = self.retired[at] = self.saves[at] = 0
             self.last_state[at] = -1
         return 0

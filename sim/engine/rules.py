@@ -34,8 +34,8 @@ class Rules:
             does not end the loop over the running (Scheduler.schedule, where new_blocks is None).
 
     Of models with several KV cache groups (single_type_kv_cache_manager.py, kv_cache_coordinator.py):
-        splits_freed_windows: freed blocks of sliding windows that have no hash go to the head of the free
-            list, those of other groups to its tail (SlidingWindowManager, free_blocks(prepend=True)).
+        splits_freed_windows: blocks without a hash go to the head of the free list where they leave a window
+            or are a sliding window's, to its tail otherwise (free_blocks(prepend=True)).
         trims_what_is_processed: blocks leave the window by the tokens of finished steps, not of scheduled
             ones (KVCacheManager.allocate_slots: num_in_flight_tokens), and those in flight count for what a
             group may hold at once (VllmConfig.max_in_flight_tokens).

@@ -258,8 +258,8 @@ def _draw_groups(pick: Pick, config: EngineConfig) -> tuple[tuple[CacheSpec, ...
     forgets = ("sliding", "mamba") if rules.retains_states else ("sliding",)
     step = math.lcm(*(group.block_size for group in groups))
     retention = (0, None, 0, step, 2 * step)[interval]
-    if retention and not any(group.kind in forgets for group in groups):  # vLLM refuses an interval
-        retention = 0
+    if not any(group.kind in forgets for group in groups):  # vLLM refuses an interval
+        retention = 0 if rules.retains_states and retention is not None else None
     return tuple(groups), retention
 
 
