@@ -58,6 +58,7 @@ class GroupCache:
     registers_tail: cython.bint
     registers_again: cython.bint
     aligns_ends: cython.bint
+    last_is_computed_alone: cython.bint
     scheduler_block = cython.declare(cython.int, visibility="readonly")
     hash_block = cython.declare(cython.int, visibility="readonly")
     cache_block: cython.int
@@ -97,6 +98,7 @@ class GroupCache:
         self.registers_tail = rules.registers_boundary_state
         self.registers_again = rules.registers_boundary_state_again
         self.aligns_ends = rules.aligns_chunk_ends
+        self.last_is_computed_alone = rules.keeps_last_token_from_states
         self.scheduler_block = scheduler_block(specs)
         self.hash_block = hash_block(specs, caching=self.caching)
         self.cache_block = min(spec.block_size for spec in specs)
@@ -659,12 +661,11 @@ class GroupCache:
         inside: cython.bint
         if start >= prefill_end or tokens <= 0:
             return tokens
+        last = (sequence.num_tokens - self.last_is_computed_alone) // b * b
         if not self.aligns_ends:
-            last = sequence.num_tokens // b * b
             if end < last:
                 return tokens // b * b
             return last - start if start < last < end else tokens
-        last = (sequence.num_tokens - 1) // b * b
         inside = end >= prefill_end and self.all_save(start, end, prefill_end)
         if inside:
             last = 0

@@ -44,7 +44,8 @@ class Rules:
         retains_states: the retention interval holds for states, too (MambaManager.reachable_block_mask).
         retires_all_states: states are given back wherever they stand (MambaManager._remove_blocks_in_range).
         aligns_chunk_ends: chunks end at block boundaries, counted from the sequence's start
-            (Scheduler._mamba_block_aligned_split).
+            (Scheduler._mamba_block_aligned_split); keeps_last_token_from_states: the last such end leaves
+            the last token, which a hit computes again.
         registers_boundary_state: the state at the prompt's last boundary is registered in the step that
             reaches it, even if it was a hit (MambaManager._cache_partial_tail_block);
             registers_boundary_state_again: even where it has its hash.
@@ -62,6 +63,7 @@ class Rules:
     retains_states: bool
     retires_all_states: bool
     aligns_chunk_ends: bool
+    keeps_last_token_from_states: bool
     registers_boundary_state: bool
     registers_boundary_state_again: bool
 
@@ -82,6 +84,7 @@ RULE_IN: dict[str, tuple[str, str | None]] = {
     "retains_states": ("0.24", None),
     "retires_all_states": ("0.30", None),
     "aligns_chunk_ends": ("0.28", None),
+    "keeps_last_token_from_states": ("0.32", None),
     "registers_boundary_state": ("0.32", None),
     "registers_boundary_state_again": ("0.32", "0.32"),
 }
