@@ -119,7 +119,9 @@ class GroupCache:
         self.window = ints(spec.window for spec in specs)
         self.run = ints(-(-(spec.window - 1) // spec.block_size) for spec in specs)
         self.cap = ints(
-            most_blocks(spec, self.max_model_len, self.in_flight) if spec.kind in ("sliding", "chunked") else 0
+            most_blocks(spec, self.max_model_len, self.in_flight)
+            if spec.kind in ("sliding", "chunked")
+            else 0
             for spec in specs
         )
         self.checkpoint = ints(spec.checkpoint for spec in specs)
@@ -186,7 +188,9 @@ class GroupCache:
         return key | (cython.cast(cython.longlong, group) << GROUP_SHIFT)
 
     @cython.cfunc
-    def in_all(self, lookup: cython.int, sequence: Sequence, slot: cython.int, index: cython.int) -> cython.bint:
+    def in_all(
+        self, lookup: cython.int, sequence: Sequence, slot: cython.int, index: cython.int
+    ) -> cython.bint:
         """Whether every group of a look-up has a block; they are written down."""
         g: cython.int
         block: cython.int
@@ -596,8 +600,7 @@ class GroupCache:
     def register_boundary(
         self, sequence: Sequence, group: cython.int, at: cython.int, tokens: cython.int
     ) -> cython.int:
-        """The state at the last boundary of the prompt counts as registered now (_cache_partial_tail_block).
-        """
+        """The state at the last boundary of the prompt counts as registered now (_cache_partial_tail_block)."""
         index: cython.int = tokens // self.block[group] - 1
         block: cython.int
         key: cython.longlong

@@ -298,7 +298,9 @@ def _hash_block(config: dict[str, Any], groups: list[dict[str, Any]]) -> int:
 
 def _block_sizes(block_size: int, hash_block: int) -> dict[str, int]:
     known = inspect.signature(Scheduler).parameters
-    return {"block_size": block_size} | ({"hash_block_size": hash_block} if "hash_block_size" in known else {})
+    return {"block_size": block_size} | (
+        {"hash_block_size": hash_block} if "hash_block_size" in known else {}
+    )
 
 
 def _retention(config: dict[str, Any]) -> dict[str, Any]:
