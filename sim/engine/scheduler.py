@@ -1,526 +1,425 @@
 """vLLM's V1 scheduler: who computes how many tokens in the next step, and on which KV blocks.
 
-Every decision equals vLLM's, step by step (see docs/parity.md). Where a rule is copied, a comment names the
-function of vLLM (``vllm/v1/core``) that has it. What differs is the bookkeeping: most
-running requests decode one token a step, and nothing has to be touched for them until a block fills or
-they end. Such *cruising* sequences (see ``Sequence``) are counted, not visited, so the cost of a step
-grows with what changes in it and not with the batch.
-
-Use: ``add``, then ``step = schedule()`` and ``complete(step)`` in turn; with async scheduling the next
-``schedule`` comes before the ``complete`` of the step in flight.
+Every running request is visited in every step, as vLLM does it, so a rule of vLLM is one place here; comments
+name the function of vLLM (``vllm/v1``) that has it.
 """
 
 from __future__ import annotations
 
-from operator import attrgetter
+from typing import Any
+
+import cython
 
 from servecast.sim.engine.cadence import PrefillCadence
-from servecast.sim.engine.config import EngineConfig
-from servecast.sim.engine.cruise import Cruise
 from servecast.sim.engine.kv_cache import KVCache
-from servecast.sim.engine.request import Request
 from servecast.sim.engine.rules import rules_for
-from servecast.sim.engine.sequence import FINISHED, PREEMPTED, RUNNING, Sequence
+from servecast.sim.engine.sequence import Sequence
 from servecast.sim.engine.step import Step
-from servecast.sim.engine.waiting import QUEUES, WaitingQueue
+from servecast.sim.engine.waiting import QUEUES
 from servecast.sim.inputs.errors import InputError
 
-_by_order = attrgetter("order")
+if not cython.compiled:
+    from servecast.sim.engine.sequence import FINISHED, PREEMPTED, RUNNING, WAITING
 
 
 class Scheduler:
-    """The engine's state and its decisions.
+    """vLLM's V1 scheduler: who computes how many tokens in the next step, and on which KV blocks.
+
+    Use: ``add``, then ``step = schedule()`` and ``complete(step)`` in turn; with async scheduling the next
+    ``schedule`` comes before the ``complete`` of the step in flight.
 
     Args:
         config: flags and pool size.
-        trace: keep each step's full composition for ``Step.scheduled``; costs a visit of every running
-            request a step, changes no decision.
+        trace: keep each step's full composition for ``Step.scheduled``; changes no decision.
     """
 
-    def __init__(self, config: EngineConfig, *, trace: bool = False) -> None:
-        self.config = config
-        self.rules = rules_for(config.version)
-        self.trace = trace
-        appends = self.rules.append_without_caching and not config.enable_prefix_caching
-        reuse_unhashed_first = self.rules.reuse_unhashed_first and not appends
-        self.kv = KVCache(config.num_gpu_blocks, reuse_unhashed_first=reuse_unhashed_first)
-        self.tick = 0  # number of schedule() calls so far
-        self.prefix_queries = 0  # tokens looked up and found, as vLLM's counters have them
-        self.prefix_hits = 0
-        self._block_size = config.block_size
-        self._priority = config.scheduling_policy == "priority"
-        self._max_running = min(config.max_num_seqs, config.max_num_active_seqs or config.max_num_seqs)
-        self._watermark_blocks = int(config.watermark * config.num_gpu_blocks)
-        self._sequences: dict[int, Sequence] = {}
-        self._waiting: WaitingQueue = QUEUES[config.scheduling_policy]()
-        self._running: dict[int, Sequence] = {}  # by order, rising
-        self._unsettled: dict[int, Sequence] = {}  # the running ones that prefill or were starved, by order
-        self._next_order = 0
-        self._cruise = Cruise(config.block_size, async_scheduling=config.async_scheduling)
-        self._cadence = PrefillCadence(config.prefill_schedule_interval)
-        self._in_flight: list[Step] = []  # decided, not completed: at most two
-        self._finished_unsent = False
+    def __init__(self, config: Any, *, trace: bool = False) -> None:
+        rules = rules_for(config.version)
+        self.config, self.rules, self.trace = config, rules, trace
+        appends = rules.append_without_caching and not config.enable_prefix_caching
+        self.loop_goes_on_after_own_preemption = rules.loop_goes_on_after_own_preemption
+        self.lone_request_ignores_threshold = rules.lone_request_ignores_threshold
+        self.cursor_follows_victim = rules.cursor_follows_victim
+        self.count_admitted_lookups = rules.count_admitted_lookups
+        self.cadence = None
+        if config.prefill_schedule_interval > 1:
+            self.cadence = PrefillCadence(config.prefill_schedule_interval)
+        self.prefix_caching = config.enable_prefix_caching
+        self.chunked_prefill = config.enable_chunked_prefill
+        self.is_async = config.async_scheduling
+        self.adaptive = config.long_prefill_token_threshold_adaptive
+        self.priority = config.scheduling_policy == "priority"
+        self.max_tokens, self.max_model_len = config.max_num_batched_tokens, config.max_model_len
+        self.max_running = min(config.max_num_seqs, config.max_num_active_seqs or config.max_num_seqs)
+        self.long_prefill_threshold = config.long_prefill_token_threshold
+        self.watermark = int(config.watermark * config.num_gpu_blocks)
+        self.tick = self.prefix_queries = self.prefix_hits = self.added = 0
+        self.num_waiting = 0
+        self.finished_unsent = False
+        self.kv = KVCache(config, rules.reuse_unhashed_first and not appends, self.max_running)
+        self.sequences, self.runners = {}, []
+        self.queue = QUEUES[config.scheduling_policy]()
 
     # ---- what can be read -------------------------------------------------------------------------
 
     @property
     def has_requests(self) -> bool:
         """Whether the engine loop goes on: one more (empty) step follows the last finish."""
-        return bool(self._sequences) or self._finished_unsent
+        return bool(self.sequences) or self.finished_unsent
 
     @property
     def num_running(self) -> int:
-        return len(self._running)
-
-    @property
-    def num_waiting(self) -> int:
-        return len(self._waiting)
+        return len(self.runners)
 
     @property
     def running(self) -> list[int]:
         """Request ids, in order of admission."""
-        return [sequence.request_id for sequence in self._running.values()]
+        return [sequence.request_id for sequence in self.runners]
 
     @property
     def waiting(self) -> list[int]:
         """Request ids, next one first."""
-        return [sequence.request_id for sequence in self._waiting.ordered()]
+        return [sequence.request_id for sequence in self.queue.ordered()]
 
     @property
     def free_blocks(self) -> int:
-        return self.kv.free_blocks
+        return self.kv.pool.free_blocks
 
     def free_list(self, limit: int) -> list[int]:
         """The next ``limit`` blocks to be taken."""
-        return self.kv.free_list(limit)
+        return self.kv.pool.free_list(limit)
 
     @property
     def cached_blocks(self) -> int:
         """Distinct block contents that a look-up could find now."""
-        for sequence in self._running.values():
-            self._cache_full_blocks(sequence)
-        return self.kv.cached_keys
+        return self.kv.pool.cached_keys
 
     def block_ids(self, request_id: int) -> list[int]:
-        return list(self._sequences[request_id].blocks)
+        return self.kv.block_ids(self.sequences[request_id])
 
     # ---- requests come and go ---------------------------------------------------------------------
 
-    def add(self, request: Request, arrival: int) -> None:
+    def add(self, request: Any, arrival: cython.longlong) -> Sequence:
         """Queue a request. ``arrival`` rises from call to call; ties of priority go by it.
 
         Raises:
             InputError: the request could never run alone: longer than ``max_model_len`` or than the pool.
         """
-        config = self.config
-        sequence = Sequence(request, arrival, self._block_size, config.max_model_len)
-        where = f"request {request.request_id}"
-        if request.prompt_tokens >= config.max_model_len:
+        sequence: Sequence = Sequence(request, request.request_id)
+        prompt: cython.int = request.prompt_tokens
+        need: cython.int
+        sequence.num_tokens = prompt
+        sequence.limit = prompt + request.max_tokens
+        sequence.final_tokens = min(prompt + request.output_tokens, sequence.limit, self.max_model_len)
+        sequence.arrival, sequence.serial = arrival, self.added
+        self.added += 1
+        if prompt >= self.max_model_len:
             raise InputError(
-                f"its prompt of {request.prompt_tokens} tokens leaves no room for an output",
-                where=where,
-                fix=f"Shorten it below max_model_len={config.max_model_len}, or raise max_model_len.",
+                f"its prompt of {prompt} tokens leaves no room for an output",
+                where=f"request {request.request_id}",
+                fix=f"Shorten it below max_model_len={self.max_model_len}, or raise max_model_len.",
             )
-        need = -(-(sequence.final_tokens - 1) // self._block_size)  # the last token is never computed
-        if need > config.num_gpu_blocks - 1:
+        need = self.kv.blocks_for(sequence.final_tokens - 1)  # the last is never computed
+        if need > self.kv.pool.num_blocks - 1:
             raise InputError(
-                f"its {sequence.final_tokens} tokens need {need} KV blocks of {self._block_size}",
-                where=where,
-                fix=f"The pool has {config.num_gpu_blocks - 1}: enlarge it or shorten the request.",
+                f"its {sequence.final_tokens} tokens need {need} KV blocks of {self.kv.block_size}",
+                where=f"request {request.request_id}",
+                fix=f"The pool has {self.kv.pool.num_blocks - 1}: enlarge it or shorten the request.",
             )
-        self._sequences[request.request_id] = sequence
-        self._waiting.push(sequence)
+        sequence.shared_keys = self.kv.shared_keys(request.content)
+        self.sequences[sequence.request_id] = sequence
+        self.queue.push(sequence)
+        self.num_waiting += 1
+        return sequence
 
-    def abort(self, request_id: int) -> None:
+    def abort(self, request_id: Any) -> Any:
         """Drop a request wherever it stands; an unknown or finished one is ignored."""
-        sequence = self._sequences.get(request_id)
-        if sequence is None:
-            return
+        found: Any = self.sequences.get(request_id)
+        if found is None:
+            return None
+        sequence: Sequence = found
         if sequence.status == RUNNING:
-            if sequence.cruising:
-                self._drop_in_flight(sequence)
-            self._remove_running(sequence)
+            self.runners.remove(sequence)
+            self.kv.free(sequence)
         else:
-            self._waiting.remove(sequence)
-        self._forget(sequence)
+            self.queue.remove(sequence)
+            self.num_waiting -= 1
+        self.forget(sequence)
+        return None
+
+    def forget(self, sequence: Sequence) -> cython.int:
+        sequence.status = FINISHED
+        del self.sequences[sequence.request_id]
+        self.finished_unsent = True
+        return 0
 
     # ---- a step is decided ------------------------------------------------------------------------
 
     def schedule(self) -> Step:
         """Decide the next step; computed tokens advance at once, sampled ones arrive by ``complete``."""
-        step = Step(self.tick)
-        self._finished_unsent = False
-        threshold = self._chunk_limit()
-        defer = self._cadence.begin() and self._somebody_decodes()
-        budget = self._schedule_running(step, self.config.max_num_batched_tokens, threshold, defer=defer)
-        if not step.preempted and len(self._waiting):
-            budget = self._admit(step, budget, threshold, defer=defer)
-        self._advance(step)
-        admitting = not step.preempted and not defer
-        self._cadence.end(tokens=step.total_tokens, admitting=admitting, waiting=len(self._waiting))
+        step: Step = Step(self.tick)
+        threshold: cython.int = self.chunk_limit()
+        budget: cython.int
+        defer: cython.bint = False
+        self.finished_unsent = False
+        if self.trace:
+            step.composition = []
+        if self.cadence is not None:
+            defer = self.cadence.begin() and self.somebody_decodes()
+        budget = self.schedule_running(step, threshold, defer)
+        if self.num_waiting and not step.victims:
+            self.schedule_waiting(step, budget, threshold, defer)
+        self.tick += 1
+        if self.cadence is not None:
+            admitting = not step.victims and not defer
+            self.cadence.end(tokens=step.total_tokens, admitting=admitting, waiting=self.num_waiting)
         return step
 
-    def _somebody_decodes(self) -> bool:
+    def somebody_decodes(self) -> cython.bint:
         """Whether a running request has left its prefill (Scheduler.schedule: "not r.is_prefill_chunk")."""
-        return len(self._running) > sum(sequence.prefills for sequence in self._unsettled.values())
+        sequence: Sequence
+        decoding: cython.int = 0
+        for sequence in self.runners:
+            decoding += sequence.computed >= sequence.catch_up
+        return decoding > 0
 
-    def _chunk_limit(self) -> int:
+    def chunk_limit(self) -> cython.int:
         """``long_prefill_token_threshold`` in force in this step; 0 is none."""
         # Scheduler.schedule, before its loops: num_eligible_reqs
-        threshold = self.config.long_prefill_token_threshold
-        if threshold and self.rules.lone_request_ignores_threshold:
-            active = len(self._running) + len(self._waiting)
+        active: cython.int
+        if self.long_prefill_threshold and self.lone_request_ignores_threshold:
+            active = len(self.runners) + self.num_waiting
             if active <= 1:
                 return 0
-            if self.config.long_prefill_token_threshold_adaptive:
-                return max(threshold, self.config.max_num_batched_tokens // active)
-        return threshold
+            if self.adaptive:
+                return max(self.long_prefill_threshold, self.max_tokens // active)
+        return self.long_prefill_threshold
 
-    def _demand(self, sequence: Sequence, threshold: int) -> int:
-        """Tokens that an unsettled running sequence asks for."""
-        # Scheduler.schedule: num_tokens_with_spec + num_output_placeholders - num_computed_tokens
-        wanted = sequence.num_tokens - sequence.computed
-        if 0 < threshold < wanted:
-            wanted = threshold
-        return wanted
-
-    def _schedule_running(self, step: Step, budget: int, threshold: int, *, defer: bool) -> int:
-        """Phase 1: running requests, in order of admission, without those that prefill where their work is
-        to ``defer``. Returns the budget left."""
-        for sequence in self._cruise.last_in_flight(self.tick):
-            self._stop_cruising(sequence)
-        due = self._cruise.blocks_due(self.tick)
-        if not self._unsettled and self._cruise.count <= budget and len(due) <= self.kv.free_blocks:
-            if len(due) > 1:
-                due.sort(key=_by_order)
-            for sequence in due:
-                self._cruise.add_block(sequence, self.kv.take_one())
-            return budget - self._cruise.count
-        if not defer and self._settled_can_be_skipped(due, budget, threshold):
-            if self._unsettled:
-                due = [*due, *self._unsettled.values()]
-            due.sort(key=_by_order)
-            return self._walk_changes(step, due, budget, threshold)
-        return self._walk_all(step, budget, threshold, defer=defer)
-
-    def _settled_can_be_skipped(self, due: list[Sequence], budget: int, threshold: int) -> bool:
-        """Whether all cruisers get their token whatever the order, so that only changes are visited."""
-        if self._cruise.count > budget:
-            return False
-        demands = [self._demand(sequence, threshold) for sequence in self._unsettled.values()]
-        if self._priority:
-            blocks = len(due) + sum(
-                -(-(s.computed + n) // self._block_size) - len(s.blocks)
-                for s, n in zip(self._unsettled.values(), demands, strict=True)
-            )
-            if blocks > self.kv.free_blocks:
-                return False
-        if self._cruise.count + sum(demands) <= budget:
-            return True
-        tail = reversed(self._running)
-        return all(next(tail) in self._unsettled for _ in demands)
-
-    def _walk_changes(self, step: Step, members: list[Sequence], budget: int, threshold: int) -> int:
-        """Visit only the sequences that need a block or prefill; preempt from the end of the running list."""
-        budget -= self._cruise.count
-        for sequence in members:
-            if sequence.status != RUNNING:
-                continue  # a victim of this step
-            tokens = 1 if sequence.cruising else min(self._demand(sequence, threshold), budget)
-            if tokens <= 0:
+    def schedule_running(self, step: Step, threshold: cython.int, defer: cython.bint) -> cython.int:
+        """Phase 1: running requests catch up, in order of admission, but for those that prefill where their
+        work is to ``defer``; where blocks run out, others are preempted. Returns the budget left."""
+        # Scheduler.schedule, "First, schedule the RUNNING requests": index is its req_index
+        runners: list = self.runners
+        sequence: Sequence
+        victim: Sequence
+        budget: cython.int = self.max_tokens
+        index: cython.Py_ssize_t = 0
+        position: cython.Py_ssize_t
+        tokens: cython.int
+        given_back: cython.int
+        while index < len(runners) and budget > 0:
+            sequence = cython.cast(Sequence, runners[index])
+            if sequence.placeholders > 0 and sequence.computed + 2 - sequence.placeholders >= sequence.limit:
+                index += 1  # its last token is being computed
                 continue
-            computed = self.tick - sequence.base if sequence.cruising else sequence.computed
-            need = -(-(computed + tokens) // self._block_size) - len(sequence.blocks)
-            while need > self.kv.free_blocks:
-                victim = next(reversed(self._running.values()))
-                budget += victim.cruising
-                self._preempt(step, victim)
-                if victim is sequence:
-                    break
-            if sequence.status != RUNNING:
-                break
-            if sequence.cruising:
-                self._cruise.add_block(sequence, self.kv.take_one())
-            else:
-                self._cadence.carries_prefill |= sequence.prefills
-                self._grow(sequence, tokens, need)
-                step.entries.append((sequence, tokens))
-                budget -= tokens
-        return budget
-
-    def _walk_all(self, step: Step, budget: int, threshold: int, *, defer: bool) -> int:
-        """Visit every running sequence, as vLLM's loop does: some may get no token, or lose it again."""
-        # Scheduler.schedule, "First, schedule the RUNNING requests": cursor is its req_index
-        members = list(self._running.values())
-        scheduled: dict[int, int] = {}  # order -> tokens
-        cursor = 0
-        while cursor < len(members) and budget > 0:
-            sequence = members[cursor]
-            if sequence.cruising:
-                tokens, computed = 1, self.tick - sequence.base
-            else:
-                tokens, computed = min(self._demand(sequence, threshold), budget), sequence.computed
-            idle = sequence.order not in self._unsettled and not sequence.cruising
-            if tokens <= 0 or idle or (defer and sequence.prefills):
-                cursor += 1
+            # num_tokens_with_spec + num_output_placeholders - num_computed_tokens
+            tokens = sequence.num_tokens + sequence.placeholders - sequence.computed
+            if 0 < threshold < tokens:
+                tokens = threshold
+            if tokens > budget:
+                tokens = budget
+            if tokens > self.max_model_len - sequence.computed - 1:
+                tokens = self.max_model_len - sequence.computed - 1
+            if tokens == 0 or (defer and sequence.computed < sequence.catch_up):
+                index += 1
                 continue
-            need = -(-(computed + tokens) // self._block_size) - len(sequence.blocks)
-            while need > self.kv.free_blocks:
-                victim = self._victim(members)
-                position = members.index(victim)
-                del members[position]
-                given_back = scheduled.pop(victim.order, 0)
-                budget += given_back
-                # before 0.28: "if preempted_req in scheduled_running_reqs": it gave tokens back
-                if given_back if not self.rules.cursor_follows_victim else position < cursor:
-                    cursor -= 1
-                self._preempt(step, victim, scheduled=bool(given_back))
-                if victim is sequence:
-                    break
-            if sequence.status != RUNNING:
-                if self.rules.loop_goes_on_after_own_preemption:  # under FCFS it was the last anyway
-                    continue  # its place in the list is the next one's now
-                break
-            if sequence.cruising:
-                if need > 0:
-                    self._cruise.add_block(sequence, self.kv.take_one())
-            else:
-                self._cadence.carries_prefill |= sequence.prefills
-                self._grow(sequence, tokens, need)
-            scheduled[sequence.order] = tokens
+            if sequence.computed + tokens >= sequence.kv_due:
+                while not self.kv.allocate_slots(sequence, tokens, 0, 0):
+                    position = self.pick_victim()
+                    victim = runners[position]
+                    given_back = 0
+                    if self.priority and victim.scheduled_tick == self.tick:
+                        given_back = self.withdraw(step, victim)
+                        budget += given_back
+                    # before 0.28: "if preempted_req in scheduled_running_reqs": it gave tokens back
+                    if position < index if self.cursor_follows_victim else given_back > 0:
+                        index -= 1
+                    self.preempt(step, victim, position)
+                    if victim is sequence:
+                        break
+                if sequence.status != RUNNING:
+                    if self.loop_goes_on_after_own_preemption:  # under FCFS it was the last anyway
+                        continue  # its place in the list is the next one's now
+                    return budget
+            if self.cadence is not None and sequence.computed < sequence.catch_up:
+                self.cadence.carries_prefill = True
+            self.advance(step, sequence, tokens)
             budget -= tokens
-            cursor += 1
-        for sequence in members:
-            if sequence.order in scheduled:
-                if not sequence.cruising:
-                    step.entries.append((sequence, scheduled[sequence.order]))
-            elif sequence.cruising:  # starved
-                self._stop_cruising(sequence)
-                self._unsettled[sequence.order] = sequence
+            index += 1
         return budget
 
-    def _victim(self, members: list[Sequence]) -> Sequence:
+    def pick_victim(self) -> cython.Py_ssize_t:
+        """Position among the running of the one that is preempted next."""
         # Scheduler.schedule: max(self.running, key=lambda r: (r.priority, r.arrival_time)), or running.pop()
-        if self._priority:
-            return max(members, key=lambda s: (s.request.priority, s.arrival))
-        return members[-1]
+        best: cython.Py_ssize_t = len(self.runners) - 1
+        if self.priority:
+            keys: list = [sequence.sort_key[:2] for sequence in self.runners]
+            best = keys.index(max(keys))
+        return best
 
-    def _admit(self, step: Step, budget: int, threshold: int, *, defer: bool) -> int:
-        """Phase 2: the head of the queue, while it fits and has no prompt work to ``defer``. Returns the
-        budget left."""
-        kv, block_size, config = self.kv, self._block_size, self.config
-        while len(self._waiting) and budget > 0 and len(self._running) < self._max_running:
-            sequence = self._waiting.head()
-            hits: list[int] = []
-            if config.enable_prefix_caching:
-                # KVCacheManager.get_computed_blocks: the last token is always computed, for its logits
-                hits = kv.lookup(sequence.keys(0, (sequence.num_tokens - 1) // block_size))
-            hit_tokens = len(hits) * block_size
-            if not self.rules.count_admitted_lookups:
-                self._count_lookup(sequence, hit_tokens)
-            tokens = sequence.num_tokens - hit_tokens
+    def withdraw(self, step: Step, victim: Sequence) -> cython.int:
+        """Take a victim out of the step in which it was scheduled already. Returns its tokens."""
+        tokens: cython.int = victim.scheduled_tokens
+        before: cython.int = victim.computed - tokens
+        position: cython.Py_ssize_t
+        step.total_tokens -= tokens
+        if before >= victim.catch_up:
+            step.decodes -= 1
+            step.decode_context -= before + 1
+        else:
+            position = step.prefilling.index(victim)
+            del step.chunks[position], step.prefilling[position]
+        if victim in step.samplers:
+            step.samplers.remove(victim)
+            if self.is_async:
+                victim.placeholders -= 1
+        if step.composition is not None:
+            step.composition.remove((victim, tokens))
+        return tokens
+
+    def preempt(self, step: Step, sequence: Sequence, position: cython.Py_ssize_t) -> cython.int:
+        """Recompute later: give everything back and wait at the front (Scheduler._preempt_request). Tokens
+        in flight are still delivered."""
+        self.kv.publish(sequence)
+        self.kv.free(sequence)
+        del self.runners[position]
+        sequence.computed = 0
+        sequence.status = PREEMPTED
+        sequence.preemptions += 1
+        self.queue.push_preempted(sequence)
+        self.num_waiting += 1
+        step.victims.append(sequence)
+        return 0
+
+    def schedule_waiting(
+        self, step: Step, budget: cython.int, threshold: cython.int, defer: cython.bint
+    ) -> cython.int:
+        """Phase 2: the head of the queue, while it fits and has no prompt work to ``defer``; the first one
+        that does not blocks the rest."""
+        sequence: Sequence
+        hits: cython.int
+        cached: cython.int
+        tokens: cython.int
+        reserve: cython.int
+        carries_prefill: cython.bint
+        while self.num_waiting and budget > 0 and len(self.runners) < self.max_running:
+            sequence = self.queue.head()
+            hits = self.kv.get_computed_blocks(sequence)
+            cached = hits * self.kv.block_size
+            if not self.count_admitted_lookups:
+                self.count_lookup(sequence, cached)
+            tokens = sequence.num_tokens - cached
             carries_prefill = tokens > 1
             if defer and carries_prefill:
                 break
             if 0 < threshold < tokens:
                 tokens = threshold
-            if not config.enable_chunked_prefill and tokens > budget:
+            if tokens > budget:
+                if not self.chunked_prefill:
+                    break
+                tokens = budget
+            reserve = self.watermark if self.runners else 0
+            if not self.kv.allocate_slots(sequence, tokens, hits, reserve):
                 break
-            tokens = min(tokens, budget)
-            reserve = kv.count_free(hits) if hits else 0
-            if self._running:
-                reserve += self._watermark_blocks
-            # KVCacheManager.allocate_slots; hits that lie free are taken from the free list, too
-            need = -(-min(hit_tokens + tokens, config.max_model_len) // block_size) - len(hits)
-            fit = need
-            if config.scheduler_reserve_full_isl:  # full_sequence_must_fit
-                full = -(-min(sequence.num_tokens, config.max_model_len) // block_size) - len(hits)
-                fit = max(need, full)
-            if fit + reserve > kv.free_blocks:
-                break
-            self._waiting.pop()
-            self._cadence.carries_prefill |= carries_prefill
-            if self.rules.count_admitted_lookups:
-                self._count_lookup(sequence, hit_tokens)
-            kv.touch(hits)
-            sequence.blocks = hits
-            sequence.num_cached = len(hits)
-            sequence.computed = hit_tokens
-            (step.resumed if sequence.status == PREEMPTED else step.admitted).append(sequence.request_id)
-            step.cached_tokens[sequence.request_id] = hit_tokens
+            self.queue.pop()
+            self.num_waiting -= 1
+            if self.cadence is not None and carries_prefill:
+                self.cadence.carries_prefill = True
+            if self.count_admitted_lookups:
+                self.count_lookup(sequence, cached)
+            step.joined.append(sequence)
+            step.joined_cached.append(cached)
+            step.joined_again.append(sequence.status == PREEMPTED)
+            if sequence.status == WAITING:
+                sequence.cached_tokens = cached
             sequence.status = RUNNING
-            sequence.prefill_tokens = sequence.num_tokens
-            sequence.order = self._next_order
-            self._next_order += 1
-            self._running[sequence.order] = sequence
-            self._unsettled[sequence.order] = sequence
-            self._grow(sequence, tokens, need)
-            step.entries.append((sequence, tokens))
+            sequence.computed = cached
+            sequence.catch_up = sequence.num_tokens
+            self.runners.append(sequence)
+            self.advance(step, sequence, tokens)
             budget -= tokens
-        return budget
+        return 0
 
-    def _count_lookup(self, sequence: Sequence, hit_tokens: int) -> None:
+    def count_lookup(self, sequence: Sequence, hit_tokens: cython.int) -> cython.int:
         """vLLM keeps the look-ups of preempted requests out of its counters (PrefixCacheStats.record)."""
-        if self.config.enable_prefix_caching and not sequence.preemptions:
+        if self.prefix_caching and not sequence.preemptions:
             self.prefix_queries += sequence.num_tokens
             self.prefix_hits += hit_tokens
+        return 0
 
-    def _advance(self, step: Step) -> None:
-        """The step is on its way: computed tokens advance, and who now decodes starts cruising."""
-        cruisers = step.cruisers = self._cruise.count
-        context = self._cruise.context(self.tick)
+    def advance(self, step: Step, sequence: Sequence, tokens: cython.int) -> None:
+        """Scheduled tokens count as computed; note whether it samples (Scheduler._update_after_schedule)."""
+        step.total_tokens += tokens
+        if sequence.computed >= sequence.catch_up:
+            step.decodes += 1
+            step.decode_context += sequence.computed + 1
+        else:
+            self.note_chunk(step, sequence, tokens)
+        if self.priority or self.trace:
+            self.note_scheduled(step, sequence, tokens)
+        sequence.computed += tokens
+        if sequence.computed >= sequence.num_tokens + sequence.placeholders:
+            step.samplers.append(sequence)
+            if self.is_async:
+                sequence.placeholders += 1
+
+    def note_chunk(self, step: Step, sequence: Sequence, tokens: cython.int) -> None:
+        step.chunks.append((tokens, sequence.computed))
+        if self.priority:
+            step.prefilling.append(sequence)
+
+    def note_scheduled(self, step: Step, sequence: Sequence, tokens: cython.int) -> None:
+        sequence.scheduled_tick, sequence.scheduled_tokens = self.tick, tokens
         if self.trace:
-            tokens = {sequence.order: count for sequence, count in step.entries}
-            step._composition = {
-                s.request_id: tokens.get(order, 1)
-                for order, s in self._running.items()
-                if order in tokens or s.cruising
-            }
-        self.tick += 1
-        step.total_tokens = step.samples = step.decodes = cruisers
-        for sequence, count in step.entries:
-            before = sequence.computed
-            sequence.computed += count
-            step.total_tokens += count
-            ends = sequence.computed >= sequence.num_tokens
-            if before >= sequence.prefill_tokens:
-                step.decodes += 1
-                context += before + 1
-            else:
-                step.chunks.append((count, before))
-            if ends:
-                step.samples += 1
-                del self._unsettled[sequence.order]
-                self._cruise.join(sequence, self.tick)
-        step.decode_context = context
-        self._in_flight.append(step)
+            step.composition.append((sequence, tokens))
 
     # ---- a step is done ---------------------------------------------------------------------------
 
-    def complete(self, step: Step) -> None:
-        """Deliver the tokens of a step; who has its last one leaves with its blocks."""
-        assert step is self._in_flight[0], "steps complete in the order in which they were decided"
-        del self._in_flight[0]
-        ended: list[Sequence] = []
-        for sequence, _count in step.entries:
-            if sequence.join_tick != step.tick or sequence.status == FINISHED:
-                continue  # no token yet, or nobody to take it
-            step.emitted += 1
-            if sequence.token_tick is None:
-                step.first_tokens.append(sequence.request_id)
+    def complete(self, step: Step) -> Any:
+        """Deliver the tokens of a step, in its order; who has its last one leaves with its blocks
+        (Scheduler.update_from_output)."""
+        sequence: Sequence
+        left: cython.bint = False
+        tick: cython.longlong = step.tick
+        emitted: cython.int = 0
+        steady: cython.int = 0
+        i: cython.Py_ssize_t
+        tokens: cython.int
+        samplers: list = step.samplers
+        for i in range(len(samplers)):
+            sequence = cython.cast(Sequence, samplers[i])
+            if sequence.status == FINISHED:
+                continue  # while the step was in flight
+            sequence.num_tokens += 1
+            emitted += 1
+            if sequence.token_tick == tick - 1 and tick > 0:
+                steady += 1
+            elif sequence.token_tick < 0:
+                step.firsts.append(sequence)
             else:
                 step.gaps.append(sequence.token_tick)
-            sequence.token_tick = step.tick
-            if not sequence.cruising:
-                self._deliver(sequence, ended)
-        for sequence in step.stragglers:
-            if sequence.status == FINISHED:
-                step.dropped += 1
-                continue
-            sequence.token_tick = step.tick
-            self._deliver(sequence, ended)
-        step.steady = step.cruisers - step.dropped
-        step.emitted += step.steady
-        for sequence in self._cruise.ended_by(step.tick):
-            ended.append(sequence)
-            self._drop_in_flight(sequence)
-        if len(ended) > 1:
-            ended.sort(key=_by_order)
-        for sequence in ended:
-            if sequence.status == RUNNING:
-                self._remove_running(sequence, computed=sequence.final_tokens - 1)
-            else:
-                self._waiting.remove(sequence)  # preempted while its last token was in flight
-            self._forget(sequence)
-            step.finished.append(sequence.request_id)
-
-    def _deliver(self, sequence: Sequence, ended: list[Sequence]) -> None:
-        sequence.num_tokens += 1
-        if sequence.status == RUNNING and self.config.enable_prefix_caching:
-            self._cache_up_to(sequence, sequence.computed // self._block_size)
-        if sequence.num_tokens >= sequence.final_tokens:
-            ended.append(sequence)
-
-    # ---- sequences change state -------------------------------------------------------------------
-
-    def _stop_cruising(self, sequence: Sequence) -> None:
-        """Bring its numbers up to date; a token in flight is delivered to it in person."""
-        self._cache_full_blocks(sequence)
-        self._cruise.leave(sequence)
-        computed = sequence.computed = self.tick - sequence.base
-        if self._in_flight:
-            last = self._in_flight[-1]
-            sequence.num_tokens = computed
-            if sequence.join_tick != last.tick:
-                last.stragglers.append(sequence)
-                sequence.token_tick = last.tick
-        else:
-            sequence.num_tokens = computed + 1
-            sequence.token_tick = self.tick - 1
-
-    def _drop_in_flight(self, sequence: Sequence) -> None:
-        """A cruiser ends: the tokens that steps in flight compute for it are nobody's."""
-        for step in self._in_flight:
-            if step.tick > sequence.join_tick:
-                step.dropped += 1
-
-    def _grow(self, sequence: Sequence, tokens: int, need: int) -> None:
-        """Blocks for ``tokens`` more; full ones are known to the prefix cache at once."""
-        if need > 0:
-            sequence.blocks += self.kv.take(need)
-        if self.config.enable_prefix_caching:
-            known = min(sequence.computed + tokens, sequence.num_tokens)
-            self._cache_up_to(sequence, known // self._block_size)
-
-    def _cache_full_blocks(self, sequence: Sequence, *, scheduled: bool = False) -> None:
-        """Catch up with the blocks that filled while cruising: nobody else looks up its own outputs.
-
-        A block is known once its last token is computed *and* known: under async scheduling the newest
-        computed token is still in flight. ``scheduled``: the step being decided has already served it.
-        """
-        if not sequence.cruising or not self.config.enable_prefix_caching:
-            return
-        computed = self.tick - sequence.base + scheduled
-        if self._in_flight and self.config.async_scheduling:
-            computed -= 1
-        self._cache_up_to(sequence, computed // self._block_size)
-
-    def _cache_up_to(self, sequence: Sequence, full_blocks: int) -> None:
-        start = sequence.num_cached
-        if full_blocks > start:
-            self.kv.cache(sequence.keys(start, full_blocks), sequence.blocks[start:full_blocks])
-            sequence.num_cached = full_blocks
-
-    def _preempt(self, step: Step, sequence: Sequence, *, scheduled: bool = False) -> None:
-        """Recompute later: give everything back and wait at the front (Scheduler._preempt_request)."""
-        if sequence.cruising:
-            self._cache_full_blocks(sequence, scheduled=scheduled)
-            self._stop_cruising(sequence)
-        sequence.computed = 0
-        self._leave_running(sequence)
-        sequence.status = PREEMPTED
-        sequence.preemptions += 1
-        self._waiting.push_preempted(sequence)
-        step.preempted.append(sequence.request_id)
-
-    def _remove_running(self, sequence: Sequence, computed: int | None = None) -> None:
-        """It ends: what it computed (all, where ``computed`` is None) stays findable."""
-        if sequence.cruising:
-            if computed is None:
-                self._cache_full_blocks(sequence)
-            self._cruise.leave(sequence)
-        if computed is not None and self.config.enable_prefix_caching:
-            self._cache_up_to(sequence, computed // self._block_size)
-        self._leave_running(sequence)
-
-    def _leave_running(self, sequence: Sequence) -> None:
-        del self._running[sequence.order]
-        self._unsettled.pop(sequence.order, None)
-        self.kv.release(sequence.blocks, sequence.num_cached)
-        sequence.blocks = []
-        sequence.num_cached = 0
-
-    def _forget(self, sequence: Sequence) -> None:
-        sequence.status = FINISHED
-        del self._sequences[sequence.request_id]
-        self._finished_unsent = True
+            sequence.token_tick = tick
+            if self.is_async:
+                if sequence.placeholders > 0:
+                    sequence.placeholders -= 1
+                tokens = sequence.computed - sequence.placeholders
+                if tokens >= sequence.kv_due and sequence.status == RUNNING:
+                    self.kv.cache_blocks(sequence, tokens)
+            if sequence.num_tokens >= sequence.final_tokens:
+                if sequence.status == RUNNING:
+                    left = True
+                    self.kv.free(sequence)
+                else:  # preempted while its last token was in flight
+                    self.queue.remove(sequence)
+                    self.num_waiting -= 1
+                self.forget(sequence)
+                step.leavers.append(sequence)
+        step.emitted, step.steady = emitted, steady
+        if left:
+            still: list = []
+            for i in range(len(self.runners)):
+                sequence = cython.cast(Sequence, self.runners[i])
+                if sequence.status != FINISHED:
+                    still.append(sequence)
+            self.runners = still
+        return None

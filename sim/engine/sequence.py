@@ -2,99 +2,39 @@
 
 from __future__ import annotations
 
-from servecast.sim.engine.request import Request
+from typing import Any
 
-WAITING, RUNNING, PREEMPTED, FINISHED = range(4)
+import cython
 
-BLOCKS_PER_CONTENT = 1 << 24  # a content id owns this many block keys
-
-
-def is_shared(key: int) -> bool:
-    """Whether another request can have a block of this key."""
-    return not key & BLOCKS_PER_CONTENT
+if not cython.compiled:  # else the constants of sequence.pxd
+    WAITING, RUNNING, PREEMPTED, FINISHED = range(4)
 
 
 class Sequence:
-    """The engine's state of one request.
+    """A request inside the engine. Counts are tokens, times picoseconds, -1 where it did not happen.
 
-    A *cruising* sequence decodes one token in every step until it ends or is disturbed. Nothing in it
-    changes from step to step: its computed tokens are ``tick - base``, and its block and its end fall due
-    at known ticks. For all others ``num_tokens`` and ``computed`` are kept.
-
-    Attributes:
-        arrival: rising with the order of arrival.
-        order: rising with the order of admission; the running list is sorted by it.
-        final_tokens: prompt and output tokens when it ends.
-        stops_by_length: it ends by max_tokens or max_model_len, which the scheduler foresees.
-        num_tokens: prompt plus delivered outputs.
-        computed: tokens whose KV is computed once the steps scheduled so far have run.
-        prefill_tokens: what it had to compute before it decoded, at its last admission.
-        blocks, num_cached: its KV blocks; how many leading ones have a key in the prefix cache.
-        token_tick: tick of the step that delivered its newest token, None before the first.
+    computed: advanced when scheduled, before the step runs. placeholders: async, outputs that steps in flight
+    sample. limit: prompt and max_tokens. final_tokens: when it ends. catch_up: num_tokens at its last
+    admission, which it has to compute before it decodes. token_tick: of the step that delivered its newest
+    token. scheduled_tick, scheduled_tokens: with priorities, its last step, and its tokens there. slot: its
+    row of the block table. blocks_end: tokens that its blocks hold. cached_end: tokens whose blocks have
+    their hash. kv_due: the tokens at which its KV cache has something to do: a block more, or one that is
+    full. row: in the table of outcomes, -1 outside of it.
     """
 
-    __slots__ = (
-        "arrival",
-        "base",
-        "block_tick",
-        "blocks",
-        "computed",
-        "cruising",
-        "final_tokens",
-        "join_tick",
-        "last_tick",
-        "num_cached",
-        "num_tokens",
-        "order",
-        "preemptions",
-        "prefill_tokens",
-        "private_key",
-        "request",
-        "request_id",
-        "shared_keys",
-        "status",
-        "stops_by_length",
-        "token_tick",
-    )
-
-    def __init__(self, request: Request, arrival: int, block_size: int, max_model_len: int) -> None:
+    def __init__(self, request: Any, request_id: cython.longlong) -> None:
         self.request = request
-        self.request_id = request.request_id
-        self.arrival = arrival
+        self.request_id = request_id
         self.status = WAITING
-        self.order = -1
-        self.preemptions = 0
-        limit = min(request.prompt_tokens + request.max_tokens, max_model_len)
-        self.final_tokens = min(request.prompt_tokens + request.output_tokens, limit)
-        self.stops_by_length = self.final_tokens == limit
-        self.num_tokens = request.prompt_tokens
-        self.computed = 0
-        self.prefill_tokens = 0
-        self.blocks: list[int] = []
-        self.num_cached = 0
-        self.token_tick: int | None = None
-        self.cruising = False
-        self.base = self.join_tick = self.last_tick = self.block_tick = -1
-        self.shared_keys = _shared_keys(request, block_size)
-        self.private_key = (2 * request.request_id + 1) * BLOCKS_PER_CONTENT
+        self.shared_keys = None
+        self.num_tokens = self.limit = self.final_tokens = 0
+        self.computed = self.placeholders = self.catch_up = self.preemptions = 0
+        self.blocks_end = self.cached_end = self.kv_due = self.scheduled_tokens = 0
+        self.slot = self.cached_tokens = self.row = -1
+        self.token_tick = self.scheduled_tick = self.arrival = self.serial = -1
+        self.queued = self.scheduled = self.ended = self.first_token = self.finish = -1
 
     @property
-    def prefills(self) -> bool:
-        """Not cruising: it still computes what it was admitted with (Request.is_prefill_chunk)."""
-        return self.computed < self.prefill_tokens
-
-    def keys(self, start: int, end: int) -> range | list[int]:
-        """Identities of blocks ``start`` to ``end`` (exclusive)."""
-        shared = self.shared_keys
-        if start >= len(shared):
-            return range(self.private_key + start, self.private_key + end)
-        return shared[start:end] + list(range(self.private_key + len(shared), self.private_key + end))
-
-
-def _shared_keys(request: Request, block_size: int) -> list[int]:
-    """Keys of the blocks whose last token lies in a shared part of the prompt."""
-    keys: list[int] = []
-    for content_id, end_token in request.content:
-        first = 2 * content_id * BLOCKS_PER_CONTENT  # even: shared, odd: private
-        keys.extend(range(first + len(keys), first + end_token // block_size))
-    return keys
+    def sort_key(self) -> tuple[int, int, int]:
+        """The order of the priority queue."""
+        return self.request.priority, self.arrival, self.request_id

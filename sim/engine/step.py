@@ -2,68 +2,61 @@
 
 from __future__ import annotations
 
-from servecast.sim.engine.sequence import Sequence
+import cython
 
 
 class Step:
-    """What one ``schedule`` decided, and after ``complete`` what came of it.
+    """What one ``schedule`` decided, and after ``complete`` what came of it; see ``Step`` in
+    ``servecast.sim.engine.engine``.
 
-    Attributes:
-        chunks: (tokens, context) of each prompt chunk: computed now, KV tokens already there.
-        decodes, decode_context: requests with one token each; KV tokens they read, that one included.
-        samples: tokens sampled. total_tokens: tokens computed.
-        admitted, resumed, preempted: request ids, in order (victims in the order they fell).
-        cached_tokens: request id -> computed tokens at admission, for admitted and resumed.
-        first_tokens, finished: ids of requests that got their first or last token from this step.
-        gaps: ticks of the steps that delivered the previous token of those whose tokens do not come from
-            successive steps. steady: tokens delivered whose predecessor came from the step before.
-        emitted: tokens delivered.
+    samplers: sequences that sample a token, in the order of the batch. joined: those admitted and resumed,
+    with what they found cached, and whether resumed. firsts, leavers: those that got their first or last
+    token. prefilling: with priorities, whose the chunks are. composition: with ``trace``, all and their
+    tokens.
     """
 
-    idle_s = 0.0  # an engine that waits for more requests has a step of its own (sim.padded_batch)
-
-    __slots__ = (
-        "_composition",
-        "admitted",
-        "cached_tokens",
-        "chunks",
-        "cruisers",
-        "decode_context",
-        "decodes",
-        "dropped",
-        "emitted",
-        "entries",
-        "finished",
-        "first_tokens",
-        "gaps",
-        "preempted",
-        "resumed",
-        "samples",
-        "steady",
-        "stragglers",
-        "tick",
-        "total_tokens",
-    )
-
-    def __init__(self, tick: int) -> None:
+    def __init__(self, tick: cython.longlong) -> None:
         self.tick = tick
-        self.chunks: list[tuple[int, int]] = []
-        self.decodes = self.decode_context = self.samples = self.total_tokens = 0
-        self.admitted: list[int] = []
-        self.resumed: list[int] = []
-        self.preempted: list[int] = []
-        self.cached_tokens: dict[int, int] = {}
-        self.first_tokens: list[int] = []
-        self.finished: list[int] = []
-        self.gaps: list[int] = []
-        self.steady = self.emitted = 0
-        self.entries: list[tuple[Sequence, int]] = []  # scheduled one by one: (sequence, tokens)
-        self.cruisers = 0  # scheduled as cruising
-        self.dropped = 0  # cruisers of this step whose token nobody takes any more
-        self.stragglers: list[Sequence] = []  # cruisers of this step that stopped cruising in flight
-        self._composition: dict[int, int] | None = None
+        self.total_tokens = self.decodes = self.steady = self.emitted = 0
+        self.decode_context = self.start = self.end = 0
+        self.chunks, self.gaps, self.samplers, self.prefilling = [], [], [], []
+        self.joined, self.joined_cached, self.joined_again, self.victims = [], [], [], []
+        self.firsts, self.leavers = [], []
+        self.composition = None
+
+    @property
+    def samples(self) -> int:
+        return len(self.samplers)
+
+    @property
+    def admitted(self) -> list[int]:
+        return [s.request_id for s, again in zip(self.joined, self.joined_again, strict=True) if not again]
+
+    @property
+    def resumed(self) -> list[int]:
+        return [s.request_id for s, again in zip(self.joined, self.joined_again, strict=True) if again]
+
+    @property
+    def cached_tokens(self) -> dict[int, int]:
+        return {s.request_id: cached for s, cached in zip(self.joined, self.joined_cached, strict=True)}
+
+    @property
+    def preempted(self) -> list[int]:
+        return [s.request_id for s in self.victims]
+
+    @property
+    def first_tokens(self) -> list[int]:
+        return [s.request_id for s in self.firsts]
+
+    @property
+    def finished(self) -> list[int]:
+        return [s.request_id for s in self.leavers]
+
+    @property
+    def idle_s(self) -> float:
+        return 0.0
 
     def scheduled(self) -> dict[int, int]:
         """Request id -> tokens, in vLLM's order. Only from a scheduler made with ``trace=True``."""
-        assert self._composition is not None, "the scheduler was not made with trace=True"
-        return self._composition
+        assert self.composition is not None, "the scheduler was not made with trace=True"
+        return {s.request_id: tokens for s, tokens in self.composition}

@@ -14,10 +14,12 @@ import simpy
 from numpy.typing import NDArray
 from simpy.events import EventPriority
 
-from servecast.sim.engine.core import ABORTS, BUSY, ENDED, Alone, EngineLoop, Scheduler, Sequence
-from servecast.sim.engine.engine import Engine
+from servecast.sim.engine.alone import Alone
+from servecast.sim.engine.engine import Engine, Step
+from servecast.sim.engine.engine_loop import ABORTS, BUSY, ENDED, EngineLoop
 from servecast.sim.engine.request import Request
-from servecast.sim.engine.step import Step
+from servecast.sim.engine.scheduler import Scheduler
+from servecast.sim.engine.sequence import Sequence
 from servecast.sim.fleet.client import Client
 from servecast.sim.fleet.engine_loop import InEngine, PythonLoop
 from servecast.sim.fleet.front_end import ApiServer, after
@@ -131,7 +133,7 @@ class Replica:
     def run_alone(
         self, times: NDArray[np.int64], requests: list[Request], limit: int
     ) -> dict[str, NDArray[np.int64]]:
-        """One client's requests that arrive at these times, to the end of the last; see ``core.Alone``."""
+        """One client's requests that arrive at these times, to the end of the last; see ``Alone``."""
         assert isinstance(self._loop, EngineLoop)
         server, client = self._api_server, self._client
         send = None if client.is_free else client.send

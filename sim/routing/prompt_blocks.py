@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+from servecast.sim.engine.kv_events import BLOCKS_PER_CONTENT
 from servecast.sim.engine.request import Request
-from servecast.sim.engine.sequence import BLOCKS_PER_CONTENT
 
 _REMEMBERED = 4096  # different prompts
 

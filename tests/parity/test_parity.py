@@ -9,13 +9,14 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from cores import MODULES
 from places import DATA, REPOSITORY
 from trace_scenarios import trace_scenarios
 
 sys.path.append(str(REPOSITORY / "docs"))
 
 import parity_page
-from mutations import ENGINE, Mutation, catch, load_mutations
+from mutations import Mutation, catch, load_mutations
 from parity_page import SCENARIOS, ci_scenarios
 
 from servecast.sim.engine.rules import RULES
@@ -181,7 +182,7 @@ def test_the_engine_cannot_reach_vllm() -> None:
 def test_a_mutation_is_one_line_of_the_engine(mutation: Mutation) -> None:
     before, after = mutation.changed_line()
     assert before != after
-    assert mutation.file in ENGINE
+    assert mutation.file in MODULES
     assert mutation.new in mutation.source()
 
 
