@@ -1,4 +1,3 @@
-# cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
 """The KV cache of models whose layers do not all keep the same: several lists of blocks a sequence.
 
 vLLM has a manager for each group (single_type_kv_cache_manager.py) and a coordinator over them
@@ -14,97 +13,50 @@ from typing import Any
 import cython
 import numpy as np
 
-KVCache = Sequence = Any
+from servecast.sim.engine.block_pool import BlockPool
+from servecast.sim.engine.kv_cache import KVCache
 from servecast.sim.engine.kv_groups import hash_block, in_flight_tokens, most_blocks, scheduler_block
+from servecast.sim.engine.rules import rules_for
+from servecast.sim.engine.sequence import Sequence
 
-FULL = cython.declare(cython.int, 0)
-SLIDING = cython.declare(cython.int, 1)
-CHUNKED = cython.declare(cython.int, 2)
-MAMBA = cython.declare(cython.int, 3)
-KINDS = {"full": 0, "sliding": 1, "chunked": 2, "mamba": 3}
+if not cython.compiled:
+    from servecast.sim.engine.block_pool import GROUP_SHIFT, UNHASHED
 
-UNHASHED = cython.declare(cython.longlong, -1)
-BLOCKS_PER_CONTENT = cython.declare(cython.longlong, 1 << 24)
-GROUP_SHIFT = cython.declare(cython.int, 56)  # of a group's number in a key
-DENSE = cython.declare(cython.int, -1)  # no retention interval: all that could be found again is kept
-FAR = cython.declare(cython.int, 1 << 30)
+    FULL, SLIDING, CHUNKED, MAMBA = range(4)
+    DENSE, FAR = -1, 1 << 30
+
+KINDS = ("full", "sliding", "chunked", "mamba")
 
 
-@cython.final
-@cython.cclass
-class GroupCache:
+class GroupCache(KVCache):
     """Which blocks each sequence holds in each group, and which of them a look-up finds.
 
     A slot is a running sequence's row; one more row holds what a look-up finds, until it is admitted.
 
-    Args:
-        config: flags and groups. rules: of the release. pool: blocks of all groups. slots: rows.
-        splits: freed blocks without a hash go to the head of the free list in all groups.
+    held: blocks of a sequence in a group, null ones included. cached: those that were judged for the prefix
+    cache. last_state: the block of the state before the newest one. retired: leading blocks that were
+    given back. saves: whether the chunk in hand saves a state inside itself. fresh: keys of
+    states that were registered in this schedule().
+
+    Args: see ``KVCache``.
     """
 
-    pool: KVCache
-    count: cython.int
-    lookups: cython.int
-    simple: cython.bint  # full attention and one other spec: one pass of the look-up
-    aligned: cython.bint  # mamba states are kept at ends of blocks
-    hybrid: cython.bint
-    caching: cython.bint
-    splits: cython.bint
-    splits_windows: cython.bint
-    trims_processed: cython.bint
-    pins_junctions: cython.bint
-    retains_states: cython.bint
-    retires_states: cython.bint
-    registers_tail: cython.bint
-    registers_again: cython.bint
-    aligns_ends: cython.bint
-    last_is_computed_alone: cython.bint
-    scheduler_block = cython.declare(cython.int, visibility="readonly")
-    hash_block = cython.declare(cython.int, visibility="readonly")
-    cache_block: cython.int
-    retention: cython.int
-    max_model_len: cython.int
-    largest_chunk: cython.int
-    in_flight: cython.int
-    width: cython.Py_ssize_t
-    kind: cython.int[::1]
-    block: cython.int[::1]
-    ratio: cython.int[::1]
-    window: cython.int[::1]
-    run: cython.int[::1]  # blocks in a row that a hit of a sliding group needs
-    cap: cython.int[::1]  # most blocks at once; 0 is no bound
-    checkpoint: cython.int[::1]
-    by_state: cython.int[::1]  # whether blocks go by states: mamba, aligned
-    first: cython.int[::1]  # of a look-up: where its groups begin in ``member``
-    member: cython.int[::1]
-    found: cython.int[::1]
-    table: cython.int[::1]
-    held: cython.int[::1]  # blocks of a sequence in a group, null ones included
-    cached: cython.int[::1]  # those that were judged for the prefix cache
-    last_state: cython.int[::1]
-    retired: cython.int[::1]
-    saves: cython.int[::1]
-    freed: cython.int[::1]
-    fresh: set  # keys of states registered in this schedule()
-    specs: tuple
-
-    def __init__(self, config: Any, rules: Any, pool: KVCache, slots: int, splits: bool) -> None:
+    def __init__(self, config: Any, reuse_unhashed_first: bool, rows: cython.int) -> None:
+        super().__init__(config, reuse_unhashed_first, rows)
+        rules = rules_for(config.version)
         specs = config.kv_groups
-        self.pool, self.specs, self.count = pool, specs, len(specs)
-        self.caching, self.splits = config.enable_prefix_caching, splits
+        self.specs, self.count, self.hybrid = specs, len(specs), len(specs) > 1
         self.splits_windows = rules.splits_freed_windows
         self.trims_processed, self.pins_junctions = rules.trims_what_is_processed, rules.pins_junctions
         self.retains_states, self.retires_states = rules.retains_states, rules.retires_all_states
         self.registers_tail = rules.registers_boundary_state
         self.registers_again = rules.registers_boundary_state_again
         self.aligns_ends = rules.aligns_chunk_ends
-        self.last_is_computed_alone = rules.keeps_last_token_from_states
+        self.spares_last = rules.keeps_last_token_from_states
         self.scheduler_block = scheduler_block(specs)
-        self.hash_block = hash_block(specs, caching=self.caching)
-        self.cache_block = min(spec.block_size for spec in specs)
+        self.hash_block = hash_block(specs, caching=self.prefix_caching)
         retention = config.prefix_cache_retention_interval
         self.retention = DENSE if retention is None else retention
-        self.max_model_len = config.max_model_len
         chunk = config.max_num_batched_tokens
         if config.long_prefill_token_threshold:
             chunk = min(chunk, config.long_prefill_token_threshold)
@@ -112,8 +64,7 @@ class GroupCache:
         self.in_flight = in_flight_tokens(
             config.version, config.max_num_batched_tokens, async_scheduling=config.async_scheduling
         )
-        self.hybrid = len(specs) > 1
-        self.kind = ints(KINDS[spec.kind] for spec in specs)
+        self.kind = ints(KINDS.index(spec.kind) for spec in specs)
         self.block = ints(spec.block_size for spec in specs)
         self.ratio = ints(max(1, spec.block_size // self.hash_block) for spec in specs)
         self.window = ints(spec.window for spec in specs)
@@ -137,37 +88,35 @@ class GroupCache:
         together.sort(key=lambda members: specs[members[0]].kind != "full")
         self.lookups = len(together)
         self.simple = self.lookups == 2 and specs[together[0][0]].kind == "full"
-        starts = [0]
-        for members in together:
-            starts.append(starts[-1] + len(members))
+        starts = [sum(map(len, together[:i])) for i in range(self.lookups + 1)]
         self.first, self.member = ints(starts), ints(g for members in together for g in members)
         self.found = ints(0 for _ in together)
-        self.width = -(-self.max_model_len // self.cache_block) + 2
-        none = ints([0])
-        self.table = none * (slots * self.count * self.width)
-        self.held, self.cached, self.saves = (none * (slots * self.count) for _ in range(3))
-        self.last_state, self.retired = ints([-1]) * (slots * self.count), none * (slots * self.count)
+        self.width = -(-self.max_model_len // self.block_size) + 2
+        self.told = next((g for g, spec in enumerate(specs) if spec.kind == "full"), -1)
+        self.code = ints(0 if g == self.told else g + 1 for g in range(self.count))
+        none, lists = ints([0]), (rows + 1) * self.count
+        self.table = np.zeros(lists * self.width, np.int32)
+        self.held, self.cached, self.saves, self.retired = (none * lists for _ in range(4))
+        self.last_state = ints([-1]) * lists
         self.freed = none * self.width
         self.fresh = set()
 
-    def block_ids(self, slot: int) -> list[list[int]]:
+    def block_ids(self, sequence: Sequence) -> list[Any]:
         """A list a group; 0 where it holds none."""
+        slot = sequence.slot
         rows = np.asarray(self.table).reshape(-1, self.width)
         return [rows[i, : self.held[i]].tolist() for i in range(slot * self.count, (slot + 1) * self.count)]
 
-    def most_held(self, tokens: int) -> int:
-        """Blocks that a sequence alone holds at once, at most."""
+    def most_blocks(self, tokens: cython.int) -> cython.int:
+        """Blocks that a sequence of so many computed tokens holds at once, at most, all groups."""
         return sum(most_blocks(spec, tokens, self.in_flight) for spec in self.specs)
+
+    def new_step_starts(self) -> cython.int:
+        self.fresh.clear()
+        return 0
 
     # ---- look-up ----------------------------------------------------------------------------------
 
-    @cython.cfunc
-    @cython.inline
-    @cython.exceptval(check=False)
-    def private(self, sequence: Sequence) -> cython.longlong:
-        return (2 * sequence.serial + 1) * BLOCKS_PER_CONTENT
-
-    @cython.cfunc
     def known(self, sequence: Sequence, group: cython.int) -> cython.int:
         """Blocks of a sequence, from its first one on, whose content may be cached."""
         if sequence.preemptions:
@@ -176,7 +125,6 @@ class GroupCache:
             return 0
         return len(sequence.shared_keys) // self.ratio[group]
 
-    @cython.cfunc
     def key(self, sequence: Sequence, group: cython.int, index: cython.int) -> cython.longlong:
         """Of the content at the end of a group's block."""
         at: cython.int = (index + 1) * self.ratio[group] - 1
@@ -184,10 +132,9 @@ class GroupCache:
         if sequence.shared_keys is not None and at < len(sequence.shared_keys):
             key = sequence.shared_keys[at]
         else:
-            key = self.private(sequence) + at
-        return key | (cython.cast(cython.longlong, group) << GROUP_SHIFT)
+            key = self.private_key(sequence) + at
+        return key | (cython.cast(cython.longlong, self.code[group]) << GROUP_SHIFT)
 
-    @cython.cfunc
     def in_all(
         self, lookup: cython.int, sequence: Sequence, slot: cython.int, index: cython.int
     ) -> cython.bint:
@@ -203,7 +150,6 @@ class GroupCache:
             self.table[(slot * self.count + g) * self.width + index] = block
         return True
 
-    @cython.cfunc
     def keep_found(
         self, lookup: cython.int, slot: cython.int, nulls: cython.int, blocks: cython.int
     ) -> cython.int:
@@ -220,7 +166,6 @@ class GroupCache:
                 self.table[row + j] = 0
         return blocks * self.block[self.member[self.first[lookup]]]
 
-    @cython.cfunc
     def find(self, lookup: cython.int, sequence: Sequence, slot: cython.int, limit: cython.int) -> cython.int:
         """The longest hit up to ``limit`` tokens in the groups of one spec (find_longest_cache_hit)."""
         g: cython.int = self.member[self.first[lookup]]
@@ -259,10 +204,10 @@ class GroupCache:
             run -= 1
         return self.keep_found(lookup, slot, 0, run)
 
-    @cython.cfunc
-    def look_up(self, sequence: Sequence, slot: cython.int) -> cython.int:
+    def get_computed_blocks(self, sequence: Sequence) -> cython.int:
         """Tokens that are cached in all groups; the last token is always computed. Remembers how far some
-        group would have reached (KVCacheManager.get_computed_blocks)."""
+        group would have reached (KVCacheManager.get_computed_blocks, HybridKVCacheCoordinator)."""
+        slot: cython.int = self.slots[len(self.slots) - 1]
         hit: cython.int = sequence.num_tokens - 1
         longest: cython.int = 0
         current: cython.int
@@ -270,6 +215,8 @@ class GroupCache:
         g: cython.int
         i: cython.int
         look: cython.int
+        if not self.prefix_caching:
+            return 0
         while True:
             current = hit
             for look in range(self.lookups):
@@ -298,8 +245,6 @@ class GroupCache:
 
     # ---- blocks needed, taken and given back ------------------------------------------------------
 
-    @cython.cfunc
-    @cython.exceptval(check=False)
     def skipped(self, group: cython.int, tokens: cython.int) -> cython.int:
         """Blocks that nobody reads any more, with these tokens computed (get_num_skipped_tokens)."""
         kind: cython.int = self.kind[group]
@@ -312,7 +257,6 @@ class GroupCache:
             gone = tokens - 1
         return gone // self.block[group] if gone > 0 else 0
 
-    @cython.cfunc
     def saves_inside(
         self, sequence: Sequence, group: cython.int, at: cython.int, start: cython.int, end: cython.int
     ) -> cython.bint:
@@ -331,8 +275,6 @@ class GroupCache:
             return True
         return self.table[at * self.width + column] == 0
 
-    @cython.cfunc
-    @cython.exceptval(check=False)
     def fits_inside(
         self, start: cython.int, end: cython.int, position: cython.int, b: cython.int, step: cython.int
     ) -> cython.bint:
@@ -346,12 +288,9 @@ class GroupCache:
             and (position - start) % step == 0
         )
 
-    @cython.cfunc
-    @cython.exceptval(check=False)
     def prefill_end(self, sequence: Sequence) -> cython.int:
         return max(sequence.prompt, sequence.num_tokens - 1)
 
-    @cython.cfunc
     def needed(
         self,
         sequence: Sequence,
@@ -382,8 +321,9 @@ class GroupCache:
             row = at * self.width
             b = self.block[g]
             gone = 0
-            if admits and self.kind[g] == MAMBA and self.held[at] and self.table[row + self.held[at] - 1]:
-                if self.pool.key[self.table[row + self.held[at] - 1]] in self.fresh:
+            if admits and self.kind[g] == MAMBA and self.held[at]:
+                i = self.table[row + self.held[at] - 1]
+                if i and self.pool.key[i] in self.fresh:
                     return self.pool.num_blocks + 1  # a state that is computed in this step
             if self.by_state[g]:
                 saves = self.saves_inside(sequence, g, -1 if admits else at, computed, end)
@@ -406,26 +346,32 @@ class GroupCache:
                         total += 1
         return total
 
-    def begin_step(self) -> None:
-        """A schedule() begins (new_step_starts)."""
-        self.fresh.clear()
+    def allocate_slots(
+        self, sequence: Sequence, tokens: cython.int, cached: cython.int, reserve: cython.int
+    ) -> cython.bint:
+        """As ``KVCache.allocate_slots``; gives back first what is out of the window."""
+        admits: cython.bint = sequence.slot < 0
+        computed: cython.int = sequence.computed + cached
+        end: cython.int = computed + tokens
+        slot: cython.int = sequence.slot
+        whole: cython.int = min(sequence.num_tokens, self.max_model_len)
+        if admits:
+            slot = self.slots[len(self.slots) - 1]
+            if self.full_isl:  # full_sequence_must_fit
+                if self.needed(sequence, slot, computed, whole, True, True) + reserve > self.pool.free_blocks:
+                    return False
+        else:
+            self.trim(sequence)
+        if self.needed(sequence, slot, computed, end, admits, False) + reserve > self.pool.free_blocks:
+            return False
+        if admits:
+            sequence.slot = self.slots.pop()
+            self.adopt(slot, computed)
+        self.take(slot, end)
+        self.cache_blocks(sequence, min(end, sequence.num_tokens))
+        return True
 
-    def make_room(self, sequence: Sequence, end: cython.int, in_flight: cython.int) -> cython.int:
-        """Give back what a running sequence needs no more; blocks that it takes to compute up to ``end``."""
-        self.trim(sequence.slot, sequence.computed, in_flight)
-        return self.needed(sequence, sequence.slot, sequence.computed, end, False, False)
-
-    def room_for(
-        self, sequence: Sequence, slot: cython.int, hit: cython.int, tokens: cython.int, whole: cython.bint
-    ) -> cython.int:
-        """Free blocks that admitting a sequence takes: for its next tokens, and, ``whole``, for its prompt."""
-        fit: cython.int = 0
-        if whole:
-            fit = self.needed(sequence, slot, hit, min(sequence.num_tokens, self.max_model_len), True, True)
-        return max(fit, self.needed(sequence, slot, hit, hit + tokens, True, False))
-
-    @cython.cfunc
-    def trim(self, slot: cython.int, computed: cython.int, in_flight: cython.int) -> cython.int:
+    def trim(self, sequence: Sequence) -> cython.int:
         """Give back what is out of the window (remove_skipped_blocks)."""
         g: cython.int
         i: cython.int
@@ -434,9 +380,10 @@ class GroupCache:
         first: cython.int
         end: cython.int
         row: cython.Py_ssize_t
-        tokens: cython.int = computed
-        if self.trims_processed:
-            tokens = max(0, computed - in_flight)
+        slot: cython.int = sequence.slot
+        tokens: cython.int = sequence.computed
+        if self.trims_processed and sequence.scheduled_tick > self.processed:
+            tokens = max(0, tokens - sequence.scheduled_tokens)  # its step is in flight
         for g in range(self.count):
             if self.kind[g] == FULL:
                 continue
@@ -460,20 +407,20 @@ class GroupCache:
                     self.table[row + i] = 0
                     n += 1
                     i -= 1
-            self.give_back(n, self.splits or self.splits_windows)
+                self.retired[at] = max(self.retired[at], end)
+            self.give_back(n, self.reuse_unhashed_first or self.splits_windows)
             if self.by_state[g] and self.last_state[at] >= 0:
                 i = self.last_state[at]
                 if i < (tokens + self.block[g] - 1) // self.block[g] - 1 and self.table[row + i]:
                     self.freed[0] = self.table[row + i]
                     self.table[row + i] = 0
-                    self.give_back(1, self.splits)
+                    self.give_back(1, self.reuse_unhashed_first)
         return 0
 
-    @cython.cfunc
     def give_back(self, count: cython.int, split: cython.bint) -> cython.int:
-        """The first ``count`` of ``freed``, to be reused in this order; ``split``: those without a hash before
-        all others (BlockPool.free_blocks)."""
-        pool: KVCache = self.pool
+        """The first ``count`` of ``freed``, to be reused in this order; ``split``: those without a hash
+        before all others (BlockPool.free_blocks)."""
+        pool: BlockPool = self.pool
         i: cython.int
         block: cython.int
         for i in range(count):
@@ -488,10 +435,9 @@ class GroupCache:
                     pool.prepend(block)
         return 0
 
-    @cython.cfunc
     def adopt(self, slot: cython.int, hit: cython.int) -> cython.int:
         """What a look-up found becomes the sequence's (allocate_new_computed_blocks)."""
-        pool: KVCache = self.pool
+        pool: BlockPool = self.pool
         g: cython.int
         i: cython.int
         at: cython.int
@@ -501,8 +447,8 @@ class GroupCache:
         for g in range(self.count):
             at = slot * self.count + g
             row = at * self.width
-            self.last_state[at], self.retired[at] = -1, 0
             gone = self.skipped(g, hit)
+            self.last_state[at], self.retired[at] = -1, 0 if self.by_state[g] else gone
             for i in range(gone):
                 self.table[row + i] = 0
             for i in range(gone, self.held[at]):
@@ -514,7 +460,6 @@ class GroupCache:
             self.held[at] = self.cached[at] = max(gone, self.held[at])
         return 0
 
-    @cython.cfunc
     def take(self, slot: cython.int, end: cython.int) -> cython.int:
         """Blocks for all tokens up to ``end`` (allocate_new_blocks)."""
         g: cython.int
@@ -544,8 +489,11 @@ class GroupCache:
                 self.held[at] += 1
         return 0
 
-    @cython.cfunc
-    def free(self, slot: cython.int) -> cython.int:
+    def publish(self, sequence: Sequence) -> cython.int:
+        """All that it has may be looked up already."""
+        return 0
+
+    def free(self, sequence: Sequence) -> cython.int:
         """Give everything back, group by group, last blocks first."""
         g: cython.int
         i: cython.int
@@ -553,22 +501,23 @@ class GroupCache:
         at: cython.int
         row: cython.Py_ssize_t
         for g in range(self.count):
-            at = slot * self.count + g
+            at = sequence.slot * self.count + g
             row = at * self.width
             n = 0
             for i in range(self.held[at] - 1, -1, -1):
                 if self.table[row + i]:
                     self.freed[n] = self.table[row + i]
                     n += 1
-            self.give_back(n, self.splits or (self.splits_windows and self.kind[g] == SLIDING))
+            self.give_back(n, self.reuse_unhashed_first or (self.splits_windows and self.kind[g] == SLIDING))
             self.held[at] = self.cached[at] = self.retired[at] = self.saves[at] = 0
             self.last_state[at] = -1
+        self.slots.append(sequence.slot)
+        sequence.slot = -1
         return 0
 
     # ---- which blocks are kept for others ---------------------------------------------------------
 
-    @cython.cfunc
-    def cache(self, sequence: Sequence, tokens: cython.int) -> cython.int:
+    def cache_blocks(self, sequence: Sequence, tokens: cython.int) -> cython.int:
         """The full blocks among the first ``tokens`` tokens can be found from now on (cache_blocks)."""
         g: cython.int
         i: cython.int
@@ -577,13 +526,17 @@ class GroupCache:
         block: cython.int
         key: cython.longlong
         row: cython.Py_ssize_t
-        if self.hybrid:
-            tokens = tokens // self.scheduler_block * self.scheduler_block
-        for g in range(self.count):
-            at = sequence.slot * self.count + g
-            row = at * self.width
-            end = tokens // self.block[g]
-            if self.cached[at] < end:
+        shared: cython.int = 0
+        told: list = None
+        if self.prefix_caching:
+            if self.hybrid:
+                tokens = tokens // self.scheduler_block * self.scheduler_block
+            if self.pool.on_store is not None and sequence.shared_keys is not None:
+                told, shared = [], len(sequence.shared_keys)
+            for g in range(self.count):
+                at = sequence.slot * self.count + g
+                row = at * self.width
+                end = tokens // self.block[g]
                 for i in range(self.cached[at], end):
                     block = self.table[row + i]
                     if block and self.reachable(sequence, g, i):
@@ -591,16 +544,44 @@ class GroupCache:
                         self.pool.cache(block, key)
                         if self.kind[g] == MAMBA:
                             self.fresh.add(key)
-                self.cached[at] = end
-            if self.by_state[g] and self.registers_tail and not self.saves[at]:
-                self.register_boundary(sequence, g, at, tokens)
+                        if told is not None and g == self.told and (i + 1) * self.ratio[g] <= shared:
+                            told.append(self.pool.public_key(key))
+                self.cached[at] = max(end, self.cached[at])
+                if self.by_state[g] and self.registers_tail and not self.saves[at]:
+                    self.register_boundary(sequence, g, at, tokens)
+            if told:
+                self.pool.on_store(told)
+        sequence.kv_due = self.due(sequence)
         return 0
 
-    @cython.cfunc
+    def due(self, sequence: Sequence) -> cython.int:
+        """Tokens below which there is nothing to take, to give back or to cache."""
+        g: cython.int
+        at: cython.int
+        b: cython.int
+        gone: cython.int
+        least: cython.int = FAR
+        step: cython.int
+        for g in range(self.count):
+            at = sequence.slot * self.count + g
+            b = self.block[g]
+            least = min(least, self.held[at] * b + 1)
+            step = self.scheduler_block if self.hybrid else b
+            if self.prefix_caching:
+                least = min(least, (self.cached[at] * b // step + 1) * step)
+            if self.kind[g] == MAMBA:
+                return 0
+            gone = self.retired[at]
+            if self.kind[g] == SLIDING:
+                least = min(least, (gone + 1) * b + self.window[g] - 1)
+            elif self.kind[g] == CHUNKED:
+                least = min(least, (gone * b // self.window[g] + 1) * self.window[g])
+        return least
+
     def register_boundary(
         self, sequence: Sequence, group: cython.int, at: cython.int, tokens: cython.int
     ) -> cython.int:
-        """The state at the last boundary of the prompt counts as registered now (_cache_partial_tail_block)."""
+        """The state at the prompt's last boundary counts as registered now (_cache_partial_tail_block)."""
         index: cython.int = tokens // self.block[group] - 1
         block: cython.int
         key: cython.longlong
@@ -618,7 +599,6 @@ class GroupCache:
         self.fresh.add(key)
         return 0
 
-    @cython.cfunc
     def reachable(self, sequence: Sequence, group: cython.int, index: cython.int) -> cython.bint:
         """Whether a look-up could ever use a block, by the retention interval (reachable_block_mask)."""
         step: cython.int = self.scheduler_block
@@ -643,19 +623,15 @@ class GroupCache:
             sequence.junction > 0 and self.ends_at(index, run, sequence.junction // step * step // b)
         )
 
-    @cython.cfunc
-    @cython.inline
-    @cython.exceptval(check=False)
     def ends_at(self, index: cython.int, run: cython.int, end: cython.int) -> cython.bint:
         """Whether a block is among the last ``run`` blocks before block ``end``."""
         return end - run <= index and index < end
 
     # ---- chunks -----------------------------------------------------------------------------------
 
-    @cython.cfunc
-    def chunk(self, sequence: Sequence, start: cython.int, tokens: cython.int) -> cython.int:
+    def align_chunk(self, sequence: Sequence, start: cython.int, tokens: cython.int) -> cython.int:
         """Tokens of a chunk that ends where a state is to be kept (_mamba_block_aligned_split)."""
-        b: cython.int = self.cache_block
+        b: cython.int = self.block_size
         prefill_end: cython.int = self.prefill_end(sequence)
         end: cython.int = start + tokens
         last: cython.int
@@ -664,7 +640,7 @@ class GroupCache:
         inside: cython.bint
         if start >= prefill_end or tokens <= 0:
             return tokens
-        last = (sequence.num_tokens - self.last_is_computed_alone) // b * b
+        last = (sequence.num_tokens - self.spares_last) // b * b
         if not self.aligns_ends:
             if end < last:
                 return tokens // b * b
@@ -689,7 +665,6 @@ class GroupCache:
                 stop = cut
         return max(stop - start, 0)
 
-    @cython.cfunc
     def all_save(self, start: cython.int, end: cython.int, prefill_end: cython.int) -> cython.bint:
         """Whether the states of all groups can be saved inside the last chunk of a prefill."""
         g: cython.int
@@ -700,7 +675,7 @@ class GroupCache:
                 if not self.checkpoint[g]:
                     return False
                 step = step or self.checkpoint[g]
-        return self.fits_inside(start, end, position, self.cache_block, step)
+        return self.fits_inside(start, end, position, self.block_size, step)
 
 
 def ints(values: Any) -> Any:
