@@ -9,9 +9,11 @@ import numpy as np
 from servecast.calibrate.fit.check import (
     KERNEL_LIMIT,
     HeldOut,
+    beyond,
     errors_by_group,
     leave_out,
     reasons,
+    region_error,
     residual_bins,
 )
 from servecast.calibrate.fit.gpu import beyond_the_datasheet
@@ -41,22 +43,12 @@ def summarise(
     if not steps:
         assert isinstance(fit, PhysicalFit)
         regions = kernel_errors(fit, kernels)
-        bad = [r for r in regions if r.error > KERNEL_LIMIT]
-        return FitSummary(
-            regions=regions,
-            notes=(*notes, "no engine steps: what the host adds is assumed, and no whole step was compared"),
-            reasons=tuple(
-                f"{r.region}: {100 * r.error:.0f} % mean error over {r.rows} rows "
-                f"(limit {100 * KERNEL_LIMIT:.0f} %)"
-                for r in bad
-            ),
-        )
+        notes.append("no engine steps: what the host adds is assumed, and no whole step was compared")
+        return FitSummary(regions=regions, notes=tuple(notes), reasons=beyond(regions, KERNEL_LIMIT))
     if isinstance(fit, GridFit):
         covered = fit.inside(steps)
-        if len(covered) < len(steps):
-            notes.append(
-                f"{len(steps) - len(covered)} of {len(steps)} steps lie outside of the grid: not compared"
-            )
+        if outside := len(steps) - len(covered):
+            notes.append(f"{outside} of {len(steps)} steps lie outside of the grid: not compared")
         steps = covered
     groups = [step.region for step in steps]
     held_out = (
@@ -98,20 +90,8 @@ def kernel_errors(fit: PhysicalFit, kernels: Sequence[Kernel]) -> tuple[RegionEr
     if not kernels:
         return ()
     errors = fit.predict_kernels(kernels) / np.array([row.median_s for row in kernels]) - 1
-    kinds = [row.row for row in kernels]
-    found = []
-    for kind in dict.fromkeys(kinds):
-        inside = np.array([name == kind for name in kinds])
-        found.append(
-            RegionError(
-                region=kind,
-                rows=int(inside.sum()),
-                error=float(np.abs(errors[inside]).mean()),
-                bias=float(errors[inside].mean()),
-                noise=0.0,
-            )
-        )
-    return tuple(found)
+    kinds = np.array([row.row for row in kernels])
+    return tuple(region_error(kind, errors[kinds == kind]) for kind in dict.fromkeys(kinds.tolist()))
 
 
 def _roofline(engines: Sequence[Engine], steps: Sequence[Step], gpu: GPU) -> Floats:

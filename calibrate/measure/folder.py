@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -18,11 +19,23 @@ SAME_MACHINE = ("gpu", "torch", "vllm")  # facts that rows of one folder share
 Row = dict[str, Any]
 
 
-def read_rows(file: Path, *, say: Callable[[str], None] | None = None) -> list[Row]:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that every measurement has."""
+    parser.add_argument("--out", type=Path, required=True, help="folder for the measurements")
+    parser.add_argument("--time-budget", type=float, metavar="S", help="stop cleanly after S seconds")
+    parser.add_argument("--resume", action="store_true", help="go on in a folder, skipping what it has")
+
+
+def say(text: str) -> None:
+    """Tell whoever waits, apart from the answer."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def read_rows(file: Path, *, warn: Callable[[str], None] = say) -> list[Row]:
     """The rows of a JSONL file, without a last line that was cut off while it was written.
 
     Args:
-        say: told that a line was dropped; stderr if None.
+        warn: told that a line was dropped.
 
     Raises:
         MeasureError: another line is no JSON object with "row" and "case".
@@ -37,7 +50,7 @@ def read_rows(file: Path, *, say: Callable[[str], None] | None = None) -> list[R
     for number, line in enumerate(lines):
         if number == last:
             if line.strip():
-                (say or _warn)(f"{file}: line {number + 1} was cut off while it was written; dropped")
+                warn(f"{file}: line {number + 1} was cut off while it was written; dropped")
             continue
         try:
             row = json.loads(line)
@@ -51,10 +64,6 @@ def read_rows(file: Path, *, say: Callable[[str], None] | None = None) -> list[R
             ) from error
         rows.append(row)
     return rows
-
-
-def _warn(text: str) -> None:
-    print(text, file=sys.stderr)
 
 
 class Folder:

@@ -21,7 +21,8 @@ cdef class EngineLoop:
     cdef public object after_step
     cdef public object on_first
     cdef readonly list inbox
-    cdef long long[:, ::1] outcomes
+    cdef public object requests
+    cdef public long long[:, ::1] outcomes
     cdef public list ended
     cdef Scheduler scheduler
     cdef StepCosts costs
@@ -49,7 +50,7 @@ cdef class EngineLoop:
     cdef double[::1] gaps
     cdef Py_ssize_t num_gaps
 
-    cpdef Sequence take(self, object request, long long time)
+    cpdef int take(self, Py_ssize_t row, long long time) except -1
     cpdef int advance(self, long long until) except? -1
     cdef long long next_arrival(self) except *
     cdef int drain(self) except -1

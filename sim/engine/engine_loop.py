@@ -45,13 +45,14 @@ class EngineLoop:
 
     Attributes:
         now: up to when it has run. wake: when to call ``advance`` again, where it came to BUSY.
-        inbox: (time, Request or id to abort, row of a request), in order; aborts: how many abort.
-        outcomes: a row a field, a column a request. seen: by tick, when its tokens were read, on average.
+        requests, outcomes: the table of requests, and (fields, n) what becomes of them, by ``OUTCOMES``.
+        inbox: (time, row of a request, or ~row of one whose client has gone), in order; aborts: how many of
+        those. seen: by tick, when its tokens were read, on average.
         pending: a step that is decided, while the host warms up.
         tell_ends: ``advance`` returns when requests have ended.
-        ended: sequences that ended since they were last taken, where it tells.
+        ended: rows of requests that ended since they were last taken, where it tells.
         after_step: called with the time when a step has been completed, or None.
-        on_first: called with a request's id and the time at which its first token comes, or None.
+        on_first: called with a request's row and the time at which its first token comes, or None.
     """
 
     def __init__(
@@ -76,8 +77,7 @@ class EngineLoop:
         self.tell_ends, self.executing = True, False
         self.first = self.second = self.pending = None
         self.after_step = self.on_first = None
-        self.inbox, self.ended = [], []
-        self.outcomes = np.zeros((len(OUTCOMES), 0), np.int64)
+        self.inbox, self.ended, self.requests = [], [], None
         self.seen = np.zeros(1024, np.int64)
         self.steps, self.gaps = np.zeros(1024 * STEP_FIELDS), np.zeros(1024 * GAP_FIELDS)
         self.num_seen = self.num_steps = self.num_gaps = 0
@@ -90,20 +90,21 @@ class EngineLoop:
         """Rows (stage, gap in s, tokens, s over which the step's tokens are read)."""
         return np.asarray(self.gaps)[: self.num_gaps * GAP_FIELDS].reshape(-1, GAP_FIELDS)
 
-    def take(self, request: Any, time: cython.longlong) -> Sequence:
+    def take(self, row: cython.Py_ssize_t, time: cython.longlong) -> cython.int:
         """A request reaches the scheduler that was put into the queue at ``time``."""
-        sequence: Sequence = self.scheduler.add(request, self.arrivals)
+        sequence: Sequence = self.scheduler.add(self.requests[row], self.arrivals)
         self.arrivals += 1
         sequence.queued = time
-        return sequence
+        sequence.row = row
+        return 0
 
-    def find(self, request_id: Any) -> Any:
-        """A request in the engine, or None."""
-        return self.scheduler.sequences.get(request_id)
-
-    def abort(self, request_id: Any) -> None:
-        """Drop a request wherever it stands."""
-        self.scheduler.abort(request_id)
+    def leave(self, row: int) -> None:
+        """A request ends without its last token, wherever it stands."""
+        request_id: Any = self.requests.request_id[row]
+        found: Any = self.scheduler.sequences.get(request_id)
+        if found is not None:
+            self.book(found)
+            self.scheduler.abort(request_id)
 
     def advance(self, until: cython.longlong) -> cython.int:
         """Run all that starts before ``until``: what happens outside at that time comes first.
@@ -117,6 +118,7 @@ class EngineLoop:
             InputError: a request can never run.
         """
         scheduler: Scheduler = self.scheduler
+        sequence: Sequence
         step: Step
         while True:
             if self.pending is not None:
@@ -142,7 +144,8 @@ class EngineLoop:
                     self.after_step(self.now)
                 self.deliver(step)
                 if step.leavers and self.tell_ends:
-                    self.ended.extend(step.leavers)
+                    for sequence in step.leavers:
+                        self.ended.append(sequence.row)
                     return ENDED
             if self.first is None and self.inbox and not (scheduler.sequences or scheduler.finished_unsent):
                 self.now = max(self.now, self.next_arrival())
@@ -173,11 +176,8 @@ class EngineLoop:
     def drain(self) -> cython.int:
         """All that has reached the engine's input queue by now (EngineCore._process_input_queue)."""
         item: tuple
-        sequence: Sequence
         for item in self.inbox:
-            sequence = self.take(item[1], item[0])
-            if len(item) > 2:
-                sequence.row = item[2]
+            self.take(item[1], item[0])
         self.inbox.clear()
         return 0
 
@@ -281,7 +281,7 @@ class EngineLoop:
             sequence = step.firsts[i]
             sequence.first_token = last - pace * (count - 1 - i)
             if self.on_first is not None:
-                self.on_first(sequence.request_id, sequence.first_token)
+                self.on_first(sequence.row, sequence.first_token)
         count = len(step.leavers)
         if count:
             share = (last - first) // count
@@ -289,8 +289,7 @@ class EngineLoop:
                 sequence = step.leavers[i]
                 sequence.ended = self.now
                 sequence.finish = max(sequence.first_token, first + share * i + share // 2)
-                if sequence.row >= 0:
-                    self.book(sequence)
+                self.book(sequence)
         return 0
 
     def book(self, sequence: Sequence) -> cython.int:
@@ -298,7 +297,10 @@ class EngineLoop:
         self.outcomes[1, row], self.outcomes[2, row] = sequence.queued, sequence.scheduled
         self.outcomes[3, row], self.outcomes[4, row] = sequence.ended, sequence.first_token
         self.outcomes[5, row] = sequence.finish
-        self.outcomes[6, row], self.outcomes[7, row] = sequence.cached_tokens, sequence.preemptions
+        if sequence.scheduled >= 0:
+            self.outcomes[6, row] = sequence.cached_tokens
+        if sequence.preemptions:
+            self.outcomes[7, row] = sequence.preemptions
         return 0
 
     def note_seen(self, time: cython.longlong) -> cython.int:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
-import simpy
+from numpy.typing import NDArray
 
 from servecast.sim.engine.kv_events import KVEvent, publish_kv_events
 from servecast.sim.fleet.replica import Replica
@@ -20,23 +20,26 @@ class Endpoint:
     """A replica as the router sees it; see ``router.Backend``.
 
     Args:
-        replica: the server. life: when it is there. rng: for the phase of its scrapes.
+        replica: the server. life: when it is there. rng: for the phase of its scrapes. clock: picoseconds.
+        outstanding: requests sent to each replica and not ended.
     """
 
     def __init__(
         self,
-        env: simpy.Environment,
         replica: Replica,
         life: Life,
         options: RouterOptions,
         rng: np.random.Generator,
+        clock: Callable[[], int],
+        outstanding: NDArray[np.int64],
     ) -> None:
         self.replica = replica
         self.life = life
         self.index = replica.index
         self.block_size = replica.config.block_size
         self.num_gpu_blocks = replica.config.num_gpu_blocks
-        self._env = env
+        self._clock = clock
+        self._outstanding = outstanding
         self._options = options
         self._rng = rng
         self._scrape: Scrape | None = None
@@ -44,17 +47,17 @@ class Endpoint:
 
     @property
     def outstanding(self) -> int:
-        return self.replica.outstanding
+        return int(self._outstanding[self.index])
 
     @property
     def gauges(self) -> Gauges:
-        return Gauges() if self._scrape is None else self._scrape.get(int(self._env.now))
+        return Gauges() if self._scrape is None else self._scrape.get(self._clock())
 
     def scrape(self) -> None:
         interval, delay = to_ps(self._options.scrape_interval_s), to_ps(self._options.scrape_delay_s)
         phase = int(self._rng.integers(interval)) if interval else 0
         self._scrape = Scrape(interval, delay, to_ps(self.life.start_s) + phase)
-        self.replica.call_after_step(self._set_gauges)
+        self.replica.loop.after_step = self._set_gauges
 
     def _set_gauges(self, now: int) -> None:
         assert self._scrape is not None
@@ -67,6 +70,6 @@ class Endpoint:
         publish_kv_events(replica.engine, lambda event: events.append((replica.now + lag, event)))
 
     def take_events(self) -> Iterator[KVEvent]:
-        now, events = int(self._env.now), self._events
+        now, events = self._clock(), self._events
         while events and events[0][0] <= now:
             yield events.popleft()[1]

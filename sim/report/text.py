@@ -23,6 +23,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]], *, title: str
     return "\n".join(lines)
 
 
+def counted(number: int, what: str) -> str:
+    """How many of what: "1 GPU", "2 GPUs"."""
+    return f"{number:,} {what}{'s' * (number != 1)}"
+
+
 def cell_text(value: object) -> str:
     """A value as tables and blocks show it; numbers with four significant digits."""
     if value is None:

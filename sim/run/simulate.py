@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import simpy
 
 from servecast.sim.engine.request import Stage
 from servecast.sim.fleet.client import Client
@@ -78,10 +77,9 @@ def _run(deployment: Deployment, stages: list[Stage], seed: int, load: dict[str,
     count = len(specs)
     noise_streams, front_end_streams = noise.spawn(count), front_end.spawn(count)
 
-    def make_replica(env: simpy.Environment, index: int, client: Client) -> Replica:
+    def make_replica(index: int, client: Client) -> Replica:
         its = deployments[index]
         return Replica(
-            env,
             index,
             its.scenario.server.engine(its.config),
             its.step_time,
@@ -93,13 +91,11 @@ def _run(deployment: Deployment, stages: list[Stage], seed: int, load: dict[str,
             cold_start_s=scenario.fleet.cold_start_s,
         )
 
-    env = simpy.Environment()
     picking, scraping = routing.spawn(2)
     fleet = Fleet(
-        env,
         make_replica,
         count,
-        router(scenario, picking, lambda: to_seconds(int(env.now))),
+        router(scenario, picking, lambda: to_seconds(fleet.now)),
         Client(deployment.front_end),
         reading,
         options=scenario.fleet.router_options,

@@ -6,6 +6,7 @@ import math
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.inputs.schema import Amount, Count, Flag, Model, NonNegative, Positive, invalid, within
@@ -18,8 +19,8 @@ from servecast.sim.traffic.arrivals import (
     Timestamps,
     VllmBench,
 )
-from servecast.sim.traffic.content import Content, Unique
-from servecast.sim.traffic.lengths import Lengths
+from servecast.sim.traffic.content import Content, SharedPrefix, Unique
+from servecast.sim.traffic.lengths import Correlation, Lengths, check_pair
 from servecast.sim.traffic.trace_spec import TraceSpec
 
 Row = dict[str, int | float | str]  # keys of a reported table's row, and their values
@@ -50,6 +51,9 @@ class StreamSpec(Model):
     """Prompt lengths."""
     output_tokens: Lengths | None = None
     """Output lengths, as the model would end by itself."""
+    length_correlation: Correlation | None = None
+    """How outputs go with their prompts: the rank correlation (Spearman's) of the two, or ``rows``, drawn
+    together from the rows of one table. Default, not at all."""
     max_tokens: Count | None = None
     """Limit given to the engine. Without it, each request's limit is its output length (``ignore_eos``)."""
     system_prompt_tokens: Amount = 0
@@ -78,6 +82,8 @@ class StreamSpec(Model):
                 "Remove it to use the trace's hash ids, or make it unique.",
                 at="content",
             )
+        if self.length_correlation is not None:
+            self.check_lengths(self.length_correlation)
         if isinstance(self.arrivals, ClosedLoop) and self.max_concurrency is not None:
             raise invalid(
                 "max_concurrency beside a closed loop",
@@ -85,6 +91,17 @@ class StreamSpec(Model):
                 at="max_concurrency",
             )
         return self
+
+    def check_lengths(self, correlation: Correlation) -> None:
+        """Refuse prompts and outputs that cannot go together so."""
+        if self.prompt_tokens is None or self.output_tokens is None:
+            what = "length_correlation beside a trace, which has its own"
+            raise invalid(what, "Remove it.", at="length_correlation")
+        check_pair(self.prompt_tokens, self.output_tokens, correlation)
+        again = isinstance(self.content, SharedPrefix) and self.content.prompts_per_group is not None
+        if correlation == "rows" and again:
+            what = "rows of a table for prompts that come again"
+            raise invalid(what, "Give a rank correlation.", at="length_correlation")
 
     @property
     def own_arrivals(self) -> bool:
@@ -109,6 +126,8 @@ class StreamSpec(Model):
 
     def check_complete(self) -> None:
         """Refuse a stream whose arrivals are not all given (as that of a sweep, before its levels)."""
+        if self.length_correlation is not None:
+            self.check_lengths(self.length_correlation)
         law = self.arrivals
         if law is None and self.trace is None:
             raise invalid("arrivals is missing", "Add it, for example {kind: poisson, request_rate: 2}.")
@@ -316,7 +335,14 @@ class PlanSpec(Model):
         for name in ("prompt_tokens", "output_tokens", "max_tokens"):
             if getattr(self, name) is not None:
                 changes[name] = getattr(self, name)
-        return stream.model_copy(update=changes)
+        planned = stream.model_copy(update=changes)
+        if stream.length_correlation is not None:
+            try:
+                planned.check_lengths(stream.length_correlation)
+            except PydanticCustomError as error:
+                told = error.context or {}
+                raise InputError(told["what"], where=f"plan: {told['at']}", fix=told["fix"]) from None
+        return planned
 
     def _check_beside_trace(self) -> None:
         """Refuse what a trace has itself."""

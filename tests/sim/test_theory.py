@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pandas as pd
 import pytest
-import simpy
 
 from servecast.sim.engine.config import EngineConfig
 from servecast.sim.engine.request import Request, Stage, Stream
@@ -80,13 +79,13 @@ def serve(
         enable_prefix_caching=False,
         async_scheduling=False,
     )
-    free, env = FrontEndCosts(), simpy.Environment()
+    free = FrontEndCosts()
 
-    def make_replica(env: simpy.Environment, index: int, client: Client) -> Replica:
+    def make_replica(index: int, client: Client) -> Replica:
         draws = noise(rng.spawn(1)[0])
-        return Replica(env, index, Scheduler(config), TokenTime(), draws, lambda _: 0.0, free, rng, client)
+        return Replica(index, Scheduler(config), TokenTime(), draws, lambda _: 0.0, free, rng, client)
 
-    fleet = Fleet(env, make_replica, servers, LeastOutstanding(), Client(free), rng)
+    fleet = Fleet(make_replica, servers, LeastOutstanding(), Client(free), rng)
     return fleet.run([Stage("main", [Stream("poisson", requests, max_concurrency)])])
 
 

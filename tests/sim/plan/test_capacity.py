@@ -24,6 +24,8 @@ from servecast.sim.plan.capacity import Plan, plan
 from servecast.sim.plan.effort import Effort
 from servecast.sim.plan.judge import Objectives
 from servecast.sim.plan.prober import requests_needed
+from servecast.sim.plan.size import Size, Unit, check_target
+from servecast.sim.plan.traffic import Traffic
 
 SERVICE_RATE = 10.0
 LIMIT_S = 1.0
@@ -82,7 +84,7 @@ LIMITS = Limits(max_num_seqs=1, max_num_batched_tokens=2048, num_gpu_blocks=11)
 
 @pytest.fixture(scope="module")
 def found() -> Plan:
-    return plan(mm1, AT_P95, effort=Effort(max_requests=4000), limits=LIMITS, target_rate=20.0, hour_cost=3.6)
+    return plan(mm1, AT_P95, effort=Effort(max_requests=4000), limits=LIMITS)
 
 
 def test_finds_the_rate_that_theory_gives(found: Plan) -> None:
@@ -118,12 +120,29 @@ def test_the_queue_for_the_only_slot_binds(found: Plan) -> None:
     assert "all 1 sequence slots (max_num_seqs) are taken" in found.binding.reasons[0]
 
 
-def test_headroom_replicas_and_cost(found: Plan) -> None:
-    """One token a request: at rate r a gpu that costs 3.6 an hour makes 3600 r tokens for 3.6."""
-    rate = found.max_request_rate or math.nan
-    assert found.replicas == math.ceil(20 / rate) == 3
-    assert found.headroom == pytest.approx(3 * rate / 20)
-    assert found.cost_per_million_output_tokens == pytest.approx(1e6 * 3.6 / (3600 * rate), rel=0.03)
+def test_a_size_has_whole_replicas_and_their_cost() -> None:
+    """35 requests/s at 3.941 each are 8.88, so 9; with 30 % in hand 45.5 are 11.55, so 12. Of four GPUs at 3
+    each 9 cost 108 an hour, for 35 x 3600 requests of 100 + 25 tokens: 108 / 15.75 for a million of both."""
+    unit, traffic = Unit(1, 4, 12.0), Traffic("poisson", 100.0, 200.0, 25.0, 50.0)
+    size, more = (Size(35.0, margin, 3.941, unit, traffic) for margin in (0.0, 0.3))
+    assert (size.replicas, size.gpus, size.hour_cost, size.month_cost) == (9, 36, 108.0, 78_840.0)
+    assert size.in_hand == pytest.approx(9 * 3.941 / 35 - 1)
+    assert (more.replicas, more.gpus, more.hour_cost) == (12, 48, 144.0)
+    found = size.to_json()
+    assert found["cost_per_million_tokens"] == pytest.approx(108 / 15.75)
+    assert found["cost_per_million_input_tokens"] == pytest.approx(108 / 12.6)
+    assert found["cost_per_million_output_tokens"] == pytest.approx(108 / 3.15)
+    assert size.to_text() == "9 replicas, 36 GPUs, 1.3% in hand; 108.00 an hour, 78,840 a month"
+    assert Size(8.0, 0.0, 4.0, Unit(2, 2, None), traffic).to_text() == "4 replicas, 4 GPUs, 0.0% in hand"
+
+
+def test_estimates_decide_at_even_odds() -> None:
+    """One replication then tells whether a rate holds: none is open."""
+    effort = Effort(confidence=0.5, tolerance=0.1, replications=(1,), least_requests=400)
+    result = plan(mm1, AT_P95, effort=effort, knee=False, start_rate=6.0)
+    assert {probe.state for probe in result.probes} == {"pass", "fail"}
+    assert result.max_request_rate == pytest.approx(MAX_RATE, rel=0.2)
+    assert result.simulated == sum(probe.num_requests for probe in result.probes) + 500  # the first look
 
 
 def test_a_plan_is_plain_json(found: Plan) -> None:
@@ -145,7 +164,6 @@ def test_an_slo_that_a_lone_request_misses_is_infeasible() -> None:
     result = plan(mm1, Objectives((SLO.parse("ttft:p95:50"),)), effort=FEW)
     assert (result.state, result.max_request_rate, result.exit_code) == ("infeasible", None, 1)
     assert result.interval[0] is None
-    assert result.headroom is None
 
 
 def test_a_rate_cap_leaves_the_answer_unbounded() -> None:
@@ -214,8 +232,8 @@ def test_progress_rises_to_the_end() -> None:
     ("ask", "message"),
     [
         (lambda: plan(mm1, AT_P95, start_rate=0.0), "start_rate: 0 is not positive"),
-        (lambda: plan(mm1, AT_P95, target_rate=-1.0), "target_rate: -1 is not positive"),
-        (lambda: plan(mm1, AT_P95, hour_cost=-1.0), "hour_cost: -1 is no cost"),
+        (lambda: check_target(-1.0, 0.0), "--target-rate: -1 is not positive"),
+        (lambda: check_target(1.0, -0.1), "--margin: -0.1 is no share"),
         (lambda: Effort(tolerance=0.0), "tolerance: 0 is not positive"),
         (lambda: Effort(confidence=1.0), "confidence: 1 is out of range"),
         (lambda: Effort(replications=()), "replications:"),
