@@ -27,7 +27,8 @@ cdef class Sequence:
     cdef long long serial
     cdef Py_ssize_t row
     cdef list shared_keys
-    cdef readonly object request
+    cdef readonly long long priority
+    cdef readonly int prompt_tokens
     cdef readonly long long request_id
     cdef readonly int preemptions
     cdef readonly int cached_tokens

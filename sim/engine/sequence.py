@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import cython
 
 if not cython.compiled:  # else the constants of sequence.pxd
@@ -22,9 +20,10 @@ class Sequence:
     full. row: in the table of outcomes, -1 outside of it.
     """
 
-    def __init__(self, request: Any, request_id: cython.longlong) -> None:
-        self.request = request
-        self.request_id = request_id
+    def __init__(
+        self, request_id: cython.longlong, priority: cython.longlong, prompt_tokens: cython.int
+    ) -> None:
+        self.request_id, self.priority, self.prompt_tokens = request_id, priority, prompt_tokens
         self.status = WAITING
         self.shared_keys = None
         self.num_tokens = self.limit = self.final_tokens = 0
@@ -37,4 +36,4 @@ class Sequence:
     @property
     def sort_key(self) -> tuple[int, int, int]:
         """The order of the priority queue."""
-        return self.request.priority, self.arrival, self.request_id
+        return self.priority, self.arrival, self.request_id

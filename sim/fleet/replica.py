@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import numpy as np
-from numpy.typing import NDArray
 
 from servecast.sim.engine.engine import Engine, Step
 from servecast.sim.engine.engine_loop import EngineLoop
@@ -65,16 +64,6 @@ class Replica:
     def now(self) -> int:
         """Up to when the engine has run."""
         return self.loop.now
-
-    def step_rows(self) -> NDArray[np.float64]:
-        """Rows of ``records.STEP_COLUMNS``."""
-        rows: NDArray[np.float64] = self.loop.step_rows()
-        return rows
-
-    def gap_rows(self) -> NDArray[np.float64]:
-        """Rows (stage, gap in s, tokens, s over which the step's tokens are read)."""
-        rows: NDArray[np.float64] = self.loop.gap_rows()
-        return rows
 
 
 def _gamma_factors(cv: float, rng: np.random.Generator) -> Iterator[float]:
