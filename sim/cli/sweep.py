@@ -12,7 +12,7 @@ from cyclopts import Group, Parameter
 from servecast.sim.cli.options import WhatIf, assignments, check_jobs, numbers, requests_at
 from servecast.sim.cli.output import show
 from servecast.sim.compare import sweep as sweeping
-from servecast.sim.compare.sweep import Workers
+from servecast.sim.run.workers import Workers
 
 WorkersFlags = Annotated[Workers, Parameter(name="*", group=Group("Workers", sort_key=9))]
 

@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib import import_module
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pandas as pd
-from joblib import Parallel, delayed, parallel_config
+from joblib import delayed
 
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.report.answer import Answer
 from servecast.sim.report.progress import progress_bar
 from servecast.sim.report.text import table
+from servecast.sim.run.kept import Document, fingerprint, kept
 from servecast.sim.run.results import check_output, measured, write_result, write_table
 from servecast.sim.run.simulation import at_rate, simulate
+from servecast.sim.run.workers import Workers, parallel
 from servecast.sim.scenario.scenario import Scenario
 from servecast.sim.traffic.trace_notes import trace_notes
 
-Backend = Literal["loky", "dask", "ray"]
-Document = dict[str, Any]
 _COLUMNS = ("request_throughput", "output_throughput", "p95_ttft_ms", "p95_tpot_ms", "p95_e2el_ms", "error")
 
 
@@ -67,47 +62,6 @@ def grid(
             count = None if rate is None else num_requests
             cells += [Cell(changes, seed, rate, count) for seed in seeds]
     return cells
-
-
-def fingerprint(cell: Cell, scenario: Scenario | None) -> str:
-    """A hash of all that a cell's result depends on: version, scenario with its files' content, load, seed.
-
-    scenario: None if the cell has none, since its changes cannot be applied.
-    """
-    content: Document = {"servecast_version": version("servecast"), "cell": cell.to_json()}
-    if scenario is not None:
-        files = {scenario.config_file(), scenario.profile_file(), *_paths(scenario.model_dump())} - {None}
-        files |= {scenario.of_replica(spec).profile_file() for spec in scenario.fleet.specs} - {None}
-        hashes = sorted(hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file is not None)
-        content |= {"scenario": scenario.model_dump(mode="json"), "files": hashes}
-    text = json.dumps(content, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:20]
-
-
-def _paths(value: Any) -> Iterator[Path]:
-    if isinstance(value, Path):
-        yield value
-    elif isinstance(value, Mapping):
-        for each in value.values():
-            yield from _paths(each)
-    elif isinstance(value, list | tuple):
-        for each in value:
-            yield from _paths(each)
-
-
-@dataclass(frozen=True, slots=True)
-class Workers:
-    """Where the cells run; results do not depend on it.
-
-    Attributes:
-        jobs: processes; -1 is one for each core.
-        backend: what runs them.
-        dask_scheduler: address of the scheduler for the backend dask, as tcp://127.0.0.1:8786.
-    """
-
-    jobs: int = -1
-    backend: Backend = "loky"
-    dask_scheduler: str | None = None
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -265,29 +219,21 @@ def _run(
     for index, cell in enumerate(cells):
         try:
             changed = scenario.changed(cell.changes)
-            names[index] = out / f"{fingerprint(cell, changed)}.json"
+            names[index] = out / f"{fingerprint({'cell': cell.to_json()}, changed)}.json"
         except InputError as error:
-            names[index] = out / f"{fingerprint(cell, None)}.json"
+            names[index] = out / f"{fingerprint({'cell': cell.to_json()}, None)}.json"
             keep(index, {"cell": cell.to_json(), "error": str(error)})
             continue
-        found = _done(names[index]) if resume else None
+        found = kept(names[index]) if resume else None
         if found is None:
             waiting.append((index, cell, changed))
         else:
             documents[index] = found
     reused = len(cells) - len(waiting) - sum("error" in each for each in documents.values())
-    with _parallel(workers) as run:
+    with parallel(workers) as run:
         for index, document in run(delayed(_simulate)(*each) for each in waiting):
             keep(index, document)
     return Swept(tuple(documents[index] for index in range(len(cells))), reused, out / "summary.csv")
-
-
-def _done(path: Path) -> Document | None:
-    """A cell's result, if it is there and no failure."""
-    if not path.is_file():
-        return None
-    document: Document = json.loads(path.read_text(encoding="utf-8"))
-    return None if "error" in document else document
 
 
 def _simulate(index: int, cell: Cell, scenario: Scenario) -> tuple[int, Document]:
@@ -298,55 +244,3 @@ def _simulate(index: int, cell: Cell, scenario: Scenario) -> tuple[int, Document
     except InputError as error:
         document = {"error": str(error)}
     return index, {"cell": cell.to_json(), **document}
-
-
-@contextmanager
-def _parallel(workers: Workers) -> Iterator[Callable[[Iterable[Any]], Iterable[Any]]]:
-    """What runs tasks and yields their results as they are done."""
-    jobs, backend = workers.jobs, workers.backend
-    if backend == "loky":
-        yield Parallel(n_jobs=jobs, backend="loky", batch_size=1, return_as="generator_unordered")
-    elif backend == "dask":
-        with _dask_client(workers.dask_scheduler) as client, parallel_config(backend="dask", client=client):
-            yield Parallel(n_jobs=-1, batch_size=1, return_as="generator_unordered")
-    else:
-        _optional("ray.util.joblib", "ray").register_ray()
-        with parallel_config(backend="ray", n_jobs=jobs):
-            yield lambda tasks: _in_chunks(Parallel(), tasks, size=4 * max(jobs, 1))
-
-
-def _in_chunks(parallel: Parallel, tasks: Iterable[Any], *, size: int) -> Iterator[Any]:
-    """For a backend that returns only lists: results come chunk by chunk."""
-    tasks = iter(tasks)
-    while chunk := list(itertools.islice(tasks, size)):
-        yield from parallel(chunk)
-
-
-@contextmanager
-def _dask_client(address: str | None) -> Iterator[Any]:
-    if address is None:
-        raise InputError(
-            "dask needs the address of its scheduler",
-            where="--dask-scheduler",
-            fix="Start one with dask scheduler, and give for example tcp://127.0.0.1:8786.",
-        )
-    try:
-        client = _optional("distributed", "dask").Client(address, timeout=10, set_as_default=False)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"no dask scheduler answers at {address!r} ({error})",
-            where="--dask-scheduler",
-            fix="Start one with dask scheduler, and workers with dask worker ADDRESS.",
-        ) from None
-    with client:
-        yield client
-
-
-def _optional(module: str, extra: str) -> Any:
-    """A module that servecast only needs for one backend."""
-    try:
-        return import_module(module)
-    except ImportError:
-        raise InputError(
-            f"{extra} is not installed", where=f"--backend {extra}", fix=f"Install servecast[{extra}]."
-        ) from None

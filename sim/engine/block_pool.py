@@ -36,8 +36,9 @@ class BlockPool:
         self.mask = size - 1
         self.num_blocks = num_blocks
         self.free_blocks = num_blocks - 1
-        self.prev = array("i", [num_blocks - 1, *range(num_blocks - 1)])
-        self.next = array("i", [*range(1, num_blocks), 0])
+        self.prev = np.arange(-1, num_blocks - 1, dtype=np.int32)
+        self.next = np.arange(1, num_blocks + 1, dtype=np.int32)
+        self.prev[0], self.next[num_blocks - 1] = num_blocks - 1, 0
         self.ref, self.later = array("i", [0]) * num_blocks, array("i", [-1]) * num_blocks
         self.key, self.table_key = array("q", [-1]) * num_blocks, array("q", [-1]) * size
         self.table_block = array("i", [0]) * size

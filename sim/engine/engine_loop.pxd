@@ -21,6 +21,14 @@ cdef class EngineLoop:
     cdef public object after_step
     cdef public object on_first
     cdef readonly list inbox
+    cdef long long[::1] request_ids
+    cdef long long[::1] prompts
+    cdef long long[::1] outputs
+    cdef long long[::1] most
+    cdef long long[::1] priorities
+    cdef bint prioritized
+    cdef list contents
+    cdef int[::1] content
     cdef long long[:, ::1] outcomes
     cdef public list ended
     cdef Scheduler scheduler
@@ -44,13 +52,16 @@ cdef class EngineLoop:
     cdef long long arrivals
     cdef long long[::1] seen
     cdef Py_ssize_t num_seen
-    cdef double[::1] steps
+    cdef long long[:, ::1] steps
+    cdef double[:, ::1] step_floats
     cdef Py_ssize_t num_steps
-    cdef double[::1] gaps
+    cdef double[:, ::1] gaps
     cdef Py_ssize_t num_gaps
 
-    cpdef Sequence take(self, object request, long long time)
+    cpdef int take(self, Py_ssize_t row, long long time) except -1
     cpdef int advance(self, long long until) except? -1
+    cdef int room_for_steps(self, Py_ssize_t count) except -1
+    cdef int room_for_gaps(self, Py_ssize_t count) except -1
     cdef long long next_arrival(self) except *
     cdef int drain(self) except -1
     cdef bint launch(self, Step step) except? -1

@@ -10,7 +10,7 @@ import numpy as np
 from servecast.sim.engine.scheduler import Scheduler
 from servecast.sim.engine.sequence import Sequence
 from servecast.sim.engine.step import Step
-from servecast.sim.engine.step_costs import StepCosts, longer
+from servecast.sim.engine.step_costs import StepCosts
 from servecast.sim.inputs.errors import InputError
 
 if cython.compiled:
@@ -24,6 +24,11 @@ EXACT = cython.declare(cython.longlong, 1 << 53)  # integers below are doubles, 
 OUTCOMES = ("sent", "queued", "scheduled", "ended", "first_token", "finish", "cached_tokens", "preemptions")
 STEP_FIELDS = cython.declare(cython.int, 12)  # columns of a step's row
 GAP_FIELDS = cython.declare(cython.int, 4)
+
+
+def writable(values: Any) -> Any:
+    """A column that may be written to, as typed views want it."""
+    return np.require(values, None, "W")
 
 
 class EngineLoop:
@@ -45,13 +50,13 @@ class EngineLoop:
 
     Attributes:
         now: up to when it has run. wake: when to call ``advance`` again, where it came to BUSY.
-        inbox: (time, Request or id to abort, row of a request), in order; aborts: how many abort.
-        outcomes: a row a field, a column a request. seen: by tick, when its tokens were read, on average.
+        inbox: (time, row of a request, or ~row of one whose client has gone), in order; aborts: how many of
+        those. seen: by tick, when its tokens were read, on average.
         pending: a step that is decided, while the host warms up.
         tell_ends: ``advance`` returns when requests have ended.
-        ended: sequences that ended since they were last taken, where it tells.
+        ended: rows of requests that ended since they were last taken, where it tells.
         after_step: called with the time when a step has been completed, or None.
-        on_first: called with a request's id and the time at which its first token comes, or None.
+        on_first: called with a request's row and the time at which its first token comes, or None.
     """
 
     def __init__(
@@ -77,33 +82,68 @@ class EngineLoop:
         self.first = self.second = self.pending = None
         self.after_step = self.on_first = None
         self.inbox, self.ended = [], []
-        self.outcomes = np.zeros((len(OUTCOMES), 0), np.int64)
         self.seen = np.zeros(1024, np.int64)
-        self.steps, self.gaps = np.zeros(1024 * STEP_FIELDS), np.zeros(1024 * GAP_FIELDS)
         self.num_seen = self.num_steps = self.num_gaps = 0
+        self.room_for_steps(1024)
+        self.room_for_gaps(1024)
 
-    def step_rows(self) -> Any:
-        """Rows of ``records.STEP_COLUMNS``."""
-        return np.asarray(self.steps)[: self.num_steps * STEP_FIELDS].reshape(-1, STEP_FIELDS)
+    @property
+    def step_columns(self) -> Any:
+        """(fields, steps): a row for each of ``records.STEP_COLUMNS``, floats by their bits."""
+        return np.asarray(self.steps)[:, : self.num_steps]
 
-    def gap_rows(self) -> Any:
-        """Rows (stage, gap in s, tokens, s over which the step's tokens are read)."""
-        return np.asarray(self.gaps)[: self.num_gaps * GAP_FIELDS].reshape(-1, GAP_FIELDS)
+    @property
+    def gap_columns(self) -> Any:
+        """(4, gaps): stage, gap in s, tokens, s over which the step's tokens are read."""
+        return np.asarray(self.gaps)[:, : self.num_gaps]
 
-    def take(self, request: Any, time: cython.longlong) -> Sequence:
+    def room_for_steps(self, count: cython.Py_ssize_t) -> cython.int:
+        steps: Any = np.zeros((STEP_FIELDS, count), np.int64)
+        if self.num_steps:
+            steps[:, : self.num_steps] = self.steps
+        self.steps, self.step_floats = steps, steps.view(np.float64)
+        return 0
+
+    def room_for_gaps(self, count: cython.Py_ssize_t) -> cython.int:
+        gaps: Any = np.zeros((GAP_FIELDS, count))
+        if self.num_gaps:
+            gaps[:, : self.num_gaps] = self.gaps
+        self.gaps = gaps
+        return 0
+
+    def load(self, requests: Any, outcomes: Any) -> None:
+        """The table whose rows the inbox names, and (fields, n) what becomes of them, by ``OUTCOMES``."""
+        self.request_ids, self.prompts = writable(requests.request_id), writable(requests.prompt_tokens)
+        self.outputs, self.most = writable(requests.output_tokens), writable(requests.max_tokens)
+        self.contents, self.content = requests.contents, writable(requests.content)
+        self.prioritized = requests.priority is not None
+        if self.prioritized:
+            self.priorities = writable(requests.priority)
+        self.outcomes = outcomes
+
+    def take(self, row: cython.Py_ssize_t, time: cython.longlong) -> cython.int:
         """A request reaches the scheduler that was put into the queue at ``time``."""
-        sequence: Sequence = self.scheduler.add(request, self.arrivals)
+        sequence: Sequence = self.scheduler.enter(
+            self.request_ids[row],
+            self.prompts[row],
+            self.outputs[row],
+            self.most[row],
+            self.contents[self.content[row]],
+            self.priorities[row] if self.prioritized else 0,
+            self.arrivals,
+        )
         self.arrivals += 1
         sequence.queued = time
-        return sequence
+        sequence.row = row
+        return 0
 
-    def find(self, request_id: Any) -> Any:
-        """A request in the engine, or None."""
-        return self.scheduler.sequences.get(request_id)
-
-    def abort(self, request_id: Any) -> None:
-        """Drop a request wherever it stands."""
-        self.scheduler.abort(request_id)
+    def leave(self, row: int) -> None:
+        """A request ends without its last token, wherever it stands."""
+        request_id: Any = self.request_ids[row]
+        found: Any = self.scheduler.sequences.get(request_id)
+        if found is not None:
+            self.book(found)
+            self.scheduler.abort(request_id)
 
     def advance(self, until: cython.longlong) -> cython.int:
         """Run all that starts before ``until``: what happens outside at that time comes first.
@@ -117,6 +157,7 @@ class EngineLoop:
             InputError: a request can never run.
         """
         scheduler: Scheduler = self.scheduler
+        sequence: Sequence
         step: Step
         while True:
             if self.pending is not None:
@@ -142,7 +183,8 @@ class EngineLoop:
                     self.after_step(self.now)
                 self.deliver(step)
                 if step.leavers and self.tell_ends:
-                    self.ended.extend(step.leavers)
+                    for sequence in step.leavers:
+                        self.ended.append(sequence.row)
                     return ENDED
             if self.first is None and self.inbox and not (scheduler.sequences or scheduler.finished_unsent):
                 self.now = max(self.now, self.next_arrival())
@@ -173,11 +215,8 @@ class EngineLoop:
     def drain(self) -> cython.int:
         """All that has reached the engine's input queue by now (EngineCore._process_input_queue)."""
         item: tuple
-        sequence: Sequence
         for item in self.inbox:
-            sequence = self.take(item[1], item[0])
-            if len(item) > 2:
-                sequence.row = item[2]
+            self.take(item[1], item[0])
         self.inbox.clear()
         return 0
 
@@ -212,27 +251,27 @@ class EngineLoop:
             sequence = step.joined[i]
             if sequence.scheduled < 0:
                 sequence.scheduled = step.start
-        at = self.num_steps * STEP_FIELDS
-        if at == self.steps.shape[0]:
-            self.steps = longer(self.steps, 0)
+        at = self.num_steps
+        if at == self.steps.shape[1]:
+            self.room_for_steps(2 * at)
         self.num_steps += 1
-        self.steps[at] = self.index
-        self.steps[at + 1] = in_seconds(step.start)
-        self.steps[at + 2] = seconds
-        self.steps[at + 3] = step.total_tokens - step.decodes
-        self.steps[at + 4] = len(step.chunks)
-        self.steps[at + 5] = step.decodes
-        self.steps[at + 6] = step.decode_context
-        self.steps[at + 7] = len(scheduler.runners)
-        self.steps[at + 8] = scheduler.num_waiting
-        self.steps[at + 9] = scheduler.kv.pool.usage()
-        self.steps[at + 10] = len(step.victims)
-        self.steps[at + 11] = len(step.samplers)
+        self.steps[0, at] = self.index
+        self.step_floats[1, at] = in_seconds(step.start)
+        self.step_floats[2, at] = seconds
+        self.steps[3, at] = step.total_tokens - step.decodes
+        self.steps[4, at] = len(step.chunks)
+        self.steps[5, at] = step.decodes
+        self.steps[6, at] = step.decode_context
+        self.steps[7, at] = len(scheduler.runners)
+        self.steps[8, at] = scheduler.num_waiting
+        self.step_floats[9, at] = scheduler.kv.pool.usage()
+        self.steps[10, at] = len(step.victims)
+        self.steps[11, at] = len(step.samplers)
         return 0
 
     def refuse(self) -> cython.int:
         """The engine is empty, and the head of the queue does not fit."""
-        head: Any = self.scheduler.queue.head().request
+        head: Any = self.scheduler.queue.head()
         raise InputError(
             f"its {head.prompt_tokens} tokens are never admitted, although the engine is empty",
             where=f"request {head.request_id}",
@@ -281,7 +320,7 @@ class EngineLoop:
             sequence = step.firsts[i]
             sequence.first_token = last - pace * (count - 1 - i)
             if self.on_first is not None:
-                self.on_first(sequence.request_id, sequence.first_token)
+                self.on_first(sequence.row, sequence.first_token)
         count = len(step.leavers)
         if count:
             share = (last - first) // count
@@ -289,8 +328,7 @@ class EngineLoop:
                 sequence = step.leavers[i]
                 sequence.ended = self.now
                 sequence.finish = max(sequence.first_token, first + share * i + share // 2)
-                if sequence.row >= 0:
-                    self.book(sequence)
+                self.book(sequence)
         return 0
 
     def book(self, sequence: Sequence) -> cython.int:
@@ -298,7 +336,10 @@ class EngineLoop:
         self.outcomes[1, row], self.outcomes[2, row] = sequence.queued, sequence.scheduled
         self.outcomes[3, row], self.outcomes[4, row] = sequence.ended, sequence.first_token
         self.outcomes[5, row] = sequence.finish
-        self.outcomes[6, row], self.outcomes[7, row] = sequence.cached_tokens, sequence.preemptions
+        if sequence.scheduled >= 0:
+            self.outcomes[6, row] = sequence.cached_tokens
+        if sequence.preemptions:
+            self.outcomes[7, row] = sequence.preemptions
         return 0
 
     def note_seen(self, time: cython.longlong) -> cython.int:
@@ -309,14 +350,14 @@ class EngineLoop:
         return 0
 
     def note_gap(self, gap: cython.longlong, tokens: cython.longlong, spread: cython.double) -> cython.int:
-        at: cython.Py_ssize_t = self.num_gaps * GAP_FIELDS
-        if at == self.gaps.shape[0]:
-            self.gaps = longer(self.gaps, 0)
+        at: cython.Py_ssize_t = self.num_gaps
+        if at == self.gaps.shape[1]:
+            self.room_for_gaps(2 * at)
         self.num_gaps += 1
-        self.gaps[at] = self.stage
-        self.gaps[at + 1] = in_seconds(gap)
-        self.gaps[at + 2] = tokens
-        self.gaps[at + 3] = spread
+        self.gaps[0, at] = self.stage
+        self.gaps[1, at] = in_seconds(gap)
+        self.gaps[2, at] = tokens
+        self.gaps[3, at] = spread
         return 0
 
 

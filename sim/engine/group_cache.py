@@ -289,7 +289,7 @@ class GroupCache(KVCache):
         )
 
     def prefill_end(self, sequence: Sequence) -> cython.int:
-        return max(sequence.prompt, sequence.num_tokens - 1)
+        return max(sequence.prompt_tokens, sequence.num_tokens - 1)
 
     def needed(
         self,
@@ -585,7 +585,7 @@ class GroupCache(KVCache):
         index: cython.int = tokens // self.block[group] - 1
         block: cython.int
         key: cython.longlong
-        boundary: cython.int = (sequence.prompt - 1) // self.hash_block * self.hash_block
+        boundary: cython.int = (sequence.prompt_tokens - 1) // self.hash_block * self.hash_block
         if tokens <= 0 or tokens != boundary or index >= self.held[at]:
             return 0
         block = self.table[at * self.width + index]
@@ -619,7 +619,7 @@ class GroupCache(KVCache):
                 return True
         if self.retention == DENSE:
             return False
-        return self.ends_at(index, run, (sequence.prompt - 1) // step * step // b) or (
+        return self.ends_at(index, run, (sequence.prompt_tokens - 1) // step * step // b) or (
             sequence.junction > 0 and self.ends_at(index, run, sequence.junction // step * step // b)
         )
 

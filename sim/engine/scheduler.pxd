@@ -37,6 +37,9 @@ cdef class Scheduler:
     cdef object queue
 
     cpdef Sequence add(self, object request, long long arrival)
+    cdef Sequence enter(
+        self, long long request_id, int prompt, int output, int most, tuple content, long long priority, long long arrival
+    )
     cpdef object abort(self, object request_id)
     cdef int forget(self, Sequence sequence) except -1
     cpdef Step schedule(self)

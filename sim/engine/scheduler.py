@@ -108,28 +108,48 @@ class Scheduler:
         Raises:
             InputError: the request could never run alone: longer than ``max_model_len`` or than the pool.
         """
-        sequence: Sequence = Sequence(request, request.request_id)
-        prompt: cython.int = request.prompt_tokens
+        return self.enter(
+            request.request_id,
+            request.prompt_tokens,
+            request.output_tokens,
+            request.max_tokens,
+            request.content,
+            request.priority,
+            arrival,
+        )
+
+    def enter(
+        self,
+        request_id: cython.longlong,
+        prompt: cython.int,
+        output: cython.int,
+        most: cython.int,
+        content: tuple,
+        priority: cython.longlong,
+        arrival: cython.longlong,
+    ) -> Sequence:
+        """``add``, without the object."""
+        sequence: Sequence = Sequence(request_id, priority, prompt)
         need: cython.int
-        sequence.num_tokens = sequence.prompt = prompt
-        sequence.limit = prompt + request.max_tokens
-        sequence.final_tokens = min(prompt + request.output_tokens, sequence.limit, self.max_model_len)
+        sequence.num_tokens = prompt
+        sequence.limit = prompt + most
+        sequence.final_tokens = min(prompt + output, sequence.limit, self.max_model_len)
         sequence.arrival, sequence.serial = arrival, self.added
         self.added += 1
         if prompt >= self.max_model_len:
             raise InputError(
                 f"its prompt of {prompt} tokens leaves no room for an output",
-                where=f"request {request.request_id}",
+                where=f"request {request_id}",
                 fix=f"Shorten it below max_model_len={self.max_model_len}, or raise max_model_len.",
             )
         need = self.kv.most_blocks(sequence.final_tokens - 1)  # the last is never computed
         if need > self.kv.pool.num_blocks - 1:
             raise InputError(
                 f"its {sequence.final_tokens} tokens need {need} KV blocks of {self.kv.block_size}",
-                where=f"request {request.request_id}",
+                where=f"request {request_id}",
                 fix=f"The pool has {self.kv.pool.num_blocks - 1}: enlarge it or shorten the request.",
             )
-        sequence.shared_keys = self.kv.shared_keys(request.content)
+        sequence.shared_keys = self.kv.shared_keys(content)
         self.sequences[sequence.request_id] = sequence
         self.queue.push(sequence)
         self.num_waiting += 1

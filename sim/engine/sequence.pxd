@@ -11,7 +11,6 @@ cdef enum:
 cdef class Sequence:
     cdef int status
     cdef int num_tokens
-    cdef int prompt
     cdef int junction
     cdef int computed
     cdef int placeholders
@@ -29,7 +28,8 @@ cdef class Sequence:
     cdef long long serial
     cdef Py_ssize_t row
     cdef list shared_keys
-    cdef readonly object request
+    cdef readonly long long priority
+    cdef readonly int prompt_tokens
     cdef readonly long long request_id
     cdef readonly int preemptions
     cdef readonly int cached_tokens

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import cython
 
 if not cython.compiled:  # else the constants of sequence.pxd
@@ -19,16 +17,17 @@ class Sequence:
     token. scheduled_tick, scheduled_tokens: with priorities, its last step, and its tokens there. slot: its
     row of the block table. blocks_end: tokens that its blocks hold. cached_end: tokens whose blocks have
     their hash. kv_due: the tokens at which its KV cache has something to do: a block more, or one that is
-    full. prompt: its tokens. junction: tokens up to which some KV cache group had a longer hit than all, 0 is
-    none. row: in the table of outcomes, -1 outside of it.
+    full. junction: tokens up to which some KV cache group had a longer hit than all, 0 is none. row: in the
+    table of outcomes, -1 outside of it.
     """
 
-    def __init__(self, request: Any, request_id: cython.longlong) -> None:
-        self.request = request
-        self.request_id = request_id
+    def __init__(
+        self, request_id: cython.longlong, priority: cython.longlong, prompt_tokens: cython.int
+    ) -> None:
+        self.request_id, self.priority, self.prompt_tokens = request_id, priority, prompt_tokens
         self.status = WAITING
         self.shared_keys = None
-        self.num_tokens = self.prompt = self.junction = self.limit = self.final_tokens = 0
+        self.num_tokens = self.junction = self.limit = self.final_tokens = 0
         self.computed = self.placeholders = self.catch_up = self.preemptions = 0
         self.blocks_end = self.cached_end = self.kv_due = self.scheduled_tokens = 0
         self.slot = self.cached_tokens = self.row = -1
@@ -38,4 +37,4 @@ class Sequence:
     @property
     def sort_key(self) -> tuple[int, int, int]:
         """The order of the priority queue."""
-        return self.request.priority, self.arrival, self.request_id
+        return self.priority, self.arrival, self.request_id

@@ -68,14 +68,15 @@ class Boundaries:
     progress: Progress | None
     _done: float = 0.0
 
-    def find(self, start_rate: float) -> None:
-        """All three, from a first guess."""
+    def find(self, start_rate: float, *, knee: bool = True) -> None:
+        """All three, from a first guess; the last only where the knee is asked for."""
         halvings = self._halvings(1.0, 2.0)
         self._find(_passes, later=2 * halvings, first=min(start_rate, self.max_rate))
         if self.prober.probes[0].state == "pass":
             self._find(_does_not_fail, later=halvings)
             self._close_in(later=halvings)
-        self._find(lambda probe: not probe.saturated, knee=True)
+        if knee:
+            self._find(lambda probe: not probe.saturated, knee=True)
 
     def _close_in(self, *, later: int) -> None:
         """Look closer at both sides of undecided rates that are themselves within the tolerance."""

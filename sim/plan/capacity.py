@@ -27,10 +27,8 @@ class Plan:
     rates between them are undecided, or nothing was confirmed); "infeasible" (even a lone request misses);
     "unbounded" (holds up to the largest rate tried). max_request_rate: the largest rate that passes.
     interval: it, and the smallest rate that fails (None: none did). knee: the largest rate that is sustained,
-    whatever its latency, None if not reached. probes: rising by rate. replicas: deployments like this one for
-    target_rate, with traffic split evenly. headroom: what so many carry, over target_rate: 1.02 leaves 2 %.
-    cost_per_million_output_tokens: at max_request_rate, in the currency of hour_cost. notes: what to keep in
-    mind.
+    whatever its latency, None if not reached or not looked for. probes: rising by rate. simulated: requests,
+    over all runs. notes: what to keep in mind.
     """
 
     state: PlanState
@@ -43,10 +41,7 @@ class Plan:
     confidence: float
     tolerance: float
     seed: int
-    target_rate: float | None = None
-    headroom: float | None = None
-    replicas: int | None = None
-    cost_per_million_output_tokens: float | None = None
+    simulated: int = 0
     notes: tuple[str, ...] = ()
 
     @property
@@ -74,13 +69,13 @@ class Plan:
         return plain
 
 
-_BURST = 400  # requests sent at once, to see roughly what can be served
+BURST = 400  # requests sent at once, to see roughly what can be served
 _BURST_RATE = 1e5
 
 
 def first_guess(probe: Probe, seed: int) -> float:
     """Half the rate at which a burst is served, in requests/s: a ``start_rate`` that mostly passes."""
-    run = probe(_BURST_RATE, seed, _BURST)
+    run = probe(_BURST_RATE, seed, BURST)
     rate = len(run.requests) / duration(run) / 2
     return float(f"{rate:.2g}") if rate > 0 else 1.0  # not where every request was aborted
 
@@ -94,8 +89,7 @@ def plan(
     start_rate: float = 1.0,
     max_rate: float = 1e5,
     seed: int = 0,
-    target_rate: float | None = None,
-    hour_cost: float | None = None,
+    knee: bool = True,
     progress: Progress | None = None,
 ) -> Plan:
     """Searches the largest request rate at which every objective holds.
@@ -114,27 +108,23 @@ def plan(
         objectives: what must hold. effort: how surely and closely, and over how many processes.
         limits: what could bind; None leaves the binding limit "unknown".
         start_rate: first guess, requests/s. max_rate: where doubling ends.
-        target_rate: for headroom and replicas. hour_cost: of all GPUs of the deployment, for the cost of
-            tokens.
+        knee: whether to look for it.
         progress: called with (rate, "running" or the rate's state, share of the work done).
 
     Raises:
         InputError: an argument out of its range, or what the probe raises.
     """
-    for name, value in (("start_rate", start_rate), ("max_rate", max_rate), ("target_rate", target_rate)):
-        if value is not None and not 0 < value < math.inf:
+    for name, value in (("start_rate", start_rate), ("max_rate", max_rate)):
+        if not 0 < value < math.inf:
             raise InputError(
                 f"{value:g} is not positive and finite", where=name, fix="Give a positive number."
             )
-    if hour_cost is not None and not 0 <= hour_cost < math.inf:
-        raise InputError(f"{hour_cost:g} is no cost", where="hour_cost", fix="Give 0 or more.")
     with Parallel(n_jobs=effort.jobs) as pool:
         prober = Prober(probe, objectives, limits, seed, effort, pool)
-        Boundaries(prober, max_rate, progress).find(start_rate)
+        Boundaries(prober, max_rate, progress).find(start_rate, knee=knee)
     probes, found = prober.probes, Found.of(prober.probes)
     best, miss, fail = found.best, found.miss, found.fail
     rate = best.rate if best is not None else None
-    replicas = math.ceil(target_rate / rate) if rate is not None and target_rate is not None else None
     return Plan(
         state=found.state(effort.tolerance),
         max_request_rate=rate,
@@ -146,15 +136,8 @@ def plan(
         confidence=effort.confidence,
         tolerance=effort.tolerance,
         seed=seed,
-        target_rate=target_rate,
-        headroom=None if rate is None or not replicas or not target_rate else replicas * rate / target_rate,
-        replicas=replicas,
-        cost_per_million_output_tokens=(
-            hour_cost / 3600 / best.output_throughput * 1e6
-            if best is not None and hour_cost is not None and best.output_throughput > 0
-            else None
-        ),
-        notes=_notes(found, target_rate, effort.tolerance),
+        simulated=prober.simulated,
+        notes=_notes(found, effort.tolerance),
     )
 
 
@@ -169,7 +152,7 @@ def _binding(miss: ProbedRate | None, limits: Limits | None) -> Binding:
     return binding_limit(miss.evidence, limits, only_token_times=token_times)
 
 
-def _notes(found: Found, target_rate: float | None, tolerance: float) -> tuple[str, ...]:
+def _notes(found: Found, tolerance: float) -> tuple[str, ...]:
     notes, best, fail = [], found.best, found.fail
     if best is not None and found.state(tolerance) == "inconclusive":
         end = f"{fail.rate:g}" if fail is not None else "the largest tried"
@@ -181,8 +164,6 @@ def _notes(found: Found, target_rate: float | None, tolerance: float) -> tuple[s
         window = best.num_requests * (1 - WARMUP_SHARE) / best.rate / best.e2e_s
         if window < WINDOW_IN_E2E / 2:
             notes.append(f"a replication at the answer counts only {window:.1f} end-to-end latencies")
-        if target_rate is not None:
-            notes.append("replicas assume that traffic is split evenly between them")
     return tuple(notes)
 
 

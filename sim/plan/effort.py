@@ -7,14 +7,17 @@ from dataclasses import dataclass
 
 from servecast.sim.inputs.errors import InputError
 
+LEAST_REQUESTS = 1000
+
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """confidence: with which a rate must pass or fail. tolerance: relative width to which it is bracketed.
+    """confidence: with which a rate must pass or fail; at 0.5 the estimates themselves decide, and one
+    replication is enough. tolerance: relative width to which it is bracketed.
 
     replications: rising numbers of replications, at least 2 each: a rate that the first cannot decide gets
-    the next. max_requests: bound on the counted requests of a replication (see `judge.requests_needed`).
-    jobs: processes over which replications run; results do not depend on it.
+    the next. least_requests, max_requests: bounds on the counted requests of a replication (see
+    `prober.requests_needed`). jobs: processes over which replications run; results do not depend on it.
 
     Raises:
         InputError: a value out of its range.
@@ -24,10 +27,11 @@ class Effort:
     tolerance: float = 0.03
     replications: tuple[int, ...] = (4, 8, 16)
     max_requests: int = 20_000
+    least_requests: int = LEAST_REQUESTS
     jobs: int = 1
 
     def __post_init__(self) -> None:
-        if not 0.5 < self.confidence < 1:
+        if not 0.5 <= self.confidence < 1:
             raise InputError(
                 f"{self.confidence:g} is out of range", where="confidence", fix="Give 0.5 to 1, as 0.95."
             )
@@ -38,7 +42,8 @@ class Effort:
                 fix="Give a positive number.",
             )
         rising = sorted(set(self.replications))
-        if not rising or rising[0] < 2 or list(self.replications) != rising:
+        least = 1 if self.confidence == 0.5 else 2
+        if not rising or rising[0] < least or list(self.replications) != rising:
             raise InputError(
                 f"{list(self.replications)} does not rise from at least 2",
                 where="replications",

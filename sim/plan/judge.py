@@ -43,6 +43,21 @@ class Objectives:
         goodput = None if scenario.slos else scenario.goodput_limits
         return cls(scenario.slos, goodput) if scenario.slos or goodput is not None else None
 
+    @classmethod
+    def asked(
+        cls, scenario: Scenario, slo: str | Sequence[str] | None, goodput: str | None, attainment: float
+    ) -> Objectives:
+        """Those that are given, or the scenario's: its SLOs, and where it has none its goodput."""
+        if slo is None and goodput is None and (own := cls.of(scenario)) is not None:
+            return replace(own, attainment=attainment)
+        texts = [slo] if isinstance(slo, str) else slo or ()
+        good = None if goodput is None else Goodput.parse(goodput)
+        return cls(tuple(SLO.parse(text) for text in texts), good, attainment)
+
+    def __str__(self) -> str:
+        asked = [str(slo) for slo in self.slos]
+        return " and ".join(asked if self.goodput is None else [*asked, f"goodput {self.goodput}"])
+
     @property
     def tail(self) -> float:
         """The smallest share of requests that decides: 0.05 for a p95."""

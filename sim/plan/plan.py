@@ -18,7 +18,6 @@ from servecast.sim.hardware.error_band import Bands
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.metrics.binding import Binding
 from servecast.sim.metrics.records import Run
-from servecast.sim.metrics.slo import SLO, Goodput
 from servecast.sim.plan import capacity, closed_loop, fleet_size
 from servecast.sim.plan import sensitivity as assumed
 from servecast.sim.plan.boundaries import PlanState
@@ -27,6 +26,8 @@ from servecast.sim.plan.figures import draw_latency
 from servecast.sim.plan.judge import ATTAINMENT, Objectives
 from servecast.sim.plan.page import PageContext, write_plan_page
 from servecast.sim.plan.prefix_slots import PrefixSlots, prefix_slots
+from servecast.sim.plan.size import Size, Unit, check_target
+from servecast.sim.plan.traffic import Traffic
 from servecast.sim.report.answer import Answer
 from servecast.sim.report.drawing import drawn
 from servecast.sim.report.progress import progress_bar
@@ -50,6 +51,11 @@ class PlanAnswer(Answer):
         prefix_slots: whether the shared prefixes fit, None without any.
         fleet_size: how many replicas serve the target rate, None unless asked.
         sensitivity: what the assumptions are worth, None unless asked.
+        traffic: that was planned for.
+        unit: the replicas, GPUs and price of what was planned.
+        target_rate: to serve, requests/s; None unless asked.
+        margin: kept in hand for the error band of the largest rate, a share of the target rate.
+        served_name: what the model is called.
     """
 
     found: capacity.Plan
@@ -59,6 +65,11 @@ class PlanAnswer(Answer):
     prefix_slots: PrefixSlots | None = None
     fleet_size: fleet_size.FleetSize | None = None
     sensitivity: tuple[assumed.Sensitivity, ...] | None = None
+    traffic: Traffic | None = None
+    unit: Unit | None = None
+    target_rate: float | None = None
+    margin: float | None = None
+    served_name: str = ""
 
     @property
     def max_request_rate(self) -> float | None:
@@ -123,6 +134,16 @@ class PlanAnswer(Answer):
         )
 
     @property
+    def sizes(self) -> tuple[Size, ...]:
+        """What serves the target rate: at face value, and with the margin. Without a target rate the one
+        unit that serves the largest rate; empty where no rate passes."""
+        rate, target, margin = self.max_request_rate, self.target_rate, self.margin
+        if rate is None or self.traffic is None or self.unit is None:
+            return ()
+        margins = (0.0,) if target is None or not margin else (0.0, margin)
+        return tuple(Size(target or rate, each, rate, self.unit, self.traffic) for each in margins)
+
+    @property
     def exit_code(self) -> int:
         """0: answered; 1: no rate meets the objectives; 3: inconclusive."""
         return self.found.exit_code
@@ -137,6 +158,8 @@ class PlanAnswer(Answer):
         document["sensitivity"] = None if changes is None else [each.to_json() for each in changes]
         document["prefix_slots"] = None if slots is None else slots.to_json()
         document["fleet_size"] = None if size is None else size.to_json()
+        document["target_rate"] = self.target_rate
+        document["sizes"] = [each.to_json() for each in self.sizes]
         return document
 
     def to_text(self) -> str:
@@ -146,18 +169,12 @@ class PlanAnswer(Answer):
         knee = self.knee
         level = "" if knee["concurrency"] is None else f"; closed loop: concurrency {knee['concurrency']}"
         lines.append(f"Knee: {cell_text(knee['request_rate'])} requests/s{level}")
-        if found.headroom is not None:
-            lines.append(
-                f"For {found.target_rate:g} requests/s: {found.replicas} of these, "
-                f"headroom {found.headroom - 1:.1%}"
-            )
+        lines += self._size_lines()
         if self.fleet_size is not None:
             lines.append(self.fleet_size.to_text())
         if self.prefix_slots is not None:
             lines.append(f"Prefix slots at {(found.best or found.probes[0]).rate:g} requests/s:")
             lines += [f"  {line}" for line in self.prefix_slots.to_text().splitlines()]
-        if found.cost_per_million_output_tokens is not None:
-            lines.append(f"Cost of a million output tokens: {found.cost_per_million_output_tokens:.3g}")
         if self.sensitivity:
             lines += [_sensitivity_text(self.sensitivity), ""]
         basis, profile = self.provenance["basis"], self.provenance["profile"]
@@ -166,23 +183,48 @@ class PlanAnswer(Answer):
         lines += engine_lines(self.context)
         return "\n".join([*lines, *(f"note: {note}" for note in self.context["notes"])])
 
-    def to_html(self, path: Path | str) -> Path:
-        """Write the page of the plan, with its plots; see `Answer.to_html`."""
+    def _size_lines(self) -> list[str]:
+        """What serves the target rate, and what it costs."""
+        if not self.sizes:
+            return []
+        lines, (first, *more) = list[str](), self.sizes
+        if self.target_rate is not None:
+            lines.append(f"For {self.target_rate:g} requests/s: {first.to_text()}")
+        for size in more:
+            guess = "?" if "max_rate" in self.bands.guessed and size.margin == self.bands.max_rate else ""
+            lines.append(f"  with {size.margin:.0%}{guess} in hand for the error band: {size.to_text()}")
+        tokens = self.sizes[-1].tokens_text()
+        return lines if tokens is None else [*lines, tokens]
+
+    def to_html(self, path: Path | str, *, date: str | None = None) -> Path:
+        """Write the page of the plan, with its plots; see `Answer.to_html`. date: to put on it."""
         return write_plan_page(
-            path, self.found, context=self._page_context(), run=self.run, sweep=self.levels
+            path, self.found, context=self._page_context(date), run=self.run, sweep=self.levels
         )
 
     def plot(self) -> Figure:
         """Each objective against the request rate, with its limit, the answer and the knee."""
         return drawn(len(self.found.probes[0].verdicts), lambda axes: draw_latency(self.found, axes))
 
-    def _page_context(self) -> PageContext:
-        made, objectives = self.context, self.found.objectives
-        asked = [str(slo) for slo in objectives.slos] or [f"goodput {objectives.goodput}"]
+    def _page_context(self, date: str | None) -> PageContext:
+        made, objectives, unit, traffic = self.context, self.found.objectives, self.unit, self.traffic
+        name = self.served_name or made["model_id"]
+        on = made["gpu"] if unit is None else f"{unit.gpus} {made['gpu']}"
+        facts = {
+            f"For {size.target_rate:g} requests/s, {size.margin:.0%} in hand": size.to_text()
+            for size in (self.sizes if self.target_rate is not None else ())
+        }
+        if self.sizes and (cost := self.sizes[-1].tokens_text()):
+            facts["Cost"] = cost
         return PageContext(
-            title=f"servecast plan: {made['scenario']}",
-            question=f"How many requests a second can {made['model_id']} on {made['gpu']} serve at "
-            f"{' and '.join(asked)}?",
+            title=f"{name} on {on}",
+            question=f"How many requests a second can it serve at {objectives}?",
+            subtitle=[
+                *([] if traffic is None else [f"Traffic: {traffic.to_text()}."]),
+                engine_lines(made)[-1],
+                f"Scenario {made['scenario']}{'' if date is None else f', {date}'}.",
+            ],
+            facts=facts,
             band=f"Error bands: {self.bands.to_text()}.",
             run_context={
                 **(made["run_context"] or {}),
@@ -219,6 +261,7 @@ def plan(
     goodput: str | None = None,
     attainment: float = ATTAINMENT,
     target_rate: float | None = None,
+    margin: float | None = None,
     size_fleet: bool = False,
     sensitivity: bool = False,
     progress: bool = False,
@@ -231,7 +274,8 @@ def plan(
             ``goodput`` the scenario's own.
         goodput: what a good request meets, as "ttft:500 tpot:50".
         attainment: share of requests that must be good.
-        target_rate: requests/s to serve, for the headroom and the replicas for it.
+        target_rate: requests/s to serve, for the replicas, GPUs and money that this takes.
+        margin: share of the target rate to keep in hand, without it the error band of the largest rate.
         size_fleet: find the fewest replicas behind the scenario's router that serve the target rate. Takes
             longer.
         sensitivity: look at the answer with each assumed constant 20 % lower and higher. Takes longer.
@@ -244,11 +288,13 @@ def plan(
     """
     if size_fleet and target_rate is None:
         raise InputError("no rate to size the fleet for", where="--size-fleet", fix="Add --target-rate.")
-    objectives = _objectives(scenario, slo, goodput, attainment)
+    if target_rate is not None:
+        check_target(target_rate, margin or 0.0)
+    objectives = Objectives.asked(scenario, slo, goodput, attainment)
     spend = Effort(**{"jobs": -1} | effort)
     probe = RateProbe(scenario)
     seed, deployment = scenario.seed, probe.deployment
-    gpus = deployment.shard.tensor_parallel_size * scenario.fleet.size
+    traffic, unit = Traffic.of(scenario), Unit.of(scenario, scenario.gpu_hour_cost)
     with progress_bar("plan", shown=progress) as advance:
         advance(0.0, "first look")
         found = capacity.plan(
@@ -258,8 +304,6 @@ def plan(
             limits=deployment.limits,
             start_rate=capacity.first_guess(probe, seed),
             seed=seed,
-            target_rate=target_rate,
-            hour_cost=None if scenario.gpu_hour_cost is None else scenario.gpu_hour_cost * gpus,
             progress=lambda rate, state, share: advance(share, f"{rate:g} requests/s {state}"),
         )
         at = found.best or found.probes[0]
@@ -267,19 +311,24 @@ def plan(
         made = context(deployment, seed=seed)
         probed = with_request_rate(scenario.open_loop(), at.rate, num_requests=at.num_requests)
         made["notes"] += [*found.notes, *cautions(deployment, run), *trace_notes(probed)]
+        if target_rate is not None and found.best is not None:
+            made["notes"].append("replicas assume that traffic is split evenly between them")
         slots = prefix_slots(
             scenario.open_loop().stages[0].streams[0],
             run,
             kv_tokens=deployment.config.num_gpu_blocks * deployment.config.block_size,
             replicas=scenario.fleet.size,
         )
-        answer = PlanAnswer(found, made, run, closed_loop.sweep_points(scenario), slots)
+        points = closed_loop.sweep_points(scenario)
+        answer = PlanAnswer(found, made, run, points, slots, traffic=traffic, unit=unit)
+        band = answer.bands.max_rate if margin is None else margin
+        answer = replace(answer, target_rate=target_rate, margin=band, served_name=deployment.served_name)
         if size_fleet and target_rate is not None:
             sized = fleet_size.size_fleet(
                 scenario,
                 objectives,
                 target_rate,
-                divided=found.replicas,
+                divided=answer.sizes[0].units if answer.sizes else None,
                 effort=spend,
                 progress=lambda count: advance(1.0, f"{count} replicas at {target_rate:g} requests/s"),
             )
@@ -290,17 +339,6 @@ def plan(
             changes = () if best is None else assumed.sensitivity(scenario, best, objectives, spend)
             answer = replace(answer, sensitivity=tuple(changes))
     return answer
-
-
-def _objectives(
-    scenario: Scenario, slo: str | Sequence[str] | None, goodput: str | None, attainment: float
-) -> Objectives:
-    """Those that are given, or the scenario's: its SLOs, and where it has none its goodput."""
-    if slo is None and goodput is None and (own := Objectives.of(scenario)) is not None:
-        return replace(own, attainment=attainment)
-    texts = [slo] if isinstance(slo, str) else slo or ()
-    good = None if goodput is None else Goodput.parse(goodput)
-    return Objectives(tuple(SLO.parse(text) for text in texts), good, attainment)
 
 
 def _probes_text(found: capacity.Plan) -> str:

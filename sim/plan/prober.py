@@ -16,7 +16,7 @@ from servecast.sim.metrics.metrics import latencies, series
 from servecast.sim.metrics.records import Run
 from servecast.sim.metrics.saturation import saturation
 from servecast.sim.metrics.warmup import Warmup, select
-from servecast.sim.plan.effort import Effort
+from servecast.sim.plan.effort import LEAST_REQUESTS, Effort
 from servecast.sim.plan.judge import (
     JudgedObjective,
     Judgement,
@@ -29,8 +29,8 @@ from servecast.sim.plan.judge import (
 
 WARMUP_SHARE = 0.2
 TAIL_SAMPLES = 20
-LEAST_REQUESTS = 1000
 WINDOW_IN_E2E = 10.0
+HERE = 300_000  # requests that are simulated in this process: a few seconds, as long as others take to start
 TOO_SHORT = 1.25  # runs are repeated if they needed to be longer than this many times what they were
 
 
@@ -48,12 +48,13 @@ class Probe(Protocol):
 class Replication:
     """One run at a rate, after its warm-up.
 
-    observed: what is judged. e2e_s: mean end-to-end latency. output_throughput: tokens/s of the requests that
+    observed: what is judged. e2e_s, tpot_s: mean latencies. output_throughput: tokens/s of the requests that
     finished between the warm-up and the last arrival. max_running, max_waiting: over all replicas.
     """
 
     observed: Observation
     e2e_s: float
+    tpot_s: float
     output_throughput: float
     kv_peak: float
     max_running: int
@@ -78,6 +79,7 @@ class ProbedRate:
     completion_ratio: float
     output_throughput: float
     e2e_s: float
+    tpot_s: float
     kv_peak: float
     max_running: int
     max_waiting: int
@@ -103,6 +105,7 @@ class ProbedRate:
             completion_ratio=load.completion_ratio,
             output_throughput=float(np.mean([each.output_throughput for each in replications])),
             e2e_s=float(np.mean([each.e2e_s for each in replications])),
+            tpot_s=float(np.mean([each.tpot_s for each in replications])),
             kv_peak=max(each.kv_peak for each in replications),
             max_running=max(each.max_running for each in replications),
             max_waiting=max(each.max_waiting for each in replications),
@@ -150,13 +153,14 @@ def replicate(
                 where=f"--slo {slo}",
                 fix="Check that requests finish, and with more than one output token for tpot and itl.",
             )
-    requests, steps = run.requests, part.steps
+    requests, steps, took = run.requests, part.steps, latencies(part.requests)
     end = float(requests["arrival"].max())
     inside = requests[(requests["finish"] > start) & (requests["finish"] <= end)]
     known = len(steps) > 0
     return Replication(
         observed=seen,
-        e2e_s=float(latencies(part.requests)["e2el"].mean()),
+        e2e_s=float(took["e2el"].mean()),
+        tpot_s=float(took["tpot"].mean()),
         output_throughput=float(inside["output_tokens"].sum()) / (end - start),
         kv_peak=float(steps["kv_usage"].max()) if known else math.nan,
         max_running=int(series(steps, "running").max()) if known else 0,
@@ -170,8 +174,8 @@ def replicate(
 class Prober:
     """Runs replications at a rate until it is decided, and remembers what it found.
 
-    pool: joblib's Parallel, over which replications run; results do not depend on it. found: what is
-    known, by rate. The other attributes are those of `capacity.plan`.
+    pool: joblib's Parallel, over which replications run once it pays; results do not depend on it. found: what
+    is known, by rate. simulated: requests so far. The other attributes are those of `capacity.plan`.
     """
 
     probe: Probe
@@ -181,6 +185,7 @@ class Prober:
     effort: Effort
     pool: Parallel
     found: dict[float, ProbedRate] = field(default_factory=dict)
+    simulated: int = 0
     _e2e: tuple[float, float] | None = None  # largest sustained rate so far, its mean latency in s
 
     @property
@@ -193,17 +198,17 @@ class Prober:
         replications is enough, but each of twice the least length."""
         if rate not in self.found:
             if knee:
-                self.found[rate] = self._decide(rate, self.effort.replications[:1], 2 * LEAST_REQUESTS)
+                self.found[rate] = self._decide(rate, self.effort.replications[:1], 2)
             else:
-                self.found[rate] = self._decide(rate, self.effort.replications, LEAST_REQUESTS)
+                self.found[rate] = self._decide(rate, self.effort.replications)
         return self.found[rate]
 
-    def _decide(self, rate: float, looks: Sequence[int], least: int) -> ProbedRate:
-        most = self.effort.max_requests
+    def _decide(self, rate: float, looks: Sequence[int], longer: int = 1) -> ProbedRate:
+        least, most = self.effort.least_requests, self.effort.max_requests
         if self._e2e is None:
-            needed = requests_needed(self.objectives, rate, 0.0, most=most)
+            needed = requests_needed(self.objectives, rate, 0.0, least=least, most=most)
             self._e2e = (0.0, self._replicate(rate, needed, range(1))[0].e2e_s)
-        replications: list[Replication] = []
+        replications, least = list[Replication](), longer * least
         needed = requests_needed(self.objectives, rate, self._e2e[1], least=least, most=most)
         for count in looks:
             replications += self._replicate(rate, needed, range(len(replications), count))
@@ -224,9 +229,11 @@ class Prober:
         return ProbedRate.of(rate, num_requests, replications, judgement)
 
     def _replicate(self, rate: float, num_requests: int, numbers: range) -> list[Replication]:
+        seeds = [self.seed + number for number in numbers]
+        self.simulated += num_requests * len(seeds)
+        rest = num_requests, self.objectives, self.limits
+        if self.simulated <= HERE:
+            return [replicate(self.probe, rate, seed, *rest) for seed in seeds]
         task = delayed(replicate)
-        found: list[Replication] = self.pool(
-            task(self.probe, rate, self.seed + number, num_requests, self.objectives, self.limits)
-            for number in numbers
-        )
+        found: list[Replication] = self.pool(task(self.probe, rate, seed, *rest) for seed in seeds)
         return found

@@ -68,6 +68,12 @@ class Deployment:
         return self.shard.model
 
     @property
+    def served_name(self) -> str:
+        """What the model is called where it is served: by a pasted command, or by its config."""
+        command = self.scenario.engine.serve_command
+        return self.model.name if command is None or command.model is None else command.model
+
+    @property
     def gpu(self) -> GPU:
         """One of its GPUs."""
         return self.shard.gpu
@@ -215,6 +221,8 @@ def _with_link(profile: Profile, spec: GpuSpec) -> Profile:
     if not given:
         return profile
     names = {f"efficiencies.{name}" for name in given}
+    if (costs := profile.efficiencies.by_kernel) is not None:  # what was given stands for what was timed
+        given["by_kernel"] = replace(costs, all_reduce=())
     return profile.model_copy(
         update={
             "efficiencies": replace(profile.efficiencies, **given),

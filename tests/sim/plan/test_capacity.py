@@ -12,20 +12,22 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from mm1 import SERVICE_RATE, mm1, steps_frame, table
 
 from servecast.sim.hardware.step_time.physical import StepShape
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.metrics.binding import Evidence, Limits, binding_limit, evidence
 from servecast.sim.metrics.knee import closed_loop_knee, open_loop_knee
-from servecast.sim.metrics.records import STEP_COLUMNS, Run
+from servecast.sim.metrics.records import Run
 from servecast.sim.metrics.saturation import saturation
 from servecast.sim.metrics.slo import SLO, Goodput
 from servecast.sim.plan.capacity import Plan, plan
 from servecast.sim.plan.effort import Effort
 from servecast.sim.plan.judge import Objectives
 from servecast.sim.plan.prober import requests_needed
+from servecast.sim.plan.size import Size, Unit, check_target
+from servecast.sim.plan.traffic import Traffic
 
-SERVICE_RATE = 10.0
 LIMIT_S = 1.0
 P95 = SLO.parse("ttft:p95:1000")
 AT_P95 = Objectives((P95,))
@@ -34,55 +36,12 @@ MAX_RATE = SERVICE_RATE - math.log(20) / LIMIT_S
 FEW = Effort(replications=(4,), max_requests=400)
 
 
-def table(arrival: Any, start: Any, finish: Any) -> pd.DataFrame:
-    """Finished requests of one token each; sent when they arrive, first token when they finish."""
-    n = len(arrival)
-    return pd.DataFrame(
-        {
-            "request_id": range(n),
-            "stage": 0,
-            "prompt_tokens": 1,
-            "arrival": arrival,
-            "sent": arrival,
-            "queued": arrival,
-            "scheduled": start,
-            "first_token": finish,
-            "finish": finish,
-            "output_tokens": 1,
-            "cached_tokens": pd.array([0] * n, dtype="Int64"),
-            "preemptions": 0,
-            "status": "finished",
-        }
-    )
-
-
-def steps_frame(**columns: Any) -> pd.DataFrame:
-    size = max(len(column) for column in columns.values())
-    return pd.DataFrame({name: columns.get(name, [0] * size) for name in STEP_COLUMNS}).astype(STEP_COLUMNS)
-
-
-def mm1(request_rate: float, seed: int, num_requests: int) -> Run:
-    """An M/M/1 queue by Lindley's recursion; the service is the first token."""
-    rng = np.random.default_rng(seed)
-    draws = rng.exponential(size=(num_requests, 2))  # row by row, so that more requests extend the traffic
-    arrival = np.cumsum(draws[:, 0]) / request_rate
-    service = draws[:, 1] / SERVICE_RATE
-    finish = np.empty(num_requests)
-    free = 0.0
-    for i, (at, work) in enumerate(zip(arrival.tolist(), service.tolist(), strict=True)):
-        free = finish[i] = max(at, free) + work
-    start = finish - service
-    waiting = np.arange(num_requests) - np.searchsorted(finish, arrival)
-    steps = steps_frame(start=start, duration=service, running=[1] * num_requests, waiting=waiting)
-    return Run(table(arrival, start, finish), steps, pd.DataFrame({"stage": [], "gap": [], "weight": []}))
-
-
 LIMITS = Limits(max_num_seqs=1, max_num_batched_tokens=2048, num_gpu_blocks=11)
 
 
 @pytest.fixture(scope="module")
 def found() -> Plan:
-    return plan(mm1, AT_P95, effort=Effort(max_requests=4000), limits=LIMITS, target_rate=20.0, hour_cost=3.6)
+    return plan(mm1, AT_P95, effort=Effort(max_requests=4000), limits=LIMITS)
 
 
 def test_finds_the_rate_that_theory_gives(found: Plan) -> None:
@@ -118,12 +77,29 @@ def test_the_queue_for_the_only_slot_binds(found: Plan) -> None:
     assert "all 1 sequence slots (max_num_seqs) are taken" in found.binding.reasons[0]
 
 
-def test_headroom_replicas_and_cost(found: Plan) -> None:
-    """One token a request: at rate r a gpu that costs 3.6 an hour makes 3600 r tokens for 3.6."""
-    rate = found.max_request_rate or math.nan
-    assert found.replicas == math.ceil(20 / rate) == 3
-    assert found.headroom == pytest.approx(3 * rate / 20)
-    assert found.cost_per_million_output_tokens == pytest.approx(1e6 * 3.6 / (3600 * rate), rel=0.03)
+def test_a_size_has_whole_replicas_and_their_cost() -> None:
+    """35 requests/s at 3.941 each are 8.88, so 9; with 30 % in hand 45.5 are 11.55, so 12. Of four GPUs at 3
+    each 9 cost 108 an hour, for 35 x 3600 requests of 100 + 25 tokens: 108 / 15.75 for a million of both."""
+    unit, traffic = Unit(1, 4, 12.0), Traffic("poisson", 100.0, 200.0, 25.0, 50.0)
+    size, more = (Size(35.0, margin, 3.941, unit, traffic) for margin in (0.0, 0.3))
+    assert (size.replicas, size.gpus, size.hour_cost, size.month_cost) == (9, 36, 108.0, 78_840.0)
+    assert size.in_hand == pytest.approx(9 * 3.941 / 35 - 1)
+    assert (more.replicas, more.gpus, more.hour_cost) == (12, 48, 144.0)
+    found = size.to_json()
+    assert found["cost_per_million_tokens"] == pytest.approx(108 / 15.75)
+    assert found["cost_per_million_input_tokens"] == pytest.approx(108 / 12.6)
+    assert found["cost_per_million_output_tokens"] == pytest.approx(108 / 3.15)
+    assert size.to_text() == "9 replicas, 36 GPUs, 1.3% in hand; 108.00 an hour, 78,840 a month"
+    assert Size(8.0, 0.0, 4.0, Unit(2, 2, None), traffic).to_text() == "4 replicas, 4 GPUs, 0.0% in hand"
+
+
+def test_estimates_decide_at_even_odds() -> None:
+    """One replication then tells whether a rate holds: none is open."""
+    effort = Effort(confidence=0.5, tolerance=0.1, replications=(1,), least_requests=400)
+    result = plan(mm1, AT_P95, effort=effort, knee=False, start_rate=6.0)
+    assert {probe.state for probe in result.probes} == {"pass", "fail"}
+    assert result.max_request_rate == pytest.approx(MAX_RATE, rel=0.2)
+    assert result.simulated == sum(probe.num_requests for probe in result.probes) + 500  # the first look
 
 
 def test_a_plan_is_plain_json(found: Plan) -> None:
@@ -145,7 +121,6 @@ def test_an_slo_that_a_lone_request_misses_is_infeasible() -> None:
     result = plan(mm1, Objectives((SLO.parse("ttft:p95:50"),)), effort=FEW)
     assert (result.state, result.max_request_rate, result.exit_code) == ("infeasible", None, 1)
     assert result.interval[0] is None
-    assert result.headroom is None
 
 
 def test_a_rate_cap_leaves_the_answer_unbounded() -> None:
@@ -214,8 +189,8 @@ def test_progress_rises_to_the_end() -> None:
     ("ask", "message"),
     [
         (lambda: plan(mm1, AT_P95, start_rate=0.0), "start_rate: 0 is not positive"),
-        (lambda: plan(mm1, AT_P95, target_rate=-1.0), "target_rate: -1 is not positive"),
-        (lambda: plan(mm1, AT_P95, hour_cost=-1.0), "hour_cost: -1 is no cost"),
+        (lambda: check_target(-1.0, 0.0), "--target-rate: -1 is not positive"),
+        (lambda: check_target(1.0, -0.1), "--margin: -0.1 is no share"),
         (lambda: Effort(tolerance=0.0), "tolerance: 0 is not positive"),
         (lambda: Effort(confidence=1.0), "confidence: 1 is out of range"),
         (lambda: Effort(replications=()), "replications:"),
