@@ -50,8 +50,8 @@ class EngineLoop:
 
     Attributes:
         now: up to when it has run. wake: when to call ``advance`` again, where it came to BUSY.
-        inbox: (time, row of a request, or ~row of one whose client has gone), in order; aborts: how many abort.
-        outcomes: a row a field, a column a request. seen: by tick, when its tokens were read, on average.
+        inbox: (time, row of a request, or ~row of one whose client has gone), in order; aborts: how many of
+        those. seen: by tick, when its tokens were read, on average.
         pending: a step that is decided, while the host warms up.
         tell_ends: ``advance`` returns when requests have ended.
         ended: rows of requests that ended since they were last taken, where it tells.
