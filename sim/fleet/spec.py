@@ -179,7 +179,7 @@ class Fleet(Model):
     def asks_sessions(self) -> bool:
         """Whether the router looks at a request's session. Raises InputError if it does not load."""
         if self.epp is None:
-            return self.router == "session_affinity"
+            return self.router in ("session_affinity", "session_hashing")
         config = read_epp(self.epp, self.router_options.epp_release)
         plugins = (*config.filters, *(scorer for scorer, _weight in config.scorers))
         return any(plugin.type.startswith("session-affinity") for plugin in plugins)

@@ -11,8 +11,8 @@ from pydantic import TypeAdapter
 from small_fleet import OneSecondSteps, config, one_stream, times
 from small_scenarios import small
 
-from servecast.sim.engine.scheduler import Scheduler
 from servecast.sim.engine.request import Request
+from servecast.sim.engine.scheduler import Scheduler
 from servecast.sim.fleet.autoscaler import Autoscaler, AutoscalerSpec, Observed
 from servecast.sim.fleet.client import Client
 from servecast.sim.fleet.fleet import Fleet
