@@ -14,6 +14,7 @@ cdef class Sequence:
     cdef int computed
     cdef int placeholders
     cdef int limit
+    cdef int decodes_until
     cdef int blocks_end
     cdef int cached_end
     cdef int kv_due
