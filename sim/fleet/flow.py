@@ -28,7 +28,9 @@ else:
 
 PICOSECONDS = cython.declare(cython.double, 1e12)
 NEVER = cython.declare(cython.longlong, 1 << 62)
-LAST = cython.declare(cython.longlong, 1 << 60)  # among the events of one time: an arrival at t comes before the
+LAST = cython.declare(
+    cython.longlong, 1 << 60
+)  # among the events of one time: an arrival at t comes before the
 # engine step that starts at t
 
 STATUSES = ("unfinished", "finished", "aborted", "failed")
@@ -60,7 +62,9 @@ class Sender:
     started = cython.declare(cython.Py_ssize_t, visibility="readonly")  # sent, all before it
     ready = cython.declare(cython.Py_ssize_t, visibility="readonly")  # arrived, all before it
     first = cython.declare(cython.Py_ssize_t, visibility="readonly")
-    unsent = cython.declare(cython.Py_ssize_t, visibility="readonly")  # arrived, and never sent, as it stopped
+    unsent = cython.declare(
+        cython.Py_ssize_t, visibility="readonly"
+    )  # arrived, and never sent, as it stopped
     open = cython.declare(cython.Py_ssize_t, visibility="readonly")  # not done
     stopped = cython.declare(cython.bint, visibility="readonly")
     told: cython.bint
@@ -142,7 +146,9 @@ class Flow:
     servers = cython.declare(list, visibility="readonly")
     senders = cython.declare(list, visibility="readonly")
     columns = cython.declare(dict, visibility="readonly")
-    order = cython.declare(list, visibility="readonly")  # rows as they arrived, where there are several streams
+    order = cython.declare(
+        list, visibility="readonly"
+    )  # rows as they arrived, where there are several streams
     send: Any
     router: Any
     ended: Any

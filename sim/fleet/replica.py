@@ -53,9 +53,7 @@ class Replica:
         if isinstance(engine, Scheduler):
             numbers = step_time.costs() if type(step_time) is PhysicalStepTime else None
             seconds = step_time.seconds
-            self.loop = EngineLoop(
-                engine, index, numbers, seconds, floor, noise, served, read, cold_start
-            )
+            self.loop = EngineLoop(engine, index, numbers, seconds, floor, noise, served, read, cold_start)
         else:
             self.loop = PythonLoop(engine, index, step_time, floor, noise, served, read, cold_start)
         costs_s = costs.latency_s, costs.request_s, costs.prompt_token_s

@@ -246,7 +246,6 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "glm4_moe_lite": _LATENT,
     "glm_moe_dsa": _LATENT,
-    "mistral4": replace(_LATENT, experts=replace(_BEHIND, router_bias=False)),
     "ernie4_5": Family(qkv_bias="use_bias", out_bias="use_bias", mlp_bias="use_bias", tied=True),
     "ernie4_5_moe": Family(
         qkv_bias="use_bias",
