@@ -253,12 +253,16 @@ class Shard:
     def kv_bytes_per_token(self) -> int:
         """Bytes that one token more takes in all layers: keys and values, or latents and an indexer's keys. A
         state of fixed size takes none."""
-        ranks, total = self.tensor_parallel_size, 0
+        total, width = 0, self.kv_dtype_bytes
         for layer in self.model.cache_layers:
-            heads = max(1, layer.kv_heads // ranks)
-            values = layer.head_size if layer.value_size is None else layer.value_size
-            width = self.kv_dtype_bytes if layer.fixed_bytes is None else layer.fixed_bytes
-            total += layer.count * heads * (layer.head_size + values) * width
+            if layer.kind == "indexer":  # a byte for each number of its key, and a scale of four
+                total += layer.count * (layer.head_size + 4)
+            elif layer.kind in ("mla", "sparse_mla"):
+                total += layer.count * layer.head_size * width
+            else:
+                values = layer.head_size if layer.value_size is None else layer.value_size
+                heads = max(1, layer.kv_heads // self.tensor_parallel_size)
+                total += layer.count * heads * (layer.head_size + values) * width
         return total
 
 
