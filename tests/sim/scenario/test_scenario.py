@@ -187,7 +187,7 @@ def test_a_model_may_be_a_folder_or_lie_in_the_cache_of_the_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As huggingface_hub lays its cache out: refs/main names the snapshot of files, each a link to its blob."""
-    config = (shipped_folder() / "models" / "Qwen3-4B.json").read_text()
+    config = (shipped_folder() / "models" / "Qwen3-4B.json").read_text().replace("_name_or_path", "said")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "config.json").write_text(config)
     scenario = load(written(tmp_path, MINIMAL.replace("Qwen2.5-7B-Instruct", "mine")))
