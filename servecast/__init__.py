@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from servecast.sim.hardware.profile import Profile
     from servecast.sim.inputs.errors import InputError
     from servecast.sim.metrics.records import Run
+    from servecast.sim.optimize.optimize import optimize
     from servecast.sim.plan.plan import plan
     from servecast.sim.report.answer import Answer
     from servecast.sim.reproduce.reproduce import reproduce
@@ -42,6 +43,7 @@ __all__ = [
     "gpus",
     "load",
     "models",
+    "optimize",
     "plan",
     "profiles",
     "reproduce",
@@ -61,6 +63,7 @@ _MODULES = {  # of the public names: imported when they are asked for, so that t
     "gpus": "sim.scenario.lists",
     "load": "sim.scenario.scenario",
     "models": "sim.scenario.lists",
+    "optimize": "sim.optimize.optimize",
     "plan": "sim.plan.plan",
     "profiles": "sim.scenario.lists",
     "reproduce": "sim.reproduce.reproduce",

@@ -21,6 +21,10 @@ COMMANDS = {  # name -> where it is, and its line in --help
     "reproduce": ("servecast.sim.cli.reproduce:reproduce", "Compare predictions with a reported benchmark."),
     "compare": ("servecast.sim.cli.compare:compare", "Put two results, scenarios or routers side by side."),
     "sweep": ("servecast.sim.cli.sweep:sweep", "Run a grid of what-ifs, in parallel."),
+    "optimize": (
+        "servecast.sim.cli.optimize:optimize",
+        "Find the cheapest deployment for a rate within the SLOs.",
+    ),
     "check": ("servecast.validate.check.command:check", "Can this benchmark report be true?"),
     "explain": ("servecast.sim.cli.explain:explain", "Why is the first token slow?"),
     "scenarios": ("servecast.sim.cli.scenarios:scenarios", "List the shipped scenarios."),

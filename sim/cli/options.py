@@ -20,32 +20,22 @@ _TEXT = ("engine.version", "name", "profile", "model.config", "gpu.name")  # 0.1
 
 @Parameter(name="*", group=WHAT_IF)
 @dataclass(frozen=True, kw_only=True, slots=True)
-class WhatIf:
+class Change:
     """What to change in a scenario.
 
     Attributes:
         set: a field of the scenario by its dotted path, as engine.max_num_seqs=128. Can be repeated.
         seed: of the traffic and of the noise.
-        gpu: another GPU, by its name, or the file that describes it.
         model_config: another model: a shipped config's name, or the path of a config.json.
         profile: another profile: a shipped one's name, or its path.
         engine_version: another vLLM version.
-        tensor_parallel_size: GPUs of a replica.
-        max_num_seqs: sequences that may run together.
-        replicas: engines behind the router.
-        router: routing policy, as least_outstanding, or the file of an EndpointPickerConfig.
     """
 
     set: list[str] | None = None
     seed: int | None = None
-    gpu: str | None = None
     model_config: str | None = None
     profile: str | None = None
     engine_version: str | None = None
-    tensor_parallel_size: int | None = None
-    max_num_seqs: int | None = None
-    replicas: int | None = None
-    router: str | None = None
 
     def changes(self) -> dict[str, Any]:
         """Dotted field paths and values; ``--set`` wins over the other flags.
@@ -53,23 +43,49 @@ class WhatIf:
         Raises:
             InputError: a ``--set`` is not of the form FIELD=VALUE.
         """
-        flags: dict[str, Any] = {
+        given = {field: value for field, value in self._flags().items() if value is not None}
+        return given | dict(assignment(text) for text in self.set or ())
+
+    def _flags(self) -> dict[str, Any]:
+        return {
             "seed": self.seed,
-            "gpu": None if self.gpu is None else _gpu(self.gpu),
             "model.config": file_or_name(self.model_config),
             "profile": file_or_name(self.profile),
             "engine.version": self.engine_version,
+        }
+
+    def load(self, scenario: str) -> Scenario:
+        """The scenario with these changes."""
+        return load(scenario, self.changes())
+
+
+@Parameter(name="*", group=WHAT_IF)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WhatIf(Change):
+    """What to change in a scenario.
+
+    Attributes:
+        gpu: another GPU, by its name, or the file that describes it.
+        tensor_parallel_size: GPUs of a replica.
+        max_num_seqs: sequences that may run together.
+        replicas: engines behind the router.
+        router: routing policy, as least_outstanding, or the file of an EndpointPickerConfig.
+    """
+
+    gpu: str | None = None
+    tensor_parallel_size: int | None = None
+    max_num_seqs: int | None = None
+    replicas: int | None = None
+    router: str | None = None
+
+    def _flags(self) -> dict[str, Any]:
+        return Change._flags(self) | {
+            "gpu": None if self.gpu is None else _gpu(self.gpu),
             "engine.tensor_parallel_size": self.tensor_parallel_size,
             "engine.max_num_seqs": self.max_num_seqs,
             "fleet.replicas": self.replicas,
             "fleet.router": file_or_name(self.router),
         }
-        given = {field: value for field, value in flags.items() if value is not None}
-        return given | dict(assignment(text) for text in self.set or ())
-
-    def load(self, scenario: str) -> Scenario:
-        """The scenario with these changes."""
-        return load(scenario, self.changes())
 
 
 @Parameter(name="*", group=LOAD)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from datetime import date
 from typing import Any
 
 from servecast.sim.report.answer import Answer
@@ -17,6 +18,11 @@ def show(answer: Answer, *, json: bool, more: Sequence[str] = ()) -> int:
     else:
         print(answer, *more, sep="\n")
     return answer.exit_code
+
+
+def today() -> str:
+    """The date, for a page."""
+    return date.today().isoformat()
 
 
 def print_json(document: Mapping[str, Any]) -> None:

@@ -12,8 +12,9 @@ from typing import Annotated
 from cyclopts import Group, Parameter
 
 from servecast.sim.cli.options import WhatIf, check_jobs
-from servecast.sim.cli.output import print_json
+from servecast.sim.cli.output import print_json, today
 from servecast.sim.plan import plan as planner
+from servecast.sim.plan.effort import Effort
 from servecast.sim.run.results import check_output
 from servecast.sim.scenario.scenario import Scenario
 
@@ -57,19 +58,34 @@ class Target:
 
 @Parameter(name="*", group=Group("Effort", sort_key=9))
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Spend:
+class Certainty:
     """How surely and how closely to answer.
 
     Attributes:
         confidence: with which a rate must pass or fail.
         tolerance: relative width to which the answer is bracketed.
         max_num_requests: at most so many counted requests in a replication.
-        jobs: processes; -1 is one for each core. The answer does not depend on it.
     """
 
     confidence: float = 0.95
     tolerance: float = 0.03
     max_num_requests: int = 20_000
+
+    @property
+    def effort(self) -> Effort:
+        """As the planner takes it, with one process."""
+        return Effort(self.confidence, self.tolerance, max_requests=self.max_num_requests)
+
+
+@Parameter(name="*", group=Group("Effort", sort_key=9))
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Spend(Certainty):
+    """How surely and how closely to answer.
+
+    Attributes:
+        jobs: processes; -1 is one for each core. The answer does not depend on it.
+    """
+
     jobs: int = -1
 
 
@@ -120,7 +136,7 @@ def plan(
         jobs=spend.jobs,
     )
     if report is not None:
-        answer.to_html(report)
+        answer.to_html(report, date=today())
     if json:
         print_json(answer.to_json() | {"report": None if report is None else str(report)})
     else:

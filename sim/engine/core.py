@@ -86,7 +86,8 @@ class Sequence:
     serial: cython.longlong
     row: cython.Py_ssize_t  # in the table of outcomes, -1 outside of it
     shared_keys: list
-    request = cython.declare(object, visibility="readonly")
+    priority = cython.declare(cython.longlong, visibility="readonly")
+    prompt_tokens = cython.declare(cython.int, visibility="readonly")
     request_id = cython.declare(cython.longlong, visibility="readonly")
     preemptions = cython.declare(cython.int, visibility="readonly")
     cached_tokens = cython.declare(cython.int, visibility="readonly")
@@ -96,9 +97,10 @@ class Sequence:
     first_token = cython.declare(cython.longlong, visibility="readonly")
     finish = cython.declare(cython.longlong, visibility="readonly")
 
-    def __init__(self, request: Any, request_id: cython.longlong) -> None:
-        self.request = request
-        self.request_id = request_id
+    def __init__(
+        self, request_id: cython.longlong, priority: cython.longlong, prompt_tokens: cython.int
+    ) -> None:
+        self.request_id, self.priority, self.prompt_tokens = request_id, priority, prompt_tokens
         self.status = WAITING
         self.computed = self.placeholders = self.catch_up = self.preemptions = 0
         self.blocks_end = self.cached_end = self.scheduled_tokens = 0
@@ -109,7 +111,7 @@ class Sequence:
     @property
     def sort_key(self) -> tuple[int, int, int]:
         """The order of the priority queue."""
-        return self.request.priority, self.arrival, self.request_id
+        return self.priority, self.arrival, self.request_id
 
 
 @cython.final
@@ -223,8 +225,9 @@ class KVCache:
         self.mask = size - 1
         self.num_blocks = num_blocks
         self.free_blocks = num_blocks - 1
-        self.prev = array("i", [num_blocks - 1, *range(num_blocks - 1)])
-        self.next = array("i", [*range(1, num_blocks), 0])
+        self.prev = np.arange(-1, num_blocks - 1, dtype=np.int32)
+        self.next = np.arange(1, num_blocks + 1, dtype=np.int32)
+        self.prev[0], self.next[num_blocks - 1] = num_blocks - 1, 0
         self.ref, self.later = array("i", [0]) * num_blocks, array("i", [-1]) * num_blocks
         self.key, self.table_key = array("q", [-1]) * num_blocks, array("q", [-1]) * size
         self.table_block = array("i", [0]) * size
@@ -510,28 +513,48 @@ class Scheduler:
         Raises:
             InputError: the request could never run alone: longer than ``max_model_len`` or than the pool.
         """
-        sequence: Sequence = Sequence(request, request.request_id)
-        prompt: cython.int = request.prompt_tokens
+        return self.enter(
+            request.request_id,
+            request.prompt_tokens,
+            request.output_tokens,
+            request.max_tokens,
+            request.content,
+            request.priority,
+            arrival,
+        )
+
+    @cython.cfunc
+    def enter(
+        self,
+        request_id: cython.longlong,
+        prompt: cython.int,
+        output: cython.int,
+        most: cython.int,
+        content: tuple,
+        priority: cython.longlong,
+        arrival: cython.longlong,
+    ) -> Sequence:
+        """``add``, without the object."""
+        sequence: Sequence = Sequence(request_id, priority, prompt)
         need: cython.int
         sequence.num_tokens = prompt
-        sequence.limit = prompt + request.max_tokens
-        sequence.final_tokens = min(prompt + request.output_tokens, sequence.limit, self.max_model_len)
+        sequence.limit = prompt + most
+        sequence.final_tokens = min(prompt + output, sequence.limit, self.max_model_len)
         sequence.arrival, sequence.serial = arrival, self.added
         self.added += 1
         if prompt >= self.max_model_len:
             raise InputError(
                 f"its prompt of {prompt} tokens leaves no room for an output",
-                where=f"request {request.request_id}",
+                where=f"request {request_id}",
                 fix=f"Shorten it below max_model_len={self.max_model_len}, or raise max_model_len.",
             )
         need = (sequence.final_tokens + self.block_size - 2) // self.block_size  # the last is never computed
         if need > self.kv.num_blocks - 1:
             raise InputError(
                 f"its {sequence.final_tokens} tokens need {need} KV blocks of {self.block_size}",
-                where=f"request {request.request_id}",
+                where=f"request {request_id}",
                 fix=f"The pool has {self.kv.num_blocks - 1}: enlarge it or shorten the request.",
             )
-        content: tuple = request.content
         sequence.shared_keys = None
         if content and self.prefix_caching:
             keys: Any = self.prefixes.get(content)
@@ -1128,6 +1151,11 @@ class StepCosts:
         return total if tokens <= self.graphed or total > self.eager_s else self.eager_s
 
 
+def writable(values: Any) -> Any:
+    """A column that may be written to, as typed views want it."""
+    return np.require(values, None, "W")
+
+
 @cython.ccall
 def longer(values: cython.double[::1], least: cython.Py_ssize_t) -> Any:
     """The same with room for twice as many, at least ``least``; new places hold -1."""
@@ -1170,7 +1198,6 @@ class EngineLoop:
         ended: rows of requests that ended since they were last taken, where it tells.
         after_step: called with the time when a step has been completed, or None.
         on_first: called with a request's row and the time at which its first token comes, or None.
-        requests, outcomes: the table of requests, and (fields, n) what becomes of them, by ``OUTCOMES``.
         inbox: (time, row of a request, or ~row of one whose client has gone), in order.
     """
 
@@ -1182,8 +1209,15 @@ class EngineLoop:
     after_step = cython.declare(object, visibility="public")
     on_first = cython.declare(object, visibility="public")
     inbox = cython.declare(list, visibility="readonly")
-    requests = cython.declare(object, visibility="public")
-    outcomes = cython.declare(cython.longlong[:, ::1], visibility="public")
+    request_ids: cython.longlong[::1]
+    prompts: cython.longlong[::1]
+    outputs: cython.longlong[::1]
+    most: cython.longlong[::1]
+    priorities: cython.longlong[::1]
+    prioritized: cython.bint
+    contents: list
+    content: cython.int[::1]
+    outcomes: cython.longlong[:, ::1]
     ended = cython.declare(list, visibility="public")
     scheduler: Scheduler
     costs: StepCosts
@@ -1206,9 +1240,10 @@ class EngineLoop:
     arrivals: cython.longlong
     seen: cython.longlong[::1]  # by tick: when the step's tokens were read, on average
     num_seen: cython.Py_ssize_t
-    steps: cython.double[::1]
+    steps: cython.longlong[:, ::1]
+    step_floats: cython.double[:, ::1]
     num_steps: cython.Py_ssize_t
-    gaps: cython.double[::1]
+    gaps: cython.double[:, ::1]
     num_gaps: cython.Py_ssize_t
 
     def __init__(
@@ -1233,23 +1268,60 @@ class EngineLoop:
         self.tell_ends, self.executing = True, False
         self.first = self.second = self.pending = None
         self.after_step = self.on_first = None
-        self.inbox, self.ended, self.requests = [], [], None
+        self.inbox, self.ended = [], []
         self.seen = np.zeros(1024, np.int64)
-        self.steps, self.gaps = np.zeros(1024 * STEP_FIELDS), np.zeros(1024 * GAP_FIELDS)
+        self.room_for_steps(1024)
+        self.room_for_gaps(1024)
         self.num_seen = self.num_steps = self.num_gaps = 0
 
-    def step_rows(self) -> Any:
-        """Rows of ``records.STEP_COLUMNS``."""
-        return np.asarray(self.steps)[: self.num_steps * STEP_FIELDS].reshape(-1, STEP_FIELDS)
+    @property
+    def step_columns(self) -> Any:
+        """(fields, steps): a row for each of ``records.STEP_COLUMNS``, floats by their bits."""
+        return np.asarray(self.steps)[:, : self.num_steps]
 
-    def gap_rows(self) -> Any:
-        """Rows (stage, gap in s, tokens, s over which the step's tokens are read)."""
-        return np.asarray(self.gaps)[: self.num_gaps * GAP_FIELDS].reshape(-1, GAP_FIELDS)
+    @property
+    def gap_columns(self) -> Any:
+        """(4, gaps): stage, gap in s, tokens, s over which the step's tokens are read."""
+        return np.asarray(self.gaps)[:, : self.num_gaps]
+
+    @cython.cfunc
+    def room_for_steps(self, count: cython.Py_ssize_t) -> cython.int:
+        steps: Any = np.zeros((STEP_FIELDS, count), np.int64)
+        if self.num_steps:
+            steps[:, : self.num_steps] = self.steps
+        self.steps, self.step_floats = steps, steps.view(np.float64)
+        return 0
+
+    @cython.cfunc
+    def room_for_gaps(self, count: cython.Py_ssize_t) -> cython.int:
+        gaps: Any = np.zeros((GAP_FIELDS, count))
+        if self.num_gaps:
+            gaps[:, : self.num_gaps] = self.gaps
+        self.gaps = gaps
+        return 0
+
+    def load(self, requests: Any, outcomes: Any) -> None:
+        """The table whose rows the inbox names, and (fields, n) what becomes of them, by ``OUTCOMES``."""
+        self.request_ids, self.prompts = writable(requests.request_id), writable(requests.prompt_tokens)
+        self.outputs, self.most = writable(requests.output_tokens), writable(requests.max_tokens)
+        self.contents, self.content = requests.contents, writable(requests.content)
+        self.prioritized = requests.priority is not None
+        if self.prioritized:
+            self.priorities = writable(requests.priority)
+        self.outcomes = outcomes
 
     @cython.ccall
     def take(self, row: cython.Py_ssize_t, time: cython.longlong) -> cython.int:
         """A request reaches the scheduler that was put into the queue at ``time``."""
-        sequence: Sequence = self.scheduler.add(self.requests[row], self.arrivals)
+        sequence: Sequence = self.scheduler.enter(
+            self.request_ids[row],
+            self.prompts[row],
+            self.outputs[row],
+            self.most[row],
+            self.contents[self.content[row]],
+            self.priorities[row] if self.prioritized else 0,
+            self.arrivals,
+        )
         self.arrivals += 1
         sequence.queued = time
         sequence.row = row
@@ -1257,7 +1329,7 @@ class EngineLoop:
 
     def leave(self, row: int) -> None:
         """A request ends without its last token, wherever it stands."""
-        request_id: Any = self.requests.request_id[row]
+        request_id: Any = self.request_ids[row]
         found: Any = self.scheduler.sequences.get(request_id)
         if found is not None:
             self.book(found)
@@ -1375,28 +1447,28 @@ class EngineLoop:
             sequence = step.joined[i]
             if sequence.scheduled < 0:
                 sequence.scheduled = step.start
-        at = self.num_steps * STEP_FIELDS
-        if at == self.steps.shape[0]:
-            self.steps = longer(self.steps, 0)
+        at = self.num_steps
+        if at == self.steps.shape[1]:
+            self.room_for_steps(2 * at)
         self.num_steps += 1
-        self.steps[at] = self.index
-        self.steps[at + 1] = in_seconds(step.start)
-        self.steps[at + 2] = seconds
-        self.steps[at + 3] = step.total_tokens - step.decodes
-        self.steps[at + 4] = len(step.chunks)
-        self.steps[at + 5] = step.decodes
-        self.steps[at + 6] = step.decode_context
-        self.steps[at + 7] = len(scheduler.runners)
-        self.steps[at + 8] = scheduler.num_waiting
-        self.steps[at + 9] = kv.usage
-        self.steps[at + 10] = len(step.victims)
-        self.steps[at + 11] = len(step.samplers)
+        self.steps[0, at] = self.index
+        self.step_floats[1, at] = in_seconds(step.start)
+        self.step_floats[2, at] = seconds
+        self.steps[3, at] = step.total_tokens - step.decodes
+        self.steps[4, at] = len(step.chunks)
+        self.steps[5, at] = step.decodes
+        self.steps[6, at] = step.decode_context
+        self.steps[7, at] = len(scheduler.runners)
+        self.steps[8, at] = scheduler.num_waiting
+        self.step_floats[9, at] = kv.usage
+        self.steps[10, at] = len(step.victims)
+        self.steps[11, at] = len(step.samplers)
         return 0
 
     @cython.cfunc
     def refuse(self) -> cython.int:
         """The engine is empty, and the head of the queue does not fit."""
-        head: Any = self.scheduler.queue.head().request
+        head: Any = self.scheduler.queue.head()
         raise InputError(
             f"its {head.prompt_tokens} tokens are never admitted, although the engine is empty",
             where=f"request {head.request_id}",
@@ -1479,12 +1551,12 @@ class EngineLoop:
 
     @cython.cfunc
     def note_gap(self, gap: cython.longlong, tokens: cython.longlong, spread: cython.double) -> cython.int:
-        at: cython.Py_ssize_t = self.num_gaps * GAP_FIELDS
-        if at == self.gaps.shape[0]:
-            self.gaps = longer(self.gaps, 0)
+        at: cython.Py_ssize_t = self.num_gaps
+        if at == self.gaps.shape[1]:
+            self.room_for_gaps(2 * at)
         self.num_gaps += 1
-        self.gaps[at] = self.stage
-        self.gaps[at + 1] = in_seconds(gap)
-        self.gaps[at + 2] = tokens
-        self.gaps[at + 3] = spread
+        self.gaps[0, at] = self.stage
+        self.gaps[1, at] = in_seconds(gap)
+        self.gaps[2, at] = tokens
+        self.gaps[3, at] = spread
         return 0

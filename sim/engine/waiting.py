@@ -64,8 +64,7 @@ class PriorityQueue:
         self._heap: list[tuple[int, int, int, Sequence]] = []
 
     def push(self, sequence: Sequence) -> None:
-        request = sequence.request
-        heapq.heappush(self._heap, (request.priority, sequence.arrival, sequence.request_id, sequence))
+        heapq.heappush(self._heap, (sequence.priority, sequence.arrival, sequence.request_id, sequence))
 
     push_preempted = push
 

@@ -19,6 +19,7 @@ from servecast.sim.engine.request import Request
 from servecast.sim.hardware.step_time.physical import StepTime
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.inputs.units import PICOSECONDS, to_ps
+from servecast.sim.metrics.records import STEP_COLUMNS
 
 
 @dataclass(slots=True)
@@ -61,8 +62,8 @@ class PythonLoop:
         self.inbox: list[tuple[int, int]] = []
         self.ended: list[int] = []
         self.tell_ends = True
-        self.requests: Sequence[Request] = ()
-        self.outcomes: NDArray[np.int64] = np.zeros((0, 0), np.int64)
+        self._requests: Sequence[Request] = ()
+        self._outcomes: NDArray[np.int64] = np.zeros((0, 0), np.int64)
         self._depth = 2 if engine.config.async_scheduling else 1
         self._index = index
         self._seconds, self._floor, self._noise = step_time.seconds, floor, noise
@@ -77,31 +78,40 @@ class PythonLoop:
         self._steps, self._gaps = array("d"), array("d")
         self._seen = array("q")  # by tick: when the step's tokens were read, on average
 
-    def step_rows(self) -> NDArray[np.float64]:
-        """Rows of ``records.STEP_COLUMNS``."""
-        return np.array(self._steps).reshape(-1, 12)
+    @property
+    def step_columns(self) -> NDArray[np.int64]:
+        """See ``EngineLoop``."""
+        found = np.empty((len(STEP_COLUMNS), len(self._steps) // len(STEP_COLUMNS)), np.int64)
+        for place, kind in enumerate(STEP_COLUMNS.values()):
+            found[place].view(kind)[:] = self._steps[place :: len(STEP_COLUMNS)]
+        return found
 
-    def gap_rows(self) -> NDArray[np.float64]:
-        """Rows (stage, gap in s, tokens, s over which the step's tokens are read)."""
-        return np.array(self._gaps).reshape(-1, 4)
+    @property
+    def gap_columns(self) -> NDArray[np.float64]:
+        """See ``EngineLoop``."""
+        return np.array(self._gaps).reshape(-1, 4).T
+
+    def load(self, requests: Sequence[Request], outcomes: NDArray[np.int64]) -> None:
+        """See ``EngineLoop``."""
+        self._requests, self._outcomes = requests, outcomes
 
     def take(self, row: int, time: int) -> None:
         """A request reaches the engine that was put into the queue at ``time``."""
-        request = self.requests[row]
+        request = self._requests[row]
         self.engine.add(request, self._arrivals)
         self._arrivals += 1
         self._inside[request.request_id] = InEngine(request, row, time)
 
     def leave(self, row: int) -> None:
         """A request ends without its last token, wherever it stands."""
-        request_id = self.requests[row].request_id
+        request_id = self._requests[row].request_id
         if request_id in self._inside:
             self.engine.abort(request_id)
             self._book(self._inside.pop(request_id))
 
     def _book(self, request: InEngine) -> None:
         cached = request.cached_tokens if request.scheduled >= 0 else -1
-        self.outcomes[1:, request.row] = (
+        self._outcomes[1:, request.row] = (
             request.queued,
             request.scheduled,
             request.ended,

@@ -15,14 +15,16 @@ from numpy.typing import NDArray
 from servecast.sim.engine.core import OUTCOMES
 from servecast.sim.engine.request import Requests, Stage
 from servecast.sim.fleet.client import Client
-from servecast.sim.fleet.endpoint import Endpoint
+from servecast.sim.fleet.endpoint import Board, Endpoint, Endpoints
 from servecast.sim.fleet.flow import NOT_READY, Flow
 from servecast.sim.fleet.replica import Replica
+from servecast.sim.fleet.session_client import SessionClient
 from servecast.sim.fleet.spec import Life
 from servecast.sim.inputs.units import to_ps, to_seconds
-from servecast.sim.metrics.records import STATUSES, STEP_COLUMNS, Run, requests_table
+from servecast.sim.metrics.records import STATUSES, Run, requests_table, steps_table
 from servecast.sim.routing.options import RouterOptions
 from servecast.sim.routing.routers import Answered, Informed, Random, RoundRobin, Router
+from servecast.sim.traffic.sessions import SessionStream
 
 __all__ = ["NOT_READY", "Fleet"]
 _LOST = "in flight on a replica that failed"
@@ -62,20 +64,23 @@ class Fleet:
         self._rng, self._client, self._router = rng, client, router
         self._detection = to_ps(detection_s)
         self.failures: Counter[str] = Counter()  # why requests failed
+        self.unsent = 0  # requests whose session had failed
         self.ran_out = False  # whether a stream that sends until a time had too few requests for it
         self._flow: Flow | None = None
         self._finished: list[simpy.Event] = []  # by stream
         self._stage_starts: list[float] = []
-        self._outstanding = np.zeros(count, np.int64)
+        self._board = Board(count, lambda: self.now)
         self.replicas = [make_replica(index, client) for index in range(count)]
         self._longest = np.array([replica.config.max_model_len for replica in self.replicas])
         options, lives = options or RouterOptions(), lives or [Life()] * count
         self._endpoints = [
-            Endpoint(replica, life, options, routing or rng, lambda: self.now, self._outstanding)
+            Endpoint(replica, life, options, routing or rng, self._board)
             for replica, life in zip(self.replicas, lives, strict=True)
         ]
+        ready = [endpoint for endpoint in self._endpoints if not endpoint.life.start_s]
+        self._ready = Endpoints(self._endpoints, ready, self._board)
         if isinstance(router, Informed):
-            router.connect(self._endpoints)
+            router.connect(Endpoints(self._endpoints, self._endpoints, self._board))
 
     @property
     def now(self) -> int:
@@ -90,12 +95,11 @@ class Fleet:
             columns = self._run_apart(requests)
         else:
             columns = self._run_together(stages, requests)
-        gaps = np.concatenate([replica.gap_rows() for replica in self.replicas])
-        steps = np.concatenate([replica.step_rows() for replica in self.replicas])
+        loops = [replica.loop for replica in self.replicas]
         return Run(
             requests=requests_table(requests, columns),
-            steps=pd.DataFrame(steps, columns=list(STEP_COLUMNS)).astype(STEP_COLUMNS),
-            itl=_pooled_gaps(gaps, self._rng),
+            steps=steps_table(_joined([loop.step_columns for loop in loops])),
+            itl=_pooled_gaps(_joined([loop.gap_columns for loop in loops]), self._rng),
             stages=[stage.name for stage in stages],
             meta={"stage_starts_s": self._stage_starts},
         )
@@ -112,6 +116,7 @@ class Fleet:
         return (
             isinstance(self._router, RoundRobin | Random)
             and not (stream.background or stream.until_s or stream.max_concurrency)
+            and not isinstance(stream, SessionStream)
             and requests.abort_after_s is None
             and (self._client.is_free or len(self.replicas) == 1)
             and all(endpoint.life == Life() for endpoint in self._endpoints)
@@ -140,9 +145,7 @@ class Fleet:
         flow.columns["status"][:] = STATUSES.index("finished")
         return _columns(flow, [(0, 0)], self._longest)
 
-    def _make_flow(
-        self, requests: Requests, ready: list[Endpoint], *, quiet: bool, ordered: bool = False
-    ) -> Flow:
+    def _make_flow(self, requests: Requests, ready: Sequence[Endpoint], *, quiet: bool, ordered: bool = False) -> Flow:
         router, send = self._router, None if self._client.is_free else self._client.send
         return Flow(
             requests,
@@ -150,7 +153,7 @@ class Fleet:
             ready,
             send,
             None if quiet else router,
-            self._outstanding,
+            self._board.outstanding,
             ended=router.ended if isinstance(router, Informed) else None,
             answered=router.answered if isinstance(router, Answered) else None,
             quiet=quiet,
@@ -162,9 +165,9 @@ class Fleet:
     def _run_together(self, stages: list[Stage], requests: Requests) -> Columns:
         """What happens up to SimPy's next event, and that event, in turn."""
         env = self._env
-        ready = [endpoint for endpoint in self._endpoints if not endpoint.life.start_s]
         streams = [(number, i) for number, stage in enumerate(stages) for i in range(len(stage.streams))]
-        self._flow = flow = self._make_flow(requests, ready, quiet=False, ordered=len(streams) > 1)
+        ordered = len(streams) > 1 or isinstance(stages[0].streams[0], SessionStream)
+        self._flow = flow = self._make_flow(requests, self._ready, quiet=False, ordered=ordered)
         for endpoint in self._endpoints:
             if endpoint.life != Life():
                 env.process(self._live(flow, endpoint))
@@ -176,6 +179,7 @@ class Fleet:
             flow.finished = []
             env.step()
         self.failures.update(flow.failures)
+        self.unsent = sum(each.sessions.unsent for each in flow.senders if each.sessions is not None)
         return _columns(flow, streams, self._longest)
 
     def _succeed(self, event: simpy.Event, time: int) -> None:
@@ -191,8 +195,11 @@ class Fleet:
             front, back = list[simpy.Event](), list[int]()
             for stream in stage.streams:
                 self._finished.append(simpy.Event(env))
-                flow.open(first, first + len(stream.requests), stream.max_concurrency or 0)
-                first += len(stream.requests)
+                first, here = first + len(stream.requests), first
+                if isinstance(stream, SessionStream):
+                    SessionClient(flow, stream, len(self._finished) - 1, here)
+                else:
+                    flow.open(here, first, stream.max_concurrency or 0)
                 if stream.background:
                     back.append(len(self._finished) - 1)
                 else:
@@ -226,18 +233,18 @@ class Fleet:
         until = self._env.timeout(after)
         yield until | self._finished[number]
         if sender.open:
-            self.ran_out |= sender.ready == sender.started
+            sessions = sender.sessions
+            self.ran_out |= sender.ready == sender.started if sessions is None else sessions.all_begun
             flow.stop(number)
         else:
             self.ran_out |= not sender.stopped
 
     def _live(self, flow: Flow, endpoint: Endpoint) -> Generator[simpy.Event, None, None]:
         """A replica comes and goes."""
-        env, life, ready = self._env, endpoint.life, flow.ready
+        env, life, ready = self._env, endpoint.life, self._ready
         if life.start_s:
             yield env.timeout(to_ps(life.start_s))
-            ready.append(endpoint)
-            ready.sort(key=lambda each: each.index)
+            ready.add(endpoint)
         if life.drain_s is not None:
             yield env.timeout(to_ps(life.drain_s) - int(env.now))
             ready.remove(endpoint)
@@ -258,12 +265,9 @@ def _columns(flow: Flow, streams: list[tuple[int, int]], longest: NDArray[np.int
         streams: stage and place in it of each stream. longest: sequence, of each replica.
     """
     rows: slice | NDArray[np.int64] = slice(0, flow.senders[0].ready)
-    if len(streams) > 1:
-        dropped = np.zeros(len(flow.requests), np.bool_)
-        for sender in flow.senders:
-            dropped[sender.started : sender.started + sender.unsent] = True
+    if len(streams) > 1 or flow.order:
         arrived = np.array(flow.order, np.int64)
-        rows = arrived[~dropped[arrived]]
+        rows = arrived[flow.columns["outcomes"][0][arrived] >= 0]
     found: Columns = dict(zip(OUTCOMES, flow.columns["outcomes"], strict=True))
     found |= {name: flow.columns[name] for name in ("arrival", "replica", "status")}
     found = {name: values[rows] for name, values in found.items()}
@@ -283,16 +287,26 @@ def _columns(flow: Flow, streams: list[tuple[int, int]], longest: NDArray[np.int
 _ORDERS = 4  # draws a row for the place of a stream in its batch
 
 
-def _pooled_gaps(rows: NDArray[np.float64], rng: np.random.Generator) -> pd.DataFrame:
-    """Rows (stage, gap, tokens, spread) to the table of inter-token gaps.
+def _joined(parts: list[NDArray[Any]]) -> NDArray[Any]:
+    """The columns of all, behind each other."""
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+
+
+def _pooled_gaps(columns: NDArray[np.float64], rng: np.random.Generator) -> pd.DataFrame:
+    """Stage, gap, tokens and spread to the table of inter-token gaps.
 
     The tokens of a step are read over ``spread`` seconds, in an order that changes from step to step: a
     stream's gap differs from the gap of the batches by the difference of two places in it, each uniform.
     """
-    if rows[:, 3].any():
-        orders = rng.random((2, _ORDERS, len(rows)))
-        gaps = np.maximum(rows[:, 1] + (orders[0] - orders[1]) * rows[:, 3], 0.0)
-        rows = np.column_stack((np.tile(rows[:, 0], _ORDERS), gaps.ravel(), np.tile(rows[:, 2], _ORDERS)))
-        rows[:, 2] /= _ORDERS
-    frame = pd.DataFrame(rows[:, :3], columns=["stage", "gap", "weight"])
-    return frame.astype({"stage": "int64"})
+    stage, gap, tokens, spread = columns
+    if spread.any():
+        places = rng.random((_ORDERS, len(gap)))
+        for place in places:  # becomes the gap
+            place -= rng.random(len(gap))
+            place *= spread
+            place += gap
+            np.maximum(place, 0.0, out=place)
+        gap, tokens = places.ravel(), np.tile(tokens / _ORDERS, _ORDERS)
+        stage = np.tile(stage, _ORDERS) if stage.any() else np.zeros(len(gap))
+    whole = stage.astype(np.int64) if stage.any() else np.zeros(len(gap), np.int64)
+    return pd.DataFrame({"stage": whole, "gap": gap, "weight": tokens}, copy=False)

@@ -28,9 +28,7 @@ else:
 
 PICOSECONDS = cython.declare(cython.double, 1e12)
 NEVER = cython.declare(cython.longlong, 1 << 62)
-LAST = cython.declare(
-    cython.longlong, 1 << 60
-)  # among the events of one time: an arrival at t comes before the
+LAST = cython.declare(cython.longlong, 1 << 60)  # among the events of one time: an arrival at t comes before the
 # engine step that starts at t
 
 STATUSES = ("unfinished", "finished", "aborted", "failed")
@@ -47,6 +45,7 @@ DONE = cython.declare(cython.int, 5)
 GIVE_UP = cython.declare(cython.int, 6)
 ANSWERED = cython.declare(cython.int, 7)
 ENGINE = cython.declare(cython.int, 8)
+DUE = cython.declare(cython.int, 9)
 
 NOT_READY = "no replica was ready (503)"
 UNPICKED = "the router let no replica pass (503)"
@@ -57,25 +56,26 @@ REFUSED = "sent to a replica that had failed before the router knew"
 @cython.cclass
 class Sender:
     """The client of one stream: it sends rows [first, end) of the table, each not before its arrival, at most
-    ``limit`` at a time (0: any number)."""
+    ``limit`` at a time (0: any number). With ``sessions`` (a ``SessionClient``) that one says when."""
 
     started = cython.declare(cython.Py_ssize_t, visibility="readonly")  # sent, all before it
     ready = cython.declare(cython.Py_ssize_t, visibility="readonly")  # arrived, all before it
     first = cython.declare(cython.Py_ssize_t, visibility="readonly")
-    unsent = cython.declare(
-        cython.Py_ssize_t, visibility="readonly"
-    )  # arrived, and never sent, as it stopped
     open = cython.declare(cython.Py_ssize_t, visibility="readonly")  # not done
     stopped = cython.declare(cython.bint, visibility="readonly")
+    sessions = cython.declare(object, visibility="readonly")
     told: cython.bint
     end: cython.Py_ssize_t
     limit: cython.Py_ssize_t
     in_flight: cython.Py_ssize_t
 
-    def __init__(self, first: cython.Py_ssize_t, end: cython.Py_ssize_t, limit: cython.Py_ssize_t) -> None:
+    def __init__(
+        self, first: cython.Py_ssize_t, end: cython.Py_ssize_t, limit: cython.Py_ssize_t, sessions: Any
+    ) -> None:
+        self.sessions = sessions
         self.first = self.started = self.ready = first
         self.end, self.limit, self.open = end, limit, end - first
-        self.in_flight = self.unsent = 0
+        self.in_flight = 0
         self.stopped = self.told = False
 
 
@@ -140,15 +140,13 @@ class Flow:
 
     now = cython.declare(cython.longlong, visibility="public")
     requests = cython.declare(object, visibility="readonly")
-    ready = cython.declare(list, visibility="readonly")
+    ready = cython.declare(object, visibility="readonly")
     finished = cython.declare(list, visibility="public")
     failures = cython.declare(dict, visibility="readonly")
     servers = cython.declare(list, visibility="readonly")
     senders = cython.declare(list, visibility="readonly")
     columns = cython.declare(dict, visibility="readonly")
-    order = cython.declare(
-        list, visibility="readonly"
-    )  # rows as they arrived, where there are several streams
+    order = cython.declare(list, visibility="readonly")  # rows as they arrived, where there are several streams
     send: Any
     router: Any
     ended: Any
@@ -159,7 +157,6 @@ class Flow:
     heap: list  # (time, order, what, number)
     count: cython.longlong
     until: cython.longlong
-    arrival_s: cython.double[::1]
     prompt: cython.longlong[::1]
     abort_s: cython.double[::1]
     gives_up: cython.bint
@@ -174,7 +171,7 @@ class Flow:
         self,
         requests: Any,
         servers: list[Server],
-        ready: list[Any],
+        ready: Any,
         send: Any,
         router: Any,
         outstanding: Any,
@@ -192,10 +189,10 @@ class Flow:
         self.heap, self.senders, self.finished, self.order = [], [], [], []
         self.objects, self.failures = {}, {}
         self.now = self.count = self.until = 0
-        self.arrival_s, self.prompt = requests.arrival_s, requests.prompt_tokens
+        self.prompt = np.require(requests.prompt_tokens, None, "W")  # a table's columns may be read-only
         self.gives_up = requests.abort_after_s is not None
         if self.gives_up:
-            self.abort_s = requests.abort_after_s
+            self.abort_s = np.require(requests.abort_after_s, float, "W")
         outcomes: Any = np.zeros((len(OUTCOMES), n), np.int64)
         outcomes[:7] = -1  # all but preemptions
         columns: dict = {
@@ -211,17 +208,16 @@ class Flow:
         self.stream = columns["stream"]
         self.outstanding = outstanding
         for server in servers:
-            server.loop.outcomes = columns["outcomes"]
-            server.loop.requests = requests
+            server.loop.load(requests, outcomes)
             server.loop.tell_ends = not quiet
             if answered is not None:
                 server.loop.on_first = self.tell_answered
 
     # ---- what the host does -----------------------------------------------------------------------
 
-    def open(self, first: int, end: int, limit: int) -> Sender:
+    def open(self, first: int, end: int, limit: int, sessions: Any = None) -> Sender:
         """A stream begins now, whose requests are rows [first, end)."""
-        sender: Sender = Sender(first, end, limit)
+        sender: Sender = Sender(first, end, limit, sessions)
         number: cython.int = len(self.senders)
         row: cython.Py_ssize_t
         self.senders.append(sender)
@@ -232,14 +228,35 @@ class Flow:
         self.columns["arrival"][first:end] = start + np.rint(
             self.requests.arrival_s[first:end] * 1e12
         ).astype(np.int64)
-        self.push(self.now, 0, ARRIVAL, number)
+        if sessions is None:
+            self.push(self.now, 0, ARRIVAL, number)
         return sender
+
+    # ---- what a client of sessions does
+
+    def remind(self, time: int, row: int) -> None:
+        """Call ``due`` of the row's client at a time, or now."""
+        self.push(max(time, self.now), 0, DUE, row)
+
+    def meant(self, row: int) -> None:
+        """A request is meant to be sent now."""
+        self.arrival[row] = self.now
+        self.order.append(row)
+
+    def dispatch(self, row: int) -> None:
+        """It is sent."""
+        self.start(self.senders[self.stream[row]], row)
+
+    def drop(self, number: int, count: int) -> None:
+        """So many requests of a stream are never sent."""
+        sender: Sender = self.senders[number]
+        sender.open -= count
+        self.tell_finished(sender, number)
 
     def stop(self, number: int) -> None:
         """A stream sends no more; what was not sent was never part of the run."""
         sender: Sender = self.senders[number]
         sender.stopped = True
-        sender.unsent = sender.ready - sender.started
         sender.ready = sender.started
         sender.open = sender.in_flight
         self.tell_finished(sender, number)
@@ -298,6 +315,8 @@ class Flow:
                 self.done(number)
             elif what == GIVE_UP:
                 self.give_up(number)
+            elif what == DUE:
+                self.senders[self.stream[number]].sessions.due(number)
             else:
                 self.answered(self.objects[number], self.replica[number])
         if self.finished:
@@ -335,27 +354,28 @@ class Flow:
 
     @cython.cfunc
     def send_ready(self, sender: Sender) -> cython.int:
-        """Send what may be sent: a request's clocks run from here."""
-        row: cython.Py_ssize_t
-        on_wire: cython.longlong
+        """Send what may be sent."""
         while sender.started < sender.ready and (not sender.limit or sender.in_flight < sender.limit):
-            row = sender.started
             sender.started += 1
-            sender.in_flight += 1
-            self.outcomes[0, row] = on_wire = self.now
-            if self.gives_up and self.abort_s[row] == self.abort_s[row]:
-                self.push(
-                    self.now + cython.cast(cython.longlong, rint(self.abort_s[row] * PICOSECONDS)),
-                    0,
-                    GIVE_UP,
-                    row,
-                )
-            if self.send is not None:
-                on_wire = self.send(self.now)
-            if on_wire > self.now:
-                self.push(on_wire, 0, ON_WIRE, row)
-            else:
-                self.route(row)
+            self.start(sender, sender.started - 1)
+        return 0
+
+    @cython.cfunc
+    def start(self, sender: Sender, row: cython.Py_ssize_t) -> cython.int:
+        """Send a request: its clocks run from here."""
+        on_wire: cython.longlong
+        after: cython.longlong
+        sender.in_flight += 1
+        self.outcomes[0, row] = on_wire = self.now
+        if self.gives_up and self.abort_s[row] == self.abort_s[row]:
+            after = cython.cast(cython.longlong, rint(self.abort_s[row] * PICOSECONDS))
+            self.push(self.now + after, 0, GIVE_UP, row)
+        if self.send is not None:
+            on_wire = self.send(self.now)
+        if on_wire > self.now:
+            self.push(on_wire, 0, ON_WIRE, row)
+        else:
+            self.route(row)
         return 0
 
     @cython.cfunc
@@ -384,6 +404,8 @@ class Flow:
             self.ended(self.objects.pop(row), self.replica[row])
         sender.in_flight -= 1
         sender.open -= 1
+        if sender.sessions is not None:
+            sender.sessions.ended(row, self.status[row] == _FINISHED)
         self.tell_finished(sender, number)
         self.send_ready(sender)
         return 0
@@ -406,7 +428,7 @@ class Flow:
         index: cython.int
         if self.status[row] == _ABORTED:
             return 0
-        if not self.ready:  # HTTP 503
+        if not len(self.ready):  # HTTP 503
             return self.refuse(row, NOT_READY)
         if self.router is not None:
             request = self.requests[row]

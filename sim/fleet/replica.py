@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import numpy as np
-from numpy.typing import NDArray
 
 from servecast.sim.engine.core import EngineLoop, Scheduler
 from servecast.sim.engine.engine import Engine, Step
@@ -53,7 +52,9 @@ class Replica:
         if isinstance(engine, Scheduler):
             numbers = step_time.costs() if type(step_time) is PhysicalStepTime else None
             seconds = step_time.seconds
-            self.loop = EngineLoop(engine, index, numbers, seconds, floor, noise, served, read, cold_start)
+            self.loop = EngineLoop(
+                engine, index, numbers, seconds, floor, noise, served, read, cold_start
+            )
         else:
             self.loop = PythonLoop(engine, index, step_time, floor, noise, served, read, cold_start)
         costs_s = costs.latency_s, costs.request_s, costs.prompt_token_s
@@ -64,16 +65,6 @@ class Replica:
     def now(self) -> int:
         """Up to when the engine has run."""
         return self.loop.now
-
-    def step_rows(self) -> NDArray[np.float64]:
-        """Rows of ``records.STEP_COLUMNS``."""
-        rows: NDArray[np.float64] = self.loop.step_rows()
-        return rows
-
-    def gap_rows(self) -> NDArray[np.float64]:
-        """Rows (stage, gap in s, tokens, s over which the step's tokens are read)."""
-        rows: NDArray[np.float64] = self.loop.gap_rows()
-        return rows
 
 
 def _gamma_factors(cv: float, rng: np.random.Generator) -> Iterator[float]:

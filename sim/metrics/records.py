@@ -104,6 +104,12 @@ def requests_table(requests: Requests, columns: Mapping[str, Any]) -> pd.DataFra
     return pd.DataFrame({name: known[name] for name in RequestRecord.__slots__}, copy=False)
 
 
+def steps_table(columns: NDArray[np.int64]) -> pd.DataFrame:
+    """The table of steps from (fields, n) columns, in which floats are given by their bits."""
+    named = zip(STEP_COLUMNS.items(), columns, strict=True)
+    return pd.DataFrame({name: values.view(kind) for (name, kind), values in named}, copy=False)
+
+
 def requests_frame(records: list[RequestRecord]) -> pd.DataFrame:
     """RequestRecords to a table with times in seconds."""
     columns: dict[str, Any] = {}

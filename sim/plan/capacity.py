@@ -69,13 +69,13 @@ class Plan:
         return plain
 
 
-_BURST = 400  # requests sent at once, to see roughly what can be served
+BURST = 400  # requests sent at once, to see roughly what can be served
 _BURST_RATE = 1e5
 
 
 def first_guess(probe: Probe, seed: int) -> float:
     """Half the rate at which a burst is served, in requests/s: a ``start_rate`` that mostly passes."""
-    run = probe(_BURST_RATE, seed, _BURST)
+    run = probe(_BURST_RATE, seed, BURST)
     rate = len(run.requests) / duration(run) / 2
     return float(f"{rate:.2g}") if rate > 0 else 1.0  # not where every request was aborted
 

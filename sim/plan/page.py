@@ -41,8 +41,8 @@ _LATENCY = (
 class PageContext:
     """What the page says beside the numbers. All values are shown as given, in the order given.
 
-    title: of the page. question: one sentence. subtitle: lines on what is planned, on what, and when. band: how
-    far the answer is to be believed ("TTFT p95 within 20 %, ..."). facts: beside those of the plan.
+    title: of the page. question: one sentence. subtitle: lines on what is planned, on what, and when. band:
+    how far the answer is to be believed ("TTFT p95 within 20 %, ..."). facts: beside those of the plan.
     run_context: model, GPU, engine version, flags, traffic, ... provenance: tool version, seed, profile, how
     the profile came about, ... assumptions: rows with the same keys each.
     """

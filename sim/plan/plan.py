@@ -55,6 +55,7 @@ class PlanAnswer(Answer):
         unit: the replicas, GPUs and price of what was planned.
         target_rate: to serve, requests/s; None unless asked.
         margin: kept in hand for the error band of the largest rate, a share of the target rate.
+        served_name: what the model is called.
     """
 
     found: capacity.Plan
@@ -68,6 +69,7 @@ class PlanAnswer(Answer):
     unit: Unit | None = None
     target_rate: float | None = None
     margin: float | None = None
+    served_name: str = ""
 
     @property
     def max_request_rate(self) -> float | None:
@@ -194,22 +196,35 @@ class PlanAnswer(Answer):
         tokens = self.sizes[-1].tokens_text()
         return lines if tokens is None else [*lines, tokens]
 
-    def to_html(self, path: Path | str) -> Path:
-        """Write the page of the plan, with its plots; see `Answer.to_html`."""
+    def to_html(self, path: Path | str, *, date: str | None = None) -> Path:
+        """Write the page of the plan, with its plots; see `Answer.to_html`. date: to put on it."""
         return write_plan_page(
-            path, self.found, context=self._page_context(), run=self.run, sweep=self.levels
+            path, self.found, context=self._page_context(date), run=self.run, sweep=self.levels
         )
 
     def plot(self) -> Figure:
         """Each objective against the request rate, with its limit, the answer and the knee."""
         return drawn(len(self.found.probes[0].verdicts), lambda axes: draw_latency(self.found, axes))
 
-    def _page_context(self) -> PageContext:
-        made, objectives = self.context, self.found.objectives
+    def _page_context(self, date: str | None) -> PageContext:
+        made, objectives, unit, traffic = self.context, self.found.objectives, self.unit, self.traffic
+        name = self.served_name or made["model_id"]
+        on = made["gpu"] if unit is None else f"{unit.gpus} {made['gpu']}"
+        facts = {
+            f"For {size.target_rate:g} requests/s, {size.margin:.0%} in hand": size.to_text()
+            for size in (self.sizes if self.target_rate is not None else ())
+        }
+        if self.sizes and (cost := self.sizes[-1].tokens_text()):
+            facts["Cost"] = cost
         return PageContext(
-            title=f"servecast plan: {made['scenario']}",
-            question=f"How many requests a second can {made['model_id']} on {made['gpu']} serve at "
-            f"{objectives}?",
+            title=f"{name} on {on}",
+            question=f"How many requests a second can it serve at {objectives}?",
+            subtitle=[
+                *([] if traffic is None else [f"Traffic: {traffic.to_text()}."]),
+                engine_lines(made)[-1],
+                f"Scenario {made['scenario']}{'' if date is None else f', {date}'}.",
+            ],
+            facts=facts,
             band=f"Error bands: {self.bands.to_text()}.",
             run_context={
                 **(made["run_context"] or {}),
@@ -307,7 +322,7 @@ def plan(
         points = closed_loop.sweep_points(scenario)
         answer = PlanAnswer(found, made, run, points, slots, traffic=traffic, unit=unit)
         band = answer.bands.max_rate if margin is None else margin
-        answer = replace(answer, target_rate=target_rate, margin=band)
+        answer = replace(answer, target_rate=target_rate, margin=band, served_name=deployment.served_name)
         if size_fleet and target_rate is not None:
             sized = fleet_size.size_fleet(
                 scenario,

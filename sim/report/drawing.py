@@ -1,4 +1,4 @@
-"""How plots look: figures of panels, and the same as inline SVG in the colours of the page."""
+"""How plots look: figures of panels, and panels as inline SVG in the colours of the page."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _STYLE: dict[Any, Any] = {
     "lines.linewidth": 1.8,
     "lines.markersize": 4,
 }
-PANEL_INCHES = (6.4, 3.0)
+PANEL_INCHES = (5.0, 2.8)
 
 
 def panels(count: int) -> tuple[Figure, list[Axes]]:
@@ -62,26 +62,34 @@ def drawn(count: int, draw: Callable[[list[Axes]], None]) -> Figure:
 
 @contextmanager
 def drawing(count: int, salt: str) -> Iterator[tuple[list[Axes], Callable[[str], str]]]:
-    """The axes of a figure, and the function that turns it into SVG with a given label.
+    """The axes of panels, and the function that turns them into SVG with a given label: a picture each, which
+    a page sets side by side where there is room.
 
     The salt makes ids that are the same from run to run and differ between the figures of a page.
     """
+    made: list[tuple[Figure, list[Axes]]] = []
+
+    def finish(label: str) -> str:
+        pictures = [_svg(figure, f"{salt}{number}", label) for number, (figure, _) in enumerate(made)]
+        return f'<div class="panels">{"".join(pictures)}</div>'
+
+    with mpl.rc_context(_STYLE):
+        made += [panels(1) for _ in range(count)]
+        yield [axes for _, (axes,) in made], finish
+
+
+def _svg(figure: Figure, salt: str, label: str) -> str:
+    out = io.StringIO()
     with mpl.rc_context({**_STYLE, "svg.hashsalt": salt}):
-        figure, axes = panels(count)
-
-        def finish(label: str) -> str:
-            out = io.StringIO()
-            figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
-            svg = out.getvalue()
-            svg = svg[svg.index("<svg") :]
-            svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, count=1, flags=re.DOTALL)
-            svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
-            svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', rf'\1 role="img" aria-label="{label}"', svg, count=1)
-            for color, name in _VARIABLES.items():
-                svg = svg.replace(color, f"var(--{name})")
-            return svg
-
-        yield axes, finish
+        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
+    svg = out.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, count=1, flags=re.DOTALL)
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', rf'\1 role="img" aria-label="{label}"', svg, count=1)
+    for color, name in _VARIABLES.items():
+        svg = svg.replace(color, f"var(--{name})")
+    return svg
 
 
 def mark(ax: Axes, at: float | None, label: str, color: str, height: float, *, right: bool = False) -> None:

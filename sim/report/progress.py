@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 
 class Advance(Protocol):
@@ -27,7 +27,8 @@ def progress_bar(title: str, *, shown: bool) -> Iterator[Advance]:
         yield lambda share, text: print(f"\r{title}: {share:4.0%} {text:60}", end="", file=sys.stderr)
         print(f"\r{' ' * (len(title) + 67)}\r", end="", file=sys.stderr)
         return
-    columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
+    left = TimeRemainingColumn(compact=True, elapsed_when_finished=True)
+    columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("left"), left
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(title, total=1.0)
 

@@ -68,6 +68,12 @@ class Deployment:
         return self.shard.model
 
     @property
+    def served_name(self) -> str:
+        """What the model is called where it is served: by a pasted command, or by its config."""
+        command = self.scenario.engine.serve_command
+        return self.model.name if command is None or command.model is None else command.model
+
+    @property
     def gpu(self) -> GPU:
         """One of its GPUs."""
         return self.shard.gpu

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.scenario.pasted_command import WHERE, find_serve
-from servecast.sim.scenario.release_flags import read_flag
+from servecast.sim.scenario.release_flags import Flag, read_flag
 
 FLAG_BAND = 0.1  # assumed: what another kernel, graph mode or process layout changes
 
@@ -60,7 +60,7 @@ def _mapping(text: str) -> dict[str, Any]:
     return found
 
 
-_TAKEN: dict[str, Callable[[str], Any]] = {
+TAKEN: dict[str, Callable[[str], Any]] = {
     "dtype": str,
     "quantization": str,
     "kv_cache_dtype": str,
@@ -191,9 +191,8 @@ def parse_serve_command(
     flags: dict[str, Any] = {}
     ignored: list[str] = []
     widening = [f"{name}={value}" for name, value in pasted.variables.items() if _widens(name, value)]
-    while words:
-        word = words.pop(0)
-        if not word.startswith("-"):
+    for word, flag, value, _ in _read(words, version):
+        if flag is None:
             if model is not None:
                 raise InputError(
                     f"{word!r} follows no flag, and the model is {model!r}",
@@ -202,18 +201,6 @@ def parse_serve_command(
                 )
             model = word
             continue
-        flag = read_flag(word, version)
-        value = flag.value
-        if flag.takes == "values":
-            while words and not words[0].startswith("-"):
-                words.pop(0)
-        elif flag.takes == "optional":
-            if value is None and words and not words[0].startswith("-"):
-                words.pop(0)
-        elif flag.takes == "value" and value is None:
-            if not words:
-                raise InputError(f"{word} has no value", where=WHERE, fix="Give its value after it.")
-            value = words.pop(0)
         name, shown = flag.name, word.split("=", 1)[0]
         if name == "model":
             model = value
@@ -224,17 +211,49 @@ def parse_serve_command(
             raise InputError(
                 f"{shown} {value} cannot be simulated", where=WHERE, fix="Only generation is modelled."
             )
-        elif name in _TAKEN and flag.key:
-            if not isinstance(flags.setdefault(name, {}), dict) or _TAKEN[name] is not _mapping:
+        elif name in TAKEN and flag.key:
+            if not isinstance(flags.setdefault(name, {}), dict) or TAKEN[name] is not _mapping:
                 raise InputError(f"{shown} takes no keys", where=WHERE, fix="Give its value as a whole.")
             _put(flags[name], flag.key, value or "")
-        elif name in _TAKEN:
-            flags[name] = _value(word, _TAKEN[name], value)
+        elif name in TAKEN:
+            flags[name] = _value(word, TAKEN[name], value)
         elif name in _WIDENING and (flag.key or not _asks_nothing(name, value)):
             widening.append(shown)
         else:
             ignored.append(shown)
     return ServeCommand(model, flags, tuple(ignored), tuple(widening), pasted.release)
+
+
+def _read(words: list[str], version: str | None) -> Iterator[tuple[str, Flag | None, str | None, list[str]]]:
+    """A command word by word: a flag with its value and the words that it takes, or None for one that is no
+    flag. Empties the list."""
+    while words:
+        word = words.pop(0)
+        if not word.startswith("-"):
+            yield word, None, None, []
+            continue
+        flag, taken = read_flag(word, version), list[str]()
+        value = flag.value
+        if flag.takes == "values":
+            while words and not words[0].startswith("-"):
+                taken.append(words.pop(0))
+        elif flag.takes == "optional":
+            if value is None and words and not words[0].startswith("-"):
+                taken.append(words.pop(0))
+        elif flag.takes == "value" and value is None:
+            if not words:
+                raise InputError(f"{word} has no value", where=WHERE, fix="Give its value after it.")
+            taken.append(value := words.pop(0))
+        yield word, flag, value, taken
+
+
+def other_flags(command: str, *, version: str | None = None) -> dict[str, list[str]]:
+    """The flags of a command that are not taken, by their names: their words, with the values in them."""
+    found: dict[str, list[str]] = {}
+    for word, flag, _, taken in _read(list(find_serve(command).words), version):
+        if flag is not None and flag.name not in (*TAKEN, "model"):
+            found.setdefault(flag.name, []).extend([*word.split("=", 1), *taken])
+    return found
 
 
 def _asks_nothing(name: str, value: str | None) -> bool:

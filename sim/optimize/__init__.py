@@ -1,0 +1,1 @@
+"""The cheapest deployment for a rate and its objectives."""

@@ -1,0 +1,116 @@
+"""What may be deployed: every combination of GPUs, ranks, flags, variants of the model, and routers."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from servecast.sim.hardware.gpu import GPU, find_gpu
+from servecast.sim.inputs.errors import InputError
+from servecast.sim.inputs.files import file_or_name
+from servecast.sim.scenario.scenario import Scenario
+
+_FIELDS = {
+    "tensor_parallel": "engine.tensor_parallel_size",
+    "replicas": "fleet.replicas",
+    "max_num_seqs": "engine.max_num_seqs",
+    "max_num_batched_tokens": "engine.max_num_batched_tokens",
+    "routers": "fleet.router",
+}
+_SHOWN = {"gpus": "gpu", "variants": "variant", "routers": "router"}  # in place of the plural
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """label: what was chosen, by the names that people see. scenario: with that put in."""
+
+    label: Mapping[str, str | int]
+    scenario: Scenario
+
+    @property
+    def gpu(self) -> str:
+        """The name of its GPU."""
+        spec = self.scenario.gpu
+        if spec.file is not None:
+            return GPU.from_file(spec.file).name
+        return find_gpu(spec.name or "", where=f"{self.scenario.source}: gpu.name").name
+
+    def __str__(self) -> str:
+        names = {"tensor_parallel": "TP{}", **dict.fromkeys(_SHOWN.values(), "{}")}
+        return " ".join(names.get(name, name + "={}").format(value) for name, value in self.label.items())
+
+
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """What to choose from; without an entry the scenario's own.
+
+    Attributes:
+        gpus: names of the catalogue, or files that describe one.
+        tensor_parallel: GPUs of a replica.
+        replicas: replicas that are simulated together behind the router, and bought together.
+        max_num_seqs, max_num_batched_tokens: values of the flags.
+        variants: of the model, for instance of another precision: names to model configs (a shipped one's
+            name, or the path of a config.json), or to changes of the scenario by dotted field paths.
+        routers: policies by name, or files of an EndpointPickerConfig.
+    """
+
+    gpus: Sequence[str] = ()
+    tensor_parallel: Sequence[int] = ()
+    replicas: Sequence[int] = ()
+    max_num_seqs: Sequence[int] = ()
+    max_num_batched_tokens: Sequence[int] = ()
+    variants: Mapping[str, str | Mapping[str, Any]] | None = None
+    routers: Sequence[str] = ()
+
+    def of(self, scenario: Scenario) -> list[Candidate]:
+        """Every combination, the first kind of choice changing slowest.
+
+        Raises:
+            InputError: a GPU, model config or router is not known, a value does not fit its field, or comes
+                twice.
+        """
+        axes = [self._axis(field.name, scenario) for field in fields(self) if getattr(self, field.name)]
+        found = []
+        for picked in itertools.product(*axes):
+            label = {name: value for name, value, _ in picked}
+            changes = {field: value for _, _, changes in picked for field, value in changes.items()}
+            candidate = Candidate(label, scenario.changed(changes) if changes else scenario)
+            candidate.scenario.config_file()
+            candidate.scenario.fleet.check()
+            found.append(candidate)
+        return found
+
+    def _axis(self, kind: str, scenario: Scenario) -> list[tuple[str, str | int, dict[str, Any]]]:
+        """(name, value, changes) of each choice of a kind."""
+        chosen, name = getattr(self, kind), _SHOWN.get(kind, kind)
+        if kind == "gpus":
+            axis = [(name, *_gpu(each, scenario)) for each in chosen]
+        elif kind == "variants":
+            axis = [
+                (name, each, {"model.config": value} if isinstance(value, str) else dict(value))
+                for each, value in chosen.items()
+            ]
+        else:
+            axis = [(name, each, {_FIELDS[kind]: each}) for each in chosen]
+        counts = Counter(str(value).casefold() for _, value, _ in axis)
+        for _, value, _ in axis:
+            if counts[str(value).casefold()] > 1:
+                raise InputError(
+                    f"{value} comes twice", where=f"--{kind.replace('_', '-')}", fix="Name each choice once."
+                )
+        return axis
+
+
+def _gpu(name: str, scenario: Scenario) -> tuple[str, dict[str, Any]]:
+    """What a GPU is called, and the changes that it takes; the scenario's own keeps what is said of it."""
+    file = file_or_name(name)
+    if file != name:
+        return str(name), {"gpu": {"file": str(file)}}
+    own = scenario.gpu.name
+    gpu = find_gpu(name, where="--gpus")
+    if own is not None and find_gpu(own, where=f"{scenario.source}: gpu.name") == gpu:
+        return gpu.name, {}
+    return gpu.name, {"gpu": {"name": name}}
