@@ -26,7 +26,7 @@ class Change:
     Attributes:
         set: a field of the scenario by its dotted path, as engine.max_num_seqs=128. Can be repeated.
         seed: of the traffic and of the noise.
-        model_config: another model: a shipped config's name, or the path of a config.json.
+        model_config: another model: a shipped config's name, a config.json or its folder, a Hugging Face id.
         profile: another profile: a shipped one's name, or its path.
         engine_version: another vLLM version.
     """

@@ -140,6 +140,12 @@ def _granite_hybrid(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**config, **wide}
 
 
+def _nemotron_h(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """vLLM keeps states in 32 bits where the file does not say otherwise."""
+    named = {"mamba_ssm_cache_dtype": "float32", "head_dim": config.get("attention_head_dim")}
+    return {**named, **{name: value for name, value in config.items() if value is not None}}
+
+
 def _mimo_v2(config: Mapping[str, Any]) -> Mapping[str, Any]:
     heads = config.get("num_key_value_heads")
     twice = {"swa_num_key_value_heads": 2 * heads} if isinstance(heads, int) else {}
@@ -221,6 +227,7 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "nemotron_h": Family(
         linear="mamba2",
+        rename=_nemotron_h,
         norms=1,
         gated=False,
         experts=Experts(

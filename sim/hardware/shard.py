@@ -109,7 +109,23 @@ class Shard:
         linear = self._shared_bytes + experts * self._expert_bytes_each
         embeddings = model.vocab_size * model.hidden_size // ranks * (1 if model.tied_embeddings else 2)
         small = (embeddings + model.small_weights) * model.dtype_bytes
-        return round(linear) + small
+        return round(linear) + small + self._absorbed_bytes
+
+    @property
+    def _absorbed_bytes(self) -> int:
+        """Of latent attention vLLM keeps what projects latents to keys and values in 16 bits, too, if those
+        weights are quantised (``MLAAttention.process_weights_after_loading``)."""
+        model = self.model
+        stored = model.attention_bytes_each
+        if (model.weight_bytes_each if stored is None else stored) == model.dtype_bytes:
+            return 0
+        ups = sum(
+            mixer.count * each.weights(self.tensor_parallel_size)
+            for mixer in model.layer_kinds
+            for each in mixer.linears(model.hidden_size)
+            if each.module.endswith("kv_b_proj")
+        )
+        return ups * model.dtype_bytes
 
     # -- linear layers -----------------------------------------------------------------------------
 

@@ -70,13 +70,13 @@ def models() -> pd.DataFrame:
 
 
 def refused() -> dict[str, str]:
-    """model_type -> why a model of that type is refused. All others are refused, too, with the nearest known."""
+    """model_type -> why a model of that type is refused. Others that are unknown are, too."""
     return dict(NOT_MODELLED)
 
 
 def families() -> pd.DataFrame:
-    """The families whose config.json is read, by model_type: how layers mix tokens, whether there are experts, and
-    what is not modelled of them. Of a multimodal model it is the text part."""
+    """The families whose config.json is read, by model_type: how layers mix tokens, whether there are
+    experts, and what is not modelled of them. Of a multimodal model it is the text part."""
     rows = [
         {
             "model_type": name,

@@ -84,8 +84,8 @@ class ModelSpec(Model):
     """The model, by its config."""
 
     config: str
-    """Name of a shipped config (``servecast models``), the path of a Hugging Face ``config.json`` or of a folder
-    with one, or the id of a model whose config lies in the cache of the Hugging Face Hub on this machine."""
+    """Name of a shipped config (``servecast models``), the path of a Hugging Face ``config.json`` or of a
+    folder with one, or the id of a model whose config lies in the cache of the Hub on this machine."""
 
 
 class RunContext(Model):

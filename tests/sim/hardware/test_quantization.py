@@ -148,8 +148,8 @@ def test_bytes_and_kernels_of_a_format(
 
 
 def test_gpt_oss_quantises_its_experts() -> None:
-    """The model card: checkpoints of 60.8 and 12.8 GiB; fp4 with a byte of scale for 32. vLLM gives them 16-bit
-    activations on Hopper and Blackwell."""
+    """The model card: checkpoints of 60.8 and 12.8 GiB; fp4 with a byte of scale for 32. vLLM gives them
+    16-bit activations on Hopper and Blackwell."""
     said = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
     configs = json.loads(CONFIGS.read_text())
     for name, card in (("gpt-oss-120b", 60.8), ("gpt-oss-20b", 12.8)):
@@ -177,11 +177,25 @@ def test_parts_of_several_precisions() -> None:
     assert (shard.linear_kernel, shard.expert_kernel) == ("bf16", "int4")
     whole = shard.whole.weight_bytes
     assert whole == 2 * (model.parameters - experts) + experts * 9 // 16
-    # DeepSeek-V4's experts are of fp4 among weights of fp8 (expert_dtype), with 8-bit activations on Blackwell
+    # DeepSeek-V4's experts are of fp4 among weights of fp8 (expert_dtype), with fp8 activations on Blackwell
     flash = json.loads(CONFIGS.read_text())["DeepSeek-V4-Flash"]["config"]
     fp8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     shard = Shard(ModelShape.from_config(flash | {"quantization_config": fp8}), find_gpu("B200"), 1)
     assert (shard.linear_kernel, shard.expert_kernel) == ("fp8_block", "mxfp4_mxfp8")
+
+
+def test_latent_attention_keeps_a_copy_in_sixteen_bits() -> None:
+    """DeepSeek-V3 in fp8: a byte a linear weight and its share of a scale, and kv_b_proj, 512 x 128 x 256 of
+    61 layers, once more in two bytes."""
+    deepseek = json.loads(CONFIGS.read_text())["DeepSeek-V3"]["config"]
+    fp8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    shard = Shard(ModelShape.from_config(deepseek | {"quantization_config": fp8}), H200, 1)
+    model = shard.model
+    linear = model.shared_weights(1) + 58 * 256 * 3 * 7168 * 2048
+    up = 61 * 512 * 128 * 256
+    assert shard.weight_bytes == round(linear * (1 + 4 / 128**2)) + 2 * (model.parameters - linear + up)
+    plain = Shard(ModelShape.from_config(deepseek), H200, 1)
+    assert plain.weight_bytes == 2 * plain.model.parameters
 
 
 def test_names_of_modules_in_other_checkpoints() -> None:
@@ -222,19 +236,18 @@ def test_gpus_that_vllm_has_no_kernel_for(said: dict[str, Any], gpu: str, fits: 
     if fits:
         Shard(model, find_gpu(gpu), 1)
         return
-    with pytest.raises(InputError, match="from compute capability 8 on, and T4 has 7.5"):
+    with pytest.raises(InputError, match=r"from compute capability 8 on, and T4 has 7\.5"):
         Shard(model, find_gpu(gpu), 1)
 
 
 def test_groups_of_four_bits_are_not_cut() -> None:
-    """vLLM has no kernel for half a group of inputs: 18,944 / 8 columns are 18.5 groups of 128; outputs may be
-    cut anywhere."""
+    """vLLM has no kernel for a part of a group of inputs: 4,752 / 4 columns are 9.3 groups of 128."""
     said = {"quant_method": "awq", "bits": 4, "group_size": 128}
     qwen = ModelShape.from_config(config("Qwen2.5-7B-Instruct", quantization_config=said))
     Shard(qwen, H200, 4)
-    with pytest.raises(InputError, match="the MLP of .* has 1188 columns, no multiple of the 128"):
-        wide = config("Qwen2.5-7B-Instruct", quantization_config=said, intermediate_size=4752)
-        Shard(ModelShape.from_config(wide), H200, 4)
+    cut = config("Qwen2.5-7B-Instruct", quantization_config=said, intermediate_size=4752)
+    with pytest.raises(InputError, match=r"the MLP of .* has 1188 columns, no multiple of the 128"):
+        Shard(ModelShape.from_config(cut), H200, 4)
 
 
 @pytest.mark.parametrize(

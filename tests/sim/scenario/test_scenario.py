@@ -186,7 +186,7 @@ def test_paths_are_relative_to_the_scenarios_folder(tmp_path: Path) -> None:
 def test_a_model_may_be_a_folder_or_lie_in_the_cache_of_the_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As huggingface_hub lays its cache out: refs/main names the snapshot of files, each a link to its blob."""
+    """As huggingface_hub lays its cache out: refs/main names the snapshot of files, each linked to its blob."""
     config = (shipped_folder() / "models" / "Qwen3-4B.json").read_text().replace("_name_or_path", "said")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "config.json").write_text(config)
@@ -197,7 +197,7 @@ def test_a_model_may_be_a_folder_or_lie_in_the_cache_of_the_hub(
     monkeypatch.delenv("HF_HUB_CACHE", raising=False)
     hub = tmp_path / "home" / "hub" / "models--some--Qwen3-4B"
     wanted = load(written(tmp_path, MINIMAL.replace("Qwen2.5-7B-Instruct", "some/Qwen3-4B")))
-    with pytest.raises(InputError, match="hf download some/Qwen3-4B config.json"):
+    with pytest.raises(InputError, match=r"hf download some/Qwen3-4B config\.json"):
         wanted.config_file()
     for revision in ("aaa", "bbb"):
         (hub / "snapshots" / revision).mkdir(parents=True)
