@@ -188,7 +188,7 @@ def _model(scenario: Scenario) -> ModelShape:
         return model
     if flags.quantization not in ("fp8", "bitsandbytes"):
         raise InputError(
-            f"quantization {flags.quantization!r} quantises no weights by itself, and the config of the model "
+            f"quantization {flags.quantization!r} quantises no weights by itself, and the model's config "
             "has no quantization_config",
             where=f"{scenario.source}: engine.quantization",
             fix="Use fp8 or bitsandbytes, or the config.json of quantised weights.",

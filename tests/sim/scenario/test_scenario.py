@@ -186,7 +186,7 @@ def test_paths_are_relative_to_the_scenarios_folder(tmp_path: Path) -> None:
 def test_a_model_may_be_a_folder_or_lie_in_the_cache_of_the_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As huggingface_hub lays its cache out: refs/main names the snapshot of files, each linked to its blob."""
+    """As huggingface_hub lays its cache out: refs/main names the snapshot, of links to blobs."""
     config = (shipped_folder() / "models" / "Qwen3-4B.json").read_text().replace("_name_or_path", "said")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "config.json").write_text(config)
