@@ -12,7 +12,7 @@ import pandas as pd
 import simpy
 from numpy.typing import NDArray
 
-from servecast.sim.engine.core import OUTCOMES
+from servecast.sim.engine.engine_loop import OUTCOMES
 from servecast.sim.engine.request import Requests, Stage
 from servecast.sim.fleet.client import Client
 from servecast.sim.fleet.endpoint import Board, Endpoint, Endpoints

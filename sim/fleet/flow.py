@@ -19,7 +19,7 @@ from typing import Any
 import cython
 import numpy as np
 
-from servecast.sim.engine.core import ABORTS, BUSY, ENDED, OUTCOMES
+from servecast.sim.engine.engine_loop import ABORTS, BUSY, ENDED, OUTCOMES
 
 if cython.compiled:
     from cython.cimports.libc.math import rint
