@@ -12,6 +12,7 @@ from bisect import bisect_left
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from servecast.sim.engine.kv_groups import CacheOptions, token_bytes
 from servecast.sim.hardware.gpu import GPU
 from servecast.sim.hardware.model_shape import ModelShape
 from servecast.sim.inputs.errors import InputError
@@ -269,17 +270,9 @@ class Shard:
     def kv_bytes_per_token(self) -> int:
         """Bytes that one token more takes in all layers: keys and values, or latents and an indexer's keys. A
         state of fixed size takes none."""
-        total, width = 0, self.kv_dtype_bytes
-        for layer in self.model.cache_layers:
-            if layer.kind == "indexer":  # a byte for each number of its key, and a scale of four
-                total += layer.count * (layer.head_size + 4)
-            elif layer.kind in ("mla", "sparse_mla"):
-                total += layer.count * layer.head_size * width
-            else:
-                values = layer.head_size if layer.value_size is None else layer.value_size
-                heads = max(1, layer.kv_heads // self.tensor_parallel_size)
-                total += layer.count * heads * (layer.head_size + values) * width
-        return total
+        options = CacheOptions(release="0.32", ranks=self.tensor_parallel_size, kv_bytes=self.kv_dtype_bytes)
+        layers = (layer for layer in self.model.cache_layers if layer.kind != "mamba")
+        return sum(layer.count * token_bytes(layer, options) for layer in layers)
 
 
 def _kernel(dtype: str, gpu: GPU, model: ModelShape) -> str:

@@ -58,7 +58,13 @@ class Deployment:
         config = server.resolve(flags, gpu, model, where=f"{scenario.source}: engine")
         shard = server.shard(flags, config, model, gpu)
         memory = server.memory(flags, config, shard)
-        config = replace(config, num_gpu_blocks=memory.num_gpu_blocks, max_model_len=memory.max_model_len)
+        config = replace(
+            config,
+            num_gpu_blocks=memory.num_gpu_blocks,
+            max_model_len=memory.max_model_len,
+            block_size=memory.block_size,
+            kv_groups=memory.kv_groups,
+        )
         profile = _with_link(profile or profile_of(scenario, shard, config), scenario.gpu)
         return cls(scenario, shard, memory, config, profile, build_step_time(profile, shard))
 
