@@ -14,10 +14,15 @@ def hub_folder() -> Path:
     return Path(given or Path(home) / "hub").expanduser()
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether a name is an id as ``Qwen/Qwen3-32B``, and nothing that lies here."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None and not Path(name).exists()
+
+
 def hub_config(name: str) -> Path | None:
     """The ``config.json`` of a model as ``Qwen/Qwen3-32B``, of the revision that ``main`` is there, or of the
     only one; None where it was not fetched."""
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+    if not is_hub_id(name):
         return None
     folder = hub_folder() / f"models--{name.replace('/', '--')}"
     main = folder / "refs" / "main"

@@ -7,7 +7,6 @@ schema of the file, for editors: ``python -m servecast.sim.scenario.scenario``.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -32,7 +31,7 @@ from servecast.sim.inputs.schema import (
 from servecast.sim.inputs.yaml_file import override, read_yaml
 from servecast.sim.metrics import slo as objectives
 from servecast.sim.scenario.engine_flags import EngineFlags
-from servecast.sim.scenario.hub import hub_config, hub_folder
+from servecast.sim.scenario.hub import hub_config, hub_folder, is_hub_id
 from servecast.sim.scenario.reported import Reported
 from servecast.sim.scenario.servers import SERVERS, Server, checked
 from servecast.sim.traffic.arrivals import ClosedLoop
@@ -345,7 +344,7 @@ class Scenario(Model):
                 return known[name.lower()]
         names = [path.stem for path in known.values()]
         usual = "Give the path of a JSON file."
-        if kind == "models" and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+        if kind == "models" and is_hub_id(name):
             usual = (
                 f"Fetch it with: hf download {name} config.json (into {hub_folder()}), "
                 "or give the path of a JSON file."
