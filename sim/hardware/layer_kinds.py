@@ -162,7 +162,7 @@ class Mixer:
             return (latent, index) if self.index_heads else (latent,)
         return (
             CacheLayer(
-                kind=self.kind,
+                kind=self.kind,  # type: ignore[arg-type]  # what is left are these three
                 count=self.count,
                 kv_heads=self.kv_heads,
                 head_size=self.head_dim,
