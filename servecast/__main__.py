@@ -29,7 +29,7 @@ COMMANDS = {  # name -> where it is, and its line in --help
     "explain": ("servecast.sim.cli.explain:explain", "Why is the first token slow?"),
     "scenarios": ("servecast.sim.cli.scenarios:scenarios", "List the shipped scenarios."),
     "gpus": ("servecast.sim.cli.lists:gpus", "List the GPUs, and what is known of each."),
-    "models": ("servecast.sim.cli.lists:models", "List the models and architectures."),
+    "models": ("servecast.sim.cli.lists:models", "List the models and families."),
     "profiles": ("servecast.sim.cli.lists:profiles", "List the shipped profiles."),
     "calibrate": ("servecast.calibrate.cli:app", "Turn measurements or reports into a profile."),
     "validate": ("servecast.validate.cli:app", "Judge the simulator against vLLM itself."),
