@@ -177,6 +177,14 @@ class Deployment:
 def _model(scenario: Scenario) -> ModelShape:
     flags = scenario.engine
     model = ModelShape.from_config(scenario.config_file(), overrides=flags.hf_overrides)
+    if skew := scenario.model.expert_skew:
+        if not model.moe_layers:
+            raise InputError(
+                f"{model.name} has no routed experts",
+                where=f"{scenario.source}: model.expert_skew",
+                fix="Leave it out.",
+            )
+        model = replace(model, expert_skew=skew)
     if flags.dtype in ("float32", "float"):
         raise InputError(
             f"dtype {flags.dtype} is not modelled",
