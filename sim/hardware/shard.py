@@ -17,6 +17,14 @@ from servecast.sim.hardware.gpu import GPU
 from servecast.sim.hardware.model_shape import ModelShape
 from servecast.sim.inputs.errors import InputError
 
+_FP32_ROUTERS = ("minimax_m2",)  # vLLM's MiniMaxM2MoE: params_dtype=torch.float32
+_FP32_SHARE = {  # compute capability -> fp32 peak of the datasheet over that of 16 bits on tensor cores
+    (8, 0): 1 / 16,
+    (9, 0): 1 / 15,
+    (10, 0): 1 / 28,
+    (10, 3): 1 / 28,
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Shard:
@@ -138,11 +146,13 @@ class Shard:
 
     @property
     def linear_flops_per_token(self) -> float:
-        """FLOPs of all linear layers for one token, the LM head left out."""
+        """FLOPs of all linear layers for one token, the LM head left out. A router in fp32, which tensor
+        cores do not multiply, counts for as many as take as long."""
         model, ranks = self.model, self.tensor_parallel_size
-        routed = model.moe_layers * (
-            model.experts_per_token * model.expert_weights(ranks) + model.router_weights
-        )
+        router = float(model.router_weights)
+        if model.model_type in _FP32_ROUTERS:
+            router *= self.linear_peak / (self.gpu.bf16_flops * _FP32_SHARE.get(self.gpu.capability, 1 / 4))
+        routed = model.moe_layers * (model.experts_per_token * model.expert_weights(ranks) + router)
         return 2.0 * (model.shared_weights(ranks) + routed)
 
     def linear_bytes(self, tokens: int) -> float:
