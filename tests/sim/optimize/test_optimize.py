@@ -40,8 +40,8 @@ PRICES = "date: 2026-01-31\ncurrency: EUR\ngpu_hour_cost: {L4: 1.0, A6000: 1.5, 
 
 class Queue(RateProbe):
     """An M/M/1 queue in the place of a server: 10, 15, 19 and 60 requests/s on an L4, an A6000, an L40S and
-    an H100, 1.6 times as much on two of them. Its p95 is ln 20 / (service rate - rate), so that at 1 s it takes
-    7.00, 12.0, 16.0 and 57.0 requests/s, on two 13.0, 21.0, 27.4 and 93.0."""
+    an H100, 1.6 times as much on two of them. Its p95 is ln 20 / (service rate - rate), so that at 1 s it
+    takes 7.00, 12.0, 16.0 and 57.0 requests/s, on two 13.0, 21.0, 27.4 and 93.0."""
 
     def __call__(self, request_rate: float, seed: int, num_requests: int) -> Run:
         shard = self.deployment.shard
