@@ -277,7 +277,7 @@ def optimize(
         objectives,
         found.offers,
         found.left_out,
-        (listed, source),
+        (listed, "shipped with servecast" if prices is None else source),
         made,
         files,
         found.simulated,

@@ -31,7 +31,7 @@ from servecast.sim.run.workers import Workers, parallel
 from servecast.sim.scenario.scenario import Scenario
 
 SHORT = Effort(confidence=0.5, tolerance=0.1, replications=(1,), least_requests=400)
-SLACK = 1.5  # times the rate that a short run failed at: nothing is thought to serve more
+SLACK = 2.0  # times the rate that a short run failed at: nothing is thought to serve more
 
 
 @dataclass(frozen=True, slots=True)
