@@ -15,7 +15,7 @@ plan: $(VENV)/.installed
 check: lint types unit
 
 unit: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m "not vllm and not live and not slow" -n logical --dist loadfile
+	$(BIN)/python -m pytest -m "not vllm and not live and not slow" -n logical --dist loadfile --no-loadscope-reorder
 
 # Live tests judge predictions against real servers on this machine: last, since they want it for themselves.
 test: check vllm litellm prometheus
@@ -75,11 +75,11 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 # The engine's core is compiled as it is installed. Where there is no C compiler, one comes from PyPI (ziglang);
-# where that fails, too, everything runs with the engine in Python, and `servecast --version` says so.
+# where that fails, too, the engine runs interpreted, and `servecast --version` says so.
 COMPILED := pyproject.toml setup.py sim/engine/core.py
 define install
-	@command -v $${CC:-cc} > /dev/null || $(BIN)/pip install -q ziglang || echo "No C compiler: the engine stays in \
-	Python, several times slower. Install gcc or clang, then run make build."
+	@command -v $${CC:-cc} > /dev/null || $(BIN)/pip install -q ziglang || echo "No C compiler: the engine runs \
+	interpreted, many times slower. Install gcc or clang, then run make build."
 	@if ! command -v $${CC:-cc} > /dev/null && $(BIN)/python -m ziglang version > /dev/null 2>&1; then \
 	  export CC="$(CURDIR)/$(BIN)/python -m ziglang cc"; fi; $(BIN)/pip install -q -e '$(1)'
 endef

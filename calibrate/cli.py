@@ -136,23 +136,31 @@ def _fit_measurements(
         found.profile.save(output)
         if peaks is not None:
             found.gpu.save(peaks)
-    if json_:
-        files = {"profile": str(output) if written else None, "gpu": None if peaks is None else str(peaks)}
-        fit = found.summary.model_dump(mode="json", exclude={"shown"})
-        print(json.dumps({"good": found.good, **files, "fit": fit}))
+    if not json_:
+        _tell(found.profile)
         if not found.good:
-            _say(f"a bad fit: {'; '.join(found.summary.reasons)}")
+            verdict = "a bad fit" if written else "nothing written"
+            print(f"{verdict}: the model does not describe these measurements")
+        if written:
+            print(f"profile written to {output}")
+        if peaks is not None:
+            print(f"measured peaks written to {peaks}: name it as gpu.file in scenarios")
         return 0 if found.good else 1
-    for line in (*profile_lines(found.profile), *summary_lines(found.summary)):
-        print(line)
+    fit = found.summary.model_dump(mode="json", exclude={"shown"})
+    _print_fit(fit, good=found.good, profile=output if written else None, gpu=peaks)
     if not found.good:
-        verdict = "a bad fit" if written else "nothing written"
-        print(f"{verdict}: the model does not describe these measurements")
-    if written:
-        print(f"profile written to {output}")
-    if peaks is not None:
-        print(f"measured peaks written to {peaks}: name it as gpu.file in scenarios")
+        _say(f"a bad fit: {'; '.join(found.summary.reasons)}")
     return 0 if found.good else 1
+
+
+def _tell(profile: Profile) -> None:
+    for line in (*profile_lines(profile), *(() if profile.fit is None else summary_lines(profile.fit))):
+        print(line)
+
+
+def _print_fit(fit: object, *, good: bool, profile: Path | None, gpu: Path | None = None) -> None:
+    files = {name: None if file is None else str(file) for name, file in (("profile", profile), ("gpu", gpu))}
+    print(json.dumps({"good": good, **files, "fit": fit}))
 
 
 def _fit_layers(folder: Path, scenario: str | None, kind: str, output: Path, *, json_: bool) -> int:
@@ -172,13 +180,11 @@ def _fit_layers(folder: Path, scenario: str | None, kind: str, output: Path, *, 
         profile.save(output)
     if json_:
         fit = None if profile.fit is None else profile.fit.model_dump(mode="json")
-        print(json.dumps({"good": good, "profile": str(output) if good else None, "gpu": None, "fit": fit}))
+        _print_fit(fit, good=good, profile=output if good else None)
         return 0 if good else 1
-    for line in (*profile_lines(profile), *(() if profile.fit is None else summary_lines(profile.fit))):
-        print(line)
-    print(
-        f"profile written to {output}" if good else "nothing written: the model does not describe the tables"
-    )
+    _tell(profile)
+    bad = "nothing written: the model does not describe the tables"
+    print(f"profile written to {output}" if good else bad)
     return 0 if good else 1
 
 
@@ -242,8 +248,7 @@ def show(
     if json_:
         print(loaded.model_dump_json(indent=2))
         return
-    for line in (*profile_lines(loaded), *(() if loaded.fit is None else summary_lines(loaded.fit))):
-        print(line)
+    _tell(loaded)
     if plot is not None:
         print(f"plot written to {plot}")
 

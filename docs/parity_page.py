@@ -21,7 +21,7 @@ from servecast.validate.parity.parity import Mismatch, ParityResult, Recorded, c
 from servecast.validate.parity.scenarios import Scenario, corner_cases, random_scenarios
 from servecast.validate.parity.vllm_process import VllmProcess
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "parity"))
+sys.path += [str(Path(__file__).resolve().parents[1] / "tests" / name) for name in ("parity", "helpers")]
 
 from mutations import Mutation, catch, load_mutations
 

@@ -69,7 +69,7 @@ def _version() -> str:
     """The version, and whether the engine's core was compiled where it is installed."""
     core = find_spec("servecast.sim.engine.core")
     compiled = core is not None and str(core.origin).endswith(tuple(EXTENSION_SUFFIXES))
-    return f"{version('servecast')} (engine {'compiled' if compiled else 'in Python: slower'})"
+    return f"{version('servecast')} (engine {'compiled' if compiled else 'interpreted: slower'})"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

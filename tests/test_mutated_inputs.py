@@ -30,7 +30,10 @@ from servecast.sim.routing.options import RouterOptions
 from servecast.sim.run.results import read_result
 from servecast.sim.scenario.scenario import load, shipped_folder
 from servecast.sim.traffic.draw import check_requests, draw
+from servecast.sim.traffic.forms import expand
 from servecast.sim.traffic.inference_perf.workload import InferencePerfWorkload
+from servecast.sim.traffic.measured_lengths import Histogram
+from servecast.sim.traffic.spec import StreamSpec
 from servecast.sim.traffic.trace_spec import TraceSpec
 from servecast.validate.check.check import check
 from servecast.validate.readers import read_all
@@ -50,6 +53,9 @@ def trace_of(name: str) -> Callable[[Path], object]:
         if name in ("csv", "jsonl"):
             columns = {"timestamp": "t", "input_tokens": "i", "output_tokens": "o", "session": "s"}
         spec = {"path": str(path), "format": name, "columns": columns}
+        if name == "aiperf":
+            trace = spec | {"block_tokens": 16}
+            return draw(expand(parse(StreamSpec, {"trace": trace}, source="test"), None), 0)
         return parse(TraceSpec, spec, source="test").read()
 
     return read
@@ -80,6 +86,12 @@ def hashed(**names: Any) -> str:
     return "\n".join(lines) + "\n"
 
 
+def metrics(path: Path) -> object:
+    """Lengths of a histogram of Prometheus."""
+    fields = {"kind": "histogram", "path": str(path), "metric": "vllm:request_prompt_tokens"}
+    return parse(Histogram, fields, source="test").draw(10, np.random.default_rng(0))
+
+
 LENGTHS = {"timestamp": "time", "input_length": "prompt", "output_length": "output", "hash_ids": "ids"}
 TEXTS: dict[str, tuple[str, str, Callable[[Path], object]]] = {  # name -> ending, good text, reader
     "mooncake": (
@@ -88,6 +100,12 @@ TEXTS: dict[str, tuple[str, str, Callable[[Path], object]]] = {  # name -> endin
         trace_of("mooncake"),
     ),
     "bailian": ("jsonl", hashed(**LENGTHS, chat_id="number", parent_chat_id="more"), trace_of("bailian")),
+    "aiperf": (
+        "jsonl",
+        hashed(timestamp="time", **{key: LENGTHS[key] for key in list(LENGTHS)[1:]}, session_id="number")
+        + '{"session_id": 1, "delay": 5, "input_length": 9, "output_length": 3}\n',
+        trace_of("aiperf"),
+    ),
     "timed_trace": ("jsonl", hashed(**LENGTHS), trace_of("timed_trace")),
     "llmservingsim": (
         "jsonl",
@@ -95,6 +113,27 @@ TEXTS: dict[str, tuple[str, str, Callable[[Path], object]]] = {  # name -> endin
         trace_of("llmservingsim"),
     ),
     "jsonl": ("jsonl", hashed(t="time", i="prompt", o="output", s="number"), trace_of("jsonl")),
+    "metrics": (
+        "txt",
+        "".join(
+            f'vllm:request_prompt_tokens_bucket{{le="{le}",model_name="m"}} {count}\n'
+            for le, count in (("1.0", 0), ("200.0", 4), ("500.0", 9), ("+Inf", 9))
+        )
+        + 'vllm:request_prompt_tokens_sum{model_name="m"} 2100\n'
+        + 'vllm:request_prompt_tokens_count{model_name="m"} 9\n',
+        metrics,
+    ),
+    "query": (
+        "json",
+        json.dumps(
+            {
+                "data": {
+                    "result": [{"metric": {"le": le}, "value": [1, n]} for le, n in (("9", "2"), ("20", "5"))]
+                }
+            }
+        ),
+        metrics,
+    ),
     "azure": (
         "csv",
         "TIMESTAMP,NumImages,ContextTokens,GeneratedTokens\n2023-11-16 18:17:03.97,0,4808,10\n"

@@ -72,6 +72,38 @@ def leave_out(
     return HeldOut(seconds, lost)
 
 
+def region_error(
+    region: str,
+    errors: Floats,
+    *,
+    noise: float = 0.0,
+    unseen: Floats | None = None,
+    lost: Sequence[str] = (),
+) -> RegionError:
+    """Errors of one region: signed and relative, one a row. unseen: absolute, of fits that did not see it."""
+    known = unseen is not None and len(unseen) > 0
+    return RegionError(
+        region=region,
+        rows=len(errors),
+        error=float(np.abs(errors).mean()),
+        bias=float(errors.mean()),
+        noise=noise,
+        held_out=float(np.mean(unseen)) if known and unseen is not None else None,
+        held_out_p90=float(np.quantile(unseen, 0.9)) if known and unseen is not None else None,
+        lost=tuple(lost),
+    )
+
+
+def beyond(regions: Sequence[RegionError], limit: float, rows: str = "rows") -> tuple[str, ...]:
+    """Regions whose mean error is above a limit, in words."""
+    return tuple(
+        f"{each.region}: {100 * each.error:.0f} % mean error over {each.rows} {rows} "
+        f"(limit {100 * limit:.0f} %)"
+        for each in regions
+        if each.error > limit
+    )
+
+
 def errors_by_group(
     fit: Fit, engines: Sequence[Engine], steps: Sequence[Step], groups: Sequence[str], held_out: HeldOut
 ) -> tuple[RegionError, ...]:
@@ -82,19 +114,9 @@ def errors_by_group(
     found = []
     for name in dict.fromkeys(groups):
         inside = np.array([group == name for group in groups])
-        predicted = unseen[inside & np.isfinite(unseen)]
-        found.append(
-            RegionError(
-                region=name,
-                rows=int(inside.sum()),
-                error=float(np.abs(errors[inside]).mean()),
-                bias=float(errors[inside].mean()),
-                noise=float(noise[inside].mean()),
-                held_out=float(predicted.mean()) if len(predicted) else None,
-                held_out_p90=float(np.quantile(predicted, 0.9)) if len(predicted) else None,
-                lost=held_out.lost.get(name, ()),
-            )
-        )
+        predicted, scatter = unseen[inside & np.isfinite(unseen)], float(noise[inside].mean())
+        lost = held_out.lost.get(name, ())
+        found.append(region_error(name, errors[inside], noise=scatter, unseen=predicted, lost=lost))
     return tuple(found)
 
 

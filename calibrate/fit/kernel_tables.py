@@ -366,7 +366,13 @@ def _all_reduce(tables: KernelTables) -> dict[int, AllReduce]:
             part["seconds"].to_numpy(float), part["size"].to_numpy(float) / 1e6, (0, 0.1, 1, 10, 1000)
         )
         values, kept = timings.fit(equation, (5e-6, 0.6), (0, 0.01), (1e-4, 1))
-        found[number] = AllReduce(latency_s=values[0], link=values[1], residuals=kept)
+        timed = part.groupby("size")["seconds"].median()
+        found[number] = AllReduce(
+            latency_s=values[0],
+            link=values[1],
+            by_size={int(float(str(size))): float(f"{seconds:.4g}") for size, seconds in timed.items()},
+            residuals=kept,
+        )
     return found
 
 

@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import least_squares
 
-from servecast.calibrate.fit.check import REGION_LIMIT
+from servecast.calibrate.fit.check import REGION_LIMIT, beyond, region_error
 from servecast.calibrate.fit.layer_tables import read_layer_tables
-from servecast.sim.hardware.fit_summary import FitSummary, RegionError
+from servecast.sim.hardware.fit_summary import FitSummary
 from servecast.sim.hardware.profile import Domain, Profile, Provenance
 from servecast.sim.hardware.shard import Shard
 from servecast.sim.hardware.step_time.layers import LayeredStepTime
@@ -95,9 +95,8 @@ def fit_layers(folder: Path, scenario: Scenario, *, kind: Kind = "physical") -> 
     note = f"kernel times of {found.model}"
     if kind == "layers":
         known = sum(value is not None for value in tables.attention)
-        note += (
-            f"; {known:,} of {len(tables.attention):,} points of attention, the others put together from them"
-        )
+        points = f"{known:,} of {len(tables.attention):,} points of attention"
+        note += f"; {points}, the others put together from them"
         told = [Provenance(parameter="layers", origin="measured", note=note)]
         changes: dict[str, Any] = {"layers": tables}
         assumed = list(_HOST)
@@ -168,10 +167,6 @@ def _parts(step_time: LayeredStepTime | PhysicalStepTime, step: DesignedStep) ->
     return linear, head, sum(parts.values()) - linear - head
 
 
-def _physical(layered: LayeredStepTime, efficiencies: Efficiencies) -> PhysicalStepTime:
-    return PhysicalStepTime(layered.shard, efficiencies)
-
-
 def _fit(layered: LayeredStepTime, steps: Sequence[DesignedStep]) -> Efficiencies:
     """Robust least squares of each part, relative to the whole step, so that no part pays for another."""
     names = list(BOUNDS)
@@ -183,7 +178,7 @@ def _fit(layered: LayeredStepTime, steps: Sequence[DesignedStep]) -> Efficiencie
         return replace(_NO_HOST, **dict(zip(names, np.exp(point).tolist(), strict=True)))
 
     def residuals(point: Floats) -> Floats:
-        model = _physical(layered, at(point))
+        model = PhysicalStepTime(layered.shard, at(point))
         parts = np.array([_parts(model, step) for step in steps])
         return np.ravel((parts - measured) / whole)
 
@@ -193,7 +188,7 @@ def _fit(layered: LayeredStepTime, steps: Sequence[DesignedStep]) -> Efficiencie
 
 
 def _errors(layered: LayeredStepTime, efficiencies: Efficiencies, steps: Sequence[DesignedStep]) -> Floats:
-    model = _physical(layered, efficiencies)
+    model = PhysicalStepTime(layered.shard, efficiencies)
     return np.array([model.seconds(step) / layered.seconds(step) - 1 for step in steps])
 
 
@@ -205,27 +200,7 @@ def _summary(
     unseen = np.empty(len(steps))
     for half in (0, 1):
         unseen[half::2] = np.abs(_errors(layered, _fit(layered, steps[1 - half :: 2]), steps[half::2]))
-    regions = []
-    for region in REGIONS:
-        inside = np.array([step.region == region for step in steps])
-        regions.append(
-            RegionError(
-                region=region,
-                rows=int(inside.sum()),
-                error=float(np.abs(errors[inside]).mean()),
-                bias=float(errors[inside].mean()),
-                noise=0.0,
-                held_out=float(unseen[inside].mean()),
-                held_out_p90=float(np.quantile(unseen[inside], 0.9)),
-            )
-        )
-    return FitSummary(
-        regions=tuple(regions),
-        held_out_p90=float(np.quantile(unseen, 0.9)),
-        reasons=tuple(
-            f"{each.region}: {100 * each.error:.0f} % mean error over {each.rows} steps "
-            f"(limit {100 * REGION_LIMIT:.0f} %)"
-            for each in regions
-            if each.error > REGION_LIMIT
-        ),
-    )
+    of = np.array([step.region for step in steps])
+    regions = tuple(region_error(name, errors[of == name], unseen=unseen[of == name]) for name in REGIONS)
+    reasons = beyond(regions, REGION_LIMIT, "steps")
+    return FitSummary(regions=regions, held_out_p90=float(np.quantile(unseen, 0.9)), reasons=reasons)

@@ -110,7 +110,7 @@ def read_folder(folder: str | Path) -> Measurements:
         raise InputError("no such folder", where=str(folder), fix="Give one that calibrate measure wrote.")
     files = [path for name in (KERNELS_FILE, ENGINE_FILE) if (path := folder / name).exists()]
     facts = read_facts(folder)
-    raw = {path.name: read_rows(path, say=notes.append) for path in files}
+    raw = {path.name: read_rows(path, warn=notes.append) for path in files}
     if not isinstance(facts.get("gpu"), str):
         raise InputError("gpu is missing", where=f"{folder / 'facts.json'}: gpu", fix="Measure again.")
     for name, rows in raw.items():

@@ -88,11 +88,7 @@ def _predicted(axes: list[Axes], profile: Profile) -> None:
             ("predicted", _FITTED, step_time.seconds),
         ):
             ax.plot([*steps], [1000 * of(step) for step in steps.values()], color=color, label=label)
-        ax.set_title(title, loc="left")
-        ax.set_xlabel(name)
-        ax.set_ylabel("ms")
-        _logarithmic(ax, True)
-        ax.legend(frameon=False)
+        _label(ax, title, name, "ms")
         shares = [step_time.breakdown(step) for step in steps.values()]
         names = [part for part in shares[0] if any(share.get(part) for share in shares)]
         rows = [[share[part] / sum(share.values()) for share in shares] for part in names]
@@ -129,33 +125,27 @@ def _over(
     ):
         ms = [1000 * getattr(step, f"{label}_s") for step in shown]
         ax.plot(at, ms, marker, color=color, label=label, markersize=5, fillstyle="none", ls="none")
-    ax.set_title(title, loc="left")
-    ax.set_xlabel(name)
-    ax.set_ylabel("ms")
-    _logarithmic(ax, bool(shown))
-    ax.legend(frameon=False)
+    _label(ax, title, name, "ms", filled=bool(shown))
 
 
 def _against(ax: Axes, shown: Sequence[MeasuredStep]) -> None:
     for region in dict.fromkeys(step.region for step in shown):
         steps = [step for step in shown if step.region == region]
-        ax.plot(
-            [1000 * step.measured_s for step in steps],
-            [1000 * step.fitted_s for step in steps],
-            ".",
-            label=region,
+        measured, fitted = (
+            [1000 * getattr(s, f"{side}_s") for s in steps] for side in ("measured", "fitted")
         )
+        ax.plot(measured, fitted, ".", label=region)
     ends = [1000 * pick(step.measured_s for step in shown) for pick in (min, max)]
     ax.plot(ends, ends, color=_ROOFLINE, lw=1)
-    ax.set_title("fitted against measured", loc="left")
-    ax.set_xlabel("measured, ms")
-    ax.set_ylabel("fitted, ms")
-    _logarithmic(ax, True)
+    _label(ax, "fitted against measured", "measured, ms", "fitted, ms")
+
+
+def _label(ax: Axes, title: str, x: str, y: str, *, filled: bool = True) -> None:
+    ax.set_title(title, loc="left")
+    ax.set_xlabel(x)
+    ax.set_ylabel(y)
     ax.legend(frameon=False)
-
-
-def _logarithmic(ax: Axes, filled: bool) -> None:
-    if filled:
+    if filled:  # an empty axis has no logarithms
         ax.set_xscale("log")
         ax.set_yscale("log")
     ax.grid(alpha=0.3)

@@ -119,7 +119,8 @@ def fit_report(
     reported = scenario.reported[0]
     say = progress or (lambda _text: None)
     base = Deployment.of(scenario.model_copy(update={"profile": None}))
-    steps = _steps(reported)
+    names = {"rows": reported.fit_rows, "parameters": PARAMETERS, "columns": reported.columns}
+    steps = reported.fit_steps or (FitStep(**{name: tuple(of) for name, of in names.items()}),)
 
     def search(step: FitStep, known: dict[str, float]) -> dict[str, float]:
         return known | _search(scenario, reported, step, base, known, max_evaluations, jobs)
@@ -128,7 +129,13 @@ def fit_report(
     for step in steps:
         say(f"fitting {len(step.parameters)} parameters to {len(step.rows)} rows")
         values = search(step, values)
-    profile = _with_domain(scenario, reported, _profile(base, values))
+    profile = _profile(base, values)
+    fitted_to = {
+        "domain": _domain(reported, Deployment.of(scenario, profile)),
+        "fitted_rows": tuple(str(row) for row in reported.fit_rows),
+        "raw_data_sha256": hashlib.sha256(reported.table.read_bytes()).hexdigest(),
+    }
+    profile = profile.model_copy(update=fitted_to)
     errors: list[float] = []
     for step in steps:
         for row in step.rows if len(step.rows) > 1 else ():
@@ -173,14 +180,6 @@ def cells_of(scenario: Scenario, reported: Reported, profile: Profile, jobs: int
     )
 
 
-def _steps(reported: Reported) -> tuple[FitStep, ...]:
-    """The steps of the fit; without any, everything at once."""
-    everything = FitStep(
-        rows=reported.fit_rows, parameters=tuple(PARAMETERS), columns=tuple(reported.columns)
-    )
-    return reported.fit_steps or (everything,)
-
-
 def _prior(name: str, base: Deployment) -> Parameter:
     known = PARAMETERS | FURTHER
     if name not in known:
@@ -192,17 +191,6 @@ def _prior(name: str, base: Deployment) -> Parameter:
     if name == "efficiencies.host_fixed_s" and base.scenario.engine.enforce_eager:
         return Parameter(base.model.kernels * _EAGER_KERNEL_S, 0.7, 1e-5, 1e-1)
     return known[name]
-
-
-def _with_domain(scenario: Scenario, reported: Reported, profile: Profile) -> Profile:
-    """The profile, with what it was fitted to."""
-    return profile.model_copy(
-        update={
-            "domain": _domain(reported, Deployment.of(scenario, profile)),
-            "fitted_rows": tuple(str(row) for row in reported.fit_rows),
-            "raw_data_sha256": hashlib.sha256(reported.table.read_bytes()).hexdigest(),
-        }
-    )
 
 
 def _search(

@@ -43,7 +43,7 @@ def constants_lines(constants: GpuConstants) -> Iterator[str]:
         yield f"  compute times {constants.compute_factor:.2f}, for the power of the GPU that it stands for"
     for kernels, entries in constants.kinds():
         for name, fitted in entries.items():
-            values = fitted.model_dump(exclude={"residuals"})
+            values = fitted.model_dump(exclude={"residuals", "by_size"})
             shown = ", ".join(f"{key} {value:.4g}" for key, value in values.items())
             left = fitted.residuals
             error = "" if left is None else f"; {left.rows} rows, off {left.median:.1%} in the median"

@@ -9,9 +9,11 @@ import numpy as np
 from servecast.calibrate.fit.check import (
     KERNEL_LIMIT,
     HeldOut,
+    beyond,
     errors_by_group,
     leave_out,
     reasons,
+    region_error,
     residual_bins,
 )
 from servecast.calibrate.fit.gpu import beyond_the_datasheet
@@ -21,7 +23,6 @@ from servecast.calibrate.fit.noise import Floats
 from servecast.calibrate.fit.physical import PhysicalFit
 from servecast.calibrate.fit.rows import Kernel, Step
 from servecast.sim.hardware.fit_summary import MAX_SHOWN, FitSummary, MeasuredStep, RegionError
-from servecast.sim.hardware.gpu import GPU
 from servecast.sim.hardware.step_time.physical import Efficiencies
 
 _BAND = 0.9  # share of held-out errors inside the error band
@@ -41,22 +42,12 @@ def summarise(
     if not steps:
         assert isinstance(fit, PhysicalFit)
         regions = kernel_errors(fit, kernels)
-        bad = [r for r in regions if r.error > KERNEL_LIMIT]
-        return FitSummary(
-            regions=regions,
-            notes=(*notes, "no engine steps: what the host adds is assumed, and no whole step was compared"),
-            reasons=tuple(
-                f"{r.region}: {100 * r.error:.0f} % mean error over {r.rows} rows "
-                f"(limit {100 * KERNEL_LIMIT:.0f} %)"
-                for r in bad
-            ),
-        )
+        notes.append("no engine steps: what the host adds is assumed, and no whole step was compared")
+        return FitSummary(regions=regions, notes=tuple(notes), reasons=beyond(regions, KERNEL_LIMIT))
     if isinstance(fit, GridFit):
         covered = fit.inside(steps)
-        if len(covered) < len(steps):
-            notes.append(
-                f"{len(steps) - len(covered)} of {len(steps)} steps lie outside of the grid: not compared"
-            )
+        if outside := len(steps) - len(covered):
+            notes.append(f"{outside} of {len(steps)} steps lie outside of the grid: not compared")
         steps = covered
     groups = [step.region for step in steps]
     held_out = (
@@ -66,7 +57,8 @@ def summarise(
     )
     regions = errors_by_group(fit, engines, steps, groups, held_out)
     errors = fit.predict(engines, steps) / fit.scatter.means(steps) - 1
-    roofline = _roofline(engines, steps, gpu)
+    models = [engine.step_time(gpu, Efficiencies()) for engine in engines]
+    roofline = np.array([models[step.engine].roofline_seconds(step) for step in steps])
     under = fit.scatter.means(steps) < (1 - _UNDER) * roofline
     if under.any():
         worst = 1 - float((fit.scatter.means(steps) / roofline).min())
@@ -78,9 +70,9 @@ def summarise(
     if isinstance(fit, PhysicalFit):
         regions += kernel_errors(fit, kernels)
         if len(measured.models) > 1:
-            models = [engines[step.engine].model.name for step in steps]
-            unseen = leave_out(fit, engines, steps, kernels, models, say)
-            transfer = errors_by_group(fit, engines, steps, models, unseen)
+            names = [engines[step.engine].model.name for step in steps]
+            unseen = leave_out(fit, engines, steps, kernels, names, say)
+            transfer = errors_by_group(fit, engines, steps, names, unseen)
     judged = [region for region in regions if region.region in groups]
     return FitSummary(
         regions=regions,
@@ -98,25 +90,8 @@ def kernel_errors(fit: PhysicalFit, kernels: Sequence[Kernel]) -> tuple[RegionEr
     if not kernels:
         return ()
     errors = fit.predict_kernels(kernels) / np.array([row.median_s for row in kernels]) - 1
-    kinds = [row.row for row in kernels]
-    found = []
-    for kind in dict.fromkeys(kinds):
-        inside = np.array([name == kind for name in kinds])
-        found.append(
-            RegionError(
-                region=kind,
-                rows=int(inside.sum()),
-                error=float(np.abs(errors[inside]).mean()),
-                bias=float(errors[inside].mean()),
-                noise=0.0,
-            )
-        )
-    return tuple(found)
-
-
-def _roofline(engines: Sequence[Engine], steps: Sequence[Step], gpu: GPU) -> Floats:
-    models = [engine.step_time(gpu, Efficiencies()) for engine in engines]
-    return np.array([models[step.engine].roofline_seconds(step) for step in steps])
+    kinds = np.array([row.row for row in kernels])
+    return tuple(region_error(kind, errors[kinds == kind]) for kind in dict.fromkeys(kinds.tolist()))
 
 
 def _shown(

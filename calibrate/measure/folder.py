@@ -2,27 +2,57 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 from .errors import MeasureError
 
 SAME_MACHINE = ("gpu", "torch", "vllm")  # facts that rows of one folder share
 Row = dict[str, Any]
+Case = TypeVar("Case")
 
 
-def read_rows(file: Path, *, say: Callable[[str], None] | None = None) -> list[Row]:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that every measurement has."""
+    parser.add_argument("--out", type=Path, required=True, help="folder for the measurements")
+    parser.add_argument("--time-budget", type=float, metavar="S", help="stop cleanly after S seconds")
+    parser.add_argument("--resume", action="store_true", help="go on in a folder, skipping what it has")
+
+
+def say(text: str) -> None:
+    """Tell whoever waits, apart from the answer."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def walk(
+    todo: Sequence[Case], budget: Budget, measure: Callable[[Case], str], expected_s: Callable[[Case], float]
+) -> None:
+    """Measure cases in their order while each would end in time.
+
+    Args:
+        measure: a case, and says its key. expected_s: how long one will probably take.
+    """
+    progress = Progress(len(todo), budget)
+    for index, case in enumerate(todo):
+        if not budget.fits(expected_s(case)):
+            say(f"the time budget is spent: {index} of {len(todo)} cases measured; --resume goes on")
+            return
+        progress.done(measure(case))
+
+
+def read_rows(file: Path, *, warn: Callable[[str], None] = say) -> list[Row]:
     """The rows of a JSONL file, without a last line that was cut off while it was written.
 
     Args:
-        say: told that a line was dropped; stderr if None.
+        warn: told that a line was dropped.
 
     Raises:
         MeasureError: another line is no JSON object with "row" and "case".
@@ -37,7 +67,7 @@ def read_rows(file: Path, *, say: Callable[[str], None] | None = None) -> list[R
     for number, line in enumerate(lines):
         if number == last:
             if line.strip():
-                (say or _warn)(f"{file}: line {number + 1} was cut off while it was written; dropped")
+                warn(f"{file}: line {number + 1} was cut off while it was written; dropped")
             continue
         try:
             row = json.loads(line)
@@ -51,10 +81,6 @@ def read_rows(file: Path, *, say: Callable[[str], None] | None = None) -> list[R
             ) from error
         rows.append(row)
     return rows
-
-
-def _warn(text: str) -> None:
-    print(text, file=sys.stderr)
 
 
 class Folder:

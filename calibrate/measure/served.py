@@ -18,7 +18,8 @@ from typing import Any
 from .engine.measure import FILE, model_config
 from .errors import MeasureError
 from .facts import collect
-from .folder import Budget, Folder, Progress, Row
+from .folder import Budget, Folder, Progress, Row, say
+from .folder import add_arguments as add_shared_arguments
 from .turns import TURNS, complaints, in_turn
 from .vllm.bench_serve import Server, run_bench
 from .vllm.recording import parse_recording
@@ -38,9 +39,7 @@ FLUSH_S = 1.0  # longer than the recorder waits with writing
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, required=True, help="folder with the model's config.json")
     parser.add_argument("--name", help="the model's name in the rows; the folder's name without it")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the measurements")
-    parser.add_argument("--time-budget", type=float, metavar="S", help="stop cleanly after S seconds")
-    parser.add_argument("--resume", action="store_true", help="go on in a folder, skipping what it has")
+    add_shared_arguments(parser)
     parser.add_argument(
         "--concurrency",
         type=int,
@@ -92,7 +91,7 @@ def _serve(
             took, began = time.monotonic() - began, time.monotonic()
             if not budget.fits(took):
                 done = sum(map(len, turns.values()))
-                print(f"the time budget is spent: {done} turns measured", file=sys.stderr)
+                say(f"the time budget is spent: {done} turns measured")
                 break
         else:
             if not any(row.get("more_tokens") for row in folder.rows if row.get("model") == name):
@@ -101,7 +100,7 @@ def _serve(
                     *({"model": name, "case": f"{name}/served/prompts/{n}"} | r for n, r in enumerate(rows))
                 )
     for complaint in complaints(turns):
-        print(f"{complaint}. Measure again on a machine that does nothing else", file=sys.stderr)
+        say(f"{complaint}. Measure again on a machine that does nothing else")
 
 
 def _turns(rows: Iterable[Row]) -> defaultdict[int, dict[int, Sequence[Row]]]:

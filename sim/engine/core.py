@@ -86,7 +86,8 @@ class Sequence:
     serial: cython.longlong
     row: cython.Py_ssize_t  # in the table of outcomes, -1 outside of it
     shared_keys: list
-    request = cython.declare(object, visibility="readonly")
+    priority = cython.declare(cython.longlong, visibility="readonly")
+    prompt_tokens = cython.declare(cython.int, visibility="readonly")
     request_id = cython.declare(cython.longlong, visibility="readonly")
     preemptions = cython.declare(cython.int, visibility="readonly")
     cached_tokens = cython.declare(cython.int, visibility="readonly")
@@ -96,9 +97,10 @@ class Sequence:
     first_token = cython.declare(cython.longlong, visibility="readonly")
     finish = cython.declare(cython.longlong, visibility="readonly")
 
-    def __init__(self, request: Any, request_id: cython.longlong) -> None:
-        self.request = request
-        self.request_id = request_id
+    def __init__(
+        self, request_id: cython.longlong, priority: cython.longlong, prompt_tokens: cython.int
+    ) -> None:
+        self.request_id, self.priority, self.prompt_tokens = request_id, priority, prompt_tokens
         self.status = WAITING
         self.computed = self.placeholders = self.catch_up = self.preemptions = 0
         self.blocks_end = self.cached_end = self.scheduled_tokens = 0
@@ -109,13 +111,14 @@ class Sequence:
     @property
     def sort_key(self) -> tuple[int, int, int]:
         """The order of the priority queue."""
-        return self.request.priority, self.arrival, self.request_id
+        return self.priority, self.arrival, self.request_id
 
 
 @cython.final
 @cython.cclass
 class Step:
-    """What one ``schedule`` decided, and after ``complete`` what came of it; see ``step.Step``."""
+    """What one ``schedule`` decided, and after ``complete`` what came of it; see ``Step`` in
+    ``servecast.sim.engine.engine``."""
 
     tick = cython.declare(cython.longlong, visibility="readonly")
     total_tokens = cython.declare(cython.int, visibility="readonly")
@@ -222,8 +225,9 @@ class KVCache:
         self.mask = size - 1
         self.num_blocks = num_blocks
         self.free_blocks = num_blocks - 1
-        self.prev = array("i", [num_blocks - 1, *range(num_blocks - 1)])
-        self.next = array("i", [*range(1, num_blocks), 0])
+        self.prev = np.arange(-1, num_blocks - 1, dtype=np.int32)
+        self.next = np.arange(1, num_blocks + 1, dtype=np.int32)
+        self.prev[0], self.next[num_blocks - 1] = num_blocks - 1, 0
         self.ref, self.later = array("i", [0]) * num_blocks, array("i", [-1]) * num_blocks
         self.key, self.table_key = array("q", [-1]) * num_blocks, array("q", [-1]) * size
         self.table_block = array("i", [0]) * size
@@ -509,28 +513,48 @@ class Scheduler:
         Raises:
             InputError: the request could never run alone: longer than ``max_model_len`` or than the pool.
         """
-        sequence: Sequence = Sequence(request, request.request_id)
-        prompt: cython.int = request.prompt_tokens
+        return self.enter(
+            request.request_id,
+            request.prompt_tokens,
+            request.output_tokens,
+            request.max_tokens,
+            request.content,
+            request.priority,
+            arrival,
+        )
+
+    @cython.cfunc
+    def enter(
+        self,
+        request_id: cython.longlong,
+        prompt: cython.int,
+        output: cython.int,
+        most: cython.int,
+        content: tuple,
+        priority: cython.longlong,
+        arrival: cython.longlong,
+    ) -> Sequence:
+        """``add``, without the object."""
+        sequence: Sequence = Sequence(request_id, priority, prompt)
         need: cython.int
         sequence.num_tokens = prompt
-        sequence.limit = prompt + request.max_tokens
-        sequence.final_tokens = min(prompt + request.output_tokens, sequence.limit, self.max_model_len)
+        sequence.limit = prompt + most
+        sequence.final_tokens = min(prompt + output, sequence.limit, self.max_model_len)
         sequence.arrival, sequence.serial = arrival, self.added
         self.added += 1
         if prompt >= self.max_model_len:
             raise InputError(
                 f"its prompt of {prompt} tokens leaves no room for an output",
-                where=f"request {request.request_id}",
+                where=f"request {request_id}",
                 fix=f"Shorten it below max_model_len={self.max_model_len}, or raise max_model_len.",
             )
         need = (sequence.final_tokens + self.block_size - 2) // self.block_size  # the last is never computed
         if need > self.kv.num_blocks - 1:
             raise InputError(
                 f"its {sequence.final_tokens} tokens need {need} KV blocks of {self.block_size}",
-                where=f"request {request.request_id}",
+                where=f"request {request_id}",
                 fix=f"The pool has {self.kv.num_blocks - 1}: enlarge it or shorten the request.",
             )
-        content: tuple = request.content
         sequence.shared_keys = None
         if content and self.prefix_caching:
             keys: Any = self.prefixes.get(content)
@@ -1127,6 +1151,11 @@ class StepCosts:
         return total if tokens <= self.graphed or total > self.eager_s else self.eager_s
 
 
+def writable(values: Any) -> Any:
+    """A column that may be written to, as typed views want it."""
+    return np.require(values, None, "W")
+
+
 @cython.ccall
 def longer(values: cython.double[::1], least: cython.Py_ssize_t) -> Any:
     """The same with room for twice as many, at least ``least``; new places hold -1."""
@@ -1166,9 +1195,10 @@ class EngineLoop:
     Attributes:
         now: up to when it has run. wake: when to call ``advance`` again, where it came to BUSY.
         tell_ends: ``advance`` returns when requests have ended.
-        ended: sequences that ended since they were last taken, where it tells.
+        ended: rows of requests that ended since they were last taken, where it tells.
         after_step: called with the time when a step has been completed, or None.
-        on_first: called with a request's id and the time at which its first token comes, or None.
+        on_first: called with a request's row and the time at which its first token comes, or None.
+        inbox: (time, row of a request, or ~row of one whose client has gone), in order.
     """
 
     now = cython.declare(cython.longlong, visibility="public")
@@ -1178,10 +1208,16 @@ class EngineLoop:
     stage = cython.declare(cython.int, visibility="public")
     after_step = cython.declare(object, visibility="public")
     on_first = cython.declare(object, visibility="public")
-    inbox = cython.declare(
-        list, visibility="readonly"
-    )  # (time, Request or id to abort, row of a request), in order
-    outcomes: cython.longlong[:, ::1]  # a row a field, a column a request
+    inbox = cython.declare(list, visibility="readonly")
+    request_ids: cython.longlong[::1]
+    prompts: cython.longlong[::1]
+    outputs: cython.longlong[::1]
+    most: cython.longlong[::1]
+    priorities: cython.longlong[::1]
+    prioritized: cython.bint
+    contents: list
+    content: cython.int[::1]
+    outcomes: cython.longlong[:, ::1]
     ended = cython.declare(list, visibility="public")
     scheduler: Scheduler
     costs: StepCosts
@@ -1204,9 +1240,10 @@ class EngineLoop:
     arrivals: cython.longlong
     seen: cython.longlong[::1]  # by tick: when the step's tokens were read, on average
     num_seen: cython.Py_ssize_t
-    steps: cython.double[::1]
+    steps: cython.longlong[:, ::1]
+    step_floats: cython.double[:, ::1]
     num_steps: cython.Py_ssize_t
-    gaps: cython.double[::1]
+    gaps: cython.double[:, ::1]
     num_gaps: cython.Py_ssize_t
 
     def __init__(
@@ -1232,34 +1269,71 @@ class EngineLoop:
         self.first = self.second = self.pending = None
         self.after_step = self.on_first = None
         self.inbox, self.ended = [], []
-        self.outcomes = np.zeros((len(OUTCOMES), 0), np.int64)
         self.seen = np.zeros(1024, np.int64)
-        self.steps, self.gaps = np.zeros(1024 * STEP_FIELDS), np.zeros(1024 * GAP_FIELDS)
+        self.room_for_steps(1024)
+        self.room_for_gaps(1024)
         self.num_seen = self.num_steps = self.num_gaps = 0
 
-    def step_rows(self) -> Any:
-        """Rows of ``records.STEP_COLUMNS``."""
-        return np.asarray(self.steps)[: self.num_steps * STEP_FIELDS].reshape(-1, STEP_FIELDS)
+    @property
+    def step_columns(self) -> Any:
+        """(fields, steps): a row for each of ``records.STEP_COLUMNS``, floats by their bits."""
+        return np.asarray(self.steps)[:, : self.num_steps]
 
-    def gap_rows(self) -> Any:
-        """Rows (stage, gap in s, tokens, s over which the step's tokens are read)."""
-        return np.asarray(self.gaps)[: self.num_gaps * GAP_FIELDS].reshape(-1, GAP_FIELDS)
+    @property
+    def gap_columns(self) -> Any:
+        """(4, gaps): stage, gap in s, tokens, s over which the step's tokens are read."""
+        return np.asarray(self.gaps)[:, : self.num_gaps]
+
+    @cython.cfunc
+    def room_for_steps(self, count: cython.Py_ssize_t) -> cython.int:
+        steps: Any = np.zeros((STEP_FIELDS, count), np.int64)
+        if self.num_steps:
+            steps[:, : self.num_steps] = self.steps
+        self.steps, self.step_floats = steps, steps.view(np.float64)
+        return 0
+
+    @cython.cfunc
+    def room_for_gaps(self, count: cython.Py_ssize_t) -> cython.int:
+        gaps: Any = np.zeros((GAP_FIELDS, count))
+        if self.num_gaps:
+            gaps[:, : self.num_gaps] = self.gaps
+        self.gaps = gaps
+        return 0
+
+    def load(self, requests: Any, outcomes: Any) -> None:
+        """The table whose rows the inbox names, and (fields, n) what becomes of them, by ``OUTCOMES``."""
+        self.request_ids, self.prompts = writable(requests.request_id), writable(requests.prompt_tokens)
+        self.outputs, self.most = writable(requests.output_tokens), writable(requests.max_tokens)
+        self.contents, self.content = requests.contents, writable(requests.content)
+        self.prioritized = requests.priority is not None
+        if self.prioritized:
+            self.priorities = writable(requests.priority)
+        self.outcomes = outcomes
 
     @cython.ccall
-    def take(self, request: Any, time: cython.longlong) -> Sequence:
+    def take(self, row: cython.Py_ssize_t, time: cython.longlong) -> cython.int:
         """A request reaches the scheduler that was put into the queue at ``time``."""
-        sequence: Sequence = self.scheduler.add(request, self.arrivals)
+        sequence: Sequence = self.scheduler.enter(
+            self.request_ids[row],
+            self.prompts[row],
+            self.outputs[row],
+            self.most[row],
+            self.contents[self.content[row]],
+            self.priorities[row] if self.prioritized else 0,
+            self.arrivals,
+        )
         self.arrivals += 1
         sequence.queued = time
-        return sequence
+        sequence.row = row
+        return 0
 
-    def find(self, request_id: Any) -> Any:
-        """A request in the engine, or None."""
-        return self.scheduler.sequences.get(request_id)
-
-    def abort(self, request_id: Any) -> None:
-        """Drop a request wherever it stands."""
-        self.scheduler.abort(request_id)
+    def leave(self, row: int) -> None:
+        """A request ends without its last token, wherever it stands."""
+        request_id: Any = self.request_ids[row]
+        found: Any = self.scheduler.sequences.get(request_id)
+        if found is not None:
+            self.book(found)
+            self.scheduler.abort(request_id)
 
     @cython.ccall
     def advance(self, until: cython.longlong) -> cython.int:
@@ -1274,6 +1348,7 @@ class EngineLoop:
             InputError: a request can never run.
         """
         scheduler: Scheduler = self.scheduler
+        sequence: Sequence
         step: Step
         while True:
             if self.pending is not None:
@@ -1299,7 +1374,8 @@ class EngineLoop:
                     self.after_step(self.now)
                 self.deliver(step)
                 if step.leavers and self.tell_ends:
-                    self.ended.extend(step.leavers)
+                    for sequence in step.leavers:
+                        self.ended.append(sequence.row)
                     return _ENDED
             if self.first is None and self.inbox and not (scheduler.sequences or scheduler.finished_unsent):
                 self.now = max(self.now, self.next_arrival())
@@ -1332,11 +1408,8 @@ class EngineLoop:
     def drain(self) -> cython.int:
         """All that has reached the engine's input queue by now (EngineCore._process_input_queue)."""
         item: tuple
-        sequence: Sequence
         for item in self.inbox:
-            sequence = self.take(item[1], item[0])
-            if len(item) > 2:
-                sequence.row = item[2]
+            self.take(item[1], item[0])
         self.inbox.clear()
         return 0
 
@@ -1374,28 +1447,28 @@ class EngineLoop:
             sequence = step.joined[i]
             if sequence.scheduled < 0:
                 sequence.scheduled = step.start
-        at = self.num_steps * STEP_FIELDS
-        if at == self.steps.shape[0]:
-            self.steps = longer(self.steps, 0)
+        at = self.num_steps
+        if at == self.steps.shape[1]:
+            self.room_for_steps(2 * at)
         self.num_steps += 1
-        self.steps[at] = self.index
-        self.steps[at + 1] = in_seconds(step.start)
-        self.steps[at + 2] = seconds
-        self.steps[at + 3] = step.total_tokens - step.decodes
-        self.steps[at + 4] = len(step.chunks)
-        self.steps[at + 5] = step.decodes
-        self.steps[at + 6] = step.decode_context
-        self.steps[at + 7] = len(scheduler.runners)
-        self.steps[at + 8] = scheduler.num_waiting
-        self.steps[at + 9] = kv.usage
-        self.steps[at + 10] = len(step.victims)
-        self.steps[at + 11] = len(step.samplers)
+        self.steps[0, at] = self.index
+        self.step_floats[1, at] = in_seconds(step.start)
+        self.step_floats[2, at] = seconds
+        self.steps[3, at] = step.total_tokens - step.decodes
+        self.steps[4, at] = len(step.chunks)
+        self.steps[5, at] = step.decodes
+        self.steps[6, at] = step.decode_context
+        self.steps[7, at] = len(scheduler.runners)
+        self.steps[8, at] = scheduler.num_waiting
+        self.step_floats[9, at] = kv.usage
+        self.steps[10, at] = len(step.victims)
+        self.steps[11, at] = len(step.samplers)
         return 0
 
     @cython.cfunc
     def refuse(self) -> cython.int:
         """The engine is empty, and the head of the queue does not fit."""
-        head: Any = self.scheduler.queue.head().request
+        head: Any = self.scheduler.queue.head()
         raise InputError(
             f"its {head.prompt_tokens} tokens are never admitted, although the engine is empty",
             where=f"request {head.request_id}",
@@ -1445,7 +1518,7 @@ class EngineLoop:
             sequence = step.firsts[i]
             sequence.first_token = last - pace * (count - 1 - i)
             if self.on_first is not None:
-                self.on_first(sequence.request_id, sequence.first_token)
+                self.on_first(sequence.row, sequence.first_token)
         count = len(step.leavers)
         if count:
             share = (last - first) // count
@@ -1453,8 +1526,7 @@ class EngineLoop:
                 sequence = step.leavers[i]
                 sequence.ended = self.now
                 sequence.finish = max(sequence.first_token, first + share * i + share // 2)
-                if sequence.row >= 0:
-                    self.book(sequence)
+                self.book(sequence)
         return 0
 
     @cython.cfunc
@@ -1463,7 +1535,10 @@ class EngineLoop:
         self.outcomes[1, row], self.outcomes[2, row] = sequence.queued, sequence.scheduled
         self.outcomes[3, row], self.outcomes[4, row] = sequence.ended, sequence.first_token
         self.outcomes[5, row] = sequence.finish
-        self.outcomes[6, row], self.outcomes[7, row] = sequence.cached_tokens, sequence.preemptions
+        if sequence.scheduled >= 0:
+            self.outcomes[6, row] = sequence.cached_tokens
+        if sequence.preemptions:
+            self.outcomes[7, row] = sequence.preemptions
         return 0
 
     @cython.cfunc
@@ -1476,210 +1551,12 @@ class EngineLoop:
 
     @cython.cfunc
     def note_gap(self, gap: cython.longlong, tokens: cython.longlong, spread: cython.double) -> cython.int:
-        at: cython.Py_ssize_t = self.num_gaps * GAP_FIELDS
-        if at == self.gaps.shape[0]:
-            self.gaps = longer(self.gaps, 0)
+        at: cython.Py_ssize_t = self.num_gaps
+        if at == self.gaps.shape[1]:
+            self.room_for_gaps(2 * at)
         self.num_gaps += 1
-        self.gaps[at] = self.stage
-        self.gaps[at + 1] = in_seconds(gap)
-        self.gaps[at + 2] = tokens
-        self.gaps[at + 3] = spread
-        return 0
-
-
-ARRIVAL = cython.declare(cython.int, 0)
-ON_WIRE = cython.declare(cython.int, 1)
-AT_SERVER = cython.declare(cython.int, 2)
-PREPARED = cython.declare(cython.int, 3)
-ENCODED = cython.declare(cython.int, 4)
-DONE = cython.declare(cython.int, 5)
-
-
-@cython.final
-@cython.cclass
-class Alone:
-    """One client, one API server and one engine, when nothing else happens: what ``Fleet``, ``ApiServer`` and
-    ``Replica`` do with events of SimPy, in the same order, see there.
-
-    Args:
-        loop: of the engine. send: when a request that the client starts now is on the wire; None: at once.
-        costs_s: latency, preparation and, for a prompt token, encoding at the API server. variation: factors
-            of the first two, in the order of need. most: requests of a round of preparation.
-        limit: requests in flight at most, first come, first served; 0 is no limit.
-    """
-
-    loop: EngineLoop
-    send: Any
-    latency_s: cython.double
-    request_s: cython.double
-    prompt_token_s: cython.double
-    tokenizer_free: cython.longlong
-    most: cython.Py_ssize_t
-    variation: Any
-    limit: cython.Py_ssize_t
-    requests: list
-    times: cython.longlong[::1]
-    sent: cython.longlong[::1]
-    heap: list  # (time, order, what, request)
-    order: cython.longlong
-    ready: cython.Py_ssize_t  # requests that have arrived and those that were sent, from the first on
-    started: cython.Py_ssize_t
-    in_flight: cython.Py_ssize_t
-    busy_until: cython.longlong
-    rounds: list  # ends of rounds of preparation, and who is in each
-
-    def __init__(
-        self,
-        loop: EngineLoop,
-        send: Any,
-        costs_s: tuple[float, float, float],
-        variation: Any,
-        most: int,
-        limit: int,
-    ) -> None:
-        self.loop, self.send, self.variation, self.limit = loop, send, variation, limit
-        self.latency_s, self.request_s, self.prompt_token_s = costs_s
-        self.most, self.tokenizer_free = most, 0
-        self.heap, self.rounds, self.requests = [], [], []
-        self.order = self.busy_until = 0
-        self.ready = self.started = self.in_flight = 0
-
-    def run(self, times: cython.longlong[::1], requests: list[Any]) -> dict[str, Any]:
-        """Run requests that arrive at these times, which do not fall, to the end of the last.
-
-        Returns:
-            A column for each of ``OUTCOMES``, a value a request.
-        """
-        loop: EngineLoop = self.loop
-        count: cython.Py_ssize_t = len(requests)
-        time: cython.longlong
-        what: cython.int
-        event: tuple
-        sequence: Sequence
-        self.times, self.requests = times, requests
-        loop.outcomes = np.zeros((len(OUTCOMES), count), np.int64)
-        loop.tell_ends = self.limit > 0
-        self.sent = loop.outcomes[0]
-        self.push(times[0], ARRIVAL, 0)
-        while True:
-            time = 1 << 62
-            if self.heap:
-                event = self.heap[0]
-                time = event[0]
-            if loop.advance(time) == _ENDED:
-                for sequence in loop.ended:
-                    self.push(sequence.finish, DONE, 0)
-                loop.ended.clear()
-                continue
-            if not self.heap:
-                break
-            event = heappop(self.heap)
-            what = event[2]
-            if what == ARRIVAL:
-                self.arrive(time)
-            elif what == ON_WIRE:
-                self.accept(time, event[3])
-            elif what == AT_SERVER:
-                self.prepare(time, event[3])
-            elif what == PREPARED:
-                self.end_round(time)
-            elif what == ENCODED:
-                self.put(time, event[3])
-            else:
-                self.in_flight -= 1
-                self.start(time)
-        columns: Any = np.asarray(loop.outcomes)
-        return dict(zip(OUTCOMES, columns, strict=True))
-
-    @cython.cfunc
-    def push(self, time: cython.longlong, what: cython.int, request: cython.Py_ssize_t) -> cython.int:
-        heappush(self.heap, (time, self.order, what, request))
-        self.order += 1
-        return 0
-
-    @cython.cfunc
-    def arrive(self, now: cython.longlong) -> cython.int:
-        """All that the client means to send by now, and when the next one comes (StreamClient._arrivals)."""
-        count: cython.Py_ssize_t = len(self.requests)
-        while self.ready < count and self.times[self.ready] <= now:
-            self.ready += 1
-            self.start(now)
-        if self.ready < count:
-            self.push(self.times[self.ready], ARRIVAL, 0)
-        return 0
-
-    @cython.cfunc
-    def start(self, now: cython.longlong) -> cython.int:
-        """Send what may be sent (StreamClient._send)."""
-        request: cython.Py_ssize_t
-        on_wire: cython.longlong = now
-        while self.started < self.ready and (not self.limit or self.in_flight < self.limit):
-            request = self.started
-            self.started += 1
-            self.in_flight += 1
-            self.sent[request] = now
-            if self.send is not None:
-                on_wire = self.send(now)
-            if on_wire > now:
-                self.push(on_wire, ON_WIRE, request)
-            else:
-                self.accept(now, request)
-        return 0
-
-    @cython.cfunc
-    def varied(self, seconds: cython.double) -> cython.longlong:
-        factor: cython.double = next(self.variation)
-        return cython.cast(cython.longlong, rint(seconds * factor * PICOSECONDS))
-
-    @cython.cfunc
-    def accept(self, now: cython.longlong, request: cython.Py_ssize_t) -> cython.int:
-        """ApiServer.accept."""
-        latency: cython.longlong = self.varied(self.latency_s)
-        if latency:
-            self.push(now + latency, AT_SERVER, request)
-        else:
-            self.prepare(now, request)
-        return 0
-
-    @cython.cfunc
-    def prepare(self, now: cython.longlong, request: cython.Py_ssize_t) -> cython.int:
-        """ApiServer._prepare and Preparation.start."""
-        cost: cython.longlong = self.varied(self.request_s)
-        if not cost:
-            self.encode(now, request)
-            return 0
-        self.busy_until = max(now, self.busy_until) + cost
-        if not self.rounds or len(self.rounds[len(self.rounds) - 1][1]) == self.most:
-            self.rounds.append([0, []])
-            if len(self.rounds) == 1:
-                self.push(now + cost, PREPARED, 0)
-        self.rounds[len(self.rounds) - 1][1].append(request)
-        self.rounds[len(self.rounds) - 1][0] = self.busy_until
-        return 0
-
-    @cython.cfunc
-    def encode(self, now: cython.longlong, request: cython.Py_ssize_t) -> cython.int:
-        """ApiServer._encode."""
-        tokens: cython.longlong = self.requests[request].prompt_tokens
-        cost: cython.longlong = cython.cast(cython.longlong, rint(self.prompt_token_s * tokens * PICOSECONDS))
-        if cost:
-            self.tokenizer_free = max(now, self.tokenizer_free) + cost
-            self.push(self.tokenizer_free, ENCODED, request)
-        else:
-            self.put(now, request)
-        return 0
-
-    @cython.cfunc
-    def put(self, now: cython.longlong, request: cython.Py_ssize_t) -> cython.int:
-        self.loop.inbox.append((now, self.requests[request], request))
-        return 0
-
-    @cython.cfunc
-    def end_round(self, now: cython.longlong) -> cython.int:
-        """Preparation._end."""
-        if now == self.rounds[0][0]:
-            for request in self.rounds.pop(0)[1]:
-                self.encode(now, request)
-        if self.rounds:
-            self.push(self.rounds[0][0], PREPARED, 0)
+        self.gaps[0, at] = self.stage
+        self.gaps[1, at] = in_seconds(gap)
+        self.gaps[2, at] = tokens
+        self.gaps[3, at] = spread
         return 0

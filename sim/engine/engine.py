@@ -2,13 +2,74 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 from servecast.sim.engine.config import EngineConfig
 from servecast.sim.engine.padded.batch import Pool
 from servecast.sim.engine.request import Request
-from servecast.sim.engine.step import Step
+
+
+class Step(Protocol):
+    """What a replica reads of a step that was decided, and once it is complete of what came of it.
+
+    Attributes:
+        chunks: (tokens, context) of each prompt chunk: computed now, KV tokens already there.
+        decodes, decode_context: requests with one token each; KV tokens they read, that one included.
+        samples: tokens sampled. total_tokens: tokens computed.
+        admitted, preempted: request ids, in order (victims in the order they fell).
+        cached_tokens: request id -> computed tokens at admission, for those admitted and resumed.
+        idle_s: seconds that pass in a step without work, because the engine waits for more requests.
+        first_tokens, finished: ids of requests that got their first or last token from this step.
+        gaps: ticks of the steps that delivered the previous token of those whose tokens do not come from
+            successive steps. steady: tokens delivered whose predecessor came from the step before.
+        emitted: tokens delivered.
+    """
+
+    @property
+    def tick(self) -> int: ...
+
+    @property
+    def chunks(self) -> Sequence[tuple[int, int]]: ...
+
+    @property
+    def decodes(self) -> int: ...
+
+    @property
+    def decode_context(self) -> int: ...
+
+    @property
+    def samples(self) -> int: ...
+
+    @property
+    def total_tokens(self) -> int: ...
+
+    @property
+    def admitted(self) -> Sequence[int]: ...
+
+    @property
+    def preempted(self) -> Sequence[int]: ...
+
+    @property
+    def cached_tokens(self) -> Mapping[int, int]: ...
+
+    @property
+    def idle_s(self) -> float: ...
+
+    @property
+    def first_tokens(self) -> Sequence[int]: ...
+
+    @property
+    def finished(self) -> Sequence[int]: ...
+
+    @property
+    def gaps(self) -> Sequence[int]: ...
+
+    @property
+    def steady(self) -> int: ...
+
+    @property
+    def emitted(self) -> int: ...
 
 
 class Engine(Protocol):
@@ -44,10 +105,10 @@ class Engine(Protocol):
         """Drop a request wherever it stands; an unknown or finished one is ignored."""
         ...
 
-    def schedule(self) -> Step:
-        """Decide the next step."""
+    def schedule(self) -> Any:
+        """Decide the next step, a ``Step``."""
         ...
 
-    def complete(self, step: Step) -> None:
+    def complete(self, step: Any) -> None:
         """The step has run: say in it who got a first, a further, or the last token."""
         ...

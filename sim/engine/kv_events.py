@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from servecast.sim.engine import core
+from servecast.sim.engine.core import Scheduler
 from servecast.sim.engine.engine import Engine
-from servecast.sim.engine.scheduler import Scheduler
-from servecast.sim.engine.sequence import is_shared
+
+BLOCKS_PER_CONTENT = 1 << 24  # a content id owns this many keys of blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,17 +37,14 @@ def publish_kv_events(engine: Engine, publish: Publish) -> None:
     Contents that only one request can have (its own prompt tokens and its output) are left out: no other
     prompt can ask for them.
     """
-    if not isinstance(engine, Scheduler | core.Scheduler):
+    if not isinstance(engine, Scheduler):
         return
     assert not engine.has_requests
 
     def stored(keys: Sequence[int]) -> None:
-        shared = tuple(key for key in keys if is_shared(key)) if is_shared(keys[0]) else ()
-        if shared:
-            publish(BlockStored(shared))
+        publish(BlockStored(tuple(keys)))
 
     def evicted(key: int) -> None:
-        if is_shared(key):
-            publish(BlockRemoved(key))
+        publish(BlockRemoved(key))
 
     engine.kv.on_store, engine.kv.on_evict = stored, evicted

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+Content = tuple[tuple[int, int], ...]
 
 
 @dataclass(slots=True)
@@ -11,10 +17,11 @@ class Request:
     """One request as the client means to send it.
 
     ``content`` names the shared leading parts of the prompt: ``((content_id, end_token), ...)`` with
-    rising ``end_token <= prompt_tokens``. Part k covers the tokens from the end of part k-1 up to its
+    rising ``end_token``, up to the prompt's end, or beyond it where the output is a part of later prompts.
+    Part k covers the tokens from the end of part k-1 up to its
     own end, and its id stands for those tokens *and everything before them* (as the hash ids of a
     Mooncake trace do), so two requests share a KV block exactly when the block's last token lies in
-    parts with equal ids. Tokens after the last part, and all output tokens, belong to this request alone.
+    parts with equal ids. Tokens after the last part belong to this request alone.
 
     Attributes:
         request_id: unique within a run, rising in the order of generation.
@@ -33,10 +40,128 @@ class Request:
     prompt_tokens: int
     output_tokens: int
     max_tokens: int
-    content: tuple[tuple[int, int], ...] = ()
+    content: Content = ()
     priority: int = 0
     abort_after_s: float | None = None
     group: int | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Requests(Sequence[Request]):
+    """Many requests as columns, see ``Request``; one by one they are made only where somebody asks for one.
+
+    Attributes:
+        content: (n,) place of each request's content in ``contents``, where each stands once.
+        group: (n,) -1 where a request has none. priority, abort_after_s: (n,) None where all have none,
+            ``abort_after_s`` NaN where a request has none.
+    """
+
+    request_id: NDArray[np.int64]
+    arrival_s: NDArray[np.float64]
+    prompt_tokens: NDArray[np.int64]
+    output_tokens: NDArray[np.int64]
+    max_tokens: NDArray[np.int64]
+    content: NDArray[np.int32]
+    contents: list[Content]
+    group: NDArray[np.int64] | None = None
+    priority: NDArray[np.int64] | None = None
+    abort_after_s: NDArray[np.float64] | None = None
+
+    @classmethod
+    def of(cls, requests: Iterable[Request]) -> Requests:
+        """The columns of requests that are there one by one."""
+        if isinstance(requests, Requests):
+            return requests
+        rows, known = list(requests), dict[Content, int]()
+        content = [known.setdefault(row.content, len(known)) for row in rows]
+
+        def column(name: str, dtype: type, missing: float = 0) -> NDArray[Any] | None:
+            values = [missing if (value := getattr(row, name)) is None else value for row in rows]
+            return None if all(value is missing for value in values) else np.array(values, dtype)
+
+        def whole(name: str) -> NDArray[np.int64]:
+            return np.array([getattr(row, name) for row in rows], np.int64)
+
+        return cls(
+            whole("request_id"),
+            np.array([row.arrival_s for row in rows], np.float64),
+            whole("prompt_tokens"),
+            whole("output_tokens"),
+            whole("max_tokens"),
+            np.array(content, np.int32),
+            list(known),
+            column("group", np.int64, -1),
+            column("priority", np.int64),
+            column("abort_after_s", np.float64, np.nan),
+        )
+
+    @classmethod
+    def joined(cls, parts: Sequence[Requests]) -> Requests:
+        """Several, one after the other."""
+        if len(parts) == 1:
+            return parts[0]
+        contents: list[Content] = []
+        places = []
+        for part in parts:
+            places.append(part.content + np.int32(len(contents)))
+            contents += part.contents
+        given = [name for name in _OPTIONAL if any(getattr(part, name) is not None for part in parts)]
+        columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in _COLUMNS}
+        columns |= {
+            name: np.concatenate(
+                [
+                    np.full(len(part), _OPTIONAL[name])
+                    if getattr(part, name) is None
+                    else getattr(part, name)
+                    for part in parts
+                ]
+            )
+            for name in given
+        }
+        return cls(**columns, content=np.concatenate(places), contents=contents)
+
+    def __len__(self) -> int:
+        return len(self.request_id)
+
+    @overload
+    def __getitem__(self, row: int) -> Request: ...
+    @overload
+    def __getitem__(self, row: slice) -> list[Request]: ...
+    def __getitem__(self, row: int | slice) -> Request | list[Request]:
+        if isinstance(row, slice):
+            return [self[each] for each in range(*row.indices(len(self)))]
+        group = -1 if self.group is None else int(self.group[row])
+        abort = None if self.abort_after_s is None else float(self.abort_after_s[row])
+        return Request(
+            int(self.request_id[row]),
+            float(self.arrival_s[row]),
+            int(self.prompt_tokens[row]),
+            int(self.output_tokens[row]),
+            int(self.max_tokens[row]),
+            self.contents[self.content[row]],
+            0 if self.priority is None else int(self.priority[row]),
+            None if abort is None or np.isnan(abort) else abort,
+            None if group < 0 else group,
+        )
+
+    def __iter__(self) -> Iterator[Request]:
+        return (self[row] for row in range(len(self)))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Sequence):
+            return NotImplemented
+        return len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
+
+    def take(self, rows: NDArray[np.int64]) -> Requests:
+        """Those at some rows."""
+        columns = {name: getattr(self, name)[rows] for name in (*_COLUMNS, "content")}
+        for name in _OPTIONAL:
+            columns[name] = None if getattr(self, name) is None else getattr(self, name)[rows]
+        return Requests(**columns, contents=self.contents)
+
+
+_COLUMNS = ("request_id", "arrival_s", "prompt_tokens", "output_tokens", "max_tokens")
+_OPTIONAL: dict[str, Any] = {"group": np.int64(-1), "priority": np.int64(0), "abort_after_s": np.nan}
 
 
 @dataclass(slots=True)
@@ -50,7 +175,7 @@ class Stream:
     """
 
     name: str
-    requests: list[Request]
+    requests: Sequence[Request]
     max_concurrency: int | None = None
     background: bool = False
     until_s: float | None = None

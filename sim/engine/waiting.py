@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from servecast.sim.engine.sequence import Sequence
+if TYPE_CHECKING:
+    from servecast.sim.engine.core import Sequence
 
 
 class WaitingQueue(Protocol):
@@ -63,8 +64,7 @@ class PriorityQueue:
         self._heap: list[tuple[int, int, int, Sequence]] = []
 
     def push(self, sequence: Sequence) -> None:
-        request = sequence.request
-        heapq.heappush(self._heap, (request.priority, sequence.arrival, sequence.request_id, sequence))
+        heapq.heappush(self._heap, (sequence.priority, sequence.arrival, sequence.request_id, sequence))
 
     push_preempted = push
 

@@ -7,19 +7,19 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from servecast.sim.engine.core import ABORTS, BUSY, ENDED, IDLE
-from servecast.sim.engine.engine import Engine
+from servecast.sim.engine.engine import Engine, Step
 from servecast.sim.engine.request import Request
-from servecast.sim.engine.step import Step
 from servecast.sim.hardware.step_time.physical import StepTime
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.inputs.units import PICOSECONDS, to_ps
+from servecast.sim.metrics.records import STEP_COLUMNS
 
 
 @dataclass(slots=True)
@@ -27,6 +27,7 @@ class InEngine:
     """A request in the engine; see ``core.Sequence``. Times are picoseconds, -1 where it did not happen."""
 
     request: Request
+    row: int
     queued: int
     scheduled: int = -1
     ended: int = -1
@@ -34,10 +35,6 @@ class InEngine:
     finish: int = -1
     cached_tokens: int = -1
     preemptions: int = 0
-
-    @property
-    def request_id(self) -> int:
-        return self.request.request_id
 
 
 class PythonLoop:
@@ -62,8 +59,11 @@ class PythonLoop:
         self.now = self.wake = self.aborts = self.stage = 0
         self.after_step: Callable[[int], None] | None = None
         self.on_first: Callable[[int, int], None] | None = None
-        self.inbox: list[tuple[int, Request | int]] = []
-        self.ended: list[InEngine] = []
+        self.inbox: list[tuple[int, int]] = []
+        self.ended: list[int] = []
+        self.tell_ends = True
+        self._requests: Sequence[Request] = ()
+        self._outcomes: NDArray[np.int64] = np.zeros((0, 0), np.int64)
         self._depth = 2 if engine.config.async_scheduling else 1
         self._index = index
         self._seconds, self._floor, self._noise = step_time.seconds, floor, noise
@@ -78,28 +78,48 @@ class PythonLoop:
         self._steps, self._gaps = array("d"), array("d")
         self._seen = array("q")  # by tick: when the step's tokens were read, on average
 
-    def step_rows(self) -> NDArray[np.float64]:
-        """Rows of ``records.STEP_COLUMNS``."""
-        return np.array(self._steps).reshape(-1, 12)
+    @property
+    def step_columns(self) -> NDArray[np.int64]:
+        """See ``EngineLoop``."""
+        found = np.empty((len(STEP_COLUMNS), len(self._steps) // len(STEP_COLUMNS)), np.int64)
+        for place, kind in enumerate(STEP_COLUMNS.values()):
+            found[place].view(kind)[:] = self._steps[place :: len(STEP_COLUMNS)]
+        return found
 
-    def gap_rows(self) -> NDArray[np.float64]:
-        """Rows (stage, gap in s, tokens, s over which the step's tokens are read)."""
-        return np.array(self._gaps).reshape(-1, 4)
+    @property
+    def gap_columns(self) -> NDArray[np.float64]:
+        """See ``EngineLoop``."""
+        return np.array(self._gaps).reshape(-1, 4).T
 
-    def take(self, request: Request, time: int) -> None:
+    def load(self, requests: Sequence[Request], outcomes: NDArray[np.int64]) -> None:
+        """See ``EngineLoop``."""
+        self._requests, self._outcomes = requests, outcomes
+
+    def take(self, row: int, time: int) -> None:
         """A request reaches the engine that was put into the queue at ``time``."""
+        request = self._requests[row]
         self.engine.add(request, self._arrivals)
         self._arrivals += 1
-        self._inside[request.request_id] = InEngine(request, time)
+        self._inside[request.request_id] = InEngine(request, row, time)
 
-    def find(self, request_id: int) -> InEngine | None:
-        """A request in the engine."""
-        return self._inside.get(request_id)
+    def leave(self, row: int) -> None:
+        """A request ends without its last token, wherever it stands."""
+        request_id = self._requests[row].request_id
+        if request_id in self._inside:
+            self.engine.abort(request_id)
+            self._book(self._inside.pop(request_id))
 
-    def abort(self, request_id: int) -> None:
-        """Drop a request wherever it stands."""
-        self.engine.abort(request_id)
-        self._inside.pop(request_id, None)
+    def _book(self, request: InEngine) -> None:
+        cached = request.cached_tokens if request.scheduled >= 0 else -1
+        self._outcomes[1:, request.row] = (
+            request.queued,
+            request.scheduled,
+            request.ended,
+            request.first_token,
+            request.finish,
+            cached,
+            request.preemptions,
+        )
 
     def advance(self, until: int) -> int:
         """Run all that starts before ``until``; see ``core.EngineLoop.advance``."""
@@ -135,9 +155,8 @@ class PythonLoop:
                 return BUSY
             if self.aborts:
                 return ABORTS
-            for time, request in self.inbox:
-                assert isinstance(request, Request)
-                self.take(request, time)
+            for time, row in self.inbox:
+                self.take(row, time)
             self.inbox.clear()
             if engine.has_requests:
                 step = engine.schedule()
@@ -223,10 +242,12 @@ class PythonLoop:
         for position, request_id in enumerate(step.first_tokens):  # the newest stand last in the batch
             comes = self._inside[request_id].first_token = last - pace * (newest - position)
             if self.on_first is not None:
-                self.on_first(request_id, comes)
+                self.on_first(self._inside[request_id].row, comes)
         share = (last - first) // (len(step.finished) or 1)
         for position, request_id in enumerate(step.finished):  # these are spread over the batch
             request = self._inside.pop(request_id)
             request.ended = now
             request.finish = max(request.first_token, first + share * position + share // 2)
-            self.ended.append(request)
+            self._book(request)
+            if self.tell_ends:
+                self.ended.append(request.row)

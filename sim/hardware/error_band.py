@@ -80,7 +80,10 @@ _ALL = ("tpot", "ttft", "throughput")
 FITTED_TTFT = 0.55  # of a basis that was fitted end to end
 FITTED_THROUGHPUT = 0.08
 KERNELS = Bands(tpot=0.2, ttft=0.5, throughput=0.2)  # kernel timings, dense models of JUDGED GPUs and weights
-JUDGED_GPUS, JUDGED_WEIGHT_BYTES = ("H100", "H200"), (1, 2)  # those that real runs tell the band of
+JUDGED_GPUS, JUDGED_WEIGHTS = (
+    ("H100", "H200"),
+    ("bf16", "fp8", "fp8_block"),
+)  # those that real runs tell the band of
 KERNELS_MOE = Bands(tpot=0.3, ttft=0.7, throughput=0.35)  # mixtures of experts
 KERNELS_ELSEWHERE = Bands(tpot=0.3, ttft=0.6, throughput=0.35)  # other GPUs, and timings of the nearest one
 TYPICAL = Bands(tpot=TYPICAL_BAND, ttft=0.6, throughput=0.45)
@@ -171,7 +174,7 @@ def _of_kernels(shard: Shard) -> Bands:
     model = shard.model
     if model.moe_layers:
         return _with_rate(replace(KERNELS_MOE, guessed=_ALL))
-    if shard.gpu.name in JUDGED_GPUS and model.weight_bytes_each in JUDGED_WEIGHT_BYTES:
+    if shard.gpu.name in JUDGED_GPUS and shard.linear_kernel in JUDGED_WEIGHTS:
         return _with_rate(KERNELS)
     return _with_rate(replace(KERNELS_ELSEWHERE, guessed=_ALL))
 

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from servecast.sim.hardware.gpu import GPU
+from servecast.sim.hardware.gpu import GPU, find_gpu
 from servecast.sim.hardware.shard import Shard
 from servecast.sim.hardware.step_time.physical import Efficiencies, KernelCosts
 from servecast.sim.inputs.errors import InputError
@@ -100,10 +100,12 @@ class Experts(_Strict):
 
 
 class AllReduce(_Strict):
-    """An all-reduce between so many ranks: latency + ring bytes over the link's bandwidth times ``link``."""
+    """An all-reduce between so many ranks: latency + ring bytes over the link's bandwidth times ``link``; and
+    ``by_size`` the seconds that were timed, by bytes, since vLLM changes the algorithm with the size."""
 
     latency_s: Seconds
     link: Share
+    by_size: dict[int, Seconds] = {}
     residuals: Residuals | None = None
 
 
@@ -230,7 +232,7 @@ class GpuConstants(_Strict):
         Raises:
             InputError: there are no timings of its weights.
         """
-        in_eight = shard.model.weight_bytes_each == 1 and shard.gpu.fp8_flops is not None
+        in_eight = shard.linear_kernel in ("fp8", "fp8_block")
         weights: WeightDtype = "fp8" if in_eight else "bf16"  # without fp8 units they multiply in 16 bits
         eight_bits = shard.kv_dtype_bytes == 1 and "fp8" in self.decodes  # read as 16 where it was not timed
         kv: KvDtype = "fp8" if eight_bits else "bf16"
@@ -252,6 +254,7 @@ class GpuConstants(_Strict):
                 expert_passes=routed.activation_passes,
             )
         link, _ = self._all_reduce(shard)
+        costs = replace(costs, all_reduce=self._by_size(link, shard.gpu))
         return Efficiencies(
             compute=product.compute,
             bandwidth=product.bandwidth,
@@ -264,6 +267,17 @@ class GpuConstants(_Strict):
             allreduce_s=link.latency_s,
             by_kernel=costs,
         )
+
+    def _by_size(self, link: AllReduce, gpu: GPU) -> tuple[tuple[int, float], ...]:
+        """An all-reduce as timed; over another GPU's link, what is more than its latency in proportion."""
+        timed = sorted(link.by_size.items())
+        if not timed or gpu.name == self.gpu:
+            return tuple(timed)
+        own = find_gpu(self.gpu).link_bandwidth
+        if own is None or gpu.link_bandwidth is None:
+            return ()
+        slower, least = own / gpu.link_bandwidth, timed[0][1]
+        return tuple((size, least + max(0.0, seconds - least) * slower) for size, seconds in timed)
 
     def link_note(self, shard: Shard) -> str | None:
         """Why the all-reduces between a model's ranks are not the timed ones; None where they are."""

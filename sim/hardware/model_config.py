@@ -8,70 +8,26 @@ are refused by name.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from servecast.sim.hardware.model_families import ALIASES, FAMILIES, Experts, Family
-from servecast.sim.hardware.quantization import Quantization, read_quantization
+from servecast.sim.hardware.config_file import LARGEST, ConfigFile, short
+from servecast.sim.hardware.layer_kinds import Mixer
+from servecast.sim.hardware.layer_plan import compressed, layer_names, mixers, number_of_layers
+from servecast.sim.hardware.model_families import ALIASES, FAMILIES, NOT_MODELLED, Experts, Family
+from servecast.sim.hardware.quantization import SIXTEEN, Format, Quantization, read_quantization
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.inputs.schema import did_you_mean
 
 _SEES = ("vision_config", "audio_config", "visual")
-_NOT_MODELLED = {
-    "kv_lora_rank": "multi-head latent attention",
+_OTHERS = {  # fields of architectures that a model_type does not tell
     "is_encoder_decoder": "an encoder and a decoder",
-    "linear_num_key_heads": "linear attention",
-    "linear_attn_config": "linear attention",
-    "mamba_d_state": "state-space layers",
-    "ssm_state_size": "state-space layers",
-    "ssm_cfg": "state-space layers",
-    "hybrid_override_pattern": "state-space layers",
+    "routed_expert_hidden_size": "experts behind projections, and attention with residuals of its own",
+    "block_configs": "layers of different sizes",
+    "cross_attention_layers": "cross-attention to images",
 }
-_LARGEST = 1 << 40  # of any size; of layers, 4,096
 _DTYPES = ("bfloat16", "float16", "float32")
 LEFT_OUT = "images and audio are left out: the text model alone is simulated, without its encoders' weights"
-
-
-@dataclass(frozen=True, slots=True)
-class _File:
-    """The fields of a config, and where it lies, for messages."""
-
-    config: Mapping[str, Any]
-    where: str
-
-    def count(self, *fields: str, default: int | None = None) -> int:
-        """A positive whole number, under the first of ``fields`` that is there."""
-        field = next((name for name in fields if self.config.get(name) is not None), fields[0])
-        value = self.config.get(field, default)
-        value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _LARGEST:
-            problem = "is missing" if value is None else f"is {_short(value)}, not a positive integer"
-            raise InputError(
-                f"{field} {problem}",
-                where=f"{self.where}: {field}",
-                fix="Take the file from the model's repository.",
-            )
-        return value
-
-    def amount(self, field: str, default: int = 0) -> int:
-        """A whole number that may be 0 or missing."""
-        value = self.config.get(field)
-        return default if value in (None, 0, False) else self.count(field)
-
-    def listed(self, field: str) -> list[Any]:
-        """A list, empty where there is none."""
-        value = self.config.get(field) or []
-        if not isinstance(value, list):
-            raise InputError(
-                f"{field} is {_short(value)}, not a list",
-                where=f"{self.where}: {field}",
-                fix="Take the file from the model's repository.",
-            )
-        return value
-
-    def says(self, answer: bool | str, default: bool = False) -> bool:
-        """A fact of the family, or of the file's field of that name."""
-        return bool(self.config.get(answer, default)) if isinstance(answer, str) else answer
 
 
 def shape_fields(config: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -85,34 +41,24 @@ def shape_fields(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     model_type = str(config.get("model_type"))
     family = _family(config, where)
     config = family.rename(config)
-    file = _File(config, where)
-    layers, heads, hidden = (
-        file.count("num_hidden_layers", "num_layers", "n_layers"),
-        file.count("num_attention_heads"),
-        file.count("hidden_size"),
+    file = ConfigFile(config, where)
+    layers, heads = number_of_layers(file), file.count("num_attention_heads")
+    hidden = file.count("hidden_size")
+    _check_dtype(config, where)
+    quantization = read_quantization(config, where)
+    plan = _plan(file, family, layers, hidden)
+    with_experts = (
+        _no_mixture(file, model_type) if family.experts is None else _with_experts(file, family, plan)
     )
-    if layers > 4096:
-        raise InputError(
-            f"{layers} layers are no model's", where=f"{where}: num_hidden_layers", fix="Correct the file."
-        )
-    kv_heads = file.count("num_key_value_heads", default=heads)
-    head_dim = file.count("head_dim", default=hidden // heads)
-    dtype_bytes = _dtype_bytes(config, where)
-    quantization = read_quantization(config, dtype_bytes, where)
-    sliding = _sliding_layers(file, family, layers)
-    mixture = (
-        _no_mixture(file, model_type) if family.experts is None else _mixture(file, family.experts, layers)
-    )
-    dense_width = "intermediate_size" if family.experts is None else family.experts.dense_width
-    has_dense = mixture.get("moe_layers", 0) < layers
-    intermediate = file.count(dense_width) if has_dense or dense_width in config else 1
+    mixture = _mixture(file, family.experts, len(with_experts)) if family.experts and with_experts else {}
+    dense = [at for at in range(layers) if at not in with_experts and plan.dense(at)]
+    dense_width = family.experts.dense_width if family.experts and with_experts else "intermediate_size"
+    intermediate = file.count(dense_width) if dense or dense_width in config else 1
     sizes: dict[str, Any] = {
         "hidden_size": hidden,
         "intermediate_size": intermediate,
         "layers": layers,
         "heads": heads,
-        "kv_heads": kv_heads,
-        "head_dim": head_dim,
         "vocab_size": file.count("vocab_size"),
         "tied_embeddings": bool(config.get("tie_word_embeddings", family.tied)),
         "qkv_bias": file.says(family.qkv_bias),
@@ -122,29 +68,81 @@ def shape_fields(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         "qk_norm": family.qk_norm != "no" and file.says(family.qk_norm_field or True),
         "norms_per_layer": config[family.norms] if isinstance(family.norms, str) else family.norms,
         "qk_norm_over_ranks": family.qk_norm == "all" and file.says(family.qk_norm_field or True),
-        "dtype_bytes": dtype_bytes,
-        "weight_bytes_each": quantization.weight_bytes,
-        "weight_block": quantization.block,
         "kv_bytes_each": quantization.kv_bytes or 2,
         **mixture,
-        "sliding_window": file.count("sliding_window") if sliding else 0,
-        "sliding_layers": sliding,
+        **_mixers(plan),
+        "mlp_layers": None if len(dense) + len(with_experts) == layers else len(dense),
+        "mtp_layers": file.amount("num_nextn_predict_layers", "mtp_num_hidden_layers"),
         "model_type": model_type,
-        "notes": notes,
         **_positions(file),
     }
     sizes["other_weights"] = _other_weights(file, family, sizes)
-    sizes["kept_weights"] = _kept_weights(quantization, sizes)
-    return sizes
+    formats = _formats(quantization, plan, sizes, dense, with_experts)
+    notes += tuple(dict.fromkeys(formats.pop("notes")))
+    return sizes | formats | {"notes": notes}
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """Of every layer: its type in the words of ``layer_types``, and how it mixes tokens."""
+
+    names: list[str]
+    mixers: list[Mixer | None]
+
+    def dense(self, layer: int) -> bool:
+        """Whether a layer without experts has an MLP: Nemotron-H's have that or a mixer."""
+        return self.mixers[layer] is None or None not in self.mixers
+
+
+def _plan(file: ConfigFile, family: Family, layers: int, hidden: int) -> _Plan:
+    if family.compressed:
+        return _Plan(["compressed"] * layers, compressed(file, layers, hidden))
+    names = layer_names(file, family, layers)
+    return _Plan(names, mixers(file, family, names, hidden))
+
+
+def _mixers(plan: _Plan) -> dict[str, Any]:
+    """The mixers of a shape, or the fields that stand for them where all layers attend alike, but for a
+    window."""
+    kinds: dict[Mixer, int] = {}
+    for mixer in plan.mixers:
+        if mixer is not None:
+            kinds[mixer] = kinds.get(mixer, 0) + 1
+    found = tuple(replace(mixer, count=count) for mixer, count in kinds.items())
+    attending = [mixer for mixer in found if mixer.attends] or list(found)
+    main = next((mixer for mixer in attending if mixer.kind == "full"), attending[0]) if found else None
+    if main is None:
+        raise InputError(
+            "no layer mixes tokens",
+            where="config.json: layer_types",
+            fix="Take the file from the model's repository.",
+        )
+    sliding = [mixer for mixer in found if mixer.kind == "sliding"]
+    plain = all(
+        replace(mixer, kind="full", count=1, window=0) == replace(main, kind="full", count=1, window=0)
+        and mixer.kind in ("full", "sliding")
+        and mixer.value_dim == mixer.head_dim
+        for mixer in found
+    )
+    return {
+        "kv_heads": main.kv_heads,
+        "head_dim": main.head_dim,
+        "sliding_window": sliding[0].window if sliding else 0,
+        "sliding_layers": sum(mixer.count for mixer in sliding),
+        "sliding_first": found[0].kind == "sliding" or not sliding,
+        "mixers": () if plain and None not in plan.mixers else found,
+    }
 
 
 def _text_part(config: Mapping[str, Any], where: str) -> tuple[Mapping[str, Any], tuple[str, ...]]:
     """The text model's fields, and a note if there is more than text."""
     text = config.get("text_config")
+    if config.get("model_type") in NOT_MODELLED:
+        _family(config, where)
     if isinstance(text, Mapping):
         if "model_type" not in text:
             raise InputError(
-                f"text_config = {_short(text)} names no model_type",
+                f"text_config = {short(text)} names no model_type",
                 where=f"{where}: text_config",
                 fix="Take the file from the model's repository.",
             )
@@ -155,63 +153,75 @@ def _text_part(config: Mapping[str, Any], where: str) -> tuple[Mapping[str, Any]
 
 
 def _family(config: Mapping[str, Any], where: str) -> Family:
-    model_type = config.get("model_type")
-    for field, what in _NOT_MODELLED.items():
-        if config.get(field):
-            raise InputError(
-                f"{field} = {_short(config[field])} belongs to an architecture that is not modelled: {what}",
-                where=f"{where}: {field}",
-                fix=f"Use a text model of one of the types {', '.join(FAMILIES)}.",
-            )
-    found = FAMILIES.get(ALIASES.get(str(model_type), str(model_type)))
+    model_type = str(config.get("model_type") or "")
+    what = NOT_MODELLED.get(model_type) or next(
+        (why for field, why in _OTHERS.items() if config.get(field)), None
+    )
+    if what:
+        raise InputError(
+            f"models of type {model_type!r} are not modelled: {what}",
+            where=f"{where}: model_type",
+            fix="Use a model of another family; servecast models lists them.",
+        )
+    found = FAMILIES.get(ALIASES.get(model_type, model_type))
     if found is None:
-        near = did_you_mean(str(model_type), FAMILIES) if model_type else ""
+        near = did_you_mean(model_type, (*FAMILIES, *ALIASES)) if model_type else ""
         raise InputError(
             f"model_type {model_type!r} is not modelled" if model_type else "model_type is missing",
             where=f"{where}: model_type",
-            fix=f"{near} Use one of {', '.join(FAMILIES)}.".strip(),
+            fix=f"{near} servecast models lists the families that are.".strip(),
         )
     return found
 
 
-def _no_mixture(file: _File, model_type: str) -> dict[str, int]:
+def _no_mixture(file: ConfigFile, model_type: str) -> list[int]:
     """Of a dense family, whose config must not speak of experts."""
     for name in ("num_local_experts", "num_experts", "n_routed_experts"):
         if file.config.get(name) not in (None, 0, 1):
             raise InputError(
-                f"{name} = {_short(file.config[name])}, but models of type {model_type!r} have no experts",
+                f"{name} = {short(file.config[name])}, but models of type {model_type!r} have no experts",
                 where=file.where,
                 fix="Correct model_type, or remove the field.",
             )
-    return {}
+    return []
 
 
-def _mixture(file: _File, experts: Experts, layers: int) -> dict[str, int]:
-    """The fields of a mixture; none where no layer has experts."""
-    config = file.config
-    count = next((config[name] for name in experts.count if config.get(name)), 0)
-    with_experts = [layer for layer in range(layers) if _has_experts(file, experts, layer, layers)]
-    if not count or not with_experts:
-        return {}
-    width = file.count(experts.width)
+def _with_experts(file: ConfigFile, family: Family, plan: _Plan) -> list[int]:
+    """The layers that have experts."""
+    experts = family.experts
+    if experts is None or not next((file.config[name] for name in experts.count if file.config.get(name)), 0):
+        return []
+    layers = len(plan.names)
+    return [at for at in range(layers) if _has_experts(file, experts, at, layers, plan.names)]
+
+
+def _mixture(file: ConfigFile, experts: Experts, layers: int) -> dict[str, int]:
+    """The fields of a mixture of so many layers."""
+    width = file.count(*experts.width)
     shared = file.amount(experts.shared) if experts.shared else 0
-    if experts.shared_count:
-        shared = width * file.amount(experts.shared_count)
+    if experts.shared_count and not shared:
+        shared = width * file.amount(*experts.shared_count)
     return {
         "experts": file.count(*experts.count),
-        "experts_per_token": file.count(experts.active),
+        "experts_per_token": file.count(*experts.active),
         "expert_intermediate_size": width,
         "shared_expert_size": shared,
-        "moe_layers": len(with_experts),
+        "expert_input_size": file.amount("moe_latent_size"),
+        "moe_layers": layers,
     }
 
 
-def _has_experts(file: _File, experts: Experts, layer: int, layers: int) -> bool:
+def _has_experts(file: ConfigFile, experts: Experts, layer: int, layers: int, names: list[str]) -> bool:
     config = file.config
+    if experts.layers == "named":
+        return names[layer] == "moe"
     if experts.layers == "steps":
         step = file.count("decoder_sparse_step", default=1)
         return layer not in file.listed("mlp_only_layers") and (layer + 1) % step == 0
     if experts.layers == "behind":
+        listed = config.get("moe_layer_freq")
+        if isinstance(listed, list):  # MiMo V2
+            return layer < len(listed) and bool(listed[layer])
         return layer >= file.amount("first_k_dense_replace")
     if experts.layers == "interleaved":
         listed = file.listed("moe_layers")
@@ -220,12 +230,12 @@ def _has_experts(file: _File, experts: Experts, layer: int, layers: int) -> bool
     if experts.layers == "interval":
         first, last = file.amount("moe_layer_start_index"), layers - 1
         if config.get("moe_layer_end_index") != -1:
-            last = file.amount("moe_layer_end_index", layers - 1)
+            last = file.amount("moe_layer_end_index", default=layers - 1)
         return first <= layer <= last and (layer + 1) % file.count("moe_layer_interval", default=1) == 0
     return True
 
 
-def _other_weights(file: _File, family: Family, sizes: Mapping[str, Any]) -> int:
+def _other_weights(file: ConfigFile, family: Family, sizes: Mapping[str, Any]) -> int:
     """Small weights that ``ModelShape`` does not count by itself: biases of norms and of the LM head, norms
     of query and key over all heads, gates of shared experts, biases of routers."""
     hidden, layers = sizes["hidden_size"], sizes["layers"]
@@ -236,6 +246,11 @@ def _other_weights(file: _File, family: Family, sizes: Mapping[str, Any]) -> int
         total += layers * (sizes["heads"] + sizes["kv_heads"] - 2) * sizes["head_dim"]
     total += sizes["vocab_size"] if family.head_bias else 0
     total += layers * sizes["heads"] if family.sinks else 0
+    if (
+        family.compressed
+    ):  # the hyper-connections' head; layers that choose experts by token have no correction
+        streams = file.count("hc_mult")
+        total += streams * (streams * hidden + 1) + 1 - file.amount("num_hash_layers") * sizes["experts"]
     total += file.count("max_position_embeddings") * hidden if file.config.get("learned_positions") else 0
     if sizes["mlp_bias"] and not family.gated:
         total -= layers * sizes["intermediate_size"]
@@ -247,34 +262,72 @@ def _other_weights(file: _File, family: Family, sizes: Mapping[str, Any]) -> int
     return total
 
 
-def _kept_weights(quantization: Quantization, sizes: Mapping[str, Any]) -> int:
-    """Linear weights that stay in 16 bits by a list of exceptions, experts included."""
-    if not quantization.exceptions:
-        return 0
-    hidden, head = sizes["hidden_size"], sizes["head_dim"]
-    query, key = sizes["heads"] * head, sizes["kv_heads"] * head
-    attention = {"q_proj": query, "k_proj": key, "v_proj": key, "o_proj": query}
-    names = ("gate_proj", "up_proj", "down_proj")[3 - sizes["mlp_products"] :]
-    first_moe = sizes["layers"] - sizes.get("moe_layers", 0)
-    kept = 0
-    for layer in range(sizes["layers"]):
-        at = f"model.layers.{layer}"
-        kept += sum(
-            hidden * width
-            for name, width in attention.items()
-            if quantization.keeps(f"{at}.self_attn.{name}")
-        )
-        if layer < first_moe:
-            mlp = {f"{at}.mlp.{name}": sizes["intermediate_size"] for name in names}
-        else:
-            shared, routed = sizes["shared_expert_size"], sizes["expert_intermediate_size"]
-            mlp = {f"{at}.mlp.shared_expert.{name}": shared for name in names}
-            mlp |= {f"{at}.mlp.experts.0.{name}": sizes["experts"] * routed for name in names}
-        kept += sum(hidden * width for name, width in mlp.items() if quantization.keeps(name))
-    return kept
+def _formats(
+    quantization: Quantization,
+    plan: _Plan,
+    sizes: Mapping[str, Any],
+    dense: Sequence[int],
+    with_experts: Sequence[int],
+) -> dict[str, Any]:
+    """Bytes of a weight, and what most of them are stored as: of mixers, of MLPs and shared experts, and of
+    routed experts, each on average over what is quantised and what is not."""
+    hidden, products = sizes["hidden_size"], sizes["mlp_products"]
+    names = ("gate_proj", "up_proj", "down_proj")[3 - products :]
+    parts: dict[str, dict[Format, int]] = {"mixers": {}, "mlps": {}, "experts": {}}
+
+    def add(part: str, module: str, weights: int) -> None:
+        form = quantization.format_of(module)
+        parts[part][form] = parts[part].get(form, 0) + weights
+
+    for layer, mixer in enumerate(plan.mixers):
+        for each in mixer.linears(hidden) if mixer else ():
+            add("mixers", f"layers.{layer}.{each.module}", each.weights(1))
+    for name in names:
+        for layer in dense:
+            add("mlps", f"layers.{layer}.mlp.{name}", hidden * sizes["intermediate_size"])
+        for layer in with_experts:
+            inputs = sizes["expert_input_size"] or hidden
+            routed = sizes["experts"] * inputs * sizes["expert_intermediate_size"]
+            add("experts", f"layers.{layer}.mlp.experts.0.{name}", routed)
+            if sizes["shared_expert_size"]:
+                add("mlps", f"layers.{layer}.mlp.shared_experts.{name}", hidden * sizes["shared_expert_size"])
+    average = {
+        part: _tidy(sum(form.weight_bytes * count for form, count in found.items()) / sum(found.values()))
+        for part, found in parts.items()
+        if found
+    }
+    shared = {
+        form: parts["mixers"].get(form, 0) + parts["mlps"].get(form, 0)
+        for part in ("mixers", "mlps")
+        for form in parts[part]
+    }
+    everything = {**shared, **parts["experts"]}
+    mlps = average.get("mlps", average.get("mixers", 2))
+    experts = average.get("experts", mlps)
+    blocks = [form.block for form in everything if form.block]
+    return {
+        "weight_bytes_each": mlps,
+        "attention_bytes_each": None if average.get("mixers", mlps) == mlps else average["mixers"],
+        "expert_bytes_each": None if experts == mlps else experts,
+        "linear_format": _most(shared),
+        "expert_format": _most(parts["experts"]),
+        "weight_block": max(blocks, default=0),
+        "least_capability": quantization.capability,
+        "notes": [form.note for form in everything if form.note],
+    }
 
 
-def _positions(file: _File) -> dict[str, int | None]:
+def _most(found: Mapping[Format, int]) -> str:
+    """The dtype of most of the weights; "" for plain ones, which the bytes say."""
+    most = max(found, key=lambda form: found[form], default=SIXTEEN)
+    return "" if most is SIXTEEN else most.dtype
+
+
+def _tidy(value: float) -> int | float:
+    return int(value) if value == int(value) else value
+
+
+def _positions(file: ConfigFile) -> dict[str, int | None]:
     """The longest context: the file's positions, stretched as its RoPE says.
 
     Under YaRN a file may say the stretched length or the original one: vLLM takes the original times the
@@ -298,14 +351,14 @@ def _positions(file: _File) -> dict[str, int | None]:
         stretch = each.get("factor") or 1.0
         if not isinstance(stretch, int | float) or not 0 < stretch < 1e6:
             raise InputError(
-                f"factor is {_short(stretch)}, not a positive number",
+                f"factor is {short(stretch)}, not a positive number",
                 where=f"{file.where}: rope_scaling.factor",
                 fix="Take the file from the model's repository.",
             )
         original = each.get("original_max_position_embeddings") or config.get(
             "original_max_position_embeddings"
         )
-        original = original if isinstance(original, int) and 0 < original <= _LARGEST else None
+        original = original if isinstance(original, int) and 0 < original <= LARGEST else None
         if kind == "yarn":
             yarn = int((original or positions) * stretch)
         elif kind == "longrope":
@@ -319,7 +372,8 @@ def _positions(file: _File) -> dict[str, int | None]:
     }
 
 
-def _dtype_bytes(config: Mapping[str, Any], where: str) -> int:
+def _check_dtype(config: Mapping[str, Any], where: str) -> None:
+    """Of two bytes, whatever it is: vLLM's --dtype auto casts float32 weights down to half precision."""
     dtype = config.get("torch_dtype") or config.get("dtype") or "bfloat16"
     if dtype not in _DTYPES:
         raise InputError(
@@ -327,42 +381,3 @@ def _dtype_bytes(config: Mapping[str, Any], where: str) -> int:
             where=f"{where}: torch_dtype",
             fix=f"Use {', '.join(_DTYPES)}.",
         )
-    return 2  # vLLM's --dtype auto casts float32 weights down to half precision
-
-
-def _sliding_layers(file: _File, family: Family, layers: int) -> int:
-    config = file.config
-    if config.get("layer_types") is not None:
-        return _sliding_types(file.listed("layer_types"), layers, file.where)
-    window = config.get("sliding_window")
-    if family.sliding == "all":
-        positions = config.get("max_position_embeddings")
-        slides = isinstance(window, int) and not (isinstance(positions, int) and window >= positions)
-        return layers if slides else 0
-    if family.sliding == "qwen":
-        if not config.get("use_sliding_window"):
-            return 0
-        return max(0, layers - file.amount("max_window_layers"))
-    if isinstance(family.sliding, int) and window:
-        pattern = config.get("sliding_window_pattern") or family.sliding
-        every = len(pattern) if isinstance(pattern, str) else 0
-        every = every or file.count("sliding_window_pattern", default=family.sliding)
-        return layers - layers // every  # every n-th layer is full
-    return 0
-
-
-def _sliding_types(types: Sequence[str], layers: int, where: str) -> int:
-    known = ("full_attention", "sliding_attention", "chunked_attention")  # vLLM caches chunked ones as full
-    unknown = [kind for kind in types if kind not in known]
-    if unknown or len(types) != layers:
-        raise InputError(
-            f"{len(types)} entries, the unknown among them {unknown[:3]}, for {layers} layers",
-            where=f"{where}: layer_types",
-            fix="Only full_attention and sliding_attention, one a layer, are modelled.",
-        )
-    return sum(kind == "sliding_attention" for kind in types)
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."

@@ -25,15 +25,15 @@ class Experts:
     """
 
     count: tuple[str, ...] = ("num_experts", "num_local_experts")
-    active: str = "num_experts_per_tok"
-    width: str = "intermediate_size"
+    active: tuple[str, ...] = ("num_experts_per_tok",)
+    width: tuple[str, ...] = ("intermediate_size",)
     dense_width: str = "intermediate_size"
     shared: str = ""
-    shared_count: str = ""
+    shared_count: tuple[str, ...] = ()
     shared_gate: bool = False
     router_bias: bool = False
     bias: bool = False
-    layers: Literal["all", "steps", "behind", "interleaved", "interval"] = "all"
+    layers: Literal["all", "steps", "behind", "interleaved", "interval", "named"] = "all"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,11 @@ class Family:
         tied: when tie_word_embeddings is absent. gated: gate and up projections, not one.
         sliding: which layers slide where there are no layer_types: "no", "all" (if there is a
             sliding_window), "qwen" (use_sliding_window), or all but every n-th.
-        sinks: a learned sink for each head. rename: gives the file's fields their usual names.
+        sinks: a learned sink for each head. latent: full attention is multi-head latent attention, sparse
+            where
+            the file has an indexer. chunked: the layers that would slide attend inside chunks. linear: what
+            linear_attention is. compressed: DeepSeek V4's attention.
+        note: what is not modelled of it. rename: gives the file's fields their usual names.
     """
 
     qkv_bias: bool | str = "attention_bias"
@@ -63,6 +67,10 @@ class Family:
     sliding: Literal["no", "all", "qwen"] | int = "no"
     sinks: bool = False
     experts: Experts | None = None
+    latent: bool = False
+    chunked: bool = False
+    linear: Literal["", "gdn", "kda"] = ""
+    compressed: bool = False
     rename: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
 
 
@@ -94,19 +102,47 @@ def _gpt_bigcode(config: Mapping[str, Any]) -> Mapping[str, Any]:
     }
 
 
+def _gated(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {"attn_output_gate": True, "linear_conv_kernel_dim": 4, **config}
+
+
+def _granite_hybrid(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Without experts the shared MLP is the dense one."""
+    wide = (
+        {}
+        if config.get("num_local_experts")
+        else {"intermediate_size": config.get("shared_intermediate_size")}
+    )
+    return {**config, **wide}
+
+
+def _mimo_v2(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    heads = config.get("num_key_value_heads")
+    twice = {"swa_num_key_value_heads": 2 * heads} if isinstance(heads, int) else {}
+    return {**twice, "add_swa_attention_sink_bias": True, **config}
+
+
+def _deepseek_v4(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A router's correction is left out of the first layers, which choose by token: their tables are no
+    parameters. Hyper-connections end in a head of their own."""
+    return {"intermediate_size": config.get("moe_intermediate_size"), **config}
+
+
 _PLAIN = Family(qkv_bias=False, out_bias=False)
 _QWEN2 = Family(qkv_bias=True, out_bias=False, sliding="qwen")
 _QWEN3 = Family(qk_norm="head", sliding="qwen")
-_QWEN3_EXPERTS = Experts(width="moe_intermediate_size", layers="steps")
+_QWEN3_EXPERTS = Experts(width=("moe_intermediate_size",), layers="steps")
+_QWEN3_SHARED = replace(_QWEN3_EXPERTS, shared="shared_expert_intermediate_size", shared_gate=True)
 _GEMMA = Family(tied=True)
 _OLMO2 = Family(qk_norm="all")
 _BEHIND = Experts(
     count=("n_routed_experts",),
-    width="moe_intermediate_size",
-    shared_count="n_shared_experts",
+    width=("moe_intermediate_size",),
+    shared_count=("n_shared_experts", "num_shared_experts"),
     router_bias=True,
     layers="behind",
 )
+_LATENT = Family(qkv_bias=False, out_bias=False, latent=True, experts=_BEHIND)
 
 FAMILIES: Mapping[str, Family] = {
     "llama": Family(mlp_bias="mlp_bias"),
@@ -114,6 +150,8 @@ FAMILIES: Mapping[str, Family] = {
         experts=Experts(
             dense_width="intermediate_size_mlp", shared="intermediate_size", layers="interleaved"
         ),
+        sliding=4,
+        chunked=True,
     ),
     "mistral": Family(qkv_bias=False, out_bias=False, sliding="all"),
     "ministral": Family(qkv_bias=False, out_bias=False, sliding="all"),
@@ -125,15 +163,23 @@ FAMILIES: Mapping[str, Family] = {
         out_bias=False,
         sliding="qwen",
         experts=Experts(
-            width="moe_intermediate_size",
+            width=("moe_intermediate_size",),
             shared="shared_expert_intermediate_size",
             shared_gate=True,
             layers="steps",
         ),
     ),
     "mimo": _QWEN2,
+    "mimo_v2_flash": Family(
+        out_bias=False, experts=replace(_BEHIND, layers="behind", shared_count=()), rename=_mimo_v2
+    ),
     "qwen3": _QWEN3,
     "qwen3_moe": Family(qk_norm="head", sliding="qwen", experts=_QWEN3_EXPERTS),
+    "qwen3_next": Family(qk_norm="head", linear="gdn", experts=_QWEN3_SHARED, rename=_gated),
+    "qwen3_5_text": Family(qk_norm="head", linear="gdn", rename=_gated),
+    "qwen3_5_moe_text": Family(
+        qk_norm="head", linear="gdn", experts=replace(_QWEN3_SHARED, layers="all"), rename=_gated
+    ),
     "gemma": _GEMMA,
     "gemma2": Family(norms=4, tied=True, sliding=2),
     "gemma3_text": Family(qk_norm="head", norms=4, tied=True, sliding=6),
@@ -142,6 +188,18 @@ FAMILIES: Mapping[str, Family] = {
     "granite": Family(mlp_bias="mlp_bias"),
     "granitemoe": Family(experts=Experts()),
     "granitemoeshared": Family(experts=Experts(shared="shared_intermediate_size")),
+    "granitemoehybrid": Family(experts=Experts(shared="shared_intermediate_size"), rename=_granite_hybrid),
+    "nemotron_h": Family(
+        norms=1,
+        gated=False,
+        experts=Experts(
+            count=("n_routed_experts",),
+            width=("moe_intermediate_size",),
+            shared="moe_shared_expert_intermediate_size",
+            router_bias=True,
+            layers="named",
+        ),
+    ),
     "olmo": Family(norms=0, final_norm=False),
     "olmo2": _OLMO2,
     "olmo3": Family(qk_norm="all", sliding=4),
@@ -168,6 +226,27 @@ FAMILIES: Mapping[str, Family] = {
     "dots1": Family(qk_norm="head", experts=_BEHIND),
     "solar_open": Family(experts=_BEHIND),
     "deepseek": Family(experts=replace(_BEHIND, router_bias=False)),
+    "deepseek_v2": replace(_LATENT, experts=replace(_BEHIND, router_bias=False)),
+    "deepseek_v3": _LATENT,
+    "deepseek_v32": _LATENT,
+    "deepseek_v4": Family(
+        qkv_bias=False,
+        out_bias=False,
+        compressed=True,
+        experts=replace(_BEHIND, layers="all"),
+        rename=_deepseek_v4,
+    ),
+    "kimi_k2": _LATENT,
+    "kimi_linear": replace(
+        _LATENT,
+        linear="kda",
+        experts=replace(
+            _BEHIND, count=("num_experts",), active=("num_experts_per_token", "num_experts_per_tok")
+        ),
+    ),
+    "glm4_moe_lite": _LATENT,
+    "glm_moe_dsa": _LATENT,
+    "mistral4": replace(_LATENT, experts=replace(_BEHIND, router_bias=False)),
     "ernie4_5": Family(qkv_bias="use_bias", out_bias="use_bias", mlp_bias="use_bias", tied=True),
     "ernie4_5_moe": Family(
         qkv_bias="use_bias",
@@ -175,12 +254,19 @@ FAMILIES: Mapping[str, Family] = {
         tied=True,
         experts=Experts(
             count=("moe_num_experts",),
-            active="moe_k",
-            width="moe_intermediate_size",
-            shared_count="moe_num_shared_experts",
+            active=("moe_k",),
+            width=("moe_intermediate_size",),
+            shared_count=("moe_num_shared_experts",),
             router_bias=True,
             layers="interval",
         ),
+    ),
+    "exaone_moe": Family(
+        qkv_bias=False,
+        out_bias=False,
+        qk_norm="head",
+        sliding=4,
+        experts=replace(_BEHIND, count=("num_experts",)),
     ),
     "minimax_m2": Family(qkv_bias=False, out_bias=False, qk_norm="all", experts=Experts(router_bias=True)),
     "seed_oss": Family(out_bias="attention_out_bias", mlp_bias="mlp_bias"),
@@ -222,10 +308,48 @@ FAMILIES: Mapping[str, Family] = {
 ALIASES = {  # text parts of multimodal models, and other names of the same layers
     "llama4": "llama4_text",
     "gemma3": "gemma3_text",
+    "kimi_k25": "deepseek_v3",
+    "mimo_v2": "mimo_v2_flash",
+    "qwen3_5": "qwen3_5_text",
+    "qwen3_5_moe": "qwen3_5_moe_text",
+    "glm4v_text": "glm4",
+    "glm4v_moe_text": "glm4_moe",
+    "phi4mm": "phi3",
     "qwen2_vl": "qwen2",
     "qwen2_vl_text": "qwen2",
     "qwen2_5_vl": "qwen2",
     "qwen2_5_vl_text": "qwen2",
     "qwen3_vl_text": "qwen3",
     "qwen3_vl_moe_text": "qwen3_moe",
+}
+
+_ENCODER = "an encoder, which generates no text"
+_BOTH = "an encoder and a decoder"
+_SEEING = "a vision tower without a text model"
+_STATES = "state-space layers alone"
+NOT_MODELLED = {
+    **dict.fromkeys(
+        ("bert", "roberta", "xlm-roberta", "modernbert", "deberta", "deberta-v2", "distilbert"), _ENCODER
+    ),
+    **dict.fromkeys(
+        ("t5", "mt5", "umt5", "bart", "mbart", "pegasus", "marian", "whisper", "t5gemma", "m2m_100"), _BOTH
+    ),
+    **dict.fromkeys(
+        ("clip", "siglip", "siglip2", "vit", "dinov2", "dinov3_vit", "swin", "clip_vision_model"), _SEEING
+    ),
+    **dict.fromkeys(("mamba", "mamba2", "falcon_mamba", "rwkv", "rwkv7"), _STATES),
+    **dict.fromkeys(
+        ("jamba", "bamba", "zamba", "zamba2"), "Mamba layers in front of attention of another form"
+    ),
+    **dict.fromkeys(("falcon_h1", "hymba"), "attention and Mamba side by side in a layer"),
+    **dict.fromkeys(("lfm2", "lfm2_moe"), "short convolutions in place of attention"),
+    **dict.fromkeys(("gemma3n", "gemma3n_text"), "embeddings of every layer, and layers that share a cache"),
+    **dict.fromkeys(("gemma4", "gemma4_text"), "full attention of other sizes than sliding attention"),
+    **dict.fromkeys(
+        ("minimax", "minimax_text_01", "minimax_m3", "minimax_m3_vl"), "lightning or block-sparse attention"
+    ),
+    **dict.fromkeys(("nemotron-nas", "deci"), "layers of different sizes"),
+    "mllama": "cross-attention to images",
+    "recurrent_gemma": "recurrent layers",
+    "kimi_k3": "experts behind projections, and attention with residuals of its own",
 }

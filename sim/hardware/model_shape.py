@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from servecast.sim.engine.cache_layers import CacheLayer
+from servecast.sim.hardware.layer_kinds import WORDS, Linear, Mixer
 from servecast.sim.hardware.model_config import shape_fields
 from servecast.sim.inputs.errors import InputError
 
@@ -22,6 +24,9 @@ _NO_TIME = (  # fields that take no time in a step
     "model_type",
     "weight_block",
     "kv_bytes_each",
+    "sliding_first",
+    "mtp_layers",
+    "least_capability",
     "notes",
 )
 _BESIDE = "hf_quant_config.json"
@@ -31,19 +36,33 @@ _KERNELS_MOE = 5  # router, top-k, alignment and the second grouped product's su
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """Sizes of a decoder-only transformer. ``weight_bytes_each`` is a linear weight's (1 when it is fp8);
-    embeddings, LM head, norms and activations have ``dtype_bytes``. ``experts`` is 0 for a dense model,
-    ``moe_layers`` counts the layers that have experts. ``sliding_layers`` attend only to the last
+    """Sizes of a decoder-only transformer. ``weight_bytes_each`` is a linear weight's, scales included (1
+    when
+    it is fp8); embeddings, LM head, norms and activations have ``dtype_bytes``. ``experts`` is 0 for a dense
+    model, ``moe_layers`` counts the layers that have experts. ``sliding_layers`` attend only to the last
     ``sliding_window`` tokens.
 
     Attributes:
+        layers: blocks of the model; each mixes tokens, has an MLP or experts, or both.
+        mixers: how the layers mix tokens, where that is not grouped-query attention of ``heads``,
+            ``kv_heads`` and ``head_dim`` in all of them; ``layer_kinds`` says it of every model.
+            sliding_first: the first layer is a sliding one.
+        mlp_layers: layers with a dense MLP; None: all without experts. expert_input_size: what experts take
+            in where that is a projection of the hidden states (Nemotron 3's latent experts); 0: those.
+        attention_bytes_each, expert_bytes_each: of a weight of the mixers, and of the routed experts; None:
+            as ``weight_bytes_each``. What stays in 16 bits of a part is averaged in.
+        linear_format, expert_format: dtype of most of the weights that every token passes, and of the routed
+            experts, by the names of ``gpu_constants.WeightDtype``; "": follows from the bytes. See
+            ``Shard.linear_kernel`` for how a GPU multiplies them.
+        mtp_layers: layers that predict further tokens, which are loaded for speculation only
+            (``mtp_parameters``) and are in no other number.
+        least_capability: compute capability times ten that vLLM asks for with these weights; 0: any.
         max_position_embeddings: longest context; ``longest_context`` says what vLLM makes of it, of
             ``yarn_positions`` and of ``default_positions``.
         qk_norm_over_ranks: q and k are normed over all heads together, so that ranks tell each other sums.
         mlp_products: 3 with a gate, 2 without. shared_expert_size: width of what all tokens pass in a layer
             with experts.
         other_weights: small ones of all layers, beyond those that the fields above imply.
-        kept_weights: linear weights that stay in ``dtype_bytes`` although the others are quantised.
         weight_block: columns of a block of quantised weights that share a scale; 0 for none.
         kv_bytes_each: of a number in the KV cache, as the checkpoint asks for.
         notes: what a reader should know of how the config was read.
@@ -65,7 +84,7 @@ class ModelShape:
     qk_norm_over_ranks: bool = False
     norms_per_layer: int = 2
     dtype_bytes: int = 2
-    weight_bytes_each: int = 2
+    weight_bytes_each: int | float = 2
     experts: int = 0
     experts_per_token: int = 0
     expert_intermediate_size: int = 0
@@ -79,9 +98,18 @@ class ModelShape:
     mlp_products: int = 3
     shared_expert_size: int = 0
     other_weights: int = 0
-    kept_weights: int = 0
     weight_block: int = 0
     kv_bytes_each: int = 2
+    mixers: tuple[Mixer, ...] = ()
+    sliding_first: bool = True
+    mlp_layers: int | None = None
+    expert_input_size: int = 0
+    attention_bytes_each: int | float | None = None
+    expert_bytes_each: int | float | None = None
+    linear_format: str = ""
+    expert_format: str = ""
+    mtp_layers: int = 0
+    least_capability: int = 0
     notes: tuple[str, ...] = ()
 
     @classmethod
@@ -138,23 +166,108 @@ class ModelShape:
             return self.yarn_positions
         return self.max_position_embeddings
 
+    # -- layers ----------------------------------------------------------------------------------
+
+    @property
+    def layer_kinds(self) -> tuple[Mixer, ...]:
+        """How the layers mix tokens, by kind, in the order in which the first of each kind stands."""
+        if self.mixers:
+            return self.mixers
+        full = Mixer(
+            kind="full",
+            count=self.layers - self.sliding_layers,
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            value_dim=self.head_dim,
+        )
+        sliding = replace(full, kind="sliding", count=self.sliding_layers, window=self.sliding_window)
+        ordered = (sliding, full) if self.sliding_first else (full, sliding)
+        return tuple(mixer for mixer in ordered if mixer.count)
+
+    @property
+    def cache_layers(self) -> tuple[CacheLayer, ...]:
+        """What the layers keep of a sequence.
+
+        Raises:
+            InputError: the layout of a kind is not modelled.
+        """
+        return tuple(layer for mixer in self.layer_kinds for layer in mixer.cache_layers())
+
+    @property
+    def dense_layers(self) -> int:
+        """Layers with a dense MLP."""
+        return self.layers - self.moe_layers if self.mlp_layers is None else self.mlp_layers
+
+    @property
+    def quantised(self) -> str:
+        """The dtype of most weights that every token passes, as in ``gpu_constants.WeightDtype``."""
+        return self.linear_format or ("fp8" if self.weight_bytes_each == 1 else "bf16")
+
+    def mlp(self, module: str, width: int, inputs: int = 0) -> tuple[Linear, ...]:
+        """The matrices of an MLP of that width on so many inputs, as many as there are hidden states."""
+        inputs = inputs or self.hidden_size
+        gate = (Linear(f"{module}gate_proj", inputs, width, "out"),) if self.mlp_products == 3 else ()
+        return (
+            *gate,
+            Linear(f"{module}up_proj", inputs, width, "out", joined=bool(gate)),
+            Linear(f"{module}down_proj", width, inputs, "in"),
+        )
+
+    def mlps(self) -> tuple[tuple[int, tuple[Linear, ...]], ...]:
+        """(layers, their matrices) of what every token passes beside mixers: dense MLPs, shared experts, and
+        the projections in front of latent experts and behind them."""
+        found = [(self.dense_layers, self.mlp("mlp.", self.intermediate_size))]
+        if self.shared_expert_size:
+            found.append((self.moe_layers, self.mlp("mlp.shared_experts.", self.shared_expert_size)))
+        if self.expert_input_size:
+            latent = (
+                Linear("mlp.fc1_latent_proj", self.hidden_size, self.expert_input_size),
+                Linear("mlp.fc2_latent_proj", self.expert_input_size, self.hidden_size),
+            )
+            found.append((self.moe_layers, latent))
+        return tuple(found)
+
+    def linears(self) -> tuple[tuple[int, Linear], ...]:
+        """(layers, matrix) of all that every token passes: all but routed experts and routers."""
+        kinds = tuple((mixer.count, mixer.linears(self.hidden_size)) for mixer in self.layer_kinds)
+        return tuple((count, each) for count, linears in (*kinds, *self.mlps()) for each in linears)
+
+    @property
+    def untimed(self) -> str | None:
+        """The kinds of layers that no step time knows, in words; None if there are none."""
+        kinds = {mixer.kind: WORDS[mixer.kind] for mixer in self.layer_kinds if not mixer.attends}
+        sizes = {(mixer.heads, mixer.kv_heads, mixer.head_dim, mixer.value_dim) for mixer in self.layer_kinds}
+        if not kinds and len(sizes) > 1:
+            return "attention of several sizes"
+        return ", ".join(kinds.values()) or None
+
     # -- weights ---------------------------------------------------------------------------------
 
     def kv_heads_of(self, ranks: int) -> int:
         """KV heads of one rank: divided until one is left, then repeated."""
         return max(1, self.kv_heads // ranks)
 
+    def mixer_weights(self, ranks: int) -> int:
+        """Weights of what mixes tokens, on one rank."""
+        return sum(
+            mixer.count * each.weights(ranks)
+            for mixer in self.layer_kinds
+            for each in mixer.linears(self.hidden_size)
+        )
+
+    def mlp_weights(self, ranks: int) -> int:
+        """Weights of dense MLPs and shared experts, on one rank."""
+        return sum(count * each.weights(ranks) for count, linears in self.mlps() for each in linears)
+
     def shared_weights(self, ranks: int) -> int:
         """Weights of the linear layers that every token passes, on one rank: all but experts and router."""
-        query, key = self.heads // ranks * self.head_dim, self.kv_heads_of(ranks) * self.head_dim
-        attention = self.hidden_size * (2 * query + 2 * key)
-        dense = (self.layers - self.moe_layers) * self.intermediate_size
-        width = dense + self.moe_layers * self.shared_expert_size
-        return self.layers * attention + self.mlp_products * self.hidden_size * width // ranks
+        return self.mixer_weights(ranks) + self.mlp_weights(ranks)
 
     def expert_weights(self, ranks: int) -> int:
         """Weights of one expert of one layer, on one rank."""
-        return self.mlp_products * self.hidden_size * self.expert_intermediate_size // ranks
+        inputs = self.expert_input_size or self.hidden_size
+        return self.mlp_products * inputs * self.expert_intermediate_size // ranks
 
     @property
     def router_weights(self) -> int:
@@ -164,14 +277,18 @@ class ModelShape:
     @property
     def small_weights(self) -> int:
         """Norms, biases and routers of all layers, which stay in ``dtype_bytes`` and on every rank."""
-        query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        per_layer = self.norms_per_layer * self.hidden_size
-        per_layer += 2 * self.head_dim if self.qk_norm else 0
-        per_layer += query + 2 * key if self.qkv_bias else 0
-        per_layer += self.hidden_size if self.out_bias else 0
-        per_layer += 2 * self.intermediate_size + self.hidden_size if self.mlp_bias else 0
-        total = self.layers * per_layer + self.moe_layers * self.router_weights + self.hidden_size
-        return total + self.other_weights
+        total = (self.layers * self.norms_per_layer + 1) * self.hidden_size
+        for mixer in self.layer_kinds:
+            each = mixer.small_weights
+            if mixer.attends:
+                key, value = mixer.kv_heads * mixer.head_dim, mixer.kv_heads * mixer.value_dim
+                each += 2 * mixer.head_dim if self.qk_norm else 0
+                each += mixer.heads * mixer.head_dim + key + value if self.qkv_bias else 0
+                each += self.hidden_size if self.out_bias else 0
+            total += mixer.count * each
+        if self.mlp_bias:
+            total += self.layers * (2 * self.intermediate_size + self.hidden_size)
+        return total + self.moe_layers * self.router_weights + self.other_weights
 
     @property
     def parameters(self) -> int:
@@ -179,6 +296,19 @@ class ModelShape:
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
         experts = self.moe_layers * self.experts * self.expert_weights(1)
         return embeddings + self.shared_weights(1) + experts + self.small_weights
+
+    @property
+    def mtp_parameters(self) -> int:
+        """Parameters of the layers that predict further tokens: each a layer as the last, two norms and a
+        product
+        that join a token with the hidden states, and a norm; embeddings and LM head are the model's."""
+        hidden, last = self.hidden_size, self.layer_kinds[-1]
+        mixer = last.small_weights + sum(each.weights(1) for each in last.linears(hidden))
+        mlp = sum(each.weights(1) for each in self.mlp("", self.shared_expert_size or self.intermediate_size))
+        if self.moe_layers:
+            mlp = mlp if self.shared_expert_size else 0
+            mlp += self.experts * self.expert_weights(1) + self.router_weights
+        return self.mtp_layers * (mixer + mlp + (3 + self.norms_per_layer) * hidden + 2 * hidden * hidden)
 
     @property
     def active_parameters(self) -> int:
@@ -190,7 +320,7 @@ class ModelShape:
     def products(self) -> int:
         """Matrix products of one forward pass beside routed experts and LM head: query, key and value in one,
         output, gate and up in one, down; the router of a layer with experts."""
-        return self.layers * 4 - self.moe_layers + (2 * self.moe_layers if self.shared_expert_size else 0)
+        return self.moe_layers + sum(count for count, each in self.linears() if not each.joined)
 
     @property
     def small_kernels(self) -> int:

@@ -307,8 +307,15 @@ def build_step_time(profile: Profile, shard: Shard) -> StepTime:
     """The step-time model of a profile's kind, for a model and a GPU that need not be those of the fit.
 
     Raises:
-        InputError: the profile lacks its times, or they are not of this model and GPU.
+        InputError: the profile lacks its times, they are not of this model and GPU, or the model has layers
+        of a kind that no step time knows.
     """
+    if shard.model.untimed:
+        raise InputError(
+            f"{shard.model.name} has {shard.model.untimed}: its memory is modelled, its time is not",
+            where="model",
+            fix="Use a model of grouped-query attention.",
+        )
     match profile.kind:
         case "physical":
             return PhysicalStepTime(shard, profile.efficiencies)

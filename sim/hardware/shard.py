@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from servecast.sim.hardware.gpu import GPU
 from servecast.sim.hardware.model_shape import ModelShape
@@ -29,7 +30,8 @@ class Shard:
         cudagraph_sizes: rising, from ``cudagraph_capture_sizes``; empty for ``--enforce-eager``.
 
     Raises:
-        InputError: vLLM could not split the model over that many ranks.
+        InputError: vLLM could not split the model over that many ranks, or has no kernel of this GPU for its
+        weights.
     """
 
     model: ModelShape
@@ -50,17 +52,33 @@ class Shard:
             )
         if model.weight_block and ranks > 1:
             self._refuse_cut_blocks()
+        major, minor = self.gpu.capability
+        if 0 < 10 * major + minor < model.least_capability:
+            raise InputError(
+                f"vLLM runs weights of {model.expert_format or model.quantised} from compute capability "
+                f"{model.least_capability / 10:g} on, and {self.gpu.name} has {major}.{minor}",
+                where="gpu",
+                fix="Use a newer GPU, or weights of 16 bits.",
+            )
 
     def _refuse_cut_blocks(self) -> None:
-        """Weights that are quantised by blocks are split between blocks only."""
+        """Weights that are quantised by blocks are split between blocks only: of rows and of columns where
+        fp8 has a scale for both, else of what a product sums over."""
         model, ranks = self.model, self.tensor_parallel_size
+        mlps = model.weight_bytes_each != model.dtype_bytes
+        mixers = (
+            mlps if model.attention_bytes_each is None else model.attention_bytes_each != model.dtype_bytes
+        )
         widths = {
             "an expert": 0 if self.expert_parallel else model.expert_intermediate_size // ranks,
-            "the shared expert": model.shared_expert_size // ranks,
-            "the MLP": model.intermediate_size // ranks if model.moe_layers < model.layers else 0,
-            "the queries": model.heads // ranks * model.head_dim,
-            "the keys": model.kv_heads_of(ranks) * model.head_dim,
+            "the shared expert": model.shared_expert_size // ranks * mlps,
+            "the MLP": model.intermediate_size // ranks * mlps if model.dense_layers else 0,
         }
+        for mixer in model.layer_kinds if mixers else ():
+            widths["the attention output"] = mixer.heads // ranks * mixer.value_dim
+            if mixer.attends and model.quantised == "fp8_block":
+                widths["the queries"] = mixer.heads // ranks * mixer.head_dim
+                widths["the keys"] = max(1, mixer.kv_heads // ranks) * mixer.head_dim
         for what, width in widths.items():
             if width % model.weight_block:
                 more = "--enable-expert-parallel, or " if what == "an expert" else ""
@@ -87,17 +105,34 @@ class Shard:
     def weight_bytes(self) -> int:
         """Bytes of all weights, tied embeddings once."""
         model, ranks = self.model, self.tensor_parallel_size
-        linear = model.shared_weights(ranks) + model.moe_layers * model.experts * model.expert_weights(ranks)
+        experts = model.moe_layers * model.experts * model.expert_weights(ranks)
+        linear = self._shared_bytes + experts * self._expert_bytes_each
         embeddings = model.vocab_size * model.hidden_size // ranks * (1 if model.tied_embeddings else 2)
         small = (embeddings + model.small_weights) * model.dtype_bytes
-        return linear * model.weight_bytes_each + self._kept_bytes + small
+        return round(linear) + small
 
     # -- linear layers -----------------------------------------------------------------------------
 
     @property
+    def linear_kernel(self) -> str:
+        """The dtype, as in ``gpu_constants.WeightDtype``, whose timings tell how the linear layers that every
+        token passes are multiplied on this GPU."""
+        return _kernel(self.model.quantised, self.gpu, self.model)
+
+    @property
+    def expert_kernel(self) -> str:
+        """The same of the routed experts."""
+        return _kernel(self.model.expert_format or self.model.quantised, self.gpu, self.model)
+
+    @property
     def linear_peak(self) -> float:
         """Peak of the linear layers' matrix products, FLOP/s."""
-        return self.gpu.linear_flops(self.model.weight_bytes_each)
+        return self.gpu.peak_flops(self.linear_kernel) or self.gpu.bf16_flops
+
+    @property
+    def expert_peak(self) -> float:
+        """Peak of the routed experts' products, FLOP/s."""
+        return self.gpu.peak_flops(self.expert_kernel) or self.gpu.bf16_flops
 
     @property
     def linear_flops_per_token(self) -> float:
@@ -111,31 +146,28 @@ class Shard:
     def linear_bytes(self, tokens: int) -> float:
         """Weight bytes that a step of ``tokens`` tokens reads, the LM head left out. Experts count as
         ``expert_bytes`` says."""
-        model, ranks = self.model, self.tensor_parallel_size
-        read = model.shared_weights(ranks) * model.weight_bytes_each + self._kept_bytes
+        model = self.model
         if not model.moe_layers:
-            return float(read)
-        return read + self.expert_bytes(tokens) + model.moe_layers * model.router_weights * model.dtype_bytes
+            return float(self._shared_bytes)
+        read = self._shared_bytes + self.expert_bytes(tokens)
+        return read + model.moe_layers * model.router_weights * model.dtype_bytes
 
     @property
-    def _kept_bytes(self) -> int:
-        """What linear weights take more because a part of them is not quantised."""
+    def _shared_bytes(self) -> int | float:
+        """Weight bytes of all linear layers that every token passes."""
+        return _shared_bytes(self.model, self.tensor_parallel_size)
+
+    @property
+    def _expert_bytes_each(self) -> int | float:
         model = self.model
-        return model.kept_weights // self.tensor_parallel_size * (model.dtype_bytes - model.weight_bytes_each)
+        return model.weight_bytes_each if model.expert_bytes_each is None else model.expert_bytes_each
 
     @property
     def product_bytes_per_token(self) -> float:
         """Bytes of activations a token that the linear layers read and write, routed experts and the LM head
         left out."""
-        model, ranks = self.model, self.tensor_parallel_size
-        query, key = model.heads // ranks * model.head_dim, model.kv_heads_of(ranks) * model.head_dim
-        attention = 2 * model.hidden_size + 2 * query + 2 * key
-        dense = model.layers - model.moe_layers
-        mlp = dense * (2 * model.hidden_size + model.mlp_products * model.intermediate_size / ranks)
-        if model.shared_expert_size:
-            shared = 2 * model.hidden_size + model.mlp_products * model.shared_expert_size / ranks
-            mlp += model.moe_layers * shared
-        return (model.layers * attention + mlp) * model.dtype_bytes
+        moved = sum(count * each.moved(self.tensor_parallel_size) for count, each in self.model.linears())
+        return float(moved * self.model.dtype_bytes)
 
     # -- routed experts ----------------------------------------------------------------------------
 
@@ -157,14 +189,17 @@ class Shard:
             return 0.0
         touched = model.experts * (1.0 - (1.0 - model.experts_per_token / model.experts) ** tokens)
         weights = touched * model.expert_weights(self.tensor_parallel_size)
-        return model.moe_layers * (weights * model.weight_bytes_each)
+        return model.moe_layers * (weights * self._expert_bytes_each)
 
     @property
     def expert_bytes_per_token(self) -> float:
         """Bytes of activations a token that the experts it is sent to read and write, all layers."""
         model, ranks = self.model, self.tensor_parallel_size
         sent = model.moe_layers * model.experts_per_token
-        width = 2 * model.hidden_size + model.mlp_products * model.expert_intermediate_size / ranks
+        width = (
+            2 * (model.expert_input_size or model.hidden_size)
+            + model.mlp_products * model.expert_intermediate_size / ranks
+        )
         return sent * width * model.dtype_bytes
 
     # -- LM head -----------------------------------------------------------------------------------
@@ -188,7 +223,7 @@ class Shard:
         query, key = model.heads // ranks * model.head_dim, model.kv_heads_of(ranks) * model.head_dim
         per_layer = 4 * model.norms_per_layer * model.hidden_size + 2 * (query + key) + 4 * key
         per_layer += 2 * (query + key) if model.qk_norm else 0
-        dense = (model.layers - model.moe_layers) * model.intermediate_size
+        dense = model.dense_layers * model.intermediate_size
         routed = model.moe_layers * model.experts_per_token * model.expert_intermediate_size
         shared = model.moe_layers * model.shared_expert_size
         widths = model.mlp_products * (dense + routed + shared) / ranks
@@ -216,8 +251,35 @@ class Shard:
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """Bytes of one token's keys and values in all layers."""
-        return self.model.layers * self.kv_bytes_per_token_and_layer
+        """Bytes that one token more takes in all layers: keys and values, or latents and an indexer's keys. A
+        state of fixed size takes none."""
+        ranks, total = self.tensor_parallel_size, 0
+        for layer in self.model.cache_layers:
+            heads = max(1, layer.kv_heads // ranks)
+            values = layer.head_size if layer.value_size is None else layer.value_size
+            width = self.kv_dtype_bytes if layer.fixed_bytes is None else layer.fixed_bytes
+            total += layer.count * heads * (layer.head_size + values) * width
+        return total
+
+
+def _kernel(dtype: str, gpu: GPU, model: ModelShape) -> str:
+    """How vLLM multiplies weights of a dtype: in their own where the GPU can, else in 16 bits behind Marlin,
+    which reads them as they are (fp8 before compute capability 8.9, nvfp4 before 10). Experts of mxfp4 take
+    activations of eight bits on compute capability 10, but gpt-oss's, which take 16
+    (``_get_priority_backends_for_gpt_oss``)."""
+    if dtype in ("fp8", "fp8_block") and not gpu.fp8_flops:
+        return "bf16"
+    if dtype == "nvfp4" and not gpu.fp4_flops:
+        return "int4"
+    if dtype == "mxfp4" and gpu.capability[0] == 10 and model.model_type != "gpt_oss":
+        return "mxfp4_mxfp8"
+    return dtype
+
+
+@lru_cache(maxsize=1024)
+def _shared_bytes(model: ModelShape, ranks: int) -> int | float:
+    mixers = model.weight_bytes_each if model.attention_bytes_each is None else model.attention_bytes_each
+    return model.mixer_weights(ranks) * mixers + model.mlp_weights(ranks) * model.weight_bytes_each
 
 
 def release(version: str) -> tuple[int, int]:

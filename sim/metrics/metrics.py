@@ -42,13 +42,16 @@ def latencies(requests: pd.DataFrame) -> pd.DataFrame:
     ttft = first_token - sent; e2el = finish - sent; tpot = (e2el - ttft) / (output_tokens - 1), NaN for
     a request of one token; client_queue_time = sent - arrival; e2el_including_client_queue = their sum.
     """
-    done = requests[requests["status"] == "finished"]
-    ttft, e2el, queue = (
-        done["first_token"] - done["sent"],
-        done["finish"] - done["sent"],
-        done["sent"] - done["arrival"],
+    rows = (requests["status"] == "finished").to_numpy()
+    whole = bool(rows.all())
+    arrival, sent, first, finish, tokens = (
+        values if whole else values[rows]
+        for values in (
+            requests[name].to_numpy() for name in ("arrival", "sent", "first_token", "finish", "output_tokens")
+        )
     )
-    gaps = (done["output_tokens"] - 1).where(done["output_tokens"] > 1).astype("float64")
+    ttft, e2el, queue = first - sent, finish - sent, sent - arrival
+    gaps = np.where(tokens > 1, tokens - 1.0, np.nan)
     return pd.DataFrame(
         {
             "ttft": ttft,
@@ -56,7 +59,9 @@ def latencies(requests: pd.DataFrame) -> pd.DataFrame:
             "e2el": e2el,
             "client_queue_time": queue,
             "e2el_including_client_queue": e2el + queue,
-        }
+        },
+        index=requests.index if whole else requests.index[rows],
+        copy=False,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,8 +10,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from servecast.sim.engine.request import Request
+from servecast.sim.engine.request import Requests
 
+STATUSES = ("unfinished", "finished", "aborted", "failed")
 SECONDS_COLUMNS = ("arrival", "sent", "queued", "scheduled", "ended", "first_token", "finish")
 
 
@@ -76,36 +77,47 @@ class Run:
     meta: dict[str, Any] = field(default_factory=dict)
 
 
-def finished_frame(requests: Sequence[Request], columns: Mapping[str, NDArray[np.int64]]) -> pd.DataFrame:
-    """The table of one stream's requests that have all finished.
+def requests_table(requests: Requests, columns: Mapping[str, Any]) -> pd.DataFrame:
+    """The table of a simulated run.
 
     Args:
-        columns: what no request says by itself; times in picoseconds.
+        columns: what the requests do not say by themselves, and ``rows``, which of them there are, unless all;
+            times in picoseconds, -1 where it did not happen; ``status`` by its place in ``STATUSES``. They may
+            be changed.
     """
-    count = len(requests)
     known: dict[str, Any] = dict(columns)
-    known |= {"stage": np.zeros(count, np.int64), "stream": np.zeros(count, np.int64)}
-    known |= {
-        name: [getattr(each, name) for each in requests] for name in ("request_id", "prompt_tokens", "group")
-    }
-    known["status"] = ["finished"] * count
-    return _frame(known)
+    rows = known.pop("rows", slice(None))
+    known |= {name: getattr(requests, name)[rows] for name in ("request_id", "prompt_tokens")}
+    known["group"] = np.full(1, -1) if requests.group is None else requests.group[rows]
+    for name in SECONDS_COLUMNS:
+        ps, seconds = known[name], known[name].view(np.float64)
+        missing = ps < 0
+        np.multiply(ps, 1e-12, out=seconds)
+        if missing.any():
+            seconds[missing] = np.nan
+        known[name] = seconds
+    count = len(known["status"])
+    for name in ("replica", "cached_tokens", "group"):
+        values = np.broadcast_to(known[name], count)
+        known[name] = pd.arrays.IntegerArray(values.astype(np.int64), values < 0)
+    known["status"] = pd.array(np.array(STATUSES, object)[known["status"]], dtype="str")
+    return pd.DataFrame({name: known[name] for name in RequestRecord.__slots__}, copy=False)
+
+
+def steps_table(columns: NDArray[np.int64]) -> pd.DataFrame:
+    """The table of steps from (fields, n) columns, in which floats are given by their bits."""
+    named = zip(STEP_COLUMNS.items(), columns, strict=True)
+    return pd.DataFrame({name: values.view(kind) for (name, kind), values in named}, copy=False)
 
 
 def requests_frame(records: list[RequestRecord]) -> pd.DataFrame:
     """RequestRecords to a table with times in seconds."""
-    return _frame({name: [getattr(record, name) for record in records] for name in RequestRecord.__slots__})
-
-
-def _frame(known: Mapping[str, Any]) -> pd.DataFrame:
-    """Columns to a table. Times are picoseconds."""
     columns: dict[str, Any] = {}
     for name in RequestRecord.__slots__:
-        values = known[name]
+        values = [getattr(record, name) for record in records]
         if name in SECONDS_COLUMNS:
-            if not isinstance(values, np.ndarray):
-                values = np.array([np.nan if v is None else v for v in values], dtype="float64")
-            columns[name] = values * 1e-12
+            known = np.array([np.nan if v is None else v for v in values], dtype="float64")
+            columns[name] = known * 1e-12
         elif name in ("replica", "cached_tokens", "group"):
             columns[name] = pd.array(values, dtype="Int64")
         else:

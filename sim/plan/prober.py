@@ -30,6 +30,7 @@ from servecast.sim.plan.judge import (
 WARMUP_SHARE = 0.2
 TAIL_SAMPLES = 20
 WINDOW_IN_E2E = 10.0
+HERE = 300_000  # requests that are simulated in this process: a few seconds, as long as others take to start
 TOO_SHORT = 1.25  # runs are repeated if they needed to be longer than this many times what they were
 
 
@@ -173,8 +174,8 @@ def replicate(
 class Prober:
     """Runs replications at a rate until it is decided, and remembers what it found.
 
-    pool: joblib's Parallel, over which replications run; results do not depend on it. found: what is
-    known, by rate. simulated: requests, over all runs so far. The others are those of `capacity.plan`.
+    pool: joblib's Parallel, over which replications run once it pays; results do not depend on it. found: what
+    is known, by rate. simulated: requests so far. The other attributes are those of `capacity.plan`.
     """
 
     probe: Probe
@@ -228,10 +229,11 @@ class Prober:
         return ProbedRate.of(rate, num_requests, replications, judgement)
 
     def _replicate(self, rate: float, num_requests: int, numbers: range) -> list[Replication]:
+        seeds = [self.seed + number for number in numbers]
+        self.simulated += num_requests * len(seeds)
+        rest = num_requests, self.objectives, self.limits
+        if self.simulated <= HERE:
+            return [replicate(self.probe, rate, seed, *rest) for seed in seeds]
         task = delayed(replicate)
-        self.simulated += num_requests * len(numbers)
-        found: list[Replication] = self.pool(
-            task(self.probe, rate, self.seed + number, num_requests, self.objectives, self.limits)
-            for number in numbers
-        )
+        found: list[Replication] = self.pool(task(self.probe, rate, seed, *rest) for seed in seeds)
         return found

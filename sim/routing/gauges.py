@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class Gauges:
+class Gauges(NamedTuple):
     """A server's gauges, as of the end of an engine step (vLLM sets them once a step).
 
     waiting: vllm:num_requests_waiting. running: vllm:num_requests_running. kv_usage:
@@ -37,17 +36,19 @@ class Scrape:
         self._known = Gauges()
         self._pending: deque[tuple[int, Gauges]] = deque()  # (known from, what)
 
-    def put(self, now: int, gauges: Gauges) -> None:
-        """The server's gauges from now on. Times must not fall."""
+    def put(self, now: int, gauges: Gauges) -> int | None:
+        """The server's gauges from now on. Times must not fall. Returns from when they are known, unless
+        others would be known from then."""
         taken = max(now, self._first)
         if self._interval:
             taken = self._first + -(-(taken - self._first) // self._interval) * self._interval
         known_from, pending = taken + self._delay, self._pending
         if pending and pending[-1][0] == known_from:
             pending[-1] = (known_from, gauges)
-        else:
-            self.get(now)
-            pending.append((known_from, gauges))
+            return None
+        self.get(now)
+        pending.append((known_from, gauges))
+        return known_from
 
     def get(self, now: int) -> Gauges:
         """What is known now; all zero before the first scrape. Times must not fall."""

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Sequence, Set
 
 from servecast.sim.engine.kv_events import BlockStored, KVEvent
+from servecast.sim.engine.kv_events import BLOCKS_PER_CONTENT
+
+_REMEMBERED = 4096  # different prompts
+
+
+def content_of(key: int) -> int:
+    """The content that a block belongs to."""
+    return key // (2 * BLOCKS_PER_CONTENT)
 
 
 class Lru:
@@ -80,6 +88,9 @@ class PreciseIndex:
         self._size, self._pods = size, pods
         self._servers: OrderedDict[int, dict[int, None]] = OrderedDict()  # block -> servers
         self._expects = False
+        self._version = 0
+        self._changed: dict[int, int] = {}  # content -> version in which a block of it came or went
+        self._found: dict[int, tuple[int, tuple[int, ...], dict[int, int]]] = {}  # last key -> as of when, contents
 
     def expect(self, server: int, event: KVEvent) -> None:
         """An event that a server is expected to tell soon: it counts as its own, and is undone apart."""
@@ -88,22 +99,26 @@ class PreciseIndex:
 
     def apply(self, server: int, event: KVEvent) -> None:
         """An event of a server."""
+        self._version += 1
         if isinstance(event, BlockStored):
             for key in event.keys:
                 self._add(server, key)
             return
         holders = self._servers.get(event.key)
         if holders is not None:
+            self._changed[content_of(event.key)] = self._version
             holders.pop(server, None)
             if not holders:
                 del self._servers[event.key]
 
     def _add(self, server: int, key: int) -> None:
         holders = self._servers.get(key)
+        self._changed[content_of(key)] = self._version
         if holders is None:
             self._servers[key] = {server: None}
             if len(self._servers) > self._size:
-                self._servers.popitem(last=False)
+                gone, _holders = self._servers.popitem(last=False)
+                self._changed[content_of(gone)] = self._version
             return
         self._servers.move_to_end(key)
         holders.pop(server, None)
@@ -111,8 +126,25 @@ class PreciseIndex:
         if len(holders) > self._pods:
             del holders[next(iter(holders))]
 
-    def match(self, keys: Iterable[int]) -> dict[int, int]:
-        """How many blocks, from the first on, each server has without a gap; those with none are left out."""
+    def match(self, keys: Sequence[int], limit: int) -> dict[int, int]:
+        """How many of the first ``limit`` blocks, from the first on, each server has without a gap; those with
+        none are left out. Not to be changed: it is remembered until a block of these contents comes or goes."""
+        keys = keys if limit >= len(keys) else keys[:limit]
+        if not keys:
+            return {}
+        last = keys[-1]  # a block stands for all before it, too
+        if last in self._found:
+            version, contents, counts = self._found[last]
+            changed = self._changed.get
+            if version == self._version or all(changed(each, 0) <= version for each in contents):
+                return counts
+        counts = self._count(keys)
+        if len(self._found) >= _REMEMBERED:
+            self._found.clear()
+        self._found[last] = self._version, tuple(dict.fromkeys(map(content_of, keys))), counts
+        return counts
+
+    def _count(self, keys: Sequence[int]) -> dict[int, int]:
         counts: dict[int, int] = {}
         active: set[int] = set()
         reached = 0

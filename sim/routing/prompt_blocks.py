@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+from servecast.sim.engine.kv_events import BLOCKS_PER_CONTENT
 from servecast.sim.engine.request import Request
-from servecast.sim.engine.sequence import BLOCKS_PER_CONTENT
 
 _REMEMBERED = 4096  # different prompts
 
@@ -35,11 +35,14 @@ class PromptBlocks:
 
     def shared(self, request: Request) -> list[int]:
         """The blocks that another request may have, too. Not to be changed: it is remembered."""
-        return self._shared(request.content)
+        content, end = request.content, request.prompt_tokens
+        if content and content[-1][1] > end:  # it goes on over the output
+            content = tuple((part, min(last, end)) for part, last in content)
+        return self._shared(content)
 
     def all(self, request: Request) -> list[int]:
         """All blocks of the prompt."""
-        shared, count = self._shared(request.content), self._blocks(request.prompt_tokens)
+        shared, count = self.shared(request), self._blocks(request.prompt_tokens)
         if self._partial:
             length = int(request.prompt_tokens * self._per_token)
             count += length > count * self._size and count != self._limit

@@ -5,50 +5,14 @@ from __future__ import annotations
 import bisect
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from servecast.sim.engine.kv_events import KVEvent
 from servecast.sim.engine.request import Request
-from servecast.sim.routing.gauges import Gauges
+from servecast.sim.routing.backends import Backend, Backends
 from servecast.sim.routing.options import RouterOptions
-
-
-class Backend(Protocol):
-    """What a router may know of a replica.
-
-    Attributes:
-        index: its number in the fleet.
-        block_size, num_gpu_blocks: of its KV cache (vllm:cache_config_info).
-    """
-
-    index: int
-    block_size: int
-    num_gpu_blocks: int
-
-    @property
-    def outstanding(self) -> int:
-        """Requests sent to it and not ended."""
-        ...
-
-    @property
-    def gauges(self) -> Gauges:
-        """Its gauges as last scraped; all zero unless ``scrape`` was called."""
-        ...
-
-    def scrape(self) -> None:
-        """Scrape its gauges from now on."""
-        ...
-
-    def subscribe(self) -> None:
-        """Listen to its KV events from now on, which is before its first request."""
-        ...
-
-    def take_events(self) -> Iterable[KVEvent]:
-        """The KV events that have arrived since the last call, in their order."""
-        ...
 
 
 class Router(Protocol):
@@ -108,7 +72,7 @@ class LeastOutstanding:
     """The one with the fewest requests in flight; the first of equals."""
 
     def pick(self, request: Request, backends: Sequence[Backend]) -> int:
-        return min(range(len(backends)), key=lambda index: backends[index].outstanding)
+        return int(Backends.of(backends).outstanding.argmin())
 
 
 class PowerOfTwo:
@@ -140,9 +104,9 @@ class Sticky:
     def pick(self, request: Request, backends: Sequence[Backend]) -> int:
         key = self._key(request)
         home = None if key is None else self._home.get(key)
-        for position, backend in enumerate(backends):
-            if backend.index == home:
-                return position
+        position = None if home is None else Backends.of(backends).position(home)
+        if position is not None:
+            return position
         position = self._least.pick(request, backends)
         if key is not None:
             self._home[key] = backends[position].index
@@ -166,19 +130,21 @@ class ConsistentHashing:
     def __init__(self, load_factor: float, prefix_tokens: int) -> None:
         self._load_factor, self._prefix_tokens = load_factor, prefix_tokens
         self._ring: list[tuple[int, int]] = []  # (place, number of the replica), rising
-        self._numbers: list[int] = []
+        self._numbers = np.empty(0, np.int64)
 
     def pick(self, request: Request, backends: Sequence[Backend]) -> int:
-        numbers = [backend.index for backend in backends]
-        if numbers != self._numbers:
-            self._numbers = numbers
-            self._ring = sorted((_place("r", n, point), n) for n in numbers for point in range(self.POINTS))
-        total = sum(backend.outstanding for backend in backends) + 1
+        known = Backends.of(backends)
+        numbers, outstanding = known.numbers, known.outstanding
+        if numbers is not self._numbers and not np.array_equal(numbers, self._numbers):
+            points = ((number, point) for number in numbers.tolist() for point in range(self.POINTS))
+            self._ring = sorted((_place("r", *each), each[0]) for each in points)
+        self._numbers = numbers
+        total = int(outstanding.sum()) + 1
         most = math.ceil(self._load_factor * total / len(backends))
         start = bisect.bisect(self._ring, (_place("k", *leading(request, self._prefix_tokens)),))
         for step in range(len(self._ring)):
-            position = numbers.index(self._ring[(start + step) % len(self._ring)][1])
-            if backends[position].outstanding < most:
+            position = known.position(self._ring[(start + step) % len(self._ring)][1])
+            if position is not None and outstanding[position] < most:
                 return position
         raise AssertionError("the mean is never below the least")
 

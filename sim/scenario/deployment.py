@@ -221,6 +221,8 @@ def _with_link(profile: Profile, spec: GpuSpec) -> Profile:
     if not given:
         return profile
     names = {f"efficiencies.{name}" for name in given}
+    if (costs := profile.efficiencies.by_kernel) is not None:  # what was given stands for what was timed
+        given["by_kernel"] = replace(costs, all_reduce=())
     return profile.model_copy(
         update={
             "efficiencies": replace(profile.efficiencies, **given),

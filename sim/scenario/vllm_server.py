@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from servecast.sim.engine.config import EngineConfig
+from servecast.sim.engine.core import Scheduler
 from servecast.sim.engine.engine import Engine
 from servecast.sim.engine.rules import OPTION_SINCE, RULES, has_option, minor_release
-from servecast.sim.engine.vllm_scheduler import VllmScheduler
 from servecast.sim.hardware.gpu import GPU
 from servecast.sim.hardware.memory import KVMemory, kv_memory
 from servecast.sim.hardware.model_shape import ModelShape
@@ -101,7 +101,7 @@ def _nearest(release: str) -> str:
 class Vllm:
     """``vllm serve``, in the releases of ``RELEASES``."""
 
-    engine: Callable[[EngineConfig], Engine] = VllmScheduler
+    engine: Callable[[EngineConfig], Engine] = Scheduler
     step_times: Literal["physical", "padded"] = "physical"
 
     def title(self, version: str) -> str:

@@ -9,23 +9,23 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from pydantic_core import PydanticCustomError
 
-from servecast.sim.engine.request import Request, Stage, Stream
+from servecast.sim.engine.request import Content, Requests, Stage, Stream
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.traffic.arrivals import ClosedLoop, Extent, Times, replay
 from servecast.sim.traffic.content import ContentIds, Repeat, Same, SharedPrefix, Unique
-from servecast.sim.traffic.lengths import Tokens
+from servecast.sim.traffic.lengths import draw_outputs
+from servecast.sim.traffic.measured_lengths import Tokens
+from servecast.sim.traffic.sessions import Begins, session_stream
 from servecast.sim.traffic.spec import StreamSpec, Workload
 from servecast.sim.traffic.trace_spec import TraceSpec
 from servecast.sim.traffic.traces import Trace
-
-Parts = tuple[tuple[int, int], ...]
 
 
 def with_request_rate(
@@ -136,7 +136,14 @@ def draw(workload: Workload, seed: int, *, closed_loop: int = CLOSED_LOOP_REQUES
     for index, (stage, numbers) in enumerate(zip(workload.stages, drawn, strict=True)):
         streams: list[Stream] = []
         for stream, d in zip(stage.streams, numbers, strict=True):
-            requests = _requests(stream, d, _parts(stream, d, ids, texts), request_id)
+            if stream.talks:
+                begins = _begins(stream, d, ids)
+                rngs = generators[stream.name]
+                each = (rngs.prompt, rngs.output, rngs.content)
+                streams.append(session_stream(stream, begins, ids, request_id, index, each))
+                request_id += len(streams[-1].requests)
+                continue
+            requests = _requests(stream, d, _contents(stream, d, ids, texts), request_id)
             request_id += len(requests)
             limit, until_s = stream.max_concurrency, None
             if isinstance(stream.arrivals, ClosedLoop):
@@ -151,8 +158,15 @@ def draw(workload: Workload, seed: int, *, closed_loop: int = CLOSED_LOOP_REQUES
 def _draw(stream: StreamSpec, rngs: _Generators, closed_loop: int) -> _Drawn:
     extent = Extent(stream.num_requests, stream.duration_s, closed_loop)
     if stream.trace is not None:
-        return _draw_trace(stream, stream.trace, extent, rngs)
+        draw_it = _draw_recorded_sessions if stream.trace.waits else _draw_trace
+        return draw_it(stream, stream.trace, extent, rngs)
     assert stream.arrivals is not None
+    if stream.sessions is not None:
+        times = stream.arrivals.times(extent, rngs.arrivals) + stream.start_s
+        which = None
+        if isinstance(stream.content, SharedPrefix):
+            which = _which_prompt(stream.content, len(times), rngs)
+        return _Drawn(times, times[:0].astype(np.int64), times[:0].astype(np.int64), which)
     assert stream.prompt_tokens is not None
     assert stream.output_tokens is not None
     times = stream.arrivals.times(extent, rngs.arrivals) + stream.start_s
@@ -160,6 +174,9 @@ def _draw(stream: StreamSpec, rngs: _Generators, closed_loop: int) -> _Drawn:
     prompt_rng, output_rng = rngs.prompt, rngs.output
     if isinstance(stream.content, Repeat):
         prompt_rng, output_rng = copy.deepcopy(prompt_rng), copy.deepcopy(output_rng)
+    together = stream.length_correlation
+    if together == "rows":
+        output_rng = copy.deepcopy(prompt_rng)
     if isinstance(stream.content, SharedPrefix):
         which = _which_prompt(stream.content, n, rngs)
         if stream.content.prompts_per_group is not None:
@@ -168,8 +185,11 @@ def _draw(stream: StreamSpec, rngs: _Generators, closed_loop: int) -> _Drawn:
         else:
             body = stream.prompt_tokens.draw(n, prompt_rng)
         group = which // (stream.content.prompts_per_group or 1)
-        return _Drawn(times, body, stream.output_tokens.draw(n, output_rng), which, group)
-    return _Drawn(times, stream.prompt_tokens.draw(n, prompt_rng), stream.output_tokens.draw(n, output_rng))
+        return _Drawn(
+            times, body, draw_outputs(stream.output_tokens, body, together, output_rng), which, group
+        )
+    body = stream.prompt_tokens.draw(n, prompt_rng)
+    return _Drawn(times, body, draw_outputs(stream.output_tokens, body, together, output_rng))
 
 
 def _which_prompt(content: SharedPrefix, n: int, rngs: _Generators) -> npt.NDArray[np.int64]:
@@ -182,8 +202,10 @@ def _which_prompt(content: SharedPrefix, n: int, rngs: _Generators) -> npt.NDArr
     return rngs.cycle[np.arange(n) % distinct]
 
 
-def _draw_trace(stream: StreamSpec, spec: TraceSpec, extent: Extent, rngs: _Generators) -> _Drawn:
-    trace = spec.read()
+def _draw_trace(
+    stream: StreamSpec, spec: TraceSpec, extent: Extent, rngs: _Generators, trace: Trace | None = None
+) -> _Drawn:
+    trace = spec.read() if trace is None else trace
     wanted = 0 if extent.num_requests is None or extent.duration_s is not None else extent.num_requests
     times = None
     if stream.arrivals is not None:
@@ -218,57 +240,97 @@ def _draw_trace(stream: StreamSpec, spec: TraceSpec, extent: Extent, rngs: _Gene
     )
 
 
-def _parts(stream: StreamSpec, d: _Drawn, ids: ContentIds, texts: dict[str, set[int]]) -> list[Parts]:
-    """Each request's shared parts (see ``Request.content``)."""
-    system, content = stream.system_prompt_tokens, stream.content
-    front: Parts = ((ids.first("system", system), system),) if system else ()
+def _draw_recorded_sessions(stream: StreamSpec, spec: TraceSpec, extent: Extent, rngs: _Generators) -> _Drawn:
+    """The sessions of a trace; ``times`` are those at which they begin."""
+    trace = spec.read()
+    if trace.sessions is None:
+        raise InputError(
+            "its requests have no sessions, so no turn can wait for another",
+            where=str(spec.path),
+            fix="Name their column (columns: {session: ...}), or leave turns out.",
+        )
+    firsts = np.sort(np.unique(trace.sessions, return_index=True)[1])
+    recorded = replace(trace.take(firsts), hash_ids=None)
+    begins = _draw_trace(stream, spec, extent, rngs, recorded)
+    assert begins.trace is not None
+    wanted = begins.trace.sessions
+    assert wanted is not None
+    if len(wanted) > len(firsts):
+        trace = trace.repeated(-(-len(wanted) // len(firsts)))
+    return replace(begins, trace=trace)
+
+
+def _begins(stream: StreamSpec, d: _Drawn, ids: ContentIds) -> Begins:
+    """When a stream's sessions begin, and with what."""
+    parts: list[Content] = []
+    if d.trace is not None:
+        assert stream.trace is not None
+        parts = [()] * len(d.trace)
+        if d.trace.hash_ids is not None and stream.content is None:
+            parts = _hashed_parts((), 0, d.trace, ids.first("trace", stream.trace.path, 0))
+    return Begins(d.times, d.prompt, d.trace, parts)
+
+
+Contents = tuple[list[Content], npt.NDArray[Any]]  # different ones, and which of them each request has
+
+
+def _contents(stream: StreamSpec, d: _Drawn, ids: ContentIds, texts: dict[str, set[int]]) -> Contents:
+    """The requests' shared parts (see ``Request.content``)."""
+    system, content, count = stream.system_prompt_tokens, stream.content, len(d.times)
+    front: Content = ((ids.first("system", system), system),) if system else ()
     if d.trace is not None and d.trace.hash_ids is not None and content is None:
         assert stream.trace is not None
-        return _hashed_parts(front, system, d.trace, ids.first("trace", stream.trace.path, system))
-    totals = (system + d.body + stream.suffix_tokens).tolist()
+        first = ids.first("trace", stream.trace.path, system)
+        return _hashed_parts(front, system, d.trace, first), np.arange(count)
     if content is None or isinstance(content, Unique):
-        return [front] * len(totals)
+        return [front], np.zeros(count, np.int32)
+    totals = system + d.body + stream.suffix_tokens
     if isinstance(content, Repeat):
         first = ids.first("repeat", stream.name, system, repr(stream.prompt_tokens), stream.suffix_tokens)
-        return [(*front, (first + i, total)) for i, total in enumerate(totals)]
+        return [(*front, (first + i, total)) for i, total in enumerate(totals.tolist())], np.arange(count)
     if isinstance(content, Same):
         text = ids.first("text", content.text, system)
         end = ids.first("end of text", content.text, system, stream.suffix_tokens)
         cuts = sorted(texts[content.text])
-        parts = {
-            length: (
+        lengths, which = np.unique(d.body, return_inverse=True)
+        parts: list[Content] = [
+            (
                 *front,
                 *((text + cut, system + cut) for cut in cuts if cut <= length),
                 *(((end + length, system + length + stream.suffix_tokens),) if stream.suffix_tokens else ()),
             )
-            for length in np.unique(d.body).tolist()
-        }
-        return [parts[length] for length in d.body.tolist()]
+            for length in lengths.tolist()
+        ]
+        return parts, which
     assert d.prompt is not None
     assert d.group is not None
     prefix = ids.first("prefix", stream.name, system, content.prefix_tokens)
     heads = [(*front, (prefix + group, system + content.prefix_tokens)) for group in range(content.groups)]
     if content.prompts_per_group is None:
-        return [heads[group] for group in d.group.tolist()]
+        return heads, d.group
     whole = ids.first("prompt", stream.name, system, content.prefix_tokens)
-    rows = zip(d.group.tolist(), d.prompt.tolist(), totals, strict=True)
-    return [(*heads[g], (whole + p, total + content.prefix_tokens)) for g, p, total in rows]
+    prompts, at, which = np.unique(d.prompt, return_index=True, return_inverse=True)
+    ends = (totals[at] + content.prefix_tokens).tolist()
+    rows = zip(d.group[at].tolist(), prompts.tolist(), ends, strict=True)
+    return [(*heads[group], (whole + prompt, end)) for group, prompt, end in rows], which
 
 
 def replayed(trace: Trace, max_concurrency: int | None = None) -> list[Stage]:
     """A trace's requests as they stand there: one stage, sent by one client."""
-    parts: list[Parts] = [()] * len(trace) if trace.hash_ids is None else _hashed_parts((), 0, trace, 0)
-    columns = zip(
-        trace.times_s.tolist(), trace.prompt_tokens.tolist(), trace.output_tokens.tolist(), parts, strict=True
+    count, hashed = len(trace), trace.hash_ids is not None
+    requests = Requests(
+        np.arange(count),
+        trace.times_s,
+        trace.prompt_tokens,
+        trace.output_tokens,
+        trace.output_tokens,
+        np.arange(count, dtype=np.int32) if hashed else np.zeros(count, np.int32),
+        _hashed_parts((), 0, trace, 0) if hashed else [()],
     )
-    requests = [
-        Request(i, time, prompt, output, output, content)
-        for i, (time, prompt, output, content) in enumerate(columns)
-    ]
     return [Stage("all", [Stream("requests", requests, max_concurrency)])]
 
 
-def _hashed_parts(front: Parts, system: int, trace: Trace, first: int) -> list[Parts]:
+def _hashed_parts(front: Content, system: int, trace: Trace, first: int) -> list[Content]:
     assert trace.hash_ids is not None
     dense: dict[int, int] = {}
     block = trace.block_tokens
@@ -282,27 +344,24 @@ def _hashed_parts(front: Parts, system: int, trace: Trace, first: int) -> list[P
     ]
 
 
-def _requests(stream: StreamSpec, d: _Drawn, parts: list[Parts], first_id: int) -> list[Request]:
+def _requests(stream: StreamSpec, d: _Drawn, contents: Contents, first_id: int) -> Requests:
     extra = stream.system_prompt_tokens + stream.suffix_tokens
     if isinstance(stream.content, SharedPrefix):
         extra += stream.content.prefix_tokens
-    output = d.output if stream.max_tokens is None else np.minimum(d.output, stream.max_tokens)
-    limit = output if stream.max_tokens is None else np.full(len(output), stream.max_tokens)
-    groups: list[Any] = [None] * len(parts) if d.group is None else d.group.tolist()
-    columns = zip(
-        d.times.tolist(),
-        (d.body + extra).tolist(),
-        output.tolist(),
-        limit.tolist(),
-        parts,
-        groups,
-        strict=True,
+    count, limit = len(d.times), stream.max_tokens
+    output = d.output if limit is None else np.minimum(d.output, limit)
+    return Requests(
+        np.arange(first_id, first_id + count),
+        d.times,
+        d.body + extra if extra else d.body,
+        output,
+        output if limit is None else np.full(count, limit),
+        contents[1].astype(np.int32, copy=False),
+        contents[0],
+        d.group,
+        np.full(count, stream.priority) if stream.priority else None,
+        None if stream.abort_after_s is None else np.full(count, float(stream.abort_after_s)),
     )
-    priority, abort_after_s = stream.priority, stream.abort_after_s
-    return [
-        Request(i, time, prompt, out, most, content, priority, abort_after_s, group)
-        for i, (time, prompt, out, most, content, group) in enumerate(columns, start=first_id)
-    ]
 
 
 LONGEST_S = 90 * 86_400.0  # a run's clock counts picoseconds in 63 bits: 106 days
@@ -313,7 +372,8 @@ def check_requests(stages: list[Stage], max_model_len: int, *, where: str) -> No
     those that come later than can be simulated."""
     for stage in stages:
         for stream in stage.streams:
-            last_s = max((request.arrival_s for request in stream.requests), default=0.0)
+            requests = Requests.of(stream.requests)
+            last_s = float(requests.arrival_s.max(initial=0.0))
             if last_s > LONGEST_S:
                 raise InputError(
                     f"requests arrive over {last_s / 86_400:.4g} days (stage {stage.name!r}, stream "
@@ -321,12 +381,13 @@ def check_requests(stages: list[Stage], max_model_len: int, *, where: str) -> No
                     where=where,
                     fix="Give fewer requests or a higher rate; of a trace a window (from, to).",
                 )
-            for request in stream.requests:
-                if request.prompt_tokens + request.max_tokens > max_model_len:
-                    raise InputError(
-                        f"request {request.request_id} (stage {stage.name!r}, stream {stream.name!r}) of "
-                        f"{request.prompt_tokens} prompt tokens and max_tokens {request.max_tokens} "
-                        f"is longer than max_model_len {max_model_len}",
-                        where=where,
-                        fix="Shorten the lengths, bound their distribution, or raise engine.max_model_len.",
-                    )
+            too_long = requests.prompt_tokens + requests.max_tokens > max_model_len
+            if too_long.any():
+                request = requests[int(too_long.argmax())]
+                raise InputError(
+                    f"request {request.request_id} (stage {stage.name!r}, stream {stream.name!r}) of "
+                    f"{request.prompt_tokens} prompt tokens and max_tokens {request.max_tokens} "
+                    f"is longer than max_model_len {max_model_len}",
+                    where=where,
+                    fix="Shorten the lengths, bound their distribution, or raise engine.max_model_len.",
+                )

@@ -1,4 +1,4 @@
-"""Prompt and output lengths: distributions over whole tokens."""
+"""Prompt and output lengths: distributions over whole tokens, and how the two go together."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from pydantic_core import CoreSchema
 
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.inputs.schema import Count, InputFile, Model, NonNegative, Positive, invalid
-
-Tokens = npt.NDArray[np.int64]
+from servecast.sim.traffic.measured_lengths import Histogram, Quantiles, Tokens, is_short
 
 
 class Fixed(Model):
@@ -103,7 +102,7 @@ class Lognormal(Model):
 class Empirical(Model):
     """Drawn with replacement from ``values``, or from a ``column`` of a CSV file."""
 
-    kind: Literal["empirical"]
+    kind: Literal["empirical"] = "empirical"
     values: tuple[Count, ...] | None = None
     """Lengths to draw from."""
     weights: tuple[NonNegative, ...] | None = None
@@ -222,7 +221,7 @@ class InferencePerfLengths(Model):
 
 def _kind(data: Any) -> str | None:
     if isinstance(data, dict):
-        kind = data.get("kind")
+        kind = data.get("kind", is_short(data))
         return kind if isinstance(kind, str) else None
     return "fixed" if isinstance(data, (int, float, str)) else getattr(data, "kind", None)
 
@@ -232,6 +231,46 @@ Lengths = Annotated[
     | Annotated[Uniform, Tag("uniform")]
     | Annotated[Lognormal, Tag("lognormal")]
     | Annotated[Empirical, Tag("empirical")]
+    | Annotated[Quantiles, Tag("quantiles")]
+    | Annotated[Histogram, Tag("histogram")]
     | Annotated[InferencePerfLengths, Tag("inference_perf")],
     Discriminator(_kind),
 ]
+
+Correlation = Annotated[float, Field(strict=True, ge=-1, le=1)] | Literal["rows"]
+
+
+def check_pair(prompt: Lengths, output: Lengths, correlation: Correlation) -> None:
+    """Raises PydanticCustomError where the two cannot go together as they are told to."""
+    if correlation == "rows":
+        tables = [
+            (law.path, law.weights, len(law.values or ())) if isinstance(law, Empirical) else None
+            for law in (prompt, output)
+        ]
+        if tables[0] is None or tables[0] != tables[1]:
+            fix = "Give both as columns of one file, or as values of one length."
+            raise invalid("prompts and outputs do not stand in the same rows", fix, at="length_correlation")
+    elif isinstance(prompt, Fixed) or isinstance(output, Fixed):
+        raise invalid("a fixed length goes with nothing", "Remove it.", at="length_correlation")
+
+
+def draw_outputs(
+    law: Lengths, prompts: Tokens, correlation: Correlation | None, rng: np.random.Generator
+) -> Tokens:
+    """Output lengths for these prompts. With a rank correlation they are those of their law in another order:
+    ranks are those of two normals that have it (Iman and Conover 1982).
+
+    Args:
+        rng: of the outputs; with "rows", one in the state from which the prompts were drawn.
+    """
+    n = len(prompts)
+    values = law.draw(n, rng)
+    if correlation is None or correlation == "rows":
+        return values
+    normal, other = np.sort(rng.standard_normal(n)), rng.standard_normal(n)
+    place = np.empty(n, dtype=np.int64)
+    place[np.lexsort((rng.random(n), prompts))] = np.arange(n)  # equal prompts in any order
+    r = 2 * math.sin(math.pi * correlation / 6)  # of normals whose ranks have Spearman's
+    ranks = np.argsort(np.argsort(r * normal[place] + math.sqrt(max(0.0, 1 - r * r)) * other))
+    found: Tokens = np.sort(values)[ranks]
+    return found

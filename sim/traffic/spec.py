@@ -6,6 +6,7 @@ import math
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.inputs.schema import Amount, Count, Flag, Model, NonNegative, Positive, invalid, within
@@ -18,8 +19,9 @@ from servecast.sim.traffic.arrivals import (
     Timestamps,
     VllmBench,
 )
-from servecast.sim.traffic.content import Content, Unique
-from servecast.sim.traffic.lengths import Lengths
+from servecast.sim.traffic.content import Content, SharedPrefix, Unique
+from servecast.sim.traffic.lengths import Correlation, Lengths, check_pair
+from servecast.sim.traffic.session_spec import SessionSpec
 from servecast.sim.traffic.trace_spec import TraceSpec
 
 Row = dict[str, int | float | str]  # keys of a reported table's row, and their values
@@ -50,6 +52,9 @@ class StreamSpec(Model):
     """Prompt lengths."""
     output_tokens: Lengths | None = None
     """Output lengths, as the model would end by itself."""
+    length_correlation: Correlation | None = None
+    """How outputs go with their prompts: the rank correlation (Spearman's) of the two, or ``rows``, drawn
+    together from the rows of one table. Default, not at all."""
     max_tokens: Count | None = None
     """Limit given to the engine. Without it, each request's limit is its output length (``ignore_eos``)."""
     system_prompt_tokens: Amount = 0
@@ -58,6 +63,9 @@ class StreamSpec(Model):
     """Tokens behind each prompt, such as a chat template's."""
     content: Content | None = None
     """Which prompts share leading tokens. Default, none do."""
+    sessions: SessionSpec | None = None
+    """Each arrival is a session of several turns: rates, numbers of requests and a closed loop's concurrency
+    are of sessions, ``prompt_tokens`` are what a turn adds."""
     priority: int = 0
     """Lower runs first under the ``priority`` policy."""
     abort_after_s: Positive | None = None
@@ -78,13 +86,60 @@ class StreamSpec(Model):
                 "Remove it to use the trace's hash ids, or make it unique.",
                 at="content",
             )
-        if isinstance(self.arrivals, ClosedLoop) and self.max_concurrency is not None:
+        if self.length_correlation is not None:
+            self.check_lengths(self.length_correlation)
+        if self.talks:
+            self._check_sessions()
+        if isinstance(self.arrivals, ClosedLoop) and self.max_concurrency is not None and not self.talks:
             raise invalid(
                 "max_concurrency beside a closed loop",
                 "Remove it: concurrency says it.",
                 at="max_concurrency",
             )
         return self
+
+    @property
+    def talks(self) -> bool:
+        """Whether its requests wait for others of their session."""
+        return self.sessions is not None or (self.trace is not None and self.trace.waits)
+
+    def _check_sessions(self) -> None:
+        spec, content = self.sessions, self.content
+        if self.trace is not None:
+            if spec is not None:
+                raise invalid("sessions beside a trace, which has its own", "Remove them.", at="sessions")
+            for name in ("system_prompt_tokens", "suffix_tokens"):
+                if getattr(self, name):
+                    raise invalid(f"{name} beside recorded sessions", "Remove it.", at=name)
+            return
+        assert spec is not None
+        if self.length_correlation is not None:
+            raise invalid("a correlation of turns is not modelled", "Remove it.", at="length_correlation")
+        if content is not None and not isinstance(content, Unique | SharedPrefix):
+            what = f"content {content.kind} of sessions, which go on differently"
+            raise invalid(what, "Remove it, or use shared_prefix.", at="content")
+        each = content.prompts_per_group if isinstance(content, SharedPrefix) else None
+        if (
+            isinstance(content, SharedPrefix)
+            and each is not None
+            and (spec.users != content.groups * each or content.order != "cycle")
+        ):
+            fix = "Remove it, or give as many users as groups x prompts_per_group, and order: cycle."
+            raise invalid("prompts_per_group of sessions", fix, at="content.prompts_per_group")
+        if spec.prefix_again and (spec.users is None or not isinstance(content, SharedPrefix)):
+            what = "prefix_again without users and a shared prefix"
+            raise invalid(what, "Remove it.", at="sessions.prefix_again")
+
+    def check_lengths(self, correlation: Correlation) -> None:
+        """Refuse prompts and outputs that cannot go together so."""
+        if self.prompt_tokens is None or self.output_tokens is None:
+            what = "length_correlation beside a trace, which has its own"
+            raise invalid(what, "Remove it.", at="length_correlation")
+        check_pair(self.prompt_tokens, self.output_tokens, correlation)
+        again = isinstance(self.content, SharedPrefix) and self.content.prompts_per_group is not None
+        if correlation == "rows" and again:
+            what = "rows of a table for prompts that come again"
+            raise invalid(what, "Give a rank correlation.", at="length_correlation")
 
     @property
     def own_arrivals(self) -> bool:
@@ -109,6 +164,8 @@ class StreamSpec(Model):
 
     def check_complete(self) -> None:
         """Refuse a stream whose arrivals are not all given (as that of a sweep, before its levels)."""
+        if self.length_correlation is not None:
+            self.check_lengths(self.length_correlation)
         law = self.arrivals
         if law is None and self.trace is None:
             raise invalid("arrivals is missing", "Add it, for example {kind: poisson, request_rate: 2}.")
@@ -316,7 +373,14 @@ class PlanSpec(Model):
         for name in ("prompt_tokens", "output_tokens", "max_tokens"):
             if getattr(self, name) is not None:
                 changes[name] = getattr(self, name)
-        return stream.model_copy(update=changes)
+        planned = stream.model_copy(update=changes)
+        if stream.length_correlation is not None:
+            try:
+                planned.check_lengths(stream.length_correlation)
+            except PydanticCustomError as error:
+                told = error.context or {}
+                raise InputError(told["what"], where=f"plan: {told['at']}", fix=told["fix"]) from None
+        return planned
 
     def _check_beside_trace(self) -> None:
         """Refuse what a trace has itself."""

@@ -10,12 +10,11 @@ from typing import Any, Literal, NamedTuple
 from cores import interpreted
 from plain_engine import PlainEngine
 
-from servecast.sim.engine import core
 from servecast.sim.engine.config import EngineConfig
+from servecast.sim.engine.core import Scheduler
 from servecast.sim.engine.request import Request
-from servecast.sim.engine.scheduler import Scheduler
 
-Engine = PlainEngine | Scheduler | core.Scheduler
+Engine = PlainEngine | Scheduler
 
 
 MAX_STEPS = 3_000  # without the full-length gate vLLM itself can preempt for ever
@@ -157,19 +156,14 @@ def run(
     return log
 
 
-def counting(config: EngineConfig) -> Scheduler:
-    """The engine that counts the requests that decode."""
+def installed(config: EngineConfig) -> Scheduler:
+    """The engine as it is installed: compiled, where there was a compiler."""
     return Scheduler(config, trace=True)
 
 
-def compiled(config: EngineConfig) -> core.Scheduler:
-    """The core as it is installed."""
-    return core.Scheduler(config, trace=True)
-
-
 def in_python(config: EngineConfig) -> Any:
-    """The core's source, interpreted."""
-    return interpreted().Scheduler(config, trace=True)
+    """The engine's source, interpreted."""
+    return interpreted()["core"].Scheduler(config, trace=True)
 
 
-FAST = (counting, compiled, in_python)
+ENGINES = (PlainEngine, installed, in_python)

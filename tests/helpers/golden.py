@@ -1,4 +1,4 @@
-"""Workloads whose whole tables are kept as digests, made by an engine that counted what it did not visit.
+"""Workloads whose whole tables are kept as digests, made by an engine that was written otherwise.
 
 python tests/helpers/golden.py keeps them anew: only after a change that is meant to move predictions.
 """
@@ -9,19 +9,15 @@ import hashlib
 import json
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import pandas as pd
 from places import DATA
 from small_scenarios import small
 
-from servecast.sim.engine.scheduler import Scheduler
 from servecast.sim.metrics.records import Run
 from servecast.sim.run.simulate import simulate
 from servecast.sim.scenario.scenario import Scenario
-from servecast.sim.scenario.servers import SERVERS
-from servecast.sim.scenario.vllm_server import Vllm
 
 KEPT = DATA / "golden" / "engine.json"
 LOGNORMAL = {
@@ -110,7 +106,7 @@ def _digest(column: pd.Series[Any]) -> str:
 if __name__ == "__main__":
     from tempfile import TemporaryDirectory
 
-    with TemporaryDirectory() as home, patch.dict(SERVERS, vllm=Vllm(Scheduler)):
+    with TemporaryDirectory() as home:
         found = {name: digests(simulate(scenario(Path(home), name))) for name in WORKLOADS}
     KEPT.parent.mkdir(exist_ok=True)
     KEPT.write_text(json.dumps(found, indent=1) + "\n", "utf-8")

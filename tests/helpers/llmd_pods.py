@@ -54,7 +54,7 @@ def request(number: int, tokens: int, *content: tuple[int, int], group: int | No
 
 def totals(epp: EndpointPicker, backends: Sequence[Pod], asked: Request | None = None) -> list[float]:
     asked = asked or request(0, 100)
-    return epp.totals(Cycle(asked, backends, [backend.gauges for backend in backends]))
+    return list(epp.totals(Cycle.among(asked, backends)))
 
 
 def stored(asked: Request, blocks: int, *, size: int = 16) -> BlockStored:

@@ -1,25 +1,19 @@
 """The proof that the comparison with vLLM sees every rule: each rule is broken by one line, and caught.
 
 ``mutations.yaml`` lists the rules with the line of the simulator that carries each, and a wrong one. A
-mutation runs in a freshly loaded copy of the engine's modules; the real ones stay as they are.
+mutation runs in a freshly loaded, interpreted copy of the engine's modules; the real ones stay as they are.
 """
 
 from __future__ import annotations
 
-import importlib
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import yaml
+from cores import FOLDER, copies
 
 from servecast.validate.parity.parity import MakeScheduler, Mismatch, Recorded, compare
-
-# in the order of import
-ENGINE = ("rules", "kv_cache", "sequence", "waiting", "cruise", "cadence", "step", "scheduler")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +36,7 @@ class Mutation:
         Raises:
             LookupError: the line is not there any more, or not once: the table has to follow the engine.
         """
-        source = Path(str(importlib.import_module(f"servecast.sim.engine.{self.file}").__file__)).read_text()
+        source = (FOLDER / f"{self.file}.py").read_text("utf-8")
         if source.count(self.old) != 1:
             raise LookupError(
                 f"mutations.yaml, {self.rule!r}: {source.count(self.old)} times in "
@@ -59,24 +53,8 @@ class Mutation:
         return changed[0]
 
     def scheduler(self) -> MakeScheduler:
-        """The simulator's scheduler with this one line broken."""
-        names = [f"servecast.sim.engine.{name}" for name in ENGINE]
-        package = importlib.import_module("servecast.sim.engine")
-        kept = {name: importlib.import_module(name) for name in names}
-        try:
-            for name, module in kept.items():
-                file = Path(str(module.__file__))
-                copy = ModuleType(name)
-                copy.__file__ = str(file)
-                sys.modules[name] = copy
-                source = self.source() if file.stem == self.file else file.read_text()
-                exec(compile(source, str(file), "exec"), copy.__dict__)
-            mutated: Any = sys.modules["servecast.sim.engine.scheduler"]
-        finally:
-            sys.modules.update(kept)
-            for name, module in kept.items():
-                setattr(package, name.rpartition(".")[2], module)
-        make: MakeScheduler = mutated.Scheduler
+        """The simulator's scheduler, interpreted, with this one line broken."""
+        make: MakeScheduler = copies({self.file: self.source()})["core"].Scheduler
         return make
 
 

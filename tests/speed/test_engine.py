@@ -1,4 +1,4 @@
-"""How fast and how large a simulation is, beside the engine that runs where nothing was compiled.
+"""How fast and how large a simulation is, beside the engine interpreted, as it runs where nothing compiles.
 
 Runs under ``make benchmark``. Times are CPU time of ``servecast.simulate``, percentiles included, compared
 within one run as ratios of medians; only the ratios and sizes, which do not depend on the machine, are kept
@@ -19,11 +19,11 @@ from unittest.mock import patch
 
 import pytest
 import yaml
+from cores import interpreted
 from pytest_benchmark.fixture import BenchmarkFixture
 from same_run import assert_same
 from speed_results import keep
 
-from servecast.sim.engine.scheduler import Scheduler
 from servecast.sim.run.simulation import simulate
 from servecast.sim.scenario.scenario import Scenario, load
 from servecast.sim.scenario.servers import SERVERS
@@ -31,7 +31,7 @@ from servecast.sim.scenario.vllm_server import Vllm
 
 ROUNDS = 5
 GROWTH = (10_000, 100_000, 1_000_000)
-SMALLER = 10  # so many times fewer requests for the engine in Python
+SMALLER = 20  # so many times fewer requests for the engine in Python
 FIXED = {"prompt_tokens": 256, "output_tokens": 128}
 LOGNORMAL = {
     "prompt_tokens": {"kind": "lognormal", "mean": 1000, "std": 600, "max_tokens": 6000},
@@ -92,18 +92,19 @@ def scenario(workload: dict[str, Any], num_requests: int) -> Scenario:
 
 @pytest.mark.benchmark(timer=time.process_time)
 @pytest.mark.parametrize("name", WORKLOADS)
-def test_requests_per_cpu_second_beside_the_engine_in_python(
+def test_requests_per_cpu_second_beside_the_engine_interpreted(
     name: str, benchmark: BenchmarkFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     num_requests, workload = WORKLOADS[name]
     case, few = scenario(workload, num_requests), scenario(workload, num_requests // SMALLER)
     python_times = []
-    with patch.dict(SERVERS, vllm=Vllm(Scheduler)):
+    in_its_place = Vllm(interpreted()["core"].Scheduler)
+    with patch.dict(SERVERS, vllm=in_its_place):
         in_python = simulate(few).run
     assert_same(simulate(few).run, in_python)
 
     def python_round() -> None:  # before each round of the other, so that both see the same machine
-        with patch.dict(SERVERS, vllm=Vllm(Scheduler)):
+        with patch.dict(SERVERS, vllm=in_its_place):
             start = time.process_time()
             simulate(few)
             python_times.append((time.process_time() - start) * SMALLER)
@@ -114,11 +115,11 @@ def test_requests_per_cpu_second_beside_the_engine_in_python(
     with capsys.disabled():
         print(
             f"\n{name}: {num_requests / seconds:,.0f} requests a CPU second, "
-            f"engine in Python {num_requests / python_seconds:,.0f}: {python_seconds / seconds:.1f} times; "
+            f"interpreted {num_requests / python_seconds:,.0f}: {python_seconds / seconds:.1f} times; "
             f"{running:.0f} running, {len(fast.steps) / num_requests:.2f} steps a request"
         )
     keep(
-        "beside the engine in Python",
+        "beside the engine interpreted",
         {
             name: {
                 "times_faster": round(python_seconds / seconds, 1),

@@ -74,7 +74,7 @@ def test_a_stage_is_ended_with_what_it_started_and_goes_on_last(tmp_path: Path) 
         "p = subprocess.Popen(own, start_new_session=True); "
         'open(sys.argv[1], "w").write(str(p.pid)); time.sleep(600)'
     )
-    slow = _stage("slow", program, "{out}/pid") | {"time_s": 8.0}
+    slow = _stage("slow", program, "{out}/pid") | {"time_s": 4.0}
     campaign = _run(tmp_path, slow, _stage("next", NOTE, "{out}/next"))
     assert _left(campaign) == ["slow"]
     assert campaign.rows(Stage(**slow))[-1]["ended"] == "after its time"

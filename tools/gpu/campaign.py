@@ -30,7 +30,7 @@ import psutil
 import yaml
 
 from servecast.calibrate.measure.facts import collect, nvidia_smi
-from servecast.calibrate.measure.vllm.ending import sigterm_as_ctrl_c
+from servecast.calibrate.measure.vllm.ending import heeds_ctrl_c, sigterm_as_ctrl_c
 from servecast.calibrate.measure.vllm.tiny_model import write_tiny_model, write_tokenizer
 from servecast.sim.scenario.scenario import shipped_folder
 
@@ -123,7 +123,12 @@ class Campaign:
         with (logs / f"{stage.name}.out").open("wb") as out, (logs / f"{stage.name}.err").open("ab") as err:
             environment = os.environ | {"PYTHONUNBUFFERED": "1"} | self.plan.get("env", {})
             process = subprocess.Popen(
-                [*SERVECAST, *words], stdout=out, stderr=err, env=environment, start_new_session=True
+                [*SERVECAST, *words],
+                stdout=out,
+                stderr=err,
+                env=environment,
+                start_new_session=True,
+                preexec_fn=heeds_ctrl_c,  # also where a shell started us in the background, without one
             )
             try:
                 process.wait(given)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,7 @@ from servecast.sim.scenario.scenario import Scenario
 from servecast.sim.scenario.scenario import load as load_scenario
 from servecast.validate.check import clock, identities, load, physics
 from servecast.validate.check import few_requests as few
-from servecast.validate.check.asked import GPU, not_asked
-from servecast.validate.check.finding import Finding
+from servecast.validate.check.finding import Finding, NotReported, Rule
 from servecast.validate.check.from_results import from_results
 from servecast.validate.check.from_scenario import from_scenario
 from servecast.validate.check.from_table import Context, from_table
@@ -24,32 +22,40 @@ from servecast.validate.check.prediction import prediction
 from servecast.validate.check.table import Report
 from servecast.validate.readers.document import is_csv_of_vllm
 
-Rule = Callable[[Report], Iterator[Finding]]
-
-RULES: dict[str, Rule] = {
-    "all-failed": identities.all_failed,
-    "records": identities.records,
-    "percentile-order": identities.percentile_order,
-    "e2e-sum": identities.e2e_sum,
-    "throughput-requests": identities.throughput_against_requests,
-    "wall-time": identities.wall_time,
-    "littles-law": load.littles_law,
-    "few-waves": few.few_waves,
-    "send-rate": load.send_rate,
-    "drain": load.drain,
-    "open-loop": load.open_loop,
-    "warm-up": few.warm_up,
-    "percentile-past-maximum": few.percentile_past_maximum,
-    "zero-latency": clock.zero_latency,
-    "halved-itl": clock.halved_itl,
-    "clock-grid": clock.clock_grid,
-    "roofline-decode": physics.roofline_decode,
-    "roofline-prefill": physics.roofline_prefill,
-    "prefill-difference": physics.prefill_difference,
-    "roofline-throughput": physics.roofline_throughput,
-    "repeated-prompts": physics.repeated_prompts,
-    "kv-arithmetic": physics.kv_arithmetic,
-    "kv-capacity": physics.kv_capacity,
+GPU = "--model-config and --gpu"
+RULES: dict[str, tuple[Rule, str]] = {  # each with what it needs
+    "all-failed": (identities.all_failed, "a number of failures"),
+    "records": (identities.records, "the requests behind the figures"),
+    "percentile-order": (identities.percentile_order, "two statistics of a latency"),
+    "e2e-sum": (identities.e2e_sum, "E2E and TTFT, and the time between tokens with output lengths"),
+    "throughput-requests": (
+        identities.throughput_against_requests,
+        "tokens/s, requests/s and output lengths",
+    ),
+    "wall-time": (identities.wall_time, "a rate and the number of requests"),
+    "littles-law": (load.littles_law, "the concurrency, a rate and a latency"),
+    "few-waves": (few.few_waves, "the concurrency, the number of requests, a rate and a latency"),
+    "send-rate": (load.send_rate, "the offered rate, requests/s and a latency"),
+    "drain": (load.drain, "the offered rate, tokens/s and output lengths"),
+    "open-loop": (load.open_loop, "the offered rate, a rate and a latency"),
+    "warm-up": (few.warm_up, "two loads with a median and a tail of TTFT"),
+    "percentile-past-maximum": (
+        few.percentile_past_maximum,
+        "the exclusive law of percentiles, and the number of requests",
+    ),
+    "zero-latency": (clock.zero_latency, "a latency"),
+    "halved-itl": (clock.halved_itl, "TPOT or ITL, with output lengths"),
+    "clock-grid": (clock.clock_grid, "four rows of a latency"),
+    "roofline-decode": (physics.roofline_decode, f"TPOT, ITL or E2E, {GPU}"),
+    "roofline-prefill": (physics.roofline_prefill, f"TTFT, the prompts' length, {GPU}"),
+    "prefill-difference": (physics.prefill_difference, f"TTFT at two lengths of prompts, {GPU}"),
+    "roofline-throughput": (physics.roofline_throughput, f"tokens/s, {GPU}"),
+    "repeated-prompts": (physics.repeated_prompts, "a scenario that says which prompts were sent before"),
+    "kv-arithmetic": (physics.kv_arithmetic, f"KV usage, requests running or waiting, or {GPU}"),
+    "kv-capacity": (
+        physics.kv_capacity,
+        f"the concurrency, the prompts' length, TTFT p50 and a latency, {GPU}",
+    ),
 }
 _NOT_PREDICTED = (
     "not set against a prediction, which takes a scenario: `servecast validate result` does so for a result, "
@@ -65,23 +71,15 @@ class Checked(Answer):
 
     Attributes:
         report: what was checked.
-        findings: rule by rule in the order of `RULES`, then those of the prediction.
-        predicted: whether it was set against a prediction.
+        findings: rule by rule in the order of `rules`.
+        rules: ids of the rules that there are for it. not_asked: those of them that no row could be asked,
+            and what they need.
     """
 
     report: Report
     findings: tuple[Finding, ...]
-    predicted: bool
-
-    @property
-    def rules(self) -> list[str]:
-        """Ids of the rules that there are for it."""
-        return [*RULES, *(["prediction"] if self.predicted else [])]
-
-    @property
-    def not_asked(self) -> dict[str, str]:
-        """Those of them that no row could be asked, and what they need."""
-        return not_asked(self.report, self.rules)
+    rules: list[str]
+    not_asked: dict[str, str]
 
     @property
     def asked(self) -> bool:
@@ -179,9 +177,15 @@ def check(
     if predict and report.scenario is None and any(level.hardware is not None for level in report.levels):
         report = replace(report, notes=(*report.notes, _NOT_PREDICTED))
     with_prediction = predict and report.scenario is not None and report.scenario.profile is not None
-    rules = RULES | ({"prediction": prediction} if with_prediction else {})
-    findings = [replace(finding, rule=name) for name, rule in rules.items() for finding in rule(report)]
-    return Checked(report, tuple(findings), with_prediction)
+    rules = RULES | ({"prediction": (prediction, "a scenario")} if with_prediction else {})
+    findings: list[Finding] = []
+    missing: dict[str, str] = {}
+    for name, (rule, need) in rules.items():
+        try:
+            findings += [replace(finding, rule=name) for finding in rule(report)]
+        except NotReported:
+            missing[name] = need
+    return Checked(report, tuple(findings), list(rules), missing)
 
 
 def _read(report: Scenario | Path | str, more: list[Path], context: Context) -> Report:

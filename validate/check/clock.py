@@ -6,7 +6,16 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 
-from servecast.validate.check.finding import Finding, completion_rate, finding, gaps_ratio, latency
+from servecast.validate.check.finding import (
+    Finding,
+    asked,
+    completion_rate,
+    each_row,
+    finding,
+    gaps_ratio,
+    latency,
+    token_time,
+)
 from servecast.validate.check.table import LATENCIES, Level, Report, Value
 
 _DRAIN_TWICE = (1.6, 2.8)  # the drain is the latency of the last requests, not of all
@@ -17,26 +26,27 @@ _TICKS_S = (1 / 64, 1 / 60)  # timers that no decimal grid shows
 _SHORTEST_STEP_S = 1e-4  # no model's forward pass is shorter
 
 
-def zero_latency(report: Report) -> Iterator[Finding]:
+@each_row
+def zero_latency(_report: Report, level: Level) -> Iterator[Finding]:
     """No engine step takes no time, so a percentile of 0 is not one of steps."""
-    for level in report.levels:
-        shortest = _shortest_step_s(level)
-        for value in level.of(*LATENCIES):
-            if value.value != 0 or value.statistic in ("min", "std"):
-                continue
-            if value.metric in ("itl", "tpot") and level.output is not None and level.gaps is None:
-                continue  # of outputs of one token a 0 says that there are no gaps
-            sure = value.half < shortest
-            share = f"{value.rank:g} % of the values" if value.rank is not None else "the mean"
-            message = (
-                f"{value.metric} {value.statistic} is 0: {share} cannot be times between engine steps, of at "
-                f"least {1e3 * shortest:.2g} ms; several events were stamped at once"
-                if sure
-                else f"{value.metric} {value.statistic} is rounded to 0"
-            )
-            numbers = {"reported_s": 0.0, "shortest_step_s": shortest}
-            found = finding(level, [value], message, numbers, certain=sure)
-            yield found if sure else replace(found, confidence="possible")
+    asked(level.of(*LATENCIES))
+    shortest = _shortest_step_s(level)
+    for value in level.of(*LATENCIES):
+        if value.value != 0 or value.statistic in ("min", "std"):
+            continue
+        if value.metric in ("itl", "tpot") and level.output is not None and level.gaps is None:
+            continue  # of outputs of one token a 0 says that there are no gaps
+        sure = value.half < shortest
+        share = f"{value.rank:g} % of the values" if value.rank is not None else "the mean"
+        message = (
+            f"{value.metric} {value.statistic} is 0: {share} cannot be times between engine steps, of at "
+            f"least {1e3 * shortest:.2g} ms; several events were stamped at once"
+            if sure
+            else f"{value.metric} {value.statistic} is rounded to 0"
+        )
+        numbers = {"reported_s": 0.0, "shortest_step_s": shortest}
+        found = finding(level, [value], message, numbers, certain=sure)
+        yield found if sure else replace(found, confidence="possible")
 
 
 def _shortest_step_s(level: Level) -> float:
@@ -44,26 +54,25 @@ def _shortest_step_s(level: Level) -> float:
     return max(_SHORTEST_STEP_S, of_weights)
 
 
-def halved_itl(report: Report) -> Iterator[Finding]:
+@each_row
+def halved_itl(_report: Report, level: Level) -> Iterator[Finding]:
     """The gaps between tokens add up to about half of the latency without TTFT: two timestamps a token."""
-    for level in report.levels:
-        if level.halved:
+    asked(token_time(level) or level.of("itl"))
+    if level.halved:
+        message = "the tool stamped each token twice, so that it reports half of ITL and TPOT; put right here"
+        yield finding(level, level.of("itl", "tpot"), message, {}, certain=True)
+        return
+    for metric in ("itl", "tpot"):
+        gaps = [v for v in level.of(metric) if v.value > 0 and v.statistic != "std"]
+        ratio = gaps_ratio(level, metric)
+        if gaps and ratio is not None and ratio.twice:
             message = (
-                "the tool stamped each token twice, so that it reports half of ITL and TPOT; put right here"
+                f"latency without TTFT is {ratio.value:.3g} times the gaps between tokens by their "
+                f"{metric}: two timestamps a token?"
             )
-            yield finding(level, level.of("itl", "tpot"), message, {}, certain=True)
-            continue
-        for metric in ("itl", "tpot"):
-            gaps = [v for v in level.of(metric) if v.value > 0 and v.statistic != "std"]
-            ratio = gaps_ratio(level, metric)
-            if gaps and ratio is not None and ratio.twice:
-                message = (
-                    f"latency without TTFT is {ratio.value:.3g} times the gaps between tokens by their "
-                    f"{metric}: two timestamps a token?"
-                )
-                yield finding(level, gaps, message, {"ratio": ratio.value}, certain=ratio.exact)
-            elif gaps and ratio is None and metric == "itl":
-                yield from _half_are_zero(level, gaps)
+            yield finding(level, gaps, message, {"ratio": ratio.value}, certain=ratio.exact)
+        elif gaps and ratio is None and metric == "itl":
+            yield from _half_are_zero(level, gaps)
 
 
 def _half_are_zero(level: Level, gaps: list[Value]) -> Iterator[Finding]:
@@ -97,6 +106,7 @@ def _against_drain(level: Level) -> float | None:
 
 def clock_grid(report: Report) -> Iterator[Finding]:
     """All values of a column are multiples of more than its last digit: a clock's tick, or rounding."""
+    asked(len([level for level in report.levels if level.of(*LATENCIES)]) >= _DIFFERENT)
     columns: dict[tuple[str, str], list[tuple[Level, Value]]] = {}
     for level in report.levels:
         for value in level.of(*LATENCIES):

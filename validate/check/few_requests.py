@@ -10,10 +10,13 @@ from servecast.validate.check.finding import (
     SHORT,
     WAVES,
     Finding,
+    asked,
     completion_rate,
+    each_row,
     finding,
     in_flight,
     latency,
+    needed,
 )
 from servecast.validate.check.table import Level, Report, Span, Value
 
@@ -22,35 +25,34 @@ _EXCESS = 3.0
 _AGREE = 0.35  # two sizes of one outlier
 
 
-def few_waves(report: Report) -> Iterator[Finding]:
+@each_row
+def few_waves(_report: Report, level: Level) -> Iterator[Finding]:
     """A closed loop of a few requests a slot is mostly ramp and drain: its throughput is not that of its
     concurrency."""
-    for level in report.levels:
-        flight, slots, count = in_flight(level), level.concurrency, level.num_requests
-        if flight is None or slots is None or count is None or level.open_loop:
-            continue
-        if count >= WAVES * slots or flight.span.high >= IDLE * slots:
-            continue
-        waves = math.ceil(count / slots)
-        message = (
-            f"{count} requests in {slots} slots are {waves} wave{'s' * (waves > 1)}: on average "
-            f"{flight.span.mid:.3g} were in flight, so the throughput is that of ramp and drain"
-        )
-        numbers = {
-            "in_flight": flight.span.mid,
-            "concurrency": float(slots),
-            "requests": float(count),
-            "filled": count / (waves * slots),
-        }
-        yield finding(level, _rates(level), message, numbers)
+    slots, count = needed(level.concurrency), needed(level.num_requests)
+    asked(completion_rate(level) and latency(level))
+    flight = in_flight(level)
+    if flight is None or level.open_loop or count >= WAVES * slots or flight.span.high >= IDLE * slots:
+        return
+    waves = math.ceil(count / slots)
+    message = (
+        f"{count} requests in {slots} slots are {waves} wave{'s' * (waves > 1)}: on average "
+        f"{flight.span.mid:.3g} were in flight, so the throughput is that of ramp and drain"
+    )
+    numbers = {
+        "in_flight": flight.span.mid,
+        "concurrency": float(slots),
+        "requests": float(count),
+        "filled": count / (waves * slots),
+    }
+    yield finding(level, _rates(level), message, numbers)
 
 
 def warm_up(report: Report) -> Iterator[Finding]:
     """The tail of the lowest load is longer than that of the next: its first request warmed the server up."""
-    for series in report.series():
-        if len(series) < 2:
-            continue
-        first, second = series[0], series[1]
+    known = [series[:2] for series in report.series() if len(series) > 1]
+    asked([first for first, _ in known if first.percentiles("ttft")])
+    for first, second in known:
         tails = [
             (value, median)
             for metric in ("ttft", "e2el")
@@ -90,8 +92,7 @@ def warm_up(report: Report) -> Iterator[Finding]:
             cells += _slowed_rates(first, outlier_s)
         else:
             cells += _short_rates(first)
-        sure = one and len(sizes) > 1
-        yield finding(first, cells, message, numbers, certain=sure)
+        yield finding(first, cells, message, numbers, certain=one and len(sizes) > 1)
 
 
 def _median(level: Level, metric: str) -> Span | None:
@@ -145,18 +146,17 @@ def _short_rates(level: Level) -> list[Value]:
     return _rates(level) if (rate.span * time).high < SHORT else []
 
 
-def percentile_past_maximum(report: Report) -> Iterator[Finding]:
-    """The exclusive law puts rank q at place q (n + 1), past the largest of n values where they are few."""
-    for level in report.levels:
-        count = level.num_requests
-        if level.law != "exclusive" or count is None:
-            continue
-        past = [v for v in level.of("ttft", "tpot", "e2el") if (v.rank or 0) / 100 * (count + 1) > count]
-        if past:
-            needed = math.ceil(max((v.rank or 0) / (100 - (v.rank or 0)) for v in past))
-            message = (
-                f"of {count} requests the exclusive law extrapolates these past the slowest one; it takes "
-                f"{needed} requests"
-            )
-            numbers = {"requests": float(count), "needed": float(needed)}
-            yield finding(level, past, message, numbers, certain=True)
+@each_row
+def percentile_past_maximum(_report: Report, level: Level) -> Iterator[Finding]:
+    """Of few values the exclusive law takes percentiles from past the largest."""
+    asked(level.law == "exclusive")
+    count = needed(level.num_requests)
+    past = [value for value in level.of("ttft", "tpot", "e2el") if level.past(value)]
+    if past:
+        necessary = math.ceil(max((v.rank or 0) / (100 - (v.rank or 0)) for v in past))
+        message = (
+            f"of {count} requests the exclusive law extrapolates these past the slowest one; it takes "
+            f"{necessary} requests"
+        )
+        numbers = {"requests": float(count), "needed": float(necessary)}
+        yield finding(level, past, message, numbers, certain=True)

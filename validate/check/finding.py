@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from functools import wraps
+from typing import Any, Literal, TypeVar
 
 from servecast.validate.check.table import Level, Report, Span, Value
 
 Confidence = Literal["certain", "likely", "possible"]
+T = TypeVar("T")
 
 SAME_RATE = 0.01  # rates that agree to this are one number
 SHORT = 0.95  # fewer tokens than this share of rate x tokens are missing, not rounded
@@ -53,6 +55,45 @@ class Finding:
             "confidence": self.confidence,
             "message": self.message,
         }
+
+
+Rule = Callable[[Report], Iterable[Finding]]  # raises NotReported where it can be asked of no row
+
+
+class NotReported(Exception):
+    """A report does not say what a rule needs."""
+
+
+def asked(said: object) -> None:
+    """Raises NotReported if nothing is said."""
+    if not said:
+        raise NotReported
+
+
+def needed(said: T | None) -> T:
+    """What is said; NotReported if it is None."""
+    if said is None:
+        raise NotReported
+    return said
+
+
+def each_row(rule: Callable[[Report, Level], Iterable[Finding]]) -> Rule:
+    """A rule that is asked of each row for itself, and of a report if it is of one of its rows."""
+
+    @wraps(rule)
+    def of_report(report: Report) -> list[Finding]:
+        found: list[Finding] = []
+        was_asked = False
+        for level in report.levels:
+            try:
+                found += rule(report, level)
+                was_asked = True
+            except NotReported:  # what it found before it came to that stays
+                continue
+        asked(was_asked or found)
+        return found
+
+    return of_report
 
 
 def finding(
@@ -117,7 +158,7 @@ def completion_rate(level: Level) -> Derived | None:
 def token_time(level: Level, *metrics: str) -> Derived | None:
     """Mean seconds from a request's first token to its last: its gaps, by the mean of the first of these
     metrics that is reported (by itself that which is exact), else by the median TPOT."""
-    gaps, fixed = level.gaps, level.output is not None and level.output.fixed
+    gaps, fixed = level.gaps, level.equal_outputs
     if gaps is None:
         return None
     metrics = metrics or (("tpot", "itl") if fixed else ("itl", "tpot"))
@@ -170,20 +211,19 @@ def latency(level: Level) -> Derived | None:
     mean, median, parts = level.get("e2el", "mean"), level.get("e2el", "p50"), _summed(level)
     if mean is not None and mean.value > 0:
         return Derived(mean.span, (mean,), True)
-    fixed = level.output is not None and level.output.fixed
+    fixed = level.equal_outputs
     if median is not None and median.value > 0 and (fixed or parts is None):
-        return Derived(median.span if fixed else _as_mean(median.span), (median,), False)
+        return Derived(
+            median.span if fixed else Span(median.span.low / _SKEW, median.span.high * _SKEW),
+            (median,),
+            False,
+        )
     if parts is not None:
         return parts
     per_token = level.get("ntpot", "mean", "p50")
     if per_token is not None and per_token.value > 0 and level.output is not None:
         return Derived(per_token.span * level.output.mean, (per_token,), False)
     return None
-
-
-def _as_mean(median: Span) -> Span:
-    """Where the mean is, of requests of different lengths with this median."""
-    return Span(median.low / _SKEW, median.high * _SKEW)
 
 
 def _summed(level: Level) -> Derived | None:
@@ -215,15 +255,9 @@ def send_window_s(level: Level) -> Span | None:
 def reports_send_rate(report: Report, level: Level) -> bool:
     """Requests/s equals the offered rate, but the tokens/s are of fewer requests: the former is the rate of
     sending, the latter is taken over a longer time."""
-    rate, requests, tokens = (
-        level.request_rate,
-        level.get("request_throughput"),
-        level.get("output_throughput"),
-    )
-    each = tokens_each(report, level)
+    requests, tokens = level.get("request_throughput"), level.get("output_throughput")
+    rate, each = level.request_rate, tokens_each(report, level)
     if rate is None or requests is None or tokens is None or each is None or not level.all_answered:
         return False
-    if tokens.value <= 0:
-        return False
     same = abs(requests.value / rate - 1) <= SAME_RATE
-    return same and tokens.span.high < SHORT * requests.span.low * each.low
+    return same and tokens.value > 0 and tokens.span.high < SHORT * requests.span.low * each.low

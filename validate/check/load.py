@@ -12,10 +12,13 @@ from servecast.validate.check.finding import (
     SHORT,
     WAVES,
     Finding,
+    asked,
     completion_rate,
+    each_row,
     finding,
     in_flight,
     latency,
+    needed,
     reports_send_rate,
     send_window_s,
     tokens_each,
@@ -30,30 +33,28 @@ _LONGEST = 2.0  # times the highest percentile, of outputs that differ
 _SHORT_BY_SIGHT = 0.8
 
 
-def littles_law(report: Report) -> Iterator[Finding]:
+@each_row
+def littles_law(_report: Report, level: Level) -> Iterator[Finding]:
     """In flight = throughput x latency. It cannot exceed a closed loop's slots, and fills them."""
-    for level in report.levels:
-        flight, slots = in_flight(level), level.concurrency
-        if slots is None:
-            continue
-        if flight is None:
-            yield from _waiting_alone(level, slots)
-            continue
-        over = flight.span.low > slots * (_MEASURED if flight.exact else _ESTIMATED)
-        busy, known = _busy(level, slots)
-        hardly = flight.span.high < _HARDLY * slots and (level.num_requests or slots) >= slots
-        if hardly and not level.open_loop:
-            message = (
-                f"throughput x latency is {flight.span.mid:.2g} requests in flight of {slots}: the latencies "
-                "are of another unit (seconds that are called ms?), or the load was another"
-            )
-            numbers = {"in_flight": flight.span.mid, "concurrency": float(slots)}
-            yield finding(level, flight.values, message, numbers)
-        elif over or flight.span.high < IDLE * busy:
-            why = "more than there can be" if over else "another load, or a latency that leaves a part out"
-            message = f"throughput x latency is {flight.span.mid:.4g} requests in flight of {slots}: {why}"
-            numbers = {"in_flight": flight.span.mid, "concurrency": float(slots)}
-            yield finding(level, flight.values, message, numbers, certain=flight.exact and (over or known))
+    slots, flight = needed(level.concurrency), in_flight(level)
+    asked(completion_rate(level) and (latency(level) or level.get("ttft", "mean", "p50")))
+    if flight is None:
+        yield from _waiting_alone(level, slots)
+        return
+    over = flight.span.low > slots * (_MEASURED if flight.exact else _ESTIMATED)
+    busy, known = _busy(level, slots)
+    hardly = flight.span.high < _HARDLY * slots and (level.num_requests or slots) >= slots
+    numbers = {"in_flight": flight.span.mid, "concurrency": float(slots)}
+    if hardly and not level.open_loop:
+        message = (
+            f"throughput x latency is {flight.span.mid:.2g} requests in flight of {slots}: the latencies "
+            "are of another unit (seconds that are called ms?), or the load was another"
+        )
+        yield finding(level, flight.values, message, numbers)
+    elif over or flight.span.high < IDLE * busy:
+        why = "more than there can be" if over else "another load, or a latency that leaves a part out"
+        message = f"throughput x latency is {flight.span.mid:.4g} requests in flight of {slots}: {why}"
+        yield finding(level, flight.values, message, numbers, certain=flight.exact and (over or known))
 
 
 def _waiting_alone(level: Level, slots: int) -> Iterator[Finding]:
@@ -78,7 +79,7 @@ def _busy(level: Level, slots: int) -> tuple[float, bool]:
     rate, count = completion_rate(level), level.num_requests
     if rate is None or count is None or count < WAVES * slots or level.open_loop:
         return 0.0, False
-    equal, most = level.output is not None and level.output.fixed, level.get("e2el", "max")
+    equal, most = level.equal_outputs, level.get("e2el", "max")
     ranked = [
         v for v in level.percentiles("e2el") if (v.rank or 0) >= (_HIGHEST_OF_EQUAL if equal else _HIGHEST)
     ]
@@ -89,66 +90,66 @@ def _busy(level: Level, slots: int) -> tuple[float, bool]:
     return slots - (slots - 1) * min(1.0, idle), most is not None
 
 
-def send_rate(report: Report) -> Iterator[Finding]:
+@each_row
+def send_rate(report: Report, level: Level) -> Iterator[Finding]:
     """Requests/s that equal the offered rate although fewer were completed are the rate of sending."""
-    for level in report.levels:
-        rate, requests, time = level.request_rate, level.get("request_throughput"), latency(level)
-        if rate is None or requests is None:
-            continue
-        each, tokens = tokens_each(report, level), level.get("output_throughput")
-        if reports_send_rate(report, level):
-            assert each is not None
-            assert tokens is not None
-            done = (tokens.span / each).mid
-            known = level.output is not None
-            message = (
-                f"requests/s is the offered rate, {requests.value:.4g}, but the tokens are those of "
-                f"{done:.4g} requests/s: it is the rate of sending"
-            )
-            numbers = {"requests_s": requests.value, "offered_rate": rate, "completed_s": done}
-            yield finding(level, [requests], message, numbers, certain=known, weight=requests.value / done)
-            continue
-        window = send_window_s(level)
-        if tokens is not None or window is None or time is None or not level.all_answered:
-            continue
-        assert level.num_requests is not None
-        # the last are sent, and take their time
-        most = (exactly(level.num_requests) / (window + time.span)).high
-        if abs(requests.value / rate - 1) <= SAME_RATE and requests.span.low > most / LOW_RATE_OF_SATURATION:
-            message = (
-                f"requests/s is the offered rate, but with a latency of {time.span.mid:.4g} s not more than "
-                f"{most:.4g} requests/s can be completed: it is the rate of sending"
-            )
-            numbers = {"requests_s": requests.value, "offered_rate": rate, "most_completed_s": most}
-            yield finding(level, [requests], message, numbers, weight=requests.value / most)
+    rate, requests = needed(level.request_rate), needed(level.get("request_throughput"))
+    each, tokens = tokens_each(report, level), level.get("output_throughput")
+    if reports_send_rate(report, level):
+        assert each is not None
+        assert tokens is not None
+        done = (tokens.span / each).mid
+        message = (
+            f"requests/s is the offered rate, {requests.value:.4g}, but the tokens are those of "
+            f"{done:.4g} requests/s: it is the rate of sending"
+        )
+        numbers = {"requests_s": requests.value, "offered_rate": rate, "completed_s": done}
+        known = level.output is not None
+        yield finding(level, [requests], message, numbers, certain=known, weight=requests.value / done)
+        return
+    time, window = needed(latency(level)), send_window_s(level)
+    if tokens is not None or window is None or not level.all_answered:
+        return
+    assert level.num_requests is not None
+    # the last are sent, and take their time
+    most = (exactly(level.num_requests) / (window + time.span)).high
+    if abs(requests.value / rate - 1) <= SAME_RATE and requests.span.low > most / LOW_RATE_OF_SATURATION:
+        message = (
+            f"requests/s is the offered rate, but with a latency of {time.span.mid:.4g} s not more than "
+            f"{most:.4g} requests/s can be completed: it is the rate of sending"
+        )
+        numbers = {"requests_s": requests.value, "offered_rate": rate, "most_completed_s": most}
+        yield finding(level, [requests], message, numbers, weight=requests.value / most)
 
 
-def drain(report: Report) -> Iterator[Finding]:
+@each_row
+def drain(report: Report, level: Level) -> Iterator[Finding]:
     """All requests were answered, yet tokens/s are fewer than rate x tokens: the time after the last send,
     in which only what is left runs, is counted."""
-    for level in report.levels:
-        rate, tokens, each = level.request_rate, level.get("output_throughput"), tokens_each(report, level)
-        if rate is None or tokens is None or each is None or not level.all_answered or tokens.value <= 0:
-            continue
-        sure = reports_send_rate(report, level) and level.output is not None
-        if not (reports_send_rate(report, level) or _unsaturated_but_short(level, each)):
-            continue
-        longer = (Span(rate, rate) * each / tokens.span).mid
-        numbers = {
-            "output_tok_s": tokens.value,
-            "rate_x_tokens": rate * each.mid,
-            "time_over_sending": longer,
-        }
-        took = f"{longer:.3g} times as long as sending"
-        if level.num_requests is not None:
-            window = level.num_requests / rate
-            numbers |= {"sending_s": window, "drain_s": window * (longer - 1)}
-            took = f"{window * longer:.0f} s, of which sending took {window:.0f} s"
-        message = (
-            f"{tokens.value:.4g} tokens/s, where {rate:g} requests/s of {each.mid:.4g} tokens are "
-            f"{rate * each.mid:.4g}, and all were answered: it is taken over {took}"
-        )
-        yield finding(level, [tokens], message, numbers, certain=sure, weight=longer)
+    rate, tokens = needed(level.request_rate), needed(level.get("output_throughput"))
+    each = needed(tokens_each(report, level))
+    if not level.all_answered or tokens.value <= 0:
+        return
+    of_sending = reports_send_rate(report, level)
+    if not (of_sending or _unsaturated_but_short(level, each)):
+        return
+    longer = (exactly(rate) * each / tokens.span).mid
+    numbers = {
+        "output_tok_s": tokens.value,
+        "rate_x_tokens": rate * each.mid,
+        "time_over_sending": longer,
+    }
+    took = f"{longer:.3g} times as long as sending"
+    if level.num_requests is not None:
+        window = level.num_requests / rate
+        numbers |= {"sending_s": window, "drain_s": window * (longer - 1)}
+        took = f"{window * longer:.0f} s, of which sending took {window:.0f} s"
+    message = (
+        f"{tokens.value:.4g} tokens/s, where {rate:g} requests/s of {each.mid:.4g} tokens are "
+        f"{rate * each.mid:.4g}, and all were answered: it is taken over {took}"
+    )
+    sure = of_sending and level.output is not None
+    yield finding(level, [tokens], message, numbers, certain=sure, weight=longer)
 
 
 def _unsaturated_but_short(level: Level, each: Span) -> bool:
@@ -167,6 +168,7 @@ def _unsaturated_but_short(level: Level, each: Span) -> bool:
 def open_loop(report: Report) -> Iterator[Finding]:
     """Past saturation an open loop's queue grows: the last request waits for all that is left. Where
     latencies do not, arrivals were held back, and the loop was closed."""
+    asked([v for v in report.levels if v.open_loop and completion_rate(v) and latency(v)])
     for series in report.series():
         held: list[tuple[Level, Span, tuple[Value, ...], float]] = []
         for level in series:
@@ -190,15 +192,10 @@ def open_loop(report: Report) -> Iterator[Finding]:
                     f"have waited {late:.4g} s, yet latencies are {time.span.mid:.4g} s: a cap on requests "
                     "in flight held the sending back"
                 )
-                numbers = {
-                    "offered_rate": rate,
-                    "completed_s": done.span.mid,
-                    "latency_s": time.span.mid,
-                    "last_latency_s": late,
-                }
-                yield finding(
-                    level, [*done.values, *time.values], message, numbers, weight=late / time.span.mid
-                )
+                numbers = {"offered_rate": rate, "completed_s": done.span.mid, "latency_s": time.span.mid}
+                numbers["last_latency_s"] = late
+                cells = [*done.values, *time.values]
+                yield finding(level, cells, message, numbers, weight=late / time.span.mid)
         if len(held) < 2 or any(window is not None for window in map(send_window_s, series)):
             continue
         spans = [queued for _, queued, _, _ in held]

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from itertools import pairwise
 
 from servecast.validate.check.columns import read_name
-from servecast.validate.check.finding import Finding, completion_rate, finding, latency
+from servecast.validate.check.finding import (
+    Finding,
+    asked,
+    completion_rate,
+    each_row,
+    finding,
+    latency,
+    needed,
+)
 from servecast.validate.check.table import Hardware, Level, Report
 
 _ALLOWED = 0.9  # of a difference of two bounds
@@ -20,60 +29,69 @@ def _bounded(report: Report) -> Iterator[tuple[Level, Hardware]]:
     return ((level, level.hardware) for level in report.levels if level.hardware is not None)
 
 
-def roofline_decode(report: Report) -> Iterator[Finding]:
+@each_row
+def roofline_decode(_report: Report, level: Level) -> Iterator[Finding]:
     """A token takes at least one reading of the weights and of its own context."""
-    for level, hardware in _bounded(report):
-        least = hardware.roofline_s(decodes=1, context=level.prompt_tokens or 1)
-        for value in (*level.of("tpot"), level.get("itl", "mean")):
-            if value is None or value.statistic == "std" or value.value == 0 or value.span.high >= least:
-                continue
-            message = (
-                f"{value.metric} {value.statistic} of {1e3 * value.value:.4g} ms, but reading the weights "
-                f"once takes {1e3 * least:.4g} ms: tokens came several at a time, or another model or GPU "
-                "answered"
-            )
-            numbers = {"reported_s": value.value, "bound_s": least}
-            yield finding(level, [value], message, numbers, certain=True)
-        total = level.get("e2el", "mean", "p50")
-        if total is not None and level.output is not None and level.output.fixed:
-            bound = level.output.mean.low * least
-            if total.value > 0 and total.span.high < bound:
-                message = (
-                    f"a latency of {total.value:.4g} s for {level.output.mean.mid:.4g} tokens, each of which "
-                    f"takes {1e3 * least:.4g} ms to read the weights"
-                )
-                numbers = {"reported_s": total.value, "bound_s": bound}
-                yield finding(level, [total], message, numbers, certain=total.statistic == "mean")
+    hardware = needed(level.hardware)
+    asked(level.of("tpot", "itl", "e2el"))
+    least = hardware.roofline_s(decodes=1, context=level.prompt_tokens or 1)
+    for value in (*level.of("tpot"), level.get("itl", "mean")):
+        if value is None or value.statistic == "std" or value.value == 0 or value.span.high >= least:
+            continue
+        message = (
+            f"{value.metric} {value.statistic} of {1e3 * value.value:.4g} ms, but reading the weights "
+            f"once takes {1e3 * least:.4g} ms: tokens came several at a time, or another model or GPU "
+            "answered"
+        )
+        numbers = {"reported_s": value.value, "bound_s": least}
+        yield finding(level, [value], message, numbers, certain=True)
+    total = level.get("e2el", "mean", "p50")
+    if total is None or level.output is None or not level.output.fixed:
+        return
+    bound = level.output.mean.low * least
+    if total.value > 0 and total.span.high < bound:
+        message = (
+            f"a latency of {total.value:.4g} s for {level.output.mean.mid:.4g} tokens, each of which "
+            f"takes {1e3 * least:.4g} ms to read the weights"
+        )
+        numbers = {"reported_s": total.value, "bound_s": bound}
+        yield finding(level, [total], message, numbers, certain=total.statistic == "mean")
 
 
-def roofline_prefill(report: Report) -> Iterator[Finding]:
+@each_row
+def roofline_prefill(_report: Report, level: Level) -> Iterator[Finding]:
     """A fresh prompt's first token takes its FLOPs at the peak: what is faster came from a prefix cache."""
-    for level, hardware in _bounded(report):
-        if level.prompt is None or level.repeated:
-            continue  # repeated-prompts says it
-        tokens = int(level.prompt.mean.low)
-        least = hardware.roofline_s(prompts=1, tokens=tokens)
-        for value in level.of("ttft"):
-            # the bound is convex in the length, so that of the mean length is one of the mean time
-            if value.statistic != "mean" and (not level.prompt.fixed or value.statistic == "std"):
-                continue
-            if value.value == 0 or value.span.high >= least:
-                continue
-            message = (
-                f"TTFT {value.statistic} of {1e3 * value.value:.4g} ms, but computing {tokens} fresh tokens "
-                f"takes {1e3 * least:.4g} ms at the GPU's peak: a warm prefix cache had them"
-            )
-            numbers = {"reported_s": value.value, "bound_s": least}
-            yield finding(level, [value], message, numbers, certain=value.statistic != "min")
-        yield from _burst(level, hardware)
+    hardware, prompt = needed(level.hardware), needed(level.prompt)
+    asked(level.of("ttft"))
+    if level.repeated:
+        return  # repeated-prompts says it
+    tokens = int(prompt.mean.low)
+    least = hardware.roofline_s(prompts=1, tokens=tokens)
+    for value in level.of("ttft"):
+        # the bound is convex in the length, so that of the mean length is one of the mean time
+        if value.statistic != "mean" and (not prompt.fixed or value.statistic == "std"):
+            continue
+        if value.value == 0 or value.span.high >= least:
+            continue
+        message = (
+            f"TTFT {value.statistic} of {1e3 * value.value:.4g} ms, but computing {tokens} fresh tokens "
+            f"takes {1e3 * least:.4g} ms at the GPU's peak: a warm prefix cache had them"
+        )
+        numbers = {"reported_s": value.value, "bound_s": least}
+        yield finding(level, [value], message, numbers, certain=value.statistic != "min")
+    yield from _burst(level, hardware)
 
 
 def prefill_difference(report: Report) -> Iterator[Finding]:
     """A longer prompt's first token comes later by what its further tokens take at the peak, at least."""
+    lengths = {level.prompt.mean.low for level in report.levels if level.prompt is not None}
+    asked(len(lengths) > 1 and any(level.of("ttft") for level, _ in _bounded(report)))
     alike: dict[tuple[object, ...], list[tuple[Level, Hardware]]] = {}
     for level, hardware in _bounded(report):
         if level.prompt is not None and not level.repeated and not level.whole_run:
-            others = tuple(each for each in level.series if not _is_prompt_length(each))
+            others = tuple(
+                of for of in level.series if read_name(of.partition("=")[0]).name != "prompt_tokens"
+            )
             place = (level.table, others, level.concurrency, level.request_rate)
             alike.setdefault(place, []).append((level, hardware))
     for levels in alike.values():
@@ -101,11 +119,6 @@ def prefill_difference(report: Report) -> Iterator[Finding]:
                 yield finding(level, [after], message, numbers, weight=weight)
 
 
-def _is_prompt_length(key: str) -> bool:
-    """Whether a part of a level's series ("isl=1024") says the length of its prompts."""
-    return read_name(key.partition("=")[0]).name == "prompt_tokens"
-
-
 def _burst(level: Level, hardware: Hardware) -> Iterator[Finding]:
     """A closed loop begins with all slots sending at once: the k-th first token comes after k prefills. Of n
     requests at most k-1 of the first burst and all n-C others are faster."""
@@ -128,66 +141,66 @@ def _burst(level: Level, hardware: Hardware) -> Iterator[Finding]:
             yield finding(level, [value], message, numbers)
 
 
-def roofline_throughput(report: Report) -> Iterator[Finding]:
+@each_row
+def roofline_throughput(_report: Report, level: Level) -> Iterator[Finding]:
     """Tokens/s times FLOPs a token stay under the peak; a closed loop's streams get one token a step each."""
-    for level, hardware in _bounded(report):
-        tokens = level.get("output_throughput")
-        if tokens is None or level.whole_run:
-            continue
-        rate, fresh = completion_rate(level), 0.0
-        if rate is not None and level.prompt is not None and level.repeated == 0:
-            fresh = rate.span.low * level.prompt.mean.low
-        whole = hardware.shard.whole
-        needed = whole.linear_flops_per_token * (tokens.span.low + fresh)
-        needed += whole.lm_head_flops(1) * tokens.span.low
-        if needed > hardware.flops:
-            message = (
-                f"{tokens.value:.4g} tokens/s and their prompts are {needed / 1e12:.4g} TFLOP/s, over the "
-                f"{hardware.flops / 1e12:.4g} of the GPUs"
-            )
-            numbers = {"flops": needed, "peak_flops": hardware.flops}
-            yield finding(level, [tokens], message, numbers, certain=True)
-        if level.concurrency is None:
-            continue
-        most = level.concurrency / hardware.roofline_s(decodes=1)
-        if tokens.span.low > most:
-            message = (
-                f"{level.concurrency} streams of one token per reading of the weights are at most {most:.4g} "
-                "tokens/s, or several tokens come out of a step"
-            )
-            yield finding(level, [tokens], message, {"output_tok_s": tokens.value, "bound_tok_s": most})
+    hardware, tokens = needed(level.hardware), needed(level.get("output_throughput"))
+    if level.whole_run:
+        return
+    rate, fresh = completion_rate(level), 0.0
+    if rate is not None and level.prompt is not None and level.repeated == 0:
+        fresh = rate.span.low * level.prompt.mean.low
+    whole = hardware.shard.whole
+    flops = whole.linear_flops_per_token * (tokens.span.low + fresh)
+    flops += whole.lm_head_flops(1) * tokens.span.low
+    if flops > hardware.flops:
+        message = (
+            f"{tokens.value:.4g} tokens/s and their prompts are {flops / 1e12:.4g} TFLOP/s, over the "
+            f"{hardware.flops / 1e12:.4g} of the GPUs"
+        )
+        numbers = {"flops": flops, "peak_flops": hardware.flops}
+        yield finding(level, [tokens], message, numbers, certain=True)
+    most = math.inf if level.concurrency is None else level.concurrency / hardware.roofline_s(decodes=1)
+    if tokens.span.low > most:
+        message = (
+            f"{level.concurrency} streams of one token per reading of the weights are at most {most:.4g} "
+            "tokens/s, or several tokens come out of a step"
+        )
+        yield finding(level, [tokens], message, {"output_tok_s": tokens.value, "bound_tok_s": most})
 
 
-def repeated_prompts(report: Report) -> Iterator[Finding]:
+@each_row
+def repeated_prompts(_report: Report, level: Level) -> Iterator[Finding]:
     """Prompts that were sent before are in the prefix cache: the TTFT of such a row is not the cost of its
     prompts, where computing them would have added to it."""
-    for level, hardware in _bounded(report):
-        if not hardware.prefix_caching or not level.repeated or level.prompt is None or level.whole_run:
+    hardware, repeated = needed(level.hardware), needed(level.repeated)
+    if not hardware.prefix_caching or not repeated or level.prompt is None or level.whole_run:
+        return
+    tokens = int(level.prompt.mean.low)
+    together = 1 if level.open_loop else min(level.concurrency or 1, level.num_requests or 1)
+    each = max(1, together // hardware.replicas)
+    fresh = hardware.roofline_s(prompts=each, tokens=tokens)
+    spared = fresh - hardware.roofline_s(prompts=each, tokens=1)
+    for value in level.of("ttft"):
+        share = 0.5 if value.statistic == "mean" else (value.rank or 100) / 100
+        if repeated < share or spared < max(_SPARED * value.value, 2 * value.half):
             continue
-        tokens = int(level.prompt.mean.low)
-        together = 1 if level.open_loop else min(level.concurrency or 1, level.num_requests or 1)
-        each = max(1, together // hardware.replicas)
-        fresh = hardware.roofline_s(prompts=each, tokens=tokens)
-        spared = fresh - hardware.roofline_s(prompts=each, tokens=1)
-        for value in level.of("ttft"):
-            share = 0.5 if value.statistic == "mean" else (value.rank or 100) / 100
-            if level.repeated < share or spared < max(_SPARED * value.value, 2 * value.half):
-                continue
-            if value.value == 0:
-                continue  # zero-latency says it
-            if hardware.replicas > 1 and value.value > fresh:
-                continue  # another replica may have had them
-            message = (
-                f"{100 * level.repeated:.0f} % of the prompts were sent before and are in the prefix cache: "
-                f"computing {each} at once would add {1e3 * spared:.3g} ms or more to a TTFT "
-                f"{value.statistic} of {1e3 * value.value:.4g} ms"
-            )
-            numbers = {"repeated": level.repeated, "reported_s": value.value, "spared_s": spared}
-            yield finding(level, [value], message, numbers, weight=spared / value.value)
+        if value.value == 0:
+            continue  # zero-latency says it
+        if hardware.replicas > 1 and value.value > fresh:
+            continue  # another replica may have had them
+        message = (
+            f"{100 * repeated:.0f} % of the prompts were sent before and are in the prefix cache: "
+            f"computing {each} at once would add {1e3 * spared:.3g} ms or more to a TTFT "
+            f"{value.statistic} of {1e3 * value.value:.4g} ms"
+        )
+        numbers = {"repeated": repeated, "reported_s": value.value, "spared_s": spared}
+        yield finding(level, [value], message, numbers, weight=spared / value.value)
 
 
 def kv_arithmetic(report: Report) -> Iterator[Finding]:
     """Requests running x tokens each fill the share of the KV pool that is reported, and fit into it."""
+    asked([v for v in report.levels if v.hardware is not None or v.of(*_WHOLE_RUN_METRICS)])
     loads = [level.concurrency for level in report.levels if level.concurrency is not None]
     yield from _weights(report)
     for level in report.levels:
@@ -272,22 +285,19 @@ def _memory(level: Level) -> Iterator[Finding]:
         yield finding(level, [memory], message, numbers, certain=beyond)
 
 
-def kv_capacity(report: Report) -> Iterator[Finding]:
+@each_row
+def kv_capacity(_report: Report, level: Level) -> Iterator[Finding]:
     """Requests in flight that hold more than the KV pool must queue or be preempted, which shows in TTFT."""
-    for level, hardware in _bounded(report):
-        first, time = level.get("ttft", "p50"), latency(level)
-        if level.concurrency is None or level.prompt is None or first is None or time is None:
-            continue
-        if level.repeated or level.open_loop:
-            continue
-        free = hardware.gpu.memory_bytes - hardware.shard.weight_bytes
-        pool = max(0, free) // hardware.shard.kv_bytes_per_token * hardware.replicas
-        held = level.concurrency * level.prompt.mean.low
-        if held <= 2 * pool or first.value > 0.1 * time.span.mid:
-            continue
-        message = (
-            f"the prompts of {level.concurrency} requests are {held:.0f} tokens, over the {pool} that fit "
-            f"beside the weights, yet half of the requests wait only {first.value:.4g} s for their first "
-            "token"
-        )
-        yield finding(level, [first], message, {"held_tokens": held, "pool_tokens": float(pool)})
+    hardware, slots, prompt = needed(level.hardware), needed(level.concurrency), needed(level.prompt)
+    first, time = needed(level.get("ttft", "p50")), needed(latency(level))
+    free = hardware.gpu.memory_bytes - hardware.shard.weight_bytes
+    pool = max(0, free) // hardware.shard.kv_bytes_per_token * hardware.replicas
+    held = slots * prompt.mean.low
+    if level.repeated or level.open_loop or held <= 2 * pool or first.value > 0.1 * time.span.mid:
+        return
+    message = (
+        f"the prompts of {slots} requests are {held:.0f} tokens, over the {pool} that fit "
+        f"beside the weights, yet half of the requests wait only {first.value:.4g} s for their first "
+        "token"
+    )
+    yield finding(level, [first], message, {"held_tokens": held, "pool_tokens": float(pool)})

@@ -197,6 +197,17 @@ class Level:
         return int(self.prompt.mean.low) if self.prompt is not None and self.prompt.fixed else None
 
     @property
+    def equal_outputs(self) -> bool:
+        """Whether all outputs are known to be of one length."""
+        return self.output is not None and self.output.fixed
+
+    def past(self, value: Value) -> bool:
+        """Whether the exclusive law, which puts rank q of n values at place q (n + 1), takes a percentile
+        from past the largest of them."""
+        count, share = self.num_requests, (value.rank or 0) / 100
+        return self.law == "exclusive" and count is not None and share * (count + 1) > count
+
+    @property
     def all_answered(self) -> bool:
         """Nothing in the report speaks of failures."""
         success = self.get("success")

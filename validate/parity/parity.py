@@ -17,8 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+from servecast.sim.engine.core import Scheduler
 from servecast.sim.engine.rules import RULES
-from servecast.sim.engine.vllm_scheduler import VllmScheduler
 from servecast.validate.parity.engine_core import decisions
 from servecast.validate.parity.scenarios import Scenario
 from servecast.validate.parity.vllm_process import VllmProcess, release
@@ -147,7 +147,7 @@ def record(vllm: VllmProcess, scenarios: Iterable[Scenario]) -> Iterator[Recorde
             yield Recorded(before[0], before[1].result())
 
 
-def compare(recorded: Recorded, rules: str, make_scheduler: MakeScheduler = VllmScheduler) -> Mismatch | None:
+def compare(recorded: Recorded, rules: str, make_scheduler: MakeScheduler = Scheduler) -> Mismatch | None:
     """The first difference between vLLM's decisions and ours under the rule set ``rules``.
 
     Our engine runs twice: read out completely after every step, and left alone as in a forecast, where
@@ -197,7 +197,7 @@ def _differences(ours: Event, theirs: Event) -> list[str]:
 
 
 def our_decisions(
-    scenario: Scenario, rules: str, make_scheduler: MakeScheduler = VllmScheduler, *, observed: bool = True
+    scenario: Scenario, rules: str, make_scheduler: MakeScheduler = Scheduler, *, observed: bool = True
 ) -> Iterator[Event]:
     """The simulator's decisions, under the rule set of vLLM ``rules``."""
     config = dataclasses.replace(scenario.config, version=rules)
@@ -219,7 +219,7 @@ def parity(
     recorded: Iterable[Recorded],
     *,
     rules: str | None = None,
-    make_scheduler: MakeScheduler = VllmScheduler,
+    make_scheduler: MakeScheduler = Scheduler,
     progress: Callable[[ParityResult], None] | None = None,
 ) -> ParityResult:
     """Compare our engine with vLLM's scheduler over scenarios.

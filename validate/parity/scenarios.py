@@ -19,6 +19,7 @@ from servecast.sim.engine.config import EngineConfig
 from servecast.sim.engine.request import Request
 from servecast.sim.engine.rules import has_option
 from servecast.sim.inputs.errors import InputError
+from servecast.sim.inputs.files import read_text
 
 Pick = Callable[[int, int], int]  # an integer between two, both included; 0 or the lowest is the simplest
 
@@ -223,8 +224,5 @@ def read_scenarios(file: Path) -> list[Scenario]:
     Raises:
         InputError: it cannot be read, or a line is no scenario.
     """
-    try:
-        lines = file.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(str(error), where="--replay", fix="Give a file that exists.") from error
+    lines = read_text(file, where=f"--replay {file}", fix="Give a file that exists.").splitlines()
     return [Scenario.from_json(line, f"{file}:{n}") for n, line in enumerate(lines, 1) if line.strip()]

@@ -3,7 +3,6 @@ tables of its sweeps, and the summary of genai-perf, from which it came."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,10 +20,11 @@ from servecast.validate.readers.reading import (
     Part,
     Reading,
     Statistics,
+    at,
     broken,
     expect,
 )
-from servecast.validate.readers.run_of import Columns, run_of, run_without_requests
+from servecast.validate.readers.run_of import Columns, run_of, totals
 
 SUMMARY = "profile_export_aiperf.json"
 _SUMMED = ("request_throughput", "request_latency", "request_count", "error_request_count")
@@ -34,30 +34,42 @@ _SWEEP = ("aggregation_type", "per_combination_metrics")
 Stamp = Annotated[int, Field(ge=0, lt=1 << 63)]  # ns
 
 
-class _Metadata(Part):
-    request_start_ns: Stamp
-    request_end_ns: Stamp
-    credit_issued_ns: Stamp | None = None
-    benchmark_phase: str = "profiling"
-    was_cancelled: bool = False
-
-
-class _Value(Part):
-    value: float | list[float] | None = None
-
-
 class _Record(Part):
-    metadata: _Metadata
-    metrics: Mapping[str, _Value]
+    """A request; what was not measured of it is None."""
+
+    request_start_ns: Stamp = at("metadata.request_start_ns", default=...)
+    credit_issued_ns: Stamp | None = at("metadata.credit_issued_ns")
+    benchmark_phase: str = at("metadata.benchmark_phase", default="profiling")
+    was_cancelled: bool = at("metadata.was_cancelled", default=False)
+    metrics: Mapping[str, Any]
     error: Any = None
+    time_to_first_token: float | None = at("metrics.time_to_first_token.value")
+    request_latency: float | None = at("metrics.request_latency.value")
+    output_sequence_length: float | None = at("metrics.output_sequence_length.value")
+    input_sequence_length: float | None = at("metrics.input_sequence_length.value")
+    usage_prompt_cache_read_tokens: float | None = at("metrics.usage_prompt_cache_read_tokens.value")
+    inter_chunk_latency: list[float] | None = at("metrics.inter_chunk_latency.value")
 
-    def number(self, name: str) -> float | None:
-        found = self.metrics[name].value if name in self.metrics else None
-        return found if isinstance(found, float) else None
+    @property
+    def status(self) -> str:
+        """As in ``Columns``."""
+        return "aborted" if self.was_cancelled else "failed" if self.error else "finished"
 
 
-class _Total(Part):
-    avg: float
+_TOTALS = {  # vLLM's key: the field of a summary
+    "failed": "error_request_count",
+    "duration": "benchmark_duration",
+    "request_throughput": "request_throughput",
+    "output_throughput": "output_token_throughput",
+    "total_input_tokens": "total_isl",
+    "total_output_tokens": "total_osl",
+}
+_LATENCIES = {  # aiperf's inter-token latency is vLLM's TPOT, its inter-chunk latency vLLM's ITL
+    "ttft": "time_to_first_token",
+    "tpot": "inter_token_latency",
+    "itl": "inter_chunk_latency",
+    "e2el": "request_latency",
+}
 
 
 class _Summary(Part):
@@ -65,15 +77,15 @@ class _Summary(Part):
 
     aiperf_version: str | None = None
     input_config: Any = None
-    request_count: _Total | None = None
-    error_request_count: _Total | None = None
-    benchmark_duration: _Total | None = None
-    request_throughput: _Total | None = None
-    output_token_throughput: _Total | None = None
-    total_isl: _Total | None = None
-    total_osl: _Total | None = None
-    input_sequence_length: _Total | None = None
-    output_sequence_length: _Total | None = None
+    request_count: float | None = at("request_count.avg")
+    error_request_count: float | None = at("error_request_count.avg")
+    benchmark_duration: float | None = at("benchmark_duration.avg")
+    request_throughput: float | None = at("request_throughput.avg")
+    output_token_throughput: float | None = at("output_token_throughput.avg")
+    total_isl: float | None = at("total_isl.avg")
+    total_osl: float | None = at("total_osl.avg")
+    input_sequence_length: float | None = at("input_sequence_length.avg")
+    output_sequence_length: float | None = at("output_sequence_length.avg")
     time_to_first_token: Statistics | None = None
     inter_token_latency: Statistics | None = None
     inter_chunk_latency: Statistics | None = None
@@ -83,7 +95,7 @@ class _Summary(Part):
     def _counted(self) -> _Summary:
         if self.request_count is None:  # genai-perf before 0.0.14 does not say
             return self
-        if (self.request_count.avg > 0) != (self.request_latency is not None):
+        if (self.request_count > 0) != (self.request_latency is not None):
             raise invalid("of request_count and request_latency only one is there", "Save it again.")
         return self
 
@@ -91,40 +103,24 @@ class _Summary(Part):
     def completed(self) -> float | None:
         """Requests that finished, None where it does not say."""
         if self.request_count is not None:
-            return self.request_count.avg
+            return self.request_count
         return 0.0 if self.request_latency is None else None
 
     @property
     def reported(self) -> dict[str, float]:
-        """aiperf's inter-token latency is vLLM's TPOT, its inter-chunk latency vLLM's ITL."""
-        totals = {
-            "failed": self.error_request_count,
-            "duration": self.benchmark_duration,
-            "request_throughput": self.request_throughput,
-            "output_throughput": self.output_token_throughput,
-            "total_input_tokens": self.total_isl,
-            "total_output_tokens": self.total_osl,
-        }
-        latencies = {
-            "ttft": self.time_to_first_token,
-            "tpot": self.inter_token_latency,
-            "itl": self.inter_chunk_latency,
-            "e2el": self.request_latency,
-        }
-        found = {key: total.avg for key, total in totals.items() if total is not None}
-        lengths = {
-            "total_input_tokens": self.input_sequence_length,
-            "total_output_tokens": self.output_sequence_length,
-        }
-        if self.completed is not None:
-            found["completed"] = self.completed
-            for key, mean in lengths.items():
-                if mean is not None:
-                    found.setdefault(key, mean.avg * self.completed)
-        for metric, statistics in latencies.items():
-            if statistics is not None:
-                found |= statistics.named(metric, to_ms=1.0)
-        return found
+        """Under vLLM's keys."""
+        found = {key: getattr(self, name) for key, name in _TOTALS.items()}
+        found["completed"] = done = self.completed
+        for key, mean in (
+            ("total_input_tokens", self.input_sequence_length),
+            ("total_output_tokens", self.output_sequence_length),
+        ):
+            if found[key] is None and mean is not None and done is not None:
+                found[key] = mean * done
+        for metric, name in _LATENCIES.items():
+            statistics: Statistics | None = getattr(self, name)
+            found |= {} if statistics is None else statistics.named(metric, to_ms=1.0)
+        return {key: value for key, value in found.items() if value is not None}
 
 
 class Aiperf:
@@ -181,8 +177,7 @@ def _totals(summary: _Summary, source: str) -> Reading:
     notes = [f"only totals: the requests are in {raw}"]
     if context.tool == GENAI_PERF:
         notes.append("genai-perf's inter-token latency is a mean of each request, as vLLM's TPOT")
-    run = run_without_requests(context)
-    return Reading(source, context.load, context, run, summary.reported, tuple(notes))
+    return totals(source, context, summary.reported, *notes)
 
 
 def _sweep(value: Mapping[str, Any], path: Path) -> list[Reading]:
@@ -217,8 +212,8 @@ def _combination(value: Any, source: str, version: Any) -> Reading:
     complete = {name: each for name, each in nested.items() if "avg" in each}
     summary = expect(_Summary, complete, source=source, form=FORM)
     context = load_of({"loadgen": {**combination.parameters}}, version, source)
-    notes = ("means over the runs of a combination: the requests are in each run's profile_export.jsonl",)
-    return Reading(source, context.load, context, run_without_requests(context), summary.reported, notes)
+    note = "means over the runs of a combination: the requests are in each run's profile_export.jsonl"
+    return totals(source, context, summary.reported, note)
 
 
 def _reading(records: Sequence[_Record], summary: _Summary | None, path: Path) -> Reading:
@@ -228,60 +223,47 @@ def _reading(records: Sequence[_Record], summary: _Summary | None, path: Path) -
     notes = ["aiperf's own throughput divides by a phase that begins before the first request is sent"]
     if summary is None:
         notes.append(f"no {SUMMARY} beside it: model, load and version are not stated")
-    counted = [each for each in records if each.metadata.benchmark_phase == "profiling"]
+    counted = [each for each in records if each.benchmark_phase == "profiling"]
     if len(counted) < len(records):
         notes.append(f"{len(records) - len(counted)} warm-up requests left out")
-    status = ["aborted" if r.metadata.was_cancelled else "failed" if r.error else "finished" for r in counted]
-    for number, (each, state) in enumerate(zip(counted, status, strict=True), start=1):
-        needed = ("time_to_first_token", "request_latency", "output_sequence_length", "input_sequence_length")
-        if state == "finished" and (missing := [name for name in needed if each.number(name) is None]):
+    needed = ("time_to_first_token", "request_latency", "output_sequence_length", "input_sequence_length")
+    for number, each in enumerate(counted, start=1):
+        missing = [name for name in needed if getattr(each, name) is None]
+        if each.status == "finished" and missing:
             raise InputError(
                 f"request {number} has no {missing[0]}",
                 where=str(path),
                 fix="Run aiperf with --streaming, and with --export-level records.",
             )
-    finished = status.count("finished")
-    if summary is not None and summary.completed != finished:
+    finished = [each for each in counted if each.status == "finished"]
+    if summary is not None and summary.completed != len(finished):
         raise broken(
-            f"it says {summary.completed or 0:g} requests, and {path.name} lists {finished} finished",
+            f"it says {summary.completed or 0:g} requests, and {path.name} lists {len(finished)} finished",
             FORM,
             where=f"{path.with_name(SUMMARY)}: request_count",
         )
-    origin = min((each.metadata.request_start_ns for each in counted), default=0)
+    origin = min((each.request_start_ns for each in counted), default=0)
 
-    def seconds(stamp: int | None) -> float:
-        return math.nan if stamp is None else (stamp - origin) * 1e-9
+    def column(name: str, scale: float = 1.0, zero: int = 0) -> Floats:
+        found = [None if (value := getattr(each, name)) is None else value - zero for each in counted]
+        return np.array(found, dtype=np.float64) * scale
 
-    def column(name: str) -> Floats:
-        return np.array([each.number(name) for each in counted], dtype=np.float64)
-
-    sent = np.array([seconds(each.metadata.request_start_ns) for each in counted], dtype=np.float64)
-    gaps = [
-        gap / 1000
-        for each, state in zip(counted, status, strict=True)
-        if state == "finished" and "inter_chunk_latency" in each.metrics
-        for gap in _list(each.metrics["inter_chunk_latency"].value)
-    ]
+    sent = column("request_start_ns", 1e-9, origin)
     run = run_of(
         context,
         str(path),
         Columns(
-            arrival=[seconds(each.metadata.credit_issued_ns) for each in counted],
+            arrival=column("credit_issued_ns", 1e-9, origin),
             sent=sent,
-            first_token=sent + column("time_to_first_token") / 1000,
-            finish=sent + column("request_latency") / 1000,
+            first_token=sent + column("time_to_first_token", 1e-3),
+            finish=sent + column("request_latency", 1e-3),
             prompt_tokens=column("input_sequence_length"),
             output_tokens=column("output_sequence_length"),
             cached_tokens=column("usage_prompt_cache_read_tokens"),
-            status=status,
-            gaps=gaps,
+            status=[each.status for each in counted],
+            gaps=[gap / 1000 for each in finished for gap in each.inter_chunk_latency or ()],
             start=0.0,
         ),
     )
     reported = {} if summary is None else summary.reported
-    open_loop = context.max_concurrency is None
-    return Reading(str(path), context.load, context, run, reported, tuple(notes), planned=open_loop)
-
-
-def _list(value: float | list[float] | None) -> list[float]:
-    return value if isinstance(value, list) else []
+    return Reading(str(path), context, run, reported, tuple(notes), planned=context.max_concurrency is None)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator
 
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.inputs.schema import invalid
@@ -20,11 +20,12 @@ from servecast.validate.readers.reading import (
     Reading,
     Requests,
     Statistics,
+    at,
     broken,
     expect,
     sampled,
 )
-from servecast.validate.readers.run_of import run_without_requests
+from servecast.validate.readers.run_of import totals
 
 FORM = "llm-d Benchmark Report"
 _SCALE = {  # to seconds, shares and counts
@@ -38,17 +39,20 @@ _SCALE = {  # to seconds, shares and counts
     "tokens/s": 1.0,
     "queries/s": 1.0,
 }
-
-
 _OLD = {"version", "scenario", "metrics"}  # parts of a report of 0.1
-_LOAD_0_1 = {  # what load generators called it in their arguments, which 0.1 repeats
-    "rate_qps": ("request_rate", "request-rate", "qps", "qps_values", "rate"),
-    "concurrency": ("max_concurrency", "max-concurrency", "concurrency"),
+_ASKED = "scenario.load.args"  # of a load generator, which 0.1 repeats
+_RATES = {  # ours: the report's name, and which of its statistics
+    "request_throughput": ("request_rate", "mean"),
+    "output_throughput": ("output_token_rate", "mean"),
+    "total_token_throughput": ("total_token_rate", "mean"),
 }
-_RATES_0_1 = {
-    "output_token_rate": ("output_tokens_per_sec", "tokens/s"),
-    "total_token_rate": ("total_tokens_per_sec", "tokens/s"),
-    "request_rate": ("requests_per_sec", "queries/s"),
+_LENGTHS = {"total_input_tokens": ("input_length", "mean"), "total_output_tokens": ("output_length", "mean")}
+_OF_ENGINE = {
+    "kv_cache_usage_peak": ("kv_cache_usage", "max"),
+    "max_num_running": ("running_requests", "max"),
+    "max_num_waiting": ("waiting_requests", "max"),
+    "prefix_cache_hit_rate": ("cache_hit_rate", "mean"),
+    "num_preemptions": ("preemptions", "mean"),
 }
 
 
@@ -83,20 +87,18 @@ class _Latency(Part):
     request_latency: _Statistics | None = None
 
 
+def _mean_alone(value: Any) -> Any:
+    """A rate of 0.1, which is a number, as the statistics that 0.2 has."""
+    return {"units": "count", "mean": value} if isinstance(value, int | float) else value
+
+
+_Mean = Annotated[_Statistics | None, BeforeValidator(_mean_alone)]
+
+
 class _Throughput(Part):
-    output_token_rate: _Statistics | None = None
-    total_token_rate: _Statistics | None = None
-    request_rate: _Statistics | None = None
-
-
-class _Aggregate(Part):
-    requests: _Requests | None = None
-    latency: _Latency | None = None
-    throughput: _Throughput | None = None
-
-
-class _Performance(Part):
-    aggregate: _Aggregate
+    output_token_rate: _Mean = at("output_token_rate", "output_tokens_per_sec")
+    total_token_rate: _Mean = at("total_token_rate", "total_tokens_per_sec")
+    request_rate: _Mean = at("request_rate", "requests_per_sec")
 
 
 class _Resources(Part):
@@ -111,58 +113,62 @@ class _Component(Part):
     aggregate: _Resources | None = None
 
 
-class _Observability(Part):
-    components: list[_Component] | None = None
+class _Engine(Part):
+    kind: str | None = at("standardized.kind")
+    tool: str | None = at("standardized.tool")
+    model: str | None = at("standardized.model.name")
 
 
-class _Results(Part):
-    request_performance: _Performance
-    observability: _Observability | None = None
+def _one_number(value: Any) -> Any:
+    """An argument that is a single number above 0; None for lists and the like."""
+    return value if isinstance(value, int | float) and not isinstance(value, bool) and value > 0 else None
 
 
-class _LoadStandard(Part):
-    tool: str | None = None
-    tool_version: str | None = None
-    rate_qps: Rate | None = None
-    concurrency: Annotated[float, Field(ge=1, allow_inf_nan=True)] | None = None
-
-
-class _Load(Part):
-    standardized: _LoadStandard
-
-
-class _Model(Part):
-    name: str | None = None
-
-
-class _StackStandard(Part):
-    kind: str | None = None
-    tool: str | None = None
-    model: _Model | None = None
-
-
-class _Stack(Part):
-    standardized: _StackStandard
-
-
-class _Scenario(Part):
-    stack: list[_Stack] | None = None
-    load: _Load | None = None
-
-
-class _Time(Part):
-    start: Any = None
-
-
-class _Run(Part):
-    time: _Time | None = None
+_Slots = Annotated[float, Field(ge=1, allow_inf_nan=True)]
 
 
 class _Report(Part):
-    version: str
-    run: _Run
-    scenario: _Scenario | None = None
-    results: _Results
+    """What is read of a report, by where it lies in 0.2 and in 0.1."""
+
+    requests: _Requests = at(
+        "results.request_performance.aggregate.requests", "metrics.requests", default=...
+    )
+    latency: _Latency = at("results.request_performance.aggregate.latency", "metrics.latency", default=...)
+    throughput: _Throughput = at(
+        "results.request_performance.aggregate.throughput", "metrics.throughput", default=...
+    )
+    components: list[_Component] | None = at("results.observability.components")
+    start: Any = at("run.time.start", "metrics.time.start")
+    tool: str | None = at("scenario.load.standardized.tool", "scenario.load.name")
+    tool_version: str | None = at("scenario.load.standardized.tool_version")
+    rate_qps: Rate | None = at("scenario.load.standardized.rate_qps")
+    concurrency: _Slots | None = at("scenario.load.standardized.concurrency")
+    rate_asked: Annotated[Rate | None, BeforeValidator(_one_number)] = at(
+        *(f"{_ASKED}.{name}" for name in ("request_rate", "request-rate", "qps", "qps_values", "rate"))
+    )
+    concurrency_asked: Annotated[_Slots | None, BeforeValidator(_one_number)] = at(
+        *(f"{_ASKED}.{name}" for name in ("max_concurrency", "max-concurrency", "concurrency"))
+    )
+    stack: list[_Engine] | None = at("scenario.stack")
+    engine: str | None = at("scenario.platform.engine.0.name")
+    model: str | None = at("scenario.model.name")
+
+    @property
+    def context(self) -> Context:
+        """The load, and what it was put on."""
+        engines = [each for each in self.stack or () if each.kind == "inference_engine"]
+        engine = engines[0] if engines else _Engine()
+        rate, slots = self.rate_qps or self.rate_asked, self.concurrency or self.concurrency_asked
+        bounded = slots is not None and math.isfinite(slots)
+        return Context(
+            tool=self.tool or FORM,
+            tool_version=self.tool_version,
+            backend=engine.tool or self.engine,
+            model=engine.model or self.model,
+            request_rate=math.inf if bounded and rate is None else rate,
+            max_concurrency=int(slots) if bounded and slots is not None else None,
+            date=None if self.start is None else str(self.start),
+        )
 
 
 class BenchmarkReport:
@@ -189,133 +195,32 @@ class BenchmarkReport:
                 where=f"{path}: version",
                 fix="Convert it with llm-d-benchmark's tools.",
             )
-        whole = {**value, "version": version}
-        report = expect(_Report, _of_0_1(whole) if old else whole, source=str(path), form=f"{FORM} {version}")
-        context = _context(report)
-        notes = ("only totals: this format has no single requests",)
-        return Reading(
-            str(path), context.load, context, run_without_requests(context), _reported(report, path), notes
-        )
-
-
-def _of_0_1(value: Mapping[str, Any]) -> dict[str, Any]:
-    """A report of 0.1 with its parts where 0.2 has them; what is not of its shape stays, to be refused."""
-    scenario, metrics = value["scenario"], value["metrics"]
-    if not isinstance(scenario, dict) or not isinstance(metrics, dict):
-        return {**value, "run": scenario, "results": metrics}
-    model, load, platform = (scenario.get(name) for name in ("model", "load", "platform"))
-    arguments = load.get("args") if isinstance(load, dict) else None
-    said = {name: _first(arguments, keys) for name, keys in _LOAD_0_1.items()}
-    engines = platform.get("engine") if isinstance(platform, dict) else None
-    engine = engines[0] if isinstance(engines, list) and engines else {}
-    standard = {
-        "kind": "inference_engine",
-        "tool": engine.get("name") if isinstance(engine, dict) else None,
-        "model": model,
-    }
-    load_0_2 = {"tool": load.get("name") if isinstance(load, dict) else None, **said}
-    rates, throughput = metrics.get("throughput"), {}
-    if isinstance(rates, dict):
-        throughput = {
-            name: {"units": unit, "mean": rates[old]}
-            for name, (old, unit) in _RATES_0_1.items()
-            if rates.get(old) is not None
-        }
-    time = metrics.get("time")
-    return {
-        "version": value["version"],
-        "run": {"time": time if isinstance(time, dict) else None},
-        "scenario": {"stack": [{"standardized": standard}], "load": {"standardized": load_0_2}},
-        "results": {
-            "request_performance": {
-                "aggregate": {
-                    "requests": metrics.get("requests"),
-                    "latency": metrics.get("latency"),
-                    "throughput": throughput,
-                }
-            }
-        },
-    }
-
-
-def _first(arguments: Any, keys: Sequence[str]) -> Any:
-    """The first of these arguments that is a single number above 0."""
-    for key in keys:
-        value = arguments.get(key) if isinstance(arguments, dict) else None
-        if isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
-            return value
-    return None
-
-
-def _context(report: _Report) -> Context:
-    scenario = report.scenario or _Scenario()
-    load = scenario.load.standardized if scenario.load else _LoadStandard()
-    engines = [
-        each.standardized for each in scenario.stack or () if each.standardized.kind == "inference_engine"
-    ]
-    engine = engines[0] if engines else _StackStandard()
-    bounded = load.concurrency is not None and math.isfinite(load.concurrency)
-    start = report.run.time.start if report.run.time else None
-    return Context(
-        tool=load.tool or FORM,
-        tool_version=load.tool_version,
-        backend=engine.tool,
-        model=engine.model.name if engine.model else None,
-        request_rate=math.inf if bounded and load.rate_qps is None else load.rate_qps,
-        max_concurrency=int(load.concurrency) if bounded and load.concurrency is not None else None,
-        date=None if start is None else str(start),
-    )
+        report = expect(_Report, value, source=str(path), form=f"{FORM} {version}")
+        note = "only totals: this format has no single requests"
+        return totals(str(path), report.context, _reported(report, path), note)
 
 
 def _reported(report: _Report, path: Path) -> dict[str, float]:
-    aggregate = report.results.request_performance.aggregate
-    for name in ("requests", "latency", "throughput"):
-        if getattr(aggregate, name) is None:
-            raise broken(f"there is no {name} among its aggregates", FORM, where=str(path))
-    found: dict[str, float] = {}
-    if (requests := aggregate.requests) is not None:
-        completed = requests.total - (requests.failures or 0) - (requests.incomplete or 0)
-        if completed < 0:
-            raise broken(f"of {requests.total} requests more failed", FORM, where=str(path))
-        found |= {"completed": float(completed), "failed": float(requests.total - completed)}
-        for key, length in (
-            ("total_input_tokens", requests.input_length),
-            ("total_output_tokens", requests.output_length),
-        ):
-            if length is not None:
-                found[key] = length.mean * length.scale * completed
+    requests = report.requests
+    completed = requests.total - (requests.failures or 0) - (requests.incomplete or 0)
+    if completed < 0:
+        raise broken(f"of {requests.total} requests more failed", FORM, where=str(path))
+    found = {"completed": float(completed), "failed": float(requests.total - completed)}
+    found |= {key: mean * completed for key, mean in _picked(requests, _LENGTHS).items()}
     for name, (metric, _) in LATENCIES.items():
-        statistics = getattr(aggregate.latency, name, None)
+        statistics = getattr(report.latency, name)
         if statistics is not None:
             found |= statistics.named(metric, to_ms=1000 * statistics.scale)
-    rates = {
-        "request_throughput": "request_rate",
-        "output_throughput": "output_token_rate",
-        "total_token_throughput": "total_token_rate",
-    }
-    for key, name in rates.items():
-        if (statistics := getattr(aggregate.throughput, name, None)) is not None:
-            found[key] = statistics.mean * statistics.scale
-    return sampled(found) | _engines(report)
+    observed = [each.aggregate for each in report.components or () if each.aggregate]
+    engine = _picked(observed[0], _OF_ENGINE) if len(observed) == 1 else {}  # peaks of several do not add up
+    return sampled(found | _picked(report.throughput, _RATES)) | engine
 
 
-def _engines(report: _Report) -> dict[str, float]:
-    """What the engines showed, where there is one: peaks of several do not add up."""
-    observed = report.results.observability
-    known = [each.aggregate for each in (observed.components or () if observed else ()) if each.aggregate]
-    if len(known) != 1:
-        return {}
-    found: dict[str, float] = {}
-    peaks = {
-        "kv_cache_usage_peak": known[0].kv_cache_usage,
-        "max_num_running": known[0].running_requests,
-        "max_num_waiting": known[0].waiting_requests,
-    }
-    for key, statistics in peaks.items():
-        if statistics is not None and statistics.max is not None:
-            found[key] = statistics.max * statistics.scale
-    means = {"prefix_cache_hit_rate": known[0].cache_hit_rate, "num_preemptions": known[0].preemptions}
-    for key, statistics in means.items():
-        if statistics is not None:
-            found[key] = statistics.mean * statistics.scale
+def _picked(part: Part, table: Mapping[str, tuple[str, str]]) -> dict[str, float]:
+    """Ours -> what a statistic of a part says, in SI, where it is there."""
+    found = {}
+    for key, (name, statistic) in table.items():
+        said: _Statistics | None = getattr(part, name)
+        if said is not None and (value := getattr(said, statistic)) is not None:
+            found[key] = value * said.scale
     return found

@@ -1,8 +1,7 @@
 """guidellm's ``benchmarks.json`` (or .yaml), of its releases 0.3 to 0.8.
 
 0.7 and 0.8 write schema version 2, 0.5 and 0.6 version 1, which has the same places of what is read here, and
-0.4 the same without saying so. Until 0.3 the strategy and the times of requests lay elsewhere: they are put
-where they lie today.
+0.4 the same without saying so. Until 0.3 the strategy and the times of requests lay elsewhere.
 """
 
 from __future__ import annotations
@@ -13,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import AliasChoices, Field, model_validator
+from pydantic import AliasChoices, Field, field_validator, model_validator
 
 from servecast.sim.inputs.errors import InputError
-from servecast.sim.inputs.schema import Positive
+from servecast.sim.inputs.schema import Positive, invalid
 from servecast.sim.metrics.metrics import Floats
 from servecast.validate.readers.reading import (
     Context,
@@ -26,10 +25,11 @@ from servecast.validate.readers.reading import (
     Requests,
     Slots,
     Statistics,
+    at,
     expect,
     sampled,
 )
-from servecast.validate.readers.run_of import Columns, run_of, run_without_requests
+from servecast.validate.readers.run_of import Columns, run_of, totals
 
 FORM = "guidellm"
 _DAY_S = 86_400.0
@@ -55,37 +55,27 @@ class _Strategy(Part):
     streams: Slots | None = None
 
 
-class _Backend(Part):
-    kind: str | None = None
-    model: str | None = None
-
-
-class _Profile(Part):
-    max_concurrency: Slots | None = None
-
-
-class _Config(Part):
-    strategy: _Strategy
-    backend: _Backend = _Backend()
-    profile: _Profile = _Profile()
-
-
-class _Timings(Part):
-    targeted_start: float | None = None
-    request_start: float | None = None
-    first_token_iteration: float | None = None
-    last_token_iteration: float | None = None
-
-
-class _Info(Part):
-    timings: _Timings
-
-
 class _Request(Part):
-    info: _Info
+    """A request, by where its parts lie today and in 0.3."""
+
+    targeted_start: float | None = at("info.timings.targeted_start", "scheduler_info.targeted_start_time")
+    request_start: float | None = at("info.timings.request_start", "start_time")
+    first_token: float | None = at("info.timings.first_token_iteration", "first_token_time")
+    last_token: float | None = at("info.timings.last_token_iteration", "last_token_time")
     prompt_tokens: float | None = None
     output_tokens: float | None = None
     cached_tokens: float | None = None
+
+    @field_validator("targeted_start")
+    @classmethod
+    def _none_of_minus_one(cls, start: float | None) -> float | None:
+        return None if start == -1 else start
+
+    @property
+    def complete(self) -> bool:
+        """Whether it says all of a request that was answered."""
+        times = self.request_start, self.first_token, self.last_token
+        return None not in (*times, self.prompt_tokens, self.output_tokens)
 
 
 class _Requests(Part):
@@ -102,30 +92,36 @@ class _Statistics(Statistics):
         return {**data, **percentiles} if isinstance(percentiles, Mapping) else data
 
 
-class _Successful(Part):
-    successful: _Statistics
-
-
-class _Totals(Part):
-    successful: Requests
-    errored: Requests = 0
-
-
-class _Metrics(Part):
-    request_totals: _Totals
-    requests_per_second: _Successful
-    output_tokens_per_second: _Successful
-    request_latency: _Successful
-    time_to_first_token_ms: _Successful
-    inter_token_latency_ms: _Successful
-
-
 class _Benchmark(Part):
-    config: _Config
-    start_time: float
-    duration: Positive
+    """What is read of a benchmark, by where it lies today and in 0.3."""
+
+    strategy: _Strategy = at("config.strategy", "args.strategy", default=...)
+    backend: str | None = at("config.backend.kind", "worker.backend_type")
+    model: str | None = at("config.backend.model", "worker.backend_model")
+    max_concurrency: Slots | None = at("config.profile.max_concurrency")
+    start_time: float = at("start_time", "run_stats.start_time", default=...)
+    end_time: float | None = at("end_time", "run_stats.end_time")
+    duration: Positive = math.nan
     requests: _Requests
-    metrics: _Metrics
+    successful: Requests = at("metrics.request_totals.successful", "request_totals.successful", default=...)
+    errored: Requests = at("metrics.request_totals.errored", "request_totals.errored", default=0)
+    requests_per_second: _Statistics = at("metrics.requests_per_second.successful", default=...)
+    output_tokens_per_second: _Statistics = at("metrics.output_tokens_per_second.successful", default=...)
+    request_latency: _Statistics = at("metrics.request_latency.successful", default=...)
+    time_to_first_token_ms: _Statistics = at("metrics.time_to_first_token_ms.successful", default=...)
+    inter_token_latency_ms: _Statistics = at("metrics.inter_token_latency_ms.successful", default=...)
+
+    @model_validator(mode="after")
+    def _lasted(self) -> _Benchmark:
+        if not self.seconds > 0:
+            raise invalid("field 'duration' is missing, or its end is before its start", "Add it.")
+        return self
+
+    @property
+    def seconds(self) -> float:
+        """How long it took, which 0.3 does not say."""
+        end = math.nan if self.end_time is None else self.end_time
+        return end - self.start_time if math.isnan(self.duration) else self.duration
 
 
 class _Report(Part):
@@ -165,73 +161,33 @@ class Guidellm:
                 )
             for number, each in enumerate(report.benchmarks):
                 source = f"{path}: benchmarks.{number}"
-                benchmark = expect(_Benchmark, _today(each), source=source, form=report.metadata.form)
+                benchmark = expect(_Benchmark, each, source=source, form=report.metadata.form)
                 readings.append(_reading(benchmark, report.metadata, source))
         return readings
 
 
-def _today(benchmark: Any) -> Any:
-    """A benchmark of 0.3 with its parts where 0.4 and later have them; any other as it is."""
-    arguments = benchmark.get("args") if isinstance(benchmark, dict) else None
-    if not isinstance(arguments, dict) or "strategy" not in arguments or "config" in benchmark:
-        return benchmark
-    worker, metrics, times = (benchmark.get(name) for name in ("worker", "metrics", "run_stats"))
-    backend = {}
-    if isinstance(worker, dict):
-        backend = {"kind": worker.get("backend_type"), "model": worker.get("backend_model")}
-    if isinstance(metrics, dict):
-        metrics = {"request_totals": benchmark.get("request_totals"), **metrics}
-    moved = {"config": {"strategy": arguments["strategy"], "backend": backend}, "metrics": metrics}
-    if isinstance(times, dict) and "duration" not in benchmark:
-        start, end = (benchmark.get(name, times.get(name)) for name in ("start_time", "end_time"))
-        if isinstance(start, int | float) and isinstance(end, int | float):
-            moved |= {"start_time": start, "duration": end - start}
-    requests = benchmark.get("requests")
-    if isinstance(requests, dict):
-        moved["requests"] = {
-            status: [_request_today(each) for each in listed] if isinstance(listed, list) else listed
-            for status, listed in requests.items()
-        }
-    return {**benchmark, **moved}
-
-
-def _request_today(request: Any) -> Any:
-    """A request of 0.3. Its targeted start is -1 where there is none."""
-    if not isinstance(request, dict):
-        return request
-    scheduled = request.get("scheduler_info")
-    target = scheduled.get("targeted_start_time") if isinstance(scheduled, dict) else None
-    timings = {
-        "targeted_start": None if target == -1 else target,
-        "request_start": request.get("start_time"),
-        "first_token_iteration": request.get("first_token_time"),
-        "last_token_iteration": request.get("last_token_time"),
-    }
-    return {**request, "info": {"timings": timings}}
-
-
 def _reading(benchmark: _Benchmark, metadata: _Metadata, source: str) -> Reading:
-    strategy, metrics = benchmark.config.strategy, benchmark.metrics
+    strategy = benchmark.strategy
     closed = {"synchronous": 1, "concurrent": strategy.streams}
     context = Context(
         tool=FORM,
         tool_version=metadata.guidellm_version or "0.4 or older",
-        backend=benchmark.config.backend.kind,
-        model=benchmark.config.backend.model,
+        backend=benchmark.backend,
+        model=benchmark.model,
         request_rate=strategy.rate if strategy.rate is not None else math.inf,
-        max_concurrency=closed.get(strategy.type_, benchmark.config.profile.max_concurrency),
+        max_concurrency=closed.get(strategy.type_, benchmark.max_concurrency),
         burstiness={"poisson": 1.0, "constant": math.inf}.get(strategy.type_),
     )
     reported = sampled(
         {
-            "completed": float(metrics.request_totals.successful),
-            "failed": float(metrics.request_totals.errored),
-            "duration": benchmark.duration,
-            "request_throughput": metrics.requests_per_second.successful.mean,
-            "output_throughput": metrics.output_tokens_per_second.successful.mean,
-            **metrics.time_to_first_token_ms.successful.named("ttft", to_ms=1.0),
-            **metrics.request_latency.successful.named("e2el"),
-            "mean_itl_ms": metrics.inter_token_latency_ms.successful.mean,
+            "completed": float(benchmark.successful),
+            "failed": float(benchmark.errored),
+            "duration": benchmark.seconds,
+            "request_throughput": benchmark.requests_per_second.mean,
+            "output_throughput": benchmark.output_tokens_per_second.mean,
+            **benchmark.time_to_first_token_ms.named("ttft", to_ms=1.0),
+            **benchmark.request_latency.named("e2el"),
+            "mean_itl_ms": benchmark.inter_token_latency_ms.mean,
         }
     )
     notes = [
@@ -240,35 +196,26 @@ def _reading(benchmark: _Benchmark, metadata: _Metadata, source: str) -> Reading
         "the file has no gaps between tokens, so there is no ITL beside TPOT",
     ]
     asked = benchmark.requests
-    if len(asked.successful) < metrics.request_totals.successful:
-        held = f"{len(asked.successful)} of {metrics.request_totals.successful}"
-        notes.append(f"only totals: the file holds {held} requests")
-        return Reading(source, context.load, context, run_without_requests(context), reported, tuple(notes))
-    # a request that was never sent has no start
-    sent = [
-        (status, each)
-        for name, status in _STATUS.items()
-        for each in getattr(asked, name)
-        if each.info.timings.request_start is not None
-    ]
-    for number, (status, each) in enumerate(sent):
-        times = each.info.timings
-        needed = (
-            times.first_token_iteration,
-            times.last_token_iteration,
-            each.prompt_tokens,
-            each.output_tokens,
-        )
-        if status == "finished" and None in needed:
+    if len(asked.successful) < benchmark.successful:
+        held = f"{len(asked.successful)} of {benchmark.successful}"
+        return totals(source, context, reported, *notes, f"only totals: the file holds {held} requests")
+    for number, each in enumerate(asked.successful):
+        if not each.complete:
             raise InputError(
                 "a request without times of its tokens: the run did not stream, or the file is cut off",
                 where=f"{source}.requests.successful.{number}",
                 fix="Run guidellm with a streaming backend.",
             )
-    sent.sort(key=lambda pair: pair[1].info.timings.request_start or 0.0)
-    requests = [each for _, each in sent]
-    timings = [each.info.timings for each in requests]
-    targets, starts = _column(timings, "targeted_start"), _column(timings, "request_start")
+    # a request that was never sent has no start
+    sent = [
+        (each.request_start, status, each)
+        for name, status in _STATUS.items()
+        for each in getattr(asked, name)
+        if each.request_start is not None
+    ]
+    sent.sort(key=lambda of: of[0])
+    requests = [each for _, _, each in sent]
+    targets, starts = _column(requests, "targeted_start"), _column(requests, "request_start")
     one_clock = not (np.abs(targets - starts) > _DAY_S).any()
     if not one_clock:
         notes.append("the times at which its requests were to be sent are of another clock: left out")
@@ -278,17 +225,17 @@ def _reading(benchmark: _Benchmark, metadata: _Metadata, source: str) -> Reading
         Columns(
             arrival=targets if one_clock else None,
             sent=starts,
-            first_token=_column(timings, "first_token_iteration"),
-            finish=_column(timings, "last_token_iteration"),
+            first_token=_column(requests, "first_token"),
+            finish=_column(requests, "last_token"),
             prompt_tokens=_column(requests, "prompt_tokens"),
             output_tokens=_column(requests, "output_tokens"),
             cached_tokens=_column(requests, "cached_tokens"),
-            status=[status for status, _ in sent],
+            status=[status for _, status, _ in sent],
             start=benchmark.start_time,
         ),
     )
     planned = one_clock and context.max_concurrency is None
-    return Reading(source, context.load, context, run, reported, tuple(notes), planned=planned)
+    return Reading(source, context, run, reported, tuple(notes), planned=planned)
 
 
 def _column(parts: Sequence[Part], name: str) -> Floats:

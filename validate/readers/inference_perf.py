@@ -8,19 +8,17 @@ the end marker of the stream counts as a last token.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
-
 from servecast.sim.inputs.errors import InputError
 from servecast.validate.readers.document import values_of
 from servecast.validate.readers.inference_perf_stage import NEAR_ZERO, Load, Stage
-from servecast.validate.readers.reading import Context, Part, Reading, expect
-from servecast.validate.readers.run_of import Columns, run_of, run_without_requests
+from servecast.validate.readers.reading import Context, Part, Reading, at, expect
+from servecast.validate.readers.run_of import Columns, run_of, totals
 
 FORM = "inference-perf"
 HALVED = (
@@ -37,58 +35,21 @@ class _Beside:
     notes: tuple[str, ...] = ()
 
 
-class _Text(Part):
-    input_tokens: float | None = None
-
-
-class _RequestMetrics(Part):
-    text: _Text | None = None
-
-
-class _ResponseMetrics(Part):
-    output_tokens: float | None = None
-    output_token_times: list[float] = Field(default_factory=list)
-
-
-class _Info(Part):
-    """input_tokens, output_tokens and output_token_times stood here until 0.4."""
-
-    input_tokens: float | None = None
-    output_tokens: float | None = None
-    output_token_times: list[float] | None = None
-    request_metrics: _RequestMetrics | None = None
-    response_metrics: _ResponseMetrics | None = None
-
-
 class _Request(Part):
+    """A request. Its tokens' times stood under ``info`` until 0.4."""
+
     start_time: float
     end_time: float
-    info: _Info
+    info: Mapping[str, Any]
     error: Any = None
-
-    @property
-    def prompt_tokens(self) -> float | None:
-        asked = self.info.request_metrics
-        if self.info.input_tokens is not None or asked is None or asked.text is None:
-            return self.info.input_tokens
-        return asked.text.input_tokens
-
-    @property
-    def output_tokens(self) -> float | None:
-        answered = self.info.response_metrics
-        if self.info.output_tokens is not None or answered is None:
-            return self.info.output_tokens
-        return answered.output_tokens
-
-    @property
-    def old(self) -> bool:
-        return self.info.output_token_times is not None
+    prompt_tokens: float | None = at("info.request_metrics.text.input_tokens", "info.input_tokens")
+    output_tokens: float | None = at("info.response_metrics.output_tokens", "info.output_tokens")
+    old_times: list[float] | None = at("info.output_token_times")
+    new_times: list[float] | None = at("info.response_metrics.output_token_times")
 
     @property
     def times(self) -> list[float]:
-        if self.info.output_token_times is not None:
-            return self.info.output_token_times
-        return [] if self.info.response_metrics is None else self.info.response_metrics.output_token_times
+        return (self.new_times or []) if self.old_times is None else self.old_times
 
 
 class InferencePerf:
@@ -144,9 +105,7 @@ def _totals(stage: Stage, beside: _Beside, path: Path) -> Reading:
     notes = ["only totals: the requests are in per_request_lifecycle_metrics.json", _DRAIN, *beside.notes]
     if stage.halved:
         notes.append(HALVED + " (of the ITL's percentiles at most p50 and p90 can be told)")
-    context = _context(stage, beside)
-    run = run_without_requests(context)
-    return Reading(str(path), context.load, context, run, stage.reported(), tuple(notes), halved=stage.halved)
+    return totals(str(path), _context(stage, beside), stage.reported(), *notes, halved=stage.halved)
 
 
 _DRAIN = (
@@ -190,14 +149,14 @@ def _run(requests: Sequence[_Request], stage: Stage | None, beside: _Beside, sou
         ),
     )
     reported = {} if stage is None else stage.reported()
-    return Reading(source, context.load, context, run, reported, tuple(notes), halved=doubled)
+    return Reading(source, context, run, reported, tuple(notes), halved=doubled)
 
 
 def _doubled(requests: Sequence[_Request]) -> bool:
     """Whether an old version wrote them, and every second gap is that between an event and the empty line
     after it."""
     times = [each.times for each in requests]
-    if not times or any(not each.old or len(each.times) % 2 for each in requests):
+    if not times or any(each.old_times is None or len(each.times) % 2 for each in requests):
         return False
     lines = sum(b - a for each in times for a, b in zip(each[::2], each[1::2], strict=True))
     return lines < NEAR_ZERO * sum(each[-1] - each[0] for each in times)
@@ -205,7 +164,7 @@ def _doubled(requests: Sequence[_Request]) -> bool:
 
 def _token_times(request: _Request, doubled: bool) -> list[float]:
     times = request.times[::2] if doubled else request.times
-    return times[:-1] if request.old and len(times) > 1 else times  # without the end marker
+    return times[:-1] if request.old_times is not None and len(times) > 1 else times  # without the end marker
 
 
 def _stages(path: Path) -> list[Stage]:
@@ -215,13 +174,10 @@ def _stages(path: Path) -> list[Stage]:
     return found
 
 
-class _Server(Part):
-    type: str | None = None
-    model_name: str | None = None
-
-
 class _Config(Part):
-    server: _Server
+    server: Mapping[str, Any]
+    type: str | None = at("server.type")
+    model_name: str | None = at("server.model_name")
 
 
 def _beside(path: Path) -> _Beside:
@@ -230,7 +186,7 @@ def _beside(path: Path) -> _Beside:
     if not file.is_file():
         return _Beside()
     try:
-        server = expect(_Config, values_of(file)[0], source=str(file), form=FORM).server
+        server = expect(_Config, values_of(file)[0], source=str(file), form=FORM)
     except InputError:
         return _Beside(notes=("the config.yaml beside it is no inference-perf's: model not stated",))
     return _Beside(server.type, server.model_name)

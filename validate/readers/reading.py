@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Protocol, TypeVar
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field
+from pydantic import AliasChoices, AliasPath, BaseModel, ConfigDict, Field
 
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.inputs.schema import parse
@@ -56,7 +56,7 @@ class Reading:
     """One run under one load, out of a result file.
 
     Attributes:
-        source: file, and which of its runs where it has several. label: which, in short.
+        source: file, and which of its runs where it has several.
         run: without requests where the file has only totals. Times are seconds from the start of the
             benchmark; ``arrival`` is NaN where the tool does not say when it meant to send, ``preemptions``
             and ``steps`` are never known to a client.
@@ -68,13 +68,17 @@ class Reading:
     """
 
     source: str
-    label: str
     context: Context
     run: Run
     reported: Mapping[str, float]
     notes: tuple[str, ...] = ()
     planned: bool = False
     halved: bool = False
+
+    @property
+    def label(self) -> str:
+        """Which run it is, in short: its load."""
+        return self.context.load
 
     @property
     def has_requests(self) -> bool:
@@ -109,6 +113,16 @@ class Part(BaseModel):
     """A part of a result file: the fields that we read; others are let be."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
+
+
+def at(*paths: str, default: Any = None) -> Any:
+    """A field that lies deeper in a file: at the first of these paths ("load.args.rate", "engines.0.name")
+    that leads anywhere. ``default``: where none does; ``...`` refuses the file."""
+    choices = []
+    for path in paths:
+        first, *rest = path.split(".")
+        choices.append(AliasPath(first, *(int(step) if step.isdigit() else step for step in rest)))
+    return Field(default, validation_alias=AliasChoices(*choices))
 
 
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=True)]  # inf: no bound

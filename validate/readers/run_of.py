@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from servecast.sim.metrics.metrics import Floats
 from servecast.sim.metrics.records import STEP_COLUMNS, RequestRecord, Run
-from servecast.validate.readers.reading import Context, broken
+from servecast.validate.readers.reading import Context, Reading, broken
 
 Bools = NDArray[np.bool_]
 Column = Sequence[float | None] | Floats
@@ -134,6 +134,8 @@ def _impossible(
     return None if span < LONGEST_S else f"it took {span / 86_400:.4g} days"
 
 
-def run_without_requests(context: Context) -> Run:
-    """The run of a file that has only totals."""
-    return run_of(context, "", Columns())
+def totals(
+    source: str, context: Context, reported: Mapping[str, float], *notes: str, halved: bool = False
+) -> Reading:
+    """What a file says that has only totals."""
+    return Reading(source, context, run_of(context, "", Columns()), reported, notes, halved=halved)

@@ -25,7 +25,7 @@ from servecast.validate.readers.reading import (
     expect,
     sampled,
 )
-from servecast.validate.readers.run_of import Columns, run_of, run_without_requests
+from servecast.validate.readers.run_of import Columns, run_of, totals
 
 FORM, OURS = "vllm bench serve", "servecast simulate"
 _TOTALS = ("total_input_tokens", "total_output_tokens")
@@ -107,21 +107,17 @@ class VllmBench:
         notes = []
         if result.ramp is not None:
             notes.append(f"{context.load}: the rate rose during the run ({result.ramp_up_strategy})")
-        if "itls" in value and "start_times" in value:
-            run = _run(expect(_Details, value, source=source, form=FORM), result, context, source)
-            if "latencies" not in value and result.max_concurrency is not None:
-                notes.append("the file does not say how long requests waited in the client for their turn")
-        else:
-            run = run_without_requests(context)
-            notes.append(
-                "only totals: this release does not save when each request was sent (start_times)"
-                if "itls" in value
-                else "only totals: saved without --save-detailed"
-            )
         said = measured(value) | {key: value.get(key) for key in _TOTALS}
         figures = expect(_Figures, said, source=source, form=FORM).root
         reported = sampled({key: each for key, each in figures.items() if each is not None})
-        return Reading(source, context.load, context, run, reported, tuple(notes))
+        if "itls" not in value or "start_times" not in value:
+            why = "this release does not save when each request was sent (start_times)"
+            why = why if "itls" in value else "saved without --save-detailed"
+            return totals(source, context, reported, *notes, f"only totals: {why}")
+        run = _run(expect(_Details, value, source=source, form=FORM), result, context, source)
+        if "latencies" not in value and result.max_concurrency is not None:
+            notes.append("the file does not say how long requests waited in the client for their turn")
+        return Reading(source, context, run, reported, tuple(notes))
 
 
 def _run(details: _Details, result: _Result, context: Context, source: str) -> Run:

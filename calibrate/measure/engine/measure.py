@@ -6,8 +6,8 @@ import argparse
 import json
 import math
 import statistics
-import sys
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import MeasureError
 from ..facts import collect
-from ..folder import Budget, Folder, Progress
+from ..folder import Budget, Folder, say, walk
+from ..folder import add_arguments as add_shared_arguments
 from .grid import Case, grid
 from .steps import Step
 
@@ -35,9 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder with the model's config.json; of several, each step is measured on one after the other",
     )
     parser.add_argument("--name", help="the model's name in the rows; the folder's name without it")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the measurements")
-    parser.add_argument("--time-budget", type=float, metavar="S", help="stop cleanly after S seconds")
-    parser.add_argument("--resume", action="store_true", help="go on in a folder, skipping what it has")
+    add_shared_arguments(parser)
     parser.add_argument("--passes", type=int, default=1, help="how often the grid is walked (1)")
     parser.add_argument("--steps", type=int, default=20, help="steps measured of each case, at most (20)")
     parser.add_argument("--least-steps", type=int, default=5, help="and at least (5), after ...")
@@ -82,7 +81,7 @@ def run(args: argparse.Namespace, flags: Sequence[str]) -> int:
 def _cases(engine: Engine, args: argparse.Namespace) -> list[Case]:
     cases, skipped = grid(engine.limits)
     for key, reason in skipped.items():
-        _say(f"does not fit, left out: {key}: {reason}")
+        say(f"does not fit, left out: {key}: {reason}")
     return [
         case
         for case in cases
@@ -107,14 +106,10 @@ def _walk(
         if case is not None
     ]
     todo = [(key, name, case) for key, name, case in todo if key not in folder.cases]
-    progress = Progress(len(todo), budget)
-    took: dict[str, list[float]] = {}  # region -> seconds of its cases
-    for index, (key, name, case) in enumerate(todo):
-        known = took.setdefault(case.region, [])
-        expected = max(known[-5:], default=0.0)
-        if not budget.fits(expected):
-            _say(f"the time budget is spent: {index} of {len(todo)} cases measured; --resume goes on")
-            return
+    took = defaultdict[str, list[float]](list)  # region -> seconds of its cases
+
+    def measure(asked: tuple[str, str, Case]) -> str:
+        key, name, case = asked
         begin = time.monotonic()
         steps, least = (args.long_run_steps,) * 2 if case.traffic else (args.steps, args.least_steps)
         found = engines[name].measure(
@@ -123,9 +118,11 @@ def _walk(
         if found:
             folder.add(*_rows(folder, key, name, case, found))
         else:
-            _say(f"{key}: no step of that composition was scheduled; skipped")
-        known.append(time.monotonic() - begin)
-        progress.done(key)
+            say(f"{key}: no step of that composition was scheduled; skipped")
+        took[case.region].append(time.monotonic() - begin)
+        return key
+
+    walk(todo, budget, measure, lambda asked: max(took[asked[2].region][-5:], default=0.0))
 
 
 def _rows(folder: Folder, key: str, name: str, case: Case, steps: Sequence[Step]) -> list[dict[str, Any]]:
@@ -215,7 +212,3 @@ def _check(args: argparse.Namespace) -> None:
 def _size(case: Case) -> int:
     tokens = sum(tokens + context for tokens, context in case.chunks) + sum(case.contexts)
     return max(tokens, sum(prompt for prompt, _ in case.traffic))
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

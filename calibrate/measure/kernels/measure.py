@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import MeasureError
+from ..folder import add_arguments as add_shared_arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, required=True, help="folder for the measurements")
+    add_shared_arguments(parser)
     parser.add_argument(
         "--model",
         type=Path,
@@ -25,8 +26,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--max-tokens", type=int, default=16384, help="most tokens of a call (16384)")
     parser.add_argument("--repeats", type=int, default=7, help="of each measurement, at least (7)")
-    parser.add_argument("--time-budget", type=float, metavar="S", help="stop cleanly after S seconds")
-    parser.add_argument("--resume", action="store_true", help="go on in a folder, skipping what it has")
 
 
 def run(args: argparse.Namespace, others: Sequence[str]) -> int:

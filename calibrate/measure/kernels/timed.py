@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +14,7 @@ import torch
 
 from ..errors import MeasureError
 from ..facts import collect, nvidia_smi
-from ..folder import Budget, Folder, Progress
+from ..folder import Budget, Folder, say, walk
 from .cases import DTYPES, TYPICAL_SHAPES, Case, Shape, cases
 from .device_timer import DeviceTimer
 
@@ -36,22 +35,22 @@ def time_kernels(args: argparse.Namespace) -> None:
 
 
 def _walk(folder: Folder, wanted: Sequence[Case], timer: DeviceTimer, budget: Budget) -> None:
-    todo = [case for case in wanted if case.key not in folder.cases]
-    progress = Progress(len(todo), budget)
     expected = 0.0
-    for index, case in enumerate(todo):
-        if not budget.fits(expected):
-            _say(f"the time budget is spent: {index} of {len(todo)} cases measured; --resume goes on")
-            return
+
+    def measure(case: Case) -> str:
+        nonlocal expected
         began = budget.spent_s
         try:
             times = _measured(case, timer)
         except (RuntimeError, NotImplementedError) as error:  # out of memory, or no such kernel here
-            _say(f"left out: {case.key}: {str(error).splitlines()[0]}")
+            say(f"left out: {case.key}: {str(error).splitlines()[0]}")
         else:
             folder.add({**case.fields, "case": case.key, "times_s": times})
         expected = (expected + budget.spent_s - began) / 2
-        progress.done(case.key)
+        return case.key
+
+    todo = [case for case in wanted if case.key not in folder.cases]
+    walk(todo, budget, measure, lambda _case: expected)
 
 
 def _look_under_load(file: Path) -> None:
@@ -114,7 +113,3 @@ def _shape(model: Path) -> Shape:
         raise MeasureError(
             f"has not the sizes of a model ({error})", str(file), "Give a config.json."
         ) from error
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)

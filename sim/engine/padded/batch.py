@@ -11,30 +11,41 @@ benchmark the infer-rtx5080 scenarios reproduce.
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from servecast.sim.engine.config import EngineConfig
 from servecast.sim.engine.request import Request
-from servecast.sim.engine.step import Step
 from servecast.sim.inputs.errors import InputError
 
 TURNS = 2  # turns of the event loop from a new connection to the engine's queue: accept, read
 
 
-class PaddedStep(Step):
-    """A step of a padded batch.
+@dataclass(slots=True)
+class PaddedStep:
+    """A step of a padded batch; see ``Step`` in ``servecast.sim.engine.engine``.
 
     Attributes:
         rows, longest: rows of the decode pass, and KV tokens that it reads for each, the new one included.
-        idle_s: seconds that pass in a step without work, because the engine waits for more requests.
     """
 
-    __slots__ = ("idle_s", "longest", "rows")
-
-    def __init__(self, tick: int) -> None:
-        super().__init__(tick)
-        self.rows = self.longest = 0
-        self.idle_s = 0.0
+    tick: int
+    rows: int = 0
+    longest: int = 0
+    idle_s: float = 0.0
+    total_tokens: int = 0
+    samples: int = 0
+    decodes: int = 0
+    decode_context: int = 0
+    steady: int = 0
+    emitted: int = 0
+    chunks: list[tuple[int, int]] = field(default_factory=list)
+    admitted: list[int] = field(default_factory=list)
+    preempted: tuple[int, ...] = ()
+    cached_tokens: dict[int, int] = field(default_factory=dict)
+    first_tokens: list[int] = field(default_factory=list)
+    gaps: list[int] = field(default_factory=list)
+    finished: list[int] = field(default_factory=list)
 
 
 class Row:
@@ -183,7 +194,7 @@ class PaddedBatch:
         self.tick += 1
         return step
 
-    def complete(self, step: Step) -> None:
+    def complete(self, step: PaddedStep) -> None:
         """Deliver the tokens of a step; who has its last one leaves."""
         for row in list(self._rows):
             if row.done:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import ClassVar, Literal, Protocol
@@ -76,6 +77,7 @@ class KernelCosts:
             v and o of a prompt chunk are moved.
         expert_compute, expert_bandwidth: shares of the peaks in routed experts, where reading and multiplying
             add up. expert_s: their floor in one layer, s. expert_passes: as product_passes.
+        all_reduce: one as timed, (bytes, s) rising, in place of ``link`` and ``allreduce_s``.
     """
 
     product_s: float
@@ -86,10 +88,13 @@ class KernelCosts:
     expert_bandwidth: float = 1.0
     expert_s: float = 0.0
     expert_passes: float = 0.0
+    all_reduce: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
+            if field.name == "all_reduce":
+                continue
             share = field.name in ("expert_compute", "expert_bandwidth")
             if not (0.0 < value <= 1.0 if share else 0.0 <= value < math.inf):
                 rule = "above 0 and at most 1" if share else "0 or more"
@@ -410,9 +415,13 @@ class PhysicalStepTime:
         return parts
 
     def _all_reduce(self, size: int) -> float:
-        """One ring all-reduce of that many bytes: each rank sends 2 (n-1)/n of them."""
+        """One all-reduce of that many bytes: as timed, or in a ring, where each rank sends 2 (n-1)/n of
+        them."""
         if self._link is None:
             return 0.0
+        costs = self.efficiencies.by_kernel
+        if costs is not None and costs.all_reduce:
+            return _between(costs.all_reduce, size)
         sent = 2 * (self._ranks - 1) / self._ranks * size
         return self.efficiencies.allreduce_s + sent / (self._link * self.efficiencies.link)
 
@@ -437,6 +446,13 @@ class PhysicalStepTime:
     def _attention_decode(self, step: StepShape) -> float:
         per_token_layer = self._mixed_decode_kv_s if step.chunks else self._decode_kv_s
         return self._decode_token_layers(step) * per_token_layer + step.decodes * self._decode_s
+
+
+def _between(points: Sequence[tuple[int, float]], at: int) -> float:
+    """Linear between (size, seconds) of rising sizes, and beyond the last as between the last two."""
+    right = min(max(bisect_left(points, (at, 0.0)), 1), len(points) - 1)
+    (low, before), (high, after) = points[right - 1], points[right]
+    return max(points[0][1] if at < low else 0.0, before + (after - before) * (at - low) / (high - low))
 
 
 def _count(step: StepShape) -> tuple[int, int]:

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
 import numpy as np
+from numpy.typing import NDArray
 
 from servecast.sim.engine.request import Request
-from servecast.sim.routing.gauges import Gauges
+from servecast.sim.routing.backends import Backend, Backends, Columns
 from servecast.sim.routing.llmd.release import EppRelease
-from servecast.sim.routing.routers import Backend
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,23 +23,39 @@ class PrefixMatch:
     total: int
     block_tokens: float
 
+    def of(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Counts of these replicas, 0 where one has none."""
+        counts, n = self.counts, len(numbers)
+        if counts and numbers[-1] != n - 1:  # some replicas are missing
+            return np.array([counts.get(number, 0) for number in numbers.tolist()])
+        found = np.zeros(n, np.int64)
+        for number, count in counts.items():
+            if number < n:
+                found[number] = count
+        return found
+
 
 @dataclass(slots=True)
 class Cycle:
-    """A request, its candidates and one snapshot of their gauges, which all plugins see. matches: by the name
-    of the producer, what it found."""
+    """A request, its candidates and one snapshot of what is known of them, which all plugins see. matches: by
+    the name of the producer, what it found."""
 
     request: Request
     backends: Sequence[Backend]
-    gauges: list[Gauges]
+    known: Columns
     matches: dict[str, PrefixMatch] = field(default_factory=dict)
+
+    @classmethod
+    def among(cls, request: Request, backends: Sequence[Backend]) -> Cycle:
+        """With these candidates."""
+        return cls(request, backends, Backends.of(backends).columns())
 
     def of(self, positions: Sequence[int]) -> Cycle:
         """The same with some of the candidates."""
         return replace(
             self,
             backends=[self.backends[position] for position in positions],
-            gauges=[self.gauges[position] for position in positions],
+            known=self.known.at(positions),
         )
 
 
@@ -60,16 +76,16 @@ class PrefixProducer(Protocol):
 class LoadProducer(Protocol):
     """Tells what of this router is in flight."""
 
-    def requests(self, backend: Backend) -> int:
-        """Requests."""
+    def requests(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Requests, of each of these replicas."""
         ...
 
-    def tokens(self, backend: Backend) -> int:
-        """Tokens that are not computed yet."""
+    def tokens(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Tokens that are not computed yet, of each of these replicas."""
         ...
 
-    def uncached(self, cycle: Cycle, backend: Backend) -> int:
-        """Tokens that a server would have to compute for the cycle's request."""
+    def uncached(self, cycle: Cycle) -> NDArray[np.int64]:
+        """Tokens that each candidate would have to compute for the cycle's request."""
         ...
 
 

@@ -7,15 +7,15 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from servecast.sim.engine.request import Request
+from servecast.sim.routing.backends import Backend, Columns
 from servecast.sim.routing.llmd.cycle import Connects, Cycle, HearsAnswers, HearsEnds, HearsPicks, Setting
 from servecast.sim.routing.llmd.filters import FILTERS
 from servecast.sim.routing.llmd.pickers import PICKERS
 from servecast.sim.routing.llmd.plugin import IN_FLIGHT, EppConfig
 from servecast.sim.routing.llmd.producers import PREFIXES, InFlightLoad
 from servecast.sim.routing.llmd.release import EPP_RELEASES
-from servecast.sim.routing.llmd.scorers import SCORERS
+from servecast.sim.routing.llmd.scorers import SCORERS, Scores
 from servecast.sim.routing.options import RouterOptions
-from servecast.sim.routing.routers import Backend
 
 
 class EndpointPicker:
@@ -41,6 +41,8 @@ class EndpointPicker:
         self._clamps = release.clamps
         self._filters = [FILTERS[plugin.type](plugin, setting) for plugin in config.filters]
         self._scorers = [(SCORERS[plugin.type](plugin, setting), weight) for plugin, weight in config.scorers]
+        self._known: Columns | None = None
+        self._kept: list[Scores | None] = []  # by scorer, for ``_known``
         self._picker = PICKERS[config.picker.type](config.picker, setting)
         producers = [
             *setting.loads.values(),
@@ -59,11 +61,11 @@ class EndpointPicker:
             plugin.connect(backends)
 
     def pick(self, request: Request, backends: Sequence[Backend]) -> int | None:
-        everyone = cycle = Cycle(request, backends, [backend.gauges for backend in backends])
+        everyone = cycle = Cycle.among(request, backends)
         positions: Sequence[int] = range(len(backends))
         for each in self._filters:
             kept = each.keep(cycle)
-            if not kept:
+            if not len(kept):
                 return None
             if len(kept) < len(positions):
                 positions = [positions[position] for position in kept]
@@ -73,14 +75,22 @@ class EndpointPicker:
             plugin.picked(everyone, backends[position])
         return position
 
-    def totals(self, cycle: Cycle) -> list[float]:
-        """Each candidate's sum of weight x score."""
-        totals = [0.0] * len(cycle.backends)
-        for scorer, weight in self._scorers:
-            for position, score in enumerate(scorer.score(cycle)):
+    def totals(self, cycle: Cycle) -> Scores:
+        """Each candidate's sum of weight x score. Scores by gauges are kept while these stay as they are."""
+        if cycle.known is not self._known:
+            self._known = cycle.known
+            self._kept = [None] * len(self._scorers)
+        totals = np.zeros(len(cycle.known))
+        for number, (scorer, weight) in enumerate(self._scorers):
+            weighted = self._kept[number]
+            if weighted is None:
+                score = scorer.score(cycle)
                 if self._clamps:
-                    score = min(max(score, 0.0), 1.0)
-                totals[position] += score * weight
+                    score = np.minimum(np.maximum(score, 0.0), 1.0)
+                weighted = score * weight
+                if scorer.by_gauges:
+                    self._kept[number] = weighted
+            totals = totals + weighted
         return totals
 
     def answered(self, request: Request, index: int) -> None:

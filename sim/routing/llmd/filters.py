@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from servecast.sim.engine.request import Request
+from servecast.sim.routing.backends import Backend, Backends
 from servecast.sim.routing.llmd.cycle import Cycle, Setting
 from servecast.sim.routing.llmd.plugin import NotModelled, Plugin
 from servecast.sim.routing.llmd.sessions import Sessions
-from servecast.sim.routing.routers import Backend
 
 
 class Filter(Protocol):
@@ -61,18 +64,15 @@ class PrefixCacheAffinityFilter:
             return everyone
         if self._explores and self._setting.rng.random() < self._explores:
             return everyone
-        match = self._setting.prefixes[self._plugin.prefixes].match(cycle)
-        shares = [match.counts.get(each.index, 0) / (match.total or 1) for each in cycle.backends]
-        sticky = [i for i in everyone if shares[i] >= self._threshold]
-        if not sticky or len(sticky) == len(everyone):
+        match, numbers = self._setting.prefixes[self._plugin.prefixes].match(cycle), cycle.known.numbers
+        sticks = match.of(numbers) / (match.total or 1) >= self._threshold
+        if not sticks.any() or sticks.all():
             return everyone
         if self._most_tokens is not None:
-            load = self._setting.loads[self._plugin.load]
-            tokens = [load.tokens(backend) for backend in cycle.backends]
-            others = min(tokens[i] for i in everyone if i not in sticky)
-            if min(tokens[i] for i in sticky) - others > self._most_tokens:
+            tokens = self._setting.loads[self._plugin.load].tokens(numbers)
+            if tokens[sticks].min() - tokens[~sticks].min() > self._most_tokens:
                 return everyone
-        return sticky
+        return np.flatnonzero(sticks).tolist()
 
 
 class UtilizationFilter:
@@ -80,14 +80,14 @@ class UtilizationFilter:
 
     def __init__(self, plugin: Plugin, setting: Setting) -> None:
         load, parameters = setting.loads[plugin.load], plugin.parameters
-        values: dict[str, Callable[[Cycle, int], float]] = {
-            "active-requests": lambda cycle, i: load.requests(cycle.backends[i]),
-            "running-requests": lambda cycle, i: cycle.gauges[i].running,
-            "waiting-queue": lambda cycle, i: cycle.gauges[i].waiting,
-            "kv-cache-utilization": lambda cycle, i: cycle.gauges[i].kv_usage,
+        values: dict[str, Callable[[Cycle], NDArray[Any]]] = {
+            "active-requests": lambda cycle: load.requests(cycle.known.numbers),
+            "running-requests": lambda cycle: cycle.known.running,
+            "waiting-queue": lambda cycle: cycle.known.waiting,
+            "kv-cache-utilization": lambda cycle: cycle.known.kv_usage,
         }
         self._fallback = parameters.flag("fallbackOnEmpty", False)
-        self._limits: list[tuple[Callable[[Cycle, int], float], float]] = []
+        self._limits: list[tuple[Callable[[Cycle], NDArray[Any]], float]] = []
         for condition in parameters.blocks("conditions"):
             metric = condition.text("metric", "")
             if metric not in values:
@@ -99,9 +99,11 @@ class UtilizationFilter:
             raise parameters.error("there are no conditions", "conditions", "Add at least one.")
 
     def keep(self, cycle: Cycle) -> Sequence[int]:
-        everyone = range(len(cycle.backends))
-        kept = [i for i in everyone if all(value(cycle, i) <= most for value, most in self._limits)]
-        return kept if kept or not self._fallback else everyone
+        fits = np.ones(len(cycle.known), np.bool_)
+        for value, most in self._limits:
+            fits &= value(cycle) <= most
+        kept: list[int] = np.flatnonzero(fits).tolist()
+        return kept if kept or not self._fallback else range(len(fits))
 
 
 class SessionAffinityFilter:
@@ -112,8 +114,8 @@ class SessionAffinityFilter:
 
     def keep(self, cycle: Cycle) -> Sequence[int]:
         home = self._sessions.home(cycle.request)
-        numbers = [backend.index for backend in cycle.backends]
-        return [numbers.index(home)] if home in numbers else range(len(numbers))
+        position = None if home is None else Backends.of(cycle.backends).position(home)
+        return range(len(cycle.backends)) if position is None else [position]
 
     def picked(self, cycle: Cycle, backend: Backend) -> None:
         self._sessions.picked(cycle, backend)

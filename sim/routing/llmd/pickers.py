@@ -5,19 +5,20 @@ maxNumOfEndpoints asks for several; the request goes to the first of them, so it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
 
 from servecast.sim.routing.llmd.cycle import Setting
 from servecast.sim.routing.llmd.plugin import Plugin
+from servecast.sim.routing.llmd.scorers import Scores
 
 
 class Picker(Protocol):
     """Picks one endpoint."""
 
-    def pick(self, scores: Sequence[float]) -> int:
+    def pick(self, scores: Scores) -> int:
         """Position of the endpoint in ``scores``, which is not empty."""
         ...
 
@@ -28,10 +29,11 @@ class MaxScorePicker:
     def __init__(self, plugin: Plugin, setting: Setting) -> None:
         self._rng = setting.rng
 
-    def pick(self, scores: Sequence[float]) -> int:
-        best = max(scores)
-        equals = [position for position, score in enumerate(scores) if score == best]
-        return equals[0] if len(equals) == 1 else equals[int(self._rng.integers(len(equals)))]
+    def pick(self, scores: Scores) -> int:
+        first = int(scores.argmax())
+        equals = scores == scores[first]
+        count = int(np.count_nonzero(equals))
+        return first if count == 1 else int(np.flatnonzero(equals)[self._rng.integers(count)])
 
 
 class RandomPicker:
@@ -40,7 +42,7 @@ class RandomPicker:
     def __init__(self, plugin: Plugin, setting: Setting) -> None:
         self._rng = setting.rng
 
-    def pick(self, scores: Sequence[float]) -> int:
+    def pick(self, scores: Scores) -> int:
         return int(self._rng.integers(len(scores)))
 
 
@@ -51,8 +53,8 @@ class WeightedRandomPicker:
     def __init__(self, plugin: Plugin, setting: Setting) -> None:
         self._rng = setting.rng
 
-    def pick(self, scores: Sequence[float]) -> int:
-        weights = np.asarray(scores)
+    def pick(self, scores: Scores) -> int:
+        weights = scores
         draws = self._rng.random(len(weights))
         if not (weights > 0).any():
             return int(draws.argmax())

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from servecast.sim.engine.kv_events import BlockRemoved, BlockStored
 from servecast.sim.engine.request import Request
+from servecast.sim.routing.backends import Backend, Backends
 from servecast.sim.routing.llmd.cycle import CHARACTERS, Cycle, PrefixMatch, Setting
 from servecast.sim.routing.llmd.plugin import Plugin
 from servecast.sim.routing.prefix_index import ApproximateIndex, PreciseIndex, TokenStore
 from servecast.sim.routing.prompt_blocks import PromptBlocks
-from servecast.sim.routing.routers import Backend
+from servecast.sim.routing.tally import Tally
 
 
 class ApproximatePrefixes:
@@ -103,7 +107,8 @@ class PrecisePrefixes:
         self._chunk_size = store.whole("blockSize", 256)
         self._store = TokenStore(store.whole("cacheSize", 500_000))
         self._chunks = PromptBlocks(self._chunk_size, setting.bytes_per_token)
-        self._sources: list[Backend] = []
+        self._backends = Backends([])
+        self._block_sizes: dict[int, int] = {}  # of the servers that are listened to
         ttl_s = parameters.duration_s("speculativeTTL", "2s") or 2.0
         self._ttl_s = ttl_s if parameters.flag("speculativeIndexing", False) else None
         self._speculative: deque[tuple[float, int, int, list[int]]] = (
@@ -111,11 +116,13 @@ class PrecisePrefixes:
         )  # until, block size, server, keys
 
     def connect(self, backends: Sequence[Backend]) -> None:
-        anyhow = self._setting.release.producers
-        self._sources = [each for each in backends if anyhow or each.block_size == self._block_size]
-        for backend in self._sources:
-            backend.subscribe()
+        anyhow, self._backends = self._setting.release.producers, Backends.of(backends)
+        for backend in backends:
             size = backend.block_size
+            if not anyhow and size != self._block_size:
+                continue
+            backend.subscribe()
+            self._block_sizes[backend.index] = size
             self._indexes[size] = self._indexes.get(size) or (PreciseIndex(*self._size), PromptBlocks(size))
 
     def match(self, cycle: Cycle) -> PrefixMatch:
@@ -125,14 +132,16 @@ class PrecisePrefixes:
         return found
 
     def _look_up(self, request: Request) -> PrefixMatch:
-        for backend in self._sources:
-            for event in backend.take_events():
-                self._indexes[backend.block_size][0].apply(backend.index, event)
+        for backend in self._backends.telling():
+            size = self._block_sizes.get(backend.index)
+            if size is not None:
+                for event in backend.take_events():
+                    self._indexes[size][0].apply(backend.index, event)
         self._expire()
         known = self._known_tokens(request)
         counts: dict[int, int] = {}
         for size, (index, blocks) in self._indexes.items():
-            held = index.match(blocks.shared(request)[: known // size])
+            held = index.match(blocks.shared(request), known // size)
             counts |= {server: count * size // self._block_size for server, count in held.items()}
         counts = {server: count for server, count in counts.items() if count}
         return PrefixMatch(counts, request.prompt_tokens // self._block_size, self._block_size)
@@ -176,44 +185,47 @@ class InFlightLoad:
         self._with_output = parameters.flag("addEstimatedOutputTokens", False)
         self._ratio = parameters.number("outputRatio", 1.5)
         self._most_output = parameters.number("maxEstimatedOutputTokens", 1e12)
-        self._requests: dict[int, int] = {}
-        self._tokens: dict[int, int] = {}
+        self._requests, self._tokens = Tally(), Tally()
         self._added: dict[int, int] = {}  # request -> its tokens
 
-    def requests(self, backend: Backend) -> int:
-        return self._requests.get(backend.index, 0)
+    def requests(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        return self._requests.of(numbers)
 
-    def tokens(self, backend: Backend) -> int:
-        return self._tokens.get(backend.index, 0)
+    def tokens(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        return self._tokens.of(numbers)
 
-    def uncached(self, cycle: Cycle, backend: Backend) -> int:
+    def uncached(self, cycle: Cycle) -> NDArray[np.int64]:
+        return self._uncached(cycle, cycle.known.numbers)
+
+    def _uncached(self, cycle: Cycle, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
         tokens = self._setting.prompt_tokens(cycle.request)
-        found = tokens
+        found = np.full(len(numbers), tokens)
         if self._prefixes:
             match = self._setting.prefixes[self._prefixes].match(cycle)
-            held = match.counts.get(backend.index, 0)
             looked_at = int(match.total * match.block_tokens)
-            found = int((match.total - held) * match.block_tokens) + max(tokens - looked_at, 0)
+            new = ((match.total - match.of(numbers)) * match.block_tokens).astype(np.int64)
+            found = new + max(tokens - looked_at, 0)
         if self._with_output:
             found += int(min(round(tokens * self._ratio), cycle.request.max_tokens, self._most_output))
         return found
 
     def picked(self, cycle: Cycle, backend: Backend) -> None:
-        index, tokens = backend.index, self.uncached(cycle, backend)
-        self._requests[index] = self._requests.get(index, 0) + 1
-        self._tokens[index] = self._tokens.get(index, 0) + tokens
+        index = backend.index
+        tokens = int(self._uncached(cycle, np.array([index]))[0])
+        self._requests.add(index, 1)
+        self._tokens.add(index, tokens)
         self._added[cycle.request.request_id] = tokens
 
     def answered(self, request: Request, index: int) -> None:
         if not self._with_output and request.request_id in self._added:
-            self._tokens[index] -= self._added[request.request_id]
+            self._tokens.add(index, -self._added[request.request_id])
             self._added[request.request_id] = 0
 
     def ended(self, request: Request, index: int) -> None:
         tokens = self._added.pop(request.request_id, None)
         if tokens is not None:
-            self._tokens[index] -= tokens
-            self._requests[index] -= 1
+            self._tokens.add(index, -tokens)
+            self._requests.add(index, -1)
 
 
 PREFIXES: dict[str, Callable[[Plugin, Setting], ApproximatePrefixes | PrecisePrefixes]] = {

@@ -3,71 +3,93 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from servecast.sim.engine.request import Request
 from servecast.sim.routing.llmd.cycle import Cycle, Setting
 from servecast.sim.routing.llmd.plugin import Plugin
 from servecast.sim.routing.llmd.sessions import Sessions
-from servecast.sim.routing.routers import Backend
+from servecast.sim.routing.tally import Tally
+from servecast.sim.routing.backends import Backend
+
+
+Scores = NDArray[np.float64]
+Counts = NDArray[np.int64]
 
 
 class Scorer(Protocol):
-    """Scores the candidates of a cycle."""
+    """Scores the candidates of a cycle.
 
-    def score(self, cycle: Cycle) -> Sequence[float]:
+    Attributes:
+        by_gauges: it looks at nothing but ``cycle.known``, so that its scores hold until that changes.
+    """
+
+    by_gauges: bool
+
+    def score(self, cycle: Cycle) -> Scores:
         """A score for each candidate, in their order; 0 for one of which it knows nothing."""
         ...
 
 
-def _fewest_best(values: Sequence[int]) -> list[float]:
+def _fewest_best(values: Counts) -> Scores:
     """(most - value) / (most - fewest); 1 for all where all are equal."""
-    least, most = min(values), max(values)
+    least, most = values.min(), values.max()
     if least == most:
-        return [1.0] * len(values)
-    return [(most - value) / (most - least) for value in values]
+        return np.ones(len(values))
+    return (most - values) / (most - least)
 
 
 class QueueScorer:
     """Fewest waiting requests best: one more or less is worth the whole score where the range is one."""
 
+    by_gauges = True
+
     def __init__(self, plugin: Plugin, setting: Setting) -> None:
         pass
 
-    def score(self, cycle: Cycle) -> list[float]:
-        return _fewest_best([gauges.waiting for gauges in cycle.gauges])
+    def score(self, cycle: Cycle) -> Scores:
+        return _fewest_best(cycle.known.waiting)
 
 
 class RunningRequestsSizeScorer:
     """Fewest running requests best, like the queue."""
 
+    by_gauges = True
+
     def __init__(self, plugin: Plugin, setting: Setting) -> None:
         pass
 
-    def score(self, cycle: Cycle) -> list[float]:
-        return _fewest_best([gauges.running for gauges in cycle.gauges])
+    def score(self, cycle: Cycle) -> Scores:
+        return _fewest_best(cycle.known.running)
 
 
 class KvCacheUtilizationScorer:
     """1 - usage of the KV cache, whatever the others have."""
 
+    by_gauges = True
+
     def __init__(self, plugin: Plugin, setting: Setting) -> None:
         pass
 
-    def score(self, cycle: Cycle) -> list[float]:
-        return [1.0 - gauges.kv_usage for gauges in cycle.gauges]
+    def score(self, cycle: Cycle) -> Scores:
+        return 1.0 - cycle.known.kv_usage
 
 
 class LoadAwareScorer:
     """0.5 for an empty queue, falling to 0 at ``threshold`` waiting requests."""
 
+    by_gauges = True
+
     def __init__(self, plugin: Plugin, setting: Setting) -> None:
         self._threshold = plugin.parameters.whole("threshold", 128)
 
-    def score(self, cycle: Cycle) -> list[float]:
+    def score(self, cycle: Cycle) -> Scores:
         threshold = self._threshold
-        return [0.5 * (1.0 - min(gauges.waiting, threshold) / threshold) for gauges in cycle.gauges]
+        return 0.5 * (1.0 - np.minimum(cycle.known.waiting, threshold) / threshold)
 
 
 class ActiveRequestScorer:
@@ -77,6 +99,8 @@ class ActiveRequestScorer:
     counts on its own, without those that were sent longer ago than requestTimeout.
     """
 
+    by_gauges = False
+
     def __init__(self, plugin: Plugin, setting: Setting) -> None:
         parameters = plugin.parameters
         self._timeout_s = parameters.duration_s("requestTimeout", "2m")
@@ -85,25 +109,26 @@ class ActiveRequestScorer:
         self._load = setting.loads[plugin.load] if plugin.load else None
         self._clock = setting.clock
         self._sent: OrderedDict[int, tuple[float, int]] = OrderedDict()  # request -> when, to which replica
-        self._counts: dict[int, int] = {}
+        self._counts = Tally()
 
-    def score(self, cycle: Cycle) -> list[float]:
+    def score(self, cycle: Cycle) -> Scores:
+        numbers = cycle.known.numbers
         if self._load is None:
             self._expire()
-            most = max(self._counts.values(), default=0)
-            counts = [self._counts.get(backend.index, 0) for backend in cycle.backends]
+            counts, most = self._counts.of(numbers), int(self._counts.values.max(initial=0))
         else:
-            counts = [self._load.requests(backend) for backend in cycle.backends]
-            most = max(counts)
-        return [(most - count) / most * self._most_busy if count > self._idle else 1.0 for count in counts]
+            counts = self._load.requests(numbers)
+            most = int(counts.max())
+        busy = counts > self._idle
+        return np.where(busy, (most - counts) / max(most, 1) * self._most_busy, 1.0)
 
     def picked(self, cycle: Cycle, backend: Backend) -> None:
         self._sent[cycle.request.request_id] = self._clock(), backend.index
-        self._counts[backend.index] = self._counts.get(backend.index, 0) + 1
+        self._counts.add(backend.index, 1)
 
     def ended(self, request: Request, index: int) -> None:
         if self._sent.pop(request.request_id, None) is not None:
-            self._counts[index] -= 1
+            self._counts.add(index, -1)
 
     def _expire(self) -> None:
         now = self._clock()
@@ -112,21 +137,23 @@ class ActiveRequestScorer:
             if now - sent < self._timeout_s:
                 return
             del self._sent[request_id]
-            self._counts[index] -= 1
+            self._counts.add(index, -1)
 
 
 class TokenLoadScorer:
     """Fewest tokens in flight, those of the request included: 1 for none, falling to 0 at
     ``queueThresholdTokens``."""
 
+    by_gauges = False
+
     def __init__(self, plugin: Plugin, setting: Setting) -> None:
         self._threshold = plugin.parameters.whole("queueThresholdTokens", 4_194_304)
         self._load = setting.loads[plugin.load]
 
-    def score(self, cycle: Cycle) -> list[float]:
+    def score(self, cycle: Cycle) -> Scores:
         load, most = self._load, self._threshold
-        tokens = [load.tokens(backend) + load.uncached(cycle, backend) for backend in cycle.backends]
-        return [1.0 - min(each, most) / most for each in tokens]
+        tokens = load.tokens(cycle.known.numbers) + load.uncached(cycle)
+        return 1.0 - np.minimum(tokens, most) / most
 
 
 class PrefixCacheScorer:
@@ -136,40 +163,41 @@ class PrefixCacheScorer:
     A precise index up to v1.5 is stretched to 0..1 over the endpoints that have any.
     """
 
+    by_gauges = False
+
     def __init__(self, plugin: Plugin, setting: Setting) -> None:
         parameters = plugin.parameters
         self._producer = setting.prefixes[plugin.prefixes]
         self._by_length = parameters.number("matchLengthWeight", 0.0, high=1.0)
         self._scale = parameters.whole("matchLengthScaleTokens", 8192)
 
-    def score(self, cycle: Cycle) -> list[float]:
+    def score(self, cycle: Cycle) -> Scores:
         match = self._producer.match(cycle)
-        counts = [match.counts.get(backend.index, 0) for backend in cycle.backends]
+        counts = match.of(cycle.known.numbers)
         if self._producer.stretched:
             held = match.counts.values()
             least, most = min(held, default=0), max(held, default=0)
             if most == least:
-                return [float(count > 0) for count in counts]
-            return [max(count - least, 0) / (most - least) for count in counts]
+                return (counts > 0).astype(np.float64)
+            return np.maximum(counts - least, 0) / (most - least)
         whole, by_length = match.total or 1, self._by_length
         if not by_length:
-            return [count / whole for count in counts]
-        lengths = [min(1.0, count * match.block_tokens / self._scale) for count in counts]
-        return [
-            by_length * length**2 + (1 - by_length) * count / whole
-            for length, count in zip(lengths, counts, strict=True)
-        ]
+            return counts / whole
+        lengths = np.minimum(1.0, counts * match.block_tokens / self._scale)
+        return by_length * lengths**2 + (1 - by_length) * counts / whole
 
 
 class SessionAffinityScorer:
     """1 for the endpoint that has the session."""
 
+    by_gauges = False
+
     def __init__(self, plugin: Plugin, setting: Setting) -> None:
         self._sessions = Sessions(plugin, setting)
 
-    def score(self, cycle: Cycle) -> list[float]:
+    def score(self, cycle: Cycle) -> Scores:
         home = self._sessions.home(cycle.request)
-        return [float(backend.index == home) for backend in cycle.backends]
+        return (cycle.known.numbers == (-1 if home is None else home)).astype(np.float64)
 
     def picked(self, cycle: Cycle, backend: Backend) -> None:
         self._sessions.picked(cycle, backend)
@@ -183,6 +211,8 @@ class NoHitLruScorer:
     longest ago. 0.5 for all where a prefix was found: by the producer that it names, or up to v1.5 by the
     approximate index ``prefixPluginName`` where that was asked before."""
 
+    by_gauges = False
+
     def __init__(self, plugin: Plugin, setting: Setting) -> None:
         self._prefix_plugin = plugin.parameters.text("prefixPluginName", "prefix-cache-scorer")
         self._producer = setting.prefixes[plugin.prefixes] if plugin.prefixes else None
@@ -195,15 +225,18 @@ class NoHitLruScorer:
         match = cycle.matches.get(self._prefix_plugin)
         return match is None or not match.counts
 
-    def score(self, cycle: Cycle) -> list[float]:
-        numbers = [backend.index for backend in cycle.backends]
+    def score(self, cycle: Cycle) -> Scores:
+        numbers = cycle.known.numbers
         if not self._is_cold(cycle):
-            return [0.5] * len(numbers)
+            return np.full(len(numbers), 0.5)
         if len(numbers) == 1:
-            return [1.0]
-        never = [number for number in numbers if number not in self._last_cold]
-        order = never + [number for number in self._last_cold if number in numbers]
-        return [1.0 - order.index(number) / (len(numbers) - 1) for number in numbers]
+            return np.ones(1)
+        here = numbers.tolist()
+        never = [number for number in here if number not in self._last_cold]
+        present = set(here)
+        order = never + [number for number in self._last_cold if number in present]
+        place = dict(zip(order, range(len(order)), strict=True))
+        return 1.0 - np.array([place[number] for number in here]) / (len(numbers) - 1)
 
     def picked(self, cycle: Cycle, backend: Backend) -> None:
         if self._is_cold(cycle):
@@ -217,11 +250,13 @@ class LoraAffinityScorer:
     """0 for all: 1 for an active adapter, 0.8 for room for one more and 0.6 for a waiting one do not arise on
     servers without adapters, which have room for none."""
 
+    by_gauges = True
+
     def __init__(self, plugin: Plugin, setting: Setting) -> None:
         pass
 
-    def score(self, cycle: Cycle) -> list[float]:
-        return [0.0] * len(cycle.backends)
+    def score(self, cycle: Cycle) -> Scores:
+        return np.zeros(len(cycle.known))
 
 
 SCORERS: dict[str, Callable[[Plugin, Setting], Scorer]] = {

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from servecast.sim.engine.request import Request
+from servecast.sim.routing.backends import Backend, Backends
 from servecast.sim.routing.llmd.cycle import Cycle, Setting
 from servecast.sim.routing.llmd.plugin import Plugin
-from servecast.sim.routing.routers import Backend
 
 
 class Sessions:
@@ -38,7 +38,7 @@ class Sessions:
         session = cycle.request.group
         if self._by_id and session is not None:
             home = self.home(cycle.request)
-            there = home in [each.index for each in cycle.backends]
+            there = home is not None and Backends.of(cycle.backends).position(home) is not None
             self._homes[session] = (home if home is not None and there else backend.index), self._clock()
 
     def ended(self, request: Request, index: int) -> None:

@@ -88,16 +88,17 @@ def test_a_fit_to_two_rows_predicts_the_rows_between(made: Scenario) -> None:
 
 
 def test_what_the_rows_do_not_tell_stays_typical(made: Scenario) -> None:
-    """No step of these rows waits for the client: its costs stay within their prior."""
-    profile = fit_report(made, max_evaluations=3).profile
+    """No step of this row waits for the client: its costs stay within their prior."""
+    everything = in_steps(made, *from_report.PARAMETERS, level=48, columns=tuple(COLUMNS))
+    profile = fit_report(everything, max_evaluations=3).profile
     typical = from_report.PARAMETERS["front_end.client_token_s"].typical
     assert profile.front_end.client_token_s == pytest.approx(typical, rel=1.5)
 
 
-def in_steps(made: Scenario, *parameters: str) -> Scenario:
-    step = FitStep(
-        rows=({"concurrency": 1},), parameters=parameters, columns=("itl_p50_ms",), max_evaluations=4
-    )
+def in_steps(
+    made: Scenario, *parameters: str, level: int = 1, columns: tuple[str, ...] = ("itl_p50_ms",)
+) -> Scenario:
+    step = FitStep(rows=({"concurrency": level},), parameters=parameters, columns=columns, max_evaluations=4)
     return made.model_copy(update={"reported": (made.reported[0].model_copy(update={"fit_steps": (step,)}),)})
 
 

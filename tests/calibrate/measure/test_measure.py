@@ -86,7 +86,7 @@ def test_a_killed_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
 def test_a_cut_off_line_is_dropped_and_said(tmp_path: Path) -> None:
     file, said = tmp_path / "engine.jsonl", list[str]()
     file.write_text('{"row":"step","case":"a"}\n{"row":"step","ca')
-    assert [row["case"] for row in read_rows(file, say=said.append)] == ["a"]
+    assert [row["case"] for row in read_rows(file, warn=said.append)] == ["a"]
     assert said == [f"{file}: line 2 was cut off while it was written; dropped"]
 
 

@@ -1,4 +1,4 @@
-"""The fast engines make the plain model's decisions, step by step, on random workloads and settings."""
+"""The engine makes the plain model's decisions, step by step, on random workloads and settings."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import pytest
-from engine_log import Abort, Engine, StepLog, compiled, counting, in_python, run
+from engine_log import Abort, Engine, StepLog, in_python, installed, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from plain_engine import PlainEngine
 
-from servecast.sim.engine import core
 from servecast.sim.engine.config import EngineConfig
+from servecast.sim.engine.core import Scheduler
 from servecast.sim.engine.request import Request
-from servecast.sim.engine.scheduler import Scheduler
 
 
 def first_difference(one: list[StepLog], other: list[StepLog]) -> str:
@@ -151,27 +150,25 @@ def random_cases(number: int) -> settings:
 
 @random_cases(300)
 @given(cases())
-def test_fast_engines_follow_the_plain_model(case: Case) -> None:
+def test_the_engine_follows_the_plain_model(case: Case) -> None:
     plain = case.run(PlainEngine(case.config))
-    for make in (counting, compiled):
-        assert first_difference(case.run(make(case.config)), plain) == "", make
+    assert first_difference(case.run(installed(case.config)), plain) == ""
 
 
 @random_cases(400)
 @given(cases(contend=True))
-def test_fast_engines_follow_the_plain_model_under_contention(case: Case) -> None:
+def test_the_engine_follows_the_plain_model_under_contention(case: Case) -> None:
     plain = case.run(PlainEngine(case.config))
-    for make in (counting, compiled):
-        assert first_difference(case.run(make(case.config)), plain) == "", make
+    assert first_difference(case.run(installed(case.config)), plain) == ""
 
 
 @random_cases(60)
 @given(cases() | cases(contend=True))
-def test_the_source_of_the_core_is_the_compiled_core(case: Case) -> None:
-    assert first_difference(case.run(in_python(case.config)), case.run(compiled(case.config))) == ""
+def test_the_source_decides_as_what_was_compiled_of_it(case: Case) -> None:
+    assert first_difference(case.run(in_python(case.config)), case.run(installed(case.config))) == ""
 
 
-@pytest.mark.parametrize("make", [PlainEngine, counting, compiled])
+@pytest.mark.parametrize("make", [PlainEngine, installed])
 @random_cases(80)
 @given(case=cases())
 def test_nothing_is_lost(make: Callable[[EngineConfig], Engine], case: Case) -> None:
@@ -229,11 +226,10 @@ def test_nothing_is_lost(make: Callable[[EngineConfig], Engine], case: Case) -> 
     assert last.free_blocks == len(usable)
 
 
-@pytest.mark.parametrize("make", [Scheduler, core.Scheduler])
 @random_cases(80)
 @given(case=cases())
-def test_tracing_changes_nothing(make: Callable[..., Engine], case: Case) -> None:
-    traced = case.run(make(case.config, trace=True))
+def test_tracing_changes_nothing(case: Case) -> None:
+    traced = case.run(Scheduler(case.config, trace=True))
     for step in traced:
         step.scheduled = []
-    assert first_difference(case.run(make(case.config), trace=False), traced) == ""
+    assert first_difference(case.run(Scheduler(case.config), trace=False), traced) == ""

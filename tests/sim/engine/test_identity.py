@@ -1,4 +1,4 @@
-"""A whole simulation gives the same tables, to the last bit, whether the engine counts or visits."""
+"""A whole simulation gives the same tables, to the last bit, with the engine and with its plain model."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def scenario(folder: Path, case: dict[str, Any]) -> Scenario:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_counting_and_visiting_give_the_same_run(name: str, tmp_path: Path) -> None:
+def test_the_plain_model_gives_the_same_run(name: str, tmp_path: Path) -> None:
     case = scenario(tmp_path, CASES[name])
     fast = simulate(case)
     with plain_engine():

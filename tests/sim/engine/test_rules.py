@@ -1,4 +1,4 @@
-"""Each scheduling rule as a literal log worked out by hand, for the fast engines and their plain model.
+"""Each scheduling rule as a literal log worked out by hand, for the engine and its plain model.
 
 A line is a step: ``a32`` is 32 tokens of request a; then ``+a`` admitted, ``^a`` resumed (both with the
 prefix hit in brackets, if any), ``-a`` preempted, ``.a`` finished by the step. Blocks hold 16 tokens.
@@ -11,8 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from engine_log import FAST, Abort, Engine, StepLog, run
-from plain_engine import PlainEngine
+from engine_log import ENGINES, Abort, Engine, StepLog, run
 
 from servecast.sim.engine.config import EngineConfig
 from servecast.sim.engine.request import Request
@@ -29,7 +28,7 @@ A, B, C, D, E = range(5)
 Make = Callable[..., Any]
 
 
-@pytest.fixture(params=[PlainEngine, *FAST], ids=["plain", "counting", "compiled", "in Python"])
+@pytest.fixture(params=ENGINES, ids=["plain", "installed", "in Python"])
 def engine(request: pytest.FixtureRequest) -> Make:
     """Makes an engine: ``engine(usable=8, watermark=0.2)`` changes BASE; usable blocks leave out block 0."""
 

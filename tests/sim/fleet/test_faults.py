@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-import simpy
 from small_epp import EPP
 from small_fleet import OneSecondSteps, config, one_stream, times
 from small_scenarios import open_loop, small
@@ -17,14 +16,13 @@ from small_scenarios import open_loop, small
 from servecast.sim.engine.core import Scheduler
 from servecast.sim.engine.request import Request, Stage
 from servecast.sim.fleet.client import Client
-from servecast.sim.fleet.endpoint import Endpoint
 from servecast.sim.fleet.fleet import Fleet
-from servecast.sim.fleet.replica import Job, Replica
+from servecast.sim.fleet.replica import Replica
 from servecast.sim.fleet.spec import Life
 from servecast.sim.hardware.front_end_costs import FrontEndCosts
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.metrics.metrics import summary
-from servecast.sim.metrics.records import RequestRecord, Run
+from servecast.sim.metrics.records import Run
 from servecast.sim.routing.gauges import Gauges
 from servecast.sim.routing.options import RouterOptions
 from servecast.sim.routing.routers import ROUTERS, Backend, Router
@@ -46,13 +44,12 @@ def run(
     steps = OneSecondSteps()
     costs = FrontEndCosts()
 
-    def make(env: simpy.Environment, index: int, client: Client) -> Replica:
+    def make(index: int, client: Client) -> Replica:
         factors = iter(lambda: 1.0, None)
         scheduler = Scheduler(config(**engine))
-        return Replica(env, index, scheduler, steps, factors, steps.roofline_seconds, costs, rng, client)
+        return Replica(index, scheduler, steps, factors, steps.roofline_seconds, costs, rng, client)
 
     fleet = Fleet(
-        simpy.Environment(),
         make,
         len(lives),
         router or ROUTERS["round_robin"](RouterOptions(), rng),
@@ -141,15 +138,15 @@ def test_a_request_in_preparation_fails_with_its_server() -> None:
     """The API server fails while it prepares: nothing reaches the engine later."""
     rng, steps, costs = np.random.default_rng(0), OneSecondSteps(), FrontEndCosts(request_s=1.0)
 
-    def make(env: simpy.Environment, index: int, client: Client) -> Replica:
+    def make(index: int, client: Client) -> Replica:
         factors = iter(lambda: 1.0, None)
         return Replica(
-            env, index, Scheduler(config()), steps, factors, steps.roofline_seconds, costs, rng, client
+            index, Scheduler(config()), steps, factors, steps.roofline_seconds, costs, rng, client
         )
 
     router = ROUTERS["round_robin"](RouterOptions(), rng)
     fleet = Fleet(
-        simpy.Environment(), make, 1, router, Client(FrontEndCosts()), rng, lives=[Life(fail_s=0.5)]
+        make, 1, router, Client(FrontEndCosts()), rng, lives=[Life(fail_s=0.5)]
     )
     result = fleet.run(requests(0.0, 1.0))
     assert column(result, "status") == ["failed", "failed"]
@@ -209,22 +206,27 @@ def test_arrivals_between_two_scrapes_see_the_same() -> None:
     assert 2 <= changes <= 4
 
 
+class Listener(Diary):
+    """Notes how many KV events have arrived since the last request."""
+
+    def __init__(self) -> None:
+        self.heard: list[int] = []
+
+    def connect(self, backends: Sequence[Backend]) -> None:
+        backends[0].subscribe()
+
+    def pick(self, request: Request, backends: Sequence[Backend]) -> int:
+        self.heard.append(len(list(backends[0].take_events())))
+        return 0
+
+
 def test_kv_events_are_known_after_their_lag() -> None:
     """A request of 40 tokens at 0 is scheduled at once: its two full blocks are stored at 0, known at 0.3."""
-    env, rng, costs = simpy.Environment(), np.random.default_rng(0), FrontEndCosts()
-    steps = OneSecondSteps()
-    factors = iter(lambda: 1.0, None)
-    client = Client(costs)
-    replica = Replica(env, 0, Scheduler(config()), steps, factors, steps.roofline_seconds, costs, rng, client)
-    endpoint = Endpoint(env, replica, Life(), RouterOptions(event_lag_s=0.3), rng)
-    endpoint.subscribe()
-    request = Request(0, 0.0, 40, 1, 1, ((1, 40),))
-    replica.submit(Job(request, RequestRecord(0, 0, 0, 40, 0), lambda: None))
-    log: list[tuple[float, int]] = []
-    for ms in (100, 299, 300, 500):
-        env.run(until=ms * 10**9)
-        log.append((ms, len(list(endpoint.take_events()))))
-    assert log == [(100, 0), (299, 0), (300, 1), (500, 0)]
+    listener = Listener()
+    first = Request(0, 0.0, 40, 1, 1, ((1, 40),))
+    later = [Request(i, at, 10, 1, 1) for i, at in enumerate((0.1, 0.299, 0.3, 0.5), start=1)]
+    run(one_stream([first, *later]), [Life()], router=listener, options=RouterOptions(event_lag_s=0.3))
+    assert listener.heard == [0, 0, 0, 1, 0]
 
 
 # ---- scenarios --------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ from itertools import repeat
 
 import numpy as np
 import pytest
-import simpy
 from small_fleet import OneSecondSteps, config, one_stream, times
 
 from servecast.sim.engine.config import EngineConfig
@@ -15,7 +14,6 @@ from servecast.sim.engine.core import Scheduler
 from servecast.sim.engine.request import Request, Stage, Stream
 from servecast.sim.fleet.client import Client
 from servecast.sim.fleet.fleet import Fleet
-from servecast.sim.fleet.front_end import ApiServer, Preparation
 from servecast.sim.fleet.replica import Replica
 from servecast.sim.hardware.front_end_costs import FrontEndCosts
 from servecast.sim.inputs.errors import InputError
@@ -37,14 +35,14 @@ def run(
     rng = np.random.default_rng(0)
     step_time = OneSecondSteps()
 
-    def make(env: simpy.Environment, index: int, client: Client) -> Replica:
+    def make(index: int, client: Client) -> Replica:
         factors = noise or repeat(1.0)
         return Replica(
-            env, index, Scheduler(engine), step_time, factors, step_time.roofline_seconds, costs, rng, client
+            index, Scheduler(engine), step_time, factors, step_time.roofline_seconds, costs, rng, client
         )
 
     policy = ROUTERS[router](RouterOptions(), rng)
-    return Fleet(simpy.Environment(), make, replicas, policy, Client(costs), rng).run(stages)
+    return Fleet(make, replicas, policy, Client(costs), rng).run(stages)
 
 
 def test_sync_engine_takes_an_arrival_into_the_next_step() -> None:
@@ -118,24 +116,16 @@ def test_a_burst_is_prepared_in_one_round() -> None:
 
 def test_preparation_joins_what_overlaps_and_no_more() -> None:
     """0 and 40 overlap (0-50, then 40-90 joins: ready at 100); 200 is alone."""
-    env, log = simpy.Environment(), []
-    preparation = Preparation(env, 32)
-    for start in (0, 40, 200):
-        env.timeout(start).callbacks.append(
-            lambda _event, start=start: preparation.start(50, lambda: log.append((start, env.now)))
-        )
-    env.run()
-    assert log == [(0, 100), (40, 100), (200, 250)]
+    requests = [Request(i, at, 10, 1, 1) for i, at in enumerate((0.0, 40.0, 200.0))]
+    result = run(one_stream(requests), config(), FrontEndCosts(request_s=50.0))
+    assert times(result, "queued") == [100.0, 100.0, 250.0]
 
 
 def test_a_full_round_does_not_wait_for_the_next() -> None:
     """33 requests of 1: the first 32 are ready at 32, the last at 33."""
-    env, log = simpy.Environment(), []
-    preparation = Preparation(env, 32)
-    for _ in range(33):
-        preparation.start(1, lambda: log.append(env.now))
-    env.run()
-    assert log == [32] * 32 + [33]
+    requests = [Request(i, 0.0, 10, 1, 1) for i in range(33)]
+    result = run(one_stream(requests), config(), FrontEndCosts(request_s=1.0))
+    assert times(result, "queued") == [32.0] * 32 + [33.0]
 
 
 def test_without_micro_batches_preparation_is_first_come_first_served() -> None:
@@ -164,18 +154,9 @@ def test_the_network_delays_what_the_client_sees_and_the_next_request_of_a_close
 
 
 def test_latency_delays_and_costs_vary_with_mean_one() -> None:
-    env, arrived = simpy.Environment(), []
-    server = ApiServer(
-        env,
-        FrontEndCosts(latency_s=1.0, cv=0.3),
-        np.random.default_rng(1),
-        lambda _item: arrived.append(env.now),
-        preparation_round=32,
-    )
-    for item in range(4000):
-        server.accept(item, 10)
-    env.run()
-    seconds = np.array(arrived) / 1e12
+    requests = [Request(i, 0.0, 10, 1, 1) for i in range(4000)]
+    result = run(one_stream(requests), config(), FrontEndCosts(latency_s=1.0, cv=0.3))
+    seconds = result.requests["queued"]
     assert seconds.mean() == pytest.approx(1.0, abs=0.02)
     assert seconds.std() == pytest.approx(0.3, abs=0.02)
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from model_shapes import load as load_shape
 from small_scenarios import small
 
 from servecast.sim.hardware.gpu import CATALOGUE, find_gpu
 from servecast.sim.hardware.gpu_constants import GpuConstants, compute_factor, nearest_timed
+from servecast.sim.hardware.shard import Shard
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.metrics.binding import StepRow
 from servecast.sim.scenario.basis import constants_of, timed_gpus
@@ -83,9 +86,29 @@ def test_pcie_without_peers_goes_through_the_host() -> None:
     assert origins["efficiencies.link"] == ("assumed", "PCIe without peer-to-peer")
     peers, made = all_reduce({"name": "rtx-pro-6000", "peer_to_peer": True})
     timed = GpuConstants.load(timed_gpus()[find_gpu("rtx-pro-6000")]).all_reduce[2]
-    assert peers == pytest.approx(timed.latency_s + size / (64e9 * timed.link), rel=1e-6)
+    assert peers == pytest.approx(timed.by_size[size], rel=1e-6)
     origins = {entry.parameter: (entry.origin, entry.note) for entry in made.profile.provenance}
     assert origins["efficiencies.link"][0] == "kernels"
+
+
+@pytest.mark.parametrize(("tokens", "microseconds"), [(32, 11.99), (48, (11.99 + 14.97) / 2), (64, 14.97)])
+def test_all_reduces_take_what_was_timed_at_their_size(tokens: int, microseconds: float) -> None:
+    """NVIDIA's table, eight H100: 11.99 us of 512 KiB, 14.97 of 1 MiB, where 32 to 64 tokens of Llama-70B
+    lie; a straight line through all sizes says 9 and 12."""
+    overrides = {"profile": None, "gpu.name": "h100", "engine.tensor_parallel_size": 8}
+    made = Deployment.of(load("what-if-llama-3.1-70b", overrides))
+    parts = made.step_time.breakdown(StepRow(chunks=(), decodes=tokens, decode_context=tokens * 9, samples=0))
+    assert parts["all_reduce"] / (2 * 80) == pytest.approx(microseconds * 1e-6, rel=0.01)
+
+
+def test_a_slower_link_stretches_what_is_more_than_the_latency() -> None:
+    """H20 from the H100's timings: both have 450 GB/s; at half of it 14.97 us become 5.6 + 2 x 9.4."""
+    constants = GpuConstants.load(timed_gpus()[find_gpu("h100")])
+    half = replace(find_gpu("h20"), link_bandwidth=225e9)
+    costs = constants.efficiencies(Shard(load_shape("Llama-3.1-70B-Instruct"), half, 8)).by_kernel
+    assert costs is not None
+    timed = constants.all_reduce[8].by_size
+    assert dict(costs.all_reduce)[1 << 20] == pytest.approx(2 * timed[1 << 20] - timed[4096])
 
 
 def test_a_scenario_may_say_what_the_link_gives() -> None:

@@ -19,6 +19,7 @@ from model_shapes import load as model_of
 from small_scenarios import open_loop, small
 
 from servecast.calibrate.cli import app
+from servecast.calibrate.fit import layers
 from servecast.calibrate.fit.layer_tables import read_layer_tables
 from servecast.calibrate.fit.layers import designed_steps, fit_layers
 from servecast.sim.hardware.gpu import find_gpu
@@ -39,6 +40,12 @@ TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 SEQUENCES = (1, 16, 64, 256)
 CHUNK, CONTEXT = (0, 16, 128, 1024, 2048), (0, 16, 512, 4096, 16384)
 DECODES, DECODE_CONTEXT = (0, 1, 8, 64, 256), (0, 16, 512, 4096, 16384)
+
+
+@pytest.fixture(autouse=True)
+def _few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fifth of the steps tells these laws, too."""
+    monkeypatch.setattr(layers, "_STEPS", 300)
 
 
 @dataclass(frozen=True)

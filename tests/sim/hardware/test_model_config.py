@@ -134,10 +134,16 @@ def test_the_text_of_a_multimodal_model() -> None:
     ("changes", "message"),
     [
         ({"model_type": "qwen3_moee"}, "Did you mean 'qwen3_moe'?"),
-        ({"model_type": "deepseek_v3", "kv_lora_rank": 512}, "multi-head latent attention"),
-        ({"model_type": "qwen3_next", "linear_num_key_heads": 16}, "linear attention"),
-        ({"model_type": "nemotron_h", "hybrid_override_pattern": "M-M*"}, "state-space layers"),
-        ({"model_type": "t5", "is_encoder_decoder": True}, "an encoder and a decoder"),
+        ({"model_type": "mamba2"}, "state-space layers alone"),
+        ({"model_type": "siglip"}, "a vision tower without a text model"),
+        ({"model_type": "bert"}, "an encoder, which generates no text"),
+        ({"model_type": "t5"}, "an encoder and a decoder"),
+        ({"model_type": "llama", "is_encoder_decoder": True}, "an encoder and a decoder"),
+        ({"model_type": "llama", "block_configs": [{}]}, "layers of different sizes"),
+        (
+            {"model_type": "kimi_k3", "text_config": {"model_type": "kimi_linear"}},
+            "experts behind projections",
+        ),
         ({"rope_scaling": {"type": "linear", "factor": "two"}}, "factor is 'two'"),
     ],
 )

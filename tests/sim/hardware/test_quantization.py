@@ -43,8 +43,8 @@ def test_modelopt_beside_the_config(tmp_path: Path) -> None:
     model = ModelShape.from_config(tmp_path / "config.json")
     shard = Shard(model, H200, 1, kv_dtype_bytes=model.kv_bytes_each)
     assert (gib(shard), shard.kv_bytes_per_token) == (8.46, 65_536)
-    (tmp_path / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "NVFP4"}}')
-    with pytest.raises(InputError, match="quantisation 'NVFP4' is not modelled"):
+    (tmp_path / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "INT3"}}')
+    with pytest.raises(InputError, match="quantisation 'INT3' is not modelled"):
         ModelShape.from_config(tmp_path / "config.json")
 
 
@@ -96,11 +96,13 @@ def test_blocks_are_not_cut() -> None:
 @pytest.mark.parametrize(
     ("said", "message"),
     [
-        ({"quant_method": "awq", "bits": 4}, "quantisation 'awq' is not modelled"),
-        (MODELOPT | {"quant_algo": "NVFP4"}, "quantisation 'NVFP4' is not modelled"),
+        ({"quant_method": "quark"}, "quantisation 'quark' is not modelled"),
+        ({"quant_method": "awq", "bits": 5}, "awq of 5 bits"),
+        (MODELOPT | {"quant_algo": "INT3"}, "quantisation 'INT3' is not modelled"),
+        (MODELOPT | {"kv_cache_quant_algo": "NVFP4"}, "quantisation 'NVFP4' is not modelled"),
         ({"quant_method": "compressed-tensors"}, "quantisation 'compressed-tensors'"),
         (
-            COMPRESSED | {"config_groups": {"g": {"weights": {"num_bits": 4, "type": "int"}}}},
+            COMPRESSED | {"config_groups": {"g": {"weights": {"num_bits": 3, "type": "int"}}}},
             "config_groups",
         ),
         ("fp8", "quantization_config"),

@@ -52,7 +52,7 @@ def run(rate: float, seed: int = 0, **changes: Any) -> Run:
 def reading(measured: Run, **context: Any) -> Reading:
     """A simulated run as if a client had seen it."""
     known = Context("test", **context)
-    return Reading("test.json", known.load, known, measured, {})
+    return Reading("test.json", known, measured, {})
 
 
 def compared(
@@ -117,7 +117,7 @@ def test_few_seeds_leave_a_wide_interval() -> None:
     two, five = ([run(20, seed) for seed in range(count)] for count in (2, 5))
     figures = {k: v for k, v in summary(run(20, 9)).items() if isinstance(v, float | int)}
     nothing = replace(run(20, 9), requests=run(20, 9).requests.iloc[:0])
-    totals = Reading("t.json", "20", Context("test", request_rate=20.0), nothing, figures)
+    totals = Reading("t.json", Context("test", request_rate=20.0), nothing, figures)
     widths = []
     for runs in (two, five):
         each = row(compare_runs(runs, totals, tolerances=LOOSE), "mean_e2el_ms")
@@ -132,7 +132,7 @@ def test_a_figure_without_requests_has_no_interval_of_its_own() -> None:
         k: v for k, v in summary(run(20, 9), ranks=(50, 90, 95, 99)).items() if isinstance(v, float | int)
     }
     nothing = replace(run(20, 9), requests=run(20, 9).requests.iloc[:0])
-    totals = Reading("t.json", "20", Context("test", request_rate=20.0), nothing, figures)
+    totals = Reading("t.json", Context("test", request_rate=20.0), nothing, figures)
     found = compare_runs([run(20, 1), run(20, 2)], totals, tolerances=LOOSE)
     assert found.verdict.state == "pass"
     assert math.isnan(row(found, "median_ttft_ms").measured.low)

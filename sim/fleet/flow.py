@@ -1,0 +1,619 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
+"""The way of requests through a fleet: clients, router, API servers and engines, in one heap of events.
+
+Compiled by Cython where there was a compiler, like the engine (``servecast.sim.engine``), and for its reason: all
+that happens to every request is here. Stages, timers, and the life of replicas are SimPy's (``fleet.py``), which
+hands over the time between two of its events. Times are picoseconds; events at one time come in the order in which
+they were put in, and an engine's steps after all others.
+
+Client and API server are Python processes with one event loop each. Work in them is serial, first come, first
+served, with known times, so that it needs no events of its own: what arrives at t starts at max(t, end of the
+work before) (Lindley 1952). Preparing a request takes several turns of the API server's loop, see `prepare`.
+"""
+
+from __future__ import annotations
+
+from heapq import heappop, heappush
+from typing import Any
+
+import cython
+import numpy as np
+
+from servecast.sim.engine.core import ABORTS, BUSY, ENDED, OUTCOMES
+
+if cython.compiled:
+    from cython.cimports.libc.math import rint
+else:
+    rint = round
+
+PICOSECONDS = cython.declare(cython.double, 1e12)
+NEVER = cython.declare(cython.longlong, 1 << 62)
+LAST = cython.declare(cython.longlong, 1 << 60)  # among the events of one time: an arrival at t comes before the
+# engine step that starts at t
+
+STATUSES = ("unfinished", "finished", "aborted", "failed")
+_FINISHED = cython.declare(cython.int, 1)
+_ABORTED = cython.declare(cython.int, 2)
+_FAILED = cython.declare(cython.int, 3)
+
+ARRIVAL = cython.declare(cython.int, 0)
+ON_WIRE = cython.declare(cython.int, 1)
+AT_SERVER = cython.declare(cython.int, 2)
+PREPARED = cython.declare(cython.int, 3)
+ENCODED = cython.declare(cython.int, 4)
+DONE = cython.declare(cython.int, 5)
+GIVE_UP = cython.declare(cython.int, 6)
+ANSWERED = cython.declare(cython.int, 7)
+ENGINE = cython.declare(cython.int, 8)
+DUE = cython.declare(cython.int, 9)
+
+NOT_READY = "no replica was ready (503)"
+UNPICKED = "the router let no replica pass (503)"
+REFUSED = "sent to a replica that had failed before the router knew"
+
+
+@cython.final
+@cython.cclass
+class Sender:
+    """The client of one stream: it sends rows [first, end) of the table, each not before its arrival, at most
+    ``limit`` at a time (0: any number). With ``sessions`` (a ``SessionClient``) that one says when."""
+
+    started = cython.declare(cython.Py_ssize_t, visibility="readonly")  # sent, all before it
+    ready = cython.declare(cython.Py_ssize_t, visibility="readonly")  # arrived, all before it
+    first = cython.declare(cython.Py_ssize_t, visibility="readonly")
+    open = cython.declare(cython.Py_ssize_t, visibility="readonly")  # not done
+    stopped = cython.declare(cython.bint, visibility="readonly")
+    sessions = cython.declare(object, visibility="readonly")
+    told: cython.bint
+    end: cython.Py_ssize_t
+    limit: cython.Py_ssize_t
+    in_flight: cython.Py_ssize_t
+
+    def __init__(
+        self, first: cython.Py_ssize_t, end: cython.Py_ssize_t, limit: cython.Py_ssize_t, sessions: Any
+    ) -> None:
+        self.sessions = sessions
+        self.first = self.started = self.ready = first
+        self.end, self.limit, self.open = end, limit, end - first
+        self.in_flight = 0
+        self.stopped = self.told = False
+
+
+@cython.final
+@cython.cclass
+class Server:
+    """A replica: its API server, and its engine's loop.
+
+    Args:
+        costs_s: latency, preparation and, for a prompt token, encoding. variation: factors of the first two, in the
+            order of need. most: requests of a round of preparation.
+    """
+
+    loop: Any
+    latency_s: cython.double
+    request_s: cython.double
+    prompt_token_s: cython.double
+    variation: Any
+    most: cython.Py_ssize_t
+    tokenizer_free: cython.longlong
+    busy_until: cython.longlong
+    rounds: list  # ends of rounds of preparation, and who is in each
+    inside: dict  # rows that were sent to it and have not ended, in order
+    idle: cython.bint
+    failed: cython.bint
+    varies: cython.bint
+
+    def __init__(self, loop: Any, costs_s: tuple[float, float, float], variation: Any, most: int) -> None:
+        self.loop, self.variation, self.most = loop, variation, most
+        self.latency_s, self.request_s, self.prompt_token_s = costs_s
+        self.tokenizer_free = self.busy_until = 0
+        self.rounds, self.inside = [], {}
+        self.idle, self.failed = True, False
+        self.varies = variation is not None
+
+    @cython.cfunc
+    def varied(self, seconds: cython.double) -> cython.longlong:
+        factor: cython.double = 1.0
+        if self.varies:
+            factor = next(self.variation)
+        return cython.cast(cython.longlong, rint(seconds * factor * PICOSECONDS))
+
+
+@cython.final
+@cython.cclass
+class Flow:
+    """Requests on their way.
+
+    Args:
+        requests: the columns of all. servers: of the replicas, by number.
+        send: when a request that the client starts now is on the wire; None: at once.
+        router: picks among ``ready``; None: the first.
+        ended, answered: what the router is told (``Informed``, ``Answered``), or None.
+        quiet: nobody waits for an end: the engines tell none.
+
+    Attributes:
+        now: picoseconds. ready: what the router picks among, each with its ``index``.
+        outcomes: (fields, n) ``OUTCOMES``. arrival, replica, status: (n,), -1 where it did not happen.
+        outstanding: (replicas,) requests sent to each and not ended.
+        finished: streams that are done, for the host to take. failures: why requests failed, how many.
+    """
+
+    now = cython.declare(cython.longlong, visibility="public")
+    requests = cython.declare(object, visibility="readonly")
+    ready = cython.declare(object, visibility="readonly")
+    finished = cython.declare(list, visibility="public")
+    failures = cython.declare(dict, visibility="readonly")
+    servers = cython.declare(list, visibility="readonly")
+    senders = cython.declare(list, visibility="readonly")
+    columns = cython.declare(dict, visibility="readonly")
+    order = cython.declare(list, visibility="readonly")  # rows as they arrived, where there are several streams
+    send: Any
+    router: Any
+    ended: Any
+    answered: Any
+    quiet: cython.bint
+    ordered: cython.bint
+    objects: dict  # rows that the router knows, as requests
+    heap: list  # (time, order, what, number)
+    count: cython.longlong
+    until: cython.longlong
+    prompt: cython.longlong[::1]
+    abort_s: cython.double[::1]
+    gives_up: cython.bint
+    outcomes: cython.longlong[:, ::1]
+    arrival: cython.longlong[::1]
+    replica: cython.int[::1]
+    status: cython.char[::1]
+    stream: cython.int[::1]
+    outstanding: cython.longlong[::1]
+
+    def __init__(
+        self,
+        requests: Any,
+        servers: list[Server],
+        ready: Any,
+        send: Any,
+        router: Any,
+        outstanding: Any,
+        *,
+        ended: Any = None,
+        answered: Any = None,
+        quiet: bool = False,
+        ordered: bool = False,
+    ) -> None:
+        n: cython.Py_ssize_t = len(requests)
+        server: Server
+        self.requests, self.servers, self.ready = requests, servers, ready
+        self.send, self.router, self.ended, self.answered = send, router, ended, answered
+        self.quiet, self.ordered = quiet, ordered
+        self.heap, self.senders, self.finished, self.order = [], [], [], []
+        self.objects, self.failures = {}, {}
+        self.now = self.count = self.until = 0
+        self.prompt = np.require(requests.prompt_tokens, None, "W")  # a table's columns may be read-only
+        self.gives_up = requests.abort_after_s is not None
+        if self.gives_up:
+            self.abort_s = np.require(requests.abort_after_s, float, "W")
+        outcomes: Any = np.zeros((len(OUTCOMES), n), np.int64)
+        outcomes[:7] = -1  # all but preemptions
+        columns: dict = {
+            "outcomes": outcomes,
+            "arrival": np.zeros(n, np.int64),
+            "replica": np.full(n, -1, np.int32),
+            "status": np.zeros(n, np.int8),
+            "stream": np.zeros(n, np.int32),
+        }
+        self.columns = columns
+        self.outcomes, self.arrival = columns["outcomes"], columns["arrival"]
+        self.replica, self.status = columns["replica"], columns["status"]
+        self.stream = columns["stream"]
+        self.outstanding = outstanding
+        for server in servers:
+            server.loop.load(requests, outcomes)
+            server.loop.tell_ends = not quiet
+            if answered is not None:
+                server.loop.on_first = self.tell_answered
+
+    # ---- what the host does -----------------------------------------------------------------------
+
+    def open(self, first: int, end: int, limit: int, sessions: Any = None) -> Sender:
+        """A stream begins now, whose requests are rows [first, end)."""
+        sender: Sender = Sender(first, end, limit, sessions)
+        number: cython.int = len(self.senders)
+        row: cython.Py_ssize_t
+        self.senders.append(sender)
+        if number:
+            for row in range(first, end):
+                self.stream[row] = number
+        start: cython.longlong = self.now
+        self.columns["arrival"][first:end] = start + np.rint(
+            self.requests.arrival_s[first:end] * 1e12
+        ).astype(np.int64)
+        if sessions is None:
+            self.push(self.now, 0, ARRIVAL, number)
+        return sender
+
+    # ---- what a client of sessions does
+
+    def remind(self, time: int, row: int) -> None:
+        """Call ``due`` of the row's client at a time, or now."""
+        self.push(max(time, self.now), 0, DUE, row)
+
+    def meant(self, row: int) -> None:
+        """A request is meant to be sent now."""
+        self.arrival[row] = self.now
+        self.order.append(row)
+
+    def dispatch(self, row: int) -> None:
+        """It is sent."""
+        self.start(self.senders[self.stream[row]], row)
+
+    def drop(self, number: int, count: int) -> None:
+        """So many requests of a stream are never sent."""
+        sender: Sender = self.senders[number]
+        sender.open -= count
+        self.tell_finished(sender, number)
+
+    def stop(self, number: int) -> None:
+        """A stream sends no more; what was not sent was never part of the run."""
+        sender: Sender = self.senders[number]
+        sender.stopped = True
+        sender.ready = sender.started
+        sender.open = sender.in_flight
+        self.tell_finished(sender, number)
+
+    def fail(self, index: int) -> int:
+        """A replica is gone, and every request that it has ends as failed. Returns how many."""
+        server: Server = self.servers[index]
+        server.failed = True
+        lost: list = list(server.inside)
+        for row in lost:
+            self.end(server, index, row, _FAILED)
+        return len(lost)
+
+    @cython.ccall
+    def advance(self, until: cython.longlong) -> cython.bint:
+        """Run what happens before ``until``.
+
+        Returns:
+            Whether there is something in ``finished``, at ``now``.
+
+        Raises:
+            InputError: a request can never run.
+        """
+        event: tuple
+        time: cython.longlong
+        rank: cython.longlong
+        what: cython.int
+        number: cython.Py_ssize_t
+        self.until = until
+        while self.heap:
+            event = self.heap[0]
+            time = event[0]
+            if time >= until:
+                break
+            if self.finished:
+                rank = event[1]
+                if time > self.now or rank >= LAST:
+                    return True
+            heappop(self.heap)
+            self.now = time
+            what = event[2]
+            number = event[3]
+            if what == ENGINE:
+                self.run_engine(number)
+            elif what == ARRIVAL:
+                self.arrive(number)
+            elif what == ON_WIRE:
+                self.route(number)
+            elif what == AT_SERVER:
+                self.prepare(number)
+            elif what == PREPARED:
+                self.end_round(number)
+            elif what == ENCODED:
+                self.put(number)
+            elif what == DONE:
+                self.done(number)
+            elif what == GIVE_UP:
+                self.give_up(number)
+            elif what == DUE:
+                self.senders[self.stream[number]].sessions.due(number)
+            else:
+                self.answered(self.objects[number], self.replica[number])
+        if self.finished:
+            return True
+        if until < NEVER:
+            self.now = until
+        return False
+
+    @cython.cfunc
+    def push(
+        self, time: cython.longlong, rank: cython.longlong, what: cython.int, number: cython.Py_ssize_t
+    ) -> cython.int:
+        heappush(self.heap, (time, rank + self.count, what, number))
+        self.count += 1
+        return 0
+
+    # ---- the clients ------------------------------------------------------------------------------
+
+    @cython.cfunc
+    def arrive(self, number: cython.Py_ssize_t) -> cython.int:
+        """All that a client means to send by now, and when the next one comes."""
+        sender: Sender = self.senders[number]
+        if sender.stopped:
+            return 0
+        while sender.ready < sender.end and self.arrival[sender.ready] <= self.now:
+            if self.ordered:
+                self.order.append(sender.ready)
+            sender.ready += 1
+            self.send_ready(sender)
+        if sender.ready < sender.end:
+            self.push(self.arrival[sender.ready], 0, ARRIVAL, number)
+        elif not sender.open:
+            self.tell_finished(sender, number)
+        return 0
+
+    @cython.cfunc
+    def send_ready(self, sender: Sender) -> cython.int:
+        """Send what may be sent."""
+        while sender.started < sender.ready and (not sender.limit or sender.in_flight < sender.limit):
+            sender.started += 1
+            self.start(sender, sender.started - 1)
+        return 0
+
+    @cython.cfunc
+    def start(self, sender: Sender, row: cython.Py_ssize_t) -> cython.int:
+        """Send a request: its clocks run from here."""
+        on_wire: cython.longlong
+        after: cython.longlong
+        sender.in_flight += 1
+        self.outcomes[0, row] = on_wire = self.now
+        if self.gives_up and self.abort_s[row] == self.abort_s[row]:
+            after = cython.cast(cython.longlong, rint(self.abort_s[row] * PICOSECONDS))
+            self.push(self.now + after, 0, GIVE_UP, row)
+        if self.send is not None:
+            on_wire = self.send(self.now)
+        if on_wire > self.now:
+            self.push(on_wire, 0, ON_WIRE, row)
+        else:
+            self.route(row)
+        return 0
+
+    @cython.cfunc
+    def give_up(self, row: cython.Py_ssize_t) -> cython.int:
+        """The client goes away."""
+        server: Server
+        if self.status[row] == _FAILED:
+            return 0
+        if self.replica[row] < 0:  # still in the client's process
+            self.status[row] = _ABORTED
+            self.done(row)
+            return 0
+        server = self.servers[self.replica[row]]
+        if row in server.inside and not server.failed:
+            server.loop.aborts += 1
+            server.loop.inbox.append((self.now, ~row))
+            self.wake(server, self.replica[row])
+        return 0
+
+    @cython.cfunc
+    def done(self, row: cython.Py_ssize_t) -> cython.int:
+        """It has its answer, or none will come: the router hears of it, and the client may send the next."""
+        number: cython.Py_ssize_t = self.stream[row]
+        sender: Sender = self.senders[number]
+        if self.ended is not None and self.replica[row] >= 0:
+            self.ended(self.objects.pop(row), self.replica[row])
+        sender.in_flight -= 1
+        sender.open -= 1
+        if sender.sessions is not None:
+            sender.sessions.ended(row, self.status[row] == _FINISHED)
+        self.tell_finished(sender, number)
+        self.send_ready(sender)
+        return 0
+
+    @cython.cfunc
+    def tell_finished(self, sender: Sender, number: cython.Py_ssize_t) -> cython.int:
+        if not sender.open and not sender.told:
+            sender.told = True
+            self.finished.append(number)
+        return 0
+
+    # ---- the router -------------------------------------------------------------------------------
+
+    @cython.cfunc
+    def route(self, row: cython.Py_ssize_t) -> cython.int:
+        """The request reaches the router."""
+        position: Any
+        request: Any = None
+        server: Server
+        index: cython.int
+        if self.status[row] == _ABORTED:
+            return 0
+        if not len(self.ready):  # HTTP 503
+            return self.refuse(row, NOT_READY)
+        if self.router is not None:
+            request = self.requests[row]
+        position = 0 if self.router is None else self.router.pick(request, self.ready)
+        if position is None:
+            return self.refuse(row, UNPICKED)
+        self.replica[row] = index = self.ready[position].index
+        if self.ended is not None or self.answered is not None:
+            self.objects[row] = request
+        server = self.servers[index]
+        if server.failed:
+            return self.refuse(row, REFUSED)
+        self.outstanding[index] += 1
+        if not self.quiet:
+            server.inside[row] = None
+        return self.accept(server, row)
+
+    @cython.cfunc
+    def refuse(self, row: cython.Py_ssize_t, why: Any) -> cython.int:
+        self.failures[why] = self.failures.get(why, 0) + 1
+        self.status[row] = _FAILED
+        self.push(self.now, 0, DONE, row)  # its client may send the next at once, without end
+        return 0
+
+    def tell_answered(self, row: cython.longlong, time: cython.longlong) -> None:
+        """The first token of a request comes at a time."""
+        self.push(time, 0, ANSWERED, row)
+
+    # ---- the API servers --------------------------------------------------------------------------
+
+    @cython.cfunc
+    def server_of(self, row: cython.Py_ssize_t) -> Server:
+        return self.servers[self.replica[row]]
+
+    @cython.cfunc
+    def accept(self, server: Server, row: cython.Py_ssize_t) -> cython.int:
+        """A request is on its way to a server."""
+        latency: cython.longlong = server.varied(server.latency_s)
+        if latency:
+            self.push(self.now + latency, 0, AT_SERVER, row)
+            return 0
+        return self.prepare(row)
+
+    @cython.cfunc
+    def prepare(self, row: cython.Py_ssize_t) -> cython.int:
+        """Requests in preparation take turns of one event loop, in rounds that are ready as a whole.
+
+        Each needs several turns (HTTP, chat template and tokenizer in a thread that waits for the interpreter
+        lock, micro-batched tokenization), and one that arrives meanwhile joins the round, up to the size of
+        vLLM's tokenizer batches. The mean time in it is near that of processor sharing, cost / (1 - load)
+        (Kleinrock 1976), but a burst of n stays a burst, ready after n times the cost of one. With rounds of
+        one, as releases without micro-batches have them, it is first come, first served.
+        """
+        server: Server = self.server_of(row)
+        cost: cython.longlong = server.varied(server.request_s)
+        newest: list
+        if not cost:
+            return self.encode(server, row)
+        server.busy_until = max(self.now, server.busy_until) + cost
+        if not server.rounds or len(server.rounds[len(server.rounds) - 1]) > server.most:
+            server.rounds.append([0])
+            if len(server.rounds) == 1:
+                self.push(self.now + cost, 0, PREPARED, self.replica[row])
+        newest = server.rounds[len(server.rounds) - 1]
+        newest.append(row)
+        newest[0] = server.busy_until
+        return 0
+
+    @cython.cfunc
+    def end_round(self, index: cython.Py_ssize_t) -> cython.int:
+        """A round is ready, or others have joined it."""
+        server: Server = self.servers[index]
+        oldest: list = server.rounds[0]
+        i: cython.Py_ssize_t
+        if oldest[0] == self.now:
+            del server.rounds[0]
+            for i in range(1, len(oldest)):
+                self.encode(server, oldest[i])
+        if server.rounds:
+            oldest = server.rounds[0]
+            self.push(oldest[0], 0, PREPARED, index)
+        return 0
+
+    @cython.cfunc
+    def encode(self, server: Server, row: cython.Py_ssize_t) -> cython.int:
+        """The tokenizer's thread takes one prompt after the other."""
+        cost: cython.longlong = cython.cast(
+            cython.longlong, rint(server.prompt_token_s * self.prompt[row] * PICOSECONDS)
+        )
+        if cost:
+            server.tokenizer_free = max(self.now, server.tokenizer_free) + cost
+            self.push(server.tokenizer_free, 0, ENCODED, row)
+            return 0
+        return self.put(row)
+
+    # ---- the engines ------------------------------------------------------------------------------
+
+    @cython.cfunc
+    def put(self, row: cython.Py_ssize_t) -> cython.int:
+        """It reaches the engine's input queue, unless it was given up while it was prepared."""
+        server: Server = self.server_of(row)
+        if server.failed or self.status[row] == _ABORTED:
+            return 0
+        server.loop.inbox.append((self.now, row))
+        return self.wake(server, self.replica[row])
+
+    @cython.cfunc
+    def wake(self, server: Server, index: cython.Py_ssize_t) -> cython.int:
+        if server.idle:
+            server.idle = False
+            server.loop.now = self.now
+            self.push(self.now, LAST, ENGINE, index)
+        return 0
+
+    @cython.cfunc
+    def run_engine(self, index: cython.Py_ssize_t) -> cython.int:
+        """An engine goes on, up to the next event of anybody."""
+        server: Server = self.servers[index]
+        until: cython.longlong
+        state: cython.int
+        event: tuple
+        if server.failed:
+            return 0
+        while True:
+            until = self.until
+            if self.heap:
+                event = self.heap[0]
+                until = min(until, cython.cast(cython.longlong, event[0]))
+            if self.finished or until <= self.now:
+                until = self.now + 1
+            state = server.loop.advance(until)
+            if state == ENDED:
+                self.take_ended(server, index)
+            elif state == ABORTS:
+                self.drain(server, index)
+            elif state == BUSY:
+                self.push(server.loop.wake, LAST, ENGINE, index)
+                return 0
+            else:
+                server.idle = True
+                return 0
+
+    @cython.cfunc
+    def drain(self, server: Server, index: cython.Py_ssize_t) -> cython.int:
+        """All that is in the engine's input queue by now, where clients have gone."""
+        item: tuple
+        row: cython.Py_ssize_t
+        loop: Any = server.loop
+        while loop.inbox:
+            item = loop.inbox.pop(0)
+            row = item[1]
+            if row >= 0:
+                if self.status[row] != _ABORTED:
+                    loop.take(row, item[0])
+            elif ~row in server.inside:
+                self.end(server, index, ~row, _ABORTED)
+        loop.aborts = 0
+        return 0
+
+    @cython.cfunc
+    def take_ended(self, server: Server, index: cython.Py_ssize_t) -> cython.int:
+        """Requests whose last token is on its way."""
+        ended: list = server.loop.ended
+        row: cython.Py_ssize_t
+        finish: cython.longlong
+        server.loop.ended = []
+        for row in ended:
+            del server.inside[row]
+            self.status[row] = _FINISHED
+            self.outstanding[index] -= 1
+            finish = self.outcomes[5, row]
+            if finish > self.now:
+                self.push(finish, 0, DONE, row)
+            else:
+                self.done(row)
+        return 0
+
+    @cython.cfunc
+    def end(
+        self, server: Server, index: cython.Py_ssize_t, row: cython.Py_ssize_t, status: cython.int
+    ) -> cython.int:
+        """A request ends without its last token."""
+        del server.inside[row]
+        server.loop.leave(row)
+        self.status[row] = status
+        self.outstanding[index] -= 1
+        self.done(row)
+        return 0
