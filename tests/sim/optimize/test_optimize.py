@@ -117,7 +117,7 @@ def test_it_finds_what_planning_all_finds_with_a_third_of_the_work(tmp_path: Pat
     found = servecast.optimize(
         scenario,
         objectives,
-        target_rate=72.0,
+        target_rate=50.0,
         prices=prices,
         out=tmp_path / "out",
         effort=EFFORT,
