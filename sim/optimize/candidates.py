@@ -87,6 +87,7 @@ class Choices:
         """(name, value, changes) of each choice of a kind."""
         chosen, name = getattr(self, kind), _SHOWN.get(kind, kind)
         chosen = (chosen,) if isinstance(chosen, str | int) else chosen
+        axis: list[tuple[str, str | int, dict[str, Any]]]
         if kind == "gpus":
             axis = [(name, *_gpu(each, scenario)) for each in chosen]
         elif kind == "variants":
