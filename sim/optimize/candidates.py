@@ -85,8 +85,8 @@ class Choices:
 
     def _axis(self, kind: str, scenario: Scenario) -> list[tuple[str, str | int, dict[str, Any]]]:
         """(name, value, changes) of each choice of a kind."""
-        chosen, name = getattr(self, kind), _SHOWN.get(kind, kind)
-        chosen = (chosen,) if isinstance(chosen, str | int) else chosen
+        given, name = getattr(self, kind), _SHOWN.get(kind, kind)
+        chosen: Any = (given,) if isinstance(given, str | int) else given
         axis: list[tuple[str, str | int, dict[str, Any]]]
         if kind == "gpus":
             axis = [(name, *_gpu(each, scenario)) for each in chosen]
