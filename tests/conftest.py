@@ -12,7 +12,7 @@ from places import VLLM
 from small_scenarios import scenario_file
 from timing import inconclusive
 
-from servecast.sim.engine import core
+import servecast.sim
 
 settings.register_profile("any machine", deadline=None)  # no time of this machine decides a test
 settings.load_profile("any machine")
@@ -25,10 +25,14 @@ def tiny(tmp_path: Path) -> str:
 
 
 def pytest_sessionstart() -> None:
-    """A compiled core that is older than its source would be tested in its place."""
-    compiled = Path(str(core.__file__))
-    if compiled.stat().st_mtime < compiled.with_name("core.py").stat().st_mtime:
-        pytest.exit("sim/engine/core.py is newer than what was compiled of it: run make build", returncode=3)
+    """A compiled module that is older than its source would be tested in its place."""
+    for compiled in Path(str(servecast.sim.__file__)).parent.glob("*/*.so"):
+        name = compiled.with_name(compiled.name.partition(".")[0])
+        sources = [
+            source for source in (name.with_suffix(".py"), name.with_suffix(".pxd")) if source.exists()
+        ]
+        if not sources or compiled.stat().st_mtime < max(source.stat().st_mtime for source in sources):
+            pytest.exit(f"{compiled} is older than its source: run make build", returncode=3)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from small_fleet import OneSecondSteps, config, times
 
-from servecast.sim.engine.core import Scheduler
+from servecast.sim.engine.scheduler import Scheduler
 from servecast.sim.engine.request import Stage
 from servecast.sim.fleet.client import Client
 from servecast.sim.fleet.fleet import Fleet

@@ -281,7 +281,7 @@ def test_it_goes_on_where_it_was_killed(
         (["--target-rate", "0"], "--target-rate: 0 is not positive and finite. Give "),
         (["--margin", "-1"], "--margin: -1 is no share. Give for example 0.2 for 20 %."),
         (["--slo", "ttft:p95"], "slo: 'ttft:p95' is not an SLO."),
-        (["--gpus", "t4"], "gpu_hour_cost: there is no price for 'T4'. Copy the file, "),
+        (["--gpus", "mi300x"], "gpu_hour_cost: there is no price for 'MI300X'. Copy the file, "),
         (["--prices", "none.yaml"], "--prices none.yaml: there is no such file. Check the path."),
         (
             ["--set", "fleet.replicas=[{count: 2}]"],
