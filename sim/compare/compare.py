@@ -10,7 +10,7 @@ from typing import Any
 from joblib import Parallel, delayed
 
 from servecast.sim.compare import ranking
-from servecast.sim.compare.page import PodsOverTime, write_router_page
+from servecast.sim.compare.page import PodsOverTime, write_comparison_page, write_router_page
 from servecast.sim.compare.side_by_side import Document, Side, SideBySide, side_by_side
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.inputs.files import file_or_name
@@ -86,9 +86,11 @@ class Comparison(Answer):
         return lines
 
     def to_html(self, path: Path | str) -> Path:
-        """Write the page; that of routers has plots, for which each is simulated once more."""
+        """Write the page; for the plots of routers each is simulated once more."""
         if self.routers is None:
-            return super(Comparison, self).to_html(path)
+            first = self.sides[0].results[0]
+            about = " on ".join(str(first[key]) for key in ("model_id", "gpu") if first.get(key))
+            return write_comparison_page(path, self.table, about=about and f"{about}.", notes=self._notes())
         pods = {
             label: PodsOverTime.of(run_of(scenario, workload=workload))
             for label, (scenario, workload) in self.routers.sent.items()

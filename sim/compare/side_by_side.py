@@ -136,14 +136,19 @@ class SideBySide:
             parts.append(f"\nnot stated on every side: {', '.join(self.unstated)}")
         return "\n".join(parts)
 
-    def _stage_text(self, stage: str | None, *, all_metrics: bool) -> str:
+    def shown(self, *, all_metrics: bool = False) -> list[Row]:
+        """The main metrics, or all of them."""
+        return [row for row in self.rows if all_metrics or row.metric in _SHOWN]
+
+    def stage_rows(self, stage: str | None, *, all_metrics: bool) -> tuple[list[str], list[list[object]]]:
+        """Header and rows of a stage's table."""
         first, *others = self.labels
         header = ["metric", first]
         for label in others:
             header += [label, "ratio"] if self.seeds == 1 else [label, "ratio", "difference (95%)"]
         rows: list[list[object]] = []
-        for row in self.rows:
-            if row.stage != stage or not (all_metrics or row.metric in _SHOWN):
+        for row in self.shown(all_metrics=all_metrics):
+            if row.stage != stage:
                 continue
             cells: list[object] = [row.metric, row.values[0]]
             for value, ratio, gap in zip(row.values[1:], row.ratios[1:], row.differences[1:], strict=True):
@@ -151,6 +156,10 @@ class SideBySide:
                 if self.seeds > 1:
                     cells.append(None if gap is None else f"{gap.low:+.3g}..{gap.high:+.3g}")
             rows.append(cells)
+        return header, rows
+
+    def _stage_text(self, stage: str | None, *, all_metrics: bool) -> str:
+        header, rows = self.stage_rows(stage, all_metrics=all_metrics)
         return table(header, rows, title=f"\n{stage}" if stage else "")
 
 
