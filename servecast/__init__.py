@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from servecast.sim.inputs.errors import InputError
     from servecast.sim.metrics.records import Run
     from servecast.sim.optimize.optimize import optimize
+    from servecast.sim.plan.day import day
     from servecast.sim.plan.effort import Effort
     from servecast.sim.plan.plan import plan
     from servecast.sim.report.answer import Answer
@@ -43,6 +44,7 @@ __all__ = [
     "Workers",
     "check",
     "compare",
+    "day",
     "explain",
     "gpus",
     "load",
@@ -65,6 +67,7 @@ _MODULES = {  # of the public names: imported when they are asked for, so that t
     "Workers": "sim.run.workers",
     "check": "validate.check.check",
     "compare": "sim.compare.compare",
+    "day": "sim.plan.day",
     "explain": "sim.run.explain",
     "gpus": "sim.scenario.lists",
     "load": "sim.scenario.scenario",

@@ -25,6 +25,7 @@ COMMANDS = {  # name -> where it is, and its line in --help
         "servecast.sim.cli.optimize:optimize",
         "Find the cheapest deployment for a rate within the SLOs.",
     ),
+    "day": ("servecast.sim.cli.day:day", "A day by the hour: latency, replicas, autoscalers."),
     "check": ("servecast.validate.check.command:check", "Can this benchmark report be true?"),
     "explain": ("servecast.sim.cli.explain:explain", "Why is the first token slow?"),
     "init": ("servecast.sim.cli.init:init", "Write a scenario to begin with, from a pasted command."),

@@ -57,6 +57,7 @@ def test_exported_names() -> None:
         "Workers",
         "check",
         "compare",
+        "day",
         "explain",
         "gpus",
         "load",
