@@ -177,12 +177,13 @@ def side_by_side(sides: Sequence[Side], *, stage: str | None = None, confidence:
     parts = [[_parts(side, each, stage) for each in side.results] for side in sides]
     names = [name for name in parts[0][0] if all(name in of_side[0] for of_side in parts)]
     if not names:
-        have = "; ".join(f"{side.label}: {_names(of[0])}" for side, of in zip(sides, parts, strict=True))
-        raise InputError(
-            f"there is no stage that all have ({have})",
-            where="--stage",
-            fix="Choose one stage of the results that have several.",
+        none = "no stages"
+        have = "; ".join(
+            f"{side.label}: {none if None in of[0] else ', '.join(map(str, of[0]))}"
+            for side, of in zip(sides, parts, strict=True)
         )
+        fix = "Choose one stage of the results that have several."
+        raise InputError(f"there is no stage that all have ({have})", where="--stage", fix=fix)
     paired = len({len(side.results) for side in sides}) == 1 and len(sides[0].results) > 1
     rows = []
     for name in names:
@@ -192,9 +193,8 @@ def side_by_side(sides: Sequence[Side], *, stage: str | None = None, confidence:
                 samples = [[seed.get(metric) for seed in of_side] for of_side in metrics]
                 rows.append(_row(name, metric, samples, paired, confidence))
     differences, unstated = _context_differences([side.results[0] for side in sides])
-    return SideBySide(
-        tuple(side.label for side in sides), len(sides[0].results), tuple(rows), differences, unstated
-    )
+    labels = tuple(side.label for side in sides)
+    return SideBySide(labels, len(sides[0].results), tuple(rows), differences, unstated)
 
 
 def _parts(side: Side, document: Document, stage: str | None) -> dict[str | None, Document]:
@@ -206,10 +206,6 @@ def _parts(side: Side, document: Document, stage: str | None) -> dict[str | None
             f"{side.label} has no stage {stage!r}", where="--stage", fix=f"It has {', '.join(stages)}."
         )
     return {None: stages[stage]}
-
-
-def _names(parts: Mapping[str | None, Document]) -> str:
-    return "no stages" if None in parts else ", ".join(str(name) for name in parts)
 
 
 def _row(
