@@ -168,4 +168,5 @@ class Endpoints(Backends):
         return self._columns
 
     def telling(self) -> Iterable[Endpoint]:
-        return [self._everyone[number] for number in sorted(self._board.tells.by(self._board.clock()))]
+        numbers = self._board.tells.by(self._board.clock())
+        return [self._everyone[number] for number in sorted(numbers)] if numbers else ()

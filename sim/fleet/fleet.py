@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections import Counter
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -88,10 +90,11 @@ class Fleet:
         """Run all stages, one after the other, on the same servers."""
         rows = [Requests.of(stream.requests) for stage in stages for stream in stage.streams]
         requests = Requests.joined(rows)
-        if self._apart(stages, requests):
-            columns = self._run_apart(requests)
-        else:
-            columns = self._run_together(stages, requests)
+        with _no_collections():
+            if self._apart(stages, requests):
+                columns = self._run_apart(requests)
+            else:
+                columns = self._run_together(stages, requests)
         loops = [replica.loop for replica in self.replicas]
         return Run(
             requests=requests_table(requests, columns),
@@ -275,6 +278,18 @@ def _columns(flow: Flow, streams: list[tuple[int, int]], longest: NDArray[np.int
     for name, places in zip(("stage", "stream"), zip(*streams, strict=True), strict=True):
         found[name] = np.array(places, np.int64)[number] if any(places) else np.zeros(len(number), np.int64)
     return found
+
+
+@contextmanager
+def _no_collections() -> Iterator[None]:
+    """Without Python's search for cycles among objects, of which a run makes many and no cycles."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 _ORDERS = 4  # draws a row for the place of a stream in its batch
