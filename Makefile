@@ -74,9 +74,10 @@ docs: $(VENV)/.installed-test
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-# The engine's core is compiled as it is installed. Where there is no C compiler, one comes from PyPI (ziglang);
+# The engine is compiled as it is installed. Where there is no C compiler, one comes from PyPI (ziglang);
 # where that fails, too, the engine runs interpreted, and `servecast --version` says so.
-COMPILED := pyproject.toml setup.py sim/engine/core.py
+FIXED := $(wildcard sim/engine/*.pxd)
+COMPILED := pyproject.toml setup.py $(FIXED) $(FIXED:.pxd=.py)
 define install
 	@command -v $${CC:-cc} > /dev/null || $(BIN)/pip install -q ziglang || echo "No C compiler: the engine runs \
 	interpreted, many times slower. Install gcc or clang, then run make build."
@@ -92,7 +93,7 @@ $(VENV)/.installed-test: $(COMPILED) | $(VENV)/bin/python
 	$(call install,.[test])
 	touch $@ $(VENV)/.installed
 
-# After a change of sim/engine/core.py; `make check` does it, too.
+# After a change of a compiled module; `make check` does it, too.
 build: $(VENV)/.installed-test
 
 # Type checkers and import-linter do not follow setuptools' package mapping: give them the tree that it means.

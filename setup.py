@@ -1,18 +1,31 @@
-"""Builds the compiled engine; where that fails, its source runs interpreted."""
+"""Compiles the modules of sim that have a .pxd. Where that fails, they run interpreted."""
+
+from pathlib import Path
 
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 
-COMPILED = [
+DIRECTIVES = {
+    "language_level": 3,
+    "boundscheck": False,
+    "wraparound": False,
+    "initializedcheck": False,
+    "cdivision": True,
+}
+# Sums keep their order and their roundings: no fused multiply and add, no -ffast-math.
+ARGUMENTS = ["-O2", "-g0", "-ffp-contract=off"]
+PACKAGES = Path("build/packages")  # where Cython finds servecast.sim.engine, which has no such folder here
+
+(PACKAGES / "servecast").mkdir(parents=True, exist_ok=True)
+if not (PACKAGES / "servecast" / "sim").is_symlink():
+    (PACKAGES / "servecast" / "sim").symlink_to(Path("sim").resolve())
+modules = [
     Extension(
-        f"servecast.{path.replace('/', '.')}",
-        [f"{path}.py"],
-        # Sums keep their order and their roundings: no fused multiply and add, no -ffast-math.
-        extra_compile_args=["-O2", "-g0", "-ffp-contract=off"],
+        f"servecast.{'.'.join(source.with_suffix('').parts)}", [str(source)], extra_compile_args=ARGUMENTS
     )
-    for path in ("sim/engine/core", "sim/fleet/flow")
+    for source in sorted(fixed.with_suffix(".py") for fixed in Path("sim").glob("*/*.pxd"))
 ]
-built = cythonize(COMPILED, build_dir="build")
-for each in built:
-    each.optional = True  # of the extensions that cythonize makes, which do not take this over
+built = cythonize(modules, include_path=[str(PACKAGES)], compiler_directives=DIRECTIVES, build_dir="build")
+for module in built:
+    module.optional = True  # of the extension that cythonize makes of ours, which does not take this over
 setup(ext_modules=built)

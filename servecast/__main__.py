@@ -62,9 +62,9 @@ def build_app(told: Collection[str] = ()) -> App:
 
 
 def _version() -> str:
-    """The version, and whether the engine's core was compiled where it is installed."""
-    core = find_spec("servecast.sim.engine.core")
-    compiled = core is not None and str(core.origin).endswith(tuple(EXTENSION_SUFFIXES))
+    """The version, and whether the engine was compiled where it is installed."""
+    engine = find_spec("servecast.sim.engine.scheduler")
+    compiled = engine is not None and str(engine.origin).endswith(tuple(EXTENSION_SUFFIXES))
     return f"{version('servecast')} (engine {'compiled' if compiled else 'interpreted: slower'})"
 
 

@@ -12,7 +12,7 @@ from places import VLLM
 from small_scenarios import scenario_file
 from timing import inconclusive
 
-from servecast.sim.engine import core
+import servecast.sim.engine
 
 settings.register_profile("any machine", deadline=None)  # no time of this machine decides a test
 settings.load_profile("any machine")
@@ -25,10 +25,13 @@ def tiny(tmp_path: Path) -> str:
 
 
 def pytest_sessionstart() -> None:
-    """A compiled core that is older than its source would be tested in its place."""
-    compiled = Path(str(core.__file__))
-    if compiled.stat().st_mtime < compiled.with_name("core.py").stat().st_mtime:
-        pytest.exit("sim/engine/core.py is newer than what was compiled of it: run make build", returncode=3)
+    """A compiled module that is older than its source would be tested in its place."""
+    sim = Path(str(servecast.sim.engine.__file__)).parent.parent
+    for compiled in sim.glob("*/*.so"):
+        folder = compiled.parent
+        for source in (folder / compiled.name.partition(".")[0]).with_suffix(".py"), *folder.glob("*.pxd"):
+            if not source.exists() or compiled.stat().st_mtime < source.stat().st_mtime:
+                pytest.exit(f"{compiled.name} is older than {source}: run make build", returncode=3)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -97,7 +97,7 @@ class Engine(Protocol):
     @property
     def kv(self) -> Pool: ...
 
-    def add(self, request: Request, arrival: int) -> None:
+    def add(self, request: Request, arrival: int) -> Any:
         """Queue a request; ``arrival`` rises from call to call. InputError if it could never run."""
         ...
 

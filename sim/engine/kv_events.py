@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from servecast.sim.engine.core import Scheduler
 from servecast.sim.engine.engine import Engine
+from servecast.sim.engine.scheduler import Scheduler
 
 BLOCKS_PER_CONTENT = 1 << 24  # a content id owns this many keys of blocks
 
@@ -47,4 +48,5 @@ def publish_kv_events(engine: Engine, publish: Publish) -> None:
     def evicted(key: int) -> None:
         publish(BlockRemoved(key))
 
-    engine.kv.on_store, engine.kv.on_evict = stored, evicted
+    pool: Any = engine.kv.pool
+    pool.on_store, pool.on_evict = stored, evicted

@@ -109,7 +109,9 @@ class Requests(Sequence[Request]):
         columns |= {
             name: np.concatenate(
                 [
-                    np.full(len(part), _OPTIONAL[name]) if getattr(part, name) is None else getattr(part, name)
+                    np.full(len(part), _OPTIONAL[name])
+                    if getattr(part, name) is None
+                    else getattr(part, name)
                     for part in parts
                 ]
             )

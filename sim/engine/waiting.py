@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
-if TYPE_CHECKING:
-    from servecast.sim.engine.core import Sequence
+from servecast.sim.engine.sequence import Sequence
 
 
 class WaitingQueue(Protocol):

@@ -1,6 +1,6 @@
 """The busy loop around an engine that is written in Python: those that pad a batch, and one's own.
 
-It has the interface of ``servecast.sim.engine.core.EngineLoop``, which is the loop around vLLM's scheduler.
+It has the interface of ``servecast.sim.engine.engine_loop.EngineLoop``, the loop around vLLM's scheduler.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from servecast.sim.engine.core import ABORTS, BUSY, ENDED, IDLE
 from servecast.sim.engine.engine import Engine, Step
+from servecast.sim.engine.engine_loop import ABORTS, BUSY, ENDED, IDLE
 from servecast.sim.engine.request import Request
 from servecast.sim.hardware.step_time.physical import StepTime
 from servecast.sim.inputs.errors import InputError
@@ -24,7 +24,7 @@ from servecast.sim.metrics.records import STEP_COLUMNS
 
 @dataclass(slots=True)
 class InEngine:
-    """A request in the engine; see ``core.Sequence``. Times are picoseconds, -1 where it did not happen."""
+    """A request in the engine; see ``sim.engine``. Times are picoseconds, -1 where it did not happen."""
 
     request: Request
     row: int
@@ -38,7 +38,7 @@ class InEngine:
 
 
 class PythonLoop:
-    """See ``core.EngineLoop``.
+    """See ``sim.engine.engine_loop.EngineLoop``.
 
     Args:
         read: ``Client.read``, or None where reading costs nothing.
@@ -122,7 +122,7 @@ class PythonLoop:
         )
 
     def advance(self, until: int) -> int:
-        """Run all that starts before ``until``; see ``core.EngineLoop.advance``."""
+        """Run all that starts before ``until``; see ``EngineLoop.advance``."""
         engine = self.engine
         while True:
             if self._pending is not None:

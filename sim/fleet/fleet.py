@@ -14,7 +14,7 @@ import pandas as pd
 import simpy
 from numpy.typing import NDArray
 
-from servecast.sim.engine.core import OUTCOMES
+from servecast.sim.engine.engine_loop import OUTCOMES
 from servecast.sim.engine.request import Requests, Stage
 from servecast.sim.fleet.client import Client
 from servecast.sim.fleet.endpoint import Board, Endpoint, Endpoints
@@ -144,7 +144,9 @@ class Fleet:
         flow.columns["status"][:] = STATUSES.index("finished")
         return _columns(flow, [(0, 0)], self._longest)
 
-    def _make_flow(self, requests: Requests, ready: Sequence[Endpoint], *, quiet: bool, ordered: bool = False) -> Flow:
+    def _make_flow(
+        self, requests: Requests, ready: Sequence[Endpoint], *, quiet: bool, ordered: bool = False
+    ) -> Flow:
         router, send = self._router, None if self._client.is_free else self._client.send
         return Flow(
             requests,

@@ -1,4 +1,3 @@
-# cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
 """The way of requests through a fleet: clients, router, API servers and engines, in one heap of events.
 
 Compiled by Cython where there was a compiler, like the engine (``servecast.sim.engine``), and for its reason: all
@@ -19,16 +18,20 @@ from typing import Any
 import cython
 import numpy as np
 
-from servecast.sim.engine.core import ABORTS, BUSY, ENDED, OUTCOMES
+from servecast.sim.engine.engine_loop import OUTCOMES, EngineLoop
 
 if cython.compiled:
     from cython.cimports.libc.math import rint
 else:
+    from servecast.sim.engine.engine_loop import ABORTS, BUSY, ENDED
+
     rint = round
 
 PICOSECONDS = cython.declare(cython.double, 1e12)
 NEVER = cython.declare(cython.longlong, 1 << 62)
-LAST = cython.declare(cython.longlong, 1 << 60)  # among the events of one time: an arrival at t comes before the
+LAST = cython.declare(
+    cython.longlong, 1 << 60
+)  # among the events of one time: an arrival at t comes before the
 # engine step that starts at t
 
 STATUSES = ("unfinished", "finished", "aborted", "failed")
@@ -51,22 +54,9 @@ UNPICKED = "the router let no replica pass (503)"
 REFUSED = "sent to a replica that had failed before the router knew"
 
 
-@cython.final
-@cython.cclass
 class Sender:
     """The client of one stream: it sends rows [first, end) of the table, each not before its arrival, at most
     ``limit`` at a time (0: any number)."""
-
-    started = cython.declare(cython.Py_ssize_t, visibility="readonly")  # sent, all before it
-    ready = cython.declare(cython.Py_ssize_t, visibility="readonly")  # arrived, all before it
-    first = cython.declare(cython.Py_ssize_t, visibility="readonly")
-    unsent = cython.declare(cython.Py_ssize_t, visibility="readonly")  # arrived, and never sent, as it stopped
-    open = cython.declare(cython.Py_ssize_t, visibility="readonly")  # not done
-    stopped = cython.declare(cython.bint, visibility="readonly")
-    told: cython.bint
-    end: cython.Py_ssize_t
-    limit: cython.Py_ssize_t
-    in_flight: cython.Py_ssize_t
 
     def __init__(self, first: cython.Py_ssize_t, end: cython.Py_ssize_t, limit: cython.Py_ssize_t) -> None:
         self.first = self.started = self.ready = first
@@ -75,8 +65,6 @@ class Sender:
         self.stopped = self.told = False
 
 
-@cython.final
-@cython.cclass
 class Server:
     """A replica: its API server, and its engine's loop.
 
@@ -85,38 +73,25 @@ class Server:
             order of need. most: requests of a round of preparation.
     """
 
-    loop: Any
-    latency_s: cython.double
-    request_s: cython.double
-    prompt_token_s: cython.double
-    variation: Any
-    most: cython.Py_ssize_t
-    tokenizer_free: cython.longlong
-    busy_until: cython.longlong
-    rounds: list  # ends of rounds of preparation, and who is in each
-    inside: dict  # rows that were sent to it and have not ended, in order
-    idle: cython.bint
-    failed: cython.bint
-    varies: cython.bint
-
     def __init__(self, loop: Any, costs_s: tuple[float, float, float], variation: Any, most: int) -> None:
         self.loop, self.variation, self.most = loop, variation, most
         self.latency_s, self.request_s, self.prompt_token_s = costs_s
         self.tokenizer_free = self.busy_until = 0
         self.rounds, self.inside = [], {}
         self.idle, self.failed = True, False
-        self.varies = variation is not None
+        self.inbox, self.compiled = loop.inbox, loop if isinstance(loop, EngineLoop) else None
 
-    @cython.cfunc
     def varied(self, seconds: cython.double) -> cython.longlong:
-        factor: cython.double = 1.0
-        if self.varies:
-            factor = next(self.variation)
+        factor: cython.double = 1.0 if self.variation is None else next(self.variation)
         return cython.cast(cython.longlong, rint(seconds * factor * PICOSECONDS))
 
+    def advance(self, until: cython.longlong) -> cython.int:
+        return self.loop.advance(until) if self.compiled is None else self.compiled.advance(until)
 
-@cython.final
-@cython.cclass
+    def wake(self) -> cython.longlong:
+        return self.loop.wake if self.compiled is None else self.compiled.wake
+
+
 class Flow:
     """Requests on their way.
 
@@ -133,35 +108,6 @@ class Flow:
         outstanding: (replicas,) requests sent to each and not ended.
         finished: streams that are done, for the host to take. failures: why requests failed, how many.
     """
-
-    now = cython.declare(cython.longlong, visibility="public")
-    requests = cython.declare(object, visibility="readonly")
-    ready = cython.declare(object, visibility="readonly")
-    finished = cython.declare(list, visibility="public")
-    failures = cython.declare(dict, visibility="readonly")
-    servers = cython.declare(list, visibility="readonly")
-    senders = cython.declare(list, visibility="readonly")
-    columns = cython.declare(dict, visibility="readonly")
-    order = cython.declare(list, visibility="readonly")  # rows as they arrived, where there are several streams
-    send: Any
-    router: Any
-    ended: Any
-    answered: Any
-    quiet: cython.bint
-    ordered: cython.bint
-    objects: dict  # rows that the router knows, as requests
-    heap: list  # (time, order, what, number)
-    count: cython.longlong
-    until: cython.longlong
-    prompt: cython.longlong[::1]
-    abort_s: cython.double[::1]
-    gives_up: cython.bint
-    outcomes: cython.longlong[:, ::1]
-    arrival: cython.longlong[::1]
-    replica: cython.int[::1]
-    status: cython.char[::1]
-    stream: cython.int[::1]
-    outstanding: cython.longlong[::1]
 
     def __init__(
         self,
@@ -245,7 +191,6 @@ class Flow:
             self.end(server, index, row, _FAILED)
         return len(lost)
 
-    @cython.ccall
     def advance(self, until: cython.longlong) -> cython.bint:
         """Run what happens before ``until``.
 
@@ -298,7 +243,6 @@ class Flow:
             self.now = until
         return False
 
-    @cython.cfunc
     def push(
         self, time: cython.longlong, rank: cython.longlong, what: cython.int, number: cython.Py_ssize_t
     ) -> cython.int:
@@ -308,7 +252,6 @@ class Flow:
 
     # ---- the clients ------------------------------------------------------------------------------
 
-    @cython.cfunc
     def arrive(self, number: cython.Py_ssize_t) -> cython.int:
         """All that a client means to send by now, and when the next one comes."""
         sender: Sender = self.senders[number]
@@ -325,7 +268,6 @@ class Flow:
             self.tell_finished(sender, number)
         return 0
 
-    @cython.cfunc
     def send_ready(self, sender: Sender) -> cython.int:
         """Send what may be sent: a request's clocks run from here."""
         row: cython.Py_ssize_t
@@ -350,7 +292,6 @@ class Flow:
                 self.route(row)
         return 0
 
-    @cython.cfunc
     def give_up(self, row: cython.Py_ssize_t) -> cython.int:
         """The client goes away."""
         server: Server
@@ -363,11 +304,10 @@ class Flow:
         server = self.servers[self.replica[row]]
         if row in server.inside and not server.failed:
             server.loop.aborts += 1
-            server.loop.inbox.append((self.now, ~row))
+            server.inbox.append((self.now, ~row))
             self.wake(server, self.replica[row])
         return 0
 
-    @cython.cfunc
     def done(self, row: cython.Py_ssize_t) -> cython.int:
         """It has its answer, or none will come: the router hears of it, and the client may send the next."""
         number: cython.Py_ssize_t = self.stream[row]
@@ -380,7 +320,6 @@ class Flow:
         self.send_ready(sender)
         return 0
 
-    @cython.cfunc
     def tell_finished(self, sender: Sender, number: cython.Py_ssize_t) -> cython.int:
         if not sender.open and not sender.told:
             sender.told = True
@@ -389,7 +328,6 @@ class Flow:
 
     # ---- the router -------------------------------------------------------------------------------
 
-    @cython.cfunc
     def route(self, row: cython.Py_ssize_t) -> cython.int:
         """The request reaches the router."""
         position: Any
@@ -416,7 +354,6 @@ class Flow:
             server.inside[row] = None
         return self.accept(server, row)
 
-    @cython.cfunc
     def refuse(self, row: cython.Py_ssize_t, why: Any) -> cython.int:
         self.failures[why] = self.failures.get(why, 0) + 1
         self.status[row] = _FAILED
@@ -429,11 +366,9 @@ class Flow:
 
     # ---- the API servers --------------------------------------------------------------------------
 
-    @cython.cfunc
     def server_of(self, row: cython.Py_ssize_t) -> Server:
         return self.servers[self.replica[row]]
 
-    @cython.cfunc
     def accept(self, server: Server, row: cython.Py_ssize_t) -> cython.int:
         """A request is on its way to a server."""
         latency: cython.longlong = server.varied(server.latency_s)
@@ -442,7 +377,6 @@ class Flow:
             return 0
         return self.prepare(row)
 
-    @cython.cfunc
     def prepare(self, row: cython.Py_ssize_t) -> cython.int:
         """Requests in preparation take turns of one event loop, in rounds that are ready as a whole.
 
@@ -467,7 +401,6 @@ class Flow:
         newest[0] = server.busy_until
         return 0
 
-    @cython.cfunc
     def end_round(self, index: cython.Py_ssize_t) -> cython.int:
         """A round is ready, or others have joined it."""
         server: Server = self.servers[index]
@@ -482,7 +415,6 @@ class Flow:
             self.push(oldest[0], 0, PREPARED, index)
         return 0
 
-    @cython.cfunc
     def encode(self, server: Server, row: cython.Py_ssize_t) -> cython.int:
         """The tokenizer's thread takes one prompt after the other."""
         cost: cython.longlong = cython.cast(
@@ -496,16 +428,14 @@ class Flow:
 
     # ---- the engines ------------------------------------------------------------------------------
 
-    @cython.cfunc
     def put(self, row: cython.Py_ssize_t) -> cython.int:
         """It reaches the engine's input queue, unless it was given up while it was prepared."""
         server: Server = self.server_of(row)
         if server.failed or self.status[row] == _ABORTED:
             return 0
-        server.loop.inbox.append((self.now, row))
+        server.inbox.append((self.now, row))
         return self.wake(server, self.replica[row])
 
-    @cython.cfunc
     def wake(self, server: Server, index: cython.Py_ssize_t) -> cython.int:
         if server.idle:
             server.idle = False
@@ -513,7 +443,6 @@ class Flow:
             self.push(self.now, LAST, ENGINE, index)
         return 0
 
-    @cython.cfunc
     def run_engine(self, index: cython.Py_ssize_t) -> cython.int:
         """An engine goes on, up to the next event of anybody."""
         server: Server = self.servers[index]
@@ -529,19 +458,18 @@ class Flow:
                 until = min(until, cython.cast(cython.longlong, event[0]))
             if self.finished or until <= self.now:
                 until = self.now + 1
-            state = server.loop.advance(until)
+            state = server.advance(until)
             if state == ENDED:
                 self.take_ended(server, index)
             elif state == ABORTS:
                 self.drain(server, index)
             elif state == BUSY:
-                self.push(server.loop.wake, LAST, ENGINE, index)
+                self.push(server.wake(), LAST, ENGINE, index)
                 return 0
             else:
                 server.idle = True
                 return 0
 
-    @cython.cfunc
     def drain(self, server: Server, index: cython.Py_ssize_t) -> cython.int:
         """All that is in the engine's input queue by now, where clients have gone."""
         item: tuple
@@ -558,7 +486,6 @@ class Flow:
         loop.aborts = 0
         return 0
 
-    @cython.cfunc
     def take_ended(self, server: Server, index: cython.Py_ssize_t) -> cython.int:
         """Requests whose last token is on its way."""
         ended: list = server.loop.ended
@@ -576,7 +503,6 @@ class Flow:
                 self.done(row)
         return 0
 
-    @cython.cfunc
     def end(
         self, server: Server, index: cython.Py_ssize_t, row: cython.Py_ssize_t, status: cython.int
     ) -> cython.int:

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from servecast.sim.engine.core import EngineLoop, Scheduler
 from servecast.sim.engine.engine import Engine, Step
+from servecast.sim.engine.engine_loop import EngineLoop
+from servecast.sim.engine.scheduler import Scheduler
 from servecast.sim.fleet.client import Client
 from servecast.sim.fleet.engine_loop import PythonLoop
 from servecast.sim.fleet.flow import Server
@@ -52,9 +53,7 @@ class Replica:
         if isinstance(engine, Scheduler):
             numbers = step_time.costs() if type(step_time) is PhysicalStepTime else None
             seconds = step_time.seconds
-            self.loop = EngineLoop(
-                engine, index, numbers, seconds, floor, noise, served, read, cold_start
-            )
+            self.loop = EngineLoop(engine, index, numbers, seconds, floor, noise, served, read, cold_start)
         else:
             self.loop = PythonLoop(engine, index, step_time, floor, noise, served, read, cold_start)
         costs_s = costs.latency_s, costs.request_s, costs.prompt_token_s

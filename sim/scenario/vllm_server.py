@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from servecast.sim.engine.config import EngineConfig
-from servecast.sim.engine.core import Scheduler
 from servecast.sim.engine.engine import Engine
 from servecast.sim.engine.rules import OPTION_SINCE, RULES, has_option, minor_release
+from servecast.sim.engine.scheduler import Scheduler
 from servecast.sim.hardware.gpu import GPU
 from servecast.sim.hardware.memory import KVMemory, kv_memory
 from servecast.sim.hardware.model_shape import ModelShape

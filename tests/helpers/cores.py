@@ -12,7 +12,8 @@ from types import ModuleType
 import servecast.sim.engine
 
 FOLDER = Path(str(servecast.sim.engine.__file__)).parent
-MODULES = ("rules", "cadence", "waiting", "core")  # what a scheduler is made of, in the order of import
+# what a scheduler is made of, in the order of import
+MODULES = ("rules", "cadence", "sequence", "waiting", "step", "block_pool", "kv_cache", "scheduler")
 
 
 def copies(changed: Mapping[str, str]) -> dict[str, ModuleType]:

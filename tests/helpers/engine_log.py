@@ -11,8 +11,8 @@ from cores import interpreted
 from plain_engine import PlainEngine
 
 from servecast.sim.engine.config import EngineConfig
-from servecast.sim.engine.core import Scheduler
 from servecast.sim.engine.request import Request
+from servecast.sim.engine.scheduler import Scheduler
 
 Engine = PlainEngine | Scheduler
 
@@ -163,7 +163,7 @@ def installed(config: EngineConfig) -> Scheduler:
 
 def in_python(config: EngineConfig) -> Any:
     """The engine's source, interpreted."""
-    return interpreted()["core"].Scheduler(config, trace=True)
+    return interpreted()["scheduler"].Scheduler(config, trace=True)
 
 
 ENGINES = (PlainEngine, installed, in_python)

@@ -54,7 +54,7 @@ class Mutation:
 
     def scheduler(self) -> MakeScheduler:
         """The simulator's scheduler, interpreted, with this one line broken."""
-        make: MakeScheduler = copies({self.file: self.source()})["core"].Scheduler
+        make: MakeScheduler = copies({self.file: self.source()})["scheduler"].Scheduler
         return make
 
 

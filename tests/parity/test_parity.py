@@ -19,8 +19,8 @@ import parity_page
 from mutations import Mutation, catch, load_mutations
 from parity_page import SCENARIOS, ci_scenarios
 
-from servecast.sim.engine.core import Scheduler
 from servecast.sim.engine.rules import RULES
+from servecast.sim.engine.scheduler import Scheduler
 from servecast.sim.inputs.errors import InputError
 from servecast.validate.parity import command as cli
 from servecast.validate.parity.parity import (
@@ -174,7 +174,7 @@ def test_docs_say_what_was_found(
 
 
 def test_the_engine_cannot_reach_vllm() -> None:
-    assert "servecast.sim.engine.core" in sys.modules
+    assert "servecast.sim.engine.scheduler" in sys.modules
     assert not {"vllm", "torch"} & {name.partition(".")[0] for name in sys.modules}
 
 
@@ -187,14 +187,14 @@ def test_a_mutation_is_one_line_of_the_engine(mutation: Mutation) -> None:
 
 
 def test_a_mutation_of_a_line_that_is_gone_is_refused() -> None:
-    with pytest.raises(LookupError, match="0 times in sim/engine/core"):
-        Mutation("a rule", "core", "no such line", "another").scheduler()
+    with pytest.raises(LookupError, match="0 times in sim/engine/scheduler"):
+        Mutation("a rule", "scheduler", "no such line", "another").scheduler()
 
 
 def test_mutations_leave_the_engine_alone() -> None:
     broken = MUTATIONS[0].scheduler()
     assert broken is not Scheduler
-    assert sys.modules["servecast.sim.engine.core"].Scheduler is Scheduler
+    assert sys.modules["servecast.sim.engine.scheduler"].Scheduler is Scheduler
     scenario = corner_cases("0.32")[0]
     assert broken(scenario.config).kv is not Scheduler(scenario.config).kv
 

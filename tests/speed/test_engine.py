@@ -98,7 +98,7 @@ def test_requests_per_cpu_second_beside_the_engine_interpreted(
     num_requests, workload = WORKLOADS[name]
     case, few = scenario(workload, num_requests), scenario(workload, num_requests // SMALLER)
     python_times = []
-    in_its_place = Vllm(interpreted()["core"].Scheduler)
+    in_its_place = Vllm(interpreted()["scheduler"].Scheduler)
     with patch.dict(SERVERS, vllm=in_its_place):
         in_python = simulate(few).run
     assert_same(simulate(few).run, in_python)

@@ -17,8 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from servecast.sim.engine.core import Scheduler
 from servecast.sim.engine.rules import RULES
+from servecast.sim.engine.scheduler import Scheduler
 from servecast.validate.parity.engine_core import decisions
 from servecast.validate.parity.scenarios import Scenario
 from servecast.validate.parity.vllm_process import VllmProcess, release

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import ClassVar, Literal, Protocol
 
-from servecast.sim.engine.core import StepCosts
+from servecast.sim.engine.step_costs import StepCosts
 from servecast.sim.hardware.model_shape import KERNELS_DENSE
 from servecast.sim.hardware.shard import Shard
 from servecast.sim.inputs.errors import InputError

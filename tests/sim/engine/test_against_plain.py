@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from plain_engine import PlainEngine
 
 from servecast.sim.engine.config import EngineConfig
-from servecast.sim.engine.core import Scheduler
 from servecast.sim.engine.request import Request
+from servecast.sim.engine.scheduler import Scheduler
 
 
 def first_difference(one: list[StepLog], other: list[StepLog]) -> str:

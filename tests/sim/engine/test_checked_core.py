@@ -12,21 +12,26 @@ import pytest
 from golden import WORKLOADS
 from places import HELPERS, REPOSITORY
 
-CHECKS = "boundscheck=True, overflowcheck=True, nonecheck=True, initializedcheck=True, wraparound=False"
 BUILD = """
+from pathlib import Path
 from Cython.Build import cythonize
 from setuptools import Extension, setup
-name = "servecast.sim.engine.core"
-core = Extension(name, ["servecast/sim/engine/core.py"], extra_compile_args=["-ffp-contract=off"])
-setup(name="checked", ext_modules=cythonize([core], language_level=3))
+checks = dict.fromkeys(("boundscheck", "overflowcheck", "nonecheck", "initializedcheck"), True)
+sources = [fixed.with_suffix(".py") for fixed in Path("servecast/sim/engine").glob("*.pxd")]
+exact = {"extra_compile_args": ["-ffp-contract=off"]}
+modules = [Extension(f"servecast.sim.engine.{source.stem}", [str(source)], **exact) for source in sources]
+built = cythonize(modules, compiler_directives=checks | {"language_level": 3, "wraparound": False})
+setup(name="checked", ext_modules=built)
 """
 RUN = """
 import json, sys, tempfile
 from pathlib import Path
 sys.path.append(sys.argv[1])
-import servecast.sim.engine.core as core
-assert Path(core.__file__).is_relative_to(Path.cwd()), core.__file__
-assert core.COMPILED == (sys.argv[2] == "compiled")
+from importlib import import_module
+for fixed in Path("servecast/sim/engine").glob("*.pxd"):
+    file = Path(import_module(f"servecast.sim.engine.{fixed.stem}").__file__)
+    assert file.is_relative_to(Path.cwd()), file
+    assert (file.suffix == ".so") == (sys.argv[2] == "compiled"), file
 from golden import KEPT, WORKLOADS, digests, scenario
 from servecast.sim.run.simulate import simulate
 kept = json.loads(KEPT.read_text("utf-8"))
@@ -44,12 +49,8 @@ def test_the_tables_are_those_that_were_kept(how: str, tmp_path: Path) -> None:
     shutil.copytree(REPOSITORY / "servecast", tmp_path / "servecast", ignore=no_binaries)
     for name in ("sim", "scenarios"):
         shutil.copytree(REPOSITORY / name, tmp_path / "servecast" / name, ignore=no_binaries)
-    source = tmp_path / "servecast" / "sim" / "engine" / "core.py"
-    first, _, rest = source.read_text("utf-8").partition("\n")
-    assert first.startswith("# cython: ")
-    source.write_text(f"# cython: {CHECKS}\n{rest}", "utf-8")
     if how == "compiled":
-        build = [sys.executable, "-c", BUILD, "build_ext", "--inplace"]
+        build = [sys.executable, "-c", BUILD, "build_ext", "--inplace", "-ffp-contract=off"]
         subprocess.run(build, cwd=tmp_path, check=True, capture_output=True)
     run = [sys.executable, "-c", RUN, str(HELPERS), how]
     here = os.environ | {"PYTHONPATH": str(tmp_path)}

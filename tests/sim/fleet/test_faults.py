@@ -13,8 +13,8 @@ from small_epp import EPP
 from small_fleet import OneSecondSteps, config, one_stream, times
 from small_scenarios import open_loop, small
 
-from servecast.sim.engine.core import Scheduler
 from servecast.sim.engine.request import Request, Stage
+from servecast.sim.engine.scheduler import Scheduler
 from servecast.sim.fleet.client import Client
 from servecast.sim.fleet.fleet import Fleet
 from servecast.sim.fleet.replica import Replica

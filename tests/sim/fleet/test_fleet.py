@@ -10,8 +10,8 @@ import pytest
 from small_fleet import OneSecondSteps, config, one_stream, times
 
 from servecast.sim.engine.config import EngineConfig
-from servecast.sim.engine.core import Scheduler
 from servecast.sim.engine.request import Request, Stage, Stream
+from servecast.sim.engine.scheduler import Scheduler
 from servecast.sim.fleet.client import Client
 from servecast.sim.fleet.fleet import Fleet
 from servecast.sim.fleet.replica import Replica

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from servecast.sim.engine.config import EngineConfig
-from servecast.sim.engine.core import Scheduler
 from servecast.sim.engine.kv_events import (
     BLOCKS_PER_CONTENT,
     BlockRemoved,
@@ -18,6 +17,7 @@ from servecast.sim.engine.kv_events import (
     publish_kv_events,
 )
 from servecast.sim.engine.request import Request
+from servecast.sim.engine.scheduler import Scheduler
 from servecast.sim.routing.gauges import Gauges, Scrape
 from servecast.sim.routing.options import RouterOptions
 from servecast.sim.routing.routers import ROUTERS, ConsistentHashing, Router, leading
@@ -231,6 +231,6 @@ def test_publishing_changes_no_decision_and_the_events_tell_what_is_cached() -> 
 
 
 def test_without_a_listener_the_cache_tells_nobody() -> None:
-    kv = Scheduler(_config(20)).kv
-    assert kv.on_store is None
-    assert kv.on_evict is None
+    pool = Scheduler(_config(20)).kv.pool
+    assert pool.on_store is None
+    assert pool.on_evict is None

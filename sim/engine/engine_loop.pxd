@@ -1,0 +1,75 @@
+# What is fixed of engine_loop.py where it is compiled.
+cimport cython
+from servecast.sim.engine.scheduler cimport Scheduler
+from servecast.sim.engine.sequence cimport Sequence
+from servecast.sim.engine.step cimport Step
+from servecast.sim.engine.step_costs cimport StepCosts
+
+cpdef enum:  # what ``EngineLoop.advance`` came to
+    IDLE = 0
+    BUSY = 1
+    ENDED = 2
+    ABORTS = 3
+
+@cython.final
+cdef class EngineLoop:
+    cdef public long long now
+    cdef readonly long long wake
+    cdef public bint tell_ends
+    cdef public int aborts
+    cdef public int stage
+    cdef public object after_step
+    cdef public object on_first
+    cdef readonly list inbox
+    cdef long long[::1] request_ids
+    cdef long long[::1] prompts
+    cdef long long[::1] outputs
+    cdef long long[::1] most
+    cdef long long[::1] priorities
+    cdef bint prioritized
+    cdef list contents
+    cdef int[::1] content
+    cdef long long[:, ::1] outcomes
+    cdef public list ended
+    cdef Scheduler scheduler
+    cdef StepCosts costs
+    cdef object step_seconds
+    cdef object floor
+    cdef object noise
+    cdef object read
+    cdef int index
+    cdef bint is_async
+    cdef bint executing
+    cdef Step first
+    cdef Step second
+    cdef Step pending
+    cdef long long resume
+    cdef long long cold_start
+    cdef long long gpu_free
+    cdef long long sent
+    cdef long long token_ps
+    cdef long long delivery_ps
+    cdef long long arrivals
+    cdef long long[::1] seen
+    cdef Py_ssize_t num_seen
+    cdef long long[:, ::1] steps
+    cdef double[:, ::1] step_floats
+    cdef Py_ssize_t num_steps
+    cdef double[:, ::1] gaps
+    cdef Py_ssize_t num_gaps
+
+    cdef int room_for_steps(self, Py_ssize_t count) except -1
+    cdef int room_for_gaps(self, Py_ssize_t count) except -1
+    cpdef int take(self, Py_ssize_t row, long long time) except -1
+    cpdef int advance(self, long long until) except? -1
+    cdef long long next_arrival(self) except *
+    cdef int drain(self) except -1
+    cdef bint launch(self, Step step) except? -1
+    cdef int execute(self, Step step) except -1
+    cdef int refuse(self) except -1
+    cdef int deliver(self, Step step) except -1
+    cdef int book(self, Sequence sequence) except -1
+    cdef int note_seen(self, long long time) except -1
+    cdef int note_gap(self, long long gap, long long tokens, double spread) except -1
+
+cdef double in_seconds(long long ps) except? -1

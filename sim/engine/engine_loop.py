@@ -1,0 +1,369 @@
+"""EngineCore's busy loop around the scheduler, and the way of the tokens to the client."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cython
+import numpy as np
+
+from servecast.sim.engine.scheduler import Scheduler
+from servecast.sim.engine.sequence import Sequence
+from servecast.sim.engine.step import Step
+from servecast.sim.engine.step_costs import StepCosts
+from servecast.sim.inputs.errors import InputError
+
+if cython.compiled:
+    from cython.cimports.libc.math import rint
+else:
+    rint = round
+    IDLE, BUSY, ENDED, ABORTS = range(4)  # what ``EngineLoop.advance`` came to
+
+PICOSECONDS = cython.declare(cython.double, 1e12)
+EXACT = cython.declare(cython.longlong, 1 << 53)  # integers below are doubles, too
+OUTCOMES = ("sent", "queued", "scheduled", "ended", "first_token", "finish", "cached_tokens", "preemptions")
+STEP_FIELDS = cython.declare(cython.int, 12)  # columns of a step's row
+GAP_FIELDS = cython.declare(cython.int, 4)
+
+
+class EngineLoop:
+    """EngineCore's busy loop around a scheduler, the GPU, and the way of the tokens to the client.
+
+    ``advance(until)`` runs it; ``arrive`` puts a request into its input queue. With async scheduling a second
+    step is scheduled while the first executes, so the composition of a step is fixed when the step before it
+    starts.
+
+    Args:
+        scheduler: a fresh one. index: of the replica, for its rows of steps.
+        costs: of steps, or None, where ``seconds`` is called for each.
+        seconds, floor: of a step, s, without noise; the least that noise may make of it.
+        noise: factors of mean 1, one a step.
+        served_ps: what the API server takes for a token that it streams, and its way to the client.
+        read: called with the first token's time at the client, the spacing, how many events and tokens; or
+            None, where reading costs nothing.
+        cold_start_ps: between deciding the first step and its start on the GPU.
+
+    Attributes:
+        now: up to when it has run. wake: when to call ``advance`` again, where it came to BUSY.
+        inbox: (time, row of a request, or ~row of one whose client has gone), in order; aborts: how many
+            of these. seen: by tick, when its tokens were read, on average.
+        pending: a step that is decided, while the host warms up.
+        tell_ends: ``advance`` returns when requests have ended.
+        ended: rows of requests that ended since they were last taken, where it tells.
+        after_step: called with the time when a step has been completed, or None.
+        on_first: called with a request's row and the time at which its first token comes, or None.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        index: int,
+        costs: StepCosts | None,
+        seconds: Any,
+        floor: Any,
+        noise: Any,
+        served_ps: tuple[int, int],
+        read: Any,
+        cold_start_ps: int = 0,
+    ) -> None:
+        self.scheduler, self.index, self.costs = scheduler, index, costs
+        self.step_seconds, self.floor, self.noise, self.read = seconds, floor, noise, read
+        self.token_ps, self.delivery_ps = served_ps
+        self.cold_start = cold_start_ps
+        self.is_async = scheduler.is_async
+        self.now = self.wake = self.gpu_free = self.sent = self.resume = self.arrivals = 0
+        self.aborts = self.stage = 0
+        self.tell_ends, self.executing = True, False
+        self.first = self.second = self.pending = None
+        self.after_step = self.on_first = None
+        self.inbox, self.ended = [], []
+        self.seen = np.zeros(1024, np.int64)
+        self.num_seen = self.num_steps = self.num_gaps = 0
+        self.room_for_steps(1024)
+        self.room_for_gaps(1024)
+
+    @property
+    def step_columns(self) -> Any:
+        """(fields, steps): a row for each of ``records.STEP_COLUMNS``, floats by their bits."""
+        return np.asarray(self.steps)[:, : self.num_steps]
+
+    @property
+    def gap_columns(self) -> Any:
+        """(4, gaps): stage, gap in s, tokens, s over which the step's tokens are read."""
+        return np.asarray(self.gaps)[:, : self.num_gaps]
+
+    def room_for_steps(self, count: cython.Py_ssize_t) -> cython.int:
+        steps: Any = np.zeros((STEP_FIELDS, count), np.int64)
+        if self.num_steps:
+            steps[:, : self.num_steps] = self.steps
+        self.steps, self.step_floats = steps, steps.view(np.float64)
+        return 0
+
+    def room_for_gaps(self, count: cython.Py_ssize_t) -> cython.int:
+        gaps: Any = np.zeros((GAP_FIELDS, count))
+        if self.num_gaps:
+            gaps[:, : self.num_gaps] = self.gaps
+        self.gaps = gaps
+        return 0
+
+    def load(self, requests: Any, outcomes: Any) -> None:
+        """The table whose rows the inbox names, and (fields, n) what becomes of them, by ``OUTCOMES``."""
+        self.request_ids, self.prompts = writable(requests.request_id), writable(requests.prompt_tokens)
+        self.outputs, self.most = writable(requests.output_tokens), writable(requests.max_tokens)
+        self.contents, self.content = requests.contents, writable(requests.content)
+        self.prioritized = requests.priority is not None
+        if self.prioritized:
+            self.priorities = writable(requests.priority)
+        self.outcomes = outcomes
+
+    def take(self, row: cython.Py_ssize_t, time: cython.longlong) -> cython.int:
+        """A request reaches the scheduler that was put into the queue at ``time``."""
+        sequence: Sequence = self.scheduler.enter(
+            self.request_ids[row],
+            self.prompts[row],
+            self.outputs[row],
+            self.most[row],
+            self.contents[self.content[row]],
+            self.priorities[row] if self.prioritized else 0,
+            self.arrivals,
+        )
+        self.arrivals += 1
+        sequence.queued = time
+        sequence.row = row
+        return 0
+
+    def leave(self, row: int) -> None:
+        """A request ends without its last token, wherever it stands."""
+        request_id: Any = self.request_ids[row]
+        found: Any = self.scheduler.sequences.get(request_id)
+        if found is not None:
+            self.book(found)
+            self.scheduler.abort(request_id)
+
+    def advance(self, until: cython.longlong) -> cython.int:
+        """Run all that starts before ``until``: what happens outside at that time comes first.
+
+        Returns:
+            IDLE: nothing to do until something arrives. BUSY: call again at ``wake``. ENDED: requests have
+            ended; the loop stands behind the step that ended them, at ``now``. ABORTS: the loop stands where
+            it looks into its inbox, at ``now``, and finds that a client has gone, which is the host's.
+
+        Raises:
+            InputError: a request can never run.
+        """
+        scheduler: Scheduler = self.scheduler
+        sequence: Sequence
+        step: Step
+        while True:
+            if self.pending is not None:
+                if self.resume >= until:
+                    self.wake = self.resume
+                    return BUSY
+                self.now = self.resume
+                step = self.pending
+                self.pending = None
+                self.executing = not self.launch(step)
+                continue
+            if self.executing:
+                step = self.first
+                if step.end >= until:
+                    self.wake = step.end
+                    return BUSY
+                if step.end > self.now:
+                    self.now = step.end
+                self.executing = False
+                self.first, self.second = self.second, None
+                scheduler.complete(step)
+                if self.after_step is not None:
+                    self.after_step(self.now)
+                self.deliver(step)
+                if step.leavers and self.tell_ends:
+                    for sequence in step.leavers:
+                        self.ended.append(sequence.row)
+                    return ENDED
+            if self.first is None and self.inbox and not (scheduler.sequences or scheduler.finished_unsent):
+                self.now = max(self.now, self.next_arrival())
+            if self.now >= until:
+                self.wake = self.now
+                return BUSY
+            if self.inbox:
+                if self.aborts:
+                    return ABORTS
+                self.drain()
+            if scheduler.sequences or scheduler.finished_unsent:
+                step = scheduler.schedule()
+                if self.cold_start:
+                    self.resume, self.cold_start = self.now + self.cold_start, 0
+                    self.pending = step
+                else:
+                    self.executing = not self.launch(step)
+            elif self.first is None:
+                return IDLE
+            else:
+                self.executing = True
+
+    def next_arrival(self) -> cython.longlong:
+        item: tuple = self.inbox[0]
+        time: cython.longlong = item[0]
+        return time
+
+    def drain(self) -> cython.int:
+        """All that has reached the engine's input queue by now (EngineCore._process_input_queue)."""
+        item: tuple
+        for item in self.inbox:
+            self.take(item[1], item[0])
+        self.inbox.clear()
+        return 0
+
+    def launch(self, step: Step) -> cython.bint:
+        """Put the step on the GPU, behind the one before. Returns whether one more is decided now."""
+        self.execute(step)
+        if self.first is None:
+            self.first = step
+        else:
+            self.second = step
+        return self.is_async and self.second is None and step.total_tokens > 0
+
+    def execute(self, step: Step) -> cython.int:
+        scheduler: Scheduler = self.scheduler
+        sequence: Sequence
+        factor: cython.double
+        seconds: cython.double
+        i: cython.Py_ssize_t
+        at: cython.Py_ssize_t
+        step.start = step.end = max(self.now, self.gpu_free)
+        if not step.total_tokens:
+            if scheduler.num_waiting and not scheduler.runners:
+                self.refuse()
+            return 0
+        factor = next(self.noise)
+        seconds = self.costs.seconds(step) if self.costs is not None else self.step_seconds(step)
+        seconds = seconds * factor
+        if factor < 1.0:
+            seconds = max(seconds, cython.cast(cython.double, self.floor(step)))
+        self.gpu_free = step.end = step.start + cython.cast(cython.longlong, rint(seconds * PICOSECONDS))
+        for i in range(len(step.joined)):
+            sequence = step.joined[i]
+            if sequence.scheduled < 0:
+                sequence.scheduled = step.start
+        at = self.num_steps
+        if at == self.steps.shape[1]:
+            self.room_for_steps(2 * at)
+        self.num_steps += 1
+        self.steps[0, at] = self.index
+        self.step_floats[1, at] = in_seconds(step.start)
+        self.step_floats[2, at] = seconds
+        self.steps[3, at] = step.total_tokens - step.decodes
+        self.steps[4, at] = len(step.chunks)
+        self.steps[5, at] = step.decodes
+        self.steps[6, at] = step.decode_context
+        self.steps[7, at] = len(scheduler.runners)
+        self.steps[8, at] = scheduler.num_waiting
+        self.step_floats[9, at] = scheduler.kv.pool.usage()
+        self.steps[10, at] = len(step.victims)
+        self.steps[11, at] = len(step.samplers)
+        return 0
+
+    def refuse(self) -> cython.int:
+        """The engine is empty, and the head of the queue does not fit."""
+        head: Any = self.scheduler.queue.head()
+        raise InputError(
+            f"its {head.prompt_tokens} tokens are never admitted, although the engine is empty",
+            where=f"request {head.request_id}",
+            fix="With chunked prefill off, max_num_batched_tokens must cover the longest request.",
+        )
+
+    # ---- tokens on their way ----------------------------------------------------------------------
+
+    def deliver(self, step: Step) -> cython.int:
+        """Tokens go through the API server to the client, in the order of the batch; see ``ApiServer.stream``
+        and ``Client.read``."""
+        n: cython.longlong = step.emitted
+        cost: cython.longlong = self.token_ps
+        waiting: cython.longlong
+        events: cython.longlong
+        first: cython.longlong
+        pace: cython.longlong
+        middle: cython.longlong
+        last: cython.longlong
+        share: cython.longlong
+        spread: cython.double
+        tick: cython.Py_ssize_t
+        i: cython.Py_ssize_t
+        count: cython.Py_ssize_t
+        sequence: Sequence
+        if not n:
+            self.note_seen(step.end)
+            return 0
+        waiting = max(self.sent, self.now)
+        self.sent = max(self.sent, self.now + cost * n)
+        events = (self.sent - waiting) // cost if cost else n
+        first, pace = self.sent + self.delivery_ps - cost * (n - 1), cost
+        if self.read is not None:
+            first, pace = self.read(first, pace, events, n)
+        middle = first + pace * (n - 1) // 2
+        spread = in_seconds(pace * (n - 1))
+        if step.steady and self.num_seen:
+            self.note_gap(middle - self.seen[self.num_seen - 1], step.steady, spread)
+        for i in range(len(step.gaps)):
+            tick = step.gaps[i]
+            self.note_gap(middle - self.seen[tick], 1, spread)
+        self.note_seen(middle)
+        last = first + pace * (n - 1)
+        count = len(step.firsts)
+        for i in range(count):  # the newest stand last in the batch
+            sequence = step.firsts[i]
+            sequence.first_token = last - pace * (count - 1 - i)
+            if self.on_first is not None:
+                self.on_first(sequence.row, sequence.first_token)
+        count = len(step.leavers)
+        if count:
+            share = (last - first) // count
+            for i in range(count):  # these are spread over the batch
+                sequence = step.leavers[i]
+                sequence.ended = self.now
+                sequence.finish = max(sequence.first_token, first + share * i + share // 2)
+                self.book(sequence)
+        return 0
+
+    def book(self, sequence: Sequence) -> cython.int:
+        row: cython.Py_ssize_t = sequence.row
+        self.outcomes[1, row], self.outcomes[2, row] = sequence.queued, sequence.scheduled
+        self.outcomes[3, row], self.outcomes[4, row] = sequence.ended, sequence.first_token
+        self.outcomes[5, row] = sequence.finish
+        if sequence.scheduled >= 0:
+            self.outcomes[6, row] = sequence.cached_tokens
+        if sequence.preemptions:
+            self.outcomes[7, row] = sequence.preemptions
+        return 0
+
+    def note_seen(self, time: cython.longlong) -> cython.int:
+        if self.num_seen == self.seen.shape[0]:
+            self.seen = np.concatenate((np.asarray(self.seen), np.zeros_like(np.asarray(self.seen))))
+        self.seen[self.num_seen] = time
+        self.num_seen += 1
+        return 0
+
+    def note_gap(self, gap: cython.longlong, tokens: cython.longlong, spread: cython.double) -> cython.int:
+        at: cython.Py_ssize_t = self.num_gaps
+        if at == self.gaps.shape[1]:
+            self.room_for_gaps(2 * at)
+        self.num_gaps += 1
+        self.gaps[0, at] = self.stage
+        self.gaps[1, at] = in_seconds(gap)
+        self.gaps[2, at] = tokens
+        self.gaps[3, at] = spread
+        return 0
+
+
+def in_seconds(ps: cython.longlong) -> cython.double:
+    """Python's ps / PICOSECONDS, which rounds once."""
+    if -EXACT < ps < EXACT:
+        return ps / PICOSECONDS
+    exact: Any = ps
+    return exact / 1_000_000_000_000
+
+
+def writable(values: Any) -> Any:
+    """A column that may be written to, as typed views want it."""
+    return np.require(values, None, "W")

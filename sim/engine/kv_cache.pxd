@@ -1,0 +1,26 @@
+# What is fixed of kv_cache.py where it is compiled.
+cimport cython
+from servecast.sim.engine.block_pool cimport BLOCKS_PER_CONTENT, PRIVATE, UNHASHED, BlockPool
+from servecast.sim.engine.sequence cimport Sequence
+
+@cython.final
+cdef class KVCache:
+    cdef readonly BlockPool pool
+    cdef bint reuse_unhashed_first
+    cdef bint prefix_caching
+    cdef bint full_isl
+    cdef int block_size
+    cdef int max_model_len
+    cdef Py_ssize_t width
+    cdef int[::1] table  # KV blocks of the running, a row a slot
+    cdef list slots
+    cdef dict prefixes
+
+    cdef int blocks_for(self, int tokens) noexcept
+    cdef int get_computed_blocks(self, Sequence sequence) except -1
+    cdef bint allocate_slots(self, Sequence sequence, int tokens, int hits, int reserve) except? -1
+    cdef int touch(self, Sequence sequence, int hits) except -1
+    cdef int free(self, Sequence sequence) except -1
+    cdef int cache_blocks(self, Sequence sequence, int tokens) except -1
+    cdef long long private_key(self, Sequence sequence) noexcept
+    cdef int publish(self, Sequence sequence) except -1

@@ -1,0 +1,57 @@
+# What is fixed of scheduler.py where it is compiled.
+cimport cython
+from servecast.sim.engine.kv_cache cimport KVCache
+from servecast.sim.engine.sequence cimport FINISHED, PREEMPTED, RUNNING, WAITING, Sequence
+from servecast.sim.engine.step cimport Step
+
+@cython.final
+cdef class Scheduler:
+    cdef readonly object config
+    cdef readonly object rules
+    cdef readonly KVCache kv
+    cdef readonly long long tick  # number of schedule() calls so far
+    cdef readonly long long prefix_queries  # tokens, as in vLLM's counters
+    cdef readonly long long prefix_hits
+    cdef readonly int num_waiting
+    cdef bint lone_request_ignores_threshold
+    cdef bint cursor_follows_victim
+    cdef bint count_admitted_lookups
+    cdef bint loop_goes_on_after_own_preemption
+    cdef object cadence
+    cdef bint prefix_caching
+    cdef bint chunked_prefill
+    cdef bint is_async
+    cdef bint adaptive
+    cdef bint priority
+    cdef bint trace
+    cdef int max_tokens
+    cdef int max_running
+    cdef int max_model_len
+    cdef int long_prefill_threshold
+    cdef int watermark
+    cdef bint finished_unsent
+    cdef long long added
+    cdef dict sequences
+    cdef list runners  # in the order of admission
+    cdef object queue
+
+    cpdef Sequence add(self, object request, long long arrival)
+    cdef Sequence enter(
+        self, long long request_id, int prompt, int output, int most, tuple content, long long priority,
+        long long arrival
+    )
+    cpdef object abort(self, object request_id)
+    cdef int forget(self, Sequence sequence) except -1
+    cpdef Step schedule(self)
+    cdef bint somebody_decodes(self) except? -1
+    cdef int chunk_limit(self) except -1
+    cdef int schedule_running(self, Step step, int threshold, bint defer) except? -1
+    cdef Py_ssize_t pick_victim(self) except? -1
+    cdef int withdraw(self, Step step, Sequence victim) except? -1
+    cdef int preempt(self, Step step, Sequence sequence, Py_ssize_t position) except -1
+    cdef int schedule_waiting(self, Step step, int budget, int threshold, bint defer) except -1
+    cdef int count_lookup(self, Sequence sequence, int hit_tokens) except -1
+    cdef void advance(self, Step step, Sequence sequence, int tokens) noexcept
+    cdef void note_chunk(self, Step step, Sequence sequence, int tokens) noexcept
+    cdef void note_scheduled(self, Step step, Sequence sequence, int tokens) noexcept
+    cpdef object complete(self, Step step)

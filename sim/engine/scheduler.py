@@ -1,0 +1,445 @@
+"""vLLM's V1 scheduler: who computes how many tokens in the next step, and on which KV blocks.
+
+Every running request is visited in every step, as vLLM does it, so a rule of vLLM is one place here; comments
+name the function of vLLM (``vllm/v1``) that has it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cython
+
+from servecast.sim.engine.cadence import PrefillCadence
+from servecast.sim.engine.kv_cache import KVCache
+from servecast.sim.engine.rules import rules_for
+from servecast.sim.engine.sequence import Sequence
+from servecast.sim.engine.step import Step
+from servecast.sim.engine.waiting import QUEUES
+from servecast.sim.inputs.errors import InputError
+
+if not cython.compiled:
+    from servecast.sim.engine.sequence import FINISHED, PREEMPTED, RUNNING, WAITING
+
+
+class Scheduler:
+    """vLLM's V1 scheduler: who computes how many tokens in the next step, and on which KV blocks.
+
+    Use: ``add``, then ``step = schedule()`` and ``complete(step)`` in turn; with async scheduling the next
+    ``schedule`` comes before the ``complete`` of the step in flight.
+
+    Args:
+        config: flags and pool size.
+        trace: keep each step's full composition for ``Step.scheduled``; changes no decision.
+    """
+
+    def __init__(self, config: Any, *, trace: bool = False) -> None:
+        rules = rules_for(config.version)
+        self.config, self.rules, self.trace = config, rules, trace
+        appends = rules.append_without_caching and not config.enable_prefix_caching
+        self.loop_goes_on_after_own_preemption = rules.loop_goes_on_after_own_preemption
+        self.lone_request_ignores_threshold = rules.lone_request_ignores_threshold
+        self.cursor_follows_victim = rules.cursor_follows_victim
+        self.count_admitted_lookups = rules.count_admitted_lookups
+        self.cadence = None
+        if config.prefill_schedule_interval > 1:
+            self.cadence = PrefillCadence(config.prefill_schedule_interval)
+        self.prefix_caching = config.enable_prefix_caching
+        self.chunked_prefill = config.enable_chunked_prefill
+        self.is_async = config.async_scheduling
+        self.adaptive = config.long_prefill_token_threshold_adaptive
+        self.priority = config.scheduling_policy == "priority"
+        self.max_tokens, self.max_model_len = config.max_num_batched_tokens, config.max_model_len
+        self.max_running = min(config.max_num_seqs, config.max_num_active_seqs or config.max_num_seqs)
+        self.long_prefill_threshold = config.long_prefill_token_threshold
+        self.watermark = int(config.watermark * config.num_gpu_blocks)
+        self.tick = self.prefix_queries = self.prefix_hits = self.added = 0
+        self.num_waiting = 0
+        self.finished_unsent = False
+        self.kv = KVCache(config, rules.reuse_unhashed_first and not appends, self.max_running)
+        self.sequences, self.runners = {}, []
+        self.queue = QUEUES[config.scheduling_policy]()
+
+    # ---- what can be read -------------------------------------------------------------------------
+
+    @property
+    def has_requests(self) -> bool:
+        """Whether the engine loop goes on: one more (empty) step follows the last finish."""
+        return bool(self.sequences) or self.finished_unsent
+
+    @property
+    def num_running(self) -> int:
+        return len(self.runners)
+
+    @property
+    def running(self) -> list[int]:
+        """Request ids, in order of admission."""
+        return [sequence.request_id for sequence in self.runners]
+
+    @property
+    def waiting(self) -> list[int]:
+        """Request ids, next one first."""
+        return [sequence.request_id for sequence in self.queue.ordered()]
+
+    @property
+    def free_blocks(self) -> int:
+        return self.kv.pool.free_blocks
+
+    def free_list(self, limit: int) -> list[int]:
+        """The next ``limit`` blocks to be taken."""
+        return self.kv.pool.free_list(limit)
+
+    @property
+    def cached_blocks(self) -> int:
+        """Distinct block contents that a look-up could find now."""
+        return self.kv.pool.cached_keys
+
+    def block_ids(self, request_id: int) -> list[int]:
+        return self.kv.block_ids(self.sequences[request_id])
+
+    # ---- requests come and go ---------------------------------------------------------------------
+
+    def add(self, request: Any, arrival: cython.longlong) -> Sequence:
+        """Queue a request. ``arrival`` rises from call to call; ties of priority go by it.
+
+        Raises:
+            InputError: the request could never run alone: longer than ``max_model_len`` or than the pool.
+        """
+        return self.enter(
+            request.request_id,
+            request.prompt_tokens,
+            request.output_tokens,
+            request.max_tokens,
+            request.content,
+            request.priority,
+            arrival,
+        )
+
+    def enter(
+        self,
+        request_id: cython.longlong,
+        prompt: cython.int,
+        output: cython.int,
+        most: cython.int,
+        content: tuple,
+        priority: cython.longlong,
+        arrival: cython.longlong,
+    ) -> Sequence:
+        """``add``, without the object."""
+        sequence: Sequence = Sequence(request_id, priority, prompt)
+        need: cython.int
+        sequence.num_tokens = prompt
+        sequence.limit = prompt + most
+        sequence.final_tokens = min(prompt + output, sequence.limit, self.max_model_len)
+        sequence.arrival, sequence.serial = arrival, self.added
+        self.added += 1
+        if prompt >= self.max_model_len:
+            raise InputError(
+                f"its prompt of {prompt} tokens leaves no room for an output",
+                where=f"request {request_id}",
+                fix=f"Shorten it below max_model_len={self.max_model_len}, or raise max_model_len.",
+            )
+        need = self.kv.blocks_for(sequence.final_tokens - 1)  # the last is never computed
+        if need > self.kv.pool.num_blocks - 1:
+            raise InputError(
+                f"its {sequence.final_tokens} tokens need {need} KV blocks of {self.kv.block_size}",
+                where=f"request {request_id}",
+                fix=f"The pool has {self.kv.pool.num_blocks - 1}: enlarge it or shorten the request.",
+            )
+        sequence.shared_keys = self.kv.shared_keys(content)
+        self.sequences[sequence.request_id] = sequence
+        self.queue.push(sequence)
+        self.num_waiting += 1
+        return sequence
+
+    def abort(self, request_id: Any) -> Any:
+        """Drop a request wherever it stands; an unknown or finished one is ignored."""
+        found: Any = self.sequences.get(request_id)
+        if found is None:
+            return None
+        sequence: Sequence = found
+        if sequence.status == RUNNING:
+            self.runners.remove(sequence)
+            self.kv.free(sequence)
+        else:
+            self.queue.remove(sequence)
+            self.num_waiting -= 1
+        self.forget(sequence)
+        return None
+
+    def forget(self, sequence: Sequence) -> cython.int:
+        sequence.status = FINISHED
+        del self.sequences[sequence.request_id]
+        self.finished_unsent = True
+        return 0
+
+    # ---- a step is decided ------------------------------------------------------------------------
+
+    def schedule(self) -> Step:
+        """Decide the next step; computed tokens advance at once, sampled ones arrive by ``complete``."""
+        step: Step = Step(self.tick)
+        threshold: cython.int = self.chunk_limit()
+        budget: cython.int
+        defer: cython.bint = False
+        self.finished_unsent = False
+        if self.trace:
+            step.composition = []
+        if self.cadence is not None:
+            defer = self.cadence.begin() and self.somebody_decodes()
+        budget = self.schedule_running(step, threshold, defer)
+        if self.num_waiting and not step.victims:
+            self.schedule_waiting(step, budget, threshold, defer)
+        self.tick += 1
+        if self.cadence is not None:
+            admitting = not step.victims and not defer
+            self.cadence.end(tokens=step.total_tokens, admitting=admitting, waiting=self.num_waiting)
+        return step
+
+    def somebody_decodes(self) -> cython.bint:
+        """Whether a running request has left its prefill (Scheduler.schedule: "not r.is_prefill_chunk")."""
+        sequence: Sequence
+        decoding: cython.int = 0
+        for sequence in self.runners:
+            decoding += sequence.computed >= sequence.catch_up
+        return decoding > 0
+
+    def chunk_limit(self) -> cython.int:
+        """``long_prefill_token_threshold`` in force in this step; 0 is none."""
+        # Scheduler.schedule, before its loops: num_eligible_reqs
+        active: cython.int
+        if self.long_prefill_threshold and self.lone_request_ignores_threshold:
+            active = len(self.runners) + self.num_waiting
+            if active <= 1:
+                return 0
+            if self.adaptive:
+                return max(self.long_prefill_threshold, self.max_tokens // active)
+        return self.long_prefill_threshold
+
+    def schedule_running(self, step: Step, threshold: cython.int, defer: cython.bint) -> cython.int:
+        """Phase 1: running requests catch up, in order of admission, but for those that prefill where their
+        work is to ``defer``; where blocks run out, others are preempted. Returns the budget left."""
+        # Scheduler.schedule, "First, schedule the RUNNING requests": index is its req_index
+        runners: list = self.runners
+        sequence: Sequence
+        victim: Sequence
+        budget: cython.int = self.max_tokens
+        index: cython.Py_ssize_t = 0
+        position: cython.Py_ssize_t
+        tokens: cython.int
+        given_back: cython.int
+        while index < len(runners) and budget > 0:
+            sequence = cython.cast(Sequence, runners[index])
+            if sequence.placeholders > 0 and sequence.computed + 2 - sequence.placeholders >= sequence.limit:
+                index += 1  # its last token is being computed
+                continue
+            # num_tokens_with_spec + num_output_placeholders - num_computed_tokens
+            tokens = sequence.num_tokens + sequence.placeholders - sequence.computed
+            if 0 < threshold < tokens:
+                tokens = threshold
+            if tokens > budget:
+                tokens = budget
+            if tokens > self.max_model_len - sequence.computed - 1:
+                tokens = self.max_model_len - sequence.computed - 1
+            if tokens == 0 or (defer and sequence.computed < sequence.catch_up):
+                index += 1
+                continue
+            if sequence.computed + tokens >= sequence.kv_due:
+                while not self.kv.allocate_slots(sequence, tokens, 0, 0):
+                    position = self.pick_victim()
+                    victim = runners[position]
+                    given_back = 0
+                    if self.priority and victim.scheduled_tick == self.tick:
+                        given_back = self.withdraw(step, victim)
+                        budget += given_back
+                    # before 0.28: "if preempted_req in scheduled_running_reqs": it gave tokens back
+                    if position < index if self.cursor_follows_victim else given_back > 0:
+                        index -= 1
+                    self.preempt(step, victim, position)
+                    if victim is sequence:
+                        break
+                if sequence.status != RUNNING:
+                    if self.loop_goes_on_after_own_preemption:  # under FCFS it was the last anyway
+                        continue  # its place in the list is the next one's now
+                    return budget
+            if self.cadence is not None and sequence.computed < sequence.catch_up:
+                self.cadence.carries_prefill = True
+            self.advance(step, sequence, tokens)
+            budget -= tokens
+            index += 1
+        return budget
+
+    def pick_victim(self) -> cython.Py_ssize_t:
+        """Position among the running of the one that is preempted next."""
+        # Scheduler.schedule: max(self.running, key=lambda r: (r.priority, r.arrival_time)), or running.pop()
+        best: cython.Py_ssize_t = len(self.runners) - 1
+        if self.priority:
+            keys: list = [sequence.sort_key[:2] for sequence in self.runners]
+            best = keys.index(max(keys))
+        return best
+
+    def withdraw(self, step: Step, victim: Sequence) -> cython.int:
+        """Take a victim out of the step in which it was scheduled already. Returns its tokens."""
+        tokens: cython.int = victim.scheduled_tokens
+        before: cython.int = victim.computed - tokens
+        position: cython.Py_ssize_t
+        step.total_tokens -= tokens
+        if before >= victim.catch_up:
+            step.decodes -= 1
+            step.decode_context -= before + 1
+        else:
+            position = step.prefilling.index(victim)
+            del step.chunks[position], step.prefilling[position]
+        if victim in step.samplers:
+            step.samplers.remove(victim)
+            if self.is_async:
+                victim.placeholders -= 1
+        if step.composition is not None:
+            step.composition.remove((victim, tokens))
+        return tokens
+
+    def preempt(self, step: Step, sequence: Sequence, position: cython.Py_ssize_t) -> cython.int:
+        """Recompute later: give everything back and wait at the front (Scheduler._preempt_request). Tokens
+        in flight are still delivered."""
+        self.kv.publish(sequence)
+        self.kv.free(sequence)
+        del self.runners[position]
+        sequence.computed = 0
+        sequence.status = PREEMPTED
+        sequence.preemptions += 1
+        self.queue.push_preempted(sequence)
+        self.num_waiting += 1
+        step.victims.append(sequence)
+        return 0
+
+    def schedule_waiting(
+        self, step: Step, budget: cython.int, threshold: cython.int, defer: cython.bint
+    ) -> cython.int:
+        """Phase 2: the head of the queue, while it fits and has no prompt work to ``defer``; the first one
+        that does not blocks the rest."""
+        sequence: Sequence
+        hits: cython.int
+        cached: cython.int
+        tokens: cython.int
+        reserve: cython.int
+        carries_prefill: cython.bint
+        while self.num_waiting and budget > 0 and len(self.runners) < self.max_running:
+            sequence = self.queue.head()
+            hits = self.kv.get_computed_blocks(sequence)
+            cached = hits * self.kv.block_size
+            if not self.count_admitted_lookups:
+                self.count_lookup(sequence, cached)
+            tokens = sequence.num_tokens - cached
+            carries_prefill = tokens > 1
+            if defer and carries_prefill:
+                break
+            if 0 < threshold < tokens:
+                tokens = threshold
+            if tokens > budget:
+                if not self.chunked_prefill:
+                    break
+                tokens = budget
+            reserve = self.watermark if self.runners else 0
+            if not self.kv.allocate_slots(sequence, tokens, hits, reserve):
+                break
+            self.queue.pop()
+            self.num_waiting -= 1
+            if self.cadence is not None and carries_prefill:
+                self.cadence.carries_prefill = True
+            if self.count_admitted_lookups:
+                self.count_lookup(sequence, cached)
+            step.joined.append(sequence)
+            step.joined_cached.append(cached)
+            step.joined_again.append(sequence.status == PREEMPTED)
+            if sequence.status == WAITING:
+                sequence.cached_tokens = cached
+            sequence.status = RUNNING
+            sequence.computed = cached
+            sequence.catch_up = sequence.num_tokens
+            self.runners.append(sequence)
+            self.advance(step, sequence, tokens)
+            budget -= tokens
+        return 0
+
+    def count_lookup(self, sequence: Sequence, hit_tokens: cython.int) -> cython.int:
+        """vLLM keeps the look-ups of preempted requests out of its counters (PrefixCacheStats.record)."""
+        if self.prefix_caching and not sequence.preemptions:
+            self.prefix_queries += sequence.num_tokens
+            self.prefix_hits += hit_tokens
+        return 0
+
+    def advance(self, step: Step, sequence: Sequence, tokens: cython.int) -> None:
+        """Scheduled tokens count as computed; note whether it samples (Scheduler._update_after_schedule)."""
+        step.total_tokens += tokens
+        if sequence.computed >= sequence.catch_up:
+            step.decodes += 1
+            step.decode_context += sequence.computed + 1
+        else:
+            self.note_chunk(step, sequence, tokens)
+        if self.priority or self.trace:
+            self.note_scheduled(step, sequence, tokens)
+        sequence.computed += tokens
+        if sequence.computed >= sequence.num_tokens + sequence.placeholders:
+            step.samplers.append(sequence)
+            if self.is_async:
+                sequence.placeholders += 1
+
+    def note_chunk(self, step: Step, sequence: Sequence, tokens: cython.int) -> None:
+        step.chunks.append((tokens, sequence.computed))
+        if self.priority:
+            step.prefilling.append(sequence)
+
+    def note_scheduled(self, step: Step, sequence: Sequence, tokens: cython.int) -> None:
+        sequence.scheduled_tick, sequence.scheduled_tokens = self.tick, tokens
+        if self.trace:
+            step.composition.append((sequence, tokens))
+
+    # ---- a step is done ---------------------------------------------------------------------------
+
+    def complete(self, step: Step) -> Any:
+        """Deliver the tokens of a step, in its order; who has its last one leaves with its blocks
+        (Scheduler.update_from_output)."""
+        sequence: Sequence
+        left: cython.bint = False
+        tick: cython.longlong = step.tick
+        emitted: cython.int = 0
+        steady: cython.int = 0
+        i: cython.Py_ssize_t
+        tokens: cython.int
+        samplers: list = step.samplers
+        for i in range(len(samplers)):
+            sequence = cython.cast(Sequence, samplers[i])
+            if sequence.status == FINISHED:
+                continue  # while the step was in flight
+            sequence.num_tokens += 1
+            emitted += 1
+            if sequence.token_tick == tick - 1 and tick > 0:
+                steady += 1
+            elif sequence.token_tick < 0:
+                step.firsts.append(sequence)
+            else:
+                step.gaps.append(sequence.token_tick)
+            sequence.token_tick = tick
+            if self.is_async:
+                if sequence.placeholders > 0:
+                    sequence.placeholders -= 1
+                tokens = sequence.computed - sequence.placeholders
+                if tokens >= sequence.kv_due and sequence.status == RUNNING:
+                    self.kv.cache_blocks(sequence, tokens)
+            if sequence.num_tokens >= sequence.final_tokens:
+                if sequence.status == RUNNING:
+                    left = True
+                    self.kv.free(sequence)
+                else:  # preempted while its last token was in flight
+                    self.queue.remove(sequence)
+                    self.num_waiting -= 1
+                self.forget(sequence)
+                step.leavers.append(sequence)
+        step.emitted, step.steady = emitted, steady
+        if left:
+            still: list = []
+            for i in range(len(self.runners)):
+                sequence = cython.cast(Sequence, self.runners[i])
+                if sequence.status != FINISHED:
+                    still.append(sequence)
+            self.runners = still
+        return None

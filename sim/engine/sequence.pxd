@@ -1,0 +1,39 @@
+# What is fixed of sequence.py where it is compiled.
+cimport cython
+
+cdef enum:
+    WAITING = 0
+    RUNNING = 1
+    PREEMPTED = 2
+    FINISHED = 3
+
+@cython.final
+cdef class Sequence:
+    cdef int status
+    cdef int num_tokens
+    cdef int computed
+    cdef int placeholders
+    cdef int limit
+    cdef int blocks_end
+    cdef int cached_end
+    cdef int kv_due
+    cdef int catch_up
+    cdef long long token_tick
+    cdef int final_tokens
+    cdef int slot
+    cdef long long scheduled_tick
+    cdef int scheduled_tokens
+    cdef readonly long long arrival
+    cdef long long serial
+    cdef Py_ssize_t row
+    cdef list shared_keys
+    cdef readonly long long priority
+    cdef readonly int prompt_tokens
+    cdef readonly long long request_id
+    cdef readonly int preemptions
+    cdef readonly int cached_tokens
+    cdef readonly long long queued
+    cdef readonly long long scheduled
+    cdef readonly long long ended
+    cdef readonly long long first_token
+    cdef readonly long long finish

@@ -1,0 +1,39 @@
+"""A request inside the engine."""
+
+from __future__ import annotations
+
+import cython
+
+if not cython.compiled:  # else the constants of sequence.pxd
+    WAITING, RUNNING, PREEMPTED, FINISHED = range(4)
+
+
+class Sequence:
+    """A request inside the engine. Counts are tokens, times picoseconds, -1 where it did not happen.
+
+    computed: advanced when scheduled, before the step runs. placeholders: async, outputs that steps in flight
+    sample. limit: prompt and max_tokens. final_tokens: when it ends. catch_up: num_tokens at its last
+    admission, which it has to compute before it decodes. token_tick: of the step that delivered its newest
+    token. scheduled_tick, scheduled_tokens: with priorities, its last step, and its tokens there. slot: its
+    row of the block table. blocks_end: tokens that its blocks hold. cached_end: tokens whose blocks have
+    their hash. kv_due: the tokens at which its KV cache has something to do: a block more, or one that is
+    full. row: in the table of requests, -1 outside of it.
+    """
+
+    def __init__(
+        self, request_id: cython.longlong, priority: cython.longlong, prompt_tokens: cython.int
+    ) -> None:
+        self.request_id, self.priority, self.prompt_tokens = request_id, priority, prompt_tokens
+        self.status = WAITING
+        self.shared_keys = None
+        self.num_tokens = self.limit = self.final_tokens = 0
+        self.computed = self.placeholders = self.catch_up = self.preemptions = 0
+        self.blocks_end = self.cached_end = self.kv_due = self.scheduled_tokens = 0
+        self.slot = self.cached_tokens = self.row = -1
+        self.token_tick = self.scheduled_tick = self.arrival = self.serial = -1
+        self.queued = self.scheduled = self.ended = self.first_token = self.finish = -1
+
+    @property
+    def sort_key(self) -> tuple[int, int, int]:
+        """The order of the priority queue."""
+        return self.priority, self.arrival, self.request_id

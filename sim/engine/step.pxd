@@ -1,0 +1,24 @@
+# What is fixed of step.py where it is compiled.
+cimport cython
+
+@cython.final
+cdef class Step:
+    cdef readonly long long tick
+    cdef readonly int total_tokens
+    cdef readonly list chunks
+    cdef readonly int decodes
+    cdef readonly long long decode_context
+    cdef readonly list gaps
+    cdef readonly int steady
+    cdef readonly int emitted
+    cdef long long start
+    cdef long long end
+    cdef list samplers
+    cdef list prefilling
+    cdef list joined
+    cdef list joined_cached
+    cdef list joined_again
+    cdef list victims
+    cdef list firsts
+    cdef list leavers
+    cdef list composition

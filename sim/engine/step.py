@@ -1,0 +1,62 @@
+"""What one call of ``schedule`` decided."""
+
+from __future__ import annotations
+
+import cython
+
+
+class Step:
+    """What one ``schedule`` decided, and after ``complete`` what came of it; see ``Step`` in
+    ``servecast.sim.engine.engine``.
+
+    samplers: sequences that sample a token, in the order of the batch. joined: those admitted and resumed,
+    with what they found cached, and whether resumed. firsts, leavers: those that got their first or last
+    token. prefilling: with priorities, whose the chunks are. composition: with ``trace``, all and their
+    tokens.
+    """
+
+    def __init__(self, tick: cython.longlong) -> None:
+        self.tick = tick
+        self.total_tokens = self.decodes = self.steady = self.emitted = 0
+        self.decode_context = self.start = self.end = 0
+        self.chunks, self.gaps, self.samplers, self.prefilling = [], [], [], []
+        self.joined, self.joined_cached, self.joined_again, self.victims = [], [], [], []
+        self.firsts, self.leavers = [], []
+        self.composition = None
+
+    @property
+    def samples(self) -> int:
+        return len(self.samplers)
+
+    @property
+    def admitted(self) -> list[int]:
+        return [s.request_id for s, again in zip(self.joined, self.joined_again, strict=True) if not again]
+
+    @property
+    def resumed(self) -> list[int]:
+        return [s.request_id for s, again in zip(self.joined, self.joined_again, strict=True) if again]
+
+    @property
+    def cached_tokens(self) -> dict[int, int]:
+        return {s.request_id: cached for s, cached in zip(self.joined, self.joined_cached, strict=True)}
+
+    @property
+    def preempted(self) -> list[int]:
+        return [s.request_id for s in self.victims]
+
+    @property
+    def first_tokens(self) -> list[int]:
+        return [s.request_id for s in self.firsts]
+
+    @property
+    def finished(self) -> list[int]:
+        return [s.request_id for s in self.leavers]
+
+    @property
+    def idle_s(self) -> float:
+        return 0.0
+
+    def scheduled(self) -> dict[int, int]:
+        """Request id -> tokens, in vLLM's order. Only from a scheduler made with ``trace=True``."""
+        assert self.composition is not None, "the scheduler was not made with trace=True"
+        return {s.request_id: tokens for s, tokens in self.composition}
