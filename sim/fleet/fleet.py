@@ -270,9 +270,10 @@ def _columns(flow: Flow, streams: list[tuple[int, int]], longest: NDArray[np.int
     found |= {name: flow.columns[name] for name in ("arrival", "replica", "status")}
     found = {name: values[rows] for name, values in found.items()}
     requests = flow.requests
+    outputs, done = requests.output_tokens[rows], found["status"] == STATUSES.index("finished")
     fits = longest[found["replica"]] - requests.prompt_tokens[rows]
-    outputs = np.minimum(requests.output_tokens[rows], fits, out=fits)
-    outputs[found["status"] != STATUSES.index("finished")] = 0
+    if not (done.all() and (outputs <= fits).all()):
+        outputs = np.where(done, np.minimum(outputs, fits), 0)
     found["output_tokens"] = outputs
     if not isinstance(rows, slice) or rows.stop < len(requests):
         found["rows"] = rows

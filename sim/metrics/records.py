@@ -101,7 +101,7 @@ def requests_table(requests: Requests, columns: Mapping[str, Any]) -> pd.DataFra
         values, missing = known[name], np.broadcast_to(known[name] < 0, count).copy()
         whole = values.astype(np.int64, copy=False) if np.any(values > 0) else np.zeros(count, np.int64)
         known[name] = pd.arrays.IntegerArray(whole, missing)
-    there = np.bincount(known["status"], minlength=len(STATUSES)) > 0
+    there = np.array([(known["status"] == code).any() for code in range(len(STATUSES))])
     codes = (np.cumsum(there) - 1).astype(np.int8)[known["status"]]
     known["status"] = pd.Categorical.from_codes(codes, np.array(STATUSES)[there])
     return pd.DataFrame({name: known[name] for name in RequestRecord.__slots__}, copy=False)
