@@ -14,6 +14,7 @@ cdef class Sender:
     cdef Py_ssize_t end
     cdef Py_ssize_t limit
     cdef Py_ssize_t in_flight
+    cdef long long last  # when its client has all answers that are on their way, unless it waits for each
 
 @cython.final
 cdef class Server:

@@ -47,7 +47,8 @@ ENCODED = cython.declare(cython.int, 4)
 DONE = cython.declare(cython.int, 5)
 GIVE_UP = cython.declare(cython.int, 6)
 ANSWERED = cython.declare(cython.int, 7)
-ENGINE = cython.declare(cython.int, 8)
+CLOSED = cython.declare(cython.int, 8)
+ENGINE = cython.declare(cython.int, 9)
 
 NOT_READY = "no replica was ready (503)"
 UNPICKED = "the router let no replica pass (503)"
@@ -61,7 +62,7 @@ class Sender:
     def __init__(self, first: cython.Py_ssize_t, end: cython.Py_ssize_t, limit: cython.Py_ssize_t) -> None:
         self.first = self.started = self.ready = first
         self.end, self.limit, self.open = end, limit, end - first
-        self.in_flight = self.unsent = 0
+        self.in_flight = self.unsent = self.last = 0
         self.stopped = self.told = False
 
 
@@ -235,6 +236,8 @@ class Flow:
                 self.done(number)
             elif what == GIVE_UP:
                 self.give_up(number)
+            elif what == CLOSED:
+                self.tell_finished(self.senders[number], number)
             else:
                 self.answered(self.objects[number], self.replica[number])
         if self.finished:
@@ -321,9 +324,13 @@ class Flow:
         return 0
 
     def tell_finished(self, sender: Sender, number: cython.Py_ssize_t) -> cython.int:
-        if not sender.open and not sender.told:
-            sender.told = True
-            self.finished.append(number)
+        """The host hears of a stream when its client has its last answer."""
+        if sender.open or sender.told:
+            return 0
+        if sender.last > self.now:
+            return self.push(sender.last, 0, CLOSED, number)
+        sender.told = True
+        self.finished.append(number)
         return 0
 
     # ---- the router -------------------------------------------------------------------------------
@@ -491,13 +498,22 @@ class Flow:
         ended: list = server.loop.ended
         row: cython.Py_ssize_t
         finish: cython.longlong
+        number: cython.Py_ssize_t
+        sender: Sender
         server.loop.ended = []
         for row in ended:
             del server.inside[row]
             self.status[row] = _FINISHED
             self.outstanding[index] -= 1
             finish = self.outcomes[5, row]
-            if finish > self.now:
+            number = self.stream[row]
+            sender = self.senders[number]
+            if self.ended is None and not sender.limit:  # nobody waits for the end of one
+                sender.last = max(sender.last, finish)
+                sender.in_flight -= 1
+                sender.open -= 1
+                self.tell_finished(sender, number)
+            elif finish > self.now:
                 self.push(finish, 0, DONE, row)
             else:
                 self.done(row)
