@@ -36,12 +36,7 @@ def pytest_sessionstart() -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What measures speed is left to ``make benchmark``. Where vLLM is not installed, say so once a test
-    instead of failing in each of its own ways."""
-    if not config.getoption("benchmark_only", default=False):
-        measures = [item for item in items if "benchmark" in getattr(item, "fixturenames", ())]
-        config.hook.pytest_deselected(items=measures)
-        items[:] = [item for item in items if item not in measures]
+    """Where vLLM is not installed, say so once a test instead of failing in each of its own ways."""
     if not VLLM.exists():
         for item in items:
             if item.get_closest_marker("vllm"):

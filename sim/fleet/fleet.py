@@ -23,6 +23,7 @@ from servecast.sim.fleet.replica import Replica
 from servecast.sim.fleet.spec import Life
 from servecast.sim.inputs.units import to_ps, to_seconds
 from servecast.sim.metrics.records import STATUSES, Run, requests_table, steps_table
+from servecast.sim.routing.backends import Backend
 from servecast.sim.routing.options import RouterOptions
 from servecast.sim.routing.routers import Answered, Informed, Random, RoundRobin, Router
 
@@ -35,7 +36,8 @@ Columns = dict[str, Any]
 class Fleet:
     """Replicas behind a router, and the clients that drive them.
 
-    Requests go their way in a `Flow`; SimPy has what happens now and then: stages, timers, the life of replicas.
+    Requests go their way in a `Flow`; SimPy has what happens now and then: stages, timers, the life of
+    replicas.
 
     Args:
         make_replica: called with (index, client) for each replica.
@@ -108,8 +110,8 @@ class Fleet:
 
     def _apart(self, stages: list[Stage], requests: Requests) -> bool:
         """Whether each replica can run by itself, and nobody waits for an end: one stream without a limit, a
-        router that does not look, replicas that are there all the time, and a client that costs nothing where there
-        are several."""
+        router that does not look, replicas that are there all the time, and a client that costs nothing where
+        there are several."""
         if len(stages) != 1 or len(stages[0].streams) != 1 or not len(requests):
             return False
         stream = stages[0].streams[0]
@@ -145,7 +147,7 @@ class Fleet:
         return _columns(flow, [(0, 0)], self._longest)
 
     def _make_flow(
-        self, requests: Requests, ready: Sequence[Endpoint], *, quiet: bool, ordered: bool = False
+        self, requests: Requests, ready: Sequence[Backend], *, quiet: bool, ordered: bool = False
     ) -> Flow:
         router, send = self._router, None if self._client.is_free else self._client.send
         return Flow(

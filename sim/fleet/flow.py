@@ -1,9 +1,9 @@
 """The way of requests through a fleet: clients, router, API servers and engines, in one heap of events.
 
-Compiled by Cython where there was a compiler, like the engine (``servecast.sim.engine``), and for its reason: all
-that happens to every request is here. Stages, timers, and the life of replicas are SimPy's (``fleet.py``), which
-hands over the time between two of its events. Times are picoseconds; events at one time come in the order in which
-they were put in, and an engine's steps after all others.
+Compiled by Cython where there was a compiler, like the engine (``servecast.sim.engine``), and for its reason:
+all that happens to every request is here. Stages, timers, and the life of replicas are SimPy's
+(``fleet.py``), which hands over the time between two of its events. Times are picoseconds; events at one time
+come in the order in which they were put in, and an engine's steps after all others.
 
 Client and API server are Python processes with one event loop each. Work in them is serial, first come, first
 served, with known times, so that it needs no events of its own: what arrives at t starts at max(t, end of the
@@ -70,8 +70,8 @@ class Server:
     """A replica: its API server, and its engine's loop.
 
     Args:
-        costs_s: latency, preparation and, for a prompt token, encoding. variation: factors of the first two, in the
-            order of need. most: requests of a round of preparation.
+        costs_s: latency, preparation and, for a prompt token, encoding. variation: factors of the first two,
+            in the order of need. most: requests of a round of preparation.
     """
 
     def __init__(self, loop: Any, costs_s: tuple[float, float, float], variation: Any, most: int) -> None:

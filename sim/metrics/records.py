@@ -81,9 +81,9 @@ def requests_table(requests: Requests, columns: Mapping[str, Any]) -> pd.DataFra
     """The table of a simulated run.
 
     Args:
-        columns: what the requests do not say by themselves, and ``rows``, which of them there are, unless all;
-            times in picoseconds, -1 where it did not happen; ``status`` by its place in ``STATUSES``. They may
-            be changed.
+        columns: what the requests do not say by themselves, and ``rows``, which of them there are, unless
+            all; times in picoseconds, -1 where it did not happen; ``status`` by its place in ``STATUSES``.
+            They may be changed.
     """
     known: dict[str, Any] = dict(columns)
     rows = known.pop("rows", slice(None))

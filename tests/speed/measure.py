@@ -1,8 +1,8 @@
 """Measures how fast and how large simulations are: ``make benchmark``, which writes docs/results/speed.json.
 
-Times are CPU time of one core in ``servecast.simulate``, percentiles included, of a scenario that is loaded. All
-rows take turns, five times over, so that each sees the same machine, and the median counts. Long runs are measured
-in fresh processes, with the most memory that each has held.
+Times are CPU time of one core in ``servecast.simulate``, percentiles included, of a scenario that is loaded.
+All rows take turns, five times over, so that each sees the same machine, and the median counts. Long runs are
+measured in fresh processes, with the most memory that each has held.
 """
 
 from __future__ import annotations
@@ -164,7 +164,8 @@ def measured_alone(sizes: tuple[int, ...], case: dict[str, Any]) -> list[dict[st
             rate, held = number / each["cpu_s"], (each["bytes"] - empty) / number
             print(f"{number:>10,} requests: {rate:,.0f} a CPU second, {held:.0f} bytes a request", flush=True)
             each |= {"cpu_s": round(each["cpu_s"], 2), "wall_s": round(each["wall_s"], 2)}
-            found.append({**each, "requests_per_cpu_s": float(f"{rate:.3g}"), "bytes_per_request": round(held)})
+            rates = {"requests_per_cpu_s": float(f"{rate:.3g}"), "bytes_per_request": round(held)}
+            found.append(each | rates)
     return found
 
 

@@ -79,8 +79,8 @@ def plain_totals(pods: list[Pod], held: dict[int, int], blocks: int, sent: dict[
 
 @pytest.mark.parametrize("replicas", [1, 4, 64])
 def test_the_picker_takes_whom_a_plain_loop_takes(replicas: int) -> None:
-    """Gauges of few values, so that totals are often equal, replicas that come and go, prompts of eight prefixes:
-    the same replica each time, with the same random draws."""
+    """Gauges of few values, so that totals are often equal, replicas that come and go, prompts of eight
+    prefixes: the same replica each time, with the same random draws."""
     rng, draws, own_draws = (np.random.default_rng(seed) for seed in (1, 2, 2))
     options = RouterOptions()
     parsed = parse_epp(yaml.safe_load(EPP), options.epp_release, source="epp.yaml")
@@ -125,8 +125,8 @@ def test_the_picker_takes_whom_a_plain_loop_takes(replicas: int) -> None:
 
 
 def test_what_an_index_remembers_is_what_it_would_count() -> None:
-    """Blocks of five contents come, go and are expected on six servers, of which an index keeps three a block:
-    each answer is that of a count from the first block on, however often it was asked before."""
+    """Blocks of five contents come, go and are expected on six servers, of which an index keeps three a
+    block: each answer is that of a count from the first block on, however often it was asked before."""
     rng = np.random.default_rng(3)
     index, plain = PreciseIndex(pods=3), dict[int, dict[int, None]]()
     chains = [[2 * content * (1 << 24) + i for i in range(6)] for content in range(5)]
@@ -147,7 +147,7 @@ def test_what_an_index_remembers_is_what_it_would_count() -> None:
         for server in range(6):
             blocks = [server in plain.get(key, {}) for key in chain[:limit]]
             if blocks and blocks[0]:
-                counted[server] = (blocks + [False]).index(False)
+                counted[server] = [*blocks, False].index(False)
         assert index.match(chain, limit) == counted
 
 
@@ -189,8 +189,8 @@ class Nosy:
 
 
 def test_what_a_fleet_keeps_is_what_each_replica_says() -> None:
-    """Eight replicas of one-second steps that start late, drain and fail, scraped every 0.3 s, 400 requests of six
-    prefixes, some given up: columns, events and the picks of five routers at each of them."""
+    """Eight replicas of one-second steps that start late, drain and fail, scraped every 0.3 s, 400 requests
+    of six prefixes, some given up: columns, events and the picks of five routers at each of them."""
     names = ["least_outstanding", "power_of_two", "session_affinity", "prefix_affinity", "consistent_hashing"]
     nosy, rng, costs, steps = Nosy(names), np.random.default_rng(6), FrontEndCosts(), OneSecondSteps()
 
