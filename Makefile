@@ -77,8 +77,7 @@ $(VENV)/bin/python:
 
 # The engine is compiled as it is installed. Where there is no C compiler, one comes from PyPI (ziglang);
 # where that fails, too, the engine runs interpreted, and `servecast --version` says so.
-FIXED := $(wildcard sim/engine/*.pxd)
-COMPILED := pyproject.toml setup.py $(FIXED) $(FIXED:.pxd=.py)
+COMPILED := pyproject.toml setup.py $(wildcard sim/*/*.pxd) $(shell grep -lx "import cython" sim/*/*.py)
 define install
 	@command -v $${CC:-cc} > /dev/null || $(BIN)/pip install -q ziglang || echo "No C compiler: the engine runs \
 	interpreted, many times slower. Install gcc or clang, then run make build."

@@ -1,4 +1,4 @@
-"""Compiles the modules of sim that have a .pxd. Where that fails, they run interpreted."""
+"""Compiles the modules of sim that import cython. Where that fails, they run interpreted."""
 
 from pathlib import Path
 
@@ -19,11 +19,11 @@ PACKAGES = Path("build/packages")  # where Cython finds servecast.sim.engine, wh
 (PACKAGES / "servecast").mkdir(parents=True, exist_ok=True)
 if not (PACKAGES / "servecast" / "sim").is_symlink():
     (PACKAGES / "servecast" / "sim").symlink_to(Path("sim").resolve())
+sources = [at for at in sorted(Path("sim").glob("*/*.py")) if "\nimport cython\n" in at.read_text("utf-8")]
+names = ["servecast." + ".".join(source.with_suffix("").parts) for source in sources]
 modules = [
-    Extension(
-        f"servecast.{'.'.join(source.with_suffix('').parts)}", [str(source)], extra_compile_args=ARGUMENTS
-    )
-    for source in sorted(fixed.with_suffix(".py") for fixed in Path("sim").glob("*/*.pxd"))
+    Extension(name, [str(source)], extra_compile_args=ARGUMENTS)
+    for name, source in zip(names, sources, strict=True)
 ]
 built = cythonize(modules, include_path=[str(PACKAGES)], compiler_directives=DIRECTIVES, build_dir="build")
 for module in built:

@@ -12,7 +12,7 @@ from places import VLLM
 from small_scenarios import scenario_file
 from timing import inconclusive
 
-import servecast.sim.engine
+import servecast.sim
 
 settings.register_profile("any machine", deadline=None)  # no time of this machine decides a test
 settings.load_profile("any machine")
@@ -26,17 +26,23 @@ def tiny(tmp_path: Path) -> str:
 
 def pytest_sessionstart() -> None:
     """A compiled module that is older than its source would be tested in its place."""
-    sim = Path(str(servecast.sim.engine.__file__)).parent.parent
-    for compiled in sim.glob("*/*.so"):
-        folder = compiled.parent
-        for source in (folder / compiled.name.partition(".")[0]).with_suffix(".py"), *folder.glob("*.pxd"):
-            if not source.exists() or compiled.stat().st_mtime < source.stat().st_mtime:
-                pytest.exit(f"{compiled.name} is older than {source}: run make build", returncode=3)
+    for compiled in Path(str(servecast.sim.__file__)).parent.glob("*/*.so"):
+        name = compiled.with_name(compiled.name.partition(".")[0])
+        sources = [
+            source for source in (name.with_suffix(".py"), name.with_suffix(".pxd")) if source.exists()
+        ]
+        if not sources or compiled.stat().st_mtime < max(source.stat().st_mtime for source in sources):
+            pytest.exit(f"{compiled} is older than its source: run make build", returncode=3)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Where vLLM is not installed, say so once a test instead of failing in each of its own ways."""
+    """What measures speed is left to ``make benchmark``. Where vLLM is not installed, say so once a test
+    instead of failing in each of its own ways."""
+    if not config.getoption("benchmark_only", default=False):
+        measures = [item for item in items if "benchmark" in getattr(item, "fixturenames", ())]
+        config.hook.pytest_deselected(items=measures)
+        items[:] = [item for item in items if item not in measures]
     if not VLLM.exists():
         for item in items:
             if item.get_closest_marker("vllm"):

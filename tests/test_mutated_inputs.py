@@ -30,8 +30,10 @@ from servecast.sim.routing.options import RouterOptions
 from servecast.sim.run.results import read_result
 from servecast.sim.scenario.scenario import load, shipped_folder
 from servecast.sim.traffic.draw import check_requests, draw
+from servecast.sim.traffic.forms import expand
 from servecast.sim.traffic.inference_perf.workload import InferencePerfWorkload
 from servecast.sim.traffic.measured_lengths import Histogram
+from servecast.sim.traffic.spec import StreamSpec
 from servecast.sim.traffic.trace_spec import TraceSpec
 from servecast.validate.check.check import check
 from servecast.validate.readers import read_all
@@ -51,6 +53,9 @@ def trace_of(name: str) -> Callable[[Path], object]:
         if name in ("csv", "jsonl"):
             columns = {"timestamp": "t", "input_tokens": "i", "output_tokens": "o", "session": "s"}
         spec = {"path": str(path), "format": name, "columns": columns}
+        if name == "aiperf":
+            trace = spec | {"block_tokens": 16}
+            return draw(expand(parse(StreamSpec, {"trace": trace}, source="test"), None), 0)
         return parse(TraceSpec, spec, source="test").read()
 
     return read
@@ -95,6 +100,12 @@ TEXTS: dict[str, tuple[str, str, Callable[[Path], object]]] = {  # name -> endin
         trace_of("mooncake"),
     ),
     "bailian": ("jsonl", hashed(**LENGTHS, chat_id="number", parent_chat_id="more"), trace_of("bailian")),
+    "aiperf": (
+        "jsonl",
+        hashed(timestamp="time", **{key: LENGTHS[key] for key in list(LENGTHS)[1:]}, session_id="number")
+        + '{"session_id": 1, "delay": 5, "input_length": 9, "output_length": 3}\n',
+        trace_of("aiperf"),
+    ),
     "timed_trace": ("jsonl", hashed(**LENGTHS), trace_of("timed_trace")),
     "llmservingsim": (
         "jsonl",

@@ -134,6 +134,7 @@ def _profile(
     engine = engines[steps[0].engine] if steps else None
     flags = {} if engine is None else engine.flags
     efficiencies = fit.efficiencies_ if isinstance(fit, PhysicalFit) else Efficiencies()
+    few = "too few repeats: none"
     return Profile(
         servecast_version=version("servecast"),
         kind=kind,
@@ -148,8 +149,8 @@ def _profile(
             if value is None or isinstance(value, str | int | float | bool)
         },
         date=_date(facts.get("date")),
-        driver=_text(facts.get("driver")),
-        torch=_text(facts.get("torch")),
+        driver=facts.get("driver"),
+        torch=facts.get("torch"),
         models=tuple({engine.model.name: engine.model for engine in engines}.values()),
         efficiencies=efficiencies,
         noise=noise or StepNoise(),
@@ -167,20 +168,12 @@ def _profile(
                 else [Provenance(parameter="grid", origin="measured", note=f"{len(steps)} steps")]
             ),
             *(
-                Provenance(
-                    parameter=f"noise.{field.name}",
-                    origin="assumed" if noise is None else "fitted",
-                    note="too few repeats: none" if noise is None else "to repeats of the same steps",
-                )
+                _origin(f"noise.{field.name}", "" if noise is None else "to repeats of the same steps", few)
                 for field in fields(StepNoise)
             ),
             *(
-                Provenance(
-                    parameter=f"front_end.{field.name}",
-                    origin="fitted" if field.name in told else "assumed",
-                    note="to overhead rows" if field.name in told else "not measured",
-                )
-                for field in fields(FrontEndCosts)
+                _origin(f"front_end.{name}", "to overhead rows" if name in told else "", "not measured")
+                for name in (field.name for field in fields(FrontEndCosts))
             ),
         ),
         raw_data_sha256=measured.sha256,
@@ -188,16 +181,17 @@ def _profile(
     )
 
 
+def _origin(parameter: str, fitted_to: str, otherwise: str) -> Provenance:
+    """Fitted to something, or assumed."""
+    origin: Literal["fitted", "assumed"] = "fitted" if fitted_to else "assumed"
+    return Provenance(parameter=parameter, origin=origin, note=fitted_to or otherwise)
+
+
 def _efficiency(fit: PhysicalFit, name: str) -> Provenance:
-    parameter = f"efficiencies.{name}"
-    if name in fit.told_:
-        return Provenance(parameter=parameter, origin="fitted", note="to measured steps and kernels")
-    note = "typical value" if getattr(fit.efficiencies_, name) == getattr(Efficiencies(), name) else ""
-    return Provenance(
-        parameter=parameter,
-        origin="assumed",
-        note=note or "the rows do not tell it: held near its typical value",
-    )
+    typical = getattr(fit.efficiencies_, name) == getattr(Efficiencies(), name)
+    otherwise = "typical value" if typical else "the rows do not tell it: held near its typical value"
+    fitted_to = "to measured steps and kernels" if name in fit.told_ else ""
+    return _origin(f"efficiencies.{name}", fitted_to, otherwise)
 
 
 def _domain(steps: Sequence[Step]) -> Domain:
@@ -217,7 +211,3 @@ def _date(text: object) -> datetime.date | None:
         return datetime.date.fromisoformat(str(text)[:10])
     except ValueError:
         return None
-
-
-def _text(value: object) -> str | None:
-    return None if value is None else str(value)

@@ -72,7 +72,7 @@ class GridFit:
             decode=decode,
             prefill=prefill,
         )
-        composed = self.inside([step for step in steps if _is_composed(step)])
+        composed = self.inside(step for step in steps if step.chunks and step.batch > 1)
         if composed:
             ratios = np.log(self.scatter.means(composed) / self.predict(engines, composed))
             factor = math.exp(float(np.median(ratios)))
@@ -145,7 +145,3 @@ def _is_decode(step: Step) -> bool:
 
 def _is_prefill(step: Step) -> bool:
     return not step.decodes and len(step.chunks) == 1 and step.region not in _NO_NODES
-
-
-def _is_composed(step: Step) -> bool:
-    return bool(step.chunks) and step.batch > 1

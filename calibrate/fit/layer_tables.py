@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -18,12 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from servecast.sim.hardware.gpu import GPU, find_gpu
 from servecast.sim.hardware.model_shape import ModelShape
 from servecast.sim.hardware.step_time.layers import LayerTables
 from servecast.sim.inputs.errors import InputError
+from servecast.sim.inputs.files import read_text
+from servecast.sim.inputs.yaml_file import read_yaml
 
 FILES = ("meta.yaml", "dense.csv", "per_sequence.csv", "attention.csv")
 MOE_FILE = "moe.csv"
@@ -142,12 +143,9 @@ def _gpu_of(measured: str, given: GPU | None, where: str) -> str:
 
 
 def _meta(path: Path, model: ModelShape, ranks: int, degrees: Sequence[int]) -> dict[str, Any]:
-    try:
-        meta: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"cannot be read ({error})", where=str(path), fix="Copy the folder again.") from None
+    meta = read_yaml(path)
     for name in ("gpu", "model", "vllm_version", "tp_degrees"):
-        if not isinstance(meta, dict) or meta.get(name) is None:
+        if meta.get(name) is None:
             raise InputError(f"{name} is missing", where=str(path), fix="Say what was measured on what.")
     measured = meta["tp_degrees"]
     if ranks not in measured if ranks in degrees else measured != [ranks]:
@@ -177,12 +175,11 @@ def _header(path: Path) -> list[str]:
 
 def _lines(path: Path, columns: Sequence[str]) -> list[tuple[str, dict[str, str]]]:
     """The rows of a table, each with its place for messages."""
+    text = read_text(path, fix="Copy the folder again.")
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            reader = csv.DictReader(file)
-            header = list(reader.fieldnames or ())
-            rows = list(reader)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        reader = csv.DictReader(io.StringIO(text, newline=""))
+        header, rows = list(reader.fieldnames or ()), list(reader)
+    except csv.Error as error:
         raise InputError(f"cannot be read ({error})", where=str(path), fix="Copy the folder again.") from None
     for column in columns:
         if column not in header:

@@ -23,7 +23,6 @@ from servecast.calibrate.fit.noise import Floats
 from servecast.calibrate.fit.physical import PhysicalFit
 from servecast.calibrate.fit.rows import Kernel, Step
 from servecast.sim.hardware.fit_summary import MAX_SHOWN, FitSummary, MeasuredStep, RegionError
-from servecast.sim.hardware.gpu import GPU
 from servecast.sim.hardware.step_time.physical import Efficiencies
 
 _BAND = 0.9  # share of held-out errors inside the error band
@@ -58,7 +57,8 @@ def summarise(
     )
     regions = errors_by_group(fit, engines, steps, groups, held_out)
     errors = fit.predict(engines, steps) / fit.scatter.means(steps) - 1
-    roofline = _roofline(engines, steps, gpu)
+    models = [engine.step_time(gpu, Efficiencies()) for engine in engines]
+    roofline = np.array([models[step.engine].roofline_seconds(step) for step in steps])
     under = fit.scatter.means(steps) < (1 - _UNDER) * roofline
     if under.any():
         worst = 1 - float((fit.scatter.means(steps) / roofline).min())
@@ -70,9 +70,9 @@ def summarise(
     if isinstance(fit, PhysicalFit):
         regions += kernel_errors(fit, kernels)
         if len(measured.models) > 1:
-            models = [engines[step.engine].model.name for step in steps]
-            unseen = leave_out(fit, engines, steps, kernels, models, say)
-            transfer = errors_by_group(fit, engines, steps, models, unseen)
+            names = [engines[step.engine].model.name for step in steps]
+            unseen = leave_out(fit, engines, steps, kernels, names, say)
+            transfer = errors_by_group(fit, engines, steps, names, unseen)
     judged = [region for region in regions if region.region in groups]
     return FitSummary(
         regions=regions,
@@ -92,11 +92,6 @@ def kernel_errors(fit: PhysicalFit, kernels: Sequence[Kernel]) -> tuple[RegionEr
     errors = fit.predict_kernels(kernels) / np.array([row.median_s for row in kernels]) - 1
     kinds = np.array([row.row for row in kernels])
     return tuple(region_error(kind, errors[kinds == kind]) for kind in dict.fromkeys(kinds.tolist()))
-
-
-def _roofline(engines: Sequence[Engine], steps: Sequence[Step], gpu: GPU) -> Floats:
-    models = [engine.step_time(gpu, Efficiencies()) for engine in engines]
-    return np.array([models[step.engine].roofline_seconds(step) for step in steps])
 
 
 def _shown(

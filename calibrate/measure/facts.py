@@ -26,11 +26,12 @@ def collect() -> dict[str, Any]:
     gpus = _gpus(GPU_FIELDS)
     first = gpus[0] if gpus else {}
     mebibytes = _number(first.get("memory.total"))
+    host_memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "schema_version": 1,
         "gpu": first.get("name", "cpu"),
         "gpu_count": len(gpus),
-        "memory_bytes": _host_memory() if mebibytes is None else int(mebibytes * 2**20),
+        "memory_bytes": host_memory if mebibytes is None else int(mebibytes * 2**20),
         "driver": first.get("driver_version"),
         "torch": installed("torch"),
         "cuda": _cuda(),
@@ -38,7 +39,7 @@ def collect() -> dict[str, Any]:
         "python": platform.python_version(),
         "host_cpu": _host_cpu(),
         "date": datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
-        "clocks": _clocks(first) if gpus else None,
+        "clocks": {name: _number(first.get(field)) for field, name in CLOCK_FIELDS.items()} if gpus else None,
         "command": sys.argv,
     }
 
@@ -74,10 +75,6 @@ def _nvidia_smi(*arguments: str) -> str | None:
     return None if done.returncode else done.stdout
 
 
-def _clocks(gpu: dict[str, str]) -> dict[str, float | None]:
-    return {name: _number(gpu.get(field)) for field, name in CLOCK_FIELDS.items()}
-
-
 def _number(text: str | None) -> float | None:
     try:
         return None if text is None else float(text)
@@ -101,7 +98,3 @@ def _host_cpu() -> str | None:
         return platform.processor() or None
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return f"{names[0]}, {os.cpu_count()} cores" if names else None
-
-
-def _host_memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -8,15 +8,16 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 from .errors import MeasureError
 
 SAME_MACHINE = ("gpu", "torch", "vllm")  # facts that rows of one folder share
 Row = dict[str, Any]
+Case = TypeVar("Case")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,6 +30,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def say(text: str) -> None:
     """Tell whoever waits, apart from the answer."""
     print(text, file=sys.stderr, flush=True)
+
+
+def walk(
+    todo: Sequence[Case], budget: Budget, measure: Callable[[Case], str], expected_s: Callable[[Case], float]
+) -> None:
+    """Measure cases in their order while each would end in time.
+
+    Args:
+        measure: a case, and says its key. expected_s: how long one will probably take.
+    """
+    progress = Progress(len(todo), budget)
+    for index, case in enumerate(todo):
+        if not budget.fits(expected_s(case)):
+            say(f"the time budget is spent: {index} of {len(todo)} cases measured; --resume goes on")
+            return
+        progress.done(measure(case))
 
 
 def read_rows(file: Path, *, warn: Callable[[str], None] = say) -> list[Row]:

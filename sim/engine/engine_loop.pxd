@@ -58,10 +58,10 @@ cdef class EngineLoop:
     cdef double[:, ::1] gaps
     cdef Py_ssize_t num_gaps
 
-    cdef int room_for_steps(self, Py_ssize_t count) except -1
-    cdef int room_for_gaps(self, Py_ssize_t count) except -1
     cpdef int take(self, Py_ssize_t row, long long time) except -1
     cpdef int advance(self, long long until) except? -1
+    cdef int room_for_steps(self, Py_ssize_t count) except -1
+    cdef int room_for_gaps(self, Py_ssize_t count) except -1
     cdef long long next_arrival(self) except *
     cdef int drain(self) except -1
     cdef bint launch(self, Step step) except? -1

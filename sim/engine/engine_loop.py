@@ -26,6 +26,11 @@ STEP_FIELDS = cython.declare(cython.int, 12)  # columns of a step's row
 GAP_FIELDS = cython.declare(cython.int, 4)
 
 
+def writable(values: Any) -> Any:
+    """A column that may be written to, as typed views want it."""
+    return np.require(values, None, "W")
+
+
 class EngineLoop:
     """EngineCore's busy loop around a scheduler, the GPU, and the way of the tokens to the client.
 
@@ -45,8 +50,8 @@ class EngineLoop:
 
     Attributes:
         now: up to when it has run. wake: when to call ``advance`` again, where it came to BUSY.
-        inbox: (time, row of a request, or ~row of one whose client has gone), in order; aborts: how many
-            of these. seen: by tick, when its tokens were read, on average.
+        inbox: (time, row of a request, or ~row of one whose client has gone), in order; aborts: how many of
+        those. seen: by tick, when its tokens were read, on average.
         pending: a step that is decided, while the host warms up.
         tell_ends: ``advance`` returns when requests have ended.
         ended: rows of requests that ended since they were last taken, where it tells.
@@ -360,8 +365,3 @@ def in_seconds(ps: cython.longlong) -> cython.double:
         return ps / PICOSECONDS
     exact: Any = ps
     return exact / 1_000_000_000_000
-
-
-def writable(values: Any) -> Any:
-    """A column that may be written to, as typed views want it."""
-    return np.require(values, None, "W")

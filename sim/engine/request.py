@@ -17,10 +17,11 @@ class Request:
     """One request as the client means to send it.
 
     ``content`` names the shared leading parts of the prompt: ``((content_id, end_token), ...)`` with
-    rising ``end_token <= prompt_tokens``. Part k covers the tokens from the end of part k-1 up to its
+    rising ``end_token``, up to the prompt's end, or beyond it where the output is a part of later prompts.
+    Part k covers the tokens from the end of part k-1 up to its
     own end, and its id stands for those tokens *and everything before them* (as the hash ids of a
     Mooncake trace do), so two requests share a KV block exactly when the block's last token lies in
-    parts with equal ids. Tokens after the last part, and all output tokens, belong to this request alone.
+    parts with equal ids. Tokens after the last part belong to this request alone.
 
     Attributes:
         request_id: unique within a run, rising in the order of generation.

@@ -24,6 +24,7 @@ cdef class Scheduler:
     cdef bint adaptive
     cdef bint priority
     cdef bint trace
+    cdef bint notes_steps  # which sequence was scheduled when
     cdef int max_tokens
     cdef int max_running
     cdef int max_model_len
@@ -37,8 +38,7 @@ cdef class Scheduler:
 
     cpdef Sequence add(self, object request, long long arrival)
     cdef Sequence enter(
-        self, long long request_id, int prompt, int output, int most, tuple content, long long priority,
-        long long arrival
+        self, long long request_id, int prompt, int output, int most, tuple content, long long priority, long long arrival
     )
     cpdef object abort(self, object request_id)
     cdef int forget(self, Sequence sequence) except -1

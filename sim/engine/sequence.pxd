@@ -11,6 +11,7 @@ cdef enum:
 cdef class Sequence:
     cdef int status
     cdef int num_tokens
+    cdef int junction
     cdef int computed
     cdef int placeholders
     cdef int limit

@@ -20,12 +20,14 @@ from servecast.sim.fleet.client import Client
 from servecast.sim.fleet.endpoint import Board, Endpoint, Endpoints
 from servecast.sim.fleet.flow import NOT_READY, Flow
 from servecast.sim.fleet.replica import Replica
+from servecast.sim.fleet.session_client import SessionClient
 from servecast.sim.fleet.spec import Life
 from servecast.sim.inputs.units import to_ps, to_seconds
 from servecast.sim.metrics.records import STATUSES, Run, requests_table, steps_table
 from servecast.sim.routing.backends import Backend
 from servecast.sim.routing.options import RouterOptions
 from servecast.sim.routing.routers import Answered, Informed, Random, RoundRobin, Router
+from servecast.sim.traffic.sessions import SessionStream
 
 __all__ = ["NOT_READY", "Fleet"]
 _LOST = "in flight on a replica that failed"
@@ -66,6 +68,7 @@ class Fleet:
         self._rng, self._client, self._router = rng, client, router
         self._detection = to_ps(detection_s)
         self.failures: Counter[str] = Counter()  # why requests failed
+        self.unsent = 0  # requests whose session had failed
         self.ran_out = False  # whether a stream that sends until a time had too few requests for it
         self._flow: Flow | None = None
         self._finished: list[simpy.Event] = []  # by stream
@@ -118,6 +121,7 @@ class Fleet:
         return (
             isinstance(self._router, RoundRobin | Random)
             and not (stream.background or stream.until_s or stream.max_concurrency)
+            and not isinstance(stream, SessionStream)
             and requests.abort_after_s is None
             and (self._client.is_free or len(self.replicas) == 1)
             and all(endpoint.life == Life() for endpoint in self._endpoints)
@@ -169,7 +173,8 @@ class Fleet:
         """What happens up to SimPy's next event, and that event, in turn."""
         env = self._env
         streams = [(number, i) for number, stage in enumerate(stages) for i in range(len(stage.streams))]
-        self._flow = flow = self._make_flow(requests, self._ready, quiet=False, ordered=len(streams) > 1)
+        ordered = len(streams) > 1 or isinstance(stages[0].streams[0], SessionStream)
+        self._flow = flow = self._make_flow(requests, self._ready, quiet=False, ordered=ordered)
         for endpoint in self._endpoints:
             if endpoint.life != Life():
                 env.process(self._live(flow, endpoint))
@@ -181,6 +186,7 @@ class Fleet:
             flow.finished = []
             env.step()
         self.failures.update(flow.failures)
+        self.unsent = sum(each.sessions.unsent for each in flow.senders if each.sessions is not None)
         return _columns(flow, streams, self._longest)
 
     def _succeed(self, event: simpy.Event, time: int) -> None:
@@ -196,8 +202,11 @@ class Fleet:
             front, back = list[simpy.Event](), list[int]()
             for stream in stage.streams:
                 self._finished.append(simpy.Event(env))
-                flow.open(first, first + len(stream.requests), stream.max_concurrency or 0)
-                first += len(stream.requests)
+                first, here = first + len(stream.requests), first
+                if isinstance(stream, SessionStream):
+                    SessionClient(flow, stream, len(self._finished) - 1, here)
+                else:
+                    flow.open(here, first, stream.max_concurrency or 0)
                 if stream.background:
                     back.append(len(self._finished) - 1)
                 else:
@@ -231,7 +240,8 @@ class Fleet:
         until = self._env.timeout(after)
         yield until | self._finished[number]
         if sender.open:
-            self.ran_out |= sender.ready == sender.started
+            sessions = sender.sessions
+            self.ran_out |= sender.ready == sender.started if sessions is None else sessions.all_begun
             flow.stop(number)
         else:
             self.ran_out |= not sender.stopped
@@ -262,12 +272,9 @@ def _columns(flow: Flow, streams: list[tuple[int, int]], longest: NDArray[np.int
         streams: stage and place in it of each stream. longest: sequence, of each replica.
     """
     rows: slice | NDArray[np.int64] = slice(0, flow.senders[0].ready)
-    if len(streams) > 1:
-        dropped = np.zeros(len(flow.requests), np.bool_)
-        for sender in flow.senders:
-            dropped[sender.started : sender.started + sender.unsent] = True
+    if len(streams) > 1 or flow.order:
         arrived = np.array(flow.order, np.int64)
-        rows = arrived[~dropped[arrived]]
+        rows = arrived[flow.columns["outcomes"][0][arrived] >= 0]
     found: Columns = dict(zip(OUTCOMES, flow.columns["outcomes"], strict=True))
     found |= {name: flow.columns[name] for name in ("arrival", "replica", "status")}
     found = {name: values[rows] for name, values in found.items()}

@@ -7,9 +7,9 @@ cdef class Sender:
     cdef readonly Py_ssize_t first
     cdef readonly Py_ssize_t started  # sent, all before it
     cdef readonly Py_ssize_t ready  # arrived, all before it
-    cdef readonly Py_ssize_t unsent  # arrived, and never sent, as it stopped
     cdef readonly Py_ssize_t open  # not done
     cdef readonly bint stopped
+    cdef readonly object sessions
     cdef bint told
     cdef Py_ssize_t end
     cdef Py_ssize_t limit
@@ -72,6 +72,7 @@ cdef class Flow:
     cdef int push(self, long long time, long long rank, int what, Py_ssize_t number) except -1
     cdef int arrive(self, Py_ssize_t number) except -1
     cdef int send_ready(self, Sender sender) except -1
+    cdef int start(self, Sender sender, Py_ssize_t row) except -1
     cdef int give_up(self, Py_ssize_t row) except -1
     cdef int done(self, Py_ssize_t row) except -1
     cdef int tell_finished(self, Sender sender, Py_ssize_t number) except -1

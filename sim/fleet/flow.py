@@ -48,7 +48,8 @@ DONE = cython.declare(cython.int, 5)
 GIVE_UP = cython.declare(cython.int, 6)
 ANSWERED = cython.declare(cython.int, 7)
 CLOSED = cython.declare(cython.int, 8)
-ENGINE = cython.declare(cython.int, 9)
+DUE = cython.declare(cython.int, 9)
+ENGINE = cython.declare(cython.int, 10)
 
 NOT_READY = "no replica was ready (503)"
 UNPICKED = "the router let no replica pass (503)"
@@ -57,12 +58,15 @@ REFUSED = "sent to a replica that had failed before the router knew"
 
 class Sender:
     """The client of one stream: it sends rows [first, end) of the table, each not before its arrival, at most
-    ``limit`` at a time (0: any number)."""
+    ``limit`` at a time (0: any number). With ``sessions`` (a ``SessionClient``) that one says when."""
 
-    def __init__(self, first: cython.Py_ssize_t, end: cython.Py_ssize_t, limit: cython.Py_ssize_t) -> None:
+    def __init__(
+        self, first: cython.Py_ssize_t, end: cython.Py_ssize_t, limit: cython.Py_ssize_t, sessions: Any
+    ) -> None:
+        self.sessions = sessions
         self.first = self.started = self.ready = first
         self.end, self.limit, self.open = end, limit, end - first
-        self.in_flight = self.unsent = self.last = 0
+        self.in_flight = self.last = 0
         self.stopped = self.told = False
 
 
@@ -158,9 +162,9 @@ class Flow:
 
     # ---- what the host does -----------------------------------------------------------------------
 
-    def open(self, first: int, end: int, limit: int) -> Sender:
+    def open(self, first: int, end: int, limit: int, sessions: Any = None) -> Sender:
         """A stream begins now, whose requests are rows [first, end)."""
-        sender: Sender = Sender(first, end, limit)
+        sender: Sender = Sender(first, end, limit, sessions)
         number: cython.int = len(self.senders)
         row: cython.Py_ssize_t
         self.senders.append(sender)
@@ -171,14 +175,35 @@ class Flow:
         self.columns["arrival"][first:end] = start + np.rint(
             self.requests.arrival_s[first:end] * 1e12
         ).astype(np.int64)
-        self.push(self.now, 0, ARRIVAL, number)
+        if sessions is None:
+            self.push(self.now, 0, ARRIVAL, number)
         return sender
+
+    # ---- what a client of sessions does
+
+    def remind(self, time: int, row: int) -> None:
+        """Call ``due`` of the row's client at a time, or now."""
+        self.push(max(time, self.now), 0, DUE, row)
+
+    def meant(self, row: int) -> None:
+        """A request is meant to be sent now."""
+        self.arrival[row] = self.now
+        self.order.append(row)
+
+    def dispatch(self, row: int) -> None:
+        """It is sent."""
+        self.start(self.senders[self.stream[row]], row)
+
+    def drop(self, number: int, count: int) -> None:
+        """So many requests of a stream are never sent."""
+        sender: Sender = self.senders[number]
+        sender.open -= count
+        self.tell_finished(sender, number)
 
     def stop(self, number: int) -> None:
         """A stream sends no more; what was not sent was never part of the run."""
         sender: Sender = self.senders[number]
         sender.stopped = True
-        sender.unsent = sender.ready - sender.started
         sender.ready = sender.started
         sender.open = sender.in_flight
         self.tell_finished(sender, number)
@@ -236,6 +261,8 @@ class Flow:
                 self.done(number)
             elif what == GIVE_UP:
                 self.give_up(number)
+            elif what == DUE:
+                self.senders[self.stream[number]].sessions.due(number)
             elif what == CLOSED:
                 self.tell_finished(self.senders[number], number)
             else:
@@ -272,27 +299,27 @@ class Flow:
         return 0
 
     def send_ready(self, sender: Sender) -> cython.int:
-        """Send what may be sent: a request's clocks run from here."""
-        row: cython.Py_ssize_t
-        on_wire: cython.longlong
+        """Send what may be sent."""
         while sender.started < sender.ready and (not sender.limit or sender.in_flight < sender.limit):
-            row = sender.started
             sender.started += 1
-            sender.in_flight += 1
-            self.outcomes[0, row] = on_wire = self.now
-            if self.gives_up and self.abort_s[row] == self.abort_s[row]:
-                self.push(
-                    self.now + cython.cast(cython.longlong, rint(self.abort_s[row] * PICOSECONDS)),
-                    0,
-                    GIVE_UP,
-                    row,
-                )
-            if self.send is not None:
-                on_wire = self.send(self.now)
-            if on_wire > self.now:
-                self.push(on_wire, 0, ON_WIRE, row)
-            else:
-                self.route(row)
+            self.start(sender, sender.started - 1)
+        return 0
+
+    def start(self, sender: Sender, row: cython.Py_ssize_t) -> cython.int:
+        """Send a request: its clocks run from here."""
+        on_wire: cython.longlong
+        after: cython.longlong
+        sender.in_flight += 1
+        self.outcomes[0, row] = on_wire = self.now
+        if self.gives_up and self.abort_s[row] == self.abort_s[row]:
+            after = cython.cast(cython.longlong, rint(self.abort_s[row] * PICOSECONDS))
+            self.push(self.now + after, 0, GIVE_UP, row)
+        if self.send is not None:
+            on_wire = self.send(self.now)
+        if on_wire > self.now:
+            self.push(on_wire, 0, ON_WIRE, row)
+        else:
+            self.route(row)
         return 0
 
     def give_up(self, row: cython.Py_ssize_t) -> cython.int:
@@ -319,6 +346,8 @@ class Flow:
             self.ended(self.objects.pop(row), self.replica[row])
         sender.in_flight -= 1
         sender.open -= 1
+        if sender.sessions is not None:
+            sender.sessions.ended(row, self.status[row] == _FINISHED)
         self.tell_finished(sender, number)
         self.send_ready(sender)
         return 0
@@ -508,7 +537,7 @@ class Flow:
             finish = self.outcomes[5, row]
             number = self.stream[row]
             sender = self.senders[number]
-            if self.ended is None and not sender.limit:  # nobody waits for the end of one
+            if self.ended is None and not sender.limit and sender.sessions is None:  # nobody waits for one
                 sender.last = max(sender.last, finish)
                 sender.in_flight -= 1
                 sender.open -= 1

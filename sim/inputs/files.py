@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and how a path is told from a name."""
+"""Files: read, or refused in one message; written whole or not at all; how a path is told from a name."""
 
 from __future__ import annotations
 
@@ -6,7 +6,19 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from servecast.sim.inputs.errors import InputError
+from servecast.sim.inputs.errors import InputError, reason
+
+
+def read_text(path: Path, *, fix: str, where: str | None = None) -> str:
+    """A file's text, which is UTF-8.
+
+    Raises:
+        InputError: it cannot be read; ``where`` in place of its path.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot be read: {reason(error)}", where=where or str(path), fix=fix) from None
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:

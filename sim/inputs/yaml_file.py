@@ -8,7 +8,8 @@ from typing import Any
 
 import yaml
 
-from servecast.sim.inputs.errors import InputError, reason
+from servecast.sim.inputs.errors import InputError
+from servecast.sim.inputs.files import read_text
 
 
 class _Loader(yaml.SafeLoader):
@@ -41,13 +42,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         InputError: it cannot be read, is no YAML, has a key twice, or is not a mapping.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"cannot be read: {reason(error)}", where=str(path), fix="Give a readable file."
-        ) from None
-    return parse_yaml(text, source=str(path))
+    return parse_yaml(read_text(path, fix="Give a readable file."), source=str(path))
 
 
 def parse_yaml(text: str, *, source: str) -> dict[str, Any]:

@@ -12,15 +12,20 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]], *, title: str
         all(isinstance(row[column], int | float) or row[column] is None for row in rows)
         for column in range(len(header))
     ]
-    widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
-    lines = [title] if title else []
-    for texts in [list(header), *cells]:
-        aligned = [
-            text.rjust(width) if right else text.ljust(width)
-            for text, width, right in zip(texts, widths, numeric, strict=True)
-        ]
-        lines.append("  ".join(aligned).rstrip())
-    return "\n".join(lines)
+    lines = [line.rstrip() for line in aligned([header, *cells], numeric)]
+    return "\n".join([title, *lines] if title else lines)
+
+
+def aligned(rows: Sequence[Sequence[str]], right: Sequence[bool]) -> list[str]:
+    """A line a row, its columns aligned. right: by column, whether to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            text.rjust(width) if to_right else text.ljust(width)
+            for text, width, to_right in zip(row, widths, right, strict=True)
+        )
+        for row in rows
+    ]
 
 
 def counted(number: int, what: str) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 
 from servecast.sim.hardware.error_band import Bands
 from servecast.sim.report.answer import Answer
+from servecast.sim.report.text import aligned
 from servecast.sim.reproduce.cell import Cell
 from servecast.sim.reproduce.reported_ranking import RouterRanking, Sustained
 from servecast.sim.scenario.scenario import Scenario
@@ -107,19 +108,11 @@ class TableReproduction:
         inside = {metric: f"{share:.0%}" for metric, share in self.coverage.items()}
         if inside:
             lines.append(["inside the error band", *(inside.get(column, "") for column in columns)])
-        widths = [max(len(line[i]) for line in lines) for i in range(len(columns) + 1)]
-        text = "\n".join(
-            "  ".join(
-                word.ljust(w) if i == 0 else word.rjust(w)
-                for i, (word, w) in enumerate(zip(line, widths, strict=True))
-            )
-            for line in lines
-        )
+        text = "\n".join(aligned(lines, [False] + [True] * len(columns)))
         knee = ""
         if self.knee is not None:
-            knee = (
-                f"\nknee: predicted {self.knee['concurrency']}, reported {self.knee['reported_concurrency']}"
-            )
+            ours, theirs = self.knee["concurrency"], self.knee["reported_concurrency"]
+            knee = f"\nknee: predicted {ours}, reported {theirs}"
         for name, held in (self.sustained or {}).items():
             knee += f"\n{name}: {held.to_text()}"
         if self.ranking is not None:
@@ -174,9 +167,8 @@ class Reproduction(Answer):
         parts = [table.to_text() for table in self.tables]
         context = self.scenario.run_context
         if context is not None:
-            parts.insert(
-                0, "\n".join(f"{name}: {value}" for name, value in context.model_dump().items() if value)
-            )
+            said = (f"{name}: {value}" for name, value in context.model_dump().items() if value)
+            parts.insert(0, "\n".join(said))
         rests = self.provenance
         bands = Bands(**rests["error_bands"]).to_text()
         parts.append(

@@ -13,6 +13,7 @@ from typing import Any
 
 from joblib import Parallel, delayed
 
+from servecast.sim.report.text import aligned
 from servecast.sim.reproduce.cell import Cell
 from servecast.sim.reproduce.reproduction import Reproduction, TableReproduction
 from servecast.sim.scenario.deployment import Deployment
@@ -60,10 +61,7 @@ class WhatIfTable:
         if not by_row:
             return f"what if {self.name}: nothing changes"
         lines = [["", *columns], *([name, *(row[c] for c in columns)] for name, row in by_row.items())]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(columns) + 1)]
-        text = "\n".join(
-            "  ".join(word.ljust(w) for word, w in zip(line, widths, strict=True)) for line in lines
-        )
+        text = "\n".join(aligned(lines, [False] * len(lines[0])))
         return f"what if {self.name}: predicted, before -> after\n{text}"
 
 

@@ -35,11 +35,14 @@ class PromptBlocks:
 
     def shared(self, request: Request) -> list[int]:
         """The blocks that another request may have, too. Not to be changed: it is remembered."""
-        return self._shared(request.content)
+        content, end = request.content, request.prompt_tokens
+        if content and content[-1][1] > end:  # it goes on over the output
+            content = tuple((part, min(last, end)) for part, last in content)
+        return self._shared(content)
 
     def all(self, request: Request) -> list[int]:
         """All blocks of the prompt."""
-        shared, count = self._shared(request.content), self._blocks(request.prompt_tokens)
+        shared, count = self.shared(request), self._blocks(request.prompt_tokens)
         if self._partial:
             length = int(request.prompt_tokens * self._per_token)
             count += length > count * self._size and count != self._limit

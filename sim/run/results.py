@@ -21,6 +21,7 @@ from servecast.sim.inputs.files import write_whole
 from servecast.sim.metrics.fleet_load import fleet_load
 from servecast.sim.metrics.metrics import latencies, summary
 from servecast.sim.metrics.records import Run
+from servecast.sim.metrics.turns import session_summary
 from servecast.sim.metrics.warmup import Warmup, select
 from servecast.sim.scenario.deployment import Deployment
 
@@ -152,8 +153,13 @@ def result(
         document["stages"].append({"stage": name, **summary(part, ranks=ranks, goodput=goodput)})
         if scenario.fleet.size > 1:
             document["stages"][-1]["fleet_load"] = fleet_load(part)
+        if (sessions := session_summary(part, ranks)) is not None:
+            document["stages"][-1]["sessions"] = sessions
     if scenario.fleet.size > 1:
         document["fleet_load"] = fleet_load(whole)
+    sessions = session_summary(whole, ranks)
+    if sessions is not None:
+        document["sessions"] = sessions
     if detailed:
         document |= _detailed(whole)
     return document

@@ -23,6 +23,7 @@ from servecast.sim.scenario.scenario import Scenario
 from servecast.sim.traffic.arrivals import ClosedLoop
 from servecast.sim.traffic.draw import CLOSED_LOOP_REQUESTS, check_requests, draw, with_request_rate
 from servecast.sim.traffic.inference_perf.workload import InferencePerfWorkload
+from servecast.sim.traffic.sessions import SessionRequest, SessionStream
 from servecast.sim.traffic.spec import Workload
 
 _MOST_REQUESTS = 10_000_000  # of a closed loop
@@ -123,18 +124,34 @@ def _run(deployment: Deployment, stages: list[Stage], seed: int, load: dict[str,
     }
     if fleet.failures:
         run.meta["failures"] = dict(sorted(fleet.failures.items()))
+    _tell_turns(run, stages, fleet.unsent)
     closed = [_closed_loop(stage) for stage in stages]
     if any(loop is not None for loop in closed):
         run.meta["closed_loops"] = closed
     return run, fleet.ran_out
 
 
+def _tell_turns(run: Run, stages: list[Stage], unsent: int) -> None:
+    """Which turn of its session each request is, where there are sessions."""
+    streams = [stream for stage in stages for stream in stage.streams if isinstance(stream, SessionStream)]
+    if not streams:
+        return
+    drawn = [each for s in streams for each in s.requests if isinstance(each, SessionRequest)]
+    known = {each.request_id: each.turn for each in drawn}
+    run.requests["turn"] = run.requests["request_id"].map(known).astype("Int64")
+    sent = set(run.requests["request_id"].tolist())
+    run.meta["cut_sessions"] = {each.group for each in drawn if each.request_id not in sent}
+    if unsent:
+        run.meta.setdefault("failures", {})["never sent, as their session had failed"] = unsent
+
+
 def _closed_loop(stage: Stage) -> tuple[int, float] | None:
     """Clients and seconds of a stage that is a closed loop of a given duration, alone."""
     front = [stream for stream in stage.streams if not stream.background]
-    if len(front) != 1 or front[0].until_s is None or front[0].max_concurrency is None:
+    if len(front) != 1 or front[0].until_s is None:
         return None
-    return front[0].max_concurrency, front[0].until_s
+    clients = front[0].max_sessions if isinstance(front[0], SessionStream) else front[0].max_concurrency
+    return None if clients is None else (clients, front[0].until_s)
 
 
 def _own_workload(deployment: Deployment) -> Workload:
@@ -185,6 +202,8 @@ def _load(workload: Workload) -> dict[str, float | int | None]:
         return {}
     stream = workload.stages[0].streams[0]
     law = stream.arrivals
+    if stream.talks:
+        return {"max_concurrency": stream.max_concurrency}
     if isinstance(law, ClosedLoop):
         return {"request_rate": float("inf"), "max_concurrency": law.concurrency}
     return {

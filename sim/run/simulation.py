@@ -99,6 +99,8 @@ class Simulation(Answer):
         benchmark that the scenario describes, and what the prediction rests on."""
         result = self.result
         parts = [_stages_text(result["stages"]) if result["stages"] else vllm_bench_text(result)]
+        if "sessions" in result:
+            parts.append(sessions_text(result["sessions"]))
         if "fleet_load" in result:
             parts.append(replicas_text(result["fleet_load"]["replicas"]))
         if result["run_context"]:
@@ -217,6 +219,37 @@ def replicas_text(replicas: Sequence[Mapping[str, Any]], *, title: str = "\nRepl
     }
     rows = [[each[key] for key in columns.values()] for each in replicas]
     return table(list(columns), rows, title=title)
+
+
+def sessions_text(sessions: Mapping[str, Any]) -> str:
+    """A result's ``sessions``: what they took, and the first eight turns, the 16th, 32nd, ... and the
+    last."""
+    tails = [key for key in sessions if key.endswith("_session_s") and key.startswith("p")]
+    facts = {
+        "sessions": sessions["sessions"],
+        "whole ones": sessions["whole_sessions"],
+        "turns of each (mean)": sessions["mean_turns"],
+        "requests of each (mean)": sessions["mean_requests"],
+        "seconds (median)": sessions["median_session_s"],
+        **{f"seconds ({key.split('_')[0]})": sessions[key] for key in tails},
+        "waiting for the server": None
+        if sessions["served_share"] is None
+        else f"{sessions['served_share']:.0%} of the time",
+    }
+    tail = tails[0].split("_")[0] if tails else "mean"
+    columns = {
+        "turns": "turns",
+        "requests": "requests",
+        "prompt (mean)": "mean_prompt_tokens",
+        "prefix hits": "prefix_cache_hit_rate",
+        "TTFT p50 ms": "median_ttft_ms",
+        f"{tail} ms": f"{tail}_ttft_ms",
+        "turn p50 s": "median_turn_s",
+        f"{tail} s": f"{tail}_turn_s",
+    }
+    rows = [(row["turn"], *(row.get(key) for key in columns.values())) for row in sessions["turns"]]
+    shown = [row for row in rows if row[0] <= 8 or row[0] & (row[0] - 1) == 0 or row is rows[-1]]
+    return facts_text("\nSessions", facts) + "\n" + table(["turn", *columns], shown, title="\nTurns")
 
 
 def _stages_text(stages: Sequence[Mapping[str, Any]]) -> str:

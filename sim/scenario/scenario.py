@@ -281,8 +281,14 @@ class Scenario(Model):
         open-loop and has one stage, otherwise its first stream made open-loop by the ``plan`` block.
 
         Raises:
-            InputError: the workload has several stages and there is no plan block.
+            InputError: the workload has several stages and there is no plan block, or it is of sessions.
         """
+        if any(stream.talks for stage in self.stages().stages for stream in stage.streams):
+            raise InputError(
+                "sessions have no rate of requests to probe: each sends the next when it has an answer",
+                where=f"{self.source}: workload",
+                fix="Use simulate, or sweep --vary workload.arrivals.concurrency=8,16,32.",
+            )
         written = self.workload if isinstance(self.workload, StreamSpec) else self.stages()
         if self.plan is None and self.sweep is None and isinstance(written, Workload):
             if len(written.stages) > 1:

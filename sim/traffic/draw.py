@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from servecast.sim.traffic.arrivals import ClosedLoop, Extent, Times, replay
 from servecast.sim.traffic.content import ContentIds, Repeat, Same, SharedPrefix, Unique
 from servecast.sim.traffic.lengths import draw_outputs
 from servecast.sim.traffic.measured_lengths import Tokens
+from servecast.sim.traffic.sessions import Begins, session_stream
 from servecast.sim.traffic.spec import StreamSpec, Workload
 from servecast.sim.traffic.trace_spec import TraceSpec
 from servecast.sim.traffic.traces import Trace
@@ -135,6 +136,13 @@ def draw(workload: Workload, seed: int, *, closed_loop: int = CLOSED_LOOP_REQUES
     for index, (stage, numbers) in enumerate(zip(workload.stages, drawn, strict=True)):
         streams: list[Stream] = []
         for stream, d in zip(stage.streams, numbers, strict=True):
+            if stream.talks:
+                begins = _begins(stream, d, ids)
+                rngs = generators[stream.name]
+                each = (rngs.prompt, rngs.output, rngs.content)
+                streams.append(session_stream(stream, begins, ids, request_id, index, each))
+                request_id += len(streams[-1].requests)
+                continue
             requests = _requests(stream, d, _contents(stream, d, ids, texts), request_id)
             request_id += len(requests)
             limit, until_s = stream.max_concurrency, None
@@ -150,8 +158,15 @@ def draw(workload: Workload, seed: int, *, closed_loop: int = CLOSED_LOOP_REQUES
 def _draw(stream: StreamSpec, rngs: _Generators, closed_loop: int) -> _Drawn:
     extent = Extent(stream.num_requests, stream.duration_s, closed_loop)
     if stream.trace is not None:
-        return _draw_trace(stream, stream.trace, extent, rngs)
+        draw_it = _draw_recorded_sessions if stream.trace.waits else _draw_trace
+        return draw_it(stream, stream.trace, extent, rngs)
     assert stream.arrivals is not None
+    if stream.sessions is not None:
+        times = stream.arrivals.times(extent, rngs.arrivals) + stream.start_s
+        which = None
+        if isinstance(stream.content, SharedPrefix):
+            which = _which_prompt(stream.content, len(times), rngs)
+        return _Drawn(times, times[:0].astype(np.int64), times[:0].astype(np.int64), which)
     assert stream.prompt_tokens is not None
     assert stream.output_tokens is not None
     times = stream.arrivals.times(extent, rngs.arrivals) + stream.start_s
@@ -187,8 +202,10 @@ def _which_prompt(content: SharedPrefix, n: int, rngs: _Generators) -> npt.NDArr
     return rngs.cycle[np.arange(n) % distinct]
 
 
-def _draw_trace(stream: StreamSpec, spec: TraceSpec, extent: Extent, rngs: _Generators) -> _Drawn:
-    trace = spec.read()
+def _draw_trace(
+    stream: StreamSpec, spec: TraceSpec, extent: Extent, rngs: _Generators, trace: Trace | None = None
+) -> _Drawn:
+    trace = spec.read() if trace is None else trace
     wanted = 0 if extent.num_requests is None or extent.duration_s is not None else extent.num_requests
     times = None
     if stream.arrivals is not None:
@@ -221,6 +238,37 @@ def _draw_trace(stream: StreamSpec, spec: TraceSpec, extent: Extent, rngs: _Gene
     return _Drawn(
         times + stream.start_s, trace.prompt_tokens, trace.output_tokens, group=trace.sessions, trace=trace
     )
+
+
+def _draw_recorded_sessions(stream: StreamSpec, spec: TraceSpec, extent: Extent, rngs: _Generators) -> _Drawn:
+    """The sessions of a trace; ``times`` are those at which they begin."""
+    trace = spec.read()
+    if trace.sessions is None:
+        raise InputError(
+            "its requests have no sessions, so no turn can wait for another",
+            where=str(spec.path),
+            fix="Name their column (columns: {session: ...}), or leave turns out.",
+        )
+    firsts = np.sort(np.unique(trace.sessions, return_index=True)[1])
+    recorded = replace(trace.take(firsts), hash_ids=None)
+    begins = _draw_trace(stream, spec, extent, rngs, recorded)
+    assert begins.trace is not None
+    wanted = begins.trace.sessions
+    assert wanted is not None
+    if len(wanted) > len(firsts):
+        trace = trace.repeated(-(-len(wanted) // len(firsts)))
+    return replace(begins, trace=trace)
+
+
+def _begins(stream: StreamSpec, d: _Drawn, ids: ContentIds) -> Begins:
+    """When a stream's sessions begin, and with what."""
+    parts: list[Content] = []
+    if d.trace is not None:
+        assert stream.trace is not None
+        parts = [()] * len(d.trace)
+        if d.trace.hash_ids is not None and stream.content is None:
+            parts = _hashed_parts((), 0, d.trace, ids.first("trace", stream.trace.path, 0))
+    return Begins(d.times, d.prompt, d.trace, parts)
 
 
 Contents = tuple[list[Content], npt.NDArray[Any]]  # different ones, and which of them each request has

@@ -20,8 +20,53 @@ from servecast.sim.inputs.errors import InputError, reason
 from servecast.sim.inputs.schema import Count, InputFile, Model, NonNegative, Positive, invalid
 
 Tokens = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
 QUANTILE = re.compile(r"p(\d+(?:\.\d+)?)")
 _LONGEST = 2**53
+
+
+def gather_quantiles(data: Any) -> Any:
+    """``{p50: 1, p95: 2, ...}`` as ``{quantiles: {p50: 1, p95: 2}, ...}``."""
+    names = [key for key in data if QUANTILE.fullmatch(str(key))] if isinstance(data, Mapping) else []
+    if not names or "quantiles" in data:
+        return data
+    rest = {key: value for key, value in data.items() if key not in names}
+    return rest | {"quantiles": {name: data[name] for name in names}}
+
+
+def check_quantiles(quantiles: Mapping[str, float]) -> None:
+    """Raises PydanticCustomError for what no law has as its quantiles."""
+    if len(quantiles) < 2:
+        raise invalid("one quantile says nothing of the spread", "Give two or more, as p50 and p95.")
+    for name in quantiles:
+        match = QUANTILE.fullmatch(name)
+        if match is None or not 0 < float(match[1]) < 100:
+            fix = "Write p50, p95, p99.9, ...; the shortest and the longest are fields of their own."
+            raise invalid(f"{name!r} is no quantile between p0 and p100", fix, at=name)
+    for low, high in pairwise(sorted(quantiles, key=_rank)):
+        if _rank(low) == _rank(high):
+            raise invalid(f"{low} and {high} are one quantile", "Give it once.", at=low)
+        if quantiles[high] < quantiles[low]:
+            what = f"{high} {quantiles[high]:g} is below {low} {quantiles[low]:g}"
+            raise invalid(what, "Quantiles rise: correct them.", at=high)
+
+
+def draw_quantiles(quantiles: Mapping[str, float], n: int, rng: np.random.Generator) -> Floats:
+    """``n`` values whose logarithm is linear in a standard normal between these quantiles, and beyond the
+    outer ones as next to them."""
+    names = sorted(quantiles, key=_rank)
+    ranks = np.array([NormalDist().inv_cdf(_rank(name) / 100) for name in names])
+    logs, unit = np.log([quantiles[name] for name in names]), rng.standard_normal(n)
+    piece = np.clip(np.searchsorted(ranks, unit) - 1, 0, len(ranks) - 2)
+    slopes = np.diff(logs) / np.diff(ranks)
+    drawn: Floats = np.exp(
+        np.minimum(logs[piece] + (unit - ranks[piece]) * slopes[piece], math.log(_LONGEST))
+    )
+    return drawn
+
+
+def _rank(name: str) -> float:
+    return float(name[1:])
 
 
 class Quantiles(Model):
@@ -42,11 +87,7 @@ class Quantiles(Model):
     @model_validator(mode="before")
     @classmethod
     def _from_names(cls, data: Any) -> Any:
-        names = [key for key in data if QUANTILE.fullmatch(str(key))] if isinstance(data, Mapping) else []
-        if not names or "quantiles" in data:
-            return data
-        rest = {key: value for key, value in data.items() if key not in names}
-        return rest | {"quantiles": {name: data[name] for name in names}}
+        return gather_quantiles(data)
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
@@ -62,46 +103,16 @@ class Quantiles(Model):
 
     @model_validator(mode="after")
     def _rising(self) -> Quantiles:
-        if len(self.quantiles) < 2:
-            raise invalid("one quantile says nothing of the spread", "Give two or more, as p50 and p95.")
-        for name in self.quantiles:
-            match = QUANTILE.fullmatch(name)
-            if match is None or not 0 < float(match[1]) < 100:
-                fix = (
-                    "Write p50, p95, p99.9, ...; the shortest and the longest are min_tokens and max_tokens."
-                )
-                raise invalid(f"{name!r} is no quantile between p0 and p100", fix, at=name)
-        (ranks, lengths), names = self._points(), self._names()
-        for i, (low, high) in enumerate(pairwise(lengths)):
-            if ranks[i] == ranks[i + 1]:
-                raise invalid(f"{names[i]} and {names[i + 1]} are one quantile", "Give it once.", at=names[i])
-            if high < low:
-                what = f"{names[i + 1]} {high:g} is below {names[i]} {low:g}"
-                raise invalid(what, "Quantiles rise: correct them.", at=names[i + 1])
+        check_quantiles(self.quantiles)
         if self.max_tokens is not None and self.max_tokens < self.min_tokens:
             what = f"max_tokens {self.max_tokens} is below min_tokens {self.min_tokens}"
             raise invalid(what, "Swap or correct them.")
         return self
 
-    def _names(self) -> list[str]:
-        return sorted(self.quantiles, key=lambda name: float(name[1:]))
-
-    def _points(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-        """Normal quantiles and lengths, rising."""
-        names = self._names()
-        ranks = np.array([NormalDist().inv_cdf(float(name[1:]) / 100) for name in names])
-        return ranks, np.array([self.quantiles[name] for name in names])
-
     def draw(self, n: int, rng: np.random.Generator) -> Tokens:
         """``n`` lengths."""
-        ranks, lengths = self._points()
-        logs, unit = np.log(lengths), rng.standard_normal(n)
-        piece = np.clip(np.searchsorted(ranks, unit) - 1, 0, len(ranks) - 2)
-        slopes = np.diff(logs) / np.diff(ranks)
-        drawn = np.exp(np.minimum(logs[piece] + (unit - ranks[piece]) * slopes[piece], math.log(_LONGEST)))
-        tokens: Tokens = np.clip(np.rint(drawn), self.min_tokens, self.max_tokens or _LONGEST).astype(
-            np.int64
-        )
+        drawn = np.rint(draw_quantiles(self.quantiles, n, rng))
+        tokens: Tokens = np.clip(drawn, self.min_tokens, self.max_tokens or _LONGEST).astype(np.int64)
         return tokens
 
 
@@ -164,9 +175,7 @@ class Histogram(Model):
         tokens: Tokens = np.maximum(np.ceil(low + within), np.floor(low) + 1).astype(np.int64)
         return tokens if self.max_tokens is None else np.minimum(tokens, self.max_tokens)
 
-    def _shape(
-        self, edges: npt.NDArray[np.float64], counts: npt.NDArray[np.float64], mean: float | None
-    ) -> float:
+    def _shape(self, edges: Floats, counts: Floats, mean: float | None) -> float:
         """The exponent of a uniform number that places lengths inside their bins: 1, or what meets the mean.
         Lengths are whole and round up, half a token in the mean."""
         if mean is None:
@@ -183,7 +192,7 @@ class Histogram(Model):
     def _error(self, what: str, fix: str) -> InputError:
         return InputError(what, where=str(self.path or "histogram"), fix=fix)
 
-    def _buckets(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], float | None]:
+    def _buckets(self) -> tuple[Floats, Floats, float | None]:
         """Edges, counts and mean of the file's histogram."""
         totals: dict[float, float] = {}
         sums = {"sum": math.nan, "count": math.nan}
@@ -212,7 +221,7 @@ class Histogram(Model):
 
     def _bins(
         self, totals: dict[float, float], sums: Mapping[str, float]
-    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], float | None]:
+    ) -> tuple[Floats, Floats, float | None]:
         bounds = sorted(totals)
         if len(bounds) < 2 or not totals[bounds[-1]]:
             what = "its histogram is empty" if bounds else f"no buckets of {self.metric or 'a histogram'}"
@@ -286,7 +295,7 @@ def _query_result(document: Any, name: str) -> Iterator[tuple[str, Mapping[str, 
 
 def is_short(data: Mapping[str, Any]) -> str | None:
     """The kind of lengths that are written without one, by their fields."""
-    if any(QUANTILE.fullmatch(str(key)) for key in data):
+    if "quantiles" in data or any(QUANTILE.fullmatch(str(key)) for key in data):
         return "quantiles"
     if "edges" in data or "metric" in data:
         return "histogram"

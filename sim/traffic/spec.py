@@ -21,6 +21,7 @@ from servecast.sim.traffic.arrivals import (
 )
 from servecast.sim.traffic.content import Content, SharedPrefix, Unique
 from servecast.sim.traffic.lengths import Correlation, Lengths, check_pair
+from servecast.sim.traffic.session_spec import SessionSpec
 from servecast.sim.traffic.trace_spec import TraceSpec
 
 Row = dict[str, int | float | str]  # keys of a reported table's row, and their values
@@ -62,6 +63,9 @@ class StreamSpec(Model):
     """Tokens behind each prompt, such as a chat template's."""
     content: Content | None = None
     """Which prompts share leading tokens. Default, none do."""
+    sessions: SessionSpec | None = None
+    """Each arrival is a session of several turns: rates, numbers of requests and a closed loop's concurrency
+    are of sessions, ``prompt_tokens`` are what a turn adds."""
     priority: int = 0
     """Lower runs first under the ``priority`` policy."""
     abort_after_s: Positive | None = None
@@ -84,13 +88,47 @@ class StreamSpec(Model):
             )
         if self.length_correlation is not None:
             self.check_lengths(self.length_correlation)
-        if isinstance(self.arrivals, ClosedLoop) and self.max_concurrency is not None:
+        if self.talks:
+            self._check_sessions()
+        if isinstance(self.arrivals, ClosedLoop) and self.max_concurrency is not None and not self.talks:
             raise invalid(
                 "max_concurrency beside a closed loop",
                 "Remove it: concurrency says it.",
                 at="max_concurrency",
             )
         return self
+
+    @property
+    def talks(self) -> bool:
+        """Whether its requests wait for others of their session."""
+        return self.sessions is not None or (self.trace is not None and self.trace.waits)
+
+    def _check_sessions(self) -> None:
+        spec, content = self.sessions, self.content
+        if self.trace is not None:
+            if spec is not None:
+                raise invalid("sessions beside a trace, which has its own", "Remove them.", at="sessions")
+            for name in ("system_prompt_tokens", "suffix_tokens"):
+                if getattr(self, name):
+                    raise invalid(f"{name} beside recorded sessions", "Remove it.", at=name)
+            return
+        assert spec is not None
+        if self.length_correlation is not None:
+            raise invalid("a correlation of turns is not modelled", "Remove it.", at="length_correlation")
+        if content is not None and not isinstance(content, Unique | SharedPrefix):
+            what = f"content {content.kind} of sessions, which go on differently"
+            raise invalid(what, "Remove it, or use shared_prefix.", at="content")
+        each = content.prompts_per_group if isinstance(content, SharedPrefix) else None
+        if (
+            isinstance(content, SharedPrefix)
+            and each is not None
+            and (spec.users != content.groups * each or content.order != "cycle")
+        ):
+            fix = "Remove it, or give as many users as groups x prompts_per_group, and order: cycle."
+            raise invalid("prompts_per_group of sessions", fix, at="content.prompts_per_group")
+        if spec.prefix_again and (spec.users is None or not isinstance(content, SharedPrefix)):
+            what = "prefix_again without users and a shared prefix"
+            raise invalid(what, "Remove it.", at="sessions.prefix_again")
 
     def check_lengths(self, correlation: Correlation) -> None:
         """Refuse prompts and outputs that cannot go together so."""

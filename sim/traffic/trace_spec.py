@@ -26,7 +26,16 @@ def _written(value: Any) -> Any:
 
 
 TraceFormat = Literal[
-    "mooncake", "bailian", "azure", "burstgpt", "timed_trace", "llmservingsim", "vidur", "csv", "jsonl"
+    "mooncake",
+    "bailian",
+    "aiperf",
+    "azure",
+    "burstgpt",
+    "timed_trace",
+    "llmservingsim",
+    "vidur",
+    "csv",
+    "jsonl",
 ]
 Moment = Annotated[NonNegative | str, Field(union_mode="left_to_right"), BeforeValidator(_written)]
 
@@ -46,6 +55,8 @@ class TraceColumns(Model):
     """List of the prompt's blocks (of ``block_tokens``); equal ids are equal blocks behind equal ones."""
     token_ids: str | None = None
     """List of the prompt's tokens; equal leading ones are shared."""
+    delay: str | None = None
+    """From the answer to the turn before in its session to this request, in the unit of the times."""
     images: str | None = None
     """How many images it has. They are counted and told, not modelled."""
 
@@ -82,6 +93,12 @@ class TraceSpec(Model):
     """Stretch the times to this mean rate (n / last time)."""
     repeat: Flag = False
     """Begin anew where more requests are wanted than it has, with new prompts that share as those do."""
+    turns: Literal["as_recorded", "wait"] | None = None
+    """When later requests of a session are sent: at their times, or only after the answer to the one before.
+    Default, ``wait`` where the format has delays."""
+    history: Literal["included", "added"] | None = None
+    """Of sessions whose turns wait: prompts are whole, and begin with what was said before, or they are what
+    a turn adds to it. Default, the format's: ``added`` of aiperf, otherwise ``included``."""
     first_at_zero: Flag = True
     """The first request is sent at once. If false, as long after the start as the file has it."""
 
@@ -100,6 +117,10 @@ class TraceSpec(Model):
                     "Write columns: {timestamp: ..., input_tokens: ..., output_tokens: ...}.",
                     at="columns",
                 )
+        if self.history is not None and self.turns == "as_recorded":
+            raise invalid(
+                "history of turns that do not wait", "Remove it, or write turns: wait.", at="history"
+            )
         for name, moment in (("from", self.from_), ("to", self.to)):
             if isinstance(moment, str) and read_date(moment) is None:
                 raise invalid(
@@ -108,6 +129,16 @@ class TraceSpec(Model):
                     at=name,
                 )
         return self
+
+    @property
+    def waits(self) -> bool:
+        """Whether turns of a session wait for each other."""
+        return self.turns == "wait" or (self.turns is None and bool(self.layout().columns.delay))
+
+    @property
+    def adds(self) -> bool:
+        """Whether a prompt is what its turn adds to the history."""
+        return self.layout().adds if self.history is None else self.history == "added"
 
     def layout(self) -> Format:
         """How the file is written."""

@@ -38,6 +38,9 @@ class Trace:
             equal tokens before them; None where the format has none.
         block_tokens: tokens a hash id stands for.
         sessions: (n,) number of each request's session, None where the format has none.
+        delays_s: (n,) from the answer to the turn before to this request, NaN where the record does not say;
+        None
+            where the format has none.
         began_ns: what 0 s is in nanoseconds since 1970, None where the record does not say.
         notes: what of the record is not in the trace, and what was taken for granted.
     """
@@ -48,6 +51,7 @@ class Trace:
     hash_ids: HashIds | None = None
     block_tokens: int = MOONCAKE_BLOCK_TOKENS
     sessions: npt.NDArray[np.int64] | None = None
+    delays_s: npt.NDArray[np.float64] | None = None
     began_ns: int | None = None
     notes: tuple[str, ...] = ()
 
@@ -64,6 +68,7 @@ class Trace:
             output_tokens=self.output_tokens[rows],
             hash_ids=None if self.hash_ids is None else [self.hash_ids[row] for row in rows],
             sessions=None if self.sessions is None else self.sessions[rows],
+            delays_s=None if self.delays_s is None else self.delays_s[rows],
         )
 
     def repeated(self, rounds: int) -> Trace:
@@ -96,6 +101,7 @@ class Columns:
     session: str = ""
     parent: str = ""
     images: str = ""
+    delay: str = ""
 
     @property
     def needed(self) -> tuple[str, ...]:
@@ -109,7 +115,7 @@ class Format:
 
     seconds_per_unit: of its times; None: dates, or numbers whose unit their size tells. block_tokens: that a
     hash id stands for. exact: the last block has an id, too, where it is not full. every_block: all full ones
-    have one.
+    have one. adds: a prompt of a session is what its turn adds, not all that was said.
     """
 
     container: Container
@@ -118,6 +124,7 @@ class Format:
     block_tokens: int = 16
     exact: bool = False
     every_block: bool = False
+    adds: bool = False
 
 
 _LENGTHS = {"timestamp": "timestamp", "input_tokens": "input_length", "output_tokens": "output_length"}
@@ -130,6 +137,13 @@ FORMATS: dict[str, Format] = {
         Columns(**_LENGTHS, hash_ids="hash_ids", session="chat_id", parent="parent_chat_id"),
         1.0,
         every_block=True,
+    ),
+    "aiperf": Format(
+        "jsonl",
+        Columns(**_LENGTHS, hash_ids="hash_ids", session="session_id", delay="delay"),
+        1e-3,
+        MOONCAKE_BLOCK_TOKENS,
+        adds=True,
     ),
     "timed_trace": Format("jsonl", Columns(**_LENGTHS, hash_ids="hash_ids"), 1.0),
     "llmservingsim": Format(
@@ -159,6 +173,7 @@ class _Records:
     outputs: list[int] = field(default_factory=list)
     hash_ids: HashIds = field(default_factory=list)
     sessions: list[int] = field(default_factory=list)
+    delays: list[float] = field(default_factory=list)  # in the file's unit
     zones: set[str | None] = field(default_factory=set)
     left_out: dict[str, int] = field(default_factory=dict)
     images: list[int] = field(default_factory=list)
@@ -168,6 +183,7 @@ class _Records:
     unit_name: str = "seconds"
     has_sessions: bool = False
     _known: dict[Any, int] = field(default_factory=dict)  # session -> its number
+    _began: dict[Any, float] = field(default_factory=dict)  # session -> time of its last request
     _blocks: dict[tuple[int, tuple[Any, ...]], int] = field(default_factory=dict)  # (id before, tokens) -> id
 
     def error(self, what: str, fix: str = "Correct or remove the line.") -> InputError:
@@ -186,6 +202,8 @@ class _Records:
             fix = "Is the line cut off, or the file of another format? Correct or remove it."
             if any(str(key).startswith(("{", "[")) for key in record):
                 fix = "The file is JSON: its format is one of JSON lines, as mooncake or jsonl."
+            elif isinstance(record.get("turns"), list) or "text_input" in record:
+                fix = "Texts have no lengths: count tokens, and give a line a turn with input_length."
             elif "conversations" in record:
                 fix = "Conversations as in ShareGPT have no times and no lengths: count their tokens first."
             elif other is not None:
@@ -207,6 +225,10 @@ class _Records:
     def time(self, record: Mapping[str, Any]) -> float:
         """In the unit of the file, which the first time tells."""
         name, per_unit = self.form.columns.timestamp, self.form.seconds_per_unit
+        if self.form.columns.delay and record.get(name) is None:  # it comes with its session
+            self.first = self.first or 0.0
+            self.unit = per_unit or 1.0
+            return self._began.get(_key(record.get(self.form.columns.session)), 0.0)
         value = self.value(record, name)
         number = read_number(value)
         date = read_date(value) if number is None and isinstance(value, str) else None
@@ -233,10 +255,20 @@ class _Records:
             self.first = number
         return number
 
+    def _delay(self, record: Mapping[str, Any]) -> float:
+        """In the unit of the file; NaN where none is given."""
+        name = self.form.columns.delay
+        value = record.get(name) if name else None
+        number = math.nan if value is None else read_number(value)
+        if number is None or number < 0 or math.isinf(number):
+            raise self.error(f"{name} is {_short(value)}, not a time of at least 0")
+        return float(number)
+
     def add(self, record: Mapping[str, Any]) -> None:
         """A request, or one more that is left out."""
         columns = self.form.columns
         time = self.time(record)
+        delay = self._delay(record)
         ids = record.get(columns.token_ids) if columns.token_ids else None
         if isinstance(ids, list) and ids and columns.input_tokens not in record:
             prompt = len(ids)
@@ -253,11 +285,15 @@ class _Records:
             self._hashed(record[columns.hash_ids], prompt)
         elif ids:
             self._of_tokens(ids, prompt)
+        elif self.form.adds:
+            self.hash_ids.append(())
         elif self.hash_ids:
             raise self.error(f"{columns.hash_ids} is given for some requests only")
         if columns.session:
             self.sessions.append(self._session(record))
+            self._began[_key(record.get(columns.session))] = time
         self.times.append(time)
+        self.delays.append(delay)
         self.prompts.append(prompt)
         self.outputs.append(output)
         if math.isfinite(images) and images > 0:
@@ -265,6 +301,8 @@ class _Records:
 
     def _in_order(self, time: float) -> None:
         assert self.first is not None
+        if self.form.columns.delay:
+            return  # session after session: they are put in order at the end
         if not self.dates and self.form.seconds_per_unit is not None and time < 0:
             raise self.error(f"the time is {time * self.unit}, not at or after the start")
         if len(self.zones) > 1:
@@ -335,10 +373,11 @@ class _Records:
             self.hash_ids or None,
             self.form.block_tokens,
             np.array(self.sessions, dtype=np.int64) if self.has_sessions else None,
+            np.array(self.delays) * self.unit if self.form.columns.delay else None,
             round(first * self.unit * 1e9) if absolute else None,
             tuple(self._notes()),
         )
-        if len(self.zones) > 1:
+        if len(self.zones) > 1 or self.form.columns.delay:
             trace = trace.take(np.argsort(trace.times_s, kind="stable"))
         return trace
 

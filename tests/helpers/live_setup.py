@@ -72,7 +72,7 @@ def measure_steps(model: Path, out: Path, law: dict[str, Any]) -> Path:
         [
             *(str(Path(sys.executable).with_name("servecast")), "calibrate", "measure", "engine"),
             *("--python", PYTHON, "--model", str(model), "--out", str(out), "--name", "model"),
-            *("--steps", "9", "--largest", "20000", "--case-seconds", "0.4"),
+            *("--steps", "5", "--largest", "20000", "--case-seconds", "0.4"),
             *("--regions", "decode", "prefill", "prefill_context", "mixed", "decode_ragged"),
             *("--enforce-eager", "--max-model-len", "2048"),
             *("--max-num-seqs", "16", "--max-num-batched-tokens", "512", *FLAGS[:4]),

@@ -126,7 +126,7 @@ def test_a_model_that_computes(lab: Lab, tmp_path: Path) -> None:
 
 
 def drive(scenario: Scenario, lab: Lab, out: Path) -> Outcome:
-    campaign = Session(scenario, lab.server.target, out, rates=(2.0,), duration_s=15, seeds=2, python=PYTHON)
+    campaign = Session(scenario, lab.server.target, out, rates=(2.0,), duration_s=12, seeds=2, python=PYTHON)
     campaign.run()
     (outcome,) = campaign.outcomes
     return outcome

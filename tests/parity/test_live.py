@@ -13,12 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from recorded_run import recorded_run
 
 from servecast.calibrate.measure.vllm.recording import read_recording
 from servecast.calibrate.measure.vllm.tiny_model import write_tiny_model
 from servecast.sim.inputs.errors import InputError
 from servecast.validate.parity.parity import Recorded, compare
-from servecast.validate.parity.recording import recorded_run
 from servecast.validate.parity.scenarios import random_scenarios
 from servecast.validate.parity.vllm_process import ENVIRONMENT, HERE
 

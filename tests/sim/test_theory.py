@@ -29,6 +29,7 @@ from servecast.sim.metrics.metrics import latencies, percentiles
 from servecast.sim.metrics.records import Run
 from servecast.sim.metrics.warmup import Warmup, select
 from servecast.sim.routing.routers import LeastOutstanding
+from servecast.sim.traffic.sessions import SessionRequest, SessionStream
 
 SERVICE_S = 0.1
 Noise = Callable[[np.random.Generator], Iterator[float]]
@@ -70,6 +71,22 @@ def serve(
     max_num_batched_tokens: int = 512,
 ) -> Run:
     """Runs requests through replicas without front-end costs, on a synchronous engine."""
+    stages = [Stage("main", [Stream("poisson", requests, max_concurrency)])]
+    sizes = {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens}
+    return serve_stages(stages, rng, noise=noise, servers=servers, **sizes)
+
+
+def serve_stages(
+    stages: list[Stage],
+    rng: np.random.Generator,
+    *,
+    noise: Noise = constant,
+    servers: int = 1,
+    step_time: TokenTime | None = None,
+    max_num_seqs: int = 1,
+    max_num_batched_tokens: int = 512,
+) -> Run:
+    """The same with clients of any kind."""
     config = EngineConfig(
         version="0.32",
         max_num_seqs=max_num_seqs,
@@ -83,10 +100,10 @@ def serve(
 
     def make_replica(index: int, client: Client) -> Replica:
         draws = noise(rng.spawn(1)[0])
-        return Replica(index, Scheduler(config), TokenTime(), draws, lambda _: 0.0, free, rng, client)
+        law = step_time or TokenTime()
+        return Replica(index, Scheduler(config), law, draws, lambda _: 0.0, free, rng, client)
 
-    fleet = Fleet(make_replica, servers, LeastOutstanding(), Client(free), rng)
-    return fleet.run([Stage("main", [Stream("poisson", requests, max_concurrency)])])
+    return Fleet(make_replica, servers, LeastOutstanding(), Client(free), rng).run(stages)
 
 
 def poisson(
@@ -270,3 +287,58 @@ def test_littles_law_in_a_closed_loop() -> None:
     run = serve(requests, np.random.default_rng(0), max_concurrency=8, max_num_seqs=4)
     throughput = len(requests) / float(run.requests["finish"].max())
     assert throughput * float(latencies(run.requests)["e2el"].mean()) == pytest.approx(8, rel=0.01)
+
+
+class StepTime(TokenTime):
+    """A step takes a fixed time, whatever is in it."""
+
+    def seconds(self, step: StepShape) -> float:
+        return SERVICE_S
+
+
+def sessions(users: int, turns: int, think_s: float, rng: np.random.Generator) -> list[Request]:
+    """Users who think for an exponential time after each answer of one token."""
+    thinks = rng.exponential(think_s, (turns, users)).tolist()
+    return [
+        SessionRequest(
+            turn * users + user, 0.0, 1 + turn, 1, 1, group=user, delay_s=thinks[turn][user], turn=turn + 1,
+            after=(turn * users + user - users,) if turn else (),
+        )
+        for turn in range(turns)
+        for user in range(users)
+    ]  # fmt: skip
+
+
+def machine_repair(users: int, servers: int, think_s: float) -> tuple[float, float]:
+    """Throughput and mean response of M/M/c//N (Kleinrock 1975, 3.9): births (N - n) / Z, deaths min(n, c) /
+    S."""
+    weights = [1.0]
+    for n in range(1, users + 1):
+        weights.append(weights[-1] * (users - n + 1) / think_s * SERVICE_S / min(n, servers))
+    rate = sum(w * min(n, servers) for n, w in enumerate(weights)) / sum(weights) / SERVICE_S
+    return rate, users / rate - think_s
+
+
+@pytest.mark.parametrize(("users", "servers"), [(4, 1), (8, 2)])
+def test_closed_sessions_are_a_machine_repair_model(users: int, servers: int) -> None:
+    """As many replicas of one slot as repairmen, and a queue for all of them: at most c requests in flight.
+    And Little's law of the loop: users = throughput x (response + think time)."""
+    think_s, turns, found = 0.4, 400, []
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        stream = SessionStream("users", sessions(users, turns, think_s, rng), max_concurrency=servers)
+        requests = serve_stages(
+            [Stage("main", [stream])], rng, noise=exponential, servers=servers, step_time=StepTime()
+        ).requests
+        end = float(requests.groupby("group")["arrival"].max().min())  # from here on some user has gone
+        in_loop = requests[(requests["arrival"] > 10) & (requests["finish"] < end)]
+        rate = len(in_loop) / (end - 10)
+        response = float((in_loop["finish"] - in_loop["arrival"]).mean())
+        thinks = in_loop.sort_values("arrival").groupby("group")
+        gaps = (thinks["arrival"].shift(-1) - in_loop["finish"]).dropna()
+        found.append((rate, response, rate * (response + float(gaps.mean()))))
+    rates, responses, loops = (t_interval(column, 0.99) for column in zip(*found, strict=True))
+    rate, response = machine_repair(users, servers, think_s)
+    holds(rates, rate, within=0.03)
+    holds(responses, response, within=0.08)
+    assert loops.estimate == pytest.approx(users, rel=0.01)

@@ -213,18 +213,17 @@ def latency(level: Level) -> Derived | None:
         return Derived(mean.span, (mean,), True)
     fixed = level.equal_outputs
     if median is not None and median.value > 0 and (fixed or parts is None):
-        return Derived(median.span if fixed else _as_mean(median.span), (median,), False)
+        return Derived(
+            median.span if fixed else Span(median.span.low / _SKEW, median.span.high * _SKEW),
+            (median,),
+            False,
+        )
     if parts is not None:
         return parts
     per_token = level.get("ntpot", "mean", "p50")
     if per_token is not None and per_token.value > 0 and level.output is not None:
         return Derived(per_token.span * level.output.mean, (per_token,), False)
     return None
-
-
-def _as_mean(median: Span) -> Span:
-    """Where the mean is, of requests of different lengths with this median."""
-    return Span(median.low / _SKEW, median.high * _SKEW)
 
 
 def _summed(level: Level) -> Derived | None:

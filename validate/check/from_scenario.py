@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from servecast.sim.engine.request import Request
+from servecast.sim.engine.request import Request, Stage
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.reproduce.variants import variants_of
 from servecast.sim.scenario.deployment import Deployment
@@ -17,7 +17,7 @@ from servecast.sim.scenario.reported import Reported, ReportedRow, read_rows, st
 from servecast.sim.scenario.scenario import Scenario
 from servecast.sim.traffic.arrivals import ClosedLoop
 from servecast.sim.traffic.draw import draw
-from servecast.sim.traffic.spec import Row, StageSpec, Workload
+from servecast.sim.traffic.spec import Row, StageSpec
 from servecast.validate.check.columns import read_name
 from servecast.validate.check.from_table import decimals_of
 from servecast.validate.check.table import Hardware, Lengths, Level, Report, Span, Value
@@ -55,7 +55,10 @@ def _table_levels(scenario: Scenario) -> Iterable[Level]:
     """The rows of the only reported table of a scenario, all measured with its settings."""
     (reported,) = scenario.reported
     workload = scenario.workload_of(reported)
-    drawn = [_Drawn.of(stage, requests) for stage, requests in _drawn(workload, scenario.seed)]
+    drawn = [
+        _Drawn.of(spec, stage)
+        for spec, stage in zip(workload.stages, draw(workload, scenario.seed), strict=True)
+    ]
     hardware: Hardware | None = None
     repeated: list[float | None] = [None] * len(drawn)
     if isinstance(scenario.fleet.replicas, int):  # bounds are those of one kind of replica
@@ -84,19 +87,15 @@ class _Drawn:
     request_rate: float | None
 
     @classmethod
-    def of(cls, stage: StageSpec, requests: list[Request]) -> _Drawn:
-        streams = [stream for stream in stage.streams if not stream.background]
+    def of(cls, spec: StageSpec, stage: Stage) -> _Drawn:
+        requests = [r for stream in stage.streams if not stream.background for r in stream.requests]
+        streams = [stream for stream in spec.streams if not stream.background]
         concurrency = rate = None
         if len(streams) == 1:
             law = streams[0].arrivals
             concurrency = law.concurrency if isinstance(law, ClosedLoop) else streams[0].max_concurrency
             rate = getattr(law, "request_rate", None)
         return cls(requests, concurrency, rate if rate is not None and math.isfinite(rate) else None)
-
-
-def _drawn(workload: Workload, seed: int) -> Iterable[tuple[StageSpec, list[Request]]]:
-    for spec, stage in zip(workload.stages, draw(workload, seed), strict=True):
-        yield spec, [r for stream in stage.streams if not stream.background for r in stream.requests]
 
 
 def _repeated(stages: Sequence[_Drawn], capacity: int) -> list[float | None]:

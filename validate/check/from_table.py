@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -11,7 +12,8 @@ from pathlib import Path
 from servecast.sim.hardware.gpu import find_gpu
 from servecast.sim.hardware.model_shape import ModelShape
 from servecast.sim.hardware.shard import Shard
-from servecast.sim.inputs.errors import InputError, reason
+from servecast.sim.inputs.errors import InputError
+from servecast.sim.inputs.files import read_text
 from servecast.sim.scenario import scenario as scenarios
 from servecast.sim.traffic.spec import Row
 from servecast.validate.check.columns import ColumnName, read_name
@@ -264,13 +266,11 @@ def _wide(
 
 def _read_csv(path: Path) -> tuple[list[str], list[dict[str, str]], int]:
     """Header and rows of the first table of a file, and how many lines come behind the blank one after it."""
+    text = read_text(path, fix="Give a CSV file.").removeprefix("\ufeff")
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.reader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(
-            f"cannot be read: {reason(error)}", where=str(path), fix="Give a CSV file."
-        ) from None
+        rows = list(csv.reader(io.StringIO(text, newline="")))
+    except csv.Error as error:
+        raise InputError(f"cannot be read: {error}", where=str(path), fix="Give a CSV file.") from None
     begin = next((number for number, row in enumerate(rows) if any(row)), len(rows))
     end = next((n for n in range(begin + 2, len(rows)) if not any(rows[n])), len(rows))
     header, cells = rows[begin] if begin < len(rows) else [], [row for row in rows[begin + 1 : end] if row]

@@ -89,7 +89,9 @@ def prefill_difference(report: Report) -> Iterator[Finding]:
     alike: dict[tuple[object, ...], list[tuple[Level, Hardware]]] = {}
     for level, hardware in _bounded(report):
         if level.prompt is not None and not level.repeated and not level.whole_run:
-            others = tuple(each for each in level.series if not _is_prompt_length(each))
+            others = tuple(
+                of for of in level.series if read_name(of.partition("=")[0]).name != "prompt_tokens"
+            )
             place = (level.table, others, level.concurrency, level.request_rate)
             alike.setdefault(place, []).append((level, hardware))
     for levels in alike.values():
@@ -115,11 +117,6 @@ def prefill_difference(report: Report) -> Iterator[Finding]:
                 numbers = {"longer_s": longer, "bound_s": high - low, "tokens": more - fewer}
                 weight = (high - low) / max(longer, 1e-9)
                 yield finding(level, [after], message, numbers, weight=weight)
-
-
-def _is_prompt_length(key: str) -> bool:
-    """Whether a part of a level's series ("isl=1024") says the length of its prompts."""
-    return read_name(key.partition("=")[0]).name == "prompt_tokens"
 
 
 def _burst(level: Level, hardware: Hardware) -> Iterator[Finding]:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from servecast.sim.metrics.metrics import METRICS, percentiles, samples
-from servecast.sim.metrics.records import Run
 from servecast.sim.report.drawing import BAD, FIRST, INK, MUTED, SECOND, drawing
 from servecast.validate.compare.load import LoadComparison, spoken
 from servecast.validate.compare.samples import LATENCIES
@@ -28,7 +27,10 @@ def distributions(load: LoadComparison) -> str:
     shown = [metric for metric in LATENCIES if len(samples(load.measured.run, metric)[0])]
     with drawing(len(shown), f"distributions-{load.label}") as (axes, finish):
         for ax, metric in zip(axes, shown, strict=True):
-            for run, color, label in _sides(load):
+            for run, color, label in (
+                (load.predicted[0], FIRST, "predicted"),
+                (load.measured.run, SECOND, "measured"),
+            ):
                 values, weights = samples(run, metric)
                 if len(values):
                     quantiles = percentiles(values, _SHARES.tolist(), weights=weights)
@@ -39,10 +41,6 @@ def distributions(load: LoadComparison) -> str:
             ax.set_ylim(0, 100)
             ax.legend(loc="lower right")
         return finish("Distributions of latencies, predicted and measured")
-
-
-def _sides(load: LoadComparison) -> Sequence[tuple[Run, str, str]]:
-    return (load.predicted[0], FIRST, "predicted"), (load.measured.run, SECOND, "measured")
 
 
 def engine_over_time(load: LoadComparison, series: tuple[EngineSeries, EngineSeries]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +146,7 @@ class LoadComparison:
             "client_lag_ms": None
             if self.lag is None
             else {"median": self.lag.median_ms, "p95": self.lag.p95_ms, "max": self.lag.max_ms},
-            "attribution": [part.to_json() for part in self.attribution],
+            "attribution": [asdict(part) for part in self.attribution],
             "notes": list(self.notes),
         }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ def write_comparison_page(
         title=title,
         question=question,
         comparison=comparison,
-        sweep=[_cells(row) for row in comparison.sweep],
+        sweep=[row_cells(row) for row in comparison.sweep],
         sweep_plots=_sweep_plots(comparison),
         loads=[_load(load) for load in comparison.loads],
         facts=facts,
@@ -65,7 +65,7 @@ def _load(load: LoadComparison) -> dict[str, Any]:
     return {
         "label": load.label,
         "verdict": load.verdict,
-        "rows": [_cells(row) for row in load.rows],
+        "rows": [row_cells(row) for row in load.rows],
         "facts": [*load_facts(load), *load.notes],
         "plots": plots,
         "attribution": load.attribution,
@@ -88,47 +88,34 @@ def load_facts(load: LoadComparison) -> list[str]:
     return facts
 
 
-def _cells(row: Row) -> dict[str, Any]:
+def row_cells(row: Row) -> dict[str, Any]:
+    """A row for people: intervals and errors as text, empty where there is none; what is allowed, empty where
+    it is not judged."""
+    measured, gap = row.measured.estimate, row.difference
+    allowed = ""
+    if row.allowed is not None:
+        relative = row.allowed < abs(measured)
+        allowed = f"±{row.allowed / abs(measured):.1%}" if relative else f"±{row.allowed:.3g}"
     return {
         "name": spoken(row.metric),
         "state": row.state,
         "predicted": row.predicted.estimate,
-        "predicted_interval": interval_text(row.predicted),
-        "measured": row.measured.estimate,
-        "measured_interval": interval_text(row.measured),
-        "error": error_text(row),
-        "error_interval": error_interval_text(row),
-        "allowed": allowed_text(row),
+        "predicted_interval": _ends(row.predicted, "{:.4g}".format),
+        "measured": measured,
+        "measured_interval": _ends(row.measured, "{:.4g}".format),
+        "error": _error(gap.estimate, measured),
+        "error_interval": _ends(gap, lambda end: _error(end, measured)),
+        "allowed": allowed,
     }
 
 
-def interval_text(interval: Interval) -> str:
+def _ends(interval: Interval, text: Callable[[float], str]) -> str:
     """ "12.1 to 13.4", empty where there is none."""
     if math.isnan(interval.low) or math.isnan(interval.high):
         return ""
-    return f"{interval.low:.4g} to {interval.high:.4g}"
+    return f"{text(interval.low)} to {text(interval.high)}"
 
 
-def error_text(row: Row) -> str:
+def _error(difference: float, measured: float) -> str:
     """In percent of the measured value, in its unit where that is 0."""
-    return _relative([row.difference.estimate], row.measured.estimate)
-
-
-def error_interval_text(row: Row) -> str:
-    """The interval of the error, empty where there is none."""
-    low, high = row.difference.low, row.difference.high
-    return "" if math.isnan(low) or math.isnan(high) else _relative([low, high], row.measured.estimate)
-
-
-def allowed_text(row: Row) -> str:
-    """The tolerance, empty where the row is not judged."""
-    if row.allowed is None:
-        return ""
-    measured = abs(row.measured.estimate)
-    return f"±{row.allowed / measured:.1%}" if row.allowed < measured else f"±{row.allowed:.3g}"
-
-
-def _relative(values: Sequence[float], measured: float) -> str:
-    if measured:
-        return " to ".join(f"{value / abs(measured):+.1%}" for value in values)
-    return " to ".join(f"{value:+.3g}" for value in values)
+    return f"{difference / abs(measured):+.1%}" if measured else f"{difference:+.3g}"

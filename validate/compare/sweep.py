@@ -64,13 +64,11 @@ def compare_loads(
         rows, notes = rows + more, notes + further
     states: list[tuple[State, str]] = [(row.state, row.reason) for row in rows if row.state is not None]
     states += [
-        (load.verdict.state, f"{load.label}: {reason}") for load in loads for reason in _said(load.verdict)
+        (load.verdict.state, f"{load.label}: {reason}")
+        for load in loads
+        for reason in load.verdict.reasons or ("all within tolerance",)
     ]
     return Comparison(tuple(loads), tuple(rows), tuple(notes), verdict_of(states, ()))
-
-
-def _said(verdict: Verdict) -> Sequence[str]:
-    return verdict.reasons or ("all within tolerance",)
 
 
 def bracket_row(metric: str, predicted: Interval, measured: Interval, tolerances: Tolerances) -> Row:

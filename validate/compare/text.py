@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from servecast.sim.report.text import table
-from servecast.validate.compare.load import Row, spoken
-from servecast.validate.compare.page import allowed_text, error_interval_text, error_text, load_facts
+from servecast.validate.compare.load import Row
+from servecast.validate.compare.page import load_facts, row_cells
 from servecast.validate.compare.sweep import Comparison
 from servecast.validate.compare.verdict import Verdict
 
@@ -33,16 +33,6 @@ def verdict_text(verdict: Verdict) -> str:
 
 
 def _rows_text(rows: Sequence[Row], title: str) -> str:
-    cells = [
-        [
-            spoken(row.metric),
-            row.predicted.estimate,
-            row.measured.estimate,
-            error_text(row),
-            error_interval_text(row),
-            allowed_text(row),
-            row.state or "",
-        ]
-        for row in rows
-    ]
+    shown = ("name", "predicted", "measured", "error", "error_interval", "allowed")
+    cells = [[*(row_cells(row)[name] for name in shown), row.state or ""] for row in rows]
     return table(_HEADER, cells, title=title)

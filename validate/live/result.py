@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -24,9 +24,9 @@ from servecast.validate.compare.sweep import Comparison, compare_loads
 from servecast.validate.compare.tolerances import Tolerances
 from servecast.validate.compare.verdict import Verdict
 from servecast.validate.live.drive import Outcome
-from servecast.validate.live.own_server import OwnServer
 from servecast.validate.live.search import SEARCHES
 from servecast.validate.live.session import Session
+from servecast.validate.live.target import Target
 
 _FIGURES = 6  # significant, of what is kept
 RESULT = "result.json"
@@ -158,7 +158,7 @@ def document(session: Session, comparison: Comparison, *, tolerances: Tolerances
         **facts(session),
         "what_if": session.scenario.changes,
         "machine": {name: session.machine.get(name) for name in _MACHINE},
-        "server": None if session.truth is None else session.truth.to_json(),
+        "server": None if session.truth is None else asdict(session.truth),
         "plans": list(session.kinds),
         "seed": session.seed,
         "seeds": session.seeds,
@@ -178,19 +178,16 @@ def facts(session: Session) -> dict[str, Any]:
     """What the session was about, in a few words each."""
     scenario, server, truth = session.scenario, session.server, session.truth
     profile = scenario.profile_file()
+    args = () if isinstance(server, Target) else server.args
+    flags = [Path(arg).name if arg.startswith("/") else arg for arg in args]  # without our folders
     return {
         "scenario": scenario.name,
         "profile": None if profile is None else profile.name,
         "profile_sha256": session.profile_sha256,
         "served_model": None if truth is None else truth.served_model,
-        "server_started": " ".join(_plain(server.args)) if isinstance(server, OwnServer) else "attached",
+        "server_started": "attached" if isinstance(server, Target) else " ".join(flags),
         "load_generator": f"vllm bench serve {_vllm_of(session.python) or '(version not known)'}",
     }
-
-
-def _plain(args: tuple[str, ...]) -> list[str]:
-    """Flags without folders of this machine."""
-    return [Path(arg).name if arg.startswith("/") else arg for arg in args]
 
 
 @cache

@@ -8,7 +8,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from types import TracebackType
 from typing import Any
@@ -94,14 +94,8 @@ def parse_metrics(text: str) -> dict[str, float]:
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
             found.setdefault(sample.name, []).append(sample.value)
-    return {column: _first_of(found, names, column) for column, names in METRICS.items()}
-
-
-def _first_of(found: Mapping[str, list[float]], names: Iterable[str], column: str) -> float:
-    for name in names:
-        if values := found.get(name):
-            return sum(values) / len(values) if column == "kv_usage" else sum(values)
-    return math.nan
+    known = {c: next((found[n] for n in names if n in found), [math.nan]) for c, names in METRICS.items()}
+    return {c: sum(values) / (len(values) if c == "kv_usage" else 1) for c, values in known.items()}
 
 
 def cache_config(text: str) -> dict[str, str]:

@@ -25,15 +25,15 @@ def ends(kept: Mapping[str, Any]) -> dict[str, Any]:
         "kv blocks": server.get("num_gpu_blocks"),
         "gpu": kept["machine"]["gpu"],
         "date": kept["date"],
-        **{f"predicted {each['metric'].replace('_', ' ')}": _between(each) for each in kept["searches"]},
+        **{
+            f"predicted {each['metric'].replace('_', ' ')}": "{} to {} requests/s".format(
+                *("-" if end is None else f"{end:.4g}" for end in each["between"])
+            )
+            for each in kept["searches"]
+        },
         **({} if added is None else {"latency that the proxy adds": f"{added:.3g} ms"}),
         "servecast": kept["servecast_version"],
     }
-
-
-def _between(search: Mapping[str, Any]) -> str:
-    low, high = ("-" if each is None else f"{each:.4g}" for each in search["between"])
-    return f"{low} to {high} requests/s"
 
 
 def print_session(comparison: Comparison, kept: Mapping[str, Any]) -> None:

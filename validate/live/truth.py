@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from servecast.sim.inputs.errors import InputError
@@ -56,10 +56,6 @@ class Truth:
         if self.num_gpu_blocks is not None:
             found["engine.num_gpu_blocks_override"] = self.num_gpu_blocks
         return found
-
-    def to_json(self) -> dict[str, Any]:
-        """As it is written beside a result."""
-        return asdict(self)
 
 
 def read_truth(target: Target, facts: Mapping[str, Any]) -> Truth:

@@ -10,7 +10,8 @@ from typing import Any
 
 import yaml
 
-from servecast.sim.inputs.errors import InputError, reason
+from servecast.sim.inputs.errors import InputError
+from servecast.sim.inputs.files import read_text
 
 
 def values_of(path: Path) -> list[Any]:
@@ -19,16 +20,10 @@ def values_of(path: Path) -> list[Any]:
     Raises:
         InputError: it cannot be read, is empty, or not what its ending says.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"cannot be read: {reason(error)}",
-            where=str(path),
-            fix="Give a result's JSON, JSONL or YAML file.",
-        ) from None
+    fix = "Give a result's JSON, JSONL or YAML file."
+    text = read_text(path, fix=fix)
     if not text.strip():
-        raise InputError("is empty", where=str(path), fix="Give a result's JSON, JSONL or YAML file.")
+        raise InputError("is empty", where=str(path), fix=fix)
     if path.suffix in (".yaml", ".yml"):
         try:
             return [yaml.safe_load(text)]

@@ -86,7 +86,8 @@ class Engine:
         self._empty(prompts)
         found = [step for step in self._scheduler.take(prompts) if step.seconds is not None]
         if not case.traffic:
-            found = [step for step in found if _is(step, case)]
+            parts = len(case.contexts), case.chunks
+            found = [step for step in found if (step.decodes, step.chunks) == parts]
         return found[COLD:]
 
     def _compose(self, case: Case, steps: int) -> dict[str, int]:
@@ -151,10 +152,6 @@ class Engine:
 
     def close(self) -> None:
         self._core.shutdown()
-
-
-def _is(step: Step, case: Case) -> bool:
-    return step.decodes == len(case.contexts) and step.chunks == case.chunks
 
 
 def _start(model: Path, flags: Sequence[str]) -> tuple[Any, Any]:

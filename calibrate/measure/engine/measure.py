@@ -7,6 +7,7 @@ import json
 import math
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import MeasureError
 from ..facts import collect
-from ..folder import Budget, Folder, Progress, say
+from ..folder import Budget, Folder, say, walk
 from ..folder import add_arguments as add_shared_arguments
 from .grid import Case, grid
 from .steps import Step
@@ -105,14 +106,10 @@ def _walk(
         if case is not None
     ]
     todo = [(key, name, case) for key, name, case in todo if key not in folder.cases]
-    progress = Progress(len(todo), budget)
-    took: dict[str, list[float]] = {}  # region -> seconds of its cases
-    for index, (key, name, case) in enumerate(todo):
-        known = took.setdefault(case.region, [])
-        expected = max(known[-5:], default=0.0)
-        if not budget.fits(expected):
-            say(f"the time budget is spent: {index} of {len(todo)} cases measured; --resume goes on")
-            return
+    took = defaultdict[str, list[float]](list)  # region -> seconds of its cases
+
+    def measure(asked: tuple[str, str, Case]) -> str:
+        key, name, case = asked
         begin = time.monotonic()
         steps, least = (args.long_run_steps,) * 2 if case.traffic else (args.steps, args.least_steps)
         found = engines[name].measure(
@@ -122,8 +119,10 @@ def _walk(
             folder.add(*_rows(folder, key, name, case, found))
         else:
             say(f"{key}: no step of that composition was scheduled; skipped")
-        known.append(time.monotonic() - begin)
-        progress.done(key)
+        took[case.region].append(time.monotonic() - begin)
+        return key
+
+    walk(todo, budget, measure, lambda asked: max(took[asked[2].region][-5:], default=0.0))
 
 
 def _rows(folder: Folder, key: str, name: str, case: Case, steps: Sequence[Step]) -> list[dict[str, Any]]:

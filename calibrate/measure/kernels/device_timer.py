@@ -38,7 +38,8 @@ class DeviceTimer:
         """
         for work in works:
             work()
-        rounds = max(1, round(_INNER_S / max(self._once(works), 1e-9)))
+        once = min(self._seconds(lambda: _all(works)) for _ in range(2))
+        rounds = max(1, round(_INNER_S / max(once, 1e-9)))
         calls = [*works] * rounds
         run = self._captured(calls) if graph and self.device == "cuda" else None
         launch: Work = run if run is not None else lambda: _all(calls)
@@ -48,10 +49,6 @@ class DeviceTimer:
         while len(found) < self._repeats or (sum(found) < _LEAST_S and len(found) < 8 * self._repeats):
             found.append(self._seconds(launch))
         return [seconds / len(calls) for seconds in found]
-
-    def _once(self, works: Sequence[Work]) -> float:
-        """About how long one round of the works takes."""
-        return min(self._seconds(lambda: _all(works)) for _ in range(2))
 
     def _seconds(self, work: Work) -> float:
         if self.device != "cuda":

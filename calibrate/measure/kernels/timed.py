@@ -14,7 +14,7 @@ import torch
 
 from ..errors import MeasureError
 from ..facts import collect, nvidia_smi
-from ..folder import Budget, Folder, Progress, say
+from ..folder import Budget, Folder, say, walk
 from .cases import DTYPES, TYPICAL_SHAPES, Case, Shape, cases
 from .device_timer import DeviceTimer
 
@@ -35,13 +35,10 @@ def time_kernels(args: argparse.Namespace) -> None:
 
 
 def _walk(folder: Folder, wanted: Sequence[Case], timer: DeviceTimer, budget: Budget) -> None:
-    todo = [case for case in wanted if case.key not in folder.cases]
-    progress = Progress(len(todo), budget)
     expected = 0.0
-    for index, case in enumerate(todo):
-        if not budget.fits(expected):
-            say(f"the time budget is spent: {index} of {len(todo)} cases measured; --resume goes on")
-            return
+
+    def measure(case: Case) -> str:
+        nonlocal expected
         began = budget.spent_s
         try:
             times = _measured(case, timer)
@@ -50,7 +47,10 @@ def _walk(folder: Folder, wanted: Sequence[Case], timer: DeviceTimer, budget: Bu
         else:
             folder.add({**case.fields, "case": case.key, "times_s": times})
         expected = (expected + budget.spent_s - began) / 2
-        progress.done(case.key)
+        return case.key
+
+    todo = [case for case in wanted if case.key not in folder.cases]
+    walk(todo, budget, measure, lambda _case: expected)
 
 
 def _look_under_load(file: Path) -> None:

@@ -7,21 +7,16 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from types import FrameType
 
 
 @contextmanager
 def sigterm_as_ctrl_c() -> Iterator[None]:
     """A time limit set from outside ends us as Ctrl-C does while the block lasts (in the main thread)."""
-    before = signal.signal(signal.SIGTERM, _interrupt)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _interrupt(_number: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 def signal_group(group: int, number: signal.Signals) -> None:

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from itertools import chain
 from time import monotonic_ns
 from typing import Any
 
@@ -115,7 +115,7 @@ class RecordingScheduler(Scheduler):  # type: ignore[misc]
         by_client = super().update_from_output(scheduler_output, model_runner_output)
         end = monotonic_ns()
         finished, delivered = [], 0
-        for output in _outputs(by_client.values()):
+        for output in chain.from_iterable(client.outputs for client in by_client.values()):
             delivered += len(output.new_token_ids)
             if output.finish_reason is not None:
                 request = self._known.pop(output.request_id, None)
@@ -142,11 +142,6 @@ def _stamp_requests() -> None:
         return request
 
     Request.from_engine_core_request = classmethod(stamped)
-
-
-def _outputs(clients: Iterable[Any]) -> Iterable[Any]:
-    for client in clients:
-        yield from client.outputs
 
 
 class RecordingAsyncScheduler(RecordingScheduler, AsyncScheduler):  # type: ignore[misc]

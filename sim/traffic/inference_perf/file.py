@@ -20,7 +20,7 @@ Bounded = Annotated[Count, Field(le=10**8)]
 MOST_REQUESTS = 10**8  # of a stage
 
 _NETWORK = "it downloads its prompts"
-_TURNS = "conversations whose turns wait for each other are not modelled"
+_TURNS = "write its conversations as workload.sessions of a scenario, or give the trace as workload.trace"
 NOT_MODELLED = {  # data.type -> why
     "shareGPT": _NETWORK,
     "cnn_dailymail": _NETWORK,
@@ -188,12 +188,13 @@ class SharedPrefixData(Model):
     output_len: Bounded | Distribution = 50
     question_distribution: Distribution | None = None
     output_distribution: Distribution | None = None
+    enable_multi_turn_chat: Flag = False
     seed: int | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _by_any_name(cls, data: Any) -> Any:
-        _refuse(data, {"multimodal": "multimodal inputs are not modelled", "enable_multi_turn_chat": _TURNS})
+        _refuse(data, {"multimodal": "multimodal inputs are not modelled"})
         if not isinstance(data, dict):
             return data
         if isinstance(data.get("system_prompt_len"), dict):

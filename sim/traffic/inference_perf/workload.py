@@ -6,6 +6,8 @@ Modelled are its ``shared_prefix``, ``random`` and ``synthetic`` data, and its `
 - All groups x prompts of ``shared_prefix`` are generated once and shuffled once; request n of a stage has
   prompt n mod their number, from 0 in every stage, so that whole prompts come again, question included.
   Prompts of the others have nothing in common.
+- With ``enable_multi_turn_chat`` each of those prompts is a user, who waits for the last answer and sends,
+  behind all that was said in the stage, prefix and question again (as v0.6 does).
 - A stage's first second is a pause. The parent sleeps to the end of the stage, then looks every second
   whether all its requests are done, and waits ``interval`` before the next stage. A ``concurrent`` stage
   sends ``num_requests`` in a closed loop of ``concurrency_level``.
@@ -34,6 +36,7 @@ from servecast.sim.traffic.inference_perf.file import (
     WorkloadFile,
 )
 from servecast.sim.traffic.lengths import Fixed, InferencePerfLengths
+from servecast.sim.traffic.session_spec import SessionSpec
 from servecast.sim.traffic.spec import Polling, Row, StageSpec, StreamSpec, Workload
 
 START_DELAY_S = 1.0  # between a stage's start and the first second that it sends in
@@ -120,6 +123,9 @@ class InferencePerfWorkload(Model):
                 prompts_per_group=of.num_prompts_per_group,
                 order="cycle",
             ),
+            "sessions": None
+            if not of.enable_multi_turn_chat
+            else SessionSpec(users=of.num_groups * of.num_prompts_per_group, prefix_again=True),
         }
 
     def _lengths(

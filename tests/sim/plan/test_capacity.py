@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from mm1 import SERVICE_RATE, mm1, steps_frame, table
 
 from servecast.sim.hardware.step_time.physical import StepShape
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.metrics.binding import Evidence, Limits, binding_limit, evidence
 from servecast.sim.metrics.knee import closed_loop_knee, open_loop_knee
-from servecast.sim.metrics.records import STEP_COLUMNS, Run
+from servecast.sim.metrics.records import Run
 from servecast.sim.metrics.saturation import saturation
 from servecast.sim.metrics.slo import SLO, Goodput
 from servecast.sim.plan.capacity import Plan, plan
@@ -27,56 +28,12 @@ from servecast.sim.plan.prober import requests_needed
 from servecast.sim.plan.size import Size, Unit, check_target
 from servecast.sim.plan.traffic import Traffic
 
-SERVICE_RATE = 10.0
 LIMIT_S = 1.0
 P95 = SLO.parse("ttft:p95:1000")
 AT_P95 = Objectives((P95,))
 # The time in an M/M/1 system is exponential with rate mu - lambda: its p95 is ln 20 / (mu - lambda).
 MAX_RATE = SERVICE_RATE - math.log(20) / LIMIT_S
 FEW = Effort(replications=(4,), max_requests=400)
-
-
-def table(arrival: Any, start: Any, finish: Any) -> pd.DataFrame:
-    """Finished requests of one token each; sent when they arrive, first token when they finish."""
-    n = len(arrival)
-    return pd.DataFrame(
-        {
-            "request_id": range(n),
-            "stage": 0,
-            "prompt_tokens": 1,
-            "arrival": arrival,
-            "sent": arrival,
-            "queued": arrival,
-            "scheduled": start,
-            "first_token": finish,
-            "finish": finish,
-            "output_tokens": 1,
-            "cached_tokens": pd.array([0] * n, dtype="Int64"),
-            "preemptions": 0,
-            "status": "finished",
-        }
-    )
-
-
-def steps_frame(**columns: Any) -> pd.DataFrame:
-    size = max(len(column) for column in columns.values())
-    return pd.DataFrame({name: columns.get(name, [0] * size) for name in STEP_COLUMNS}).astype(STEP_COLUMNS)
-
-
-def mm1(request_rate: float, seed: int, num_requests: int) -> Run:
-    """An M/M/1 queue by Lindley's recursion; the service is the first token."""
-    rng = np.random.default_rng(seed)
-    draws = rng.exponential(size=(num_requests, 2))  # row by row, so that more requests extend the traffic
-    arrival = np.cumsum(draws[:, 0]) / request_rate
-    service = draws[:, 1] / SERVICE_RATE
-    finish = np.empty(num_requests)
-    free = 0.0
-    for i, (at, work) in enumerate(zip(arrival.tolist(), service.tolist(), strict=True)):
-        free = finish[i] = max(at, free) + work
-    start = finish - service
-    waiting = np.arange(num_requests) - np.searchsorted(finish, arrival)
-    steps = steps_frame(start=start, duration=service, running=[1] * num_requests, waiting=waiting)
-    return Run(table(arrival, start, finish), steps, pd.DataFrame({"stage": [], "gap": [], "weight": []}))
 
 
 LIMITS = Limits(max_num_seqs=1, max_num_batched_tokens=2048, num_gpu_blocks=11)
