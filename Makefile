@@ -65,7 +65,8 @@ parity-long: $(VENV)/.installed-test vllm
 	$(BIN)/python docs/parity_page.py --long
 
 benchmark: $(VENV)/.installed-test
-	$(BIN)/python -m pytest tests/speed/test_engine.py --benchmark-only
+	$(BIN)/python tests/speed/measure.py
+	$(BIN)/python docs/generate.py
 
 docs: $(VENV)/.installed-test
 	$(BIN)/pip install -q '.[docs]'
