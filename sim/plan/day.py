@@ -23,7 +23,7 @@ from servecast.sim.metrics.slo import SLO, Goodput
 from servecast.sim.plan.judge import ATTAINMENT, Objectives, observed
 from servecast.sim.report.answer import Answer
 from servecast.sim.report.drawing import SERIES, drawing, drawn
-from servecast.sim.report.page import PACKAGE, Plot, write_page
+from servecast.sim.report.page import Plot, write_plain_page
 from servecast.sim.report.text import table
 from servecast.sim.run.results import context
 from servecast.sim.run.simulate import simulate
@@ -96,7 +96,11 @@ class Day(Answer):
         """Each fleet by the hour, and where there are several, side by side."""
         parts = []
         for fleet in self.fleets:
-            hours = fleet.hours.assign(needed=pd.Series(self.sizes, dtype=object)) if self.sizes is not None else fleet.hours
+            hours = (
+                fleet.hours.assign(needed=pd.Series(self.sizes, dtype=object))
+                if self.sizes is not None
+                else fleet.hours
+            )
             columns = _COLUMNS | ({"needed": "needed"} if self.sizes is not None else {})
             rows = [[_plain(row[key]) for key in columns.values()] for row in hours.to_dict("records")]
             parts.append(table(list(columns), rows, title=f"{fleet.name}") + "\n")
@@ -117,7 +121,7 @@ class Day(Answer):
             label = "Load, replicas, TTFT and good requests over the day"
             plot = Plot("Over the day", finish(label), wide=True)
         title = f"servecast: a day of {self.document['model_id']}"
-        return write_page(path, PACKAGE, title=title, text=self.to_text(), plots=[plot])
+        return write_plain_page(path, title=title, text=self.to_text(), plots=[plot])
 
     def _draw(self, axes: Sequence[Axes]) -> None:
         load, replicas, ttft, good = axes
