@@ -72,6 +72,8 @@ class EngineLoop:
         cold_start_ps: int = 0,
     ) -> None:
         self.scheduler, self.index, self.costs = scheduler, index, costs
+        if costs is not None:
+            scheduler.window, scheduler.chunked = costs.window, costs.chunked
         self.step_seconds, self.floor, self.noise, self.read = seconds, floor, noise, read
         self.token_ps, self.delivery_ps = served_ps
         self.cold_start = cold_start_ps

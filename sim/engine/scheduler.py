@@ -57,6 +57,7 @@ class Scheduler:
         self.tick = self.prefix_queries = self.prefix_hits = self.added = 0
         self.num_waiting = 0
         self.finished_unsent = False
+        self.window, self.chunked = 0, False
         cache = GroupCache if config.kv_groups else KVCache
         self.kv = cache(config, rules.reuse_unhashed_first and not appends, self.max_running)
         self.notes_steps = self.priority or trace or bool(config.kv_groups)
@@ -292,6 +293,7 @@ class Scheduler:
         if before >= victim.catch_up:
             step.decodes -= 1
             step.decode_context -= before + 1
+            step.windowed -= self.in_window(before + 1)
         else:
             position = step.prefilling.index(victim)
             del step.chunks[position], step.prefilling[position]
@@ -381,6 +383,8 @@ class Scheduler:
         if sequence.computed >= sequence.catch_up:
             step.decodes += 1
             step.decode_context += sequence.computed + 1
+            if self.window:
+                step.windowed += self.in_window(sequence.computed + 1)
         else:
             self.note_chunk(step, sequence, tokens)
         if self.notes_steps:
@@ -390,6 +394,12 @@ class Scheduler:
             step.samplers.append(sequence)
             if self.is_async:
                 sequence.placeholders += 1
+
+    def in_window(self, tokens: cython.longlong) -> cython.longlong:
+        """Of a sequence's tokens those that its newest attends to in a layer with a window."""
+        if self.chunked:
+            return (tokens - 1) % self.window + 1
+        return min(tokens, self.window)
 
     def note_chunk(self, step: Step, sequence: Sequence, tokens: cython.int) -> None:
         step.chunks.append((tokens, sequence.computed))

@@ -12,7 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, PrivateAttr, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, model_validator
 from pydantic_core import PydanticCustomError
 
 from servecast.sim.fleet.spec import Fleet, GpuSpec, ReplicaSpec
@@ -85,6 +85,9 @@ class ModelSpec(Model):
     config: str
     """Name of a shipped config (``servecast models``), the path of a Hugging Face ``config.json`` or of a
     folder with one, or the id of a model whose config lies in the cache of the Hub on this machine."""
+    expert_skew: float = Field(default=0.0, ge=0, le=4)
+    """How unevenly tokens choose routed experts: the i-th most used one gets them in proportion to i to the
+    power of minus this. 0 is even; fit it to counts of a router's choices."""
 
 
 class RunContext(Model):
