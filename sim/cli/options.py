@@ -164,11 +164,8 @@ def check_jobs(jobs: int) -> None:
 def _split(text: str, where: str) -> tuple[str, str]:
     field, _, value = text.partition("=")
     if not value or not all(field.split(".")):
-        raise InputError(
-            f"{text!r} is not of the form FIELD=VALUE",
-            where=where,
-            fix="Write for example engine.max_num_seqs=128.",
-        )
+        fix = "Write for example engine.max_num_seqs=128."
+        raise InputError(f"{text!r} is not of the form FIELD=VALUE", where=where, fix=fix)
     return field, value
 
 

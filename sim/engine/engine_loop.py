@@ -99,6 +99,10 @@ class EngineLoop:
         """(4, gaps): stage, gap in s, tokens, s over which the step's tokens are read."""
         return np.asarray(self.gaps)[:, : self.num_gaps]
 
+    def drop_rows(self) -> None:
+        """Begin these tables anew."""
+        self.num_steps = self.num_gaps = 0
+
     def room_for_steps(self, count: cython.Py_ssize_t) -> cython.int:
         steps: Any = np.zeros((STEP_FIELDS, count), np.int64)
         if self.num_steps:

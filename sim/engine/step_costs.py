@@ -64,9 +64,8 @@ class StepCosts:
 
     def of_chunks(self, chunks: list) -> cython.double:
         """PhysicalStepTime._attention_prefill."""
-        total: cython.double
+        total: cython.double = 0.0
         most: cython.double
-        tokens: cython.longlong = 0
         new: cython.longlong
         context: cython.longlong
         window: cython.longlong
@@ -81,10 +80,9 @@ class StepCosts:
         for i in range(len(chunks)):
             chunk = chunks[i]
             new, context = chunk[0], chunk[1]
-            tokens += new
+            total += new * self.chunk_token_s
             longest, longest_new = max(longest, context), max(longest_new, new)
-        total = tokens * self.chunk_token_s + len(chunks) * self.chunk_s
-        total += longest_new * self.serial_s
+        total += len(chunks) * self.chunk_s + longest_new * self.serial_s
         for kind in range(self.shapes.shape[0]):
             layers, window = self.shapes[kind, 0], self.shapes[kind, 1]
             pairs = older = 0

@@ -181,6 +181,17 @@ class Deployment:
 
 
 def _model(scenario: Scenario) -> ModelShape:
+    model, skew = _model_as_loaded(scenario), scenario.model.expert_skew
+    if skew and not model.moe_layers:
+        raise InputError(
+            f"{model.name} has no routed experts",
+            where=f"{scenario.source}: model.expert_skew",
+            fix="Leave it out.",
+        )
+    return replace(model, expert_skew=skew)
+
+
+def _model_as_loaded(scenario: Scenario) -> ModelShape:
     flags = scenario.engine
     if flags.dtype in ("float32", "float"):
         raise InputError(

@@ -388,11 +388,8 @@ def _find(name: str) -> Path:
     shipped = shipped_folder() / f"{name}.yaml"
     if path.name != name or not shipped.is_file():
         names = shipped_scenarios()
-        raise InputError(
-            f"there is no scenario {name!r}",
-            where="SCENARIO",
-            fix=did_you_mean(name, names) or f"Shipped are {', '.join(names)}; or give a .yaml file.",
-        )
+        fix = did_you_mean(name, names) or f"Shipped are {', '.join(names)}; or give a .yaml file."
+        raise InputError(f"there is no scenario {name!r}", where="SCENARIO", fix=fix)
     return shipped
 
 

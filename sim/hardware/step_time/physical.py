@@ -444,8 +444,10 @@ class PhysicalStepTime:
         if not chunks:
             return 0.0
         mixing, tiled = self._mixing, self.efficiencies.by_kernel is not None
-        moved = sum(tokens for tokens, _ in chunks) * mixing.chunk_token_s + len(chunks) * mixing.chunk_s
-        total = moved + max(tokens for tokens, _ in chunks) * mixing.serial_s
+        total = 0.0
+        for tokens, _ in chunks:
+            total += tokens * mixing.chunk_token_s
+        total += len(chunks) * mixing.chunk_s + max(tokens for tokens, _ in chunks) * mixing.serial_s
         longest = max(context for _, context in chunks)
         for each in mixing.attention:
             pairs = older = 0
