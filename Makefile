@@ -11,7 +11,7 @@ SLO ?= --slo ttft:p95:500 --slo tpot:p95:60
 plan: $(VENV)/.installed
 	$(BIN)/servecast plan $(SCENARIO) $(SLO) --report out/plan-$(SCENARIO).html
 
-# Needs neither vLLM nor a quiet machine: six CPU minutes.
+# Needs neither vLLM nor a quiet machine: five CPU minutes.
 check: lint types unit
 
 unit: $(VENV)/.installed-test
@@ -65,7 +65,8 @@ parity-long: $(VENV)/.installed-test vllm
 	$(BIN)/python docs/parity_page.py --long
 
 benchmark: $(VENV)/.installed-test
-	$(BIN)/python -m pytest tests/speed/test_engine.py --benchmark-only
+	$(BIN)/python tests/speed/measure.py
+	$(BIN)/python docs/generate.py
 
 docs: $(VENV)/.installed-test
 	$(BIN)/pip install -q '.[docs]'

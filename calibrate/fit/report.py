@@ -224,11 +224,8 @@ def cells_of(scenario: Scenario, reported: Reported, profile: Profile, jobs: int
 def _prior(name: str, base: Deployment) -> Parameter:
     known = PARAMETERS | FURTHER
     if name not in known:
-        raise InputError(
-            f"there is no parameter {name!r} to fit",
-            where="reported.0.fit_steps",
-            fix=did_you_mean(name, known) or f"Known: {', '.join(known)}.",
-        )
+        fix = did_you_mean(name, known) or f"Known: {', '.join(known)}."
+        raise InputError(f"there is no parameter {name!r} to fit", where="reported.0.fit_steps", fix=fix)
     if name == "efficiencies.host_fixed_s" and base.scenario.engine.enforce_eager:
         return Parameter(base.model.kernels * _EAGER_KERNEL_S, 0.7, 1e-5, 1e-1)
     return known[name]

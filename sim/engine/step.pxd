@@ -1,6 +1,8 @@
 # What is fixed of step.py where it is compiled.
 cimport cython
 
+cdef list own(list entries)
+
 @cython.final
 cdef class Step:
     cdef readonly long long tick
@@ -15,6 +17,7 @@ cdef class Step:
     cdef long long start
     cdef long long end
     cdef list samplers
+    cdef bint borrowed  # samplers, from the list of the running
     cdef list prefilling
     cdef list joined
     cdef list joined_cached

@@ -4,6 +4,13 @@ from __future__ import annotations
 
 import cython
 
+NOBODY: list = []  # never written to: see ``own``
+
+
+def own(entries: list) -> list:
+    """Entries that may be added to: most lists of most steps stay empty, and none is made for them."""
+    return [] if entries is NOBODY else entries
+
 
 class Step:
     """What one ``schedule`` decided, and after ``complete`` what came of it; see ``Step`` in
@@ -19,10 +26,10 @@ class Step:
         self.tick = tick
         self.total_tokens = self.decodes = self.steady = self.emitted = 0
         self.decode_context = self.windowed = self.start = self.end = 0
-        self.chunks, self.gaps, self.samplers, self.prefilling = [], [], [], []
-        self.joined, self.joined_cached, self.joined_again, self.victims = [], [], [], []
-        self.firsts, self.leavers = [], []
-        self.composition = None
+        self.chunks = self.gaps = self.samplers = self.prefilling = NOBODY
+        self.joined = self.joined_cached = self.joined_again = self.victims = NOBODY
+        self.firsts = self.leavers = NOBODY
+        self.composition, self.borrowed = None, False
 
     @property
     def samples(self) -> int:

@@ -145,6 +145,8 @@ class ModelShape:
         usual = "model"
         if path is not None:
             usual = path.resolve().parent.name if path.name == "config.json" else path.stem
+            if path.parent.parent.name == "snapshots":  # of the Hub's cache: models--owner--name
+                usual = path.parents[2].name.removeprefix("models--").replace("--", "/")
         named = name or str(loaded.get("_name_or_path") or usual)
         where = "config.json" if path is None else str(path)
         try:

@@ -12,6 +12,7 @@ from bisect import bisect_left
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from servecast.sim.engine.kv_groups import CacheOptions, token_bytes
 from servecast.sim.hardware.expert_use import fullest_rank, touched
 from servecast.sim.hardware.gpu import GPU
 from servecast.sim.hardware.model_shape import ModelShape
@@ -119,7 +120,23 @@ class Shard:
         linear = self._shared_bytes + experts * self._expert_bytes_each
         embeddings = model.vocab_size * model.hidden_size // ranks * (1 if model.tied_embeddings else 2)
         small = (embeddings + model.small_weights) * model.dtype_bytes
-        return round(linear) + small
+        return round(linear) + small + self._absorbed_bytes
+
+    @property
+    def _absorbed_bytes(self) -> int:
+        """Of latent attention vLLM keeps what projects latents to keys and values in 16 bits, too, if those
+        weights are quantised (``MLAAttention.process_weights_after_loading``)."""
+        model = self.model
+        stored = model.attention_bytes_each
+        if (model.weight_bytes_each if stored is None else stored) == model.dtype_bytes:
+            return 0
+        ups = sum(
+            mixer.count * each.weights(self.tensor_parallel_size)
+            for mixer in model.layer_kinds
+            for each in mixer.linears(model.hidden_size)
+            if each.module.endswith("kv_b_proj")
+        )
+        return ups * model.dtype_bytes
 
     # -- linear layers -----------------------------------------------------------------------------
 
@@ -254,13 +271,9 @@ class Shard:
     def kv_bytes_per_token(self) -> int:
         """Bytes that one token more takes in all layers: keys and values, or latents and an indexer's keys. A
         state of fixed size takes none."""
-        ranks, total = self.tensor_parallel_size, 0
-        for layer in self.model.cache_layers:
-            heads = max(1, layer.kv_heads // ranks)
-            values = layer.head_size if layer.value_size is None else layer.value_size
-            width = self.kv_dtype_bytes if layer.fixed_bytes is None else layer.fixed_bytes
-            total += layer.count * heads * (layer.head_size + values) * width
-        return total
+        options = CacheOptions(release="0.32", ranks=self.tensor_parallel_size, kv_bytes=self.kv_dtype_bytes)
+        layers = (layer for layer in self.model.cache_layers if layer.kind != "mamba")
+        return sum(layer.count * token_bytes(layer, options) for layer in layers)
 
 
 def _kernel(dtype: str, gpu: GPU, model: ModelShape) -> str:
