@@ -7,6 +7,7 @@ cdef enum:
     UNHASHED = -1
     PRIVATE = -2
     BLOCKS_PER_CONTENT = 16777216  # a content owns this many keys of blocks
+    GROUP_SHIFT = 56  # of a KV cache group's number in a key; 0 is the one that is told of
 
 @cython.final
 cdef class BlockPool:

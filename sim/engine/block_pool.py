@@ -10,6 +10,7 @@ import numpy as np
 
 if not cython.compiled:  # else the constants of block_pool.pxd
     UNHASHED, PRIVATE, BLOCKS_PER_CONTENT = -1, -2, 1 << 24
+    GROUP_SHIFT = 56
 
 
 class BlockPool:
@@ -105,7 +106,9 @@ class BlockPool:
         block: cython.int = self.next[0]
         self.unlink(block)
         if self.key[block] >= 0:
-            if self.on_evict is not None and not self.key[block] & BLOCKS_PER_CONTENT:
+            if self.on_evict is not None and not (
+                self.key[block] & BLOCKS_PER_CONTENT or self.key[block] >> GROUP_SHIFT
+            ):
                 self.on_evict(self.public_key(self.key[block]))
             self.evict(block)
         self.key[block] = UNHASHED

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from servecast.sim.engine.kv_groups import CacheSpec
+
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
@@ -12,6 +14,9 @@ class EngineConfig:
     ``version`` picks the rule set of vLLM's scheduler ("0.20" to "0.33", rules.py). ``num_gpu_blocks``
     includes the null block 0, as vLLM counts it, so num_gpu_blocks - 1 are usable; it is 0 until the account
     of memory says it, which reads ``gpu_memory_utilization``. ``batch_wait_s`` is static batching's.
+    ``kv_groups``: what the layers of each KV cache group keep; none is one group of full attention, with
+    blocks of ``block_size``. ``prefix_cache_retention_interval`` is about groups that forget: tokens between
+    what they keep for others; 0: what the prompt's end needs, None: all.
     ``preparation_round``: requests that the API server in front of the engine prepares together, at most.
     """
 
@@ -34,3 +39,5 @@ class EngineConfig:
     gpu_memory_utilization: float = 1.0
     batch_wait_s: float = 0.0
     preparation_round: int = 32
+    kv_groups: tuple[CacheSpec, ...] = ()
+    prefix_cache_retention_interval: int | None = None

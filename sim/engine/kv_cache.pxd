@@ -3,13 +3,15 @@ cimport cython
 from servecast.sim.engine.block_pool cimport BLOCKS_PER_CONTENT, PRIVATE, UNHASHED, BlockPool
 from servecast.sim.engine.sequence cimport Sequence
 
-@cython.final
 cdef class KVCache:
     cdef readonly BlockPool pool
     cdef bint reuse_unhashed_first
     cdef bint prefix_caching
     cdef bint full_isl
-    cdef int block_size
+    cdef readonly bint aligned
+    cdef public long long processed
+    cdef readonly int block_size
+    cdef int hash_block
     cdef int max_model_len
     cdef Py_ssize_t width
     cdef int[::1] table  # KV blocks of the running, a row a slot
@@ -17,8 +19,11 @@ cdef class KVCache:
     cdef dict prefixes
 
     cdef int blocks_for(self, int tokens) noexcept
+    cdef int most_blocks(self, int tokens) except -1
+    cdef int new_step_starts(self) except -1
+    cdef int align_chunk(self, Sequence sequence, int start, int tokens) except? -1
     cdef int get_computed_blocks(self, Sequence sequence) except -1
-    cdef bint allocate_slots(self, Sequence sequence, int tokens, int hits, int reserve) except? -1
+    cdef bint allocate_slots(self, Sequence sequence, int tokens, int cached, int reserve) except? -1
     cdef int touch(self, Sequence sequence, int hits) except -1
     cdef int free(self, Sequence sequence) except -1
     cdef int cache_blocks(self, Sequence sequence, int tokens) except -1

@@ -17,7 +17,9 @@ REMEMBERED = cython.declare(cython.int, 4096)  # different shared prefixes whose
 
 
 class KVCache:
-    """Block tables over a pool, for layers that attend to everything.
+    """Block tables over a pool, for layers that attend to everything; ``group_cache`` has those of others.
+
+    processed: tick of the last step that is complete. aligned: chunks end where states are kept.
 
     Args:
         config: flags and pool size.
@@ -30,7 +32,9 @@ class KVCache:
         self.reuse_unhashed_first = reuse_unhashed_first
         self.prefix_caching = config.enable_prefix_caching
         self.full_isl = config.scheduler_reserve_full_isl
-        self.block_size, self.max_model_len = config.block_size, config.max_model_len
+        self.block_size = self.hash_block = config.block_size
+        self.max_model_len = config.max_model_len
+        self.aligned, self.processed = False, -1
         self.width = self.blocks_for(self.max_model_len) + 1
         self.table = np.zeros((rows + 1) * self.width, np.int32)  # one row more: what a look-up finds
         self.slots = list(range(rows + 1))
@@ -55,7 +59,7 @@ class KVCache:
         if keys is None:
             if len(self.prefixes) >= REMEMBERED:
                 self.prefixes.clear()
-            keys = self.prefixes[content] = self.pool.shared_keys(content, self.block_size)
+            keys = self.prefixes[content] = self.pool.shared_keys(content, self.hash_block)
         return keys
 
     def blocks_for(self, tokens: cython.int) -> cython.int:
@@ -63,11 +67,23 @@ class KVCache:
             tokens = self.max_model_len
         return (tokens + self.block_size - 1) // self.block_size
 
+    def most_blocks(self, tokens: cython.int) -> cython.int:
+        """Blocks that a sequence of so many computed tokens holds at once, at most."""
+        return self.blocks_for(tokens)
+
+    def new_step_starts(self) -> cython.int:
+        """A schedule() begins."""
+        return 0
+
+    def align_chunk(self, sequence: Sequence, start: cython.int, tokens: cython.int) -> cython.int:
+        """Tokens of a chunk that begins behind ``start`` tokens, cut where it has to end."""
+        return tokens
+
     # ---- blocks come and go -----------------------------------------------------------------------
 
     def get_computed_blocks(self, sequence: Sequence) -> cython.int:
-        """How many leading blocks of a waiting sequence are cached; they are noted in the row that it would
-        get. The last token is always computed, for its logits (KVCacheManager.get_computed_blocks)."""
+        """How many leading tokens of a waiting sequence are cached; their blocks are noted in the row that it
+        would get. The last token is always computed, for its logits (KVCacheManager.get_computed_blocks)."""
         row: cython.Py_ssize_t = self.slots[len(self.slots) - 1] * self.width
         index: cython.int
         block: cython.int
@@ -84,23 +100,24 @@ class KVCache:
             elif sequence.preemptions:
                 key = self.private_key(sequence) + index
             else:
-                return index
+                return index * self.block_size
             block = self.pool.lookup(key)
             if block < 0:
-                return index
+                return index * self.block_size
             self.table[row + index] = block
-        return most
+        return most * self.block_size
 
     def allocate_slots(
-        self, sequence: Sequence, tokens: cython.int, hits: cython.int, reserve: cython.int
+        self, sequence: Sequence, tokens: cython.int, cached: cython.int, reserve: cython.int
     ) -> cython.bint:
-        """Blocks for ``tokens`` more, behind ``hits`` blocks that ``get_computed_blocks`` has found; those
+        """Blocks for ``tokens`` more, behind ``cached`` tokens that ``get_computed_blocks`` has found; those
         that are full can be found from now on (KVCacheManager.allocate_slots).
 
         Returns:
             Whether it got them: they were free, and ``reserve`` others beside them.
         """
-        end: cython.int = sequence.computed + hits * self.block_size + tokens
+        hits: cython.int = cached // self.block_size
+        end: cython.int = sequence.computed + cached + tokens
         held: cython.int = sequence.blocks_end // self.block_size + hits
         need: cython.int = self.blocks_for(end) - held
         fit: cython.int = need

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from servecast.sim.engine.cache_layers import CacheLayer
-from servecast.sim.engine.rules import minor_release
+from servecast.sim.engine.rules import minor_release, rules_for
 from servecast.sim.inputs.errors import InputError
 
 GroupKind = Literal["full", "sliding", "chunked", "mamba"]
@@ -338,7 +338,8 @@ def block_bytes(groups: Sequence[KVGroup]) -> int:
 
 def in_flight_tokens(release: str, max_num_batched_tokens: int, *, async_scheduling: bool) -> int:
     """Tokens of a sequence that may be computed, or about to be, beyond those that are known."""
-    return max_num_batched_tokens * (2 if async_scheduling and since(release, "0.32") else 1)
+    both = async_scheduling and rules_for(release).trims_what_is_processed
+    return max_num_batched_tokens * (2 if both else 1)
 
 
 def most_blocks(spec: CacheSpec, max_model_len: int, in_flight: int) -> int:
@@ -371,15 +372,15 @@ def longest_sequence(blocks: int, most: int, needed: Callable[[int], int]) -> in
     return low
 
 
-def scheduler_block(groups: Sequence[KVGroup]) -> int:
+def scheduler_block(groups: Sequence[CacheSpec]) -> int:
     """Tokens that all groups' blocks divide (resolve_kv_cache_block_sizes)."""
-    return math.lcm(*(group.spec.block_size for group in groups))
+    return math.lcm(*(spec.block_size for spec in groups))
 
 
-def hash_block(groups: Sequence[KVGroup], *, caching: bool) -> int:
+def hash_block(groups: Sequence[CacheSpec], *, caching: bool) -> int:
     """Tokens a hash of the prefix cache covers."""
-    sizes = [group.spec.block_size for group in groups]
-    states = any(group.spec.kind == "mamba" and group.spec.mode != "align" for group in groups)
+    sizes = [spec.block_size for spec in groups]
+    states = any(spec.kind == "mamba" and spec.mode != "align" for spec in groups)
     if len(groups) == 1 or not caching or states:
         return math.lcm(*sizes)
     return math.gcd(*sizes)

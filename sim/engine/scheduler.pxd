@@ -24,7 +24,7 @@ cdef class Scheduler:
     cdef bint adaptive
     cdef bint priority
     cdef bint trace
-    cdef bint notes  # what was scheduled, request by request
+    cdef bint notes_steps  # which sequence was scheduled when
     cdef int max_tokens
     cdef int max_running
     cdef int max_model_len

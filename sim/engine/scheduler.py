@@ -11,6 +11,7 @@ from typing import Any
 import cython
 
 from servecast.sim.engine.cadence import PrefillCadence
+from servecast.sim.engine.group_cache import GroupCache
 from servecast.sim.engine.kv_cache import KVCache
 from servecast.sim.engine.rules import rules_for
 from servecast.sim.engine.sequence import Sequence
@@ -50,7 +51,6 @@ class Scheduler:
         self.is_async = config.async_scheduling
         self.adaptive = config.long_prefill_token_threshold_adaptive
         self.priority = config.scheduling_policy == "priority"
-        self.notes = self.priority or trace
         self.max_tokens, self.max_model_len = config.max_num_batched_tokens, config.max_model_len
         self.max_running = min(config.max_num_seqs, config.max_num_active_seqs or config.max_num_seqs)
         self.long_prefill_threshold = config.long_prefill_token_threshold
@@ -58,7 +58,9 @@ class Scheduler:
         self.tick = self.prefix_queries = self.prefix_hits = self.added = 0
         self.num_waiting = 0
         self.finished_unsent = False
-        self.kv = KVCache(config, rules.reuse_unhashed_first and not appends, self.max_running)
+        cache = GroupCache if config.kv_groups else KVCache
+        self.kv = cache(config, rules.reuse_unhashed_first and not appends, self.max_running)
+        self.notes_steps = self.priority or trace or bool(config.kv_groups)
         self.sequences, self.runners, self.lent = {}, [], False
         self.queue = QUEUES[config.scheduling_policy]()
 
@@ -142,7 +144,7 @@ class Scheduler:
                 where=f"request {request_id}",
                 fix=f"Shorten it below max_model_len={self.max_model_len}, or raise max_model_len.",
             )
-        need = self.kv.blocks_for(sequence.final_tokens - 1)  # the last is never computed
+        need = self.kv.most_blocks(sequence.final_tokens - 1)  # the last is never computed
         if need > self.kv.pool.num_blocks - 1:
             raise InputError(
                 f"its {sequence.final_tokens} tokens need {need} KV blocks of {self.kv.block_size}",
@@ -191,6 +193,7 @@ class Scheduler:
         budget: cython.int
         defer: cython.bint = False
         self.finished_unsent = False
+        self.kv.new_step_starts()
         if self.trace:
             step.composition = []
         if self.cadence is not None:
@@ -239,14 +242,14 @@ class Scheduler:
         computed: cython.int
         decodes: cython.int = 0
         context: cython.longlong = 0
-        all_sample: cython.bint = not self.notes
+        all_sample: cython.bint = not self.notes_steps
         while index < len(runners) and budget > 0:
             sequence = cython.cast(Sequence, runners[index])
             computed = sequence.computed
             if (
                 sequence.catch_up <= computed < sequence.decodes_until
                 and sequence.num_tokens + sequence.placeholders == computed + 1
-                and not self.notes
+                and not self.notes_steps
                 and (computed + 1 < sequence.kv_due or self.kv.allocate_slots(sequence, 1, 0, 0))
             ):  # it decodes: what all that follows comes to then
                 sequence.computed = computed + 1
@@ -271,6 +274,8 @@ class Scheduler:
                 tokens = budget
             if tokens > self.max_model_len - sequence.computed - 1:
                 tokens = self.max_model_len - sequence.computed - 1
+            if self.kv.aligned:
+                tokens = self.kv.align_chunk(sequence, sequence.computed, tokens)
             if tokens == 0 or (defer and sequence.computed < sequence.catch_up):
                 index += 1
                 continue
@@ -356,15 +361,13 @@ class Scheduler:
         """Phase 2: the head of the queue, while it fits and has no prompt work to ``defer``; the first one
         that does not blocks the rest."""
         sequence: Sequence
-        hits: cython.int
         cached: cython.int
         tokens: cython.int
         reserve: cython.int
         carries_prefill: cython.bint
         while self.num_waiting and budget > 0 and len(self.runners) < self.max_running:
             sequence = self.queue.head()
-            hits = self.kv.get_computed_blocks(sequence)
-            cached = hits * self.kv.block_size
+            cached = self.kv.get_computed_blocks(sequence)
             if not self.count_admitted_lookups:
                 self.count_lookup(sequence, cached)
             tokens = sequence.num_tokens - cached
@@ -377,8 +380,12 @@ class Scheduler:
                 if not self.chunked_prefill:
                     break
                 tokens = budget
+            if self.kv.aligned:
+                tokens = self.kv.align_chunk(sequence, cached, tokens)
+                if tokens == 0:
+                    break
             reserve = self.watermark if self.runners else 0
-            if not self.kv.allocate_slots(sequence, tokens, hits, reserve):
+            if not self.kv.allocate_slots(sequence, tokens, cached, reserve):
                 break
             self.queue.pop()
             self.num_waiting -= 1
@@ -416,7 +423,7 @@ class Scheduler:
             step.decode_context += sequence.computed + 1
         else:
             self.note_chunk(step, sequence, tokens)
-        if self.notes:
+        if self.notes_steps:
             self.note_scheduled(step, sequence, tokens)
         sequence.computed += tokens
         if sequence.computed >= sequence.num_tokens + sequence.placeholders:
@@ -498,6 +505,7 @@ class Scheduler:
                 step.leavers = own(step.leavers)
                 step.leavers.append(sequence)
         step.emitted, step.steady = emitted + steady, steady
+        self.kv.processed = tick
         if left:
             still: list = []
             for i in range(len(self.runners)):

@@ -21,6 +21,7 @@ cdef class Sequence:
     cdef long long token_tick
     # and the rest
     cdef int limit
+    cdef int junction
     cdef int blocks_end
     cdef int cached_end
     cdef int slot

@@ -18,7 +18,8 @@ class Sequence:
     token. scheduled_tick, scheduled_tokens: with priorities, its last step, and its tokens there. slot: its
     row of the block table. blocks_end: tokens that its blocks hold. cached_end: tokens whose blocks have
     their hash. kv_due: the tokens at which its KV cache has something to do: a block more, or one that is
-    full. row: in the table of outcomes, -1 outside of it.
+    full. junction: tokens up to which some KV cache group had a longer hit than all, 0 is none. row: in the
+    table of outcomes, -1 outside of it.
     """
 
     def __init__(
@@ -27,7 +28,7 @@ class Sequence:
         self.request_id, self.priority, self.prompt_tokens = request_id, priority, prompt_tokens
         self.status = WAITING
         self.shared_keys = None
-        self.num_tokens = self.limit = self.decodes_until = self.final_tokens = 0
+        self.num_tokens = self.junction = self.limit = self.decodes_until = self.final_tokens = 0
         self.computed = self.placeholders = self.catch_up = self.preemptions = 0
         self.blocks_end = self.cached_end = self.kv_due = self.scheduled_tokens = 0
         self.slot = self.cached_tokens = self.row = -1

@@ -13,7 +13,17 @@ import servecast.sim.engine
 
 FOLDER = Path(str(servecast.sim.engine.__file__)).parent
 # what a scheduler is made of, in the order of import
-MODULES = ("rules", "cadence", "sequence", "waiting", "step", "block_pool", "kv_cache", "scheduler")
+MODULES = (
+    "rules",
+    "cadence",
+    "sequence",
+    "waiting",
+    "step",
+    "block_pool",
+    "kv_cache",
+    "group_cache",
+    "scheduler",
+)
 
 
 def copies(changed: Mapping[str, str]) -> dict[str, ModuleType]:

@@ -207,7 +207,10 @@ def our_decisions(
 
 def _as_dict(scenario: Scenario) -> dict[str, Any]:
     return {
-        "config": {"async_scheduling": scenario.config.async_scheduling},
+        "config": {
+            "async_scheduling": scenario.config.async_scheduling,
+            "kv_groups": [dataclasses.asdict(spec) for spec in scenario.config.kv_groups],
+        },
         "arrivals": [{"step": a.step, "arrival": a.arrival, "request": a.request} for a in scenario.arrivals],
         "aborts": [dataclasses.asdict(abort) for abort in scenario.aborts],
         "max_steps": scenario.max_steps,

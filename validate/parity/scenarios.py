@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from servecast.sim.engine.config import EngineConfig
+from servecast.sim.engine.kv_groups import CacheSpec, GroupKind, in_flight_tokens, most_blocks
 from servecast.sim.engine.request import Request
-from servecast.sim.engine.rules import has_option
+from servecast.sim.engine.rules import has_option, rules_for
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.inputs.files import read_text
 
@@ -65,7 +67,7 @@ class Scenario:
             data = json.loads(text)
             return Scenario(
                 name=data["name"],
-                config=EngineConfig(**data["config"]),
+                config=EngineConfig(**data["config"] | {"kv_groups": _groups(data["config"])}),
                 arrivals=tuple(_arrival(**arrival) for arrival in data["arrivals"]),
                 aborts=tuple(Abort(**abort) for abort in data["aborts"]),
                 max_steps=data["max_steps"],
@@ -78,9 +80,22 @@ class Scenario:
             ) from error
 
 
+def _groups(config: dict[str, Any]) -> tuple[CacheSpec, ...]:
+    return tuple(
+        CacheSpec(**group | {"shape": tuple(group["shape"])}) for group in config.get("kv_groups", ())
+    )
+
+
 def _arrival(step: int, arrival: int, request: dict[str, Any]) -> Arrival:
     content = tuple((content_id, end) for content_id, end in request.pop("content"))
     return Arrival(step, arrival, Request(**request, content=content))
+
+
+def grouped_scenarios(version: str, seed: int, count: int) -> Iterator[Scenario]:
+    """As ``random_scenarios``, each with KV cache groups."""
+    for index in range(count):
+        pick = recorded_picks(seed, index)[0]
+        yield draw_grouped(pick, version, f"grouped-{version}-{seed}-{index}")
 
 
 def random_scenarios(version: str, seed: int, count: int) -> Iterator[Scenario]:
@@ -174,6 +189,79 @@ def draw_scenario(pick: Pick, version: str, name: str) -> Scenario:
     )
     aborts.sort(key=lambda abort: abort.step)
     return Scenario(name, config, tuple(arrivals), tuple(aborts))
+
+
+def draw_grouped(pick: Pick, version: str, name: str) -> Scenario:
+    """A random scenario whose layers do not all keep the same: one to four groups of two or three kinds."""
+    plain = draw_scenario(pick, version, name)
+    config = plain.config
+    groups, retention = _draw_groups(pick, config)
+    longest = max(
+        min(a.request.prompt_tokens + a.request.output_tokens, config.max_model_len) for a in plain.arrivals
+    )
+    in_flight = in_flight_tokens(
+        version, config.max_num_batched_tokens, async_scheduling=config.async_scheduling
+    )
+    needed = sum(most_blocks(spec, longest, in_flight) for spec in groups)
+    room = pick(0, needed // 2) if pick(0, 2) else pick(0, 3 * needed)
+    return dataclasses.replace(
+        plain,
+        config=dataclasses.replace(
+            config,
+            kv_groups=groups,
+            block_size=min(spec.block_size for spec in groups),
+            num_gpu_blocks=1 + needed + room,
+            prefix_cache_retention_interval=retention,
+        ),
+    )
+
+
+def _draw_groups(pick: Pick, config: EngineConfig) -> tuple[tuple[CacheSpec, ...], int | None]:
+    """Groups and the retention interval of what they keep for others."""
+    block, caching = config.block_size, config.enable_prefix_caching
+    made = pick(0, 9)
+    rules = rules_for(config.version)
+
+    def spec(kind: GroupKind, size: int = block, window: int = 0) -> CacheSpec:
+        return CacheSpec(kind=kind, block_size=size, page_bytes=4096 * size, window=window)
+
+    def window() -> int:
+        return pick(1, 6 * block)
+
+    interval = pick(0, 4)
+    groups = [spec("full")]
+    if made < 4:  # sliding windows of one size
+        groups += [spec("sliding", window=window())] * pick(1, 3)
+        if made == 3 and block > 4:  # of another block size
+            sizes = (block * 2, block // 2)
+            groups = [groups[0]] + [dataclasses.replace(groups[1], block_size=sizes[pick(0, 1)])]
+    elif made == 4:  # of two sizes
+        groups += [spec("sliding", window=window()), spec("sliding", window=window())]
+    elif made == 5:
+        groups = [spec("sliding", window=window())]
+    elif made == 6:
+        groups += [spec("chunked", window=block * pick(1, 5))]
+    else:
+        state = CacheSpec(
+            kind="mamba",
+            block_size=block if caching else config.max_model_len,
+            page_bytes=4096 * block,
+            mode="align" if caching else "none",
+            checkpoint=(0, 1, block)[pick(0, 2)] if rules.registers_boundary_state and caching else 0,
+        )
+        if caching and rules.splits_freed_windows and pick(0, 1):
+            state = dataclasses.replace(state, mode="all")
+        groups += [state] * pick(1, 3)
+        if made == 9:
+            groups.insert(pick(0, 1), spec("sliding", window=window()))
+    if pick(0, 1):
+        groups.reverse()
+    forgets = ("sliding", "mamba") if rules.retains_states else ("sliding",)
+    step = math.lcm(*(group.block_size for group in groups))
+    retention = (0, None, 0, step, 2 * step)[interval]
+    if not any(group.kind in forgets for group in groups):  # vLLM refuses an interval
+        retention = 0 if rules.retains_states and retention is not None else None
+    return tuple(groups), retention
 
 
 def _shared_parts(pick: Pick, block_size: int, max_model_len: int) -> list[tuple[tuple[int, int], ...]]:

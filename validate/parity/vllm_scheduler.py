@@ -15,6 +15,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_US
 
 import inspect
 import json
+import math
 import random
 import sys
 import tempfile
@@ -35,10 +36,19 @@ from vllm.config import (
 )
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import get_hash_fn_by_name
+from vllm.v1.core import single_type_kv_cache_manager
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    KVCacheSpec,
+    MambaSpec,
+    SlidingWindowSpec,
+)
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
@@ -101,32 +111,29 @@ class VllmEngine:
 
     def __init__(self, config: dict[str, Any], model: str) -> None:
         vllm_config = _vllm_config(config, model)
+        groups = config["kv_groups"] or [{"kind": "full", "block_size": config["block_size"]}]
+        hash_block = _hash_block(config, groups)
         kv_cache = KVCacheConfig(
             num_blocks=config["num_gpu_blocks"],
             kv_cache_tensors=[],
-            kv_cache_groups=[
-                KVCacheGroupSpec(
-                    ["layer"],
-                    FullAttentionSpec(
-                        block_size=config["block_size"], num_kv_heads=4, head_size=32, dtype=torch.bfloat16
-                    ),
-                )
-            ],
+            kv_cache_groups=[KVCacheGroupSpec([f"layer{i}"], _spec(each)) for i, each in enumerate(groups)],
+            **_retention(config),
         )
         scheduler_cls = AsyncScheduler if config["async_scheduling"] else Scheduler
         self.scheduler = scheduler_cls(
             vllm_config=vllm_config,
             kv_cache_config=kv_cache,
-            block_size=config["block_size"],
+            **_block_sizes(math.lcm(*(each["block_size"] for each in groups)), hash_block),
             structured_output_manager=StructuredOutputManager(vllm_config),
             log_stats=True,
         )
         hash_fn = get_hash_fn_by_name("sha256")
         init_none_hash(hash_fn)
         caching = config["enable_prefix_caching"]
-        self.hasher = get_request_block_hasher(config["block_size"], hash_fn) if caching else None
+        self.hasher = get_request_block_hasher(hash_block, hash_fn) if caching else None
         self.kv = self.scheduler.kv_cache_manager
         self.pool = self.kv.block_pool
+        self.grouped = bool(config["kv_groups"])
         self.victims: list[int] = []
         self.prefix_queries = 0  # tokens, as vLLM's counters have them: without preempted requests
         self.prefix_hits = 0
@@ -247,8 +254,64 @@ class VllmEngine:
     def cached_blocks(self) -> int:
         return len(self.pool.cached_block_hash_to_block)
 
-    def block_ids(self, request_id: int) -> list[int]:
-        return list(self.kv.get_block_ids(_name(request_id))[0])
+    def block_ids(self, request_id: int) -> list[Any]:
+        groups = [list(ids) for ids in self.kv.get_block_ids(_name(request_id))]
+        return groups if self.grouped else groups[0]
+
+
+def _spec(group: dict[str, Any]) -> KVCacheSpec:
+    """What one layer of a group keeps; sizes are arbitrary, for nothing is stored."""
+    block_size = group["block_size"]
+    attention = {
+        "block_size": block_size,
+        "num_kv_heads": 4,
+        "head_size": 32,
+        "dtype": torch.bfloat16,
+    }
+    if group["kind"] == "full":
+        return FullAttentionSpec(**attention)
+    if group["kind"] == "sliding":
+        return SlidingWindowSpec(**attention, sliding_window=group["window"])
+    if group["kind"] == "chunked":
+        return ChunkedLocalAttentionSpec(**attention, attention_chunk_size=group["window"])
+    options: dict[str, Any] = {}
+    if group["checkpoint"]:
+        options = {"num_prefill_checkpoint_blocks": 1, "prefill_checkpoint_alignment": group["checkpoint"]}
+    return MambaSpec(
+        block_size=block_size,
+        shapes=((8, 8),),
+        dtypes=(torch.float32,),
+        page_size_padded=4096 * block_size,
+        mamba_cache_mode=group["mode"],
+        **options,
+    )
+
+
+def _hash_block(config: dict[str, Any], groups: list[dict[str, Any]]) -> int:
+    """Tokens a hash (resolve_kv_cache_block_sizes)."""
+    sizes = [group["block_size"] for group in groups]
+    states = any(group["kind"] == "mamba" and group["mode"] != "align" for group in groups)
+    if len(groups) == 1 or states or not config["enable_prefix_caching"]:
+        return math.lcm(*sizes)
+    return math.gcd(*sizes)
+
+
+def _block_sizes(block_size: int, hash_block: int) -> dict[str, int]:
+    known = inspect.signature(Scheduler).parameters
+    return {"block_size": block_size} | (
+        {"hash_block_size": hash_block} if "hash_block_size" in known else {}
+    )
+
+
+def _retention(config: dict[str, Any]) -> dict[str, Any]:
+    """The retention interval: older releases read it from the environment, and from some groups only."""
+    interval = config["prefix_cache_retention_interval"]
+    os.environ.pop("VLLM_PREFIX_CACHE_RETENTION_INTERVAL", None)
+    if "prefix_cache_retention_interval" in inspect.signature(KVCacheConfig).parameters:
+        return {"prefix_cache_retention_interval": interval}
+    if interval is not None:
+        os.environ["VLLM_PREFIX_CACHE_RETENTION_INTERVAL"] = str(interval)
+    return {}
 
 
 def _vllm_config(config: dict[str, Any], model: str) -> VllmConfig:
@@ -293,6 +356,13 @@ def _vllm_config(config: dict[str, Any], model: str) -> VllmConfig:
     vllm_config.cache_config.num_gpu_blocks = config["num_gpu_blocks"]
     # the CPU platform turns async scheduling off and chooses its own block size
     vllm_config.cache_config.block_size = config["block_size"]
+    states = [group for group in config["kv_groups"] if group["kind"] == "mamba"]
+    if states:
+        vllm_config.cache_config.mamba_cache_mode = states[0]["mode"]
+        vllm_config.cache_config.mamba_block_size = states[0]["block_size"]
+    register = getattr(single_type_kv_cache_manager, "register_all_kvcache_specs", None)
+    if register is not None:
+        register(vllm_config)
     for name in options.keys() - {"max_model_len", "is_encoder_decoder"}:
         setattr(vllm_config.scheduler_config, name, options[name])
     return vllm_config
