@@ -57,7 +57,7 @@ WORKLOADS: dict[str, tuple[int, dict[str, Any]]] = {  # name -> requests, worklo
     "256 in, 128 out, near saturation": (20_000, poisson(80, **FIXED)),
     "256 in, 128 out, low load": (10_000, poisson(20, **FIXED)),
     "shared prefixes": (20_000, poisson(50, prompt_tokens=300, output_tokens=128, content=PREFIXES)),
-    "500 in, 2,000 out": (2_000, poisson(8, prompt_tokens=500, output_tokens=2000)),
+    "500 in, 2,000 out": (10_000, poisson(8, prompt_tokens=500, output_tokens=2000)),
     "closed loop of 256, lognormal": (
         10_000,
         {"arrivals": {"kind": "closed_loop", "concurrency": 256}, **LOGNORMAL},

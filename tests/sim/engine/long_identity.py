@@ -1,6 +1,6 @@
-"""Thousands of random cases, step by step: the engine as installed, traced and not, and its source interpreted
-decide as the plain model does. Not a test of every run: ``make identity-long``, or with a number of cases and
-a seed as arguments. Ends with what was covered, or with the first difference, as small as it can be made.
+"""Thousands of random cases, step by step: the engine as installed, traced and not, and its source
+interpreted decide as the plain model does. Not a test of every run: ``make identity-long``, or with a number
+of cases and a seed as arguments. Ends with what was covered, or with the first difference, shrunk.
 """
 
 from __future__ import annotations
@@ -9,8 +9,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-HERE = Path(__file__).resolve()
-sys.path += [str(HERE.parent), str(HERE.parents[2] / "helpers")]
+sys.path += [str(Path(__file__).resolve().parents[up] / name) for up, name in ((0, ""), (2, "helpers"))]
 
 from engine_log import in_python, installed
 from hypothesis import given, seed, settings
