@@ -11,7 +11,7 @@ SLO ?= --slo ttft:p95:500 --slo tpot:p95:60
 plan: $(VENV)/.installed
 	$(BIN)/servecast plan $(SCENARIO) $(SLO) --report out/plan-$(SCENARIO).html
 
-# Needs neither vLLM nor a quiet machine: six CPU minutes.
+# Needs neither vLLM nor a quiet machine: five CPU minutes.
 check: lint types unit
 
 unit: $(VENV)/.installed-test

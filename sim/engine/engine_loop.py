@@ -72,6 +72,8 @@ class EngineLoop:
         cold_start_ps: int = 0,
     ) -> None:
         self.scheduler, self.index, self.costs = scheduler, index, costs
+        if costs is not None:
+            scheduler.window, scheduler.chunked = costs.window, costs.chunked
         self.step_seconds, self.floor, self.noise, self.read = seconds, floor, noise, read
         self.token_ps, self.delivery_ps = served_ps
         self.cold_start = cold_start_ps
@@ -96,6 +98,10 @@ class EngineLoop:
     def gap_columns(self) -> Any:
         """(4, gaps): stage, gap in s, tokens, s over which the step's tokens are read."""
         return np.asarray(self.gaps)[:, : self.num_gaps]
+
+    def drop_rows(self) -> None:
+        """Begin these tables anew."""
+        self.num_steps = self.num_gaps = 0
 
     def room_for_steps(self, count: cython.Py_ssize_t) -> cython.int:
         steps: Any = np.zeros((STEP_FIELDS, count), np.int64)

@@ -24,12 +24,14 @@ cdef class Scheduler:
     cdef bint adaptive
     cdef bint priority
     cdef bint trace
-    cdef bint notes_steps  # which sequence was scheduled when
+    cdef bint notes  # what was scheduled, request by request
     cdef int max_tokens
     cdef int max_running
     cdef int max_model_len
     cdef int long_prefill_threshold
     cdef int watermark
+    cdef long long window  # of layers that attend to no more tokens, which a step counts by ``windowed``; or 0
+    cdef bint chunked  # the window is a chunk
     cdef bint finished_unsent
     cdef long long added
     cdef dict sequences
@@ -54,6 +56,7 @@ cdef class Scheduler:
     cdef int schedule_waiting(self, Step step, int budget, int threshold, bint defer) except -1
     cdef int count_lookup(self, Sequence sequence, int hit_tokens) except -1
     cdef void advance(self, Step step, Sequence sequence, int tokens) noexcept
+    cdef long long in_window(self, long long tokens) noexcept
     cdef void note_chunk(self, Step step, Sequence sequence, int tokens) noexcept
     cdef void note_scheduled(self, Step step, Sequence sequence, int tokens) noexcept
     cpdef object complete(self, Step step)

@@ -51,6 +51,7 @@ class Scheduler:
         self.is_async = config.async_scheduling
         self.adaptive = config.long_prefill_token_threshold_adaptive
         self.priority = config.scheduling_policy == "priority"
+        self.notes = self.priority or trace or bool(config.kv_groups)
         self.max_tokens, self.max_model_len = config.max_num_batched_tokens, config.max_model_len
         self.max_running = min(config.max_num_seqs, config.max_num_active_seqs or config.max_num_seqs)
         self.long_prefill_threshold = config.long_prefill_token_threshold
@@ -58,9 +59,9 @@ class Scheduler:
         self.tick = self.prefix_queries = self.prefix_hits = self.added = 0
         self.num_waiting = 0
         self.finished_unsent = False
+        self.window, self.chunked = 0, False
         cache = GroupCache if config.kv_groups else KVCache
         self.kv = cache(config, rules.reuse_unhashed_first and not appends, self.max_running)
-        self.notes_steps = self.priority or trace or bool(config.kv_groups)
         self.sequences, self.runners, self.lent = {}, [], False
         self.queue = QUEUES[config.scheduling_policy]()
 
@@ -242,14 +243,14 @@ class Scheduler:
         computed: cython.int
         decodes: cython.int = 0
         context: cython.longlong = 0
-        all_sample: cython.bint = not self.notes_steps
+        all_sample: cython.bint = not self.notes
         while index < len(runners) and budget > 0:
             sequence = cython.cast(Sequence, runners[index])
             computed = sequence.computed
             if (
                 sequence.catch_up <= computed < sequence.decodes_until
                 and sequence.num_tokens + sequence.placeholders == computed + 1
-                and not self.notes_steps
+                and not self.notes
                 and (computed + 1 < sequence.kv_due or self.kv.allocate_slots(sequence, 1, 0, 0))
             ):  # it decodes: what all that follows comes to then
                 sequence.computed = computed + 1
@@ -257,6 +258,8 @@ class Scheduler:
                 if not all_sample:
                     step.samplers.append(sequence)
                 context += computed + 1
+                if self.window:
+                    step.windowed += self.in_window(computed + 1)
                 decodes += 1
                 budget -= 1
                 index += 1
@@ -329,6 +332,7 @@ class Scheduler:
         if before >= victim.catch_up:
             step.decodes -= 1
             step.decode_context -= before + 1
+            step.windowed -= self.in_window(before + 1)
         else:
             position = step.prefilling.index(victim)
             del step.chunks[position], step.prefilling[position]
@@ -421,9 +425,11 @@ class Scheduler:
         if sequence.computed >= sequence.catch_up:
             step.decodes += 1
             step.decode_context += sequence.computed + 1
+            if self.window:
+                step.windowed += self.in_window(sequence.computed + 1)
         else:
             self.note_chunk(step, sequence, tokens)
-        if self.notes_steps:
+        if self.notes:
             self.note_scheduled(step, sequence, tokens)
         sequence.computed += tokens
         if sequence.computed >= sequence.num_tokens + sequence.placeholders:
@@ -433,6 +439,12 @@ class Scheduler:
             step.samplers.append(sequence)
             if self.is_async:
                 sequence.placeholders += 1
+
+    def in_window(self, tokens: cython.longlong) -> cython.longlong:
+        """Of a sequence's tokens those that its newest attends to in a layer with a window."""
+        if self.chunked:
+            return (tokens - 1) % self.window + 1
+        return min(tokens, self.window)
 
     def note_chunk(self, step: Step, sequence: Sequence, tokens: cython.int) -> None:
         step.chunks = own(step.chunks)

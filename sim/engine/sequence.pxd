@@ -20,8 +20,8 @@ cdef class Sequence:
     cdef int final_tokens
     cdef long long token_tick
     # and the rest
-    cdef int limit
     cdef int junction
+    cdef int limit
     cdef int blocks_end
     cdef int cached_end
     cdef int slot

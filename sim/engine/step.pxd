@@ -10,6 +10,7 @@ cdef class Step:
     cdef readonly list chunks
     cdef readonly int decodes
     cdef readonly long long decode_context
+    cdef long long windowed
     cdef readonly list gaps
     cdef readonly int steady
     cdef readonly int emitted

@@ -39,7 +39,7 @@ class News:
 
 class Board:
     """What the endpoints of a fleet share: the time in picoseconds, the requests sent to each replica and not
-    ended, and whose gauges and KV events are news."""
+    ended, and whose gauges and KV events are news. count: of the most replicas that there may be."""
 
     def __init__(self, count: int, clock: Callable[[], int]) -> None:
         self.clock, self.outstanding = clock, np.zeros(count, np.int64)
@@ -124,14 +124,14 @@ class Endpoints(Backends):
     def __init__(self, everyone: Sequence[Endpoint], members: Sequence[Endpoint], board: Board) -> None:
         super().__init__(members)
         self._everyone, self._board = everyone, board
-        n = len(everyone)
+        n = len(board.outstanding)
         self._all = Columns(np.arange(n), np.zeros(n, np.int64), np.zeros(n, np.int64), np.zeros(n))
         self._set_members(members)
 
     def _set_members(self, members: Sequence[Endpoint]) -> None:
         self.members = members
         self._numbers = np.array([each.index for each in members], np.int64)
-        self._complete = len(members) == len(self._everyone)
+        self._complete = len(members) == len(self._board.outstanding)
         self._columns: Columns | None = None
         self._positions = {each.index: position for position, each in enumerate(members)}
 

@@ -137,10 +137,11 @@ class Flow:
         now: picoseconds. ready: what the router picks among, each with its ``index``.
         outcomes: (fields, n) ``OUTCOMES``. arrival, replica, status: (n,), -1 where it did not happen.
         outstanding: (replicas,) requests sent to each and not ended.
-        finished: streams that are done, for the host to take. failures: why requests failed, how many.
+        sent: requests, so far. finished: streams that are done, for the host to take. failures: why requests failed, how many.
     """
 
     now = cython.declare(cython.longlong, visibility="public")
+    sent = cython.declare(cython.longlong, visibility="readonly")
     requests = cython.declare(object, visibility="readonly")
     ready = cython.declare(object, visibility="readonly")
     finished = cython.declare(list, visibility="public")
@@ -192,7 +193,7 @@ class Flow:
         self.quiet, self.ordered = quiet, ordered
         self.heap, self.senders, self.finished, self.order = [], [], [], []
         self.objects, self.failures = {}, {}
-        self.now = self.count = self.until = 0
+        self.now = self.count = self.until = self.sent = 0
         self.prompt = np.require(requests.prompt_tokens, None, "W")  # a table's columns may be read-only
         self.gives_up = requests.abort_after_s is not None
         if self.gives_up:
@@ -212,12 +213,21 @@ class Flow:
         self.stream = columns["stream"]
         self.outstanding = outstanding
         for server in servers:
-            server.loop.load(requests, outcomes)
-            server.loop.tell_ends = not quiet
-            if answered is not None:
-                server.loop.on_first = self.tell_answered
+            self.connect(server)
 
     # ---- what the host does -----------------------------------------------------------------------
+
+    def connect(self, server: Server) -> None:
+        """Requests may be sent to it."""
+        server.loop.load(self.requests, self.columns["outcomes"])
+        server.loop.tell_ends = not self.quiet
+        if self.answered is not None:
+            server.loop.on_first = self.tell_answered
+
+    def add(self, server: Server) -> None:
+        """One more replica."""
+        self.servers.append(server)
+        self.connect(server)
 
     def open(self, first: int, end: int, limit: int, sessions: Any = None) -> Sender:
         """A stream begins now, whose requests are rows [first, end)."""
@@ -370,6 +380,7 @@ class Flow:
         on_wire: cython.longlong
         after: cython.longlong
         sender.in_flight += 1
+        self.sent += 1
         self.outcomes[0, row] = on_wire = self.now
         if self.gives_up and self.abort_s[row] == self.abort_s[row]:
             after = cython.cast(cython.longlong, rint(self.abort_s[row] * PICOSECONDS))

@@ -14,6 +14,19 @@ from dataclasses import dataclass
 from typing import Literal, NoReturn
 
 from servecast.sim.engine.config import EngineConfig
+from servecast.sim.engine.kv_groups import (
+    CacheMode,
+    CacheOptions,
+    CacheSpec,
+    KVGroup,
+    block_bytes,
+    blocks_per_sequence,
+    groups_of,
+    in_flight_tokens,
+    longest_sequence,
+    since,
+    specs,
+)
 from servecast.sim.hardware.profile_run import (
     CompileCache,
     Estimate,
@@ -50,7 +63,10 @@ class KVMemory:
 
     Attributes:
         num_gpu_blocks: blocks as vLLM counts them, the null block included.
-        block_size: tokens a block. bytes_per_block: on one rank, all layers.
+        block_size: tokens of the smallest block. bytes_per_block: on one rank: of all layers, or of those of
+            the widest group.
+        sequence_blocks: of one sequence of max_model_len tokens, in all groups.
+        groups: the KV cache groups.
         max_model_len: the longest sequence, which vLLM may have fitted to the pool.
         lines: the account. Unless the pool is given, they add up to the bytes that are left for it.
         memory_used_bytes: what a monitor shows as used on the card once the server is up: what vLLM
@@ -64,12 +80,21 @@ class KVMemory:
     max_model_len: int
     memory_used_bytes: int
     lines: tuple[MemoryLine, ...]
+    sequence_blocks: int
+    groups: tuple[KVGroup, ...] = ()
     warning: str | None = None
 
     @property
     def kv_tokens(self) -> int:
-        """Tokens that fit: every block but the null block."""
-        return (self.num_gpu_blocks - 1) * self.block_size
+        """Tokens that fit: every block but the null block; with several groups, in sequences of
+        ``max_model_len``."""
+        return self.logged_tokens if self.kv_groups else (self.num_gpu_blocks - 1) * self.block_size
+
+    @property
+    def kv_groups(self) -> tuple[CacheSpec, ...]:
+        """What each group keeps; none where that is every token of all layers alike."""
+        found = tuple(group.spec for group in self.groups)
+        return () if [spec.kind for spec in found] == ["full"] else found
 
     @property
     def kv_bytes(self) -> int:
@@ -79,11 +104,12 @@ class KVMemory:
     @property
     def max_concurrency(self) -> float:
         """How many sequences of ``max_model_len`` tokens fit, as vLLM logs it."""
-        return self.num_gpu_blocks / math.ceil(self.max_model_len / self.block_size)
+        return self.num_gpu_blocks / self.sequence_blocks
 
     @property
     def logged_tokens(self) -> int:
-        """What vLLM logs as "GPU KV cache size": its concurrency in tokens, the null block counted."""
+        """What vLLM logs as "GPU KV cache size": its concurrency in tokens, the null block counted. Where
+        groups forget or hold states it is not what short requests can hold."""
         return int(self.max_concurrency * self.max_model_len)
 
     @property
@@ -91,7 +117,7 @@ class KVMemory:
         """Fewest and most tokens that the account allows, each uncertain line at its end."""
         if any(line.origin == "given" for line in self.lines):
             return self.logged_tokens, self.logged_tokens
-        tokens = self.block_size / self.bytes_per_block
+        tokens = self.max_model_len / (self.sequence_blocks * self.bytes_per_block)
         more, less = (sum(getattr(line, way) for line in self.lines) for way in ("more", "less"))
         return (
             max(0, self.logged_tokens - int(more * tokens)),
@@ -115,6 +141,8 @@ def kv_memory(
     config: EngineConfig,
     *,
     version: str,
+    block_size: int | None = None,
+    mamba_mode: CacheMode = "align",
     fit_max_model_len: bool = False,
     compile_cache: CompileCache = "warm",
     kv_cache_memory_bytes: int | None = None,
@@ -123,17 +151,17 @@ def kv_memory(
     """The KV pool under vLLM's flags. The last two replace the pool's bytes, or its blocks.
 
     A pool that is estimated too small for one sequence, and may yet hold it, is taken to hold it, with a
-    warning. Sliding-window layers are given a full block like all others, so their pool is smaller than
-    vLLM's.
+    warning. Layers inside chunks are managed as full ones, as vLLM does by default.
 
     Args:
-        version: of vLLM. config: its flags, the number of blocks not known yet.
+        version: of vLLM. config: its flags, the number of blocks not known yet. block_size: as given; None:
+            the attention backend's. mamba_mode: when states are kept for other sequences.
         fit_max_model_len: lower ``max_model_len`` to what the pool holds, as ``--max-model-len auto`` asks.
 
     Raises:
         InputError: the weights do not fit, or no sequence of ``max_model_len`` does.
     """
-    gpu, block_size = shard.gpu, config.block_size
+    gpu = shard.gpu
     share, longest = config.gpu_memory_utilization, config.max_model_len
     if not 0.0 < share <= 1.0:
         raise InputError(
@@ -146,7 +174,28 @@ def kv_memory(
             where="gpu",
             fix="Use a larger GPU, more tensor_parallel_size, or quantised weights.",
         )
-    bytes_per_block = block_size * shard.kv_bytes_per_token
+    layers = shard.model.cache_layers
+    options = CacheOptions(
+        release=config.version,
+        ranks=shard.tensor_parallel_size,
+        kv_bytes=shard.kv_dtype_bytes,
+        dtype_bytes=shard.model.dtype_bytes,
+        block_size=block_size,
+        capability=gpu.capability,
+        max_model_len=longest,
+        mamba_mode=mamba_mode,
+    )
+    hybrid = all(layer.kind != "chunked" for layer in layers)
+    groups = groups_of(specs(layers, options), config.version, hybrid=hybrid)
+    bytes_per_block = block_bytes(groups)
+    in_flight = in_flight_tokens(
+        config.version, config.max_num_batched_tokens, async_scheduling=config.async_scheduling
+    )
+    null = 1 if len(groups) == 1 or since(config.version, "0.32") else 0
+
+    def sequence(tokens: int) -> int:
+        return blocks_per_sequence(groups, tokens, in_flight)
+
     requested = math.ceil(gpu.memory_bytes * share)
     lines = [
         MemoryLine(
@@ -185,23 +234,26 @@ def kv_memory(
             MemoryLine("--num-gpu-blocks-override", blocks * bytes_per_block, "given", f"{blocks} blocks")
         )
     if fit_max_model_len:
-        longest = max(block_size, min(longest, (blocks - 1) * block_size))
-    needed = 1 + math.ceil(longest / block_size)  # one sequence, and the null block
+        longest = max(16, longest_sequence(blocks - null, longest, sequence))
+    needed = null + sequence(longest)
     warning = None
     if blocks < needed:
         account = ", ".join(f"{line.name} {line.bytes / _GIB:+.2f} GiB" for line in lines if line.bytes)
+        held = longest_sequence(max(0, blocks - null), longest, sequence)
         if needed * bytes_per_block > available + slack:
-            _refuse(blocks, block_size, longest, account, given=kv_cache_memory_bytes is not None)
+            _refuse(blocks, held, longest, account, given=kv_cache_memory_bytes is not None)
         warning = (
-            f"the KV pool is estimated at {max(0, blocks - 1) * block_size:,} tokens, less than one sequence "
+            f"the KV pool is estimated at {held:,} tokens, less than one sequence "
             f"of max_model_len {longest:,}, for which vLLM would not start. The account may be up to "
             f"{slack / _GIB:.2f} GiB too careful, so the sequence is taken to fit: {account}"
         )
         blocks = needed
     return KVMemory(
         num_gpu_blocks=blocks,
-        block_size=block_size,
+        block_size=min(group.spec.block_size for group in groups),
         bytes_per_block=bytes_per_block,
+        sequence_blocks=sequence(longest),
+        groups=groups,
         max_model_len=longest,
         memory_used_bytes=min(gpu.memory_bytes, used + CONTEXT_BYTES),
         lines=tuple(lines),
@@ -213,7 +265,7 @@ def _line(name: str, found: Estimate, origin: Origin = "assumed") -> MemoryLine:
     return MemoryLine(name, -found.bytes, origin, found.note, found.more, found.less)
 
 
-def _refuse(blocks: int, block_size: int, longest: int, account: str, *, given: bool) -> NoReturn:
+def _refuse(blocks: int, held: int, longest: int, account: str, *, given: bool) -> NoReturn:
     """Say that no sequence fits, not even with all that the account leaves open; ``given``: by the user."""
     if blocks < 2 and given:
         raise InputError(
@@ -226,7 +278,7 @@ def _refuse(blocks: int, block_size: int, longest: int, account: str, *, given: 
             fix="Raise it, lower max_num_seqs or max_num_batched_tokens, or use a larger GPU.",
         )
     raise InputError(
-        f"the KV pool holds {(blocks - 1) * block_size} tokens, a sequence up to {longest}: {account}",
+        f"the KV pool holds {held} tokens, a sequence up to {longest}: {account}",
         where="max_model_len",
         fix="Lower max_model_len (auto fits it to the pool), or give the KV cache more memory "
         "(gpu_memory_utilization).",

@@ -58,7 +58,13 @@ class Deployment:
         config = server.resolve(flags, gpu, model, where=f"{scenario.source}: engine")
         shard = server.shard(flags, config, model, gpu)
         memory = server.memory(flags, config, shard)
-        config = replace(config, num_gpu_blocks=memory.num_gpu_blocks, max_model_len=memory.max_model_len)
+        config = replace(
+            config,
+            num_gpu_blocks=memory.num_gpu_blocks,
+            max_model_len=memory.max_model_len,
+            block_size=memory.block_size,
+            kv_groups=memory.kv_groups,
+        )
         profile = _with_link(profile or profile_of(scenario, shard, config), scenario.gpu)
         return cls(scenario, shard, memory, config, profile, build_step_time(profile, shard))
 
@@ -175,23 +181,37 @@ class Deployment:
 
 
 def _model(scenario: Scenario) -> ModelShape:
+    model, skew = _model_as_loaded(scenario), scenario.model.expert_skew
+    if skew and not model.moe_layers:
+        raise InputError(
+            f"{model.name} has no routed experts",
+            where=f"{scenario.source}: model.expert_skew",
+            fix="Leave it out.",
+        )
+    return replace(model, expert_skew=skew)
+
+
+def _model_as_loaded(scenario: Scenario) -> ModelShape:
     flags = scenario.engine
-    model = ModelShape.from_config(scenario.config_file(), overrides=flags.hf_overrides)
     if flags.dtype in ("float32", "float"):
         raise InputError(
             f"dtype {flags.dtype} is not modelled",
             where=f"{scenario.source}: engine.dtype",
             fix="Use bfloat16 or float16, as serving does.",
         )
-    if flags.quantization == "fp8":
-        return replace(model, weight_bytes_each=1)
-    if flags.quantization is not None and model.weight_bytes_each != 1:
+    file, overrides = scenario.config_file(), flags.hf_overrides
+    model = ModelShape.from_config(file, overrides=overrides)
+    if flags.quantization is None or model.quantised != "bf16" or model.expert_format:
+        return model
+    if flags.quantization not in ("fp8", "bitsandbytes"):
         raise InputError(
-            f"quantization {flags.quantization!r} is not modelled for this model's config",
+            f"quantization {flags.quantization!r} quantises no weights by itself, and the model's config "
+            "has no quantization_config",
             where=f"{scenario.source}: engine.quantization",
-            fix="Use fp8, or a config.json of fp8 weights with its quantization_config.",
+            fix="Use fp8 or bitsandbytes, or the config.json of quantised weights.",
         )
-    return model
+    online = {"quant_method": flags.quantization, "load_in_4bit": True}
+    return ModelShape.from_config(file, overrides={**(overrides or {}), "quantization_config": online})
 
 
 def _gpu(scenario: Scenario) -> GPU:

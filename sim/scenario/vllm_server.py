@@ -11,6 +11,7 @@ from servecast.sim.engine.engine import Engine
 from servecast.sim.engine.rules import OPTION_SINCE, RULES, has_option, minor_release
 from servecast.sim.engine.scheduler import Scheduler
 from servecast.sim.hardware.gpu import GPU
+from servecast.sim.hardware.layer_kinds import STATES
 from servecast.sim.hardware.memory import KVMemory, kv_memory
 from servecast.sim.hardware.model_shape import ModelShape
 from servecast.sim.hardware.padded_memory import MemoryRisk
@@ -22,6 +23,7 @@ from servecast.sim.scenario.engine_flags import EngineFlags
 from servecast.sim.scenario.vllm_flags import FLAG_BAND
 
 GIB = 1 << 30
+_USUAL_BLOCK: int = EngineFlags.model_fields["block_size"].default  # the backend's own where it is another
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +200,12 @@ class Vllm:
             for name in ("gpu_memory_utilization", "async_scheduling", "scheduler_reserve_full_isl")
             if getattr(flags, name) is None
         }
+        states = any(mixer.kind in STATES for mixer in model.layer_kinds)
+        if release_number(release.rules) < (0, 32):
+            if states and "enable_prefix_caching" not in flags.model_fields_set:
+                defaults["enable_prefix_caching"] = False  # off by default where layers keep states
+        else:
+            defaults["prefix_cache_retention_interval"] = 0
         return flags.config(
             version=release.rules,
             max_model_len=max_model_len,
@@ -232,6 +240,8 @@ class Vllm:
             shard,
             config,
             version=flags.version,
+            block_size=None if flags.block_size == _USUAL_BLOCK else flags.block_size,
+            mamba_mode="align" if config.enable_prefix_caching else "none",
             fit_max_model_len=flags.fits_max_model_len,
             compile_cache=flags.compile_cache,
             kv_cache_memory_bytes=flags.kv_cache_memory_bytes,
