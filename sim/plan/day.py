@@ -119,8 +119,9 @@ class Day(Answer):
             self._draw(axes)
             label = "Load, replicas, TTFT and good requests over the day"
             plot = Plot("Over the day", finish(label), wide=True)
-        title = f"servecast: a day of {self.document['model_id']}"
-        return write_plain_page(path, title=title, text=self.to_text(), plots=[plot])
+        title = f"A day of {self.document['model_id']} on {self.document['gpu']}"
+        subtitle = f"{self.fleets[0].totals['requests']:,} requests; good: {self.objectives}"
+        return write_plain_page(path, title=title, subtitle=subtitle, plots=[plot], text=self.to_text())
 
     def _draw(self, axes: Sequence[Axes]) -> None:
         load, replicas, ttft, good = axes

@@ -243,8 +243,8 @@ class Profile(Model):
             end = self.span_s
         until = None
         if end is not None:
-            rounds, rest = divmod(end, self.span_s)
-            until = rounds * expected[-1] + float(np.interp(rest, edges, expected))
+            whole, last = divmod(end, self.span_s)
+            until = whole * float(expected[-1]) + float(np.interp(last, edges, expected))
         unit = _renewal(Extent(extent.num_requests, until), 1.0, _gamma(rng, self.burstiness))
         rounds, rest = np.divmod(unit, expected[-1])
         times: Times = rounds * self.span_s + np.interp(rest, expected, edges)
