@@ -46,7 +46,8 @@ def rotary_table(shard: Shard) -> Estimate:
     """Cosines and sines of every position, which are loaded with the weights."""
     model = shard.model
     positions = model.max_position_embeddings or 0
-    return Estimate(positions * model.head_dim * model.dtype_bytes, f"{positions} positions")
+    width = max((mixer.rope_dim for mixer in model.layer_kinds), default=0) or model.head_dim
+    return Estimate(positions * width * model.dtype_bytes, f"{positions} positions")
 
 
 def activation_peak(

@@ -217,7 +217,7 @@ def _bitsandbytes(said: Mapping[str, Any]) -> Format:
     return Format("int4", 0.5 + scales, note=_SLOW_BNB)
 
 
-_MXFP4 = Format("mxfp4", 0.5 + 1 / 32, 32)
+_MXFP4 = Format("mxfp4", 0.5 + 1 / 32)  # vLLM pads what ranks would cut (Shard)
 _NVFP4 = Format("nvfp4", 0.5 + 1 / 16, 16)
 _METHODS: dict[str, Callable[[Mapping[str, Any]], Format]] = {
     "fp8": _fp8,

@@ -188,8 +188,19 @@ class Shard:
 
     @property
     def _expert_bytes_each(self) -> int | float:
+        """Of a weight of the routed experts. vLLM pads those of mxfp4 for its kernels (``oracle/mxfp4.py``):
+        on Hopper gpt-oss's to 64 columns a rank, elsewhere to 128, and the hidden size to 256."""
         model = self.model
-        return model.weight_bytes_each if model.expert_bytes_each is None else model.expert_bytes_each
+        each = model.weight_bytes_each if model.expert_bytes_each is None else model.expert_bytes_each
+        if model.expert_format != "mxfp4":
+            return each
+        triton = model.model_type == "gpt_oss" and self.gpu.capability[0] == 9
+        columns, rows = (64, 1) if triton else (128, 256)
+        width = model.expert_intermediate_size
+        width = width if self.expert_parallel else width // self.tensor_parallel_size
+        hidden = model.expert_input_size or model.hidden_size
+        padded = -(-width // columns) * columns * -(-hidden // rows) * rows
+        return each * padded / (width * hidden)
 
     @property
     def product_bytes_per_token(self) -> float:

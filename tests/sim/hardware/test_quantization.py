@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,12 @@ def test_gpt_oss_quantises_its_experts() -> None:
         assert round(shard.weight_bytes / GIB, 1) == card
         assert (shard.linear_kernel, shard.expert_kernel) == ("bf16", "mxfp4")
         assert Shard(model, find_gpu("B200"), 1).expert_kernel == "mxfp4"
+        # padded: 360 columns a rank to 384 on Hopper; 2,880 to 2,944 columns of 3,072 on Blackwell
+        read = Shard(replace(model, expert_format=""), H200, 8).expert_bytes(1 << 20)
+        assert Shard(model, H200, 8).expert_bytes(1 << 20) == pytest.approx(read * 384 / 360)
+        read = Shard(replace(model, expert_format=""), H200, 1).expert_bytes(1 << 20)
+        padded = Shard(model, find_gpu("B200"), 1).expert_bytes(1 << 20)
+        assert padded == pytest.approx(read * 2944 * 3072 / 2880**2)
 
 
 def test_parts_of_several_precisions() -> None:
