@@ -8,9 +8,11 @@ from typing import Any
 
 TEXT = """# Speed
 
-How fast a simulation is and what it holds, on {machine}; `make benchmark` measures your machine and renews
-this page. Times are CPU time of one core in `servecast.simulate`, percentiles included, the median of five
-runs that take turns. The model is Llama-3.1-8B on H100s with 256 sequences, the engine {engine}.
+How fast a simulation is and what it holds, on {machine}; `make benchmark` measures your machine and
+renews this page. Times are CPU time of one core in `servecast.simulate`, percentiles included, the median of
+five runs that take turns. The model is Llama-3.1-8B on H100s with 256 sequences, the engine {engine}.
+Meanwhile the machine carried a load of {load:g} on its {cores} cores: where that is more than 1 a core, it is
+slower than it can be, and the rows are to be read beside each other.
 
 | workload | requests a CPU second | aim | requests running | steps a request |
 |---|---|---|---|---|
@@ -21,11 +23,9 @@ Fleets get 40 requests a second and replica, of 32 prefixes of 700 tokens.
 ## What bounds it
 
 - **Long outputs.** vLLM's loop visits every running request in every step, and so does this one: 2,000 output
-  tokens cost 2,000 visits. The cost is that of a token, {token_ns:.0f} ns here, half of it for KV blocks; a
-  rate of 40,000 a second at 2,000 tokens would be 12.5 ns.
+  tokens cost 2,000 visits, of {token_ns:.0f} ns each here.
 - **Routers.** What all replicas show is kept in columns that change with a scrape or an event, so a pick
-  costs about as much for 256 replicas as for four. What is left is the picker itself, in Python: some 20 us a
-  request.
+  costs about as much for 256 replicas as for 64. What is left is the picker itself, in Python.
 - **Several clients, a limit of requests in flight, faults.** Events of requests are in one compiled heap;
   SimPy has the stages, timers, and the life of replicas alone.
 
@@ -34,7 +34,8 @@ Fleets get 40 requests a second and replica, of 32 prefixes of 700 tokens.
 {million_requests:,} requests of 1,000 tokens in and 250 out, lognormal, 700 of them in one of 32 shared
 prefixes, on four replicas behind `precise-prefix-cache-scorer`: {wall_s:.0f} s of wall time, {cpu_s:.0f} s of
 CPU, {gigabytes:.2f} GB: {rate:,.0f} requests a CPU second. On work of this kind BLIS is reported at 490 to
-2,780 requests a CPU second, Vidur at 390 to 730.
+2,780 requests a CPU second, Vidur at 390 to 730. Most of the memory is the table of steps, of which such a
+fleet makes several a request.
 
 ## Growth
 
@@ -55,6 +56,8 @@ def page(results: Path) -> str:
     return TEXT.format(
         machine=document["machine"],
         engine="compiled" if document["compiled"] else "interpreted",
+        load=document["load"],
+        cores=document["cores"],
         rows="\n".join(_row(row) for row in rows),
         token_ns=1e9 / long_outputs["requests_per_cpu_s"] / 2000,
         million_requests=million["requests"],

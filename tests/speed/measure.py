@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import re
 import statistics
@@ -178,6 +179,8 @@ if __name__ == "__main__":
         rows = measured_rows(home)
     document = {
         "machine": f"{cpu[1] if cpu else platform.machine()}, Python {platform.python_version()}",
+        "cores": os.cpu_count(),
+        "load": round(os.getloadavg()[2], 1),  # of the last quarter of an hour
         "compiled": str(engine_loop.__file__).endswith(".so"),
         "rows": rows,
         "million": measured_alone((1_000_000,), MILLION)[0],
