@@ -69,7 +69,8 @@ identity-long: $(VENV)/.installed-test
 	$(BIN)/python tests/sim/engine/long_identity.py
 
 benchmark: $(VENV)/.installed-test
-	$(BIN)/python -m pytest tests/speed/test_engine.py --benchmark-only
+	$(BIN)/python tests/speed/measure.py
+	$(BIN)/python docs/generate.py
 
 docs: $(VENV)/.installed-test
 	$(BIN)/pip install -q '.[docs]'

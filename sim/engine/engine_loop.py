@@ -86,8 +86,8 @@ class EngineLoop:
         self.inbox, self.ended = [], []
         self.seen = np.zeros(1024, np.int64)
         self.num_seen = self.num_steps = self.num_gaps = 0
-        self.room_for_steps(1024)
-        self.room_for_gaps(1024)
+        self.steps, self.gaps = np.zeros((STEP_FIELDS, 1024), np.int64), np.zeros((GAP_FIELDS, 1024))
+        self.step_floats = np.asarray(self.steps).view(np.float64)
 
     @property
     def step_columns(self) -> Any:
@@ -105,15 +105,13 @@ class EngineLoop:
 
     def room_for_steps(self, count: cython.Py_ssize_t) -> cython.int:
         steps: Any = np.zeros((STEP_FIELDS, count), np.int64)
-        if self.num_steps:
-            steps[:, : self.num_steps] = self.steps
+        steps[:, : self.num_steps] = self.steps
         self.steps, self.step_floats = steps, steps.view(np.float64)
         return 0
 
     def room_for_gaps(self, count: cython.Py_ssize_t) -> cython.int:
         gaps: Any = np.zeros((GAP_FIELDS, count))
-        if self.num_gaps:
-            gaps[:, : self.num_gaps] = self.gaps
+        gaps[:, : self.num_gaps] = self.gaps
         self.gaps = gaps
         return 0
 

@@ -129,7 +129,7 @@ class Endpoints(Backends):
         self._set_members(members)
 
     def _set_members(self, members: Sequence[Endpoint]) -> None:
-        self.members = members
+        self.members = self._members = members
         self._numbers = np.array([each.index for each in members], np.int64)
         self._complete = len(members) == len(self._board.outstanding)
         self._columns: Columns | None = None
@@ -137,11 +137,11 @@ class Endpoints(Backends):
 
     def add(self, endpoint: Endpoint) -> None:
         """One is ready from now on."""
-        self._set_members(sorted([*self.members, endpoint], key=lambda each: each.index))
+        self._set_members(sorted([*self._members, endpoint], key=lambda each: each.index))
 
     def remove(self, endpoint: Endpoint) -> None:
         """One is no longer."""
-        self._set_members([each for each in self.members if each is not endpoint])
+        self._set_members([each for each in self._members if each is not endpoint])
 
     @property
     def numbers(self) -> NDArray[np.int64]:
@@ -168,4 +168,5 @@ class Endpoints(Backends):
         return self._columns
 
     def telling(self) -> Iterable[Endpoint]:
-        return [self._everyone[number] for number in sorted(self._board.tells.by(self._board.clock()))]
+        numbers = self._board.tells.by(self._board.clock())
+        return [self._everyone[number] for number in sorted(numbers)] if numbers else ()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections import Counter
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,7 @@ from servecast.sim.fleet.spec import Life
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.inputs.units import to_ps, to_seconds
 from servecast.sim.metrics.records import STATUSES, STEP_COLUMNS, Run, requests_table, steps_table
+from servecast.sim.routing.backends import Backend
 from servecast.sim.routing.options import RouterOptions
 from servecast.sim.routing.routers import Answered, Informed, Random, RoundRobin, Router
 from servecast.sim.traffic.sessions import SessionStream
@@ -39,7 +42,8 @@ Columns = dict[str, Any]
 class Fleet:
     """Replicas behind a router, and the clients that drive them.
 
-    Requests go their way in a `Flow`; SimPy has what happens now and then: stages, timers, the life of replicas.
+    Requests go their way in a `Flow`; SimPy has what happens now and then: stages, timers, the life of
+    replicas.
 
     Args:
         make_replica: called with (index, client) for each replica.
@@ -128,10 +132,11 @@ class Fleet:
         self._condensed_s = condensed_s
         rows = [Requests.of(stream.requests) for stage in stages for stream in stage.streams]
         requests = Requests.joined(rows)
-        if condensed_s is None and self._apart(stages, requests):
-            columns = self._run_apart(requests)
-        else:
-            columns = self._run_together(stages, requests)
+        with _no_collections():
+            if condensed_s is None and self._apart(stages, requests):
+                columns = self._run_apart(requests)
+            else:
+                columns = self._run_together(stages, requests)
         loops = [replica.loop for replica in self.replicas]
         if condensed_s is not None:
             self._condense()
@@ -171,8 +176,8 @@ class Fleet:
 
     def _apart(self, stages: list[Stage], requests: Requests) -> bool:
         """Whether each replica can run by itself, and nobody waits for an end: one stream without a limit, a
-        router that does not look, replicas that are there all the time, and a client that costs nothing where there
-        are several."""
+        router that does not look, replicas that are there all the time, and a client that costs nothing where
+        there are several."""
         if len(stages) != 1 or len(stages[0].streams) != 1 or not len(requests):
             return False
         stream = stages[0].streams[0]
@@ -210,7 +215,7 @@ class Fleet:
         return _columns(flow, [(0, 0)], self._longest())
 
     def _make_flow(
-        self, requests: Requests, ready: Sequence[Endpoint], *, quiet: bool, ordered: bool = False
+        self, requests: Requests, ready: Sequence[Backend], *, quiet: bool, ordered: bool = False
     ) -> Flow:
         router, send = self._router, None if self._client.is_free else self._client.send
         return Flow(
@@ -342,9 +347,10 @@ def _columns(flow: Flow, streams: list[tuple[int, int]], longest: NDArray[np.int
     found |= {name: flow.columns[name] for name in ("arrival", "replica", "status")}
     found = {name: values[rows] for name, values in found.items()}
     requests = flow.requests
+    outputs, done = requests.output_tokens[rows], found["status"] == STATUSES.index("finished")
     fits = longest[found["replica"]] - requests.prompt_tokens[rows]
-    outputs = np.minimum(requests.output_tokens[rows], fits, out=fits)
-    outputs[found["status"] != STATUSES.index("finished")] = 0
+    if not (done.all() and (outputs <= fits).all()):
+        outputs = np.where(done, np.minimum(outputs, fits), 0)
     found["output_tokens"] = outputs
     if not isinstance(rows, slice) or rows.stop < len(requests):
         found["rows"] = rows
@@ -352,6 +358,18 @@ def _columns(flow: Flow, streams: list[tuple[int, int]], longest: NDArray[np.int
     for name, places in zip(("stage", "stream"), zip(*streams, strict=True), strict=True):
         found[name] = np.array(places, np.int64)[number] if any(places) else np.zeros(len(number), np.int64)
     return found
+
+
+@contextmanager
+def _no_collections() -> Iterator[None]:
+    """Without Python's search for cycles among objects, of which a run makes many and no cycles."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 _ORDERS = 4  # draws a row for the place of a stream in its batch
