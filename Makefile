@@ -80,13 +80,14 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 # The engine is compiled as it is installed. Where there is no C compiler, one comes from PyPI (ziglang);
-# where that fails, too, the engine runs interpreted, and `servecast --version` says so.
+# where that fails, too, the engine runs interpreted, and `servecast --version` says so. -E: pip hides what
+# is installed here from what it builds with.
 COMPILED := pyproject.toml setup.py $(wildcard sim/*/*.pxd) $(shell grep -lx "import cython" sim/*/*.py)
 define install
 	@command -v $${CC:-cc} > /dev/null || $(BIN)/pip install -q ziglang || echo "No C compiler: the engine runs \
 	interpreted, many times slower. Install gcc or clang, then run make build."
 	@if ! command -v $${CC:-cc} > /dev/null && $(BIN)/python -m ziglang version > /dev/null 2>&1; then \
-	  export CC="$(CURDIR)/$(BIN)/python -m ziglang cc"; fi; $(BIN)/pip install -q -e '$(1)'
+	  export CC="$(CURDIR)/$(BIN)/python -E -m ziglang cc"; fi; $(BIN)/pip install -q -e '$(1)'
 endef
 
 $(VENV)/.installed: $(COMPILED) | $(VENV)/bin/python
