@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 SCENARIO ?= a6000-qwen2.5-7b
 SLO ?= --slo ttft:p95:500 --slo tpot:p95:60
 
-.PHONY: plan check test unit inferencex live-results lint types tree benchmark parity-ladder parity-long docs vllm litellm prometheus build clean
+.PHONY: plan check test unit inferencex live-results lint types tree benchmark identity-long parity-ladder parity-long docs vllm litellm prometheus build clean
 
 plan: $(VENV)/.installed
 	$(BIN)/servecast plan $(SCENARIO) $(SLO) --report out/plan-$(SCENARIO).html
@@ -63,6 +63,10 @@ parity-ladder: $(VENV)/.installed-test vllm
 
 parity-long: $(VENV)/.installed-test vllm
 	$(BIN)/python docs/parity_page.py --long
+
+# 20,000 random cases, a quarter of an hour.
+identity-long: $(VENV)/.installed-test
+	$(BIN)/python tests/sim/engine/long_identity.py
 
 benchmark: $(VENV)/.installed-test
 	$(BIN)/python tests/speed/measure.py

@@ -64,8 +64,6 @@ def _fleet(text: str) -> tuple[str, dict[str, Any]]:
             f"{text!r} is no number of replicas, and no file", where="--fleets", fix="Give 4, or hpa.yaml."
         )
     written = read_yaml(path)
-    if not isinstance(written, dict):
-        raise InputError("holds no fields", where=str(path), fix="Write an autoscaler, as kind: keda.")
     block = written.get("fleet", written)
     return path.stem, {"fleet.autoscaler": block} if "kind" in block else {
         f"fleet.{name}": value for name, value in block.items()

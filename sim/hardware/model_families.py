@@ -49,8 +49,7 @@ class Family:
         sinks: a learned sink for each head. latent: full attention is multi-head latent attention, sparse
             where
             the file has an indexer. chunked: the layers that would slide attend inside chunks. linear: what
-            linear_attention is. compressed: DeepSeek V4's attention. uneven:
-            sliding layers have sizes of their own.
+            linear_attention is. compressed: DeepSeek V4's attention.
         rename: gives the file's fields their usual names.
     """
 
@@ -72,7 +71,6 @@ class Family:
     chunked: bool = False
     linear: Literal["", "gdn", "kda", "mamba2"] = ""
     compressed: bool = False
-    uneven: bool = False
     rename: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
 
     @property
@@ -91,11 +89,7 @@ class Family:
     @property
     def left_out(self) -> str:
         """What is not modelled of it, in words."""
-        if self.compressed:
-            return "KV cache, step times"
-        if self.latent or self.linear or self.uneven:
-            return "step times"
-        return "chunks: timed as full attention" if self.chunked else ""
+        return "KV cache, step times" if self.compressed else ""
 
 
 def _falcon(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -203,7 +197,6 @@ FAMILIES: Mapping[str, Family] = {
     "mimo_v2_flash": Family(
         out_bias=False,
         sliding=6,
-        uneven=True,
         experts=replace(_BEHIND, shared_count=()),
         rename=_mimo_v2,
     ),

@@ -316,7 +316,7 @@ def build_step_time(profile: Profile, shard: Shard) -> StepTime:
     """
     if shard.model.untimed:
         raise InputError(
-            f"{shard.model.name} has {shard.model.untimed}: its memory is modelled, its time is not",
+            f"{shard.model.name} has {shard.model.untimed}, whose time is not modelled",
             where="model",
             fix="Use a model of other layers.",
         )

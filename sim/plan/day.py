@@ -23,7 +23,7 @@ from servecast.sim.metrics.slo import SLO, Goodput
 from servecast.sim.plan.judge import ATTAINMENT, Objectives, observed
 from servecast.sim.report.answer import Answer
 from servecast.sim.report.drawing import SERIES, drawing, drawn
-from servecast.sim.report.page import PACKAGE, Plot, write_page
+from servecast.sim.report.page import Plot, write_plain_page
 from servecast.sim.report.text import table
 from servecast.sim.run.results import context
 from servecast.sim.run.simulate import simulate
@@ -35,7 +35,7 @@ HOUR_S = 3600.0
 WARMUP_SHARE = 0.2  # of a sample's requests
 MOST_REPLICAS = 512  # that a size is looked for among
 _COLUMNS = {  # of a table by the hour: header, key
-    "from h": "hour",
+    "from": "from",
     "req/s": "request_rate",
     "out tok/s": "output_tokens_per_s",
     "TTFT p50 ms": "median_ttft_ms",
@@ -96,10 +96,13 @@ class Day(Answer):
         """Each fleet by the hour, and where there are several, side by side."""
         parts = []
         for fleet in self.fleets:
-            hours = fleet.hours.assign(needed=pd.Series(self.sizes, dtype=object)) if self.sizes is not None else fleet.hours
+            hours = fleet.hours
+            if self.sizes is not None:
+                hours = hours.assign(needed=pd.Series(self.sizes, dtype=object))
             columns = _COLUMNS | ({"needed": "needed"} if self.sizes is not None else {})
-            rows = [[_plain(row[key]) for key in columns.values()] for row in hours.to_dict("records")]
-            parts.append(table(list(columns), rows, title=f"{fleet.name}") + "\n")
+            told = [row | {"from": _clock(row["start_s"])} for row in hours.to_dict("records")]
+            rows = [[_plain(row[key]) for key in columns.values()] for row in told]
+            parts.append(table(list(columns), rows, title=fleet.name) + "\n")
         names = list(self.fleets[0].totals)
         rows = [[fleet.name, *(_plain(fleet.totals[name]) for name in names)] for fleet in self.fleets]
         parts.append(table(["fleet", *(name.replace("_", " ") for name in names)], rows))
@@ -117,7 +120,7 @@ class Day(Answer):
             label = "Load, replicas, TTFT and good requests over the day"
             plot = Plot("Over the day", finish(label), wide=True)
         title = f"servecast: a day of {self.document['model_id']}"
-        return write_page(path, PACKAGE, title=title, text=self.to_text(), plots=[plot])
+        return write_plain_page(path, title=title, text=self.to_text(), plots=[plot])
 
     def _draw(self, axes: Sequence[Axes]) -> None:
         load, replicas, ttft, good = axes
@@ -401,6 +404,12 @@ def _sizes(
         found.append(high)
         guess = high
     return found
+
+
+def _clock(seconds: float) -> str:
+    """Hours and minutes, and seconds where it is not whole minutes."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}" + (f":{rest:02d}" if rest else "")
 
 
 def _plain(value: Any) -> Any:

@@ -150,7 +150,12 @@ def lives_of(scaling: Scaling | None, specs: Sequence[ReplicaSpec]) -> list[Life
     if scaling is not None:
         return scaling.lives
     return [
-        Life(spec.start_s, spec.start_s, spec.drain_s if spec.fail_s is None else min(spec.fail_s, spec.drain_s or spec.fail_s), index)
+        Life(
+            spec.start_s,
+            spec.start_s,
+            spec.drain_s if spec.fail_s is None else min(spec.fail_s, spec.drain_s or spec.fail_s),
+            index,
+        )
         for index, spec in enumerate(specs)
     ]
 

@@ -201,17 +201,26 @@ def _model_as_loaded(scenario: Scenario) -> ModelShape:
         )
     file, overrides = scenario.config_file(), flags.hf_overrides
     model = ModelShape.from_config(file, overrides=overrides)
-    if flags.quantization is None or model.quantised != "bf16" or model.expert_format:
-        return model
-    if flags.quantization not in ("fp8", "bitsandbytes"):
+    plain = model.quantised == "bf16" and not model.expert_format
+    if flags.quantization in ("fp8", "bitsandbytes") and plain:
+        online = {"quant_method": flags.quantization, "load_in_4bit": True}
+        model = ModelShape.from_config(file, overrides={**(overrides or {}), "quantization_config": online})
+    elif flags.quantization is not None and plain:
         raise InputError(
             f"quantization {flags.quantization!r} quantises no weights by itself, and the model's config "
             "has no quantization_config",
             where=f"{scenario.source}: engine.quantization",
             fix="Use fp8 or bitsandbytes, or the config.json of quantised weights.",
         )
-    online = {"quant_method": flags.quantization, "load_in_4bit": True}
-    return ModelShape.from_config(file, overrides={**(overrides or {}), "quantization_config": online})
+    if skew := scenario.model.expert_skew:
+        if not model.moe_layers:
+            raise InputError(
+                f"{model.name} has no routed experts",
+                where=f"{scenario.source}: model.expert_skew",
+                fix="Leave it out.",
+            )
+        model = replace(model, expert_skew=skew)
+    return model
 
 
 def _gpu(scenario: Scenario) -> GPU:

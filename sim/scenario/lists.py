@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from servecast.sim.hardware.gpu import CATALOGUE
+from servecast.sim.hardware.gpu import CATALOGUE, find_gpu
 from servecast.sim.hardware.model_families import ALIASES, FAMILIES, NOT_MODELLED
 from servecast.sim.hardware.model_shape import ModelShape
 from servecast.sim.hardware.shard import Shard
@@ -47,7 +47,7 @@ def models() -> pd.DataFrame:
 
     Weights and the KV cache are over all ranks and of the config's own dtypes.
     """
-    gpu = CATALOGUE[0]
+    gpu = find_gpu("H200")  # has kernels for all of them
     rows = []
     for file in sorted((shipped_folder() / "models").glob("*.json"), key=lambda path: path.stem.lower()):
         shape = ModelShape.from_config(file)

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from small_scenarios import TINY, small
+from small_scenarios import TINY, scenario_file, small
 
+from servecast.__main__ import main
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.inputs.schema import parse
 from servecast.sim.metrics.periods import by_period
@@ -162,6 +163,30 @@ def test_what_is_no_day_is_refused(
     with pytest.raises(InputError) as error:
         day(small(tmp_path, **(DAY | sections)), **options)
     assert what in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("fleets", "what"),
+    [
+        (["none.yaml"], "'none.yaml' is no number of replicas, and no file"),
+        (["0"], "'0' is no number of replicas"),
+        (["odd.yaml"], "odd.yaml: not a mapping of fields"),
+        (["vpa.yaml"], "'vpa' is not a known kind"),
+    ],
+)
+def test_what_is_no_fleet_is_refused(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    fleets: list[str],
+    what: str,
+) -> None:
+    scenario_file(tmp_path, **DAY)
+    (tmp_path / "odd.yaml").write_text("[1]")
+    (tmp_path / "vpa.yaml").write_text("{kind: vpa, max_replicas: 2}")
+    monkeypatch.chdir(tmp_path)
+    assert main(["day", "tiny.yaml", "--fleets", *fleets]) == 2
+    assert what in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("rates", [[], [0, 0], [-1, 2]])
