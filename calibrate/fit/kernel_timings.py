@@ -129,7 +129,8 @@ class KernelTables:
             raise InputError(
                 f"is no table of kernel times ({error})", where=str(files[-1]), fix="Unpack the wheel again."
             ) from error
-        self.releases.add(files[-1].parent.name)
+        if "dev" not in files[-1].parent.name:
+            self.releases.add(files[-1].parent.name)
         rows = rows[rows["latency"] > 0]
         return rows.assign(seconds=rows["latency"] * 1e-3)
 

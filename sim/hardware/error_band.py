@@ -158,7 +158,7 @@ def transfer(profile: Profile, shard: Shard) -> Transfer:
         return Transfer("physics only", models, ranks, gpus, _with_rate(bands))
     if models == 0 and ranks == 0 and gpus is None:
         basis = "fitted to a report" if profile.fitted_rows else "measured here"
-        told: dict[str, Any] = dict(profile.error_bands)
+        told: dict[str, Any] = {str(name): band for name, band in profile.error_bands.items()}
         bands = replace(_fitted(profile.error_band, FITTED_TTFT), **told)
         return Transfer(basis, models, ranks, gpus, _with_rate(bands))
     band = 1.5 * (profile.error_band or 0.0)
