@@ -224,7 +224,7 @@ CASES = [
         "workload.arrivals",
         "'poison' is not a known kind",
         "Did you mean 'poisson'? Known: poisson, gamma, constant, vllm_bench, inference_perf, timestamps, "
-        "closed_loop.",
+        "profile, closed_loop.",
     ),
     scenario(
         "times that go backwards",
@@ -283,8 +283,8 @@ CASES = [
         "fleet.router",
         "router cannot be 'round-robbin'",
         "Did you mean 'round_robin'? Known: round_robin, random, least_outstanding, power_of_two, "
-        "session_affinity, prefix_affinity, consistent_hashing, and the path of an EndpointPickerConfig "
-        "(.yaml).",
+        "session_affinity, prefix_affinity, session_hashing, consistent_hashing, and the path of an "
+        "EndpointPickerConfig (.yaml).",
     ),
     scenario(
         "SLO without a statistic",
