@@ -354,15 +354,16 @@ class GroupCache(KVCache):
         computed: cython.int = sequence.computed + cached
         end: cython.int = computed + tokens
         slot: cython.int = sequence.slot
-        whole: cython.int = min(sequence.num_tokens, self.max_model_len)
+        need: cython.int = 0
         if admits:
             slot = self.slots[len(self.slots) - 1]
             if self.full_isl:  # full_sequence_must_fit
-                if self.needed(sequence, slot, computed, whole, True, True) + reserve > self.pool.free_blocks:
-                    return False
+                need = min(sequence.num_tokens, self.max_model_len)
+                need = self.needed(sequence, slot, computed, need, True, True)
         else:
             self.trim(sequence)
-        if self.needed(sequence, slot, computed, end, admits, False) + reserve > self.pool.free_blocks:
+        need = max(need, self.needed(sequence, slot, computed, end, admits, False))
+        if need + reserve > self.pool.free_blocks:
             return False
         if admits:
             sequence.slot = self.slots.pop()

@@ -10,10 +10,21 @@ memory", "GPU KV cache size") can be given instead.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal, NoReturn
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NoReturn
 
 from servecast.sim.engine.config import EngineConfig
+from servecast.sim.engine.kv_groups import (
+    CacheOptions,
+    KVGroup,
+    block_bytes,
+    blocks_per_sequence,
+    groups_of,
+    in_flight_tokens,
+    longest_sequence,
+    specs,
+    tells,
+)
 from servecast.sim.hardware.profile_run import (
     CompileCache,
     Estimate,
@@ -52,6 +63,7 @@ class KVMemory:
         num_gpu_blocks: blocks as vLLM counts them, the null block included.
         block_size: tokens a block. bytes_per_block: on one rank, all layers.
         max_model_len: the longest sequence, which vLLM may have fitted to the pool.
+        groups: the KV cache groups. sequence_blocks: what one sequence of ``max_model_len`` takes of the pool.
         lines: the account. Unless the pool is given, they add up to the bytes that are left for it.
         memory_used_bytes: what a monitor shows as used on the card once the server is up: what vLLM
             accounts for, plus an assumed 0.5 GiB of CUDA context outside of it.
@@ -64,12 +76,19 @@ class KVMemory:
     max_model_len: int
     memory_used_bytes: int
     lines: tuple[MemoryLine, ...]
+    sequence_blocks: int
+    groups: tuple[KVGroup, ...] = ()
     warning: str | None = None
 
     @property
     def kv_tokens(self) -> int:
-        """Tokens that fit: every block but the null block."""
-        return (self.num_gpu_blocks - 1) * self.block_size
+        """Tokens that fit in sequences of ``max_model_len``: every block but the null block."""
+        return int((self.num_gpu_blocks - 1) * self.tokens_per_block)
+
+    @property
+    def tokens_per_block(self) -> float:
+        """Tokens that a block more holds, in sequences of ``max_model_len``."""
+        return self.max_model_len / self.sequence_blocks if tells(self.groups) else self.block_size
 
     @property
     def kv_bytes(self) -> int:
@@ -79,7 +98,7 @@ class KVMemory:
     @property
     def max_concurrency(self) -> float:
         """How many sequences of ``max_model_len`` tokens fit, as vLLM logs it."""
-        return self.num_gpu_blocks / math.ceil(self.max_model_len / self.block_size)
+        return self.num_gpu_blocks / self.sequence_blocks
 
     @property
     def logged_tokens(self) -> int:
@@ -91,17 +110,18 @@ class KVMemory:
         """Fewest and most tokens that the account allows, each uncertain line at its end."""
         if any(line.origin == "given" for line in self.lines):
             return self.logged_tokens, self.logged_tokens
-        tokens = self.block_size / self.bytes_per_block
+        tokens = self.tokens_per_block / self.bytes_per_block
         more, less = (sum(getattr(line, way) for line in self.lines) for way in ("more", "less"))
         return (
             max(0, self.logged_tokens - int(more * tokens)),
             self.logged_tokens + int(less * tokens),
         )
 
-    def facts(self) -> dict[str, int | float]:
+    def facts(self) -> dict[str, Any]:
         """What vLLM logs of the pool, and the range that the account leaves open."""
         low, high = self.range
-        return {
+        several = {"groups": [group.title for group in self.groups]} if tells(self.groups) else {}
+        return several | {
             "tokens": self.logged_tokens,
             "max_concurrency": self.max_concurrency,
             "max_model_len": self.max_model_len,
@@ -115,6 +135,7 @@ def kv_memory(
     config: EngineConfig,
     *,
     version: str,
+    cache: CacheOptions | None = None,
     fit_max_model_len: bool = False,
     compile_cache: CompileCache = "warm",
     kv_cache_memory_bytes: int | None = None,
@@ -123,17 +144,19 @@ def kv_memory(
     """The KV pool under vLLM's flags. The last two replace the pool's bytes, or its blocks.
 
     A pool that is estimated too small for one sequence, and may yet hold it, is taken to hold it, with a
-    warning. Sliding-window layers are given a full block like all others, so their pool is smaller than
-    vLLM's.
+    warning.
 
     Args:
         version: of vLLM. config: its flags, the number of blocks not known yet.
+        cache: what decides about KV cache groups; None: the flags of ``config`` alone.
         fit_max_model_len: lower ``max_model_len`` to what the pool holds, as ``--max-model-len auto`` asks.
 
     Raises:
         InputError: the weights do not fit, or no sequence of ``max_model_len`` does.
     """
-    gpu, block_size = shard.gpu, config.block_size
+    gpu = shard.gpu
+    cache = cache or CacheOptions(config.version, block_size=config.block_size)
+    cache = replace(cache, ranks=shard.tensor_parallel_size, kv_bytes=shard.kv_dtype_bytes)
     share, longest = config.gpu_memory_utilization, config.max_model_len
     if not 0.0 < share <= 1.0:
         raise InputError(
@@ -146,7 +169,8 @@ def kv_memory(
             where="gpu",
             fix="Use a larger GPU, more tensor_parallel_size, or quantised weights.",
         )
-    bytes_per_block = block_size * shard.kv_bytes_per_token
+    groups = _groups(shard, cache, config.max_model_len)
+    bytes_per_block, block_size = block_bytes(groups), min(group.spec.block_size for group in groups)
     requested = math.ceil(gpu.memory_bytes * share)
     lines = [
         MemoryLine(
@@ -184,16 +208,25 @@ def kv_memory(
         lines.append(
             MemoryLine("--num-gpu-blocks-override", blocks * bytes_per_block, "given", f"{blocks} blocks")
         )
+    in_flight = in_flight_tokens(
+        config.version, config.max_num_batched_tokens, async_scheduling=config.async_scheduling
+    )
     if fit_max_model_len:
-        longest = max(block_size, min(longest, (blocks - 1) * block_size))
-    needed = 1 + math.ceil(longest / block_size)  # one sequence, and the null block
+        fitting = longest_sequence(
+            blocks - 1, longest, lambda tokens: blocks_per_sequence(groups, tokens, in_flight)
+        )
+        longest = max(block_size, fitting)
+        groups = _groups(shard, cache, longest)
+    sequence_blocks = blocks_per_sequence(groups, longest, in_flight)
+    held = max(0, blocks - 1) * longest // sequence_blocks if tells(groups) else (blocks - 1) * block_size
+    needed = 1 + sequence_blocks  # one sequence, and the null block
     warning = None
     if blocks < needed:
         account = ", ".join(f"{line.name} {line.bytes / _GIB:+.2f} GiB" for line in lines if line.bytes)
         if needed * bytes_per_block > available + slack:
-            _refuse(blocks, block_size, longest, account, given=kv_cache_memory_bytes is not None)
+            _refuse(blocks, held, longest, account, given=kv_cache_memory_bytes is not None)
         warning = (
-            f"the KV pool is estimated at {max(0, blocks - 1) * block_size:,} tokens, less than one sequence "
+            f"the KV pool is estimated at {max(0, held):,} tokens, less than one sequence "
             f"of max_model_len {longest:,}, for which vLLM would not start. The account may be up to "
             f"{slack / _GIB:.2f} GiB too careful, so the sequence is taken to fit: {account}"
         )
@@ -205,15 +238,22 @@ def kv_memory(
         max_model_len=longest,
         memory_used_bytes=min(gpu.memory_bytes, used + CONTEXT_BYTES),
         lines=tuple(lines),
+        sequence_blocks=sequence_blocks,
+        groups=groups,
         warning=warning,
     )
+
+
+def _groups(shard: Shard, cache: CacheOptions, max_model_len: int) -> tuple[KVGroup, ...]:
+    cache = replace(cache, max_model_len=max_model_len)
+    return groups_of(specs(shard.model.cache_layers, cache), cache.release, hybrid=cache.hybrid)
 
 
 def _line(name: str, found: Estimate, origin: Origin = "assumed") -> MemoryLine:
     return MemoryLine(name, -found.bytes, origin, found.note, found.more, found.less)
 
 
-def _refuse(blocks: int, block_size: int, longest: int, account: str, *, given: bool) -> NoReturn:
+def _refuse(blocks: int, held: int, longest: int, account: str, *, given: bool) -> NoReturn:
     """Say that no sequence fits, not even with all that the account leaves open; ``given``: by the user."""
     if blocks < 2 and given:
         raise InputError(
@@ -226,7 +266,7 @@ def _refuse(blocks: int, block_size: int, longest: int, account: str, *, given: 
             fix="Raise it, lower max_num_seqs or max_num_batched_tokens, or use a larger GPU.",
         )
     raise InputError(
-        f"the KV pool holds {(blocks - 1) * block_size} tokens, a sequence up to {longest}: {account}",
+        f"the KV pool holds {held} tokens, a sequence up to {longest}: {account}",
         where="max_model_len",
         fix="Lower max_model_len (auto fits it to the pool), or give the KV cache more memory "
         "(gpu_memory_utilization).",

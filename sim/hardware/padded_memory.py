@@ -57,6 +57,7 @@ def padded_memory(
         max_model_len=max_model_len,
         memory_used_bytes=weights + pool + CONTEXT_BYTES,
         lines=lines,
+        sequence_blocks=-(-max_model_len // block_size),
     )
 
 

@@ -12,6 +12,7 @@ from bisect import bisect_left
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from servecast.sim.engine.kv_groups import token_bytes
 from servecast.sim.hardware.gpu import GPU
 from servecast.sim.hardware.model_shape import ModelShape
 from servecast.sim.inputs.errors import InputError
@@ -253,13 +254,9 @@ class Shard:
     def kv_bytes_per_token(self) -> int:
         """Bytes that one token more takes in all layers: keys and values, or latents and an indexer's keys. A
         state of fixed size takes none."""
-        ranks, total = self.tensor_parallel_size, 0
-        for layer in self.model.cache_layers:
-            heads = max(1, layer.kv_heads // ranks)
-            values = layer.head_size if layer.value_size is None else layer.value_size
-            width = self.kv_dtype_bytes if layer.fixed_bytes is None else layer.fixed_bytes
-            total += layer.count * heads * (layer.head_size + values) * width
-        return total
+        ranks, each = self.tensor_parallel_size, self.kv_dtype_bytes
+        layers = [layer for layer in self.model.cache_layers if layer.kind != "mamba"]
+        return sum(layer.count * token_bytes(layer, ranks, each) for layer in layers)
 
 
 def _kernel(dtype: str, gpu: GPU, model: ModelShape) -> str:

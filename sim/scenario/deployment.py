@@ -8,6 +8,7 @@ from importlib.metadata import version
 from typing import Any
 
 from servecast.sim.engine.config import EngineConfig
+from servecast.sim.engine.kv_groups import tells
 from servecast.sim.fleet.spec import GpuSpec
 from servecast.sim.hardware.error_band import Bands, Transfer, transfer
 from servecast.sim.hardware.front_end_costs import FrontEndCosts
@@ -58,7 +59,13 @@ class Deployment:
         config = server.resolve(flags, gpu, model, where=f"{scenario.source}: engine")
         shard = server.shard(flags, config, model, gpu)
         memory = server.memory(flags, config, shard)
-        config = replace(config, num_gpu_blocks=memory.num_gpu_blocks, max_model_len=memory.max_model_len)
+        config = replace(
+            config,
+            num_gpu_blocks=memory.num_gpu_blocks,
+            max_model_len=memory.max_model_len,
+            block_size=memory.block_size,
+            kv_groups=tuple(group.spec for group in memory.groups) if tells(memory.groups) else (),
+        )
         profile = _with_link(profile or profile_of(scenario, shard, config), scenario.gpu)
         return cls(scenario, shard, memory, config, profile, build_step_time(profile, shard))
 
