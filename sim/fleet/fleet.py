@@ -145,7 +145,9 @@ class Fleet:
         flow.columns["status"][:] = STATUSES.index("finished")
         return _columns(flow, [(0, 0)], self._longest)
 
-    def _make_flow(self, requests: Requests, ready: Sequence[Endpoint], *, quiet: bool, ordered: bool = False) -> Flow:
+    def _make_flow(
+        self, requests: Requests, ready: Sequence[Endpoint], *, quiet: bool, ordered: bool = False
+    ) -> Flow:
         router, send = self._router, None if self._client.is_free else self._client.send
         return Flow(
             requests,

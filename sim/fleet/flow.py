@@ -28,7 +28,9 @@ else:
 
 PICOSECONDS = cython.declare(cython.double, 1e12)
 NEVER = cython.declare(cython.longlong, 1 << 62)
-LAST = cython.declare(cython.longlong, 1 << 60)  # among the events of one time: an arrival at t comes before the
+LAST = cython.declare(
+    cython.longlong, 1 << 60
+)  # among the events of one time: an arrival at t comes before the
 # engine step that starts at t
 
 STATUSES = ("unfinished", "finished", "aborted", "failed")
@@ -146,7 +148,9 @@ class Flow:
     servers = cython.declare(list, visibility="readonly")
     senders = cython.declare(list, visibility="readonly")
     columns = cython.declare(dict, visibility="readonly")
-    order = cython.declare(list, visibility="readonly")  # rows as they arrived, where there are several streams
+    order = cython.declare(
+        list, visibility="readonly"
+    )  # rows as they arrived, where there are several streams
     send: Any
     router: Any
     ended: Any

@@ -47,7 +47,8 @@ def latencies(requests: pd.DataFrame) -> pd.DataFrame:
     arrival, sent, first, finish, tokens = (
         values if whole else values[rows]
         for values in (
-            requests[name].to_numpy() for name in ("arrival", "sent", "first_token", "finish", "output_tokens")
+            requests[name].to_numpy()
+            for name in ("arrival", "sent", "first_token", "finish", "output_tokens")
         )
     )
     ttft, e2el, queue = first - sent, finish - sent, sent - arrival

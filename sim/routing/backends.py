@@ -71,7 +71,10 @@ class Columns:
     def at(self, positions: Sequence[int] | NDArray[np.int64]) -> Columns:
         """Those of some of them."""
         return Columns(
-            self.numbers[positions], self.waiting[positions], self.running[positions], self.kv_usage[positions]
+            self.numbers[positions],
+            self.waiting[positions],
+            self.running[positions],
+            self.kv_usage[positions],
         )
 
 

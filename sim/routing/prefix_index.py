@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence, Set
 
-from servecast.sim.engine.kv_events import BlockStored, KVEvent
-from servecast.sim.engine.kv_events import BLOCKS_PER_CONTENT
+from servecast.sim.engine.kv_events import BLOCKS_PER_CONTENT, BlockStored, KVEvent
 
 _REMEMBERED = 4096  # different prompts
 
@@ -90,7 +89,9 @@ class PreciseIndex:
         self._expects = False
         self._version = 0
         self._changed: dict[int, int] = {}  # content -> version in which a block of it came or went
-        self._found: dict[int, tuple[int, tuple[int, ...], dict[int, int]]] = {}  # last key -> as of when, contents
+        self._found: dict[
+            int, tuple[int, tuple[int, ...], dict[int, int]]
+        ] = {}  # last key -> as of when, contents
 
     def expect(self, server: int, event: KVEvent) -> None:
         """An event that a server is expected to tell soon: it counts as its own, and is undone apart."""

@@ -10,12 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from servecast.sim.engine.request import Request
+from servecast.sim.routing.backends import Backend
 from servecast.sim.routing.llmd.cycle import Cycle, Setting
 from servecast.sim.routing.llmd.plugin import Plugin
 from servecast.sim.routing.llmd.sessions import Sessions
 from servecast.sim.routing.tally import Tally
-from servecast.sim.routing.backends import Backend
-
 
 Scores = NDArray[np.float64]
 Counts = NDArray[np.int64]
