@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from servecast.sim.engine.cache_layers import CacheLayer
-from servecast.sim.engine.rules import minor_release, rules_for
+from servecast.sim.engine.group_rules import group_rules_for
+from servecast.sim.engine.rules import minor_release
 from servecast.sim.inputs.errors import InputError
 
 GroupKind = Literal["full", "sliding", "chunked", "mamba"]
@@ -340,7 +341,7 @@ def block_bytes(groups: Sequence[KVGroup]) -> int:
 
 def in_flight_tokens(release: str, max_num_batched_tokens: int, *, async_scheduling: bool) -> int:
     """Tokens of a sequence that may be computed, or about to be, beyond those that are known."""
-    both = async_scheduling and rules_for(release).trims_what_is_processed
+    both = async_scheduling and group_rules_for(release).trims_what_is_processed
     return max_num_batched_tokens * (2 if both else 1)
 
 
