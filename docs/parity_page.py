@@ -57,9 +57,9 @@ With your own vLLM:
 
     servecast validate parity --vllm-python /path/to/python --scenarios 150 --seed 1
 
-Models whose layers do not all keep the same have KV cache groups. `tests/parity/test_groups.py` draws them, full,
-sliding, chunked and Mamba groups, one to five in a scenario, with retention intervals and states saved inside
-chunks, holds them against 0.23, 0.32 and 0.33, and breaks each of their rules once
+Models whose layers do not all keep the same have KV cache groups. `tests/parity/test_groups.py` draws them,
+full, sliding, chunked and Mamba groups, one to five in a scenario, with retention intervals and states saved
+inside chunks, holds them against 0.23, 0.32 and 0.33, and breaks each of their rules once
 (`tests/parity/mutations_groups.yaml`).
 
 A scenario that differs is shrunk, printed with both sides' state around the first difference, and written to

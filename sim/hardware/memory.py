@@ -63,7 +63,7 @@ class KVMemory:
         num_gpu_blocks: blocks as vLLM counts them, the null block included.
         block_size: tokens a block. bytes_per_block: on one rank, all layers.
         max_model_len: the longest sequence, which vLLM may have fitted to the pool.
-        groups: the KV cache groups. sequence_blocks: what one sequence of ``max_model_len`` takes of the pool.
+        groups: the KV cache groups. sequence_blocks: what one sequence of ``max_model_len`` takes.
         lines: the account. Unless the pool is given, they add up to the bytes that are left for it.
         memory_used_bytes: what a monitor shows as used on the card once the server is up: what vLLM
             accounts for, plus an assumed 0.5 GiB of CUDA context outside of it.

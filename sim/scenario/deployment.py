@@ -157,7 +157,8 @@ class Deployment:
         kinds, version = {spec.kind for spec in self.config.kv_groups}, self.config.version
         if self.scenario.server.waits_for_blocks(self.scenario.engine):
             if "mamba" in kinds and version not in STATES_IN:
-                return f"the cache of states is step-exact in vLLM {', '.join(STATES_IN)}, in {version} only near"
+                exact = ", ".join(STATES_IN)
+                return f"the cache of states is step-exact in vLLM {exact}, in {version} only near"
             if kinds and not since(version, WINDOWS_SINCE):
                 return f"KV cache groups are step-exact from vLLM {WINDOWS_SINCE} on, in {version} only near"
         return None

@@ -49,15 +49,15 @@ class EngineFlags(Model):
     max_num_batched_tokens: Count | None = None
     """Token budget of a step. Default, as vLLM picks it for the GPU."""
     block_size: Count | None = None
-    """Tokens of a KV block. Default, what the attention backend prefers: 16, of latents (MLA) 16 to 64. Beside
-    layers with states it is raised until a block holds a state, as vLLM does."""
+    """Tokens of a KV block. Default, what the attention backend prefers: 16, of latents (MLA) 16 to 64.
+    Beside layers with states it is raised until a block holds a state, as vLLM does."""
     disable_hybrid_kv_cache_manager: Flag = False
     """Manage sliding-window layers as full ones, as vLLM does with chunked ones in any case."""
     mamba_cache_mode: Literal["none", "align", "all"] | None = None
     """When layers with states (Mamba, linear attention) keep them for others; ``all`` until 0.31. Default,
     ``align`` with prefix caching, else ``none``."""
     mamba_block_size: Count | None = None
-    """As ``--mamba-block-size``: tokens of a chunk with ``mamba_cache_mode`` ``all``; else it has no effect."""
+    """As ``--mamba-block-size``: tokens of a chunk with ``mamba_cache_mode`` ``all``; else without effect."""
     mamba_cache_dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
     """Of states. Default, the model's."""
     mamba_ssm_cache_dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"

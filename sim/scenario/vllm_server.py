@@ -8,7 +8,8 @@ from typing import Literal
 
 from servecast.sim.engine.config import EngineConfig
 from servecast.sim.engine.engine import Engine
-from servecast.sim.engine.kv_groups import CacheMode, CacheOptions, since
+from servecast.sim.engine.kv_groups import CacheMode, CacheOptions
+from servecast.sim.engine.kv_groups import since as at_least
 from servecast.sim.engine.rules import OPTION_SINCE, RULES, has_option, minor_release
 from servecast.sim.engine.scheduler import Scheduler
 from servecast.sim.hardware.gpu import GPU
@@ -201,8 +202,8 @@ class Vllm:
         }
         caching = flags.enable_prefix_caching
         if model.keeps_states and "enable_prefix_caching" not in flags.model_fields_set:
-            caching = since(release.rules, "0.26")
-        if flags.prefix_cache_retention_interval is None and since(release.rules, "0.29"):
+            caching = at_least(release.rules, "0.26")
+        if flags.prefix_cache_retention_interval is None and at_least(release.rules, "0.29"):
             defaults["prefix_cache_retention_interval"] = 0
         return flags.config(
             version=release.rules,
@@ -271,7 +272,7 @@ def _cache_options(flags: EngineFlags, config: EngineConfig, shard: Shard) -> Ca
         if mode == "none":
             mode = "align"  # MambaModelConfig.verify_and_update_config
     if "mamba" in kinds and mode == "all":
-        if since(config.version, "0.32"):
+        if at_least(config.version, "0.32"):
             raise InputError(
                 f"vLLM {flags.version} has no mamba_cache_mode all",
                 where="engine.mamba_cache_mode",
