@@ -6,12 +6,12 @@ BIN := $(VENV)/bin
 SCENARIO ?= a6000-qwen2.5-7b
 SLO ?= --slo ttft:p95:500 --slo tpot:p95:60
 
-.PHONY: plan check test unit inferencex live-results lint types tree benchmark parity-ladder parity-long docs vllm litellm prometheus build clean
+.PHONY: plan check test unit inferencex live-results lint types tree benchmark identity-long parity-ladder parity-long docs vllm litellm prometheus build clean
 
 plan: $(VENV)/.installed
 	$(BIN)/servecast plan $(SCENARIO) $(SLO) --report out/plan-$(SCENARIO).html
 
-# Needs neither vLLM nor a quiet machine: six CPU minutes.
+# Needs neither vLLM nor a quiet machine: five CPU minutes.
 check: lint types unit
 
 unit: $(VENV)/.installed-test
@@ -64,8 +64,13 @@ parity-ladder: $(VENV)/.installed-test vllm
 parity-long: $(VENV)/.installed-test vllm
 	$(BIN)/python docs/parity_page.py --long
 
+# 20,000 random cases, a quarter of an hour.
+identity-long: $(VENV)/.installed-test
+	$(BIN)/python tests/sim/engine/long_identity.py
+
 benchmark: $(VENV)/.installed-test
-	$(BIN)/python -m pytest tests/speed/test_engine.py --benchmark-only
+	$(BIN)/python tests/speed/measure.py
+	$(BIN)/python docs/generate.py
 
 docs: $(VENV)/.installed-test
 	$(BIN)/pip install -q '.[docs]'

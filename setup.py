@@ -25,7 +25,15 @@ modules = [
     Extension(name, [str(source)], extra_compile_args=ARGUMENTS)
     for name, source in zip(names, sources, strict=True)
 ]
-built = cythonize(modules, include_path=[str(PACKAGES)], compiler_directives=DIRECTIVES, build_dir="build")
+SHARED = "servecast.sim.engine.memoryviews"  # what all of them need of Cython's, compiled once
+modules.append(Extension(SHARED, ["sim/engine/memoryviews.c"], extra_compile_args=ARGUMENTS))
+built = cythonize(
+    modules,
+    include_path=[str(PACKAGES)],
+    compiler_directives=DIRECTIVES,
+    build_dir="build",
+    shared_utility_qualified_name=SHARED,
+)
 for module in built:
     module.optional = True  # of the extension that cythonize makes of ours, which does not take this over
 setup(ext_modules=built)

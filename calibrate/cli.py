@@ -57,11 +57,8 @@ def measure(
             preexec_fn=heeds_ctrl_c,  # also where a shell started us in the background, without one
         )
     except OSError as error:
-        raise InputError(
-            f"cannot start {python}: {error.strerror}",
-            where="--python",
-            fix="Give the Python of an environment that has vLLM.",
-        ) from error
+        fix = "Give the Python of an environment that has vLLM."
+        raise InputError(f"cannot start {python}: {error.strerror}", where="--python", fix=fix) from error
     try:
         with sigterm_as_ctrl_c():
             return process.wait()
@@ -111,11 +108,8 @@ def fit(
     if is_layer_folder(Path(source)):
         return _fit_layers(Path(source), scenario, kind, output, json_=json_)
     if kind == "layers":
-        raise InputError(
-            "there are no layer timing tables",
-            where=source,
-            fix="Give a folder with dense.csv, per_sequence.csv and attention.csv, or another kind.",
-        )
+        fix = "Give a folder with dense.csv, per_sequence.csv and attention.csv, or another kind."
+        raise InputError("there are no layer timing tables", where=source, fix=fix)
     return _fit_measurements(source, kind, gpu, output, even_bad=even_bad, json_=json_)
 
 

@@ -17,6 +17,7 @@ import live_tables
 import memory_page
 import modules
 import scenario_reference
+import speed_page
 
 from servecast.__main__ import COMMANDS, build_app
 from servecast.sim.scenario.scenario import Scenario, shipped_scenarios
@@ -82,6 +83,7 @@ def generated() -> dict[Path, str]:
         ),
         DOCS / "memory.md": note + memory_page.page(),
         DOCS / "live.md": note + live_tables.page(live),
+        DOCS / "speed.md": note + speed_page.page(DOCS / "results" / "speed.json"),
         REPOSITORY / "README.md": between(readme, "live", live_tables.summary(live)),
         REPOSITORY / "scenarios" / "scenario.schema.json": (
             json.dumps(Scenario.model_json_schema(), indent=2) + "\n"

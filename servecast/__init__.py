@@ -22,23 +22,29 @@ if TYPE_CHECKING:
     from servecast.sim.inputs.errors import InputError
     from servecast.sim.metrics.records import Run
     from servecast.sim.optimize.optimize import optimize
+    from servecast.sim.plan.day import day
+    from servecast.sim.plan.effort import Effort
     from servecast.sim.plan.plan import plan
     from servecast.sim.report.answer import Answer
     from servecast.sim.reproduce.reproduce import reproduce
     from servecast.sim.run.explain import explain
     from servecast.sim.run.simulation import simulate
+    from servecast.sim.run.workers import Workers
     from servecast.sim.scenario.lists import gpus, models, profiles
     from servecast.sim.scenario.scenario import Scenario, load
     from servecast.validate.check.check import check
 
 __all__ = [
     "Answer",
+    "Effort",
     "InputError",
     "Profile",
     "Run",
     "Scenario",
+    "Workers",
     "check",
     "compare",
+    "day",
     "explain",
     "gpus",
     "load",
@@ -53,12 +59,15 @@ __all__ = [
 
 _MODULES = {  # of the public names: imported when they are asked for, so that the command starts at once
     "Answer": "sim.report.answer",
+    "Effort": "sim.plan.effort",
     "InputError": "sim.inputs.errors",
     "Profile": "sim.hardware.profile",
     "Run": "sim.metrics.records",
     "Scenario": "sim.scenario.scenario",
+    "Workers": "sim.run.workers",
     "check": "validate.check.check",
     "compare": "sim.compare.compare",
+    "day": "sim.plan.day",
     "explain": "sim.run.explain",
     "gpus": "sim.scenario.lists",
     "load": "sim.scenario.scenario",

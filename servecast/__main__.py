@@ -25,11 +25,13 @@ COMMANDS = {  # name -> where it is, and its line in --help
         "servecast.sim.cli.optimize:optimize",
         "Find the cheapest deployment for a rate within the SLOs.",
     ),
+    "day": ("servecast.sim.cli.day:day", "A day by the hour: latency, replicas, autoscalers."),
     "check": ("servecast.validate.check.command:check", "Can this benchmark report be true?"),
     "explain": ("servecast.sim.cli.explain:explain", "Why is the first token slow?"),
+    "init": ("servecast.sim.cli.init:init", "Write a scenario to begin with, from a pasted command."),
     "scenarios": ("servecast.sim.cli.scenarios:scenarios", "List the shipped scenarios."),
     "gpus": ("servecast.sim.cli.lists:gpus", "List the GPUs, and what is known of each."),
-    "models": ("servecast.sim.cli.lists:models", "List the models and architectures."),
+    "models": ("servecast.sim.cli.lists:models", "List the models and families."),
     "profiles": ("servecast.sim.cli.lists:profiles", "List the shipped profiles."),
     "calibrate": ("servecast.calibrate.cli:app", "Turn measurements or reports into a profile."),
     "validate": ("servecast.validate.cli:app", "Judge the simulator against vLLM itself."),
@@ -58,6 +60,9 @@ def build_app(told: Collection[str] = ()) -> App:
     )
     for name, (path, text) in COMMANDS.items():
         app.command(path, name=name, help=None if name in told else text)
+    app.register_install_completion_command(
+        help="Let the shell complete commands and flags (bash, zsh, fish)."
+    )
     return app
 
 
@@ -78,7 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     try:
         words = list(sys.argv[1:] if arguments is None else arguments)
-        code: int = build_app(words[:1])(words)
+        told = COMMANDS if words[:1] == ["--install-completion"] else words[:1]
+        code: int = build_app(told)(words)
         sys.stdout.flush()
         return code
     except (CycloptsError, InputError) as error:

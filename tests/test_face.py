@@ -49,16 +49,20 @@ def test_exported_names() -> None:
     assert set(servecast.__all__) == {*servecast._MODULES}
     assert set(servecast.__all__) == {
         "Answer",
+        "Effort",
         "InputError",
         "Profile",
         "Run",
         "Scenario",
+        "Workers",
         "check",
         "compare",
+        "day",
         "explain",
         "gpus",
         "load",
         "models",
+        "optimize",
         "plan",
         "profiles",
         "reproduce",
@@ -172,7 +176,9 @@ def test_scenarios_compare(scenario: servecast.Scenario, tmp_path: Path) -> None
     found = servecast.compare(scenario, faster, seeds=2, jobs=1)
     assert found.table.labels == ("tiny", "gpu.name=h100")
     assert "FLOP/s, bandwidth and memory" in str(found)
-    assert "gpu.name=h100" in found.to_html(tmp_path / "comparison.html").read_text()
+    page = found.to_html(tmp_path / "comparison.html").read_text()
+    for words in ("tiny against gpu.name=h100", "<svg", "What differs between the runs", "median_ttft_ms"):
+        assert words in page
     with pytest.raises(servecast.InputError, match="nothing to compare with"):
         servecast.compare(scenario)
 

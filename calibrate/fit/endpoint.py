@@ -111,6 +111,9 @@ def measure_endpoint(
     budget = Budget(time_budget_s)
     done: list[tuple[Level, dict[str, float]]] = []
     longest = 0.0
+    requests = sum(WARM_UP + level.num_requests for level in levels)
+    tokens = sum((WARM_UP + each.num_requests) * (each.prompt_tokens + each.output_tokens) for each in levels)
+    say(f"{len(levels)} closed loops, {requests:,} requests, {tokens:,} tokens; Ctrl-C keeps what is done")
     try:
         for number, level in enumerate(levels):
             if not budget.fits(2 * longest):

@@ -12,16 +12,25 @@ block-wise fp8.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from scipy.optimize import least_squares
 
+from servecast.calibrate.fit.kernel_timings import (
+    BYTES,
+    KV,
+    LEAST_ROWS,
+    TILE,
+    WORST_MEDIAN,
+    KernelTables,
+    Timings,
+    numbers,
+)
+from servecast.calibrate.fit.mixer_tables import fit_latents, fit_states
 from servecast.sim.hardware.gpu import GPU
 from servecast.sim.hardware.gpu_constants import (
     AllReduce,
@@ -30,26 +39,11 @@ from servecast.sim.hardware.gpu_constants import (
     GpuConstants,
     Product,
     PromptAttention,
-    Residuals,
 )
-from servecast.sim.inputs.errors import InputError
 
 Floats = npt.NDArray[np.float64]
-Equation = Callable[[Sequence[float]], Floats]
 
 SMALL_KERNEL_S = 2e-6  # norm, rotary and activation: not in the tables; an H100's, launched from a graph
-TILE = 128  # query rows of an attention tile
-FOLDERS = {  # GPU of the catalogue -> folder of its tables
-    "A100": "a100_sxm",
-    "H100": "h100_sxm",
-    "H200": "h200_sxm",
-    "B200": "b200_sxm",
-    "B300": "b300_sxm",
-    "GB200": "gb200",
-    "GB300": "gb300",
-    "L40S": "l40s",
-    "RTX PRO 6000": "rtx_pro_6000_server",
-}
 MOST_RANKS = {"L40S": 2}  # its four and eight ranks were timed in a box without peer-to-peer
 PRODUCTS = {"bfloat16": "bf16", "fp8": "fp8", "nvfp4": "nvfp4"}  # name in the tables -> ours
 EXPERTS = {
@@ -60,102 +54,6 @@ EXPERTS = {
     "w4a16_mxfp4": "mxfp4",
     "w4a8_mxfp4_mxfp8": "mxfp4_mxfp8",
 }
-KV = {"bfloat16": "bf16", "fp8": "fp8"}
-BYTES = {"bf16": 2.0, "fp8": 1.0, "fp8_block": 1.0, "int4": 0.53125, "nvfp4": 0.5625, "mxfp4": 0.53125}
-BYTES["mxfp4_mxfp8"] = BYTES[
-    "mxfp4"
-]  # four bits and a scale for each 16 (nvfp4), 32 (mxfp4) or 64 (int4) weights
-LEAST_ROWS = 40
-WORST_MEDIAN = 0.25  # of |fitted / measured - 1|, beyond which a fit of fp8 by blocks is not kept
-
-
-@dataclass(frozen=True, slots=True)
-class Timings:
-    """Rows of one kind of kernel. seconds: measured. along: what they grow with, and edges of its regions."""
-
-    seconds: Floats
-    along: Floats
-    edges: tuple[float, ...]
-
-    def fit(
-        self, equation: Equation, start: Sequence[float], least: Sequence[float], most: Sequence[float]
-    ) -> tuple[list[float], Residuals]:
-        """The constants between ``least`` and ``most`` for which ``equation`` is nearest, and what it
-        leaves."""
-
-        def residual(constants: Sequence[float]) -> Floats:
-            return np.log(equation(constants) / self.seconds)
-
-        found = least_squares(
-            residual, start, bounds=(least, most), loss="soft_l1", f_scale=0.1, x_scale=np.abs(start)
-        )
-        error = np.expm1(residual(found.x))
-        regions = {}
-        for low, high in zip(self.edges, self.edges[1:], strict=False):
-            inside = (self.along >= low) & (self.along < high)
-            if inside.any():
-                regions[f"{low:g}-{high:g}"] = round(float(np.median(error[inside])), 3)
-        size = np.abs(error)
-        kept = Residuals(
-            rows=len(error),
-            median=round(float(np.median(size)), 4),
-            p90=round(float(np.quantile(size, 0.9)), 4),
-            by_region=regions,
-        )
-        return [float(f"{value:.4g}") for value in found.x], kept
-
-
-class KernelTables:
-    """The tables of one GPU.
-
-    Args:
-        folder: of an unpacked wheel, or any folder above ``systems/data``. gpu: of the catalogue.
-
-    Raises:
-        InputError: there are no tables of this GPU, or one cannot be read.
-    """
-
-    def __init__(self, folder: Path, gpu: GPU) -> None:
-        self.gpu = gpu
-        if gpu.name not in FOLDERS:
-            raise InputError(
-                f"there are no kernel tables of a {gpu.name}", where="--gpu", fix=f"Use {', '.join(FOLDERS)}."
-            )
-        found = sorted(folder.glob(f"**/data/{FOLDERS[gpu.name]}"))
-        if not found:
-            raise InputError(
-                f"there is no folder systems/data/{FOLDERS[gpu.name]} below",
-                where=str(folder),
-                fix="Unpack the wheel of aiconfigurator-core there.",
-            )
-        self._folder = found[0]
-        self.releases: set[str] = set()
-
-    def read(
-        self, operation: str, name: str, columns: Sequence[str], *, optional: Sequence[str] = ()
-    ) -> pd.DataFrame:
-        """The newest table of an operation, with ``seconds``. optional: columns that old tables lack."""
-        files = sorted(self._folder.glob(f"{operation}/vllm/*/{name}.parquet"), key=_release)
-        if not files:
-            raise InputError(
-                f"has no {operation}/vllm/*/{name}.parquet",
-                where=str(self._folder),
-                fix="Unpack the whole wheel.",
-            )
-        try:
-            rows = pd.read_parquet(files[-1])
-            rows = rows[[*columns, *(name for name in optional if name in rows), "latency"]]
-        except ImportError as error:
-            raise InputError(
-                "reading parquet needs pyarrow", where=str(files[-1]), fix="Install servecast[parquet]."
-            ) from error
-        except (OSError, ValueError, KeyError) as error:
-            raise InputError(
-                f"is no table of kernel times ({error})", where=str(files[-1]), fix="Unpack the wheel again."
-            ) from error
-        self.releases.add(files[-1].parent.name)
-        rows = rows[rows["latency"] > 0]
-        return rows.assign(seconds=rows["latency"] * 1e-3)
 
 
 def fit_kernel_tables(folder: str | Path, gpu: GPU) -> GpuConstants:
@@ -168,7 +66,9 @@ def fit_kernel_tables(folder: str | Path, gpu: GPU) -> GpuConstants:
     products = _products(tables)
     attention = _prompts(tables), _decodes(tables)
     experts, all_reduce = _experts(tables), _all_reduce(tables)
-    releases = ", ".join(sorted(tables.releases, key=lambda name: _numbers(name)))
+    latent, sparse = fit_latents(tables, products), fit_latents(tables, products, sparse=True)
+    states = fit_states(tables)
+    releases = ", ".join(sorted(tables.releases, key=numbers))
     return GpuConstants(
         gpu=gpu.name,
         source="NVIDIA's timings of vLLM's kernels, wheel aiconfigurator-core (Apache-2.0)",
@@ -178,6 +78,13 @@ def fit_kernel_tables(folder: str | Path, gpu: GPU) -> GpuConstants:
         prompts=attention[0],
         decodes=attention[1],
         experts=experts,
+        latent_prompts=latent[0],
+        latent_decodes=latent[1],
+        sparse_prompts=sparse[0],
+        sparse_decodes=sparse[1],
+        indexers=sparse[2],
+        state_prompts=states[0],
+        state_decodes=states[1],
         all_reduce=all_reduce,
     )
 
@@ -378,11 +285,3 @@ def _all_reduce(tables: KernelTables) -> dict[int, AllReduce]:
 
 def _timings(rows: pd.DataFrame, along: str, edges: tuple[float, ...]) -> Timings:
     return Timings(rows["seconds"].to_numpy(float), rows[along].to_numpy(float), edges)
-
-
-def _release(file: Path) -> tuple[int, ...]:
-    return _numbers(file.parent.name)
-
-
-def _numbers(release: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in release.split(".") if part.isdigit())

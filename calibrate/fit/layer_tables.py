@@ -80,11 +80,8 @@ def read_layer_tables(
     meta: dict[str, Any] = {}
     for file in files:
         if not file.is_file():
-            raise InputError(
-                f"there is no {file.name}",
-                where=str(file.parent),
-                fix=f"Give a folder of layer timing tables: {', '.join(each.name for each in files)}.",
-            )
+            fix = f"Give a folder of layer timing tables: {', '.join(each.name for each in files)}."
+            raise InputError(f"there is no {file.name}", where=str(file.parent), fix=fix)
         meta = meta or _meta(file, model, tensor_parallel_size, degrees)
     dense_share = (model.layers - model.moe_layers) / model.layers
     linear: dict[str, float] = {**_LINEAR}
@@ -183,11 +180,8 @@ def _lines(path: Path, columns: Sequence[str]) -> list[tuple[str, dict[str, str]
         raise InputError(f"cannot be read ({error})", where=str(path), fix="Copy the folder again.") from None
     for column in columns:
         if column not in header:
-            raise InputError(
-                f"there is no column {column!r}",
-                where=str(path),
-                fix=f"Its columns should be {', '.join(columns)}.",
-            )
+            fix = f"Its columns should be {', '.join(columns)}."
+            raise InputError(f"there is no column {column!r}", where=str(path), fix=fix)
     if not rows:
         raise InputError("has no rows", where=str(path), fix="Measure again.")
     return [(f"{path}, line {number}", row) for number, row in enumerate(rows, start=2)]
@@ -199,11 +193,8 @@ def _number(row: Mapping[str, str], column: str, where: str) -> float:
     except (TypeError, ValueError):
         value = math.nan
     if not 0.0 <= value < math.inf:
-        raise InputError(
-            f"{column} is {row[column]!r}, not a number of 0 or more",
-            where=where,
-            fix="Is the file cut off? Remove the line or measure again.",
-        )
+        fix = "Is the file cut off? Remove the line or measure again."
+        raise InputError(f"{column} is {row[column]!r}, not a number of 0 or more", where=where, fix=fix)
     return value
 
 
@@ -230,11 +221,8 @@ def _by_kernel(path: Path, size: str, kernels: Sequence[str]) -> dict[str, dict[
     for kernel, times in found.items():
         missing = [at for at in (1, *points) if at not in times]
         if missing:
-            raise InputError(
-                f"{kernel} was not measured at {missing[0]} {size}",
-                where=str(path),
-                fix="Measure every kernel at the same points, from 1 on.",
-            )
+            fix = "Measure every kernel at the same points, from 1 on."
+            raise InputError(f"{kernel} was not measured at {missing[0]} {size}", where=str(path), fix=fix)
     return found
 
 

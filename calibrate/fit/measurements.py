@@ -125,11 +125,8 @@ def read_folder(folder: str | Path) -> Measurements:
         folder / ENGINE_FILE,
     )
     if not kernels and not steps:
-        raise InputError(
-            "no measured rows",
-            where=str(folder),
-            fix="Run servecast calibrate measure kernels or engine into it.",
-        )
+        fix = "Run servecast calibrate measure kernels or engine into it."
+        raise InputError("no measured rows", where=str(folder), fix=fix)
     digest = hashlib.sha256()
     for path in (folder / "facts.json", *files):
         digest.update(path.read_bytes())

@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -64,7 +65,7 @@ PARAMETERS: dict[str, Parameter] = {
     "noise.cv": Parameter(0.05, 0.7, 0.005, 0.5),
 }
 
-FURTHER: dict[str, Parameter] = {  # that only a report whose fit_steps name them can tell
+FURTHER: dict[str, Parameter] = {  # that take part where the rows tell them, or fit_steps name them
     "efficiencies.kv_bandwidth": Parameter(0.9, 0.1, 0.3, 1.0),
     "efficiencies.attention_seq_s": Parameter(2e-7, 1.0, 1e-8, 2e-6),
     "front_end.prompt_token_s": Parameter(1.6e-6, 0.5, 1e-7, 2e-5),
@@ -81,7 +82,13 @@ _PRECISION = {  # how well a small benchmark knows a statistic, relative: median
 _RATE_PRECISION = 0.05
 _FIT_SEEDS = 2
 _STEP = 0.03  # of the logarithm of a parameter, for differences: above the grain of the simulation
-_BAND_METRICS = ("tpot", "itl", "e2el", "output_throughput", "request_throughput")
+_TOLD = 0.25  # precisions by which a cell moves, if a parameter moves by its prior's spread, that tell it
+_BANDS = {  # metric -> the band that its errors make
+    "ttft": "ttft",
+    "tpot": "tpot",
+    "itl": "tpot",
+    **dict.fromkeys(("e2el", "output_throughput", "request_throughput"), "throughput"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,15 +106,17 @@ def fit_report(
     max_evaluations: int = 25,
     jobs: int = 1,
 ) -> ReportFit:
-    """Fit a profile to the rows that the scenario's main reported table gives for it: all parameters to all
-    rows together, or as the table's ``fit_steps`` say.
+    """Fit a profile to the rows that the scenario's main reported table gives for it: all parameters they
+    tell, to all rows together, or as the table's ``fit_steps`` say.
 
-    The error band is found by leaving one row out: each of the rows of a step is predicted by a fit to its
-    others, and the band covers 90 % of the errors of token times and throughputs.
+    The error bands are found by leaving one row out: each of the rows of a step is predicted by a fit to its
+    others, and a band covers 90 % of the errors of its metric; ``error_band`` of token times and throughputs
+    together. Interrupted (KeyboardInterrupt), the best found so far is kept, with what bands there are.
 
     Args:
-        progress: called with what is being done. max_evaluations: of each least-squares search.
-        jobs: processes over which the simulations run; the fit does not depend on it.
+        progress: called with what is being done, first with what it costs at most. max_evaluations: of each
+            least-squares search. jobs: processes over which the simulations run; the fit does not depend on
+            it.
 
     Raises:
         InputError: the scenario reports nothing, or names no rows to fit, or a parameter that is not known.
@@ -119,16 +128,32 @@ def fit_report(
     reported = scenario.reported[0]
     say = progress or (lambda _text: None)
     base = Deployment.of(scenario.model_copy(update={"profile": None}))
-    names = {"rows": reported.fit_rows, "parameters": PARAMETERS, "columns": reported.columns}
-    steps = reported.fit_steps or (FitStep(**{name: tuple(of) for name, of in names.items()}),)
+    began = time.perf_counter()
+    typical = cells_of(scenario, reported, _profile(base, {}), jobs)
+    once_s = time.perf_counter() - began
+    steps = reported.fit_steps
+    if not steps:
+        told = [name for name in FURTHER if _tells(scenario, reported, base, typical, name, jobs)]
+        parameters = (*PARAMETERS, *told)
+        columns = tuple(reported.columns)
+        steps = (FitStep(rows=reported.fit_rows, parameters=parameters, columns=columns),)
+    most = sum(
+        (1 + (len(step.rows) if len(step.rows) > 1 else 0))
+        * min(max_evaluations, step.max_evaluations)
+        * (1 + len(step.parameters))
+        for step in steps
+    )
+    say(f"at most {most} simulations of the rows, {most * once_s / 60:.1f} min; Ctrl-C keeps the best so far")
+    stopped: list[str] = []
 
     def search(step: FitStep, known: dict[str, float]) -> dict[str, float]:
-        return known | _search(scenario, reported, step, base, known, max_evaluations, jobs)
+        return known | _search(scenario, reported, step, base, known, (max_evaluations, jobs), stopped)
 
     values: dict[str, float] = {}
     for step in steps:
-        say(f"fitting {len(step.parameters)} parameters to {len(step.rows)} rows")
-        values = search(step, values)
+        if not stopped:
+            say(f"fitting {len(step.parameters)} parameters to {len(step.rows)} rows")
+            values = search(step, values)
     profile = _profile(base, values)
     fitted_to = {
         "domain": _domain(reported, Deployment.of(scenario, profile)),
@@ -136,23 +161,39 @@ def fit_report(
         "raw_data_sha256": hashlib.sha256(reported.table.read_bytes()).hexdigest(),
     }
     profile = profile.model_copy(update=fitted_to)
-    errors: list[float] = []
+    errors: dict[str, list[float]] = {}
     for step in steps:
         for row in step.rows if len(step.rows) > 1 else ():
+            if stopped:
+                break
             say(f"leaving out {row}")
             rest = step.model_copy(update={"rows": tuple(other for other in step.rows if other != row)})
             known = {name: value for name, value in values.items() if name not in step.parameters}
             without = _profile(base, search(rest, known))
-            errors += [
-                abs(cell.error)
-                for cell in cells_of(scenario, _only(reported, (row,)), without, jobs)
-                if cell.error is not None
-                and cell.metric in step.columns
-                and reported.columns[cell.metric].metric in _BAND_METRICS
-            ]
-    band = float(np.quantile(errors, 0.9)) if errors else None
-    cells = cells_of(scenario, reported, profile, jobs)
-    return ReportFit(profile.model_copy(update={"error_band": band}), cells)
+            for cell in cells_of(scenario, _only(reported, (row,)), without, jobs) if not stopped else ():
+                of = _BANDS.get(reported.columns[cell.metric].metric)
+                if cell.error is not None and cell.metric in step.columns and of is not None:
+                    errors.setdefault(of, []).append(abs(cell.error))
+    bands = {metric: float(np.quantile(each, 0.9)) for metric, each in errors.items()}
+    both = [*errors.get("tpot", ()), *errors.get("throughput", ())]
+    found = {"error_band": float(np.quantile(both, 0.9)) if both else None, "error_bands": bands}
+    if stopped:
+        say("stopped: what was found so far is kept, and there may be no error band")
+    return ReportFit(profile.model_copy(update=found), cells_of(scenario, reported, profile, jobs))
+
+
+def _tells(
+    scenario: Scenario, reported: Reported, base: Deployment, typical: tuple[Cell, ...], name: str, jobs: int
+) -> bool:
+    """Whether a cell of the rows moves with a parameter."""
+    prior = _prior(name, base)
+    moved = prior.typical * math.exp(-prior.spread)
+    cells = cells_of(scenario, reported, _profile(base, {name: max(moved, prior.low)}), jobs)
+    return any(
+        abs(math.log(cell.predicted / before.predicted)) > _TOLD * _precision(reported, cell)
+        for cell, before in zip(cells, typical, strict=True)
+        if cell.predicted > 0 and before.predicted > 0
+    )
 
 
 def _only(reported: Reported, rows: tuple[Row, ...]) -> Reported:
@@ -183,11 +224,8 @@ def cells_of(scenario: Scenario, reported: Reported, profile: Profile, jobs: int
 def _prior(name: str, base: Deployment) -> Parameter:
     known = PARAMETERS | FURTHER
     if name not in known:
-        raise InputError(
-            f"there is no parameter {name!r} to fit",
-            where="reported.0.fit_steps",
-            fix=did_you_mean(name, known) or f"Known: {', '.join(known)}.",
-        )
+        fix = did_you_mean(name, known) or f"Known: {', '.join(known)}."
+        raise InputError(f"there is no parameter {name!r} to fit", where="reported.0.fit_steps", fix=fix)
     if name == "efficiencies.host_fixed_s" and base.scenario.engine.enforce_eager:
         return Parameter(base.model.kernels * _EAGER_KERNEL_S, 0.7, 1e-5, 1e-1)
     return known[name]
@@ -199,10 +237,14 @@ def _search(
     step: FitStep,
     base: Deployment,
     known: dict[str, float],
-    max_evaluations: int,
-    jobs: int,
+    effort: tuple[int, int],
+    stopped: list[str],
 ) -> dict[str, float]:
-    """The parameters of one step, by least squares. known: those of the steps before it."""
+    """The parameters of one step, by least squares. known: those of the steps before it. effort: most
+    evaluations, and processes. stopped: gets a word if it was interrupted; then the best so far is
+    returned."""
+    max_evaluations, jobs = effort
+    best: list[tuple[float, NDArray[np.float64]]] = []
     names = list(step.parameters)
     prior = [_prior(name, base) for name in names]
     centre = np.log([p.typical for p in prior])
@@ -215,21 +257,31 @@ def _search(
     def residuals(point: NDArray[np.float64]) -> NDArray[np.float64]:
         cells = cells_of(scenario, rows, _profile(base, known | values_at(point)), jobs)
         misfit = [_misfit(reported, c) for c in cells if c.reported and c.metric in step.columns]
-        return np.array([*misfit, *(PRIOR_WEIGHT * (point - centre) / spread)])
+        left = np.array([*misfit, *(PRIOR_WEIGHT * (point - centre) / spread)])
+        cost = float(np.sum(np.sqrt(1.0 + left**2)))
+        if not best or cost < best[0][0]:
+            best[:] = [(cost, point.copy())]
+        return left
 
-    found = least_squares(
-        residuals,
-        centre,
-        bounds=(np.log([p.low for p in prior]), np.log([p.high for p in prior])),
-        diff_step=(
-            _STEP / np.maximum(np.abs(centre), 1.0)
-            if step.difference is None
-            else step.difference * spread / np.abs(centre)
-        ),
-        x_scale=spread,
-        loss="soft_l1",
-        max_nfev=min(max_evaluations, step.max_evaluations),
-    )
+    try:
+        found = least_squares(
+            residuals,
+            centre,
+            bounds=(np.log([p.low for p in prior]), np.log([p.high for p in prior])),
+            diff_step=(
+                _STEP / np.maximum(np.abs(centre), 1.0)
+                if step.difference is None
+                else step.difference * spread / np.abs(centre)
+            ),
+            x_scale=spread,
+            loss="soft_l1",
+            max_nfev=min(max_evaluations, step.max_evaluations),
+        )
+    except KeyboardInterrupt:
+        if not best:
+            raise
+        stopped.append("interrupted")
+        return values_at(best[0][1])
     return values_at(found.x)
 
 

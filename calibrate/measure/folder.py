@@ -74,11 +74,8 @@ def read_rows(file: Path, *, warn: Callable[[str], None] = say) -> list[Row]:
             if not isinstance(row, dict) or not {"row", "case"} <= row.keys():
                 raise ValueError("no object with 'row' and 'case'")
         except ValueError as error:
-            raise MeasureError(
-                f"line {number + 1} is no measured row ({error})",
-                str(file),
-                "Remove that line, or measure into a new folder.",
-            ) from error
+            fix = "Remove that line, or measure into a new folder."
+            raise MeasureError(f"line {number + 1} is no measured row ({error})", str(file), fix) from error
         rows.append(row)
     return rows
 
@@ -110,11 +107,8 @@ class Folder:
         self._check_facts(facts)
         rows = read_rows(self._rows_file) if self._rows_file.exists() else []
         if rows and not resume:
-            raise MeasureError(
-                f"has {len(rows)} rows already",
-                str(self._rows_file),
-                "Give --resume to go on, or a new --out.",
-            )
+            fix = "Give --resume to go on, or a new --out."
+            raise MeasureError(f"has {len(rows)} rows already", str(self._rows_file), fix)
         self.rows, self.cases = rows, {str(row["case"]) for row in rows}
         self._facts = facts
         self._file: TextIO | None = None

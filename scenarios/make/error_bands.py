@@ -20,6 +20,7 @@ from cyclopts import App
 
 SHARE = 0.9  # of the errors that a band is to hold
 KERNELS = "inferencex-vllm"  # the scenario that rests on kernel timings
+APART = ("qwen3_235b",)  # its table whose runs no timings explain: an engine or flags of then
 _CENTRAL = ("mean", "median", "p50")
 _METRICS = {  # first word of a column -> the band that speaks of it
     "ttft": "ttft",
@@ -33,9 +34,8 @@ _METRICS = {  # first word of a column -> the band that speaks of it
 class Error:
     """Of one predicted cell.
 
-    basis: "kernel timings" or "fitted". kind: the precision, of kernel timings. group: what shares its
-    faults.
-    value: relative, without its sign.
+    basis: "kernel timings", the same with ", experts", or "fitted". kind: the precision, of kernel timings.
+    group: what shares its faults. value: relative, without its sign.
     """
 
     basis: str
@@ -49,7 +49,10 @@ def errors(documents: Iterable[Mapping[str, Any]]) -> Iterator[Error]:
     """Of the predicted cells of reproductions, as ``reproduce --json`` has them."""
     for document in documents:
         if document["scenario"] == KERNELS:
-            yield from _of_kernels(document["rows"])
+            yield from _of_kernels(document["rows"], "kernel timings")
+            for name, table in document["tables"].items():
+                if name not in APART:
+                    yield from _of_kernels(table["rows"], "kernel timings, experts")
             continue
         for cell in (*document["rows"], *(c for table in document["tables"].values() for c in table["rows"])):
             first, *words = cell["metric"].split("_")
@@ -63,7 +66,7 @@ def errors(documents: Iterable[Mapping[str, Any]]) -> Iterator[Error]:
                 yield Error("fitted", "", document["scenario"], _METRICS[first], abs(cell["error_pct"]) / 100)
 
 
-def _of_kernels(cells: Sequence[Mapping[str, Any]]) -> Iterator[Error]:
+def _of_kernels(cells: Sequence[Mapping[str, Any]], basis: str) -> Iterator[Error]:
     """TTFT and TPOT as they are, and throughput as the two make it in a closed loop."""
     rows: dict[tuple[Any, ...], dict[str, Mapping[str, Any]]] = {}
     keys = ("model", "gpu", "precision", "tensor_parallel_size", "isl", "osl", "concurrency")
@@ -78,7 +81,7 @@ def _of_kernels(cells: Sequence[Mapping[str, Any]]) -> Iterator[Error]:
             ("tpot", tpot["error_pct"] / 100),
             ("throughput", whole[0] / whole[1] - 1),
         ):
-            yield Error("kernel timings", key[2], group, metric, abs(value))
+            yield Error(basis, key[2], group, metric, abs(value))
 
 
 Groups = Mapping[str, Sequence[float]]

@@ -11,7 +11,6 @@ from cyclopts import Parameter
 from servecast.sim.cli.options import Load, WhatIf, check_jobs
 from servecast.sim.cli.output import print_json
 from servecast.sim.compare import compare as comparing
-from servecast.sim.inputs.errors import InputError
 from servecast.sim.run.results import check_output
 from servecast.sim.scenario.scenario import Scenario
 
@@ -40,14 +39,12 @@ def compare(
         seeds: how many to simulate, from --seed on.
         stage: compare this stage alone, as concurrency=32.
         all_metrics: print all that the results have in common.
-        report: with --routers, write a single-file HTML report.
+        report: write a single-file HTML report.
         jobs: processes; -1 is one for each core.
         json: print one JSON object and nothing else.
     """
     check_jobs(jobs)
     if report is not None:
-        if routers is None:
-            raise InputError("only routers have a report", where="--report", fix="Add --routers.")
         check_output(report, where="--report")
     chosen, labels = [_side(name, what_if) for name in sides], list(sides)
     if routers is None and len(sides) == 1 and what_if.changes() and isinstance(chosen[0], Scenario):

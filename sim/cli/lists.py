@@ -23,16 +23,24 @@ def gpus(*, json: bool = False) -> None:
 
 
 def models(*, json: bool = False) -> None:
-    """List the models that come with servecast, and the architectures whose config.json it reads.
+    """List the models that come with servecast, and the families whose config.json it reads.
 
     Args:
         json: print a JSON object instead of a table.
     """
-    found = lists.models()
+    found, families = lists.models(), lists.families()
     if json:
-        print_json({"models": _records(found), "architectures": list(lists.ARCHITECTURES)})
-    else:
-        print(_text(found), f"Architectures (model_type): {', '.join(lists.ARCHITECTURES)}", sep="\n")
+        print_json({"models": _records(found), "families": _records(families), "refused": lists.refused()})
+        return
+    by_reason: dict[str, list[str]] = {}
+    for model_type, why in lists.refused().items():
+        by_reason.setdefault(why, []).append(model_type)
+    print(
+        _text(found), "", "Families whose config.json is read, of multimodal models the text part:", sep="\n"
+    )
+    print(_text(families), "", "Refused by name:", sep="\n")
+    for why, types in by_reason.items():
+        print(f"  {', '.join(types)}: {why}")
 
 
 def profiles(*, json: bool = False) -> None:

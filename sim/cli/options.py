@@ -10,6 +10,7 @@ from cyclopts import Group, Parameter
 
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.inputs.files import file_or_name
+from servecast.sim.scenario.hub import is_hub_id
 from servecast.sim.scenario.scenario import Scenario, load
 
 WHAT_IF = Group("What-if", sort_key=10)
@@ -26,7 +27,7 @@ class Change:
     Attributes:
         set: a field of the scenario by its dotted path, as engine.max_num_seqs=128. Can be repeated.
         seed: of the traffic and of the noise.
-        model_config: another model: a shipped config's name, or the path of a config.json.
+        model_config: another model: a shipped config's name, a config.json or its folder, a Hugging Face id.
         profile: another profile: a shipped one's name, or its path.
         engine_version: another vLLM version.
     """
@@ -47,9 +48,10 @@ class Change:
         return given | dict(assignment(text) for text in self.set or ())
 
     def _flags(self) -> dict[str, Any]:
+        model = self.model_config
         return {
             "seed": self.seed,
-            "model.config": file_or_name(self.model_config),
+            "model.config": model if model and is_hub_id(model) else file_or_name(model),
             "profile": file_or_name(self.profile),
             "engine.version": self.engine_version,
         }
@@ -162,11 +164,8 @@ def check_jobs(jobs: int) -> None:
 def _split(text: str, where: str) -> tuple[str, str]:
     field, _, value = text.partition("=")
     if not value or not all(field.split(".")):
-        raise InputError(
-            f"{text!r} is not of the form FIELD=VALUE",
-            where=where,
-            fix="Write for example engine.max_num_seqs=128.",
-        )
+        fix = "Write for example engine.max_num_seqs=128."
+        raise InputError(f"{text!r} is not of the form FIELD=VALUE", where=where, fix=fix)
     return field, value
 
 

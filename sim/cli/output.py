@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from datetime import date
 from typing import Any
@@ -16,8 +18,20 @@ def show(answer: Answer, *, json: bool, more: Sequence[str] = ()) -> int:
     if json:
         print_json(answer.to_json())
     else:
-        print(answer, *more, sep="\n")
+        print_text(str(answer), *more)
     return answer.exit_code
+
+
+def print_text(*parts: str) -> None:
+    """Text, on a terminal folded to its width."""
+    lines = [line for part in parts for line in part.splitlines()]
+    if sys.stdout.isatty():
+        width = max(shutil.get_terminal_size().columns, 40)
+        folded = [
+            textwrap.wrap(line, width, subsequent_indent="    ", break_on_hyphens=False) for line in lines
+        ]
+        lines = [each for line, short in zip(lines, folded, strict=True) for each in (short or [line])]
+    print(*lines, sep="\n")
 
 
 def today() -> str:

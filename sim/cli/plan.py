@@ -12,7 +12,7 @@ from typing import Annotated
 from cyclopts import Group, Parameter
 
 from servecast.sim.cli.options import WhatIf, check_jobs
-from servecast.sim.cli.output import print_json, today
+from servecast.sim.cli.output import print_json, print_text, today
 from servecast.sim.plan import plan as planner
 from servecast.sim.plan.effort import Effort
 from servecast.sim.run.results import check_output
@@ -140,7 +140,7 @@ def plan(
     if json:
         print_json(answer.to_json() | {"report": None if report is None else str(report)})
     else:
-        print(answer, f"Report: {report}", sep="\n")
+        print_text(str(answer), f"Report: {report}")
     return answer.exit_code
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from joblib import Parallel, delayed
 
 from servecast.sim.compare import ranking
-from servecast.sim.compare.page import PodsOverTime, write_router_page
+from servecast.sim.compare.page import PodsOverTime, write_comparison_page, write_router_page
 from servecast.sim.compare.side_by_side import Document, Side, SideBySide, side_by_side
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.inputs.files import file_or_name
@@ -86,9 +86,11 @@ class Comparison(Answer):
         return lines
 
     def to_html(self, path: Path | str) -> Path:
-        """Write the page; that of routers has plots, for which each is simulated once more."""
+        """Write the page; for the plots of routers each is simulated once more."""
         if self.routers is None:
-            return super(Comparison, self).to_html(path)
+            first = self.sides[0].results[0]
+            about = " on ".join(str(first[key]) for key in ("model_id", "gpu") if first.get(key))
+            return write_comparison_page(path, self.table, about=about and f"{about}.", notes=self._notes())
         pods = {
             label: PodsOverTime.of(run_of(scenario, workload=workload))
             for label, (scenario, workload) in self.routers.sent.items()
@@ -131,12 +133,10 @@ def compare(
     if routers:
         sides, labels = _behind(sides, routers)
     elif len(sides) < 2:
-        raise InputError(
-            "there is nothing to compare with",
-            where="B",
-            fix="Give a second result or scenario, --routers, or a what-if.",
-        )
-    asking = [each for each in sides if isinstance(each, Scenario) and _asks_server(each)]
+        fix = "Give a second result or scenario, --routers, or a what-if."
+        raise InputError("there is nothing to compare with", where="B", fix=fix)
+    specs = [(each, each.workload) for each in sides if isinstance(each, Scenario)]
+    asking = [of for of, spec in specs if isinstance(spec, InferencePerfWorkload) and spec.asks_server()]
     if asking and len(sides) > 1 and request_rate is None:
         raise InputError(
             "the stages of a sweep depend on the server, so that two sides do not get the same",
@@ -165,23 +165,14 @@ def compare(
     return Comparison(table, tuple(found), ranked, stage, once)
 
 
-def _asks_server(scenario: Scenario) -> bool:
-    spec = scenario.workload
-    return isinstance(spec, InferencePerfWorkload) and spec.asks_server() is not None
-
-
 def _of_seeds(
     scenario: Scenario, seeds: int, request_rate: float | None, num_requests: int, pool: Parallel
 ) -> tuple[Document, ...]:
     """The result of each seed; where the first two are the same, nothing in it is random, and all are."""
 
     def of(numbers: range) -> list[Document]:
-        return list(
-            pool(
-                delayed(_result)(scenario, seed=seed, request_rate=request_rate, num_requests=num_requests)
-                for seed in numbers
-            )
-        )
+        load = {"request_rate": request_rate, "num_requests": num_requests}
+        return list(pool(delayed(_result)(scenario, seed=seed, **load) for seed in numbers))
 
     first = scenario.seed
     found = of(range(first, first + min(seeds, 2)))

@@ -1,4 +1,4 @@
-"""The single-file page of a comparison of routers: their places, why, and the plots."""
+"""The single-file pages of comparisons: of routers, their places, why, and the plots; else the figures."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from servecast.sim.compare.ranking import Ranking, Reason
-from servecast.sim.compare.side_by_side import Document, Side
+from servecast.sim.compare.side_by_side import Document, Row, Side, SideBySide
 from servecast.sim.metrics.metrics import Floats, gauges_at
 from servecast.sim.metrics.records import Run
-from servecast.sim.report.drawing import SERIES, drawing
-from servecast.sim.report.page import Plot, write_page
+from servecast.sim.report.drawing import MUTED, SERIES, drawing
+from servecast.sim.report.page import Plot, write_page, write_plain_page
+from servecast.sim.report.text import cell_text
 
 _POINTS = 400  # of a line over time
 _BY_RATE = (  # metric, factor, axis, title; latencies have a logarithmic axis
@@ -75,6 +76,46 @@ def write_router_page(
         plots=plots,
         document=sides[0].results[0],
     )
+
+
+def write_comparison_page(path: Path | str, found: SideBySide, *, about: str, notes: Sequence[str]) -> Path:
+    """Write the page of results side by side; whole or not at all. about: the model and its GPU."""
+    first, *others = found.labels
+    seeds = f"{found.seeds} seeds." if found.seeds > 1 else "One run of each."
+    stages = dict.fromkeys(row.stage for row in found.rows)
+    tables = []
+    for stage in stages:
+        header, cells = found.stage_rows(stage, all_metrics=True)
+        tables.append((stage or "The figures", header, [list(map(cell_text, row)) for row in cells]))
+    if found.differences:
+        facts = [[each.field, *map(cell_text, each.values), each.may_explain] for each in found.differences]
+        tables.append(("What differs between the runs", ["field", *found.labels, "may explain"], facts))
+    rows = [row for row in found.shown() if row.stage == next(iter(stages)) and any(row.ratios[1:])]
+    caption = f"Each figure over that of {first}, which is 1; of the first stage where there are several."
+    svg = _ratios(rows, others) if others and rows else ""
+    plots = [Plot(f"Against {first}", svg, caption)] if svg else []
+    text = "\n".join(notes)
+    title, subtitle = " against ".join(found.labels), f"{about} {seeds}".strip()
+    return write_plain_page(path, title=title, subtitle=subtitle, plots=plots, tables=tables, text=text)
+
+
+def _ratios(rows: Sequence[Row], labels: Sequence[str]) -> str:
+    """A bar a metric and side, from 1 on."""
+    with drawing(1, "ratios") as ((ax,), finish):
+        height = 0.8 / len(labels)
+        for number, label in enumerate(labels):
+            known = [(place, row.ratios[number + 1]) for place, row in enumerate(rows)]
+            bars = [(place + number * height, ratio - 1) for place, ratio in known if ratio]
+            places, lengths = zip(*bars, strict=True) if bars else ((), ())
+            ax.barh(places, lengths, height, left=1.0, color=SERIES[number % len(SERIES)], label=label)
+        ax.axvline(1.0, color=MUTED, lw=1)
+        ax.set_yticks(np.arange(len(rows)) + 0.4 - height / 2, [row.metric for row in rows], fontsize=8)
+        ax.invert_yaxis()
+        ax.set_xscale("log")
+        ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        ax.set_xlabel("ratio")
+        ax.legend(loc="best", fontsize=9)
+        return finish("Figures of each side over those of the first")
 
 
 def _of(entries: Sequence[Any], stage: str | None) -> list[Any]:

@@ -136,14 +136,19 @@ class SideBySide:
             parts.append(f"\nnot stated on every side: {', '.join(self.unstated)}")
         return "\n".join(parts)
 
-    def _stage_text(self, stage: str | None, *, all_metrics: bool) -> str:
+    def shown(self, *, all_metrics: bool = False) -> list[Row]:
+        """The main metrics, or all of them."""
+        return [row for row in self.rows if all_metrics or row.metric in _SHOWN]
+
+    def stage_rows(self, stage: str | None, *, all_metrics: bool) -> tuple[list[str], list[list[object]]]:
+        """Header and rows of a stage's table."""
         first, *others = self.labels
         header = ["metric", first]
         for label in others:
             header += [label, "ratio"] if self.seeds == 1 else [label, "ratio", "difference (95%)"]
         rows: list[list[object]] = []
-        for row in self.rows:
-            if row.stage != stage or not (all_metrics or row.metric in _SHOWN):
+        for row in self.shown(all_metrics=all_metrics):
+            if row.stage != stage:
                 continue
             cells: list[object] = [row.metric, row.values[0]]
             for value, ratio, gap in zip(row.values[1:], row.ratios[1:], row.differences[1:], strict=True):
@@ -151,6 +156,10 @@ class SideBySide:
                 if self.seeds > 1:
                     cells.append(None if gap is None else f"{gap.low:+.3g}..{gap.high:+.3g}")
             rows.append(cells)
+        return header, rows
+
+    def _stage_text(self, stage: str | None, *, all_metrics: bool) -> str:
+        header, rows = self.stage_rows(stage, all_metrics=all_metrics)
         return table(header, rows, title=f"\n{stage}" if stage else "")
 
 
@@ -168,12 +177,13 @@ def side_by_side(sides: Sequence[Side], *, stage: str | None = None, confidence:
     parts = [[_parts(side, each, stage) for each in side.results] for side in sides]
     names = [name for name in parts[0][0] if all(name in of_side[0] for of_side in parts)]
     if not names:
-        have = "; ".join(f"{side.label}: {_names(of[0])}" for side, of in zip(sides, parts, strict=True))
-        raise InputError(
-            f"there is no stage that all have ({have})",
-            where="--stage",
-            fix="Choose one stage of the results that have several.",
+        none = "no stages"
+        have = "; ".join(
+            f"{side.label}: {none if None in of[0] else ', '.join(map(str, of[0]))}"
+            for side, of in zip(sides, parts, strict=True)
         )
+        fix = "Choose one stage of the results that have several."
+        raise InputError(f"there is no stage that all have ({have})", where="--stage", fix=fix)
     paired = len({len(side.results) for side in sides}) == 1 and len(sides[0].results) > 1
     rows = []
     for name in names:
@@ -183,9 +193,8 @@ def side_by_side(sides: Sequence[Side], *, stage: str | None = None, confidence:
                 samples = [[seed.get(metric) for seed in of_side] for of_side in metrics]
                 rows.append(_row(name, metric, samples, paired, confidence))
     differences, unstated = _context_differences([side.results[0] for side in sides])
-    return SideBySide(
-        tuple(side.label for side in sides), len(sides[0].results), tuple(rows), differences, unstated
-    )
+    labels = tuple(side.label for side in sides)
+    return SideBySide(labels, len(sides[0].results), tuple(rows), differences, unstated)
 
 
 def _parts(side: Side, document: Document, stage: str | None) -> dict[str | None, Document]:
@@ -197,10 +206,6 @@ def _parts(side: Side, document: Document, stage: str | None) -> dict[str | None
             f"{side.label} has no stage {stage!r}", where="--stage", fix=f"It has {', '.join(stages)}."
         )
     return {None: stages[stage]}
-
-
-def _names(parts: Mapping[str | None, Document]) -> str:
-    return "no stages" if None in parts else ", ".join(str(name) for name in parts)
 
 
 def _row(

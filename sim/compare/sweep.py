@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +39,7 @@ class Cell:
     num_requests: int | None = None
 
     def to_json(self) -> Document:
-        return {
-            "changes": dict(self.changes),
-            "seed": self.seed,
-            "request_rate": self.request_rate,
-            "num_requests": self.num_requests,
-        }
+        return asdict(self)
 
 
 def grid(
@@ -178,14 +173,8 @@ def sweep(
     numbers = range(scenario.seed, scenario.seed + seeds)
     cells = grid(vary or {}, seeds=numbers, rates=rates, num_requests=num_requests)
     with progress_bar("sweep", shown=progress) as advance:
-        swept = _run(
-            scenario,
-            cells,
-            out,
-            resume=resume,
-            workers=Workers(**workers),
-            progress=lambda done: advance(done / len(cells), f"{done} of {len(cells)} cells"),
-        )
+        show = lambda done: advance(done / len(cells), f"{done} of {len(cells)} cells")  # noqa: E731
+        swept = _run(scenario, cells, out, resume=resume, workers=Workers(**workers), progress=show)
     write_table(swept.summary, swept.table)
     return replace(swept, notes=tuple(_trace_notes(scenario, rates, num_requests)))
 
@@ -238,9 +227,8 @@ def _run(
 
 def _simulate(index: int, cell: Cell, scenario: Scenario) -> tuple[int, Document]:
     try:
-        document = simulate(
-            scenario, seed=cell.seed, request_rate=cell.request_rate, num_requests=cell.num_requests or 0
-        ).result
+        rate, count = cell.request_rate, cell.num_requests or 0
+        document = simulate(scenario, seed=cell.seed, request_rate=rate, num_requests=count).result
     except InputError as error:
         document = {"error": str(error)}
     return index, {"cell": cell.to_json(), **document}

@@ -21,8 +21,7 @@ class CacheLayer:
         count: layers; those that read another layer's cache are left out.
         kv_heads: heads of keys; 1 for a latent or an indexer, which every rank holds whole.
         head_size: numbers of a head's key, or of the latent with its rotary part (512 + 64), or of an
-            indexer's key and its scale in bytes (128 + 4). value_size: of a head's value; None: as many as of
-            its key.
+            indexer's key (128). value_size: of a head's value; None: as many as of its key.
         window: tokens of the sliding window, or of a chunk.
         fixed_bytes: bytes of a number whatever ``--kv-cache-dtype`` says; None: as that says.
         state: whose state a mamba layer keeps.

@@ -72,6 +72,8 @@ class EngineLoop:
         cold_start_ps: int = 0,
     ) -> None:
         self.scheduler, self.index, self.costs = scheduler, index, costs
+        if costs is not None:
+            scheduler.window, scheduler.chunked = costs.window, costs.chunked
         self.step_seconds, self.floor, self.noise, self.read = seconds, floor, noise, read
         self.token_ps, self.delivery_ps = served_ps
         self.cold_start = cold_start_ps
@@ -84,8 +86,8 @@ class EngineLoop:
         self.inbox, self.ended = [], []
         self.seen = np.zeros(1024, np.int64)
         self.num_seen = self.num_steps = self.num_gaps = 0
-        self.room_for_steps(1024)
-        self.room_for_gaps(1024)
+        self.steps, self.gaps = np.zeros((STEP_FIELDS, 1024), np.int64), np.zeros((GAP_FIELDS, 1024))
+        self.step_floats = np.asarray(self.steps).view(np.float64)
 
     @property
     def step_columns(self) -> Any:
@@ -97,17 +99,19 @@ class EngineLoop:
         """(4, gaps): stage, gap in s, tokens, s over which the step's tokens are read."""
         return np.asarray(self.gaps)[:, : self.num_gaps]
 
+    def drop_rows(self) -> None:
+        """Begin these tables anew."""
+        self.num_steps = self.num_gaps = 0
+
     def room_for_steps(self, count: cython.Py_ssize_t) -> cython.int:
         steps: Any = np.zeros((STEP_FIELDS, count), np.int64)
-        if self.num_steps:
-            steps[:, : self.num_steps] = self.steps
+        steps[:, : self.num_steps] = self.steps
         self.steps, self.step_floats = steps, steps.view(np.float64)
         return 0
 
     def room_for_gaps(self, count: cython.Py_ssize_t) -> cython.int:
         gaps: Any = np.zeros((GAP_FIELDS, count))
-        if self.num_gaps:
-            gaps[:, : self.num_gaps] = self.gaps
+        gaps[:, : self.num_gaps] = self.gaps
         self.gaps = gaps
         return 0
 

@@ -27,6 +27,7 @@ _GROUP_KINDS: dict[str, GroupKind] = {
     "chunked": "chunked",
     **dict.fromkeys(MLA_KINDS, "full"),
 }
+_INDEXER_SCALES = 128  # numbers of an indexer's key that share a scale of 4 bytes
 _SPARSE_FP8_BYTES = 656  # fp8_ds_mla: 512 numbers, 4 scales of 4 bytes, 64 rotary numbers of 2 bytes
 _CHECKPOINTS_SINCE = {"mamba2": "0.32", "kda": "0.32"}  # states that a chunk can save inside itself
 
@@ -130,6 +131,8 @@ def default_block_size(layers: Sequence[CacheLayer], options: CacheOptions) -> i
 def token_bytes(layer: CacheLayer, ranks: int, kv_bytes: int) -> int:
     """Bytes of a token in one attention layer on a rank; ``kv_bytes``: of a number, by --kv-cache-dtype."""
     each = kv_bytes if layer.fixed_bytes is None else layer.fixed_bytes
+    if layer.kind == "indexer":
+        return layer.head_size + layer.head_size // _INDEXER_SCALES * 4
     if layer.kind == "sparse_mla" and each == 1:
         return _SPARSE_FP8_BYTES
     if layer.kind in MLA_KINDS:

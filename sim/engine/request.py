@@ -130,17 +130,17 @@ class Requests(Sequence[Request]):
     def __getitem__(self, row: int | slice) -> Request | list[Request]:
         if isinstance(row, slice):
             return [self[each] for each in range(*row.indices(len(self)))]
-        group = -1 if self.group is None else int(self.group[row])
-        abort = None if self.abort_after_s is None else float(self.abort_after_s[row])
+        group = -1 if self.group is None else self.group.item(row)
+        abort = None if self.abort_after_s is None else self.abort_after_s.item(row)
         return Request(
-            int(self.request_id[row]),
-            float(self.arrival_s[row]),
-            int(self.prompt_tokens[row]),
-            int(self.output_tokens[row]),
-            int(self.max_tokens[row]),
-            self.contents[self.content[row]],
-            0 if self.priority is None else int(self.priority[row]),
-            None if abort is None or np.isnan(abort) else abort,
+            self.request_id.item(row),
+            self.arrival_s.item(row),
+            self.prompt_tokens.item(row),
+            self.output_tokens.item(row),
+            self.max_tokens.item(row),
+            self.contents[self.content.item(row)],
+            0 if self.priority is None else self.priority.item(row),
+            None if abort is None or abort != abort else abort,
             None if group < 0 else group,
         )
 

@@ -2,7 +2,7 @@
 cimport cython
 from servecast.sim.engine.kv_cache cimport KVCache
 from servecast.sim.engine.sequence cimport FINISHED, PREEMPTED, RUNNING, WAITING, Sequence
-from servecast.sim.engine.step cimport Step
+from servecast.sim.engine.step cimport Step, own
 
 @cython.final
 cdef class Scheduler:
@@ -24,16 +24,19 @@ cdef class Scheduler:
     cdef bint adaptive
     cdef bint priority
     cdef bint trace
-    cdef bint notes_steps  # which sequence was scheduled when
+    cdef bint notes  # what was scheduled, request by request
     cdef int max_tokens
     cdef int max_running
     cdef int max_model_len
     cdef int long_prefill_threshold
     cdef int watermark
+    cdef long long window  # of layers that attend to no more tokens, which a step counts by ``windowed``; or 0
+    cdef bint chunked  # the window is a chunk
     cdef bint finished_unsent
     cdef long long added
     cdef dict sequences
     cdef list runners  # in the order of admission
+    cdef bint lent  # the list
     cdef object queue
 
     cpdef Sequence add(self, object request, long long arrival)
@@ -41,6 +44,7 @@ cdef class Scheduler:
         self, long long request_id, int prompt, int output, int most, tuple content, long long priority, long long arrival
     )
     cpdef object abort(self, object request_id)
+    cdef list own_runners(self)
     cdef int forget(self, Sequence sequence) except -1
     cpdef Step schedule(self)
     cdef bint somebody_decodes(self) except? -1
@@ -52,6 +56,7 @@ cdef class Scheduler:
     cdef int schedule_waiting(self, Step step, int budget, int threshold, bint defer) except -1
     cdef int count_lookup(self, Sequence sequence, int hit_tokens) except -1
     cdef void advance(self, Step step, Sequence sequence, int tokens) noexcept
+    cdef long long in_window(self, long long tokens) noexcept
     cdef void note_chunk(self, Step step, Sequence sequence, int tokens) noexcept
     cdef void note_scheduled(self, Step step, Sequence sequence, int tokens) noexcept
     cpdef object complete(self, Step step)

@@ -21,6 +21,7 @@ from servecast.sim.inputs.errors import InputError
 
 if not cython.compiled:
     from servecast.sim.engine.sequence import FINISHED, PREEMPTED, RUNNING, WAITING
+    from servecast.sim.engine.step import own
 
 
 class Scheduler:
@@ -50,6 +51,7 @@ class Scheduler:
         self.is_async = config.async_scheduling
         self.adaptive = config.long_prefill_token_threshold_adaptive
         self.priority = config.scheduling_policy == "priority"
+        self.notes = self.priority or trace or bool(config.kv_groups)
         self.max_tokens, self.max_model_len = config.max_num_batched_tokens, config.max_model_len
         self.max_running = min(config.max_num_seqs, config.max_num_active_seqs or config.max_num_seqs)
         self.long_prefill_threshold = config.long_prefill_token_threshold
@@ -57,10 +59,10 @@ class Scheduler:
         self.tick = self.prefix_queries = self.prefix_hits = self.added = 0
         self.num_waiting = 0
         self.finished_unsent = False
+        self.window, self.chunked = 0, False
         cache = GroupCache if config.kv_groups else KVCache
         self.kv = cache(config, rules.reuse_unhashed_first and not appends, self.max_running)
-        self.notes_steps = self.priority or trace or bool(config.kv_groups)
-        self.sequences, self.runners = {}, []
+        self.sequences, self.runners, self.lent = {}, [], False
         self.queue = QUEUES[config.scheduling_policy]()
 
     # ---- what can be read -------------------------------------------------------------------------
@@ -133,6 +135,7 @@ class Scheduler:
         need: cython.int
         sequence.num_tokens = prompt
         sequence.limit = prompt + most
+        sequence.decodes_until = min(sequence.limit, self.max_model_len) - 1
         sequence.final_tokens = min(prompt + output, sequence.limit, self.max_model_len)
         sequence.arrival, sequence.serial = arrival, self.added
         self.added += 1
@@ -162,13 +165,19 @@ class Scheduler:
             return None
         sequence: Sequence = found
         if sequence.status == RUNNING:
-            self.runners.remove(sequence)
+            self.own_runners().remove(sequence)
             self.kv.free(sequence)
         else:
             self.queue.remove(sequence)
             self.num_waiting -= 1
         self.forget(sequence)
         return None
+
+    def own_runners(self) -> list:
+        """The running, to be changed: a step that all of them sample in may hold the list, too."""
+        if self.lent:
+            self.runners, self.lent = self.runners[:], False
+        return self.runners
 
     def forget(self, sequence: Sequence) -> cython.int:
         sequence.status = FINISHED
@@ -231,8 +240,32 @@ class Scheduler:
         position: cython.Py_ssize_t
         tokens: cython.int
         given_back: cython.int
+        computed: cython.int
+        decodes: cython.int = 0
+        context: cython.longlong = 0
+        all_sample: cython.bint = not self.notes
         while index < len(runners) and budget > 0:
             sequence = cython.cast(Sequence, runners[index])
+            computed = sequence.computed
+            if (
+                sequence.catch_up <= computed < sequence.decodes_until
+                and sequence.num_tokens + sequence.placeholders == computed + 1
+                and not self.notes
+                and (computed + 1 < sequence.kv_due or self.kv.allocate_slots(sequence, 1, 0, 0))
+            ):  # it decodes: what all that follows comes to then
+                sequence.computed = computed + 1
+                sequence.placeholders += self.is_async
+                if not all_sample:
+                    step.samplers.append(sequence)
+                context += computed + 1
+                if self.window:
+                    step.windowed += self.in_window(computed + 1)
+                decodes += 1
+                budget -= 1
+                index += 1
+                continue
+            if all_sample:
+                step.samplers, all_sample = runners[:index], False
             if sequence.placeholders > 0 and sequence.computed + 2 - sequence.placeholders >= sequence.limit:
                 index += 1  # its last token is being computed
                 continue
@@ -261,17 +294,24 @@ class Scheduler:
                     if position < index if self.cursor_follows_victim else given_back > 0:
                         index -= 1
                     self.preempt(step, victim, position)
+                    runners = self.runners
                     if victim is sequence:
                         break
                 if sequence.status != RUNNING:
                     if self.loop_goes_on_after_own_preemption:  # under FCFS it was the last anyway
                         continue  # its place in the list is the next one's now
-                    return budget
+                    break
             if self.cadence is not None and sequence.computed < sequence.catch_up:
                 self.cadence.carries_prefill = True
             self.advance(step, sequence, tokens)
             budget -= tokens
             index += 1
+        if all_sample and index:
+            step.samplers, step.borrowed = runners if index == len(runners) else runners[:index], True
+            self.lent = True
+        step.total_tokens += decodes
+        step.decodes += decodes
+        step.decode_context += context
         return budget
 
     def pick_victim(self) -> cython.Py_ssize_t:
@@ -292,6 +332,7 @@ class Scheduler:
         if before >= victim.catch_up:
             step.decodes -= 1
             step.decode_context -= before + 1
+            step.windowed -= self.in_window(before + 1)
         else:
             position = step.prefilling.index(victim)
             del step.chunks[position], step.prefilling[position]
@@ -308,12 +349,13 @@ class Scheduler:
         in flight are still delivered."""
         self.kv.publish(sequence)
         self.kv.free(sequence)
-        del self.runners[position]
+        del self.own_runners()[position]
         sequence.computed = 0
         sequence.status = PREEMPTED
         sequence.preemptions += 1
         self.queue.push_preempted(sequence)
         self.num_waiting += 1
+        step.victims = own(step.victims)
         step.victims.append(sequence)
         return 0
 
@@ -355,6 +397,8 @@ class Scheduler:
                 self.cadence.carries_prefill = True
             if self.count_admitted_lookups:
                 self.count_lookup(sequence, cached)
+            step.joined, step.joined_cached = own(step.joined), own(step.joined_cached)
+            step.joined_again = own(step.joined_again)
             step.joined.append(sequence)
             step.joined_cached.append(cached)
             step.joined_again.append(sequence.status == PREEMPTED)
@@ -363,7 +407,7 @@ class Scheduler:
             sequence.status = RUNNING
             sequence.computed = cached
             sequence.catch_up = sequence.num_tokens
-            self.runners.append(sequence)
+            self.own_runners().append(sequence)
             self.advance(step, sequence, tokens)
             budget -= tokens
         return 0
@@ -381,19 +425,32 @@ class Scheduler:
         if sequence.computed >= sequence.catch_up:
             step.decodes += 1
             step.decode_context += sequence.computed + 1
+            if self.window:
+                step.windowed += self.in_window(sequence.computed + 1)
         else:
             self.note_chunk(step, sequence, tokens)
-        if self.notes_steps:
+        if self.notes:
             self.note_scheduled(step, sequence, tokens)
         sequence.computed += tokens
         if sequence.computed >= sequence.num_tokens + sequence.placeholders:
+            if step.borrowed:
+                step.samplers, step.borrowed = step.samplers[:], False
+            step.samplers = own(step.samplers)
             step.samplers.append(sequence)
             if self.is_async:
                 sequence.placeholders += 1
 
+    def in_window(self, tokens: cython.longlong) -> cython.longlong:
+        """Of a sequence's tokens those that its newest attends to in a layer with a window."""
+        if self.chunked:
+            return (tokens - 1) % self.window + 1
+        return min(tokens, self.window)
+
     def note_chunk(self, step: Step, sequence: Sequence, tokens: cython.int) -> None:
+        step.chunks = own(step.chunks)
         step.chunks.append((tokens, sequence.computed))
         if self.priority:
+            step.prefilling = own(step.prefilling)
             step.prefilling.append(sequence)
 
     def note_scheduled(self, step: Step, sequence: Sequence, tokens: cython.int) -> None:
@@ -409,6 +466,7 @@ class Scheduler:
         sequence: Sequence
         left: cython.bint = False
         tick: cython.longlong = step.tick
+        before: cython.longlong = tick - 1 if tick else -2  # -1 is nobody's
         emitted: cython.int = 0
         steady: cython.int = 0
         i: cython.Py_ssize_t
@@ -416,15 +474,30 @@ class Scheduler:
         samplers: list = step.samplers
         for i in range(len(samplers)):
             sequence = cython.cast(Sequence, samplers[i])
+            if (
+                sequence.token_tick == before
+                and sequence.num_tokens + 1 < sequence.final_tokens
+                and sequence.status == RUNNING
+                and sequence.placeholders >= self.is_async
+                and sequence.computed - sequence.placeholders + 1 < sequence.kv_due
+            ):  # one more token, as in the step before
+                sequence.num_tokens += 1
+                sequence.placeholders -= self.is_async
+                sequence.token_tick = tick
+                steady += 1
+                continue
             if sequence.status == FINISHED:
                 continue  # while the step was in flight
             sequence.num_tokens += 1
-            emitted += 1
-            if sequence.token_tick == tick - 1 and tick > 0:
+            if sequence.token_tick == before:
                 steady += 1
             elif sequence.token_tick < 0:
+                step.firsts = own(step.firsts)
                 step.firsts.append(sequence)
+                emitted += 1
             else:
+                emitted += 1
+                step.gaps = own(step.gaps)
                 step.gaps.append(sequence.token_tick)
             sequence.token_tick = tick
             if self.is_async:
@@ -441,8 +514,9 @@ class Scheduler:
                     self.queue.remove(sequence)
                     self.num_waiting -= 1
                 self.forget(sequence)
+                step.leavers = own(step.leavers)
                 step.leavers.append(sequence)
-        step.emitted, step.steady = emitted, steady
+        step.emitted, step.steady = emitted + steady, steady
         self.kv.processed = tick
         if left:
             still: list = []
@@ -450,5 +524,5 @@ class Scheduler:
                 sequence = cython.cast(Sequence, self.runners[i])
                 if sequence.status != FINISHED:
                     still.append(sequence)
-            self.runners = still
+            self.runners, self.lent = still, False
         return None

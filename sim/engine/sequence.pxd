@@ -9,18 +9,21 @@ cdef enum:
 
 @cython.final
 cdef class Sequence:
-    cdef int status
-    cdef int num_tokens
-    cdef int junction
+    # what every step looks at, side by side
     cdef int computed
+    cdef int catch_up
+    cdef int decodes_until
+    cdef int kv_due
+    cdef int num_tokens
     cdef int placeholders
+    cdef int status
+    cdef int final_tokens
+    cdef long long token_tick
+    # and the rest
+    cdef int junction
     cdef int limit
     cdef int blocks_end
     cdef int cached_end
-    cdef int kv_due
-    cdef int catch_up
-    cdef long long token_tick
-    cdef int final_tokens
     cdef int slot
     cdef long long scheduled_tick
     cdef int scheduled_tokens

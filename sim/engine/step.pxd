@@ -1,6 +1,8 @@
 # What is fixed of step.py where it is compiled.
 cimport cython
 
+cdef list own(list entries)
+
 @cython.final
 cdef class Step:
     cdef readonly long long tick
@@ -8,12 +10,14 @@ cdef class Step:
     cdef readonly list chunks
     cdef readonly int decodes
     cdef readonly long long decode_context
+    cdef long long windowed
     cdef readonly list gaps
     cdef readonly int steady
     cdef readonly int emitted
     cdef long long start
     cdef long long end
     cdef list samplers
+    cdef bint borrowed  # samplers, from the list of the running
     cdef list prefilling
     cdef list joined
     cdef list joined_cached

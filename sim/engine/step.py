@@ -4,6 +4,13 @@ from __future__ import annotations
 
 import cython
 
+NOBODY: list = []  # never written to: see ``own``
+
+
+def own(entries: list) -> list:
+    """Entries that may be added to: most lists of most steps stay empty, and none is made for them."""
+    return [] if entries is NOBODY else entries
+
 
 class Step:
     """What one ``schedule`` decided, and after ``complete`` what came of it; see ``Step`` in
@@ -12,17 +19,17 @@ class Step:
     samplers: sequences that sample a token, in the order of the batch. joined: those admitted and resumed,
     with what they found cached, and whether resumed. firsts, leavers: those that got their first or last
     token. prefilling: with priorities, whose the chunks are. composition: with ``trace``, all and their
-    tokens.
+    tokens. windowed: of decode_context, what layers with a window attend to, if the scheduler was told one.
     """
 
     def __init__(self, tick: cython.longlong) -> None:
         self.tick = tick
         self.total_tokens = self.decodes = self.steady = self.emitted = 0
-        self.decode_context = self.start = self.end = 0
-        self.chunks, self.gaps, self.samplers, self.prefilling = [], [], [], []
-        self.joined, self.joined_cached, self.joined_again, self.victims = [], [], [], []
-        self.firsts, self.leavers = [], []
-        self.composition = None
+        self.decode_context = self.windowed = self.start = self.end = 0
+        self.chunks = self.gaps = self.samplers = self.prefilling = NOBODY
+        self.joined = self.joined_cached = self.joined_again = self.victims = NOBODY
+        self.firsts = self.leavers = NOBODY
+        self.composition, self.borrowed = None, False
 
     @property
     def samples(self) -> int:

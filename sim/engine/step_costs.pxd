@@ -4,20 +4,18 @@ from servecast.sim.engine.step cimport Step
 
 @cython.final
 cdef class StepCosts:
-    cdef double pair_s
-    cdef double kv_read_s
-    cdef double decode_kv_s
-    cdef double mixed_decode_kv_s
+    cdef double[:, ::1] attention  # a row a kind: pair_s, read_s, expand_s, decode_s, mixed decode_s, block_s
+    cdef long long[:, ::1] shapes  # a row a kind: layers, window
+    cdef long long window  # KV tokens that a token attends to in layers with a window; 0: there are none
+    cdef bint chunked  # the window is a chunk
     cdef double decode_s
-    cdef double block_s
     cdef double chunk_token_s
+    cdef double chunk_s
+    cdef double serial_s
     cdef double request_s
     cdef double eager_s  # of a step of more tokens than ``graphed`` at least
     cdef long long graphed
-    cdef long long prompt_tile  # 0: chunks are not padded
-    cdef long long layers
-    cdef long long sliding_layers
-    cdef long long sliding_window
+    cdef long long prompt_tile  # 1: chunks are not padded
     cdef object by_tokens
     cdef object by_rows
     cdef double[::1] tokens_s
@@ -25,6 +23,7 @@ cdef class StepCosts:
 
     cdef double of_tokens(self, long long tokens) except? -1
     cdef double of_rows(self, long long rows) except? -1
-    cdef long long kv_token_layers(self, long long context, long long sequences) noexcept
-    cdef double attention_pairs(self, long long tokens, long long context) noexcept
+    cdef long long reached(self, long long tokens, long long window) noexcept
+    cdef long long before(self, long long context, long long window) noexcept
+    cdef double of_chunks(self, list chunks) except? -1
     cdef double seconds(self, Step step) except? -1

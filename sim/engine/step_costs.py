@@ -19,14 +19,14 @@ class StepCosts:
     """
 
     def __init__(self, numbers: dict[str, Any], by_tokens: Any, by_rows: Any) -> None:
-        self.pair_s, self.kv_read_s = numbers["pair_s"], numbers["kv_read_s"]
-        self.decode_kv_s, self.mixed_decode_kv_s = numbers["decode_kv_s"], numbers["mixed_decode_kv_s"]
-        self.decode_s, self.block_s = numbers["decode_s"], numbers["block_s"]
-        self.chunk_token_s, self.request_s = numbers["chunk_token_s"], numbers["request_s"]
+        rows: list[tuple[Any, ...]] = numbers["attention"]
+        self.shapes = np.array([row[:2] for row in rows], dtype=np.int64).reshape(len(rows), 2)
+        self.attention = np.array([row[2:] for row in rows], dtype=np.float64).reshape(len(rows), 6)
+        self.window, self.chunked = numbers["window"], numbers["chunked"]
+        self.decode_s, self.chunk_token_s = numbers["decode_s"], numbers["chunk_token_s"]
+        self.chunk_s, self.serial_s = numbers["chunk_s"], numbers["serial_s"]
+        self.request_s, self.prompt_tile = numbers["request_s"], numbers["prompt_tile"]
         self.eager_s, self.graphed = numbers["eager_s"], numbers["graphed"]
-        self.prompt_tile, self.layers = numbers["prompt_tile"], numbers["layers"]
-        self.sliding_layers = numbers["sliding_layers"]
-        self.sliding_window = numbers["sliding_window"]
         self.by_tokens, self.by_rows = by_tokens, by_rows
         self.tokens_s, self.rows_s = array("d", [-1.0]) * 64, array("d", [-1.0]) * 64
 
@@ -44,65 +44,84 @@ class StepCosts:
             self.rows_s[rows] = self.by_rows(rows)
         return self.rows_s[rows]
 
-    def kv_token_layers(self, context: cython.longlong, sequences: cython.longlong) -> cython.longlong:
-        """ModelShape.kv_token_layers."""
-        seen: cython.longlong
-        if not self.sliding_layers:
-            return self.layers * context
-        seen = min(context, sequences * self.sliding_window)
-        return (self.layers - self.sliding_layers) * context + self.sliding_layers * seen
+    def reached(self, tokens: cython.longlong, window: cython.longlong) -> cython.longlong:
+        """KV tokens that the first so many tokens of a sequence attend to, summed (mixers.Attention)."""
+        whole: cython.longlong
+        rest: cython.longlong
+        if window == 0 or tokens <= window:
+            return tokens * (tokens + 1) // 2
+        whole = window * (window + 1) // 2
+        if not self.chunked:
+            return whole + (tokens - window) * window
+        rest = tokens % window
+        return tokens // window * whole + rest * (rest + 1) // 2
 
-    def attention_pairs(self, tokens: cython.longlong, context: cython.longlong) -> cython.double:
-        """ModelShape.attention_pairs."""
-        free: cython.longlong
-        seen: cython.double
-        pairs: cython.double = (self.layers - self.sliding_layers) * tokens * (context + 0.5 * (tokens + 1))
-        if self.sliding_layers:
-            free = min(tokens, self.sliding_window - context)
-            if free < 0:
-                free = 0
-            seen = free * (context + 0.5 * (free + 1)) + (tokens - free) * self.sliding_window
-            pairs += self.sliding_layers * seen
-        return pairs
+    def before(self, context: cython.longlong, window: cython.longlong) -> cython.longlong:
+        """Of the KV tokens before a chunk those that it attends to (mixers.Attention)."""
+        if window == 0 or (context < window and not self.chunked):
+            return context
+        return context % window if self.chunked else window
+
+    def of_chunks(self, chunks: list) -> cython.double:
+        """PhysicalStepTime._attention_prefill."""
+        total: cython.double = 0.0
+        most: cython.double
+        new: cython.longlong
+        context: cython.longlong
+        window: cython.longlong
+        layers: cython.longlong
+        pairs: cython.longlong
+        older: cython.longlong
+        longest: cython.longlong = 0
+        longest_new: cython.longlong = 0
+        i: cython.Py_ssize_t
+        kind: cython.Py_ssize_t
+        chunk: tuple
+        for i in range(len(chunks)):
+            chunk = chunks[i]
+            new, context = chunk[0], chunk[1]
+            total += new * self.chunk_token_s
+            longest, longest_new = max(longest, context), max(longest_new, new)
+        total += len(chunks) * self.chunk_s + longest_new * self.serial_s
+        for kind in range(self.shapes.shape[0]):
+            layers, window = self.shapes[kind, 0], self.shapes[kind, 1]
+            pairs = older = 0
+            for i in range(len(chunks)):
+                chunk = chunks[i]
+                new, context = chunk[0], chunk[1]
+                new = (new + self.prompt_tile - 1) // self.prompt_tile * self.prompt_tile
+                pairs += self.reached(context + new, window) - self.reached(context, window)
+                older += self.before(context, window)
+            most = max(layers * pairs * self.attention[kind, 0], layers * older * self.attention[kind, 1])
+            total += max(most, self.before(longest, window) * self.attention[kind, 5])
+            total += layers * older * self.attention[kind, 2]
+        return total
 
     def seconds(self, step: Step) -> cython.double:
         """PhysicalStepTime.seconds, its sums in the same order."""
         total: cython.double = 0.0
-        tokens: cython.longlong = step.decodes
-        requests: cython.longlong = step.decodes
-        pairs: cython.double = 0.0
-        moved: cython.double = 0.0
-        older: cython.longlong = 0
-        longest: cython.longlong = 0
-        new: cython.longlong
-        context: cython.longlong
-        i: cython.Py_ssize_t
-        chunk: tuple
+        decoding: cython.double
+        tokens: cython.longlong = step.total_tokens
+        requests: cython.longlong = step.decodes + len(step.chunks)
+        seen: cython.longlong
+        kind: cython.Py_ssize_t
         if step.chunks:
-            requests += len(step.chunks)
-            for i in range(len(step.chunks)):
-                chunk = step.chunks[i]
-                new = chunk[0]
-                context = chunk[1]
-                tokens += new
-                if self.prompt_tile:
-                    moved += new * self.chunk_token_s
-                    new = (new + self.prompt_tile - 1) // self.prompt_tile * self.prompt_tile
-                pairs += self.attention_pairs(new, context)
-                if context:
-                    older += self.kv_token_layers(context, 1)
-                    longest = max(longest, context)
-            total = moved + max(pairs * self.pair_s, older * self.kv_read_s, longest * self.block_s)
+            total = self.of_chunks(step.chunks)
         elif not step.decodes:
             return 0.0
         if step.decodes:
-            total += (
-                self.kv_token_layers(step.decode_context, step.decodes)
-                * (self.mixed_decode_kv_s if step.chunks else self.decode_kv_s)
-                + step.decodes * self.decode_s
-            )
+            decoding = step.decodes * self.decode_s
+            for kind in range(self.shapes.shape[0]):
+                seen = step.windowed if self.shapes[kind, 1] else step.decode_context
+                decoding += self.shapes[kind, 0] * seen * self.attention[kind, 4 if step.chunks else 3]
+            total += decoding
         total += self.of_tokens(tokens) + self.of_rows(len(step.samplers)) + requests * self.request_s
         return total if tokens <= self.graphed or total > self.eager_s else self.eager_s
+
+
+def writable(values: Any) -> Any:
+    """A column that may be written to, as typed views want it."""
+    return np.require(values, None, "W")
 
 
 def longer(values: cython.double[::1], least: cython.Py_ssize_t) -> Any:

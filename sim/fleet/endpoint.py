@@ -39,7 +39,7 @@ class News:
 
 class Board:
     """What the endpoints of a fleet share: the time in picoseconds, the requests sent to each replica and not
-    ended, and whose gauges and KV events are news."""
+    ended, and whose gauges and KV events are news. count: of the most replicas that there may be."""
 
     def __init__(self, count: int, clock: Callable[[], int]) -> None:
         self.clock, self.outstanding = clock, np.zeros(count, np.int64)
@@ -124,24 +124,24 @@ class Endpoints(Backends):
     def __init__(self, everyone: Sequence[Endpoint], members: Sequence[Endpoint], board: Board) -> None:
         super().__init__(members)
         self._everyone, self._board = everyone, board
-        n = len(everyone)
+        n = len(board.outstanding)
         self._all = Columns(np.arange(n), np.zeros(n, np.int64), np.zeros(n, np.int64), np.zeros(n))
         self._set_members(members)
 
     def _set_members(self, members: Sequence[Endpoint]) -> None:
-        self.members = members
+        self.members = self._members = members
         self._numbers = np.array([each.index for each in members], np.int64)
-        self._complete = len(members) == len(self._everyone)
+        self._complete = len(members) == len(self._board.outstanding)
         self._columns: Columns | None = None
         self._positions = {each.index: position for position, each in enumerate(members)}
 
     def add(self, endpoint: Endpoint) -> None:
         """One is ready from now on."""
-        self._set_members(sorted([*self.members, endpoint], key=lambda each: each.index))
+        self._set_members(sorted([*self._members, endpoint], key=lambda each: each.index))
 
     def remove(self, endpoint: Endpoint) -> None:
         """One is no longer."""
-        self._set_members([each for each in self.members if each is not endpoint])
+        self._set_members([each for each in self._members if each is not endpoint])
 
     @property
     def numbers(self) -> NDArray[np.int64]:
@@ -168,4 +168,5 @@ class Endpoints(Backends):
         return self._columns
 
     def telling(self) -> Iterable[Endpoint]:
-        return [self._everyone[number] for number in sorted(self._board.tells.by(self._board.clock()))]
+        numbers = self._board.tells.by(self._board.clock())
+        return [self._everyone[number] for number in sorted(numbers)] if numbers else ()

@@ -91,6 +91,10 @@ class PythonLoop:
         """See ``EngineLoop``."""
         return np.array(self._gaps).reshape(-1, 4).T
 
+    def drop_rows(self) -> None:
+        """See ``EngineLoop``."""
+        del self._steps[:], self._gaps[:]
+
     def load(self, requests: Sequence[Request], outcomes: NDArray[np.int64]) -> None:
         """See ``EngineLoop``."""
         self._requests, self._outcomes = requests, outcomes

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections import Counter
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -14,14 +16,18 @@ from numpy.typing import NDArray
 
 from servecast.sim.engine.engine_loop import OUTCOMES
 from servecast.sim.engine.request import Requests, Stage
+from servecast.sim.fleet.autoscaler import AutoscalerSpec
 from servecast.sim.fleet.client import Client
 from servecast.sim.fleet.endpoint import Board, Endpoint, Endpoints
 from servecast.sim.fleet.flow import NOT_READY, Flow
 from servecast.sim.fleet.replica import Replica
+from servecast.sim.fleet.scaling import Scaling
 from servecast.sim.fleet.session_client import SessionClient
 from servecast.sim.fleet.spec import Life
+from servecast.sim.inputs.errors import InputError
 from servecast.sim.inputs.units import to_ps, to_seconds
-from servecast.sim.metrics.records import STATUSES, Run, requests_table, steps_table
+from servecast.sim.metrics.records import STATUSES, STEP_COLUMNS, Run, requests_table, steps_table
+from servecast.sim.routing.backends import Backend
 from servecast.sim.routing.options import RouterOptions
 from servecast.sim.routing.routers import Answered, Informed, Random, RoundRobin, Router
 from servecast.sim.traffic.sessions import SessionStream
@@ -29,13 +35,15 @@ from servecast.sim.traffic.sessions import SessionStream
 __all__ = ["NOT_READY", "Fleet"]
 _LOST = "in flight on a replica that failed"
 _NEVER = 1 << 62
+_MOST_REPLICAS = 10_000  # that an autoscaler may start
 Columns = dict[str, Any]
 
 
 class Fleet:
     """Replicas behind a router, and the clients that drive them.
 
-    Requests go their way in a `Flow`; SimPy has what happens now and then: stages, timers, the life of replicas.
+    Requests go their way in a `Flow`; SimPy has what happens now and then: stages, timers, the life of
+    replicas.
 
     Args:
         make_replica: called with (index, client) for each replica.
@@ -45,6 +53,7 @@ class Fleet:
         options: how late the router knows things. routing: for when it scrapes; without, rng.
         lives: of each replica; without, all are there all the time.
         detection_s: for so long the router still sends requests to a replica that has failed.
+        autoscaler: what lets replicas come and go; ``lives`` are then those of the first ones.
     """
 
     def __init__(
@@ -59,6 +68,7 @@ class Fleet:
         routing: np.random.Generator | None = None,
         lives: Sequence[Life] | None = None,
         detection_s: float = 0.0,
+        autoscaler: AutoscalerSpec | None = None,
     ) -> None:
         self._env = simpy.Environment()
         self._rng, self._client, self._router = rng, client, router
@@ -69,47 +79,105 @@ class Fleet:
         self._flow: Flow | None = None
         self._finished: list[simpy.Event] = []  # by stream
         self._stage_starts: list[float] = []
-        self._board = Board(count, lambda: self.now)
-        self.replicas = [make_replica(index, client) for index in range(count)]
-        self._longest = np.array([replica.config.max_model_len for replica in self.replicas])
-        options, lives = options or RouterOptions(), lives or [Life()] * count
-        self._endpoints = [
-            Endpoint(replica, life, options, routing or rng, self._board)
-            for replica, life in zip(self.replicas, lives, strict=True)
-        ]
+        self._autoscaler, self._make_replica = autoscaler, make_replica
+        self.scaling: Scaling | None = None
+        self._condensed_s: float | None = None
+        self._condensed: list[dict[str, float]] = []
+        self._options, self._routing = options or RouterOptions(), routing or rng
+        self._board = Board(count if autoscaler is None else _MOST_REPLICAS, lambda: self.now)
+        self.replicas: list[Replica] = []
+        self._endpoints: list[Endpoint] = []
+        for life in lives or [Life()] * count:
+            self._endpoint(life)
         ready = [endpoint for endpoint in self._endpoints if not endpoint.life.start_s]
         self._ready = Endpoints(self._endpoints, ready, self._board)
         if isinstance(router, Informed):
             router.connect(Endpoints(self._endpoints, self._endpoints, self._board))
+
+    def _endpoint(self, life: Life) -> Endpoint:
+        """Of one more replica."""
+        self.replicas.append(self._make_replica(len(self.replicas), self._client))
+        self._endpoints.append(Endpoint(self.replicas[-1], life, self._options, self._routing, self._board))
+        return self._endpoints[-1]
+
+    def _started(self) -> Endpoint:
+        """A replica starts while the others run."""
+        if len(self.replicas) == _MOST_REPLICAS:
+            raise InputError(
+                f"the autoscaler started {_MOST_REPLICAS:,} replicas",
+                where="fleet.autoscaler",
+                fix="Let it decide more slowly, or simulate a part of the day.",
+            )
+        endpoint = self._endpoint(Life(start_s=to_seconds(self.now)))
+        assert self._flow is not None
+        self._flow.add(endpoint.replica.server)
+        endpoint.replica.loop.stage = max(len(self._stage_starts) - 1, 0)
+        if isinstance(self._router, Informed):
+            self._router.connect(Endpoints(self._endpoints, [endpoint], self._board))
+        return endpoint
 
     @property
     def now(self) -> int:
         """Simulated time, picoseconds."""
         return 0 if self._flow is None else self._flow.now
 
-    def run(self, stages: list[Stage]) -> Run:
-        """Run all stages, one after the other, on the same servers."""
+    def run(self, stages: list[Stage], *, condensed_s: float | None = None) -> Run:
+        """Run all stages, one after the other, on the same servers.
+
+        Args:
+            condensed_s: keep one row of the step table for each replica and so many seconds, of sums, and of
+                means over time where they are gauges, and no times between tokens: those of a day do not fit in
+                memory.
+        """
+        self._condensed_s = condensed_s
         rows = [Requests.of(stream.requests) for stage in stages for stream in stage.streams]
         requests = Requests.joined(rows)
-        if self._apart(stages, requests):
-            columns = self._run_apart(requests)
-        else:
-            columns = self._run_together(stages, requests)
+        with _no_collections():
+            if condensed_s is None and self._apart(stages, requests):
+                columns = self._run_apart(requests)
+            else:
+                columns = self._run_together(stages, requests)
         loops = [replica.loop for replica in self.replicas]
+        if condensed_s is not None:
+            self._condense()
+            steps = pd.DataFrame(self._condensed, columns=list(STEP_COLUMNS)).astype({"replica": "int64"})
+        else:
+            steps = steps_table(_joined([loop.step_columns for loop in loops]))
         return Run(
             requests=requests_table(requests, columns),
-            steps=steps_table(_joined([loop.step_columns for loop in loops])),
+            steps=steps,
             itl=_pooled_gaps(_joined([loop.gap_columns for loop in loops]), self._rng),
             stages=[stage.name for stage in stages],
             meta={"stage_starts_s": self._stage_starts},
         )
 
+    def _condense(self) -> None:
+        """The step tables so far, as a row each."""
+        for replica in self.replicas:
+            steps = steps_table(replica.loop.step_columns.copy())
+            replica.loop.drop_rows()
+            if len(steps):
+                seconds = steps["duration"].to_numpy()
+                row = {name: float(steps[name].sum()) for name in STEP_COLUMNS}
+                row |= {name: float(steps[name].iloc[0]) for name in ("replica", "start")}
+                for name in ("running", "waiting", "kv_usage"):
+                    row[name] = float(steps[name].to_numpy() @ seconds) / max(float(seconds.sum()), 1e-12)
+                self._condensed.append(row)
+
+    def _condense_on(self, every: int) -> Generator[simpy.Event, None, None]:
+        while True:
+            yield self._env.timeout(every)
+            self._condense()
+
+    def _longest(self) -> NDArray[np.int64]:
+        return np.array([replica.config.max_model_len for replica in self.replicas])
+
     # ---- replicas that do not touch each other ----------------------------------------------------
 
     def _apart(self, stages: list[Stage], requests: Requests) -> bool:
         """Whether each replica can run by itself, and nobody waits for an end: one stream without a limit, a
-        router that does not look, replicas that are there all the time, and a client that costs nothing where there
-        are several."""
+        router that does not look, replicas that are there all the time, and a client that costs nothing where
+        there are several."""
         if len(stages) != 1 or len(stages[0].streams) != 1 or not len(requests):
             return False
         stream = stages[0].streams[0]
@@ -117,6 +185,7 @@ class Fleet:
             isinstance(self._router, RoundRobin | Random)
             and not (stream.background or stream.until_s or stream.max_concurrency)
             and not isinstance(stream, SessionStream)
+            and self._autoscaler is None
             and requests.abort_after_s is None
             and (self._client.is_free or len(self.replicas) == 1)
             and all(endpoint.life == Life() for endpoint in self._endpoints)
@@ -143,10 +212,10 @@ class Fleet:
         flow.open(0, len(requests), 0)
         flow.advance(_NEVER)
         flow.columns["status"][:] = STATUSES.index("finished")
-        return _columns(flow, [(0, 0)], self._longest)
+        return _columns(flow, [(0, 0)], self._longest())
 
     def _make_flow(
-        self, requests: Requests, ready: Sequence[Endpoint], *, quiet: bool, ordered: bool = False
+        self, requests: Requests, ready: Sequence[Backend], *, quiet: bool, ordered: bool = False
     ) -> Flow:
         router, send = self._router, None if self._client.is_free else self._client.send
         return Flow(
@@ -173,6 +242,10 @@ class Fleet:
         for endpoint in self._endpoints:
             if endpoint.life != Life():
                 env.process(self._live(flow, endpoint))
+        if self._autoscaler is not None:
+            self.scaling = Scaling(env, flow, self._autoscaler, self._started)
+        if self._condensed_s is not None:
+            env.process(self._condense_on(to_ps(self._condensed_s)))
         whole = env.process(self._stages(flow, stages))
         while not whole.processed:
             flow.advance(_NEVER if math.isinf(env.peek()) else int(env.peek()))
@@ -182,7 +255,7 @@ class Fleet:
             env.step()
         self.failures.update(flow.failures)
         self.unsent = sum(each.sessions.unsent for each in flow.senders if each.sessions is not None)
-        return _columns(flow, streams, self._longest)
+        return _columns(flow, streams, self._longest())
 
     def _succeed(self, event: simpy.Event, time: int) -> None:
         event._ok, event._value = True, None
@@ -274,9 +347,10 @@ def _columns(flow: Flow, streams: list[tuple[int, int]], longest: NDArray[np.int
     found |= {name: flow.columns[name] for name in ("arrival", "replica", "status")}
     found = {name: values[rows] for name, values in found.items()}
     requests = flow.requests
+    outputs, done = requests.output_tokens[rows], found["status"] == STATUSES.index("finished")
     fits = longest[found["replica"]] - requests.prompt_tokens[rows]
-    outputs = np.minimum(requests.output_tokens[rows], fits, out=fits)
-    outputs[found["status"] != STATUSES.index("finished")] = 0
+    if not (done.all() and (outputs <= fits).all()):
+        outputs = np.where(done, np.minimum(outputs, fits), 0)
     found["output_tokens"] = outputs
     if not isinstance(rows, slice) or rows.stop < len(requests):
         found["rows"] = rows
@@ -284,6 +358,18 @@ def _columns(flow: Flow, streams: list[tuple[int, int]], longest: NDArray[np.int
     for name, places in zip(("stage", "stream"), zip(*streams, strict=True), strict=True):
         found[name] = np.array(places, np.int64)[number] if any(places) else np.zeros(len(number), np.int64)
     return found
+
+
+@contextmanager
+def _no_collections() -> Iterator[None]:
+    """Without Python's search for cycles among objects, of which a run makes many and no cycles."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 _ORDERS = 4  # draws a row for the place of a stream in its batch

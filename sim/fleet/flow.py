@@ -1,10 +1,9 @@
-# cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
 """The way of requests through a fleet: clients, router, API servers and engines, in one heap of events.
 
-Compiled by Cython where there was a compiler, like the engine (``servecast.sim.engine``), and for its reason: all
-that happens to every request is here. Stages, timers, and the life of replicas are SimPy's (``fleet.py``), which
-hands over the time between two of its events. Times are picoseconds; events at one time come in the order in which
-they were put in, and an engine's steps after all others.
+Compiled by Cython where there was a compiler, like the engine (``servecast.sim.engine``), and for its reason:
+all that happens to every request is here. Stages, timers, and the life of replicas are SimPy's
+(``fleet.py``), which hands over the time between two of its events. Times are picoseconds; events at one time
+come in the order in which they were put in, and an engine's steps after all others.
 
 Client and API server are Python processes with one event loop each. Work in them is serial, first come, first
 served, with known times, so that it needs no events of its own: what arrives at t starts at max(t, end of the
@@ -19,11 +18,13 @@ from typing import Any
 import cython
 import numpy as np
 
-from servecast.sim.engine.engine_loop import ABORTS, BUSY, ENDED, OUTCOMES
+from servecast.sim.engine.engine_loop import OUTCOMES, EngineLoop
 
 if cython.compiled:
     from cython.cimports.libc.math import rint
 else:
+    from servecast.sim.engine.engine_loop import ABORTS, BUSY, ENDED
+
     rint = round
 
 PICOSECONDS = cython.declare(cython.double, 1e12)
@@ -46,30 +47,18 @@ ENCODED = cython.declare(cython.int, 4)
 DONE = cython.declare(cython.int, 5)
 GIVE_UP = cython.declare(cython.int, 6)
 ANSWERED = cython.declare(cython.int, 7)
-ENGINE = cython.declare(cython.int, 8)
+CLOSED = cython.declare(cython.int, 8)
 DUE = cython.declare(cython.int, 9)
+ENGINE = cython.declare(cython.int, 10)
 
 NOT_READY = "no replica was ready (503)"
 UNPICKED = "the router let no replica pass (503)"
 REFUSED = "sent to a replica that had failed before the router knew"
 
 
-@cython.final
-@cython.cclass
 class Sender:
     """The client of one stream: it sends rows [first, end) of the table, each not before its arrival, at most
     ``limit`` at a time (0: any number). With ``sessions`` (a ``SessionClient``) that one says when."""
-
-    started = cython.declare(cython.Py_ssize_t, visibility="readonly")  # sent, all before it
-    ready = cython.declare(cython.Py_ssize_t, visibility="readonly")  # arrived, all before it
-    first = cython.declare(cython.Py_ssize_t, visibility="readonly")
-    open = cython.declare(cython.Py_ssize_t, visibility="readonly")  # not done
-    stopped = cython.declare(cython.bint, visibility="readonly")
-    sessions = cython.declare(object, visibility="readonly")
-    told: cython.bint
-    end: cython.Py_ssize_t
-    limit: cython.Py_ssize_t
-    in_flight: cython.Py_ssize_t
 
     def __init__(
         self, first: cython.Py_ssize_t, end: cython.Py_ssize_t, limit: cython.Py_ssize_t, sessions: Any
@@ -77,33 +66,17 @@ class Sender:
         self.sessions = sessions
         self.first = self.started = self.ready = first
         self.end, self.limit, self.open = end, limit, end - first
-        self.in_flight = 0
+        self.in_flight = self.last = 0
         self.stopped = self.told = False
 
 
-@cython.final
-@cython.cclass
 class Server:
     """A replica: its API server, and its engine's loop.
 
     Args:
-        costs_s: latency, preparation and, for a prompt token, encoding. variation: factors of the first two, in the
-            order of need. most: requests of a round of preparation.
+        costs_s: latency, preparation and, for a prompt token, encoding. variation: factors of the first two,
+            in the order of need. most: requests of a round of preparation.
     """
-
-    loop: Any
-    latency_s: cython.double
-    request_s: cython.double
-    prompt_token_s: cython.double
-    variation: Any
-    most: cython.Py_ssize_t
-    tokenizer_free: cython.longlong
-    busy_until: cython.longlong
-    rounds: list  # ends of rounds of preparation, and who is in each
-    inside: dict  # rows that were sent to it and have not ended, in order
-    idle: cython.bint
-    failed: cython.bint
-    varies: cython.bint
 
     def __init__(self, loop: Any, costs_s: tuple[float, float, float], variation: Any, most: int) -> None:
         self.loop, self.variation, self.most = loop, variation, most
@@ -111,18 +84,19 @@ class Server:
         self.tokenizer_free = self.busy_until = 0
         self.rounds, self.inside = [], {}
         self.idle, self.failed = True, False
-        self.varies = variation is not None
+        self.inbox, self.compiled = loop.inbox, loop if isinstance(loop, EngineLoop) else None
 
-    @cython.cfunc
     def varied(self, seconds: cython.double) -> cython.longlong:
-        factor: cython.double = 1.0
-        if self.varies:
-            factor = next(self.variation)
+        factor: cython.double = 1.0 if self.variation is None else next(self.variation)
         return cython.cast(cython.longlong, rint(seconds * factor * PICOSECONDS))
 
+    def advance(self, until: cython.longlong) -> cython.int:
+        return self.loop.advance(until) if self.compiled is None else self.compiled.advance(until)
 
-@cython.final
-@cython.cclass
+    def wake(self) -> cython.longlong:
+        return self.loop.wake if self.compiled is None else self.compiled.wake
+
+
 class Flow:
     """Requests on their way.
 
@@ -137,39 +111,9 @@ class Flow:
         now: picoseconds. ready: what the router picks among, each with its ``index``.
         outcomes: (fields, n) ``OUTCOMES``. arrival, replica, status: (n,), -1 where it did not happen.
         outstanding: (replicas,) requests sent to each and not ended.
-        finished: streams that are done, for the host to take. failures: why requests failed, how many.
+        sent: requests, so far. finished: streams that are done, for the host to take. failures: why requests
+            failed, how many.
     """
-
-    now = cython.declare(cython.longlong, visibility="public")
-    requests = cython.declare(object, visibility="readonly")
-    ready = cython.declare(object, visibility="readonly")
-    finished = cython.declare(list, visibility="public")
-    failures = cython.declare(dict, visibility="readonly")
-    servers = cython.declare(list, visibility="readonly")
-    senders = cython.declare(list, visibility="readonly")
-    columns = cython.declare(dict, visibility="readonly")
-    order = cython.declare(
-        list, visibility="readonly"
-    )  # rows as they arrived, where there are several streams
-    send: Any
-    router: Any
-    ended: Any
-    answered: Any
-    quiet: cython.bint
-    ordered: cython.bint
-    objects: dict  # rows that the router knows, as requests
-    heap: list  # (time, order, what, number)
-    count: cython.longlong
-    until: cython.longlong
-    prompt: cython.longlong[::1]
-    abort_s: cython.double[::1]
-    gives_up: cython.bint
-    outcomes: cython.longlong[:, ::1]
-    arrival: cython.longlong[::1]
-    replica: cython.int[::1]
-    status: cython.char[::1]
-    stream: cython.int[::1]
-    outstanding: cython.longlong[::1]
 
     def __init__(
         self,
@@ -192,7 +136,7 @@ class Flow:
         self.quiet, self.ordered = quiet, ordered
         self.heap, self.senders, self.finished, self.order = [], [], [], []
         self.objects, self.failures = {}, {}
-        self.now = self.count = self.until = 0
+        self.now = self.count = self.until = self.sent = 0
         self.prompt = np.require(requests.prompt_tokens, None, "W")  # a table's columns may be read-only
         self.gives_up = requests.abort_after_s is not None
         if self.gives_up:
@@ -212,12 +156,21 @@ class Flow:
         self.stream = columns["stream"]
         self.outstanding = outstanding
         for server in servers:
-            server.loop.load(requests, outcomes)
-            server.loop.tell_ends = not quiet
-            if answered is not None:
-                server.loop.on_first = self.tell_answered
+            self.connect(server)
 
     # ---- what the host does -----------------------------------------------------------------------
+
+    def connect(self, server: Server) -> None:
+        """Requests may be sent to it."""
+        server.loop.load(self.requests, self.columns["outcomes"])
+        server.loop.tell_ends = not self.quiet
+        if self.answered is not None:
+            server.loop.on_first = self.tell_answered
+
+    def add(self, server: Server) -> None:
+        """One more replica."""
+        self.servers.append(server)
+        self.connect(server)
 
     def open(self, first: int, end: int, limit: int, sessions: Any = None) -> Sender:
         """A stream begins now, whose requests are rows [first, end)."""
@@ -274,7 +227,6 @@ class Flow:
             self.end(server, index, row, _FAILED)
         return len(lost)
 
-    @cython.ccall
     def advance(self, until: cython.longlong) -> cython.bint:
         """Run what happens before ``until``.
 
@@ -321,6 +273,8 @@ class Flow:
                 self.give_up(number)
             elif what == DUE:
                 self.senders[self.stream[number]].sessions.due(number)
+            elif what == CLOSED:
+                self.tell_finished(self.senders[number], number)
             else:
                 self.answered(self.objects[number], self.replica[number])
         if self.finished:
@@ -329,7 +283,6 @@ class Flow:
             self.now = until
         return False
 
-    @cython.cfunc
     def push(
         self, time: cython.longlong, rank: cython.longlong, what: cython.int, number: cython.Py_ssize_t
     ) -> cython.int:
@@ -339,7 +292,6 @@ class Flow:
 
     # ---- the clients ------------------------------------------------------------------------------
 
-    @cython.cfunc
     def arrive(self, number: cython.Py_ssize_t) -> cython.int:
         """All that a client means to send by now, and when the next one comes."""
         sender: Sender = self.senders[number]
@@ -356,7 +308,6 @@ class Flow:
             self.tell_finished(sender, number)
         return 0
 
-    @cython.cfunc
     def send_ready(self, sender: Sender) -> cython.int:
         """Send what may be sent."""
         while sender.started < sender.ready and (not sender.limit or sender.in_flight < sender.limit):
@@ -364,12 +315,12 @@ class Flow:
             self.start(sender, sender.started - 1)
         return 0
 
-    @cython.cfunc
     def start(self, sender: Sender, row: cython.Py_ssize_t) -> cython.int:
         """Send a request: its clocks run from here."""
         on_wire: cython.longlong
         after: cython.longlong
         sender.in_flight += 1
+        self.sent += 1
         self.outcomes[0, row] = on_wire = self.now
         if self.gives_up and self.abort_s[row] == self.abort_s[row]:
             after = cython.cast(cython.longlong, rint(self.abort_s[row] * PICOSECONDS))
@@ -382,7 +333,6 @@ class Flow:
             self.route(row)
         return 0
 
-    @cython.cfunc
     def give_up(self, row: cython.Py_ssize_t) -> cython.int:
         """The client goes away."""
         server: Server
@@ -395,11 +345,10 @@ class Flow:
         server = self.servers[self.replica[row]]
         if row in server.inside and not server.failed:
             server.loop.aborts += 1
-            server.loop.inbox.append((self.now, ~row))
+            server.inbox.append((self.now, ~row))
             self.wake(server, self.replica[row])
         return 0
 
-    @cython.cfunc
     def done(self, row: cython.Py_ssize_t) -> cython.int:
         """It has its answer, or none will come: the router hears of it, and the client may send the next."""
         number: cython.Py_ssize_t = self.stream[row]
@@ -414,16 +363,18 @@ class Flow:
         self.send_ready(sender)
         return 0
 
-    @cython.cfunc
     def tell_finished(self, sender: Sender, number: cython.Py_ssize_t) -> cython.int:
-        if not sender.open and not sender.told:
-            sender.told = True
-            self.finished.append(number)
+        """The host hears of a stream when its client has its last answer."""
+        if sender.open or sender.told:
+            return 0
+        if sender.last > self.now:
+            return self.push(sender.last, 0, CLOSED, number)
+        sender.told = True
+        self.finished.append(number)
         return 0
 
     # ---- the router -------------------------------------------------------------------------------
 
-    @cython.cfunc
     def route(self, row: cython.Py_ssize_t) -> cython.int:
         """The request reaches the router."""
         position: Any
@@ -450,7 +401,6 @@ class Flow:
             server.inside[row] = None
         return self.accept(server, row)
 
-    @cython.cfunc
     def refuse(self, row: cython.Py_ssize_t, why: Any) -> cython.int:
         self.failures[why] = self.failures.get(why, 0) + 1
         self.status[row] = _FAILED
@@ -463,11 +413,9 @@ class Flow:
 
     # ---- the API servers --------------------------------------------------------------------------
 
-    @cython.cfunc
     def server_of(self, row: cython.Py_ssize_t) -> Server:
         return self.servers[self.replica[row]]
 
-    @cython.cfunc
     def accept(self, server: Server, row: cython.Py_ssize_t) -> cython.int:
         """A request is on its way to a server."""
         latency: cython.longlong = server.varied(server.latency_s)
@@ -476,7 +424,6 @@ class Flow:
             return 0
         return self.prepare(row)
 
-    @cython.cfunc
     def prepare(self, row: cython.Py_ssize_t) -> cython.int:
         """Requests in preparation take turns of one event loop, in rounds that are ready as a whole.
 
@@ -501,7 +448,6 @@ class Flow:
         newest[0] = server.busy_until
         return 0
 
-    @cython.cfunc
     def end_round(self, index: cython.Py_ssize_t) -> cython.int:
         """A round is ready, or others have joined it."""
         server: Server = self.servers[index]
@@ -516,7 +462,6 @@ class Flow:
             self.push(oldest[0], 0, PREPARED, index)
         return 0
 
-    @cython.cfunc
     def encode(self, server: Server, row: cython.Py_ssize_t) -> cython.int:
         """The tokenizer's thread takes one prompt after the other."""
         cost: cython.longlong = cython.cast(
@@ -530,16 +475,14 @@ class Flow:
 
     # ---- the engines ------------------------------------------------------------------------------
 
-    @cython.cfunc
     def put(self, row: cython.Py_ssize_t) -> cython.int:
         """It reaches the engine's input queue, unless it was given up while it was prepared."""
         server: Server = self.server_of(row)
         if server.failed or self.status[row] == _ABORTED:
             return 0
-        server.loop.inbox.append((self.now, row))
+        server.inbox.append((self.now, row))
         return self.wake(server, self.replica[row])
 
-    @cython.cfunc
     def wake(self, server: Server, index: cython.Py_ssize_t) -> cython.int:
         if server.idle:
             server.idle = False
@@ -547,7 +490,6 @@ class Flow:
             self.push(self.now, LAST, ENGINE, index)
         return 0
 
-    @cython.cfunc
     def run_engine(self, index: cython.Py_ssize_t) -> cython.int:
         """An engine goes on, up to the next event of anybody."""
         server: Server = self.servers[index]
@@ -563,19 +505,18 @@ class Flow:
                 until = min(until, cython.cast(cython.longlong, event[0]))
             if self.finished or until <= self.now:
                 until = self.now + 1
-            state = server.loop.advance(until)
+            state = server.advance(until)
             if state == ENDED:
                 self.take_ended(server, index)
             elif state == ABORTS:
                 self.drain(server, index)
             elif state == BUSY:
-                self.push(server.loop.wake, LAST, ENGINE, index)
+                self.push(server.wake(), LAST, ENGINE, index)
                 return 0
             else:
                 server.idle = True
                 return 0
 
-    @cython.cfunc
     def drain(self, server: Server, index: cython.Py_ssize_t) -> cython.int:
         """All that is in the engine's input queue by now, where clients have gone."""
         item: tuple
@@ -592,25 +533,32 @@ class Flow:
         loop.aborts = 0
         return 0
 
-    @cython.cfunc
     def take_ended(self, server: Server, index: cython.Py_ssize_t) -> cython.int:
         """Requests whose last token is on its way."""
         ended: list = server.loop.ended
         row: cython.Py_ssize_t
         finish: cython.longlong
+        number: cython.Py_ssize_t
+        sender: Sender
         server.loop.ended = []
         for row in ended:
             del server.inside[row]
             self.status[row] = _FINISHED
             self.outstanding[index] -= 1
             finish = self.outcomes[5, row]
-            if finish > self.now:
+            number = self.stream[row]
+            sender = self.senders[number]
+            if self.ended is None and not sender.limit and sender.sessions is None:  # nobody waits for one
+                sender.last = max(sender.last, finish)
+                sender.in_flight -= 1
+                sender.open -= 1
+                self.tell_finished(sender, number)
+            elif finish > self.now:
                 self.push(finish, 0, DONE, row)
             else:
                 self.done(row)
         return 0
 
-    @cython.cfunc
     def end(
         self, server: Server, index: cython.Py_ssize_t, row: cython.Py_ssize_t, status: cython.int
     ) -> cython.int:

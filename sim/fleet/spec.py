@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import AfterValidator, Discriminator, Field, Tag, ValidationInfo, model_validator
 
+from servecast.sim.fleet.autoscaler import AutoscalerSpec
 from servecast.sim.inputs.schema import Count, InputFile, Model, NonNegative, Positive, did_you_mean, invalid
 from servecast.sim.routing.llmd.config import read_document, read_epp
 from servecast.sim.routing.llmd.endpoint_picker import EndpointPicker
@@ -136,6 +137,8 @@ class Fleet(Model):
     """How the next replica is picked; a policy's name, or the file of llm-d's EndpointPickerConfig."""
     router_options: RouterOptions = RouterOptions()
     """What the router knows when, and how it is set."""
+    autoscaler: AutoscalerSpec | None = None
+    """What lets replicas come and go; ``replicas`` is then how many there are at the start."""
     failure_detection_s: NonNegative = 1.0
     """For so long after a replica has failed the router still sends requests to it."""
     cold_start_s: NonNegative = 0.0
@@ -146,6 +149,8 @@ class Fleet(Model):
     def _some(self) -> Fleet:
         if self.size == 0:
             raise invalid("the fleet has no replicas", "List at least one.", at="replicas")
+        if self.autoscaler is not None and not isinstance(self.replicas, int):
+            raise invalid("an autoscaler of replicas that differ", "Give their number.", at="replicas")
         return self
 
     @property
@@ -174,7 +179,7 @@ class Fleet(Model):
     def asks_sessions(self) -> bool:
         """Whether the router looks at a request's session. Raises InputError if it does not load."""
         if self.epp is None:
-            return self.router == "session_affinity"
+            return self.router in ("session_affinity", "session_hashing")
         config = read_epp(self.epp, self.router_options.epp_release)
         plugins = (*config.filters, *(scorer for scorer, _weight in config.scorers))
         return any(plugin.type.startswith("session-affinity") for plugin in plugins)

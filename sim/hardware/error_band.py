@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 from servecast.sim.hardware.gpu import GPU, find_gpu
 from servecast.sim.hardware.profile import Profile
@@ -79,13 +80,14 @@ class Bands:
 _ALL = ("tpot", "ttft", "throughput")
 FITTED_TTFT = 0.55  # of a basis that was fitted end to end
 FITTED_THROUGHPUT = 0.08
-KERNELS = Bands(tpot=0.2, ttft=0.5, throughput=0.2)  # kernel timings, dense models of JUDGED GPUs and weights
+KERNELS = Bands(tpot=0.18, ttft=0.5, throughput=0.2)  # kernel timings, dense, JUDGED GPUs and weights
 JUDGED_GPUS, JUDGED_WEIGHTS = (
     ("H100", "H200"),
     ("bf16", "fp8", "fp8_block"),
 )  # those that real runs tell the band of
-KERNELS_MOE = Bands(tpot=0.3, ttft=0.7, throughput=0.35)  # mixtures of experts
+KERNELS_MOE = Bands(tpot=0.3, ttft=0.4, throughput=0.4)  # the same of mixtures of experts
 KERNELS_ELSEWHERE = Bands(tpot=0.3, ttft=0.6, throughput=0.35)  # other GPUs, and timings of the nearest one
+MOE_ELSEWHERE = Bands(tpot=0.35, ttft=0.7, throughput=0.45)  # of mixtures of experts there
 TYPICAL = Bands(tpot=TYPICAL_BAND, ttft=0.6, throughput=0.45)
 
 
@@ -156,7 +158,9 @@ def transfer(profile: Profile, shard: Shard) -> Transfer:
         return Transfer("physics only", models, ranks, gpus, _with_rate(bands))
     if models == 0 and ranks == 0 and gpus is None:
         basis = "fitted to a report" if profile.fitted_rows else "measured here"
-        return Transfer(basis, models, ranks, gpus, _with_rate(_fitted(profile.error_band, FITTED_TTFT)))
+        told: dict[str, Any] = dict(profile.error_bands)
+        bands = replace(_fitted(profile.error_band, FITTED_TTFT), **told)
+        return Transfer(basis, models, ranks, gpus, _with_rate(bands))
     band = 1.5 * (profile.error_band or 0.0)
     if models != 0:
         band = max(band, _left_out(profile)) + PER_DOUBLING * _size(models)
@@ -171,9 +175,10 @@ def transfer(profile: Profile, shard: Shard) -> Transfer:
 
 def _of_kernels(shard: Shard) -> Bands:
     """From timings of this GPU's kernels."""
-    model = shard.model
-    if model.moe_layers:
-        return _with_rate(replace(KERNELS_MOE, guessed=_ALL))
+    if shard.model.moe_layers:
+        return _with_rate(
+            KERNELS_MOE if shard.gpu.name in JUDGED_GPUS else replace(MOE_ELSEWHERE, guessed=_ALL)
+        )
     if shard.gpu.name in JUDGED_GPUS and shard.linear_kernel in JUDGED_WEIGHTS:
         return _with_rate(KERNELS)
     return _with_rate(replace(KERNELS_ELSEWHERE, guessed=_ALL))
@@ -181,7 +186,7 @@ def _of_kernels(shard: Shard) -> Bands:
 
 def _of_family(shard: Shard, gpu_doublings: float) -> Bands:
     """From timings of another GPU's kernels: a guess, wider by how much the bandwidths differ."""
-    bands = KERNELS_MOE if shard.model.moe_layers else KERNELS_ELSEWHERE
+    bands = MOE_ELSEWHERE if shard.model.moe_layers else KERNELS_ELSEWHERE
     return _with_rate(replace(bands, guessed=_ALL).wider(PER_DOUBLING * _size(gpu_doublings)))
 
 

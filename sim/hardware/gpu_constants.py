@@ -17,7 +17,9 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from servecast.sim.hardware.gpu import GPU, find_gpu
+from servecast.sim.hardware.layer_kinds import STATES
 from servecast.sim.hardware.shard import Shard
+from servecast.sim.hardware.step_time.mixers import MixerCosts
 from servecast.sim.hardware.step_time.physical import Efficiencies, KernelCosts
 from servecast.sim.inputs.errors import InputError
 
@@ -27,6 +29,7 @@ Passes = Annotated[float, Field(ge=0, lt=100)]
 
 WeightDtype = Literal["bf16", "fp8", "fp8_block", "int8", "int4", "nvfp4", "mxfp4", "mxfp4_mxfp8"]
 KvDtype = Literal["bf16", "fp8"]
+StateKind = Literal["gdn", "kda"]
 
 
 class _Strict(BaseModel):
@@ -76,11 +79,33 @@ class PromptAttention(_Strict):
 
 class DecodeAttention(_Strict):
     """Attention of one token a request in one layer: floor + KV bytes over the bandwidth times ``bandwidth``
-    + ``sequence_s`` a request. With the KV write."""
+    + ``sequence_s`` a request. With the KV write. Where latents are read, their FLOPs over the peak times
+    ``compute`` instead, if that is longer. Of a recurrent state the bytes are read and written."""
 
+    compute: Share = 1.0
     bandwidth: Share
     sequence_s: Seconds
     floor_s: Seconds
+    residuals: Residuals | None = None
+
+
+class Indexer(_Strict):
+    """What chooses the tokens of sparse attention in one layer: FLOPs over the fp8 peak times ``compute`` in
+    prompts, bytes of keys and scores over the bandwidth times ``bandwidth`` in decodes."""
+
+    compute: Share
+    bandwidth: Share
+
+
+class StatePrompts(_Strict):
+    """A layer with a recurrent state, over prompts: floor + bytes of q, k, v and o over the bandwidth, times
+    ``activation_passes`` + ``serial_s`` for each token of the longest prompt, whose blocks wait for each
+    other + ``sequence_s`` a prompt."""
+
+    floor_s: Seconds
+    activation_passes: Passes
+    serial_s: Seconds
+    sequence_s: Seconds
     residuals: Residuals | None = None
 
 
@@ -144,8 +169,27 @@ NO_PEERS, NO_PEERS_S = 16e9, 20e-6
 MOST_OF_PCIE = 0.6  # two L40S and two RTX PRO 6000, peer to peer
 
 
+# weights that were not timed -> those that are multiplied alike: Marlin's, of four and of eight bits, in 16
+STAND_INS: Mapping[str, tuple[WeightDtype, ...]] = {
+    "fp8": ("fp8_block",),
+    "fp8_block": ("fp8",),
+    "int4": ("mxfp4", "bf16"),
+    "mxfp4": ("int4", "bf16"),
+    "mxfp4_mxfp8": ("mxfp4", "int4"),
+    "int8": ("bf16",),
+}
+_STATES: Mapping[str, StateKind] = {"gdn": "gdn", "kda": "kda", "mamba2": "gdn"}  # whose timings stand for it
+# latent attention where it was not timed: kernels in the place of one, as the floors on Hopper compare; an
+# indexer and a state as the H200's
+UNTIMED_LATENT_FLOORS, UNTIMED_SPARSE_FLOORS = 5.0, 10.0
+UNTIMED_INDEXER = Indexer(compute=0.40, bandwidth=0.75)
+UNTIMED_STATE = MixerCosts(
+    prompt_compute=1.0, bandwidth=1.0, passes=4.5, floor_s=5.5e-6, serial_s=4e-8, prompt_s=4e-7
+)
+
+
 _Computing = TypeVar("_Computing", Product, PromptAttention, Experts)
-Fitted = Product | PromptAttention | DecodeAttention | Experts | AllReduce
+Fitted = Product | PromptAttention | DecodeAttention | Experts | StatePrompts | AllReduce
 
 
 class GpuConstants(_Strict):
@@ -154,7 +198,8 @@ class GpuConstants(_Strict):
     Attributes:
         gpu: its name in the catalogue. source: of the timings. release: the vLLM whose kernels they time.
         small_kernel_s: one of the small kernels of a layer (norm, rotary, activation).
-        products, experts: by the weights' dtype. prompts, decodes: by the KV cache's. all_reduce: by ranks.
+        products, experts: by the weights' dtype. prompts, decodes: by the KV cache's, as latent and sparse
+            attention and the indexer of the latter. states: by kind. all_reduce: by ranks.
         compute_factor: by which shares of the peak FLOP/s were scaled for another GPU; not in files.
     """
 
@@ -167,6 +212,13 @@ class GpuConstants(_Strict):
     prompts: dict[KvDtype, PromptAttention]
     decodes: dict[KvDtype, DecodeAttention]
     experts: dict[WeightDtype, Experts] = {}
+    latent_prompts: dict[KvDtype, PromptAttention] = {}
+    latent_decodes: dict[KvDtype, DecodeAttention] = {}
+    sparse_prompts: dict[KvDtype, PromptAttention] = {}
+    sparse_decodes: dict[KvDtype, DecodeAttention] = {}
+    indexers: dict[KvDtype, Indexer] = {}
+    state_prompts: dict[StateKind, StatePrompts] = {}
+    state_decodes: dict[StateKind, DecodeAttention] = {}
     all_reduce: dict[int, AllReduce] = {}
     compute_factor: float = Field(default=1.0, exclude=True)
 
@@ -209,6 +261,12 @@ class GpuConstants(_Strict):
             ("prompts", self.prompts),
             ("decodes", self.decodes),
             ("experts", self.experts),
+            ("latent prompts", self.latent_prompts),
+            ("latent decodes", self.latent_decodes),
+            ("sparse prompts", self.sparse_prompts),
+            ("sparse decodes", self.sparse_decodes),
+            ("state prompts", self.state_prompts),
+            ("state decodes", self.state_decodes),
             ("all-reduce", self.all_reduce),
         )
 
@@ -223,7 +281,8 @@ class GpuConstants(_Strict):
                 for key, each in known.items()
             }
 
-        kinds = {"products": of(self.products), "prompts": of(self.prompts), "experts": of(self.experts)}
+        names = ("products", "prompts", "experts", "latent_prompts", "sparse_prompts")
+        kinds = {name: of(getattr(self, name)) for name in names}
         return self.model_copy(update=kinds | {"compute_factor": factor})
 
     def efficiencies(self, shard: Shard) -> Efficiencies:
@@ -232,20 +291,23 @@ class GpuConstants(_Strict):
         Raises:
             InputError: there are no timings of its weights.
         """
-        in_eight = shard.linear_kernel in ("fp8", "fp8_block")
-        weights: WeightDtype = "fp8" if in_eight else "bf16"  # without fp8 units they multiply in 16 bits
         eight_bits = shard.kv_dtype_bytes == 1 and "fp8" in self.decodes  # read as 16 where it was not timed
         kv: KvDtype = "fp8" if eight_bits else "bf16"
-        product = _of(self.products, weights, self.gpu, "weights")
+        product = _of(self.products, shard.linear_kernel, self.gpu, "weights")
         prompts, decodes = self.prompts[kv], self.decodes[kv]
+        link, _ = self._all_reduce(shard)
         costs = KernelCosts(
             product_s=product.floor_s,
             product_passes=product.activation_passes,
             attention_s=decodes.floor_s,
             attention_passes=prompts.activation_passes,
+            all_reduce=self._by_size(link, shard.gpu),
+            mixers={
+                each.kind: self._mixer(each.kind, kv) for each in shard.model.layer_kinds if not each.attends
+            },
         )
         if shard.model.moe_layers:
-            routed = _of(self.experts, weights, self.gpu, "experts")
+            routed = _of(self.experts, shard.expert_kernel, self.gpu, "experts")
             costs = replace(
                 costs,
                 expert_compute=routed.compute,
@@ -253,8 +315,6 @@ class GpuConstants(_Strict):
                 expert_s=routed.floor_s,
                 expert_passes=routed.activation_passes,
             )
-        link, _ = self._all_reduce(shard)
-        costs = replace(costs, all_reduce=self._by_size(link, shard.gpu))
         return Efficiencies(
             compute=product.compute,
             bandwidth=product.bandwidth,
@@ -267,6 +327,71 @@ class GpuConstants(_Strict):
             allreduce_s=link.latency_s,
             by_kernel=costs,
         )
+
+    def _mixer(self, kind: str, kv: KvDtype) -> MixerCosts:
+        """What layers that mix tokens otherwise than by grouped queries cost; see ``stand_ins``."""
+        if kind in STATES:
+            state = _STATES[kind]
+            if state not in self.state_decodes:
+                return replace(UNTIMED_STATE, bandwidth=self.decodes["bf16"].bandwidth)
+            prompts, decodes = self.state_prompts[state], self.state_decodes[state]
+            return MixerCosts(
+                prompt_compute=1.0,
+                bandwidth=decodes.bandwidth,
+                passes=prompts.activation_passes,
+                sequence_s=decodes.sequence_s,
+                floor_s=decodes.floor_s,
+                serial_s=prompts.serial_s,
+                prompt_s=prompts.sequence_s,
+            )
+        sparse = kind == "sparse_mla"
+        read = self.sparse_decodes if sparse else self.latent_decodes
+        written = self.sparse_prompts if sparse else self.latent_prompts
+        indexer = self.indexers.get(kv, UNTIMED_INDEXER)
+        index = {"index_compute": indexer.compute, "index_bandwidth": indexer.bandwidth} if sparse else {}
+        if kv not in read:
+            own = self.decodes["bf16"]
+            return MixerCosts(
+                prompt_compute=self.prompts["bf16"].compute,
+                compute=self.prompts["bf16"].compute,
+                bandwidth=own.bandwidth,
+                passes=self.prompts["bf16"].activation_passes,
+                sequence_s=own.sequence_s,
+                floor_s=own.floor_s * (UNTIMED_SPARSE_FLOORS if sparse else UNTIMED_LATENT_FLOORS),
+                **index,
+            )
+        return MixerCosts(
+            prompt_compute=written[kv].compute,
+            compute=read[kv].compute,
+            bandwidth=read[kv].bandwidth,
+            passes=written[kv].activation_passes,
+            sequence_s=read[kv].sequence_s,
+            floor_s=read[kv].floor_s,
+            **index,
+        )
+
+    def stand_ins(self, shard: Shard) -> list[str]:
+        """What was not timed of a model's kernels, and what stands for it."""
+        found = []
+        kinds: list[tuple[str, Mapping[WeightDtype, Any], str]]
+        kinds = [(shard.linear_kernel, self.products, "products")]
+        if shard.model.moe_layers:
+            kinds.append((shard.expert_kernel, self.experts, "experts"))
+        for dtype, known, what in kinds:
+            if dtype not in known and (other := _stand_in(known, dtype)):
+                found.append(f"{what} of {dtype} as those of {other}")
+        for mixer in shard.model.layer_kinds:
+            if mixer.kind in STATES:
+                state = _STATES[mixer.kind]
+                if state not in self.state_decodes:
+                    found.append(f"{mixer.kind} layers by their bytes, with the H200's launches")
+                elif state != mixer.kind:
+                    found.append(f"{mixer.kind} layers as {state}")
+            elif not mixer.attends and not (
+                self.sparse_decodes if mixer.kind == "sparse_mla" else self.latent_decodes
+            ):
+                found.append(f"{mixer.kind} layers by grouped-query attention's kernels")
+        return found
 
     def _by_size(self, link: AllReduce, gpu: GPU) -> tuple[tuple[int, float], ...]:
         """An all-reduce as timed; over another GPU's link, what is more than its latency in proportion."""
@@ -332,11 +457,16 @@ def _family(gpu: GPU) -> Family:
 _T = TypeVar("_T")
 
 
-def _of(known: Mapping[WeightDtype, _T], dtype: WeightDtype, gpu: str, what: str) -> _T:
-    """The constants of a dtype; those of fp8 by blocks stand for fp8 where only they were fitted."""
-    found = known.get(dtype) or (known.get("fp8_block") if dtype == "fp8" else None)
+def _stand_in(known: Mapping[WeightDtype, Any], dtype: str) -> WeightDtype | None:
+    """The dtype that was timed and is nearest to another: itself, or as ``STAND_INS`` says."""
+    return next((each for each in (dtype, *STAND_INS.get(dtype, ())) if each in known), None)  # type: ignore
+
+
+def _of(known: Mapping[WeightDtype, _T], dtype: str, gpu: str, what: str) -> _T:
+    """The constants of a dtype, or of the one that stands for it."""
+    found = _stand_in(known, dtype)
     if found is not None:
-        return found
+        return known[found]
     raise InputError(
         f"there are no timings of {dtype} {what} on a {gpu}",
         where="profile",

@@ -157,22 +157,16 @@ class Mixer:
                 ),
             )
         if self.kind in ("mla", "sparse_mla"):
-            latent = CacheLayer(
-                kind=self.kind, count=self.count, head_size=self.kv_rank + self.rope_dim, value_size=0
-            )
-            if not self.index_heads:
-                return (latent,)
-            # of a token, an indexer keeps a byte for each number of its key, and a scale of four
-            return latent, CacheLayer(
-                kind="indexer", count=self.count, head_size=self.index_dim + 4, value_size=0, fixed_bytes=1
-            )
+            latent = CacheLayer(kind=self.kind, count=self.count, head_size=self.kv_rank + self.rope_dim)
+            index = CacheLayer(kind="indexer", count=self.count, head_size=self.index_dim)
+            return (latent, index) if self.index_heads else (latent,)
         return (
             CacheLayer(
-                kind=self.kind,  # type: ignore[arg-type]
+                kind=self.kind,  # type: ignore[arg-type]  # what is left are these three
                 count=self.count,
                 kv_heads=self.kv_heads,
                 head_size=self.head_dim,
-                value_size=self.value_dim,
+                value_size=None if self.value_dim == self.head_dim else self.value_dim,
                 window=self.window,
             ),
         )

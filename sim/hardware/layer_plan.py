@@ -71,7 +71,7 @@ def layer_names(file: ConfigFile, family: Family, layers: int) -> list[str]:
     if isinstance(linear, dict):  # Kimi: layers counted from 1
         full = linear.get("full_attn_layers") or []
         return ["full_attention" if at + 1 in full else "linear_attention" for at in range(layers)]
-    if family.linear:
+    if family.linear == "gdn":
         every = file.count("full_attention_interval", default=4)
         return ["full_attention" if (at + 1) % every == 0 else "linear_attention" for at in range(layers)]
     window = (

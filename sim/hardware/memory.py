@@ -16,6 +16,7 @@ from typing import Any, Literal, NoReturn
 from servecast.sim.engine.config import EngineConfig
 from servecast.sim.engine.kv_groups import (
     CacheOptions,
+    CacheSpec,
     KVGroup,
     block_bytes,
     blocks_per_sequence,
@@ -86,6 +87,11 @@ class KVMemory:
         return int((self.num_gpu_blocks - 1) * self.tokens_per_block)
 
     @property
+    def kv_groups(self) -> tuple[CacheSpec, ...]:
+        """What each group keeps; none where that is every token of all layers alike."""
+        return tuple(group.spec for group in self.groups) if tells(self.groups) else ()
+
+    @property
     def tokens_per_block(self) -> float:
         """Tokens that a block more holds, in sequences of ``max_model_len``."""
         return self.max_model_len / self.sequence_blocks if tells(self.groups) else self.block_size
@@ -148,14 +154,15 @@ def kv_memory(
 
     Args:
         version: of vLLM. config: its flags, the number of blocks not known yet.
-        cache: what decides about KV cache groups; None: the flags of ``config`` alone.
+        cache: what decides about KV cache groups; None: vLLM's defaults.
         fit_max_model_len: lower ``max_model_len`` to what the pool holds, as ``--max-model-len auto`` asks.
 
     Raises:
         InputError: the weights do not fit, or no sequence of ``max_model_len`` does.
     """
     gpu = shard.gpu
-    cache = cache or CacheOptions(config.version, block_size=config.block_size)
+    chunked = any(layer.kind == "chunked" for layer in shard.model.cache_layers)
+    cache = cache or CacheOptions(config.version, capability=gpu.capability, hybrid=not chunked)
     cache = replace(cache, ranks=shard.tensor_parallel_size, kv_bytes=shard.kv_dtype_bytes)
     share, longest = config.gpu_memory_utilization, config.max_model_len
     if not 0.0 < share <= 1.0:

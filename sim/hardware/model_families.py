@@ -50,7 +50,7 @@ class Family:
             where
             the file has an indexer. chunked: the layers that would slide attend inside chunks. linear: what
             linear_attention is. compressed: DeepSeek V4's attention.
-        note: what is not modelled of it. rename: gives the file's fields their usual names.
+        rename: gives the file's fields their usual names.
     """
 
     qkv_bias: bool | str = "attention_bias"
@@ -69,9 +69,27 @@ class Family:
     experts: Experts | None = None
     latent: bool = False
     chunked: bool = False
-    linear: Literal["", "gdn", "kda"] = ""
+    linear: Literal["", "gdn", "kda", "mamba2"] = ""
     compressed: bool = False
     rename: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
+
+    @property
+    def attention(self) -> str:
+        """How its layers mix tokens, in words."""
+        windows = "chunked" if self.chunked else "sliding window"
+        kinds = ["compressed" if self.compressed else "latent" if self.latent else "grouped-query"]
+        kinds += [windows] if self.sliding != "no" else []
+        kinds += (
+            [{"gdn": "gated delta", "kda": "Kimi delta", "mamba2": "Mamba-2"}[self.linear]]
+            if self.linear
+            else []
+        )
+        return ", ".join(kinds)
+
+    @property
+    def left_out(self) -> str:
+        """What is not modelled of it, in words."""
+        return "KV cache, step times" if self.compressed else ""
 
 
 def _falcon(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -114,6 +132,12 @@ def _granite_hybrid(config: Mapping[str, Any]) -> Mapping[str, Any]:
         else {"intermediate_size": config.get("shared_intermediate_size")}
     )
     return {**config, **wide}
+
+
+def _nemotron_h(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """vLLM keeps states in 32 bits where the file does not say otherwise."""
+    named = {"mamba_ssm_cache_dtype": "float32", "head_dim": config.get("attention_head_dim")}
+    return {**named, **{name: value for name, value in config.items() if value is not None}}
 
 
 def _mimo_v2(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -171,7 +195,10 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "mimo": _QWEN2,
     "mimo_v2_flash": Family(
-        out_bias=False, experts=replace(_BEHIND, layers="behind", shared_count=()), rename=_mimo_v2
+        out_bias=False,
+        sliding=6,
+        experts=replace(_BEHIND, shared_count=()),
+        rename=_mimo_v2,
     ),
     "qwen3": _QWEN3,
     "qwen3_moe": Family(qk_norm="head", sliding="qwen", experts=_QWEN3_EXPERTS),
@@ -188,8 +215,12 @@ FAMILIES: Mapping[str, Family] = {
     "granite": Family(mlp_bias="mlp_bias"),
     "granitemoe": Family(experts=Experts()),
     "granitemoeshared": Family(experts=Experts(shared="shared_intermediate_size")),
-    "granitemoehybrid": Family(experts=Experts(shared="shared_intermediate_size"), rename=_granite_hybrid),
+    "granitemoehybrid": Family(
+        linear="mamba2", experts=Experts(shared="shared_intermediate_size"), rename=_granite_hybrid
+    ),
     "nemotron_h": Family(
+        linear="mamba2",
+        rename=_nemotron_h,
         norms=1,
         gated=False,
         experts=Experts(
@@ -246,7 +277,6 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "glm4_moe_lite": _LATENT,
     "glm_moe_dsa": _LATENT,
-    "mistral4": replace(_LATENT, experts=replace(_BEHIND, router_bias=False)),
     "ernie4_5": Family(qkv_bias="use_bias", out_bias="use_bias", mlp_bias="use_bias", tied=True),
     "ernie4_5_moe": Family(
         qkv_bias="use_bias",

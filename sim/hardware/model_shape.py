@@ -56,6 +56,7 @@ class ModelShape:
             ``Shard.linear_kernel`` for how a GPU multiplies them.
         mtp_layers: layers that predict further tokens, which are loaded for speculation only
             (``mtp_parameters``) and are in no other number.
+        expert_skew: how unevenly tokens choose experts (``expert_use``); 0: evenly.
         least_capability: compute capability times ten that vLLM asks for with these weights; 0: any.
         max_position_embeddings: longest context; ``longest_context`` says what vLLM makes of it, of
             ``yarn_positions`` and of ``default_positions``.
@@ -110,6 +111,7 @@ class ModelShape:
     expert_format: str = ""
     mtp_layers: int = 0
     least_capability: int = 0
+    expert_skew: float = 0.0
     notes: tuple[str, ...] = ()
 
     @classmethod
@@ -143,6 +145,8 @@ class ModelShape:
         usual = "model"
         if path is not None:
             usual = path.resolve().parent.name if path.name == "config.json" else path.stem
+            if path.parent.parent.name == "snapshots":  # of the Hub's cache: models--owner--name
+                usual = path.parents[2].name.removeprefix("models--").replace("--", "/")
         named = name or str(loaded.get("_name_or_path") or usual)
         where = "config.json" if path is None else str(path)
         try:
@@ -239,13 +243,14 @@ class ModelShape:
         return tuple((count, each) for count, linears in (*kinds, *self.mlps()) for each in linears)
 
     @property
+    def grouped(self) -> bool:
+        """Whether all layers attend by grouped queries."""
+        return all(mixer.attends for mixer in self.layer_kinds)
+
+    @property
     def untimed(self) -> str | None:
         """The kinds of layers that no step time knows, in words; None if there are none."""
-        kinds = {mixer.kind: WORDS[mixer.kind] for mixer in self.layer_kinds if not mixer.attends}
-        sizes = {(mixer.heads, mixer.kv_heads, mixer.head_dim, mixer.value_dim) for mixer in self.layer_kinds}
-        if not kinds and len(sizes) > 1:
-            return "attention of several sizes"
-        return ", ".join(kinds.values()) or None
+        return ", ".join(WORDS[each.kind] for each in self.layer_kinds if each.kind == "compressed") or None
 
     # -- weights ---------------------------------------------------------------------------------
 
@@ -324,42 +329,24 @@ class ModelShape:
     @property
     def products(self) -> int:
         """Matrix products of one forward pass beside routed experts and LM head: query, key and value in one,
-        output, gate and up in one, down; the router of a layer with experts."""
-        return self.moe_layers + sum(count for count, each in self.linears() if not each.joined)
+        output, gate and up in one, down; the router of a layer with experts. Shared experts are launched on a
+        stream of their own, behind the routed ones (vLLM's ``SharedExperts``)."""
+        beside = 2 * self.moe_layers if self.shared_expert_size else 0
+        return self.moe_layers + sum(count for count, each in self.linears() if not each.joined) - beside
 
     @property
     def small_kernels(self) -> int:
         """Kernels of one forward pass that are neither products, attention nor experts: norms, rotary,
         activation, q and k norms."""
         extra = 2 if self.qk_norm else 0
-        return self.layers * (self.norms_per_layer + 2 + extra) - self.moe_layers
+        inside = sum(mixer.count for mixer in self.layer_kinds if not mixer.attends)  # their rotary
+        return self.layers * (self.norms_per_layer + 2 + extra) - self.moe_layers - inside
 
     @property
     def kernels(self) -> int:
         """GPU kernels of one forward pass: about ten a layer, more with q/k norms, extra norms or experts."""
         extra = (2 if self.qk_norm else 0) + self.norms_per_layer - 2
         return self.layers * (KERNELS_DENSE + extra) + self.moe_layers * _KERNELS_MOE
-
-    # -- attention ---------------------------------------------------------------------------------
-
-    def attention_pairs(self, tokens: int, context: int) -> float:
-        """Pairs of query and key token over all layers, for ``tokens`` new tokens behind ``context`` older
-        ones: token i attends to context + i keys, at most to the window in sliding layers."""
-        pairs = (self.layers - self.sliding_layers) * tokens * (context + 0.5 * (tokens + 1))
-        if self.sliding_layers:
-            free = max(0, min(tokens, self.sliding_window - context))
-            seen = free * (context + 0.5 * (free + 1)) + (tokens - free) * self.sliding_window
-            pairs += self.sliding_layers * seen
-        return pairs
-
-    def kv_token_layers(self, context: int, sequences: int = 1) -> int:
-        """Token-layers of KV that one new token each of ``sequences`` reads, with ``context`` tokens in
-        total: all of them in full layers, at most a window a sequence in sliding ones (an upper bound
-        where lengths differ)."""
-        if not self.sliding_layers:
-            return self.layers * context
-        seen = min(context, sequences * self.sliding_window)
-        return (self.layers - self.sliding_layers) * context + self.sliding_layers * seen
 
 
 def _load(path: Path) -> dict[str, Any]:

@@ -73,7 +73,8 @@ _PARAMETERS: Mapping[str, type[Efficiencies | StepNoise | FrontEndCosts | Padded
 
 
 class Profile(_Strict):
-    """What ``servecast calibrate fit`` writes. ``error_band`` is relative (0.1 is +-10 %), None if not known.
+    """What ``servecast calibrate fit`` writes. ``error_band`` is relative (0.1 is +-10 %), None if not known;
+    ``error_bands`` are those of metrics where rows that were left out tell them.
 
     ``fitted_rows`` names the rows of a reported table that the fit used; a reproduction must not count
     them as predicted. ``kind`` "padded" takes step times from ``padded`` and leaves the efficiencies aside.
@@ -99,6 +100,7 @@ class Profile(_Strict):
     padded: PaddedCosts = PaddedCosts()
     domain: Domain = Domain()
     error_band: float | None = Field(default=None, ge=0)
+    error_bands: dict[Literal["tpot", "ttft", "throughput"], float] = {}
     provenance: tuple[Provenance, ...] = ()
     fitted_rows: tuple[str, ...] = ()
     raw_data_sha256: str | None = None
@@ -140,6 +142,8 @@ class Profile(_Strict):
             note += ", scaled by peak and bandwidth"
         if constants.compute_factor != 1.0:
             note += f", compute times {constants.compute_factor:.2f} for its power"
+        if stand_ins := constants.stand_ins(shard):
+            note += f"; {', '.join(stand_ins)}"
         link = constants.link_note(shard)
         assumed = [f"efficiencies.{name}" for name in ("host_fixed_s", "host_per_seq_s", "eager_layer_s")]
         assumed += [f"front_end.{field.name}" for field in fields(FrontEndCosts)]
@@ -312,9 +316,16 @@ def build_step_time(profile: Profile, shard: Shard) -> StepTime:
     """
     if shard.model.untimed:
         raise InputError(
-            f"{shard.model.name} has {shard.model.untimed}: its memory is modelled, its time is not",
+            f"{shard.model.name} has {shard.model.untimed}, whose time is not modelled",
             where="model",
-            fix="Use a model of grouped-query attention.",
+            fix="Use a model of other layers.",
+        )
+    if profile.kind in ("padded", "layers") and not shard.model.grouped:
+        raise InputError(
+            f"a profile of kind {profile.kind} is of grouped-query attention; not all layers of "
+            f"{shard.model.name} have it",
+            where="profile",
+            fix="Use a profile of kind physical, or none.",
         )
     match profile.kind:
         case "physical":

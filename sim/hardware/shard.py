@@ -13,9 +13,18 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from servecast.sim.engine.kv_groups import token_bytes
+from servecast.sim.hardware.expert_use import fullest_rank, touched
 from servecast.sim.hardware.gpu import GPU
 from servecast.sim.hardware.model_shape import ModelShape
 from servecast.sim.inputs.errors import InputError
+
+_FP32_ROUTERS = ("minimax_m2",)  # vLLM's MiniMaxM2MoE: params_dtype=torch.float32
+_FP32_SHARE = {  # compute capability -> fp32 peak of the datasheet over that of 16 bits on tensor cores
+    (8, 0): 1 / 16,
+    (9, 0): 1 / 15,
+    (10, 0): 1 / 28,
+    (10, 3): 1 / 28,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +36,7 @@ class Shard:
         tensor_parallel_size: ranks that the model is split over. There is no default.
         kv_dtype_bytes: of a number in the KV cache: 2, or 1 for ``--kv-cache-dtype fp8``.
         expert_parallel: each rank has whole experts, instead of a part of each. Evenly used ones take the
-            same memory and time.
+            same memory and time; else the fullest rank is waited for.
         cudagraph_sizes: rising, from ``cudagraph_capture_sizes``; empty for ``--enforce-eager``.
 
     Raises:
@@ -70,8 +79,9 @@ class Shard:
         mixers = (
             mlps if model.attention_bytes_each is None else model.attention_bytes_each != model.dtype_bytes
         )
+        whole = self.expert_parallel or model.expert_format == "mxfp4"  # whose columns vLLM pads
         widths = {
-            "an expert": 0 if self.expert_parallel else model.expert_intermediate_size // ranks,
+            "an expert": 0 if whole else model.expert_intermediate_size // ranks,
             "the shared expert": model.shared_expert_size // ranks * mlps,
             "the MLP": model.intermediate_size // ranks * mlps if model.dense_layers else 0,
         }
@@ -110,7 +120,23 @@ class Shard:
         linear = self._shared_bytes + experts * self._expert_bytes_each
         embeddings = model.vocab_size * model.hidden_size // ranks * (1 if model.tied_embeddings else 2)
         small = (embeddings + model.small_weights) * model.dtype_bytes
-        return round(linear) + small
+        return round(linear) + small + self._absorbed_bytes
+
+    @property
+    def _absorbed_bytes(self) -> int:
+        """Of latent attention vLLM keeps what projects latents to keys and values in 16 bits, too, if those
+        weights are quantised (``MLAAttention.process_weights_after_loading``)."""
+        model = self.model
+        stored = model.attention_bytes_each
+        if (model.weight_bytes_each if stored is None else stored) == model.dtype_bytes:
+            return 0
+        ups = sum(
+            mixer.count * each.weights(self.tensor_parallel_size)
+            for mixer in model.layer_kinds
+            for each in mixer.linears(model.hidden_size)
+            if each.module.endswith("kv_b_proj")
+        )
+        return ups * model.dtype_bytes
 
     # -- linear layers -----------------------------------------------------------------------------
 
@@ -137,11 +163,13 @@ class Shard:
 
     @property
     def linear_flops_per_token(self) -> float:
-        """FLOPs of all linear layers for one token, the LM head left out."""
+        """FLOPs of all linear layers for one token, the LM head left out. A router in fp32, which tensor
+        cores do not multiply, counts for as many as take as long."""
         model, ranks = self.model, self.tensor_parallel_size
-        routed = model.moe_layers * (
-            model.experts_per_token * model.expert_weights(ranks) + model.router_weights
-        )
+        router = float(model.router_weights)
+        if model.model_type in _FP32_ROUTERS:
+            router *= self.linear_peak / (self.gpu.bf16_flops * _FP32_SHARE.get(self.gpu.capability, 1 / 4))
+        routed = model.moe_layers * (model.experts_per_token * model.expert_weights(ranks) + router)
         return 2.0 * (model.shared_weights(ranks) + routed)
 
     def linear_bytes(self, tokens: int) -> float:
@@ -174,34 +202,41 @@ class Shard:
 
     @property
     def expert_flops_per_token(self) -> float:
-        """FLOPs of the experts that one token is sent to, all layers."""
+        """FLOPs of the experts that one token is sent to, all layers; on the fullest rank."""
         model = self.model
-        sent = model.moe_layers * model.experts_per_token
+        sent = model.moe_layers * model.experts_per_token * self._fullest_rank
         return 2.0 * sent * model.expert_weights(self.tensor_parallel_size)
 
     def expert_bytes(self, tokens: int) -> float:
         """Weight bytes of the experts that a step of ``tokens`` tokens touches, all layers.
 
-        Of E experts, T tokens that each pick k of them, evenly and independently, touch
-        E (1 - (1 - k/E)^T): an expectation; a skewed router touches fewer.
+        Each token chooses by itself, by the model's ``expert_skew``.
         """
         model = self.model
         if not model.moe_layers:
             return 0.0
-        touched = model.experts * (1.0 - (1.0 - model.experts_per_token / model.experts) ** tokens)
-        weights = touched * model.expert_weights(self.tensor_parallel_size)
+        used = touched(model.experts, model.experts_per_token, tokens, model.expert_skew)
+        weights = used * model.expert_weights(self.tensor_parallel_size)
         return model.moe_layers * (weights * self._expert_bytes_each)
 
     @property
     def expert_bytes_per_token(self) -> float:
-        """Bytes of activations a token that the experts it is sent to read and write, all layers."""
+        """Bytes of activations a token that the experts it is sent to read and write, all layers; on the
+        fullest rank."""
         model, ranks = self.model, self.tensor_parallel_size
-        sent = model.moe_layers * model.experts_per_token
+        sent = model.moe_layers * model.experts_per_token * self._fullest_rank
         width = (
             2 * (model.expert_input_size or model.hidden_size)
             + model.mlp_products * model.expert_intermediate_size / ranks
         )
         return sent * width * model.dtype_bytes
+
+    @property
+    def _fullest_rank(self) -> float:
+        """Work of the rank that the others wait for, over the mean: whole experts are unevenly used."""
+        model = self.model
+        ranks = self.tensor_parallel_size if self.expert_parallel else 1
+        return fullest_rank(model.experts, model.experts_per_token, ranks, model.expert_skew)
 
     # -- LM head -----------------------------------------------------------------------------------
 
@@ -230,25 +265,7 @@ class Shard:
         widths = model.mlp_products * (dense + routed + shared) / ranks
         return (model.layers * per_layer + widths) * model.dtype_bytes
 
-    # -- attention and KV cache --------------------------------------------------------------------
-
-    @property
-    def attention_flops_per_pair(self) -> float:
-        """FLOPs of a pair of query and key token: two products of head_dim multiply-adds in every head."""
-        return 4.0 * self.model.heads / self.tensor_parallel_size * self.model.head_dim
-
-    @property
-    def attention_bytes_per_token(self) -> float:
-        """Bytes of a prompt token's q, k, v and o, all layers."""
-        model, ranks = self.model, self.tensor_parallel_size
-        heads = model.heads // ranks + model.kv_heads_of(ranks)
-        return 2.0 * model.layers * heads * model.head_dim * model.dtype_bytes
-
-    @property
-    def kv_bytes_per_token_and_layer(self) -> int:
-        """Bytes of one token's keys and values in one layer."""
-        model = self.model
-        return 2 * model.kv_heads_of(self.tensor_parallel_size) * model.head_dim * self.kv_dtype_bytes
+    # -- KV cache ----------------------------------------------------------------------------------
 
     @property
     def kv_bytes_per_token(self) -> int:

@@ -42,11 +42,8 @@ class Model(BaseModel):
             known = [field.alias or name for name, field in cls.model_fields.items()]
             for key in data:
                 if key not in known:
-                    raise invalid(
-                        f"unknown field {key!r}",
-                        did_you_mean(str(key), known) or f"Known are {', '.join(known)}.",
-                        at=str(key),
-                    )
+                    fix = did_you_mean(str(key), known) or f"Known are {', '.join(known)}."
+                    raise invalid(f"unknown field {key!r}", fix, at=str(key))
         return data
 
 

@@ -24,6 +24,7 @@ from servecast.sim.metrics.slo import Goodput
 Floats = NDArray[np.float64]
 PercentileLaw = Literal["linear", "exclusive"]
 
+_BLOCK = 1 << 16  # requests that are counted at a time, which bounds the memory that this takes
 _GAP_S = 1e-3  # between two steps of a busy engine, at most
 
 METRICS = {  # vLLM's keys, and the name and the header under which it prints them
@@ -36,34 +37,46 @@ METRICS = {  # vLLM's keys, and the name and the header under which it prints th
 }
 
 
-def latencies(requests: pd.DataFrame) -> pd.DataFrame:
-    """The latencies of the finished requests, a row each, in seconds; the index is that of ``requests``.
+LATENCIES = ("ttft", "tpot", "e2el", "client_queue_time", "e2el_including_client_queue")
+
+
+def finished(requests: pd.DataFrame) -> NDArray[np.bool_] | slice:
+    """Which requests have finished; all of them as a slice, which takes no copies."""
+    rows = (requests["status"] == "finished").to_numpy()
+    return slice(None) if rows.all() else rows
+
+
+def latency(requests: pd.DataFrame, name: str) -> Floats:
+    """One of ``LATENCIES`` of each finished request, in seconds.
 
     ttft = first_token - sent; e2el = finish - sent; tpot = (e2el - ttft) / (output_tokens - 1), NaN for
-    a request of one token; client_queue_time = sent - arrival; e2el_including_client_queue = their sum.
+    a request of one token; client_queue_time = sent - arrival; e2el_including_client_queue = e2el and it.
     """
-    rows = (requests["status"] == "finished").to_numpy()
-    whole = bool(rows.all())
-    arrival, sent, first, finish, tokens = (
-        values if whole else values[rows]
-        for values in (
-            requests[name].to_numpy()
-            for name in ("arrival", "sent", "first_token", "finish", "output_tokens")
-        )
-    )
-    ttft, e2el, queue = first - sent, finish - sent, sent - arrival
-    gaps = np.where(tokens > 1, tokens - 1.0, np.nan)
-    return pd.DataFrame(
-        {
-            "ttft": ttft,
-            "tpot": (e2el - ttft) / gaps,
-            "e2el": e2el,
-            "client_queue_time": queue,
-            "e2el_including_client_queue": e2el + queue,
-        },
-        index=requests.index if whole else requests.index[rows],
-        copy=False,
-    )
+    rows = finished(requests)
+
+    def between(start: str, end: str) -> Floats:
+        seconds: Floats = requests[end].to_numpy()[rows] - requests[start].to_numpy()[rows]
+        return seconds
+
+    if name == "ttft":
+        return between("sent", "first_token")
+    if name == "client_queue_time":
+        return between("arrival", "sent")
+    found = between("sent", "finish")
+    if name == "tpot":
+        found -= between("sent", "first_token")
+        gaps = requests["output_tokens"].to_numpy()[rows] - 1.0
+        gaps[gaps <= 0] = np.nan
+        found /= gaps
+    elif name != "e2el":
+        found += between("arrival", "sent")
+    return found
+
+
+def latencies(requests: pd.DataFrame) -> pd.DataFrame:
+    """All of them; the index is that of ``requests``."""
+    columns = {name: latency(requests, name) for name in LATENCIES}
+    return pd.DataFrame(columns, index=requests.index[finished(requests)], copy=False)
 
 
 def samples(run: Run, metric: str) -> tuple[Floats, Floats | None]:
@@ -74,8 +87,9 @@ def samples(run: Run, metric: str) -> tuple[Floats, Floats | None]:
         raise InputError(
             f"unknown metric {metric!r}", where="metric", fix=f"Use one of {', '.join(METRICS)}."
         )
-    values = latencies(run.requests)[metric].to_numpy(dtype=float)
-    return values[~np.isnan(values)], None
+    values = latency(run.requests, metric)
+    known = ~np.isnan(values)
+    return values if known.all() else values[known], None
 
 
 def percentiles(
@@ -93,10 +107,14 @@ def percentiles(
     NaN for an empty sample, and under "exclusive" for a single value.
     """
     data = np.asarray(values, dtype=float)
-    order = np.argsort(data, kind="stable")
-    data = data[order]
-    ends = np.arange(1, len(data) + 1) if weights is None else np.cumsum(np.asarray(weights)[order])
-    n = round(float(ends[-1])) if len(data) else 0
+    ends: Floats | None = None
+    n = len(data)
+    if weights is None:
+        data = np.sort(data)
+    else:
+        order = np.argsort(data, kind="stable")
+        data, ends = data[order], np.cumsum(np.asarray(weights)[order])
+        n = round(float(ends[-1])) if n else 0
     if n == 0 or (n == 1 and law == "exclusive"):
         return [math.nan] * len(ranks)
     results = []
@@ -107,7 +125,8 @@ def percentiles(
         else:
             position = rank / 100 * (n + 1) - 1
             lower = min(max(math.floor(position), 0), n - 2)
-        below, above = data[np.searchsorted(ends, [lower, min(lower + 1, n - 1)], side="right")]
+        places: Any = [lower, min(lower + 1, n - 1)]
+        below, above = data[places if ends is None else np.searchsorted(ends, places, side="right")]
         part = position - lower
         # NumPy's own interpolation, bit for bit: from the nearer end
         step = above - below
@@ -133,7 +152,9 @@ def statistics_of(
     if len(values):
         mean = float(np.average(values, weights=weights))
         found["mean"] = mean
-        found["std"] = math.sqrt(float(np.average((values - mean) ** 2, weights=weights)))
+        apart = values - mean
+        apart **= 2
+        found["std"] = math.sqrt(float(np.average(apart, weights=weights)))
         found["max"] = float(values.max())
     return [found.get(name, math.nan) for name in names]
 
@@ -156,7 +177,7 @@ def _rank(name: str) -> float | None:
 
 def duration(run: Run) -> float:
     """Seconds from the start of the run (or of the selected part) to the last completion, as vLLM has it."""
-    done = run.requests.loc[run.requests["status"] == "finished", "finish"]
+    done = run.requests["finish"].to_numpy()[finished(run.requests)]
     return float(done.max()) - float(run.meta.get("start_s", 0.0)) if len(done) else math.nan
 
 
@@ -237,16 +258,20 @@ def peaks(requests: pd.DataFrame) -> tuple[float, int]:
     Seconds count from the first send; a request is in flight in every second that it touches. Its tokens
     are taken as evenly spaced between its first and its last, since records hold no time a token.
     """
-    done = requests[requests["status"] == "finished"]
-    if not len(done):
+    rows = finished(requests)
+    names = ("sent", "first_token", "finish", "output_tokens")
+    columns = [requests[name].to_numpy()[rows] for name in names]
+    if not len(columns[0]):
         return math.nan, 0
-    sent, first, finish = (done[name].to_numpy() for name in ("sent", "first_token", "finish"))
-    origin, tokens = sent.min(), done["output_tokens"].to_numpy()
-    seconds = math.ceil(finish.max() - origin) + 2
-    edges = np.bincount((sent - origin).astype(int), minlength=seconds).astype(float)
-    edges -= np.bincount((finish - origin).astype(int) + 1, minlength=seconds)
-    gap = (finish - first) / np.maximum(tokens - 1, 1)
-    per_second = _by_second(first - origin, gap, tokens, seconds)
+    origin = columns[0].min()
+    seconds = math.ceil(columns[2].max() - origin) + 2
+    edges, per_second = np.zeros(seconds), np.zeros(seconds)
+    for start in range(0, len(columns[0]), _BLOCK):
+        sent, first, finish, tokens = (column[start : start + _BLOCK] for column in columns)
+        edges += np.bincount((sent - origin).astype(int), minlength=seconds)
+        edges -= np.bincount((finish - origin).astype(int) + 1, minlength=seconds)
+        gap = (finish - first) / np.maximum(tokens - 1, 1)
+        per_second += _by_second(first - origin, gap, tokens, seconds)
     return float(per_second.max()), int(np.cumsum(edges).max())
 
 
@@ -272,9 +297,16 @@ def _by_second(first: Floats, gap: Floats, tokens: NDArray[np.int64], seconds: i
 
 def prefix_hit_rate(requests: pd.DataFrame) -> float:
     """Share of prompt tokens that came out of the prefix cache, over the requests for which it is known."""
-    known = requests[requests["cached_tokens"].notna()]
-    prompt = int(known["prompt_tokens"].sum())
-    return float(known["cached_tokens"].sum()) / prompt if prompt else math.nan
+    cached, prompts = requests["cached_tokens"], requests["prompt_tokens"].to_numpy()
+    prompt = int(prompts.sum(where=cached.notna().to_numpy()))
+    return float(cached.sum()) / prompt if prompt else math.nan
+
+
+def _totals(requests: pd.DataFrame) -> tuple[int, int, int]:
+    """Finished requests, and their prompt and output tokens."""
+    rows = finished(requests)
+    prompt, output = (requests[name].to_numpy()[rows] for name in ("prompt_tokens", "output_tokens"))
+    return len(prompt), int(prompt.sum()), int(output.sum())
 
 
 def summary(
@@ -293,14 +325,10 @@ def summary(
     max_concurrency) come from ``run.meta``.
     """
     requests, steps, meta = run.requests, run.steps, run.meta
-    done = requests[requests["status"] == "finished"]
-    seconds, prompt, output = (
-        duration(run),
-        int(done["prompt_tokens"].sum()),
-        int(done["output_tokens"].sum()),
-    )
+    done, prompt, output = _totals(requests)
+    seconds = duration(run)
     part, middle_s = counted(run)
-    middle = part.requests[part.requests["status"] == "finished"]
+    middle, middle_prompt, middle_output = _totals(part.requests)
     tokens_peak, concurrency_peak = peaks(requests)
     rate, max_concurrency = meta.get("request_rate"), meta.get("max_concurrency")
     result: dict[str, Any] = {
@@ -309,14 +337,14 @@ def summary(
         "burstiness": meta.get("burstiness"),
         "max_concurrency": max_concurrency,
         "duration": seconds,
-        "completed": len(done),
+        "completed": done,
         "failed": int(requests["status"].isin(("failed", "aborted")).sum()),
         "total_input_tokens": prompt,
         "total_output_tokens": output,
-        "request_throughput": len(middle) / middle_s,
+        "request_throughput": middle / middle_s,
         "request_goodput": None,
-        "output_throughput": int(middle["output_tokens"].sum()) / middle_s,
-        "total_token_throughput": int(middle[["prompt_tokens", "output_tokens"]].sum().sum()) / middle_s,
+        "output_throughput": middle_output / middle_s,
+        "total_token_throughput": (middle_prompt + middle_output) / middle_s,
         "max_output_tokens_per_s": tokens_peak,
         "max_concurrent_requests": concurrency_peak,
     }

@@ -81,14 +81,14 @@ def requests_table(requests: Requests, columns: Mapping[str, Any]) -> pd.DataFra
     """The table of a simulated run.
 
     Args:
-        columns: what the requests do not say by themselves, and ``rows``, which of them there are, unless all;
-            times in picoseconds, -1 where it did not happen; ``status`` by its place in ``STATUSES``. They may
-            be changed.
+        columns: what the requests do not say by themselves, and ``rows``, which of them there are, unless
+            all; times in picoseconds, -1 where it did not happen; ``status`` by its place in ``STATUSES``.
+            They may be changed.
     """
     known: dict[str, Any] = dict(columns)
     rows = known.pop("rows", slice(None))
     known |= {name: getattr(requests, name)[rows] for name in ("request_id", "prompt_tokens")}
-    known["group"] = np.full(1, -1) if requests.group is None else requests.group[rows]
+    known["group"] = np.int64(-1) if requests.group is None else requests.group[rows]
     for name in SECONDS_COLUMNS:
         ps, seconds = known[name], known[name].view(np.float64)
         missing = ps < 0
@@ -98,9 +98,12 @@ def requests_table(requests: Requests, columns: Mapping[str, Any]) -> pd.DataFra
         known[name] = seconds
     count = len(known["status"])
     for name in ("replica", "cached_tokens", "group"):
-        values = np.broadcast_to(known[name], count)
-        known[name] = pd.arrays.IntegerArray(values.astype(np.int64), values < 0)
-    known["status"] = pd.array(np.array(STATUSES, object)[known["status"]], dtype="str")
+        values, missing = known[name], np.broadcast_to(known[name] < 0, count).copy()
+        whole = values.astype(np.int64, copy=False) if np.any(values > 0) else np.zeros(count, np.int64)
+        known[name] = pd.arrays.IntegerArray(whole, missing)
+    there = np.array([(known["status"] == code).any() for code in range(len(STATUSES))])
+    codes = (np.cumsum(there) - 1).astype(np.int8)[known["status"]]
+    known["status"] = pd.Categorical.from_codes(codes, np.array(STATUSES)[there])
     return pd.DataFrame({name: known[name] for name in RequestRecord.__slots__}, copy=False)
 
 

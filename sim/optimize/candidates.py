@@ -48,7 +48,7 @@ class Choices:
     """What to choose from; without an entry the scenario's own.
 
     Attributes:
-        gpus: names of the catalogue, or files that describe one.
+        gpus: names of the catalogue, or files that describe one. A single choice need not be in a list.
         tensor_parallel: GPUs of a replica.
         replicas: replicas that are simulated together behind the router, and bought together.
         max_num_seqs, max_num_batched_tokens: values of the flags.
@@ -57,13 +57,13 @@ class Choices:
         routers: policies by name, or files of an EndpointPickerConfig.
     """
 
-    gpus: Sequence[str] = ()
-    tensor_parallel: Sequence[int] = ()
-    replicas: Sequence[int] = ()
-    max_num_seqs: Sequence[int] = ()
-    max_num_batched_tokens: Sequence[int] = ()
+    gpus: str | Sequence[str] = ()
+    tensor_parallel: int | Sequence[int] = ()
+    replicas: int | Sequence[int] = ()
+    max_num_seqs: int | Sequence[int] = ()
+    max_num_batched_tokens: int | Sequence[int] = ()
     variants: Mapping[str, str | Mapping[str, Any]] | None = None
-    routers: Sequence[str] = ()
+    routers: str | Sequence[str] = ()
 
     def of(self, scenario: Scenario) -> list[Candidate]:
         """Every combination, the first kind of choice changing slowest.
@@ -85,7 +85,9 @@ class Choices:
 
     def _axis(self, kind: str, scenario: Scenario) -> list[tuple[str, str | int, dict[str, Any]]]:
         """(name, value, changes) of each choice of a kind."""
-        chosen, name = getattr(self, kind), _SHOWN.get(kind, kind)
+        given, name = getattr(self, kind), _SHOWN.get(kind, kind)
+        chosen: Any = (given,) if isinstance(given, str | int) else given
+        axis: list[tuple[str, str | int, dict[str, Any]]]
         if kind == "gpus":
             axis = [(name, *_gpu(each, scenario)) for each in chosen]
         elif kind == "variants":

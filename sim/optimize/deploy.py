@@ -27,7 +27,7 @@ def deployment_files(deployment: Deployment, replicas: int) -> dict[str, str]:
     model = deployment.served_name
     flags, others = _flags(scenario), _others(scenario)
     words = [word for each in others.values() for word in each]
-    port = int(others.get("port", ["", PORT])[1])
+    port = int(others["port"][1]) if "port" in others else PORT
     kind = "amd" if deployment.gpu.name.startswith("MI") else "nvidia"
     gpus = scenario.engine.tensor_parallel_size
     release = scenario.engine.version + ".0" * (2 - scenario.engine.version.count("."))

@@ -72,7 +72,8 @@ class Offer:
     @property
     def most_rate(self) -> float:
         """At which the candidate failed, requests/s."""
-        return self.document["interval"][1] or math.inf
+        failed: float | None = self.document["interval"][1]
+        return math.inf if failed is None else failed
 
     @property
     def size(self) -> Size:

@@ -171,8 +171,9 @@ class Optimum(Answer):
         if self.robust not in (None, best):
             assert self.robust is not None
             assert self.robust.banded is not None
+            seems = "is" if self.robust.stage == "planned" else "seems"
             lines.append(
-                f"  with each one's error band in hand {self.robust.candidate} is cheapest: "
+                f"  with each one's error band in hand {self.robust.candidate} {seems} cheapest: "
                 f"{self.robust.banded.to_text()}"
             )
         return lines
@@ -277,7 +278,7 @@ def optimize(
         objectives,
         found.offers,
         found.left_out,
-        (listed, source),
+        (listed, "shipped with servecast" if prices is None else source),
         made,
         files,
         found.simulated,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import date
+import datetime
 from pathlib import Path
 
 from servecast.sim.inputs.errors import InputError
@@ -14,7 +14,7 @@ from servecast.sim.scenario.scenario import shipped_folder
 class Prices(Model):
     """The file: hourly prices by the GPU's name, in one currency, as of a date."""
 
-    date: date
+    date: datetime.date
     currency: str
     gpu_hour_cost: dict[str, Positive]
 

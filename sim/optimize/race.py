@@ -31,7 +31,7 @@ from servecast.sim.run.workers import Workers, parallel
 from servecast.sim.scenario.scenario import Scenario
 
 SHORT = Effort(confidence=0.5, tolerance=0.1, replications=(1,), least_requests=400)
-SLACK = 1.5  # times the rate that a short run failed at: nothing is thought to serve more
+SLACK = 2.0  # times the rate that a short run failed at: nothing is thought to serve more
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ class Race:
         """The race of candidates, a GPU of which costs so much an hour."""
         with parallel(self.workers) as run:
             documents = self._screen(candidates, run, advance)
-            offers, left_out = [], []
+            offers, left_out = list[Offer](), list[tuple[Candidate, str]]()
             for number, (candidate, price) in enumerate(zip(candidates, prices, strict=True)):
                 document = documents[number]
                 unit = Unit.of(candidate.scenario, price)
@@ -76,7 +76,8 @@ class Race:
                     left_out.append((candidate, str(document["error"])))
                 else:
                     offers.append(Offer(number, candidate, unit, demand, document))
-            found, best = [], None
+            found: list[Offer] = []
+            best: Offer | None = None
             for number, offer in enumerate(ranked(offers)):
                 advance(0.5 + number / len(offers) / 2, str(offer.candidate))
                 offer = self._decide(offer, best)
@@ -102,8 +103,8 @@ class Race:
         tasks = (
             delayed(_numbered)(number, candidates[number].scenario, self.objectives) for number in waiting
         )
-        for number, document in run(tasks):
-            found[number] = self._keep("short run", candidates[number].scenario, document)
+        for number, made in run(tasks):
+            found[number] = self._keep("short run", candidates[number].scenario, made)
             advance(len(found) / len(candidates) / 2, f"{len(found)} of {len(candidates)} short runs")
         return found
 

@@ -31,7 +31,7 @@ from servecast.sim.plan.traffic import Traffic
 from servecast.sim.report.answer import Answer
 from servecast.sim.report.drawing import drawn
 from servecast.sim.report.progress import progress_bar
-from servecast.sim.report.text import cell_text, table
+from servecast.sim.report.text import cell_text, counted, table
 from servecast.sim.run.results import cautions, context, engine_lines
 from servecast.sim.run.simulate import RateProbe
 from servecast.sim.scenario.scenario import Scenario
@@ -211,11 +211,15 @@ class PlanAnswer(Answer):
         name = self.served_name or made["model_id"]
         on = made["gpu"] if unit is None else f"{unit.gpus} {made['gpu']}"
         facts = {
-            f"For {size.target_rate:g} requests/s, {size.margin:.0%} in hand": size.to_text()
+            f"For {size.target_rate:g} requests/s{f', with {size.margin:.0%} in hand' * bool(size.margin)}": (
+                f"{counted(size.replicas, 'replica')}, {counted(size.gpus, 'GPU')}"
+                + ("" if size.month_cost is None else f", {size.month_cost:,.0f} a month")
+            )
             for size in (self.sizes if self.target_rate is not None else ())
         }
-        if self.sizes and (cost := self.sizes[-1].tokens_text()):
-            facts["Cost"] = cost
+        if self.sizes and traffic is not None:
+            cost = self.sizes[-1].million(traffic.prompt_tokens + traffic.output_tokens)
+            facts |= {} if cost is None else {"A million tokens, in and out": f"{cost:.3g}"}
         return PageContext(
             title=f"{name} on {on}",
             question=f"How many requests a second can it serve at {objectives}?",

@@ -174,8 +174,8 @@ def replicate(
 class Prober:
     """Runs replications at a rate until it is decided, and remembers what it found.
 
-    pool: joblib's Parallel, over which replications run once it pays; results do not depend on it. found: what
-    is known, by rate. simulated: requests so far. The other attributes are those of `capacity.plan`.
+    pool: joblib's Parallel, over which replications run once it pays; results do not depend on it. found:
+    what is known, by rate. simulated: requests so far. The others are those of `capacity.plan`.
     """
 
     probe: Probe

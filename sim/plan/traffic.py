@@ -34,7 +34,8 @@ class Traffic:
             for each in stream.requests
         ]
         prompts, outputs = np.array(sent, dtype=float).T
-        laws = [stream.arrivals.kind for stream in workload.stages[0].streams if not stream.background]
+        streams = [stream for stream in workload.stages[0].streams if not stream.background]
+        laws = ["recorded" if each.arrivals is None else each.arrivals.kind for each in streams]
         return cls(
             " and ".join(dict.fromkeys(laws)),
             float(prompts.mean()),

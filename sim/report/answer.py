@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
-from servecast.sim.report.page import PACKAGE, write_page
+from servecast.sim.report.page import write_plain_page
 
 
 class Answer(ABC):
@@ -37,7 +37,7 @@ class Answer(ABC):
             InputError: the file cannot be written.
         """
         title = f"servecast: {type(self).__name__.lower()}"
-        return write_page(path, PACKAGE, title=title, text=self.to_text())
+        return write_plain_page(path, title=title, text=self.to_text())
 
     def __str__(self) -> str:
         return self.to_text()

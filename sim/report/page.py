@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -58,6 +59,20 @@ def write_page(path: Path | str, package: str, **content: object) -> Path:
     path = Path(path)
     write_whole(path, lambda partial: partial.write_text(page, encoding="utf-8"))
     return path
+
+
+def write_plain_page(
+    path: Path | str,
+    *,
+    title: str,
+    subtitle: str = "",
+    plots: Sequence[Plot] = (),
+    tables: Sequence[tuple[str, Sequence[str], Sequence[Sequence[str]]]] = (),
+    text: str = "",
+) -> Path:
+    """Write the page of an answer that has no template of its own. tables: title, header, rows. Raises as
+    ``write_page``."""
+    return write_page(path, PACKAGE, title=title, subtitle=subtitle, plots=plots, tables=tables, text=text)
 
 
 def figure_text(value: float) -> str:

@@ -23,7 +23,6 @@ from servecast.sim.reproduce.variants import in_variants
 from servecast.sim.run.simulate import simulate
 from servecast.sim.scenario.deployment import Deployment
 from servecast.sim.scenario.reported import (
-    Column,
     Reported,
     ReportedRow,
     read_rows,
@@ -145,10 +144,12 @@ def _table(
         fitted = row.fit or str(row.keys) in deployment.profile.fitted_rows
         for column in row.columns:
             cell = _cell(row, column, [seed.values[column] for seed in seeds], fitted=fitted)
-            cell = replace(cell, band=_band(reported.columns[column], deployment))
+            what = reported.columns[column]
+            if what.statistic in (None, "mean", "median", "p50"):  # bands speak of these, and of rates
+                cell = replace(cell, band=deployment.bands.of(what.metric))
             cells.append(cell)
             level = row.keys.get("concurrency")
-            if reported.columns[column].metric == "output_throughput" and isinstance(level, int):
+            if what.metric == "output_throughput" and isinstance(level, int):
                 throughput[level] = (cell.predicted, cell.reported)
         for seed in seeds:
             if seed.request_rate is not None and seed.saturation is not None:
@@ -197,12 +198,6 @@ def _cell(row: ReportedRow, column: str, values: list[Value], *, fitted: bool) -
         reason,
         float(np.mean(true)) if true else None,
     )
-
-
-def _band(column: Column, deployment: Deployment) -> float | None:
-    """Bands speak of means and medians, and of rates."""
-    central = column.statistic in (None, "mean", "median", "p50")
-    return deployment.bands.of(column.metric) if central else None
 
 
 def _part(run: Run, stage: int | None, workload: Workload) -> Run:

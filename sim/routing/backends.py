@@ -68,7 +68,7 @@ class Columns:
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def at(self, positions: Sequence[int] | NDArray[np.int64]) -> Columns:
+    def at(self, positions: Sequence[int] | NDArray[np.int64] | slice) -> Columns:
         """Those of some of them."""
         return Columns(
             self.numbers[positions],

@@ -128,8 +128,9 @@ class PreciseIndex:
             del holders[next(iter(holders))]
 
     def match(self, keys: Sequence[int], limit: int) -> dict[int, int]:
-        """How many of the first ``limit`` blocks, from the first on, each server has without a gap; those with
-        none are left out. Not to be changed: it is remembered until a block of these contents comes or goes."""
+        """How many of the first ``limit`` blocks, from the first on, each server has without a gap; those
+        with none are left out. Not to be changed: it is remembered until a block of these contents comes or
+        goes."""
         keys = keys if limit >= len(keys) else keys[:limit]
         if not keys:
             return {}

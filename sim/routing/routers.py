@@ -29,7 +29,7 @@ class Informed(Protocol):
     """A router that knows more than it did itself."""
 
     def connect(self, backends: Sequence[Backend]) -> None:
-        """All replicas of the fleet, once, before the first request."""
+        """Replicas of the fleet, each once, before its first request."""
         ...
 
     def ended(self, request: Request, index: int) -> None:
@@ -121,14 +121,15 @@ class ConsistentHashing:
     this one included, rounded up.
 
     Args:
-        load_factor: >= 1; a very large one is plain consistent hashing.
+        load_factor: >= 1; an infinite one is plain consistent hashing.
         prefix_tokens: how many leading tokens are hashed.
+        by_session: the session is hashed instead, where a request has one, as vLLM's routers do.
     """
 
     POINTS = 100
 
-    def __init__(self, load_factor: float, prefix_tokens: int) -> None:
-        self._load_factor, self._prefix_tokens = load_factor, prefix_tokens
+    def __init__(self, load_factor: float, prefix_tokens: int, *, by_session: bool = False) -> None:
+        self._load_factor, self._prefix_tokens, self._by_session = load_factor, prefix_tokens, by_session
         self._ring: list[tuple[int, int]] = []  # (place, number of the replica), rising
         self._numbers = np.empty(0, np.int64)
 
@@ -140,8 +141,12 @@ class ConsistentHashing:
             self._ring = sorted((_place("r", *each), each[0]) for each in points)
         self._numbers = numbers
         total = int(outstanding.sum()) + 1
-        most = math.ceil(self._load_factor * total / len(backends))
-        start = bisect.bisect(self._ring, (_place("k", *leading(request, self._prefix_tokens)),))
+        bound = self._load_factor * total / len(backends)
+        most = bound if math.isinf(bound) else math.ceil(bound)
+        key: tuple[str, int | None] = leading(request, self._prefix_tokens)
+        if self._by_session and request.group is not None:
+            key = "session", request.group
+        start = bisect.bisect(self._ring, (_place("k", *key),))
         for step in range(len(self._ring)):
             position = known.position(self._ring[(start + step) % len(self._ring)][1])
             if position is not None and outstanding[position] < most:
@@ -170,5 +175,8 @@ ROUTERS: dict[str, Callable[[RouterOptions, np.random.Generator], Router]] = {
     "power_of_two": lambda options, rng: PowerOfTwo(rng),
     "session_affinity": lambda options, rng: Sticky(lambda request: request.group),
     "prefix_affinity": lambda options, rng: Sticky(lambda request: leading(request, options.prefix_tokens)),
+    "session_hashing": lambda options, rng: ConsistentHashing(
+        math.inf, options.prefix_tokens, by_session=True
+    ),
     "consistent_hashing": lambda options, rng: ConsistentHashing(options.load_factor, options.prefix_tokens),
 }

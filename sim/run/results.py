@@ -149,6 +149,9 @@ def result(
     document |= summary(whole, ranks=ranks, goodput=goodput)
     failures: Mapping[str, int] = run.meta.get("failures", {})
     document["notes"] += [f"{count} requests failed: {why}" for why, count in failures.items()]
+    if scenario.fleet.autoscaler is not None:
+        started = f"{scenario.fleet.autoscaler.kind}: {len(run.meta['lives'])} replicas in all"
+        document["notes"].append(f"{started}; servecast day tells when")
     document["stages"] = []
     for index, name in enumerate(run.stages if several else ()):
         part = select(run, stage=index, warmup=warmup)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,8 @@ from servecast.sim.engine.request import Stage
 from servecast.sim.fleet.client import Client
 from servecast.sim.fleet.fleet import NOT_READY, Fleet
 from servecast.sim.fleet.replica import Replica
+from servecast.sim.fleet.scaling import Life, Scaling
+from servecast.sim.fleet.spec import ReplicaSpec
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.inputs.units import to_seconds
 from servecast.sim.metrics.records import Run
@@ -35,6 +37,7 @@ def simulate(
     seed: int | None = None,
     workload: Workload | None = None,
     stages: list[Stage] | None = None,
+    condensed_s: float | None = None,
 ) -> Run:
     """Run a scenario's workload to the end of its last request.
 
@@ -43,7 +46,7 @@ def simulate(
 
     Args:
         scenario: or the deployment that was made of it. seed, workload: instead of its own.
-        stages: requests that are drawn already, instead of a workload.
+        stages: requests that are drawn already, instead of a workload. condensed_s: see ``Fleet.run``.
 
     Raises:
         InputError: the scenario cannot be made concrete, or a request could never run.
@@ -54,19 +57,25 @@ def simulate(
         load = {}
         if [len(stage.streams) for stage in stages] == [1]:
             load = {"max_concurrency": stages[0].streams[0].max_concurrency}
-        return _run(deployment, stages, seed, load)[0]
+        return _run(deployment, stages, seed, load, condensed_s)[0]
     workload = _own_workload(deployment) if workload is None else workload
     requests, before = CLOSED_LOOP_REQUESTS, 0
     while True:  # one cannot tell beforehand how many requests a closed loop of some duration sends
         stages = draw(workload, seed, closed_loop=requests)
-        run, ran_out = _run(deployment, stages, seed, _load(workload))
+        run, ran_out = _run(deployment, stages, seed, _load(workload), condensed_s)
         drawn = sum(len(stream.requests) for stage in stages for stream in stage.streams)
         if not ran_out or drawn == before or requests > _MOST_REQUESTS:
             return run
         requests, before = 4 * requests, drawn
 
 
-def _run(deployment: Deployment, stages: list[Stage], seed: int, load: dict[str, Any]) -> tuple[Run, bool]:
+def _run(
+    deployment: Deployment,
+    stages: list[Stage],
+    seed: int,
+    load: dict[str, Any],
+    condensed_s: float | None = None,
+) -> tuple[Run, bool]:
     """A run of requests that are drawn, and whether a closed loop of a duration had too few of them."""
     scenario = deployment.scenario
     noise, front_end, reading, routing = np.random.default_rng(seed).spawn(7)[3:]  # behind those of draw
@@ -79,7 +88,10 @@ def _run(deployment: Deployment, stages: list[Stage], seed: int, load: dict[str,
     noise_streams, front_end_streams = noise.spawn(count), front_end.spawn(count)
 
     def make_replica(index: int, client: Client) -> Replica:
-        its = deployments[index]
+        its = deployments[min(index, count - 1)]
+        if index >= len(noise_streams):  # one that an autoscaler started
+            noise_streams.extend(noise.spawn(1))
+            front_end_streams.extend(front_end.spawn(1))
         return Replica(
             index,
             its.scenario.server.engine(its.config),
@@ -103,8 +115,9 @@ def _run(deployment: Deployment, stages: list[Stage], seed: int, load: dict[str,
         routing=scraping,
         lives=[spec.life for spec in specs],
         detection_s=scenario.fleet.failure_detection_s,
+        autoscaler=scenario.fleet.autoscaler,
     )
-    run = fleet.run(stages)
+    run = fleet.run(stages, condensed_s=condensed_s)
     if fleet.failures[NOT_READY] == len(run.requests):
         raise InputError(
             f"no replica was ready for any of the {len(run.requests)} requests",
@@ -119,7 +132,8 @@ def _run(deployment: Deployment, stages: list[Stage], seed: int, load: dict[str,
         "max_num_seqs": deployment.config.max_num_seqs,
         "max_num_batched_tokens": deployment.config.max_num_batched_tokens,
         "num_gpu_blocks": deployment.config.num_gpu_blocks,
-        "replicas": count,
+        "replicas": len(fleet.replicas),
+        "lives": lives_of(fleet.scaling, specs),
         **load,
     }
     if fleet.failures:
@@ -129,6 +143,21 @@ def _run(deployment: Deployment, stages: list[Stage], seed: int, load: dict[str,
     if any(loop is not None for loop in closed):
         run.meta["closed_loops"] = closed
     return run, fleet.ran_out
+
+
+def lives_of(scaling: Scaling | None, specs: Sequence[ReplicaSpec]) -> list[Life]:
+    """When each replica of a run was there."""
+    if scaling is not None:
+        return scaling.lives
+    return [
+        Life(
+            spec.start_s,
+            spec.start_s,
+            spec.drain_s if spec.fail_s is None else min(spec.fail_s, spec.drain_s or spec.fail_s),
+            index,
+        )
+        for index, spec in enumerate(specs)
+    ]
 
 
 def _tell_turns(run: Run, stages: list[Stage], unsent: int) -> None:
@@ -222,7 +251,14 @@ class RateProbe:
 
     def __init__(self, scenario: Scenario | Deployment) -> None:
         self.deployment = scenario if isinstance(scenario, Deployment) else Deployment.of(scenario)
-        self._workload = self.deployment.scenario.open_loop()
+        own = self.deployment.scenario
+        if own.fleet.autoscaler is not None:
+            raise InputError(
+                "a fleet that grows with its load has no largest rate of its own",
+                where=f"{own.source}: fleet.autoscaler",
+                fix="Leave the autoscaler out (--set fleet.autoscaler=null), or use servecast day.",
+            )
+        self._workload = own.open_loop()
 
     def __call__(self, request_rate: float, seed: int, num_requests: int) -> Run:
         """One replication: ``num_requests`` requests at ``request_rate`` requests/s."""

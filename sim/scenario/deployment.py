@@ -9,7 +9,7 @@ from typing import Any
 
 from servecast.sim.engine.config import EngineConfig
 from servecast.sim.engine.group_rules import STATES_IN, WINDOWS_SINCE
-from servecast.sim.engine.kv_groups import since, tells
+from servecast.sim.engine.kv_groups import since
 from servecast.sim.fleet.spec import GpuSpec
 from servecast.sim.hardware.error_band import Bands, Transfer, transfer
 from servecast.sim.hardware.front_end_costs import FrontEndCosts
@@ -65,7 +65,7 @@ class Deployment:
             num_gpu_blocks=memory.num_gpu_blocks,
             max_model_len=memory.max_model_len,
             block_size=memory.block_size,
-            kv_groups=tuple(group.spec for group in memory.groups) if tells(memory.groups) else (),
+            kv_groups=memory.kv_groups,
         )
         profile = _with_link(profile or profile_of(scenario, shard, config), scenario.gpu)
         return cls(scenario, shard, memory, config, profile, build_step_time(profile, shard))
@@ -196,22 +196,45 @@ class Deployment:
 
 
 def _model(scenario: Scenario) -> ModelShape:
+    model, skew = _model_as_loaded(scenario), scenario.model.expert_skew
+    if skew and not model.moe_layers:
+        raise InputError(
+            f"{model.name} has no routed experts",
+            where=f"{scenario.source}: model.expert_skew",
+            fix="Leave it out.",
+        )
+    return replace(model, expert_skew=skew)
+
+
+def _model_as_loaded(scenario: Scenario) -> ModelShape:
     flags = scenario.engine
-    model = ModelShape.from_config(scenario.config_file(), overrides=flags.hf_overrides)
     if flags.dtype in ("float32", "float"):
         raise InputError(
             f"dtype {flags.dtype} is not modelled",
             where=f"{scenario.source}: engine.dtype",
             fix="Use bfloat16 or float16, as serving does.",
         )
-    if flags.quantization == "fp8":
-        return replace(model, weight_bytes_each=1)
-    if flags.quantization is not None and model.weight_bytes_each != 1:
+    file, overrides = scenario.config_file(), flags.hf_overrides
+    model = ModelShape.from_config(file, overrides=overrides)
+    plain = model.quantised == "bf16" and not model.expert_format
+    if flags.quantization in ("fp8", "bitsandbytes") and plain:
+        online = {"quant_method": flags.quantization, "load_in_4bit": True}
+        model = ModelShape.from_config(file, overrides={**(overrides or {}), "quantization_config": online})
+    elif flags.quantization is not None and plain:
         raise InputError(
-            f"quantization {flags.quantization!r} is not modelled for this model's config",
+            f"quantization {flags.quantization!r} quantises no weights by itself, and the model's config "
+            "has no quantization_config",
             where=f"{scenario.source}: engine.quantization",
-            fix="Use fp8, or a config.json of fp8 weights with its quantization_config.",
+            fix="Use fp8 or bitsandbytes, or the config.json of quantised weights.",
         )
+    if skew := scenario.model.expert_skew:
+        if not model.moe_layers:
+            raise InputError(
+                f"{model.name} has no routed experts",
+                where=f"{scenario.source}: model.expert_skew",
+                fix="Leave it out.",
+            )
+        model = replace(model, expert_skew=skew)
     return model
 
 

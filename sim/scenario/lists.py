@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pandas as pd
 
-from servecast.sim.hardware.gpu import CATALOGUE
-from servecast.sim.hardware.model_families import FAMILIES
+from servecast.sim.hardware.gpu import CATALOGUE, find_gpu
+from servecast.sim.hardware.model_families import ALIASES, FAMILIES, NOT_MODELLED
 from servecast.sim.hardware.model_shape import ModelShape
 from servecast.sim.hardware.shard import Shard
 from servecast.sim.scenario.basis import constants_of, shipped_profiles
@@ -47,7 +47,7 @@ def models() -> pd.DataFrame:
 
     Weights and the KV cache are over all ranks and of the config's own dtypes.
     """
-    gpu = CATALOGUE[0]
+    gpu = find_gpu("H200")  # has kernels for all of them
     rows = []
     for file in sorted((shipped_folder() / "models").glob("*.json"), key=lambda path: path.stem.lower()):
         shape = ModelShape.from_config(file)
@@ -69,7 +69,25 @@ def models() -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-ARCHITECTURES = tuple(FAMILIES)  # model_type of the configs that can be read
+def refused() -> dict[str, str]:
+    """model_type -> why a model of that type is refused. Others that are unknown are, too."""
+    return dict(NOT_MODELLED)
+
+
+def families() -> pd.DataFrame:
+    """The families whose config.json is read, by model_type: how layers mix tokens, whether there are
+    experts, and what is not modelled of them. Of a multimodal model it is the text part."""
+    rows = [
+        {
+            "model_type": name,
+            "attention": family.attention,
+            "experts": "yes" if family.experts else None,
+            "not_modelled": family.left_out or None,
+            "also": ", ".join(alias for alias, of in ALIASES.items() if of == name) or None,
+        }
+        for name, family in sorted(FAMILIES.items())
+    ]
+    return pd.DataFrame(rows)
 
 
 def profiles() -> pd.DataFrame:

@@ -98,11 +98,8 @@ def _in_shell(text: str) -> Pasted:
                 return Pasted(found.words, variables | found.variables, found.release)
             variables |= _variables(words[:end])
             words = words[end + 1 :]
-    raise InputError(
-        f"{text.strip()[:40]!r} is not a vllm serve command",
-        where=WHERE,
-        fix="Paste it from 'vllm serve' on.",
-    )
+    fix = "Paste it from 'vllm serve' on."
+    raise InputError(f"{text.strip()[:40]!r} is not a vllm serve command", where=WHERE, fix=fix)
 
 
 def _in_segment(words: list[str]) -> Pasted | None:

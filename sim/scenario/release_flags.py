@@ -38,10 +38,6 @@ class _Known:
             if self.span[flag][0] <= position <= self.span[flag][1]
         }
 
-    def releases_with(self, flag: str) -> str:
-        first, last = (self.releases[position] for position in self.span[flag])
-        return first if first == last else f"{first} to {last}"
-
 
 @functools.cache
 def _known() -> _Known:
@@ -84,9 +80,8 @@ def read_flag(word: str, version: str | None) -> Flag:
     head, _, key = head.partition(".")
     if not head.startswith("--"):
         if head.startswith("-O"):
-            return Flag(
-                "optimization_level", "value" if word == "-O" or key else "switch", value or head[2:], key
-            )
+            kind = "value" if word == "-O" or key else "switch"
+            return Flag("optimization_level", kind, value or head[2:], key)
         name = known.short.get(head[1:], "")
     else:
         name = head[2:].replace("-", "_")
@@ -94,26 +89,20 @@ def read_flag(word: str, version: str | None) -> Flag:
         name = "gpu_memory_utilization"
     if name not in takes and name not in known.takes:
         name = _completed(name, takes, head)
-    both_ways = release not in known.releases or known.releases.index(release) >= known.releases.index(
-        _BOTH_WAYS_SINCE
-    )
+    newest = known.releases[known.releases.index(_BOTH_WAYS_SINCE) :]
+    both_ways = release not in known.releases or release in newest
     name, positive = _positive(name, takes, both_ways=both_ways)
     if name in takes:
         if takes[name] == "switch" and equals and not key:
             raise InputError(f"{head} takes no value", where=WHERE, fix=f"Write {head} or --no-{head[2:]}.")
         return Flag(name, "value" if key else takes[name], value if positive else "no", key)
     if name in known.takes:
-        raise InputError(
-            f"vLLM {version} has no {head}",
-            where=WHERE,
-            fix=f"Remove it, or use version {known.releases_with(name)}.",
-        )
+        first, last = (known.releases[position] for position in known.span[name])
+        fix = f"Remove it, or use version {first}{'' if first == last else f' to {last}'}."
+        raise InputError(f"vLLM {version} has no {head}", where=WHERE, fix=fix)
     flags = [f"--{flag.replace('_', '-')}" for flag in takes]
-    raise InputError(
-        f"vllm serve has no flag {head}",
-        where=WHERE,
-        fix=did_you_mean(head.replace("_", "-"), flags) or "Remove it.",
-    )
+    fix = did_you_mean(head.replace("_", "-"), flags) or "Remove it."
+    raise InputError(f"vllm serve has no flag {head}", where=WHERE, fix=fix)
 
 
 def _positive(name: str, takes: dict[str, str], *, both_ways: bool) -> tuple[str, bool]:

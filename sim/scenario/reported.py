@@ -218,44 +218,29 @@ class Reported(Model):
     def _columns_named(self) -> Reported:
         if self.sweep is not None and self.workload is None:
             raise invalid("a sweep without a workload", "Add the workload that it varies.", at="sweep")
-        named = [(f"excluded.{index}", cells.columns) for index, cells in enumerate(self.excluded)]
-        named += [(f"fit_steps.{index}", step.columns) for index, step in enumerate(self.fit_steps)]
+        columns, keys = tuple(self.columns), self.keys
+        named = [(f"excluded.{n}.columns", each.columns, columns) for n, each in enumerate(self.excluded)]
+        named += [(f"fit_steps.{n}.columns", step.columns, columns) for n, step in enumerate(self.fit_steps)]
+        named += [("sets", tuple(self.sets), (*keys, *self.inputs)), ("groups", self.groups, keys)]
         if self.ranking is not None:
-            named.append(("ranking", self.ranking.columns))
-        for where, columns in named:
-            for column in columns:
-                if column not in self.columns:
-                    raise invalid(
-                        f"there is no column {column!r}",
-                        did_you_mean(column, self.columns) or f"Known: {', '.join(self.columns)}.",
-                        at=f"{where}.columns",
-                    )
+            named.append(("ranking.columns", self.ranking.columns, columns))
+        for where, asked, known in named:
+            for column in asked:
+                if column not in known:
+                    fix = did_you_mean(column, known) or f"Known: {', '.join(known)}."
+                    raise invalid(f"there is no column {column!r}", fix, at=where)
         for number, step in enumerate(self.fit_steps):
             if not all(row in self.fit_rows for row in step.rows):
-                raise invalid(
-                    "a row that a fit may not use", "Add it to fit_rows.", at=f"fit_steps.{number}.rows"
-                )
+                where = f"fit_steps.{number}.rows"
+                raise invalid("a row that a fit may not use", "Add it to fit_rows.", at=where)
         if self.gauges == "arrivals":
             for name, what in self.columns.items():
                 if what.metric in GAUGES and what.statistic is None:
-                    raise invalid(
-                        f"{name} without a statistic", "Add one, as p90.", at=f"columns.{name}.statistic"
-                    )
-        for name, asked, known in (
-            ("sets", tuple(self.sets), (*self.keys, *self.inputs)),
-            ("groups", self.groups, self.keys),
-        ):
-            for column in asked:
-                if column not in known:
-                    raise invalid(
-                        f"there is no column {column!r}",
-                        did_you_mean(column, known) or f"Known: {', '.join(known)}.",
-                        at=name,
-                    )
+                    where = f"columns.{name}.statistic"
+                    raise invalid(f"{name} without a statistic", "Add one, as p90.", at=where)
         if (self.ranking is not None or self.summary is not None) and not self.routers:
-            raise invalid(
-                "nothing to rank or to sum up", "Add routers, by the value of the first key.", at="routers"
-            )
+            fix = "Add routers, by the value of the first key."
+            raise invalid("nothing to rank or to sum up", fix, at="routers")
         return self
 
     def stage_keys(self, keys: Row) -> Row:
@@ -322,20 +307,15 @@ def read_rows(reported: Reported) -> list[ReportedRow]:
     with reported.table.open(encoding="utf-8", newline="") as file:
         reader = csv.DictReader(file)
         header = list(reader.fieldnames or ())
+        where = str(reported.table)
         for column in expected:
             if column not in header:
-                raise InputError(
-                    f"there is no column {column!r}",
-                    where=str(reported.table),
-                    fix=did_you_mean(column, header) or f"Its columns are {', '.join(header)}.",
-                )
+                fix = did_you_mean(column, header) or f"Its columns are {', '.join(header)}."
+                raise InputError(f"there is no column {column!r}", where=where, fix=fix)
         for column in header:
             if column not in expected:
-                raise InputError(
-                    f"nothing says what column {column!r} is",
-                    where=str(reported.table),
-                    fix="Add it to keys, columns or inputs of the reported table.",
-                )
+                fix = "Add it to keys, columns or inputs of the reported table."
+                raise InputError(f"nothing says what column {column!r} is", where=where, fix=fix)
         lines = list(reader)
     rows = [_row(reported, line, f"{reported.table}, line {n}") for n, line in enumerate(lines, start=2)]
     for wanted in (
@@ -345,9 +325,7 @@ def read_rows(reported: Reported) -> list[ReportedRow]:
         *(each.row for each in reported.left_out),
     ):
         if not any(matches(row.keys, wanted) for row in rows):
-            raise InputError(
-                f"no row with {_show(wanted)}", where=str(reported.table), fix="Name a row by its keys."
-            )
+            raise InputError(f"no row with {_show(wanted)}", where=where, fix="Name a row by its keys.")
     meant = [
         row
         for row in rows

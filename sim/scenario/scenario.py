@@ -12,7 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, PrivateAttr, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, model_validator
 from pydantic_core import PydanticCustomError
 
 from servecast.sim.fleet.spec import Fleet, GpuSpec, ReplicaSpec
@@ -31,6 +31,7 @@ from servecast.sim.inputs.schema import (
 from servecast.sim.inputs.yaml_file import override, read_yaml
 from servecast.sim.metrics import slo as objectives
 from servecast.sim.scenario.engine_flags import EngineFlags
+from servecast.sim.scenario.hub import hub_config, hub_folder, is_hub_id
 from servecast.sim.scenario.reported import Reported
 from servecast.sim.scenario.servers import SERVERS, Server, checked
 from servecast.sim.traffic.arrivals import ClosedLoop
@@ -82,7 +83,11 @@ class ModelSpec(Model):
     """The model, by its config."""
 
     config: str
-    """Name of a shipped config (``servecast models``), or the path of a Hugging Face ``config.json``."""
+    """Name of a shipped config (``servecast models``), the path of a Hugging Face ``config.json`` or of a
+    folder with one, or the id of a model whose config lies in the cache of the Hub on this machine."""
+    expert_skew: float = Field(default=0.0, ge=0, le=4)
+    """How unevenly tokens choose routed experts: the i-th most used one gets them in proportion to i to the
+    power of minus this. 0 is even; fit it to counts of a router's choices."""
 
 
 class RunContext(Model):
@@ -307,12 +312,18 @@ class Scenario(Model):
         return Workload(stages=(StageSpec(streams=(stream,)),))
 
     def config_file(self) -> Path:
-        """The model's ``config.json``.
+        """The model's ``config.json``: a shipped one by its name, a file or a folder with one, or that of a
+        Hugging Face id whose config lies in the cache of this machine.
 
         Raises:
             InputError: there is none of that name or path.
         """
-        return self._named_file(self.model.config, "models", "model.config")
+        name = self.model.config
+        folder = (self._source.parent if self._source else Path()) / name
+        if (folder / "config.json").is_file():
+            return folder / "config.json"
+        cached = hub_config(name)
+        return cached or self._named_file(name, "models", "model.config")
 
     def profile_file(self) -> Path | None:
         """The profile's file, or None without one.
@@ -335,11 +346,16 @@ class Scenario(Model):
             if name.lower() in known:
                 return known[name.lower()]
         names = [path.stem for path in known.values()]
+        usual = "Give the path of a JSON file."
+        if kind == "models" and is_hub_id(name):
+            usual = (
+                f"Fetch it with: hf download {name} config.json (into {hub_folder()}), "
+                "or give the path of a JSON file."
+            )
         raise InputError(
             f"there is no {kind[:-1]} {name!r}",
             where=f"{self.source}: {field}",
-            fix=did_you_mean(name.lower(), names)
-            or (f"Shipped are {', '.join(names)}." if names else "Give the path of a JSON file."),
+            fix=did_you_mean(name.lower(), names) or (f"Shipped are {', '.join(names)}." if names else usual),
         )
 
 
@@ -372,11 +388,8 @@ def _find(name: str) -> Path:
     shipped = shipped_folder() / f"{name}.yaml"
     if path.name != name or not shipped.is_file():
         names = shipped_scenarios()
-        raise InputError(
-            f"there is no scenario {name!r}",
-            where="SCENARIO",
-            fix=did_you_mean(name, names) or f"Shipped are {', '.join(names)}; or give a .yaml file.",
-        )
+        fix = did_you_mean(name, names) or f"Shipped are {', '.join(names)}; or give a .yaml file."
+        raise InputError(f"there is no scenario {name!r}", where="SCENARIO", fix=fix)
     return shipped
 
 

@@ -49,10 +49,6 @@ def _human_int(text: str) -> int:
     return int(float(number) * 1000**power) if suffix.islower() else int(number) * 1024**power
 
 
-def _length(text: str) -> int | str:
-    return "auto" if text.lower() in ("auto", "-1") else _human_int(text)
-
-
 def _mapping(text: str) -> dict[str, Any]:
     found = json.loads(text)
     if not isinstance(found, dict):
@@ -67,7 +63,7 @@ TAKEN: dict[str, Callable[[str], Any]] = {
     "tensor_parallel_size": int,
     "enable_expert_parallel": bool,
     "hf_overrides": _mapping,
-    "max_model_len": _length,
+    "max_model_len": lambda text: "auto" if text.lower() in ("auto", "-1") else _human_int(text),
     "max_num_seqs": int,
     "max_num_batched_tokens": _human_int,
     "block_size": int,

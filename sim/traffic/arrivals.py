@@ -205,6 +205,52 @@ class Timestamps(Model):
         return replay(np.array(self.times_s), self.request_rate, extent)
 
 
+class Profile(Model):
+    """A rate that changes with time, as over a day: Poisson (or burstier) arrivals at one rate in each
+    period, and from the beginning again where the stream lasts longer."""
+
+    kind: Literal["profile"]
+    rates: Annotated[tuple[NonNegative, ...], Field(min_length=1)]
+    """Requests a second in each period."""
+    period_s: Positive = 3600.0
+    """How long a period is."""
+    burstiness: Positive = 1.0
+    """Shape of the gaps, in numbers of requests that are expected between: 1 is Poisson, below 1 burstier."""
+    request_rate: Positive | None = None
+    """Stretch the rates to this mean."""
+
+    @model_validator(mode="after")
+    def _some(self) -> Profile:
+        if not sum(self.rates):
+            raise invalid("all rates are 0", "Give at least one above 0.", at="rates")
+        return self
+
+    @property
+    def span_s(self) -> float:
+        """How long the profile is."""
+        return len(self.rates) * self.period_s
+
+    def times(self, extent: Extent, rng: np.random.Generator) -> Times:
+        """Arrival times, rising: a renewal process at rate 1, in the time in which one request is
+        expected."""
+        rates = np.array(self.rates)
+        if self.request_rate is not None:
+            rates = rates * (self.request_rate / np.mean(rates))
+        edges = np.arange(len(rates) + 1) * self.period_s
+        expected = np.concatenate([[0.0], np.cumsum(rates) * self.period_s])
+        end = extent.duration_s
+        if end is None and extent.num_requests is None:
+            end = self.span_s
+        until = None
+        if end is not None:
+            rounds, rest = divmod(end, self.span_s)
+            until = rounds * expected[-1] + float(np.interp(rest, edges, expected))
+        unit = _renewal(Extent(extent.num_requests, until), 1.0, _gamma(rng, self.burstiness))
+        rounds, rest = np.divmod(unit, expected[-1])
+        times: Times = rounds * self.span_s + np.interp(rest, expected, edges)
+        return times
+
+
 def replay(times: Times, request_rate: float | None, extent: Extent) -> Times:
     """Recorded times, cut to the extent and stretched to ``request_rate`` (n / last time) if given."""
     times = times[: extent.num_requests]
@@ -237,6 +283,7 @@ Arrivals = Annotated[
     | Annotated[VllmBench, Tag("vllm_bench")]
     | Annotated[InferencePerf, Tag("inference_perf")]
     | Annotated[Timestamps, Tag("timestamps")]
+    | Annotated[Profile, Tag("profile")]
     | Annotated[ClosedLoop, Tag("closed_loop")],
     Discriminator(_kind),
 ]

@@ -16,6 +16,7 @@ from servecast.sim.traffic.arrivals import (
     Constant,
     Gamma,
     Poisson,
+    Profile,
     Timestamps,
     VllmBench,
 )
@@ -169,7 +170,7 @@ class StreamSpec(Model):
         law = self.arrivals
         if law is None and self.trace is None:
             raise invalid("arrivals is missing", "Add it, for example {kind: poisson, request_rate: 2}.")
-        own_end = self.trace is not None or isinstance(law, Timestamps)
+        own_end = self.trace is not None or isinstance(law, Timestamps | Profile)
         if self.num_requests is None and self.duration_s is None and not own_end:
             raise invalid("the stream has no end", "Give num_requests or duration_s.")
         by_count = isinstance(law, VllmBench) and (

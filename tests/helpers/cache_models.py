@@ -212,7 +212,7 @@ MODELS = (
         "deepseek-v3.2",
         (
             CacheLayer(kind="sparse_mla", count=61, head_size=576),
-            CacheLayer(kind="indexer", count=61, head_size=132, value_size=0, fixed_bytes=1),
+            CacheLayer(kind="indexer", count=61, head_size=128),
         ),
         131_072,
         (4, 8, 40),

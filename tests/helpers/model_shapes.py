@@ -30,6 +30,8 @@ PUBLISHED = {  # billions of parameters, KV bytes a token
     "Qwen3-235B-A22B": (235.09, 192_512),
     "MiniMax-M2.5": (228.69, 253_952),
     "gemma-3-1b-it": (1.00, 26_624),
+    "gpt-oss-120b": (116.83, 73_728),
+    "Kimi-K2.5": (1026.41, 70_272),
 }
 
 

@@ -7,11 +7,18 @@ from dataclasses import dataclass
 from hypothesis import strategies as st
 from model_shapes import PUBLISHED, load
 
+from servecast.sim.hardware.gpu import CATALOGUE
 from servecast.sim.hardware.step_time.physical import (
     Efficiencies,
 )
 
 SHAPES = {name: load(name) for name in PUBLISHED}
+DEPLOYMENTS = [  # (model, GPU) that vLLM runs
+    (name, gpu)
+    for name, shape in sorted(SHAPES.items())
+    for gpu in CATALOGUE
+    if gpu.capability[0] * 10 + gpu.capability[1] >= shape.least_capability
+]
 
 
 @dataclass(frozen=True)

@@ -83,8 +83,9 @@ def attention_spec(layer: dict[str, Any], case: dict[str, Any], block_size: int)
         common["kv_quant_mode"] = interface.get_kv_quant_mode("fp8")
     kind = layer["kind"]
     if kind == "indexer":
+        width = layer["head_size"] + layer["head_size"] // 128 * 4  # a byte a number, a scale for 128
         return interface.MLAAttentionSpec(
-            block_size=block_size, num_kv_heads=1, head_size=layer["head_size"], dtype=torch.uint8
+            block_size=block_size, num_kv_heads=1, head_size=width, dtype=torch.uint8
         )
     if kind == "sparse_mla" and each == 1:
         packed = "state_content_bytes" in mode

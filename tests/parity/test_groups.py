@@ -103,7 +103,7 @@ def ours(name: str, requests: list[tuple[int, Request]], steps: int) -> list[str
             for i in scheduled
         ]
         waiting = ",".join(letters[i] for i in scheduler.waiting)
-        head = f"          free list head {scheduler.free_list(8)}"
+        head = f"          free list head {[int(block) for block in scheduler.free_list(8)]}"
         scheduler.complete(made)
         line += f" | free {free} -> {scheduler.free_blocks}"
         if waiting:

@@ -124,7 +124,8 @@ def test_a_joint_prefill_is_padded_to_the_longest_prompt() -> None:
     ragged = step(chunks=[(1000, 0), (10, 0)], samples=2)
     even = step(chunks=[(1000, 0), (1000, 0)], samples=2)
     assert model.seconds(ragged) == model.seconds(even)
-    flops = 2.0 * LLAMA.parameters * 1000 + SHARD.attention_flops_per_pair * LLAMA.attention_pairs(1000, 0)
+    pairs = 28 * 1000 * 1001 / 2  # layers and causal pairs, each of two products in 24 heads of 128
+    flops = 2.0 * LLAMA.parameters * 1000 + 4 * 24 * 128 * pairs
     assert model.seconds(even) == pytest.approx(2e-2 + 2 * flops / (0.8 * GPU.bf16_flops))
     later = step(chunks=[(10, 990)], samples=1)
     assert model.breakdown(later)["attention_prefill"] > 0

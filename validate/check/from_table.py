@@ -75,11 +75,8 @@ class Context:
     def refuse(self) -> None:
         """Raises InputError if anything is given, of what says it itself."""
         if given := self.given():
-            raise InputError(
-                "a scenario says it itself",
-                where=_flag(given[0]),
-                fix="Leave it out, or change the scenario.",
-            )
+            fix = "Leave it out, or change the scenario."
+            raise InputError("a scenario says it itself", where=_flag(given[0]), fix=fix)
 
     def lengths(self) -> dict[str, Lengths | None]:
         """What is known of output and prompt lengths, by name."""
@@ -122,11 +119,8 @@ def from_table(path: Path, context: Context) -> Report:
     names = {column: read_name(column) for column in header}
     _refuse_twins(names, path)
     if not any(name.part == "metric" for name in names.values()):
-        raise InputError(
-            f"none of its columns is known ({', '.join(header)})",
-            where=str(path),
-            fix="Name them as in concurrency, request_rate, ttft_p50_ms, e2e_p95_ms, output_tok_s.",
-        )
+        fix = "Name them as in concurrency, request_rate, ttft_p50_ms, e2e_p95_ms, output_tok_s."
+        raise InputError(f"none of its columns is known ({', '.join(header)})", where=str(path), fix=fix)
     decimals = {column: max((_places(line[column]) for line in lines), default=0) for column in header}
     hardware = context.hardware()
     levels = [
@@ -148,11 +142,8 @@ def _refuse_twins(names: Mapping[str, ColumnName], path: Path) -> None:
             continue
         other = seen.setdefault((name.name, name.statistic), column)
         if other != column:
-            raise InputError(
-                f"columns {other!r} and {column!r} mean the same",
-                where=str(path),
-                fix="Leave one out, or rename it.",
-            )
+            fix = "Leave one out, or rename it."
+            raise InputError(f"columns {other!r} and {column!r} mean the same", where=str(path), fix=fix)
 
 
 def _table_level(

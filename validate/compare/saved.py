@@ -113,11 +113,8 @@ def requests_of(reading: Reading) -> tuple[Trace, int | None]:
     requests, context = reading.run.requests, reading.context
     done = requests[requests["status"] == "finished"].sort_values("sent", kind="stable")
     if not len(done):
-        raise InputError(
-            "has no requests to simulate again",
-            where=reading.source,
-            fix="Give a result with details of each request, or --traffic scenario.",
-        )
+        fix = "Give a result with details of each request, or --traffic scenario."
+        raise InputError("has no requests to simulate again", where=reading.source, fix=fix)
     times = done["arrival"].to_numpy(dtype=float)
     bound = context.max_concurrency
     if bound is not None and context.ramp is None and context.request_rate in (None, math.inf):

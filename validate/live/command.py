@@ -58,11 +58,8 @@ class Started:
             InputError: both are given or none, or what is for the other.
         """
         if self.serve is not None and running is not None:
-            raise InputError(
-                "the server cannot be started here and run already",
-                where="--serve",
-                fix="Give either --serve, or --base-url and what belongs to it.",
-            )
+            fix = "Give either --serve, or --base-url and what belongs to it."
+            raise InputError("the server cannot be started here and run already", where="--serve", fix=fix)
         if self.serve is not None:
             return OwnServer(model_folder(self.serve), flags, self.python, recorder=self.recorder)
         if running is None or not running.base_url:

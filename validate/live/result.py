@@ -42,11 +42,8 @@ def new_result(folder: Path) -> Path:
     path = folder / RESULT
     check_output(path, where="--out")
     if path.exists():
-        raise InputError(
-            "holds the result of an earlier run",
-            where=f"--out {folder}",
-            fix="Give another folder, or move that one away.",
-        )
+        fix = "Give another folder, or move that one away."
+        raise InputError("holds the result of an earlier run", where=f"--out {folder}", fix=fix)
     return path
 
 

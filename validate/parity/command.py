@@ -77,11 +77,8 @@ def _compared(
     if process is None:
         asked = vllm or max(RULES)
         if release(asked) in RULES:
-            raise InputError(
-                f"vLLM {asked} is not installed for this",
-                where="--vllm",
-                fix="Run tools/install_vllm.sh, or name an environment that has it with --vllm-python.",
-            )
+            fix = "Run tools/install_vllm.sh, or name an environment that has it with --vllm-python."
+            raise InputError(f"vLLM {asked} is not installed for this", where="--vllm", fix=fix)
         return ParityResult(asked, nearest_rules(asked)), None
     with process:
         version = release(process.version)
@@ -105,11 +102,8 @@ def _start(version: str | None, python: Path | None) -> VllmProcess | None:
     process = VllmProcess(python)
     if version is not None and release(version) != release(process.version):
         process.close()
-        raise InputError(
-            f"{python} has vLLM {process.version}, not {version}",
-            where="--vllm",
-            fix="Leave --vllm out, or give the Python of the other one.",
-        )
+        fix = "Leave --vllm out, or give the Python of the other one."
+        raise InputError(f"{python} has vLLM {process.version}, not {version}", where="--vllm", fix=fix)
     return process
 
 

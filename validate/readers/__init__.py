@@ -74,11 +74,8 @@ def sniff(values: Sequence[Any], path: Path) -> str:
     if len(set(found)) == 1 and found[0] is not None:
         return found[0]
     if set(found) == {None}:
-        raise InputError(
-            f"is a result of no known tool{_seen(values[0])}",
-            where=str(path),
-            fix=f"Known are {', '.join(reader.name for reader in READERS.values())}.",
-        )
+        fix = f"Known are {', '.join(reader.name for reader in READERS.values())}."
+        raise InputError(f"is a result of no known tool{_seen(values[0])}", where=str(path), fix=fix)
     odd = next(i for i, name in enumerate(found) if name != found[0])
     kinds = [READERS[name].name if name else "nothing known" for name in (found[0], found[odd])]
     raise InputError(

@@ -230,11 +230,8 @@ def _reading(records: Sequence[_Record], summary: _Summary | None, path: Path) -
     for number, each in enumerate(counted, start=1):
         missing = [name for name in needed if getattr(each, name) is None]
         if each.status == "finished" and missing:
-            raise InputError(
-                f"request {number} has no {missing[0]}",
-                where=str(path),
-                fix="Run aiperf with --streaming, and with --export-level records.",
-            )
+            fix = "Run aiperf with --streaming, and with --export-level records."
+            raise InputError(f"request {number} has no {missing[0]}", where=str(path), fix=fix)
     finished = [each for each in counted if each.status == "finished"]
     if summary is not None and summary.completed != len(finished):
         raise broken(

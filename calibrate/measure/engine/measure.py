@@ -58,11 +58,8 @@ def run(args: argparse.Namespace, flags: Sequence[str]) -> int:
     try:
         from .engine import Engine  # brings vLLM, which neither --help nor a wrong argument waits for
     except ImportError as error:
-        raise MeasureError(
-            f"vLLM cannot be imported ({error})",
-            "--python",
-            "Give the Python of an environment that has vLLM.",
-        ) from error
+        fix = "Give the Python of an environment that has vLLM."
+        raise MeasureError(f"vLLM cannot be imported ({error})", "--python", fix) from error
     names = [args.name or model.resolve().name for model in args.model]
     engines: dict[str, Engine] = {}
     with Folder(args.out, FILE, collect(), resume=args.resume) as folder:
@@ -202,11 +199,8 @@ def _check(args: argparse.Namespace) -> None:
             raise MeasureError(f"{value} is not above 0", "--" + flag.replace("_", "-"), "Give more.")
     names = [model.resolve().name for model in args.model]
     if len(set(names)) < len(names) or (args.name and len(names) > 1):
-        raise MeasureError(
-            f"{len(names)} models of the same name",
-            "--model, --name",
-            "Give folders that are named differently.",
-        )
+        fix = "Give folders that are named differently."
+        raise MeasureError(f"{len(names)} models of the same name", "--model, --name", fix)
 
 
 def _size(case: Case) -> int:

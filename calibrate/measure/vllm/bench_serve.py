@@ -34,11 +34,8 @@ def api_key(variable: str) -> str:
         )
     key = key.strip()
     if not key or not key.isascii() or not key.isprintable():
-        raise MeasureError(
-            f"{variable} is empty or has characters that no key has",
-            "--api-key-env",
-            "Set it to the server's key.",
-        )
+        fix = "Set it to the server's key."
+        raise MeasureError(f"{variable} is empty or has characters that no key has", "--api-key-env", fix)
     return key
 
 
@@ -136,11 +133,8 @@ def run_bench(
     try:
         code, said = _run(command, variables, timeout_s)
     except OSError as error:
-        raise MeasureError(
-            f"cannot start {python}: {error.strerror}",
-            "--python",
-            "Give the Python of an environment that has vLLM.",
-        ) from error
+        fix = "Give the Python of an environment that has vLLM."
+        raise MeasureError(f"cannot start {python}: {error.strerror}", "--python", fix) from error
     except subprocess.TimeoutExpired as error:
         raise TookTooLongError(
             f"not done after {timeout_s:g} s; its last words:\n{_end(error.output)}\n",
@@ -148,11 +142,8 @@ def run_bench(
             "Is the server alive and the load below what it can serve?",
         ) from error
     if code or not result_path.exists():
-        raise MeasureError(
-            f"ended with code {code}; its last words:\n{_end(said)}\n",
-            where,
-            "Does the server answer, and are model and tokenizer its own?",
-        )
+        fix = "Does the server answer, and are model and tokenizer its own?"
+        raise MeasureError(f"ended with code {code}; its last words:\n{_end(said)}\n", where, fix)
     try:
         result: dict[str, Any] = json.loads(result_path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -6,7 +6,9 @@ import math
 from dataclasses import dataclass, fields
 
 from servecast.sim.engine.padded.batch import PaddedStep
+from servecast.sim.hardware.mixing import prompt_pair_flops
 from servecast.sim.hardware.shard import Shard
+from servecast.sim.hardware.step_time.mixers import IDEAL, mixing_of
 from servecast.sim.hardware.step_time.physical import Binding, PhysicalStepTime, StepShape
 from servecast.sim.inputs.errors import InputError
 
@@ -71,7 +73,8 @@ class PaddedStepTime:
         self._weights_s = shard.weight_bytes / gpu.bandwidth
         self._kv_s = costs.kv_passes * expanded / gpu.bandwidth
         self._token_s = 2.0 * model.active_parameters / rate
-        self._pair_s = shard.attention_flops_per_pair / rate
+        self._attention = mixing_of(shard, [IDEAL for _ in model.layer_kinds]).attention
+        self._pair_s = prompt_pair_flops(model.layer_kinds[0], 1) / rate
 
     def seconds(self, step: StepShape) -> float:
         """Duration of the step in seconds. A step with nothing in it takes no time."""
@@ -94,7 +97,8 @@ class PaddedStepTime:
             rows = len(step.chunks)
             tokens = max(tokens for tokens, _ in step.chunks)
             older = max(context for _, context in step.chunks)
-            flops_s = tokens * self._token_s + self.model.attention_pairs(tokens, older) * self._pair_s
+            pairs = sum(each.layers * each.pairs(tokens, older) for each in self._attention)
+            flops_s = tokens * self._token_s + pairs * self._pair_s
             parts["prefill_step"] = costs.prefill_s
             parts["prefill_linear"] = max(self._weights_s, rows * flops_s)
             parts["attention_prefill"] = self._kv_s * rows * older

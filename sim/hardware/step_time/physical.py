@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import ClassVar, Literal, Protocol
 
 from servecast.sim.engine.step_costs import StepCosts
 from servecast.sim.hardware.model_shape import KERNELS_DENSE
 from servecast.sim.hardware.shard import Shard
+from servecast.sim.hardware.step_time.mixers import Attention, MixerCosts, mixing_of
 from servecast.sim.inputs.errors import InputError
 
 
@@ -58,7 +59,6 @@ class StepTime(Protocol):
         ...
 
 
-_ATTENTION_TILE = 64  # query rows of one thread block of FlashAttention 2 at head_dim 128
 _PROMPT_TILE = 128  # query rows of a tile of FlashAttention 3 and of Blackwell's kernels
 _SAMPLER_BYTES_PER_LOGIT = (
     14  # bf16 logits, fp32 copy, probabilities, noise; slope of the RTX 4090's sampler rows
@@ -75,6 +75,7 @@ class KernelCosts:
             moved at full bandwidth, a quantisation of the input included.
         attention_s: floor of attention in one layer, KV write included, s. attention_passes: how often q, k,
             v and o of a prompt chunk are moved.
+        mixers: of layers that mix tokens otherwise than by grouped-query attention, by their kind.
         expert_compute, expert_bandwidth: shares of the peaks in routed experts, where reading and multiplying
             add up. expert_s: their floor in one layer, s. expert_passes: as product_passes.
         all_reduce: one as timed, (bytes, s) rising, in place of ``link`` and ``allreduce_s``.
@@ -89,17 +90,18 @@ class KernelCosts:
     expert_s: float = 0.0
     expert_passes: float = 0.0
     all_reduce: tuple[tuple[int, float], ...] = ()
+    mixers: Mapping[str, MixerCosts] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name == "all_reduce":
+        for entry in fields(self):
+            if entry.name in ("all_reduce", "mixers"):
                 continue
-            share = field.name in ("expert_compute", "expert_bandwidth")
+            value = getattr(self, entry.name)
+            share = entry.name in ("expert_compute", "expert_bandwidth")
             if not (0.0 < value <= 1.0 if share else 0.0 <= value < math.inf):
                 rule = "above 0 and at most 1" if share else "0 or more"
-                where = f"efficiencies.by_kernel.{field.name}"
-                raise InputError(f"{field.name} is {value}", where=where, fix=f"Make it {rule}.")
+                where = f"efficiencies.by_kernel.{entry.name}"
+                raise InputError(f"{entry.name} is {value}", where=where, fix=f"Make it {rule}.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +165,21 @@ class Efficiencies:
     @classmethod
     def parameters(cls) -> tuple[str, ...]:
         """The names of the numbers that a fit may tell: all but ``by_kernel``."""
-        return tuple(field.name for field in fields(cls) if field.name != "by_kernel")
+        return tuple(each.name for each in fields(cls) if each.name != "by_kernel")
+
+    def mixer(self, kind: str) -> MixerCosts:
+        """Costs of layers that mix tokens in that way; those of attention where theirs were not timed."""
+        costs = self.by_kernel
+        if costs is not None and kind in costs.mixers:
+            return costs.mixers[kind]
+        return MixerCosts(
+            prompt_compute=self.attention_compute,
+            compute=self.attention_compute,
+            bandwidth=self.kv_bandwidth,
+            sequence_s=self.attention_seq_s,
+            passes=0.0 if costs is None else costs.attention_passes,
+            floor_s=0.0 if costs is None else costs.attention_s,
+        )
 
 
 def smooth_maximum(first: float, second: float, exponent: float) -> float:
@@ -182,10 +198,12 @@ class PhysicalStepTime:
       cost each
     - linear: weights read once against 2 FLOPs a weight and token, joined by a smooth maximum
     - elementwise: norms, rotary, activation and KV write, by bytes
-    - attention_prefill: FLOPs of all chunks, or reading their older KV, or the chunk with the longest context
-      on the few thread blocks it fills (one a head and tile of query rows), whichever is longest
-    - attention_decode: KV read, and a fixed cost per decode and layer. Beside prompt chunks, FlashAttention 2
-      (compute capability 8 and 12) pads the one query row of a decode to a tile, which costs a tile's FLOPs
+    - attention_prefill: for each kind of layer FLOPs of all chunks, or reading their older KV, or the chunk
+      with the longest context on the few thread blocks it fills (one a head and tile of query rows),
+      whichever is longest; states that are read and written
+    - attention_decode: KV or states read, and a fixed cost per decode and layer. Beside prompt chunks,
+      FlashAttention 2 (compute capability 8 and 12) pads the one query row of a decode to a tile, which costs
+      a tile's FLOPs. Windows hold back what is read
     - lm_head, sampler: by sampled row
     - all_reduce: two a layer, a small one more where q and k are normed over all heads together, and the
       gathered logits, under tensor parallelism
@@ -211,28 +229,15 @@ class PhysicalStepTime:
                 fix="Give it in the GPU's file, in bytes/s each way, or use one rank.",
             )
         self.efficiencies = eff = efficiencies or Efficiencies()
-        self._token_flops, self._linear_peak = shard.linear_flops_per_token, shard.linear_peak
-        self._pair_flops = shard.attention_flops_per_pair
-        self._kv_bytes = shard.kv_bytes_per_token_and_layer
-
-        attention_rate = gpu.bf16_flops * eff.attention_compute
-        self._pair_s = self._pair_flops / attention_rate
-        self._kv_read_s = self._kv_bytes / (gpu.bandwidth * eff.kv_bandwidth)
-        mixed_rows = _ATTENTION_TILE if gpu.capability[0] in (8, 12) else 1
-        self._decode_kv_s = max(self._kv_read_s, self._pair_s)
-        self._mixed_decode_kv_s = max(self._kv_read_s, mixed_rows * self._pair_s)
-        self._decode_s = model.layers * eff.attention_seq_s
-        self._block_s = 0.0  # one thread block, per KV token, over all layers
-        if gpu.sms is not None:
-            self._block_s = 4.0 * _ATTENTION_TILE * model.head_dim * model.layers * gpu.sms / attention_rate
+        self._expert_flops = shard.expert_flops_per_token
+        self._dense_flops = shard.linear_flops_per_token - self._expert_flops
+        self._mixing = mixing_of(shard, [eff.mixer(mixer.kind) for mixer in model.layer_kinds])
         self._kernels_s = model.kernels * eff.kernel_s
-        self._chunk_token_s = 0.0
         costs = eff.by_kernel
         if costs is not None:
-            floors = model.layers * costs.attention_s + model.products * costs.product_s
+            floors = self._mixing.floor_s + model.products * costs.product_s
             floors += model.moe_layers * costs.expert_s
             self._kernels_s = floors + model.small_kernels * eff.kernel_s
-            self._chunk_token_s = shard.attention_bytes_per_token * costs.attention_passes / gpu.bandwidth
         self._graphed = shard.cudagraph_sizes[-1] if shard.cudagraph_sizes else 0  # most tokens in a graph
         self._eager_s = model.kernels / KERNELS_DENSE * eff.eager_layer_s
         self._by_tokens: dict[int, float] = {}
@@ -258,22 +263,26 @@ class PhysicalStepTime:
 
     def costs(self) -> StepCosts:
         """The same for the engine's core, which adds up ``seconds`` by itself."""
-        model, tiled = self._model, self.efficiencies.by_kernel is not None
+        mixing = self._mixing
+        window, chunked = mixing.window
         numbers = {
-            "pair_s": self._pair_s,
-            "kv_read_s": self._kv_read_s,
-            "decode_kv_s": self._decode_kv_s,
-            "mixed_decode_kv_s": self._mixed_decode_kv_s,
-            "decode_s": self._decode_s,
-            "block_s": self._block_s,
-            "chunk_token_s": self._chunk_token_s,
+            "attention": [
+                (
+                    *(each.layers, each.window, each.pair_s, each.read_s, each.expand_s),
+                    *(each.decode_s(mixed=False), each.decode_s(mixed=True), each.block_s),
+                )
+                for each in mixing.attention
+            ],
+            "window": window,
+            "chunked": chunked,
+            "decode_s": mixing.decode_s,
+            "chunk_token_s": mixing.chunk_token_s,
+            "chunk_s": mixing.chunk_s,
+            "serial_s": mixing.serial_s,
             "request_s": self.efficiencies.host_per_seq_s,
             "eager_s": self._eager_s,
             "graphed": self._graphed,
-            "prompt_tile": _PROMPT_TILE if tiled else 0,
-            "layers": model.layers,
-            "sliding_layers": model.sliding_layers,
-            "sliding_window": model.sliding_window,
+            "prompt_tile": _PROMPT_TILE if self.efficiencies.by_kernel is not None else 1,
         }
         return StepCosts(numbers, self._tokens_seconds, self._rows_seconds)
 
@@ -297,12 +306,15 @@ class PhysicalStepTime:
         parts = self.breakdown(step)
         if not parts:
             return "host"
-        decode_kv_s = self._mixed_decode_kv_s if step.chunks else self._decode_kv_s
+        seen = [(each, each.layers * seen) for each, seen in self._seen(step)]
         sides: dict[str, tuple[float, float]] = {  # compute, memory
             "linear": self._linear_sides(self.shard.padded(_count(step)[0])),
             "lm_head": self._lm_head_sides(step.samples),
             "attention_prefill": (1.0, 0.0),
-            "attention_decode": (decode_kv_s, self._kv_read_s),
+            "attention_decode": (
+                sum(tokens * each.decode_s(mixed=bool(step.chunks)) for each, tokens in seen),
+                sum(tokens * each.read_s for each, tokens in seen),
+            ),
             "elementwise": (0.0, 1.0),
             "sampler": (0.0, 1.0),
         }
@@ -327,17 +339,20 @@ class PhysicalStepTime:
         tokens, _ = _count(step)
         if not tokens:
             return 0.0
-        model, shard = self._model, self.shard
-        token_layers = self._decode_token_layers(step)
-        pairs = float(token_layers)
-        for new, context in step.chunks:
-            pairs += model.attention_pairs(new, context)
-            token_layers += model.kv_token_layers(context)
-        compute = tokens * self._token_flops / self._linear_peak
-        compute += (shard.lm_head_flops(step.samples) + pairs * self._pair_flops) / self._gpu.bf16_flops
-        read = shard.linear_bytes(tokens) + token_layers * self._kv_bytes
-        read += shard.lm_head_bytes if step.samples else 0.0
-        return max(compute, read / self._gpu.bandwidth)
+        shard = self.shard
+        compute = tokens * self._dense_flops / shard.linear_peak
+        compute += tokens * self._expert_flops / shard.expert_peak
+        compute += shard.lm_head_flops(step.samples) / self._gpu.bf16_flops
+        read = shard.linear_bytes(tokens) + (shard.lm_head_bytes if step.samples else 0.0)
+        memory = read / self._gpu.bandwidth
+        for each, seen in self._seen(step):
+            pair_s, decode_pair_s, read_s = each.least
+            compute += each.layers * seen * decode_pair_s
+            memory += each.layers * seen * read_s
+            for new, context in step.chunks:
+                compute += each.layers * each.pairs(new, context) * pair_s
+                memory += each.layers * each.before(context) * read_s
+        return max(compute, memory)
 
     # -- parts -------------------------------------------------------------------------------------
 
@@ -358,20 +373,20 @@ class PhysicalStepTime:
         eff, shard, costs = self.efficiencies, self.shard, self.efficiencies.by_kernel
         if costs is None:
             return smooth_maximum(*self._linear_sides(tokens), eff.overlap_exponent)
-        bandwidth, flops = self._gpu.bandwidth, tokens * shard.expert_flops_per_token
-        read = shard.expert_bytes(tokens)
-        compute = (tokens * self._token_flops - flops) / (self._linear_peak * eff.compute)
+        bandwidth, read = self._gpu.bandwidth, shard.expert_bytes(tokens)
+        compute = tokens * self._dense_flops / (shard.linear_peak * eff.compute)
         memory = (shard.linear_bytes(tokens) - read) / (bandwidth * eff.bandwidth)
         dense = smooth_maximum(compute, memory, eff.overlap_exponent)
         dense += tokens * shard.product_bytes_per_token * costs.product_passes / bandwidth
-        experts = flops / (self._linear_peak * costs.expert_compute)
+        experts = tokens * self._expert_flops / (shard.expert_peak * costs.expert_compute)
         experts += read / (bandwidth * costs.expert_bandwidth)
         return dense + experts + tokens * shard.expert_bytes_per_token * costs.expert_passes / bandwidth
 
     def _linear_sides(self, tokens: int) -> tuple[float, float]:
         """Compute and memory time of the linear layers, s."""
-        eff = self.efficiencies
-        compute = tokens * self._token_flops / (self._linear_peak * eff.compute)
+        eff, shard = self.efficiencies, self.shard
+        compute = tokens * self._dense_flops / (shard.linear_peak * eff.compute)
+        compute += tokens * self._expert_flops / (shard.expert_peak * eff.compute)
         return compute, self.shard.linear_bytes(tokens) / (self._gpu.bandwidth * eff.bandwidth)
 
     def _lm_head_sides(self, rows: int) -> tuple[float, float]:
@@ -426,26 +441,36 @@ class PhysicalStepTime:
         return self.efficiencies.allreduce_s + sent / (self._link * self.efficiencies.link)
 
     def _attention_prefill(self, chunks: Sequence[tuple[int, int]]) -> float:
-        model = self._model
-        pairs, older, longest, moved = 0.0, 0, 0, 0.0
-        tiled = self.efficiencies.by_kernel is not None
-        for tokens, context in chunks:
-            if tiled:
-                moved += tokens * self._chunk_token_s
-                tokens = -(-tokens // _PROMPT_TILE) * _PROMPT_TILE
-            pairs += model.attention_pairs(tokens, context)
-            if context:
-                older += model.kv_token_layers(context)
-                if context > longest:
-                    longest = context
-        return moved + max(pairs * self._pair_s, older * self._kv_read_s, longest * self._block_s)
+        if not chunks:
+            return 0.0
+        mixing, tiled = self._mixing, self.efficiencies.by_kernel is not None
+        total = 0.0
+        for tokens, _ in chunks:
+            total += tokens * mixing.chunk_token_s
+        total += len(chunks) * mixing.chunk_s + max(tokens for tokens, _ in chunks) * mixing.serial_s
+        longest = max(context for _, context in chunks)
+        for each in mixing.attention:
+            pairs = older = 0
+            for tokens, context in chunks:
+                pairs += each.pairs(-(-tokens // _PROMPT_TILE) * _PROMPT_TILE if tiled else tokens, context)
+                older += each.before(context)
+            compute, read = each.layers * pairs * each.pair_s, each.layers * older * each.read_s
+            total += max(compute, read, each.before(longest) * each.block_s)
+            total += each.layers * older * each.expand_s
+        return total
 
-    def _decode_token_layers(self, step: StepShape) -> int:
-        return self._model.kv_token_layers(step.decode_context, step.decodes)
+    def _seen(self, step: StepShape) -> list[tuple[Attention, int]]:
+        """Each kind of attention with the KV tokens that the step's decodes attend to in one layer."""
+        windowed = getattr(step, "decode_windowed", None) if self._mixing.window[0] else None
+        return [
+            (each, each.seen(step.decode_context, step.decodes, windowed)) for each in self._mixing.attention
+        ]
 
     def _attention_decode(self, step: StepShape) -> float:
-        per_token_layer = self._mixed_decode_kv_s if step.chunks else self._decode_kv_s
-        return self._decode_token_layers(step) * per_token_layer + step.decodes * self._decode_s
+        total, mixed = step.decodes * self._mixing.decode_s, bool(step.chunks)
+        for each, seen in self._seen(step):
+            total += each.layers * seen * each.decode_s(mixed=mixed)
+        return total
 
 
 def _between(points: Sequence[tuple[int, float]], at: int) -> float:

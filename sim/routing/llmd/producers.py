@@ -142,8 +142,10 @@ class PrecisePrefixes:
         counts: dict[int, int] = {}
         for size, (index, blocks) in self._indexes.items():
             held = index.match(blocks.shared(request), known // size)
-            counts |= {server: count * size // self._block_size for server, count in held.items()}
-        counts = {server: count for server, count in counts.items() if count}
+            if size != self._block_size:
+                held = {server: count * size // self._block_size for server, count in held.items()}
+                held = {server: count for server, count in held.items() if count}
+            counts = counts | held if counts else held
         return PrefixMatch(counts, request.prompt_tokens // self._block_size, self._block_size)
 
     def picked(self, cycle: Cycle, backend: Backend) -> None:

@@ -39,7 +39,8 @@ def _fewest_best(values: Counts) -> Scores:
     least, most = values.min(), values.max()
     if least == most:
         return np.ones(len(values))
-    return (most - values) / (most - least)
+    found: Scores = (most - values) / (most - least)
+    return found
 
 
 class QueueScorer:
@@ -152,7 +153,8 @@ class TokenLoadScorer:
     def score(self, cycle: Cycle) -> Scores:
         load, most = self._load, self._threshold
         tokens = load.tokens(cycle.known.numbers) + load.uncached(cycle)
-        return 1.0 - np.minimum(tokens, most) / most
+        found: Scores = 1.0 - np.minimum(tokens, most) / most
+        return found
 
 
 class PrefixCacheScorer:
@@ -196,7 +198,8 @@ class SessionAffinityScorer:
 
     def score(self, cycle: Cycle) -> Scores:
         home = self._sessions.home(cycle.request)
-        return (cycle.known.numbers == (-1 if home is None else home)).astype(np.float64)
+        here: NDArray[np.bool_] = cycle.known.numbers == (-1 if home is None else home)
+        return here.astype(np.float64)
 
     def picked(self, cycle: Cycle, backend: Backend) -> None:
         self._sessions.picked(cycle, backend)

@@ -585,7 +585,7 @@ def engine_edited(**changes: Any) -> Callable[[list[str]], list[str]]:
         (edited(decodes="drop"), "decodes: Field required"),
         (edited(decodes=0, chunks=[]), "the step computes nothing"),
         (edited(model="other"), "step of 'other', but no engine row of that model"),
-        (engine_edited(config={"model_type": "mamba"}), "model_type 'mamba' is not modelled"),
+        (engine_edited(config={"model_type": "mamba"}), "models of type 'mamba' are not modelled"),
         (engine_edited(config=None), "config is missing"),
         (lambda lines: lines[:6], "5 different rows for 9 parameters"),
         (lambda lines: lines[:1], "no measured rows"),

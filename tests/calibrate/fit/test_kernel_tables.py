@@ -15,7 +15,8 @@ from step_cases import Step, steps
 
 import servecast
 from servecast.__main__ import main
-from servecast.calibrate.fit.kernel_tables import FOLDERS, fit_kernel_tables
+from servecast.calibrate.fit.kernel_tables import fit_kernel_tables
+from servecast.calibrate.fit.kernel_timings import FOLDERS
 from servecast.scenarios import __file__ as SCENARIOS
 from servecast.sim.hardware.gpu import find_gpu
 from servecast.sim.hardware.gpu_constants import GpuConstants

@@ -187,7 +187,7 @@ def test_plan_answers_in_json_with_its_evidence(tiny: str, capsys: pytest.Captur
     assert document["knee"]["concurrency"] is None  # the scenario sweeps no concurrency
     states = {probe["rate"]: probe["state"] for probe in document["probes"]}
     assert (states[low], states[high]) == ("pass", "fail")
-    assert document["replicas"] == -(-1000 // low)
+    assert document["sizes"][0]["replicas"] == -(-1000 // low)
     assert document["error_band"] == pytest.approx(0.3 + 0.02 * math.log2(864 / 300))
     assert document["report"] is None
     less, more = document["sensitivity"]  # of the answer's length: 8 tokens, hence 6 and 10
@@ -202,7 +202,7 @@ def test_plan_prints_the_answer_and_writes_the_report(
     monkeypatch.chdir(tmp_path)
     assert main(["plan", tiny, *QUICK, "--gpu-hour-cost", "0.7"]) == 0
     out = capsys.readouterr().out
-    for said in ("Largest request rate: ", "What binds: ", "Knee: ", "Cost of a million output tokens: "):
+    for said in ("Largest request rate: ", "What binds: ", "Knee: ", "A million tokens: "):
         assert said in out
     assert out.endswith("Report: out/plan-tiny.html\n")
     assert "tiny" in (tmp_path / "out" / "plan-tiny.html").read_text()
@@ -323,7 +323,7 @@ def test_reproduce_prints_and_writes_the_object_of_every_cell(
         (["plan", "TINY", "--goodput", "ttft=500"], "--goodput: 'ttft=500' is not a goodput limit."),
         (["plan", "TINY", "--attainment", "95"], "--attainment: 95 is not a share"),
         (["plan", "TINY", "--jobs", "0"], "--jobs: 0 processes."),
-        (["plan", "TINY", "--target-rate", "-5"], "target_rate: -5 is not positive"),
+        (["plan", "TINY", "--target-rate", "-5"], "--target-rate: -5 is not positive"),
         (["plan", "TINY", "--report", "TINY/r.html"], "--report: 'TINY/r.html' cannot be written."),
         (["compare", "TINY"], "B: there is nothing to compare with."),
         (["compare", "TINY", "--routers", "round_robin"], "at least two of them"),

@@ -9,6 +9,7 @@ import pytest
 
 import servecast
 from servecast.__main__ import main
+from servecast.sim.hardware.model_families import FAMILIES
 from servecast.sim.scenario.scenario import load, shipped_scenarios
 
 
@@ -37,7 +38,13 @@ def test_models_have_the_kv_bytes_of_their_sizes(capsys: pytest.CaptureFixture[s
     assert found["Qwen3-30B-A3B"]["experts"] == 128
     assert found["Qwen3-32B"]["experts"] is None
     assert main(["models"]) == 0
-    assert "Architectures (model_type): llama, " in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "deepseek_v3       latent" in text
+    assert "t5, mt5, " in text
+    assert main(["models", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert {family["model_type"] for family in told["families"]} == set(FAMILIES)
+    assert told["refused"]["mamba2"] == "state-space layers alone"
 
 
 def test_profiles_are_those_that_scenarios_may_name(capsys: pytest.CaptureFixture[str]) -> None:

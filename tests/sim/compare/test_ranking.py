@@ -170,7 +170,7 @@ def test_compare_writes_a_report_with_its_plots(tmp_path: Path, capsys: pytest.C
     page = report.read_text("utf-8")
     for title in ("Places", "Against the request rate", "Waiting requests", "KV cache in use", "Replicas"):
         assert title in page
-    assert page.count("<svg") == 3  # against the rate, and one a router over time
+    assert page.count("<svg") == 8  # four against the rate, and two a router over time
     assert "http://" not in page.replace("http://www.w3.org", "")
 
 
@@ -178,7 +178,6 @@ def test_compare_writes_a_report_with_its_plots(tmp_path: Path, capsys: pytest.C
     ("arguments", "message"),
     [
         (["--routers", "random", "random"], "--routers: a router is named twice"),
-        (["--set", "engine.max_num_seqs=4", "--report", "r.html"], "--report: only routers have a report"),
         (["--routers", "random", "EPP"], "plugins.1.type: unknown plugin 'que-scorer'"),
     ],
 )

@@ -13,8 +13,8 @@ from small_epp import EPP
 from small_fleet import OneSecondSteps, config, one_stream, times
 from small_scenarios import open_loop, small
 
-from servecast.sim.engine.scheduler import Scheduler
 from servecast.sim.engine.request import Request, Stage
+from servecast.sim.engine.scheduler import Scheduler
 from servecast.sim.fleet.client import Client
 from servecast.sim.fleet.fleet import Fleet
 from servecast.sim.fleet.replica import Replica
@@ -140,14 +140,10 @@ def test_a_request_in_preparation_fails_with_its_server() -> None:
 
     def make(index: int, client: Client) -> Replica:
         factors = iter(lambda: 1.0, None)
-        return Replica(
-            index, Scheduler(config()), steps, factors, steps.roofline_seconds, costs, rng, client
-        )
+        return Replica(index, Scheduler(config()), steps, factors, steps.roofline_seconds, costs, rng, client)
 
     router = ROUTERS["round_robin"](RouterOptions(), rng)
-    fleet = Fleet(
-        make, 1, router, Client(FrontEndCosts()), rng, lives=[Life(fail_s=0.5)]
-    )
+    fleet = Fleet(make, 1, router, Client(FrontEndCosts()), rng, lives=[Life(fail_s=0.5)])
     result = fleet.run(requests(0.0, 1.0))
     assert column(result, "status") == ["failed", "failed"]
     assert len(result.steps) == 0

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from small_fleet import OneSecondSteps, config, times
 
-from servecast.sim.engine.scheduler import Scheduler
 from servecast.sim.engine.request import Stage
+from servecast.sim.engine.scheduler import Scheduler
 from servecast.sim.fleet.client import Client
 from servecast.sim.fleet.fleet import Fleet
 from servecast.sim.fleet.replica import Replica
@@ -49,8 +49,7 @@ def served(stages: list[Stage], *, lives: list[Life] | None = None, router: Rout
         return Replica(index, engine, law, ones, lambda _: 0.0, free, rng, client)
 
     count = len(lives or [Life()])
-    fleet = Fleet(replica, count, router or RoundRobin(), Client(free), rng, lives=lives, detection_s=0.5
-    )
+    fleet = Fleet(replica, count, router or RoundRobin(), Client(free), rng, lives=lives, detection_s=0.5)
     run = fleet.run(stages)
     requests = [each for stage in stages for stream in stage.streams for each in stream.requests]
     known = {each.request_id: each.turn for each in requests if isinstance(each, SessionRequest)}
@@ -144,8 +143,9 @@ def test_a_session_ends_before_a_request_that_is_too_long() -> None:
 
 def test_affine_routers_keep_a_session_where_its_history_is() -> None:
     hits = {}
-    for name in ("session_affinity", "round_robin"):
+    for name in ("session_affinity", "session_hashing", "round_robin"):
         router = ROUTERS[name](RouterOptions(), np.random.default_rng(0))
         run = served(drawn({"turns": 4}), lives=[Life(), Life()], router=router)
         hits[name] = run.requests["cached_tokens"].tolist()[:4]
-    assert hits == {"session_affinity": [0, 48, 80, 112], "round_robin": [0, 0, 48, 80]}
+    found = [0, 48, 80, 112]
+    assert hits == {"session_affinity": found, "session_hashing": found, "round_robin": [0, 0, 48, 80]}

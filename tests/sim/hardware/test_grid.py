@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from measured_folder import CAPTURED, H200, physical_law, steps_of_grid, write_folder
 from model_shapes import load
-from step_cases import SHAPES, Step, decode, efficiencies, steps
+from step_cases import DEPLOYMENTS, SHAPES, Step, decode, efficiencies, steps
 
 from servecast.calibrate.fit.folder import fit_folder
 from servecast.calibrate.fit.measurements import read_folder
 from servecast.sim.hardware.error_band import transfer
-from servecast.sim.hardware.gpu import CATALOGUE, find_gpu
+from servecast.sim.hardware.gpu import find_gpu
 from servecast.sim.hardware.profile import Profile, build_step_time
 from servecast.sim.hardware.shard import Shard
 from servecast.sim.hardware.step_time.grid import Grid, GridStepTime, Surface
@@ -232,7 +232,7 @@ seconds = st.floats(1e-6, 1.0)
 @st.composite
 def grids(draw: st.DrawFn) -> Case:
     """Any times, however fast, at any nodes."""
-    model, gpu = draw(st.sampled_from(sorted(SHAPES))), draw(st.sampled_from(CATALOGUE))
+    model, gpu = draw(st.sampled_from(DEPLOYMENTS))
     sizes, contexts = st.integers(1, 512), st.floats(1, 50_000)
     decode_nodes = draw(st.lists(st.tuples(sizes, contexts, seconds), min_size=1, max_size=12))
     prefill_nodes = draw(
@@ -252,7 +252,7 @@ def grids(draw: st.DrawFn) -> Case:
 
 @st.composite
 def physicals(draw: st.DrawFn) -> Case:
-    model, gpu = draw(st.sampled_from(sorted(SHAPES))), draw(st.sampled_from(CATALOGUE))
+    model, gpu = draw(st.sampled_from(DEPLOYMENTS))
     profile = Profile.typical("H200", MODEL, "0.32", servecast_version="0")
     return Case(profile.model_copy(update={"efficiencies": draw(efficiencies)}), model, gpu.name)
 

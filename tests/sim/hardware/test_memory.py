@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import fields
 from typing import Any
 
 import pytest
+from cache_models import MODELS as CACHE_MODELS
 from model_shapes import load
+from places import DATA
 
 from servecast.sim.engine.config import EngineConfig
 from servecast.sim.hardware.gpu import find_gpu
 from servecast.sim.hardware.memory import KVMemory, MemoryLine, kv_memory
+from servecast.sim.hardware.model_shape import ModelShape
 from servecast.sim.hardware.shard import Shard, cudagraph_capture_sizes
 from servecast.sim.inputs.errors import InputError
 
 GIB = 1 << 30
+MODELS: dict[str, Any] = json.loads((DATA / "model_configs" / "configs.json").read_text())
 
 
 def pool(model: str, gpu: str, **changes: Any) -> KVMemory:
@@ -172,3 +177,65 @@ def test_what_does_not_fit_is_named(model: str, gpu: str, changes: dict[str, Any
     with pytest.raises(InputError) as caught:
         pool(model, gpu, **changes)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "gib", "ranks", "kv", "longest", "tokens", "concurrency"),
+    [  # what vLLM's own functions say of layers of these sizes, with a budget of 8,192 tokens, async
+        ("gemma-3-27b text", "0.32", 15, 1, 2, 32_768, 46_918, 1.43),
+        ("gemma-3-27b text", "0.23", 15, 1, 2, 32_768, 73_076, 2.23),
+        ("gemma-3-27b text", "0.32", 15, 1, 1, 32_768, 93_836, 2.86),
+        ("gemma-3-1b", "0.32", 60, 1, 2, 32_768, 3_839_362, 117.17),
+        ("gpt-oss-20b", "0.32", 55, 1, 2, 131_072, 2_133_894, 16.28),
+        ("gpt-oss-20b", "0.23", 55, 1, 2, 131_072, 2_259_288, 17.24),
+        ("gpt-oss-120b", "0.32", 60, 8, 2, 131_072, 12_415_438, 94.72),
+        ("Qwen3-Next-80B-A3B", "0.32", 20, 4, 2, 262_144, 1_736_366, 6.62),
+        ("DeepSeek-V3", "0.32", 8, 8, 1, 131_072, 244_416, 1.86),
+        ("DeepSeek-V3.2", "0.32", 8, 8, 1, 131_072, 178_688, 1.36),
+        ("Llama-4-Scout text", "0.32", 40, 8, 2, 131_072, 1_747_616, 13.33),
+    ],
+)
+def test_pools_of_groups(
+    name: str, version: str, gib: int, ranks: int, kv: int, longest: int, tokens: int, concurrency: float
+) -> None:
+    said = {"quant_method": "fp8", "weight_block_size": [128, 128]} if "DeepSeek" in name else None
+    model = ModelShape.from_config(MODELS[name]["config"] | {"quantization_config": said})
+    config = EngineConfig(version, 256, 8192, longest, gpu_memory_utilization=0.92)
+    shard = Shard(model, find_gpu("H200"), ranks, kv_dtype_bytes=kv)
+    memory = kv_memory(shard, config, version=version, kv_cache_memory_bytes=gib * GIB)
+    assert (memory.logged_tokens, round(memory.max_concurrency, 2)) == (tokens, concurrency)
+    assert memory.range == (tokens, tokens)
+
+
+def test_one_kind_of_layers_needs_no_groups() -> None:
+    """A block a full layer and sequence: what the engine keeps is as before."""
+    config = EngineConfig("0.32", 256, 8192, 32_768)
+    one = kv_memory(
+        Shard(load("Qwen3-8B"), find_gpu("H200"), 1), config, version="0.32", kv_cache_memory_bytes=GIB * 20
+    )
+    assert (one.kv_groups, one.block_size, one.bytes_per_block) == ((), 16, 16 * 147_456)
+    latent = Shard(ModelShape.from_config(MODELS["DeepSeek-V2-Lite"]["config"]), find_gpu("H200"), 1)
+    found = kv_memory(latent, config, version="0.32", kv_cache_memory_bytes=GIB * 20)
+    assert (found.kv_groups, found.bytes_per_block) == ((), found.block_size * 27 * 576 * 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "cache"),
+    [
+        ("gemma-3-27b text", "gemma-3-27b"),
+        ("gpt-oss-20b", "gpt-oss-20b"),
+        ("Mistral-7B-v0.1", "mistral-7b-v0.1"),
+        ("Qwen3-Next-80B-A3B", "qwen3-next-80b TP4"),
+        ("granite-4.0-h-small", "granite-4.0-h-small"),
+        ("Nemotron-Nano-9B-v2", "nemotron-nano-9b-v2 TP2"),
+        ("Kimi-Linear-48B-A3B", "kimi-linear-48b"),
+        ("DeepSeek-V3", "deepseek-v3 fp8 TP8"),
+        ("DeepSeek-V3.2", "deepseek-v3.2"),
+        ("Llama-4-Scout text", "llama-4-scout TP8"),
+        ("MiMo-V2-Flash", "mimo-v2-flash TP2"),
+    ],
+)
+def test_a_config_says_the_layers_whose_pools_are_vllms(name: str, cache: str) -> None:
+    """tests/sim/engine/test_kv_groups.py holds the pools of these layers against vLLM's own functions."""
+    by_hand = {model.name: model.layers for model in CACHE_MODELS}
+    assert ModelShape.from_config(MODELS[name]["config"]).cache_layers == by_hand[cache]

@@ -17,10 +17,12 @@ from places import REPOSITORY, VLLM
 
 from servecast.sim.hardware.gpu import find_gpu
 from servecast.sim.hardware.model_config import LEFT_OUT
-from servecast.sim.hardware.model_families import FAMILIES
+from servecast.sim.hardware.model_families import ALIASES, FAMILIES, NOT_MODELLED
 from servecast.sim.hardware.model_shape import ModelShape
+from servecast.sim.hardware.profile import build_step_time
 from servecast.sim.hardware.shard import Shard
 from servecast.sim.inputs.errors import InputError
+from servecast.sim.scenario.basis import shipped_profiles
 
 FILE = REPOSITORY / "tests" / "data" / "model_configs" / "configs.json"
 MODELS: dict[str, dict[str, Any]] = json.loads(FILE.read_text())
@@ -37,8 +39,10 @@ for name, model in json.load(open(sys.argv[1])).items():
         continue
     given = dict(model["config"])
     given["pad_token_id"] = 0
+    kind = given.pop("model_type")  # of Kimi K2 Transformers has a model under the name of DeepSeek V3 only
+    kind = "deepseek_v3" if kind == "kimi_k2" else kind
     with torch.device("meta"):
-        made = AutoModelForCausalLM.from_config(AutoConfig.for_model(given.pop("model_type"), **given))
+        made = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **given))
     corrections = (each for name, each in made.named_buffers() if "e_score_correction_bias" in name)
     found[name] = sum(each.numel() for each in [*made.parameters(), *corrections])
 print(json.dumps(found))
@@ -50,9 +54,12 @@ def test_parameters_are_right_to_the_digit(name: str) -> None:
     config = MODELS[name]["config"]
     model = ModelShape.from_config(config)
     assert model.parameters == MODELS[name]["parameters"]
+    assert ModelShape.from_config(config | {"expert_dtype": None}).weight_bytes_each == 2
     shard = Shard(model, H200, 1)
-    assert shard.weight_bytes == 2 * model.parameters
-    assert shard.kv_bytes_per_token == 4 * model.layers * model.kv_heads * model.head_dim
+    if config["model_type"] != "deepseek_v4":  # has experts of four bits, and a cache that is not modelled
+        assert shard.weight_bytes == 2 * model.parameters
+    if not model.mixers:
+        assert shard.kv_bytes_per_token == 4 * model.layers * model.kv_heads * model.head_dim
 
 
 @pytest.mark.vllm
@@ -61,14 +68,17 @@ def test_transformers_counts_as_many() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     counts = json.loads(done.stdout.splitlines()[-1])
     assert counts == {name: MODELS[name]["parameters"] for name in counts}
-    assert len(counts) > 50
+    assert len(counts) > 120
 
 
 def test_every_family_is_counted() -> None:
     covered = {model["config"]["model_type"] for model in MODELS.values()}
     shipped = {"qwen2", "qwen3"}  # tests/helpers/model_shapes.py
     alike = {"ministral": "mistral", "internlm3": "internlm2", "minicpm": "llama", "baichuan": "llama"}
+    covered = {ALIASES.get(model_type, model_type) for model_type in covered}
     assert set(FAMILIES) - covered - shipped == set(alike)
+    assert set(ALIASES.values()) <= set(FAMILIES)
+    assert not set(NOT_MODELLED) & (set(FAMILIES) | set(ALIASES))
     for name, other in alike.items():
         config = MODELS["internlm2_5-7b" if other == "internlm2" else "Llama-2-7b"]["config"]
         same = ModelShape.from_config(config | {"model_type": other})
@@ -95,10 +105,88 @@ def test_sliding_layers(name: str, sliding: int, window: int) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "kinds"),
+    [  # Transformers' layer_types and Nemotron-H's pattern; DeepSeek V4's compress_ratios of 0, 4 and 128
+        ("DeepSeek-V3", {"mla": 61}),
+        ("DeepSeek-V3.2", {"sparse_mla": 61}),
+        ("DeepSeek-V4-Flash", {"compressed": 43}),
+        ("Kimi-Linear-48B-A3B", {"kda": 20, "mla": 7}),
+        ("Qwen3-Next-80B-A3B", {"gdn": 36, "full": 12}),
+        ("Llama-4-Scout text", {"chunked": 36, "full": 12}),
+        ("granite-4.0-h-small", {"mamba2": 36, "full": 4}),
+        ("Nemotron-3-Nano-30B-A3B", {"mamba2": 23, "full": 6}),
+        ("MiMo-V2-Flash", {"full": 9, "sliding": 39}),
+        ("gpt-oss-20b", {"sliding": 12, "full": 12}),
+    ],
+)
+def test_kinds_of_layers_in_their_order(name: str, kinds: dict[str, int]) -> None:
+    model = ModelShape.from_config(MODELS[name]["config"])
+    counted: dict[str, int] = {}
+    for mixer in model.layer_kinds:
+        counted[mixer.kind] = counted.get(mixer.kind, 0) + mixer.count
+    assert list(counted.items()) == list(kinds.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "kv_dtype_bytes", "ranks", "expected"),
+    [  # 512 + 64 numbers of a latent; V3.2's indexer adds 128 bytes and a scale; states take nothing
+        ("DeepSeek-V3", 2, 8, 61 * 576 * 2),
+        ("DeepSeek-V3", 1, 1, 61 * 576),
+        ("DeepSeek-V3.2", 2, 1, 61 * (576 * 2 + 132)),
+        ("GLM-5.2", 2, 1, 78 * 576 * 2 + 21 * 132),  # 57 layers have no indexer of their own
+        ("Qwen3-Next-80B-A3B", 2, 1, 12 * 2 * 2 * 256 * 2),
+        ("Qwen3-Next-80B-A3B", 2, 4, 12 * 2 * 1 * 256 * 2),
+        ("Kimi-Linear-48B-A3B", 2, 1, 7 * 576 * 2),
+        ("Nemotron-3-Nano-30B-A3B", 1, 1, 6 * 2 * 2 * 128),
+        ("MiMo-V2-Flash", 2, 1, (9 * 4 + 39 * 8) * (192 + 128) * 2),
+    ],
+)
+def test_kv_bytes_a_token(name: str, kv_dtype_bytes: int, ranks: int, expected: int) -> None:
+    model = ModelShape.from_config(MODELS[name]["config"])
+    assert Shard(model, H200, ranks, kv_dtype_bytes=kv_dtype_bytes).kv_bytes_per_token == expected
+
+
+def test_states_have_vllms_size() -> None:
+    """Qwen3-Next on four ranks: 274,432 bytes with a state in 16 bits, 536,576 with one in 32 (vLLM 0.32)."""
+    state, _ = ModelShape.from_config(MODELS["Qwen3-Next-80B-A3B"]["config"]).cache_layers
+    assert state.conv // 4 * 2 + state.recurrent // 4 * 2 == 274_432
+    assert state.conv // 4 * 2 + state.recurrent // 4 * 4 == 536_576
+    mamba = ModelShape.from_config(MODELS["Nemotron-3-Nano-30B-A3B"]["config"]).cache_layers[0]
+    assert (mamba.conv + mamba.groups * mamba.group_conv, mamba.recurrent) == (
+        3 * (64 * 64 + 2 * 8 * 128),
+        64 * 64 * 128,
+    )
+    assert mamba.recurrent_bytes == 4
+
+
+def test_layers_for_further_tokens_are_not_loaded() -> None:
+    """DeepSeek-V3's README_WEIGHTS: 671B of the model, and 11.5B of its own in the layer that predicts one
+    token more."""
+    model = ModelShape.from_config(MODELS["DeepSeek-V3"]["config"])
+    assert round(model.parameters / 1e9) == 671
+    assert model.mtp_layers == 1
+    assert model.mtp_parameters / 1e9 == pytest.approx(11.5, abs=0.2)
+    assert Shard(model, H200, 1).weight_bytes == 2 * model.parameters
+
+
+def test_compressed_attention_is_counted_and_not_timed() -> None:
+    """Its weights are known: 284B parameters, as the model's card says."""
+    model = ModelShape.from_config(MODELS["DeepSeek-V4-Flash"]["config"], "V4")
+    assert round(model.parameters / 1e9) == 284
+    with pytest.raises(InputError, match=r"the KV cache of attention to compressed tokens is not modelled"):
+        _ = model.cache_layers
+    with pytest.raises(InputError, match=r"V4 has attention to compressed tokens"):
+        build_step_time(shipped_profiles()["l4-qwen2.5-0.5b"], Shard(model, H200, 1))
+
+
+@pytest.mark.parametrize(
     ("name", "active", "embeddings"),
     [  # billions, as the models' cards say them: gpt-oss's without the table of embeddings
         ("Mixtral-8x7B", 12.88, 0),
         ("gpt-oss-20b", 3.61, 201_088 * 2880),
+        ("DeepSeek-V3", 37.55, 0),  # "37B activated"
+        ("Kimi-K2", 32.86, 0),  # "32B"
+        ("Qwen3-Next-80B-A3B", 3.87, 0),
     ],
 )
 def test_active_parameters(name: str, active: float, embeddings: int) -> None:

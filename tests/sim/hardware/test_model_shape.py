@@ -27,7 +27,7 @@ def test_parameters_and_kv_bytes(name: str) -> None:
     assert round(model.parameters / 1e9, max(2, digits)) == pytest.approx(billions, abs=1e-9)
     shard = Shard(model, H200, 1)
     assert shard.kv_bytes_per_token == kv_bytes
-    if model.weight_bytes_each == 2:
+    if model.weight_bytes_each == 2 and not model.expert_format:
         assert shard.weight_bytes == 2 * model.parameters
     assert model.name.endswith(name)
 
@@ -61,21 +61,6 @@ def test_ranks_share_the_weights_and_the_kv_heads() -> None:
     assert four.whole == one
     with pytest.raises(InputError, match="cannot be split 3 ways"):
         Shard(model, H200, 3)
-
-
-def test_attention_counts_causal_pairs() -> None:
-    model = load("Qwen2.5-0.5B-Instruct")
-    by_hand = sum(5 + i for i in range(1, 8))
-    assert model.attention_pairs(7, 5) == model.layers * by_hand
-    assert Shard(model, H200, 1).attention_flops_per_pair == 4 * 14 * 64
-
-
-def test_sliding_layers_see_their_window() -> None:
-    model = load("gemma-3-1b-it")
-    assert (model.sliding_layers, model.sliding_window, model.layers) == (22, 512, 26)
-    by_hand = sum(4 * (500 + i) + 22 * min(500 + i, 512) for i in range(1, 41))
-    assert model.attention_pairs(40, 500) == by_hand
-    assert model.kv_token_layers(3000, sequences=2) == 4 * 3000 + 22 * 1024
 
 
 def test_fp8_halves_the_linear_weights_only() -> None:

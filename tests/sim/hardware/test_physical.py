@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from step_cases import SHAPES, Step, decode, efficiencies, steps
+from step_cases import DEPLOYMENTS, SHAPES, Step, decode, efficiencies, steps
 
-from servecast.sim.hardware.gpu import CATALOGUE, find_gpu
+from servecast.sim.hardware.gpu import find_gpu
 from servecast.sim.hardware.shard import Shard, cudagraph_capture_sizes
 from servecast.sim.hardware.step_time.physical import (
     Efficiencies,
@@ -36,11 +36,11 @@ IDEAL = Efficiencies(1, 1, 1, 1, 1e6, 0, 0, 0, 0, 1, 0)  # full rates, no fixed 
 
 @st.composite
 def models(draw: st.DrawFn) -> PhysicalStepTime:
-    name = draw(st.sampled_from(sorted(SHAPES)))
+    name, gpu = draw(st.sampled_from(DEPLOYMENTS))
     return PhysicalStepTime(
         Shard(
             SHAPES[name],
-            draw(st.sampled_from(CATALOGUE)),
+            gpu,
             tensor_parallel_size=draw(st.sampled_from(TENSOR_PARALLEL[name])),
             cudagraph_sizes=draw(st.sampled_from(((), SIZES))),
             kv_dtype_bytes=draw(st.sampled_from((1, 2))),

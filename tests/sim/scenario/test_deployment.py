@@ -3,10 +3,12 @@ them."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from places import DATA
 from small_scenarios import scenario_file
 
 from servecast.sim.inputs.errors import InputError
@@ -80,3 +82,32 @@ def test_bfloat16_needs_a_gpu_that_has_it(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"engine\.dtype: vLLM refuses bfloat16 on a T4"):
         Deployment.of(scenario(tmp_path, **small, dtype="bfloat16"))
     assert Deployment.of(scenario(tmp_path, **small)).gpu.name == "T4"
+
+
+FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+
+
+@pytest.mark.parametrize(
+    ("name", "said", "ranks", "groups", "block"),
+    [  # vLLM's groups by pattern: twelve layers each, or one of all latents. A page holds a state: Nemotron's
+        # 73,728 + 5,242,880 bytes take 1,298 tokens of 4,096, and blocks are multiples of 16
+        ("gpt-oss-20b", {"quant_method": "mxfp4"}, 1, ["sliding", "full"], 16),
+        ("Qwen3-Next-80B-A3B", FP8, 4, ["mamba", "mamba", "mamba", "full"], 272),
+        ("DeepSeek-V3.2", FP8, 8, [], 64),
+        ("Kimi-K2", FP8, 16, [], 16),
+        ("Nemotron-Nano-9B-v2", None, 1, ["mamba"] * 7 + ["full"], 1312),
+    ],
+)
+def test_models_of_every_kind_are_served(
+    tmp_path: Path, name: str, said: dict[str, Any] | None, ranks: int, groups: list[str], block: int
+) -> None:
+    configs = json.loads((DATA / "model_configs" / "configs.json").read_text())
+    file = tmp_path / f"{name}.json"
+    file.write_text(json.dumps(configs[name]["config"] | {"quantization_config": said}))
+    asked = scenario(tmp_path, str(file), "H200", max_model_len=8192, tensor_parallel_size=ranks)
+    deployment = Deployment.of(asked.changed({"gpu.per_node": max(8, ranks)}))
+    config = deployment.config
+    assert ([spec.kind for spec in config.kv_groups], config.block_size) == (groups, block)
+    run = simulate(deployment.scenario)
+    assert set(run.requests["status"]) == {"finished"}
+    assert deployment.memory.logged_tokens > 100_000

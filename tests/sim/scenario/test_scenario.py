@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 from small_scenarios import MINIMAL
 
+from servecast.sim.hardware.model_shape import ModelShape
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.metrics.slo import SLO, Goodput
 from servecast.sim.scenario.engine_flags import EngineFlags
 from servecast.sim.scenario.reported import Reported, ReportedRow, read_rows, stage_of
-from servecast.sim.scenario.scenario import Scenario, load, shipped_scenarios
+from servecast.sim.scenario.scenario import Scenario, load, shipped_folder, shipped_scenarios
 from servecast.sim.traffic.arrivals import ClosedLoop, Constant, Poisson
 from servecast.sim.traffic.draw import draw
 from servecast.sim.traffic.lengths import Fixed
@@ -180,6 +181,36 @@ def test_paths_are_relative_to_the_scenarios_folder(tmp_path: Path) -> None:
         scenario.profile_file()
     (tmp_path / "mine.json").write_text("{}")
     assert scenario.profile_file() == tmp_path / "mine.json"
+
+
+def test_a_model_may_be_a_folder_or_lie_in_the_cache_of_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As huggingface_hub lays its cache out: refs/main names the snapshot, of links to blobs."""
+    config = (shipped_folder() / "models" / "Qwen3-4B.json").read_text().replace("_name_or_path", "said")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.json").write_text(config)
+    scenario = load(written(tmp_path, MINIMAL.replace("Qwen2.5-7B-Instruct", "mine")))
+    assert scenario.config_file() == tmp_path / "mine" / "config.json"
+
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    hub = tmp_path / "home" / "hub" / "models--some--Qwen3-4B"
+    wanted = load(written(tmp_path, MINIMAL.replace("Qwen2.5-7B-Instruct", "some/Qwen3-4B")))
+    with pytest.raises(InputError, match=r"hf download some/Qwen3-4B config\.json"):
+        wanted.config_file()
+    for revision in ("aaa", "bbb"):
+        (hub / "snapshots" / revision).mkdir(parents=True)
+        (hub / "blobs").mkdir(exist_ok=True)
+        (hub / "blobs" / revision).write_text(config)
+        (hub / "snapshots" / revision / "config.json").symlink_to(hub / "blobs" / revision)
+    (hub / "refs").mkdir()
+    (hub / "refs" / "main").write_text("bbb")
+    assert wanted.config_file() == hub / "snapshots" / "bbb" / "config.json"
+    assert ModelShape.from_config(wanted.config_file()).name == "some/Qwen3-4B"
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "elsewhere"))
+    with pytest.raises(InputError, match="there is no model 'some/Qwen3-4B'"):
+        wanted.config_file()
 
 
 def test_shipped_configs_are_found_in_any_case(tmp_path: Path) -> None:

@@ -1,0 +1,142 @@
+"""NVIDIA's tables of kernel times, read, and how an equation is fitted to some of their rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from scipy.optimize import least_squares
+
+from servecast.sim.hardware.gpu import GPU
+from servecast.sim.hardware.gpu_constants import Residuals
+from servecast.sim.inputs.errors import InputError
+
+Floats = npt.NDArray[np.float64]
+Equation = Callable[[Sequence[float]], Floats]
+
+TILE = 128  # query rows of an attention tile
+LEAST_ROWS = 40
+WORST_MEDIAN = (
+    0.25  # of |fitted / measured - 1|, beyond which a fit that something else can stand for is not kept
+)
+FOLDERS = {  # GPU of the catalogue -> folder of its tables
+    "A100": "a100_sxm",
+    "H100": "h100_sxm",
+    "H200": "h200_sxm",
+    "B200": "b200_sxm",
+    "B300": "b300_sxm",
+    "GB200": "gb200",
+    "GB300": "gb300",
+    "L40S": "l40s",
+    "RTX PRO 6000": "rtx_pro_6000_server",
+}
+KV = {"bfloat16": "bf16", "fp8": "fp8"}
+BYTES = {"bf16": 2.0, "fp8": 1.0, "fp8_block": 1.0, "int4": 0.53125, "nvfp4": 0.5625, "mxfp4": 0.53125}
+BYTES["mxfp4_mxfp8"] = BYTES[
+    "mxfp4"
+]  # four bits and a scale for each 16 (nvfp4), 32 (mxfp4) or 64 (int4) weights
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Rows of one kind of kernel. seconds: measured. along: what they grow with, and edges of its regions."""
+
+    seconds: Floats
+    along: Floats
+    edges: tuple[float, ...]
+
+    def fit(
+        self, equation: Equation, start: Sequence[float], least: Sequence[float], most: Sequence[float]
+    ) -> tuple[list[float], Residuals]:
+        """The constants between ``least`` and ``most`` for which ``equation`` is nearest, and what it
+        leaves."""
+
+        def residual(constants: Sequence[float]) -> Floats:
+            return np.log(equation(constants) / self.seconds)
+
+        found = least_squares(
+            residual, start, bounds=(least, most), loss="soft_l1", f_scale=0.1, x_scale=np.abs(start)
+        )
+        error = np.expm1(residual(found.x))
+        regions = {}
+        for low, high in zip(self.edges, self.edges[1:], strict=False):
+            inside = (self.along >= low) & (self.along < high)
+            if inside.any():
+                regions[f"{low:g}-{high:g}"] = round(float(np.median(error[inside])), 3)
+        size = np.abs(error)
+        kept = Residuals(
+            rows=len(error),
+            median=round(float(np.median(size)), 4),
+            p90=round(float(np.quantile(size, 0.9)), 4),
+            by_region=regions,
+        )
+        return [float(f"{value:.4g}") for value in found.x], kept
+
+
+class KernelTables:
+    """The tables of one GPU.
+
+    Args:
+        folder: of an unpacked wheel, or any folder above ``systems/data``. gpu: of the catalogue.
+
+    Raises:
+        InputError: there are no tables of this GPU, or one cannot be read.
+    """
+
+    def __init__(self, folder: Path, gpu: GPU) -> None:
+        self.gpu = gpu
+        if gpu.name not in FOLDERS:
+            raise InputError(
+                f"there are no kernel tables of a {gpu.name}", where="--gpu", fix=f"Use {', '.join(FOLDERS)}."
+            )
+        found = sorted(folder.glob(f"**/data/{FOLDERS[gpu.name]}"))
+        if not found:
+            raise InputError(
+                f"there is no folder systems/data/{FOLDERS[gpu.name]} below",
+                where=str(folder),
+                fix="Unpack the wheel of aiconfigurator-core there.",
+            )
+        self._folder = found[0]
+        self.releases: set[str] = set()
+
+    def has(self, operation: str, name: str) -> bool:
+        """Whether there is a table of that name."""
+        return any(self._folder.glob(f"{operation}/vllm/*/{name}.parquet"))
+
+    def read(
+        self, operation: str, name: str, columns: Sequence[str], *, optional: Sequence[str] = ()
+    ) -> pd.DataFrame:
+        """The newest table of an operation, with ``seconds``. optional: columns that old tables lack."""
+        files = sorted(self._folder.glob(f"{operation}/vllm/*/{name}.parquet"), key=_release)
+        if not files:
+            raise InputError(
+                f"has no {operation}/vllm/*/{name}.parquet",
+                where=str(self._folder),
+                fix="Unpack the whole wheel.",
+            )
+        try:
+            rows = pd.read_parquet(files[-1])
+            rows = rows[[*columns, *(name for name in optional if name in rows), "latency"]]
+        except ImportError as error:
+            raise InputError(
+                "reading parquet needs pyarrow", where=str(files[-1]), fix="Install servecast[parquet]."
+            ) from error
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(
+                f"is no table of kernel times ({error})", where=str(files[-1]), fix="Unpack the wheel again."
+            ) from error
+        self.releases.add(files[-1].parent.name)
+        rows = rows[rows["latency"] > 0]
+        return rows.assign(seconds=rows["latency"] * 1e-3)
+
+
+def _release(file: Path) -> tuple[int, ...]:
+    return numbers(file.parent.name)
+
+
+def numbers(release: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in release.split(".") if part.isdigit())

@@ -1,0 +1,74 @@
+"""What helps to begin: a scenario from a pasted command, completion, text that fits the terminal."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+import servecast
+from servecast.__main__ import main
+from servecast.sim.cli.output import print_text
+from servecast.sim.scenario.starter import starter
+
+DOCKER = """docker run --gpus all -p 8000:8000 \\
+  vllm/vllm-openai:v0.31.0 \\
+  --model org/my-model --max-model-len 4096 --max-num-seqs 64"""
+
+
+def test_a_pasted_command_becomes_a_scenario_that_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "mine.yaml"
+    words = ["init", "vllm serve Qwen/Qwen3-8B -tp 2 --max-model-len 8192", "--gpu", "h200"]
+    assert main([*words, "--output", str(path)]) == 0
+    assert capsys.readouterr().out == f"Scenario: {path}\n"
+    scenario = servecast.load(path)
+    assert (scenario.model.config, scenario.gpu.name, scenario.name) == ("Qwen3-8B", "H200", "qwen3-8b")
+    assert (scenario.engine.tensor_parallel_size, scenario.engine.max_model_len) == (2, 8192)
+    assert servecast.simulate(scenario, request_rate=5, num_requests=20).to_json()["completed"] == 20
+    assert path.read_text().count("# <--") == 4
+    assert main([*words, "--output", str(path)]) == 2  # nothing is overwritten
+    assert "is there. Give another path." in capsys.readouterr().err
+
+
+def test_what_the_command_says_is_taken_from_it() -> None:
+    """The release of the image; a model that is not shipped needs its file; lengths fit max_model_len."""
+    text = starter(DOCKER)
+    assert 'version: "0.31.0"' in text
+    assert 'config: "config.json"}  # <-- put the file of org/my-model beside this one' in text
+    assert "max_tokens: 3072" in text  # three quarters of 4,096, and a quarter for the answer
+    assert "max_tokens: 1000" in text
+
+
+def test_what_cannot_be_simulated_is_said_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["init", "vllm serve m --pipeline-parallel-size 2"]) == 2
+    assert "Pipeline parallelism is not modelled" in capsys.readouterr().err
+    assert main(["init", "ls -l"]) == 2
+    assert "is not a vllm serve command" in capsys.readouterr().err
+
+
+def test_the_shell_can_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main(["--install-completion", "--shell", "bash"]) == 0
+    (script,) = [path for path in tmp_path.rglob("*") if path.is_file() and path.name.startswith("servecast")]
+    for word in ("optimize", "--tensor-parallel", "--max-num-batched-tokens"):
+        assert word in script.read_text()
+
+
+def test_text_is_folded_to_a_terminal_only(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = "note: " + "word " * 40 + "--max-num-batched-tokens 2048"
+    print_text(line, "a  b")
+    assert capsys.readouterr().out == f"{line}\na  b\n"
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    print_text(line, "a  b")
+    folded = capsys.readouterr().out.splitlines()
+    assert max(map(len, folded)) <= 80
+    assert (folded[-1], folded[1][:8]) == ("a  b", "    word")
+    assert " ".join(" ".join(folded[:-1]).split()) == line
