@@ -51,6 +51,15 @@ On each rank the pool gets `gpu_memory_utilization` times the memory that CUDA r
   runs dense unquantised Llama, Mistral and Qwen3 on V2, 0.32 everything. 200 KiB a layer and graph is
   assumed.
 
+The pool is counted in blocks. Layers that keep the same form a group, each group has its own list of blocks
+a sequence, and all take them from one pool, so a block has the bytes of the largest group; the groups are
+vLLM's (`sim/engine/kv_groups.py`): full attention, sliding windows, chunks, states (Mamba, linear attention),
+latents (MLA) and the keys of sparse attention. What vLLM logs is the number of sequences of `max_model_len`
+that the pool holds, times that length: with windows it says little of short requests, and it falls with
+`max_num_batched_tokens`, twice as much with async scheduling from 0.26 on, since a window keeps what is in
+flight. Groups, blocks, tokens and concurrency of 26 models in three sizes of memory are those of vLLM's own
+functions, in 0.23, 0.32 and 0.33 (`tests/sim/engine/test_kv_groups.py`).
+
 A pool that is estimated too small for one sequence of `max_model_len`, but may be large enough by the
 range, is a warning with the account; beyond the range it is refused, as vLLM refuses it. `--max-model-len
 auto` (or -1) lowers the length to what the pool holds. A pool that a log states can be given:

@@ -57,6 +57,11 @@ With your own vLLM:
 
     servecast validate parity --vllm-python /path/to/python --scenarios 150 --seed 1
 
+Models whose layers do not all keep the same have KV cache groups. `tests/parity/test_groups.py` draws them,
+full, sliding, chunked and Mamba groups, one to five in a scenario, with retention intervals and states saved
+inside chunks, holds them against 0.23, 0.32 and 0.33, and breaks each of their rules once
+(`tests/parity/mutations_groups.yaml`).
+
 A scenario that differs is shrunk, printed with both sides' state around the first difference, and written to
 `out/parity/`, to be run again with `--replay FILE`.
 """
@@ -64,8 +69,10 @@ A scenario that differs is shrunk, printed with both sides' state around the fir
 LIMITS = """\
 ## What this does not show
 
-- Not compared, because not modelled: speculative decoding, LoRA, multimodal inputs, KV connectors, sliding
-  window and Mamba layers, pipeline and data parallelism, pause states, structured output.
+- Not compared, because not modelled: speculative decoding, LoRA, multimodal inputs, KV connectors, pipeline
+  and data parallelism, pause states, structured output; of KV cache groups `--prefix-match-unit`.
+- With groups of different block sizes the number of cached hashes is not compared: vLLM gives the prompt's
+  last block of full attention a second hash there, which no look-up asks for.
 - Rules that cannot be told apart from outside, so that no scenario can test them: that a look-up stops at
   the first missing block (a block is never evicted before those that follow it), that 0.32 forgets a
   preempted request's tokens in flight while 0.23 lets them drain (they are delivered before it can be

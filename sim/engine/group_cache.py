@@ -14,9 +14,9 @@ import cython
 import numpy as np
 
 from servecast.sim.engine.block_pool import BlockPool
+from servecast.sim.engine.group_rules import group_rules_for
 from servecast.sim.engine.kv_cache import KVCache
 from servecast.sim.engine.kv_groups import hash_block, in_flight_tokens, most_blocks, scheduler_block
-from servecast.sim.engine.rules import rules_for
 from servecast.sim.engine.sequence import Sequence
 
 if not cython.compiled:
@@ -43,7 +43,7 @@ class GroupCache(KVCache):
 
     def __init__(self, config: Any, reuse_unhashed_first: bool, rows: cython.int) -> None:
         super().__init__(config, reuse_unhashed_first, rows)
-        rules = rules_for(config.version)
+        rules = group_rules_for(config.version)
         specs = config.kv_groups
         self.specs, self.count, self.hybrid = specs, len(specs), len(specs) > 1
         self.splits_windows = rules.splits_freed_windows
@@ -354,15 +354,16 @@ class GroupCache(KVCache):
         computed: cython.int = sequence.computed + cached
         end: cython.int = computed + tokens
         slot: cython.int = sequence.slot
-        whole: cython.int = min(sequence.num_tokens, self.max_model_len)
+        need: cython.int = 0
         if admits:
             slot = self.slots[len(self.slots) - 1]
             if self.full_isl:  # full_sequence_must_fit
-                if self.needed(sequence, slot, computed, whole, True, True) + reserve > self.pool.free_blocks:
-                    return False
+                need = min(sequence.num_tokens, self.max_model_len)
+                need = self.needed(sequence, slot, computed, need, True, True)
         else:
             self.trim(sequence)
-        if self.needed(sequence, slot, computed, end, admits, False) + reserve > self.pool.free_blocks:
+        need = max(need, self.needed(sequence, slot, computed, end, admits, False))
+        if need + reserve > self.pool.free_blocks:
             return False
         if admits:
             sequence.slot = self.slots.pop()

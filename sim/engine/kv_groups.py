@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from servecast.sim.engine.cache_layers import CacheLayer
-from servecast.sim.engine.rules import minor_release, rules_for
+from servecast.sim.engine.group_rules import group_rules_for
+from servecast.sim.engine.rules import minor_release
 from servecast.sim.inputs.errors import InputError
 
 GroupKind = Literal["full", "sliding", "chunked", "mamba"]
@@ -127,9 +128,9 @@ def default_block_size(layers: Sequence[CacheLayer], options: CacheOptions) -> i
     return 16
 
 
-def token_bytes(layer: CacheLayer, options: CacheOptions) -> int:
-    """Bytes of a token in one attention layer on a rank."""
-    each = options.kv_bytes if layer.fixed_bytes is None else layer.fixed_bytes
+def token_bytes(layer: CacheLayer, ranks: int, kv_bytes: int) -> int:
+    """Bytes of a token in one attention layer on a rank; ``kv_bytes``: of a number, by --kv-cache-dtype."""
+    each = kv_bytes if layer.fixed_bytes is None else layer.fixed_bytes
     if layer.kind == "indexer":
         return layer.head_size + layer.head_size // _INDEXER_SCALES * 4
     if layer.kind == "sparse_mla" and each == 1:
@@ -137,7 +138,7 @@ def token_bytes(layer: CacheLayer, options: CacheOptions) -> int:
     if layer.kind in MLA_KINDS:
         return layer.head_size * each
     value = layer.head_size if layer.value_size is None else layer.value_size
-    return max(1, layer.kv_heads // options.ranks) * (layer.head_size + value) * each
+    return max(1, layer.kv_heads // ranks) * (layer.head_size + value) * each
 
 
 def state_bytes(layer: CacheLayer, options: CacheOptions) -> int:
@@ -160,7 +161,7 @@ def hybrid_block_size(layers: Sequence[CacheLayer], block_size: int, options: Ca
     mla = any(layer.kind in MLA_KINDS for layer in attention)
     kernel = default_block_size(attention, replace(options, block_size=None))
     step = max(kernel, block_size, 128 if mla and since(options.release, "0.32") else 0)
-    token = token_bytes(attention[0], options)
+    token = token_bytes(attention[0], options.ranks, options.kv_bytes)
     if options.mamba_mode == "all":
         chunk = math.lcm(options.mamba_block_size or options.chunk, step)
         return max(block_size, chunk * _ceil(_ceil(max(states), token), chunk))
@@ -185,7 +186,7 @@ def specs(layers: Sequence[CacheLayer], options: CacheOptions) -> list[tuple[Cac
         spec = CacheSpec(
             kind=_GROUP_KINDS[layer.kind],
             block_size=block_size,
-            page_bytes=token_bytes(layer, options) * block_size,
+            page_bytes=token_bytes(layer, options.ranks, options.kv_bytes) * block_size,
             shape=(heads, layer.head_size, layer.value_size, layer.fixed_bytes, latent and layer.kind),
             latent=latent,
             window=layer.window if layer.kind in ("sliding", "chunked") else 0,
@@ -200,7 +201,7 @@ def _state_spec(
     state = state_bytes(layer, options)
     page = state
     if attention:
-        page = max(state, block_size * token_bytes(attention[0], options))
+        page = max(state, block_size * token_bytes(attention[0], options.ranks, options.kv_bytes))
     first = _CHECKPOINTS_SINCE.get(layer.state or "")
     saves = options.mamba_mode == "align" and first is not None and since(options.release, first)
     return CacheSpec(
@@ -331,6 +332,11 @@ def _by_pattern(found: Sequence[tuple[CacheSpec, int]], release: str) -> tuple[K
     return tuple(groups)
 
 
+def tells(groups: Sequence[KVGroup]) -> bool:
+    """Whether the cache is more than one group of full attention."""
+    return len(groups) > 1 or any(group.spec.kind != "full" for group in groups)
+
+
 def block_bytes(groups: Sequence[KVGroup]) -> int:
     """Bytes of a block of the pool on one rank."""
     return max((group.bytes for group in groups), default=1)
@@ -338,7 +344,7 @@ def block_bytes(groups: Sequence[KVGroup]) -> int:
 
 def in_flight_tokens(release: str, max_num_batched_tokens: int, *, async_scheduling: bool) -> int:
     """Tokens of a sequence that may be computed, or about to be, beyond those that are known."""
-    both = async_scheduling and rules_for(release).trims_what_is_processed
+    both = async_scheduling and group_rules_for(release).trims_what_is_processed
     return max_num_batched_tokens * (2 if both else 1)
 
 

@@ -10,12 +10,11 @@ memory", "GPU KV cache size") can be given instead.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal, NoReturn
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NoReturn
 
 from servecast.sim.engine.config import EngineConfig
 from servecast.sim.engine.kv_groups import (
-    CacheMode,
     CacheOptions,
     CacheSpec,
     KVGroup,
@@ -24,8 +23,8 @@ from servecast.sim.engine.kv_groups import (
     groups_of,
     in_flight_tokens,
     longest_sequence,
-    since,
     specs,
+    tells,
 )
 from servecast.sim.hardware.profile_run import (
     CompileCache,
@@ -63,11 +62,9 @@ class KVMemory:
 
     Attributes:
         num_gpu_blocks: blocks as vLLM counts them, the null block included.
-        block_size: tokens of the smallest block. bytes_per_block: on one rank: of all layers, or of those of
-            the widest group.
-        sequence_blocks: of one sequence of max_model_len tokens, in all groups.
-        groups: the KV cache groups.
+        block_size: tokens a block. bytes_per_block: on one rank, all layers.
         max_model_len: the longest sequence, which vLLM may have fitted to the pool.
+        groups: the KV cache groups. sequence_blocks: what one sequence of ``max_model_len`` takes.
         lines: the account. Unless the pool is given, they add up to the bytes that are left for it.
         memory_used_bytes: what a monitor shows as used on the card once the server is up: what vLLM
             accounts for, plus an assumed 0.5 GiB of CUDA context outside of it.
@@ -86,15 +83,18 @@ class KVMemory:
 
     @property
     def kv_tokens(self) -> int:
-        """Tokens that fit: every block but the null block; with several groups, in sequences of
-        ``max_model_len``."""
-        return self.logged_tokens if self.kv_groups else (self.num_gpu_blocks - 1) * self.block_size
+        """Tokens that fit in sequences of ``max_model_len``: every block but the null block."""
+        return int((self.num_gpu_blocks - 1) * self.tokens_per_block)
 
     @property
     def kv_groups(self) -> tuple[CacheSpec, ...]:
         """What each group keeps; none where that is every token of all layers alike."""
-        found = tuple(group.spec for group in self.groups)
-        return () if [spec.kind for spec in found] == ["full"] else found
+        return tuple(group.spec for group in self.groups) if tells(self.groups) else ()
+
+    @property
+    def tokens_per_block(self) -> float:
+        """Tokens that a block more holds, in sequences of ``max_model_len``."""
+        return self.max_model_len / self.sequence_blocks if tells(self.groups) else self.block_size
 
     @property
     def kv_bytes(self) -> int:
@@ -108,8 +108,7 @@ class KVMemory:
 
     @property
     def logged_tokens(self) -> int:
-        """What vLLM logs as "GPU KV cache size": its concurrency in tokens, the null block counted. Where
-        groups forget or hold states it is not what short requests can hold."""
+        """What vLLM logs as "GPU KV cache size": its concurrency in tokens, the null block counted."""
         return int(self.max_concurrency * self.max_model_len)
 
     @property
@@ -117,17 +116,18 @@ class KVMemory:
         """Fewest and most tokens that the account allows, each uncertain line at its end."""
         if any(line.origin == "given" for line in self.lines):
             return self.logged_tokens, self.logged_tokens
-        tokens = self.max_model_len / (self.sequence_blocks * self.bytes_per_block)
+        tokens = self.tokens_per_block / self.bytes_per_block
         more, less = (sum(getattr(line, way) for line in self.lines) for way in ("more", "less"))
         return (
             max(0, self.logged_tokens - int(more * tokens)),
             self.logged_tokens + int(less * tokens),
         )
 
-    def facts(self) -> dict[str, int | float]:
+    def facts(self) -> dict[str, Any]:
         """What vLLM logs of the pool, and the range that the account leaves open."""
         low, high = self.range
-        return {
+        several = {"groups": [group.title for group in self.groups]} if tells(self.groups) else {}
+        return several | {
             "tokens": self.logged_tokens,
             "max_concurrency": self.max_concurrency,
             "max_model_len": self.max_model_len,
@@ -141,8 +141,7 @@ def kv_memory(
     config: EngineConfig,
     *,
     version: str,
-    block_size: int | None = None,
-    mamba_mode: CacheMode = "align",
+    cache: CacheOptions | None = None,
     fit_max_model_len: bool = False,
     compile_cache: CompileCache = "warm",
     kv_cache_memory_bytes: int | None = None,
@@ -151,17 +150,20 @@ def kv_memory(
     """The KV pool under vLLM's flags. The last two replace the pool's bytes, or its blocks.
 
     A pool that is estimated too small for one sequence, and may yet hold it, is taken to hold it, with a
-    warning. Layers inside chunks are managed as full ones, as vLLM does by default.
+    warning.
 
     Args:
-        version: of vLLM. config: its flags, the number of blocks not known yet. block_size: as given; None:
-            the attention backend's. mamba_mode: when states are kept for other sequences.
+        version: of vLLM. config: its flags, the number of blocks not known yet.
+        cache: what decides about KV cache groups; None: vLLM's defaults.
         fit_max_model_len: lower ``max_model_len`` to what the pool holds, as ``--max-model-len auto`` asks.
 
     Raises:
         InputError: the weights do not fit, or no sequence of ``max_model_len`` does.
     """
     gpu = shard.gpu
+    chunked = any(layer.kind == "chunked" for layer in shard.model.cache_layers)
+    cache = cache or CacheOptions(config.version, capability=gpu.capability, hybrid=not chunked)
+    cache = replace(cache, ranks=shard.tensor_parallel_size, kv_bytes=shard.kv_dtype_bytes)
     share, longest = config.gpu_memory_utilization, config.max_model_len
     if not 0.0 < share <= 1.0:
         raise InputError(
@@ -174,28 +176,8 @@ def kv_memory(
             where="gpu",
             fix="Use a larger GPU, more tensor_parallel_size, or quantised weights.",
         )
-    layers = shard.model.cache_layers
-    options = CacheOptions(
-        release=config.version,
-        ranks=shard.tensor_parallel_size,
-        kv_bytes=shard.kv_dtype_bytes,
-        dtype_bytes=shard.model.dtype_bytes,
-        block_size=block_size,
-        capability=gpu.capability,
-        max_model_len=longest,
-        mamba_mode=mamba_mode,
-    )
-    hybrid = all(layer.kind != "chunked" for layer in layers)
-    groups = groups_of(specs(layers, options), config.version, hybrid=hybrid)
-    bytes_per_block = block_bytes(groups)
-    in_flight = in_flight_tokens(
-        config.version, config.max_num_batched_tokens, async_scheduling=config.async_scheduling
-    )
-    null = 1 if len(groups) == 1 or since(config.version, "0.32") else 0
-
-    def sequence(tokens: int) -> int:
-        return blocks_per_sequence(groups, tokens, in_flight)
-
+    groups = _groups(shard, cache, config.max_model_len)
+    bytes_per_block, block_size = block_bytes(groups), min(group.spec.block_size for group in groups)
     requested = math.ceil(gpu.memory_bytes * share)
     lines = [
         MemoryLine(
@@ -233,32 +215,45 @@ def kv_memory(
         lines.append(
             MemoryLine("--num-gpu-blocks-override", blocks * bytes_per_block, "given", f"{blocks} blocks")
         )
+    in_flight = in_flight_tokens(
+        config.version, config.max_num_batched_tokens, async_scheduling=config.async_scheduling
+    )
     if fit_max_model_len:
-        longest = max(16, longest_sequence(blocks - null, longest, sequence))
-    needed = null + sequence(longest)
+        fitting = longest_sequence(
+            blocks - 1, longest, lambda tokens: blocks_per_sequence(groups, tokens, in_flight)
+        )
+        longest = max(block_size, fitting)
+        groups = _groups(shard, cache, longest)
+    sequence_blocks = blocks_per_sequence(groups, longest, in_flight)
+    held = max(0, blocks - 1) * longest // sequence_blocks if tells(groups) else (blocks - 1) * block_size
+    needed = 1 + sequence_blocks  # one sequence, and the null block
     warning = None
     if blocks < needed:
         account = ", ".join(f"{line.name} {line.bytes / _GIB:+.2f} GiB" for line in lines if line.bytes)
-        held = longest_sequence(max(0, blocks - null), longest, sequence)
         if needed * bytes_per_block > available + slack:
             _refuse(blocks, held, longest, account, given=kv_cache_memory_bytes is not None)
         warning = (
-            f"the KV pool is estimated at {held:,} tokens, less than one sequence "
+            f"the KV pool is estimated at {max(0, held):,} tokens, less than one sequence "
             f"of max_model_len {longest:,}, for which vLLM would not start. The account may be up to "
             f"{slack / _GIB:.2f} GiB too careful, so the sequence is taken to fit: {account}"
         )
         blocks = needed
     return KVMemory(
         num_gpu_blocks=blocks,
-        block_size=min(group.spec.block_size for group in groups),
+        block_size=block_size,
         bytes_per_block=bytes_per_block,
-        sequence_blocks=sequence(longest),
-        groups=groups,
         max_model_len=longest,
         memory_used_bytes=min(gpu.memory_bytes, used + CONTEXT_BYTES),
         lines=tuple(lines),
+        sequence_blocks=sequence_blocks,
+        groups=groups,
         warning=warning,
     )
+
+
+def _groups(shard: Shard, cache: CacheOptions, max_model_len: int) -> tuple[KVGroup, ...]:
+    cache = replace(cache, max_model_len=max_model_len)
+    return groups_of(specs(shard.model.cache_layers, cache), cache.release, hybrid=cache.hybrid)
 
 
 def _line(name: str, found: Estimate, origin: Origin = "assumed") -> MemoryLine:

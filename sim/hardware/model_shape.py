@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from servecast.sim.engine.cache_layers import CacheLayer
-from servecast.sim.hardware.layer_kinds import WORDS, Linear, Mixer
+from servecast.sim.hardware.layer_kinds import STATES, WORDS, Linear, Mixer
 from servecast.sim.hardware.model_config import shape_fields
 from servecast.sim.inputs.errors import InputError
 
@@ -197,6 +197,11 @@ class ModelShape:
             InputError: the layout of a kind is not modelled.
         """
         return tuple(layer for mixer in self.layer_kinds for layer in mixer.cache_layers())
+
+    @property
+    def keeps_states(self) -> bool:
+        """Whether some layers keep a state of fixed size."""
+        return any(mixer.kind in STATES for mixer in self.layer_kinds)
 
     @property
     def dense_layers(self) -> int:

@@ -12,7 +12,7 @@ from bisect import bisect_left
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from servecast.sim.engine.kv_groups import CacheOptions, token_bytes
+from servecast.sim.engine.kv_groups import token_bytes
 from servecast.sim.hardware.expert_use import fullest_rank, touched
 from servecast.sim.hardware.gpu import GPU
 from servecast.sim.hardware.model_shape import ModelShape
@@ -282,9 +282,9 @@ class Shard:
     def kv_bytes_per_token(self) -> int:
         """Bytes that one token more takes in all layers: keys and values, or latents and an indexer's keys. A
         state of fixed size takes none."""
-        options = CacheOptions(release="0.32", ranks=self.tensor_parallel_size, kv_bytes=self.kv_dtype_bytes)
-        layers = (layer for layer in self.model.cache_layers if layer.kind != "mamba")
-        return sum(layer.count * token_bytes(layer, options) for layer in layers)
+        ranks, each = self.tensor_parallel_size, self.kv_dtype_bytes
+        layers = [layer for layer in self.model.cache_layers if layer.kind != "mamba"]
+        return sum(layer.count * token_bytes(layer, ranks, each) for layer in layers)
 
 
 def _kernel(dtype: str, gpu: GPU, model: ModelShape) -> str:

@@ -108,7 +108,8 @@ def _kv_cache_dtype(deployment: Deployment) -> str:
 
 
 def engine_lines(document: Mapping[str, Any]) -> list[str]:
-    """The size of the KV cache as vLLM logs it, and the flags that were resolved, of a result's context."""
+    """The size of the KV cache as vLLM logs it, its groups where they are several, and
+    the flags that were resolved, of a result's context."""
     kv, engine = document["kv_cache"], document["engine"]
     between = ""
     if kv["lowest_tokens"] != kv["highest_tokens"]:
@@ -116,7 +117,8 @@ def engine_lines(document: Mapping[str, Any]) -> list[str]:
     size = f"{kv['tokens']:,} tokens, {kv['max_concurrency']:.2f}x of max_model_len {kv['max_model_len']:,}"
     flags = [f"--{name.replace('_', '-')} {engine[name]}" for name in _FLAGS]
     flags += [f"--{'' if engine[name] else 'no-'}{name.replace('_', '-')}" for name in _SWITCHES]
-    return [f"GPU KV cache size: {size}{between}", f"Flags: {' '.join(flags)}"]
+    groups = [f"KV cache groups: {', '.join(kv['groups'])}"] if kv.get("groups") else []
+    return [f"GPU KV cache size: {size}{between}", *groups, f"Flags: {' '.join(flags)}"]
 
 
 def result(

@@ -8,6 +8,8 @@ from importlib.metadata import version
 from typing import Any
 
 from servecast.sim.engine.config import EngineConfig
+from servecast.sim.engine.group_rules import STATES_IN, WINDOWS_SINCE
+from servecast.sim.engine.kv_groups import since
 from servecast.sim.fleet.spec import GpuSpec
 from servecast.sim.hardware.error_band import Bands, Transfer, transfer
 from servecast.sim.hardware.front_end_costs import FrontEndCosts
@@ -142,11 +144,24 @@ class Deployment:
             self._other_model,
             *self.model.notes,
             self.memory.warning,
+            self._near_groups,
             *(each.note for each in self.fitted_profiles),
         ]
         if self.scenario.profile is None and self.transfer.basis == "physics only":
             notes.append(why_typical(self.shard) or "")
         return tuple(filter(None, notes))
+
+    @property
+    def _near_groups(self) -> str | None:
+        """Said where the release's KV cache groups are not step-exact, or the layers are managed as full."""
+        kinds, version = {spec.kind for spec in self.config.kv_groups}, self.config.version
+        if self.scenario.server.waits_for_blocks(self.scenario.engine):
+            if "mamba" in kinds and version not in STATES_IN:
+                exact = ", ".join(STATES_IN)
+                return f"the cache of states is step-exact in vLLM {exact}, in {version} only near"
+            if kinds and not since(version, WINDOWS_SINCE):
+                return f"KV cache groups are step-exact from vLLM {WINDOWS_SINCE} on, in {version} only near"
+        return None
 
     @property
     def _other_model(self) -> str | None:

@@ -48,8 +48,23 @@ class EngineFlags(Model):
     """Most requests that run together. Default, as vLLM picks it for the GPU."""
     max_num_batched_tokens: Count | None = None
     """Token budget of a step. Default, as vLLM picks it for the GPU."""
-    block_size: Count = 16
-    """Tokens of a KV block."""
+    block_size: Count | None = None
+    """Tokens of a KV block. Default, what the attention backend prefers: 16, of latents (MLA) 16 to 64.
+    Beside layers with states it is raised until a block holds a state, as vLLM does."""
+    disable_hybrid_kv_cache_manager: Flag = False
+    """Manage sliding-window layers as full ones, as vLLM does with chunked ones in any case."""
+    mamba_cache_mode: Literal["none", "align", "all"] | None = None
+    """When layers with states (Mamba, linear attention) keep them for others; ``all`` until 0.31. Default,
+    ``align`` with prefix caching, else ``none``."""
+    mamba_block_size: Count | None = None
+    """As ``--mamba-block-size``: tokens of a chunk with ``mamba_cache_mode`` ``all``; else without effect."""
+    mamba_cache_dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
+    """Of states. Default, the model's."""
+    mamba_ssm_cache_dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
+    """Of recurrent states. Default, as ``mamba_cache_dtype`` or the model says."""
+    prefix_cache_retention_interval: Amount | None = None
+    """Tokens between what sliding windows and states keep for other requests; 0 is only what the prompt's end
+    needs. Default, 0 from 0.29 on; before, all is kept."""
     gpu_memory_utilization: Annotated[Positive, Field(le=1)] | None = None
     """Share of the GPU's memory that vLLM may use. Default, the release's."""
     kv_cache_memory_bytes: Count | None = None
@@ -117,7 +132,8 @@ class EngineFlags(Model):
     def config(self, **resolved: Any) -> EngineConfig:
         """The flags that an engine reads, with ``resolved`` in place of what was given."""
         shared = {field.name for field in fields(EngineConfig)} & set(EngineFlags.model_fields)
-        return EngineConfig(**self.model_dump(include=shared) | resolved)
+        given = {name: value for name, value in self.model_dump(include=shared).items() if value is not None}
+        return EngineConfig(**given | resolved)
 
     def longest_context(
         self, max_position_embeddings: int | None, where: str, *, default: int | None = None

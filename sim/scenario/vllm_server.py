@@ -8,10 +8,11 @@ from typing import Literal
 
 from servecast.sim.engine.config import EngineConfig
 from servecast.sim.engine.engine import Engine
+from servecast.sim.engine.kv_groups import CacheMode, CacheOptions
+from servecast.sim.engine.kv_groups import since as at_least
 from servecast.sim.engine.rules import OPTION_SINCE, RULES, has_option, minor_release
 from servecast.sim.engine.scheduler import Scheduler
 from servecast.sim.hardware.gpu import GPU
-from servecast.sim.hardware.layer_kinds import STATES
 from servecast.sim.hardware.memory import KVMemory, kv_memory
 from servecast.sim.hardware.model_shape import ModelShape
 from servecast.sim.hardware.padded_memory import MemoryRisk
@@ -23,7 +24,6 @@ from servecast.sim.scenario.engine_flags import EngineFlags
 from servecast.sim.scenario.vllm_flags import FLAG_BAND
 
 GIB = 1 << 30
-_USUAL_BLOCK: int = EngineFlags.model_fields["block_size"].default  # the backend's own where it is another
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,14 +200,14 @@ class Vllm:
             for name in ("gpu_memory_utilization", "async_scheduling", "scheduler_reserve_full_isl")
             if getattr(flags, name) is None
         }
-        states = any(mixer.kind in STATES for mixer in model.layer_kinds)
-        if release_number(release.rules) < (0, 32):
-            if states and "enable_prefix_caching" not in flags.model_fields_set:
-                defaults["enable_prefix_caching"] = False  # off by default where layers keep states
-        else:
+        caching = flags.enable_prefix_caching
+        if model.keeps_states and "enable_prefix_caching" not in flags.model_fields_set:
+            caching = at_least(release.rules, "0.26")
+        if flags.prefix_cache_retention_interval is None and at_least(release.rules, "0.29"):
             defaults["prefix_cache_retention_interval"] = 0
         return flags.config(
             version=release.rules,
+            enable_prefix_caching=caching,
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=tokens,
@@ -240,8 +240,7 @@ class Vllm:
             shard,
             config,
             version=flags.version,
-            block_size=None if flags.block_size == _USUAL_BLOCK else flags.block_size,
-            mamba_mode="align" if config.enable_prefix_caching else "none",
+            cache=_cache_options(flags, config, shard),
             fit_max_model_len=flags.fits_max_model_len,
             compile_cache=flags.compile_cache,
             kv_cache_memory_bytes=flags.kv_cache_memory_bytes,
@@ -255,6 +254,53 @@ class Vllm:
 
     def waits_for_blocks(self, flags: EngineFlags) -> bool:
         return True
+
+
+_BYTES = {"auto": None, "float16": 2, "bfloat16": 2, "float32": 4}
+
+
+def _cache_options(flags: EngineFlags, config: EngineConfig, shard: Shard) -> CacheOptions:
+    """What decides about KV cache groups.
+
+    Raises:
+        InputError: vLLM would refuse it, or its states are kept in a way that is not modelled.
+    """
+    kinds = {layer.kind for layer in shard.model.cache_layers}
+    mode: CacheMode = "none"
+    if config.enable_prefix_caching:
+        mode = flags.mamba_cache_mode or "align"
+        if mode == "none":
+            mode = "align"  # MambaModelConfig.verify_and_update_config
+    if "mamba" in kinds and mode == "all":
+        if at_least(config.version, "0.32"):
+            raise InputError(
+                f"vLLM {flags.version} has no mamba_cache_mode all",
+                where="engine.mamba_cache_mode",
+                fix="Leave it out.",
+            )
+        if flags.mamba_block_size is None:
+            raise InputError(
+                "mamba_cache_mode all goes by the chunk of the model's scan, which is not known here",
+                where="engine.mamba_block_size",
+                fix="Give the model's chunk size, 256 for most.",
+            )
+    if flags.mamba_block_size is not None and not config.enable_prefix_caching:
+        raise InputError(
+            "mamba_block_size without prefix caching",
+            where="engine.mamba_block_size",
+            fix="Leave it out: vLLM refuses this.",
+        )
+    return CacheOptions(
+        release=config.version,
+        dtype_bytes=shard.model.dtype_bytes,
+        block_size=flags.block_size,
+        capability=shard.gpu.capability,
+        mamba_mode=mode,
+        mamba_block_size=flags.mamba_block_size,
+        state_bytes=_BYTES[flags.mamba_cache_dtype],
+        recurrent_bytes=_BYTES[flags.mamba_ssm_cache_dtype],
+        hybrid=not (flags.disable_hybrid_kv_cache_manager or "chunked" in kinds),
+    )
 
 
 def _keeps_prefills_apart(release: str) -> bool:

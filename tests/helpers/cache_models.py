@@ -1,7 +1,7 @@
-"""Twenty models as vLLM's KV cache sees them, by the sizes of their published configurations.
+"""Models as vLLM's KV cache sees them, by the sizes of their published configurations.
 
-Each has layers, in the order in which the first of each sort stands in the model, and the flags under which its
-pool is sized. Beside a layer with states stand the arguments of vLLM's own calculator of their shapes.
+Each has layers, in the order in which the first of each sort stands in the model, and the flags under which
+its pool is sized. Beside a layer with states stand the arguments of vLLM's own calculator of their shapes.
 """
 
 from __future__ import annotations

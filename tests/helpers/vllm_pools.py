@@ -1,9 +1,9 @@
 """vLLM's own sizes of KV pools, on the CPU: cases as JSON lines on stdin, an answer a line.
 
 Runs under the Python that has vLLM. A case has ``layers`` (CacheLayer's fields), ``ranks``, ``kv_bytes``,
-``recurrent_bytes``, ``max_model_len``, ``budget``, ``asynchronous``, ``block_size`` (an attention block where no
-layer has a state), ``mode`` and ``hybrid``, and ``available``, a list of bytes. The specs are made with vLLM's
-classes from the layers; block sizes beside states come from vLLM's Platform, groups and blocks from
+``recurrent_bytes``, ``max_model_len``, ``budget``, ``asynchronous``, ``block_size`` (an attention block where
+no layer has a state), ``mode`` and ``hybrid``, and ``available``, a list of bytes. The specs are made with
+vLLM's classes from the layers; block sizes beside states come from vLLM's Platform, groups and blocks from
 get_kv_cache_configs.
 """
 
@@ -12,12 +12,8 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
-import os
 import sys
 import tempfile
-
-OUT = os.fdopen(os.dup(1), "w", buffering=1)
-os.dup2(2, 1)  # whatever vLLM prints shall not end up between the answers
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -87,12 +83,9 @@ def attention_spec(layer: dict[str, Any], case: dict[str, Any], block_size: int)
         common["kv_quant_mode"] = interface.get_kv_quant_mode("fp8")
     kind = layer["kind"]
     if kind == "indexer":
-        scales = layer["head_size"] // 128 * 4
+        width = layer["head_size"] + layer["head_size"] // 128 * 4  # a byte a number, a scale for 128
         return interface.MLAAttentionSpec(
-            block_size=block_size,
-            num_kv_heads=1,
-            head_size=layer["head_size"] + scales,
-            dtype=torch.uint8,
+            block_size=block_size, num_kv_heads=1, head_size=width, dtype=torch.uint8
         )
     if kind == "sparse_mla" and each == 1:
         packed = "state_content_bytes" in mode
@@ -256,7 +249,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as model:
         Path(model, "config.json").write_text(json.dumps(MODEL))
         for line in sys.stdin:
-            print(json.dumps(answer(json.loads(line), model)), file=OUT)
+            print(json.dumps(answer(json.loads(line), model)), flush=True)
 
 
 if __name__ == "__main__":

@@ -58,9 +58,9 @@ class Mutation:
         return make
 
 
-def load_mutations() -> list[Mutation]:
-    """The table of mutations.yaml."""
-    rows = yaml.safe_load(Path(__file__).with_name("mutations.yaml").read_text())
+def load_mutations(file: str = "mutations.yaml") -> list[Mutation]:
+    """The table of ``file``, here ``mutations.yaml``."""
+    rows = yaml.safe_load(Path(__file__).with_name(file).read_text())
     return [
         Mutation(**row | {"old": row["old"].rstrip("\n"), "new": row["new"].rstrip("\n")}) for row in rows
     ]

@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 
 from servecast.sim.engine.config import EngineConfig
+from servecast.sim.engine.group_rules import group_rules_for
 from servecast.sim.engine.kv_groups import CacheSpec, GroupKind, in_flight_tokens, most_blocks
 from servecast.sim.engine.request import Request
-from servecast.sim.engine.rules import has_option, rules_for
+from servecast.sim.engine.rules import has_option
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.inputs.files import read_text
 
@@ -220,7 +221,7 @@ def _draw_groups(pick: Pick, config: EngineConfig) -> tuple[tuple[CacheSpec, ...
     """Groups and the retention interval of what they keep for others."""
     block, caching = config.block_size, config.enable_prefix_caching
     made = pick(0, 9)
-    rules = rules_for(config.version)
+    rules = group_rules_for(config.version)
 
     def spec(kind: GroupKind, size: int = block, window: int = 0) -> CacheSpec:
         return CacheSpec(kind=kind, block_size=size, page_bytes=4096 * size, window=window)
@@ -234,7 +235,7 @@ def _draw_groups(pick: Pick, config: EngineConfig) -> tuple[tuple[CacheSpec, ...
         groups += [spec("sliding", window=window())] * pick(1, 3)
         if made == 3 and block > 4:  # of another block size
             sizes = (block * 2, block // 2)
-            groups = [groups[0]] + [dataclasses.replace(groups[1], block_size=sizes[pick(0, 1)])]
+            groups = [groups[0], dataclasses.replace(groups[1], block_size=sizes[pick(0, 1)])]
     elif made == 4:  # of two sizes
         groups += [spec("sliding", window=window()), spec("sliding", window=window())]
     elif made == 5:

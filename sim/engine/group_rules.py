@@ -1,0 +1,76 @@
+"""What differs between vLLM releases where layers do not all keep the same; ``rules`` has the rest.
+
+The functions are those of ``vllm/v1/core``: single_type_kv_cache_manager.py, kv_cache_coordinator.py and
+kv_cache_manager.py. Windows and chunks are step-exact from 0.23 on, states in 0.23 and from 0.28 on; the
+other releases run under the rules that are known of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from servecast.sim.engine.rules import RELEASES, minor_release
+
+
+@dataclass(frozen=True, slots=True)
+class GroupRules:
+    """Rules of KV cache groups that changed between releases.
+
+    Attributes:
+        splits_freed_windows: blocks without a hash go to the head of the free list where they leave a window
+            or are a sliding window's, to its tail otherwise (free_blocks(prepend=True)).
+        trims_what_is_processed: blocks leave the window by the tokens of finished steps, not of scheduled
+            ones (KVCacheManager.allocate_slots: num_in_flight_tokens), and those in flight count for what a
+            group may hold at once (VllmConfig.max_in_flight_tokens).
+        pins_junctions: where one group's hit was longer than that of all, this is kept for the next request
+            (request.shared_prefix_boundary), and a later pass takes full attention's hit as it was found.
+        retains_states: the retention interval holds for states, too (MambaManager.reachable_block_mask).
+        retires_all_states: states are given back wherever they stand (MambaManager._remove_blocks_in_range).
+        aligns_chunk_ends: chunks end at block boundaries, counted from the sequence's start
+            (Scheduler._mamba_block_aligned_split); keeps_last_token_from_states: the last such end leaves
+            the last token, which a hit computes again.
+        registers_boundary_state: the state at the prompt's last boundary is registered in the step that
+            reaches it, even if it was a hit (MambaManager._cache_partial_tail_block);
+            registers_boundary_state_again: even where it has its hash.
+    """
+
+    splits_freed_windows: bool
+    trims_what_is_processed: bool
+    pins_junctions: bool
+    retains_states: bool
+    retires_all_states: bool
+    aligns_chunk_ends: bool
+    keeps_last_token_from_states: bool
+    registers_boundary_state: bool
+    registers_boundary_state_again: bool
+
+
+GROUP_RULE_IN: dict[str, tuple[str, str | None]] = {
+    "splits_freed_windows": ("0.23", "0.23"),
+    "trims_what_is_processed": ("0.26", None),
+    "pins_junctions": ("0.26", None),
+    "retains_states": ("0.24", None),
+    "retires_all_states": ("0.30", None),
+    "aligns_chunk_ends": ("0.28", None),
+    "keeps_last_token_from_states": ("0.32", None),
+    "registers_boundary_state": ("0.32", None),
+    "registers_boundary_state_again": ("0.32", "0.32"),
+}
+"""The first and the last release that has a rule; None is the newest."""
+
+GROUP_RULES = {
+    release: GroupRules(
+        **{
+            name: RELEASES.index(first) <= position <= RELEASES.index(last or RELEASES[-1])
+            for name, (first, last) in GROUP_RULE_IN.items()
+        }
+    )
+    for position, release in enumerate(RELEASES)
+}
+WINDOWS_SINCE = "0.23"
+STATES_IN = ("0.23", *RELEASES[RELEASES.index("0.28") :])
+
+
+def group_rules_for(version: str) -> GroupRules:
+    """Those of a release in ``RELEASES``, or of its patches."""
+    return GROUP_RULES[minor_release(version)]
