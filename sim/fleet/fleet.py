@@ -126,8 +126,8 @@ class Fleet:
 
         Args:
             condensed_s: keep one row of the step table for each replica and so many seconds, of sums, and of
-                means over time where they are gauges, and no times between tokens: those of a day do not fit in
-                memory.
+                means over time where they are gauges, and no times between tokens: those of a day do not fit
+                in memory.
         """
         self._condensed_s = condensed_s
         rows = [Requests.of(stream.requests) for stage in stages for stream in stage.streams]

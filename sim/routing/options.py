@@ -36,5 +36,5 @@ class RouterOptions(Model):
     load_factor: Annotated[Positive, Field(ge=1)] = 1.25
     """``consistent_hashing``: most load of a replica, as a multiple of the mean."""
     prefix_tokens: Count = 256
-    """``consistent_hashing``, ``prefix_affinity``, and ``session_hashing`` of requests without a session: leading
-    tokens that decide where a prompt goes."""
+    """``consistent_hashing``, ``prefix_affinity``, and ``session_hashing`` of requests without a session:
+    leading tokens that decide where a prompt goes."""

@@ -293,7 +293,10 @@ def test_a_model_of_more_than_text_is_compared_by_its_text(compared: Callable[..
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"quantization_config": {"quant_method": "awq"}}, r"weight_bytes_each \(2, not 0\.515625\), linear_format \(, not int4\)"),
+        (
+            {"quantization_config": {"quant_method": "awq"}},
+            r"weight_bytes_each \(2, not 0\.515625\), linear_format \(, not int4\)",
+        ),
         ({"quantization_config": {"quant_method": "fp8"}}, r"weight_bytes_each \(2, not 1\)"),
         ({"num_local_experts": 8}, "num_local_experts = 8"),
     ],

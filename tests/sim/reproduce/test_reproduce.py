@@ -190,7 +190,10 @@ def test_what_was_not_measured_has_a_wider_band() -> None:
     ("changes", "message"),
     [
         ({"engine.dtype": "float32"}, "engine.dtype: dtype float32 is not modelled"),
-        ({"engine.quantization": "awq"}, "engine.quantization: quantization 'awq' quantises no weights by itself"),
+        (
+            {"engine.quantization": "awq"},
+            "engine.quantization: quantization 'awq' quantises no weights by itself",
+        ),
     ],
 )
 def test_what_is_not_modelled_is_refused(changes: dict[str, str], message: str) -> None:
