@@ -79,15 +79,16 @@ docs: $(VENV)/.installed-test
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-# The engine is compiled as it is installed. Where there is no C compiler, one comes from PyPI (ziglang);
-# where that fails, too, the engine runs interpreted, and `servecast --version` says so. -E: pip hides what
-# is installed here from what it builds with.
+# The engine is compiled as it is installed. Where there is no C compiler, one comes from PyPI (ziglang).
+# -E: pip hides what is installed here from what it builds with. Where the compiler fails, the engine runs
+# interpreted.
 COMPILED := pyproject.toml setup.py $(wildcard sim/*/*.pxd) $(shell grep -lx "import cython" sim/*/*.py)
 define install
-	@command -v $${CC:-cc} > /dev/null || $(BIN)/pip install -q ziglang || echo "No C compiler: the engine runs \
-	interpreted, many times slower. Install gcc or clang, then run make build."
+	@command -v $${CC:-cc} > /dev/null || $(BIN)/pip install -q ziglang || true
 	@if ! command -v $${CC:-cc} > /dev/null && $(BIN)/python -m ziglang version > /dev/null 2>&1; then \
 	  export CC="$(CURDIR)/$(BIN)/python -E -m ziglang cc"; fi; $(BIN)/pip install -q -e '$(1)'
+	@$(BIN)/servecast --version | grep -q "engine compiled" || echo "The engine was not compiled and runs \
+	interpreted, many times slower. Install gcc or clang, then run make -B build."
 endef
 
 $(VENV)/.installed: $(COMPILED) | $(VENV)/bin/python

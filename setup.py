@@ -11,6 +11,7 @@ DIRECTIVES = {
     "wraparound": False,
     "initializedcheck": False,
     "cdivision": True,
+    "auto_pickle": False,  # no object of the engine is pickled, and that code takes long to compile
 }
 # Sums keep their order and their roundings: no fused multiply and add, no -ffast-math.
 ARGUMENTS = ["-O2", "-g0", "-ffp-contract=off"]
