@@ -574,9 +574,9 @@ class GroupCache(KVCache):
                 return 0
             gone = self.retired[at]
             if self.kind[g] == SLIDING:
-                least = min(least, (gone + 1) * b + self.window[g] - 1)
+                least = min(least, (gone + 1) * b + self.window[g])
             elif self.kind[g] == CHUNKED:
-                least = min(least, (gone * b // self.window[g] + 1) * self.window[g])
+                least = min(least, (gone * b // self.window[g] + 1) * self.window[g] + 1)
         return least
 
     def register_boundary(
