@@ -1,6 +1,6 @@
 # What is fixed of group_cache.py where it is compiled.
 cimport cython
-from servecast.sim.engine.block_pool cimport GROUP_SHIFT, UNHASHED, BlockPool
+from servecast.sim.engine.block_pool cimport GROUP_SHIFT, PRIVATE, UNHASHED, BlockPool
 from servecast.sim.engine.kv_cache cimport KVCache
 from servecast.sim.engine.sequence cimport Sequence
 
@@ -64,6 +64,7 @@ cdef class GroupCache(KVCache):
     cdef int prefill_end(self, Sequence sequence) noexcept
     cdef int needed(self, Sequence sequence, int slot, int computed, int end, bint admits, bint gate) except? -1
     cdef int trim(self, Sequence sequence) except -1
+    cdef int publish_block(self, Sequence sequence, int group, int index) noexcept
     cdef int give_back(self, int count, bint split) noexcept
     cdef int adopt(self, int slot, int hit) except -1
     cdef int take(self, int slot, int end) except -1

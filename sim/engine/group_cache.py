@@ -20,7 +20,7 @@ from servecast.sim.engine.kv_groups import hash_block, in_flight_tokens, most_bl
 from servecast.sim.engine.sequence import Sequence
 
 if not cython.compiled:
-    from servecast.sim.engine.block_pool import GROUP_SHIFT, UNHASHED
+    from servecast.sim.engine.block_pool import GROUP_SHIFT, PRIVATE, UNHASHED
 
     FULL, SLIDING, CHUNKED, MAMBA = range(4)
     DENSE, FAR = -1, 1 << 30
@@ -404,6 +404,7 @@ class GroupCache(KVCache):
             else:
                 i = end - 1
                 while i >= 0 and self.table[row + i]:
+                    self.publish_block(sequence, g, i)
                     self.freed[n] = self.table[row + i]
                     self.table[row + i] = 0
                     n += 1
@@ -491,7 +492,19 @@ class GroupCache(KVCache):
         return 0
 
     def publish(self, sequence: Sequence) -> cython.int:
-        """All that it has may be looked up already."""
+        """As ``KVCache.publish``; what left its window was published then."""
+        g: cython.int
+        i: cython.int
+        for g in range(self.count):
+            for i in range(self.held[sequence.slot * self.count + g]):
+                self.publish_block(sequence, g, i)
+        return 0
+
+    def publish_block(self, sequence: Sequence, group: cython.int, index: cython.int) -> cython.int:
+        """What only its sequence can ask for gets its key."""
+        block: cython.int = self.table[(sequence.slot * self.count + group) * self.width + index]
+        if self.pool.key[block] == PRIVATE:
+            self.pool.cache(block, self.key(sequence, group, index))
         return 0
 
     def free(self, sequence: Sequence) -> cython.int:
@@ -519,7 +532,8 @@ class GroupCache(KVCache):
     # ---- which blocks are kept for others ---------------------------------------------------------
 
     def cache_blocks(self, sequence: Sequence, tokens: cython.int) -> cython.int:
-        """The full blocks among the first ``tokens`` tokens can be found from now on (cache_blocks)."""
+        """The full blocks among the first ``tokens`` tokens can be found from now on (cache_blocks); marks
+        are as in ``KVCache.cache_blocks``, but a state always has its key."""
         g: cython.int
         i: cython.int
         at: cython.int
@@ -528,6 +542,7 @@ class GroupCache(KVCache):
         key: cython.longlong
         row: cython.Py_ssize_t
         shared: cython.int = 0
+        known: cython.int
         told: list = None
         if self.prefix_caching:
             if self.hybrid:
@@ -538,9 +553,13 @@ class GroupCache(KVCache):
                 at = sequence.slot * self.count + g
                 row = at * self.width
                 end = tokens // self.block[g]
+                known = FAR if self.kind[g] == MAMBA else self.known(sequence, g)
                 for i in range(self.cached[at], end):
                     block = self.table[row + i]
                     if block and self.reachable(sequence, g, i):
+                        if i >= known:
+                            self.pool.key[block] = PRIVATE
+                            continue
                         key = self.key(sequence, g, i)
                         self.pool.cache(block, key)
                         if self.kind[g] == MAMBA:
@@ -574,9 +593,9 @@ class GroupCache(KVCache):
                 return 0
             gone = self.retired[at]
             if self.kind[g] == SLIDING:
-                least = min(least, (gone + 1) * b + self.window[g] - 1)
+                least = min(least, (gone + 1) * b + self.window[g])
             elif self.kind[g] == CHUNKED:
-                least = min(least, (gone * b // self.window[g] + 1) * self.window[g])
+                least = min(least, (gone * b // self.window[g] + 1) * self.window[g] + 1)
         return least
 
     def register_boundary(

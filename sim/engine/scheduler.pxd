@@ -25,6 +25,7 @@ cdef class Scheduler:
     cdef bint priority
     cdef bint trace
     cdef bint notes  # what was scheduled, request by request
+    cdef bint marks  # on a sequence, when it was scheduled last
     cdef int max_tokens
     cdef int max_running
     cdef int max_model_len

@@ -51,7 +51,7 @@ class Scheduler:
         self.is_async = config.async_scheduling
         self.adaptive = config.long_prefill_token_threshold_adaptive
         self.priority = config.scheduling_policy == "priority"
-        self.notes = self.priority or trace or bool(config.kv_groups)
+        self.notes, self.marks = self.priority or trace, bool(config.kv_groups)
         self.max_tokens, self.max_model_len = config.max_num_batched_tokens, config.max_model_len
         self.max_running = min(config.max_num_seqs, config.max_num_active_seqs or config.max_num_seqs)
         self.long_prefill_threshold = config.long_prefill_token_threshold
@@ -255,6 +255,8 @@ class Scheduler:
             ):  # it decodes: what all that follows comes to then
                 sequence.computed = computed + 1
                 sequence.placeholders += self.is_async
+                if self.marks:
+                    sequence.scheduled_tick, sequence.scheduled_tokens = self.tick, 1
                 if not all_sample:
                     step.samplers.append(sequence)
                 context += computed + 1
@@ -429,7 +431,7 @@ class Scheduler:
                 step.windowed += self.in_window(sequence.computed + 1)
         else:
             self.note_chunk(step, sequence, tokens)
-        if self.notes:
+        if self.notes or self.marks:
             self.note_scheduled(step, sequence, tokens)
         sequence.computed += tokens
         if sequence.computed >= sequence.num_tokens + sequence.placeholders:

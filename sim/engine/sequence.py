@@ -15,11 +15,11 @@ class Sequence:
     sample. limit: prompt and max_tokens. decodes_until: computed tokens from which on a further one is not a
     matter of course. final_tokens: when it ends. catch_up: num_tokens at its last
     admission, which it has to compute before it decodes. token_tick: of the step that delivered its newest
-    token. scheduled_tick, scheduled_tokens: with priorities, its last step, and its tokens there. slot: its
-    row of the block table. blocks_end: tokens that its blocks hold. cached_end: tokens whose blocks have
-    their hash. kv_due: the tokens at which its KV cache has something to do: a block more, or one that is
-    full. junction: tokens up to which some KV cache group had a longer hit than all, 0 is none. row: in the
-    table of outcomes, -1 outside of it.
+    token. scheduled_tick, scheduled_tokens: with priorities or KV cache groups, its last step, and its tokens
+    there. slot: its row of the block table. blocks_end: tokens that its blocks hold. cached_end: tokens whose
+    blocks have their hash. kv_due: the tokens at which its KV cache has something to do: a block more, one
+    that is full, or one out of its window. junction: tokens up to which some KV cache group had a longer hit
+    than all, 0 is none. row: in the table of outcomes, -1 outside of it.
     """
 
     def __init__(

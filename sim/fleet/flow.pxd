@@ -51,6 +51,7 @@ cdef class Flow:
     cdef readonly list order  # rows as they arrived, where there are several streams
     cdef object send
     cdef object router
+    cdef bint looks  # the router at the request
     cdef object ended
     cdef object answered
     cdef bint quiet

@@ -19,6 +19,7 @@ import cython
 import numpy as np
 
 from servecast.sim.engine.engine_loop import OUTCOMES, EngineLoop
+from servecast.sim.routing.routers import LOOKS_AT_NONE
 
 if cython.compiled:
     from cython.cimports.libc.math import rint
@@ -134,6 +135,7 @@ class Flow:
         self.requests, self.servers, self.ready = requests, servers, ready
         self.send, self.router, self.ended, self.answered = send, router, ended, answered
         self.quiet, self.ordered = quiet, ordered
+        self.looks = router is not None and not isinstance(router, LOOKS_AT_NONE)
         self.heap, self.senders, self.finished, self.order = [], [], [], []
         self.objects, self.failures = {}, {}
         self.now = self.count = self.until = self.sent = 0
@@ -385,7 +387,7 @@ class Flow:
             return 0
         if not len(self.ready):  # HTTP 503
             return self.refuse(row, NOT_READY)
-        if self.router is not None:
+        if self.looks:
             request = self.requests[row]
         position = 0 if self.router is None else self.router.pick(request, self.ready)
         if position is None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property
 
 from servecast.sim.engine.kv_groups import token_bytes
 from servecast.sim.hardware.expert_use import fullest_rank, touched
@@ -27,7 +27,7 @@ _FP32_SHARE = {  # compute capability -> fp32 peak of the datasheet over that of
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # no slots: what is asked for at every number of tokens is kept
 class Shard:
     """One rank of a model on GPUs. All that is derived from it is of one rank, too.
 
@@ -151,12 +151,12 @@ class Shard:
         """The same of the routed experts."""
         return _kernel(self.model.expert_format or self.model.quantised, self.gpu, self.model)
 
-    @property
+    @cached_property
     def linear_peak(self) -> float:
         """Peak of the linear layers' matrix products, FLOP/s."""
         return self.gpu.peak_flops(self.linear_kernel) or self.gpu.bf16_flops
 
-    @property
+    @cached_property
     def expert_peak(self) -> float:
         """Peak of the routed experts' products, FLOP/s."""
         return self.gpu.peak_flops(self.expert_kernel) or self.gpu.bf16_flops
@@ -181,12 +181,15 @@ class Shard:
         read = self._shared_bytes + self.expert_bytes(tokens)
         return read + model.moe_layers * model.router_weights * model.dtype_bytes
 
-    @property
+    @cached_property
     def _shared_bytes(self) -> int | float:
         """Weight bytes of all linear layers that every token passes."""
-        return _shared_bytes(self.model, self.tensor_parallel_size)
+        model, ranks = self.model, self.tensor_parallel_size
+        each = model.weight_bytes_each
+        mixers = each if model.attention_bytes_each is None else model.attention_bytes_each
+        return model.mixer_weights(ranks) * mixers + model.mlp_weights(ranks) * each
 
-    @property
+    @cached_property
     def _expert_bytes_each(self) -> int | float:
         """Of a weight of the routed experts. vLLM pads those of mxfp4 for its kernels (``oracle/mxfp4.py``):
         on Hopper gpt-oss's to 64 columns a rank, elsewhere to 128, and the hidden size to 256."""
@@ -202,7 +205,7 @@ class Shard:
         padded = -(-width // columns) * columns * -(-hidden // rows) * rows
         return each * padded / (width * hidden)
 
-    @property
+    @cached_property
     def product_bytes_per_token(self) -> float:
         """Bytes of activations a token that the linear layers read and write, routed experts and the LM head
         left out."""
@@ -230,7 +233,7 @@ class Shard:
         weights = used * model.expert_weights(self.tensor_parallel_size)
         return model.moe_layers * (weights * self._expert_bytes_each)
 
-    @property
+    @cached_property
     def expert_bytes_per_token(self) -> float:
         """Bytes of activations a token that the experts it is sent to read and write, all layers; on the
         fullest rank."""
@@ -261,7 +264,7 @@ class Shard:
         model = self.model
         return model.hidden_size * model.vocab_size * model.dtype_bytes / self.tensor_parallel_size
 
-    @property
+    @cached_property
     def elementwise_bytes_per_token(self) -> float:
         """Bytes a token that the kernels between the matrix products move: each norm reads activation and
         residual and writes both; rotary reads and writes q and k; the activation reads the gate and up halves
@@ -299,12 +302,6 @@ def _kernel(dtype: str, gpu: GPU, model: ModelShape) -> str:
     if dtype == "mxfp4" and gpu.capability[0] == 10 and model.model_type != "gpt_oss":
         return "mxfp4_mxfp8"
     return dtype
-
-
-@lru_cache(maxsize=1024)
-def _shared_bytes(model: ModelShape, ranks: int) -> int | float:
-    mixers = model.weight_bytes_each if model.attention_bytes_each is None else model.attention_bytes_each
-    return model.mixer_weights(ranks) * mixers + model.mlp_weights(ranks) * model.weight_bytes_each
 
 
 def release(version: str) -> tuple[int, int]:

@@ -91,6 +91,9 @@ class PowerOfTwo:
         return min(first, second, key=lambda index: backends[index].outstanding)
 
 
+LOOKS_AT_NONE = (RoundRobin, Random, LeastOutstanding, PowerOfTwo)  # whatever the request
+
+
 class Sticky:
     """Requests of one key stay on the replica that took the first of them, the one with the fewest requests
     in flight then; they move in the same way when it is no longer ready. Those without a key go there, too.
