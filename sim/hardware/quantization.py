@@ -137,6 +137,9 @@ def read_quantization(config: Mapping[str, Any], where: str) -> Quantization:
     if isinstance(said.get("quantization"), Mapping):  # as in hf_quant_config.json
         said = {"quant_method": "modelopt", **said["quantization"]}
     method = str(said.get("quant_method", "modelopt" if "quant_algo" in said else None))
+    for name in _EXCEPTIONS:
+        if said.get(name) is not None and not isinstance(said[name], list):
+            raise _refused(f"with {name} = {said[name]!r}, which is no list,", where)
     exceptions = tuple(str(each) for name in _EXCEPTIONS for each in _list(said.get(name)))
     kv = said.get("kv_cache_scheme")
     kv_bytes = 1 if isinstance(kv, Mapping) and kv.get("num_bits") == 8 else None
@@ -181,6 +184,8 @@ def read_quantization(config: Mapping[str, Any], where: str) -> Quantization:
 
 def _fp8(said: Mapping[str, Any]) -> Format:
     block = said.get("weight_block_size")
+    if block and not (isinstance(block, list | tuple) and len(block) == 2 and all(map(_positive, block))):
+        raise _refused(f"fp8 by blocks of {block!r}", "quantization_config.weight_block_size")
     return _fp8_blocks(block) if block else Format("fp8", 1)
 
 
