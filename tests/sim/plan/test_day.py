@@ -184,6 +184,7 @@ def test_what_is_no_day_is_refused(
     [
         (["none.yaml"], "'none.yaml' is no number of replicas, and no file"),
         (["0"], "'0' is no number of replicas"),
+        (["2", "3", "2"], "2 replicas comes twice"),
         (["odd.yaml"], "odd.yaml: not a mapping of fields"),
         (["vpa.yaml"], "'vpa' is not a known kind"),
     ],
@@ -199,7 +200,8 @@ def test_what_is_no_fleet_is_refused(
     (tmp_path / "odd.yaml").write_text("[1]")
     (tmp_path / "vpa.yaml").write_text("{kind: vpa, max_replicas: 2}")
     monkeypatch.chdir(tmp_path)
-    assert main(["day", "tiny.yaml", "--fleets", *fleets]) == 2
+    asked = [word for fleet in fleets for word in ("--fleets", fleet)]
+    assert main(["day", "tiny.yaml", *asked]) == 2
     assert what in capsys.readouterr().err
 
 
