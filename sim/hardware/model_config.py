@@ -330,6 +330,7 @@ def _formats(
         "expert_format": _most(parts["experts"]),
         "weight_block": max(blocks, default=0),
         "least_capability": quantization.capability,
+        "quant_method": quantization.method,
         "notes": [form.note for form in everything if form.note],
     }
 

@@ -64,12 +64,14 @@ class Quantization:
         exceptions: modules that stay in 16 bits.
         kv_bytes: of a number in the KV cache, None if not said.
         capability: compute capability times ten that vLLM asks for; 0: any.
+        method: as the config names it.
     """
 
     formats: tuple[tuple[tuple[str, ...], Format], ...] = ()
     exceptions: tuple[str, ...] = ()
     kv_bytes: int | None = None
     capability: int = 0
+    method: str = ""
     _cache: dict[tuple[str, ...], Callable[[str], bool]] = field(default_factory=dict, compare=False)
 
     def format_of(self, module: str) -> Format:
@@ -168,7 +170,7 @@ def read_quantization(config: Mapping[str, Any], where: str) -> Quantization:
             raise _refused(method, f"{where}.quant_method")
         if config.get("expert_dtype") == "fp4":  # DeepSeek V4: experts of four bits among weights of fp8
             formats = ((("mlp.experts",), _MXFP4), *formats)
-        found = Quantization(formats, exceptions, kv_bytes, capability)
+        found = Quantization(formats, exceptions, kv_bytes, capability, method)
         found.format_of("layers.0.mlp.up_proj")
     except re.error as error:
         raise InputError(
