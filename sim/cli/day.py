@@ -31,9 +31,10 @@ def day(
 
     Args:
         scenario: a shipped scenario's name, or a YAML file. Its workload is one stage: a trace, a rate
-        profile. slo: objectives, as ttft:p95:500, in place of the scenario's. Can be repeated. fleets: fleets
-        to compare on the same traffic: a number of replicas, or a YAML file that holds an autoscaler,
-            or a whole fleet. Can be repeated.
+            profile.
+        slo: an objective, as ttft:p95:500, in place of the scenario's. Can be repeated.
+        fleets: a fleet to compare on the same traffic: a number of replicas, or a YAML file that holds an
+            autoscaler, or a whole fleet. Can be repeated.
         period: seconds of a row.
         sample: simulate only the first so many seconds of each period, each from empty servers.
         size: find for each period the fewest replicas that keep the objectives.
@@ -44,7 +45,7 @@ def day(
         check_output(report, where="--report")
     found = run_day(
         what_if.load(scenario),
-        dict(_fleet(text) for text in fleets) if fleets else None,
+        _named(fleets) if fleets else None,
         slo=slo or (),
         period_s=period,
         sample_s=sample,
@@ -52,6 +53,15 @@ def day(
     )
     more = [] if report is None else [f"Report: {found.to_html(report)}"]
     return show(found, json=json, more=more)
+
+
+def _named(texts: list[str]) -> dict[str, dict[str, Any]]:
+    found = [_fleet(text) for text in texts]
+    names = [name for name, _ in found]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"{name} comes twice", where="--fleets", fix="Give each fleet once.")
+    return dict(found)
 
 
 def _fleet(text: str) -> tuple[str, dict[str, Any]]:

@@ -116,6 +116,14 @@ class HpaSpec(_Scaled):
     rate_window_s: Positive = 60.0
     """Over what ``request_rate`` is taken."""
 
+    @model_validator(mode="after")
+    def _is_a_share(self) -> HpaSpec:
+        if self.metric == "kv_usage" and self.target > 1:
+            raise invalid(
+                f"kv_usage never is {self.target:g}: it is a share", "Give 0.8 for 80 %.", at="target"
+            )
+        return self
+
     def policy(self, replicas: int) -> Autoscaler:
         """An autoscaler of a fleet that starts with so many."""
         return HorizontalPodAutoscaler(self, replicas, self._proposal)

@@ -74,6 +74,12 @@ def layer_names(file: ConfigFile, family: Family, layers: int) -> list[str]:
     if family.linear == "gdn":
         every = file.count("full_attention_interval", default=4)
         return ["full_attention" if (at + 1) % every == 0 else "linear_attention" for at in range(layers)]
+    if family.linear in ("mamba2", "kda"):
+        raise InputError(
+            "nothing says which layers attend and which keep a state",
+            where=f"{file.where}: layer_types",
+            fix="Add the list, or hybrid_override_pattern, as published.",
+        )
     window = (
         "chunked_attention"
         if "attention_chunk_size" in file.config and family.chunked

@@ -190,6 +190,16 @@ def _with_experts(file: ConfigFile, family: Family, plan: _Plan) -> list[int]:
     """The layers that have experts."""
     experts = family.experts
     if experts is None or not next((file.config[name] for name in experts.count if file.config.get(name)), 0):
+        if (
+            experts is not None
+            and file.amount(*experts.active)
+            and not file.config.keys() & set(experts.count)
+        ):
+            raise InputError(
+                f"there are {experts.active[0]}, but not how many experts there are",
+                where=f"{file.where}: {experts.count[0]}",
+                fix="Add the field.",
+            )
         return []
     layers = len(plan.names)
     return [at for at in range(layers) if _has_experts(file, experts, at, layers, plan.names)]
@@ -201,9 +211,16 @@ def _mixture(file: ConfigFile, experts: Experts, layers: int) -> dict[str, int]:
     shared = file.amount(experts.shared) if experts.shared else 0
     if experts.shared_count and not shared:
         shared = width * file.amount(*experts.shared_count)
+    count, active = file.count(*experts.count), file.count(*experts.active)
+    if active > count:
+        raise InputError(
+            f"a token cannot use {active} of {count} experts",
+            where=f"{file.where}: {experts.active[0]}",
+            fix="Correct the file.",
+        )
     return {
-        "experts": file.count(*experts.count),
-        "experts_per_token": file.count(*experts.active),
+        "experts": count,
+        "experts_per_token": active,
         "expert_intermediate_size": width,
         "shared_expert_size": shared,
         "expert_input_size": file.amount("moe_latent_size"),
@@ -313,6 +330,7 @@ def _formats(
         "expert_format": _most(parts["experts"]),
         "weight_block": max(blocks, default=0),
         "least_capability": quantization.capability,
+        "quant_method": quantization.method,
         "notes": [form.note for form in everything if form.note],
     }
 

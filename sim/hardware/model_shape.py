@@ -58,6 +58,7 @@ class ModelShape:
             (``mtp_parameters``) and are in no other number.
         expert_skew: how unevenly tokens choose experts (``expert_use``); 0: evenly.
         least_capability: compute capability times ten that vLLM asks for with these weights; 0: any.
+        quant_method: how they were quantised, as the config names it.
         max_position_embeddings: longest context; ``longest_context`` says what vLLM makes of it, of
             ``yarn_positions`` and of ``default_positions``.
         qk_norm_over_ranks: q and k are normed over all heads together, so that ranks tell each other sums.
@@ -111,6 +112,7 @@ class ModelShape:
     expert_format: str = ""
     mtp_layers: int = 0
     least_capability: int = 0
+    quant_method: str = ""
     expert_skew: float = 0.0
     notes: tuple[str, ...] = ()
 

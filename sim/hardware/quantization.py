@@ -64,12 +64,14 @@ class Quantization:
         exceptions: modules that stay in 16 bits.
         kv_bytes: of a number in the KV cache, None if not said.
         capability: compute capability times ten that vLLM asks for; 0: any.
+        method: as the config names it.
     """
 
     formats: tuple[tuple[tuple[str, ...], Format], ...] = ()
     exceptions: tuple[str, ...] = ()
     kv_bytes: int | None = None
     capability: int = 0
+    method: str = ""
     _cache: dict[tuple[str, ...], Callable[[str], bool]] = field(default_factory=dict, compare=False)
 
     def format_of(self, module: str) -> Format:
@@ -137,6 +139,9 @@ def read_quantization(config: Mapping[str, Any], where: str) -> Quantization:
     if isinstance(said.get("quantization"), Mapping):  # as in hf_quant_config.json
         said = {"quant_method": "modelopt", **said["quantization"]}
     method = str(said.get("quant_method", "modelopt" if "quant_algo" in said else None))
+    for name in _EXCEPTIONS:
+        if said.get(name) is not None and not isinstance(said[name], list):
+            raise _refused(f"with {name} = {said[name]!r}, which is no list,", where)
     exceptions = tuple(str(each) for name in _EXCEPTIONS for each in _list(said.get(name)))
     kv = said.get("kv_cache_scheme")
     kv_bytes = 1 if isinstance(kv, Mapping) and kv.get("num_bits") == 8 else None
@@ -165,7 +170,7 @@ def read_quantization(config: Mapping[str, Any], where: str) -> Quantization:
             raise _refused(method, f"{where}.quant_method")
         if config.get("expert_dtype") == "fp4":  # DeepSeek V4: experts of four bits among weights of fp8
             formats = ((("mlp.experts",), _MXFP4), *formats)
-        found = Quantization(formats, exceptions, kv_bytes, capability)
+        found = Quantization(formats, exceptions, kv_bytes, capability, method)
         found.format_of("layers.0.mlp.up_proj")
     except re.error as error:
         raise InputError(
@@ -181,6 +186,8 @@ def read_quantization(config: Mapping[str, Any], where: str) -> Quantization:
 
 def _fp8(said: Mapping[str, Any]) -> Format:
     block = said.get("weight_block_size")
+    if block and not (isinstance(block, list | tuple) and len(block) == 2 and all(map(_positive, block))):
+        raise _refused(f"fp8 by blocks of {block!r}", "quantization_config.weight_block_size")
     return _fp8_blocks(block) if block else Format("fp8", 1)
 
 

@@ -83,11 +83,14 @@ class Offer:
 
     @property
     def banded(self) -> Size | None:
-        """The same with the error band of the largest rate in hand; None where that is not known."""
+        """The same with the error band of the largest rate in hand, if that is more than the margin; None
+        where it is not known."""
         band = self.bands.max_rate
         if band is None or self.rate is None:
             return None
-        return Size(self.demand.target_rate, band, self.rate, self.unit, self.demand.traffic)
+        return Size(
+            self.demand.target_rate, max(band, self.demand.margin), self.rate, self.unit, self.demand.traffic
+        )
 
     @property
     def bands(self) -> Bands:

@@ -253,11 +253,12 @@ def optimize(
         )
     candidates = Choices(**choices).of(scenario)
     listed, source = read_prices(Path(prices) if prices is not None else None)
-    own = scenario.gpu_hour_cost if prices is None else None  # which holds for the scenario's own GPU
+    own = scenario.gpu_price if prices is None else None  # which holds for the scenario's own GPU
     costs = [
         own if own and each.scenario.gpu == scenario.gpu else listed.of(each.gpu, source)
         for each in candidates
     ]
+    of_own = f"; gpu_hour_cost of the scenario for its own GPU, {own:g}" if own else ""
     check_output(Path(out) / "best" / "vllm-serve.sh", where="--out")
     demand = Demand(target_rate, margin, Traffic.of(scenario))
     race = Race(objectives, effort or Effort(), workers or Workers(), Path(out), resume)
@@ -278,7 +279,7 @@ def optimize(
         objectives,
         found.offers,
         found.left_out,
-        (listed, "shipped with servecast" if prices is None else source),
+        (listed, source if prices is not None else f"shipped with servecast{of_own}"),
         made,
         files,
         found.simulated,

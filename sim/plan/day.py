@@ -282,7 +282,9 @@ def _of_run(
         if life.drain_s is not None:
             changes[life.drain_s] = changes.get(life.drain_s, 0) - 1
     asked = np.cumsum([changes[at] for at in sorted(changes)]).tolist()
-    return _told(name, own, hours, met, run, limits, tuple(zip(sorted(changes), asked, strict=True)))
+    return _told(
+        name, own, hours, met, run, limits, tuple(zip(sorted(changes), asked, strict=True)), period_s
+    )
 
 
 def _told(
@@ -293,9 +295,10 @@ def _told(
     run: Run,
     limits: Goodput | None,
     changes: tuple[tuple[float, int], ...],
+    period_s: float,
 ) -> FleetDay:
     hours = hours.assign(hour=hours["start_s"] / HOUR_S, met=pd.Series(met, dtype=object))
-    requests, period_s = run.requests, float(hours["start_s"].iloc[1]) if len(hours) > 1 else HOUR_S
+    requests = run.requests
     gpus = own.engine.tensor_parallel_size
     gpu_hours = float(hours["replicas"].sum()) * period_s / HOUR_S * gpus
     known = [each for each in met if each is not None]
@@ -308,7 +311,7 @@ def _told(
         "replicas": float(hours["replicas"].mean()),
         "most": max(asked for _, asked in changes),
         "GPU_hours": gpu_hours,
-        "cost": None if own.gpu_hour_cost is None else gpu_hours * own.gpu_hour_cost,
+        "cost": None if own.gpu_price is None else gpu_hours * own.gpu_price,
     }
     return FleetDay(name, hours, totals, changes)
 
@@ -369,7 +372,7 @@ def _of_samples(
         parts.append(part.requests)
     whole = Run(pd.concat(parts), part.steps, part.itl, ["all"], {})
     table = pd.concat(hours, ignore_index=True).assign(replicas=float(own.fleet.size))
-    return _told(name, own, table, met, whole, limits, ((0.0, own.fleet.size),))
+    return _told(name, own, table, met, whole, limits, ((0.0, own.fleet.size),), period_s)
 
 
 def _sizes(

@@ -292,13 +292,15 @@ def plan(
     """
     if size_fleet and target_rate is None:
         raise InputError("no rate to size the fleet for", where="--size-fleet", fix="Add --target-rate.")
+    if margin is not None and target_rate is None:
+        raise InputError("no rate to keep a margin of", where="--margin", fix="Add --target-rate.")
     if target_rate is not None:
         check_target(target_rate, margin or 0.0)
     objectives = Objectives.asked(scenario, slo, goodput, attainment)
     spend = Effort(**{"jobs": -1} | effort)
     probe = RateProbe(scenario)
     seed, deployment = scenario.seed, probe.deployment
-    traffic, unit = Traffic.of(scenario), Unit.of(scenario, scenario.gpu_hour_cost)
+    traffic, unit = Traffic.of(scenario), Unit.of(scenario, scenario.gpu_price)
     with progress_bar("plan", shown=progress) as advance:
         advance(0.0, "first look")
         found = capacity.plan(

@@ -41,8 +41,11 @@ def _paths(value: Any) -> Iterator[Path]:
 
 
 def kept(path: Path) -> Document | None:
-    """A result, if it is there and no failure."""
+    """A result, if it is there, whole, and no failure."""
     if not path.is_file():
         return None
-    document: Document = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        document: Document = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:  # cut off: it is computed again
+        return None
     return None if "error" in document else document

@@ -196,7 +196,33 @@ class Deployment:
 
 
 def _model(scenario: Scenario) -> ModelShape:
-    model, skew = _model_as_loaded(scenario), scenario.model.expert_skew
+    flags, where = scenario.engine, f"{scenario.source}: engine.quantization"
+    if flags.dtype in ("float32", "float"):
+        raise InputError(
+            f"dtype {flags.dtype} is not modelled",
+            where=f"{scenario.source}: engine.dtype",
+            fix="Use bfloat16 or float16, as serving does.",
+        )
+    file, overrides, asked = scenario.config_file(), flags.hf_overrides, flags.quantization
+    model = ModelShape.from_config(file, overrides=overrides)
+    plain = model.quantised == "bf16" and not model.expert_format
+    if asked in ("fp8", "bitsandbytes") and plain:
+        online = {"quant_method": asked, "load_in_4bit": True}
+        model = ModelShape.from_config(file, overrides={**(overrides or {}), "quantization_config": online})
+    elif asked is not None and plain:
+        raise InputError(
+            f"quantization {asked!r} quantises no weights by itself, and the model's config has no "
+            "quantization_config",
+            where=where,
+            fix="Use fp8 or bitsandbytes, or the config.json of quantised weights.",
+        )
+    elif asked is not None and model.quant_method and _method(asked) != _method(model.quant_method):
+        raise InputError(
+            f"quantization {asked!r} is not what the model's config says, {model.quant_method!r}",
+            where=where,
+            fix="Leave it out: vLLM refuses the two together.",
+        )
+    skew = scenario.model.expert_skew
     if skew and not model.moe_layers:
         raise InputError(
             f"{model.name} has no routed experts",
@@ -206,36 +232,11 @@ def _model(scenario: Scenario) -> ModelShape:
     return replace(model, expert_skew=skew)
 
 
-def _model_as_loaded(scenario: Scenario) -> ModelShape:
-    flags = scenario.engine
-    if flags.dtype in ("float32", "float"):
-        raise InputError(
-            f"dtype {flags.dtype} is not modelled",
-            where=f"{scenario.source}: engine.dtype",
-            fix="Use bfloat16 or float16, as serving does.",
-        )
-    file, overrides = scenario.config_file(), flags.hf_overrides
-    model = ModelShape.from_config(file, overrides=overrides)
-    plain = model.quantised == "bf16" and not model.expert_format
-    if flags.quantization in ("fp8", "bitsandbytes") and plain:
-        online = {"quant_method": flags.quantization, "load_in_4bit": True}
-        model = ModelShape.from_config(file, overrides={**(overrides or {}), "quantization_config": online})
-    elif flags.quantization is not None and plain:
-        raise InputError(
-            f"quantization {flags.quantization!r} quantises no weights by itself, and the model's config "
-            "has no quantization_config",
-            where=f"{scenario.source}: engine.quantization",
-            fix="Use fp8 or bitsandbytes, or the config.json of quantised weights.",
-        )
-    if skew := scenario.model.expert_skew:
-        if not model.moe_layers:
-            raise InputError(
-                f"{model.name} has no routed experts",
-                where=f"{scenario.source}: model.expert_skew",
-                fix="Leave it out.",
-            )
-        model = replace(model, expert_skew=skew)
-    return model
+def _method(name: str) -> str:
+    """Without the kernels that vLLM chooses itself."""
+    return (
+        "modelopt" if name.startswith("modelopt") else name.removesuffix("_marlin").removeprefix("gpt_oss_")
+    )
 
 
 def _gpu(scenario: Scenario) -> GPU:

@@ -32,7 +32,7 @@ class EngineFlags(Model):
     dtype: Literal["auto", "bfloat16", "float16", "half", "float32", "float"] = "auto"
     """As ``--dtype``."""
     quantization: str | None = None
-    """As ``--quantization``: fp8, or the method of an fp8 ``config.json``. Others are refused."""
+    """As ``--quantization``: fp8 or bitsandbytes of plain weights, or the method that the config names."""
     kv_cache_dtype: Literal["auto", "bfloat16", "float16", "fp8", "fp8_e4m3", "fp8_e5m2"] = "auto"
     """As ``--kv-cache-dtype``. fp8 counts one byte an element."""
     tensor_parallel_size: Count = 1

@@ -230,7 +230,19 @@ class Scenario(Model):
     def notes(self) -> tuple[str, ...]:
         """What a result should say about the engine's configuration, the router's and the workload's."""
         said = self.workload.notes() if isinstance(self.workload, InferencePerfWorkload) else ()
-        return (*self.server.notes(self.engine), *self.fleet.notes, *said)
+        dear = self.gpu_hour_cost is not None and self.gpu_price is None
+        price = (
+            f"gpu_hour_cost {self.gpu_hour_cost:g} is not the other GPU's: set it for what that costs"
+            if dear
+            else ""
+        )
+        return tuple(filter(None, (*self.server.notes(self.engine), *self.fleet.notes, *said, price)))
+
+    @property
+    def gpu_price(self) -> float | None:
+        """``gpu_hour_cost``; None where a what-if takes another GPU and does not say what that costs."""
+        replaced = {"gpu", "gpu.name", "gpu.file"} & self._changes.keys()
+        return None if replaced and "gpu_hour_cost" not in self._changes else self.gpu_hour_cost
 
     @property
     def changes(self) -> dict[str, Any]:

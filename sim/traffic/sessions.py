@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from servecast.sim.engine.request import Request, Stream
+from servecast.sim.inputs.errors import InputError
 from servecast.sim.traffic.arrivals import ClosedLoop, Times
 from servecast.sim.traffic.content import ContentIds, SharedPrefix
 from servecast.sim.traffic.session_spec import SessionSpec, ToolSpec
@@ -344,4 +345,10 @@ def session_stream(
             columns = (times, users.tolist(), fronts, *(each.tolist() for each in drawn))
             write_rounds(script, spec, list(zip(*columns, strict=True)), prefix, rngs[2])
             limit, most = most or limit, None
+    if not script.requests and longest is not None:
+        raise InputError(
+            f"no turn of any session fits into {longest} tokens",
+            where="sessions.max_context_tokens",
+            fix="Raise it, or shorten prompts.",
+        )
     return SessionStream(stream.name, script.requests, limit, stream.background, until_s, most)

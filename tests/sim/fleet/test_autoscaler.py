@@ -179,6 +179,10 @@ def test_the_same_seed_scales_in_the_same_way(tmp_path: Any, router: str) -> Non
         ({"autoscaler": {"kind": "vpa", "max_replicas": 3}}, "'vpa' is not a known kind"),
         ({"autoscaler": {"kind": "wva", "max_replicas": 3, "min_replicas": 4}}, "min_replicas 4 is above"),
         (
+            {"autoscaler": {"kind": "hpa", "metric": "kv_usage", "target": 80, "max_replicas": 3}},
+            "kv_usage never is 80: it is a share",
+        ),
+        (
             {"autoscaler": {"kind": "hpa", "metric": "cpu", "target": 1, "max_replicas": 3}},
             "metric cannot be 'cpu'",
         ),

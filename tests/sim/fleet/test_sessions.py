@@ -15,6 +15,7 @@ from servecast.sim.fleet.fleet import Fleet
 from servecast.sim.fleet.replica import Replica
 from servecast.sim.fleet.spec import Life
 from servecast.sim.hardware.front_end_costs import FrontEndCosts
+from servecast.sim.inputs.errors import InputError
 from servecast.sim.inputs.schema import parse
 from servecast.sim.metrics.records import Run
 from servecast.sim.metrics.turns import session_summary
@@ -134,6 +135,11 @@ def test_times_of_sessions_are_those_of_whole_ones() -> None:
     found = session_summary(run, (95,))
     assert found is not None
     assert (found["sessions"], found["whole_sessions"], found["median_session_s"]) == (2, 1, 36)
+
+
+def test_a_context_into_which_no_turn_fits_is_refused() -> None:
+    with pytest.raises(InputError, match=r"sessions.max_context_tokens: no turn .* fits into 10 tokens"):
+        drawn({"turns": 3, "max_context_tokens": 10})
 
 
 def test_a_session_ends_before_a_request_that_is_too_long() -> None:

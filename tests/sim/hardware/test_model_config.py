@@ -233,6 +233,20 @@ def test_the_text_of_a_multimodal_model() -> None:
             "experts behind projections",
         ),
         ({"rope_scaling": {"type": "linear", "factor": "two"}}, "factor is 'two'"),
+        ({"model_type": "mixtral", "num_experts_per_tok": 2}, "but not how many experts there are"),
+        (
+            {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 9},
+            "a token cannot use 9 of 8 experts",
+        ),
+        ({"model_type": "nemotron_h"}, "nothing says which layers attend and which keep a state"),
+        (
+            {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128]}},
+            "fp8 by blocks of [128]",
+        ),
+        (
+            {"quantization_config": {"quant_method": "fp8", "modules_to_not_convert": 5}},
+            "modules_to_not_convert = 5, which is no list",
+        ),
     ],
 )
 def test_what_is_not_modelled_is_refused_by_name(changes: dict[str, Any], message: str) -> None:

@@ -30,6 +30,7 @@ from servecast.sim.plan.effort import Effort
 from servecast.sim.plan.judge import Objectives
 from servecast.sim.plan.size import Unit
 from servecast.sim.plan.traffic import Traffic
+from servecast.sim.run.kept import kept
 from servecast.sim.run.simulate import RateProbe
 from servecast.sim.run.workers import Workers
 from servecast.sim.scenario.scenario import Scenario
@@ -265,6 +266,13 @@ def test_it_goes_on_where_it_was_killed(
     assert again["reused"] == len(kept)
     assert 0 < again["simulated"] < whole["simulated"]
     assert again["offers"] == whole["offers"]
+
+
+def test_a_kept_result_that_is_cut_off_is_computed_again(tmp_path: Path) -> None:
+    (tmp_path / "cut.json").write_text('{"max_request_rate": 1', "utf-8")
+    (tmp_path / "whole.json").write_text('{"max_request_rate": 1}', "utf-8")
+    assert kept(tmp_path / "cut.json") is None
+    assert kept(tmp_path / "whole.json") == {"max_request_rate": 1}
 
 
 @pytest.mark.parametrize(

@@ -112,6 +112,20 @@ def test_a_day_is_the_run_that_simulate_makes_of_it(tmp_path: Path) -> None:
     assert fleet.totals["cost"] == pytest.approx(0.1)
 
 
+def test_a_day_of_one_period_costs_that_period(tmp_path: Path) -> None:
+    one = DAY["workload"] | {"arrivals": {"kind": "profile", "rates": [5], "period_s": 90}}
+    (fleet,) = day(small(tmp_path, **DAY | {"workload": one}), period_s=90.0).fleets
+    assert fleet.totals["GPU_hours"] == pytest.approx(90 / 3600)
+    assert fleet.totals["cost"] == pytest.approx(2 * 90 / 3600)
+
+
+def test_a_price_is_that_of_the_scenarios_own_gpu(tmp_path: Path) -> None:
+    own = small(tmp_path, **DAY)
+    other = own.changed({"gpu.name": "H100"})
+    assert (own.gpu_price, other.gpu_price, other.changed(gpu_hour_cost=3.0).gpu_price) == (2.0, None, 3.0)
+    assert "gpu_hour_cost 2 is not the other GPU's: set it for what that costs" in other.notes
+
+
 def test_sizes_are_the_fewest_replicas_that_keep_the_objectives(tmp_path: Path) -> None:
     """By trying each number of replicas in turn, on the same sample."""
     scenario = small(tmp_path, **DAY)
@@ -170,6 +184,7 @@ def test_what_is_no_day_is_refused(
     [
         (["none.yaml"], "'none.yaml' is no number of replicas, and no file"),
         (["0"], "'0' is no number of replicas"),
+        (["2", "3", "2"], "2 replicas comes twice"),
         (["odd.yaml"], "odd.yaml: not a mapping of fields"),
         (["vpa.yaml"], "'vpa' is not a known kind"),
     ],
@@ -185,7 +200,8 @@ def test_what_is_no_fleet_is_refused(
     (tmp_path / "odd.yaml").write_text("[1]")
     (tmp_path / "vpa.yaml").write_text("{kind: vpa, max_replicas: 2}")
     monkeypatch.chdir(tmp_path)
-    assert main(["day", "tiny.yaml", "--fleets", *fleets]) == 2
+    asked = [word for fleet in fleets for word in ("--fleets", fleet)]
+    assert main(["day", "tiny.yaml", *asked]) == 2
     assert what in capsys.readouterr().err
 
 

@@ -194,8 +194,15 @@ def test_what_was_not_measured_has_a_wider_band() -> None:
             {"engine.quantization": "awq"},
             "engine.quantization: quantization 'awq' quantises no weights by itself",
         ),
+        (
+            {
+                "engine.quantization": "awq",
+                "engine.hf_overrides": {"quantization_config": {"quant_method": "fp8"}},
+            },
+            "engine.quantization: quantization 'awq' is not what the model's config says, 'fp8'",
+        ),
     ],
 )
-def test_what_is_not_modelled_is_refused(changes: dict[str, str], message: str) -> None:
+def test_what_is_not_modelled_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         Deployment.of(load("a6000-qwen2.5-7b", changes))
