@@ -84,7 +84,7 @@ def test_a_fit_to_two_rows_predicts_the_rows_between(made: Scenario) -> None:
     assert profile.error_band is not None
     assert profile.domain.batch == (1.0, 48.0)
     assert profile.fitted_rows == ("{'concurrency': 1}", "{'concurrency': 48}")
-    told = {"efficiencies.attention_seq_s", "front_end.prompt_token_s"}  # by 48 at once, and by long prompts
+    told = {"efficiencies.attention_seq_s", "front_end.prompt_token_s"}  # which move these cells
     fitted = {entry.parameter for entry in profile.provenance if entry.origin == "fitted"}
     assert fitted == {*from_report.PARAMETERS, *told}
 
