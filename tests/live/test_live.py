@@ -277,7 +277,8 @@ def test_a_right_prediction_does_not_fail(sweep: Sweep) -> None:
     for each in sweep.found["loads"]:
         what = f"{each['name']}: the verdict on a right prediction is a fail"
         judge_timing(what, each["verdict"] != "fail", quiet=sweep.quiet[each["name"]])
-    assert quiet.count("pass") >= len(quiet) / 2
+    most = quiet.count("pass") >= len(quiet) / 2
+    judge_timing("fewer than half of the verdicts are a pass", most, quiet=all(sweep.quiet.values()))
 
 
 def test_every_request_is_answered_in_full(sweep: Sweep) -> None:
