@@ -10,24 +10,13 @@ from servecast.sim.engine.padded.batch import Pool
 from servecast.sim.engine.request import Request
 
 
-class Step(Protocol):
-    """What a replica reads of a step that was decided, and once it is complete of what came of it.
+class StepShape(Protocol):
+    """What a step-time model may know about a step (a Step has these).
 
-    Attributes:
-        chunks: (tokens, context) of each prompt chunk: computed now, KV tokens already there.
-        decodes, decode_context: requests with one token each; KV tokens they read, that one included.
-        samples: tokens sampled. total_tokens: tokens computed.
-        admitted, preempted: request ids, in order (victims in the order they fell).
-        cached_tokens: request id -> computed tokens at admission, for those admitted and resumed.
-        idle_s: seconds that pass in a step without work, because the engine waits for more requests.
-        first_tokens, finished: ids of requests that got their first or last token from this step.
-        gaps: ticks of the steps that delivered the previous token of those whose tokens do not come from
-            successive steps. steady: tokens delivered whose predecessor came from the step before.
-        emitted: tokens delivered.
+    chunks: (tokens, context) of every prompt chunk: tokens computed now, KV tokens already there.
+    decodes: requests that compute one token each. decode_context: KV tokens that those read, summed,
+    the new token included. samples: tokens sampled (decodes plus the chunks that end their prompt).
     """
-
-    @property
-    def tick(self) -> int: ...
 
     @property
     def chunks(self) -> Sequence[tuple[int, int]]: ...
@@ -40,6 +29,24 @@ class Step(Protocol):
 
     @property
     def samples(self) -> int: ...
+
+
+class Step(StepShape, Protocol):
+    """What a replica reads of a step that was decided, and once it is complete of what came of it.
+
+    Attributes:
+        total_tokens: tokens computed.
+        admitted, preempted: request ids, in order (victims in the order they fell).
+        cached_tokens: request id -> computed tokens at admission, for those admitted and resumed.
+        idle_s: seconds that pass in a step without work, because the engine waits for more requests.
+        first_tokens, finished: ids of requests that got their first or last token from this step.
+        gaps: ticks of the steps that delivered the previous token of those whose tokens do not come from
+            successive steps. steady: tokens delivered whose predecessor came from the step before.
+        emitted: tokens delivered.
+    """
+
+    @property
+    def tick(self) -> int: ...
 
     @property
     def total_tokens(self) -> int: ...

@@ -119,11 +119,6 @@ class StepCosts:
         return total if tokens <= self.graphed or total > self.eager_s else self.eager_s
 
 
-def writable(values: Any) -> Any:
-    """A column that may be written to, as typed views want it."""
-    return np.require(values, None, "W")
-
-
 def longer(values: cython.double[::1], least: cython.Py_ssize_t) -> Any:
     """The same with room for twice as many, at least ``least``; new places hold -1."""
     grown = np.full(max(2 * len(values), least), -1.0)

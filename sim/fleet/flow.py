@@ -18,7 +18,7 @@ from typing import Any
 import cython
 import numpy as np
 
-from servecast.sim.engine.engine_loop import OUTCOMES, EngineLoop
+from servecast.sim.engine.engine_loop import OUTCOMES, EngineLoop, writable
 from servecast.sim.routing.routers import LOOKS_AT_NONE
 
 if cython.compiled:
@@ -30,10 +30,8 @@ else:
 
 PICOSECONDS = cython.declare(cython.double, 1e12)
 NEVER = cython.declare(cython.longlong, 1 << 62)
-LAST = cython.declare(
-    cython.longlong, 1 << 60
-)  # among the events of one time: an arrival at t comes before the
-# engine step that starts at t
+# Among the events of one time: an arrival at t comes before the engine step that starts at t.
+LAST = cython.declare(cython.longlong, 1 << 60)
 
 STATUSES = ("unfinished", "finished", "aborted", "failed")
 _FINISHED = cython.declare(cython.int, 1)
@@ -139,10 +137,10 @@ class Flow:
         self.heap, self.senders, self.finished, self.order = [], [], [], []
         self.objects, self.failures = {}, {}
         self.now = self.count = self.until = self.sent = 0
-        self.prompt = np.require(requests.prompt_tokens, None, "W")  # a table's columns may be read-only
+        self.prompt = writable(requests.prompt_tokens)
         self.gives_up = requests.abort_after_s is not None
         if self.gives_up:
-            self.abort_s = np.require(requests.abort_after_s, float, "W")
+            self.abort_s = writable(requests.abort_after_s)
         outcomes: Any = np.zeros((len(OUTCOMES), n), np.int64)
         outcomes[:7] = -1  # all but preemptions
         columns: dict = {

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
+from servecast.sim.engine.engine import StepShape
 from servecast.sim.hardware.fit_summary import FitSummary
 from servecast.sim.hardware.front_end_costs import FrontEndCosts
 from servecast.sim.hardware.gpu_constants import GpuConstants
@@ -26,7 +27,7 @@ from servecast.sim.hardware.shard import Shard
 from servecast.sim.hardware.step_time.grid import Grid, GridStepTime
 from servecast.sim.hardware.step_time.layers import LayeredStepTime, LayerTables
 from servecast.sim.hardware.step_time.padded import PaddedCosts, PaddedStepTime
-from servecast.sim.hardware.step_time.physical import Efficiencies, PhysicalStepTime, StepShape, StepTime
+from servecast.sim.hardware.step_time.physical import Efficiencies, PhysicalStepTime, StepTime
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.inputs.files import write_whole
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 import pandas as pd
 
-from servecast.sim.hardware.step_time.physical import StepShape
+from servecast.sim.engine.engine import StepShape
 from servecast.sim.metrics.records import Run
 
 QUEUE_LIMITS = ("max_num_seqs", "token_budget", "kv_blocks")

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
 
-from servecast.sim.metrics.metrics import prefix_hit_rate
+from servecast.sim.metrics.metrics import known_or_none, prefix_hit_rate
 from servecast.sim.metrics.records import Run
 
 
@@ -40,7 +39,7 @@ def fleet_load(run: Run) -> dict[str, Any]:
         "mean_num_waiting": float(table["mean_num_waiting"].sum()),
         "token_imbalance": float(busiest / mean) if mean else math.nan,
     }
-    return _known(found) | {"replicas": [_known(row) for row in replicas]}
+    return known_or_none(found) | {"replicas": [known_or_none(row) for row in replicas]}
 
 
 def _replica(number: int, requests: pd.DataFrame, steps: pd.DataFrame, span: float) -> dict[str, Any]:
@@ -61,7 +60,3 @@ def _replica(number: int, requests: pd.DataFrame, steps: pd.DataFrame, span: flo
         "kv_cache_usage_peak": float(steps["kv_usage"].max()),
         "num_preemptions": int(requests["preemptions"].sum()),
     }
-
-
-def _known(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: None if isinstance(v, float) and math.isnan(v) else v for key, v in values.items()}

@@ -369,7 +369,12 @@ def summary(
     preemptions = requests["preemptions"].sum(skipna=False)  # NaN: a client does not see them
     result["num_preemptions"] = None if math.isnan(preemptions) else int(preemptions)
     result["prefix_cache_hit_rate"] = prefix_hit_rate(requests)
-    return {key: None if isinstance(v, float) and math.isnan(v) else v for key, v in result.items()}
+    return known_or_none(result)
+
+
+def known_or_none(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with None where a value is NaN."""
+    return {key: None if isinstance(v, float) and math.isnan(v) else v for key, v in values.items()}
 
 
 def vllm_bench_text(result: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from servecast.sim.metrics.metrics import latencies, percentiles, prefix_hit_rate
+from servecast.sim.metrics.metrics import known_or_none, latencies, percentiles, prefix_hit_rate
 from servecast.sim.metrics.records import Run
 
 
@@ -45,8 +45,8 @@ def session_summary(run: Run, ranks: Sequence[float]) -> dict[str, Any] | None:
         ttft = latencies(part)["ttft"]
         for rank, value in zip((50, *ranks), percentiles(ttft, (50, *ranks)), strict=True):
             row[f"{'median' if rank == 50 else f'p{rank:g}'}_ttft_ms"] = value * 1000
-        each.append(_known(row | _times("turn", whole, ranks)))
-    return _known(found) | {"turns": each}
+        each.append(known_or_none(row | _times("turn", whole, ranks)))
+    return known_or_none(found) | {"turns": each}
 
 
 def _spans(requests: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
@@ -75,7 +75,3 @@ def _served(requests: pd.DataFrame, sessions: pd.DataFrame) -> float:
     by_session = busy.groupby([rows[key] for key in keys]).sum()
     whole = (sessions["end"] - sessions["start"]).dropna()
     return float(by_session[whole.index].sum() / whole.sum()) if whole.sum() > 0 else math.nan
-
-
-def _known(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: None if isinstance(v, float) and math.isnan(v) else v for key, v in values.items()}

@@ -166,20 +166,18 @@ def day(
 
     Args:
         fleets: changes of the scenario (dotted fields) by name, which see the same traffic; without, its own
-        fleet. slo: objectives as ``ttft:p95:500``, in place of the scenario's. A request is good that keeps
-        all their limits
-            (or the scenario's goodput).
-        period_s: of a row. sample_s: simulate only so much of the beginning of each period, each from empty
-        servers
-            (the first fifth of its requests is not counted); not with an autoscaler, which has a memory.
+            fleet.
+        slo: objectives as ``ttft:p95:500``, in place of the scenario's. A request is good that keeps all
+            their limits (or the scenario's goodput).
+        period_s: of a row.
+        sample_s: simulate only so much of the beginning of each period, each from empty servers (the first
+            fifth of its requests is not counted); not with an autoscaler, which has a memory.
         size: look in each period, in such a sample (600 s unless given), for the fewest replicas that keep
-        the
-            objectives.
+            the objectives.
 
     Raises:
         InputError: there is no objective, the workload has several stages or waits for answers where a sample
-        is
-            wanted, or a fleet cannot be made.
+            is wanted, or a fleet cannot be made.
     """
     if not (period_s > 0 and (sample_s is None or 0 < sample_s <= period_s)):
         what = f"periods of {period_s:g} s and samples of {sample_s} s"

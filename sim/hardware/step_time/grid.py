@@ -9,9 +9,10 @@ from statistics import linear_regression
 
 from pydantic import Field
 
+from servecast.sim.engine.engine import StepShape
 from servecast.sim.hardware.model_shape import ModelShape
 from servecast.sim.hardware.shard import Shard
-from servecast.sim.hardware.step_time.physical import Binding, PhysicalStepTime, StepShape
+from servecast.sim.hardware.step_time.physical import Binding, PhysicalStepTime
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.inputs.schema import Model
 

@@ -10,9 +10,10 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import model_validator
 
+from servecast.sim.engine.engine import StepShape
 from servecast.sim.hardware.model_shape import ModelShape
 from servecast.sim.hardware.shard import Shard
-from servecast.sim.hardware.step_time.physical import Binding, Efficiencies, PhysicalStepTime, StepShape
+from servecast.sim.hardware.step_time.physical import Binding, Efficiencies, PhysicalStepTime
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.inputs.schema import Model, invalid
 

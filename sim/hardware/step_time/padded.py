@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
+from servecast.sim.engine.engine import StepShape
 from servecast.sim.engine.padded.batch import PaddedStep
 from servecast.sim.hardware.mixing import prompt_pair_flops
 from servecast.sim.hardware.shard import Shard
 from servecast.sim.hardware.step_time.mixers import IDEAL, mixing_of
-from servecast.sim.hardware.step_time.physical import Binding, PhysicalStepTime, StepShape
+from servecast.sim.hardware.step_time.physical import Binding, PhysicalStepTime
 from servecast.sim.inputs.errors import InputError
 
 

@@ -8,33 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import ClassVar, Literal, Protocol
 
+from servecast.sim.engine.engine import StepShape
 from servecast.sim.engine.step_costs import StepCosts
 from servecast.sim.hardware.model_shape import KERNELS_DENSE
 from servecast.sim.hardware.shard import Shard
 from servecast.sim.hardware.step_time.mixers import Attention, MixerCosts, mixing_of
 from servecast.sim.inputs.errors import InputError
-
-
-class StepShape(Protocol):
-    """What a step-time model may know about a step (sim.scheduler.Step has these).
-
-    chunks: (tokens, context) of every prompt chunk: tokens computed now, KV tokens already there.
-    decodes: requests that compute one token each. decode_context: KV tokens that those read, summed,
-    the new token included. samples: tokens sampled (decodes plus the chunks that end their prompt).
-    """
-
-    @property
-    def chunks(self) -> Sequence[tuple[int, int]]: ...
-
-    @property
-    def decodes(self) -> int: ...
-
-    @property
-    def decode_context(self) -> int: ...
-
-    @property
-    def samples(self) -> int: ...
-
 
 Binding = Literal["compute", "memory_bandwidth", "interconnect", "host"]
 
