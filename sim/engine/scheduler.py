@@ -630,7 +630,7 @@ class Scheduler:
                 step.verified.append(-drafts if padded else drafts)
             if self.is_async:
                 sequence.placeholders += 1 + drafts
-            if self.remote is not None:
+            if self.remote is not None and not self.speculates:
                 self.remote.prefills.pop(sequence, None)
 
     def note_drafters(self, step: Step) -> cython.int:
@@ -642,6 +642,9 @@ class Scheduler:
         if self.is_async:
             for sequence in step.samplers:
                 sequence.drafts = step.draft_length
+        if self.remote is not None:  # who ends a prefill counts for loads of this step: its drafts have no room
+            for sequence in step.samplers:
+                self.remote.prefills.pop(sequence, None)
         return 0
 
     def in_window(self, tokens: cython.longlong) -> cython.longlong:
@@ -767,8 +770,11 @@ class Scheduler:
         tokens: cython.int
         for i in range(len(step.samplers)):
             sequence = cython.cast(Sequence, step.samplers[i])
-            if sequence.status == FINISHED or tick < sequence.drops_before:
+            if sequence.status == FINISHED:
                 continue  # while the step was in flight
+            if tick < sequence.drops_before:
+                sequence.samplings += 1
+                continue  # it was preempted, and computes it again
             if len(valid) < len(step.samplers) and sequence not in valid:
                 continue
             verified = step.verified[i]

@@ -216,10 +216,15 @@ def draw_scenario(pick: Pick, version: str, name: str) -> Scenario:
 
 
 def draw_drafted(pick: Pick, version: str, name: str) -> Scenario:
-    """A random scenario in which requests draft, by every method whose drafts the scheduler treats in its own
-    way; how many are accepted is ``engine_core.draft_counts``'s."""
-    plain, rules = draw_scenario(pick, version, name), draft_rules_for(version)
-    config, age = plain.config, RELEASES.index(version)
+    """A random scenario in which requests draft."""
+    return with_drafts(pick, draw_scenario(pick, version, name))
+
+
+def with_drafts(pick: Pick, plain: Scenario) -> Scenario:
+    """A scenario whose requests draft, by one of all methods; how many drafts are accepted is
+    ``engine_core.draft_counts``'s."""
+    config, version = plain.config, plain.config.version
+    rules, age = draft_rules_for(version), RELEASES.index(version)
     methods = [method for method, known in METHODS.items() if RELEASES.index(known.since) <= age]
     method = methods[pick(0, len(methods) - 1)]
     k = pick(1, 5)
