@@ -391,7 +391,9 @@ def _retention(config: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def _vllm_config(config: dict[str, Any], model: str, remote: dict[str, Any] | None) -> VllmConfig:
+def _vllm_config(
+    config: dict[str, Any], model: str, remote: dict[str, Any] | None = None
+) -> VllmConfig:
     options = {
         "max_num_seqs": config["max_num_seqs"],
         "max_num_batched_tokens": config["max_num_batched_tokens"],
