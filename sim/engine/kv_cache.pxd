@@ -14,7 +14,6 @@ cdef class KVCache:
     cdef int hash_block
     cdef readonly int lookahead
     cdef int load_lookahead  # of who waits for an asynchronous load
-    cdef int drafted  # tokens of a step and its drafter, for which a load leaves room
     cdef public int hash_lookahead
     cdef public bint drops_block
     cdef bint reserves_at_admission
@@ -34,7 +33,7 @@ cdef class KVCache:
         self, Sequence sequence, int tokens, int cached, int reserve, int others, bint delay
     ) except? -1
     cdef int add_rows(self) except -1
-    cdef int missing_blocks(self, Sequence sequence) except? -1
+    cdef int missing_blocks(self, Sequence sequence, int drafts) except? -1
     cdef int touch(self, Sequence sequence, int hits) except -1
     cdef int free(self, Sequence sequence) except -1
     cdef int cache_blocks(self, Sequence sequence, int tokens) except -1

@@ -686,7 +686,8 @@ class Scheduler:
             samplers = self.count_reports(step)
             least = NOBODYS if self.remote.skewed else least
         if self.speculates:
-            return self.complete_drafts(step, samplers)
+            self.complete_drafts(step, samplers)
+            return self.follow_reports(step)
         for i in range(len(samplers)):
             sequence = cython.cast(Sequence, samplers[i])
             if (
@@ -738,9 +739,7 @@ class Scheduler:
         self.kv.processed = tick
         if left:
             self.drop_finished()
-        if self.remote is not None:
-            self.follow_reports(step)
-        return None
+        return self.follow_reports(step)
 
     def drop_finished(self) -> cython.int:
         """Those that have finished no longer run."""
@@ -754,10 +753,10 @@ class Scheduler:
         self.runners, self.lent = still, False
         return 0
 
-    def complete_drafts(self, step: Step, valid: list) -> Any:
+    def complete_drafts(self, step: Step, delivering: list) -> cython.int:
         """``complete`` where tokens are drafted: each sampler delivers one token and the drafts that were
-        accepted, up to its end; what was rejected counts no more as computed. ``valid``: samplers whose output
-        a failed load has not made void."""
+        accepted, up to its end; what was rejected counts no more as computed. ``delivering``: samplers
+        whose output no failed load has made void."""
         drafts: Drafts = self.drafts
         sequence: Sequence
         left: cython.bint = False
@@ -772,11 +771,9 @@ class Scheduler:
             sequence = cython.cast(Sequence, step.samplers[i])
             if sequence.status == FINISHED:
                 continue  # while the step was in flight
-            if tick < sequence.drops_before:
+            if tick < sequence.drops_before or (delivering is not step.samplers and sequence not in delivering):
                 sequence.samplings += 1
-                continue  # it was preempted, and computes it again
-            if len(valid) < len(step.samplers) and sequence not in valid:
-                continue
+                continue  # its output is void
             verified = step.verified[i]
             accepted = drafts.accept(sequence, verified)
             rejected = abs(verified) - accepted
@@ -812,9 +809,7 @@ class Scheduler:
         self.kv.processed = tick
         if left:
             self.drop_finished()
-        if self.remote is not None:
-            self.follow_reports(step)
-        return None
+        return 0
 
     def count_reports(self, step: Step) -> list:
         """A step is over, and its report says which loads have failed: whose tokens it has brought. Those that
@@ -831,7 +826,7 @@ class Scheduler:
             step.failed = sorted(void, key=request_number)
         return [sequence for sequence in step.samplers if sequence not in void]
 
-    def follow_reports(self, step: Step) -> cython.int:
+    def follow_reports(self, step: Step) -> Any:
         """Who has failed ends; what was received may go on, and what was sent is given back."""
         sequence: Sequence
         for sequence in step.failed:
@@ -840,7 +835,7 @@ class Scheduler:
         if step.transfers is not None:
             for sequence in self.remote.told(step.transfers, self.sequences):
                 self.forget(sequence)
-        return 0
+        return None
 
 
 def request_number(sequence: Sequence) -> int:

@@ -155,7 +155,9 @@ def _composition(engine: Engine, step: Step, observed: bool) -> dict[str, Any]:
 
 
 def _outcome(engine: Engine, step: Step, remote: bool) -> dict[str, Any]:
-    counted: dict[str, Any] = {"external": [engine.external_queries, engine.external_hits] if remote else []}
+    counted: dict[str, Any] = {}
+    if remote:
+        counted["external"] = [engine.external_queries, engine.external_hits]
     if engine.drafts is not None:
         counts = engine.drafts
         counted["draft_counters"] = [counts.num_drafts, counts.num_draft_tokens, counts.num_accepted_tokens]

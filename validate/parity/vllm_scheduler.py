@@ -391,7 +391,9 @@ def _retention(config: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def _vllm_config(config: dict[str, Any], model: str, remote: dict[str, Any] | None) -> VllmConfig:
+def _vllm_config(
+    config: dict[str, Any], model: str, remote: dict[str, Any] | None = None
+) -> VllmConfig:
     options = {
         "max_num_seqs": config["max_num_seqs"],
         "max_num_batched_tokens": config["max_num_batched_tokens"],
@@ -448,6 +450,19 @@ def _vllm_config(config: dict[str, Any], model: str, remote: dict[str, Any] | No
     return vllm_config
 
 
+def _connector(remote: dict[str, Any] | None) -> dict[str, Any]:
+    if remote is None:
+        return {}
+    connector = KVTransferConfig(
+        kv_connector="FakeConnector",
+        kv_connector_module_path="vllm_connector",
+        kv_role=remote["role"],
+        kv_load_failure_policy=remote["policy"],
+        kv_connector_extra_config={"plans": remote["plans"]},
+    )
+    return {"kv_transfer_config": connector}
+
+
 def _speculate(vllm_config: VllmConfig, asked: dict[str, Any]) -> None:
     """The scheduler asks a method's properties only: an n-gram drafter, which needs no model, is renamed."""
     speculative = SpeculativeConfig(
@@ -474,17 +489,6 @@ def _speculate(vllm_config: VllmConfig, asked: dict[str, Any]) -> None:
         speculative.disable_eagle_block_drop = True
     vllm_config.speculative_config = speculative
     vllm_config._set_max_num_scheduled_tokens()
-def _connector(remote: dict[str, Any] | None) -> dict[str, Any]:
-    if remote is None:
-        return {}
-    connector = KVTransferConfig(
-        kv_connector="FakeConnector",
-        kv_connector_module_path="vllm_connector",
-        kv_role=remote["role"],
-        kv_load_failure_policy=remote["policy"],
-        kv_connector_extra_config={"plans": remote["plans"]},
-    )
-    return {"kv_transfer_config": connector}
 
 
 def _name(request_id: int) -> str:
