@@ -739,7 +739,9 @@ class Scheduler:
         self.kv.processed = tick
         if left:
             self.drop_finished()
-        return self.follow_reports(step)
+        if self.remote is not None:
+            self.follow_reports(step)
+        return None
 
     def drop_finished(self) -> cython.int:
         """Those that have finished no longer run."""
