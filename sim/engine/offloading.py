@@ -134,7 +134,7 @@ class OffloadingConnector:
         self._jobs: dict[int, Job] = {}
         self._number = 0
         self._loads: list[Job] = []
-        self._flush: set[int] = set()
+        self._given: set[int] = set()  # blocks that somebody got since the last step was decided
         self._fenced: dict[int, set[int]] = {}  # blocks of ended requests -> stores that still read them
         self._loading: set[int] = set()
         self._behind: set[int] = set()  # requests with chunks that found no room
@@ -199,7 +199,7 @@ class OffloadingConnector:
             return
         tracked = self._tracked[sequence.request_id]
         blocks = self._scheduler.block_ids(sequence.request_id)
-        self._notice(blocks)
+        self._given.update(blocks)
         end = tracked.local + num_external_tokens
         first = tracked.local // self._block_size
         chunks = -(-end // self._chunk)
@@ -216,24 +216,14 @@ class OffloadingConnector:
         tracked.jobs.add(job.number)
         return job
 
-    def _notice(self, blocks: list[int]) -> None:
-        """Blocks are given to somebody: stores that still read them come first."""
-        if self._fenced:
-            for block in blocks:
-                self._flush.update(self._fenced.get(block, ()))
-
     def build_connector_meta(self, step: Step) -> Jobs:
         for sequence in step.joined:
             self._tracked[sequence.request_id].holds = True
-            if self._fenced:
-                self._notice(self._scheduler.block_ids(sequence.request_id))
-        taken = self._scheduler.take_allocations()
-        self._notice(taken)
-        for sequence in step.victims:
-            self._flush.update(self._tracked[sequence.request_id].jobs)
+            self._given.update(self._scheduler.block_ids(sequence.request_id))
+        self._given.update(self._scheduler.take_allocations())
         stores = [job for tracked in self._to_store(step) if (job := self._store(tracked)) is not None]
-        if self._fenced:  # of those that have ended in the meantime
-            self._notice(taken)
+        flush = {job for sequence in step.victims for job in self._tracked[sequence.request_id].jobs}
+        flush.update(job for block in self._given.intersection(self._fenced) for job in self._fenced[block])
         for request_id in self._ended:
             tracked = self._tracked[request_id]
             tracked.signaled = True
@@ -241,8 +231,8 @@ class OffloadingConnector:
             if not tracked.jobs:
                 del self._tracked[request_id]
         self._ended = []
-        meta = Jobs(self._loads, stores, self._flush)
-        self._loads, self._flush = [], set()
+        meta = Jobs(self._loads, stores, flush)
+        self._loads, self._given = [], set()
         return meta
 
     def _to_store(self, step: Step) -> list[Tracked]:
