@@ -9,6 +9,9 @@ cdef class Step:
     cdef readonly int total_tokens
     cdef readonly list chunks
     cdef readonly int decodes
+    cdef readonly int drafts
+    cdef readonly int drafters
+    cdef readonly int draft_length
     cdef readonly long long decode_context
     cdef long long windowed
     cdef readonly list gaps

@@ -25,6 +25,7 @@ class Step:
     def __init__(self, tick: cython.longlong) -> None:
         self.tick = tick
         self.total_tokens = self.decodes = self.steady = self.emitted = 0
+        self.drafts = self.drafters = self.draft_length = 0
         self.decode_context = self.windowed = self.start = self.end = 0
         self.chunks = self.gaps = self.samplers = self.prefilling = NOBODY
         self.joined = self.joined_cached = self.joined_again = self.victims = NOBODY
