@@ -48,6 +48,9 @@ class StepRow:
     decodes: int
     decode_context: int
     samples: int
+    drafts: int = 0
+    drafters: int = 0
+    draft_length: int = 0
 
 
 @dataclass(frozen=True, slots=True)
