@@ -12,6 +12,10 @@ cdef class KVCache:
     cdef public long long processed
     cdef readonly int block_size
     cdef int hash_block
+    cdef readonly int lookahead
+    cdef int hash_lookahead
+    cdef bint drops_block
+    cdef bint reserves_at_admission
     cdef int max_model_len
     cdef Py_ssize_t width
     cdef int[::1] table  # KV blocks of the running, a row a slot

@@ -1,5 +1,6 @@
 # What is fixed of scheduler.py where it is compiled.
 cimport cython
+from servecast.sim.engine.drafts cimport Drafts
 from servecast.sim.engine.kv_cache cimport KVCache
 from servecast.sim.engine.sequence cimport FINISHED, PREEMPTED, RUNNING, WAITING, Sequence
 from servecast.sim.engine.step cimport Step, own
@@ -26,6 +27,11 @@ cdef class Scheduler:
     cdef bint trace
     cdef bint notes  # what was scheduled, request by request
     cdef bint marks  # on a sequence, when it was scheduled last
+    cdef bint singly  # decoding requests are scheduled one by one, as all others
+    cdef bint speculates
+    cdef readonly Drafts drafts  # None: one token a step
+    cdef int draft_slots  # that each request takes off the budget
+    cdef int budget  # tokens of a step
     cdef int max_tokens
     cdef int max_running
     cdef int max_model_len
@@ -56,7 +62,10 @@ cdef class Scheduler:
     cdef int preempt(self, Step step, Sequence sequence, Py_ssize_t position) except -1
     cdef int schedule_waiting(self, Step step, int budget, int threshold, bint defer) except -1
     cdef int count_lookup(self, Sequence sequence, int hit_tokens) except -1
-    cdef void advance(self, Step step, Sequence sequence, int tokens) noexcept
+    cdef void advance(self, Step step, Sequence sequence, int tokens, bint padded) noexcept
+    cdef int note_drafters(self, Step step) except -1
+    cdef int drop_finished(self) except -1
+    cdef object complete_drafts(self, Step step)
     cdef long long in_window(self, long long tokens) noexcept
     cdef void note_chunk(self, Step step, Sequence sequence, int tokens) noexcept
     cdef void note_scheduled(self, Step step, Sequence sequence, int tokens) noexcept

@@ -11,6 +11,7 @@ from typing import Any
 import cython
 
 from servecast.sim.engine.cadence import PrefillCadence
+from servecast.sim.engine.drafts import Drafts
 from servecast.sim.engine.group_cache import GroupCache
 from servecast.sim.engine.kv_cache import KVCache
 from servecast.sim.engine.rules import rules_for
@@ -52,7 +53,13 @@ class Scheduler:
         self.adaptive = config.long_prefill_token_threshold_adaptive
         self.priority = config.scheduling_policy == "priority"
         self.notes, self.marks = self.priority or trace, bool(config.kv_groups)
+        self.drafts = Drafts(config) if config.speculation is not None else None
+        self.speculates = self.drafts is not None
+        self.singly = self.notes or self.speculates
         self.max_tokens, self.max_model_len = config.max_num_batched_tokens, config.max_model_len
+        self.budget, self.draft_slots = self.max_tokens, 0
+        if self.speculates:
+            self.budget, self.draft_slots = self.drafts.budget, self.drafts.slots
         self.max_running = min(config.max_num_seqs, config.max_num_active_seqs or config.max_num_seqs)
         self.long_prefill_threshold = config.long_prefill_token_threshold
         self.watermark = int(config.watermark * config.num_gpu_blocks)
@@ -145,7 +152,7 @@ class Scheduler:
                 where=f"request {request_id}",
                 fix=f"Shorten it below max_model_len={self.max_model_len}, or raise max_model_len.",
             )
-        need = self.kv.most_blocks(sequence.final_tokens - 1)  # the last is never computed
+        need = self.kv.most_blocks(sequence.final_tokens - 1 + self.kv.lookahead)  # the last is never computed
         if need > self.kv.pool.num_blocks - 1:
             raise InputError(
                 f"its {sequence.final_tokens} tokens need {need} KV blocks of {self.kv.block_size}",
@@ -202,6 +209,8 @@ class Scheduler:
         budget = self.schedule_running(step, threshold, defer)
         if self.num_waiting and not step.victims:
             self.schedule_waiting(step, budget, threshold, defer)
+        if self.speculates:
+            self.note_drafters(step)
         self.tick += 1
         if self.cadence is not None:
             admitting = not step.victims and not defer
@@ -235,7 +244,7 @@ class Scheduler:
         runners: list = self.runners
         sequence: Sequence
         victim: Sequence
-        budget: cython.int = self.max_tokens
+        budget: cython.int = self.budget
         index: cython.Py_ssize_t = 0
         position: cython.Py_ssize_t
         tokens: cython.int
@@ -243,14 +252,14 @@ class Scheduler:
         computed: cython.int
         decodes: cython.int = 0
         context: cython.longlong = 0
-        all_sample: cython.bint = not self.notes
+        all_sample: cython.bint = not self.singly
         while index < len(runners) and budget > 0:
             sequence = cython.cast(Sequence, runners[index])
             computed = sequence.computed
             if (
                 sequence.catch_up <= computed < sequence.decodes_until
                 and sequence.num_tokens + sequence.placeholders == computed + 1
-                and not self.notes
+                and not self.singly
                 and (computed + 1 < sequence.kv_due or self.kv.allocate_slots(sequence, 1, 0, 0))
             ):  # it decodes: what all that follows comes to then
                 sequence.computed = computed + 1
@@ -272,7 +281,7 @@ class Scheduler:
                 index += 1  # its last token is being computed
                 continue
             # num_tokens_with_spec + num_output_placeholders - num_computed_tokens
-            tokens = sequence.num_tokens + sequence.placeholders - sequence.computed
+            tokens = sequence.num_tokens + sequence.drafts + sequence.placeholders - sequence.computed
             if 0 < threshold < tokens:
                 tokens = threshold
             if tokens > budget:
@@ -305,8 +314,8 @@ class Scheduler:
                     break
             if self.cadence is not None and sequence.computed < sequence.catch_up:
                 self.cadence.carries_prefill = True
-            self.advance(step, sequence, tokens)
-            budget -= tokens
+            self.advance(step, sequence, tokens, False)
+            budget -= tokens + self.draft_slots
             index += 1
         if all_sample and index:
             step.samplers, step.borrowed = runners if index == len(runners) else runners[:index], True
@@ -329,22 +338,27 @@ class Scheduler:
         """Take a victim out of the step in which it was scheduled already. Returns its tokens."""
         tokens: cython.int = victim.scheduled_tokens
         before: cython.int = victim.computed - tokens
+        drafts: cython.int = 0
         position: cython.Py_ssize_t
         step.total_tokens -= tokens
         if before >= victim.catch_up:
             step.decodes -= 1
-            step.decode_context -= before + 1
-            step.windowed -= self.in_window(before + 1)
+            step.decode_context -= victim.computed
+            step.windowed -= self.in_window(victim.computed)
         else:
             position = step.prefilling.index(victim)
             del step.chunks[position], step.prefilling[position]
         if victim in step.samplers:
-            step.samplers.remove(victim)
+            position = step.samplers.index(victim)
+            del step.samplers[position]
+            if self.speculates:
+                drafts = step.verified.pop(position)
+                step.drafts -= drafts
             if self.is_async:
-                victim.placeholders -= 1
+                victim.placeholders -= 1 + drafts
         if step.composition is not None:
             step.composition.remove((victim, tokens))
-        return tokens
+        return tokens + self.draft_slots
 
     def preempt(self, step: Step, sequence: Sequence, position: cython.Py_ssize_t) -> cython.int:
         """Recompute later: give everything back and wait at the front (Scheduler._preempt_request). Tokens
@@ -352,7 +366,9 @@ class Scheduler:
         self.kv.publish(sequence)
         self.kv.free(sequence)
         del self.own_runners()[position]
-        sequence.computed = 0
+        sequence.computed = sequence.drafts = 0
+        if self.speculates:  # drafts of a step in flight that are rejected count no more
+            sequence.placeholders = 0
         sequence.status = PREEMPTED
         sequence.preemptions += 1
         self.queue.push_preempted(sequence)
@@ -370,6 +386,9 @@ class Scheduler:
         cached: cython.int
         tokens: cython.int
         reserve: cython.int
+        padding: cython.int = 0
+        together: cython.bint = step.total_tokens > 0
+        prefills: cython.bint = len(step.chunks) > 0  # some running request in its prefill
         carries_prefill: cython.bint
         while self.num_waiting and budget > 0 and len(self.runners) < self.max_running:
             sequence = self.queue.head()
@@ -380,6 +399,11 @@ class Scheduler:
             carries_prefill = tokens > 1
             if defer and carries_prefill:
                 break
+            if self.speculates and tokens == 1:
+                padding = self.drafts.padding(cached, budget, together, prefills)
+                if padding < 0:
+                    break
+                tokens += padding
             if 0 < threshold < tokens:
                 tokens = threshold
             if tokens > budget:
@@ -390,6 +414,8 @@ class Scheduler:
                 tokens = self.kv.align_chunk(sequence, cached, tokens)
                 if tokens == 0:
                     break
+                if padding and tokens <= padding:  # padding is whole, or there is none
+                    tokens, padding = 1, 0
             reserve = self.watermark if self.runners else 0
             if not self.kv.allocate_slots(sequence, tokens, cached, reserve):
                 break
@@ -410,8 +436,9 @@ class Scheduler:
             sequence.computed = cached
             sequence.catch_up = sequence.num_tokens
             self.own_runners().append(sequence)
-            self.advance(step, sequence, tokens)
-            budget -= tokens
+            self.advance(step, sequence, tokens, padding > 0)
+            budget -= tokens + self.draft_slots
+            padding = 0
         return 0
 
     def count_lookup(self, sequence: Sequence, hit_tokens: cython.int) -> cython.int:
@@ -421,14 +448,16 @@ class Scheduler:
             self.prefix_hits += hit_tokens
         return 0
 
-    def advance(self, step: Step, sequence: Sequence, tokens: cython.int) -> None:
-        """Scheduled tokens count as computed; note whether it samples (Scheduler._update_after_schedule)."""
+    def advance(self, step: Step, sequence: Sequence, tokens: cython.int, padded: cython.bint) -> None:
+        """Scheduled tokens count as computed; note whether it samples (Scheduler._update_after_schedule).
+        ``padded``: all but the first are drafts that stand for none."""
+        drafts: cython.int = 0
         step.total_tokens += tokens
-        if sequence.computed >= sequence.catch_up:
+        if sequence.computed >= sequence.catch_up or padded:
             step.decodes += 1
-            step.decode_context += sequence.computed + 1
+            step.decode_context += sequence.computed + tokens
             if self.window:
-                step.windowed += self.in_window(sequence.computed + 1)
+                step.windowed += self.in_window(sequence.computed + tokens)
         else:
             self.note_chunk(step, sequence, tokens)
         if self.notes or self.marks:
@@ -439,8 +468,25 @@ class Scheduler:
                 step.samplers, step.borrowed = step.samplers[:], False
             step.samplers = own(step.samplers)
             step.samplers.append(sequence)
+            if self.speculates:  # num_scheduled_spec_tokens
+                drafts = sequence.computed - sequence.num_tokens - sequence.placeholders
+                sequence.drafts = 0
+                step.drafts += drafts
+                step.verified = own(step.verified)
+                step.verified.append(-drafts if padded else drafts)
             if self.is_async:
-                sequence.placeholders += 1
+                sequence.placeholders += 1 + drafts
+
+    def note_drafters(self, step: Step) -> cython.int:
+        """Who proposes how many drafts after a step; async, placeholders stand for them at once
+        (AsyncScheduler._update_after_schedule)."""
+        sequence: Sequence
+        step.drafters = len(step.samplers)
+        step.draft_length = self.drafts.length(step.decodes + len(step.chunks))
+        if self.is_async:
+            for sequence in step.samplers:
+                sequence.drafts = step.draft_length
+        return 0
 
     def in_window(self, tokens: cython.longlong) -> cython.longlong:
         """Of a sequence's tokens those that its newest attends to in a layer with a window."""
@@ -474,6 +520,8 @@ class Scheduler:
         i: cython.Py_ssize_t
         tokens: cython.int
         samplers: list = step.samplers
+        if self.speculates:
+            return self.complete_drafts(step)
         for i in range(len(samplers)):
             sequence = cython.cast(Sequence, samplers[i])
             if (
@@ -518,13 +566,77 @@ class Scheduler:
                 self.forget(sequence)
                 step.leavers = own(step.leavers)
                 step.leavers.append(sequence)
-        step.emitted, step.steady = emitted + steady, steady
+        step.emitted = step.outputs = emitted + steady
+        step.steady = steady
         self.kv.processed = tick
         if left:
-            still: list = []
-            for i in range(len(self.runners)):
-                sequence = cython.cast(Sequence, self.runners[i])
-                if sequence.status != FINISHED:
-                    still.append(sequence)
-            self.runners, self.lent = still, False
+            self.drop_finished()
+        return None
+
+    def drop_finished(self) -> cython.int:
+        """Those that have finished no longer run."""
+        still: list = []
+        sequence: Sequence
+        i: cython.Py_ssize_t
+        for i in range(len(self.runners)):
+            sequence = cython.cast(Sequence, self.runners[i])
+            if sequence.status != FINISHED:
+                still.append(sequence)
+        self.runners, self.lent = still, False
+        return 0
+
+    def complete_drafts(self, step: Step) -> Any:
+        """``complete`` where tokens are drafted: each sampler delivers one token and the drafts that were
+        accepted, up to its end; what was rejected counts no more as computed."""
+        drafts: Drafts = self.drafts
+        sequence: Sequence
+        left: cython.bint = False
+        tick: cython.longlong = step.tick
+        before: cython.longlong = tick - 1 if tick else -2  # -1 is nobody's
+        i: cython.Py_ssize_t
+        verified: cython.int
+        accepted: cython.int
+        rejected: cython.int
+        tokens: cython.int
+        for i in range(len(step.samplers)):
+            sequence = cython.cast(Sequence, step.samplers[i])
+            if sequence.status == FINISHED:
+                continue  # while the step was in flight
+            verified = step.verified[i]
+            accepted = drafts.accept(sequence, verified)
+            rejected = abs(verified) - accepted
+            tokens = min(1 + accepted, sequence.final_tokens - sequence.num_tokens)
+            sequence.num_tokens += tokens
+            step.emitted += tokens
+            step.outputs += 1
+            if sequence.token_tick == before:
+                step.steady += 1
+            elif sequence.token_tick < 0:
+                step.firsts = own(step.firsts)
+                step.firsts.append(sequence)
+            else:
+                step.gaps = own(step.gaps)
+                step.gaps.append(sequence.token_tick)
+            sequence.token_tick = tick
+            if sequence.status == RUNNING:  # else it was preempted, and all of that is reset
+                sequence.computed -= rejected
+                if self.is_async:
+                    sequence.placeholders -= rejected + tokens
+                else:
+                    sequence.drafts = drafts.propose(sequence, step.draft_length)
+                if (self.is_async or drafts.hashes_at_update) and sequence.num_tokens > sequence.kv_due:
+                    self.kv.cache_blocks(sequence, sequence.num_tokens - 1)
+            if sequence.num_tokens >= sequence.final_tokens:
+                if sequence.status == RUNNING:
+                    left = True
+                    self.kv.free(sequence)
+                else:
+                    self.queue.remove(sequence)
+                    self.num_waiting -= 1
+                self.forget(sequence)
+                step.leavers = own(step.leavers)
+                step.leavers.append(sequence)
+        self.kv.processed = tick
+        if left:
+            self.drop_finished()
         return None

@@ -17,10 +17,13 @@ cdef class Step:
     cdef readonly list gaps
     cdef readonly int steady
     cdef readonly int emitted
+    cdef readonly int outputs
+    cdef Py_ssize_t row
     cdef long long start
     cdef long long end
     cdef list samplers
     cdef bint borrowed  # samplers, from the list of the running
+    cdef list verified
     cdef list prefilling
     cdef list joined
     cdef list joined_cached
