@@ -72,7 +72,10 @@ def context(deployment: Deployment, *, seed: int) -> dict[str, Any]:
     describes, before these changes.
     """
     scenario, config = deployment.scenario, asdict(deployment.config)
-    flags = scenario.engine
+    flags, drafts = scenario.engine, deployment.speculating
+    del config["speculation"]
+    speculation = {} if drafts is None else {"speculation": drafts.facts()}
+    unset = {"command", "assume_rules"} | ({"speculative_config"} if drafts is None else set())
     return {
         "schema_version": SCHEMA_VERSION,
         "servecast_version": version("servecast"),
@@ -85,7 +88,7 @@ def context(deployment: Deployment, *, seed: int) -> dict[str, Any]:
         "model_id": deployment.model.name,
         "gpu": deployment.gpu.name,
         "engine": {
-            **flags.model_dump(mode="json", exclude={"command", "assume_rules"}),
+            **flags.model_dump(mode="json", exclude=unset),
             "rules": config.pop("version"),
             **config,
             "kv_cache_dtype": _kv_cache_dtype(deployment),
@@ -97,6 +100,7 @@ def context(deployment: Deployment, *, seed: int) -> dict[str, Any]:
         "error_band": deployment.error_band,
         "error_bands": asdict(deployment.bands),
         "kv_cache": deployment.memory.facts(),
+        **speculation,
         "notes": list(deployment.notes),
     }
 

@@ -40,6 +40,18 @@ class Speculating:
     notes: tuple[str, ...]
     band: float
 
+    def facts(self) -> dict[str, Any]:
+        """What a result says of it."""
+        return {
+            "method": self.config.method,
+            "num_tokens": self.config.num_tokens,
+            "acceptance": list(self.law.rates),
+            "proposed": list(self.law.proposed),
+            "acceptance_length": self.law.length,
+            "origin": self.law.origin,
+            "note": self.law.note,
+        }
+
 
 def speculating(scenario: Scenario, target: ModelShape) -> Speculating | None:
     """How a scenario's engine speculates; None if it does not.
