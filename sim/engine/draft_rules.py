@@ -24,7 +24,8 @@ class DraftRules:
             (Scheduler.schedule: input_budget); before, for max_num_seqs at start-up
             (VllmConfig._set_max_num_scheduled_tokens).
         infill_slots: DFlash adds k input slots, not k - 1; own_pass: DFlash and DSpark add none
-            (SpeculativeConfig.max_num_new_slots_for_drafting).
+            (SpeculativeConfig.max_num_new_slots_for_drafting), but no more requests run than their pass has
+            room for (_set_max_num_scheduled_tokens: max_num_active_seqs).
         disable_eagle_block_drop: this option.
         hashes_next_token: a block's hash covers the token behind it where the drafter's KV depends on it,
             in place of computing a hit's last block again (VllmConfig.num_hash_lookahead_tokens).

@@ -5,6 +5,7 @@ from servecast.sim.engine.sequence cimport Sequence
 @cython.final
 cdef class Drafts:
     cdef readonly int k
+    cdef readonly int seats  # requests at most that the drafter takes in one pass
     cdef readonly int slots  # input slots that come off a step's budget with each request
     cdef readonly int budget  # tokens of a step, the first request's slots taken off
     cdef readonly bint hashes_at_update

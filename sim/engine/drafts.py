@@ -9,6 +9,7 @@ import cython
 
 from servecast.sim.engine.draft_rules import draft_rules_for
 from servecast.sim.engine.sequence import Sequence
+from servecast.sim.engine.speculation import METHODS
 from servecast.sim.inputs.errors import InputError
 
 MASK = (1 << 64) - 1
@@ -37,13 +38,16 @@ class Drafts:
         self.pads = rules.pads_admissions and not speculation.by_batch
         self.pads_the_first, self.waits_at_the_end = rules.pads_the_first, rules.waits_at_the_end
         self.hashes_at_update = rules.hashes_at_update
+        self.seats = config.max_num_seqs
+        if rules.own_pass and METHODS[speculation.method].parallel:
+            self.seats = config.max_num_batched_tokens // speculation.lookahead
         self.slots = speculation.draft_slots if rules.slots_by_request else 0
         self.budget = config.max_num_batched_tokens - speculation.draft_slots * (
             1 if rules.slots_by_request else config.max_num_seqs
         )
-        if self.budget <= 0:
+        if self.budget <= 0 or self.seats == 0:
             raise InputError(
-                f"{speculation.draft_slots} input slots that {speculation.method} adds to a request leave no token",
+                f"drafting by {speculation.method} leaves no token of a step",
                 where="engine.max_num_batched_tokens",
                 fix="Raise it, or lower num_speculative_tokens or max_num_seqs.",
             )

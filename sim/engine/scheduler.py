@@ -57,10 +57,11 @@ class Scheduler:
         self.speculates = self.drafts is not None
         self.singly = self.notes or self.speculates
         self.max_tokens, self.max_model_len = config.max_num_batched_tokens, config.max_model_len
+        self.max_running = min(config.max_num_seqs, config.max_num_active_seqs or config.max_num_seqs)
         self.budget, self.draft_slots = self.max_tokens, 0
         if self.speculates:
             self.budget, self.draft_slots = self.drafts.budget, self.drafts.slots
-        self.max_running = min(config.max_num_seqs, config.max_num_active_seqs or config.max_num_seqs)
+            self.max_running = min(self.max_running, self.drafts.seats)
         self.long_prefill_threshold = config.long_prefill_token_threshold
         self.watermark = int(config.watermark * config.num_gpu_blocks)
         self.tick = self.prefix_queries = self.prefix_hits = self.added = 0
