@@ -30,7 +30,8 @@ class Limits:
 
     num_gpu_blocks includes the null block; None where no request waits for blocks. bound_by: what most of a
     step's time goes to (``StepTime.binding``). parts: part of a step to seconds (``StepTime.breakdown``).
-    None where the step-time model cannot tell.
+    None where the step-time model cannot tell. draft_length: drafts that each request gets after a step of so
+    many; None without speculation.
     """
 
     max_num_seqs: int
@@ -38,6 +39,7 @@ class Limits:
     num_gpu_blocks: int | None
     bound_by: Callable[[StepShape], str] | None = None
     parts: Callable[[StepShape], Mapping[str, float]] | None = None
+    draft_length: Callable[[int], int] | None = None
 
 
 @dataclass(slots=True)
@@ -100,7 +102,7 @@ def evidence(run: Run, limits: Limits) -> Evidence:
     total = float(time.sum()) or math.nan
     waits = steps["waiting"].to_numpy() > 0
     full = waits & ((steps["running"].to_numpy() >= limits.max_num_seqs) | (limits.num_gpu_blocks is None))
-    scheduled = (steps["prefill_tokens"] + steps["decodes"]).to_numpy()
+    scheduled = (steps["prefill_tokens"] + steps["decodes"] + steps["drafts"]).to_numpy()
     spent = waits & ~full & (scheduled >= limits.max_num_batched_tokens)
     window = float(steps["start"].max() - steps["start"].min()) + float(time[-1:].sum())
     ttft = (requests["first_token"] - requests["sent"]).mean()
@@ -172,13 +174,16 @@ def _step_shares(steps: pd.DataFrame, limits: Limits) -> tuple[dict[str, float],
     if not len(steps) or limits.bound_by is None:
         return bound, parts
     rows = steps.iloc[np.unique(np.linspace(0, len(steps) - 1, STEP_SAMPLE).astype(int))]
-    counts = rows[["prefill_tokens", "prefill_requests", "decodes", "decode_context", "emitted"]]
-    for (tokens, requests, decodes, context, emitted), duration in zip(
+    counts = rows[["prefill_tokens", "prefill_requests", "decodes", "decode_context", "emitted", "drafts"]]
+    for (tokens, requests, decodes, context, emitted, drafts), duration in zip(
         counts.to_numpy(dtype=int).tolist(), rows["duration"].tolist(), strict=True
     ):
         each, extra = divmod(tokens, requests or 1)
         chunks = [(each + (number < extra), 0) for number in range(requests)]
         shape = StepRow(chunks, decodes, context, emitted)
+        if limits.draft_length is not None:
+            shape = StepRow(chunks, decodes, context, decodes + drafts, drafts, decodes)
+            shape.draft_length = limits.draft_length(decodes + requests)
         name = limits.bound_by(shape)
         bound[name] = bound.get(name, 0.0) + duration
         for part, seconds in (limits.parts(shape) if limits.parts else {}).items():

@@ -97,7 +97,15 @@ class BreakEven:
             ]
             for each in self.levels
         ]
-        head = ["requests", "tokens/step", "TPOT ms", "plain ms", "gain", "even at tokens/step", "at a rate of"]
+        head = [
+            "requests",
+            "tokens/step",
+            "TPOT ms",
+            "plain ms",
+            "gain",
+            "even at tokens/step",
+            "at a rate of",
+        ]
         title = f"Speculation: {self.sentence} ({self.acceptance}; context {self.context:,})"
         return table(head, rows, title=title)
 
@@ -146,10 +154,7 @@ def _drafted(deployment: Deployment, requests: int) -> tuple[int, float, float]:
     """Of a step of so many requests: drafts at most, proposed on average, and tokens that a request gets."""
     assert deployment.speculating is not None
     config = deployment.speculating.config
-    most = config.num_tokens
-    for first, drafts in config.by_batch:
-        if requests >= first:
-            most = min(drafts, config.num_tokens)
+    most = deployment.speculating.length(requests)
     shares = config.proposed or (0.0,) * config.num_tokens + (1.0,)
     lengths = [min(length, most) for length in range(len(shares))]
     accepted = [sum(config.acceptance[:length]) for length in lengths]
@@ -163,13 +168,17 @@ def draw_break_even(found: BreakEven, axes: Sequence[Axes]) -> None:
     """Time of a token, and the tokens of a step from which drafts pay, against requests in a step."""
     levels = [each.requests for each in found.levels]
     times, tokens = axes
-    times.plot(levels, [1e3 * each.plain_s for each in found.levels], "o-", color=SECOND, label="without drafts")
+    times.plot(
+        levels, [1e3 * each.plain_s for each in found.levels], "o-", color=SECOND, label="without drafts"
+    )
     times.plot(levels, [1e3 * each.tpot_s for each in found.levels], "o-", color=FIRST, label="with drafts")
     times.set_ylabel("TPOT, ms")
     times.set_ylim(bottom=0)
     times.set_title("Time of a token")
     least = [each.least_tokens for each in found.levels]
-    tokens.fill_between(levels, least, 1 + found.num_tokens, color=FIRST, alpha=0.12, lw=0, label="drafts pay")
+    tokens.fill_between(
+        levels, least, 1 + found.num_tokens, color=FIRST, alpha=0.12, lw=0, label="drafts pay"
+    )
     tokens.plot(levels, least, "o-", color=BAD, label="breaks even")
     tokens.plot(levels, [each.tokens for each in found.levels], "--", color=INK, label="accepted here")
     tokens.set_ylim(1.0, 1 + found.num_tokens)
@@ -177,7 +186,9 @@ def draw_break_even(found: BreakEven, axes: Sequence[Axes]) -> None:
     tokens.set_ylabel("tokens a step")
     for ax in axes:
         ax.set_xscale("log", base=2)
-        ax.set_xticks(levels[:: 1 + len(levels) // 8], [str(level) for level in levels[:: 1 + len(levels) // 8]])
+        ax.set_xticks(
+            levels[:: 1 + len(levels) // 8], [str(level) for level in levels[:: 1 + len(levels) // 8]]
+        )
         ax.minorticks_off()
         ax.set_xlabel("requests in a step")
         ax.legend(loc="best")

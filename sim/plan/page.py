@@ -86,7 +86,9 @@ def write_plan_page(
     if sweep:
         plots.append(_sweep_plot(sweep))
     if speculation is not None:
-        caption = f"{speculation.sentence[0].upper()}{speculation.sentence[1:]}. Decodes alone, at a context of "
+        caption = (
+            f"{speculation.sentence[0].upper()}{speculation.sentence[1:]}. Decodes alone, at a context of "
+        )
         caption += f"{speculation.context:,} tokens; {speculation.acceptance}."
         plots.append(Plot("When speculation pays", break_even_plot(speculation), caption, wide=True))
     if run is not None and len(run.itl):

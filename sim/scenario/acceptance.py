@@ -119,7 +119,9 @@ class Acceptance(Model):
         if self.length is not None:
             if self.length > drafts + 1:
                 fix = f"Give 1 to {drafts + 1}."
-                raise InputError(f"{self.length:g} tokens of {drafts} drafts", where=f"{where}.length", fix=fix)
+                raise InputError(
+                    f"{self.length:g} tokens of {drafts} drafts", where=f"{where}.length", fix=fix
+                )
             return Law(least_variance(self.length, drafts))
         if self.rate is not None:
             return Law(geometric(self.rate, drafts))
@@ -138,7 +140,9 @@ class Acceptance(Model):
 
 def missing(method: str) -> InputError:
     """That nothing says how many drafts are accepted."""
-    extra = " Drafts that are looked up need acceptance.proposed, too." if method in ("ngram", "suffix") else ""
+    extra = (
+        " Drafts that are looked up need acceptance.proposed, too." if method in ("ngram", "suffix") else ""
+    )
     return InputError(
         f"nothing says how many of the drafts of {method} are accepted",
         where="acceptance",
@@ -250,7 +254,9 @@ def read_counts(file: Path) -> Counts:
     """
     text = file.read_text(encoding="utf-8", errors="replace")
     try:
-        found = counts_of_result(json.loads(text)) if text.lstrip().startswith("{") else counts_of_metrics(text)
+        found = (
+            counts_of_result(json.loads(text)) if text.lstrip().startswith("{") else counts_of_metrics(text)
+        )
     except ValueError as error:
         fix = "Give the text of /metrics, or the JSON of vllm bench serve."
         raise InputError(f"cannot read it ({error})", where=str(file), fix=fix) from None

@@ -116,6 +116,7 @@ class Deployment:
             num_gpu_blocks=self.config.num_gpu_blocks if waits_for_blocks else None,
             bound_by=self.step_time.binding,
             parts=self.step_time.breakdown,
+            draft_length=None if self.speculating is None else self.speculating.length,
         )
 
     def memory_risk(self, longest_prompt: int) -> MemoryRisk | None:

@@ -133,7 +133,7 @@ class Assumption(Model):
 
 def _engine_of(engine: EngineFlags, spec: ReplicaSpec) -> EngineFlags:
     """The engine's flags with those of a replica in their place."""
-    written = engine.model_dump(include=engine.model_fields_set)
+    written = engine.model_dump(exclude_unset=True)
     try:
         return checked(parse(EngineFlags, written | spec.engine, source="engine"))
     except InputError as error:

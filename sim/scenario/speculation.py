@@ -40,6 +40,13 @@ class Speculating:
     notes: tuple[str, ...]
     band: float
 
+    def length(self, requests: int) -> int:
+        """Drafts that each request gets after a step of so many, at most."""
+        found = self.config.num_tokens
+        for first, drafts in self.config.by_batch:
+            found = min(drafts, self.config.num_tokens) if requests >= first else found
+        return found
+
     def facts(self) -> dict[str, Any]:
         """What a result says of it."""
         return {
@@ -195,7 +202,9 @@ def _drafter(
         return Drafter(method, None)
     infills = METHODS[method].parallel
     passes: Passes = "infill" if infills else "at once" if asked.parallel_drafting else "one by one"
-    slots = {"infill": drafts if method == "dflash" else drafts - 1, "at once": drafts, "one by one": 0}[passes]
+    slots = {"infill": drafts if method == "dflash" else drafts - 1, "at once": drafts, "one by one": 0}[
+        passes
+    ]
     if method == "draft_model":
         slots = drafts if asked.parallel_drafting else 1
     elif passes == "at once":

@@ -40,7 +40,13 @@ _SINCE = {  # fields and values that not every release has
 _UNTIL = {"medusa": "0.32", "mlp_speculator": "0.32"}
 _DEFAULTS_TO_ASYNC = {"draft_model": "0.28"}  # before, it turned async scheduling off unless asked for
 _UNTOLD = (  # change kernels or memory in ways that only widen the error band
-    *("enforce_eager", "moe_backend", "attention_backend", "use_local_argmax_reduction", "draft_sample_method"),
+    *(
+        "enforce_eager",
+        "moe_backend",
+        "attention_backend",
+        "use_local_argmax_reduction",
+        "draft_sample_method",
+    ),
     *("index_share_for_mtp_iteration", "dspark_draft_topk", "draft_lm_head_quantization"),
     "disable_lookahead_block_hashes",
 )
@@ -151,7 +157,10 @@ class SpeculativeConfig(Model):
         if self.use_heterogeneous_vocab and method != "draft_model":
             fix = "Leave it out: vLLM takes it for draft_model only."
             raise invalid(f"another vocabulary for {method}", fix, at="use_heterogeneous_vocab")
-        if method in ("eagle", "eagle3", "draft_model", "dflash", "medusa", "mlp_speculator") and not self.model:
+        if (
+            method in ("eagle", "eagle3", "draft_model", "dflash", "medusa", "mlp_speculator")
+            and not self.model
+        ):
             raise invalid(f"{method} without a model", "Give model, the drafter.", at="model")
         if self.parallel_drafting and method not in ("eagle", "eagle3", "draft_model", "dflash", "dspark"):
             fix = "Leave it out: EAGLE and draft models can be trained for it."
@@ -195,7 +204,9 @@ class SpeculativeConfig(Model):
     def check(self, version: str) -> None:
         """Raise ``schema.invalid`` where a release has no such field or method."""
         release = minor_release(version)
-        for name in (*self.model_fields_set, self.kind, self.rejection_sample_method):
+        fields = type(self).model_fields
+        given = [name for name in self.model_fields_set if getattr(self, name) != fields[name].default]
+        for name in (*given, self.kind, self.rejection_sample_method):
             if name in _SINCE and not since(release, _SINCE[name]):
                 raise invalid(f"vLLM {version} has no {name}", f"Use version {_SINCE[name]}.", at=name)
             if name in _UNTIL and since(release, "0.33"):
@@ -210,7 +221,11 @@ class SpeculativeConfig(Model):
         """
         able = METHODS[self.kind].async_by_default and not self.disable_padded_drafter_batch
         if asked and not able:
-            why = f"{self.kind} drafts" if not METHODS[self.kind].async_by_default else "unpadded drafter batches"
+            why = (
+                f"{self.kind} drafts"
+                if not METHODS[self.kind].async_by_default
+                else "unpadded drafter batches"
+            )
             fix = "Leave async_scheduling out: vLLM refuses the two together."
             raise invalid(f"async scheduling with {why}", fix, at="async_scheduling")
         usual = since(minor_release(version), _DEFAULTS_TO_ASYNC.get(self.kind, "0.10"))
