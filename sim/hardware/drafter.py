@@ -130,7 +130,7 @@ def mtp_shape(target: ModelShape) -> ModelShape:
             fix="Use another method, or the config.json with num_nextn_predict_layers (mtp_num_hidden_layers).",
         )
     hidden = target.hidden_size
-    return _one_layer(target, (Linear("eh_proj", 2 * hidden, hidden),), norms=3)
+    return _one_layer(target, (Linear("eh_proj", 2 * hidden, hidden),), norms=2)
 
 
 def _one_layer(model: ModelShape, extra: tuple[Linear, ...], *, norms: int) -> ModelShape:
