@@ -10,6 +10,7 @@ import numpy as np
 from servecast.sim.engine.block_pool import BlockPool
 from servecast.sim.engine.draft_rules import draft_rules_for
 from servecast.sim.engine.sequence import Sequence
+from servecast.sim.engine.speculation import METHODS
 
 if not cython.compiled:
     from servecast.sim.engine.block_pool import BLOCKS_PER_CONTENT, PRIVATE, UNHASHED
@@ -31,12 +32,16 @@ class KVCache:
 
     def __init__(self, config: Any, reuse_unhashed_first: bool, rows: cython.int) -> None:
         speculation = config.speculation
-        self.lookahead = self.hash_lookahead = 0
+        self.lookahead = self.hash_lookahead = self.load_lookahead = self.drafted = 0
         self.drops_block, self.reserves_at_admission = False, True
         if speculation is not None:
             self.lookahead, self.hash_lookahead = speculation.lookahead, speculation.hash_lookahead
             self.drops_block = speculation.drops_block
-            self.reserves_at_admission = draft_rules_for(config.version).reserves_at_admission
+            rules = draft_rules_for(config.version)
+            self.reserves_at_admission = rules.reserves_at_admission
+            self.drafted = 1 + speculation.num_tokens + self.lookahead if rules.loads_leave_room else 0
+            if rules.reserves_for_loads and not METHODS[speculation.method].takes_hidden_states:
+                self.load_lookahead = self.lookahead
         self.pool = BlockPool(config.num_gpu_blocks)
         self.reuse_unhashed_first = reuse_unhashed_first
         self.prefix_caching = config.enable_prefix_caching
@@ -160,6 +165,66 @@ class KVCache:
         sequence.blocks_end += need * self.block_size
         self.cache_blocks(sequence, min(end, sequence.num_tokens))
         return True
+
+    def allocate_remote(
+        self,
+        sequence: Sequence,
+        tokens: cython.int,
+        cached: cython.int,
+        reserve: cython.int,
+        others: cython.int,
+        delay: cython.bint,
+    ) -> cython.bint:
+        """``allocate_slots`` for one that waits, where there is a connector: it may hold blocks already, and
+        ``tokens`` counts those that are loaded, too. ``others`` more blocks must stay free beside those of
+        now; with ``delay`` nothing of it can be found yet."""
+        hits: cython.int = cached // self.block_size
+        end: cython.int = sequence.computed + cached + tokens
+        held: cython.int = sequence.blocks_end // self.block_size + hits
+        ahead: cython.int = 0
+        need: cython.int
+        at: cython.Py_ssize_t
+        i: cython.int
+        if delay:
+            ahead = self.load_lookahead
+            others += (self.drafted + self.block_size - 1) // self.block_size
+        elif self.reserves_at_admission or sequence.computed > 0:
+            ahead = self.lookahead
+        need = max(0, self.blocks_for(end + ahead) - held)
+        if sequence.slot < 0:
+            if len(self.slots) < 2:
+                self.add_rows()
+            at = self.slots[len(self.slots) - 1] * self.width
+            for i in range(hits):
+                reserve += self.pool.ref[self.table[at + i]] == 0
+        if self.full_isl and max(0, self.blocks_for(sequence.num_tokens) - held) + reserve > self.pool.free_blocks:
+            return False
+        if need + reserve + others > self.pool.free_blocks:
+            return False
+        if sequence.slot < 0:
+            sequence.slot = self.slots.pop()
+            self.touch(sequence, hits)
+        at = sequence.slot * self.width + held
+        for i in range(need):
+            self.table[at + i] = self.pool.take()
+        sequence.blocks_end += need * self.block_size
+        if not delay:
+            self.cache_blocks(sequence, min(end, sequence.num_tokens))
+        return True
+
+    def add_rows(self) -> cython.int:
+        """Who waits or has ended may hold blocks, too: twice the rows."""
+        rows: cython.Py_ssize_t = self.table.shape[0] // self.width
+        self.table = np.concatenate((np.asarray(self.table), np.zeros_like(np.asarray(self.table))))
+        self.slots = [*range(rows, 2 * rows), *self.slots]
+        return 0
+
+    def missing_blocks(self, sequence: Sequence) -> cython.int:
+        """What it still needs for all its tokens, and a step's drafts."""
+        need: cython.int = (min(sequence.num_tokens, self.max_model_len) + self.drafted + self.block_size - 1) // (
+            self.block_size
+        )
+        return need - sequence.blocks_end // self.block_size
 
     def touch(self, sequence: Sequence, hits: cython.int) -> cython.int:
         """Hold cached blocks, too (BlockPool.touch)."""

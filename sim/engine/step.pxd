@@ -21,10 +21,10 @@ cdef class Step:
     cdef Py_ssize_t row
     cdef long long start
     cdef long long end
-    cdef list samplers
+    cdef readonly list samplers
     cdef bint borrowed  # samplers, from the list of the running
     cdef list verified
-    cdef list prefilling
+    cdef readonly list prefilling
     cdef list joined
     cdef list joined_cached
     cdef list joined_again
@@ -32,3 +32,6 @@ cdef class Step:
     cdef list firsts
     cdef list leavers
     cdef list composition
+    cdef readonly list failed
+    cdef readonly object connector_meta
+    cdef public object transfers

@@ -24,6 +24,9 @@ MODULES = (
     "block_pool",
     "kv_cache",
     "group_cache",
+    "connector",
+    "remote_rules",
+    "remote_kv",
     "scheduler",
 )
 
