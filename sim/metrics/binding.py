@@ -109,7 +109,7 @@ def evidence(run: Run, limits: Limits) -> Evidence:
     decodes = steps["decodes"].to_numpy(dtype=float)
     gap = float(np.average(run.itl["gap"], weights=run.itl["weight"])) if len(run.itl) else math.nan
     behind = float(np.average(time, weights=decodes)) if decodes.any() else math.nan
-    bound_by, parts = _step_shares(steps, limits)
+    bound_by, parts = step_shares(steps, limits)
     return Evidence(
         max_num_seqs=float(time[full].sum()) / total,
         token_budget=float(time[spent].sum()) / total,
@@ -167,7 +167,7 @@ def _step_reasons(found: Evidence) -> list[str]:
     return reasons
 
 
-def _step_shares(steps: pd.DataFrame, limits: Limits) -> tuple[dict[str, float], dict[str, float]]:
+def step_shares(steps: pd.DataFrame, limits: Limits) -> tuple[dict[str, float], dict[str, float]]:
     """Shares of step time by what binds and by part, from steps spread evenly over the run."""
     bound: dict[str, float] = {}
     parts: dict[str, float] = {}

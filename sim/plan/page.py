@@ -82,15 +82,15 @@ def write_plan_page(
             "Warm-up included." if rate is None else f"One run at {rate:.4g} requests/s, warm-up included."
         )
         plots.append(Plot("The engine over time", engine_over_time(run), caption, wide=True))
-    plots.append(Plot("Throughput against request rate", figures.throughput_by_rate(plan)))
-    if sweep:
-        plots.append(_sweep_plot(sweep))
     if speculation is not None:
         caption = (
             f"{speculation.sentence[0].upper()}{speculation.sentence[1:]}. Decodes alone, at a context of "
         )
         caption += f"{speculation.context:,} tokens; {speculation.acceptance}."
         plots.append(Plot("When speculation pays", break_even_plot(speculation), caption, wide=True))
+    plots.append(Plot("Throughput against request rate", figures.throughput_by_rate(plan)))
+    if sweep:
+        plots.append(_sweep_plot(sweep))
     if run is not None and len(run.itl):
         svg = itl_histogram(run)
         plots.append(Plot("Inter-token latency", svg, "Pooled over all tokens of one run at the answer."))
@@ -106,6 +106,7 @@ def write_plan_page(
         context=context,
         plots=plots,
         objectives=_objectives(plan),
+        speculation=speculation,
     )
 
 

@@ -225,6 +225,11 @@ def _drafter(
     if method == "draft_model":
         assert head is not None
         _check_model(asked, head, target, scenario, where, notes)
+        if drafter.eager:
+            notes.append(
+                f"vLLM {flags.version} runs a draft model outside CUDA graphs: its passes wait for the host to "
+                "launch each kernel"
+            )
         return replace(drafter, shape=head, own_embeddings=True, own_head=True)
     if method == "mtp" and head is None:
         return replace(drafter, shape=mtp_shape(target), loaded=max(1, min(target.mtp_layers, drafts)))
