@@ -127,7 +127,8 @@ def mtp_shape(target: ModelShape) -> ModelShape:
         raise InputError(
             f"{target.name} has no layers for multi-token prediction",
             where="engine.speculative_config.method",
-            fix="Use another method, or the config.json with num_nextn_predict_layers (mtp_num_hidden_layers).",
+            fix="Use another method, or a config.json with num_nextn_predict_layers or "
+            "mtp_num_hidden_layers.",
         )
     hidden = target.hidden_size
     return _one_layer(target, (Linear("eh_proj", 2 * hidden, hidden),), norms=2)

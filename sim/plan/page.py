@@ -70,8 +70,8 @@ def write_plan_page(
     """Writes the page of a plan and returns its path.
 
     run: one replication at (or next to) the answer, for the plots over time and the token gaps.
-    sweep: a closed-loop sweep, for throughput against concurrency. speculation: when it pays. The file needs no network and is the
-    same, byte for byte, for the same input; it is written whole or not at all.
+    sweep: a closed-loop sweep, for throughput against concurrency. speculation: when it pays. The file needs
+    no network and is the same, byte for byte, for the same input; it is written whole or not at all.
     """
     plots = [
         Plot("Latency against request rate", figures.latency_by_rate(plan), _LATENCY.format(plan), wide=True)

@@ -20,8 +20,8 @@ from servecast.sim.metrics.binding import Binding
 from servecast.sim.metrics.records import Run
 from servecast.sim.plan import capacity, closed_loop, fleet_size
 from servecast.sim.plan import sensitivity as assumed
-from servecast.sim.plan.break_even import BreakEven, break_even
 from servecast.sim.plan.boundaries import PlanState
+from servecast.sim.plan.break_even import BreakEven, break_even
 from servecast.sim.plan.effort import Effort
 from servecast.sim.plan.figures import draw_latency
 from servecast.sim.plan.judge import ATTAINMENT, Objectives

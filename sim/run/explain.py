@@ -173,8 +173,8 @@ def _drafts(run: Run, deployment: Deployment) -> str:
     counts = run.meta.get("spec_decode")
     brings = f"{1 + counts.accepted / counts.drafts:.2f} tokens" if counts and counts.drafts else "no tokens"
     return (
-        f"drafting ({deployment.speculating.config.method}) takes {drafting:.0%} of the steps' time; verifying "
-        f"is {decoding / computed.sum():.0%} of the tokens of what is left, and brings {brings} a step"
+        f"drafting ({deployment.speculating.config.method}) takes {drafting:.0%} of the steps' time; of what "
+        f"the rest computes, {decoding / computed.sum():.0%} verifies drafts, and brings {brings} a step"
     )
 
 

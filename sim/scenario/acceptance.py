@@ -6,6 +6,7 @@ A law is a probability for each position: that the first 1, 2, .. k drafts are a
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from dataclasses import dataclass
@@ -21,8 +22,8 @@ from servecast.sim.inputs.yaml_file import read_yaml
 Share = Annotated[float, Field(ge=0, le=1)]
 Origin = Literal["given", "measured", "assumed"]
 ASSUMED_RATE, ASSUMED_BAND = 0.7, 0.25
-"""Between the geometric laws that the shipped curves come to, 0.66 to 0.89 at 3 drafts of code, and what prose
-makes of them; the tokens of a step at rates of 0.5 and 0.85 lie that far away."""
+"""Between the geometric laws that the shipped curves come to, 0.66 to 0.89 at 3 drafts of code, and what
+prose makes of them; the tokens of a step at rates of 0.5 and 0.85 lie that far away."""
 GOLDEN_BAND = 0.1  # assumed: other traffic than the code that the curve was measured with
 _MEASURE = (
     "Measure it: acceptance.metrics takes a file with the server's /metrics or the JSON of vllm bench serve. "
@@ -202,7 +203,7 @@ def _golden(name: str, drafts: int, folder: Path, where: str) -> Law:
     if 0.0 in lengths:
         rates = geometric(rate_of(curve[drafts], drafts), drafts)
     else:
-        rates = falling([after - before for before, after in zip(lengths, lengths[1:], strict=False)])
+        rates = falling([after - before for before, after in itertools.pairwise(lengths)])
     return Law(rates, (), "measured", note, GOLDEN_BAND)
 
 

@@ -1,4 +1,4 @@
-"""What a scenario's ``--speculative-config`` comes to: what the scheduler does, what drafts, what is accepted."""
+"""What a scenario's ``--speculative-config`` comes to: the scheduler's part, the drafter, and acceptance."""
 
 from __future__ import annotations
 
@@ -227,8 +227,8 @@ def _drafter(
         _check_model(asked, head, target, scenario, where, notes)
         if drafter.eager:
             notes.append(
-                f"vLLM {flags.version} runs a draft model outside CUDA graphs: its passes wait for the host to "
-                "launch each kernel"
+                f"vLLM {flags.version} runs a draft model outside CUDA graphs: its passes wait for the host, "
+                "which launches each kernel"
             )
         return replace(drafter, shape=head, own_embeddings=True, own_head=True)
     if method == "mtp" and head is None:

@@ -19,7 +19,7 @@ MTP_NAMES = (  # MTPModelTypes, which vLLM runs as ``mtp``
     *("qwen4_exp_mtp", "hy_v4_mtp", "glm5_next_mtp", "step5_mtp"),
 )
 _REFUSED_METHODS = {
-    "custom_class": "A proposer of one's own is code that nothing here knows: its time and drafts are not told.",
+    "custom_class": "A proposer of one's own is code whose time and drafts nothing here tells.",
     "extract_hidden_states": "It drafts nothing: it hands hidden states out.",
 }
 _SINCE = {  # fields and values that not every release has
@@ -167,7 +167,7 @@ class SpeculativeConfig(Model):
             raise invalid(f"parallel drafting with {method}", fix, at="parallel_drafting")
         given = (self.synthetic_acceptance_rates is None) + (self.synthetic_acceptance_length is None)
         if given != (1 if self.rejection_sample_method == "synthetic" else 2):
-            fix = "Give rejection_sample_method synthetic with one of the two, or neither: vLLM refuses the rest."
+            fix = "Give rejection_sample_method synthetic with a length or rates, or none of them."
             raise invalid("synthetic acceptance does not fit together", fix, at="rejection_sample_method")
         self.by_batch()
         return self

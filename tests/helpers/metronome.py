@@ -3,11 +3,11 @@
     METRONOME_LAW='{"law": ...}' PYTHONPATH=tests vllm serve ... --worker-cls metronome.MetronomeWorker
 
 All else is vLLM: HTTP server, scheduler, engine loop, KV blocks, sampler. The model's weights are never
-used, so any config.json will do; its logits are those of zeros, or with METRONOME_TEXT=1 of a text that repeats
-itself in part, so that drafts that are looked up are accepted in part. A step that follows another directly lasts
-from that one's end to its own, the engine's own work included, and makes up for a late wake-up of the one
-before; one that finds the engine idle lasts from when it reaches the worker. An engine that has run empty
-tells its worker so by a step without tokens.
+used, so any config.json will do; its logits are those of zeros, or with METRONOME_TEXT=1 of a text that
+repeats itself in part, so that some of the drafts that are looked up are accepted. A step that follows
+another directly lasts from that one's end to its own, the engine's own work included, and makes up for a late
+wake-up of the one before; one that finds the engine idle lasts from when it reaches the worker. An engine
+that has run empty tells its worker so by a step without tokens.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ class MetronomeWorker(CPUWorker):  # type: ignore[misc]
 
 
 def text_at(positions: torch.Tensor) -> torch.Tensor:
-    """The token at each position, below 128: seven that come round, but for two in five groups of four that are
-    as if drawn."""
+    """The token at each position, below 128: seven that come round, but for two in five groups of four that
+    are as if drawn."""
     drawn = (positions * 2654435761 % (1 << 32)) >> 9
     groups = (positions // 4 * 2246822519 % (1 << 32)) >> 11
     return torch.where(groups % 5 < 2, 20 + drawn % 100, 10 + positions % 7)

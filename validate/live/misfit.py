@@ -56,7 +56,7 @@ def _compare_drafts(truth: Truth, deployment: Deployment) -> None:
         ours = {"method": found.config.method, "num_speculative_tokens": found.config.num_tokens}
     if truth.drafts is not None and dict(truth.drafts) != ours:
         raise InputError(
-            f"the server drafts with {dict(truth.drafts) or 'nothing'}, the scenario with {ours or 'nothing'}",
+            f"the server drafts with {dict(truth.drafts) or 'nothing'}, the scenario {ours or 'not at all'}",
             where=f"{deployment.scenario.source}: engine.speculative_config",
             fix="Give what the server was started with.",
         )

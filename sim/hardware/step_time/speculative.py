@@ -28,10 +28,10 @@ class _Pass:
 class SpeculativeStepTime:
     """The time of a target's step, whose decodes have drafts to verify, and of its drafter behind it.
 
-    The target's is that of ``PhysicalStepTime`` with 1 + d tokens a decoding request: they pass its layers and
-    its LM head, and attention reads a request's context once for all of them. The drafter's is one pass over
-    the same tokens, and one over a token of each request for every draft but the first; of all drafts at once
-    one pass over tokens and slots. The target's next step waits for it. Logits of drafts are not sampled from.
+    The target's is that of ``PhysicalStepTime`` with 1 + d tokens a decoding request: they pass its layers
+    and its LM head, and attention reads a request's context once for all of them. The drafter's is one pass
+    over the same tokens, and one over a token of each request for every draft but the first; of all drafts at
+    once one pass over tokens and slots. The target's next step waits for it. Drafts are not sampled.
 
     Args:
         target: the model's own. drafter: what drafts. efficiencies: of its kernels, as the target's.

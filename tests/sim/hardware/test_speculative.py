@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from typing import get_args
 
 import pytest
 from places import DATA
 
 import servecast
 from servecast.sim.engine.kv_groups import token_bytes
-from servecast.sim.hardware.drafter import Drafter, eagle_shape, mtp_shape
+from servecast.sim.hardware.drafter import Drafter, Passes, eagle_shape, mtp_shape
 from servecast.sim.hardware.gpu import find_gpu
 from servecast.sim.hardware.model_shape import ModelShape
 from servecast.sim.hardware.shard import Shard, cudagraph_capture_sizes
@@ -17,6 +18,7 @@ from servecast.sim.hardware.step_time.physical import Efficiencies, PhysicalStep
 from servecast.sim.hardware.step_time.speculative import PASS_S, SpeculativeStepTime
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.metrics.binding import StepRow
+from servecast.sim.plan.break_even import OFF
 from servecast.sim.run.simulate import simulate
 from servecast.sim.scenario.deployment import Deployment
 from servecast.sim.scenario.scenario import shipped_folder
@@ -73,7 +75,7 @@ def test_before_029_all_sizes_are_multiples_of_what_a_request_has() -> None:
 
 
 def test_a_uniform_batch_takes_the_next_multiple_of_its_tokens() -> None:
-    """cudagraph_utils.py rounds each captured size up: 32 to 33 for three tokens a request, and none beyond."""
+    """cudagraph_utils.py rounds each captured size up: 32 to 33 for three tokens a request; none beyond."""
     shard = Shard(shape("Llama-3.1-8B-Instruct"), H100, 1, cudagraph_sizes=(1, 2, 4, 8, 16, 24, 32, 40, 48))
     assert shard.padded(27, 9) == 33
     assert shard.padded(27) == 32
@@ -118,11 +120,11 @@ def test_drafting_is_one_pass_over_the_step_and_one_for_each_further_draft() -> 
 
 
 @pytest.mark.parametrize("gpu", ["H100", "L40S"])
-@pytest.mark.parametrize("passes", ["one by one", "at once", "infill"])
-def test_never_faster_than_the_roofline(gpu: str, passes: str) -> None:
+@pytest.mark.parametrize("passes", get_args(Passes))
+def test_never_faster_than_the_roofline(gpu: str, passes: Passes) -> None:
     model, card = shape("Qwen3-8B"), find_gpu(gpu)
     slots = 0 if passes == "one by one" else 4
-    drafter = Drafter("eagle3", eagle_shape("eagle3", model, None), passes=passes, slots=slots)  # type: ignore[arg-type]
+    drafter = Drafter("eagle3", eagle_shape("eagle3", model, None), 1, passes, slots)
     best = Efficiencies(
         **dict.fromkeys(Efficiencies.SHARES, 1.0), overlap_exponent=1e6, kernel_s=0, host_fixed_s=0
     )
@@ -165,13 +167,15 @@ def test_looked_up_drafts_in_the_core(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_eagle_layer_shares_the_pool() -> None:
     """One layer as the 32 of the target: each block has 33/32 of the bytes, and the pool fewer of them."""
     with_drafts = Deployment.of(scenario(EAGLE)).memory
-    plain = Deployment.of(scenario(EAGLE).changed({"engine.speculative_config": None, "acceptance": None})).memory
+    plain = Deployment.of(scenario(EAGLE).changed(OFF)).memory
     assert with_drafts.bytes_per_block * 32 == plain.bytes_per_block * 33
     model = shape("Llama-3.1-8B-Instruct")
     hidden, width = model.hidden_size, model.intermediate_size
     attention = 2 * hidden * hidden + 2 * hidden * 1024
-    more = 3 * hidden * hidden + hidden * (hidden + 2 * 1024)  # fc of three hidden states, and a second input
-    weights = 2 * (attention + 3 * hidden * width + more + (2 + 1 + 2) * hidden)  # norms of a layer, last, own
+    more = 3 * hidden * hidden + hidden * (hidden + 2 * 1024)  # fc, a second input
+    weights = 2 * (
+        attention + 3 * hidden * width + more + (2 + 1 + 2) * hidden
+    )  # norms of a layer, last, own
     (line,) = [line for line in with_drafts.lines if line.name == "drafter"]
     assert -line.bytes == weights
 

@@ -1,4 +1,4 @@
-"""``--speculative-config`` and acceptance: what vLLM takes, refuses and defaults to, and laws in closed form."""
+"""``--speculative-config`` and acceptance: what vLLM takes, refuses and defaults to, and laws."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import pytest
 import servecast
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.run.simulate import simulate
-from servecast.sim.scenario.acceptance import falling, geometric, least_variance, rate_of, read_counts
+from servecast.sim.scenario.acceptance import Law, falling, geometric, least_variance, rate_of, read_counts
 from servecast.sim.scenario.deployment import Deployment
-from servecast.sim.scenario.scenario import load, shipped_folder
+from servecast.sim.scenario.scenario import load
 from servecast.sim.scenario.vllm_flags import parse_serve_command
 
 SCENARIO = """
@@ -32,6 +32,11 @@ workload:
 """
 EAGLE = {"method": "eagle3", "model": "owner/EAGLE3-head", "num_speculative_tokens": 3}
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3}
+
+
+def law_of(deployment: Deployment) -> Law:
+    assert deployment.speculating is not None
+    return deployment.speculating.law
 
 
 def made(folder: Path, drafts: Any, acceptance: Any = 0.7, **changes: Any) -> Deployment:
@@ -62,12 +67,13 @@ def test_rates_that_rise_by_chance_are_pooled() -> None:
 
 def test_a_golden_curve_gives_the_length_that_was_measured(tmp_path: Path) -> None:
     """MiniMax-M3's EAGLE-3 in InferenceX: 1.78, 2.38 and 2.83 tokens of 1, 2 and 3 drafts."""
-    law = made(tmp_path, EAGLE, {"golden": "minimax-m3-eagle3/thinking_on"}).speculating.law  # type: ignore[union-attr]
+    law = law_of(made(tmp_path, EAGLE, {"golden": "minimax-m3-eagle3/thinking_on"}))
     assert law.rates == pytest.approx((0.78, 0.60, 0.45))
     assert law.origin == "measured"
-    longer = made(tmp_path, EAGLE | {"num_speculative_tokens": 7}, {"golden": "minimax-m3-eagle3/thinking_off"})
-    assert longer.speculating.law.length == pytest.approx(3.85)  # type: ignore[union-attr]
-    assert all((shipped_folder() / "acceptance" / f"{name}.yaml").exists() for name in ("minimax-m3-eagle3",))
+    longer = made(
+        tmp_path, EAGLE | {"num_speculative_tokens": 7}, {"golden": "minimax-m3-eagle3/thinking_off"}
+    )
+    assert law_of(longer).length == pytest.approx(3.85)
 
 
 METRICS = """# HELP vllm:spec_decode_num_drafts_total Number of spec decoding drafts.
@@ -85,11 +91,11 @@ vllm:time_to_first_token_seconds_count{engine="0",model_name="m"} 5.0
 
 
 def test_a_servers_counters(tmp_path: Path) -> None:
-    """295 tokens, of which 90 were accepted drafts and 5 first ones, are 200 steps, half of them with drafts of
-    2.5 on average: a quarter of steps with two and a quarter with three. Third drafts were there in half of
-    the drafts, and 10 of those 50 were accepted."""
+    """295 tokens, of which 90 were accepted drafts and 5 first ones, are 200 steps, half of them with drafts,
+    2.5 on average: a quarter of steps with two and a quarter with three. Third drafts were there in 50 steps,
+    and 10 of them were accepted."""
     (tmp_path / "metrics.txt").write_text(METRICS)
-    law = made(tmp_path, NGRAM, {"metrics": "metrics.txt"}).speculating.law  # type: ignore[union-attr]
+    law = law_of(made(tmp_path, NGRAM, {"metrics": "metrics.txt"}))
     assert law.proposed == pytest.approx((0.5, 0.0, 0.25, 0.25))
     assert law.rates == pytest.approx((0.5, 0.3, 0.2))
     assert law.origin == "measured"
@@ -108,7 +114,7 @@ def test_what_bench_serve_saves(tmp_path: Path) -> None:
         "spec_decode_per_position_acceptance_rates": [0.75, 0.45, 0.275],
     }
     (tmp_path / "bench.json").write_text(json.dumps(result))
-    law = made(tmp_path, EAGLE, {"metrics": "bench.json"}).speculating.law  # type: ignore[union-attr]
+    law = law_of(made(tmp_path, EAGLE, {"metrics": "bench.json"}))
     assert law.rates == pytest.approx((0.75, 0.45, 0.275))
     assert law.length == pytest.approx(1 + 590 / 400)
 
@@ -140,7 +146,9 @@ def test_async_defaults(tmp_path: Path, method: str, version: str, is_async: boo
     if method in ("eagle3", "draft_model"):
         drafts["model"] = "Llama-3.2-3B-Instruct"
     acceptance = {"rate": 0.5, "proposed": 0.5} if "ngram" in method else 0.5
-    assert made(tmp_path, drafts, acceptance, **{"engine.version": version}).config.async_scheduling == is_async
+    assert (
+        made(tmp_path, drafts, acceptance, **{"engine.version": version}).config.async_scheduling == is_async
+    )
 
 
 @pytest.mark.parametrize(
@@ -170,7 +178,11 @@ def test_async_defaults(tmp_path: Path, method: str, version: str, is_async: boo
             {},
             "smallest batch has no drafts",
         ),
-        (EAGLE | {"num_speculative_tokens_per_batch_size": [[1, 8, 3]]}, {"engine.version": "0.23"}, "0.23 has no"),
+        (
+            EAGLE | {"num_speculative_tokens_per_batch_size": [[1, 8, 3]]},
+            {"engine.version": "0.23"},
+            "0.23 has no",
+        ),
         (EAGLE | {"enable_adaptive_verification": True}, {}, "adaptive verification"),
         ({"method": "eagle3", "num_speculative_tokens": 2}, {}, "eagle3 without a model"),
         (NGRAM | {"prompt_lookup_min": 4, "prompt_lookup_max": 3}, {}, "prompt_lookup_min 4 is above 3"),
@@ -207,7 +219,7 @@ def test_acceptance_without_drafts_is_refused() -> None:
 
 def test_synthetic_acceptance_needs_no_other(tmp_path: Path) -> None:
     drafts = EAGLE | {"rejection_sample_method": "synthetic", "synthetic_acceptance_length": 2.78}
-    assert made(tmp_path, drafts, None).config.speculation.acceptance == pytest.approx((1.0, 0.78, 0.0))  # type: ignore[union-attr]
+    assert law_of(made(tmp_path, drafts, None)).rates == pytest.approx((1.0, 0.78, 0.0))
 
 
 @pytest.mark.parametrize(
@@ -230,7 +242,13 @@ def test_a_flag_and_its_field_together_are_refused() -> None:
 
 
 def test_a_field_beside_a_command_changes_its_drafts(tmp_path: Path) -> None:
-    text = SCENARIO.replace("speculative_config: DRAFTS", "command: >-\n      COMMAND").replace("ACCEPTANCE", "acceptance: 0.5")
-    command = "vllm serve meta-llama/Llama-3.1-8B-Instruct --speculative-config.method deepseek_mtp"
-    assert parse_serve_command(command).flags["speculative_config"] == {"method": "deepseek_mtp"}
-    assert text
+    file = tmp_path / "scenario.yaml"
+    command = "vllm serve m --speculative-config.method ngram --spec-tokens 3"
+    text = SCENARIO.replace("speculative_config: DRAFTS", f"command: {command}")
+    file.write_text(text.replace("ACCEPTANCE", "acceptance: {rate: 0.5, proposed: 0.5}"))
+    more = load(file, {"engine.speculative_config.num_speculative_tokens": 5})
+    assert Deployment.of(load(file)).config.speculation.num_tokens == 3  # type: ignore[union-attr]
+    assert Deployment.of(more).config.speculation.num_tokens == 5  # type: ignore[union-attr]
+    assert (
+        Deployment.of(load(file, {"engine.speculative_config": None, "acceptance": None})).speculating is None
+    )
