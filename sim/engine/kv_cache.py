@@ -73,7 +73,9 @@ class KVCache:
         if keys is None:
             if len(self.prefixes) >= REMEMBERED:
                 self.prefixes.clear()
-            keys = self.prefixes[content] = self.pool.shared_keys(content, self.hash_block, self.hash_lookahead)
+            keys = self.prefixes[content] = self.pool.shared_keys(
+                content, self.hash_block, self.hash_lookahead
+            )
         return keys
 
     def blocks_for(self, tokens: cython.int) -> cython.int:

@@ -215,7 +215,9 @@ class Scheduler:
                 where=f"request {request_id}",
                 fix=f"Shorten it below max_model_len={self.max_model_len}, or raise max_model_len.",
             )
-        need = self.kv.most_blocks(sequence.final_tokens - 1 + self.kv.lookahead)  # the last is never computed
+        need = self.kv.most_blocks(
+            sequence.final_tokens - 1 + self.kv.lookahead
+        )  # the last is never computed
         if need > self.kv.pool.num_blocks - 1:
             raise InputError(
                 f"its {sequence.final_tokens} tokens need {need} KV blocks of {self.kv.block_size}",
