@@ -32,6 +32,8 @@ cdef class Server:
     cdef dict inside  # rows that were sent to it and have not ended, in order
     cdef bint idle
     cdef bint failed
+    cdef bint prefills
+    cdef long long due  # of its event, while it is not idle
 
     cdef long long varied(self, double seconds) except *
     cdef int advance(self, long long until) except? -1
@@ -56,6 +58,7 @@ cdef class Flow:
     cdef object answered
     cdef bint quiet
     cdef bint ordered
+    cdef object legs
     cdef bint gives_up
     cdef dict objects  # rows that the router knows, as requests
     cdef list heap  # (time, order, what, number)
@@ -79,6 +82,9 @@ cdef class Flow:
     cdef int done(self, Py_ssize_t row) except -1
     cdef int tell_finished(self, Sender sender, Py_ssize_t number) except -1
     cdef int route(self, Py_ssize_t row) except -1
+    cdef int send_to(self, int index, Py_ssize_t row) except -1
+    cdef int split(self, Py_ssize_t row) except -1
+    cdef int hand_on(self, Py_ssize_t row) except -1
     cdef int refuse(self, Py_ssize_t row, object why) except -1
     cdef Server server_of(self, Py_ssize_t row)
     cdef int accept(self, Server server, Py_ssize_t row) except -1
@@ -87,6 +93,7 @@ cdef class Flow:
     cdef int encode(self, Server server, Py_ssize_t row) except -1
     cdef int put(self, Py_ssize_t row) except -1
     cdef int wake(self, Server server, Py_ssize_t index) except -1
+    cdef int wake_up(self, Py_ssize_t index) except -1
     cdef int run_engine(self, Py_ssize_t index) except -1
     cdef int drain(self, Server server, Py_ssize_t index) except -1
     cdef int take_ended(self, Server server, Py_ssize_t index) except -1
