@@ -1,6 +1,6 @@
 # What is fixed of flow.py where it is compiled.
 cimport cython
-from servecast.sim.engine.engine_loop cimport ABORTS, BUSY, ENDED, EngineLoop
+from servecast.sim.engine.engine_loop cimport ABORTS, BUSY, ENDED, POLLING, EngineLoop
 
 @cython.final
 cdef class Sender:
@@ -33,7 +33,10 @@ cdef class Server:
     cdef bint idle
     cdef bint failed
     cdef bint prefills
-    cdef long long due  # of its event, while it is not idle
+    cdef bint polling
+    cdef long long due  # with a connector: when its engine goes on, if nobody wakes it
+
+    cdef bint connected(self)
 
     cdef long long varied(self, double seconds) except *
     cdef int advance(self, long long until) except? -1
@@ -59,6 +62,7 @@ cdef class Flow:
     cdef bint quiet
     cdef bint ordered
     cdef object legs
+    cdef Server running
     cdef bint gives_up
     cdef dict objects  # rows that the router knows, as requests
     cdef list heap  # (time, order, what, number)
@@ -93,7 +97,7 @@ cdef class Flow:
     cdef int encode(self, Server server, Py_ssize_t row) except -1
     cdef int put(self, Py_ssize_t row) except -1
     cdef int wake(self, Server server, Py_ssize_t index) except -1
-    cdef int wake_up(self, Py_ssize_t index) except -1
+    cdef int take_lost(self, Server server, Py_ssize_t index) except -1
     cdef int run_engine(self, Py_ssize_t index) except -1
     cdef int drain(self, Server server, Py_ssize_t index) except -1
     cdef int take_ended(self, Server server, Py_ssize_t index) except -1

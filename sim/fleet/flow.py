@@ -24,7 +24,7 @@ from servecast.sim.routing.routers import LOOKS_AT_NONE
 if cython.compiled:
     from cython.cimports.libc.math import rint
 else:
-    from servecast.sim.engine.engine_loop import ABORTS, BUSY, ENDED
+    from servecast.sim.engine.engine_loop import ABORTS, BUSY, ENDED, POLLING
 
     rint = round
 
@@ -54,6 +54,7 @@ WAKE = cython.declare(cython.int, 12)
 
 NOT_READY = "no replica was ready (503)"
 UNPICKED = "the router let no replica pass (503)"
+NOT_LOADED = "its KV cache could not be loaded"
 REFUSED = "sent to a replica that had failed before the router knew"
 
 
@@ -92,12 +93,17 @@ class Server:
         self.latency_s, self.request_s, self.prompt_token_s = costs_s
         self.tokenizer_free = self.busy_until = 0
         self.rounds, self.inside = [], {}
-        self.idle, self.failed, self.due = True, False, -1
+        self.idle, self.failed = True, False
+        self.polling, self.due = False, -1
         self.inbox, self.compiled = loop.inbox, loop if isinstance(loop, EngineLoop) else None
 
     def varied(self, seconds: cython.double) -> cython.longlong:
         factor: cython.double = 1.0 if self.variation is None else next(self.variation)
         return cython.cast(cython.longlong, rint(seconds * factor * PICOSECONDS))
+
+    def connected(self) -> cython.bint:
+        """Whether its engine has a KV connector."""
+        return self.compiled is not None and self.compiled.connector is not None
 
     def advance(self, until: cython.longlong) -> cython.int:
         return self.loop.advance(until) if self.compiled is None else self.compiled.advance(until)
@@ -144,10 +150,11 @@ class Flow:
         server: Server
         self.requests, self.servers, self.ready = requests, servers, ready
         self.send, self.router, self.ended, self.answered = send, router, ended, answered
-        self.quiet, self.ordered, self.legs = quiet, ordered, legs
+        self.quiet, self.ordered = quiet and not any(each.connected() for each in servers), ordered
+        self.legs = legs
         self.looks = router is not None and not isinstance(router, LOOKS_AT_NONE)
         self.heap, self.senders, self.finished, self.order = [], [], [], []
-        self.objects, self.failures = {}, {}
+        self.objects, self.failures, self.running = {}, {}, None
         self.now = self.count = self.until = self.sent = 0
         self.prompt = writable(requests.prompt_tokens)
         self.gives_up = requests.abort_after_s is not None
@@ -242,10 +249,6 @@ class Flow:
             self.end(server, index, row, _FAILED)
         return len(lost)
 
-    def wake_server(self, index: int, time: int) -> None:
-        """Something happens to a server's KV blocks, at or after now, that it does not expect."""
-        self.push(max(time, self.now), 0, WAKE, index)
-
     def advance(self, until: cython.longlong) -> cython.bint:
         """Run what happens before ``until``.
 
@@ -297,7 +300,7 @@ class Flow:
             elif what == HANDED_ON:
                 self.hand_on(number)
             elif what == WAKE:
-                self.wake_up(number)
+                self.wake(self.servers[number], number)
             else:
                 self.answered(self.objects[number], self.replica[number])
         if self.finished:
@@ -538,18 +541,22 @@ class Flow:
     def wake(self, server: Server, index: cython.Py_ssize_t) -> cython.int:
         if server.idle:
             server.idle = False
-            server.loop.now = server.due = self.now
+            server.loop.now = self.now
             self.push(self.now, LAST, ENGINE, index)
+        elif server.polling:
+            self.push(self.now, LAST, ENGINE, index)
+        else:
+            return 0
+        server.polling, server.due = False, self.now
         return 0
 
-    def wake_up(self, index: cython.Py_ssize_t) -> cython.int:
-        """A server has to look about now, whatever it waits for."""
-        server: Server = self.servers[index]
-        self.wake(server, index)
-        if server.due > self.now:
-            server.due = self.now
-            self.push(self.now, LAST, ENGINE, index)
-        return 0
+    def wake_server(self, index: int, time: int) -> None:
+        """What its connector answers changes from outside, now or at a time. The engine that runs now does not
+        run past it."""
+        time = max(time, self.now)
+        self.push(time, 0, WAKE, index)
+        if self.running is not None:
+            self.running.compiled.horizon = min(self.running.compiled.horizon, time)
 
     def run_engine(self, index: cython.Py_ssize_t) -> cython.int:
         """An engine goes on, up to the next event of anybody."""
@@ -557,7 +564,7 @@ class Flow:
         until: cython.longlong
         state: cython.int
         event: tuple
-        if server.failed or server.due != self.now:
+        if server.failed or (server.connected() and server.due != self.now):  # it was woken earlier
             return 0
         while True:
             until = self.until
@@ -566,13 +573,15 @@ class Flow:
                 until = min(until, cython.cast(cython.longlong, event[0]))
             if self.finished or until <= self.now:
                 until = self.now + 1
+            self.running = server
             state = server.advance(until)
+            self.running = None
             if state == ENDED:
                 self.take_ended(server, index)
             elif state == ABORTS:
                 self.drain(server, index)
-            elif state == BUSY:
-                server.due = server.wake()
+            elif state == BUSY or state == POLLING:
+                server.polling, server.due = state == POLLING, server.wake()
                 self.push(server.due, LAST, ENGINE, index)
                 return 0
             else:
@@ -603,6 +612,8 @@ class Flow:
         number: cython.Py_ssize_t
         sender: Sender
         server.loop.ended = []
+        if server.connected():
+            self.take_lost(server, index)
         for row in ended:
             del server.inside[row]
             self.outstanding[index] -= 1
@@ -622,6 +633,15 @@ class Flow:
                 self.push(finish, 0, DONE, row)
             else:
                 self.done(row)
+        return 0
+
+    def take_lost(self, server: Server, index: cython.Py_ssize_t) -> cython.int:
+        """Requests that ended with an error."""
+        lost: list = server.compiled.lost
+        server.compiled.lost = []
+        for row in lost:
+            self.failures[NOT_LOADED] = self.failures.get(NOT_LOADED, 0) + 1
+            self.end(server, index, row, _FAILED)
         return 0
 
     def end(
