@@ -262,6 +262,7 @@ class Fleet(Model):
     def facts(self) -> Mapping[str, Any]:
         """What a result says of it: all that is not a default, always how many behind what, and what the
         EndpointPickerConfig held."""
-        facts: dict[str, Any] = {"replicas": self.replicas, "router": self.router}
+        replicas = self.size if self.prefill else self.replicas
+        facts: dict[str, Any] = {"replicas": replicas, "router": self.router}
         facts |= self.model_dump(mode="json", exclude_defaults=True)
         return facts if self.epp is None else facts | {"endpoint_picker_config": read_document(self.epp)}

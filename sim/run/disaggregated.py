@@ -3,8 +3,9 @@ engines."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
 
 import numpy as np
 
@@ -186,3 +187,44 @@ def splitting_router(scenario: Scenario, rng: np.random.Generator, clock: Callab
     make = ROUTERS[fleet.router]
     prefill, decode = (make(fleet.router_options, each) for each in rng.spawn(2))
     return Pools(prefill, decode, fleet.proxy.direct_below, late=fleet.proxy.kind != "sidecar")
+
+
+def pools_facts(deployment: Deployment) -> dict[str, Any]:
+    """What a result says of both pools: their servers, flags and KV caches, and the link with its origin."""
+    scenario = deployment.scenario
+    fleet = scenario.fleet
+    found: dict[str, Any] = {}
+    made: list[Deployment] = []
+    for role, pool in (("prefill", fleet.prefill), ("decode", fleet.decode)):
+        servers = [deployment if each.as_in_scenario else Deployment.of(scenario.of_replica(each)) for each in pool]
+        for spec, each in zip(pool, servers, strict=True):
+            made += [each] * spec.count
+        found[role] = [
+            {
+                "servers": spec.count,
+                "gpu": each.gpu.name,
+                "tensor_parallel_size": each.shard.tensor_parallel_size,
+                "max_num_seqs": each.config.max_num_seqs,
+                "max_num_batched_tokens": each.config.max_num_batched_tokens,
+                "kv_cache": each.memory.facts(),
+            }
+            for spec, each in zip(pool, servers, strict=True)
+        ]
+    link = link_of(scenario, made)
+    return found | {"kv_link": asdict(link), "proxy_hop_s": fleet.proxy.hop(routed=fleet.epp is not None)}
+
+
+def pools_lines(pools: Mapping[str, Any]) -> list[str]:
+    """The same in lines: a pool each, and the link."""
+    lines = []
+    for role in ("prefill", "decode"):
+        for each in pools[role]:
+            size = f"KV cache {each['kv_cache']['tokens']:,} tokens"
+            flags = (f"--{name.replace('_', '-')} {each[name]}" for name in _SHOWN)
+            lines.append(f"{role.capitalize()}: {each['servers']} x {each['gpu']}, {size}, {' '.join(flags)}")
+    link = pools["kv_link"]
+    port = "server" if link["per_server"] else "GPU"
+    return [*lines, f"KV link: {link['kind']}, {link['bandwidth'] / 1e9:g} GB/s a {port} ({link['origin']})"]
+
+
+_SHOWN = ("tensor_parallel_size", "max_num_seqs", "max_num_batched_tokens")
