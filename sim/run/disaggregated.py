@@ -221,7 +221,7 @@ def pools_lines(pools: Mapping[str, Any]) -> list[str]:
         for each in pools[role]:
             size = f"KV cache {each['kv_cache']['tokens']:,} tokens"
             flags = (f"--{name.replace('_', '-')} {each[name]}" for name in _SHOWN)
-            lines.append(f"{role.capitalize()}: {each['servers']} x {each['gpu']}, {size}, {' '.join(flags)}")
+            lines.append(f"{role.capitalize()}: {each['servers']} x {each['tensor_parallel_size']} {each['gpu']}, {size}, {' '.join(flags)}")
     link = pools["kv_link"]
     port = "server" if link["per_server"] else "GPU"
     return [*lines, f"KV link: {link['kind']}, {link['bandwidth'] / 1e9:g} GB/s a {port} ({link['origin']})"]
