@@ -196,7 +196,7 @@ def pools_facts(deployment: Deployment) -> dict[str, Any]:
     found: dict[str, Any] = {}
     made: list[Deployment] = []
     for role, pool in (("prefill", fleet.prefill), ("decode", fleet.decode)):
-        servers = [deployment if each.as_in_scenario else Deployment.of(scenario.of_replica(each)) for each in pool]
+        servers = [Deployment.of(scenario.of_replica(each)) for each in pool]
         for spec, each in zip(pool, servers, strict=True):
             made += [each] * spec.count
         found[role] = [

@@ -55,6 +55,9 @@ class Deployment:
         Raises:
             InputError: a name is unknown, the server would refuse the flags, or the model does not fit.
         """
+        whole = scenario  # with pools, a deployment is that of the first server that decodes
+        if scenario.fleet.decode:
+            scenario = scenario.of_replica(scenario.fleet.decode[0])
         flags, server = scenario.engine, scenario.server
         model, gpu = _model(scenario), _gpu(scenario)
         config = server.resolve(flags, gpu, model, where=f"{scenario.source}: engine")
@@ -68,7 +71,7 @@ class Deployment:
             kv_groups=memory.kv_groups,
         )
         profile = _with_link(profile or profile_of(scenario, shard, config), scenario.gpu)
-        return cls(scenario, shard, memory, config, profile, build_step_time(profile, shard))
+        return cls(whole, shard, memory, config, profile, build_step_time(profile, shard))
 
     @property
     def model(self) -> ModelShape:
@@ -101,7 +104,7 @@ class Deployment:
             return own
         pools = []
         for name, pool in (("prefill", fleet.prefill), ("decode", fleet.decode)):
-            its = own if pool[0].as_in_scenario else Deployment.of(self.scenario.of_replica(pool[0]))._own_limits
+            its = own if name == "decode" else Deployment.of(self.scenario.of_replica(pool[0]))._own_limits
             numbers = tuple(number for number, role in enumerate(fleet.roles) if role == name)
             pools.append((name, numbers, its))
         return replace(own, pools=tuple(pools))

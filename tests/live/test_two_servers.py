@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from metronome_setup import FLAGS, ROOFLINE, metronome_environment, metronome_gpu, metronome_model
 from places import HELPERS
-from test_proxy import running
+from running import running
 from timing import Machine, judge
 
 from servecast.calibrate.measure.vllm.server import HOST, VllmServer, free_port
