@@ -97,7 +97,8 @@ class Exchange:
         return found
 
     def fail(self, server: int, now: int) -> None:
-        """A server is gone, with the blocks that it held, and those that it beat for go when their lease ends."""
+        """A server is gone, with the blocks that it held, and those that it beat for go when their lease
+        ends."""
         self._down.add(server)
         for held in self.held.values():
             held.gone |= held.prefill == server
@@ -119,8 +120,8 @@ class Exchange:
 
 
 class NixlConnector:
-    """Of a server that computes prompts, whose blocks stay until they were read or their lease ends, or of one
-    that fetches those blocks and goes on from there.
+    """Of a server that computes prompts, whose blocks stay until they were read or their lease ends, or of
+    one that fetches those blocks and goes on from there.
 
     Attributes:
         waiting: requests that have come and whose blocks were not asked for yet.
@@ -211,8 +212,8 @@ class NixlConnector:
 
 
 class ExampleConnector:
-    """Of servers that share a file system: who computes a prompt writes it within its step, who finds it there
-    reads it within its own (example_connector.py). Prompts are told apart by request.
+    """Of servers that share a file system: who computes a prompt writes it within its step, who finds it
+    there reads it within its own (example_connector.py). Prompts are told apart by request.
 
     Args:
         stored: requests whose prompts are in the file system, shared by all servers.

@@ -1,7 +1,9 @@
-"""A metronome (see metronome.py) whose prompts go through vLLM's ExampleConnector: KV blocks are written to and read
-from the disk by the connector itself, and a step lasts longer by what a known law says of those that it moves.
+"""A metronome (see metronome.py) whose prompts go through vLLM's ExampleConnector: KV blocks are written to
+and read from the disk by the connector itself, and a step lasts longer by what a known law says of those that
+it moves.
 
-The law has "kv_request_s" for each request that a step writes or reads, and "kv_moved_token_s" for its tokens.
+The law has "kv_request_s" for each request that a step writes or reads, and "kv_moved_token_s" for its
+tokens.
 """
 
 from __future__ import annotations

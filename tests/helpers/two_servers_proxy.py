@@ -1,5 +1,5 @@
-"""A proxy in front of a prefill and a decode server, as a process of its own: it sends a completion to the first with
-one token and waits for the answer, then sends it to the second and passes on what that streams.
+"""A proxy in front of a prefill and a decode server, as a process of its own: it sends a completion to the
+first with one token and waits for the answer, then sends it to the second and passes on what that streams.
 
     python two_servers_proxy.py PORT PREFILL_URL DECODE_URL
 """

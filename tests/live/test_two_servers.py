@@ -1,6 +1,6 @@
-"""A real prefill and a real decode server behind a real proxy: vLLM with its ExampleConnector, whose steps last what a
-law says. TTFT and TPOT as the client sees them, against a prediction that knows the law, and of the proxy and the HTTP
-servers what single requests took."""
+"""A real prefill and a real decode server behind a real proxy: vLLM with its ExampleConnector, whose steps
+last what a law says. TTFT and TPOT as the client sees them, against a prediction that knows the law, and of
+the proxy and the HTTP servers what single requests took."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ name: two-servers
 model: {{config: model/config.json}}
 gpu: {{file: gpu.json}}
 profile: profile.json
-engine: {{version: "0.32", max_model_len: 1024, max_num_seqs: 64, max_num_batched_tokens: 4096, block_size: 128,
-  num_gpu_blocks_override: 400, enforce_eager: true, async_scheduling: false, enable_prefix_caching: false,
-  kv_transfer_config: {{kv_connector: ExampleConnector, kv_role: kv_both}}}}
+engine: {{version: "0.32", max_model_len: 1024, max_num_seqs: 64, max_num_batched_tokens: 4096, block_size:
+  128, num_gpu_blocks_override: 400, enforce_eager: true, async_scheduling: false, enable_prefix_caching:
+  false, kv_transfer_config: {{kv_connector: ExampleConnector, kv_role: kv_both}}}}
 fleet:
   prefill: 1
   decode: 1
