@@ -225,7 +225,7 @@ class PlanAnswer(Answer):
             question=f"How many requests a second can it serve at {objectives}?",
             subtitle=[
                 *([] if traffic is None else [f"Traffic: {traffic.to_text()}."]),
-                engine_lines(made)[-1],
+                *(engine_lines(made) if "pools" in made else engine_lines(made)[-1:]),
                 f"Scenario {made['scenario']}{'' if date is None else f', {date}'}.",
             ],
             facts=facts,
