@@ -198,7 +198,8 @@ class NixlConnector:
         sent = tuple(request_id for request_id, held in self._held.items() if held.until <= now)
         over = [(request_id, *load) for request_id, load in self._loads.items() if load[0].end <= now]
         for request_id in sent:
-            self._held.pop(request_id).gone = True
+            held = self._held.pop(request_id)
+            held.gone, held.blocks = True, ()
         for request_id, _, _ in over:
             del self._loads[request_id]
         if not sent and not over:

@@ -319,11 +319,15 @@ def plan(
         made["notes"] += [*found.notes, *cautions(deployment, run), *trace_notes(probed)]
         if target_rate is not None and found.best is not None:
             made["notes"].append("replicas assume that traffic is split evenly between them")
-        slots = prefix_slots(
-            scenario.open_loop().stages[0].streams[0],
-            run,
-            kv_tokens=deployment.config.num_gpu_blocks * deployment.config.block_size,
-            replicas=scenario.fleet.size,
+        slots = (
+            None
+            if scenario.fleet.prefill
+            else prefix_slots(
+                scenario.open_loop().stages[0].streams[0],
+                run,
+                kv_tokens=deployment.config.num_gpu_blocks * deployment.config.block_size,
+                replicas=scenario.fleet.size,
+            )
         )
         points = closed_loop.sweep_points(scenario)
         answer = PlanAnswer(found, made, run, points, slots, traffic=traffic, unit=unit)
