@@ -92,7 +92,10 @@ class Exchange:
         else:
             end, size = self.ports.send(*pair, len(blocks), runs(blocks, there), start)
             found = Read(*pair, start, end, size, fails)
-            self.free(request_id, end + to_ps(self.link.latency_s))
+            if fails:  # nobody says that it was read
+                self._last_beat(request_id, end)
+            else:
+                self.free(request_id, end + to_ps(self.link.latency_s))
         self.reads[request_id] = found
         return found
 
@@ -112,6 +115,7 @@ class Exchange:
             self._last_beat(request_id, now)
 
     def _last_beat(self, request_id: int, now: int) -> None:
+        """Nobody beats for its blocks from now on."""
         held = self.held[request_id]
         if held.received >= 0 and not held.gone:
             beat = self.lease // _BEATS
