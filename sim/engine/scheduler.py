@@ -82,9 +82,9 @@ class Scheduler:
         self.remote = None
         if connector is not None:
             self.remote = RemoteKV(connector, self.kv, config)
+            self.kv.keyed = True
             if self.speculates:
                 self.draft_beside_connector()
-            self.kv.keyed = True
             connector.bind(self)
 
     def draft_beside_connector(self) -> cython.int:
@@ -758,7 +758,9 @@ class Scheduler:
         self.kv.processed = tick
         if left:
             self.drop_finished()
-        return self.follow_reports(step)
+        if self.remote is not None:
+            self.follow_reports(step)
+        return None
 
     def drop_finished(self) -> cython.int:
         """Those that have finished no longer run."""
