@@ -149,10 +149,12 @@ class Fleet:
             steps = pd.DataFrame(self._condensed, columns=list(STEP_COLUMNS)).astype({"replica": "int64"})
         else:
             steps = steps_table(_joined([loop.step_columns for loop in loops]))
-        rows = columns.get("rows", slice(None))
-        table = requests_table(requests, columns)
+        first: Columns = {}
         if self._legs is not None and self._disaggregation is not None:
-            table = table.assign(**self._legs.columns(self._disaggregation.exchange, rows))
+            rows, cached = columns.get("rows", slice(None)), columns["cached_tokens"]
+            first = self._legs.columns(self._disaggregation.exchange, rows, cached)
+        table = requests_table(requests, columns)
+        table = table.assign(**first) if first else table
         return Run(
             requests=table,
             steps=steps,

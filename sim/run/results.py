@@ -183,7 +183,8 @@ def result(
 def measured(part: Mapping[str, Any]) -> dict[str, float | None]:
     """The metrics among the keys of a result or of one of its stages."""
     found = {key: value for key, value in part.items() if key in _MEASURED or key.endswith("_ms")}
-    return found | {key: value for key, value in part.get("fleet_load", {}).items() if key != "replicas"}
+    of_fleet = part.get("fleet_load", {}).items()
+    return found | {key: value for key, value in of_fleet if key not in ("replicas", "pools")}
 
 
 def cautions(deployment: Deployment, run: Run) -> list[str]:
