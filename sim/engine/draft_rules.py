@@ -16,8 +16,6 @@ class DraftRules:
             effective_lookahead_tokens).
         reserves_for_loads: and while a request waits for an asynchronous load, but for methods that take
             hidden states (limit_lookahead_tokens).
-        loads_leave_room: such a load leaves blocks for a step with its drafts, its own and those of requests
-            that prefill (_spec_decode_step_blocks, _request_remaining_blocks).
         infills: DFlash reserves one slot more than drafts, for its bonus query (num_lookahead_tokens).
         by_batch: num_speculative_tokens_per_batch_size.
         pads_admissions: an admission with one token left to compute gets 1 + k, whose drafts are never
@@ -39,7 +37,6 @@ class DraftRules:
 
     reserves_at_admission: bool
     reserves_for_loads: bool
-    loads_leave_room: bool
     infills: bool
     by_batch: bool
     pads_admissions: bool
@@ -56,7 +53,6 @@ class DraftRules:
 DRAFT_RULE_IN: dict[str, tuple[str, str | None]] = {
     "reserves_at_admission": ("0.23", None),
     "reserves_for_loads": ("0.23", "0.23"),
-    "loads_leave_room": ("0.31", None),
     "infills": ("0.23", None),
     "by_batch": ("0.24", None),
     "pads_admissions": ("0.25", None),

@@ -7,6 +7,7 @@ cdef class KVCache:
     cdef readonly BlockPool pool
     cdef bint reuse_unhashed_first
     cdef bint prefix_caching
+    cdef bint keyed  # contents have keys, whether they are looked up or not
     cdef bint full_isl
     cdef readonly bint aligned
     cdef public long long processed
@@ -14,7 +15,6 @@ cdef class KVCache:
     cdef int hash_block
     cdef readonly int lookahead
     cdef int load_lookahead  # of who waits for an asynchronous load
-    cdef int drafted  # tokens of a step and its drafter, for which a load leaves room
     cdef public int hash_lookahead
     cdef public bint drops_block
     cdef bint reserves_at_admission
@@ -34,9 +34,10 @@ cdef class KVCache:
         self, Sequence sequence, int tokens, int cached, int reserve, int others, bint delay
     ) except? -1
     cdef int add_rows(self) except -1
-    cdef int missing_blocks(self, Sequence sequence) except? -1
+    cdef int missing_blocks(self, Sequence sequence, int drafts) except? -1
     cdef int touch(self, Sequence sequence, int hits) except -1
     cdef int free(self, Sequence sequence) except -1
     cdef int cache_blocks(self, Sequence sequence, int tokens) except -1
     cdef long long private_key(self, Sequence sequence) noexcept
+    cdef long long block_key(self, Sequence sequence, int index) except *
     cdef int publish(self, Sequence sequence) except -1

@@ -32,14 +32,13 @@ class KVCache:
 
     def __init__(self, config: Any, reuse_unhashed_first: bool, rows: cython.int) -> None:
         speculation = config.speculation
-        self.lookahead = self.hash_lookahead = self.load_lookahead = self.drafted = 0
+        self.lookahead = self.hash_lookahead = self.load_lookahead = 0
         self.drops_block, self.reserves_at_admission = False, True
         if speculation is not None:
             self.lookahead, self.hash_lookahead = speculation.lookahead, speculation.hash_lookahead
             self.drops_block = speculation.drops_block
             rules = draft_rules_for(config.version)
             self.reserves_at_admission = rules.reserves_at_admission
-            self.drafted = 1 + speculation.num_tokens + self.lookahead if rules.loads_leave_room else 0
             if rules.reserves_for_loads and not METHODS[speculation.method].takes_hidden_states:
                 self.load_lookahead = self.lookahead
         self.pool = BlockPool(config.num_gpu_blocks)
@@ -48,6 +47,7 @@ class KVCache:
         self.full_isl = config.scheduler_reserve_full_isl
         self.block_size = self.hash_block = config.block_size
         self.max_model_len = config.max_model_len
+        self.keyed = False
         self.aligned, self.processed = False, -1
         self.width = self.blocks_for(self.max_model_len) + 1
         self.table = np.zeros((rows + 1) * self.width, np.int32)  # one row more: what a look-up finds
@@ -67,7 +67,7 @@ class KVCache:
 
     def shared_keys(self, content: tuple[tuple[int, int], ...]) -> Any:
         """Keys of the leading blocks that another request may have, too; None where there are none."""
-        if not content or not self.prefix_caching:
+        if not content or not (self.prefix_caching or self.keyed):
             return None
         keys: Any = self.prefixes.get(content)
         if keys is None:
@@ -187,7 +187,6 @@ class KVCache:
         i: cython.int
         if delay:
             ahead = self.load_lookahead
-            others += (self.drafted + self.block_size - 1) // self.block_size
         elif self.reserves_at_admission or sequence.computed > 0:
             ahead = self.lookahead
         need = max(0, self.blocks_for(end + ahead) - held)
@@ -219,12 +218,10 @@ class KVCache:
         self.slots = [*range(rows, 2 * rows), *self.slots]
         return 0
 
-    def missing_blocks(self, sequence: Sequence) -> cython.int:
-        """What it still needs for all its tokens, and a step's drafts."""
-        need: cython.int = (min(sequence.num_tokens, self.max_model_len) + self.drafted + self.block_size - 1) // (
-            self.block_size
-        )
-        return need - sequence.blocks_end // self.block_size
+    def missing_blocks(self, sequence: Sequence, drafts: cython.int) -> cython.int:
+        """What it still needs for all its tokens and so many of drafts."""
+        tokens: cython.int = min(sequence.num_tokens, self.max_model_len) + drafts
+        return (tokens + self.block_size - 1) // self.block_size - sequence.blocks_end // self.block_size
 
     def touch(self, sequence: Sequence, hits: cython.int) -> cython.int:
         """Hold cached blocks, too (BlockPool.touch)."""
@@ -299,6 +296,12 @@ class KVCache:
 
     def private_key(self, sequence: Sequence) -> cython.longlong:
         return (2 * sequence.serial + 1) * BLOCKS_PER_CONTENT
+
+    def block_key(self, sequence: Sequence, index: cython.int) -> cython.longlong:
+        """What its block of that index holds."""
+        if sequence.shared_keys is not None and index < len(sequence.shared_keys):
+            return sequence.shared_keys[index]
+        return self.private_key(sequence) + index
 
     def publish(self, sequence: Sequence) -> cython.int:
         """It is preempted: from now on it may look for what is its own."""

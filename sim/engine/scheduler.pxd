@@ -78,10 +78,10 @@ cdef class Scheduler:
     cdef int draft_beside_connector(self) except -1
     cdef int note_drafters(self, Step step) except -1
     cdef int drop_finished(self) except -1
-    cdef object complete_drafts(self, Step step, list valid)
+    cdef int complete_drafts(self, Step step, list delivering) except -1
     cdef long long in_window(self, long long tokens) noexcept
     cdef void note_chunk(self, Step step, Sequence sequence, int tokens) noexcept
     cdef void note_scheduled(self, Step step, Sequence sequence, int tokens) noexcept
     cpdef object complete(self, Step step)
     cdef list count_reports(self, Step step)
-    cdef int follow_reports(self, Step step) except -1
+    cdef object follow_reports(self, Step step)

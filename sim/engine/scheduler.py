@@ -82,6 +82,7 @@ class Scheduler:
         self.remote = None
         if connector is not None:
             self.remote = RemoteKV(connector, self.kv, config)
+            self.kv.keyed = True
             if self.speculates:
                 self.draft_beside_connector()
             connector.bind(self)
@@ -153,7 +154,23 @@ class Scheduler:
         kept: cython.Py_ssize_t = 0
         if self.remote is not None and not self.remote.steps_while_sending:
             kept = self.remote.held
-        return len(self.sequences) > kept or self.finished_unsent
+        if len(self.sequences) > kept or self.finished_unsent:
+            return True
+        return self.remote is not None and self.remote.pending_work is not None and self.remote.pending_work()
+
+    def block_keys(self, sequence: Sequence, count: int) -> list[int]:
+        """What the first ``count`` blocks of its tokens hold, or will hold: equal where contents are."""
+        return [self.kv.block_key(sequence, index) for index in range(count)]
+
+    def watch_allocations(self) -> None:
+        """``take_allocations`` is going to be asked."""
+        self.kv.pool.taken = []
+
+    def take_allocations(self) -> list[int]:
+        """Blocks that were given to somebody since the last call."""
+        taken: list = self.kv.pool.taken
+        self.kv.pool.taken = []
+        return taken
 
     # ---- requests come and go ---------------------------------------------------------------------
 
@@ -632,7 +649,7 @@ class Scheduler:
                 step.verified.append(-drafts if padded else drafts)
             if self.is_async:
                 sequence.placeholders += 1 + drafts
-            if self.remote is not None:
+            if self.remote is not None and not self.speculates:
                 self.remote.prefills.pop(sequence, None)
 
     def note_drafters(self, step: Step) -> cython.int:
@@ -644,6 +661,9 @@ class Scheduler:
         if self.is_async:
             for sequence in step.samplers:
                 sequence.drafts = step.draft_length
+        if self.remote is not None:  # who ends a prefill counts for loads of this step: its drafts have no room
+            for sequence in step.samplers:
+                self.remote.prefills.pop(sequence, None)
         return 0
 
     def in_window(self, tokens: cython.longlong) -> cython.longlong:
@@ -685,7 +705,8 @@ class Scheduler:
             samplers = self.count_reports(step)
             least = NOBODYS if self.remote.skewed else least
         if self.speculates:
-            return self.complete_drafts(step, samplers)
+            self.complete_drafts(step, samplers)
+            return self.follow_reports(step)
         for i in range(len(samplers)):
             sequence = cython.cast(Sequence, samplers[i])
             if (
@@ -753,10 +774,10 @@ class Scheduler:
         self.runners, self.lent = still, False
         return 0
 
-    def complete_drafts(self, step: Step, valid: list) -> Any:
+    def complete_drafts(self, step: Step, delivering: list) -> cython.int:
         """``complete`` where tokens are drafted: each sampler delivers one token and the drafts that were
-        accepted, up to its end; what was rejected counts no more as computed. ``valid``: samplers whose output
-        a failed load has not made void."""
+        accepted, up to its end; what was rejected counts no more as computed. ``delivering``: samplers
+        whose output no failed load has made void."""
         drafts: Drafts = self.drafts
         sequence: Sequence
         left: cython.bint = False
@@ -769,10 +790,11 @@ class Scheduler:
         tokens: cython.int
         for i in range(len(step.samplers)):
             sequence = cython.cast(Sequence, step.samplers[i])
-            if sequence.status == FINISHED or tick < sequence.drops_before:
-                continue  # while the step was in flight
-            if len(valid) < len(step.samplers) and sequence not in valid:
-                continue
+            if sequence.status == FINISHED:
+                continue  # it ended while the step ran
+            if tick < sequence.drops_before or (delivering is not step.samplers and sequence not in delivering):
+                sequence.samplings += 1
+                continue  # its output is void
             verified = step.verified[i]
             accepted = drafts.accept(sequence, verified)
             rejected = abs(verified) - accepted
@@ -808,9 +830,7 @@ class Scheduler:
         self.kv.processed = tick
         if left:
             self.drop_finished()
-        if self.remote is not None:
-            self.follow_reports(step)
-        return None
+        return 0
 
     def count_reports(self, step: Step) -> list:
         """A step is over, and its report says which loads have failed: whose tokens it has brought. Those that
@@ -827,7 +847,7 @@ class Scheduler:
             step.failed = sorted(void, key=request_number)
         return [sequence for sequence in step.samplers if sequence not in void]
 
-    def follow_reports(self, step: Step) -> cython.int:
+    def follow_reports(self, step: Step) -> Any:
         """Who has failed ends; what was received may go on, and what was sent is given back."""
         sequence: Sequence
         for sequence in step.failed:
@@ -836,7 +856,7 @@ class Scheduler:
         if step.transfers is not None:
             for sequence in self.remote.told(step.transfers, self.sequences):
                 self.forget(sequence)
-        return 0
+        return None
 
 
 def request_number(sequence: Sequence) -> int:

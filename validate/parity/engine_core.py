@@ -73,8 +73,9 @@ class Engine(Protocol):
     def schedule(self) -> Any: ...
     def complete(self, step: Any) -> None: ...
 
-    def execute(self, step: Any) -> None:
-        """With a connector: the step runs, and what has been transferred by then is part of its output."""
+    def execute(self, step: Any) -> list[Any]:
+        """With a connector: the step runs, and what has been transferred by then is part of its output. Returns
+        the transfers that begin with it, where the connector is vLLM's own."""
 
 
 def draft_counts(speculation: dict[str, Any], request_id: int) -> tuple[list[int], list[int]]:
@@ -123,9 +124,8 @@ def decisions(engine: Engine, scenario: dict[str, Any], *, observed: bool = True
                 return
             steps += 1
             step = engine.schedule()
-            if remote:
-                engine.execute(step)
-            yield {"schedule": clock, **_composition(engine, step, observed), **_state(engine, counted, remote)}
+            transfers = {"transfers": engine.execute(step)} if remote else {}
+            yield {"schedule": clock, **transfers, **_composition(engine, step, observed), **_state(engine, counted, remote)}
             batch_queue.append((clock, step))
             clock += 1
             if len(batch_queue) < depth and (step.total_tokens > 0 or engine.has_requests):
@@ -155,7 +155,9 @@ def _composition(engine: Engine, step: Step, observed: bool) -> dict[str, Any]:
 
 
 def _outcome(engine: Engine, step: Step, remote: bool) -> dict[str, Any]:
-    counted: dict[str, Any] = {"external": [engine.external_queries, engine.external_hits] if remote else []}
+    counted: dict[str, Any] = {}
+    if remote:
+        counted["external"] = [engine.external_queries, engine.external_hits]
     if engine.drafts is not None:
         counts = engine.drafts
         counted["draft_counters"] = [counts.num_drafts, counts.num_draft_tokens, counts.num_accepted_tokens]

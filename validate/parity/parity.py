@@ -205,9 +205,9 @@ def our_decisions(
     """The simulator's decisions, under the rule set of vLLM ``rules``."""
     config = dataclasses.replace(scenario.config, version=rules)
     engine = make_scheduler(config, trace=True) if observed else make_scheduler(config)
-    as_dict = _as_dict(scenario)
     if scenario.remote is not None:
         engine = Connected(make_scheduler, config, scenario.remote, trace=observed)
+    as_dict = _as_dict(scenario)
     if as_dict["config"]["speculation"]:
         requests = (arrival.request.request_id for arrival in scenario.arrivals)
         engine.drafts.told = {name: draft_counts(as_dict["config"]["speculation"], name) for name in requests}
