@@ -1,4 +1,4 @@
-"""Drafts of speculative decoding in the scheduler: how many are proposed, padded and accepted, and the counts."""
+"""Drafts in the scheduler: how many are proposed, padded and accepted, and vLLM's counts."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Drafts:
             )
         if self.pads and 0 < config.long_prefill_token_threshold <= self.k:
             raise InputError(
-                f"vLLM {config.version} ends where it cuts an admission that it padded to {1 + self.k} tokens",
+                f"vLLM {config.version} ends where it cuts an admission padded to {1 + self.k} tokens",
                 where="engine.long_prefill_token_threshold",
                 fix=f"Raise it to {1 + self.k}, or leave it out.",
             )

@@ -23,7 +23,7 @@ from servecast.sim.engine.waiting import QUEUES
 from servecast.sim.inputs.errors import InputError
 
 if not cython.compiled:
-    from servecast.sim.engine.sequence import FINISHED, LOADING, PREEMPTED, RUNNING, WAITING
+    from servecast.sim.engine.sequence import FINISHED, LOADING, PREEMPTED, RUNNING
     from servecast.sim.engine.step import own
 
 NOBODYS = cython.declare(cython.int, 1 << 30)  # more placeholders than any request has
@@ -608,7 +608,9 @@ class Scheduler:
         """Those that were passed over are the next ones to be looked at, in their order."""
         sequence: Sequence
         for sequence in reversed(passed):
-            sequence.aside = not self.holders_wait_apart or sequence.computed > 0 or sequence.status == LOADING
+            sequence.aside = (
+                not self.holders_wait_apart or sequence.computed > 0 or sequence.status == LOADING
+            )
             self.num_passed += not sequence.passed
             sequence.passed = True
             (self.beside if sequence.aside else self.queue).push_preempted(sequence)
@@ -661,7 +663,9 @@ class Scheduler:
         if self.is_async:
             for sequence in step.samplers:
                 sequence.drafts = step.draft_length
-        if self.remote is not None:  # who ends a prefill counts for loads of this step: its drafts have no room
+        if (
+            self.remote is not None
+        ):  # who ends a prefill counts for loads of this step: its drafts have no room
             for sequence in step.samplers:
                 self.remote.prefills.pop(sequence, None)
         return 0
@@ -681,7 +685,10 @@ class Scheduler:
 
     def note_scheduled(self, step: Step, sequence: Sequence, tokens: cython.int) -> None:
         if self.remote is not None:
-            sequence.previous_tick, sequence.previous_tokens = sequence.scheduled_tick, sequence.scheduled_tokens
+            sequence.previous_tick, sequence.previous_tokens = (
+                sequence.scheduled_tick,
+                sequence.scheduled_tokens,
+            )
         sequence.scheduled_tick, sequence.scheduled_tokens = self.tick, tokens
         if self.trace:
             step.composition.append((sequence, tokens))
@@ -792,7 +799,9 @@ class Scheduler:
             sequence = cython.cast(Sequence, step.samplers[i])
             if sequence.status == FINISHED:
                 continue  # it ended while the step ran
-            if tick < sequence.drops_before or (delivering is not step.samplers and sequence not in delivering):
+            if tick < sequence.drops_before or (
+                delivering is not step.samplers and sequence not in delivering
+            ):
                 sequence.samplings += 1
                 continue  # its output is void
             verified = step.verified[i]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 from servecast.sim.engine.draft_rules import draft_rules_for
@@ -136,7 +137,7 @@ def speculation(
             where=where,
             fix="Give them for ngram, ngram_gpu and suffix only: one more than drafts, with the sum 1.",
         )
-    if by_batch and (by_batch[0][0] != 1 or any(a >= b for (a, _), (b, _) in zip(by_batch, by_batch[1:]))):
+    if by_batch and (by_batch[0][0] != 1 or any(a >= b for (a, _), (b, _) in itertools.pairwise(by_batch))):
         raise InputError(
             f"batch sizes {[first for first, _ in by_batch]}", where=where, fix="Begin with 1 and rise."
         )

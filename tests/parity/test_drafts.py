@@ -1,5 +1,5 @@
-"""Speculative decoding decides as in vLLM's scheduler, step by step: random scenarios, alone, beside a KV connector
-and with KV cache groups; the logs of single ones are in tests/sim/engine/test_drafts.py."""
+"""Speculative decoding decides as in vLLM's scheduler, step by step: random scenarios, alone, beside a KV
+connector and with KV cache groups; the logs of single ones are in tests/sim/engine/test_drafts.py."""
 
 from __future__ import annotations
 
