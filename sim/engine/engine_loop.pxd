@@ -35,6 +35,7 @@ cdef class EngineLoop:
     cdef public list lost
     cdef readonly object connector
     cdef public bint host_waits
+    cdef public long long horizon
     cdef long long napped  # when the nap began
     cdef int still  # empty steps in turn that had nothing to report
     cdef bint napping

@@ -24,6 +24,7 @@ from servecast.sim.metrics.records import Run
 from servecast.sim.metrics.spec_decode import draft_summary
 from servecast.sim.metrics.turns import session_summary
 from servecast.sim.metrics.warmup import Warmup, select
+from servecast.sim.run.disaggregated import pools_facts, pools_lines
 from servecast.sim.scenario.deployment import Deployment
 
 SCHEMA_VERSION = 1
@@ -105,7 +106,7 @@ def context(deployment: Deployment, *, seed: int) -> dict[str, Any]:
         "kv_cache": deployment.memory.facts(),
         **speculation,
         "notes": list(deployment.notes),
-    }
+    } | ({} if not scenario.fleet.prefill else {"pools": pools_facts(deployment)})
 
 
 def _kv_cache_dtype(deployment: Deployment) -> str:
@@ -124,6 +125,8 @@ def engine_lines(document: Mapping[str, Any]) -> list[str]:
     size = f"{kv['tokens']:,} tokens, {kv['max_concurrency']:.2f}x of max_model_len {kv['max_model_len']:,}"
     flags = [f"--{name.replace('_', '-')} {engine[name]}" for name in _FLAGS]
     flags += [f"--{'' if engine[name] else 'no-'}{name.replace('_', '-')}" for name in _SWITCHES]
+    if "pools" in document:
+        return pools_lines(document["pools"])
     groups = [f"KV cache groups: {', '.join(kv['groups'])}"] if kv.get("groups") else []
     return [f"GPU KV cache size: {size}{between}", *groups, f"Flags: {' '.join(flags)}"]
 
@@ -180,7 +183,8 @@ def result(
 def measured(part: Mapping[str, Any]) -> dict[str, float | None]:
     """The metrics among the keys of a result or of one of its stages."""
     found = {key: value for key, value in part.items() if key in _MEASURED or key.endswith("_ms")}
-    return found | {key: value for key, value in part.get("fleet_load", {}).items() if key != "replicas"}
+    of_fleet = part.get("fleet_load", {}).items()
+    return found | {key: value for key, value in of_fleet if key not in ("replicas", "pools")}
 
 
 def cautions(deployment: Deployment, run: Run) -> list[str]:
@@ -208,7 +212,7 @@ def _routed(fleet: Fleet, requests: pd.DataFrame) -> list[str]:
         return said
     if fleet.asks_sessions and requests["group"].isna().all():
         said.append(f"{fleet.router_name}: no request has a session or group, so there is nothing to hold to")
-    if len(replicas) == 1:
+    if len(replicas) == 1 and not fleet.prefill:
         why = ""
         if fleet.router == "prefix_affinity":
             why = f": all prompts have the same first {fleet.router_options.prefix_tokens} tokens"

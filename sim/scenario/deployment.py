@@ -58,6 +58,9 @@ class Deployment:
         Raises:
             InputError: a name is unknown, the server would refuse the flags, or the model does not fit.
         """
+        whole = scenario  # with pools, a deployment is that of the first server that decodes
+        if scenario.fleet.decode:
+            scenario = scenario.of_replica(scenario.fleet.decode[0])
         flags, server = scenario.engine, scenario.server
         model, gpu = _model(scenario), _gpu(scenario)
         drafts = speculating(scenario, model)
@@ -81,7 +84,7 @@ class Deployment:
         step_time = build_step_time(profile, shard)
         if drafts is not None:
             step_time = _with_drafts(step_time, drafts, profile)
-        return cls(scenario, shard, memory, config, profile, step_time, drafts)
+        return cls(whole, shard, memory, config, profile, step_time, drafts)
 
     @property
     def model(self) -> ModelShape:
@@ -108,7 +111,19 @@ class Deployment:
 
     @property
     def limits(self) -> Limits:
-        """What could bind a run of this deployment."""
+        """What could bind a run of this deployment; with pools, of the first server of each."""
+        fleet, own = self.scenario.fleet, self._own_limits
+        if not fleet.prefill:
+            return own
+        pools = []
+        for name, pool in (("prefill", fleet.prefill), ("decode", fleet.decode)):
+            its = own if name == "decode" else Deployment.of(self.scenario.of_replica(pool[0]))._own_limits
+            numbers = tuple(number for number, role in enumerate(fleet.roles) if role == name)
+            pools.append((name, numbers, its))
+        return replace(own, pools=tuple(pools))
+
+    @property
+    def _own_limits(self) -> Limits:
         waits_for_blocks = self.scenario.server.waits_for_blocks(self.scenario.engine)
         return Limits(
             max_num_seqs=self.config.max_num_seqs,

@@ -91,6 +91,7 @@ TAKEN: dict[str, Callable[[str], Any]] = {
     "enforce_eager": bool,
     "max_cudagraph_capture_size": int,
     "stream_interval": int,
+    "kv_transfer_config": _mapping,
 }
 _DRAFTS = {  # flag -> its field of speculative_config (EngineArgs.create_speculative_config)
     "spec_method": "method",
@@ -107,7 +108,6 @@ _REFUSED = {  # flag -> what to do instead
     "cpu_offload_gb": "Offloading is not modelled.",
     "offload_group_size": "Offloading is not modelled.",
     "kv_offloading_size": "Offloading is not modelled.",
-    "kv_transfer_config": "Disaggregated prefill and KV connectors are not modelled: paste it without.",
     "ec_transfer_config": "Disaggregated encoders are not modelled: paste it without.",
     "enable_lora": "LoRA adapters are not modelled: paste it without.",
     "enable_dbo": "Dual batch overlap is not modelled.",

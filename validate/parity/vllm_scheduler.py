@@ -482,7 +482,7 @@ def _vllm_config(config: dict[str, Any], model: str, remote: dict[str, Any] | No
         register(vllm_config)
     for name in options.keys() - {"max_model_len", "is_encoder_decoder"}:
         setattr(vllm_config.scheduler_config, name, options[name])
-    if config["speculation"] is not None:
+    if config.get("speculation") is not None:
         _speculate(vllm_config, config["speculation"])
     return vllm_config
 
