@@ -10,6 +10,7 @@ import numpy as np
 from servecast.sim.engine.block_pool import BlockPool
 from servecast.sim.engine.draft_rules import draft_rules_for
 from servecast.sim.engine.sequence import Sequence
+from servecast.sim.engine.speculation import METHODS
 
 if not cython.compiled:
     from servecast.sim.engine.block_pool import BLOCKS_PER_CONTENT, PRIVATE, UNHASHED
@@ -31,18 +32,22 @@ class KVCache:
 
     def __init__(self, config: Any, reuse_unhashed_first: bool, rows: cython.int) -> None:
         speculation = config.speculation
-        self.lookahead = self.hash_lookahead = 0
+        self.lookahead = self.hash_lookahead = self.load_lookahead = 0
         self.drops_block, self.reserves_at_admission = False, True
         if speculation is not None:
             self.lookahead, self.hash_lookahead = speculation.lookahead, speculation.hash_lookahead
             self.drops_block = speculation.drops_block
-            self.reserves_at_admission = draft_rules_for(config.version).reserves_at_admission
+            rules = draft_rules_for(config.version)
+            self.reserves_at_admission = rules.reserves_at_admission
+            if rules.reserves_for_loads and not METHODS[speculation.method].takes_hidden_states:
+                self.load_lookahead = self.lookahead
         self.pool = BlockPool(config.num_gpu_blocks)
         self.reuse_unhashed_first = reuse_unhashed_first
         self.prefix_caching = config.enable_prefix_caching
         self.full_isl = config.scheduler_reserve_full_isl
         self.block_size = self.hash_block = config.block_size
         self.max_model_len = config.max_model_len
+        self.keyed = False
         self.aligned, self.processed = False, -1
         self.width = self.blocks_for(self.max_model_len) + 1
         self.table = np.zeros((rows + 1) * self.width, np.int32)  # one row more: what a look-up finds
@@ -62,13 +67,15 @@ class KVCache:
 
     def shared_keys(self, content: tuple[tuple[int, int], ...]) -> Any:
         """Keys of the leading blocks that another request may have, too; None where there are none."""
-        if not content or not self.prefix_caching:
+        if not content or not (self.prefix_caching or self.keyed):
             return None
         keys: Any = self.prefixes.get(content)
         if keys is None:
             if len(self.prefixes) >= REMEMBERED:
                 self.prefixes.clear()
-            keys = self.prefixes[content] = self.pool.shared_keys(content, self.hash_block, self.hash_lookahead)
+            keys = self.prefixes[content] = self.pool.shared_keys(
+                content, self.hash_block, self.hash_lookahead
+            )
         return keys
 
     def blocks_for(self, tokens: cython.int) -> cython.int:
@@ -174,13 +181,15 @@ class KVCache:
         hits: cython.int = cached // self.block_size
         end: cython.int = sequence.computed + cached + tokens
         held: cython.int = sequence.blocks_end // self.block_size + hits
-        slots: cython.int = end
+        ahead: cython.int = 0
         need: cython.int
         at: cython.Py_ssize_t
         i: cython.int
-        if self.lookahead and not delay and (sequence.slot >= 0 or self.reserves_at_admission):
-            slots += self.lookahead
-        need = max(0, self.blocks_for(slots) - held)
+        if delay:
+            ahead = self.load_lookahead
+        elif self.reserves_at_admission or sequence.computed > 0:
+            ahead = self.lookahead
+        need = max(0, self.blocks_for(end + ahead) - held)
         if sequence.slot < 0:
             if len(self.slots) < 2:
                 self.add_rows()
@@ -287,6 +296,12 @@ class KVCache:
 
     def private_key(self, sequence: Sequence) -> cython.longlong:
         return (2 * sequence.serial + 1) * BLOCKS_PER_CONTENT
+
+    def block_key(self, sequence: Sequence, index: cython.int) -> cython.longlong:
+        """What its block of that index holds."""
+        if sequence.shared_keys is not None and index < len(sequence.shared_keys):
+            return sequence.shared_keys[index]
+        return self.private_key(sequence) + index
 
     def publish(self, sequence: Sequence) -> cython.int:
         """It is preempted: from now on it may look for what is its own."""

@@ -21,6 +21,7 @@ from servecast.sim.inputs.files import write_whole
 from servecast.sim.metrics.fleet_load import fleet_load
 from servecast.sim.metrics.metrics import latencies, summary
 from servecast.sim.metrics.records import Run
+from servecast.sim.metrics.spec_decode import draft_summary
 from servecast.sim.metrics.turns import session_summary
 from servecast.sim.metrics.warmup import Warmup, select
 from servecast.sim.run.disaggregated import pools_facts, pools_lines
@@ -45,6 +46,8 @@ _MEASURED = (  # besides what ends in _ms
     "max_num_waiting",
     "num_preemptions",
     "prefix_cache_hit_rate",
+    "spec_decode_acceptance_rate",
+    "spec_decode_acceptance_length",
 )
 _FLAGS = (  # of the engine, that are printed as resolved
     "tensor_parallel_size",
@@ -73,7 +76,10 @@ def context(deployment: Deployment, *, seed: int) -> dict[str, Any]:
     describes, before these changes.
     """
     scenario, config = deployment.scenario, asdict(deployment.config)
-    flags = scenario.engine
+    flags, drafts = scenario.engine, deployment.speculating
+    del config["speculation"]
+    speculation = {} if drafts is None else {"speculation": drafts.facts()}
+    unset = {"command", "assume_rules"} | ({"speculative_config"} if drafts is None else set())
     return {
         "schema_version": SCHEMA_VERSION,
         "servecast_version": version("servecast"),
@@ -86,7 +92,7 @@ def context(deployment: Deployment, *, seed: int) -> dict[str, Any]:
         "model_id": deployment.model.name,
         "gpu": deployment.gpu.name,
         "engine": {
-            **flags.model_dump(mode="json", exclude={"command", "assume_rules"}),
+            **flags.model_dump(mode="json", exclude=unset),
             "rules": config.pop("version"),
             **config,
             "kv_cache_dtype": _kv_cache_dtype(deployment),
@@ -98,6 +104,7 @@ def context(deployment: Deployment, *, seed: int) -> dict[str, Any]:
         "error_band": deployment.error_band,
         "error_bands": asdict(deployment.bands),
         "kv_cache": deployment.memory.facts(),
+        **speculation,
         "notes": list(deployment.notes),
     } | ({} if not scenario.fleet.prefill else {"pools": pools_facts(deployment)})
 
@@ -149,7 +156,7 @@ def result(
     whole = run if several else select(run, warmup=warmup)
     document = context(deployment, seed=run.meta["seed"])
     document["notes"] += cautions(deployment, run)
-    document |= summary(whole, ranks=ranks, goodput=goodput)
+    document |= summary(whole, ranks=ranks, goodput=goodput) | draft_summary(run)
     failures: Mapping[str, int] = run.meta.get("failures", {})
     document["notes"] += [f"{count} requests failed: {why}" for why, count in failures.items()]
     if scenario.fleet.autoscaler is not None:
@@ -184,7 +191,7 @@ def cautions(deployment: Deployment, run: Run) -> list[str]:
     """What a reader of a run should know, in words: what of it lies beyond the data of its profile's fit, and
     a risk that the GPU's memory does not suffice, and what its router could not do."""
     steps, requests = run.steps, run.requests
-    tokens = steps["prefill_tokens"] + steps["decodes"]
+    tokens = steps["prefill_tokens"] + steps["decodes"] + steps["drafts"]
     batch = steps["prefill_requests"] + steps["decodes"]
     length = requests["prompt_tokens"] + requests["output_tokens"]
     beyond = deployment.profile.outside_ranges(
