@@ -14,7 +14,7 @@ from servecast.sim.routing.llmd.pickers import PICKERS
 from servecast.sim.routing.llmd.plugin import IN_FLIGHT, EppConfig
 from servecast.sim.routing.llmd.producers import PREFIXES, InFlightLoad
 from servecast.sim.routing.llmd.release import EPP_RELEASES
-from servecast.sim.routing.llmd.scorers import SCORERS, Scores
+from servecast.sim.routing.llmd.scorers import SCORERS, Scorer, Scores
 from servecast.sim.routing.options import RouterOptions
 
 
@@ -38,11 +38,12 @@ class EndpointPicker:
                 setting.loads[plugin.name] = InFlightLoad(plugin, setting)
             else:
                 setting.prefixes[plugin.name] = PREFIXES[plugin.type](plugin, setting)
-        self._clamps = release.clamps
         self._filters = [FILTERS[plugin.type](plugin, setting) for plugin in config.filters]
         self._scorers = [(SCORERS[plugin.type](plugin, setting), weight) for plugin, weight in config.scorers]
+        self._clamps = release.clamps
         self._known: Columns | None = None
-        self._kept: list[Scores | None] = []  # by scorer, for ``_known``
+        self._base: Scores = np.empty(0)  # for ``_known``: the sum of the first scores, which are by gauges
+        self._rest: list[tuple[Scorer, float, Scores | None]] = []  # the others, of which some are kept
         self._picker = PICKERS[config.picker.type](config.picker, setting)
         producers = [
             *setting.loads.values(),
@@ -76,21 +77,21 @@ class EndpointPicker:
         return position
 
     def totals(self, cycle: Cycle) -> Scores:
-        """Each candidate's sum of weight x score. Scores by gauges are kept while these stay as they are."""
+        """Each candidate's sum of weight x score. Scores by gauges are kept while these stay as they are,
+        and are all that could leave 0..1 and be clamped: by a gauge that no server shows."""
         if cycle.known is not self._known:
-            self._known = cycle.known
-            self._kept = [None] * len(self._scorers)
-        totals = np.zeros(len(cycle.known))
-        for number, (scorer, weight) in enumerate(self._scorers):
-            weighted = self._kept[number]
-            if weighted is None:
-                score = scorer.score(cycle)
-                if self._clamps:
-                    score = np.minimum(np.maximum(score, 0.0), 1.0)
-                weighted = score * weight
-                if scorer.by_gauges:
-                    self._kept[number] = weighted
-            totals = totals + weighted
+            self._known, self._base, self._rest = cycle.known, np.zeros(len(cycle.known)), []
+            for scorer, weight in self._scorers:
+                kept = scorer.score(cycle) if scorer.by_gauges else None
+                if kept is not None:
+                    kept = (np.minimum(np.maximum(kept, 0.0), 1.0) if self._clamps else kept) * weight
+                if kept is None or self._rest:
+                    self._rest.append((scorer, weight, kept))
+                else:
+                    self._base = self._base + kept
+        totals = self._base
+        for scorer, weight, kept in self._rest:
+            totals = totals + (scorer.score(cycle) * weight if kept is None else kept)
         return totals
 
     def answered(self, request: Request, index: int) -> None:

@@ -173,19 +173,18 @@ class PrefixCacheScorer:
         self._scale = parameters.whole("matchLengthScaleTokens", 8192)
 
     def score(self, cycle: Cycle) -> Scores:
-        match = self._producer.match(cycle)
-        counts = match.of(cycle.known.numbers)
+        match, numbers, by_length = self._producer.match(cycle), cycle.known.numbers, self._by_length
+        counts = match.of(numbers)
         if self._producer.stretched:
             held = match.counts.values()
             least, most = min(held, default=0), max(held, default=0)
             if most == least:
                 return (counts > 0).astype(np.float64)
             return np.maximum(counts - least, 0) / (most - least)
-        whole, by_length = match.total or 1, self._by_length
         if not by_length:
-            return counts / whole
+            return match.shares(numbers)
         lengths = np.minimum(1.0, counts * match.block_tokens / self._scale)
-        return by_length * lengths**2 + (1 - by_length) * counts / whole
+        return by_length * lengths**2 + (1 - by_length) * counts / (match.total or 1)
 
 
 class SessionAffinityScorer:
