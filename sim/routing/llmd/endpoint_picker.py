@@ -40,7 +40,6 @@ class EndpointPicker:
                 setting.prefixes[plugin.name] = PREFIXES[plugin.type](plugin, setting)
         self._filters = [FILTERS[plugin.type](plugin, setting) for plugin in config.filters]
         self._scorers = [(SCORERS[plugin.type](plugin, setting), weight) for plugin, weight in config.scorers]
-        self._clamps = release.clamps
         self._known: Columns | None = None
         self._base: Scores = np.empty(0)  # for ``_known``: the sum of the first scores, which are by gauges
         self._rest: list[tuple[Scorer, float, Scores | None]] = []  # the others, of which some are kept
@@ -77,14 +76,11 @@ class EndpointPicker:
         return position
 
     def totals(self, cycle: Cycle) -> Scores:
-        """Each candidate's sum of weight x score. Scores by gauges are kept while these stay as they are,
-        and are all that could leave 0..1 and be clamped: by a gauge that no server shows."""
+        """Each candidate's sum of weight x score. Scores by gauges are kept while these stay as they are."""
         if cycle.known is not self._known:
             self._known, self._base, self._rest = cycle.known, np.zeros(len(cycle.known)), []
             for scorer, weight in self._scorers:
-                kept = scorer.score(cycle) if scorer.by_gauges else None
-                if kept is not None:
-                    kept = (np.minimum(np.maximum(kept, 0.0), 1.0) if self._clamps else kept) * weight
+                kept = scorer.score(cycle) * weight if scorer.by_gauges else None
                 if kept is None or self._rest:
                     self._rest.append((scorer, weight, kept))
                 else:

@@ -36,7 +36,7 @@ class Scorer(Protocol):
 
 def _fewest_best(values: Counts) -> Scores:
     """(most - value) / (most - fewest); 1 for all where all are equal."""
-    least, most = values.min(), values.max()
+    least, most = values[values.argmin()], values[values.argmax()]
     if least == most:
         return np.ones(len(values))
     found: Scores = (most - values) / (most - least)
@@ -68,15 +68,15 @@ class RunningRequestsSizeScorer:
 
 
 class KvCacheUtilizationScorer:
-    """1 - usage of the KV cache, whatever the others have."""
+    """1 - usage of the KV cache, whatever the others have. It alone could leave 0..1, and is clamped."""
 
     by_gauges = True
 
     def __init__(self, plugin: Plugin, setting: Setting) -> None:
-        pass
+        self._least = 0.0 if setting.release.clamps else -np.inf
 
     def score(self, cycle: Cycle) -> Scores:
-        return 1.0 - cycle.known.kv_usage
+        return np.maximum(1.0 - cycle.known.kv_usage, self._least)
 
 
 class LoadAwareScorer:
