@@ -3,7 +3,6 @@ makes of it."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from servecast.sim.plan.judge import ATTAINMENT, Objectives, observed
 from servecast.sim.report.answer import Answer
 from servecast.sim.report.drawing import SERIES, drawing, drawn
 from servecast.sim.report.page import Plot, write_plain_page
-from servecast.sim.report.text import table
+from servecast.sim.report.text import plain, table
 from servecast.sim.run.results import context
 from servecast.sim.run.simulate import simulate
 from servecast.sim.scenario.deployment import Deployment
@@ -101,10 +100,10 @@ class Day(Answer):
                 hours = hours.assign(needed=pd.Series(self.sizes, dtype=object))
             columns = _COLUMNS | ({"needed": "needed"} if self.sizes is not None else {})
             told = [row | {"from": _clock(row["start_s"])} for row in hours.to_dict("records")]
-            rows = [[_plain(row[key]) for key in columns.values()] for row in told]
+            rows = [[plain(row[key]) for key in columns.values()] for row in told]
             parts.append(table(list(columns), rows, title=fleet.name) + "\n")
         names = list(self.fleets[0].totals)
-        rows = [[fleet.name, *(_plain(fleet.totals[name]) for name in names)] for fleet in self.fleets]
+        rows = [[fleet.name, *(plain(fleet.totals[name]) for name in names)] for fleet in self.fleets]
         parts.append(table(["fleet", *(name.replace("_", " ") for name in names)], rows))
         parts.append(f"good: {self.objectives}")
         return "\n".join([*parts, *(f"note: {note}" for note in self.document["notes"])])
@@ -412,7 +411,3 @@ def _clock(seconds: float) -> str:
     """Hours and minutes, and seconds where it is not whole minutes."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}" + (f":{rest:02d}" if rest else "")
-
-
-def _plain(value: Any) -> Any:
-    return None if value is None or (isinstance(value, float) and math.isnan(value)) else value

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Protocol
 
 import numpy as np
 from joblib import Parallel, delayed
@@ -87,6 +87,11 @@ class ProbedRate:
     replications: int
     num_requests: int
     evidence: Evidence | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Values as they are."""
+        found = self.evidence
+        return asdict(replace(self, evidence=None)) | {"evidence": None if found is None else found.to_json()}
 
     @classmethod
     def of(

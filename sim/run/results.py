@@ -12,7 +12,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from servecast.sim.fleet.spec import Fleet
@@ -23,6 +22,7 @@ from servecast.sim.metrics.metrics import latencies, summary
 from servecast.sim.metrics.records import Run
 from servecast.sim.metrics.turns import session_summary
 from servecast.sim.metrics.warmup import Warmup, select
+from servecast.sim.report.text import plain
 from servecast.sim.scenario.deployment import Deployment
 
 SCHEMA_VERSION = 1
@@ -224,17 +224,7 @@ def _detailed(run: Run) -> dict[str, Any]:
 
 def to_text(document: Mapping[str, Any]) -> str:
     """A result as JSON; what is not finite is null."""
-    return json.dumps(_plain(document), indent=2, allow_nan=False) + "\n"
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return json.dumps(plain(document), indent=2, allow_nan=False) + "\n"
 
 
 def write_result(path: Path, document: Mapping[str, Any]) -> None:
