@@ -115,7 +115,7 @@ def evidence(run: Run, limits: Limits) -> Evidence:
     total = float(time.sum()) or math.nan
     waits = steps["waiting"].to_numpy() > 0
     full = waits & ((steps["running"].to_numpy() >= limits.max_num_seqs) | (limits.num_gpu_blocks is None))
-    scheduled = (steps["prefill_tokens"] + steps["decodes"]).to_numpy()
+    scheduled = steps["prefill_tokens"].to_numpy() + steps["decodes"].to_numpy()
     spent = waits & ~full & (scheduled >= limits.max_num_batched_tokens)
     window = float(steps["start"].max() - steps["start"].min()) + float(time[-1:].sum())
     ttft = (requests["first_token"] - requests["sent"]).mean()
