@@ -36,8 +36,8 @@ class _Described(GenerateJsonSchema):
         for each in reversed(model.__mro__):
             if issubclass(each, Model) and each is not Model:
                 tree = ast.parse(inspect.cleandoc("\n" + inspect.getsource(each)))
-                for field, text in pairwise(cast(ast.ClassDef, tree.body[0]).body):
-                    match field, text:
+                for pair in pairwise(cast(ast.ClassDef, tree.body[0]).body):
+                    match pair:
                         case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(ast.Constant(str(text))):
                             alias = model.model_fields[name].alias or name
                             found["properties"][alias]["description"] = inspect.cleandoc(text)

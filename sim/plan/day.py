@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from servecast.sim.engine.request import Requests, Stage, Stream
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.metrics.metrics import good_requests, percentiles, samples
-from servecast.sim.metrics.periods import by_period
+from servecast.sim.metrics.periods import by_period, split
 from servecast.sim.metrics.records import Run
 from servecast.sim.metrics.slo import SLO, Goodput
 from servecast.sim.plan.judge import ATTAINMENT, Objectives, observed
@@ -267,12 +267,8 @@ def _of_run(
     """A fleet's day, from the run of all of it."""
     end_s = (int(run.requests["arrival"].max() // period_s) + 1) * period_s
     lives = _lives(run, end_s)
-    hours = by_period(run, limits, lives, period_s, end_s=end_s)
-    place = (run.requests["arrival"].to_numpy() // period_s).astype(int)
-    met = [
-        _met(Run(run.requests[place == number], run.steps, run.itl, run.stages, run.meta), objectives)
-        for number in range(len(hours))
-    ]
+    parts = split(run, period_s, end_s)
+    hours, met = by_period(run, parts, limits, lives, period_s), [_met(each, objectives) for each in parts]
     changes: dict[float, int] = {}
     for life in run.meta["lives"]:
         changes[life.ordered_s] = changes.get(life.ordered_s, 0) + 1
@@ -363,7 +359,7 @@ def _of_samples(
         part = _counted(simulate(deployment, stages=sample))
         met.append(_met(part, objectives))
         lives = [(0.0, sample_s)] * own.fleet.size
-        row = by_period(part, limits, lives, sample_s, end_s=sample_s).iloc[:1]
+        row = by_period(part, split(part, sample_s), limits, lives, sample_s).iloc[:1]
         rate = sum(len(stream.requests) for stream in sample[0].streams) / sample_s
         hours.append(row.assign(start_s=number * period_s, request_rate=rate))
         parts.append(part.requests)

@@ -52,6 +52,7 @@ _FLAGS = (  # of the engine, that are printed as resolved
     "max_num_batched_tokens",
     "gpu_memory_utilization",
     "kv_cache_dtype",
+    "block_size",
 )
 _SWITCHES = ("enable_prefix_caching", "enable_chunked_prefill", "async_scheduling")
 _OTHERS = (  # by their fields
@@ -117,6 +118,8 @@ def engine_lines(document: Mapping[str, Any]) -> list[str]:
     size = f"{kv['tokens']:,} tokens, {kv['max_concurrency']:.2f}x of max_model_len {kv['max_model_len']:,}"
     flags = [f"--{name.replace('_', '-')} {engine[name]}" for name in _FLAGS]
     flags += [f"--{'' if engine[name] else 'no-'}{name.replace('_', '-')}" for name in _SWITCHES]
+    if engine["disable_hybrid_kv_cache_manager"]:
+        flags.append("--disable-hybrid-kv-cache-manager")
     groups = [f"KV cache groups: {', '.join(kv['groups'])}"] if kv.get("groups") else []
     return [f"GPU KV cache size: {size}{between}", *groups, f"Flags: {' '.join(flags)}"]
 
