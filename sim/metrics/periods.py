@@ -19,7 +19,7 @@ Lives = Sequence[tuple[float, float]]  # from when a replica is paid for, and un
 
 
 def split(run: Run, period_s: float, end_s: float = 0.0) -> list[Run]:
-    """Requests by the period in which they arrive, up to the last one, or to the one that ends at ``end_s``."""
+    """Requests by the period in which they arrive, up to the last, or to the one that ends at ``end_s``."""
     place = (run.requests["arrival"].to_numpy() // period_s).astype(int)
     order, count = place.argsort(kind="stable"), math.ceil(end_s / period_s - 1e-9)
     ends = np.searchsorted(place[order], np.arange(1, max(int(place.max(initial=0)) + 1, count)))

@@ -183,25 +183,31 @@ def cautions(deployment: Deployment, run: Run) -> list[str]:
     """What a reader of a run should know, in words: what of it lies beyond the data of its profile's fit, and
     a risk that the GPU's memory does not suffice, and what its router could not do."""
     steps, requests = run.steps, run.requests
-    tokens = steps["prefill_tokens"] + steps["decodes"]
-    batch = steps["prefill_requests"] + steps["decodes"]
-    length = requests["prompt_tokens"] + requests["output_tokens"]
     beyond = deployment.profile.outside_ranges(
-        tokens=(float(tokens.min()), float(tokens.max())),
-        batch=(float(batch.min()), float(batch.max())),
-        context=(float(requests["prompt_tokens"].min()), float(length.max())),
+        tokens=_least_and_most(steps, "prefill_tokens", "decodes"),
+        batch=_least_and_most(steps, "prefill_requests", "decodes"),
+        context=(
+            float(requests["prompt_tokens"].min()),
+            _least_and_most(requests, "prompt_tokens", "output_tokens")[1],
+        ),
     )
     risk = deployment.memory_risk(int(requests["prompt_tokens"].max()))
     routed = _routed(deployment.scenario.fleet, requests)
     return [text for text in (beyond, risk and risk.warning, *routed) if text]
 
 
+def _least_and_most(table: pd.DataFrame, first: str, second: str) -> tuple[float, float]:
+    """Of the sums of two columns."""
+    total = table[first] + table[second]
+    return float(total.min()), float(total.max())
+
+
 def _routed(fleet: Fleet, requests: pd.DataFrame) -> list[str]:
     """What a router could not do with these requests."""
     said: list[str] = []
-    replicas = requests["replica"].dropna().unique()
     if fleet.size < 2 or len(requests) < 2:
         return said
+    replicas = requests["replica"].dropna().unique()
     if fleet.asks_sessions and requests["group"].isna().all():
         said.append(f"{fleet.router_name}: no request has a session or group, so there is nothing to hold to")
     if len(replicas) == 1:
