@@ -16,6 +16,7 @@ cdef class BlockPool:
     cdef public object on_store
     cdef public object on_evict
     cdef list contents  # dense number of a content -> its id
+    cdef list taken
     cdef dict dense
     cdef int bits
     cdef int mask
@@ -33,6 +34,7 @@ cdef class BlockPool:
     cdef void append(self, int block) noexcept
     cdef void prepend(self, int block) noexcept
     cdef int take(self) except -1
+    cdef int forget(self, int block) except -1
     cdef int home(self, long long key) noexcept
     cdef int find(self, long long key) noexcept
     cdef int lookup(self, long long key) noexcept

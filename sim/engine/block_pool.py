@@ -23,6 +23,8 @@ class BlockPool:
     prev, next: the free list. ref: how many hold a block. key: its content. later: the next block with equal
     content, -1 is none. table_key, table_block: the hash table.
 
+    taken: a list that takes blocks when they are given to somebody, or None.
+
     ``on_store`` and ``on_evict`` are called, where they are set, with the keys of blocks whose content is
     known from now on, and with the key of one whose content is forgotten; with shared ones only.
     """
@@ -43,7 +45,7 @@ class BlockPool:
         self.key, self.table_key = array("q", [-1]) * num_blocks, array("q", [-1]) * size
         self.table_block = array("i", [0]) * size
         self.contents, self.dense = [], {}
-        self.on_store = self.on_evict = None
+        self.on_store = self.on_evict = self.taken = None
 
     def usage(self) -> cython.double:
         """Share of the usable blocks in use, 0..1."""
@@ -65,8 +67,11 @@ class BlockPool:
             block = self.next[block]
         return found
 
-    def shared_keys(self, content: tuple[tuple[int, int], ...], block_size: int) -> list[int]:
-        """Keys of the blocks whose last token lies in a shared part of the prompt."""
+    def shared_keys(
+        self, content: tuple[tuple[int, int], ...], block_size: int, lookahead: int = 0
+    ) -> list[int]:
+        """Keys of the blocks whose last token, and ``lookahead`` behind it, lie in a shared part of the
+        prompt."""
         keys: list = []
         for content_id, end_token in content:
             number = self.dense.get(content_id)
@@ -74,7 +79,7 @@ class BlockPool:
                 number = self.dense[content_id] = len(self.contents)
                 self.contents.append(content_id)
             first = 2 * number * BLOCKS_PER_CONTENT  # even: shared, odd: private
-            keys.extend(range(first + len(keys), first + end_token // block_size))
+            keys.extend(range(first + len(keys), first + (end_token - lookahead) // block_size))
         return keys
 
     def public_key(self, key: cython.longlong) -> Any:
@@ -105,6 +110,14 @@ class BlockPool:
         """The block at the head of the free list; its content is forgotten (BlockPool.get_new_blocks)."""
         block: cython.int = self.next[0]
         self.unlink(block)
+        self.forget(block)
+        if self.taken is not None:
+            self.taken.append(block)
+        self.ref[block] = 1
+        return block
+
+    def forget(self, block: cython.int) -> cython.int:
+        """Its content cannot be found in it any more (BlockPool._maybe_evict_cached_block)."""
         if self.key[block] >= 0:
             if self.on_evict is not None and not (
                 self.key[block] & BLOCKS_PER_CONTENT or self.key[block] >> GROUP_SHIFT
@@ -112,8 +125,7 @@ class BlockPool:
                 self.on_evict(self.public_key(self.key[block]))
             self.evict(block)
         self.key[block] = UNHASHED
-        self.ref[block] = 1
-        return block
+        return 0
 
     # ---- which blocks hold what
 

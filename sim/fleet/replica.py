@@ -14,6 +14,7 @@ from servecast.sim.fleet.engine_loop import PythonLoop
 from servecast.sim.fleet.flow import Server
 from servecast.sim.hardware.front_end_costs import FrontEndCosts
 from servecast.sim.hardware.step_time.physical import PhysicalStepTime, StepTime
+from servecast.sim.hardware.step_time.speculative import SpeculativeStepTime
 from servecast.sim.inputs.units import to_ps
 
 
@@ -28,6 +29,8 @@ class Replica:
         floor: a step's least duration in seconds, which noise does not undercut (its roofline).
         costs, rng: of the API server in front of the engine. client: the process that reads its tokens.
         cold_start_s: how long the host is busy between deciding the first step and its start on the GPU.
+        role: prefill or decode, in a fleet of such pools. Prompts alone go to a server that prefills, and no
+            client reads its tokens.
     """
 
     def __init__(
@@ -42,23 +45,27 @@ class Replica:
         client: Client,
         *,
         cold_start_s: float = 0.0,
+        role: str = "",
     ) -> None:
-        self.index = index
+        self.index, self.role = index, role
         self.config = engine.config
         self.engine = engine
         served = to_ps(costs.token_s), to_ps(costs.delivery_s)
-        read = client.read if client.reading_costs else None
+        read = client.read if client.reading_costs and role != "prefill" else None
         cold_start = to_ps(cold_start_s)
         self.loop: EngineLoop | PythonLoop
         if isinstance(engine, Scheduler):
-            numbers = step_time.costs() if type(step_time) is PhysicalStepTime else None
+            compiled = isinstance(step_time, SpeculativeStepTime) or type(step_time) is PhysicalStepTime
+            numbers = step_time.costs() if compiled else None
             seconds = step_time.seconds
             self.loop = EngineLoop(engine, index, numbers, seconds, floor, noise, served, read, cold_start)
         else:
             self.loop = PythonLoop(engine, index, step_time, floor, noise, served, read, cold_start)
         costs_s = costs.latency_s, costs.request_s, costs.prompt_token_s
         variation = _gamma_factors(costs.cv, rng) if costs.cv else None
-        self.server = Server(self.loop, costs_s, variation, engine.config.preparation_round)
+        self.server = Server(
+            self.loop, costs_s, variation, engine.config.preparation_round, role == "prefill"
+        )
 
     @property
     def now(self) -> int:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from servecast.sim.engine.engine import StepShape
@@ -23,7 +24,7 @@ WAITING_SHARE = 0.05  # a queue that stands for less of the engine's time does n
 FRONT_END_SHARE = 0.5  # of TTFT before the engine's queue
 DELIVERY_LAG = 1.2  # gaps seen by the client over the steps that produced them
 STEP_SAMPLE = 200
-SAMPLED = ("prefill_tokens", "prefill_requests", "decodes", "decode_context", "emitted", "duration")
+SAMPLED = ("prefill_tokens", "prefill_requests", "decodes", "decode_context", "emitted", "drafts", "duration")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +33,8 @@ class Limits:
 
     num_gpu_blocks includes the null block; None where no request waits for blocks. bound_by: what most of a
     step's time goes to (``StepTime.binding``). parts: part of a step to seconds (``StepTime.breakdown``).
-    None where the step-time model cannot tell.
+    None where the step-time model cannot tell. draft_length: drafts that each request gets after a step of so
+    many; None without speculation.
     """
 
     max_num_seqs: int
@@ -40,6 +42,8 @@ class Limits:
     num_gpu_blocks: int | None
     bound_by: Callable[[StepShape], str] | None = None
     parts: Callable[[StepShape], Mapping[str, float]] | None = None
+    draft_length: Callable[[int], int] | None = None
+    pools: tuple[tuple[str, tuple[int, ...], Limits], ...] = ()
 
 
 @dataclass(slots=True)
@@ -50,6 +54,9 @@ class StepRow:
     decodes: int
     decode_context: int
     samples: int
+    drafts: int = 0
+    drafters: int = 0
+    draft_length: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +66,8 @@ class Evidence:
     max_num_seqs, token_budget, kv_blocks: steps in which requests waited because of it.
     busy: busy time of the window. front_end: of the mean TTFT, spent before the engine's queue.
     delivery: mean inter-token gap at the client over the mean step behind it (not a share).
-    steps: of each replication, steps spread evenly over it: (n, 6), ``SAMPLED``. limits: the engine's.
+    steps: of each replication, steps spread evenly over it, see ``sampled``. limits: the engine's. pool: of
+    whose servers this is, empty without pools. transfer: of the mean TTFT, while KV blocks were on their way.
     """
 
     max_num_seqs: float
@@ -70,25 +78,30 @@ class Evidence:
     delivery: float
     steps: tuple[NDArray[np.float64], ...]
     limits: Limits
+    pool: str = ""
+    transfer: float = 0.0
 
     @classmethod
     def mean(cls, all_of: Sequence[Evidence]) -> Evidence:
-        """The mean over replications."""
+        """The mean over replications, of those in which the pool binds that binds in most."""
+        names = [each.pool for each in all_of]
+        pool = max(names, key=names.count)
+        all_of = [each for each in all_of if each.pool == pool]
         values: dict[str, float] = {
             field.name: float(np.mean([getattr(each, field.name) for each in all_of]))
             for field in fields(cls)
-            if field.name not in ("steps", "limits")
+            if field.name not in ("steps", "limits", "pool")
         }
         steps = tuple(sample for each in all_of for sample in each.steps)
-        return cls(**values, steps=steps, limits=all_of[0].limits)
+        return cls(**values, steps=steps, limits=all_of[0].limits, pool=pool)
 
     @property
     def step_shares(self) -> tuple[dict[str, float], dict[str, float]]:
         """Shares of the sampled steps' time by what most of a step's goes to, and by part; means over
         replications. Empty where the step-time model cannot tell."""
-        if self.limits.bound_by is None:
+        if not self.steps:
             return {}, {}
-        bound, parts = zip(*(_shares_of(sample, self.limits) for sample in self.steps), strict=True)
+        bound, parts = zip(*(step_shares(sample, self.limits) for sample in self.steps), strict=True)
         return _mean_shares(bound), _mean_shares(parts)
 
     def to_json(self) -> dict[str, Any]:
@@ -102,7 +115,7 @@ class Evidence:
 @dataclass(frozen=True, slots=True)
 class Binding:
     """What binds ("compute", "memory_bandwidth", "host", "interconnect", "front_end", "kv_blocks",
-    "max_num_seqs", "token_budget", "none" or "unknown"), and why one should believe it."""
+    "max_num_seqs", "token_budget", "kv_link", "none" or "unknown"), and why one should believe it."""
 
     limit: str
     reasons: tuple[str, ...]
@@ -115,14 +128,13 @@ def evidence(run: Run, limits: Limits) -> Evidence:
     total = float(time.sum()) or math.nan
     waits = steps["waiting"].to_numpy() > 0
     full = waits & ((steps["running"].to_numpy() >= limits.max_num_seqs) | (limits.num_gpu_blocks is None))
-    scheduled = steps["prefill_tokens"].to_numpy() + steps["decodes"].to_numpy()
+    scheduled = sum(steps[name].to_numpy() for name in ("prefill_tokens", "decodes", "drafts"))
     spent = waits & ~full & (scheduled >= limits.max_num_batched_tokens)
     window = float(steps["start"].max() - steps["start"].min()) + float(time[-1:].sum())
     ttft = (requests["first_token"] - requests["sent"]).mean()
     decodes = steps["decodes"].to_numpy(dtype=float)
     gap = float(np.average(run.itl["gap"], weights=run.itl["weight"])) if len(run.itl) else math.nan
     behind = float(np.average(time, weights=decodes)) if decodes.any() else math.nan
-    sample = np.unique(np.linspace(0, len(steps) - 1, STEP_SAMPLE if len(steps) else 0).astype(int))
     return Evidence(
         max_num_seqs=float(time[full].sum()) / total,
         token_budget=float(time[spent].sum()) / total,
@@ -130,13 +142,13 @@ def evidence(run: Run, limits: Limits) -> Evidence:
         busy=total / (window * max(steps["replica"].nunique(), 1)) if window else math.nan,
         front_end=float((requests["queued"] - requests["sent"]).mean() / ttft),
         delivery=gap / behind,
-        steps=(np.column_stack([steps[name].to_numpy(dtype=float)[sample] for name in SAMPLED]),),
+        steps=(sampled(steps),),
         limits=limits,
     )
 
 
 def binding_limit(found: Evidence, *, only_token_times: bool) -> Binding:
-    """Names the limit that the evidence points to.
+    """Names the limit that the evidence points to, and of which pool.
 
     only_token_times: the load fails on the time between tokens alone (TPOT, ITL) and nothing piles up;
     then a queue for admission is beside the point.
@@ -145,6 +157,15 @@ def binding_limit(found: Evidence, *, only_token_times: bool) -> Binding:
     than half of TTFT before the engine's queue: front_end. Requests wait in more than 5 % of the
     engine's time: what they wait for. Otherwise: what the steps' time goes to.
     """
+    bound = _binding_limit(found, only_token_times=only_token_times)
+    if not found.pool:
+        return bound
+    return Binding(bound.limit, (f"the {found.pool} servers bind", *bound.reasons))
+
+
+def _binding_limit(found: Evidence, *, only_token_times: bool) -> Binding:
+    if not only_token_times and found.transfer > FRONT_END_SHARE:
+        return Binding("kv_link", (f"{found.transfer:.0%} of TTFT passes while KV blocks are on their way",))
     if found.delivery > DELIVERY_LAG:
         lag = f"{found.delivery:.2f} times as far apart as the engine makes them"
         return Binding("front_end", (f"tokens reach the client {lag}",))
@@ -181,15 +202,27 @@ def _step_reasons(busy: float, bound_by: Mapping[str, float], parts: Mapping[str
     return reasons
 
 
-def _shares_of(sample: NDArray[np.float64], limits: Limits) -> tuple[dict[str, float], dict[str, float]]:
+def sampled(steps: pd.DataFrame) -> NDArray[np.float64]:
+    """Steps spread evenly over a run: (n, 7), ``SAMPLED``."""
+    rows = np.unique(np.linspace(0, len(steps) - 1, STEP_SAMPLE if len(steps) else 0).astype(int))
+    return np.column_stack([steps[name].to_numpy(dtype=float)[rows] for name in SAMPLED])
+
+
+def step_shares(sample: NDArray[np.float64], limits: Limits) -> tuple[dict[str, float], dict[str, float]]:
+    """Shares of the time of ``sampled`` steps by what most of a step's goes to, and by part; empty where the
+    step-time model cannot tell."""
     bound: dict[str, float] = {}
     parts: dict[str, float] = {}
-    assert limits.bound_by is not None
+    if limits.bound_by is None:
+        return bound, parts
     for *counts, duration in sample.tolist():
-        tokens, requests, decodes, context, emitted = map(int, counts)
+        tokens, requests, decodes, context, emitted, drafts = map(int, counts)
         each, extra = divmod(tokens, requests or 1)
         chunks = [(each + (number < extra), 0) for number in range(requests)]
         shape = StepRow(chunks, decodes, context, emitted)
+        if limits.draft_length is not None:
+            shape = StepRow(chunks, decodes, context, decodes + drafts, drafts, decodes)
+            shape.draft_length = limits.draft_length(decodes + requests)
         name = limits.bound_by(shape)
         bound[name] = bound.get(name, 0.0) + duration
         for part, seconds in (limits.parts(shape) if limits.parts else {}).items():

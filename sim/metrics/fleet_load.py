@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 
 from servecast.sim.metrics.metrics import known_or_none, prefix_hit_rate
+from servecast.sim.metrics.pools import pools_load
 from servecast.sim.metrics.records import Run
 
 
@@ -25,10 +26,12 @@ def fleet_load(run: Run) -> dict[str, Any]:
     sent = requests["sent"]
     span = float(requests["finish"].max() - sent.min())
     sending = float(sent.max() - sent.min())
-    replicas = [
-        _replica(number, requests[requests["replica"] == number], steps[steps["replica"] == number], span)
-        for number in range(int(run.meta.get("replicas", 1)))
-    ]
+    roles, replicas = run.meta.get("roles"), list[dict[str, Any]]()
+    for number in range(int(run.meta.get("replicas", 1))):
+        own = requests[requests["replica"] == number]
+        if roles is not None:
+            own = _leg(requests, number, roles[number])
+        replicas.append(_replica(number, own, steps[steps["replica"] == number], span))
     table = pd.DataFrame(replicas)
     busiest, mean = table["computed_tokens"].max(), table["computed_tokens"].mean()
     found = {
@@ -39,7 +42,19 @@ def fleet_load(run: Run) -> dict[str, Any]:
         "mean_num_waiting": float(table["mean_num_waiting"].sum()),
         "token_imbalance": float(busiest / mean) if mean else math.nan,
     }
-    return known_or_none(found) | {"replicas": [known_or_none(row) for row in replicas]}
+    found = known_or_none(found) | {"replicas": [known_or_none(row) for row in replicas]}
+    return found if roles is None else found | {"pools": [known_or_none(row) for row in pools_load(run)]}
+
+
+def _leg(requests: pd.DataFrame, number: int, role: str) -> pd.DataFrame:
+    """What a server of a pool had to do for which requests: those that it prefills alone, or those that it
+    decodes, of which it computes nothing that came from elsewhere."""
+    if role == "prefill":
+        return requests[(requests["prefill_replica"] == number).fillna(False)]
+    own = requests[requests["replica"] == number]
+    return own.assign(
+        cached_tokens=own["cached_tokens"].where(own["prefill_replica"].isna(), own["prompt_tokens"])
+    )
 
 
 def _replica(number: int, requests: pd.DataFrame, steps: pd.DataFrame, span: float) -> dict[str, Any]:
@@ -52,7 +67,7 @@ def _replica(number: int, requests: pd.DataFrame, steps: pd.DataFrame, span: flo
         "failed": int((requests["status"] == "failed").sum()),
         "prefix_cache_hit_rate": prefix_hit_rate(requests),
         "uncached_tokens_per_s": uncached / span,
-        "computed_tokens": int(steps["prefill_tokens"].sum() + steps["decodes"].sum()),
+        "computed_tokens": int(steps[["prefill_tokens", "decodes", "drafts"]].to_numpy().sum()),
         "mean_num_running": float((steps["running"] * seconds).sum()) / span,
         "mean_num_waiting": float((steps["waiting"] * seconds).sum()) / span,
         "max_num_waiting": float(steps["waiting"].max()),

@@ -106,7 +106,7 @@ def _limited(steps: pd.DataFrame, limits: Limits) -> np.ndarray[tuple[int], np.d
     """What requests waited for in each step, "" where none waited."""
     waits = steps["waiting"].to_numpy() > 0
     full = waits & ((steps["running"].to_numpy() >= limits.max_num_seqs) | (limits.num_gpu_blocks is None))
-    scheduled = (steps["prefill_tokens"] + steps["decodes"]).to_numpy()
+    scheduled = (steps["prefill_tokens"] + steps["decodes"] + steps["drafts"]).to_numpy()
     spent = waits & ~full & (scheduled >= limits.max_num_batched_tokens)
     return np.select([full, spent, waits], list(QUEUE_LIMITS), default="")
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from servecast.sim.inputs.errors import InputError
+from servecast.sim.metrics.binding import sampled, step_shares
 from servecast.sim.metrics.metrics import statistic
 from servecast.sim.metrics.records import Run
 from servecast.sim.metrics.saturation import lasts, saturation
@@ -127,6 +128,12 @@ def explain(
         raise InputError(
             "std is a spread, not a time to explain", where="statistic", fix="Give p95, max or mean."
         )
+    if scenario.fleet.prefill:
+        raise InputError(
+            "a first token of prefill and decode servers is not taken apart",
+            where=f"{scenario.source}: fleet.prefill",
+            fix="Use servecast simulate: its records have the times of both legs and of the transfer.",
+        )
     deployment = Deployment.of(scenario)
     workload = scenario.stages() if request_rate is None else at_rate(scenario, request_rate, num_requests)
     run = simulate(deployment, seed=seed, workload=workload)
@@ -158,7 +165,24 @@ def explain_run(
     held = slow.client_queue_s if _open_loop(part) else 0.0
     cause = "client_concurrency" if held > slow.ttft_s else largest(slow.parts)
     reasons, advice = _why(cause, slow, part, deployment)
+    if deployment.speculating is not None:
+        reasons.append(_drafts(part, deployment))
     return Explanation(label, statistic_name, slow, cause, tuple(reasons), tuple(advice))
+
+
+def _drafts(run: Run, deployment: Deployment) -> str:
+    """What speculation takes of the steps, and what it brings."""
+    assert deployment.speculating is not None
+    _, parts = step_shares(sampled(run.steps), deployment.limits)
+    drafting = parts.get("drafting", 0.0)
+    computed = run.steps[["prefill_tokens", "decodes", "drafts"]].sum()
+    decoding = computed["decodes"] + computed["drafts"]
+    counts = run.meta.get("spec_decode")
+    brings = f"{1 + counts.accepted / counts.drafts:.2f} tokens" if counts and counts.drafts else "no tokens"
+    return (
+        f"drafting ({deployment.speculating.config.method}) takes {drafting:.0%} of the steps' time; of what "
+        f"the rest computes, {decoding / computed.sum():.0%} verifies drafts, and brings {brings} a step"
+    )
 
 
 def _slowest(run: Run, name: str) -> str:

@@ -20,9 +20,11 @@ from servecast.sim.inputs.files import write_whole
 from servecast.sim.metrics.fleet_load import fleet_load
 from servecast.sim.metrics.metrics import latencies, summary
 from servecast.sim.metrics.records import Run
+from servecast.sim.metrics.spec_decode import draft_summary
 from servecast.sim.metrics.turns import session_summary
 from servecast.sim.metrics.warmup import Warmup, select
 from servecast.sim.report.text import plain
+from servecast.sim.run.disaggregated import pools_facts, pools_lines
 from servecast.sim.scenario.deployment import Deployment
 
 SCHEMA_VERSION = 1
@@ -44,6 +46,8 @@ _MEASURED = (  # besides what ends in _ms
     "max_num_waiting",
     "num_preemptions",
     "prefix_cache_hit_rate",
+    "spec_decode_acceptance_rate",
+    "spec_decode_acceptance_length",
 )
 _FLAGS = (  # of the engine, that are printed as resolved
     "tensor_parallel_size",
@@ -73,7 +77,10 @@ def context(deployment: Deployment, *, seed: int) -> dict[str, Any]:
     describes, before these changes.
     """
     scenario, config = deployment.scenario, asdict(deployment.config)
-    flags = scenario.engine
+    flags, drafts = scenario.engine, deployment.speculating
+    del config["speculation"]
+    speculation = {} if drafts is None else {"speculation": drafts.facts()}
+    unset = {"command", "assume_rules"} | ({"speculative_config"} if drafts is None else set())
     return {
         "schema_version": SCHEMA_VERSION,
         "servecast_version": version("servecast"),
@@ -86,7 +93,7 @@ def context(deployment: Deployment, *, seed: int) -> dict[str, Any]:
         "model_id": deployment.model.name,
         "gpu": deployment.gpu.name,
         "engine": {
-            **flags.model_dump(mode="json", exclude={"command", "assume_rules"}),
+            **flags.model_dump(mode="json", exclude=unset),
             "rules": config.pop("version"),
             **config,
             "kv_cache_dtype": _kv_cache_dtype(deployment),
@@ -98,8 +105,9 @@ def context(deployment: Deployment, *, seed: int) -> dict[str, Any]:
         "error_band": deployment.error_band,
         "error_bands": asdict(deployment.bands),
         "kv_cache": deployment.memory.facts(),
+        **speculation,
         "notes": list(deployment.notes),
-    }
+    } | ({} if not scenario.fleet.prefill else {"pools": pools_facts(deployment)})
 
 
 def _kv_cache_dtype(deployment: Deployment) -> str:
@@ -120,6 +128,8 @@ def engine_lines(document: Mapping[str, Any]) -> list[str]:
     flags += [f"--{'' if engine[name] else 'no-'}{name.replace('_', '-')}" for name in _SWITCHES]
     if engine["disable_hybrid_kv_cache_manager"]:
         flags.append("--disable-hybrid-kv-cache-manager")
+    if "pools" in document:
+        return pools_lines(document["pools"])
     groups = [f"KV cache groups: {', '.join(kv['groups'])}"] if kv.get("groups") else []
     return [f"GPU KV cache size: {size}{between}", *groups, f"Flags: {' '.join(flags)}"]
 
@@ -149,7 +159,7 @@ def result(
     whole = run if several else select(run, warmup=warmup)
     document = context(deployment, seed=run.meta["seed"])
     document["notes"] += cautions(deployment, run)
-    document |= summary(whole, ranks=ranks, goodput=goodput)
+    document |= summary(whole, ranks=ranks, goodput=goodput) | draft_summary(run)
     failures: Mapping[str, int] = run.meta.get("failures", {})
     document["notes"] += [f"{count} requests failed: {why}" for why, count in failures.items()]
     if scenario.fleet.autoscaler is not None:
@@ -176,7 +186,8 @@ def result(
 def measured(part: Mapping[str, Any]) -> dict[str, float | None]:
     """The metrics among the keys of a result or of one of its stages."""
     found = {key: value for key, value in part.items() if key in _MEASURED or key.endswith("_ms")}
-    return found | {key: value for key, value in part.get("fleet_load", {}).items() if key != "replicas"}
+    of_fleet = part.get("fleet_load", {}).items()
+    return found | {key: value for key, value in of_fleet if key not in ("replicas", "pools")}
 
 
 def cautions(deployment: Deployment, run: Run) -> list[str]:
@@ -184,7 +195,7 @@ def cautions(deployment: Deployment, run: Run) -> list[str]:
     a risk that the GPU's memory does not suffice, and what its router could not do."""
     steps, requests = run.steps, run.requests
     beyond = deployment.profile.outside_ranges(
-        tokens=_least_and_most(steps, "prefill_tokens", "decodes"),
+        tokens=_least_and_most(steps, "prefill_tokens", "decodes", "drafts"),
         batch=_least_and_most(steps, "prefill_requests", "decodes"),
         context=(
             float(requests["prompt_tokens"].min()),
@@ -196,9 +207,9 @@ def cautions(deployment: Deployment, run: Run) -> list[str]:
     return [text for text in (beyond, risk and risk.warning, *routed) if text]
 
 
-def _least_and_most(table: pd.DataFrame, first: str, second: str) -> tuple[float, float]:
-    """Of the sums of two columns."""
-    total = table[first] + table[second]
+def _least_and_most(table: pd.DataFrame, *columns: str) -> tuple[float, float]:
+    """Of the sums of columns."""
+    total = sum(table[name] for name in columns)
     return float(total.min()), float(total.max())
 
 
@@ -210,7 +221,7 @@ def _routed(fleet: Fleet, requests: pd.DataFrame) -> list[str]:
     replicas = requests["replica"].dropna().unique()
     if fleet.asks_sessions and requests["group"].isna().all():
         said.append(f"{fleet.router_name}: no request has a session or group, so there is nothing to hold to")
-    if len(replicas) == 1:
+    if len(replicas) == 1 and not fleet.prefill:
         why = ""
         if fleet.router == "prefix_affinity":
             why = f": all prompts have the same first {fleet.router_options.prefix_tokens} tokens"

@@ -17,9 +17,11 @@ from servecast.sim.fleet.spec import ReplicaSpec
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.inputs.units import to_seconds
 from servecast.sim.metrics.records import Run
+from servecast.sim.metrics.spec_decode import DraftCounts
 from servecast.sim.routing.llmd.config import read_epp
 from servecast.sim.routing.llmd.endpoint_picker import EndpointPicker
 from servecast.sim.routing.routers import ROUTERS, Router
+from servecast.sim.run.disaggregated import ServerPools
 from servecast.sim.scenario.deployment import Deployment
 from servecast.sim.scenario.scenario import Scenario
 from servecast.sim.traffic.arrivals import ClosedLoop
@@ -89,26 +91,36 @@ def _run(
 
     def make_replica(index: int, client: Client) -> Replica:
         its = deployments[min(index, count - 1)]
+        engine, connector, costs, role = None, None, its.front_end, ""
+        if pools is not None:
+            (engine, connector), role = pools.engine(index), pools.roles[index]
+            costs = pools.front_end(index)
         if index >= len(noise_streams):  # one that an autoscaler started
             noise_streams.extend(noise.spawn(1))
             front_end_streams.extend(front_end.spawn(1))
-        return Replica(
+        made = Replica(
             index,
-            its.scenario.server.engine(its.config),
+            its.scenario.server.engine(its.config) if engine is None else engine,
             its.step_time,
             its.profile.noise.factors(noise_streams[index]),
             its.step_time.roofline_seconds,
-            its.front_end,
+            costs,
             front_end_streams[index],
             client,
             cold_start_s=scenario.fleet.cold_start_s,
+            role=role,
         )
+        if connector is not None:
+            connector.clock = lambda: made.now
+        return made
 
     picking, scraping = routing.spawn(2)
+    clock: Callable[[], float] = lambda: to_seconds(fleet.now)  # noqa: E731
+    pools = ServerPools(scenario, deployments, picking, clock) if scenario.fleet.prefill else None
     fleet = Fleet(
         make_replica,
         count,
-        router(scenario, picking, lambda: to_seconds(fleet.now)),
+        router(scenario, picking, clock) if pools is None else pools.disaggregation.router,
         Client(deployment.front_end),
         reading,
         options=scenario.fleet.router_options,
@@ -116,6 +128,7 @@ def _run(
         lives=[spec.life for spec in specs],
         detection_s=scenario.fleet.failure_detection_s,
         autoscaler=scenario.fleet.autoscaler,
+        disaggregation=None if pools is None else pools.disaggregation,
     )
     run = fleet.run(stages, condensed_s=condensed_s)
     if fleet.failures[NOT_READY] == len(run.requests):
@@ -136,6 +149,10 @@ def _run(
         "lives": lives_of(fleet.scaling, specs),
         **load,
     }
+    if deployment.speculating is not None:
+        run.meta["spec_decode"] = DraftCounts.of([replica.engine.drafts for replica in fleet.replicas])
+    if pools is not None:
+        run.meta["roles"] = list(pools.roles)
     if fleet.failures:
         run.meta["failures"] = dict(sorted(fleet.failures.items()))
     _tell_turns(run, stages, fleet.unsent)
@@ -206,7 +223,8 @@ def _deployments(deployment: Deployment) -> list[Deployment]:
     """What each replica is, one by one."""
     scenario, found = deployment.scenario, list[Deployment]()
     for spec, like in itertools.groupby(scenario.fleet.specs):
-        own = deployment if spec.as_in_scenario else Deployment.of(scenario.of_replica(spec))
+        whole = spec.as_in_scenario and not scenario.fleet.prefill
+        own = deployment if whole else Deployment.of(scenario.of_replica(spec))
         found += [own for _ in like]
     return found
 
