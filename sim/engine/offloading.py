@@ -206,9 +206,7 @@ class OffloadingConnector:
         keys = tracked.keys[first // self.blocks_per_chunk : chunks]
         self.cache.prepare_load(keys, tracked.accesses)
         tracked.next_chunk = chunks
-        self._loads.append(
-            self._add(tracked, keys, blocks[first : -(-end // self._block_size)], stores=False)
-        )
+        self._loads.append(self._add(tracked, keys, blocks[first : -(-end // self._block_size)], stores=False))
         self._loading.update(keys)
 
     def _add(self, tracked: Tracked, keys: list[int], blocks: list[int], *, stores: bool) -> Job:

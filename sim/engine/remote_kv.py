@@ -65,9 +65,7 @@ class RemoteKV:
         """What the connector has beyond ``cached`` tokens, and whether it loads them aside; None: later."""
         return self.connector.get_num_new_matched_tokens(sequence, cached)
 
-    def allocated(
-        self, sequence: Sequence, asked: cython.bint, cached: cython.int, external: cython.int
-    ) -> None:
+    def allocated(self, sequence: Sequence, asked: cython.bint, cached: cython.int, external: cython.int) -> None:
         """It has its blocks; ``asked``: the connector was, behind ``cached`` tokens."""
         self.connector.update_state_after_alloc(sequence, external)
         if asked and not sequence.preemptions:

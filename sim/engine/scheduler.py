@@ -608,9 +608,7 @@ class Scheduler:
         """Those that were passed over are the next ones to be looked at, in their order."""
         sequence: Sequence
         for sequence in reversed(passed):
-            sequence.aside = (
-                not self.holders_wait_apart or sequence.computed > 0 or sequence.status == LOADING
-            )
+            sequence.aside = not self.holders_wait_apart or sequence.computed > 0 or sequence.status == LOADING
             self.num_passed += not sequence.passed
             sequence.passed = True
             (self.beside if sequence.aside else self.queue).push_preempted(sequence)
@@ -663,9 +661,7 @@ class Scheduler:
         if self.is_async:
             for sequence in step.samplers:
                 sequence.drafts = step.draft_length
-        if (
-            self.remote is not None
-        ):  # who ends a prefill counts for loads of this step: its drafts have no room
+        if self.remote is not None:  # who ends a prefill counts for loads of this step: its drafts have no room
             for sequence in step.samplers:
                 self.remote.prefills.pop(sequence, None)
         return 0
@@ -685,10 +681,7 @@ class Scheduler:
 
     def note_scheduled(self, step: Step, sequence: Sequence, tokens: cython.int) -> None:
         if self.remote is not None:
-            sequence.previous_tick, sequence.previous_tokens = (
-                sequence.scheduled_tick,
-                sequence.scheduled_tokens,
-            )
+            sequence.previous_tick, sequence.previous_tokens = sequence.scheduled_tick, sequence.scheduled_tokens
         sequence.scheduled_tick, sequence.scheduled_tokens = self.tick, tokens
         if self.trace:
             step.composition.append((sequence, tokens))
@@ -799,9 +792,7 @@ class Scheduler:
             sequence = cython.cast(Sequence, step.samplers[i])
             if sequence.status == FINISHED:
                 continue  # it ended while the step ran
-            if tick < sequence.drops_before or (
-                delivering is not step.samplers and sequence not in delivering
-            ):
+            if tick < sequence.drops_before or (delivering is not step.samplers and sequence not in delivering):
                 sequence.samplings += 1
                 continue  # its output is void
             verified = step.verified[i]

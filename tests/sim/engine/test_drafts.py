@@ -92,7 +92,9 @@ def scheduled(engine: Any, step: Any, tick: int, names: list[str], *, dynamic: b
     line = f"S{tick:<3d} {' '.join(parts) or '-':60s} free={engine.free_blocks} cached={engine.cached_blocks}"
     if step.preempted:
         line += f" preempt={','.join(names[number] for number in step.preempted)}"
-    waiting = [names[s.request_id] + (":PREEMPTED" if s.preemptions else "") for s in engine.queue.ordered()]
+    waiting = [
+        names[s.request_id] + (":PREEMPTED" if s.preemptions else "") for s in engine.queue.ordered()
+    ]
     if waiting:
         line += f" wait={','.join(waiting)}"
     if dynamic:
@@ -118,8 +120,7 @@ def updated(engine: Any, tick: int, step: Any, names: list[str], requests: dict[
             end = ("!stop" if stops else "!length") if sequence in step.leavers else ""
             parts.append(f"{letter}:+{new}{end}")
     state = [
-        f"{names[s.request_id]}:{s.computed}/{s.num_tokens}"
-        + (f"p{s.placeholders}" if s.placeholders else "")
+        f"{names[s.request_id]}:{s.computed}/{s.num_tokens}" + (f"p{s.placeholders}" if s.placeholders else "")
         for s in engine.runners
     ]
     new = tuple(after - earlier for after, earlier in zip(counts(), before, strict=True))
@@ -279,9 +280,7 @@ def test_blocks_and_tokens_are_conserved(version: str, asynchronous: bool, metho
         for state in (step.after_schedule, step.after_complete):
             held = {block for blocks in state.block_ids.values() for block in blocks}
             assert sorted([*held, *state.free_list]) == list(range(1, 45))
-        assert (
-            step.decodes + step.drafts + sum(tokens for tokens, _ in step.chunks) == step.total_tokens <= 96
-        )
+        assert step.decodes + step.drafts + sum(tokens for tokens, _ in step.chunks) == step.total_tokens <= 96
     assert sum(step.emitted for step in log) == sum(request.output_tokens for request in requests)
     assert {number for step in log for number in step.finished} == set(range(40))
 
