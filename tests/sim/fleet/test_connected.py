@@ -21,7 +21,9 @@ from servecast.sim.routing.options import RouterOptions
 from servecast.sim.routing.routers import ROUTERS
 
 
-def run(requests: list[Request], store: TimedStore, *, host_waits: bool = False, **engine: object) -> Run:
+def run(
+    requests: list[Request], store: TimedStore, *, host_waits: bool = False, **engine: object
+) -> Run:
     costs, rng, law = FrontEndCosts(), np.random.default_rng(0), OneSecondSteps()
 
     def make(index: int, client: Client) -> Replica:
