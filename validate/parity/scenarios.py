@@ -50,13 +50,15 @@ class Abort:
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """What happens to one engine. Arrivals and aborts stand in the order in which they happen."""
+    """What happens to one engine. Arrivals and aborts stand in the order in which they happen. remote: of its
+    KV connector ``role``, failure ``policy`` and the ``plans`` of a ``FakeStore``, or None."""
 
     name: str
     config: EngineConfig
     arrivals: tuple[Arrival, ...]
     aborts: tuple[Abort, ...] = ()
     max_steps: int = MAX_STEPS
+    remote: dict[str, Any] | None = None
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
@@ -72,6 +74,7 @@ class Scenario:
                 arrivals=tuple(_arrival(**arrival) for arrival in data["arrivals"]),
                 aborts=tuple(Abort(**abort) for abort in data["aborts"]),
                 max_steps=data["max_steps"],
+                remote=data.get("remote"),
             )
         except (ValueError, TypeError, KeyError) as error:
             raise InputError(
