@@ -24,7 +24,8 @@ class MultiConnector:
         self.connectors, self.role, self.load_failure_policy = tuple(connectors), role, load_failure_policy
         self._loads: dict[int, Connector] = {}  # request -> who was found to have something for it
         self._keeps: Counter[int] = Counter()  # request -> who still needs its blocks, beyond one
-        self._now = 0
+        self._reports: dict[int, list[Transfers | None]] = {}  # on their way to the scheduler
+        self._now = self._reported = 0
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -78,16 +79,19 @@ class MultiConnector:
         return kept > 0
 
     def update_connector_output(self, transfers: Transfers) -> None:
-        for each in self.connectors:
-            each.update_connector_output(transfers)
+        for report in transfers.jobs:
+            for each, its in zip(self.connectors, self._reports.pop(report), strict=True):
+                if its is not None:
+                    each.update_connector_output(its)
 
     def start_load_kv(self, meta: list[Any], now: int) -> float:
-        return sum(
-            each.start_load_kv(work, now) for each, work in zip(self.connectors, meta, strict=True)
-        )
+        return sum(each.start_load_kv(work, now) for each, work in zip(self.connectors, meta, strict=True))
 
     def get_finished(self, now: int) -> Transfers | None:
-        reports = [report for each in self.connectors if (report := each.get_finished(now)) is not None]
+        each_of = [each.get_finished(now) for each in self.connectors]
+        reports = [report for report in each_of if report is not None]
+        if not reports:
+            return None
         sent: list[int] = []
         for request_id in (request_id for report in reports for request_id in report.finished_sending):
             if self._keeps[request_id]:
@@ -95,14 +99,14 @@ class MultiConnector:
             else:
                 del self._keeps[request_id]
                 sent.append(request_id)
-        if not reports:
-            return None
+        self._reported += 1
+        self._reports[self._reported] = each_of
         return Transfers(
             tuple(request_id for report in reports for request_id in report.finished_recving),
             tuple(sent),
             frozenset().union(*(report.invalid_block_ids for report in reports)),
             tuple(request_id for report in reports for request_id in report.failed_recving),
-            tuple(job for report in reports for job in report.jobs),
+            (self._reported,),
         )
 
     def next_event(self, now: int) -> int:

@@ -22,9 +22,7 @@ class Tier:
         evictions: chunks that made room. dropped: that found none, as all others were being loaded.
     """
 
-    def __init__(
-        self, name: str, capacity: int, read: Pipe | None = None, write: Pipe | None = None
-    ) -> None:
+    def __init__(self, name: str, capacity: int, read: Pipe | None = None, write: Pipe | None = None) -> None:
         self.name, self.capacity, self.read, self.write = name, capacity, read, write
         self.evictions = self.dropped = 0
         self._ready: OrderedDict[int, int] = OrderedDict()  # key -> from when it can be read, ps

@@ -21,6 +21,7 @@ from servecast.sim.routing.llmd.config import read_epp
 from servecast.sim.routing.llmd.endpoint_picker import EndpointPicker
 from servecast.sim.routing.routers import ROUTERS, Router
 from servecast.sim.scenario.deployment import Deployment
+from servecast.sim.scenario.kv_offload import Shared
 from servecast.sim.scenario.scenario import Scenario
 from servecast.sim.traffic.arrivals import ClosedLoop
 from servecast.sim.traffic.draw import CLOSED_LOOP_REQUESTS, check_requests, draw, with_request_rate
@@ -85,6 +86,7 @@ def _run(
     check_requests(stages, shortest, where=f"{scenario.source}: workload")
 
     count = len(specs)
+    shared = Shared()
     noise_streams, front_end_streams = noise.spawn(count), front_end.spawn(count)
 
     def make_replica(index: int, client: Client) -> Replica:
@@ -94,7 +96,7 @@ def _run(
             front_end_streams.extend(front_end.spawn(1))
         return Replica(
             index,
-            its.scenario.server.engine(its.config),
+            its.engine(index, shared),
             its.step_time,
             its.profile.noise.factors(noise_streams[index]),
             its.step_time.roofline_seconds,
@@ -116,6 +118,7 @@ def _run(
         lives=[spec.life for spec in specs],
         detection_s=scenario.fleet.failure_detection_s,
         autoscaler=scenario.fleet.autoscaler,
+        apart=not any(each.offloading is not None and each.offloading.shares for each in deployments),
     )
     run = fleet.run(stages, condensed_s=condensed_s)
     if fleet.failures[NOT_READY] == len(run.requests):

@@ -9,7 +9,9 @@ from typing import Any
 
 from servecast.sim.engine.config import EngineConfig
 from servecast.sim.engine.group_rules import STATES_IN, WINDOWS_SINCE
+from servecast.sim.engine.engine import Engine
 from servecast.sim.engine.kv_groups import since
+from servecast.sim.engine.scheduler import Scheduler
 from servecast.sim.fleet.spec import GpuSpec
 from servecast.sim.hardware.error_band import Bands, Transfer, transfer
 from servecast.sim.hardware.front_end_costs import FrontEndCosts
@@ -23,6 +25,7 @@ from servecast.sim.hardware.step_time.physical import StepTime
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.metrics.binding import Limits
 from servecast.sim.scenario.basis import Fitted, fitted_profiles, profile_of, why_typical
+from servecast.sim.scenario.kv_offload import Offloading, Shared, check_host_memory, offloading_of
 from servecast.sim.scenario.scenario import Scenario
 
 
@@ -36,6 +39,7 @@ class Deployment:
         profile: efficiencies, overheads and noise; from kernel timings, or typical, where the scenario names
             none.
         step_time: how long a step takes.
+        offloading: what it keeps of its KV cache outside of the GPUs; None: nothing.
     """
 
     scenario: Scenario
@@ -44,6 +48,7 @@ class Deployment:
     config: EngineConfig
     profile: Profile
     step_time: StepTime
+    offloading: Offloading | None = None
 
     @classmethod
     def of(cls, scenario: Scenario, profile: Profile | None = None) -> Deployment:
@@ -67,8 +72,18 @@ class Deployment:
             block_size=memory.block_size,
             kv_groups=memory.kv_groups,
         )
+        where = scenario.source
+        offloading = offloading_of(flags.kv_transfer, scenario.kv_offload, shard, memory, config, where=where)
+        if offloading is not None:
+            check_host_memory(offloading, gpu, scenario.fleet.size, scenario.gpu.per_node, where=where)
         profile = _with_link(profile or profile_of(scenario, shard, config), scenario.gpu)
-        return cls(scenario, shard, memory, config, profile, build_step_time(profile, shard))
+        return cls(scenario, shard, memory, config, profile, build_step_time(profile, shard), offloading)
+
+    def engine(self, replica: int, shared: Shared) -> Engine:
+        """A fresh engine. replica: its number. shared: what the replicas of a run have in common."""
+        if self.offloading is None:
+            return self.scenario.server.engine(self.config)
+        return Scheduler(self.config, self.offloading.connector(replica, shared))
 
     @property
     def model(self) -> ModelShape:

@@ -16,6 +16,7 @@ from servecast.sim.engine.kv_groups import since
 from servecast.sim.inputs.schema import did_you_mean, invalid
 
 AT = "kv_transfer_config"
+GIB = 1 << 30
 
 _EVER = ("0.20", None)
 CONNECTORS: dict[str, tuple[str, str | None]] = {  # the first and the last release that registers it
@@ -45,8 +46,17 @@ CONNECTORS: dict[str, tuple[str, str | None]] = {  # the first and the last rele
 }
 MODELLED: dict[str, frozenset[str] | None] = {
     "OffloadingConnector": frozenset(
-        ("cpu_bytes_to_use", "block_size", "blocks_per_chunk", "eviction_policy", "store_threshold")
-        + ("max_tracker_size", "offload_prompt_only", "spec_name", "self_describing_kv_events")
+        (
+            "cpu_bytes_to_use",
+            "block_size",
+            "blocks_per_chunk",
+            "eviction_policy",
+            "store_threshold",
+            "max_tracker_size",
+            "offload_prompt_only",
+            "spec_name",
+            "self_describing_kv_events",
+        )
     ),
     "LMCacheConnectorV1": None,
     "LMCacheMPConnector": None,
@@ -146,6 +156,36 @@ def parse_kv_transfer(given: Mapping[str, Any], release: str, *, at: str = AT) -
     if connector == "MultiConnector":
         children = _children(given, extra, release, at)
     return KVTransfer(connector, role, policy, dict(extra), given.get("kv_buffer_device"), children)
+
+
+def kv_transfer_of(
+    given: Mapping[str, Any] | None, size: float | None, backend: str, release: str, ranks: int
+) -> tuple[KVTransfer | None, str]:
+    """The connector of ``--kv-transfer-config``, or that of ``--kv-offloading-size`` (GiB) and
+    ``--kv-offloading-backend``, which takes the place of its connector and role
+    (VllmConfig._post_init_kv_transfer_config). Beside it what that should be told.
+
+    Raises:
+        InputError: as ``parse_kv_transfer``.
+    """
+    given = dict(given or {})
+    if size is None:
+        return parse_kv_transfer(given, release), ""
+    replaced = given.get("kv_connector")
+    extra = dict(given.get("kv_connector_extra_config") or {})
+    if backend == "native":
+        given["kv_connector"] = "OffloadingConnector"
+        extra["cpu_bytes_to_use"] = size * GIB
+    elif since(release, "0.23"):
+        given["kv_connector"] = "LMCacheMPConnector"
+    else:
+        given["kv_connector"] = "LMCacheConnectorV1"
+        extra = {"lmcache.local_cpu": True, "lmcache.max_local_cpu_size": size / ranks}
+    note = ""
+    if replaced not in (None, given["kv_connector"]):
+        note = f"kv_offloading_size takes the place of the {replaced} in kv_transfer_config, as in vLLM"
+    given |= {"kv_role": "kv_both", "kv_connector_extra_config": extra}
+    return parse_kv_transfer(given, release), note
 
 
 def _check_name(connector: str, release: str, at: str) -> None:

@@ -117,6 +117,7 @@ class Vllm:
                 raise invalid(
                     f"vLLM {flags.version} has no {name}", f"Remove it, or use version {since}.", at=name
                 )
+        flags.kv_transfer  # noqa: B018  (what is wrong with it is raised)
 
     def notes(self, flags: EngineFlags) -> tuple[str, ...]:
         release, notes = release_of(flags), []
@@ -139,6 +140,8 @@ class Vllm:
             )
         if command is not None and command.ignored:
             notes.append(f"flags without effect here: {', '.join(command.ignored)}")
+        if flags.kv_transfer_note:
+            notes.append(flags.kv_transfer_note)
         if flags.stream_interval > 1:
             notes.append(
                 f"stream_interval {flags.stream_interval} is not modelled: every token is streamed, so gaps "
@@ -266,6 +269,8 @@ def _cache_options(flags: EngineFlags, config: EngineConfig, shard: Shard) -> Ca
         InputError: vLLM would refuse it, or its states are kept in a way that is not modelled.
     """
     kinds = {layer.kind for layer in shard.model.cache_layers}
+    transfer = flags.kv_transfer  # which turns the hybrid manager off unless it supports it (SupportsHMA)
+    plain = transfer is not None and any(each.connector.startswith("LMCache") for each in transfer.all())
     mode: CacheMode = "none"
     if config.enable_prefix_caching:
         mode = flags.mamba_cache_mode or "align"
@@ -299,7 +304,7 @@ def _cache_options(flags: EngineFlags, config: EngineConfig, shard: Shard) -> Ca
         mamba_block_size=flags.mamba_block_size,
         state_bytes=_BYTES[flags.mamba_cache_dtype],
         recurrent_bytes=_BYTES[flags.mamba_ssm_cache_dtype],
-        hybrid=not (flags.disable_hybrid_kv_cache_manager or "chunked" in kinds),
+        hybrid=not (flags.disable_hybrid_kv_cache_manager or "chunked" in kinds or plain),
     )
 
 
