@@ -23,6 +23,8 @@ LIMITS = {  # a binding limit in words, and what moves it
     "host": ("Host time of a step", "A faster CPU, CUDA graphs, or a larger batch."),
     "front_end": ("Front end", "More API server processes, more CPU, or a lighter client."),
     "kv_blocks": ("KV cache blocks", "A higher gpu_memory_utilization, more memory, or a shorter context."),
+    "kv_loads": ("Loads of KV cache", "A faster link to what keeps it, or less that is loaded."),
+    "kv_link": ("The link to what keeps KV cache", "A faster one, or more replicas."),
     "max_num_seqs": ("max_num_seqs", "A higher max_num_seqs, as long as TPOT allows."),
     "token_budget": ("max_num_batched_tokens", "A higher max_num_batched_tokens, as long as ITL allows."),
     "none": ("Nothing found", "The search ended at its largest rate without a miss."),

@@ -118,6 +118,7 @@ class Deployment:
             num_gpu_blocks=self.config.num_gpu_blocks if waits_for_blocks else None,
             bound_by=self.step_time.binding,
             parts=self.step_time.breakdown,
+            loads=self.offloading is not None,
         )
 
     def memory_risk(self, longest_prompt: int) -> MemoryRisk | None:
