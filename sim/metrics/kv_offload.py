@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,31 +19,43 @@ _COUNTERS = (  # vLLM's, without "vllm:"; summed over replicas
 )
 
 
-def offload_counters(scheduler: Any, ranks: int) -> dict[str, Any]:
+def offload_counters(scheduler: Any, ranks: int, end_ps: int) -> dict[str, Any]:
     """The counters of one engine with a connector, at the end of a run. Tokens, bytes of all ``ranks``, seconds
-    that the links took; ``loaded_tokens`` by the tier that they came from."""
-    tiers = scheduler.connector.tiers
-    links = {"load": tiers.to_gpu, "store": tiers.to_host}
-    found: dict[str, Any] = {
+    that the links took; ``loaded_tokens`` by the tier that they came from; ``links``: the share of the time in
+    which each was busy."""
+    connector = scheduler.connector
+    parts = [each.tiers for each in getattr(connector, "connectors", (connector,)) if hasattr(each, "tiers")]
+    tiers = list(dict.fromkeys(tier for part in parts for tier in part.tiers))
+    links = {"host_to_gpu": parts[0].to_gpu, "gpu_to_host": parts[0].to_host}
+    for tier in tiers:
+        if tier.read is not None and tier.write is not None:
+            links |= {f"from_{tier.name}": tier.read, f"to_{tier.name}": tier.write}
+    loaded: Counter[str] = Counter()
+    for part in parts:
+        loaded.update({name: count * part.chunk_tokens for name, count in part.loaded.items()})
+    return {
         "prefix_cache_queries": scheduler.prefix_queries,
         "prefix_cache_hits": scheduler.prefix_hits,
         "external_prefix_cache_queries": scheduler.external_queries,
         "external_prefix_cache_hits": scheduler.external_hits,
-        "evicted_chunks": sum(tier.evictions for tier in tiers.tiers),
-        "loaded_tokens": {name: count * tiers.chunk_tokens for name, count in tiers.loaded.items()},
+        "kv_offload_load_bytes": links["host_to_gpu"].bytes * ranks,
+        "kv_offload_load_time": links["host_to_gpu"].busy_ps / 1e12,
+        "kv_offload_store_bytes": links["gpu_to_host"].bytes * ranks,
+        "kv_offload_store_time": links["gpu_to_host"].busy_ps / 1e12,
+        "evicted_chunks": sum(tier.evictions for tier in tiers),
+        "loaded_tokens": dict(loaded),
+        "links": {name: link.busy_ps / max(end_ps, 1) for name, link in links.items()},
     }
-    for name, link in links.items():
-        found[f"kv_offload_{name}_bytes"] = link.bytes * ranks
-        found[f"kv_offload_{name}_time"] = link.busy_ps / 1e12
-    return found
 
 
-def offload_summary(counters: Sequence[Mapping[str, Any]], links: Mapping[str, float]) -> dict[str, Any]:
-    """Those of all replicas together, with the shares of prompt tokens that were found locally and elsewhere.
+def busiest(counters: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Of each kind of link the share of the busiest replica's."""
+    names = dict.fromkeys(name for each in counters for name in each["links"])
+    return {name: max(each["links"].get(name, 0.0) for each in counters) for name in names}
 
-    Args:
-        links: the share of the run in which each link was busy, the busiest of its kind.
-    """
+
+def offload_summary(counters: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Those of all replicas together, with the shares of prompt tokens that were found locally and elsewhere."""
     found: dict[str, Any] = {name: sum(each[name] for each in counters) for name in _COUNTERS}
     asked, external = found["prefix_cache_queries"], found["external_prefix_cache_queries"]
     found["local_hit_rate"] = found["prefix_cache_hits"] / asked if asked else None
@@ -51,5 +64,5 @@ def offload_summary(counters: Sequence[Mapping[str, Any]], links: Mapping[str, f
     found["loaded_tokens"] = {
         name: sum(each["loaded_tokens"].get(name, 0) for each in counters) for name in tiers
     }
-    found["link_busy"] = dict(links)
+    found["link_busy"] = busiest(counters)
     return found

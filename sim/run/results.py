@@ -19,10 +19,12 @@ from servecast.sim.fleet.spec import Fleet
 from servecast.sim.inputs.errors import InputError, reason
 from servecast.sim.inputs.files import write_whole
 from servecast.sim.metrics.fleet_load import fleet_load
+from servecast.sim.metrics.kv_offload import offload_summary
 from servecast.sim.metrics.metrics import latencies, summary
 from servecast.sim.metrics.records import Run
 from servecast.sim.metrics.turns import session_summary
 from servecast.sim.metrics.warmup import Warmup, select
+from servecast.sim.run.break_even import break_even_facts, break_even_text
 from servecast.sim.scenario.deployment import Deployment
 
 SCHEMA_VERSION = 1
@@ -45,6 +47,7 @@ _MEASURED = (  # besides what ends in _ms
     "num_preemptions",
     "prefix_cache_hit_rate",
 )
+_OFFLOADED = ("external_hit_rate", "kv_offload_load_bytes", "kv_offload_store_bytes")
 _FLAGS = (  # of the engine, that are printed as resolved
     "tensor_parallel_size",
     "max_model_len",
@@ -121,6 +124,30 @@ def engine_lines(document: Mapping[str, Any]) -> list[str]:
     return [f"GPU KV cache size: {size}{between}", *groups, f"Flags: {' '.join(flags)}"]
 
 
+def offload_text(offloaded: Mapping[str, Any]) -> str:
+    """What was found and moved, and when loading pays, of a result's ``kv_offload``."""
+    busy = {name.replace("_", " "): f"{share:.0%}" for name, share in offloaded["link_busy"].items()}
+    tokens = offloaded["loaded_tokens"]
+    facts = {
+        "connector": ", ".join(offloaded.get("connectors", [offloaded["kv_connector"]])),
+        "host memory, GiB a replica": offloaded["host_memory_bytes"] / (1 << 30),
+        "host link, GB/s a GPU": offloaded["host_gb_per_s"],
+        "prompt tokens found in the GPU": _share(offloaded["local_hit_rate"]),
+        "of the others, found elsewhere": _share(offloaded["external_hit_rate"]),
+        **{f"tokens loaded from {name}": count for name, count in tokens.items()},
+        "loaded, GB": offloaded["kv_offload_load_bytes"] / 1e9,
+        "stored, GB": offloaded["kv_offload_store_bytes"] / 1e9,
+        "chunks evicted": offloaded["evicted_chunks"],
+        "links busy": ", ".join(f"{name} {share}" for name, share in busy.items()),
+    }
+    text = facts_text("\nKV cache outside of the GPUs", facts)
+    return f"{text}\n{break_even_text(offloaded['break_even'])}"
+
+
+def _share(value: float | None) -> str | None:
+    return None if value is None else f"{value:.1%}"
+
+
 def result(
     deployment: Deployment,
     run: Run,
@@ -152,6 +179,12 @@ def result(
     if scenario.fleet.autoscaler is not None:
         started = f"{scenario.fleet.autoscaler.kind}: {len(run.meta['lives'])} replicas in all"
         document["notes"].append(f"{started}; servecast day tells when")
+    if deployment.offloading is not None:
+        document["kv_offload"] = {
+            **deployment.offloading.facts(),
+            **offload_summary(run.meta["kv_offload"]),
+            "break_even": break_even_facts(deployment),
+        }
     document["stages"] = []
     for index, name in enumerate(run.stages if several else ()):
         part = select(run, stage=index, warmup=warmup)
@@ -173,6 +206,7 @@ def result(
 def measured(part: Mapping[str, Any]) -> dict[str, float | None]:
     """The metrics among the keys of a result or of one of its stages."""
     found = {key: value for key, value in part.items() if key in _MEASURED or key.endswith("_ms")}
+    found |= {key: value for key, value in part.get("kv_offload", {}).items() if key in _OFFLOADED}
     return found | {key: value for key, value in part.get("fleet_load", {}).items() if key != "replicas"}
 
 

@@ -16,6 +16,7 @@ from servecast.sim.fleet.scaling import Life, Scaling
 from servecast.sim.fleet.spec import ReplicaSpec
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.inputs.units import to_seconds
+from servecast.sim.metrics.kv_offload import busiest, offload_counters
 from servecast.sim.metrics.records import Run
 from servecast.sim.routing.llmd.config import read_epp
 from servecast.sim.routing.llmd.endpoint_picker import EndpointPicker
@@ -139,6 +140,13 @@ def _run(
         "lives": lives_of(fleet.scaling, specs),
         **load,
     }
+    counters = [
+        offload_counters(replica.engine, its.ranks, replica.now)
+        for replica in fleet.replicas
+        if (its := deployments[min(replica.index, count - 1)].offloading) is not None
+    ]
+    if counters:
+        run.meta |= {"kv_offload": counters, "kv_links": busiest(counters)}
     if fleet.failures:
         run.meta["failures"] = dict(sorted(fleet.failures.items()))
     _tell_turns(run, stages, fleet.unsent)

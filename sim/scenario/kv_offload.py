@@ -139,6 +139,11 @@ class Offloading:
         seconds = self.block_bytes / self.link.bandwidth + self.link.block_s
         return seconds / self.block_size
 
+    @property
+    def stores_delay(self) -> bool:
+        """Whether the steps that compute KV cache wait for its copy."""
+        return self.transfer.of("LMCacheConnectorV1") is not None
+
     def _pipe(self) -> Pipe:
         """One way between a GPU and its host: a block's own time makes its bytes slower."""
         return Pipe(self.block_bytes / (self.block_bytes / self.link.bandwidth + self.link.block_s))
