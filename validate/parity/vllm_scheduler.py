@@ -238,7 +238,9 @@ class VllmEngine:
                     self.external_queries += outside.queries
                     self.external_hits += outside.hits
         step.emitted = sum(len(output.new_token_ids) for output in outputs)
-        step.finished = [int(output.request_id) for output in outputs if output.finish_reason is not None]
+        ended = [output for output in outputs if output.finish_reason is not None]
+        failed = sorted(int(o.request_id) for o in ended if o.finish_reason.name == "ERROR")  # from a set
+        step.finished = [int(o.request_id) for o in ended if o.finish_reason.name != "ERROR"] + failed
 
     def _token(self, name: str) -> int:
         """The next output token: the stop token where the model stops, else one that occurs nowhere else."""
