@@ -34,9 +34,9 @@ cdef class Sequence:
     cdef bint aside
     cdef bint passed
     cdef readonly long long arrival
-    cdef long long serial
+    cdef readonly long long serial
     cdef Py_ssize_t row
-    cdef list shared_keys
+    cdef readonly list shared_keys
     cdef readonly long long priority
     cdef readonly int prompt_tokens
     cdef readonly long long request_id

@@ -24,6 +24,7 @@ from servecast.sim.metrics.metrics import latencies, summary
 from servecast.sim.metrics.records import Run
 from servecast.sim.metrics.turns import session_summary
 from servecast.sim.metrics.warmup import Warmup, select
+from servecast.sim.report.text import facts_text
 from servecast.sim.run.break_even import break_even_facts, break_even_text
 from servecast.sim.scenario.deployment import Deployment
 
