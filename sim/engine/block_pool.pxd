@@ -29,6 +29,7 @@ cdef class BlockPool:
 
     cdef double usage(self) noexcept
     cpdef object public_key(self, long long key)
+    cpdef int held(self, int block) except -1
     cdef void unlink(self, int block) noexcept
     cdef void append(self, int block) noexcept
     cdef void prepend(self, int block) noexcept

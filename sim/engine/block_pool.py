@@ -109,6 +109,10 @@ class BlockPool:
         self.ref[block] = 1
         return block
 
+    def held(self, block: cython.int) -> cython.int:
+        """How many hold it."""
+        return self.ref[block]
+
     def forget(self, block: cython.int) -> cython.int:
         """Its content cannot be found in it any more (BlockPool._maybe_evict_cached_block)."""
         if self.key[block] >= 0:

@@ -120,6 +120,11 @@ class LMCacheConnectorV1(_Chunks):
         for _, keys in meta.loads:
             end = self.tiers.to_gpus(len(keys), self.tiers.fetch(keys, end))
             self.tiers.unpin(keys)
+        return to_seconds(end - now)
+
+    def wait_for_save(self, meta: Work, now: int) -> float:
+        """See ``Connector``."""
+        end = now
         for _, keys in meta.stores:
             end = self.tiers.store(keys, end)
         return to_seconds(end - now)

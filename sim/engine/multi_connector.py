@@ -87,6 +87,13 @@ class MultiConnector:
     def start_load_kv(self, meta: list[Any], now: int) -> float:
         return sum(each.start_load_kv(work, now) for each, work in zip(self.connectors, meta, strict=True))
 
+    def wait_for_save(self, meta: list[Any], now: int) -> float:
+        saved = 0.0
+        for each, work in zip(self.connectors, meta, strict=True):
+            if (saves := getattr(each, "wait_for_save", None)) is not None:
+                saved += saves(work, now)
+        return saved
+
     def get_finished(self, now: int) -> Transfers | None:
         each_of = [each.get_finished(now) for each in self.connectors]
         reports = [report for report in each_of if report is not None]
