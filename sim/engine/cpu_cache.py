@@ -15,8 +15,8 @@ BEING_STORED = -1  # readers of a chunk that is not there yet
 
 @dataclass(slots=True)
 class Access:
-    """What a request has seen of the cache: its chunks with their places, those that it brought, those that it
-    found, and those that it has asked for in vain."""
+    """What a request has seen of the cache: its chunks with their places, those that it brought, those that
+    it found, and those that it has asked for in vain."""
 
     places: dict[int, int] = field(default_factory=dict)
     inserted: set[int] = field(default_factory=set)
@@ -57,7 +57,7 @@ class Policy(Protocol):
 
 
 class Lru:
-    """The least recently used goes first. A use is to be stored, and the end of a request that has seen it."""
+    """The least recently used goes first. A use is to be stored, and the end of a request that saw it."""
 
     def __init__(self, capacity: int) -> None:
         self._readers: OrderedDict[int, int] = OrderedDict()
@@ -176,8 +176,8 @@ class CpuCache:
     """vLLM's CPUOffloadingManager.
 
     Args:
-        capacity: chunks. policy: ``eviction_policy``. store_threshold: how often a chunk has to be offered before
-            it is stored. max_tracker_size: chunks that are counted for that.
+        capacity: chunks. policy: ``eviction_policy``. store_threshold: how often a chunk has to be offered
+            before it is stored. max_tracker_size: chunks that are counted for that.
 
     Attributes:
         evictions: chunks that made room. failures: stores that found none.
@@ -205,7 +205,8 @@ class CpuCache:
         """Chunks are read, and stay until they were."""
         for key in keys:
             readers = self._policy.get(key)
-            assert readers is not None and readers >= 0
+            assert readers is not None
+            assert readers >= 0
             self._idle -= readers == 0
             self._policy.set(key, readers + 1)
         access.see(keys, places)
@@ -214,12 +215,13 @@ class CpuCache:
     def loaded(self, keys: Iterable[int]) -> None:
         for key in keys:
             readers = self._policy.get(key)
-            assert readers is not None and readers > 0
+            assert readers is not None
+            assert readers > 0
             self._policy.set(key, readers - 1)
             self._idle += readers == 1
 
     def store(self, keys: Sequence[int], places: dict[int, int], access: Access) -> list[int] | None:
-        """Chunks are offered: those of them that are stored, None where they find no room (none of them is)."""
+        """Chunks are offered: those of them that are stored. None where they find no room: then none is."""
         if self._threshold >= 2:
             self._count(keys)
         new = [key for key in keys if self._policy.get(key) is None]

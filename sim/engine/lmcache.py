@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from servecast.sim.engine.connector import NEVER, Ending, FailurePolicy, Role, Transfers
+from servecast.sim.engine.pipe import Pipe
 from servecast.sim.engine.sequence import Sequence
 from servecast.sim.engine.step import Step
 from servecast.sim.engine.tiers import Hierarchy, chunk_keys
@@ -46,6 +47,25 @@ class _Chunks:
         self.scheduler: Any = None
         self._work = Work()
         self._saved: dict[int, int] = {}  # request -> its chunks that are stored, or were found
+
+    @property
+    def links(self) -> dict[str, Pipe]:
+        """What it moves KV cache over."""
+        found = {"host_to_gpu": self.tiers.to_gpu, "gpu_to_host": self.tiers.to_host}
+        for tier in self.tiers.tiers:
+            if tier.read is not None and tier.write is not None:
+                found |= {f"from_{tier.name}": tier.read, f"to_{tier.name}": tier.write}
+        return found
+
+    @property
+    def loaded_tokens(self) -> dict[str, int]:
+        """By the tier that they came from."""
+        return {name: count * self.tiers.chunk_tokens for name, count in self.tiers.loaded.items()}
+
+    @property
+    def evictions(self) -> int:
+        """Chunks that made room, in all tiers."""
+        return sum(tier.evictions for tier in self.tiers.tiers)
 
     def bind(self, scheduler: Any) -> None:
         """See ``Connector``."""
@@ -87,7 +107,8 @@ class LMCacheConnectorV1(_Chunks):
     def get_num_new_matched_tokens(
         self, sequence: Sequence, num_computed_tokens: int
     ) -> tuple[int, bool] | None:
-        """See ``Connector``: whole chunks of the prompt; where that is all of it, its last token is computed."""
+        """See ``Connector``: whole chunks of the prompt; of one that is there whole, the last token is
+        computed."""
         if self.role == "kv_producer":
             return 0, False
         keys = self.keys(sequence, sequence.prompt_tokens)
@@ -118,7 +139,7 @@ class LMCacheConnectorV1(_Chunks):
         """See ``Connector``."""
         end = now
         for _, keys in meta.loads:
-            end = self.tiers.to_gpus(len(keys), self.tiers.fetch(keys, end))
+            end = self.tiers.to_gpus(keys, self.tiers.fetch(keys, end))
             self.tiers.unpin(keys)
         return to_seconds(end - now)
 
@@ -211,7 +232,7 @@ class LMCacheMPConnector(_Chunks):
     def start_load_kv(self, meta: Work, now: int) -> float:
         """See ``Connector``."""
         for request_id, keys in meta.loads:
-            self._loading[request_id] = self.tiers.to_gpus(len(keys), now), keys
+            self._loading[request_id] = self.tiers.to_gpus(keys, now), keys
         for request_id, keys in meta.stores:
             self._storing[request_id] = self.tiers.store(keys, now)
         return 0.0

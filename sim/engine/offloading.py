@@ -1,7 +1,7 @@
 """vLLM's native OffloadingConnector: KV cache of prompts, kept in host memory.
 
-Followed: ``vllm/distributed/kv_transfer/kv_connector/v1/offloading`` of 0.32, for one KV cache group. Chunks are
-some blocks each; they are stored as prompts are computed, and loaded aside.
+Followed: ``vllm/distributed/kv_transfer/kv_connector/v1/offloading`` of 0.32, for one KV cache group. Chunks
+are some blocks each; they are stored as prompts are computed, and loaded aside.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Job:
 
 @dataclass(slots=True)
 class Meta:
-    """What a step's workers do, by numbers of jobs: stores are begun with the next step, ``flush`` is awaited."""
+    """What a step's workers do, by numbers of jobs. Stores are begun with the next step; ``flush`` is awaited."""
 
     loads: list[int] = field(default_factory=list)
     stores: list[int] = field(default_factory=list)
@@ -92,6 +92,21 @@ class OffloadingConnector:
         self._meta = Meta()
         self._deferred: list[int] = []  # stores, to be begun
         self._due: dict[int, int] = {}  # job -> end, ps
+
+    @property
+    def links(self) -> dict[str, Pipe]:
+        """What it moves KV cache over."""
+        return {"host_to_gpu": self.to_gpu, "gpu_to_host": self.to_host}
+
+    @property
+    def loaded_tokens(self) -> dict[str, int]:
+        """By the tier that they came from."""
+        return {"cpu": self.loaded_blocks * self.block}
+
+    @property
+    def evictions(self) -> int:
+        """Chunks that made room."""
+        return self.cache.evictions
 
     # ---- the scheduler half
 

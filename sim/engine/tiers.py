@@ -99,6 +99,7 @@ class Hierarchy:
         self.tiers, self.to_gpu, self.to_host = tuple(tiers), to_gpu, to_host
         self.chunk_tokens, self.chunk_bytes, self.copies = chunk_tokens, chunk_bytes, copies
         self.loaded: Counter[str] = Counter()
+        self._came_from: dict[int, str] = {}  # chunks that are fetched for a load
 
     def _source(self, key: int, now: int) -> Tier | None:
         return next((tier for tier in self.tiers if tier.has(key, now)), None)
@@ -125,9 +126,7 @@ class Hierarchy:
             tier = self._source(key, now)
             if tier is not None and tier.read is not None:
                 below.setdefault(tier, []).append(key)
-            if tier is not None:
-                self.loaded[tier.name] += 1
-                tier.touch((key,))
+                self._came_from[key] = tier.name
         there = now
         for tier, missing in below.items():
             assert tier.read is not None
@@ -140,9 +139,10 @@ class Hierarchy:
             tier.touch(keys)
         return there
 
-    def to_gpus(self, count: int, now: int) -> int:
+    def to_gpus(self, keys: Sequence[int], now: int) -> int:
         """Copy chunks from host memory; when they are in the GPUs' memory, ps."""
-        return self.to_gpu.send(count * self.chunk_bytes, now) if count else now
+        self.loaded.update(self._came_from.pop(key, "cpu") for key in keys)
+        return self.to_gpu.send(len(keys) * self.chunk_bytes, now) if keys else now
 
     def store(self, keys: Sequence[int], now: int) -> int:
         """Copy chunks from the GPUs, unless each tier has them; when the GPUs' memory may be reused, ps. They
@@ -164,7 +164,7 @@ class Hierarchy:
 
 def chunk_keys(scheduler: Any, sequence: Any, chunk_tokens: int, tokens: int, replica: int) -> list[int]:
     """What identifies the whole chunks among the first ``tokens`` tokens of a request, for all replicas: the
-    last block of each, which stands for all that is before it. Contents that only it can have are negative."""
+    last block of each, which stands for all before it. Contents that only it can have are negative."""
     pool, shared = scheduler.kv.pool, sequence.shared_keys or ()
     per_chunk = chunk_tokens // scheduler.kv.block_size
     own = 1 + ((replica << 32) + sequence.serial) * _PRIVATE

@@ -2,8 +2,8 @@
 
 After ``schedule`` a request still waits for exactly one of three reasons: the running list is full, the
 step's token budget is used up, or its KV blocks could not be had (the scheduler stops at the first that
-applies). So the step table tells which, step by step. Where KV cache is loaded from elsewhere there is a fourth:
-it is on its way, which is taken to be so where blocks are free.
+applies). So the step table tells which, step by step. Where KV cache is loaded from elsewhere there is a
+fourth: it is on its way, which is taken to be so where blocks are free.
 """
 
 from __future__ import annotations
@@ -90,8 +90,8 @@ class Evidence:
 
 @dataclass(frozen=True, slots=True)
 class Binding:
-    """What binds ("compute", "memory_bandwidth", "host", "interconnect", "front_end", "kv_blocks", "kv_loads",
-    "kv_link", "max_num_seqs", "token_budget", "none" or "unknown"), and why one should believe it."""
+    """What binds ("compute", "memory_bandwidth", "host", "interconnect", "front_end", "kv_blocks",
+    "kv_loads", "kv_link", "max_num_seqs", "token_budget", "none" or "unknown"), and why one should believe it."""
 
     limit: str
     reasons: tuple[str, ...]
@@ -147,7 +147,8 @@ def binding_limit(found: Evidence, limits: Limits, *, only_token_times: bool) ->
         return Binding("front_end", (f"{found.front_end:.0%} of TTFT passes before the engine's queue",))
     step = _step_reasons(found)
     if found.kv_link > LINK_SHARE:
-        return Binding("kv_link", (f"a link that moves KV cache is busy {found.kv_link:.0%} of the time", *step))
+        busy = f"a link that moves KV cache is busy {found.kv_link:.0%} of the time"
+        return Binding("kv_link", (busy, *step))
     if not only_token_times:
         queue = {name: getattr(found, name) for name in QUEUE_LIMITS}
         cause = max(QUEUE_LIMITS, key=lambda name: queue[name])

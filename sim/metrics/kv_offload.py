@@ -20,19 +20,15 @@ _COUNTERS = (  # vLLM's, without "vllm:"; summed over replicas
 
 
 def offload_counters(scheduler: Any, ranks: int, end_ps: int) -> dict[str, Any]:
-    """The counters of one engine with a connector, at the end of a run. Tokens, bytes of all ``ranks``, seconds
-    that the links took; ``loaded_tokens`` by the tier that they came from; ``links``: the share of the time in
-    which each was busy."""
-    connector = scheduler.connector
-    parts = [each.tiers for each in getattr(connector, "connectors", (connector,)) if hasattr(each, "tiers")]
-    tiers = list(dict.fromkeys(tier for part in parts for tier in part.tiers))
-    links = {"host_to_gpu": parts[0].to_gpu, "gpu_to_host": parts[0].to_host}
-    for tier in tiers:
-        if tier.read is not None and tier.write is not None:
-            links |= {f"from_{tier.name}": tier.read, f"to_{tier.name}": tier.write}
+    """The counters of one engine with a connector, at the end of a run. Tokens, bytes of all ``ranks``,
+    seconds that the links took; ``loaded_tokens`` by the tier that they came from; ``links``: the share of the
+    time in which each was busy."""
+    every = getattr(scheduler.connector, "connectors", (scheduler.connector,))
+    parts = [each for each in every if hasattr(each, "loaded_tokens")]
+    links: dict[str, Any] = {name: link for part in parts for name, link in part.links.items()}
     loaded: Counter[str] = Counter()
     for part in parts:
-        loaded.update({name: count * part.chunk_tokens for name, count in part.loaded.items()})
+        loaded.update(part.loaded_tokens)
     return {
         "prefix_cache_queries": scheduler.prefix_queries,
         "prefix_cache_hits": scheduler.prefix_hits,
@@ -42,7 +38,7 @@ def offload_counters(scheduler: Any, ranks: int, end_ps: int) -> dict[str, Any]:
         "kv_offload_load_time": links["host_to_gpu"].busy_ps / 1e12,
         "kv_offload_store_bytes": links["gpu_to_host"].bytes * ranks,
         "kv_offload_store_time": links["gpu_to_host"].busy_ps / 1e12,
-        "evicted_chunks": sum(tier.evictions for tier in tiers),
+        "evicted_chunks": sum(part.evictions for part in parts),
         "loaded_tokens": dict(loaded),
         "links": {name: link.busy_ps / max(end_ps, 1) for name, link in links.items()},
     }
@@ -55,7 +51,7 @@ def busiest(counters: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def offload_summary(counters: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Those of all replicas together, with the shares of prompt tokens that were found locally and elsewhere."""
+    """Those of all replicas together, with the shares of prompt tokens found locally and elsewhere."""
     found: dict[str, Any] = {name: sum(each[name] for each in counters) for name in _COUNTERS}
     asked, external = found["prefix_cache_queries"], found["external_prefix_cache_queries"]
     found["local_hit_rate"] = found["prefix_cache_hits"] / asked if asked else None

@@ -121,6 +121,6 @@ def break_even_text(facts: dict[str, Any]) -> str:
     names = ["prompt", "compute ms", "load ms", "gain", "break-even GB/s", "reuse needed"]
     text = table(names, rows, title="\nLoading a prompt's KV cache against computing it, alone")
     return (
-        f"{text}\nA busy server computes {facts['computed_tokens_per_s']:,.0f} prompt tokens a second, and loads "
-        f"{facts['loaded_tokens_per_s']:,.0f}"
+        f"{text}\nA busy server computes {facts['computed_tokens_per_s']:,.0f} prompt tokens a second, and "
+        f"loads {facts['loaded_tokens_per_s']:,.0f}"
     )

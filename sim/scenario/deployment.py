@@ -8,8 +8,8 @@ from importlib.metadata import version
 from typing import Any
 
 from servecast.sim.engine.config import EngineConfig
-from servecast.sim.engine.group_rules import STATES_IN, WINDOWS_SINCE
 from servecast.sim.engine.engine import Engine
+from servecast.sim.engine.group_rules import STATES_IN, WINDOWS_SINCE
 from servecast.sim.engine.kv_groups import since
 from servecast.sim.engine.scheduler import Scheduler
 from servecast.sim.fleet.spec import GpuSpec

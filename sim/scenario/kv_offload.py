@@ -8,9 +8,11 @@ from typing import Any, Literal
 
 from servecast.sim.engine.config import EngineConfig
 from servecast.sim.engine.connector import Connector
+from servecast.sim.engine.cpu_cache import CpuCache
 from servecast.sim.engine.kv_groups import since
 from servecast.sim.engine.lmcache import LMCacheConnectorV1, LMCacheMPConnector
 from servecast.sim.engine.multi_connector import MultiConnector
+from servecast.sim.engine.offloading import OffloadingConnector
 from servecast.sim.engine.pipe import Pipe
 from servecast.sim.engine.tiers import Hierarchy, Tier
 from servecast.sim.hardware.gpu import GPU
@@ -35,8 +37,8 @@ class KVOffload(Model):
     block_us: NonNegative = BLOCK_S * 1e6
     """What one block of a copy takes, beside its bytes."""
     host_memory_gib: Positive | None = None
-    """Memory of a server that holds ``gpu.per_node`` GPUs. Default, that of the GPU maker's own server, where it
-    makes one; else it is not checked."""
+    """Memory of a server that holds ``gpu.per_node`` GPUs. Default, that of the GPU maker's own server, where
+    it makes one; else it is not checked."""
     disk_gb_per_s: Positive = 5.0
     """Of a server's disk, GB/s each way. Assumed: one NVMe drive of PCIe 4 reads 7 and writes 5."""
     disk_latency_us: NonNegative = 100.0
@@ -72,8 +74,8 @@ class Offloading:
 
     Attributes:
         transfer: as configured. spec: the hardware. link: between a GPU and its host.
-        ranks, block_size, block_bytes: of the deployment; bytes on one rank. copies: ranks whose bytes are all
-        different. release: of vLLM.
+        ranks, block_size, block_bytes: of the deployment; bytes on one rank. copies: ranks whose bytes are
+        all different. release: of vLLM. settings: LMCache's.
     """
 
     transfer: KVTransfer
@@ -159,6 +161,24 @@ class Offloading:
         return MultiConnector(made, self.transfer.role, self.transfer.load_failure_policy)
 
     def _one(self, each: KVTransfer, replica: int, shared: Shared, to_gpu: Pipe, to_host: Pipe) -> Connector:
+        if each.connector == "OffloadingConnector":
+            extra = each.extra
+            cache = CpuCache(
+                self.native_chunks,
+                extra.get("eviction_policy", "lru"),
+                int(extra.get("store_threshold", 0)),
+                int(extra.get("max_tracker_size", 64_000)),
+            )
+            return OffloadingConnector(
+                cache,
+                self.blocks_per_chunk,
+                self.block_bytes,
+                to_gpu,
+                to_host,
+                each.role,
+                each.load_failure_policy,
+                replica,
+            )
         tokens, chunk_bytes = self.lmcache_chunk
         tiers = Hierarchy(
             self._tiers(each, shared),
@@ -355,6 +375,12 @@ def _check_native(found: Offloading, where: str) -> None:
         raise InputError(
             f"eviction_policy {extra['eviction_policy']!r} is not vLLM's", where=where, fix="Use lru or arc."
         )
+    if not extra.get("offload_prompt_only", True):
+        raise InputError(
+            "offload_prompt_only false is not modelled: what is generated is never offloaded",
+            where=where,
+            fix="Leave it out.",
+        )
     if "blocks_per_chunk" in extra and not since(found.release, "0.26"):
         raise InputError(
             f"vLLM {found.release} has no blocks_per_chunk", where=where, fix="Give block_size, in tokens."
@@ -365,14 +391,14 @@ def _check_native(found: Offloading, where: str) -> None:
         )
     if int(extra.get("blocks_per_chunk", 1)) < 1 or int(extra.get("block_size", block)) % block:
         raise InputError(
-            f"a chunk of {extra.get('block_size', extra.get('blocks_per_chunk'))}, where a KV block is {block} "
-            "tokens",
+            f"a chunk of {extra.get('block_size', extra.get('blocks_per_chunk'))}, where a KV block is "
+            f"{block} tokens",
             where=where,
             fix=f"Give block_size as a multiple of {block}: vLLM refuses others.",
         )
     if found.native_chunks < 1:
         raise InputError(
-            f"{extra['cpu_bytes_to_use']:,.0f} bytes hold no chunk of {found.blocks_per_chunk * block} tokens",
+            f"{extra['cpu_bytes_to_use']:,.0f} bytes hold no chunk of {found.blocks_per_chunk} blocks",
             where=where,
             fix="Raise kv_offloading_size.",
         )
@@ -428,8 +454,8 @@ def check_host_memory(found: Offloading, gpu: GPU, replicas: int, per_node: int,
         together = 1
     if found.host_bytes * together > size:
         raise InputError(
-            f"{together} replicas on a server take {found.host_bytes * together / GIB:,.0f} GiB of host memory "
-            f"for KV cache, and it has {size / GIB:,.0f} ({whose})",
+            f"{together} replicas on a server take {found.host_bytes * together / GIB:,.0f} GiB of host "
+            f"memory for KV cache, and it has {size / GIB:,.0f} ({whose})",
             where=f"{where}: engine.kv_offloading_size",
             fix="Lower it, or say what the server has with kv_offload.host_memory_gib.",
         )

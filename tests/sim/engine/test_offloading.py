@@ -1,5 +1,5 @@
-"""The native OffloadingConnector, step by step, against logs of vLLM 0.32's own scheduler with its own connector
-and copies that take two steps each (tests/data/golden/offloading.txt)."""
+"""The native OffloadingConnector, step by step, against logs of vLLM 0.32's own scheduler with its own
+connector and copies that take two steps each (tests/data/golden/offloading.txt)."""
 
 from __future__ import annotations
 
