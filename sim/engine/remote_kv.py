@@ -6,6 +6,7 @@ from typing import Any
 
 import cython
 
+from servecast.sim.engine.connector import Transfers
 from servecast.sim.engine.kv_cache import KVCache
 from servecast.sim.engine.remote_rules import remote_rules_for
 from servecast.sim.engine.sequence import Sequence

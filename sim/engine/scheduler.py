@@ -22,7 +22,7 @@ from servecast.sim.engine.waiting import QUEUES
 from servecast.sim.inputs.errors import InputError
 
 if not cython.compiled:
-    from servecast.sim.engine.sequence import FINISHED, LOADING, PREEMPTED, RUNNING
+    from servecast.sim.engine.sequence import FINISHED, LOADING, PREEMPTED, RUNNING, WAITING
     from servecast.sim.engine.step import own
 
 NOBODYS = cython.declare(cython.int, 1 << 30)  # more placeholders than any request has

@@ -91,7 +91,8 @@ class Evidence:
 @dataclass(frozen=True, slots=True)
 class Binding:
     """What binds ("compute", "memory_bandwidth", "host", "interconnect", "front_end", "kv_blocks",
-    "kv_loads", "kv_link", "max_num_seqs", "token_budget", "none" or "unknown"), and why one should believe it."""
+    "kv_loads", "kv_link", "max_num_seqs", "token_budget", "none" or "unknown"), and why one should believe
+    it."""
 
     limit: str
     reasons: tuple[str, ...]

@@ -21,8 +21,8 @@ _COUNTERS = (  # vLLM's, without "vllm:"; summed over replicas
 
 def offload_counters(scheduler: Any, ranks: int, end_ps: int) -> dict[str, Any]:
     """The counters of one engine with a connector, at the end of a run. Tokens, bytes of all ``ranks``,
-    seconds that the links took; ``loaded_tokens`` by the tier that they came from; ``links``: the share of the
-    time in which each was busy."""
+    seconds that the links took; ``loaded_tokens`` by the tier that they came from; ``links``: the share of
+    the time in which each was busy."""
     every = getattr(scheduler.connector, "connectors", (scheduler.connector,))
     parts = [each for each in every if hasattr(each, "loaded_tokens")]
     links: dict[str, Any] = {name: link for part in parts for name, link in part.links.items()}

@@ -77,6 +77,10 @@ def context(deployment: Deployment, *, seed: int) -> dict[str, Any]:
     """
     scenario, config = deployment.scenario, asdict(deployment.config)
     flags = scenario.engine
+    offloaded = {}
+    if deployment.offloading is not None:
+        facts = deployment.offloading.facts()
+        offloaded["kv_offload"] = {**facts, "break_even": break_even_facts(deployment)}
     return {
         "schema_version": SCHEMA_VERSION,
         "servecast_version": version("servecast"),
@@ -101,6 +105,7 @@ def context(deployment: Deployment, *, seed: int) -> dict[str, Any]:
         "error_band": deployment.error_band,
         "error_bands": asdict(deployment.bands),
         "kv_cache": deployment.memory.facts(),
+        **offloaded,
         "notes": list(deployment.notes),
     }
 
@@ -180,12 +185,8 @@ def result(
     if scenario.fleet.autoscaler is not None:
         started = f"{scenario.fleet.autoscaler.kind}: {len(run.meta['lives'])} replicas in all"
         document["notes"].append(f"{started}; servecast day tells when")
-    if deployment.offloading is not None:
-        document["kv_offload"] = {
-            **deployment.offloading.facts(),
-            **offload_summary(run.meta["kv_offload"]),
-            "break_even": break_even_facts(deployment),
-        }
+    if "kv_offload" in run.meta and "kv_offload" in document:
+        document["kv_offload"] |= offload_summary(run.meta["kv_offload"])
     document["stages"] = []
     for index, name in enumerate(run.stages if several else ()):
         part = select(run, stage=index, warmup=warmup)

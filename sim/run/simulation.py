@@ -101,7 +101,7 @@ class Simulation(Answer):
         parts = [_stages_text(result["stages"]) if result["stages"] else vllm_bench_text(result)]
         if "sessions" in result:
             parts.append(sessions_text(result["sessions"]))
-        if "kv_offload" in result:
+        if "link_busy" in result.get("kv_offload", {}):
             parts.append(offload_text(result["kv_offload"]))
         if "fleet_load" in result:
             parts.append(replicas_text(result["fleet_load"]["replicas"]))

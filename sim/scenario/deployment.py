@@ -24,6 +24,7 @@ from servecast.sim.hardware.shard import Shard
 from servecast.sim.hardware.step_time.physical import StepTime
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.metrics.binding import Limits
+from servecast.sim.routing.llmd.config import read_epp
 from servecast.sim.scenario.basis import Fitted, fitted_profiles, profile_of, why_typical
 from servecast.sim.scenario.kv_offload import Offloading, Shared, check_host_memory, offloading_of
 from servecast.sim.scenario.scenario import Scenario
@@ -161,6 +162,7 @@ class Deployment:
             *self.model.notes,
             self.memory.warning,
             self._near_groups,
+            self._blind_router,
             *(each.note for each in self.fitted_profiles),
         ]
         if self.scenario.profile is None and self.transfer.basis == "physics only":
@@ -178,6 +180,20 @@ class Deployment:
             if kinds and not since(version, WINDOWS_SINCE):
                 return f"KV cache groups are step-exact from vLLM {WINDOWS_SINCE} on, in {version} only near"
         return None
+
+    @property
+    def _blind_router(self) -> str | None:
+        """Said where the router asks which blocks servers have, and some are outside of the GPUs."""
+        fleet = self.scenario.fleet
+        if self.offloading is None or fleet.epp is None:
+            return None
+        scorers = read_epp(fleet.epp, fleet.router_options.epp_release).scorers
+        if not any(scorer.type.startswith("precise-prefix-cache") for scorer, _ in scorers):
+            return None
+        return (
+            "the precise prefix scorer knows of blocks in GPUs only: llm-d's counts those in host memory, "
+            "too, as 0.8 of a block"
+        )
 
     @property
     def _other_model(self) -> str | None:
