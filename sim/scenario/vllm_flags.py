@@ -218,6 +218,8 @@ def parse_serve_command(
             if not isinstance(flags.setdefault(name, {}), dict) or TAKEN[name] is not _mapping:
                 raise InputError(f"{shown} takes no keys", where=WHERE, fix="Give its value as a whole.")
             _put(flags[name], flag.key, value or "")
+        elif name == "kv_transfer_config" and value in _NOTHING:
+            pass
         elif name in TAKEN:
             flags[name] = _value(word, TAKEN[name], value)
         elif name in _WIDENING and (flag.key or not _asks_nothing(name, value)):

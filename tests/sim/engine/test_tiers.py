@@ -30,7 +30,8 @@ def test_loads_that_come_by_themselves_wait_as_in_m_d_1(load: float) -> None:
     rng = np.random.default_rng(7)
     arrivals = np.cumsum(rng.exponential(service / load, count))
     waits = [
-        (link.send(2_000_000, to_ps(time)) - to_ps(time)) / PICOSECONDS - service for time in arrivals.tolist()
+        (link.send(2_000_000, to_ps(time)) - to_ps(time)) / PICOSECONDS - service
+        for time in arrivals.tolist()
     ]
     expected = load / (2 * (1 - load)) * service
     assert np.mean(waits) == pytest.approx(expected, rel=0.04)
@@ -96,6 +97,7 @@ def test_a_store_that_finds_no_room_is_dropped_whole() -> None:
     assert cache.store([2, 3, 4], places, Access()) is None
     assert (len(cache), cache.failures) == (2, 1)
     cache.loaded([0, 1])
+    cache.finished(access)
     assert cache.store([2, 3, 4], places, Access()) == [2, 3, 4]
     assert cache.lookup(1) is False  # of the two the tail of the prompt goes first
     assert cache.lookup(0) is True
