@@ -71,7 +71,7 @@ def test_a_cycle_hits_always_or_never(groups: int) -> None:
 
 @pytest.mark.parametrize("policy", ["lru", "arc"])
 def test_hits_of_zipf_keys_are_those_of_an_lru(policy: str) -> None:
-    """One request a chunk, one after the other: vLLM's policy is a plain LRU then; ARC does not fall behind."""
+    """One request a chunk, one after the other: then vLLM is a plain LRU, and ARC does not fall behind."""
     rng = np.random.default_rng(3)
     keys = (rng.zipf(1.3, 4000) % 400).tolist()
     cache, hits = CpuCache(40, policy), 0
