@@ -48,6 +48,10 @@ class RemoteKV:
         self.reserves, self.steps_while_sending = rules.reserves_for_prefills, rules.steps_while_sending
         self.forgets, self.caches_processed = rules.forgets_in_flight, rules.caches_processed
         self.skewed = False
+        self.draft_tokens = 0
+        drafts: Any = config.speculation
+        if drafts is not None and rules.reserves_for_drafts:
+            self.draft_tokens = 1 + drafts.num_tokens + drafts.lookahead
         self.prefills, self.received, self.failed = {}, set(), set()
         self.deferred = []
         self.processed = self.last_step = -1
@@ -69,10 +73,10 @@ class RemoteKV:
     def reserved_blocks(self) -> cython.int:
         """Blocks that those who prefill or load still need (_inflight_prefill_reserved_blocks)."""
         sequence: Sequence
-        blocks: cython.int = 0
+        blocks: cython.int = (self.draft_tokens + self.kv.block_size - 1) // self.kv.block_size
         if self.reserves:
             for sequence in self.prefills:
-                blocks += max(0, self.kv.missing_blocks(sequence))
+                blocks += max(0, self.kv.missing_blocks(sequence, self.draft_tokens))
         return blocks
 
     def arrived(self, sequence: Sequence) -> cython.bint:

@@ -20,14 +20,18 @@ class Step:
     with what they found cached, and whether resumed. firsts, leavers: those that got their first or last
     token. failed: those that end with an error. prefilling: with priorities or a connector, whose the chunks
     are. connector_meta: what the connector's workers are told; transfers: what they report (``Transfers``).
-    composition: with ``trace``, all and their tokens. windowed: of decode_context, what layers with a window attend to, if the scheduler was told one.
+    composition: with ``trace``, all and their tokens. verified: where it drafts, how many drafts each of
+    samplers verifies, -k where they are padding. outputs: requests that got tokens, each in one message. row:
+    in the table of steps. windowed: of decode_context, what layers with a window attend to, if the scheduler
+    was told one.
     """
 
     def __init__(self, tick: cython.longlong) -> None:
         self.tick = tick
-        self.total_tokens = self.decodes = self.steady = self.emitted = 0
+        self.total_tokens = self.decodes = self.drafts = self.steady = self.emitted = self.outputs = 0
+        self.drafters = self.draft_length = self.row = 0
         self.decode_context = self.windowed = self.start = self.end = 0
-        self.chunks = self.gaps = self.samplers = self.prefilling = NOBODY
+        self.chunks = self.gaps = self.samplers = self.verified = self.prefilling = NOBODY
         self.joined = self.joined_cached = self.joined_again = self.victims = NOBODY
         self.firsts = self.leavers = self.failed = NOBODY
         self.composition, self.borrowed = None, False
@@ -35,7 +39,7 @@ class Step:
 
     @property
     def samples(self) -> int:
-        return len(self.samplers)
+        return len(self.samplers) + self.drafts
 
     @property
     def admitted(self) -> list[int]:

@@ -12,6 +12,7 @@ arrival's.
 
 from __future__ import annotations
 
+import random
 from collections import deque
 from collections.abc import Iterator
 from typing import Any, Protocol
@@ -25,7 +26,8 @@ class Step(Protocol):
     total_tokens: int
     chunks: list[tuple[int, int]]  # (tokens, context) of prompt chunks
     decode_context: int  # KV tokens that the other requests read
-    samples: int  # tokens that the step will sample
+    samples: int  # rows that the step samples of, drafts included
+    drafts: int  # that the step verifies
     admitted: list[int]
     resumed: list[int]
     preempted: list[int]  # in victim order
@@ -61,6 +63,7 @@ class Engine(Protocol):
     def external_queries(self) -> int: ...  # of a connector
     @property
     def external_hits(self) -> int: ...
+    def drafts(self) -> Any: ...  # has vLLM's counters of drafts; None where there are none
 
     def free_list(self, limit: int) -> list[int]: ...
     def block_ids(self, request_id: int) -> list[int]: ...
@@ -71,6 +74,19 @@ class Engine(Protocol):
 
     def execute(self, step: Any) -> None:
         """With a connector: the step runs, and what has been transferred by then is part of its output."""
+
+
+def draft_counts(speculation: dict[str, Any], request_id: int) -> tuple[list[int], list[int]]:
+    """Accepted and proposed drafts of a request's sampling steps, over and over, for both schedulers.
+
+    Each request has its own temper: some accept all, some nothing, most of them something of it.
+    """
+    k = speculation["num_tokens"]
+    chance = random.Random(f"{speculation['seed']} {request_id}")
+    least, most = sorted((chance.randint(0, k), chance.randint(0, k)))
+    accepted = [chance.randint(least, most) for _ in range(29)]
+    misses = speculation["method"] in ("ngram", "suffix")
+    return accepted, [chance.randint(0, k) if misses else k for _ in range(31)]
 
 
 def decisions(engine: Engine, scenario: dict[str, Any], *, observed: bool = True) -> Iterator[dict[str, Any]]:
@@ -127,6 +143,7 @@ def _composition(engine: Engine, step: Step, observed: bool) -> dict[str, Any]:
         "preempted": step.preempted,
         "cached_tokens": [list(item) for item in sorted(step.cached_tokens.items())],
         "samples": step.samples,
+        "drafts": step.drafts,
         "context": sum(sum(chunk) for chunk in step.chunks) + step.decode_context,
     }
     if observed:
@@ -137,9 +154,14 @@ def _composition(engine: Engine, step: Step, observed: bool) -> dict[str, Any]:
 
 
 def _outcome(engine: Engine, step: Step, remote: bool) -> dict[str, Any]:
-    external = [engine.external_queries, engine.external_hits] if remote else []
-    return {
-        "external": external,
+    counted: dict[str, Any] = {}
+    if remote:
+        counted["external"] = [engine.external_queries, engine.external_hits]
+    if engine.drafts is not None:
+        counts = engine.drafts
+        counted["draft_counters"] = [counts.num_drafts, counts.num_draft_tokens, counts.num_accepted_tokens]
+        counted["draft_counters"] += counts.per_position
+    return counted | {
         "finished": step.finished,
         "emitted": step.emitted,
         "prefix_queries": engine.prefix_queries,
