@@ -36,6 +36,7 @@ cdef class EngineLoop:
     cdef readonly object connector
     cdef object saves
     cdef public bint host_waits
+    cdef public long long horizon
     cdef long long napped  # when the nap began
     cdef int still  # empty steps in turn that had nothing to report
     cdef bint napping

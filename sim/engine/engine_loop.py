@@ -58,6 +58,7 @@ class EngineLoop:
         tell_ends: ``advance`` returns when requests have ended.
         ended: rows of requests that ended since they were last taken, where it tells. lost: of those that
         ended with an error, for their KV cache could not be loaded.
+        horizon: ``advance`` stops there, whatever it was told: what it has begun is heard of elsewhere.
         connector: the scheduler's, or None. host_waits: its worker's host is busy until the step's end, so that
         what ends meanwhile is in the step's report: on a CPU; on a GPU it asks when the step is launched.
         after_step: called with the time when a step has been completed, or None.
@@ -92,6 +93,7 @@ class EngineLoop:
         self.connector, self.host_waits = scheduler.connector, False
         self.saves = getattr(self.connector, "wait_for_save", None)
         self.napped = self.still = 0
+        self.horizon = NEVER
         self.napping = self.executed = False
         self.seen = np.zeros(1024, np.int64)
         self.num_seen = self.num_steps = self.num_gaps = self.dropped = 0
@@ -231,7 +233,10 @@ class EngineLoop:
         scheduler: Scheduler = self.scheduler
         sequence: Sequence
         step: Step
+        self.horizon = NEVER
         while True:
+            if self.horizon < until:
+                until = self.horizon
             if self.pending is not None:
                 if self.resume >= until:
                     self.wake = self.resume

@@ -32,10 +32,12 @@ cdef class Server:
     cdef dict inside  # rows that were sent to it and have not ended, in order
     cdef bint idle
     cdef bint failed
+    cdef bint prefills
     cdef bint polling
     cdef long long due  # with a connector: when its engine goes on, if nobody wakes it
 
     cdef bint connected(self)
+
     cdef long long varied(self, double seconds) except *
     cdef int advance(self, long long until) except? -1
     cdef long long wake(self) except *
@@ -59,6 +61,8 @@ cdef class Flow:
     cdef object answered
     cdef bint quiet
     cdef bint ordered
+    cdef object legs
+    cdef Server running
     cdef bint gives_up
     cdef dict objects  # rows that the router knows, as requests
     cdef list heap  # (time, order, what, number)
@@ -82,6 +86,9 @@ cdef class Flow:
     cdef int done(self, Py_ssize_t row) except -1
     cdef int tell_finished(self, Sender sender, Py_ssize_t number) except -1
     cdef int route(self, Py_ssize_t row) except -1
+    cdef int send_to(self, int index, Py_ssize_t row) except -1
+    cdef int split(self, Py_ssize_t row) except -1
+    cdef int hand_on(self, Py_ssize_t row) except -1
     cdef int refuse(self, Py_ssize_t row, object why) except -1
     cdef Server server_of(self, Py_ssize_t row)
     cdef int accept(self, Server server, Py_ssize_t row) except -1

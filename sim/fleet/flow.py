@@ -49,6 +49,8 @@ ANSWERED = cython.declare(cython.int, 7)
 CLOSED = cython.declare(cython.int, 8)
 DUE = cython.declare(cython.int, 9)
 ENGINE = cython.declare(cython.int, 10)
+HANDED_ON = cython.declare(cython.int, 11)
+WAKE = cython.declare(cython.int, 12)
 
 NOT_READY = "no replica was ready (503)"
 UNPICKED = "the router let no replica pass (503)"
@@ -75,11 +77,19 @@ class Server:
 
     Args:
         costs_s: latency, preparation and, for a prompt token, encoding. variation: factors of the first two,
-            in the order of need. most: requests of a round of preparation.
+            in the order of need. most: requests of a round of preparation. prefills: it computes prompts for
+            others.
     """
 
-    def __init__(self, loop: Any, costs_s: tuple[float, float, float], variation: Any, most: int) -> None:
-        self.loop, self.variation, self.most = loop, variation, most
+    def __init__(
+        self,
+        loop: Any,
+        costs_s: tuple[float, float, float],
+        variation: Any,
+        most: int,
+        prefills: cython.bint = False,
+    ) -> None:
+        self.loop, self.variation, self.most, self.prefills = loop, variation, most, prefills
         self.latency_s, self.request_s, self.prompt_token_s = costs_s
         self.tokenizer_free = self.busy_until = 0
         self.rounds, self.inside = [], {}
@@ -111,6 +121,7 @@ class Flow:
         router: picks among ``ready``; None: the first.
         ended, answered: what the router is told (``Informed``, ``Answered``), or None.
         quiet: nobody waits for an end: the engines tell none.
+        legs: where prompts are computed by servers of their own (``Legs``), or None.
 
     Attributes:
         now: picoseconds. ready: what the router picks among, each with its ``index``.
@@ -133,15 +144,17 @@ class Flow:
         answered: Any = None,
         quiet: bool = False,
         ordered: bool = False,
+        legs: Any = None,
     ) -> None:
         n: cython.Py_ssize_t = len(requests)
         server: Server
         self.requests, self.servers, self.ready = requests, servers, ready
         self.send, self.router, self.ended, self.answered = send, router, ended, answered
         self.quiet, self.ordered = quiet and not any(each.connected() for each in servers), ordered
+        self.legs = legs
         self.looks = router is not None and not isinstance(router, LOOKS_AT_NONE)
         self.heap, self.senders, self.finished, self.order = [], [], [], []
-        self.objects, self.failures = {}, {}
+        self.objects, self.failures, self.running = {}, {}, None
         self.now = self.count = self.until = self.sent = 0
         self.prompt = writable(requests.prompt_tokens)
         self.gives_up = requests.abort_after_s is not None
@@ -168,9 +181,12 @@ class Flow:
 
     def connect(self, server: Server) -> None:
         """Requests may be sent to it."""
-        server.loop.load(self.requests, self.columns["outcomes"])
+        if server.prefills:
+            server.loop.load(self.legs.prompts, self.legs.outcomes)
+        else:
+            server.loop.load(self.requests, self.columns["outcomes"])
         server.loop.tell_ends = not self.quiet
-        if self.answered is not None:
+        if self.answered is not None and not server.prefills:
             server.loop.on_first = self.tell_answered
 
     def add(self, server: Server) -> None:
@@ -281,6 +297,10 @@ class Flow:
                 self.senders[self.stream[number]].sessions.due(number)
             elif what == CLOSED:
                 self.tell_finished(self.senders[number], number)
+            elif what == HANDED_ON:
+                self.hand_on(number)
+            elif what == WAKE:
+                self.wake(self.servers[number], number)
             else:
                 self.answered(self.objects[number], self.replica[number])
         if self.finished:
@@ -353,6 +373,9 @@ class Flow:
             server.loop.aborts += 1
             server.inbox.append((self.now, ~row))
             self.wake(server, self.replica[row])
+        elif server.prefills and self.status[row] != _FINISHED:  # on its way to the other server
+            self.status[row] = _ABORTED
+            self.done(row)
         return 0
 
     def done(self, row: cython.Py_ssize_t) -> cython.int:
@@ -360,7 +383,7 @@ class Flow:
         number: cython.Py_ssize_t = self.stream[row]
         sender: Sender = self.senders[number]
         if self.ended is not None and self.replica[row] >= 0:
-            self.ended(self.objects.pop(row), self.replica[row])
+            self.ended(self.objects.pop(row), self.replica[row] if self.legs is None else self.legs.home(row))
         sender.in_flight -= 1
         sender.open -= 1
         if sender.sessions is not None:
@@ -391,21 +414,47 @@ class Flow:
             return 0
         if not len(self.ready):  # HTTP 503
             return self.refuse(row, NOT_READY)
+        if self.legs is not None:
+            return self.split(row)
         if self.looks:
             request = self.requests[row]
         position = 0 if self.router is None else self.router.pick(request, self.ready)
         if position is None:
             return self.refuse(row, UNPICKED)
-        self.replica[row] = index = self.ready[position].index
+        index = self.ready[position].index
         if self.ended is not None or self.answered is not None:
             self.objects[row] = request
-        server = self.servers[index]
+        return self.send_to(index, row)
+
+    def send_to(self, index: cython.int, row: cython.Py_ssize_t) -> cython.int:
+        """A request goes to a server."""
+        server: Server = self.servers[index]
+        self.replica[row] = index
         if server.failed:
             return self.refuse(row, REFUSED)
         self.outstanding[index] += 1
         if not self.quiet:
             server.inside[row] = None
         return self.accept(server, row)
+
+    def split(self, row: cython.Py_ssize_t) -> cython.int:
+        """The request reaches the router of a fleet whose prompts are computed by servers of their own."""
+        first: Any = self.legs.first(row, self.ready)
+        if first is None:
+            return self.refuse(row, UNPICKED)
+        if self.ended is not None or self.answered is not None:
+            self.objects[row] = self.requests[row]
+        return self.send_to(first, row)
+
+    def hand_on(self, row: cython.Py_ssize_t) -> cython.int:
+        """A prompt is computed, and the request goes on to the server that decodes."""
+        second: Any
+        if self.status[row] == _ABORTED:
+            return 0
+        second = self.legs.second(row, self.ready)
+        if second is None:
+            return self.refuse(row, NOT_READY)
+        return self.send_to(second, row)
 
     def refuse(self, row: cython.Py_ssize_t, why: Any) -> cython.int:
         self.failures[why] = self.failures.get(why, 0) + 1
@@ -501,9 +550,13 @@ class Flow:
         server.polling, server.due = False, self.now
         return 0
 
-    def wake_server(self, index: int) -> None:
-        """What its connector answers has changed from outside."""
-        self.wake(self.servers[index], index)
+    def wake_server(self, index: int, time: int) -> None:
+        """What its connector answers changes from outside, now or at a time. The engine that runs now does not
+        run past it."""
+        time = max(time, self.now)
+        self.push(time, 0, WAKE, index)
+        if self.running is not None:
+            self.running.compiled.horizon = min(self.running.compiled.horizon, time)
 
     def run_engine(self, index: cython.Py_ssize_t) -> cython.int:
         """An engine goes on, up to the next event of anybody."""
@@ -520,7 +573,9 @@ class Flow:
                 until = min(until, cython.cast(cython.longlong, event[0]))
             if self.finished or until <= self.now:
                 until = self.now + 1
+            self.running = server
             state = server.advance(until)
+            self.running = None
             if state == ENDED:
                 self.take_ended(server, index)
             elif state == ABORTS:
@@ -561,8 +616,11 @@ class Flow:
             self.take_lost(server, index)
         for row in ended:
             del server.inside[row]
-            self.status[row] = _FINISHED
             self.outstanding[index] -= 1
+            if server.prefills:
+                self.push(self.legs.computed(row), 0, HANDED_ON, row)
+                continue
+            self.status[row] = _FINISHED
             finish = self.outcomes[5, row]
             number = self.stream[row]
             sender = self.senders[number]

@@ -28,6 +28,8 @@ class Replica:
         floor: a step's least duration in seconds, which noise does not undercut (its roofline).
         costs, rng: of the API server in front of the engine. client: the process that reads its tokens.
         cold_start_s: how long the host is busy between deciding the first step and its start on the GPU.
+        role: prefill or decode, in a fleet of such pools. Prompts alone go to a server that prefills, and no
+            client reads its tokens.
     """
 
     def __init__(
@@ -42,12 +44,13 @@ class Replica:
         client: Client,
         *,
         cold_start_s: float = 0.0,
+        role: str = "",
     ) -> None:
-        self.index = index
+        self.index, self.role = index, role
         self.config = engine.config
         self.engine = engine
         served = to_ps(costs.token_s), to_ps(costs.delivery_s)
-        read = client.read if client.reading_costs else None
+        read = client.read if client.reading_costs and role != "prefill" else None
         cold_start = to_ps(cold_start_s)
         self.loop: EngineLoop | PythonLoop
         if isinstance(engine, Scheduler):
@@ -58,7 +61,7 @@ class Replica:
             self.loop = PythonLoop(engine, index, step_time, floor, noise, served, read, cold_start)
         costs_s = costs.latency_s, costs.request_s, costs.prompt_token_s
         variation = _gamma_factors(costs.cv, rng) if costs.cv else None
-        self.server = Server(self.loop, costs_s, variation, engine.config.preparation_round)
+        self.server = Server(self.loop, costs_s, variation, engine.config.preparation_round, role == "prefill")
 
     @property
     def now(self) -> int:

@@ -26,6 +26,7 @@ from servecast.sim.metrics.turns import session_summary
 from servecast.sim.metrics.warmup import Warmup, select
 from servecast.sim.report.text import facts_text
 from servecast.sim.run.break_even import break_even_facts, break_even_text
+from servecast.sim.run.disaggregated import pools_facts, pools_lines
 from servecast.sim.scenario.deployment import Deployment
 
 SCHEMA_VERSION = 1
@@ -107,7 +108,7 @@ def context(deployment: Deployment, *, seed: int) -> dict[str, Any]:
         "kv_cache": deployment.memory.facts(),
         **offloaded,
         "notes": list(deployment.notes),
-    }
+    } | ({} if not scenario.fleet.prefill else {"pools": pools_facts(deployment)})
 
 
 def _kv_cache_dtype(deployment: Deployment) -> str:
@@ -126,6 +127,8 @@ def engine_lines(document: Mapping[str, Any]) -> list[str]:
     size = f"{kv['tokens']:,} tokens, {kv['max_concurrency']:.2f}x of max_model_len {kv['max_model_len']:,}"
     flags = [f"--{name.replace('_', '-')} {engine[name]}" for name in _FLAGS]
     flags += [f"--{'' if engine[name] else 'no-'}{name.replace('_', '-')}" for name in _SWITCHES]
+    if "pools" in document:
+        return pools_lines(document["pools"])
     groups = [f"KV cache groups: {', '.join(kv['groups'])}"] if kv.get("groups") else []
     return [f"GPU KV cache size: {size}{between}", *groups, f"Flags: {' '.join(flags)}"]
 
@@ -237,7 +240,7 @@ def _routed(fleet: Fleet, requests: pd.DataFrame) -> list[str]:
         return said
     if fleet.asks_sessions and requests["group"].isna().all():
         said.append(f"{fleet.router_name}: no request has a session or group, so there is nothing to hold to")
-    if len(replicas) == 1:
+    if len(replicas) == 1 and not fleet.prefill:
         why = ""
         if fleet.router == "prefix_affinity":
             why = f": all prompts have the same first {fleet.router_options.prefix_tokens} tokens"

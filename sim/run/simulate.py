@@ -21,6 +21,7 @@ from servecast.sim.metrics.records import Run
 from servecast.sim.routing.llmd.config import read_epp
 from servecast.sim.routing.llmd.endpoint_picker import EndpointPicker
 from servecast.sim.routing.routers import ROUTERS, Router
+from servecast.sim.run.disaggregated import ServerPools
 from servecast.sim.scenario.deployment import Deployment
 from servecast.sim.scenario.kv_offload import Shared
 from servecast.sim.scenario.scenario import Scenario
@@ -92,26 +93,36 @@ def _run(
 
     def make_replica(index: int, client: Client) -> Replica:
         its = deployments[min(index, count - 1)]
+        engine, connector, costs, role = None, None, its.front_end, ""
+        if pools is not None:
+            (engine, connector), role = pools.engine(index), pools.roles[index]
+            costs = pools.front_end(index)
         if index >= len(noise_streams):  # one that an autoscaler started
             noise_streams.extend(noise.spawn(1))
             front_end_streams.extend(front_end.spawn(1))
-        return Replica(
+        made = Replica(
             index,
-            its.engine(index, shared),
+            its.engine(index, shared) if engine is None else engine,
             its.step_time,
             its.profile.noise.factors(noise_streams[index]),
             its.step_time.roofline_seconds,
-            its.front_end,
+            costs,
             front_end_streams[index],
             client,
             cold_start_s=scenario.fleet.cold_start_s,
+            role=role,
         )
+        if connector is not None:
+            connector.clock = lambda: made.now
+        return made
 
     picking, scraping = routing.spawn(2)
+    clock: Callable[[], float] = lambda: to_seconds(fleet.now)  # noqa: E731
+    pools = ServerPools(scenario, deployments, picking, clock) if scenario.fleet.prefill else None
     fleet = Fleet(
         make_replica,
         count,
-        router(scenario, picking, lambda: to_seconds(fleet.now)),
+        router(scenario, picking, clock) if pools is None else pools.disaggregation.router,
         Client(deployment.front_end),
         reading,
         options=scenario.fleet.router_options,
@@ -120,6 +131,7 @@ def _run(
         detection_s=scenario.fleet.failure_detection_s,
         autoscaler=scenario.fleet.autoscaler,
         apart=not any(each.offloading is not None and each.offloading.shares for each in deployments),
+        disaggregation=None if pools is None else pools.disaggregation,
     )
     run = fleet.run(stages, condensed_s=condensed_s)
     if fleet.failures[NOT_READY] == len(run.requests):
@@ -147,6 +159,8 @@ def _run(
     ]
     if counters:
         run.meta |= {"kv_offload": counters, "kv_links": busiest(counters)}
+    if pools is not None:
+        run.meta["roles"] = list(pools.roles)
     if fleet.failures:
         run.meta["failures"] = dict(sorted(fleet.failures.items()))
     _tell_turns(run, stages, fleet.unsent)

@@ -75,6 +75,12 @@ class Deployment:
         )
         where = scenario.source
         offloading = offloading_of(flags.kv_transfer, scenario.kv_offload, shard, memory, config, where=where)
+        if offloading is not None and scenario.fleet.prefill:
+            raise InputError(
+                f"{offloading.transfer.connector} on prefill and decode servers is not modelled",
+                where=f"{where}: engine.kv_transfer_config",
+                fix="Leave it out, or fleet.prefill.",
+            )
         if offloading is not None:
             check_host_memory(offloading, gpu, scenario.fleet.size, scenario.gpu.per_node, where=where)
         profile = _with_link(profile or profile_of(scenario, shard, config), scenario.gpu)
@@ -111,7 +117,19 @@ class Deployment:
 
     @property
     def limits(self) -> Limits:
-        """What could bind a run of this deployment."""
+        """What could bind a run of this deployment; with pools, of the first server of each."""
+        fleet, own = self.scenario.fleet, self._own_limits
+        if not fleet.prefill:
+            return own
+        pools = []
+        for name, pool in (("prefill", fleet.prefill), ("decode", fleet.decode)):
+            its = own if pool[0].as_in_scenario else Deployment.of(self.scenario.of_replica(pool[0]))._own_limits
+            numbers = tuple(number for number, role in enumerate(fleet.roles) if role == name)
+            pools.append((name, numbers, its))
+        return replace(own, pools=tuple(pools))
+
+    @property
+    def _own_limits(self) -> Limits:
         waits_for_blocks = self.scenario.server.waits_for_blocks(self.scenario.engine)
         return Limits(
             max_num_seqs=self.config.max_num_seqs,

@@ -110,7 +110,9 @@ class EngineFlags(Model):
     kv_offloading_backend: Literal["native", "lmcache"] = "native"
     """As ``--kv-offloading-backend``."""
     kv_transfer_config: dict[str, Any] | None = None
-    """As ``--kv-transfer-config``: vLLM's JSON."""
+    """As ``--kv-transfer-config``, vLLM's JSON: the OffloadingConnector, LMCache's, and several as one; in a
+    fleet of prefill and decode servers NixlConnector, the default there, what works alike, and
+    ExampleConnector."""
     batch_wait_s: NonNegative = 0.05
     """How long static batching waits for a batch to fill."""
 

@@ -23,6 +23,7 @@ from servecast.sim.inputs.errors import InputError
 from servecast.sim.inputs.schema import Model, NonNegative, Positive, did_you_mean
 from servecast.sim.scenario.kv_transfer import KVTransfer
 
+CONNECTORS = ("OffloadingConnector", "LMCacheConnectorV1", "LMCacheMPConnector")
 GIB = 1 << 30
 _PAGE = 4096  # what vLLM rounds a chunk in host memory up to
 _UNBOUNDED = 1 << 40  # chunks of a store that nobody has told the size of
@@ -317,9 +318,16 @@ def offloading_of(
     Raises:
         InputError: vLLM would refuse it, or it is not modelled.
     """
-    if transfer is None:
+    if transfer is None or (not transfer.connectors and transfer.connector not in CONNECTORS):
         return None
     where = f"{where}: engine.kv_transfer_config"
+    for each in transfer.all():
+        if each.connector not in CONNECTORS:
+            raise InputError(
+                f"{each.connector} beside others in a MultiConnector is not modelled",
+                where=where,
+                fix=f"List {', '.join(CONNECTORS)} only.",
+            )
     if memory.kv_groups:
         raise InputError(
             "KV connectors are modelled for layers that all keep every token",

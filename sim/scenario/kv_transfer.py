@@ -18,7 +18,7 @@ from servecast.sim.inputs.schema import did_you_mean, invalid
 AT = "kv_transfer_config"
 GIB = 1 << 30
 
-_EVER = ("0.20", None)
+_EVER = ("0.10", None)
 CONNECTORS: dict[str, tuple[str, str | None]] = {  # the first and the last release that registers it
     **dict.fromkeys(
         (
@@ -38,7 +38,8 @@ CONNECTORS: dict[str, tuple[str, str | None]] = {  # the first and the last rele
         ),
         _EVER,
     ),
-    "P2pNcclConnector": ("0.20", "0.23"),
+    "SharedStorageConnector": ("0.10", "0.19"),  # ExampleConnector's older name
+    "P2pNcclConnector": ("0.10", "0.23"),
     "MooncakeStoreConnector": ("0.21", None),
     "NixlPullConnector": ("0.24", None),
     "NixlPushConnector": ("0.24", None),
@@ -60,6 +61,12 @@ MODELLED: dict[str, frozenset[str] | None] = {
     ),
     "LMCacheConnectorV1": None,
     "LMCacheMPConnector": None,
+    "NixlConnector": None,
+    "NixlPullConnector": None,
+    "NixlPushConnector": None,
+    "MooncakeConnector": None,
+    "ExampleConnector": None,
+    "SharedStorageConnector": None,
     "MultiConnector": frozenset(("connectors",)),
 }
 """The connectors that can be simulated, with the keys of kv_connector_extra_config that are understood; None:

@@ -19,8 +19,9 @@ from servecast.sim.hardware.padded_memory import MemoryRisk
 from servecast.sim.hardware.shard import Shard, cudagraph_capture_sizes
 from servecast.sim.hardware.shard import release as release_number
 from servecast.sim.inputs.errors import InputError
-from servecast.sim.inputs.schema import invalid
+from servecast.sim.inputs.schema import invalid, within
 from servecast.sim.scenario.engine_flags import EngineFlags
+from servecast.sim.scenario.kv_pull import pull_settings
 from servecast.sim.scenario.vllm_flags import FLAG_BAND
 
 GIB = 1 << 30
@@ -111,13 +112,14 @@ class Vllm:
 
     def check(self, flags: EngineFlags) -> None:
         release = RELEASES[release_of(flags)].rules
+        with within("kv_transfer_config"):
+            pull_settings(flags.kv_transfer)
         for name, since in OPTION_SINCE.items():
             given = getattr(flags, name) != EngineFlags.model_fields[name].default
             if given and not has_option(release, name) and name != "prefill_schedule_interval":
                 raise invalid(
                     f"vLLM {flags.version} has no {name}", f"Remove it, or use version {since}.", at=name
                 )
-        flags.kv_transfer  # noqa: B018  (what is wrong with it is raised)
 
     def notes(self, flags: EngineFlags) -> tuple[str, ...]:
         release, notes = release_of(flags), []
@@ -142,6 +144,7 @@ class Vllm:
             notes.append(f"flags without effect here: {', '.join(command.ignored)}")
         if flags.kv_transfer_note:
             notes.append(flags.kv_transfer_note)
+        notes += [f"without effect here: {note}" for note in pull_settings(flags.kv_transfer).notes]
         if flags.stream_interval > 1:
             notes.append(
                 f"stream_interval {flags.stream_interval} is not modelled: every token is streamed, so gaps "
