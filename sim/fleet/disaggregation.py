@@ -16,16 +16,17 @@ LinkKind = Literal["nvlink", "pcie", "infiniband", "roce", "tcp", "storage"]
 
 
 class Proxy(Model):
-    """What sends a request to a prefill server, waits for its whole answer, and sends it to a decode server."""
+    """What sends a request to a prefill server, waits for its whole answer, and sends it to a decode
+    server."""
 
     kind: Literal["toy_proxy", "sidecar"] | None = None
-    """vLLM's toy proxy, one process in front of all servers, or llm-d's sidecar in front of each decode server.
-    Default, the sidecar where the router is an EndpointPickerConfig. They differ in ``hop_s``, and in that the
-    toy proxy picks the decode server when the prompt is computed."""
+    """vLLM's toy proxy, one process in front of all servers, or llm-d's sidecar in front of each decode
+    server. Default, the sidecar where the router is an EndpointPickerConfig. They differ in ``hop_s``, and in
+    that the toy proxy picks the decode server when the prompt is computed."""
     hop_s: NonNegative | None = None
-    """From one side of the proxy to the other: a request on its way to the prefill server, its answer on the way
-    to the decode server, and each token on its way back. Default, 2 ms of the toy proxy (Python), 0.3 ms of the
-    sidecar (Go); both are assumed."""
+    """From one side of the proxy to the other: a request on its way to the prefill server, its answer on the
+    way to the decode server, and each token on its way back. Default, 2 ms of the toy proxy (Python), 0.3 ms
+    of the sidecar (Go); both are assumed."""
     direct_below: Amount = 0
     """Prompts of fewer tokens go straight to a decode server, which computes them itself. An
     EndpointPickerConfig has a decider for that."""
@@ -40,13 +41,13 @@ _HOPS = {"toy_proxy": 2e-3, "sidecar": 0.3e-3}
 
 
 class KVLink(Model):
-    """Over what KV blocks go from prefill to decode servers. Defaults by kind, with where they come from, are in
-    [prefill and decode](disaggregation.md)."""
+    """Over what KV blocks go from prefill to decode servers. Defaults by kind, with where they come from, are
+    in [prefill and decode](disaggregation.md)."""
 
     kind: LinkKind | None = None
-    """Default, ``nvlink`` where all GPUs of the fleet are in one node and have it, ``pcie`` where they are in one
-    node and do not, else ``infiniband``. ``tcp`` and ``storage`` (a shared file system) are one port a server,
-    the others one a GPU."""
+    """Default, ``nvlink`` where all GPUs of the fleet are in one node and have it, ``pcie`` where they are in
+    one node and do not, else ``infiniband``. ``tcp`` and ``storage`` (a shared file system) are one port a
+    server, the others one a GPU."""
     gb_per_s: Positive | None = None
     """Of one port and each way, in GB/s, as transfers of KV blocks reach it."""
     latency_us: NonNegative | None = None
@@ -83,7 +84,6 @@ class KVLink(Model):
                     fix="Use infiniband, or set gpu.per_node where more share one NVLink.",
                 )
             rate = default.gb_per_s * gpu.link_bandwidth
-        given = [name for name in ("gb_per_s", "latency_us", "descriptor_us") if getattr(self, name) is not None]
         low, high = default.band
         return Link(
             kind,
@@ -93,14 +93,16 @@ class KVLink(Model):
             self.handshake_s,
             kind in ("tcp", "storage"),
             self.failure_share,
-            "given" if "gb_per_s" in given else f"assumed, {low:g} to {high:g} times as fast: {default.source}",
+            "given"
+            if self.gb_per_s is not None
+            else f"assumed, {low:g} to {high:g} times as fast: {default.source}",
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """A link, made concrete. bandwidth: bytes/s of one port each way. per_server: one port a server, not a GPU.
-    origin: of the bandwidth, in words."""
+    """A link, made concrete. bandwidth: bytes/s of one port each way. per_server: one port a server, not a
+    GPU. origin: of the bandwidth, in words."""
 
     kind: LinkKind
     bandwidth: float
@@ -126,16 +128,16 @@ class _Default:
 _LINKS: dict[LinkKind, _Default] = {
     "nvlink": _Default(
         0.3, 20.0, 4.07, (0.05, 2.5),
-        "NIXL over cuda_ipc moved 8 to 14 GB/s of scattered blocks on NVLink, plain copies reach 0.75 of it",
+        "NIXL over cuda_ipc moved 8 to 14 GB/s of scattered blocks, plain copies reach 0.75 of it",
     ),
     "pcie": _Default(
-        12.0, 20.0, 4.07, (0.04, 4.0), "NIXL pulled 0.5 GB/s without RDMA, and pushed 49, on one PCIe 5 machine"
+        12.0, 20.0, 4.07, (0.04, 4.0), "NIXL pulled 0.5 GB/s without RDMA, and pushed 49, on PCIe 5"
     ),
     "infiniband": _Default(
         42.5, 10.0, 0.204, (0.35, 1.15), "0.85 of 400 Gb/s a GPU; NIXL over InfiniBand moved 15 to 46 GB/s"
     ),
     "roce": _Default(
-        42.5, 10.0, 0.352, (0.35, 1.15), "0.87 of 4 x 200 Gb/s and 0.48 of 8 x 400 Gb/s were reached over RoCE"
+        42.5, 10.0, 0.352, (0.35, 1.15), "0.87 of 4 x 200 Gb/s and 0.48 of 8 x 400 Gb/s were reached"
     ),
     "tcp": _Default(
         4.0, 100.0, 0.352, (0.1, 2.5), "0.4 GB/s between pods, 10 GB/s and more with several connections"

@@ -408,7 +408,6 @@ class Flow:
         """The request reaches the router."""
         position: Any
         request: Any = None
-        server: Server
         index: cython.int
         if self.status[row] == _ABORTED:
             return 0
@@ -551,8 +550,8 @@ class Flow:
         return 0
 
     def wake_server(self, index: int, time: int) -> None:
-        """What its connector answers changes from outside, now or at a time. The engine that runs now does not
-        run past it."""
+        """What its connector answers changes from outside, now or at a time. The engine that runs now does
+        not run past it."""
         time = max(time, self.now)
         self.push(time, 0, WAKE, index)
         if self.running is not None:
@@ -580,7 +579,7 @@ class Flow:
                 self.take_ended(server, index)
             elif state == ABORTS:
                 self.drain(server, index)
-            elif state == BUSY or state == POLLING:
+            elif state == BUSY or state == POLLING:  # noqa: SIM109 (compiled, no tuple)
                 server.polling, server.due = state == POLLING, server.wake()
                 self.push(server.due, LAST, ENGINE, index)
                 return 0

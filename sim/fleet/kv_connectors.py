@@ -92,12 +92,16 @@ class Exchange:
         else:
             end, size = self.ports.send(*pair, len(blocks), runs(blocks, there), start)
             found = Read(*pair, start, end, size, fails)
-            self.free(request_id, end + to_ps(self.link.latency_s))
+            if fails:  # nobody says that it was read
+                self._last_beat(request_id, end)
+            else:
+                self.free(request_id, end + to_ps(self.link.latency_s))
         self.reads[request_id] = found
         return found
 
     def fail(self, server: int, now: int) -> None:
-        """A server is gone, with the blocks that it held, and those that it beat for go when their lease ends."""
+        """A server is gone, with the blocks that it held, and those that it beat for go when their lease
+        ends."""
         self._down.add(server)
         for held in self.held.values():
             held.gone |= held.prefill == server
@@ -111,6 +115,7 @@ class Exchange:
             self._last_beat(request_id, now)
 
     def _last_beat(self, request_id: int, now: int) -> None:
+        """Nobody beats for its blocks from now on."""
         held = self.held[request_id]
         if held.received >= 0 and not held.gone:
             beat = self.lease // _BEATS
@@ -119,8 +124,8 @@ class Exchange:
 
 
 class NixlConnector:
-    """Of a server that computes prompts, whose blocks stay until they were read or their lease ends, or of one
-    that fetches those blocks and goes on from there.
+    """Of a server that computes prompts, whose blocks stay until they were read or their lease ends, or of
+    one that fetches those blocks and goes on from there.
 
     Attributes:
         waiting: requests that have come and whose blocks were not asked for yet.
@@ -197,7 +202,8 @@ class NixlConnector:
         sent = tuple(request_id for request_id, held in self._held.items() if held.until <= now)
         over = [(request_id, *load) for request_id, load in self._loads.items() if load[0].end <= now]
         for request_id in sent:
-            self._held.pop(request_id).gone = True
+            held = self._held.pop(request_id)
+            held.gone, held.blocks = True, ()
         for request_id, _, _ in over:
             del self._loads[request_id]
         if not sent and not over:
@@ -211,8 +217,8 @@ class NixlConnector:
 
 
 class ExampleConnector:
-    """Of servers that share a file system: who computes a prompt writes it within its step, who finds it there
-    reads it within its own (example_connector.py). Prompts are told apart by request.
+    """Of servers that share a file system: who computes a prompt writes it within its step, who finds it
+    there reads it within its own (example_connector.py). Prompts are told apart by request.
 
     Args:
         stored: requests whose prompts are in the file system, shared by all servers.

@@ -14,9 +14,9 @@ class KVSide:
     """The KV cache of one server.
 
     Attributes:
-        ranks: of tensor parallelism. heads: KV heads of the whole model; 1 where every rank has the whole cache
-            (latents). block_size: tokens a block. bytes_per_block: on one rank, of all layers. tensors: in which
-            a block has a part each: keys and values, or latents, of every layer.
+        ranks: of tensor parallelism. heads: KV heads of the whole model; 1 where every rank has the whole
+            cache (latents). block_size: tokens a block. bytes_per_block: on one rank, of all layers. tensors:
+            in which a block has a part each: keys and values, or latents, of every layer.
     """
 
     ranks: int
@@ -32,8 +32,8 @@ class KVSide:
 
 
 def sources(prefill: KVSide, decode: KVSide, rank: int) -> Sequence[int]:
-    """Ranks of the prefill server that a rank of the decode server reads from (compute_tp_mapping): one, or where
-    there are more of them than here, one for each head that this rank needs."""
+    """Ranks of the prefill server that a rank of the decode server reads from (compute_tp_mapping): one, or
+    where there are more of them than here, one for each head that this rank needs."""
     if decode.latent or decode.ranks >= prefill.ranks:
         return (rank * prefill.ranks // decode.ranks,)
     many = prefill.ranks // decode.ranks
@@ -46,17 +46,19 @@ def sources(prefill: KVSide, decode: KVSide, rank: int) -> Sequence[int]:
 def runs(here: Sequence[int], there: Sequence[int]) -> int:
     """Stretches of blocks that neighbour each other on both sides: each is one descriptor a tensor."""
     return 1 + sum(
-        here[i] + 1 != here[i + 1] or there[i] + 1 != there[i + 1] for i in range(min(len(here), len(there)) - 1)
+        here[i] + 1 != here[i + 1] or there[i] + 1 != there[i + 1]
+        for i in range(min(len(here), len(there)) - 1)
     )
 
 
 class Ports:
-    """Ports of all servers: one a GPU and way, or one a server. What goes through a port goes first come, first
-    served; a transfer takes the port that it leaves and the one that it reaches at once. Times are picoseconds.
+    """Ports of all servers: one a GPU and way, or one a server. What goes through a port goes first come,
+    first served; a transfer takes the port that it leaves and the one that it reaches at once. Times are
+    picoseconds.
 
     Args:
-        sides: of the servers, by number. copies_s_per_byte: through the host, on both sides, where KV is staged
-            there.
+        sides: of the servers, by number. copies_s_per_byte: through the host, on both sides, where KV is
+            staged there.
     """
 
     def __init__(self, link: Link, sides: Sequence[KVSide], copies_s_per_byte: float = 0.0) -> None:

@@ -33,8 +33,8 @@ class Legs:
     """Where the legs of requests go, by row of their table.
 
     Args:
-        router: of both pools. hop_ps: what the proxy takes from a prefill server's answer to sending the request
-            on.
+        router: of both pools. hop_ps: what the proxy takes from a prefill server's answer to sending the
+            request on.
 
     Attributes:
         prompts: the requests as prefill servers see them: of one output token.

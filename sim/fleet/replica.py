@@ -61,7 +61,9 @@ class Replica:
             self.loop = PythonLoop(engine, index, step_time, floor, noise, served, read, cold_start)
         costs_s = costs.latency_s, costs.request_s, costs.prompt_token_s
         variation = _gamma_factors(costs.cv, rng) if costs.cv else None
-        self.server = Server(self.loop, costs_s, variation, engine.config.preparation_round, role == "prefill")
+        self.server = Server(
+            self.loop, costs_s, variation, engine.config.preparation_round, role == "prefill"
+        )
 
     @property
     def now(self) -> int:

@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, ValidationInfo, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationInfo,
+    model_validator,
+)
 
 from servecast.sim.fleet.autoscaler import AutoscalerSpec
 from servecast.sim.fleet.disaggregation import KVLink, Proxy
@@ -181,9 +189,7 @@ class Fleet(Model):
             missing = "decode" if self.prefill else "prefill"
             raise invalid(f"the fleet has no {missing} servers", f"Give {missing} as well.", at=missing)
         if self.prefill and "replicas" in self.model_fields_set:
-            raise invalid(
-                "replicas beside prefill and decode servers", "Leave replicas out.", at="replicas"
-            )
+            raise invalid("replicas beside prefill and decode servers", "Leave replicas out.", at="replicas")
         if self.prefill and self.autoscaler is not None:
             raise invalid(
                 "an autoscaler of prefill and decode servers is not modelled",
@@ -256,7 +262,10 @@ class Fleet(Model):
         """What of the router has no effect here. Raises InputError if it does not load."""
         if self.epp is None:
             return ()
-        found = read_epp(self.epp, self.router_options.epp_release).notes
+        config = read_epp(self.epp, self.router_options.epp_release)
+        found = list(config.notes)
+        if config.split is not None and not self.prefill:
+            found.append("its prefill profile (the fleet has no prefill servers)")
         return (f"{self.epp.name}: without effect here: {'; '.join(found)}",) if found else ()
 
     def facts(self) -> Mapping[str, Any]:

@@ -92,7 +92,9 @@ class Evidence:
             if field.name not in ("bound_by", "parts", "pool")
         }
         bound_by = _mean_shares([each.bound_by for each in all_of])
-        return cls(**values, bound_by=bound_by, parts=_mean_shares([each.parts for each in all_of]), pool=pool)
+        return cls(
+            **values, bound_by=bound_by, parts=_mean_shares([each.parts for each in all_of]), pool=pool
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,8 +47,8 @@ def fleet_load(run: Run) -> dict[str, Any]:
 
 
 def _leg(requests: pd.DataFrame, number: int, role: str) -> pd.DataFrame:
-    """What a server of a pool computed for which requests: those that it prefills alone, or decodes, where what
-    came from elsewhere is not computed."""
+    """What a server of a pool computed for which requests: those that it prefills alone, or decodes, where
+    what came from elsewhere is not computed."""
     if role == "prefill":
         own = requests[(requests["prefill_replica"] == number).fillna(False)]
         return own.assign(cached_tokens=own["prefill_cached_tokens"].clip(lower=0).astype("Int64"))

@@ -94,7 +94,12 @@ def _mean(steps: pd.DataFrame, column: str, span: float) -> float:
 def transfer_facts(requests: pd.DataFrame, seconds: pd.Series[float]) -> Mapping[str, Any]:
     """Of transfers, None where there were none."""
     if not len(seconds):
-        return {"kv_transfers": 0, "mean_kv_transfer_ms": None, "p95_kv_transfer_ms": None, "mean_kv_transfer_mb": None}
+        return {
+            "kv_transfers": 0,
+            "mean_kv_transfer_ms": None,
+            "p95_kv_transfer_ms": None,
+            "mean_kv_transfer_mb": None,
+        }
     return {
         "kv_transfers": len(seconds),
         "mean_kv_transfer_ms": 1e3 * float(seconds.mean()),

@@ -27,8 +27,8 @@ class Pools:
     """A policy for each pool.
 
     Args:
-        direct_below: prompts of fewer tokens go straight to a decode server. late: the decode server is picked
-            when the prompt is computed.
+        direct_below: prompts of fewer tokens go straight to a decode server. late: the decode server is
+            picked when the prompt is computed.
     """
 
     def __init__(self, prefill: Router, decode: Router, direct_below: int = 0, *, late: bool = True) -> None:

@@ -78,8 +78,8 @@ class ServerPools:
         return Scheduler(self.deployments[index].config, checked), connector
 
     def front_end(self, index: int) -> FrontEndCosts:
-        """What stands in front of a server: the proxy on the way to a prompt's server, and on the way back from
-        the one that answers. The network to the client is behind the latter."""
+        """What stands in front of a server: the proxy on the way to a prompt's server, and on the way back
+        from the one that answers. The network to the client is behind the latter."""
         its, hop = self.deployments[index], self.disaggregation.hop_s
         if self.roles[index] == "decode":
             return replace(its.front_end, delivery_s=its.front_end.delivery_s + hop)
@@ -101,15 +101,18 @@ class ServerPools:
         found = pull_settings(own.engine.kv_transfer)
         wrong = "kv_consumer" if self.roles[index] == "prefill" else "kv_producer"
         if found.role == wrong:
-            raise self._error(index, f"a {self.roles[index]} server that is {wrong}", "Give it the other role.")
+            raise self._error(
+                index, f"a {self.roles[index]} server that is {wrong}", "Give it the other role."
+            )
         return found
 
     def _agree(self) -> None:
         """Both sides name one connector, and their blocks fit each other."""
         first, flags = self._transfers[0], self.deployments[0].scenario.engine
+        mooncake = first.connector == "MooncakeConnector"
         for index, (each, side) in enumerate(zip(self._transfers, self.sides, strict=True)):
             own = self.deployments[index].scenario.engine
-            if each.way != first.way or {each.connector, first.connector} == {"MooncakeConnector", "NixlConnector"}:
+            if each.way != first.way or (each.connector == "MooncakeConnector") != mooncake:
                 raise self._error(
                     index, f"{each.connector} beside {first.connector}", "Give all servers one connector."
                 )
@@ -196,7 +199,7 @@ def pools_facts(deployment: Deployment) -> dict[str, Any]:
     found: dict[str, Any] = {}
     made: list[Deployment] = []
     for role, pool in (("prefill", fleet.prefill), ("decode", fleet.decode)):
-        servers = [deployment if each.as_in_scenario else Deployment.of(scenario.of_replica(each)) for each in pool]
+        servers = [Deployment.of(scenario.of_replica(each)) for each in pool]
         for spec, each in zip(pool, servers, strict=True):
             made += [each] * spec.count
         found[role] = [
@@ -221,7 +224,8 @@ def pools_lines(pools: Mapping[str, Any]) -> list[str]:
         for each in pools[role]:
             size = f"KV cache {each['kv_cache']['tokens']:,} tokens"
             flags = (f"--{name.replace('_', '-')} {each[name]}" for name in _SHOWN)
-            lines.append(f"{role.capitalize()}: {each['servers']} x {each['tensor_parallel_size']} {each['gpu']}, {size}, {' '.join(flags)}")
+            what = f"{each['servers']} x {each['tensor_parallel_size']} {each['gpu']}"
+            lines.append(f"{role.capitalize()}: {what}, {size}, {' '.join(flags)}")
     link = pools["kv_link"]
     port = "server" if link["per_server"] else "GPU"
     return [*lines, f"KV link: {link['kind']}, {link['bandwidth'] / 1e9:g} GB/s a {port} ({link['origin']})"]

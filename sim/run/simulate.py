@@ -231,7 +231,8 @@ def _deployments(deployment: Deployment) -> list[Deployment]:
     """What each replica is, one by one."""
     scenario, found = deployment.scenario, list[Deployment]()
     for spec, like in itertools.groupby(scenario.fleet.specs):
-        own = deployment if spec.as_in_scenario else Deployment.of(scenario.of_replica(spec))
+        whole = spec.as_in_scenario and not scenario.fleet.prefill
+        own = deployment if whole else Deployment.of(scenario.of_replica(spec))
         found += [own for _ in like]
     return found
 

@@ -61,6 +61,9 @@ class Deployment:
         Raises:
             InputError: a name is unknown, the server would refuse the flags, or the model does not fit.
         """
+        whole = scenario  # with pools, a deployment is that of the first server that decodes
+        if scenario.fleet.decode:
+            scenario = scenario.of_replica(scenario.fleet.decode[0])
         flags, server = scenario.engine, scenario.server
         model, gpu = _model(scenario), _gpu(scenario)
         config = server.resolve(flags, gpu, model, where=f"{scenario.source}: engine")
@@ -84,7 +87,7 @@ class Deployment:
         if offloading is not None:
             check_host_memory(offloading, gpu, scenario.fleet.size, scenario.gpu.per_node, where=where)
         profile = _with_link(profile or profile_of(scenario, shard, config), scenario.gpu)
-        return cls(scenario, shard, memory, config, profile, build_step_time(profile, shard), offloading)
+        return cls(whole, shard, memory, config, profile, build_step_time(profile, shard), offloading)
 
     def engine(self, replica: int, shared: Shared) -> Engine:
         """A fresh engine. replica: its number. shared: what the replicas of a run have in common."""
@@ -123,7 +126,7 @@ class Deployment:
             return own
         pools = []
         for name, pool in (("prefill", fleet.prefill), ("decode", fleet.decode)):
-            its = own if pool[0].as_in_scenario else Deployment.of(self.scenario.of_replica(pool[0]))._own_limits
+            its = own if name == "decode" else Deployment.of(self.scenario.of_replica(pool[0]))._own_limits
             numbers = tuple(number for number, role in enumerate(fleet.roles) if role == name)
             pools.append((name, numbers, its))
         return replace(own, pools=tuple(pools))

@@ -34,8 +34,8 @@ class Always:
 
 
 class PrefixBased:
-    """Prompts of promptTokens or more of which nonCachedTokens or more are not cached where they would decode,
-    by the approximate index; none, where nonCachedTokens is 0 or there is no such index."""
+    """Prompts of promptTokens or more of which nonCachedTokens or more are not cached where they would
+    decode, by the approximate index; none, where nonCachedTokens is 0 or there is no such index."""
 
     def __init__(self, plugin: Plugin, setting: Setting, prefixes: PrefixProducer | None) -> None:
         parameters = plugin.parameters

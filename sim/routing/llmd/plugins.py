@@ -160,7 +160,8 @@ KINDS: dict[str, Kind] = {
     "decode-filter": Kind("filter", takes_all=True),
     "prefill-filter": Kind("filter", takes_all=True),
     **{
-        name: Kind("filter", reads=_SELECTS) for name in ("by-label", "by-label-selector", "label-selector-filter")
+        name: Kind("filter", reads=_SELECTS)
+        for name in ("by-label", "by-label-selector", "label-selector-filter")
     },
     "prefix-cache-affinity-filter": Kind(
         "filter",

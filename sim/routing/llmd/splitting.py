@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from servecast.sim.routing.llmd.parameters import Parameters
 from servecast.sim.routing.llmd.plugin import Plugin
 from servecast.sim.routing.llmd.plugins import KINDS
 
@@ -73,5 +72,3 @@ def splitting(plugins: Mapping[str, Plugin], today: bool) -> Splitting | None:
     if decider is None or KINDS[decider.type].role != "decider":
         raise given.error(f"there is no decider named {name!r}", at, "Add prefix-based-pd-decider.")
     return Splitting(decode, prefill, decider)
-
-

@@ -85,9 +85,9 @@ def request(number: int, prompt: int = 64, output: int = 3, at: float = 0.0, **m
 
 
 def test_one_request_by_hand() -> None:
-    """P computes 64 tokens from 0 to 1, the proxy takes 0.25, and D's first, empty step at 1.25 asks for 4 blocks,
-    which take 4 x 1000 bytes / 1e4 = 0.4 s: they are there at 1.65. D looks once a millisecond; the step that sees
-    it computes nothing, and the one after it the last token of the prompt."""
+    """P computes 64 tokens from 0 to 1, the proxy takes 0.25, and D's first, empty step at 1.25 asks for 4
+    blocks, which take 4 x 1000 bytes / 1e4 = 0.4 s: they are there at 1.65. D looks once a millisecond; the
+    step that sees it computes nothing, and the one after it the last token of the prompt."""
     found, _, exchange = run([request(0)])
     row = found.requests.iloc[0]
     assert row["prefill_replica"] == 0
@@ -107,16 +107,17 @@ def test_one_request_by_hand() -> None:
 
 
 def test_a_prefill_server_keeps_its_blocks_until_they_were_read() -> None:
-    """Of 5 usable blocks a prompt of 64 tokens takes 4, so that the next is admitted when the first was read, at
-    1.65, and not when it was computed, at 1."""
+    """Of 5 usable blocks a prompt of 64 tokens takes 4, so that the next is admitted when the first was read,
+    at 1.65, and not when it was computed, at 1."""
     found, _, _ = run([request(0), request(1)], num_gpu_blocks=6, decode=2)
     second = found.requests.iloc[1]
     assert second["prefill_scheduled"] == pytest.approx(1.65, abs=0.0021)
 
 
 def test_what_a_decode_server_has_cached_is_not_sent_again() -> None:
-    """Two prompts of the same 64 tokens and 16 of their own: of the second 1 of 5 blocks goes, and of a third that
-    is the second again none: (80 - 80 is nothing, as vLLM asks for what lies behind whole local blocks)."""
+    """Two prompts of the same 64 tokens and 16 of their own: of the second 1 of 5 blocks goes, and of a third
+    that is the second again none: (80 - 80 is nothing, as vLLM asks for what lies behind whole local
+    blocks)."""
     asked = [
         Request(0, 0.0, 80, 2, 2, ((7, 64),)),
         Request(1, 10.0, 80, 2, 2, ((7, 64),)),
@@ -151,7 +152,8 @@ def test_a_failed_transfer_ends_its_request_or_is_computed_again() -> None:
     failed, fleet, _ = run([request(0)], over=broken)
     assert failed.requests["status"].tolist() == ["failed"]
     assert fleet.failures == {"its KV cache could not be loaded": 1}
-    again, _, _ = run([request(0)], over=broken, policy="recompute")
+    again, _, exchange = run([request(0)], over=broken, policy="recompute")
+    assert exchange.held[0].until == 31 * 10**12  # nobody said that it was read: 1 s and a lease
     assert again.requests["status"].tolist() == ["finished"]
     steps = again.steps[again.steps["replica"] == 1]
     assert steps["prefill_tokens"].tolist() == [64, 0, 0]
@@ -171,7 +173,8 @@ def test_a_prompt_that_is_lost_with_its_server_has_failed() -> None:
 
 
 def test_a_client_that_goes_between_the_servers_leaves_blocks_until_their_lease_ends() -> None:
-    """It gives up at 1.1, between P's answer at 1 and D at 1.25: P frees at 1 + 5 s, and admits the next then."""
+    """It gives up at 1.1, between P's answer at 1 and D at 1.25: P frees at 1 + 5 s, and admits the next
+    then."""
     asked = [request(0, abort_after_s=1.1), request(1, at=1.2)]
     found, _, exchange = run(asked, num_gpu_blocks=6, lease_s=5.0)
     assert found.requests["status"].tolist() == ["aborted", "finished"]
@@ -189,9 +192,7 @@ def test_a_client_that_goes_while_its_request_waits_to_load_frees_both_sides() -
 
 def test_a_decode_server_that_fails_lets_the_lease_run_out() -> None:
     """Its last heartbeat, at its receipt of the request, extends the lease to two thirds of it from then."""
-    found, _, exchange = run(
-        [request(0)], lives={1: Life(fail_s=1.5)}, over=link(bandwidth=1e3), lease_s=3.0
-    )
+    found, _, exchange = run([request(0)], lives={1: Life(fail_s=1.5)}, over=link(bandwidth=1e3), lease_s=3.0)
     assert found.requests["status"].tolist() == ["failed"]
     assert exchange.held[0].until == pytest.approx(4 * 10**12)  # 1 + 3 s, later than 1.25 + 2 s
 
@@ -261,8 +262,8 @@ def test_a_port_is_an_m_d_1_queue(load: float) -> None:
 
 
 def test_the_bytes_of_a_known_model() -> None:
-    """Llama-3.1-8B keeps 32 layers x 2 x 8 heads x 128 x 2 bytes = 131,072 bytes a token; of Llama-3.1-70B with 80
-    layers, on 4 ranks, 81,920 bytes a token are on each."""
+    """Llama-3.1-8B keeps 32 layers x 2 x 8 heads x 128 x 2 bytes = 131,072 bytes a token; of Llama-3.1-70B
+    with 80 layers, on 4 ranks, 81,920 bytes a token are on each."""
     small = Deployment.of(scenario("Llama-3.1-8B-Instruct", 1))
     assert kv_side(small) == KVSide(1, 8, 16, 16 * 131_072, 64)
     large = Deployment.of(scenario("Llama-3.1-70B-Instruct", 4))

@@ -48,27 +48,33 @@ plugins:
 - {{type: max-score-picker}}
 schedulingProfiles:
 - name: prefill
-  plugins: [{{pluginRef: prefill-filter}}, {{pluginRef: prefix-cache-scorer, weight: 1}}, {{pluginRef: max-score-picker}}]
+  plugins: [{{pluginRef: prefill-filter}}, {{pluginRef: prefix-cache-scorer, weight: 1}}, {{pluginRef:
+  max-score-picker}}]
 - name: decode
-  plugins: [{{pluginRef: decode-filter}}, {{pluginRef: prefix-cache-scorer, weight: 1}}, {{pluginRef: max-score-picker}}]
+  plugins: [{{pluginRef: decode-filter}}, {{pluginRef: prefix-cache-scorer, weight: 1}}, {{pluginRef:
+  max-score-picker}}]
 """
     return parse_epp(yaml.safe_load(text), release, source="epp.yaml")
 
 
 def test_the_routers_own_example_loads_and_splits_by_what_is_uncached() -> None:
-    """nonCachedTokens 16: a prompt of fewer tokens decodes where it is; a repeated one has nothing uncached."""
+    """nonCachedTokens 16: a prompt of fewer tokens decodes where it is; a repeated one has nothing
+    uncached."""
     epp = picker(read_epp(EXAMPLE, NEWEST))
     pods = fleet(2, 2)
     epp.connect(pods)
     assert epp.split(request(0, 15), pods) in ((2, None), (3, None))
     long = epp.split(request(1, 640, (7, 640)), pods)
-    assert long is not None and long[0] in (2, 3) and long[1] in (0, 1)
+    assert long is not None
+    assert long[0] in (2, 3)
+    assert long[1] in (0, 1)
     again = epp.split(request(2, 640, (7, 640)), pods)
     assert again == (long[0], None)  # the server that decoded it is known to have all of it
 
 
 def test_a_prompt_of_which_the_threshold_is_uncached_goes_to_a_prefill_server() -> None:
-    """Blocks of the approximate index have 64 tokens: of 655 tokens with 640 known 15 are uncached, of 656 16."""
+    """Blocks of the approximate index have 64 tokens: of 655 tokens with 640 known 15 are uncached, of 656
+    16."""
     for tokens, splits in ((655, False), (656, True)):
         epp, pods = picker(read_epp(EXAMPLE, NEWEST)), fleet(1, 1)
         epp.split(request(0, 640, (7, 640)), pods)
@@ -80,7 +86,8 @@ def test_the_guides_configuration_sends_every_prompt_to_the_prefill_server_with_
     """always-disagg-pd-decider, token-load-scorer on prefill, active-request-scorer on decode."""
     epp, pods = picker(read_epp(GUIDE, NEWEST)), fleet(2, 2)
     first, second = (epp.split(request(number, 5000), pods) for number in range(2))
-    assert first is not None and second is not None
+    assert first is not None
+    assert second is not None
     assert {first[1], second[1]} == {0, 1}
     assert {first[0], second[0]} == {2, 3}
 
@@ -112,12 +119,11 @@ def test_without_one_that_decodes_the_request_is_refused() -> None:
 
 
 def test_prefill_first_takes_no_decider() -> None:
-    handler = "{type: disagg-profile-handler, parameters: {stageOrder: prefill-first}}"
-    config = configured(handler)
+    first = "{type: disagg-profile-handler, parameters: {stageOrder: prefill-first%s}}"
+    config = configured(first % "")
     assert picker(config).split(request(0, 9), fleet(1, 1)) == (1, 0)
     with pytest.raises(InputError, match="prefill-first takes no prefill decider"):
-        configured("{type: disagg-profile-handler, parameters: {stageOrder: prefill-first, deciders: {prefill: d}}}",
-                   "- {type: always-disagg-pd-decider, name: d}")  # fmt: skip
+        configured(first % ", deciders: {prefill: d}", "- {type: always-disagg-pd-decider, name: d}")
 
 
 @pytest.mark.parametrize("handler", ["disagg-profile-handler", "pd-profile-handler"])
@@ -183,7 +189,8 @@ schedulingProfiles:
 
 
 def test_a_policy_by_name_has_a_turn_in_each_pool() -> None:
-    """vLLM's toy proxy goes round the servers of each pool, and picks the second when the first has answered."""
+    """vLLM's toy proxy goes round the servers of each pool, and picks the second when the first has
+    answered."""
     pools = Pools(RoundRobin(), RoundRobin())
     pods = fleet(2, 3)
     assert [pools.split(request(n, 9), pods) for n in range(3)] == [(None, 0), (None, 1), (None, 0)]
