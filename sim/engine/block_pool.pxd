@@ -16,6 +16,7 @@ cdef class BlockPool:
     cdef public object on_store
     cdef public object on_evict
     cdef list contents  # dense number of a content -> its id
+    cdef list taken
     cdef dict dense
     cdef int bits
     cdef int mask
@@ -29,7 +30,6 @@ cdef class BlockPool:
 
     cdef double usage(self) noexcept
     cpdef object public_key(self, long long key)
-    cpdef int held(self, int block) except -1
     cdef void unlink(self, int block) noexcept
     cdef void append(self, int block) noexcept
     cdef void prepend(self, int block) noexcept

@@ -105,8 +105,11 @@ class Connector(Protocol):
     def update_connector_output(self, transfers: Transfers) -> None:
         """The worker half's report has reached the scheduler, before it acts on it."""
 
-    # ---- the worker half: called by the engine's loop. Where it has ``wait_for_save(meta, now) -> float``, that
-    # is called with the end of each step with tokens, and says for how many seconds more the step goes on.
+    # A connector may also have ``has_pending_push_work() -> bool``: whether the engine goes on for transfers that
+    # no request waits for; and ``wait_for_save(meta, now) -> float``, which is called with the end of each step
+    # with tokens and says for how many seconds more the step goes on.
+
+    # ---- the worker half: called by the engine's loop
 
     def start_load_kv(self, meta: Any, now: int) -> float:
         """The step of ``build_connector_meta`` starts at ``now``, and with it its transfers.

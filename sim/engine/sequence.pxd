@@ -27,7 +27,7 @@ cdef class Sequence:
     cdef int blocks_end
     cdef int cached_end
     cdef int slot
-    cdef long long scheduled_tick
+    cdef readonly long long scheduled_tick
     cdef int scheduled_tokens
     cdef long long previous_tick
     cdef int previous_tokens
@@ -35,9 +35,9 @@ cdef class Sequence:
     cdef bint aside
     cdef bint passed
     cdef readonly long long arrival
-    cdef readonly long long serial
+    cdef long long serial
     cdef Py_ssize_t row
-    cdef readonly list shared_keys
+    cdef list shared_keys
     cdef readonly long long priority
     cdef readonly int prompt_tokens
     cdef readonly long long request_id

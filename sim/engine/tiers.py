@@ -6,9 +6,10 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from servecast.sim.engine.kv_events import BLOCKS_PER_CONTENT
 from servecast.sim.engine.pipe import Pipe
 
-_PRIVATE = 1 << 24  # blocks of a request, at most
+_OF_REPLICA = 60  # bits of a key
 
 
 class Tier:
@@ -165,10 +166,7 @@ class Hierarchy:
 def chunk_keys(scheduler: Any, sequence: Any, chunk_tokens: int, tokens: int, replica: int) -> list[int]:
     """What identifies the whole chunks among the first ``tokens`` tokens of a request, for all replicas: the
     last block of each, which stands for all before it. Contents that only it can have are negative."""
-    pool, shared = scheduler.kv.pool, sequence.shared_keys or ()
     per_chunk = chunk_tokens // scheduler.kv.block_size
-    own = 1 + ((replica << 32) + sequence.serial) * _PRIVATE
-    return [
-        pool.public_key(shared[last]) if last < len(shared) else -(own + last)
-        for last in range(per_chunk - 1, tokens // chunk_tokens * per_chunk, per_chunk)
-    ]
+    keys = scheduler.block_keys(sequence, tokens // chunk_tokens * per_chunk)[per_chunk - 1 :: per_chunk]
+    pool, own = scheduler.kv.pool, (replica + 1) << _OF_REPLICA
+    return [-(own + key) if key & BLOCKS_PER_CONTENT else pool.public_key(key) for key in keys]

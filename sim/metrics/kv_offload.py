@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from servecast.sim.engine.offloading import OffloadingConnector
+
 _COUNTERS = (  # vLLM's, without "vllm:"; summed over replicas
     "prefix_cache_queries",
     "prefix_cache_hits",
@@ -24,11 +26,11 @@ def offload_counters(scheduler: Any, ranks: int, end_ps: int) -> dict[str, Any]:
     seconds that the links took; ``loaded_tokens`` by the tier that they came from; ``links``: the share of
     the time in which each was busy."""
     every = getattr(scheduler.connector, "connectors", (scheduler.connector,))
-    parts = [each for each in every if hasattr(each, "loaded_tokens")]
-    links: dict[str, Any] = {name: link for part in parts for name, link in part.links.items()}
+    parts = [_part(each, scheduler) for each in every]
+    links = {name: link for part in parts for name, link in part["links"].items()}
     loaded: Counter[str] = Counter()
     for part in parts:
-        loaded.update(part.loaded_tokens)
+        loaded.update(part["loaded"])
     return {
         "prefix_cache_queries": scheduler.prefix_queries,
         "prefix_cache_hits": scheduler.prefix_hits,
@@ -38,9 +40,25 @@ def offload_counters(scheduler: Any, ranks: int, end_ps: int) -> dict[str, Any]:
         "kv_offload_load_time": links["host_to_gpu"].busy_ps / 1e12,
         "kv_offload_store_bytes": links["gpu_to_host"].bytes * ranks,
         "kv_offload_store_time": links["gpu_to_host"].busy_ps / 1e12,
-        "evicted_chunks": sum(part.evictions for part in parts),
+        "evicted_chunks": sum(part["evictions"] for part in parts),
         "loaded_tokens": dict(loaded),
         "links": {name: link.busy_ps / max(end_ps, 1) for name, link in links.items()},
+    }
+
+
+def _part(connector: Any, scheduler: Any) -> dict[str, Any]:
+    """Links, tokens loaded by tier, and chunks that made room, of one connector."""
+    if isinstance(connector, OffloadingConnector):
+        copies: Any = connector.copies
+        return {
+            "links": {"host_to_gpu": copies.to_gpu, "gpu_to_host": copies.to_host},
+            "loaded": {"cpu": copies.loaded_blocks * scheduler.config.block_size},
+            "evictions": connector.cache.evictions,
+        }
+    return {
+        "links": connector.links,
+        "loaded": connector.loaded_tokens,
+        "evictions": connector.evictions,
     }
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from servecast.sim.engine.config import EngineConfig
 from servecast.sim.engine.connector import Connector
-from servecast.sim.engine.cpu_cache import CpuCache
+from servecast.sim.engine.copies import LinkedCopies
 from servecast.sim.engine.kv_groups import since
 from servecast.sim.engine.lmcache import LMCacheConnectorV1, LMCacheMPConnector
 from servecast.sim.engine.multi_connector import MultiConnector
@@ -164,22 +164,17 @@ class Offloading:
     def _one(self, each: KVTransfer, replica: int, shared: Shared, to_gpu: Pipe, to_host: Pipe) -> Connector:
         if each.connector == "OffloadingConnector":
             extra = each.extra
-            cache = CpuCache(
+            made = OffloadingConnector(
                 self.native_chunks,
-                extra.get("eviction_policy", "lru"),
-                int(extra.get("store_threshold", 0)),
-                int(extra.get("max_tracker_size", 64_000)),
+                LinkedCopies(to_gpu, to_host, self.block_bytes),
+                blocks_per_chunk=self.blocks_per_chunk,
+                policy=extra.get("eviction_policy", "lru"),
+                store_threshold=int(extra.get("store_threshold", 0)),
+                offload_prompt_only=bool(extra.get("offload_prompt_only", since(self.release, "0.23"))),
             )
-            return OffloadingConnector(
-                cache,
-                self.blocks_per_chunk,
-                self.block_bytes,
-                to_gpu,
-                to_host,
-                each.role,
-                each.load_failure_policy,
-                replica,
-            )
+            made.role, made.load_failure_policy = each.role, each.load_failure_policy
+            made.cache.tracked = int(extra.get("max_tracker_size", 64_000))
+            return made
         tokens, chunk_bytes = self.lmcache_chunk
         tiers = Hierarchy(
             self._tiers(each, shared),
@@ -334,12 +329,6 @@ def offloading_of(
             where=where,
             fix="Leave it out, or disable_hybrid_kv_cache_manager where layers have windows.",
         )
-    if not config.enable_prefix_caching:
-        raise InputError(
-            "a KV connector without prefix caching is not modelled",
-            where=where,
-            fix="Leave enable_prefix_caching on, its default.",
-        )
     link = host_link(shard.gpu)
     if spec.host_gb_per_s is not None:
         link = HostLink(spec.host_gb_per_s * 1e9, (1.0, 1.0), link.block_s, "given")
@@ -382,12 +371,6 @@ def _check_native(found: Offloading, where: str) -> None:
     if extra.get("eviction_policy", "lru") not in ("lru", "arc"):
         raise InputError(
             f"eviction_policy {extra['eviction_policy']!r} is not vLLM's", where=where, fix="Use lru or arc."
-        )
-    if not extra.get("offload_prompt_only", True):
-        raise InputError(
-            "offload_prompt_only false is not modelled: what is generated is never offloaded",
-            where=where,
-            fix="Leave it out.",
         )
     if "blocks_per_chunk" in extra and not since(found.release, "0.26"):
         raise InputError(

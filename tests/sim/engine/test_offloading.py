@@ -11,8 +11,8 @@ import pytest
 from places import DATA
 
 from servecast.sim.engine.config import EngineConfig
-from servecast.sim.engine.cpu_cache import CpuCache
-from servecast.sim.engine.offloading import OffloadingConnector
+from servecast.sim.engine.copies import LinkedCopies
+from servecast.sim.engine.offloading import Job, OffloadingConnector
 from servecast.sim.engine.pipe import Pipe
 from servecast.sim.engine.request import Request
 from servecast.sim.engine.scheduler import Scheduler
@@ -66,16 +66,16 @@ def simulated(lines: list[str]) -> list[str]:
         block_size=4,
         async_scheduling=words["async"] == "True",
     )
-    connector = OffloadingConnector(CpuCache(chunks), per_chunk, 1, TwoSteps(), TwoSteps())
+    copies = LinkedCopies(TwoSteps(), TwoSteps(), 1)
+    connector = OffloadingConnector(chunks, copies, blocks_per_chunk=per_chunk)
     scheduler = Scheduler(config, connector)
     names = [name for name, *_ in asked]
     found: list[str] = []
     flying: deque[tuple[int, Any]] = deque()
 
-    def job(number: int) -> str:
-        made = connector._jobs[number]
-        ways = (made.blocks, made.keys) if made.is_store else (made.keys, made.blocks)
-        return f"{number}({names[made.request_id]}:{'->'.join(str(len(way)) for way in ways)})"
+    def shown(job: Job) -> str:
+        ways = (job.blocks, job.keys) if job.stores else (job.keys, job.blocks)
+        return f"{job.number}({names[job.request_id]}:{'->'.join(str(len(way)) for way in ways)})"
 
     tick = 0
     while True:
@@ -91,7 +91,7 @@ def simulated(lines: list[str]) -> list[str]:
             meta = step.connector_meta
             found.append(f"S{tick} free={scheduler.free_blocks}")
             parts = [
-                f"{word} {','.join(job(number) for number in jobs)}"
+                f"{word} {','.join(shown(job) for job in jobs)}"
                 for word, jobs in (("load", meta.loads), ("store", meta.stores))
                 if jobs
             ]
@@ -108,7 +108,7 @@ def simulated(lines: list[str]) -> list[str]:
         scheduler.complete(step)
         line = f"U{number} free={scheduler.free_blocks}"
         if step.transfers is not None:
-            line += f" done={list(step.transfers.jobs)}"
+            line += f" done={sorted(step.transfers.jobs)}"
             if step.transfers.finished_recving:
                 line += f" recv={[names[request] for request in step.transfers.finished_recving]}"
         found.append(line)

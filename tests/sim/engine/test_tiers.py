@@ -8,7 +8,7 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 
-from servecast.sim.engine.cpu_cache import Access, CpuCache
+from servecast.sim.engine.chunk_cache import Accesses, ChunkCache, Policy
 from servecast.sim.engine.pipe import Pipe
 from servecast.sim.engine.tiers import Hierarchy, Tier
 from servecast.sim.inputs.units import PICOSECONDS, to_ps
@@ -70,43 +70,35 @@ def test_a_cycle_hits_always_or_never(groups: int) -> None:
 
 
 @pytest.mark.parametrize("policy", ["lru", "arc"])
-def test_hits_of_zipf_keys_are_those_of_an_lru(policy: str) -> None:
+def test_hits_of_zipf_keys_are_those_of_an_lru(policy: Policy) -> None:
     """One request a chunk, one after the other: then vLLM is a plain LRU, and ARC does not fall behind."""
     rng = np.random.default_rng(3)
     keys = (rng.zipf(1.3, 4000) % 400).tolist()
-    cache, hits = CpuCache(40, policy), 0
+    cache, hits = ChunkCache(40, policy), 0
     for key in keys:
-        access = Access()
+        accesses = Accesses({key: 0})
         hits += cache.lookup(key) is True
-        stored = cache.store([key], {key: 0}, access)
+        stored = cache.prepare_store([key], accesses)
         assert stored is not None
-        cache.stored(stored)
-        cache.finished(access)
+        cache.complete_store(stored)
+        cache.on_request_finished(accesses)
     expected = lru_hits(keys, 40)
     assert hits == expected if policy == "lru" else hits >= 0.95 * expected
-    assert len(cache) == 40
     assert cache.evictions == len(keys) - hits - 40  # what came in, less what is there
 
 
 def test_a_store_that_finds_no_room_is_dropped_whole() -> None:
     """Two chunks are being loaded and two are free: three do not fit, and none of them is stored."""
-    cache, access = CpuCache(4), Access()
     places = {key: key for key in range(10)}
-    cache.stored(cache.store([0, 1], places, access) or [])
-    cache.load([0, 1], places, access)
-    assert cache.store([2, 3, 4], places, Access()) is None
-    assert (len(cache), cache.failures) == (2, 1)
-    cache.loaded([0, 1])
-    cache.finished(access)
-    assert cache.store([2, 3, 4], places, Access()) == [2, 3, 4]
+    cache, accesses = ChunkCache(4), Accesses(places)
+    cache.complete_store(cache.prepare_store([0, 1], accesses) or [])
+    cache.prepare_load([0, 1], accesses)
+    assert cache.prepare_store([2, 3, 4], Accesses(places)) is None
+    cache.complete_load([0, 1])
+    cache.on_request_finished(accesses)
+    assert cache.prepare_store([2, 3, 4], Accesses(places)) == [2, 3, 4]
     assert cache.lookup(1) is False  # of the two the tail of the prompt goes first
     assert cache.lookup(0) is True
-
-
-def test_a_chunk_is_stored_at_its_second_offer() -> None:
-    cache, places = CpuCache(4, store_threshold=2), {1: 0}
-    assert cache.store([1], places, Access()) == []
-    assert cache.store([1], places, Access()) == [1]
 
 
 def test_what_lies_below_comes_through_host_memory() -> None:

@@ -103,7 +103,6 @@ def test_lmcache_is_set_by_variables_too(tmp_path: Path) -> None:
         ({"kv_transfer_config": LMCACHE | extra(**{"lmcache.local_cpu": False})}, {}, "nowhere to keep"),
         ({"kv_offloading_size": 4.0, "kv_offloading_backend": "lmcache"}, {}, "how much memory LMCache"),
         ({"kv_offloading_size": 1e-4}, {}, "hold no chunk"),
-        ({"kv_offloading_size": 4.0, "enable_prefix_caching": False}, {}, "without prefix caching"),
         ({"kv_offloading_size": 4096.0}, {}, "it has 2,048"),
         ({"kv_offloading_size": 300.0}, {"fleet.replicas": 8}, "8 replicas on a server take 2,400 GiB"),
         ({"kv_offloading_size": 100.0}, {"kv_offload.host_memory_gib": 64.0}, "it has 64"),
