@@ -414,7 +414,8 @@ class EngineLoop:
         self.step_floats[9, at] = scheduler.kv.pool.usage()
         self.steps[10, at] = len(step.victims)
         self.steps[11, at] = len(step.samplers)  # tokens, where nothing is drafted
-        self.steps[12, at] = step.drafts
+        if step.drafts:
+            self.steps[12, at] = step.drafts
         step.row = self.dropped + at
         return 0
 

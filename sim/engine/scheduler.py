@@ -83,7 +83,21 @@ class Scheduler:
         if connector is not None:
             self.remote = RemoteKV(connector, self.kv, config)
             self.kv.keyed = True
+            if self.speculates:
+                self.draft_beside_connector()
             connector.bind(self)
+
+    def draft_beside_connector(self) -> cython.int:
+        """With a connector the hashes are the usual ones (VllmConfig.num_hash_lookahead_tokens)."""
+        if self.kv.hash_lookahead:
+            self.kv.hash_lookahead, self.kv.drops_block = 0, True
+        if self.remote.recomputes:
+            raise InputError(
+                "what a failed load leaves of drafts in flight is not modelled",
+                where="kv_transfer_config.kv_load_failure_policy",
+                fix='Take "fail", or leave speculative decoding out.',
+            )
+        return 0
 
     # ---- what can be read -------------------------------------------------------------------------
 
@@ -201,7 +215,9 @@ class Scheduler:
                 where=f"request {request_id}",
                 fix=f"Shorten it below max_model_len={self.max_model_len}, or raise max_model_len.",
             )
-        need = self.kv.most_blocks(sequence.final_tokens - 1 + self.kv.lookahead)  # the last is never computed
+        need = self.kv.most_blocks(
+            sequence.final_tokens - 1 + self.kv.lookahead
+        )  # the last is never computed
         if need > self.kv.pool.num_blocks - 1:
             raise InputError(
                 f"its {sequence.final_tokens} tokens need {need} KV blocks of {self.kv.block_size}",
@@ -486,11 +502,11 @@ class Scheduler:
         external: cython.int
         tokens: cython.int
         reserve: cython.int
-        loads: cython.bint
-        asked: cython.bint
         padding: cython.int = 0
         together: cython.bint = step.total_tokens > 0
         prefills: cython.bint = len(step.chunks) > 0  # some running request in its prefill
+        loads: cython.bint
+        asked: cython.bint
         carries_prefill: cython.bint
         while self.num_waiting > len(passed) and budget > 0 and len(self.runners) < self.max_running:
             queue = self.queue if remote is None else self.next_queue()
@@ -633,7 +649,7 @@ class Scheduler:
                 step.verified.append(-drafts if padded else drafts)
             if self.is_async:
                 sequence.placeholders += 1 + drafts
-            if self.remote is not None:
+            if self.remote is not None and not self.speculates:
                 self.remote.prefills.pop(sequence, None)
 
     def note_drafters(self, step: Step) -> cython.int:
@@ -645,6 +661,9 @@ class Scheduler:
         if self.is_async:
             for sequence in step.samplers:
                 sequence.drafts = step.draft_length
+        if self.remote is not None:  # who ends a prefill counts for loads of this step: its drafts have no room
+            for sequence in step.samplers:
+                self.remote.prefills.pop(sequence, None)
         return 0
 
     def in_window(self, tokens: cython.longlong) -> cython.longlong:
@@ -739,7 +758,9 @@ class Scheduler:
         self.kv.processed = tick
         if left:
             self.drop_finished()
-        return self.follow_reports(step)
+        if self.remote is not None:
+            self.follow_reports(step)
+        return None
 
     def drop_finished(self) -> cython.int:
         """Those that have finished no longer run."""
@@ -755,7 +776,8 @@ class Scheduler:
 
     def complete_drafts(self, step: Step, delivering: list) -> cython.int:
         """``complete`` where tokens are drafted: each sampler delivers one token and the drafts that were
-        accepted, up to its end; what was rejected counts no more as computed."""
+        accepted, up to its end; what was rejected counts no more as computed. ``delivering``: samplers
+        whose output no failed load has made void."""
         drafts: Drafts = self.drafts
         sequence: Sequence
         left: cython.bint = False
@@ -769,7 +791,7 @@ class Scheduler:
         for i in range(len(step.samplers)):
             sequence = cython.cast(Sequence, step.samplers[i])
             if sequence.status == FINISHED:
-                continue  # while the step was in flight
+                continue  # it ended while the step ran
             if tick < sequence.drops_before or (delivering is not step.samplers and sequence not in delivering):
                 sequence.samplings += 1
                 continue  # its output is void

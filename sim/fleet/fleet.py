@@ -152,10 +152,12 @@ class Fleet:
             steps = pd.DataFrame(self._condensed, columns=list(STEP_COLUMNS)).astype({"replica": "int64"})
         else:
             steps = steps_table(_joined([loop.step_columns for loop in loops]))
-        rows = columns.get("rows", slice(None))
-        table = requests_table(requests, columns)
+        first: Columns = {}
         if self._legs is not None and self._disaggregation is not None:
-            table = table.assign(**self._legs.columns(self._disaggregation.exchange, rows))
+            rows, cached = columns.get("rows", slice(None)), columns["cached_tokens"]
+            first = self._legs.columns(self._disaggregation.exchange, rows, cached)
+        table = requests_table(requests, columns)
+        table = table.assign(**first) if first else table
         return Run(
             requests=table,
             steps=steps,
@@ -202,6 +204,7 @@ class Fleet:
             and self._autoscaler is None
             and (self._may_be_apart or len(self.replicas) == 1)
             and requests.abort_after_s is None
+            and not any(replica.server.connected() for replica in self.replicas)
             and (self._client.is_free or len(self.replicas) == 1)
             and all(endpoint.life == Life() for endpoint in self._endpoints)
             and bool((np.diff(requests.arrival_s) >= 0).all())

@@ -14,6 +14,7 @@ from servecast.sim.fleet.engine_loop import PythonLoop
 from servecast.sim.fleet.flow import Server
 from servecast.sim.hardware.front_end_costs import FrontEndCosts
 from servecast.sim.hardware.step_time.physical import PhysicalStepTime, StepTime
+from servecast.sim.hardware.step_time.speculative import SpeculativeStepTime
 from servecast.sim.inputs.units import to_ps
 
 
@@ -54,7 +55,8 @@ class Replica:
         cold_start = to_ps(cold_start_s)
         self.loop: EngineLoop | PythonLoop
         if isinstance(engine, Scheduler):
-            numbers = step_time.costs() if type(step_time) is PhysicalStepTime else None
+            compiled = isinstance(step_time, SpeculativeStepTime) or type(step_time) is PhysicalStepTime
+            numbers = step_time.costs() if compiled else None
             seconds = step_time.seconds
             self.loop = EngineLoop(engine, index, numbers, seconds, floor, noise, served, read, cold_start)
         else:

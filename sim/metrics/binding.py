@@ -33,7 +33,8 @@ class Limits:
 
     num_gpu_blocks includes the null block; None where no request waits for blocks. bound_by: what most of a
     step's time goes to (``StepTime.binding``). parts: part of a step to seconds (``StepTime.breakdown``).
-    None where the step-time model cannot tell. loads: KV cache is loaded from elsewhere.
+    None where the step-time model cannot tell. loads: KV cache is loaded from elsewhere. draft_length: drafts
+    that each request gets after a step of so many; None without speculation.
     """
 
     max_num_seqs: int
@@ -42,6 +43,7 @@ class Limits:
     bound_by: Callable[[StepShape], str] | None = None
     parts: Callable[[StepShape], Mapping[str, float]] | None = None
     loads: bool = False
+    draft_length: Callable[[int], int] | None = None
     pools: tuple[tuple[str, tuple[int, ...], Limits], ...] = ()
 
 
@@ -53,6 +55,9 @@ class StepRow:
     decodes: int
     decode_context: int
     samples: int
+    drafts: int = 0
+    drafters: int = 0
+    draft_length: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +123,7 @@ def evidence(run: Run, limits: Limits) -> Evidence:
     decodes = steps["decodes"].to_numpy(dtype=float)
     gap = float(np.average(run.itl["gap"], weights=run.itl["weight"])) if len(run.itl) else math.nan
     behind = float(np.average(time, weights=decodes)) if decodes.any() else math.nan
-    bound_by, parts = _step_shares(steps, limits)
+    bound_by, parts = step_shares(steps, limits)
     return Evidence(
         **{name: float(time[limited == name].sum()) / total for name in QUEUE_LIMITS},
         kv_link=max((float(share) for share in run.meta.get("kv_links", {}).values()), default=0.0),
@@ -134,7 +139,8 @@ def waited_for(steps: pd.DataFrame, limits: Limits) -> np.ndarray[tuple[int], np
     """What requests waited for in each step, one of ``QUEUE_LIMITS``; "" where none waited."""
     waits = steps["waiting"].to_numpy() > 0
     full = waits & ((steps["running"].to_numpy() >= limits.max_num_seqs) | (limits.num_gpu_blocks is None))
-    spent = waits & ((steps["prefill_tokens"] + steps["decodes"]).to_numpy() >= limits.max_num_batched_tokens)
+    scheduled = (steps["prefill_tokens"] + steps["decodes"] + steps["drafts"]).to_numpy()
+    spent = waits & (scheduled >= limits.max_num_batched_tokens)
     loads = waits & (steps["kv_usage"].to_numpy() < BLOCKS_FREE) & limits.loads
     return np.select([full, spent, loads, waits], list(QUEUE_LIMITS), default="")
 
@@ -199,20 +205,23 @@ def _step_reasons(found: Evidence) -> list[str]:
     return reasons
 
 
-def _step_shares(steps: pd.DataFrame, limits: Limits) -> tuple[dict[str, float], dict[str, float]]:
+def step_shares(steps: pd.DataFrame, limits: Limits) -> tuple[dict[str, float], dict[str, float]]:
     """Shares of step time by what binds and by part, from steps spread evenly over the run."""
     bound: dict[str, float] = {}
     parts: dict[str, float] = {}
     if not len(steps) or limits.bound_by is None:
         return bound, parts
     rows = steps.iloc[np.unique(np.linspace(0, len(steps) - 1, STEP_SAMPLE).astype(int))]
-    counts = rows[["prefill_tokens", "prefill_requests", "decodes", "decode_context", "emitted"]]
-    for (tokens, requests, decodes, context, emitted), duration in zip(
+    counts = rows[["prefill_tokens", "prefill_requests", "decodes", "decode_context", "emitted", "drafts"]]
+    for (tokens, requests, decodes, context, emitted, drafts), duration in zip(
         counts.to_numpy(dtype=int).tolist(), rows["duration"].tolist(), strict=True
     ):
         each, extra = divmod(tokens, requests or 1)
         chunks = [(each + (number < extra), 0) for number in range(requests)]
         shape = StepRow(chunks, decodes, context, emitted)
+        if limits.draft_length is not None:
+            shape = StepRow(chunks, decodes, context, decodes + drafts, drafts, decodes)
+            shape.draft_length = limits.draft_length(decodes + requests)
         name = limits.bound_by(shape)
         bound[name] = bound.get(name, 0.0) + duration
         for part, seconds in (limits.parts(shape) if limits.parts else {}).items():

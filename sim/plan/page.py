@@ -9,6 +9,7 @@ from typing import Any
 
 from servecast.sim.metrics.records import Run
 from servecast.sim.plan import closed_loop, figures
+from servecast.sim.plan.break_even import BreakEven, break_even_plot
 from servecast.sim.plan.capacity import Plan
 from servecast.sim.plan.closed_loop import SweepPoint
 from servecast.sim.report.page import Plot, figure_text, write_page
@@ -68,13 +69,14 @@ def write_plan_page(
     run: Run | None = None,
     sweep: Sequence[SweepPoint] = (),
     break_even: Mapping[str, Any] | None = None,
+    speculation: BreakEven | None = None,
 ) -> Path:
     """Writes the page of a plan and returns its path.
 
     run: one replication at (or next to) the answer, for the plots over time and the token gaps.
     sweep: a closed-loop sweep, for throughput against concurrency. break_even: what loading a prompt's KV
-    cache takes, and computing it (``break_even_facts``). The file needs no network and is the
-    same, byte for byte, for the same input; it is written whole or not at all.
+    cache takes, and computing it (``break_even_facts``). speculation: when it pays. The file needs no network
+    and is the same, byte for byte, for the same input; it is written whole or not at all.
     """
     plots = [
         Plot("Latency against request rate", figures.latency_by_rate(plan), _LATENCY.format(plan), wide=True)
@@ -85,6 +87,12 @@ def write_plan_page(
             "Warm-up included." if rate is None else f"One run at {rate:.4g} requests/s, warm-up included."
         )
         plots.append(Plot("The engine over time", engine_over_time(run), caption, wide=True))
+    if speculation is not None:
+        caption = (
+            f"{speculation.sentence[0].upper()}{speculation.sentence[1:]}. Decodes alone, at a context of "
+        )
+        caption += f"{speculation.context:,} tokens; {speculation.acceptance}."
+        plots.append(Plot("When speculation pays", break_even_plot(speculation), caption, wide=True))
     plots.append(Plot("Throughput against request rate", figures.throughput_by_rate(plan)))
     if sweep:
         plots.append(_sweep_plot(sweep))
@@ -106,6 +114,7 @@ def write_plan_page(
         context=context,
         plots=plots,
         objectives=_objectives(plan),
+        speculation=speculation,
     )
 
 

@@ -21,6 +21,7 @@ from servecast.sim.metrics.records import Run
 from servecast.sim.plan import capacity, closed_loop, fleet_size
 from servecast.sim.plan import sensitivity as assumed
 from servecast.sim.plan.boundaries import PlanState
+from servecast.sim.plan.break_even import BreakEven, break_even
 from servecast.sim.plan.effort import Effort
 from servecast.sim.plan.figures import draw_latency
 from servecast.sim.plan.judge import ATTAINMENT, Objectives
@@ -52,7 +53,7 @@ class PlanAnswer(Answer):
         prefix_slots: whether the shared prefixes fit, None without any.
         fleet_size: how many replicas serve the target rate, None unless asked.
         sensitivity: what the assumptions are worth, None unless asked.
-        traffic: that was planned for.
+        traffic: that was planned for. speculation: when it pays; None without any.
         unit: the replicas, GPUs and price of what was planned.
         target_rate: to serve, requests/s; None unless asked.
         margin: kept in hand for the error band of the largest rate, a share of the target rate.
@@ -71,6 +72,7 @@ class PlanAnswer(Answer):
     target_rate: float | None = None
     margin: float | None = None
     served_name: str = ""
+    speculation: BreakEven | None = None
 
     @property
     def max_request_rate(self) -> float | None:
@@ -159,6 +161,7 @@ class PlanAnswer(Answer):
         document["sensitivity"] = None if changes is None else [each.to_json() for each in changes]
         document["prefix_slots"] = None if slots is None else slots.to_json()
         document["fleet_size"] = None if size is None else size.to_json()
+        document |= {} if self.speculation is None else {"speculation": self.speculation.to_json()}
         document["target_rate"] = self.target_rate
         document["sizes"] = [each.to_json() for each in self.sizes]
         return document
@@ -176,6 +179,8 @@ class PlanAnswer(Answer):
         if self.prefix_slots is not None:
             lines.append(f"Prefix slots at {(found.best or found.probes[0]).rate:g} requests/s:")
             lines += [f"  {line}" for line in self.prefix_slots.to_text().splitlines()]
+        if self.speculation is not None:
+            lines.append(self.speculation.to_text())
         if self.sensitivity:
             lines += [_sensitivity_text(self.sensitivity), ""]
         basis, profile = self.provenance["basis"], self.provenance["profile"]
@@ -208,6 +213,7 @@ class PlanAnswer(Answer):
             run=self.run,
             sweep=self.levels,
             break_even=self.context.get("kv_offload", {}).get("break_even"),
+            speculation=self.speculation,
         )
 
     def plot(self) -> Figure:
@@ -339,6 +345,9 @@ def plan(
         )
         points = closed_loop.sweep_points(scenario)
         answer = PlanAnswer(found, made, run, points, slots, traffic=traffic, unit=unit)
+        if traffic is not None and deployment.speculating is not None:
+            middle = round(traffic.prompt_tokens + traffic.output_tokens / 2)
+            answer = replace(answer, speculation=break_even(deployment, middle))
         band = answer.bands.max_rate if margin is None else margin
         answer = replace(answer, target_rate=target_rate, margin=band, served_name=deployment.served_name)
         if size_fleet and target_rate is not None:

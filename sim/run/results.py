@@ -22,6 +22,7 @@ from servecast.sim.metrics.fleet_load import fleet_load
 from servecast.sim.metrics.kv_offload import offload_summary
 from servecast.sim.metrics.metrics import latencies, summary
 from servecast.sim.metrics.records import Run
+from servecast.sim.metrics.spec_decode import draft_summary
 from servecast.sim.metrics.turns import session_summary
 from servecast.sim.metrics.warmup import Warmup, select
 from servecast.sim.report.text import facts_text
@@ -48,6 +49,8 @@ _MEASURED = (  # besides what ends in _ms
     "max_num_waiting",
     "num_preemptions",
     "prefix_cache_hit_rate",
+    "spec_decode_acceptance_rate",
+    "spec_decode_acceptance_length",
 )
 _OFFLOADED = ("external_hit_rate", "kv_offload_load_bytes", "kv_offload_store_bytes")
 _FLAGS = (  # of the engine, that are printed as resolved
@@ -77,7 +80,10 @@ def context(deployment: Deployment, *, seed: int) -> dict[str, Any]:
     describes, before these changes.
     """
     scenario, config = deployment.scenario, asdict(deployment.config)
-    flags = scenario.engine
+    flags, drafts = scenario.engine, deployment.speculating
+    del config["speculation"]
+    speculation = {} if drafts is None else {"speculation": drafts.facts()}
+    unset = {"command", "assume_rules"} | ({"speculative_config"} if drafts is None else set())
     offloaded = {}
     if deployment.offloading is not None:
         facts = deployment.offloading.facts()
@@ -94,7 +100,7 @@ def context(deployment: Deployment, *, seed: int) -> dict[str, Any]:
         "model_id": deployment.model.name,
         "gpu": deployment.gpu.name,
         "engine": {
-            **flags.model_dump(mode="json", exclude={"command", "assume_rules"}),
+            **flags.model_dump(mode="json", exclude=unset),
             "rules": config.pop("version"),
             **config,
             "kv_cache_dtype": _kv_cache_dtype(deployment),
@@ -107,6 +113,7 @@ def context(deployment: Deployment, *, seed: int) -> dict[str, Any]:
         "error_bands": asdict(deployment.bands),
         "kv_cache": deployment.memory.facts(),
         **offloaded,
+        **speculation,
         "notes": list(deployment.notes),
     } | ({} if not scenario.fleet.prefill else {"pools": pools_facts(deployment)})
 
@@ -182,7 +189,7 @@ def result(
     whole = run if several else select(run, warmup=warmup)
     document = context(deployment, seed=run.meta["seed"])
     document["notes"] += cautions(deployment, run)
-    document |= summary(whole, ranks=ranks, goodput=goodput)
+    document |= summary(whole, ranks=ranks, goodput=goodput) | draft_summary(run)
     failures: Mapping[str, int] = run.meta.get("failures", {})
     document["notes"] += [f"{count} requests failed: {why}" for why, count in failures.items()]
     if scenario.fleet.autoscaler is not None:
@@ -212,14 +219,15 @@ def measured(part: Mapping[str, Any]) -> dict[str, float | None]:
     """The metrics among the keys of a result or of one of its stages."""
     found = {key: value for key, value in part.items() if key in _MEASURED or key.endswith("_ms")}
     found |= {key: value for key, value in part.get("kv_offload", {}).items() if key in _OFFLOADED}
-    return found | {key: value for key, value in part.get("fleet_load", {}).items() if key != "replicas"}
+    of_fleet = part.get("fleet_load", {}).items()
+    return found | {key: value for key, value in of_fleet if key not in ("replicas", "pools")}
 
 
 def cautions(deployment: Deployment, run: Run) -> list[str]:
     """What a reader of a run should know, in words: what of it lies beyond the data of its profile's fit, and
     a risk that the GPU's memory does not suffice, and what its router could not do."""
     steps, requests = run.steps, run.requests
-    tokens = steps["prefill_tokens"] + steps["decodes"]
+    tokens = steps["prefill_tokens"] + steps["decodes"] + steps["drafts"]
     batch = steps["prefill_requests"] + steps["decodes"]
     length = requests["prompt_tokens"] + requests["output_tokens"]
     beyond = deployment.profile.outside_ranges(

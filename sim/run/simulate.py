@@ -18,6 +18,7 @@ from servecast.sim.inputs.errors import InputError
 from servecast.sim.inputs.units import to_seconds
 from servecast.sim.metrics.kv_offload import busiest, offload_counters
 from servecast.sim.metrics.records import Run
+from servecast.sim.metrics.spec_decode import DraftCounts
 from servecast.sim.routing.llmd.config import read_epp
 from servecast.sim.routing.llmd.endpoint_picker import EndpointPicker
 from servecast.sim.routing.routers import ROUTERS, Router
@@ -159,6 +160,8 @@ def _run(
     ]
     if counters:
         run.meta |= {"kv_offload": counters, "kv_links": busiest(counters)}
+    if deployment.speculating is not None:
+        run.meta["spec_decode"] = DraftCounts.of([replica.engine.drafts for replica in fleet.replicas])
     if pools is not None:
         run.meta["roles"] = list(pools.roles)
     if fleet.failures:

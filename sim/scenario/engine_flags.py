@@ -14,6 +14,7 @@ from servecast.sim.inputs.errors import InputError
 from servecast.sim.inputs.schema import Amount, Count, Flag, Model, NonNegative, Positive, invalid
 from servecast.sim.scenario.kv_transfer import KVTransfer, kv_transfer_of
 from servecast.sim.scenario.pasted_command import find_serve
+from servecast.sim.scenario.speculative_flags import SpeculativeConfig
 from servecast.sim.scenario.vllm_flags import ServeCommand, parse_serve_command
 
 
@@ -96,6 +97,8 @@ class EngineFlags(Model):
     """A further bound on running requests (from 0.31 on)."""
     prefill_schedule_interval: Count = 1
     """Steps from one with prompt work to the next while others decode (from 0.33 on)."""
+    speculative_config: SpeculativeConfig | None = None
+    """As ``--speculative-config``: drafts, of which ``acceptance`` says how many are accepted."""
     performance_mode: Literal["balanced", "interactivity", "throughput"] = "balanced"
     """As ``--performance-mode``; ``throughput`` doubles the batch defaults."""
     enforce_eager: Flag = False
@@ -128,7 +131,11 @@ class EngineFlags(Model):
                 pasted = shlex.join(["vllm", "serve", *find_serve(pasted).words])
         except InputError as error:
             raise invalid(error.what, error.fix, at="command") from None
-        return {**command.flags, **data, "command": pasted}
+        merged = {**command.flags, **data, "command": pasted}
+        drafts = command.flags.get("speculative_config"), data.get("speculative_config")
+        if all(isinstance(each, dict) for each in drafts):
+            merged["speculative_config"] = {**drafts[0], **drafts[1]}  # type: ignore[dict-item]
+        return merged
 
     @property
     def serve_command(self) -> ServeCommand | None:

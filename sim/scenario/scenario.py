@@ -30,6 +30,7 @@ from servecast.sim.inputs.schema import (
 )
 from servecast.sim.inputs.yaml_file import override, read_yaml
 from servecast.sim.metrics import slo as objectives
+from servecast.sim.scenario.acceptance import Acceptance
 from servecast.sim.scenario.engine_flags import EngineFlags
 from servecast.sim.scenario.hub import hub_config, hub_folder, is_hub_id
 from servecast.sim.scenario.kv_offload import KVOffload
@@ -134,7 +135,7 @@ class Assumption(Model):
 
 def _engine_of(engine: EngineFlags, spec: ReplicaSpec) -> EngineFlags:
     """The engine's flags with those of a replica in their place."""
-    written, own = engine.model_dump(include=engine.model_fields_set), dict(spec.engine)
+    written, own = engine.model_dump(exclude_unset=True), dict(spec.engine)
     try:
         if isinstance(command := own.get("command"), str):  # its flags count before the scenario's
             version = str(own.get("version", engine.version))
@@ -191,6 +192,9 @@ class Scenario(Model):
     """What was recorded beside the benchmark's numbers."""
     assumptions: tuple[Assumption, ...] = ()
     """Constants that the source did not state."""
+    acceptance: Acceptance | None = None
+    """How many drafts are accepted, with ``engine.speculative_config``: a rate, a list by position,
+    ``{length: 2.5}``, ``{golden: NAME}`` or ``{metrics: FILE}``. See [Speculation](speculation.md)."""
     seed: Amount = 0
     """Seed of traffic and noise."""
     replications: Count = 8
@@ -333,19 +337,20 @@ class Scenario(Model):
             stream = (self.plan or PlanSpec()).of(stream, swept=several or self.sweep is not None)
         return Workload(stages=(StageSpec(streams=(stream,)),))
 
-    def config_file(self) -> Path:
+    def config_file(self, name: str | None = None, field: str = "model.config") -> Path:
         """The model's ``config.json``: a shipped one by its name, a file or a folder with one, or that of a
-        Hugging Face id whose config lies in the cache of this machine.
+        Hugging Face id whose config lies in the cache of this machine; of another ``name`` that ``field``
+        gives.
 
         Raises:
             InputError: there is none of that name or path.
         """
-        name = self.model.config
+        name = self.model.config if name is None else name
         folder = (self._source.parent if self._source else Path()) / name
         if (folder / "config.json").is_file():
             return folder / "config.json"
         cached = hub_config(name)
-        return cached or self._named_file(name, "models", "model.config")
+        return cached or self._named_file(name, "models", field)
 
     def profile_file(self) -> Path | None:
         """The profile's file, or None without one.

@@ -87,6 +87,7 @@ TAKEN: dict[str, Callable[[str], Any]] = {
     "max_num_active_seqs": int,
     "prefill_schedule_interval": int,
     "performance_mode": str,
+    "speculative_config": _mapping,
     "enforce_eager": bool,
     "max_cudagraph_capture_size": int,
     "stream_interval": int,
@@ -94,15 +95,16 @@ TAKEN: dict[str, Callable[[str], Any]] = {
     "kv_offloading_backend": str,
     "kv_transfer_config": _mapping,
 }
+_DRAFTS = {  # flag -> its field of speculative_config (EngineArgs.create_speculative_config)
+    "spec_method": "method",
+    "spec_model": "model",
+    "spec_tokens": "num_speculative_tokens",
+}
 _REFUSED = {  # flag -> what to do instead
     "pipeline_parallel_size": "Pipeline parallelism is not modelled: use tensor_parallel_size.",
     "data_parallel_size": "Give the number of replicas as fleet.replicas.",
     "decode_context_parallel_size": "Context parallelism is not modelled.",
     "prefill_context_parallel_size": "Context parallelism is not modelled.",
-    "speculative_config": "Speculative decoding is not modelled.",
-    "spec_method": "Speculative decoding is not modelled.",
-    "spec_model": "Speculative decoding is not modelled.",
-    "spec_tokens": "Speculative decoding is not modelled.",
     "max_num_scheduled_tokens": "Give max_num_batched_tokens.",
     "max_num_partial_prefills": "Give long_prefill_token_threshold.",
     "cpu_offload_gb": "Offloading is not modelled.",
@@ -222,6 +224,13 @@ def parse_serve_command(
             pass
         elif name in TAKEN:
             flags[name] = _value(word, TAKEN[name], value)
+        elif name in _DRAFTS:
+            drafts = flags.setdefault("speculative_config", {})
+            if _DRAFTS[name] in drafts:
+                fix = "Give one of the two: vLLM refuses both."
+                what = f"{shown} and --speculative-config say {_DRAFTS[name]}"
+                raise InputError(what, where=WHERE, fix=fix)
+            drafts[_DRAFTS[name]] = _value(word, int if name == "spec_tokens" else str, value)
         elif name in _WIDENING and (flag.key or not _asks_nothing(name, value)):
             widening.append(shown)
         else:
@@ -269,7 +278,7 @@ def other_flags(command: str, *, version: str | None = None) -> dict[str, list[s
     """The flags of a command that are not taken, by their names: their words, with the values in them."""
     found: dict[str, list[str]] = {}
     for word, flag, _, taken in _read(list(find_serve(command).words), version):
-        if flag is not None and flag.name not in (*TAKEN, "model"):
+        if flag is not None and flag.name not in (*TAKEN, *_DRAFTS, "model"):
             found.setdefault(flag.name, []).extend([*word.split("=", 1), *taken])
     return found
 

@@ -12,6 +12,8 @@ from servecast.sim.engine.kv_groups import CacheMode, CacheOptions
 from servecast.sim.engine.kv_groups import since as at_least
 from servecast.sim.engine.rules import OPTION_SINCE, RULES, has_option, minor_release
 from servecast.sim.engine.scheduler import Scheduler
+from servecast.sim.engine.speculation import Speculation
+from servecast.sim.hardware.drafter import Drafter
 from servecast.sim.hardware.gpu import GPU
 from servecast.sim.hardware.memory import KVMemory, kv_memory
 from servecast.sim.hardware.model_shape import ModelShape
@@ -112,6 +114,11 @@ class Vllm:
 
     def check(self, flags: EngineFlags) -> None:
         release = RELEASES[release_of(flags)].rules
+        if flags.speculative_config is not None:
+            with within("speculative_config"):
+                flags.speculative_config.check(release)
+            asked, usual = flags.async_scheduling, RELEASES[release_of(flags)].async_scheduling
+            flags.speculative_config.runs_async(release, asked, usual)
         with within("kv_transfer_config"):
             pull_settings(flags.kv_transfer)
         for name, since in OPTION_SINCE.items():
@@ -158,7 +165,13 @@ class Vllm:
         return FLAG_BAND * (len(command.widening) if command else 0) + UNKNOWN_RELEASE_BAND * unknown
 
     def resolve(
-        self, flags: EngineFlags, gpu: GPU, model: ModelShape, *, where: str = "engine"
+        self,
+        flags: EngineFlags,
+        gpu: GPU,
+        model: ModelShape,
+        *,
+        where: str = "engine",
+        speculation: Speculation | None = None,
     ) -> EngineConfig:
         if flags.dtype == "bfloat16" and (0, 0) < gpu.capability < (8, 0):
             raise InputError(
@@ -206,6 +219,12 @@ class Vllm:
             for name in ("gpu_memory_utilization", "async_scheduling", "scheduler_reserve_full_isl")
             if getattr(flags, name) is None
         }
+        if flags.speculative_config is not None:
+            asked, usual = flags.async_scheduling, release.async_scheduling
+            runs_async = flags.speculative_config.runs_async(release.rules, asked, usual)
+            defaults["async_scheduling"] = runs_async
+        if speculation is not None:
+            _check_slots(speculation, release.rules, tokens, max_num_seqs, where)
         caching = flags.enable_prefix_caching
         if model.keeps_states and "enable_prefix_caching" not in flags.model_fields_set:
             caching = at_least(release.rules, "0.26")
@@ -218,6 +237,7 @@ class Vllm:
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=tokens,
             preparation_round=release.preparation_round,
+            speculation=speculation,
             **defaults | ({} if _keeps_prefills_apart(release.rules) else {"prefill_schedule_interval": 1}),
         )
 
@@ -230,6 +250,7 @@ class Vllm:
                 version=flags.version,
                 capability=gpu.capability,
                 max_capture_size=flags.max_cudagraph_capture_size,
+                drafts=_drafts(config.speculation),
             )
         asked = {"auto": model.kv_bytes_each, "bfloat16": 2, "float16": 2}
         return Shard(
@@ -241,7 +262,9 @@ class Vllm:
             cudagraph_sizes=sizes,
         )
 
-    def memory(self, flags: EngineFlags, config: EngineConfig, shard: Shard) -> KVMemory:
+    def memory(
+        self, flags: EngineFlags, config: EngineConfig, shard: Shard, drafter: Drafter | None = None
+    ) -> KVMemory:
         return kv_memory(
             shard,
             config,
@@ -251,6 +274,7 @@ class Vllm:
             compile_cache=flags.compile_cache,
             kv_cache_memory_bytes=flags.kv_cache_memory_bytes,
             num_gpu_blocks_override=flags.num_gpu_blocks_override,
+            drafter=drafter,
         )
 
     def memory_risk(
@@ -309,6 +333,25 @@ def _cache_options(flags: EngineFlags, config: EngineConfig, shard: Shard) -> Ca
         recurrent_bytes=_BYTES[flags.mamba_ssm_cache_dtype],
         hybrid=not (flags.disable_hybrid_kv_cache_manager or "chunked" in kinds or plain),
     )
+
+
+def _drafts(speculation: Speculation | None) -> tuple[int, ...]:
+    """Numbers of drafts that decoding requests of a step may have."""
+    if speculation is None:
+        return (0,)
+    return tuple(sorted({speculation.num_tokens, *(drafts for _, drafts in speculation.by_batch)}))
+
+
+def _check_slots(speculation: Speculation, release: str, tokens: int, seqs: int, where: str) -> None:
+    """Whether the drafter's input slots leave some of a step's tokens (_set_max_num_scheduled_tokens)."""
+    slots = speculation.draft_slots
+    taken = slots if has_option(release, "draft_slots_a_request") else slots * seqs
+    if slots and tokens <= taken:
+        raise InputError(
+            f"the drafter's slots take {taken} of max_num_batched_tokens {tokens}",
+            where=f"{where}.max_num_batched_tokens",
+            fix="Raise it, or lower num_speculative_tokens: vLLM refuses this.",
+        )
 
 
 def _keeps_prefills_apart(release: str) -> bool:

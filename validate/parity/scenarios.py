@@ -122,6 +122,23 @@ def drafted_scenarios(version: str, seed: int, count: int) -> Iterator[Scenario]
         yield draw_drafted(pick, version, f"drafted-{version}-{seed}-{index}")
 
 
+def drafted_grouped_scenarios(version: str, seed: int, count: int) -> Iterator[Scenario]:
+    """As ``grouped_scenarios``, each with drafts, as far as that is modelled: full and sliding groups, and no
+    drafter that has a part in prefix hits."""
+    index = found = 0
+    while found < count:
+        pick = recorded_picks(seed, index)[0]
+        drawn = with_drafts(pick, draw_grouped(pick, version, f"drafted-grouped-{version}-{seed}-{index}"))
+        config, index = drawn.config, index + 1
+        assert config.speculation is not None
+        kinds = {spec.kind for spec in config.kv_groups}
+        if kinds <= {"full", "sliding"} and not config.speculation.drops_block:
+            more = len(kinds) * -(-config.speculation.lookahead // config.block_size) * len(config.kv_groups)
+            config = dataclasses.replace(config, num_gpu_blocks=config.num_gpu_blocks + more)
+            yield dataclasses.replace(drawn, config=config)
+            found += 1
+
+
 def random_scenarios(version: str, seed: int, count: int) -> Iterator[Scenario]:
     """``count`` random scenarios; number i depends on (version, seed, i) alone."""
     for index in range(count):
@@ -216,10 +233,15 @@ def draw_scenario(pick: Pick, version: str, name: str) -> Scenario:
 
 
 def draw_drafted(pick: Pick, version: str, name: str) -> Scenario:
-    """A random scenario in which requests draft, by every method whose drafts the scheduler treats in its own
-    way; how many are accepted is ``engine_core.draft_counts``'s."""
-    plain, rules = draw_scenario(pick, version, name), draft_rules_for(version)
-    config, age = plain.config, RELEASES.index(version)
+    """A random scenario in which requests draft."""
+    return with_drafts(pick, draw_scenario(pick, version, name))
+
+
+def with_drafts(pick: Pick, plain: Scenario) -> Scenario:
+    """A scenario whose requests draft, by one of all methods; how many drafts are accepted is
+    ``engine_core.draft_counts``'s."""
+    config, version = plain.config, plain.config.version
+    rules, age = draft_rules_for(version), RELEASES.index(version)
     methods = [method for method, known in METHODS.items() if RELEASES.index(known.since) <= age]
     method = methods[pick(0, len(methods) - 1)]
     k = pick(1, 5)

@@ -283,11 +283,11 @@ class VllmEngine:
                 stats = client.scheduler_stats.prefix_cache_stats
                 self.prefix_queries += stats.queries
                 self.prefix_hits += stats.hits
-                self._count(client.scheduler_stats.spec_decoding_stats)
                 outside = client.scheduler_stats.connector_prefix_cache_stats
                 if outside is not None:
                     self.external_queries += outside.queries
                     self.external_hits += outside.hits
+                self._count(client.scheduler_stats.spec_decoding_stats)
         step.emitted = sum(len(output.new_token_ids) for output in outputs)
         ended = [output for output in outputs if output.finish_reason is not None]
         failed = sorted(int(o.request_id) for o in ended if o.finish_reason.name == "ERROR")  # from a set
@@ -478,7 +478,7 @@ def _vllm_config(
         register(vllm_config)
     for name in options.keys() - {"max_model_len", "is_encoder_decoder"}:
         setattr(vllm_config.scheduler_config, name, options[name])
-    if config["speculation"] is not None:
+    if config.get("speculation") is not None:
         _speculate(vllm_config, config["speculation"])
     return vllm_config
 

@@ -111,8 +111,6 @@ def test_flags_cut_short_and_dotted(words: str, version: str, flags: dict[str, A
         ("--task embed", "0.10", "--task embed cannot be simulated"),
         ("--cpu-offload-gb 1", "0.32", "Offloading is not modelled"),
         ("--enable-lora", "0.32", "LoRA adapters are not modelled"),
-        ("--speculative-config.method ngram", "0.32", "Speculative decoding is not modelled"),
-        ("-sc.method=ngram", "0.32", "Speculative decoding is not modelled"),
         ("--data-parallel-size 2", "0.32", "Give the number of replicas as fleet.replicas"),
     ],
 )  # fmt: skip
