@@ -102,7 +102,6 @@ class Deployment:
             step_time = _with_drafts(step_time, drafts, profile)
         return cls(whole, shard, memory, config, profile, step_time, drafts, offloading)
 
-
     def engine(self, replica: int, shared: Shared) -> Engine:
         """A fresh engine. replica: its number. shared: what the replicas of a run have in common."""
         if self.offloading is None:
