@@ -50,7 +50,7 @@ class PullSettings:
 
 
 def pull_settings(transfer: KVTransfer | None) -> PullSettings:
-    """Those of a configured connector; without one, or of one of another kind, what a disaggregated fleet has.
+    """Those of a configured connector; without one, or of another kind, what a disaggregated fleet has.
 
     Raises:
         as validators do: it asks for what is not modelled.
