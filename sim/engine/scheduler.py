@@ -55,6 +55,7 @@ class Scheduler:
         self.prefix_caching = config.enable_prefix_caching
         self.chunked_prefill = config.enable_chunked_prefill
         self.is_async = config.async_scheduling
+        self.least = self.is_async
         self.adaptive = config.long_prefill_token_threshold_adaptive
         self.priority = config.scheduling_policy == "priority"
         self.notes, self.marks = self.priority or trace, bool(config.kv_groups) or connector is not None
@@ -706,11 +707,10 @@ class Scheduler:
         steady: cython.int = 0
         i: cython.Py_ssize_t
         tokens: cython.int
-        least: cython.int = self.is_async  # placeholders of who has nothing else to be looked at
         samplers: list = step.samplers
         if self.remote is not None:
             samplers = self.count_reports(step)
-            least = NOBODYS if self.remote.skewed else least
+            self.least = NOBODYS if self.remote.skewed else self.is_async
         if self.speculates:
             self.complete_drafts(step, samplers)
             return self.follow_reports(step)
@@ -720,7 +720,7 @@ class Scheduler:
                 sequence.token_tick == before
                 and sequence.num_tokens + 1 < sequence.final_tokens
                 and sequence.status == RUNNING
-                and sequence.placeholders >= least
+                and sequence.placeholders >= self.least
                 and sequence.computed - sequence.placeholders + 1 < sequence.kv_due
             ):  # one more token, as in the step before
                 sequence.num_tokens += 1
@@ -748,7 +748,7 @@ class Scheduler:
                 if sequence.placeholders > 0:
                     sequence.placeholders -= 1
                 tokens = sequence.computed - sequence.placeholders
-                if least == NOBODYS:
+                if self.least == NOBODYS:
                     tokens = self.remote.processed_tokens(sequence, tick)
                 if tokens >= sequence.kv_due and sequence.status == RUNNING:
                     self.kv.cache_blocks(sequence, tokens)
