@@ -138,6 +138,15 @@ class Scheduler:
         return self.kv.block_ids(self.sequences[request_id])
 
     @property
+    def kept_blocks(self) -> list[int]:
+        """Blocks of requests that have ended: kept for a connector, or until no step in flight may write them."""
+        if self.remote is None:
+            return []
+        ended: list = [sequence for sequence in self.sequences.values() if sequence.status == FINISHED]
+        ended += [holder for _, holder in self.remote.deferred]
+        return [block for sequence in ended for block in self.kv.block_ids(sequence)]
+
+    @property
     def connector(self) -> Any:
         return None if self.remote is None else self.remote.connector
 
