@@ -23,7 +23,7 @@ from servecast.sim.engine.waiting import QUEUES
 from servecast.sim.inputs.errors import InputError
 
 if not cython.compiled:
-    from servecast.sim.engine.sequence import FINISHED, LOADING, PREEMPTED, RUNNING, WAITING
+    from servecast.sim.engine.sequence import FINISHED, LOADING, PREEMPTED, RUNNING
     from servecast.sim.engine.step import own
 
 NOBODYS = cython.declare(cython.int, 1 << 30)  # more placeholders than any request has
@@ -138,7 +138,8 @@ class Scheduler:
 
     @property
     def kept_blocks(self) -> list[int]:
-        """Blocks of requests that have ended: kept for a connector, or until no step in flight may write them."""
+        """Blocks of requests that have ended: kept for a connector, or until no step in flight may write
+        them."""
         if self.remote is None:
             return []
         ended: list = [sequence for sequence in self.sequences.values() if sequence.status == FINISHED]
@@ -276,9 +277,8 @@ class Scheduler:
     def end(self, sequence: Sequence, ending: Any) -> cython.int:
         """A request has ended: its blocks go, unless a connector keeps them (Scheduler._free_request)."""
         self.finished_unsent = True
-        if self.remote is not None:
-            if self.remote.keeps(sequence, ending):
-                return 0
+        if self.remote is not None and self.remote.keeps(sequence, ending):
+            return 0
         sequence.status = FINISHED
         return self.forget(sequence)
 
@@ -403,10 +403,9 @@ class Scheduler:
                 while not self.kv.allocate_slots(sequence, tokens, 0, 0):
                     position = self.pick_victim()
                     victim = runners[position]
-                    if self.remote is not None and self.remote.spares:
-                        if not self.remote.may_free(victim, self.tick):
-                            spared = True
-                            break
+                    if self.remote is not None and not self.remote.may_preempt(victim, self.tick):
+                        spared = True
+                        break
                     given_back = 0
                     if self.priority and victim.scheduled_tick == self.tick:
                         given_back = self.withdraw(step, victim)
@@ -617,7 +616,9 @@ class Scheduler:
         """Those that were passed over are the next ones to be looked at, in their order."""
         sequence: Sequence
         for sequence in reversed(passed):
-            sequence.aside = not self.holders_wait_apart or sequence.computed > 0 or sequence.status == LOADING
+            sequence.aside = (
+                not self.holders_wait_apart or sequence.computed > 0 or sequence.status == LOADING
+            )
             self.num_passed += not sequence.passed
             sequence.passed = True
             (self.beside if sequence.aside else self.queue).push_preempted(sequence)
@@ -670,7 +671,9 @@ class Scheduler:
         if self.is_async:
             for sequence in step.samplers:
                 sequence.drafts = step.draft_length
-        if self.remote is not None:  # who ends a prefill counts for loads of this step: its drafts have no room
+        if (
+            self.remote is not None
+        ):  # who ends a prefill counts for this step's loads: its drafts have no room
             for sequence in step.samplers:
                 self.remote.prefills.pop(sequence, None)
         return 0
@@ -690,7 +693,10 @@ class Scheduler:
 
     def note_scheduled(self, step: Step, sequence: Sequence, tokens: cython.int) -> None:
         if self.remote is not None:
-            sequence.previous_tick, sequence.previous_tokens = sequence.scheduled_tick, sequence.scheduled_tokens
+            sequence.previous_tick, sequence.previous_tokens = (
+                sequence.scheduled_tick,
+                sequence.scheduled_tokens,
+            )
         sequence.scheduled_tick, sequence.scheduled_tokens = self.tick, tokens
         if self.trace:
             step.composition.append((sequence, tokens))
@@ -801,7 +807,9 @@ class Scheduler:
             sequence = cython.cast(Sequence, step.samplers[i])
             if sequence.status == FINISHED:
                 continue  # it ended while the step ran
-            if tick < sequence.drops_before or (delivering is not step.samplers and sequence not in delivering):
+            if tick < sequence.drops_before or (
+                delivering is not step.samplers and sequence not in delivering
+            ):
                 sequence.samplings += 1
                 continue  # its output is void
             verified = step.verified[i]
@@ -842,8 +850,8 @@ class Scheduler:
         return 0
 
     def count_reports(self, step: Step) -> list:
-        """A step is over, and its report says which loads have failed: whose tokens it has brought. Those that
-        end by it stand in ``step.failed``."""
+        """A step is over, and its report says which loads have failed: whose tokens it has brought. Those
+        that end by it stand in ``step.failed``."""
         void: list
         if step.total_tokens:
             self.remote.step_over(step.tick)

@@ -74,8 +74,8 @@ class Engine(Protocol):
     def complete(self, step: Any) -> None: ...
 
     def execute(self, step: Any) -> list[Any]:
-        """With a connector: the step runs, and what has been transferred by then is part of its output. Returns
-        the transfers that begin with it, where the connector is vLLM's own."""
+        """With a connector: the step runs, and what has been transferred by then is part of its output.
+        Returns the transfers that begin with it, where the connector is vLLM's own."""
 
 
 def draft_counts(speculation: dict[str, Any], request_id: int) -> tuple[list[int], list[int]]:
@@ -125,7 +125,12 @@ def decisions(engine: Engine, scenario: dict[str, Any], *, observed: bool = True
             steps += 1
             step = engine.schedule()
             transfers = {"transfers": engine.execute(step)} if remote else {}
-            yield {"schedule": clock, **transfers, **_composition(engine, step, observed), **_state(engine, counted, remote)}
+            yield {
+                "schedule": clock,
+                **transfers,
+                **_composition(engine, step, observed),
+                **_state(engine, counted, remote),
+            }
             batch_queue.append((clock, step))
             clock += 1
             if len(batch_queue) < depth and (step.total_tokens > 0 or engine.has_requests):

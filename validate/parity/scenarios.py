@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 
 from servecast.sim.engine.config import EngineConfig
+from servecast.sim.engine.draft_rules import draft_rules_for
 from servecast.sim.engine.group_rules import group_rules_for
 from servecast.sim.engine.kv_groups import CacheSpec, GroupKind, in_flight_tokens, most_blocks
 from servecast.sim.engine.request import Request
-from servecast.sim.engine.draft_rules import draft_rules_for
 from servecast.sim.engine.rules import RELEASES, has_option
 from servecast.sim.engine.speculation import METHODS, Speculation, speculation
 from servecast.sim.inputs.errors import InputError

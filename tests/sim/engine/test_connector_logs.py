@@ -1,7 +1,8 @@
 """Logs of vLLM 0.32's real scheduler with a fake KV connector and with native offloading, step by step.
 
-tests/data/golden/connector.txt: what each line means stands at its top. Compared are the requests of a step with their
-tokens and blocks, who is admitted, resumed, preempted and waits, free blocks, cached contents, tokens delivered, ends.
+tests/data/golden/connector.txt: what each line means stands at its top. Compared are the requests of a step
+with their tokens and blocks, who is admitted, resumed, preempted and waits, free blocks, cached contents,
+tokens delivered, ends.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ LOGS = {
     for log in re.split(r"(?m)^== ", (DATA / "golden" / "connector.txt").read_text())[1:]
 }
 SHARED = {"a": 16, "d": 16, "e": 16}  # of the prompts of native offloading; of the others a and d are equal
-
 
 
 def scenario(name: str, lines: list[str]) -> tuple[EngineConfig, dict[str, Any], list[str]]:
@@ -54,7 +54,15 @@ def scenario(name: str, lines: list[str]) -> tuple[EngineConfig, dict[str, Any],
         request = Request(i, 0.0, prompt, out, out, content, 0)
         arrivals.append({"step": step, "arrival": i, "request": request})
         if plan := re.search(r"\{.*\}", m[5]):
-            none = {"remote": 0, "mode": "async", "steps": 1, "later": 0, "again": False, "fail": None, "hold": 0}
+            none = {
+                "remote": 0,
+                "mode": "async",
+                "steps": 1,
+                "later": 0,
+                "again": False,
+                "fail": None,
+                "hold": 0,
+            }
             plans[str(i)] = none | ast.literal_eval(plan[0])
         if gone := re.search(r"abort at (\d+)", m[5]):
             aborts.append({"step": int(gone[1]), "request_id": i, "in_flight": True})
@@ -119,7 +127,9 @@ def test_a_logged_scenario(name: str, make: Callable[..., Any]) -> None:
     found = [ours(event, names) for event in decisions(engine, happens)]
     for number, (theirs, event) in enumerate(zip(expected, found, strict=True)):
         if "finished" in theirs and set(event["finished"]) - set(theirs["finished"]):
-            failed = set(event["finished"]) - set(theirs["finished"])  # by an error: without a token of theirs
+            failed = set(event["finished"]) - set(
+                theirs["finished"]
+            )  # by an error: without a token of theirs
             assert "fail" in name, failed
             event["finished"] = [one for one in event["finished"] if one not in failed]
         assert event == theirs, (number, name)
