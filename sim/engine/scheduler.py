@@ -139,7 +139,8 @@ class Scheduler:
 
     @property
     def kept_blocks(self) -> list[int]:
-        """Blocks of requests that have ended: kept for a connector, or until no step in flight may write them."""
+        """Blocks of requests that have ended: kept for a connector, or until no step in flight may write
+        them."""
         if self.remote is None:
             return []
         ended: list = [sequence for sequence in self.sequences.values() if sequence.status == FINISHED]
@@ -277,9 +278,8 @@ class Scheduler:
     def end(self, sequence: Sequence, ending: Any) -> cython.int:
         """A request has ended: its blocks go, unless a connector keeps them (Scheduler._free_request)."""
         self.finished_unsent = True
-        if self.remote is not None:
-            if self.remote.keeps(sequence, ending):
-                return 0
+        if self.remote is not None and self.remote.keeps(sequence, ending):
+            return 0
         sequence.status = FINISHED
         return self.forget(sequence)
 
@@ -404,10 +404,9 @@ class Scheduler:
                 while not self.kv.allocate_slots(sequence, tokens, 0, 0):
                     position = self.pick_victim()
                     victim = runners[position]
-                    if self.remote is not None and self.remote.spares:
-                        if not self.remote.may_free(victim, self.tick):
-                            spared = True
-                            break
+                    if self.remote is not None and not self.remote.may_preempt(victim, self.tick):
+                        spared = True
+                        break
                     given_back = 0
                     if self.priority and victim.scheduled_tick == self.tick:
                         given_back = self.withdraw(step, victim)
@@ -675,7 +674,7 @@ class Scheduler:
                 sequence.drafts = step.draft_length
         if (
             self.remote is not None
-        ):  # who ends a prefill counts for loads of this step: its drafts have no room
+        ):  # who ends a prefill counts for this step's loads: its drafts have no room
             for sequence in step.samplers:
                 self.remote.prefills.pop(sequence, None)
         return 0
@@ -851,8 +850,8 @@ class Scheduler:
         return 0
 
     def count_reports(self, step: Step) -> list:
-        """A step is over, and its report says which loads have failed: whose tokens it has brought. Those that
-        end by it stand in ``step.failed``."""
+        """A step is over, and its report says which loads have failed: whose tokens it has brought. Those
+        that end by it stand in ``step.failed``."""
         void: list
         if step.total_tokens:
             self.remote.step_over(step.tick)
