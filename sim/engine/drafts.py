@@ -64,7 +64,8 @@ class Drafts:
         self.acceptance = array("d", speculation.acceptance)
         self.misses = bool(speculation.proposed)
         self.proposed = array("d", speculation.proposed or (1.0,))
-        self.seed, self.told = speculation.seed, None
+        told: Any = None
+        self.seed, self.told = speculation.seed, told
         self.num_drafts = self.num_draft_tokens = self.num_accepted_tokens = 0
         self.accepted_at = array("q", [0]) * self.k
 

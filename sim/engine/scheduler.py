@@ -59,8 +59,8 @@ class Scheduler:
         self.priority = config.scheduling_policy == "priority"
         self.notes, self.marks = self.priority or trace, bool(config.kv_groups) or connector is not None
         self.names_chunks = self.priority or connector is not None
-        self.drafts = Drafts(config) if config.speculation is not None else None
-        self.speculates = self.drafts is not None
+        drafts: Any = Drafts(config) if config.speculation is not None else None
+        self.drafts, self.speculates = drafts, drafts is not None
         self.singly = self.notes or self.speculates
         self.max_tokens, self.max_model_len = config.max_num_batched_tokens, config.max_model_len
         self.max_running = min(config.max_num_seqs, config.max_num_active_seqs or config.max_num_seqs)
@@ -135,6 +135,15 @@ class Scheduler:
 
     def block_ids(self, request_id: int) -> list[int]:
         return self.kv.block_ids(self.sequences[request_id])
+
+    @property
+    def kept_blocks(self) -> list[int]:
+        """Blocks of requests that have ended: kept for a connector, or until no step in flight may write them."""
+        if self.remote is None:
+            return []
+        ended: list = [sequence for sequence in self.sequences.values() if sequence.status == FINISHED]
+        ended += [holder for _, holder in self.remote.deferred]
+        return [block for sequence in ended for block in self.kv.block_ids(sequence)]
 
     @property
     def connector(self) -> Any:
