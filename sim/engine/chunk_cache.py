@@ -131,7 +131,8 @@ class ChunkCache:
     """Chunks in host memory, by key.
 
     Args:
-        capacity: chunks. policy: who makes room. store_threshold: a chunk is stored when it has been offered so
+        capacity: chunks. policy: who makes room. store_threshold: a chunk is stored when it has been offered
+        so
             often; tracked: offers that are remembered, of different chunks.
     """
 

@@ -59,9 +59,9 @@ class EngineLoop:
         ended: rows of requests that ended since they were last taken, where it tells. lost: of those that
         ended with an error, for their KV cache could not be loaded.
         horizon: ``advance`` stops there, whatever it was told: what it has begun is heard of elsewhere.
-        connector: the scheduler's, or None. host_waits: its worker's host is busy until the step's end, so that
-        what ends meanwhile is in the step's report: on a CPU; on a GPU it asks when the step is launched.
-        after_step: called with the time when a step has been completed, or None.
+        connector: the scheduler's, or None. host_waits: its worker's host is busy until the step's end, so
+        that what ends meanwhile is in the step's report: on a CPU; on a GPU it asks when the step is
+        launched. after_step: called with the time when a step has been completed, or None.
         on_first: called with a request's row and the time at which its first token comes, or None.
     """
 
@@ -351,9 +351,9 @@ class EngineLoop:
     def refuse_stuck(self) -> cython.int:
         """Nothing will happen by itself: if the queue's head waits for nobody else, it never goes."""
         scheduler: Scheduler = self.scheduler
-        if scheduler.num_waiting and not scheduler.runners and not scheduler.num_passed:
-            if not scheduler.remote.held:
-                self.refuse()
+        others: cython.int = scheduler.num_passed + scheduler.remote.held + len(scheduler.runners)
+        if scheduler.num_waiting and not others:
+            self.refuse()
         return 0
 
     def next_arrival(self) -> cython.longlong:

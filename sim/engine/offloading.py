@@ -50,8 +50,8 @@ class Copies(Protocol):
 
 
 class TimedCopies:
-    """Jobs one after the other, per direction; stores are submitted in the step after theirs, so that they do not
-    delay its tokens (OffloadingConnectorWorker.prepare_store_kv).
+    """Jobs one after the other, per direction; stores are submitted in the step after theirs, so that they do
+    not delay its tokens (OffloadingConnectorWorker.prepare_store_kv).
 
     Args:
         load_s, store_s: seconds of a job over so many GPU blocks.
@@ -87,8 +87,8 @@ class TimedCopies:
 
 @dataclass(slots=True, eq=False)
 class Tracked:
-    """A request. local: tokens of its last look-up's hit on the GPU. next_chunk: the first that was not offered.
-    holds: its blocks are those of the table, or, once it has ended, ``blocks``."""
+    """A request. local: tokens of its last look-up's hit on the GPU. next_chunk: the first that was not
+    offered. holds: its blocks are those of the table, or, once it has ended, ``blocks``."""
 
     sequence: Sequence
     accesses: Accesses = field(default_factory=Accesses)
@@ -103,8 +103,9 @@ class Tracked:
 
 
 class OffloadingConnector:
-    """Every chunk of a prompt is written to host memory once it is computed, and read from there where the GPU has
-    it no more (vllm/distributed/kv_transfer/kv_connector/v1/offloading/scheduler.py; one KV cache group).
+    """Every chunk of a prompt is written to host memory once it is computed, and read from there where the
+    GPU has it no more (vllm/distributed/kv_transfer/kv_connector/v1/offloading/scheduler.py; one KV cache
+    group).
 
     Args:
         chunks: that fit into host memory. blocks_per_chunk: GPU blocks of one.
@@ -189,10 +190,9 @@ class OffloadingConnector:
         tokens = (first + hits) * self._chunk - tracked.local
         if not hits or tokens < self._chunk:
             return 0
-        if self._scheduler.config.enable_prefix_caching:
-            if any(key in self._loading for key in tracked.keys[first : first + hits]):
-                return None
-        return tokens
+        waits = self._scheduler.config.enable_prefix_caching
+        waits = waits and any(key in self._loading for key in tracked.keys[first : first + hits])
+        return None if waits else tokens
 
     def update_state_after_alloc(self, sequence: Sequence, num_external_tokens: int) -> None:
         if not num_external_tokens:
@@ -206,7 +206,9 @@ class OffloadingConnector:
         keys = tracked.keys[first // self.blocks_per_chunk : chunks]
         self.cache.prepare_load(keys, tracked.accesses)
         tracked.next_chunk = chunks
-        self._loads.append(self._add(tracked, keys, blocks[first : -(-end // self._block_size)], stores=False))
+        self._loads.append(
+            self._add(tracked, keys, blocks[first : -(-end // self._block_size)], stores=False)
+        )
         self._loading.update(keys)
 
     def _add(self, tracked: Tracked, keys: list[int], blocks: list[int], *, stores: bool) -> Job:

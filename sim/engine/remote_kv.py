@@ -6,7 +6,6 @@ from typing import Any
 
 import cython
 
-from servecast.sim.engine.connector import Transfers
 from servecast.sim.engine.kv_cache import KVCache
 from servecast.sim.engine.remote_rules import remote_rules_for
 from servecast.sim.engine.sequence import Sequence
@@ -29,7 +28,8 @@ class RemoteKV:
             and went wrong. held: requests that have ended and keep their blocks, how many.
         deferred: (tick, holder of blocks) to be freed when the step of that tick is over.
         skewed: somebody's output in flight is counted too high, for a step whose output was void, and what is
-        processed counts instead. processed, last_step: ticks of the newest step with tokens that is complete, and that was decided.
+        processed counts instead. processed, last_step: ticks of the newest step with tokens that is complete,
+        and that was decided.
     """
 
     def __init__(self, connector: Any, kv: KVCache, config: Any) -> None:
@@ -65,7 +65,9 @@ class RemoteKV:
         """What the connector has beyond ``cached`` tokens, and whether it loads them aside; None: later."""
         return self.connector.get_num_new_matched_tokens(sequence, cached)
 
-    def allocated(self, sequence: Sequence, asked: cython.bint, cached: cython.int, external: cython.int) -> None:
+    def allocated(
+        self, sequence: Sequence, asked: cython.bint, cached: cython.int, external: cython.int
+    ) -> None:
         """It has its blocks; ``asked``: the connector was, behind ``cached`` tokens."""
         self.connector.update_state_after_alloc(sequence, external)
         if asked and not sequence.preemptions:
@@ -106,6 +108,10 @@ class RemoteKV:
             last = sequence.previous_tick
         return not self.defers or last <= self.processed
 
+    def may_preempt(self, sequence: Sequence, tick: cython.longlong) -> cython.bint:
+        """Whether that would give blocks to somebody now (Scheduler.schedule, before it preempts)."""
+        return not self.spares or self.may_free(sequence, tick)
+
     def free(self, sequence: Sequence, tick: cython.longlong) -> None:
         """Give its blocks back, as soon as may be (_free_request_blocks)."""
         holder: Sequence = sequence
@@ -145,9 +151,9 @@ class RemoteKV:
 
     def cut(self, sequences: list, invalid: Any, tick: cython.longlong, evicted: Any) -> list:
         """Those of ``sequences`` that count on blocks which have failed to load; what they have computed ends
-        there (Scheduler._update_requests_with_invalid_blocks). A block that several count on is computed again
-        by the first alone. ``evicted`` takes the blocks from there on; None where they were not hashed yet.
-        ``tick``: of the step whose output says it."""
+        there (Scheduler._update_requests_with_invalid_blocks). A block that several count on is computed
+        again by the first alone. ``evicted`` takes the blocks from there on; None where they were not hashed
+        yet. ``tick``: of the step whose output says it."""
         sequence: Sequence
         before: cython.int
         i: cython.int

@@ -28,6 +28,7 @@ cdef class Scheduler:
     cdef bint prefix_caching
     cdef bint chunked_prefill
     cdef bint is_async
+    cdef int least  # placeholders of who has nothing else to be looked at
     cdef bint adaptive
     cdef bint priority
     cdef bint trace

@@ -55,6 +55,7 @@ class Scheduler:
         self.prefix_caching = config.enable_prefix_caching
         self.chunked_prefill = config.enable_chunked_prefill
         self.is_async = config.async_scheduling
+        self.least = self.is_async
         self.adaptive = config.long_prefill_token_threshold_adaptive
         self.priority = config.scheduling_policy == "priority"
         self.notes, self.marks = self.priority or trace, bool(config.kv_groups) or connector is not None
@@ -138,7 +139,8 @@ class Scheduler:
 
     @property
     def kept_blocks(self) -> list[int]:
-        """Blocks of requests that have ended: kept for a connector, or until no step in flight may write them."""
+        """Blocks of requests that have ended: kept for a connector, or until no step in flight may write
+        them."""
         if self.remote is None:
             return []
         ended: list = [sequence for sequence in self.sequences.values() if sequence.status == FINISHED]
@@ -276,9 +278,8 @@ class Scheduler:
     def end(self, sequence: Sequence, ending: Any) -> cython.int:
         """A request has ended: its blocks go, unless a connector keeps them (Scheduler._free_request)."""
         self.finished_unsent = True
-        if self.remote is not None:
-            if self.remote.keeps(sequence, ending):
-                return 0
+        if self.remote is not None and self.remote.keeps(sequence, ending):
+            return 0
         sequence.status = FINISHED
         return self.forget(sequence)
 
@@ -403,10 +404,9 @@ class Scheduler:
                 while not self.kv.allocate_slots(sequence, tokens, 0, 0):
                     position = self.pick_victim()
                     victim = runners[position]
-                    if self.remote is not None and self.remote.spares:
-                        if not self.remote.may_free(victim, self.tick):
-                            spared = True
-                            break
+                    if self.remote is not None and not self.remote.may_preempt(victim, self.tick):
+                        spared = True
+                        break
                     given_back = 0
                     if self.priority and victim.scheduled_tick == self.tick:
                         given_back = self.withdraw(step, victim)
@@ -674,7 +674,7 @@ class Scheduler:
                 sequence.drafts = step.draft_length
         if (
             self.remote is not None
-        ):  # who ends a prefill counts for loads of this step: its drafts have no room
+        ):  # who ends a prefill counts for this step's loads: its drafts have no room
             for sequence in step.samplers:
                 self.remote.prefills.pop(sequence, None)
         return 0
@@ -715,11 +715,10 @@ class Scheduler:
         steady: cython.int = 0
         i: cython.Py_ssize_t
         tokens: cython.int
-        least: cython.int = self.is_async  # placeholders of who has nothing else to be looked at
         samplers: list = step.samplers
         if self.remote is not None:
             samplers = self.count_reports(step)
-            least = NOBODYS if self.remote.skewed else least
+            self.least = NOBODYS if self.remote.skewed else self.is_async
         if self.speculates:
             self.complete_drafts(step, samplers)
             return self.follow_reports(step)
@@ -729,7 +728,7 @@ class Scheduler:
                 sequence.token_tick == before
                 and sequence.num_tokens + 1 < sequence.final_tokens
                 and sequence.status == RUNNING
-                and sequence.placeholders >= least
+                and sequence.placeholders >= self.least
                 and sequence.computed - sequence.placeholders + 1 < sequence.kv_due
             ):  # one more token, as in the step before
                 sequence.num_tokens += 1
@@ -757,7 +756,7 @@ class Scheduler:
                 if sequence.placeholders > 0:
                     sequence.placeholders -= 1
                 tokens = sequence.computed - sequence.placeholders
-                if least == NOBODYS:
+                if self.least == NOBODYS:
                     tokens = self.remote.processed_tokens(sequence, tick)
                 if tokens >= sequence.kv_due and sequence.status == RUNNING:
                     self.kv.cache_blocks(sequence, tokens)
@@ -851,8 +850,8 @@ class Scheduler:
         return 0
 
     def count_reports(self, step: Step) -> list:
-        """A step is over, and its report says which loads have failed: whose tokens it has brought. Those that
-        end by it stand in ``step.failed``."""
+        """A step is over, and its report says which loads have failed: whose tokens it has brought. Those
+        that end by it stand in ``step.failed``."""
         void: list
         if step.total_tokens:
             self.remote.step_over(step.tick)

@@ -161,7 +161,9 @@ def _run(
     if counters:
         run.meta |= {"kv_offload": counters, "kv_links": busiest(counters)}
     if deployment.speculating is not None:
-        run.meta["spec_decode"] = DraftCounts.of([replica.engine.drafts for replica in fleet.replicas])
+        run.meta["spec_decode"] = DraftCounts.of(
+            [getattr(replica.engine, "drafts", None) for replica in fleet.replicas]
+        )
     if pools is not None:
         run.meta["roles"] = list(pools.roles)
     if fleet.failures:

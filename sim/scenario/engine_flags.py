@@ -132,9 +132,9 @@ class EngineFlags(Model):
         except InputError as error:
             raise invalid(error.what, error.fix, at="command") from None
         merged = {**command.flags, **data, "command": pasted}
-        drafts = command.flags.get("speculative_config"), data.get("speculative_config")
-        if all(isinstance(each, dict) for each in drafts):
-            merged["speculative_config"] = {**drafts[0], **drafts[1]}  # type: ignore[dict-item]
+        said, own = (each.get("speculative_config") for each in (command.flags, data))
+        if isinstance(said, dict) and isinstance(own, dict):
+            merged["speculative_config"] = said | own
         return merged
 
     @property

@@ -13,8 +13,8 @@ from servecast.sim.engine.step import Step
 
 @dataclass
 class Plan:
-    """remote: tokens that are elsewhere; load_s: until they are here, aside, or, ``sync``, within the step; fails:
-    they never come. hold_s: blocks are kept so long after its end."""
+    """remote: tokens that are elsewhere; load_s: until they are here, aside, or, ``sync``, within the step;
+    fails: they never come. hold_s: blocks are kept so long after its end."""
 
     remote: int = 0
     load_s: float = 0.0

@@ -66,7 +66,9 @@ def test_what_the_scenarios_cover(recorded: dict[str, list[Recorded]]) -> None:
             found["waiting with blocks"] += bool(event.get("waiting_blocks"))
             if "external" in event and event["external"][1]:
                 found["hits"] += 1
-            for kind, jobs in zip(("loads", "stores", "flushes"), event.get("transfers") or ((), (), ())):
+            for kind, jobs in zip(
+                ("loads", "stores", "flushes"), event.get("transfers") or ((), (), ()), strict=True
+            ):
                 found[kind] += len(jobs)
         found[asked["role"]] += 1
         found[asked["policy"]] += 1

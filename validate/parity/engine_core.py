@@ -74,8 +74,8 @@ class Engine(Protocol):
     def complete(self, step: Any) -> None: ...
 
     def execute(self, step: Any) -> list[Any]:
-        """With a connector: the step runs, and what has been transferred by then is part of its output. Returns
-        the transfers that begin with it, where the connector is vLLM's own."""
+        """With a connector: the step runs, and what has been transferred by then is part of its output.
+        Returns the transfers that begin with it, where the connector is vLLM's own."""
 
 
 def draft_counts(speculation: dict[str, Any], request_id: int) -> tuple[list[int], list[int]]:

@@ -172,8 +172,8 @@ def offloading_scenarios(version: str, seed: int, count: int) -> Iterator[Scenar
 
 
 def draw_offloading(pick: Pick, version: str, name: str) -> Scenario:
-    """A random scenario with little or much host memory; most requests come a second time, when the GPU may have
-    forgotten them."""
+    """A random scenario with little or much host memory; most requests come a second time, when the GPU may
+    have forgotten them."""
     plain = draw_scenario(pick, version, name)
     arrivals = list(plain.arrivals)
     for arrival in plain.arrivals:

@@ -23,6 +23,8 @@ class _Pass:
     drafts: int
     decode_context: int
     samples: int
+    drafters: int = 0
+    draft_length: int = 0
 
 
 class SpeculativeStepTime:

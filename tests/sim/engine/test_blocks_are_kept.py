@@ -1,5 +1,5 @@
-"""Blocks are conserved under loads, failures, aborts and late frees: whatever a connector does, each block is free or
-held by a request that the engine still knows, and in the end all are free."""
+"""Blocks are conserved under loads, failures, aborts and late frees: whatever a connector does, each block is
+free or held by a request that the engine still knows, and in the end all are free."""
 
 from __future__ import annotations
 

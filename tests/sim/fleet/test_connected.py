@@ -1,5 +1,5 @@
-"""An engine with a KV connector in simulated time, as literal timelines: steps last a second, polls a millisecond
-(EngineCore._process_engine_step sleeps 1 ms after a step without tokens)."""
+"""An engine with a KV connector in simulated time, as literal timelines: steps last a second, polls a
+millisecond (EngineCore._process_engine_step sleeps 1 ms after a step without tokens)."""
 
 from __future__ import annotations
 
@@ -21,9 +21,7 @@ from servecast.sim.routing.options import RouterOptions
 from servecast.sim.routing.routers import ROUTERS
 
 
-def run(
-    requests: list[Request], store: TimedStore, *, host_waits: bool = False, **engine: object
-) -> Run:
+def run(requests: list[Request], store: TimedStore, *, host_waits: bool = False, **engine: object) -> Run:
     costs, rng, law = FrontEndCosts(), np.random.default_rng(0), OneSecondSteps()
 
     def make(index: int, client: Client) -> Replica:
@@ -38,8 +36,8 @@ def run(
 
 @pytest.mark.parametrize(("is_async", "first_token"), [(False, 3.002), (True, 3.003)])
 def test_an_idle_engine_polls(is_async: bool, first_token: float) -> None:
-    """A load of 2.0005 s is reported by the poll at 2.001. Sync, the next one schedules its last token; async,
-    that one reads the report, and the one after it does. What lies between is not polled."""
+    """A load of 2.0005 s is reported by the poll at 2.001. Sync, the next one schedules its last token;
+    async, that one reads the report, and the one after it does. What lies between is not polled."""
     store = TimedStore({0: Plan(remote=10, load_s=2.0005)})
     result = run([Request(0, 0.0, 10, 1, 1)], store, async_scheduling=is_async)
     assert times(result, "first_token") == [first_token]
@@ -49,8 +47,8 @@ def test_an_idle_engine_polls(is_async: bool, first_token: float) -> None:
 
 @pytest.mark.parametrize(("host_waits", "first_token"), [(False, 4.0), (True, 3.0)])
 def test_a_busy_engine_hears_of_a_load_by_its_steps(host_waits: bool, first_token: float) -> None:
-    """Steps start at 0, 1, 2, 3; the load is done at 1.5. On a GPU the step launched at 2 reports it when it ends,
-    so that it runs from 3 on; where the host waits for the step, that of 1 does."""
+    """Steps start at 0, 1, 2, 3; the load is done at 1.5. On a GPU the step launched at 2 reports it when it
+    ends, so that it runs from 3 on; where the host waits for the step, that of 1 does."""
     requests = [Request(0, 0.0, 10, 6, 6), Request(1, 0.0, 10, 1, 1)]
     store = TimedStore({1: Plan(remote=10, load_s=1.5)})
     result = run(requests, store, host_waits=host_waits)
@@ -75,8 +73,8 @@ def test_a_load_within_a_step_runs_beside_the_step_before() -> None:
 
 
 def test_an_arrival_wakes_a_polling_engine() -> None:
-    """It is taken by the first poll after it, at 1.235; the load is reported at 30, and acted upon by the next
-    poll."""
+    """It is taken by the first poll after it, at 1.235; the load is reported at 30, and acted upon by the
+    next poll."""
     requests = [Request(0, 0.0, 10, 1, 1), Request(1, 1.2345, 10, 1, 1)]
     store = TimedStore({0: Plan(remote=10, load_s=30.0)})
     result = run(requests, store)
@@ -85,8 +83,8 @@ def test_an_arrival_wakes_a_polling_engine() -> None:
 
 
 def test_a_producers_request_ends_for_its_client_while_its_blocks_stay() -> None:
-    """Blocks for one prompt: the second request waits until those of the first have been read, 3 s after the empty
-    step that tells the workers of its end."""
+    """Blocks for one prompt: the second request waits until those of the first have been read, 3 s after the
+    empty step that tells the workers of its end."""
     requests = [Request(0, 0.0, 160, 1, 1), Request(1, 0.0, 160, 1, 1)]
     store = TimedStore({0: Plan(hold_s=3.0)}, role="kv_producer")
     changes = {"num_gpu_blocks": 12, "max_num_batched_tokens": 256, "enable_prefix_caching": False}
