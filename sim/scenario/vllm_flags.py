@@ -220,9 +220,7 @@ def parse_serve_command(
             if not isinstance(flags.setdefault(name, {}), dict) or TAKEN[name] is not _mapping:
                 raise InputError(f"{shown} takes no keys", where=WHERE, fix="Give its value as a whole.")
             _put(flags[name], flag.key, value or "")
-        elif name == "kv_transfer_config" and value in _NOTHING:
-            pass
-        elif name in TAKEN:
+        elif name in TAKEN and not (TAKEN[name] is _mapping and _asks_nothing(name, value)):
             flags[name] = _value(word, TAKEN[name], value)
         elif name in _DRAFTS:
             drafts = flags.setdefault("speculative_config", {})
