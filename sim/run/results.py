@@ -242,9 +242,11 @@ def cautions(deployment: Deployment, run: Run) -> list[str]:
     return [text for text in (beyond, risk and risk.warning, *routed) if text]
 
 
-def _least_and_most(table: pd.DataFrame, *columns: str) -> tuple[float, float]:
+def _least_and_most(table: pd.DataFrame, column: str, *columns: str) -> tuple[float, float]:
     """Of the sums of columns."""
-    total = sum(table[name] for name in columns)
+    total = table[column]
+    for name in columns:
+        total = total + table[name]
     return float(total.min()), float(total.max())
 
 
