@@ -309,7 +309,9 @@ class EngineLoop:
         wait: cython.double = self.connector.start_load_kv(step.connector_meta, self.now)
         self.execute(step)
         if wait > 0.0:
-            late: cython.longlong = self.now + cython.cast(cython.longlong, rint(wait * PICOSECONDS)) - step.start
+            late: cython.longlong = (
+                self.now + cython.cast(cython.longlong, rint(wait * PICOSECONDS)) - step.start
+            )
             if late > 0:  # the loads run while the step before does
                 step.end += late
                 if step.total_tokens:

@@ -218,6 +218,7 @@ class Fleet:
             return self._alone(self.replicas[0], requests)
         whole: Columns = {}
         any_request = requests[0]  # the router does not look
+        assert isinstance(self._router, RoundRobin | Random)
         places = np.array([self._router.pick(any_request, self._endpoints) for _ in range(count)])
         for place, replica in enumerate(self.replicas):
             rows = np.flatnonzero(places == place)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from servecast.sim.inputs.errors import InputError
-from servecast.sim.metrics.binding import step_shares
+from servecast.sim.metrics.binding import sampled, step_shares
 from servecast.sim.metrics.metrics import statistic
 from servecast.sim.metrics.records import Run
 from servecast.sim.metrics.saturation import lasts, saturation
@@ -145,7 +145,8 @@ def explain(
             where=scenario.source,
             fix="Lengthen the run, or look at its failures with servecast simulate.",
         )
-    notes = (*found.notes, *trace_notes(workload))
+    groups = ", ".join(deployment.memory.facts().get("groups", ()))
+    notes = (*([f"KV cache groups: {groups}"] if groups else ()), *found.notes, *trace_notes(workload))
     return Explanation(found.label, statistic, found.slow, found.cause, found.reasons, found.advice, notes)
 
 
@@ -173,7 +174,7 @@ def explain_run(
 def _drafts(run: Run, deployment: Deployment) -> str:
     """What speculation takes of the steps, and what it brings."""
     assert deployment.speculating is not None
-    _, parts = step_shares(run.steps, deployment.limits)
+    _, parts = step_shares(sampled(run.steps), deployment.limits)
     drafting = parts.get("drafting", 0.0)
     computed = run.steps[["prefill_tokens", "decodes", "drafts"]].sum()
     decoding = computed["decodes"] + computed["drafts"]
