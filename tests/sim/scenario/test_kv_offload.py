@@ -10,6 +10,7 @@ import pytest
 from small_scenarios import scenario_file
 
 from servecast.sim.inputs.errors import InputError
+from servecast.sim.metrics.binding import binding_limit, evidence
 from servecast.sim.run.loading import loading, prefill_s
 from servecast.sim.run.simulate import simulate
 from servecast.sim.run.simulation import simulate as answer
@@ -204,3 +205,13 @@ def test_an_answer_names_tiers_links_and_the_break_even(tmp_path: Path) -> None:
     text = found.to_text()
     assert "tokens loaded from cpu" in text
     assert "Loading a prompt's KV cache against computing it" in text
+
+
+@pytest.mark.parametrize(("gb_per_s", "binds"), [(0.15, True), (50.0, False)])
+def test_a_slow_link_binds(tmp_path: Path, gb_per_s: float, binds: bool) -> None:
+    """A prefix of 268 MB: at 0.15 GB/s and four requests a second the link cannot keep up."""
+    found = deployed(tmp_path, {"kv_offload.host_gb_per_s": gb_per_s}, kv_offloading_size=16.0)
+    seen = evidence(simulate(found), found.limits)
+    limit = binding_limit(seen, found.limits, only_token_times=False).limit
+    assert (limit in ("kv_link", "kv_loads")) == binds
+    assert (seen.kv_link > 0.5) == binds
