@@ -52,7 +52,7 @@ class Connector(Protocol):
             what is missing.
         requires_kv_delivery: whether a request preempted with output in flight drops it (vLLM: by default,
             connectors that produce; the offloading connector not).
-        now: the engine's loop sets it to the time of the calls of the scheduler half that follow.
+        now: set by the engine's loop, to the time of the calls of the scheduler half that follow.
 
     Of a ``sequence`` these are readable: request_id, prompt_tokens, num_tokens (with outputs so far),
     computed, limit (prompt and max_tokens), preemptions. Its blocks are ``scheduler.block_ids(request_id)``,
@@ -67,8 +67,6 @@ class Connector(Protocol):
 
     @property
     def requires_kv_delivery(self) -> bool: ...
-
-    now: int
 
     # ---- the scheduler half: called by the scheduler
 

@@ -22,6 +22,7 @@ class MultiConnector:
         self, connectors: Several[Connector], role: Role, load_failure_policy: FailurePolicy
     ) -> None:
         self.connectors, self.role, self.load_failure_policy = tuple(connectors), role, load_failure_policy
+        self._clocked: list[Any] = [each for each in self.connectors if hasattr(each, "now")]
         self._loads: dict[int, Connector] = {}  # request -> who was found to have something for it
         self._keeps: Counter[int] = Counter()  # request -> who still needs its blocks, beyond one
         self._reports: dict[int, list[Transfers | None]] = {}  # on their way to the scheduler
@@ -40,7 +41,7 @@ class MultiConnector:
     @now.setter
     def now(self, time: int) -> None:
         self._now = time
-        for each in self.connectors:
+        for each in self._clocked:
             each.now = time
 
     def bind(self, scheduler: Any) -> None:

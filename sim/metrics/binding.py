@@ -135,13 +135,17 @@ def evidence(run: Run, limits: Limits) -> Evidence:
     time = steps["duration"].to_numpy(dtype=float)
     total = float(time.sum()) or math.nan
     limited = waited_for(steps, limits)
+    waited = {name: float(time[limited == name].sum()) / total for name in QUEUE_LIMITS}
     window = float(steps["start"].max() - steps["start"].min()) + float(time[-1:].sum())
     ttft = (requests["first_token"] - requests["sent"]).mean()
     decodes = steps["decodes"].to_numpy(dtype=float)
     gap = float(np.average(run.itl["gap"], weights=run.itl["weight"])) if len(run.itl) else math.nan
     behind = float(np.average(time, weights=decodes)) if decodes.any() else math.nan
     return Evidence(
-        **{name: float(time[limited == name].sum()) / total for name in QUEUE_LIMITS},
+        max_num_seqs=waited["max_num_seqs"],
+        token_budget=waited["token_budget"],
+        kv_loads=waited["kv_loads"],
+        kv_blocks=waited["kv_blocks"],
         kv_link=max((float(share) for share in run.meta.get("kv_links", {}).values()), default=0.0),
         busy=total / (window * max(steps["replica"].nunique(), 1)) if window else math.nan,
         front_end=float((requests["queued"] - requests["sent"]).mean() / ttft),

@@ -119,9 +119,7 @@ class Choices:
             ]
         else:
             size = kind == "kv_offloading_size"
-            axis = [
-                (name, each, {_FIELDS[kind]: (float(each) or None) if size else each}) for each in chosen
-            ]
+            axis = [(name, each, {_FIELDS[kind]: (float(each) or None) if size else each}) for each in chosen]
         counts = Counter(str(value).casefold() for _, value, _ in axis)
         for _, value, _ in axis:
             if counts[str(value).casefold()] > 1:

@@ -68,14 +68,14 @@ def write_plan_page(
     context: PageContext,
     run: Run | None = None,
     sweep: Sequence[SweepPoint] = (),
-    break_even: Mapping[str, Any] | None = None,
+    loading: Mapping[str, Any] | None = None,
     speculation: BreakEven | None = None,
 ) -> Path:
     """Writes the page of a plan and returns its path.
 
     run: one replication at (or next to) the answer, for the plots over time and the token gaps.
-    sweep: a closed-loop sweep, for throughput against concurrency. break_even: what loading a prompt's KV
-    cache takes, and computing it (``break_even_facts``). speculation: when it pays. The file needs no network
+    sweep: a closed-loop sweep, for throughput against concurrency. loading: what loading a prompt's KV
+    cache takes, and computing it (``loading_facts``). speculation: when it pays. The file needs no network
     and is the same, byte for byte, for the same input; it is written whole or not at all.
     """
     plots = [
@@ -99,9 +99,9 @@ def write_plan_page(
     if run is not None and len(run.itl):
         svg = itl_histogram(run)
         plots.append(Plot("Inter-token latency", svg, "Pooled over all tokens of one run at the answer."))
-    if break_even is not None and break_even["prompts"]:
+    if loading is not None and loading["prompts"]:
         caption = "Of one prompt, alone on the server: from host memory, as large copies, and chunk by chunk."
-        plots.append(Plot("Loading against computing", figures.loading(break_even["prompts"]), caption))
+        plots.append(Plot("Loading against computing", figures.loading(loading["prompts"]), caption))
     limit, remedy = LIMITS.get(plan.binding.limit, (plan.binding.limit, ""))
     return write_page(
         path,

@@ -25,8 +25,8 @@ from servecast.sim.metrics.spec_decode import draft_summary
 from servecast.sim.metrics.turns import session_summary
 from servecast.sim.metrics.warmup import Warmup, select
 from servecast.sim.report.text import facts_text, plain
-from servecast.sim.run.break_even import break_even_facts, break_even_text
 from servecast.sim.run.disaggregated import pools_facts, pools_lines
+from servecast.sim.run.loading import loading_facts, loading_text
 from servecast.sim.scenario.deployment import Deployment
 
 SCHEMA_VERSION = 1
@@ -87,7 +87,7 @@ def context(deployment: Deployment, *, seed: int) -> dict[str, Any]:
     offloaded = {}
     if deployment.offloading is not None:
         facts = deployment.offloading.facts()
-        offloaded["kv_offload"] = {**facts, "break_even": break_even_facts(deployment)}
+        offloaded["kv_offload"] = {**facts, "break_even": loading_facts(deployment)}
     return {
         "schema_version": SCHEMA_VERSION,
         "servecast_version": version("servecast"),
@@ -159,7 +159,7 @@ def offload_text(offloaded: Mapping[str, Any]) -> str:
         "links busy": ", ".join(f"{name} {share}" for name, share in busy.items()),
     }
     text = facts_text("\nKV cache outside of the GPUs", facts)
-    return f"{text}\n{break_even_text(offloaded['break_even'])}"
+    return f"{text}\n{loading_text(offloaded['break_even'])}"
 
 
 def _share(value: float | None) -> str | None:

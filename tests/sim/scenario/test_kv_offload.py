@@ -10,7 +10,8 @@ import pytest
 from small_scenarios import scenario_file
 
 from servecast.sim.inputs.errors import InputError
-from servecast.sim.run.break_even import break_even, prefill_s
+from servecast.sim.metrics.binding import binding_limit, evidence
+from servecast.sim.run.loading import loading, prefill_s
 from servecast.sim.run.simulate import simulate
 from servecast.sim.run.simulation import simulate as answer
 from servecast.sim.scenario.deployment import Deployment
@@ -185,13 +186,13 @@ def test_break_even_is_bytes_over_bandwidth(tmp_path: Path) -> None:
     """8B on an H100 at 50 GB/s: 1,024 tokens are 134 MB, and 64 blocks of 1 us."""
     changes = {"kv_offload.host_gb_per_s": 50.0, "kv_offload.block_us": 1.0}
     found = deployed(tmp_path, changes, kv_offloading_size=16.0)
-    (row,) = break_even(found, (1024,))
+    (row,) = loading(found, (1024,))
     assert row.load_s == pytest.approx(1024 * TOKEN / 50e9 + 64e-6)
     assert row.recompute_s == pytest.approx(prefill_s(found, 1024))
     assert row.break_even_gb_per_s == pytest.approx(1024 * TOKEN / (row.recompute_s - 64e-6) / 1e9)
     assert row.least_reuse == 0.0
     lmcache = deployed(tmp_path, changes, kv_transfer_config=LMCACHE)
-    (row,) = break_even(lmcache, (1024,))
+    (row,) = loading(lmcache, (1024,))
     assert row.least_reuse == pytest.approx(row.load_s / (row.recompute_s - row.load_s))
 
 
@@ -204,3 +205,13 @@ def test_an_answer_names_tiers_links_and_the_break_even(tmp_path: Path) -> None:
     text = found.to_text()
     assert "tokens loaded from cpu" in text
     assert "Loading a prompt's KV cache against computing it" in text
+
+
+@pytest.mark.parametrize(("gb_per_s", "binds"), [(0.15, True), (50.0, False)])
+def test_a_slow_link_binds(tmp_path: Path, gb_per_s: float, binds: bool) -> None:
+    """A prefix of 268 MB: at 0.15 GB/s and four requests a second the link cannot keep up."""
+    found = deployed(tmp_path, {"kv_offload.host_gb_per_s": gb_per_s}, kv_offloading_size=16.0)
+    seen = evidence(simulate(found), found.limits)
+    limit = binding_limit(seen, found.limits, only_token_times=False).limit
+    assert (limit in ("kv_link", "kv_loads")) == binds
+    assert (seen.kv_link > 0.5) == binds

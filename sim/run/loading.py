@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from servecast.sim.metrics.binding import StepRow
 from servecast.sim.report.text import table
 from servecast.sim.scenario.deployment import Deployment
 from servecast.sim.scenario.kv_offload import Offloading
@@ -14,7 +15,7 @@ LENGTHS = (256, 1024, 4096, 16384, 65536)
 
 
 @dataclass(frozen=True, slots=True)
-class BreakEven:
+class Loading:
     """Of a prompt of so many tokens, alone on the server. Times in seconds.
 
     Attributes:
@@ -44,28 +45,18 @@ class Rate:
     loaded: float
 
 
-@dataclass(slots=True)
-class _Prefill:
-    """A step of one prompt chunk."""
-
-    chunks: Sequence[tuple[int, int]]
-    decodes: int = 0
-    decode_context: int = 0
-    samples: int = 0
-
-
 def prefill_s(deployment: Deployment, tokens: int) -> float:
     """Seconds of a prompt's steps, alone, without what it waits for."""
     budget, done, seconds = deployment.config.max_num_batched_tokens, 0, 0.0
     while done < tokens:
         chunk = min(budget, tokens - done)
-        step = _Prefill([(chunk, done)], samples=int(done + chunk == tokens))
+        step = StepRow([(chunk, done)], 0, 0, int(done + chunk == tokens))
         seconds += deployment.step_time.seconds(step)
         done += chunk
     return seconds
 
 
-def break_even(deployment: Deployment, lengths: Sequence[int] = LENGTHS) -> tuple[BreakEven, ...]:
+def loading(deployment: Deployment, lengths: Sequence[int] = LENGTHS) -> tuple[Loading, ...]:
     """A row a length that fits into ``max_model_len``. The deployment offloads."""
     found = deployment.offloading
     assert found is not None
@@ -77,7 +68,7 @@ def break_even(deployment: Deployment, lengths: Sequence[int] = LENGTHS) -> tupl
         recompute, load = prefill_s(deployment, tokens), tokens * found.load_s_per_token
         fixed = tokens / found.block_size * found.link.block_s
         bandwidth = tokens * block_bytes / max(recompute - fixed, 1e-12)
-        rows.append(BreakEven(tokens, recompute, load, bandwidth / 1e9, _reuse(found, recompute, load)))
+        rows.append(Loading(tokens, recompute, load, bandwidth / 1e9, _reuse(found, recompute, load)))
     return tuple(rows)
 
 
@@ -91,21 +82,21 @@ def rates(deployment: Deployment) -> Rate:
     """What a full step computes, at no context, and what the link to a GPU moves meanwhile."""
     assert deployment.offloading is not None
     budget = deployment.config.max_num_batched_tokens
-    seconds = deployment.step_time.seconds(_Prefill([(budget, 0)], samples=1))
+    seconds = deployment.step_time.seconds(StepRow([(budget, 0)], 0, 0, 1))
     return Rate(budget / seconds, 1 / deployment.offloading.load_s_per_token)
 
 
-def break_even_facts(deployment: Deployment) -> dict[str, Any]:
+def loading_facts(deployment: Deployment) -> dict[str, Any]:
     """The same as plain values."""
     rate = rates(deployment)
     return {
-        "prompts": [asdict(row) for row in break_even(deployment)],
+        "prompts": [asdict(row) for row in loading(deployment)],
         "computed_tokens_per_s": rate.computed,
         "loaded_tokens_per_s": rate.loaded,
     }
 
 
-def break_even_text(facts: dict[str, Any]) -> str:
+def loading_text(facts: dict[str, Any]) -> str:
     """A row a length."""
     rows = [
         [
