@@ -56,7 +56,8 @@ class Deployment:
             InputError: a name is unknown, the server would refuse the flags, or the model does not fit.
         """
         flags, server = scenario.engine, scenario.server
-        model, gpu = _model(scenario), _gpu(scenario)
+        model = _model(scenario)
+        gpu = _gpu(scenario, experts=model.moe_layers > 0)
         config = server.resolve(flags, gpu, model, where=f"{scenario.source}: engine")
         shard = server.shard(flags, config, model, gpu)
         memory = server.memory(flags, config, shard)
@@ -222,14 +223,24 @@ def _model(scenario: Scenario) -> ModelShape:
             where=where,
             fix="Leave it out: vLLM refuses the two together.",
         )
-    skew = scenario.model.expert_skew
-    if skew and not model.moe_layers:
+    skew, loads = scenario.model.expert_skew, scenario.model.expert_loads
+    if (skew or loads) and not model.moe_layers:
         raise InputError(
             f"{model.name} has no routed experts",
-            where=f"{scenario.source}: model.expert_skew",
+            where=f"{scenario.source}: model.{'expert_skew' if skew else 'expert_loads'}",
             fix="Leave it out.",
         )
-    return replace(model, expert_skew=skew)
+    if loads and (
+        skew or len(loads) != model.experts or sum(load > 0 for load in loads) < model.experts_per_token
+    ):
+        raise InputError(
+            f"{len(loads)} loads of {model.experts} experts"
+            if not skew
+            else "both loads and a skew of experts",
+            where=f"{scenario.source}: model.expert_loads",
+            fix=f"Give one for each, at least {model.experts_per_token} above 0, and no expert_skew.",
+        )
+    return replace(model, expert_skew=skew, expert_loads=loads)
 
 
 def _method(name: str) -> str:
@@ -239,13 +250,17 @@ def _method(name: str) -> str:
     )
 
 
-def _gpu(scenario: Scenario) -> GPU:
+def _gpu(scenario: Scenario, *, experts: bool) -> GPU:
     spec, ranks = scenario.gpu, scenario.engine.tensor_parallel_size
-    if ranks > spec.per_node:
+    together, name, what = ranks, "tensor_parallel_size", "all-reduces"
+    if experts and scenario.engine.data_parallel_size > 1:
+        together, name = ranks * scenario.engine.data_parallel_size, "data_parallel_size"
+        what = "exchanges of tokens"
+    if together > spec.per_node:
         raise InputError(
-            f"{ranks} ranks are more than the {spec.per_node} GPUs that are linked with each other, "
-            "and all-reduces between nodes are not modelled",
-            where=f"{scenario.source}: engine.tensor_parallel_size",
+            f"{together} ranks are more than the {spec.per_node} GPUs that are linked with each other, "
+            f"and {what} between nodes are not modelled",
+            where=f"{scenario.source}: engine.{name}",
             fix=f"Use at most {spec.per_node}, or set gpu.per_node where more share one NVLink.",
         )
     if spec.file is not None:

@@ -52,7 +52,11 @@ class Padded:
                 where=f"{where}.max_num_seqs",
                 fix="Give the requests that may run together.",
             )
-        for name, known in (("tensor_parallel_size", 1), ("kv_cache_dtype", "auto")):
+        for name, known in (
+            ("tensor_parallel_size", 1),
+            ("data_parallel_size", 1),
+            ("kv_cache_dtype", "auto"),
+        ):
             if getattr(flags, name) != known:
                 raise InputError(
                     f"{name} {getattr(flags, name)} is not modelled for the policy {flags.policy!r}",
