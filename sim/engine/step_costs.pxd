@@ -27,3 +27,4 @@ cdef class StepCosts:
     cdef long long before(self, long long context, long long window) noexcept
     cdef double of_chunks(self, list chunks) except? -1
     cdef double seconds(self, Step step) except? -1
+    cdef double at(self, Step step, long long tokens) except? -1

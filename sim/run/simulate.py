@@ -11,7 +11,8 @@ import numpy as np
 from servecast.sim.engine.request import Stage
 from servecast.sim.fleet.client import Client
 from servecast.sim.fleet.fleet import NOT_READY, Fleet
-from servecast.sim.fleet.replica import Replica
+from servecast.sim.fleet.flow import Engines
+from servecast.sim.fleet.replica import Replica, lockstep
 from servecast.sim.fleet.scaling import Life, Scaling
 from servecast.sim.fleet.spec import ReplicaSpec
 from servecast.sim.inputs.errors import InputError
@@ -79,22 +80,27 @@ def _run(
     """A run of requests that are drawn, and whether a closed loop of a duration had too few of them."""
     scenario = deployment.scenario
     noise, front_end, reading, routing = np.random.default_rng(seed).spawn(7)[3:]  # behind those of draw
-    specs = scenario.fleet.specs
-    deployments = _deployments(deployment)
+    specs, deployments = _endpoints(deployment)
     shortest = min(each.config.max_model_len for each in deployments)
     check_requests(stages, shortest, where=f"{scenario.source}: workload")
 
     count = len(specs)
     noise_streams, front_end_streams = noise.spawn(count), front_end.spawn(count)
+    stepping: dict[int, Engines] = {}  # by replica, of cores in lockstep
 
     def make_replica(index: int, client: Client) -> Replica:
         its = deployments[min(index, count - 1)]
         if index >= len(noise_streams):  # one that an autoscaler started
             noise_streams.extend(noise.spawn(1))
             front_end_streams.extend(front_end.spawn(1))
+        cores, together = its.config.data_parallel, None
+        if cores is not None and cores.lockstep:
+            if len(stepping[index - 1].loops if index else ()) % cores.size == 0:
+                stepping[index] = lockstep(cores, its.step_time)
+            together = stepping.setdefault(index, stepping[index - 1])
         return Replica(
             index,
-            its.scenario.server.engine(its.config),
+            [its.scenario.server.engine(its.config) for _ in range(1 if cores is None else cores.local)],
             its.step_time,
             its.profile.noise.factors(noise_streams[index]),
             its.step_time.roofline_seconds,
@@ -102,6 +108,7 @@ def _run(
             front_end_streams[index],
             client,
             cold_start_s=scenario.fleet.cold_start_s,
+            together=together,
         )
 
     picking, scraping = routing.spawn(2)
@@ -202,13 +209,23 @@ def _own_workload(deployment: Deployment) -> Workload:
     return spec.model_copy(update={"saturation_rate": rate}).workload()
 
 
-def _deployments(deployment: Deployment) -> list[Deployment]:
-    """What each replica is, one by one."""
-    scenario, found = deployment.scenario, list[Deployment]()
+def _endpoints(deployment: Deployment) -> tuple[list[ReplicaSpec], list[Deployment]]:
+    """What each is that the router picks among, one by one: a replica, or one of its groups of cores."""
+    scenario, specs, found = deployment.scenario, list[ReplicaSpec](), list[Deployment]()
     for spec, like in itertools.groupby(scenario.fleet.specs):
         own = deployment if spec.as_in_scenario else Deployment.of(scenario.of_replica(spec))
-        found += [own for _ in like]
-    return found
+        cores = own.config.data_parallel
+        groups = 1 if cores is None else cores.groups
+        if groups > 1 and scenario.fleet.autoscaler is not None:
+            raise InputError(
+                "an autoscaler of servers whose ranks are replicas to the router",
+                where=f"{scenario.source}: fleet.autoscaler",
+                fix="Leave it out, or let the servers' own API servers balance.",
+            )
+        for each in like:
+            specs += [each] * groups
+            found += [own] * groups
+    return specs, found
 
 
 def router(scenario: Scenario, rng: np.random.Generator, clock: Callable[[], float]) -> Router:
