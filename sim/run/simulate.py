@@ -95,9 +95,10 @@ def _run(
             front_end_streams.extend(front_end.spawn(1))
         cores, together = its.config.data_parallel, None
         if cores is not None and cores.lockstep:
-            if len(stepping[index - 1].loops if index else ()) % cores.size == 0:
-                stepping[index] = lockstep(cores, its.step_time)
-            together = stepping.setdefault(index, stepping[index - 1])
+            together = stepping.get(index - 1)
+            if together is None or len(together.loops) == cores.size:
+                together = lockstep(cores, its.step_time)
+            stepping[index] = together
         return Replica(
             index,
             [its.scenario.server.engine(its.config) for _ in range(1 if cores is None else cores.local)],
