@@ -42,7 +42,10 @@ FLAGS = (
 )
 CLIENTS = 12
 CLOSED = [(64, 10 + 7 * (i % 6)) for i in range(72)]  # prompt and output tokens
-TIMED = [(0.47 * i, 64, 12 if i % 3 else 40) for i in range(24)]  # arrival; every third one lasts longer
+TIMED = {  # seconds from one arrival to the next, and output tokens in turn
+    "one long of four": (0.31, (50, 6, 6, 6)),
+    "short and long": (0.43, (12, 60)),
+}
 
 
 class LawTime:
@@ -119,7 +122,8 @@ def by_rank(server: VllmServer) -> np.ndarray:
 
 
 def test_two_dense_ranks_serve_what_is_predicted(server: VllmServer) -> None:
-    """A closed loop of twelve clients on two cores of eight seats."""
+    """A closed loop of twelve clients on two cores of eight seats. Which core gets the next request hangs there
+    on milliseconds, so its counts are shown only."""
     work, lock, before, machine = iter(CLOSED), threading.Lock(), by_rank(server), Machine()
 
     def client() -> None:
@@ -143,22 +147,25 @@ def test_two_dense_ranks_serve_what_is_predicted(server: VllmServer) -> None:
     counts = run.requests.groupby("rank").size().tolist()
     print(f"{took:.2f} s, predicted {expected:.2f} s; ranks {ranks.tolist()}, predicted {counts}")
     judge(f"{took:.2f} s instead of {expected:.2f} s", abs(expected / took - 1) < WITHIN, quiet=quiet)
-    judge(f"ranks {ranks.tolist()} instead of {counts}", sorted(ranks) == sorted(counts), quiet=quiet)
 
 
-def test_the_ranks_get_the_requests_that_vllm_gives_them(server: VllmServer) -> None:
-    """Requests at given times, every third of which lasts three times as long: the core with fewer in flight
-    gets the next one, in turn where they have as many."""
+@pytest.mark.parametrize("name", TIMED)
+def test_the_ranks_get_the_requests_that_vllm_gives_them(server: VllmServer, name: str) -> None:
+    """Requests at given times, some of which last longer: the core with fewer in flight gets the next one, so
+    that its share is not a half."""
+    gap, outputs = TIMED[name]
+    timed = [(gap * i, 64, outputs[i % len(outputs)]) for i in range(30)]
     before, machine, began = by_rank(server), Machine(), time.monotonic()
     threads = []
-    for at, prompt, output in TIMED:
+    for at, prompt, output in timed:
         time.sleep(max(0.0, began + at - time.monotonic()))
         threads.append(threading.Thread(target=ask, args=(server, prompt, output)))
         threads[-1].start()
     for thread in threads:
         thread.join()
     ranks, quiet = by_rank(server) - before, machine.quiet()
-    requests = [Request(i, at, prompt, output, output) for i, (at, prompt, output) in enumerate(TIMED)]
+    requests = [Request(i, at, prompt, output, output) for i, (at, prompt, output) in enumerate(timed)]
     counts = predicted(requests, None).requests.groupby("rank").size().tolist()
     print(f"ranks {ranks.tolist()}, predicted {counts}")
+    assert counts[0] != counts[1]
     judge(f"ranks {ranks.tolist()} instead of {counts}", sorted(ranks) == sorted(counts), quiet=quiet)
