@@ -122,8 +122,8 @@ def by_rank(server: VllmServer) -> np.ndarray:
 
 
 def test_two_dense_ranks_serve_what_is_predicted(server: VllmServer) -> None:
-    """A closed loop of twelve clients on two cores of eight seats. Which core gets the next request hangs there
-    on milliseconds, so its counts are shown only."""
+    """A closed loop of twelve clients on two cores of eight seats. Which core gets the next request hangs
+    on milliseconds there, so its counts are shown only."""
     work, lock, before, machine = iter(CLOSED), threading.Lock(), by_rank(server), Machine()
 
     def client() -> None:
