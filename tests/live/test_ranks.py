@@ -42,9 +42,9 @@ FLAGS = (
 )
 CLIENTS = 12
 CLOSED = [(64, 10 + 7 * (i % 6)) for i in range(72)]  # prompt and output tokens
-TIMED = {  # seconds from one arrival to the next, and output tokens in turn
-    "one long of four": (0.31, (50, 6, 6, 6)),
+TIMED = {  # seconds from one arrival to the next, and output tokens in turn; longer steps change no count
     "short and long": (0.43, (12, 60)),
+    "fewer at once": (0.61, (12, 60)),
 }
 
 
