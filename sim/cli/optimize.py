@@ -28,7 +28,9 @@ class Choices:
 
     Attributes:
         gpus: names of GPUs, or files that describe one, as h100,h200,b200.
-        tensor_parallel: GPUs of a replica, as 1,2,4,8.
+        tensor_parallel: GPUs of an engine core, as 1,2,4,8.
+        data_parallel: engine cores of a replica, as 1,2,4.
+        expert_parallel: whole experts on each GPU, on,off or one of them.
         replicas: replicas that are simulated, and bought, together behind the router.
         max_num_seqs: sequences that may run together.
         max_num_batched_tokens: token budgets of a step.
@@ -39,6 +41,8 @@ class Choices:
 
     gpus: str | None = None
     tensor_parallel: str | None = None
+    data_parallel: str | None = None
+    expert_parallel: str | None = None
     replicas: str | None = None
     max_num_seqs: str | None = None
     max_num_batched_tokens: str | None = None
@@ -93,7 +97,7 @@ def _variants(text: str, where: str) -> dict[str, str | dict[str, Any]]:
     return found
 
 
-_READERS = {"gpus": _files, "routers": _files, "variants": _variants}
+_READERS = {"gpus": _files, "expert_parallel": _words, "routers": _files, "variants": _variants}
 
 
 @Parameter(name="*", group=Group("Money", sort_key=8))

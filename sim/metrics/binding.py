@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from servecast.sim.engine.engine import StepShape
-from servecast.sim.metrics.records import Run
+from servecast.sim.metrics.records import Run, engines_of
 
 QUEUE_LIMITS = ("max_num_seqs", "token_budget", "kv_blocks")
 WAITING_SHARE = 0.05  # a queue that stands for less of the engine's time does not bind
@@ -104,12 +104,12 @@ def evidence(run: Run, limits: Limits) -> Evidence:
     decodes = steps["decodes"].to_numpy(dtype=float)
     gap = float(np.average(run.itl["gap"], weights=run.itl["weight"])) if len(run.itl) else math.nan
     behind = float(np.average(time, weights=decodes)) if decodes.any() else math.nan
-    bound_by, parts = _step_shares(steps, limits)
+    bound_by, parts = _step_shares(steps, limits, waits="dummy_steps" in run.meta)
     return Evidence(
         max_num_seqs=float(time[full].sum()) / total,
         token_budget=float(time[spent].sum()) / total,
         kv_blocks=float(time[waits & ~full & ~spent].sum()) / total,
-        busy=total / (window * max(steps["replica"].nunique(), 1)) if window else math.nan,
+        busy=total / (window * max(engines_of(steps).nunique(), 1)) if window else math.nan,
         front_end=float((requests["queued"] - requests["sent"]).mean() / ttft),
         delivery=gap / behind,
         bound_by=bound_by,
@@ -162,8 +162,11 @@ def _step_reasons(found: Evidence) -> list[str]:
     return reasons
 
 
-def _step_shares(steps: pd.DataFrame, limits: Limits) -> tuple[dict[str, float], dict[str, float]]:
-    """Shares of step time by what binds and by part, from steps spread evenly over the run."""
+def _step_shares(
+    steps: pd.DataFrame, limits: Limits, *, waits: bool
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Shares of step time by what binds and by part, from steps spread evenly over the run. ``waits``: for
+    other engine cores, which is what a step lasts longer than its parts."""
     bound: dict[str, float] = {}
     parts: dict[str, float] = {}
     if not len(steps) or limits.bound_by is None:
@@ -178,7 +181,10 @@ def _step_shares(steps: pd.DataFrame, limits: Limits) -> tuple[dict[str, float],
         shape = StepRow(chunks, decodes, context, emitted)
         name = limits.bound_by(shape)
         bound[name] = bound.get(name, 0.0) + duration
-        for part, seconds in (limits.parts(shape) if limits.parts else {}).items():
+        own = dict(limits.parts(shape)) if limits.parts else {}
+        if waits and own:
+            own["other_cores"] = max(0.0, duration - sum(own.values()))
+        for part, seconds in own.items():
             parts[part] = parts.get(part, 0.0) + seconds
     return _normalised(bound), _normalised(parts)
 

@@ -29,7 +29,7 @@ def deployment_files(deployment: Deployment, replicas: int) -> dict[str, str]:
     words = [word for each in others.values() for word in each]
     port = int(others["port"][1]) if "port" in others else PORT
     kind = "amd" if deployment.gpu.name.startswith("MI") else "nvidia"
-    gpus = scenario.engine.tensor_parallel_size
+    engine, gpus = scenario.engine, scenario.engine.gpus
     release = scenario.engine.version + ".0" * (2 - scenario.engine.version.count("."))
     image = f"vllm/vllm-openai{'-rocm' if kind == 'amd' else ''}:v{release}"
     where = (
@@ -67,7 +67,8 @@ def deployment_files(deployment: Deployment, replicas: int) -> dict[str, str]:
             "template": {"metadata": {"labels": labels}, "spec": pod},
         },
     }
-    weights = deployment.shard.weight_bytes * gpus
+    alone = engine.data_parallel_size == 1
+    weights = deployment.shard.weight_bytes * gpus if alone else deployment.shard.whole.weight_bytes
     llmd = {
         "modelArtifacts": {
             "name": others.get("served_model_name", ["", model])[1],
@@ -79,14 +80,15 @@ def deployment_files(deployment: Deployment, replicas: int) -> dict[str, str]:
         "decode": {
             "create": True,
             "replicas": replicas,
-            "parallelism": {"tensor": gpus},
+            "parallelism": {"tensor": engine.tensor_parallel_size}
+            | ({} if alone else {"data": engine.data_parallel_size}),
             "containers": [
                 {
                     "name": "vllm",
                     "image": image,
                     "modelCommand": "vllmServe",
                     "args": [
-                        *_flags(scenario, without=("tensor_parallel_size",)),
+                        *_flags(scenario, without=("tensor_parallel_size", "data_parallel_size")),
                         *(word for name, each in others.items() if name not in OF_CHART for word in each),
                     ],
                     "ports": [{"containerPort": port, "name": "metrics", "protocol": "TCP"}],

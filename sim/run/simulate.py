@@ -144,6 +144,14 @@ def _run(
         "lives": lives_of(fleet.scaling, specs),
         **load,
     }
+    together = {id(each): each.runner for each in stepping.values()}.values()
+    if together:
+        run.meta["dummy_steps"] = {
+            "share": sum(sum(each.dummy_s) for each in together)
+            / max(sum(sum(each.dummy_s) for each in together) + float(run.steps["duration"].sum()), 1e-12),
+            "steps": sum(sum(each.dummies) for each in together),
+            "waves": sum(each.waves for each in together),
+        }
     if fleet.failures:
         run.meta["failures"] = dict(sorted(fleet.failures.items()))
     _tell_turns(run, stages, fleet.unsent)
@@ -215,8 +223,7 @@ def _endpoints(deployment: Deployment) -> tuple[list[ReplicaSpec], list[Deployme
     scenario, specs, found = deployment.scenario, list[ReplicaSpec](), list[Deployment]()
     for spec, like in itertools.groupby(scenario.fleet.specs):
         own = deployment if spec.as_in_scenario else Deployment.of(scenario.of_replica(spec))
-        cores = own.config.data_parallel
-        groups = 1 if cores is None else cores.groups
+        groups = own.endpoints
         if groups > 1 and scenario.fleet.autoscaler is not None:
             raise InputError(
                 "an autoscaler of servers whose ranks are replicas to the router",

@@ -103,6 +103,8 @@ class Simulation(Answer):
             parts.append(sessions_text(result["sessions"]))
         if "fleet_load" in result:
             parts.append(replicas_text(result["fleet_load"]["replicas"]))
+        if "ranks" in result:
+            parts.append(replicas_text(result["ranks"], title="\nRanks"))
         if result["run_context"]:
             said = {name: value for name, value in result["run_context"].items() if value is not None}
             parts.append(facts_text("\nRun context of the benchmark", said))
@@ -206,6 +208,7 @@ def replicas_text(replicas: Sequence[Mapping[str, Any]], *, title: str = "\nRepl
     """A row a replica, of a result's ``fleet_load``."""
     columns = {
         "replica": "replica",
+        **({"rank": "rank"} if replicas and "rank" in replicas[0] else {}),
         "requests": "requests",
         "failed": "failed",
         "prefix hits": "prefix_cache_hit_rate",

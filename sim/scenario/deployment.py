@@ -88,6 +88,12 @@ class Deployment:
         return self.shard.gpu
 
     @property
+    def endpoints(self) -> int:
+        """What the router sees of one server: one, or a group of cores each with API servers of its own."""
+        cores = self.config.data_parallel
+        return 1 if cores is None else cores.groups
+
+    @property
     def front_end(self) -> FrontEndCosts:
         """What stands in front of the engine, for the scenario's prompts and its network."""
         scenario = self.scenario

@@ -156,6 +156,11 @@ class EngineFlags(Model):
         return None if self.command is None else parse_serve_command(self.command, version=self.version)
 
     @property
+    def gpus(self) -> int:
+        """GPUs of one server."""
+        return self.tensor_parallel_size * self.data_parallel_size
+
+    @property
     def fits_max_model_len(self) -> bool:
         """Whether ``max_model_len`` is lowered to what the KV pool holds."""
         return self.max_model_len in ("auto", -1)
