@@ -554,11 +554,13 @@ class Flow:
     def put(self, row: cython.Py_ssize_t) -> cython.int:
         """It reaches the engine's input queue, unless it was given up while it was prepared."""
         server: Server = self.server_of(row)
+        inbox: list
         if server.failed or self.status[row] == _ABORTED:
             return 0
         if server.balance is not None:
             self.assign(server, row)
-        server.inboxes[self.rank[row]].append((self.now, row))
+        inbox = server.inboxes[self.rank[row]]
+        inbox.append((self.now, row))
         return self.wake(server.engines[self.rank[row]])
 
     def assign(self, server: Server, row: cython.Py_ssize_t) -> cython.int:
@@ -651,7 +653,7 @@ class Flow:
             ended = loop.ended
             loop.ended = []
             for row in ended:
-                server = self.server_of(row)
+                server = self.servers[self.replica[row]]
                 del server.inside[row]
                 self.status[row] = _FINISHED
                 self.outstanding[self.replica[row]] -= 1
