@@ -37,6 +37,10 @@ class Choices:
         variants: of the model, each with a name: fp8=CONFIG, with a shipped config's name or the path of a
             config.json, or fp8=engine.quantization=fp8, with a field of the scenario and its value.
         routers: routing policies, or files of an EndpointPickerConfig.
+        prefill: prefill servers, of a scenario that has them.
+        prefill_tensor_parallel: GPUs of one of them.
+        decode: decode servers.
+        decode_tensor_parallel: GPUs of one of them.
     """
 
     gpus: str | None = None
@@ -48,6 +52,10 @@ class Choices:
     max_num_batched_tokens: str | None = None
     variants: str | None = None
     routers: str | None = None
+    prefill: str | None = None
+    prefill_tensor_parallel: str | None = None
+    decode: str | None = None
+    decode_tensor_parallel: str | None = None
 
     def read(self) -> dict[str, Any]:
         """The lists by their names.

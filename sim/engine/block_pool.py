@@ -65,8 +65,11 @@ class BlockPool:
             block = self.next[block]
         return found
 
-    def shared_keys(self, content: tuple[tuple[int, int], ...], block_size: int) -> list[int]:
-        """Keys of the blocks whose last token lies in a shared part of the prompt."""
+    def shared_keys(
+        self, content: tuple[tuple[int, int], ...], block_size: int, lookahead: int = 0
+    ) -> list[int]:
+        """Keys of the blocks whose last token, and ``lookahead`` behind it, lie in a shared part of the
+        prompt."""
         keys: list = []
         for content_id, end_token in content:
             number = self.dense.get(content_id)
@@ -74,7 +77,7 @@ class BlockPool:
                 number = self.dense[content_id] = len(self.contents)
                 self.contents.append(content_id)
             first = 2 * number * BLOCKS_PER_CONTENT  # even: shared, odd: private
-            keys.extend(range(first + len(keys), first + end_token // block_size))
+            keys.extend(range(first + len(keys), first + (end_token - lookahead) // block_size))
         return keys
 
     def public_key(self, key: cython.longlong) -> Any:
@@ -105,6 +108,12 @@ class BlockPool:
         """The block at the head of the free list; its content is forgotten (BlockPool.get_new_blocks)."""
         block: cython.int = self.next[0]
         self.unlink(block)
+        self.forget(block)
+        self.ref[block] = 1
+        return block
+
+    def forget(self, block: cython.int) -> cython.int:
+        """Its content cannot be found in it any more (BlockPool._maybe_evict_cached_block)."""
         if self.key[block] >= 0:
             if self.on_evict is not None and not (
                 self.key[block] & BLOCKS_PER_CONTENT or self.key[block] >> GROUP_SHIFT
@@ -112,8 +121,7 @@ class BlockPool:
                 self.on_evict(self.public_key(self.key[block]))
             self.evict(block)
         self.key[block] = UNHASHED
-        self.ref[block] = 1
-        return block
+        return 0
 
     # ---- which blocks hold what
 

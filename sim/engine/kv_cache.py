@@ -8,6 +8,7 @@ import cython
 import numpy as np
 
 from servecast.sim.engine.block_pool import BlockPool
+from servecast.sim.engine.draft_rules import draft_rules_for
 from servecast.sim.engine.sequence import Sequence
 
 if not cython.compiled:
@@ -19,7 +20,8 @@ REMEMBERED = cython.declare(cython.int, 4096)  # different shared prefixes whose
 class KVCache:
     """Block tables over a pool, for layers that attend to everything; ``group_cache`` has those of others.
 
-    processed: tick of the last step that is complete. aligned: chunks end where states are kept.
+    lookahead, hash_lookahead, drops_block: see ``Speculation``. processed: tick of the last step that is
+    complete. aligned: chunks end where states are kept.
 
     Args:
         config: flags and pool size.
@@ -28,6 +30,13 @@ class KVCache:
     """
 
     def __init__(self, config: Any, reuse_unhashed_first: bool, rows: cython.int) -> None:
+        speculation = config.speculation
+        self.lookahead = self.hash_lookahead = 0
+        self.drops_block, self.reserves_at_admission = False, True
+        if speculation is not None:
+            self.lookahead, self.hash_lookahead = speculation.lookahead, speculation.hash_lookahead
+            self.drops_block = speculation.drops_block
+            self.reserves_at_admission = draft_rules_for(config.version).reserves_at_admission
         self.pool = BlockPool(config.num_gpu_blocks)
         self.reuse_unhashed_first = reuse_unhashed_first
         self.prefix_caching = config.enable_prefix_caching
@@ -59,7 +68,7 @@ class KVCache:
         if keys is None:
             if len(self.prefixes) >= REMEMBERED:
                 self.prefixes.clear()
-            keys = self.prefixes[content] = self.pool.shared_keys(content, self.hash_block)
+            keys = self.prefixes[content] = self.pool.shared_keys(content, self.hash_block, self.hash_lookahead)
         return keys
 
     def blocks_for(self, tokens: cython.int) -> cython.int:
@@ -100,11 +109,15 @@ class KVCache:
             elif sequence.preemptions:
                 key = self.private_key(sequence) + index
             else:
-                return index * self.block_size
+                most = index
+                break
             block = self.pool.lookup(key)
             if block < 0:
-                return index * self.block_size
+                most = index
+                break
             self.table[row + index] = block
+        if self.drops_block and most > 0:  # its hidden states are needed
+            most -= 1
         return most * self.block_size
 
     def allocate_slots(
@@ -119,10 +132,14 @@ class KVCache:
         hits: cython.int = cached // self.block_size
         end: cython.int = sequence.computed + cached + tokens
         held: cython.int = sequence.blocks_end // self.block_size + hits
-        need: cython.int = self.blocks_for(end) - held
-        fit: cython.int = need
+        slots: cython.int = end
+        need: cython.int
+        fit: cython.int
         at: cython.Py_ssize_t
         i: cython.int
+        if self.lookahead and (sequence.slot >= 0 or self.reserves_at_admission):
+            slots += self.lookahead
+        fit = need = max(self.blocks_for(slots) - held, 0)
         if sequence.slot < 0:  # an admission
             at = self.slots[len(self.slots) - 1] * self.width
             for i in range(hits):  # those that lie free are taken from the free list, too
@@ -141,6 +158,61 @@ class KVCache:
         sequence.blocks_end += need * self.block_size
         self.cache_blocks(sequence, min(end, sequence.num_tokens))
         return True
+
+    def allocate_remote(
+        self,
+        sequence: Sequence,
+        tokens: cython.int,
+        cached: cython.int,
+        reserve: cython.int,
+        others: cython.int,
+        delay: cython.bint,
+    ) -> cython.bint:
+        """``allocate_slots`` for one that waits, where there is a connector: it may hold blocks already, and
+        ``tokens`` counts those that are loaded, too. ``others`` more blocks must stay free beside those of
+        now; with ``delay`` nothing of it can be found yet."""
+        hits: cython.int = cached // self.block_size
+        end: cython.int = sequence.computed + cached + tokens
+        held: cython.int = sequence.blocks_end // self.block_size + hits
+        slots: cython.int = end
+        need: cython.int
+        at: cython.Py_ssize_t
+        i: cython.int
+        if self.lookahead and not delay and (sequence.slot >= 0 or self.reserves_at_admission):
+            slots += self.lookahead
+        need = max(0, self.blocks_for(slots) - held)
+        if sequence.slot < 0:
+            if len(self.slots) < 2:
+                self.add_rows()
+            at = self.slots[len(self.slots) - 1] * self.width
+            for i in range(hits):
+                reserve += self.pool.ref[self.table[at + i]] == 0
+        if self.full_isl and max(0, self.blocks_for(sequence.num_tokens) - held) + reserve > self.pool.free_blocks:
+            return False
+        if need + reserve + others > self.pool.free_blocks:
+            return False
+        if sequence.slot < 0:
+            sequence.slot = self.slots.pop()
+            self.touch(sequence, hits)
+        at = sequence.slot * self.width + held
+        for i in range(need):
+            self.table[at + i] = self.pool.take()
+        sequence.blocks_end += need * self.block_size
+        if not delay:
+            self.cache_blocks(sequence, min(end, sequence.num_tokens))
+        return True
+
+    def add_rows(self) -> cython.int:
+        """Who waits or has ended may hold blocks, too: twice the rows."""
+        rows: cython.Py_ssize_t = self.table.shape[0] // self.width
+        self.table = np.concatenate((np.asarray(self.table), np.zeros_like(np.asarray(self.table))))
+        self.slots = [*range(rows, 2 * rows), *self.slots]
+        return 0
+
+    def missing_blocks(self, sequence: Sequence, drafts: cython.int) -> cython.int:
+        """What it still needs for all its tokens and so many of drafts."""
+        tokens: cython.int = min(sequence.num_tokens, self.max_model_len) + drafts
+        return (tokens + self.block_size - 1) // self.block_size - sequence.blocks_end // self.block_size
 
     def touch(self, sequence: Sequence, hits: cython.int) -> cython.int:
         """Hold cached blocks, too (BlockPool.touch)."""
@@ -186,11 +258,11 @@ class KVCache:
         pool: BlockPool = self.pool
         row: cython.Py_ssize_t = sequence.slot * self.width
         index: cython.int = sequence.cached_end // self.block_size
-        end: cython.int = tokens // self.block_size
+        end: cython.int = min(tokens, sequence.num_tokens - self.hash_lookahead) // self.block_size
         shared: cython.int = 0
         key: cython.longlong
         told: list = None
-        sequence.kv_due = sequence.blocks_end + 1
+        sequence.kv_due = sequence.blocks_end + 1 - self.lookahead
         if not self.prefix_caching:
             return 0
         if index < end:

@@ -9,16 +9,22 @@ cdef class Step:
     cdef readonly int total_tokens
     cdef readonly list chunks
     cdef readonly int decodes
+    cdef readonly int drafts
+    cdef readonly int drafters
+    cdef readonly int draft_length
     cdef readonly long long decode_context
     cdef long long windowed
     cdef readonly list gaps
     cdef readonly int steady
     cdef readonly int emitted
+    cdef readonly int outputs
+    cdef Py_ssize_t row
     cdef long long start
     cdef long long end
-    cdef list samplers
+    cdef readonly list samplers
     cdef bint borrowed  # samplers, from the list of the running
-    cdef list prefilling
+    cdef list verified
+    cdef readonly list prefilling
     cdef list joined
     cdef list joined_cached
     cdef list joined_again
@@ -26,3 +32,6 @@ cdef class Step:
     cdef list firsts
     cdef list leavers
     cdef list composition
+    cdef readonly list failed
+    cdef readonly object connector_meta
+    cdef public object transfers

@@ -18,22 +18,28 @@ class Step:
 
     samplers: sequences that sample a token, in the order of the batch. joined: those admitted and resumed,
     with what they found cached, and whether resumed. firsts, leavers: those that got their first or last
-    token. prefilling: with priorities, whose the chunks are. composition: with ``trace``, all and their
-    tokens. windowed: of decode_context, what layers with a window attend to, if the scheduler was told one.
+    token. failed: those that end with an error. prefilling: with priorities or a connector, whose the chunks
+    are. connector_meta: what the connector's workers are told; transfers: what they report (``Transfers``).
+    composition: with ``trace``, all and their tokens. verified: where it drafts, how many drafts each of
+    samplers verifies, -k where they are padding. outputs: requests that got tokens, each in one message. row:
+    in the table of steps. windowed: of decode_context, what layers with a window attend to, if the scheduler
+    was told one.
     """
 
     def __init__(self, tick: cython.longlong) -> None:
         self.tick = tick
-        self.total_tokens = self.decodes = self.steady = self.emitted = 0
+        self.total_tokens = self.decodes = self.drafts = self.steady = self.emitted = self.outputs = 0
+        self.drafters = self.draft_length = self.row = 0
         self.decode_context = self.windowed = self.start = self.end = 0
-        self.chunks = self.gaps = self.samplers = self.prefilling = NOBODY
+        self.chunks = self.gaps = self.samplers = self.verified = self.prefilling = NOBODY
         self.joined = self.joined_cached = self.joined_again = self.victims = NOBODY
-        self.firsts = self.leavers = NOBODY
+        self.firsts = self.leavers = self.failed = NOBODY
         self.composition, self.borrowed = None, False
+        self.connector_meta = self.transfers = None
 
     @property
     def samples(self) -> int:
-        return len(self.samplers)
+        return len(self.samplers) + self.drafts
 
     @property
     def admitted(self) -> list[int]:
@@ -57,7 +63,7 @@ class Step:
 
     @property
     def finished(self) -> list[int]:
-        return [s.request_id for s in self.leavers]
+        return [s.request_id for s in [*self.leavers, *self.failed]]
 
     @property
     def idle_s(self) -> float:

@@ -67,6 +67,7 @@ class Endpoint:
         self.index = replica.index
         self.block_size = replica.config.block_size
         self.num_gpu_blocks = replica.config.num_gpu_blocks
+        self.role = replica.role
         self._board = board
         self._options = options
         self._rng = rng

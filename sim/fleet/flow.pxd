@@ -1,6 +1,6 @@
 # What is fixed of flow.py where it is compiled.
 cimport cython
-from servecast.sim.engine.engine_loop cimport ABORTS, BUSY, ENDED, EngineLoop
+from servecast.sim.engine.engine_loop cimport ABORTS, BUSY, ENDED, POLLING, EngineLoop
 
 @cython.final
 cdef class Sender:
@@ -24,7 +24,10 @@ cdef class Engines:
     cdef Py_ssize_t number
     cdef bint idle
     cdef bint failed
+    cdef bint polling
+    cdef long long due  # with a connector: when it goes on, if nobody wakes it
 
+    cdef bint connected(self)
     cdef int advance(self, long long until) except? -1
     cdef long long wake(self) except *
 
@@ -50,6 +53,7 @@ cdef class Server:
     cdef Py_ssize_t most
     cdef dict inside  # rows that were sent to it and have not ended, in order
     cdef bint failed
+    cdef bint prefills
 
     cdef long long varied(self, double seconds) except *
 
@@ -74,6 +78,8 @@ cdef class Flow:
     cdef object answered
     cdef bint quiet
     cdef bint ordered
+    cdef object legs
+    cdef Engines running
     cdef bint gives_up
     cdef dict objects  # rows that the router knows, as requests
     cdef list heap  # (time, order, what, number)
@@ -99,6 +105,9 @@ cdef class Flow:
     cdef int done(self, Py_ssize_t row) except -1
     cdef int tell_finished(self, Sender sender, Py_ssize_t number) except -1
     cdef int route(self, Py_ssize_t row) except -1
+    cdef int send_to(self, int index, Py_ssize_t row) except -1
+    cdef int split(self, Py_ssize_t row) except -1
+    cdef int hand_on(self, Py_ssize_t row) except -1
     cdef int refuse(self, Py_ssize_t row, object why) except -1
     cdef Server server_of(self, Py_ssize_t row)
     cdef int accept(self, Server server, Py_ssize_t row) except -1
@@ -108,7 +117,9 @@ cdef class Flow:
     cdef int put(self, Py_ssize_t row) except -1
     cdef int assign(self, Server server, Py_ssize_t row) except -1
     cdef int publish(self, Py_ssize_t index) except -1
+    cdef int wake_connected(self, Server server) except -1
     cdef int wake(self, Engines engines) except -1
+    cdef int take_lost(self, Engines engines) except -1
     cdef int run_engine(self, Py_ssize_t number) except -1
     cdef int drain(self, Engines engines) except -1
     cdef int take_ended(self, Engines engines) except -1

@@ -24,7 +24,7 @@ from servecast.sim.routing.routers import LOOKS_AT_NONE
 if cython.compiled:
     from cython.cimports.libc.math import rint
 else:
-    from servecast.sim.engine.engine_loop import ABORTS, BUSY, ENDED
+    from servecast.sim.engine.engine_loop import ABORTS, BUSY, ENDED, POLLING
 
     rint = round
 
@@ -49,10 +49,13 @@ ANSWERED = cython.declare(cython.int, 7)
 CLOSED = cython.declare(cython.int, 8)
 DUE = cython.declare(cython.int, 9)
 ENGINE = cython.declare(cython.int, 10)
-PUBLISH = cython.declare(cython.int, 11)
+HANDED_ON = cython.declare(cython.int, 11)
+WAKE = cython.declare(cython.int, 12)
+PUBLISH = cython.declare(cython.int, 13)
 
 NOT_READY = "no replica was ready (503)"
 UNPICKED = "the router let no replica pass (503)"
+NOT_LOADED = "its KV cache could not be loaded"
 REFUSED = "sent to a replica that had failed before the router knew"
 
 
@@ -81,6 +84,11 @@ class Engines:
         self.runner, self.loops = runner, loops
         self.compiled = runner if isinstance(runner, EngineLoop) else None
         self.number, self.idle, self.failed = -1, True, False
+        self.polling, self.due = False, -1
+
+    def connected(self) -> cython.bint:
+        """Whether it has a KV connector."""
+        return self.compiled is not None and self.compiled.connector is not None
 
     def advance(self, until: cython.longlong) -> cython.int:
         return self.runner.advance(until) if self.compiled is None else self.compiled.advance(until)
@@ -107,7 +115,7 @@ class Server:
             in the order of need. most: requests of a round of preparation.
         balance: shares requests out among several cores (``sim.fleet.balance.Balance``), or None.
         spread: the number of the API server that a request's connection leads to, one after the other; None
-            where there is one. fronts: so many.
+            where there is one. fronts: so many. prefills: it computes prompts for others.
     """
 
     def __init__(
@@ -120,13 +128,14 @@ class Server:
         balance: Any = None,
         spread: Any = None,
         fronts: int = 1,
+        prefills: cython.bint = False,
     ) -> None:
         self.loops, self.engines, self.variation, self.most = loops, engines, variation, most
         self.latency_s, self.request_s, self.prompt_token_s = costs_s
         self.balance, self.spread = balance, spread
         self.fronts = [Front() for _ in range(fronts)]
         self.inside = {}
-        self.failed = False
+        self.failed, self.prefills = False, prefills
         self.inboxes = [loop.inbox for loop in loops]
 
     def varied(self, seconds: cython.double) -> cython.longlong:
@@ -143,6 +152,7 @@ class Flow:
         router: picks among ``ready``; None: the first.
         ended, answered: what the router is told (``Informed``, ``Answered``), or None.
         quiet: nobody waits for an end: the engines tell none.
+        legs: where prompts are computed by servers of their own (``Legs``), or None.
 
     Attributes:
         now: picoseconds. ready: what the router picks among, each with its ``index``.
@@ -166,16 +176,23 @@ class Flow:
         answered: Any = None,
         quiet: bool = False,
         ordered: bool = False,
+        legs: Any = None,
     ) -> None:
         n: cython.Py_ssize_t = len(requests)
         server: Server
         self.requests, self.servers, self.ready = requests, servers, ready
         self.send, self.router, self.ended, self.answered = send, router, ended, answered
-        self.quiet, self.ordered = quiet, ordered
+        engines: Engines
+        connected: cython.bint = False
+        for server in servers:
+            engines = server.engines[0]
+            connected = connected or engines.connected()
+        self.quiet, self.ordered = quiet and not connected, ordered
+        self.legs = legs
         self.looks = router is not None and not isinstance(router, LOOKS_AT_NONE)
         self.heap, self.senders, self.finished, self.order = [], [], [], []
         self.engines, self.fronts = [], []
-        self.objects, self.failures = {}, {}
+        self.objects, self.failures, self.running = {}, {}, None
         self.now = self.count = self.until = self.sent = 0
         self.prompt = writable(requests.prompt_tokens)
         self.gives_up = requests.abort_after_s is not None
@@ -209,9 +226,12 @@ class Flow:
         loop: Any
         known: cython.bint
         for loop in server.loops:
-            loop.load(self.requests, self.columns["outcomes"])
+            if server.prefills:
+                loop.load(self.legs.prompts, self.legs.outcomes)
+            else:
+                loop.load(self.requests, self.columns["outcomes"])
             loop.tell_ends = not self.quiet
-            if self.answered is not None:
+            if self.answered is not None and not server.prefills:
                 loop.on_first = self.tell_answered
         for engines in server.engines:
             known = 0 <= engines.number < len(self.engines)  # several cores may be in one lockstep
@@ -342,6 +362,10 @@ class Flow:
                 self.senders[self.stream[number]].sessions.due(number)
             elif what == CLOSED:
                 self.tell_finished(self.senders[number], number)
+            elif what == HANDED_ON:
+                self.hand_on(number)
+            elif what == WAKE:
+                self.wake_connected(self.servers[number])
             else:
                 self.answered(self.objects[number], self.replica[number])
         if self.finished:
@@ -417,6 +441,9 @@ class Flow:
             server.loops[self.rank[row]].aborts += 1
             server.inboxes[self.rank[row]].append((self.now, ~row))
             self.wake(server.engines[self.rank[row]])
+        elif server.prefills and self.status[row] != _FINISHED:  # on its way to the other server
+            self.status[row] = _ABORTED
+            self.done(row)
         return 0
 
     def done(self, row: cython.Py_ssize_t) -> cython.int:
@@ -424,7 +451,7 @@ class Flow:
         number: cython.Py_ssize_t = self.stream[row]
         sender: Sender = self.senders[number]
         if self.ended is not None and self.replica[row] >= 0:
-            self.ended(self.objects.pop(row), self.replica[row])
+            self.ended(self.objects.pop(row), self.replica[row] if self.legs is None else self.legs.home(row))
         sender.in_flight -= 1
         sender.open -= 1
         if sender.sessions is not None:
@@ -449,27 +476,52 @@ class Flow:
         """The request reaches the router."""
         position: Any
         request: Any = None
-        server: Server
         index: cython.int
         if self.status[row] == _ABORTED:
             return 0
         if not len(self.ready):  # HTTP 503
             return self.refuse(row, NOT_READY)
+        if self.legs is not None:
+            return self.split(row)
         if self.looks:
             request = self.requests[row]
         position = 0 if self.router is None else self.router.pick(request, self.ready)
         if position is None:
             return self.refuse(row, UNPICKED)
-        self.replica[row] = index = self.ready[position].index
+        index = self.ready[position].index
         if self.ended is not None or self.answered is not None:
             self.objects[row] = request
-        server = self.servers[index]
+        return self.send_to(index, row)
+
+    def send_to(self, index: cython.int, row: cython.Py_ssize_t) -> cython.int:
+        """A request goes to a server."""
+        server: Server = self.servers[index]
+        self.replica[row] = index
         if server.failed:
             return self.refuse(row, REFUSED)
         self.outstanding[index] += 1
         if not self.quiet:
             server.inside[row] = None
         return self.accept(server, row)
+
+    def split(self, row: cython.Py_ssize_t) -> cython.int:
+        """The request reaches the router of a fleet whose prompts are computed by servers of their own."""
+        first: Any = self.legs.first(row, self.ready)
+        if first is None:
+            return self.refuse(row, UNPICKED)
+        if self.ended is not None or self.answered is not None:
+            self.objects[row] = self.requests[row]
+        return self.send_to(first, row)
+
+    def hand_on(self, row: cython.Py_ssize_t) -> cython.int:
+        """A prompt is computed, and the request goes on to the server that decodes."""
+        second: Any
+        if self.status[row] == _ABORTED:
+            return 0
+        second = self.legs.second(row, self.ready)
+        if second is None:
+            return self.refuse(row, NOT_READY)
+        return self.send_to(second, row)
 
     def refuse(self, row: cython.Py_ssize_t, why: Any) -> cython.int:
         self.failures[why] = self.failures.get(why, 0) + 1
@@ -571,6 +623,14 @@ class Flow:
             self.push(due, 0, PUBLISH, self.replica[row])
         return 0
 
+    def wake_server(self, index: int, time: int) -> None:
+        """What its connector answers changes from outside, now or at a time. The engine that runs now does
+        not run past it."""
+        time = max(time, self.now)
+        self.push(time, 0, WAKE, index)
+        if self.running is not None and self.running.compiled is not None:
+            self.running.compiled.horizon = min(self.running.compiled.horizon, time)
+
     def publish(self, index: cython.Py_ssize_t) -> cython.int:
         """The coordinator tells the API servers what the cores have reported."""
         server: Server = self.servers[index]
@@ -586,11 +646,23 @@ class Flow:
             self.push(due, 0, PUBLISH, index)
         return 0
 
+    def wake_connected(self, server: Server) -> cython.int:
+        engines: Engines
+        for engines in server.engines:
+            if engines.connected():
+                self.wake(engines)
+        return 0
+
     def wake(self, engines: Engines) -> cython.int:
         if engines.idle:
             engines.idle = False
             engines.runner.now = self.now
             self.push(self.now, LAST, ENGINE, engines.number)
+        elif engines.polling:
+            self.push(self.now, LAST, ENGINE, engines.number)
+        else:
+            return 0
+        engines.polling, engines.due = False, self.now
         return 0
 
     def run_engine(self, number: cython.Py_ssize_t) -> cython.int:
@@ -599,7 +671,7 @@ class Flow:
         until: cython.longlong
         state: cython.int
         event: tuple
-        if engines.failed:
+        if engines.failed or (engines.connected() and engines.due != self.now):  # it was woken earlier
             return 0
         while True:
             until = self.until
@@ -608,13 +680,16 @@ class Flow:
                 until = min(until, cython.cast(cython.longlong, event[0]))
             if self.finished or until <= self.now:
                 until = self.now + 1
+            self.running = engines
             state = engines.advance(until)
+            self.running = None
             if state == ENDED:
                 self.take_ended(engines)
             elif state == ABORTS:
                 self.drain(engines)
-            elif state == BUSY:
-                self.push(engines.wake(), LAST, ENGINE, number)
+            elif state == BUSY or state == POLLING:  # noqa: SIM109 (compiled, no tuple)
+                engines.polling, engines.due = state == POLLING, engines.wake()
+                self.push(engines.due, LAST, ENGINE, number)
                 return 0
             else:
                 engines.idle = True
@@ -652,13 +727,18 @@ class Flow:
         for loop in engines.loops:
             ended = loop.ended
             loop.ended = []
+            if engines.connected():
+                self.take_lost(engines)
             for row in ended:
                 server = self.servers[self.replica[row]]
                 del server.inside[row]
-                self.status[row] = _FINISHED
                 self.outstanding[self.replica[row]] -= 1
                 if server.balance is not None:
                     server.balance.ended(self.front[row], self.rank[row])
+                if server.prefills:
+                    self.push(self.legs.computed(row), 0, HANDED_ON, row)
+                    continue
+                self.status[row] = _FINISHED
                 finish = self.outcomes[5, row]
                 number = self.stream[row]
                 sender = self.senders[number]
@@ -673,6 +753,15 @@ class Flow:
                     self.push(finish, 0, DONE, row)
                 else:
                     self.done(row)
+        return 0
+
+    def take_lost(self, engines: Engines) -> cython.int:
+        """Requests that ended with an error."""
+        lost: list = engines.compiled.lost
+        engines.compiled.lost = []
+        for row in lost:
+            self.failures[NOT_LOADED] = self.failures.get(NOT_LOADED, 0) + 1
+            self.end(self.server_of(row), self.replica[row], row, _FAILED)
         return 0
 
     def end(

@@ -37,6 +37,8 @@ class Replica:
 
     Attributes:
         loops: around the engines, by rank.
+        role: prefill or decode, in a fleet of such pools. Prompts alone go to a server that prefills, and no
+            client reads its tokens.
     """
 
     def __init__(
@@ -52,12 +54,13 @@ class Replica:
         *,
         cold_start_s: float = 0.0,
         together: Engines | None = None,
+        role: str = "",
     ) -> None:
-        self.index = index
+        self.index, self.role = index, role
         self.engines = engines if isinstance(engines, Sequence) else (engines,)
         self.config = config = self.engines[0].config
         served = to_ps(costs.token_s), to_ps(costs.delivery_s)
-        read = client.read if client.reading_costs else None
+        read = client.read if client.reading_costs and role != "prefill" else None
         cold_start = to_ps(cold_start_s)
         numbers = step_time.costs() if type(step_time) is PhysicalStepTime else None
         self.loops: list[EngineLoop | PythonLoop] = []
@@ -82,7 +85,17 @@ class Replica:
             for loop in self.loops:
                 loop.reports = True  # type: ignore[union-attr]
         most = config.preparation_round
-        self.server = Server(self.loops, stepping, costs_s, variation, most, balance, spread, fronts)
+        self.server = Server(
+            self.loops,
+            stepping,
+            costs_s,
+            variation,
+            most,
+            balance,
+            spread,
+            fronts,
+            prefills=role == "prefill",
+        )
 
     @property
     def now(self) -> int:

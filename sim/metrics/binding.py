@@ -38,6 +38,7 @@ class Limits:
     num_gpu_blocks: int | None
     bound_by: Callable[[StepShape], str] | None = None
     parts: Callable[[StepShape], Mapping[str, float]] | None = None
+    pools: tuple[tuple[str, tuple[int, ...], Limits], ...] = ()
 
 
 @dataclass(slots=True)
@@ -57,7 +58,8 @@ class Evidence:
     max_num_seqs, token_budget, kv_blocks: steps in which requests waited because of it.
     busy: busy time of the window. front_end: of the mean TTFT, spent before the engine's queue.
     delivery: mean inter-token gap at the client over the mean step behind it (not a share).
-    bound_by: steps by what most of their time goes to. parts: step time by part.
+    bound_by: steps by what most of their time goes to. parts: step time by part. pool: of whose servers this
+    is, empty without pools. transfer: of the mean TTFT, while KV blocks were on their way.
     """
 
     max_num_seqs: float
@@ -68,23 +70,30 @@ class Evidence:
     delivery: float
     bound_by: Mapping[str, float]
     parts: Mapping[str, float]
+    pool: str = ""
+    transfer: float = 0.0
 
     @classmethod
     def mean(cls, all_of: Sequence[Evidence]) -> Evidence:
-        """The mean over replications."""
+        """The mean over replications, of those in which the pool binds that binds in most."""
+        names = [each.pool for each in all_of]
+        pool = max(names, key=names.count)
+        all_of = [each for each in all_of if each.pool == pool]
         values: dict[str, float] = {
             field.name: float(np.mean([getattr(each, field.name) for each in all_of]))
             for field in fields(cls)
-            if field.name not in ("bound_by", "parts")
+            if field.name not in ("bound_by", "parts", "pool")
         }
         bound_by = _mean_shares([each.bound_by for each in all_of])
-        return cls(**values, bound_by=bound_by, parts=_mean_shares([each.parts for each in all_of]))
+        return cls(
+            **values, bound_by=bound_by, parts=_mean_shares([each.parts for each in all_of]), pool=pool
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class Binding:
     """What binds ("compute", "memory_bandwidth", "host", "interconnect", "front_end", "kv_blocks",
-    "max_num_seqs", "token_budget", "none" or "unknown"), and why one should believe it."""
+    "max_num_seqs", "token_budget", "kv_link", "none" or "unknown"), and why one should believe it."""
 
     limit: str
     reasons: tuple[str, ...]
@@ -118,7 +127,7 @@ def evidence(run: Run, limits: Limits) -> Evidence:
 
 
 def binding_limit(found: Evidence, limits: Limits, *, only_token_times: bool) -> Binding:
-    """Names the limit that the evidence points to.
+    """Names the limit that the evidence points to, and of which pool.
 
     only_token_times: the load fails on the time between tokens alone (TPOT, ITL) and nothing piles up;
     then a queue for admission is beside the point.
@@ -127,6 +136,16 @@ def binding_limit(found: Evidence, limits: Limits, *, only_token_times: bool) ->
     than half of TTFT before the engine's queue: front_end. Requests wait in more than 5 % of the
     engine's time: what they wait for. Otherwise: what the steps' time goes to.
     """
+    bound = _binding_limit(found, limits, only_token_times=only_token_times)
+    if not found.pool:
+        return bound
+    return Binding(bound.limit, (f"the {found.pool} servers bind", *bound.reasons))
+
+
+def _binding_limit(found: Evidence, limits: Limits, *, only_token_times: bool) -> Binding:
+    limits = next((own for name, _, own in limits.pools if name == found.pool), limits)
+    if not only_token_times and found.transfer > FRONT_END_SHARE:
+        return Binding("kv_link", (f"{found.transfer:.0%} of TTFT passes while KV blocks are on their way",))
     if found.delivery > DELIVERY_LAG:
         lag = f"{found.delivery:.2f} times as far apart as the engine makes them"
         return Binding("front_end", (f"tokens reach the client {lag}",))

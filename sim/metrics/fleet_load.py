@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 
 from servecast.sim.metrics.metrics import known_or_none, prefix_hit_rate
+from servecast.sim.metrics.pools import pools_load
 from servecast.sim.metrics.records import Run, engines_of
 
 
@@ -25,10 +26,12 @@ def fleet_load(run: Run) -> dict[str, Any]:
     sent = requests["sent"]
     span = float(requests["finish"].max() - sent.min())
     sending = float(sent.max() - sent.min())
-    replicas = [
-        _replica(number, requests[requests["replica"] == number], steps[steps["replica"] == number], span)
-        for number in range(int(run.meta.get("replicas", 1)))
-    ]
+    roles, replicas = run.meta.get("roles"), list[dict[str, Any]]()
+    for number in range(int(run.meta.get("replicas", 1))):
+        own = requests[requests["replica"] == number]
+        if roles is not None:
+            own = _leg(requests, number, roles[number])
+        replicas.append(_replica(number, own, steps[steps["replica"] == number], span))
     table = pd.DataFrame(replicas)
     busiest, mean = table["computed_tokens"].max(), table["computed_tokens"].mean()
     found = {
@@ -39,7 +42,17 @@ def fleet_load(run: Run) -> dict[str, Any]:
         "mean_num_waiting": float(table["mean_num_waiting"].sum()),
         "token_imbalance": float(busiest / mean) if mean else math.nan,
     }
-    return known_or_none(found) | {"replicas": [known_or_none(row) for row in replicas]}
+    found = known_or_none(found) | {"replicas": [known_or_none(row) for row in replicas]}
+    return found if roles is None else found | {"pools": [known_or_none(row) for row in pools_load(run)]}
+
+
+def _leg(requests: pd.DataFrame, number: int, role: str) -> pd.DataFrame:
+    """What a server of a pool computed for which requests: those that it prefills alone, or decodes, where
+    what came from elsewhere is not computed."""
+    if role == "prefill":
+        own = requests[(requests["prefill_replica"] == number).fillna(False)]
+        return own.assign(cached_tokens=own["prefill_cached_tokens"].clip(lower=0).astype("Int64"))
+    return requests[requests["replica"] == number]
 
 
 def rank_load(run: Run) -> list[dict[str, Any]]:

@@ -21,7 +21,12 @@ _FIELDS = {
     "max_num_seqs": "engine.max_num_seqs",
     "max_num_batched_tokens": "engine.max_num_batched_tokens",
     "routers": "fleet.router",
+    "prefill": "fleet.prefill.0.count",
+    "prefill_tensor_parallel": "fleet.prefill.0.engine.tensor_parallel_size",
+    "decode": "fleet.decode.0.count",
+    "decode_tensor_parallel": "fleet.decode.0.engine.tensor_parallel_size",
 }
+_POOLS = ("prefill", "decode")
 _SHOWN = {"gpus": "gpu", "variants": "variant", "routers": "router"}  # in place of the plural
 
 
@@ -41,7 +46,9 @@ class Candidate:
         return find_gpu(spec.name or "", where=f"{self.scenario.source}: gpu.name").name
 
     def __str__(self) -> str:
-        names = {"tensor_parallel": "TP{}", "data_parallel": "DP{}", **dict.fromkeys(_SHOWN.values(), "{}")}
+        pools = {"prefill": "{}P", "decode": "{}D", **{f"{pool}_tensor_parallel": "TP{}" for pool in _POOLS}}
+        names = {"tensor_parallel": "TP{}", "data_parallel": "DP{}"}
+        names |= {**dict.fromkeys(_SHOWN.values(), "{}"), **pools}
         return " ".join(names.get(name, name + "={}").format(value) for name, value in self.label.items())
 
 
@@ -58,6 +65,8 @@ class Choices:
         variants: of the model, for instance of another precision: names to model configs (a shipped one's
             name, or the path of a config.json), or to changes of the scenario by dotted field paths.
         routers: policies by name, or files of an EndpointPickerConfig.
+        prefill, decode: servers of each pool, of a scenario that has pools. prefill_tensor_parallel,
+            decode_tensor_parallel: GPUs of one of their servers.
     """
 
     gpus: str | Sequence[str] = ()
@@ -69,6 +78,10 @@ class Choices:
     max_num_batched_tokens: int | Sequence[int] = ()
     variants: Mapping[str, str | Mapping[str, Any]] | None = None
     routers: str | Sequence[str] = ()
+    prefill: int | Sequence[int] = ()
+    prefill_tensor_parallel: int | Sequence[int] = ()
+    decode: int | Sequence[int] = ()
+    decode_tensor_parallel: int | Sequence[int] = ()
 
     def of(self, scenario: Scenario) -> list[Candidate]:
         """Every combination, the first kind of choice changing slowest.
@@ -77,6 +90,13 @@ class Choices:
             InputError: a GPU, model config or router is not known, a value does not fit its field, or comes
                 twice.
         """
+        pooled = [field.name for field in fields(self) if field.name.startswith(_POOLS)]
+        if not scenario.fleet.prefill and any(getattr(self, name) for name in pooled):
+            raise InputError(
+                "the scenario has no prefill and decode servers to vary",
+                where=f"{scenario.source}: fleet",
+                fix="Add fleet: {prefill: 1, decode: 1}.",
+            )
         axes = [self._axis(field.name, scenario) for field in fields(self) if getattr(self, field.name)]
         found = []
         for picked in itertools.product(*axes):

@@ -23,6 +23,7 @@ from servecast.sim.metrics.metrics import latencies, summary
 from servecast.sim.metrics.records import Run
 from servecast.sim.metrics.turns import session_summary
 from servecast.sim.metrics.warmup import Warmup, select
+from servecast.sim.run.disaggregated import pools_facts, pools_lines
 from servecast.sim.scenario.deployment import Deployment
 
 SCHEMA_VERSION = 1
@@ -98,7 +99,7 @@ def context(deployment: Deployment, *, seed: int) -> dict[str, Any]:
         "error_bands": asdict(deployment.bands),
         "kv_cache": deployment.memory.facts(),
         "notes": list(deployment.notes),
-    }
+    } | ({} if not scenario.fleet.prefill else {"pools": pools_facts(deployment)})
 
 
 def _kv_cache_dtype(deployment: Deployment) -> str:
@@ -121,6 +122,8 @@ def engine_lines(document: Mapping[str, Any]) -> list[str]:
     flags += [f"--data-parallel-size {cores}"] * (cores > 1)
     flags += ["--enable-expert-parallel"] * bool(engine.get("enable_expert_parallel"))
     flags += [f"--{'' if engine[name] else 'no-'}{name.replace('_', '-')}" for name in _SWITCHES]
+    if "pools" in document:
+        return pools_lines(document["pools"])
     groups = [f"KV cache groups: {', '.join(kv['groups'])}"] if kv.get("groups") else []
     if (dummies := document.get("dummy_steps")) is not None:
         groups.append(
@@ -215,7 +218,7 @@ def _routed(fleet: Fleet, requests: pd.DataFrame) -> list[str]:
         return said
     if fleet.asks_sessions and requests["group"].isna().all():
         said.append(f"{fleet.router_name}: no request has a session or group, so there is nothing to hold to")
-    if len(replicas) == 1:
+    if len(replicas) == 1 and not fleet.prefill:
         why = ""
         if fleet.router == "prefix_affinity":
             why = f": all prompts have the same first {fleet.router_options.prefix_tokens} tokens"

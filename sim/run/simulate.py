@@ -21,6 +21,7 @@ from servecast.sim.metrics.records import Run
 from servecast.sim.routing.llmd.config import read_epp
 from servecast.sim.routing.llmd.endpoint_picker import EndpointPicker
 from servecast.sim.routing.routers import ROUTERS, Router
+from servecast.sim.run.disaggregated import ServerPools
 from servecast.sim.scenario.deployment import Deployment
 from servecast.sim.scenario.scenario import Scenario
 from servecast.sim.traffic.arrivals import ClosedLoop
@@ -90,6 +91,10 @@ def _run(
 
     def make_replica(index: int, client: Client) -> Replica:
         its = deployments[min(index, count - 1)]
+        engine, connector, costs, role = None, None, its.front_end, ""
+        if pools is not None:
+            (engine, connector), role = pools.engine(index), pools.roles[index]
+            costs = pools.front_end(index)
         if index >= len(noise_streams):  # one that an autoscaler started
             noise_streams.extend(noise.spawn(1))
             front_end_streams.extend(front_end.spawn(1))
@@ -99,24 +104,31 @@ def _run(
             if together is None or len(together.loops) == cores.size:
                 together = lockstep(cores, its.step_time)
             stepping[index] = together
-        return Replica(
+        made = Replica(
             index,
-            [its.scenario.server.engine(its.config) for _ in range(1 if cores is None else cores.local)],
+            engine
+            or [its.scenario.server.engine(its.config) for _ in range(1 if cores is None else cores.local)],
             its.step_time,
             its.profile.noise.factors(noise_streams[index]),
             its.step_time.roofline_seconds,
-            its.front_end,
+            costs,
             front_end_streams[index],
             client,
             cold_start_s=scenario.fleet.cold_start_s,
             together=together,
+            role=role,
         )
+        if connector is not None:
+            connector.clock = lambda: made.now
+        return made
 
     picking, scraping = routing.spawn(2)
+    clock: Callable[[], float] = lambda: to_seconds(fleet.now)  # noqa: E731
+    pools = ServerPools(scenario, deployments, picking, clock) if scenario.fleet.prefill else None
     fleet = Fleet(
         make_replica,
         count,
-        router(scenario, picking, lambda: to_seconds(fleet.now)),
+        router(scenario, picking, clock) if pools is None else pools.disaggregation.router,
         Client(deployment.front_end),
         reading,
         options=scenario.fleet.router_options,
@@ -124,6 +136,7 @@ def _run(
         lives=[spec.life for spec in specs],
         detection_s=scenario.fleet.failure_detection_s,
         autoscaler=scenario.fleet.autoscaler,
+        disaggregation=None if pools is None else pools.disaggregation,
     )
     run = fleet.run(stages, condensed_s=condensed_s)
     if fleet.failures[NOT_READY] == len(run.requests):
@@ -152,6 +165,8 @@ def _run(
             "steps": sum(sum(each.dummies) for each in together),
             "waves": sum(each.waves for each in together),
         }
+    if pools is not None:
+        run.meta["roles"] = list(pools.roles)
     if fleet.failures:
         run.meta["failures"] = dict(sorted(fleet.failures.items()))
     _tell_turns(run, stages, fleet.unsent)
@@ -222,8 +237,15 @@ def _endpoints(deployment: Deployment) -> tuple[list[ReplicaSpec], list[Deployme
     """What each is that the router picks among, one by one: a replica, or one of its groups of cores."""
     scenario, specs, found = deployment.scenario, list[ReplicaSpec](), list[Deployment]()
     for spec, like in itertools.groupby(scenario.fleet.specs):
-        own = deployment if spec.as_in_scenario else Deployment.of(scenario.of_replica(spec))
+        whole = spec.as_in_scenario and not scenario.fleet.prefill
+        own = deployment if whole else Deployment.of(scenario.of_replica(spec))
         groups = own.endpoints
+        if scenario.fleet.prefill and own.config.data_parallel is not None:
+            raise InputError(
+                "prefill and decode servers of several engine cores are not modelled",
+                where=f"{scenario.source}: engine.data_parallel_size",
+                fix="Leave it out, and give more servers.",
+            )
         if groups > 1 and scenario.fleet.autoscaler is not None:
             raise InputError(
                 "an autoscaler of servers whose ranks are replicas to the router",

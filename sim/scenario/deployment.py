@@ -55,6 +55,9 @@ class Deployment:
         Raises:
             InputError: a name is unknown, the server would refuse the flags, or the model does not fit.
         """
+        whole = scenario  # with pools, a deployment is that of the first server that decodes
+        if scenario.fleet.decode:
+            scenario = scenario.of_replica(scenario.fleet.decode[0])
         flags, server = scenario.engine, scenario.server
         model = _model(scenario)
         gpu = _gpu(scenario, experts=model.moe_layers > 0)
@@ -69,7 +72,7 @@ class Deployment:
             kv_groups=memory.kv_groups,
         )
         profile = _with_link(profile or profile_of(scenario, shard, config), scenario.gpu)
-        return cls(scenario, shard, memory, config, profile, build_step_time(profile, shard))
+        return cls(whole, shard, memory, config, profile, build_step_time(profile, shard))
 
     @property
     def model(self) -> ModelShape:
@@ -102,7 +105,19 @@ class Deployment:
 
     @property
     def limits(self) -> Limits:
-        """What could bind a run of this deployment."""
+        """What could bind a run of this deployment; with pools, of the first server of each."""
+        fleet, own = self.scenario.fleet, self._own_limits
+        if not fleet.prefill:
+            return own
+        pools = []
+        for name, pool in (("prefill", fleet.prefill), ("decode", fleet.decode)):
+            its = own if name == "decode" else Deployment.of(self.scenario.of_replica(pool[0]))._own_limits
+            numbers = tuple(number for number, role in enumerate(fleet.roles) if role == name)
+            pools.append((name, numbers, its))
+        return replace(own, pools=tuple(pools))
+
+    @property
+    def _own_limits(self) -> Limits:
         waits_for_blocks = self.scenario.server.waits_for_blocks(self.scenario.engine)
         return Limits(
             max_num_seqs=self.config.max_num_seqs,

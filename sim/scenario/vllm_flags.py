@@ -103,6 +103,7 @@ TAKEN: dict[str, Callable[[str], Any]] = {
     "enforce_eager": bool,
     "max_cudagraph_capture_size": int,
     "stream_interval": int,
+    "kv_transfer_config": _mapping,
 }
 _REFUSED = {  # flag -> what to do instead
     "pipeline_parallel_size": "Pipeline parallelism is not modelled: use tensor_parallel_size.",
@@ -117,7 +118,6 @@ _REFUSED = {  # flag -> what to do instead
     "cpu_offload_gb": "Offloading is not modelled.",
     "offload_group_size": "Offloading is not modelled.",
     "kv_offloading_size": "Offloading is not modelled.",
-    "kv_transfer_config": "Disaggregated prefill and KV connectors are not modelled: paste it without.",
     "ec_transfer_config": "Disaggregated encoders are not modelled: paste it without.",
     "enable_lora": "LoRA adapters are not modelled: paste it without.",
     "enable_dbo": "Dual batch overlap is not modelled.",

@@ -12,6 +12,7 @@ arrival's.
 
 from __future__ import annotations
 
+import random
 from collections import deque
 from collections.abc import Iterator
 from typing import Any, Protocol
@@ -25,7 +26,8 @@ class Step(Protocol):
     total_tokens: int
     chunks: list[tuple[int, int]]  # (tokens, context) of prompt chunks
     decode_context: int  # KV tokens that the other requests read
-    samples: int  # tokens that the step will sample
+    samples: int  # rows that the step samples of, drafts included
+    drafts: int  # that the step verifies
     admitted: list[int]
     resumed: list[int]
     preempted: list[int]  # in victim order
@@ -57,6 +59,11 @@ class Engine(Protocol):
     def prefix_queries(self) -> int: ...
     @property
     def prefix_hits(self) -> int: ...
+    @property
+    def external_queries(self) -> int: ...  # of a connector
+    @property
+    def external_hits(self) -> int: ...
+    def drafts(self) -> Any: ...  # has vLLM's counters of drafts; None where there are none
 
     def free_list(self, limit: int) -> list[int]: ...
     def block_ids(self, request_id: int) -> list[int]: ...
@@ -64,6 +71,22 @@ class Engine(Protocol):
     def abort(self, request_id: int) -> None: ...
     def schedule(self) -> Any: ...
     def complete(self, step: Any) -> None: ...
+
+    def execute(self, step: Any) -> None:
+        """With a connector: the step runs, and what has been transferred by then is part of its output."""
+
+
+def draft_counts(speculation: dict[str, Any], request_id: int) -> tuple[list[int], list[int]]:
+    """Accepted and proposed drafts of a request's sampling steps, over and over, for both schedulers.
+
+    Each request has its own temper: some accept all, some nothing, most of them something of it.
+    """
+    k = speculation["num_tokens"]
+    chance = random.Random(f"{speculation['seed']} {request_id}")
+    least, most = sorted((chance.randint(0, k), chance.randint(0, k)))
+    accepted = [chance.randint(least, most) for _ in range(29)]
+    misses = speculation["method"] in ("ngram", "suffix")
+    return accepted, [chance.randint(0, k) if misses else k for _ in range(31)]
 
 
 def decisions(engine: Engine, scenario: dict[str, Any], *, observed: bool = True) -> Iterator[dict[str, Any]]:
@@ -82,6 +105,7 @@ def decisions(engine: Engine, scenario: dict[str, Any], *, observed: bool = True
     sizes = {group["block_size"] for group in scenario["config"]["kv_groups"]}
     # beside smaller blocks vLLM gives a prompt's last block of full attention a second hash, never looked up
     counted = observed and len(sizes) < 2
+    remote = scenario["remote"] is not None
     depth = 2 if scenario["config"]["async_scheduling"] else 1
     batch_queue: deque[tuple[int, Step]] = deque()
     clock = steps = 0
@@ -98,7 +122,9 @@ def decisions(engine: Engine, scenario: dict[str, Any], *, observed: bool = True
                 return
             steps += 1
             step = engine.schedule()
-            yield {"schedule": clock, **_composition(engine, step, observed), **_state(engine, counted)}
+            if remote:
+                engine.execute(step)
+            yield {"schedule": clock, **_composition(engine, step, observed), **_state(engine, counted, remote)}
             batch_queue.append((clock, step))
             clock += 1
             if len(batch_queue) < depth and (step.total_tokens > 0 or engine.has_requests):
@@ -107,7 +133,7 @@ def decisions(engine: Engine, scenario: dict[str, Any], *, observed: bool = True
         while in_flight and in_flight[0]["step"] < clock:
             engine.abort(in_flight.popleft()["request_id"])
         engine.complete(step)
-        yield {"complete": number, **_outcome(engine, step), **_state(engine, counted)}
+        yield {"complete": number, **_outcome(engine, step, remote), **_state(engine, counted, remote)}
 
 
 def _composition(engine: Engine, step: Step, observed: bool) -> dict[str, Any]:
@@ -117,6 +143,7 @@ def _composition(engine: Engine, step: Step, observed: bool) -> dict[str, Any]:
         "preempted": step.preempted,
         "cached_tokens": [list(item) for item in sorted(step.cached_tokens.items())],
         "samples": step.samples,
+        "drafts": step.drafts,
         "context": sum(sum(chunk) for chunk in step.chunks) + step.decode_context,
     }
     if observed:
@@ -126,8 +153,15 @@ def _composition(engine: Engine, step: Step, observed: bool) -> dict[str, Any]:
     return composition
 
 
-def _outcome(engine: Engine, step: Step) -> dict[str, Any]:
-    return {
+def _outcome(engine: Engine, step: Step, remote: bool) -> dict[str, Any]:
+    counted: dict[str, Any] = {}
+    if remote:
+        counted["external"] = [engine.external_queries, engine.external_hits]
+    if engine.drafts is not None:
+        counts = engine.drafts
+        counted["draft_counters"] = [counts.num_drafts, counts.num_draft_tokens, counts.num_accepted_tokens]
+        counted["draft_counters"] += counts.per_position
+    return counted | {
         "finished": step.finished,
         "emitted": step.emitted,
         "prefix_queries": engine.prefix_queries,
@@ -136,13 +170,16 @@ def _outcome(engine: Engine, step: Step) -> dict[str, Any]:
     }
 
 
-def _state(engine: Engine, counted: bool) -> dict[str, Any]:
+def _state(engine: Engine, counted: bool, remote: bool) -> dict[str, Any]:
     state: dict[str, Any] = {
         "running": engine.running,
         "waiting": engine.waiting,
         "free_blocks": engine.free_blocks,
         "free_list": engine.free_list(FREE_LIST_HEAD),
     }
+    if remote:
+        held = [[request_id, engine.block_ids(request_id)] for request_id in engine.waiting]
+        state["waiting_blocks"] = [[request_id, blocks] for request_id, blocks in held if blocks]
     if counted:
         state["cached_blocks"] = engine.cached_blocks
     return state

@@ -19,7 +19,8 @@ from typing import Any
 
 from servecast.sim.engine.rules import RULES
 from servecast.sim.engine.scheduler import Scheduler
-from servecast.validate.parity.engine_core import decisions
+from servecast.validate.parity.engine_core import decisions, draft_counts
+from servecast.validate.parity.remote import Connected
 from servecast.validate.parity.scenarios import Scenario
 from servecast.validate.parity.vllm_process import VllmProcess, release
 
@@ -84,6 +85,7 @@ class ParityResult:
     prefix_hit_tokens: int = 0
     aborts: int = 0
     async_scenarios: int = 0
+    drafts_verified: int = 0
     priority_scenarios: int = 0
     mismatches: list[Mismatch] = field(default_factory=list)
 
@@ -99,6 +101,7 @@ class ParityResult:
             if "schedule" in event:
                 self.steps += 1
                 self.preemptions += len(event["preempted"])
+                self.drafts_verified += event["drafts"]
                 self.prefix_hit_tokens += sum(tokens for _, tokens in event["cached_tokens"])
         if mismatch is not None:
             self.mismatches.append(mismatch)
@@ -202,7 +205,13 @@ def our_decisions(
     """The simulator's decisions, under the rule set of vLLM ``rules``."""
     config = dataclasses.replace(scenario.config, version=rules)
     engine = make_scheduler(config, trace=True) if observed else make_scheduler(config)
-    return decisions(engine, _as_dict(scenario), observed=observed)
+    if scenario.remote is not None:
+        engine = Connected(make_scheduler, config, scenario.remote, trace=observed)
+    as_dict = _as_dict(scenario)
+    if as_dict["config"]["speculation"]:
+        requests = (arrival.request.request_id for arrival in scenario.arrivals)
+        engine.drafts.told = {name: draft_counts(as_dict["config"]["speculation"], name) for name in requests}
+    return decisions(engine, as_dict, observed=observed)
 
 
 def _as_dict(scenario: Scenario) -> dict[str, Any]:
@@ -210,10 +219,12 @@ def _as_dict(scenario: Scenario) -> dict[str, Any]:
         "config": {
             "async_scheduling": scenario.config.async_scheduling,
             "kv_groups": [dataclasses.asdict(spec) for spec in scenario.config.kv_groups],
+            "speculation": scenario.config.speculation and dataclasses.asdict(scenario.config.speculation),
         },
         "arrivals": [{"step": a.step, "arrival": a.arrival, "request": a.request} for a in scenario.arrivals],
         "aborts": [dataclasses.asdict(abort) for abort in scenario.aborts],
         "max_steps": scenario.max_steps,
+        "remote": scenario.remote,
     }
 
 
