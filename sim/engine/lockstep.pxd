@@ -2,6 +2,7 @@
 cimport cython
 from servecast.sim.engine.engine_loop cimport ABORTS, BUSY, ENDED, IDLE, EngineLoop
 from servecast.sim.engine.step cimport Step
+from servecast.sim.engine.step_costs cimport StepCosts
 
 @cython.final
 cdef class Lockstep:

@@ -14,6 +14,7 @@ import cython
 from servecast.sim.engine.cadence import CommonCadence
 from servecast.sim.engine.engine_loop import EngineLoop
 from servecast.sim.engine.step import Step
+from servecast.sim.engine.step_costs import StepCosts
 
 if cython.compiled:
     from cython.cimports.libc.math import rint
@@ -174,6 +175,7 @@ class Lockstep:
     def execute(self, steps: list) -> cython.int:
         loop: EngineLoop
         step: Step
+        costs: StepCosts
         tokens: list = []
         computed: list
         shared: cython.double
@@ -191,13 +193,14 @@ class Lockstep:
         for i in range(len(steps)):
             step = self.empty if steps[i] is None else steps[i]
             loop = self.loops[i]
-            longest = max(longest, loop.costs.at(step, computed[i]))
+            costs = loop.costs
+            longest = max(longest, costs.at(step, computed[i]))
             if step.total_tokens:
                 least = max(least, cython.cast(cython.double, loop.floor(step)))
         loop = self.loops[0]
         seconds = longest + shared
         if not graphed:
-            seconds = max(seconds, loop.costs.eager_s)
+            seconds = max(seconds, costs.eager_s)
         factor = next(loop.noise)
         seconds = seconds * factor
         if factor < 1.0:

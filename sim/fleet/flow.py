@@ -757,8 +757,9 @@ class Flow:
 
     def take_lost(self, engines: Engines) -> cython.int:
         """Requests that ended with an error."""
-        lost: list = engines.compiled.lost
-        engines.compiled.lost = []
+        loop: Any = engines.compiled
+        lost: list = loop.lost
+        loop.lost = []
         for row in lost:
             self.failures[NOT_LOADED] = self.failures.get(NOT_LOADED, 0) + 1
             self.end(self.server_of(row), self.replica[row], row, _FAILED)

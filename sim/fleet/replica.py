@@ -82,8 +82,8 @@ class Replica:
         if cores is not None and cores.local > 1:
             balance, fronts = Balance(cores), cores.api_servers
             spread = _spread(fronts, rng.spawn(1)[0]) if fronts > 1 else None
-            for loop in self.loops:
-                loop.reports = True  # type: ignore[union-attr]
+            for each in self.loops:
+                each.reports = True  # type: ignore[union-attr]
         most = config.preparation_round
         self.server = Server(
             self.loops,

@@ -61,10 +61,11 @@ def rank_load(run: Run) -> list[dict[str, Any]]:
     if "rank" not in requests:
         return []
     span, found = float(requests["finish"].max() - requests["sent"].min()), []
-    for (replica, rank), part in requests.groupby(["replica", "rank"]):
+    for _, part in requests.groupby(["replica", "rank"]):
+        replica, rank = int(part["replica"].iloc[0]), int(part["rank"].iloc[0])
         own = steps[(steps["replica"] == replica) & (steps["rank"] == rank)]
-        row = _replica(int(replica), part, own, span)
-        found.append(known_or_none({"replica": row.pop("replica"), "rank": int(rank)} | row))
+        row = _replica(replica, part, own, span)
+        found.append(known_or_none({"replica": row.pop("replica"), "rank": rank} | row))
     return found
 
 

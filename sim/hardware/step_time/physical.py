@@ -353,7 +353,7 @@ class PhysicalStepTime:
             return 0.0
         shard = self.shard
         compute = tokens * self._dense_flops / shard.linear_peak
-        experts = self._model.moe_layers * self._model.experts_per_token
+        experts = float(self._model.moe_layers * self._model.experts_per_token)
         experts *= 2 * self._model.expert_weights(1) / self._ranks
         compute += tokens * experts / shard.expert_peak
         compute += shard.lm_head_flops(step.samples) / self._gpu.bf16_flops
