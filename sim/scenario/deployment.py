@@ -189,9 +189,9 @@ class Deployment:
         plain = [re.sub(r"-(instruct|chat|it|hf|base)\b|[^a-z0-9]", "", name.lower()) for name in names]
         if plain[0] == plain[1]:
             return None
-        return (
-            f"the command serves {served}, but what is simulated is the scenario's model, {self.model.name}"
-        )
+        config, own = self.scenario.model.config, self.model.name
+        file = "" if own.endswith(config) else f" ({config})"
+        return f"the command serves {served}, but what is simulated is the scenario's model, {own}{file}"
 
     def provenance(self) -> dict[str, object]:
         """Where the numbers come from, for results and reports."""
