@@ -200,6 +200,7 @@ class Fleet:
             and not isinstance(stream, SessionStream)
             and self._autoscaler is None
             and requests.abort_after_s is None
+            and not any(replica.server.connected() for replica in self.replicas)
             and (self._client.is_free or len(self.replicas) == 1)
             and all(endpoint.life == Life() for endpoint in self._endpoints)
             and bool((np.diff(requests.arrival_s) >= 0).all())

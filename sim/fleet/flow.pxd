@@ -36,8 +36,7 @@ cdef class Server:
     cdef bint polling
     cdef long long due  # with a connector: when its engine goes on, if nobody wakes it
 
-    cdef bint connected(self)
-
+    cpdef bint connected(self)
     cdef long long varied(self, double seconds) except *
     cdef int advance(self, long long until) except? -1
     cdef long long wake(self) except *

@@ -150,8 +150,7 @@ class Flow:
         server: Server
         self.requests, self.servers, self.ready = requests, servers, ready
         self.send, self.router, self.ended, self.answered = send, router, ended, answered
-        self.quiet, self.ordered = quiet and not any(each.connected() for each in servers), ordered
-        self.legs = legs
+        self.quiet, self.ordered, self.legs = quiet, ordered, legs
         self.looks = router is not None and not isinstance(router, LOOKS_AT_NONE)
         self.heap, self.senders, self.finished, self.order = [], [], [], []
         self.objects, self.failures, self.running = {}, {}, None
@@ -549,7 +548,7 @@ class Flow:
         server.polling, server.due = False, self.now
         return 0
 
-    def wake_server(self, index: int, time: int) -> None:
+    def wake_server(self, index: int, time: int = 0) -> None:
         """What its connector answers changes from outside, now or at a time. The engine that runs now does
         not run past it."""
         time = max(time, self.now)
