@@ -16,6 +16,7 @@ cdef class BlockPool:
     cdef public object on_store
     cdef public object on_evict
     cdef list contents  # dense number of a content -> its id
+    cdef list taken
     cdef dict dense
     cdef int bits
     cdef int mask

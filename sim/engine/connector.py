@@ -102,6 +102,9 @@ class Connector(Protocol):
     def update_connector_output(self, transfers: Transfers) -> None:
         """The worker half's report has reached the scheduler, before it acts on it."""
 
+    # A connector may also have ``has_pending_push_work() -> bool``: whether the engine goes on for transfers that
+    # no request waits for.
+
     # ---- the worker half: called by the engine's loop
 
     def start_load_kv(self, meta: Any, now: int) -> float:

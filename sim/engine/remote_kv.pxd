@@ -12,6 +12,7 @@ cdef class RemoteKV:
     cdef bint spares
     cdef bint drops
     cdef int draft_tokens
+    cdef object pending_work  # whether transfers are under way that the engine goes on for, or None
     cdef bint forgets
     cdef bint caches_processed
     cdef bint skewed

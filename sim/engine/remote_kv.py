@@ -52,6 +52,8 @@ class RemoteKV:
         drafts: Any = config.speculation
         if drafts is not None and rules.reserves_for_drafts:
             self.draft_tokens = 1 + drafts.num_tokens + drafts.lookahead
+        pending: Any = getattr(connector, "has_pending_push_work", None)
+        self.pending_work = pending if rules.goes_on_for_transfers else None
         self.prefills, self.received, self.failed = {}, set(), set()
         self.deferred = []
         self.processed = self.last_step = -1

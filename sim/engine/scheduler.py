@@ -82,6 +82,7 @@ class Scheduler:
         self.remote = None
         if connector is not None:
             self.remote = RemoteKV(connector, self.kv, config)
+            self.kv.keyed = True
             connector.bind(self)
 
     # ---- what can be read -------------------------------------------------------------------------
@@ -139,7 +140,23 @@ class Scheduler:
         kept: cython.Py_ssize_t = 0
         if self.remote is not None and not self.remote.steps_while_sending:
             kept = self.remote.held
-        return len(self.sequences) > kept or self.finished_unsent
+        if len(self.sequences) > kept or self.finished_unsent:
+            return True
+        return self.remote is not None and self.remote.pending_work is not None and self.remote.pending_work()
+
+    def block_keys(self, sequence: Sequence, count: int) -> list[int]:
+        """What the first ``count`` blocks of its tokens hold, or will hold: equal where contents are."""
+        return [self.kv.block_key(sequence, index) for index in range(count)]
+
+    def watch_allocations(self) -> None:
+        """``take_allocations`` is going to be asked."""
+        self.kv.pool.taken = []
+
+    def take_allocations(self) -> list[int]:
+        """Blocks that were given to somebody since the last call."""
+        taken: list = self.kv.pool.taken
+        self.kv.pool.taken = []
+        return taken
 
     # ---- requests come and go ---------------------------------------------------------------------
 

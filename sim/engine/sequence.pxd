@@ -27,7 +27,7 @@ cdef class Sequence:
     cdef int blocks_end
     cdef int cached_end
     cdef int slot
-    cdef long long scheduled_tick
+    cdef readonly long long scheduled_tick
     cdef int scheduled_tokens
     cdef long long previous_tick
     cdef int previous_tokens

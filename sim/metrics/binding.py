@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
-import pandas as pd
+from numpy.typing import NDArray
 
 from servecast.sim.engine.engine import StepShape
 from servecast.sim.metrics.records import Run, engines_of
@@ -22,6 +23,7 @@ WAITING_SHARE = 0.05  # a queue that stands for less of the engine's time does n
 FRONT_END_SHARE = 0.5  # of TTFT before the engine's queue
 DELIVERY_LAG = 1.2  # gaps seen by the client over the steps that produced them
 STEP_SAMPLE = 200
+SAMPLED = ("prefill_tokens", "prefill_requests", "decodes", "decode_context", "emitted", "duration")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +32,9 @@ class Limits:
 
     num_gpu_blocks includes the null block; None where no request waits for blocks. bound_by: what most of a
     step's time goes to (``StepTime.binding``). parts: part of a step to seconds (``StepTime.breakdown``).
-    None where the step-time model cannot tell.
+    None where the step-time model cannot tell. pools: name, numbers and limits of each pool of replicas, where
+    some prefill and others decode. waits: a step lasts longer than its parts while other engine cores
+    are waited for.
     """
 
     max_num_seqs: int
@@ -39,6 +43,7 @@ class Limits:
     bound_by: Callable[[StepShape], str] | None = None
     parts: Callable[[StepShape], Mapping[str, float]] | None = None
     pools: tuple[tuple[str, tuple[int, ...], Limits], ...] = ()
+    waits: bool = False
 
 
 @dataclass(slots=True)
@@ -58,8 +63,9 @@ class Evidence:
     max_num_seqs, token_budget, kv_blocks: steps in which requests waited because of it.
     busy: busy time of the window. front_end: of the mean TTFT, spent before the engine's queue.
     delivery: mean inter-token gap at the client over the mean step behind it (not a share).
-    bound_by: steps by what most of their time goes to. parts: step time by part. pool: of whose servers this
-    is, empty without pools. transfer: of the mean TTFT, while KV blocks were on their way.
+    steps: of each replication, steps spread evenly over it: (n, 6), ``SAMPLED``. limits: the engine's.
+    pool: of whose servers this is, empty without pools. transfer: of the mean TTFT, while KV blocks were on
+    their way.
     """
 
     max_num_seqs: float
@@ -68,8 +74,8 @@ class Evidence:
     busy: float
     front_end: float
     delivery: float
-    bound_by: Mapping[str, float]
-    parts: Mapping[str, float]
+    steps: tuple[NDArray[np.float64], ...]
+    limits: Limits
     pool: str = ""
     transfer: float = 0.0
 
@@ -82,12 +88,28 @@ class Evidence:
         values: dict[str, float] = {
             field.name: float(np.mean([getattr(each, field.name) for each in all_of]))
             for field in fields(cls)
-            if field.name not in ("bound_by", "parts", "pool")
+            if field.name not in ("steps", "limits", "pool")
         }
-        bound_by = _mean_shares([each.bound_by for each in all_of])
-        return cls(
-            **values, bound_by=bound_by, parts=_mean_shares([each.parts for each in all_of]), pool=pool
-        )
+        steps = tuple(sample for each in all_of for sample in each.steps)
+        return cls(**values, steps=steps, limits=all_of[0].limits, pool=pool)
+
+    @property
+    def step_shares(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Shares of the sampled steps' time by what most of a step's goes to, and by part; means over
+        replications. Empty where the step-time model cannot tell."""
+        if self.limits.bound_by is None:
+            return {}, {}
+        bound, parts = zip(*(_shares_of(sample, self.limits) for sample in self.steps), strict=True)
+        return _mean_shares(bound), _mean_shares(parts)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        rest = {field.name: getattr(self, field.name) for field in fields(self)}
+        del rest["steps"], rest["limits"]
+        if not self.pool:
+            del rest["pool"], rest["transfer"]
+        bound_by, parts = self.step_shares
+        return {**rest, "bound_by": bound_by, "parts": parts}
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,14 +128,14 @@ def evidence(run: Run, limits: Limits) -> Evidence:
     total = float(time.sum()) or math.nan
     waits = steps["waiting"].to_numpy() > 0
     full = waits & ((steps["running"].to_numpy() >= limits.max_num_seqs) | (limits.num_gpu_blocks is None))
-    scheduled = (steps["prefill_tokens"] + steps["decodes"]).to_numpy()
+    scheduled = steps["prefill_tokens"].to_numpy() + steps["decodes"].to_numpy()
     spent = waits & ~full & (scheduled >= limits.max_num_batched_tokens)
     window = float(steps["start"].max() - steps["start"].min()) + float(time[-1:].sum())
     ttft = (requests["first_token"] - requests["sent"]).mean()
     decodes = steps["decodes"].to_numpy(dtype=float)
     gap = float(np.average(run.itl["gap"], weights=run.itl["weight"])) if len(run.itl) else math.nan
     behind = float(np.average(time, weights=decodes)) if decodes.any() else math.nan
-    bound_by, parts = _step_shares(steps, limits, waits="dummy_steps" in run.meta)
+    sample = np.unique(np.linspace(0, len(steps) - 1, STEP_SAMPLE if len(steps) else 0).astype(int))
     return Evidence(
         max_num_seqs=float(time[full].sum()) / total,
         token_budget=float(time[spent].sum()) / total,
@@ -121,12 +143,12 @@ def evidence(run: Run, limits: Limits) -> Evidence:
         busy=total / (window * max(engines_of(steps).nunique(), 1)) if window else math.nan,
         front_end=float((requests["queued"] - requests["sent"]).mean() / ttft),
         delivery=gap / behind,
-        bound_by=bound_by,
-        parts=parts,
+        steps=(np.column_stack([steps[name].to_numpy(dtype=float)[sample] for name in SAMPLED]),),
+        limits=limits,
     )
 
 
-def binding_limit(found: Evidence, limits: Limits, *, only_token_times: bool) -> Binding:
+def binding_limit(found: Evidence, *, only_token_times: bool) -> Binding:
     """Names the limit that the evidence points to, and of which pool.
 
     only_token_times: the load fails on the time between tokens alone (TPOT, ITL) and nothing piles up;
@@ -136,14 +158,11 @@ def binding_limit(found: Evidence, limits: Limits, *, only_token_times: bool) ->
     than half of TTFT before the engine's queue: front_end. Requests wait in more than 5 % of the
     engine's time: what they wait for. Otherwise: what the steps' time goes to.
     """
-    bound = _binding_limit(found, limits, only_token_times=only_token_times)
-    if not found.pool:
-        return bound
-    return Binding(bound.limit, (f"the {found.pool} servers bind", *bound.reasons))
+    bound = _binding_limit(found, only_token_times)
+    return Binding(bound.limit, (f"the {found.pool} servers bind", *bound.reasons)) if found.pool else bound
 
 
-def _binding_limit(found: Evidence, limits: Limits, *, only_token_times: bool) -> Binding:
-    limits = next((own for name, _, own in limits.pools if name == found.pool), limits)
+def _binding_limit(found: Evidence, only_token_times: bool) -> Binding:
     if not only_token_times and found.transfer > FRONT_END_SHARE:
         return Binding("kv_link", (f"{found.transfer:.0%} of TTFT passes while KV blocks are on their way",))
     if found.delivery > DELIVERY_LAG:
@@ -151,15 +170,16 @@ def _binding_limit(found: Evidence, limits: Limits, *, only_token_times: bool) -
         return Binding("front_end", (f"tokens reach the client {lag}",))
     if not only_token_times and found.front_end > FRONT_END_SHARE:
         return Binding("front_end", (f"{found.front_end:.0%} of TTFT passes before the engine's queue",))
-    step = _step_reasons(found)
+    bound_by, parts = found.step_shares
+    step = _step_reasons(found.busy, bound_by, parts)
     if not only_token_times:
         queue = {name: getattr(found, name) for name in QUEUE_LIMITS}
         cause = max(QUEUE_LIMITS, key=lambda name: queue[name])
         if sum(queue.values()) > WAITING_SHARE:
-            return Binding(cause, (_queue_reason(cause, queue[cause], limits), *step))
-    if not found.bound_by:
+            return Binding(cause, (_queue_reason(cause, queue[cause], found.limits), *step))
+    if not bound_by:
         return Binding("unknown", ("no queue and no step-time model that could tell", *step))
-    return Binding(max(found.bound_by, key=lambda name: found.bound_by[name]), tuple(step))
+    return Binding(max(bound_by, key=lambda name: bound_by[name]), tuple(step))
 
 
 def _queue_reason(cause: str, share: float, limits: Limits) -> str:
@@ -172,36 +192,28 @@ def _queue_reason(cause: str, share: float, limits: Limits) -> str:
     return f"in {share:.0%} of the engine's time requests wait while {what[cause]}"
 
 
-def _step_reasons(found: Evidence) -> list[str]:
-    reasons = [f"the engine is busy {found.busy:.0%} of the time"]
-    for label, shares in (("bound by", found.bound_by), ("spent on", found.parts)):
+def _step_reasons(busy: float, bound_by: Mapping[str, float], parts: Mapping[str, float]) -> list[str]:
+    reasons = [f"the engine is busy {busy:.0%} of the time"]
+    for label, shares in (("bound by", bound_by), ("spent on", parts)):
         if shares:
             top = sorted(shares.items(), key=lambda item: -item[1])[:3]
             reasons.append(f"step time {label} " + ", ".join(f"{name} {share:.0%}" for name, share in top))
     return reasons
 
 
-def _step_shares(
-    steps: pd.DataFrame, limits: Limits, *, waits: bool
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Shares of step time by what binds and by part, from steps spread evenly over the run. ``waits``: for
-    other engine cores, which is what a step lasts longer than its parts."""
+def _shares_of(sample: NDArray[np.float64], limits: Limits) -> tuple[dict[str, float], dict[str, float]]:
     bound: dict[str, float] = {}
     parts: dict[str, float] = {}
-    if not len(steps) or limits.bound_by is None:
-        return bound, parts
-    rows = steps.iloc[np.unique(np.linspace(0, len(steps) - 1, STEP_SAMPLE).astype(int))]
-    counts = rows[["prefill_tokens", "prefill_requests", "decodes", "decode_context", "emitted"]]
-    for (tokens, requests, decodes, context, emitted), duration in zip(
-        counts.to_numpy(dtype=int).tolist(), rows["duration"].tolist(), strict=True
-    ):
+    assert limits.bound_by is not None
+    for *counts, duration in sample.tolist():
+        tokens, requests, decodes, context, emitted = map(int, counts)
         each, extra = divmod(tokens, requests or 1)
         chunks = [(each + (number < extra), 0) for number in range(requests)]
         shape = StepRow(chunks, decodes, context, emitted)
         name = limits.bound_by(shape)
         bound[name] = bound.get(name, 0.0) + duration
         own = dict(limits.parts(shape)) if limits.parts else {}
-        if waits and own:
+        if limits.waits and own:
             own["other_cores"] = max(0.0, duration - sum(own.values()))
         for part, seconds in own.items():
             parts[part] = parts.get(part, 0.0) + seconds

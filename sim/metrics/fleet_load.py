@@ -47,12 +47,14 @@ def fleet_load(run: Run) -> dict[str, Any]:
 
 
 def _leg(requests: pd.DataFrame, number: int, role: str) -> pd.DataFrame:
-    """What a server of a pool computed for which requests: those that it prefills alone, or decodes, where
-    what came from elsewhere is not computed."""
+    """What a server of a pool had to do for which requests: those that it prefills alone, or those that it
+    decodes, of which it computes nothing that came from elsewhere."""
     if role == "prefill":
-        own = requests[(requests["prefill_replica"] == number).fillna(False)]
-        return own.assign(cached_tokens=own["prefill_cached_tokens"].clip(lower=0).astype("Int64"))
-    return requests[requests["replica"] == number]
+        return requests[(requests["prefill_replica"] == number).fillna(False)]
+    own = requests[requests["replica"] == number]
+    return own.assign(
+        cached_tokens=own["cached_tokens"].where(own["prefill_replica"].isna(), own["prompt_tokens"])
+    )
 
 
 def rank_load(run: Run) -> list[dict[str, Any]]:

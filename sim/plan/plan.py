@@ -225,7 +225,7 @@ class PlanAnswer(Answer):
             question=f"How many requests a second can it serve at {objectives}?",
             subtitle=[
                 *([] if traffic is None else [f"Traffic: {traffic.to_text()}."]),
-                engine_lines(made)[-1],
+                *(engine_lines(made) if "pools" in made else engine_lines(made)[-1:]),
                 f"Scenario {made['scenario']}{'' if date is None else f', {date}'}.",
             ],
             facts=facts,
@@ -319,11 +319,15 @@ def plan(
         made["notes"] += [*found.notes, *cautions(deployment, run), *trace_notes(probed)]
         if target_rate is not None and found.best is not None:
             made["notes"].append("replicas assume that traffic is split evenly between them")
-        slots = prefix_slots(
-            scenario.open_loop().stages[0].streams[0],
-            run,
-            kv_tokens=deployment.config.num_gpu_blocks * deployment.config.block_size,
-            replicas=scenario.fleet.size,
+        slots = (
+            None
+            if scenario.fleet.prefill
+            else prefix_slots(
+                scenario.open_loop().stages[0].streams[0],
+                run,
+                kv_tokens=deployment.config.num_gpu_blocks * deployment.config.block_size,
+                replicas=scenario.fleet.size,
+            )
         )
         points = closed_loop.sweep_points(scenario)
         answer = PlanAnswer(found, made, run, points, slots, traffic=traffic, unit=unit)

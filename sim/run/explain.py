@@ -143,7 +143,8 @@ def explain(
             where=scenario.source,
             fix="Lengthen the run, or look at its failures with servecast simulate.",
         )
-    notes = (*found.notes, *trace_notes(workload))
+    groups = ", ".join(deployment.memory.facts().get("groups", ()))
+    notes = (*([f"KV cache groups: {groups}"] if groups else ()), *found.notes, *trace_notes(workload))
     return Explanation(found.label, statistic, found.slow, found.cause, found.reasons, found.advice, notes)
 
 

@@ -12,7 +12,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from servecast.sim.fleet.spec import Fleet
@@ -23,6 +22,7 @@ from servecast.sim.metrics.metrics import latencies, summary
 from servecast.sim.metrics.records import Run
 from servecast.sim.metrics.turns import session_summary
 from servecast.sim.metrics.warmup import Warmup, select
+from servecast.sim.report.text import plain
 from servecast.sim.run.disaggregated import pools_facts, pools_lines
 from servecast.sim.scenario.deployment import Deployment
 
@@ -53,6 +53,7 @@ _FLAGS = (  # of the engine, that are printed as resolved
     "max_num_batched_tokens",
     "gpu_memory_utilization",
     "kv_cache_dtype",
+    "block_size",
 )
 _SWITCHES = ("enable_prefix_caching", "enable_chunked_prefill", "async_scheduling")
 _OTHERS = (  # by their fields
@@ -122,6 +123,8 @@ def engine_lines(document: Mapping[str, Any]) -> list[str]:
     flags += [f"--data-parallel-size {cores}"] * (cores > 1)
     flags += ["--enable-expert-parallel"] * bool(engine.get("enable_expert_parallel"))
     flags += [f"--{'' if engine[name] else 'no-'}{name.replace('_', '-')}" for name in _SWITCHES]
+    if engine["disable_hybrid_kv_cache_manager"]:
+        flags.append("--disable-hybrid-kv-cache-manager")
     if "pools" in document:
         return pools_lines(document["pools"])
     groups = [f"KV cache groups: {', '.join(kv['groups'])}"] if kv.get("groups") else []
@@ -190,32 +193,39 @@ def result(
 def measured(part: Mapping[str, Any]) -> dict[str, float | None]:
     """The metrics among the keys of a result or of one of its stages."""
     found = {key: value for key, value in part.items() if key in _MEASURED or key.endswith("_ms")}
-    return found | {key: value for key, value in part.get("fleet_load", {}).items() if key != "replicas"}
+    of_fleet = part.get("fleet_load", {}).items()
+    return found | {key: value for key, value in of_fleet if key not in ("replicas", "pools")}
 
 
 def cautions(deployment: Deployment, run: Run) -> list[str]:
     """What a reader of a run should know, in words: what of it lies beyond the data of its profile's fit, and
     a risk that the GPU's memory does not suffice, and what its router could not do."""
     steps, requests = run.steps, run.requests
-    tokens = steps["prefill_tokens"] + steps["decodes"]
-    batch = steps["prefill_requests"] + steps["decodes"]
-    length = requests["prompt_tokens"] + requests["output_tokens"]
     beyond = deployment.profile.outside_ranges(
-        tokens=(float(tokens.min()), float(tokens.max())),
-        batch=(float(batch.min()), float(batch.max())),
-        context=(float(requests["prompt_tokens"].min()), float(length.max())),
+        tokens=_least_and_most(steps, "prefill_tokens", "decodes"),
+        batch=_least_and_most(steps, "prefill_requests", "decodes"),
+        context=(
+            float(requests["prompt_tokens"].min()),
+            _least_and_most(requests, "prompt_tokens", "output_tokens")[1],
+        ),
     )
     risk = deployment.memory_risk(int(requests["prompt_tokens"].max()))
     routed = _routed(deployment.scenario.fleet, requests)
     return [text for text in (beyond, risk and risk.warning, *routed) if text]
 
 
+def _least_and_most(table: pd.DataFrame, first: str, second: str) -> tuple[float, float]:
+    """Of the sums of two columns."""
+    total = table[first] + table[second]
+    return float(total.min()), float(total.max())
+
+
 def _routed(fleet: Fleet, requests: pd.DataFrame) -> list[str]:
     """What a router could not do with these requests."""
     said: list[str] = []
-    replicas = requests["replica"].dropna().unique()
     if fleet.size < 2 or len(requests) < 2:
         return said
+    replicas = requests["replica"].dropna().unique()
     if fleet.asks_sessions and requests["group"].isna().all():
         said.append(f"{fleet.router_name}: no request has a session or group, so there is nothing to hold to")
     if len(replicas) == 1 and not fleet.prefill:
@@ -241,17 +251,7 @@ def _detailed(run: Run) -> dict[str, Any]:
 
 def to_text(document: Mapping[str, Any]) -> str:
     """A result as JSON; what is not finite is null."""
-    return json.dumps(_plain(document), indent=2, allow_nan=False) + "\n"
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return json.dumps(plain(document), indent=2, allow_nan=False) + "\n"
 
 
 def write_result(path: Path, document: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ from servecast.sim.fleet.client import Client
 from servecast.sim.fleet.fleet import NOT_READY, Fleet
 from servecast.sim.fleet.flow import Engines
 from servecast.sim.fleet.replica import Replica, lockstep
-from servecast.sim.fleet.scaling import Life, Scaling
+from servecast.sim.fleet.scaling import PaidLife, Scaling
 from servecast.sim.fleet.spec import ReplicaSpec
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.inputs.units import to_seconds
@@ -176,12 +176,12 @@ def _run(
     return run, fleet.ran_out
 
 
-def lives_of(scaling: Scaling | None, specs: Sequence[ReplicaSpec]) -> list[Life]:
+def lives_of(scaling: Scaling | None, specs: Sequence[ReplicaSpec]) -> list[PaidLife]:
     """When each replica of a run was there."""
     if scaling is not None:
         return scaling.lives
     return [
-        Life(
+        PaidLife(
             spec.start_s,
             spec.start_s,
             spec.drain_s if spec.fail_s is None else min(spec.fail_s, spec.drain_s or spec.fail_s),

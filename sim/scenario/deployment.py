@@ -125,6 +125,7 @@ class Deployment:
             num_gpu_blocks=self.config.num_gpu_blocks if waits_for_blocks else None,
             bound_by=self.step_time.binding,
             parts=self.step_time.breakdown,
+            waits=self.config.data_parallel is not None and self.config.data_parallel.lockstep,
         )
 
     def memory_risk(self, longest_prompt: int) -> MemoryRisk | None:
@@ -196,9 +197,9 @@ class Deployment:
         plain = [re.sub(r"-(instruct|chat|it|hf|base)\b|[^a-z0-9]", "", name.lower()) for name in names]
         if plain[0] == plain[1]:
             return None
-        return (
-            f"the command serves {served}, but what is simulated is the scenario's model, {self.model.name}"
-        )
+        config, own = self.scenario.model.config, self.model.name
+        file = "" if own.endswith(config) else f" ({config})"
+        return f"the command serves {served}, but what is simulated is the scenario's model, {own}{file}"
 
     def provenance(self) -> dict[str, object]:
         """Where the numbers come from, for results and reports."""

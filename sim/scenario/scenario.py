@@ -221,7 +221,11 @@ class Scenario(Model):
 
     def of_replica(self, spec: ReplicaSpec) -> Scenario:
         """The scenario with the GPU, profile and engine flags of one of its replicas."""
-        changes = {"engine": _engine_of(self.engine, spec), "gpu": spec.gpu, "profile": spec.profile}
+        changes: dict[str, Any] = {
+            "engine": _engine_of(self.engine, spec),
+            "gpu": spec.gpu,
+            "profile": spec.profile,
+        }
         changes |= {"fleet": Fleet()} if self.fleet.prefill else {}
         return self.model_copy(update={name: value for name, value in changes.items() if value is not None})
 

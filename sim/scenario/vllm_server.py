@@ -272,6 +272,7 @@ class Vllm:
         return True
 
 
+KERNEL_BLOCK = 16  # tokens: what get_supported_kernel_block_sizes of each attention backend is a multiple of
 _BYTES = {"auto": None, "float16": 2, "bfloat16": 2, "float32": 4}
 
 
@@ -281,6 +282,12 @@ def _cache_options(flags: EngineFlags, config: EngineConfig, shard: Shard) -> Ca
     Raises:
         InputError: vLLM would refuse it, or its states are kept in a way that is not modelled.
     """
+    if flags.block_size is not None and flags.block_size % KERNEL_BLOCK:
+        raise InputError(
+            f"blocks of {flags.block_size} tokens: no attention kernel of vLLM takes them",
+            where="engine.block_size",
+            fix=f"Give a multiple of {KERNEL_BLOCK}, or leave it out.",
+        )
     kinds = {layer.kind for layer in shard.model.cache_layers}
     mode: CacheMode = "none"
     if config.enable_prefix_caching:
