@@ -25,6 +25,7 @@ cdef class Lockstep:
     cdef long long second_end
     cdef bint executing
     cdef Step empty
+    cdef long long least  # tokens of a dummy step
 
     cpdef int advance(self, long long until) except? -1
     cdef bint has_work(self) except? -1

@@ -49,13 +49,15 @@ class Lockstep:
         self.running = self.executing = False
         self.first = self.second = None
         self.dummies, self.dummy_s = [], []
-        self.empty = Step(0)
+        self.empty, self.least = Step(0), 1
 
     def add(self, loop: EngineLoop) -> None:
         """One more core; all are there before the first request. Its ``costs`` are known."""
         self.loops.append(loop)
         self.dummies.append(0)
         self.dummy_s.append(0.0)
+        if loop.scheduler.config.speculation is not None:  # a dummy step verifies drafts, too
+            self.least = 1 + loop.scheduler.config.speculation.num_tokens
         if self.throttled > 1:
             loop.scheduler.cadence = CommonCadence()
 
@@ -188,7 +190,7 @@ class Lockstep:
         i: cython.Py_ssize_t
         for i in range(len(steps)):
             step = self.empty if steps[i] is None else steps[i]
-            tokens.append(max(step.total_tokens, 1))
+            tokens.append(step.total_tokens or self.least)
         computed, shared, graphed = self.shared(tokens)
         for i in range(len(steps)):
             step = self.empty if steps[i] is None else steps[i]
