@@ -14,6 +14,8 @@ class DraftRules:
     Attributes:
         reserves_at_admission: the lookahead slots are reserved at an admission, too (Scheduler.schedule:
             effective_lookahead_tokens).
+        reserves_for_loads: and while a request waits for an asynchronous load, but for methods that take
+            hidden states (limit_lookahead_tokens).
         infills: DFlash reserves one slot more than drafts, for its bonus query (num_lookahead_tokens).
         by_batch: num_speculative_tokens_per_batch_size.
         pads_admissions: an admission with one token left to compute gets 1 + k, whose drafts are never
@@ -34,6 +36,7 @@ class DraftRules:
     """
 
     reserves_at_admission: bool
+    reserves_for_loads: bool
     infills: bool
     by_batch: bool
     pads_admissions: bool
@@ -49,6 +52,7 @@ class DraftRules:
 
 DRAFT_RULE_IN: dict[str, tuple[str, str | None]] = {
     "reserves_at_admission": ("0.23", None),
+    "reserves_for_loads": ("0.23", "0.23"),
     "infills": ("0.23", None),
     "by_batch": ("0.24", None),
     "pads_admissions": ("0.25", None),

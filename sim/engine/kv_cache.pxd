@@ -14,8 +14,9 @@ cdef class KVCache:
     cdef readonly int block_size
     cdef int hash_block
     cdef readonly int lookahead
-    cdef int hash_lookahead
-    cdef bint drops_block
+    cdef int load_lookahead  # of who waits for an asynchronous load
+    cdef public int hash_lookahead
+    cdef public bint drops_block
     cdef bint reserves_at_admission
     cdef int max_model_len
     cdef Py_ssize_t width

@@ -10,6 +10,7 @@ import numpy as np
 from servecast.sim.engine.block_pool import BlockPool
 from servecast.sim.engine.draft_rules import draft_rules_for
 from servecast.sim.engine.sequence import Sequence
+from servecast.sim.engine.speculation import METHODS
 
 if not cython.compiled:
     from servecast.sim.engine.block_pool import BLOCKS_PER_CONTENT, PRIVATE, UNHASHED
@@ -31,12 +32,15 @@ class KVCache:
 
     def __init__(self, config: Any, reuse_unhashed_first: bool, rows: cython.int) -> None:
         speculation = config.speculation
-        self.lookahead = self.hash_lookahead = 0
+        self.lookahead = self.hash_lookahead = self.load_lookahead = 0
         self.drops_block, self.reserves_at_admission = False, True
         if speculation is not None:
             self.lookahead, self.hash_lookahead = speculation.lookahead, speculation.hash_lookahead
             self.drops_block = speculation.drops_block
-            self.reserves_at_admission = draft_rules_for(config.version).reserves_at_admission
+            rules = draft_rules_for(config.version)
+            self.reserves_at_admission = rules.reserves_at_admission
+            if rules.reserves_for_loads and not METHODS[speculation.method].takes_hidden_states:
+                self.load_lookahead = self.lookahead
         self.pool = BlockPool(config.num_gpu_blocks)
         self.reuse_unhashed_first = reuse_unhashed_first
         self.prefix_caching = config.enable_prefix_caching
@@ -69,7 +73,9 @@ class KVCache:
         if keys is None:
             if len(self.prefixes) >= REMEMBERED:
                 self.prefixes.clear()
-            keys = self.prefixes[content] = self.pool.shared_keys(content, self.hash_block, self.hash_lookahead)
+            keys = self.prefixes[content] = self.pool.shared_keys(
+                content, self.hash_block, self.hash_lookahead
+            )
         return keys
 
     def blocks_for(self, tokens: cython.int) -> cython.int:
@@ -175,20 +181,25 @@ class KVCache:
         hits: cython.int = cached // self.block_size
         end: cython.int = sequence.computed + cached + tokens
         held: cython.int = sequence.blocks_end // self.block_size + hits
-        slots: cython.int = end
+        ahead: cython.int = 0
         need: cython.int
         at: cython.Py_ssize_t
         i: cython.int
-        if self.lookahead and not delay and (sequence.slot >= 0 or self.reserves_at_admission):
-            slots += self.lookahead
-        need = max(0, self.blocks_for(slots) - held)
+        if delay:
+            ahead = self.load_lookahead
+        elif self.reserves_at_admission or sequence.computed > 0:
+            ahead = self.lookahead
+        need = max(0, self.blocks_for(end + ahead) - held)
         if sequence.slot < 0:
             if len(self.slots) < 2:
                 self.add_rows()
             at = self.slots[len(self.slots) - 1] * self.width
             for i in range(hits):
                 reserve += self.pool.ref[self.table[at + i]] == 0
-        if self.full_isl and max(0, self.blocks_for(sequence.num_tokens) - held) + reserve > self.pool.free_blocks:
+        if (
+            self.full_isl
+            and max(0, self.blocks_for(sequence.num_tokens) - held) + reserve > self.pool.free_blocks
+        ):
             return False
         if need + reserve + others > self.pool.free_blocks:
             return False

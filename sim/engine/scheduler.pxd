@@ -47,7 +47,7 @@ cdef class Scheduler:
     cdef bint chunked  # the window is a chunk
     cdef bint finished_unsent
     cdef long long added
-    cdef dict sequences
+    cdef readonly dict sequences
     cdef list runners  # in the order of admission
     cdef bint lent  # the list
     cdef object queue
@@ -75,6 +75,7 @@ cdef class Scheduler:
     cdef int put_back(self, list passed) except -1
     cdef int count_lookup(self, Sequence sequence, int hit_tokens) except -1
     cdef void advance(self, Step step, Sequence sequence, int tokens, bint padded) noexcept
+    cdef int draft_beside_connector(self) except -1
     cdef int note_drafters(self, Step step) except -1
     cdef int drop_finished(self) except -1
     cdef int complete_drafts(self, Step step, list delivering) except -1

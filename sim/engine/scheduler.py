@@ -23,7 +23,7 @@ from servecast.sim.engine.waiting import QUEUES
 from servecast.sim.inputs.errors import InputError
 
 if not cython.compiled:
-    from servecast.sim.engine.sequence import FINISHED, LOADING, PREEMPTED, RUNNING, WAITING
+    from servecast.sim.engine.sequence import FINISHED, LOADING, PREEMPTED, RUNNING
     from servecast.sim.engine.step import own
 
 NOBODYS = cython.declare(cython.int, 1 << 30)  # more placeholders than any request has
@@ -59,8 +59,8 @@ class Scheduler:
         self.priority = config.scheduling_policy == "priority"
         self.notes, self.marks = self.priority or trace, bool(config.kv_groups) or connector is not None
         self.names_chunks = self.priority or connector is not None
-        self.drafts = Drafts(config) if config.speculation is not None else None
-        self.speculates = self.drafts is not None
+        drafts: Any = Drafts(config) if config.speculation is not None else None
+        self.drafts, self.speculates = drafts, drafts is not None
         self.singly = self.notes or self.speculates
         self.max_tokens, self.max_model_len = config.max_num_batched_tokens, config.max_model_len
         self.max_running = min(config.max_num_seqs, config.max_num_active_seqs or config.max_num_seqs)
@@ -83,7 +83,21 @@ class Scheduler:
         if connector is not None:
             self.remote = RemoteKV(connector, self.kv, config)
             self.kv.keyed = True
+            if self.speculates:
+                self.draft_beside_connector()
             connector.bind(self)
+
+    def draft_beside_connector(self) -> cython.int:
+        """With a connector the hashes are the usual ones (VllmConfig.num_hash_lookahead_tokens)."""
+        if self.kv.hash_lookahead:
+            self.kv.hash_lookahead, self.kv.drops_block = 0, True
+        if self.remote.recomputes:
+            raise InputError(
+                "what a failed load leaves of drafts in flight is not modelled",
+                where="kv_transfer_config.kv_load_failure_policy",
+                fix='Take "fail", or leave speculative decoding out.',
+            )
+        return 0
 
     # ---- what can be read -------------------------------------------------------------------------
 
@@ -121,6 +135,15 @@ class Scheduler:
 
     def block_ids(self, request_id: int) -> list[int]:
         return self.kv.block_ids(self.sequences[request_id])
+
+    @property
+    def kept_blocks(self) -> list[int]:
+        """Blocks of requests that have ended: kept for a connector, or until no step in flight may write them."""
+        if self.remote is None:
+            return []
+        ended: list = [sequence for sequence in self.sequences.values() if sequence.status == FINISHED]
+        ended += [holder for _, holder in self.remote.deferred]
+        return [block for sequence in ended for block in self.kv.block_ids(sequence)]
 
     @property
     def connector(self) -> Any:
@@ -201,7 +224,9 @@ class Scheduler:
                 where=f"request {request_id}",
                 fix=f"Shorten it below max_model_len={self.max_model_len}, or raise max_model_len.",
             )
-        need = self.kv.most_blocks(sequence.final_tokens - 1 + self.kv.lookahead)  # the last is never computed
+        need = self.kv.most_blocks(
+            sequence.final_tokens - 1 + self.kv.lookahead
+        )  # the last is never computed
         if need > self.kv.pool.num_blocks - 1:
             raise InputError(
                 f"its {sequence.final_tokens} tokens need {need} KV blocks of {self.kv.block_size}",
@@ -486,11 +511,11 @@ class Scheduler:
         external: cython.int
         tokens: cython.int
         reserve: cython.int
-        loads: cython.bint
-        asked: cython.bint
         padding: cython.int = 0
         together: cython.bint = step.total_tokens > 0
         prefills: cython.bint = len(step.chunks) > 0  # some running request in its prefill
+        loads: cython.bint
+        asked: cython.bint
         carries_prefill: cython.bint
         while self.num_waiting > len(passed) and budget > 0 and len(self.runners) < self.max_running:
             queue = self.queue if remote is None else self.next_queue()
@@ -592,7 +617,9 @@ class Scheduler:
         """Those that were passed over are the next ones to be looked at, in their order."""
         sequence: Sequence
         for sequence in reversed(passed):
-            sequence.aside = not self.holders_wait_apart or sequence.computed > 0 or sequence.status == LOADING
+            sequence.aside = (
+                not self.holders_wait_apart or sequence.computed > 0 or sequence.status == LOADING
+            )
             self.num_passed += not sequence.passed
             sequence.passed = True
             (self.beside if sequence.aside else self.queue).push_preempted(sequence)
@@ -633,7 +660,7 @@ class Scheduler:
                 step.verified.append(-drafts if padded else drafts)
             if self.is_async:
                 sequence.placeholders += 1 + drafts
-            if self.remote is not None:
+            if self.remote is not None and not self.speculates:
                 self.remote.prefills.pop(sequence, None)
 
     def note_drafters(self, step: Step) -> cython.int:
@@ -645,6 +672,11 @@ class Scheduler:
         if self.is_async:
             for sequence in step.samplers:
                 sequence.drafts = step.draft_length
+        if (
+            self.remote is not None
+        ):  # who ends a prefill counts for loads of this step: its drafts have no room
+            for sequence in step.samplers:
+                self.remote.prefills.pop(sequence, None)
         return 0
 
     def in_window(self, tokens: cython.longlong) -> cython.longlong:
@@ -662,7 +694,10 @@ class Scheduler:
 
     def note_scheduled(self, step: Step, sequence: Sequence, tokens: cython.int) -> None:
         if self.remote is not None:
-            sequence.previous_tick, sequence.previous_tokens = sequence.scheduled_tick, sequence.scheduled_tokens
+            sequence.previous_tick, sequence.previous_tokens = (
+                sequence.scheduled_tick,
+                sequence.scheduled_tokens,
+            )
         sequence.scheduled_tick, sequence.scheduled_tokens = self.tick, tokens
         if self.trace:
             step.composition.append((sequence, tokens))
@@ -739,7 +774,9 @@ class Scheduler:
         self.kv.processed = tick
         if left:
             self.drop_finished()
-        return self.follow_reports(step)
+        if self.remote is not None:
+            self.follow_reports(step)
+        return None
 
     def drop_finished(self) -> cython.int:
         """Those that have finished no longer run."""
@@ -755,7 +792,8 @@ class Scheduler:
 
     def complete_drafts(self, step: Step, delivering: list) -> cython.int:
         """``complete`` where tokens are drafted: each sampler delivers one token and the drafts that were
-        accepted, up to its end; what was rejected counts no more as computed."""
+        accepted, up to its end; what was rejected counts no more as computed. ``delivering``: samplers
+        whose output no failed load has made void."""
         drafts: Drafts = self.drafts
         sequence: Sequence
         left: cython.bint = False
@@ -769,8 +807,10 @@ class Scheduler:
         for i in range(len(step.samplers)):
             sequence = cython.cast(Sequence, step.samplers[i])
             if sequence.status == FINISHED:
-                continue  # while the step was in flight
-            if tick < sequence.drops_before or (delivering is not step.samplers and sequence not in delivering):
+                continue  # it ended while the step ran
+            if tick < sequence.drops_before or (
+                delivering is not step.samplers and sequence not in delivering
+            ):
                 sequence.samplings += 1
                 continue  # its output is void
             verified = step.verified[i]

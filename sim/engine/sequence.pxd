@@ -17,11 +17,11 @@ cdef class Sequence:
     cdef int kv_due
     cdef readonly int num_tokens
     cdef int placeholders
-    cdef int drafts
     cdef int status
     cdef int final_tokens
     cdef long long token_tick
     # and the rest
+    cdef int drafts
     cdef int junction
     cdef readonly int limit
     cdef int blocks_end

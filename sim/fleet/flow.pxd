@@ -56,6 +56,7 @@ cdef class Server:
     cdef bint prefills
 
     cpdef bint connected(self)
+
     cdef long long varied(self, double seconds) except *
 
 @cython.final

@@ -10,9 +10,11 @@ memory", "GPU KV cache size") can be given instead.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NoReturn
 
+from servecast.sim.engine.cache_layers import CacheLayer
 from servecast.sim.engine.config import EngineConfig
 from servecast.sim.engine.kv_groups import (
     CacheOptions,
@@ -26,6 +28,7 @@ from servecast.sim.engine.kv_groups import (
     specs,
     tells,
 )
+from servecast.sim.hardware.drafter import Drafter
 from servecast.sim.hardware.profile_run import (
     CompileCache,
     Estimate,
@@ -147,6 +150,7 @@ def kv_memory(
     compile_cache: CompileCache = "warm",
     kv_cache_memory_bytes: int | None = None,
     num_gpu_blocks_override: int | None = None,
+    drafter: Drafter | None = None,
 ) -> KVMemory:
     """The KV pool under vLLM's flags. The last two replace the pool's bytes, or its blocks.
 
@@ -155,7 +159,8 @@ def kv_memory(
 
     Args:
         version: of vLLM. config: its flags, the number of blocks not known yet.
-        cache: what decides about KV cache groups; None: vLLM's defaults.
+        cache: what decides about KV cache groups; None: vLLM's defaults. drafter: whose weights and KV share
+            the memory; its activations are taken to fit where the target's were.
         fit_max_model_len: lower ``max_model_len`` to what the pool holds, as ``--max-model-len auto`` asks.
 
     Raises:
@@ -170,14 +175,17 @@ def kv_memory(
         raise InputError(
             f"{share} is not a share", where="gpu_memory_utilization", fix="Use a number in (0, 1]."
         )
-    weights = shard.weight_bytes
+    drafts = 0 if drafter is None else drafter.weight_bytes(shard)
+    more_layers = () if drafter is None else drafter.cache_layers(shard)
+    weights = shard.weight_bytes + drafts
     if weights >= gpu.memory_bytes:
         raise InputError(
             f"{weights / _GIB:.1f} GiB of weights, but one {gpu.name} has {gpu.memory_bytes / _GIB:.1f} GiB",
             where="gpu",
             fix="Use a larger GPU, more tensor_parallel_size, or quantised weights.",
         )
-    groups = _groups(shard, cache, config.max_model_len)
+    layers = (*shard.model.cache_layers, *more_layers)
+    groups = _groups(layers, cache, config.max_model_len)
     bytes_per_block, block_size = block_bytes(groups), min(group.spec.block_size for group in groups)
     requested = math.ceil(gpu.memory_bytes * share)
     lines = [
@@ -187,7 +195,10 @@ def kv_memory(
             "computed",
             f"{share:g} of {gpu.memory_bytes / _GIB:.2f} GiB ({gpu.memory_source})",
         ),
-        MemoryLine("weights", -weights, "computed", f"{shard.model.parameters / 1e9:.3f} B parameters"),
+        MemoryLine(
+            "weights", drafts - weights, "computed", f"{shard.model.parameters / 1e9:.3f} B parameters"
+        ),
+        *([MemoryLine("drafter", -drafts, "computed", "weights of its own")] if drafts else []),
         _line("rotary table", rotary_table(shard), "computed"),
         _line("not from torch", outside_torch(shard, version=version)),
         _line(
@@ -225,7 +236,7 @@ def kv_memory(
             blocks - 1, longest, lambda tokens: blocks_per_sequence(groups, tokens, in_flight)
         )
         longest = max(block_size, fitting)
-        groups = _groups(shard, cache, longest)
+        groups = _groups(layers, cache, longest)
     sequence_blocks = blocks_per_sequence(groups, longest, in_flight)
     memory = KVMemory(
         num_gpu_blocks=blocks,
@@ -251,9 +262,9 @@ def kv_memory(
     return memory
 
 
-def _groups(shard: Shard, cache: CacheOptions, max_model_len: int) -> tuple[KVGroup, ...]:
-    cache = replace(cache, max_model_len=max_model_len)
-    return groups_of(specs(shard.model.cache_layers, cache), cache.release, hybrid=cache.hybrid)
+def _groups(layers: Sequence[CacheLayer], cache: CacheOptions, longest: int) -> tuple[KVGroup, ...]:
+    cache = replace(cache, max_model_len=longest)
+    return groups_of(specs(layers, cache), cache.release, hybrid=cache.hybrid)
 
 
 def _line(name: str, found: Estimate, origin: Origin = "assumed") -> MemoryLine:

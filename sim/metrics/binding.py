@@ -2,7 +2,8 @@
 
 After ``schedule`` a request still waits for exactly one of three reasons: the running list is full, the
 step's token budget is used up, or its KV blocks could not be had (the scheduler stops at the first that
-applies). So the step table tells which, step by step.
+applies). So the step table tells which, step by step. Where KV cache is loaded from elsewhere there is a
+fourth: it is on its way, which is taken to be so where blocks are free.
 """
 
 from __future__ import annotations
@@ -13,17 +14,20 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from servecast.sim.engine.engine import StepShape
 from servecast.sim.metrics.records import Run, engines_of
 
-QUEUE_LIMITS = ("max_num_seqs", "token_budget", "kv_blocks")
+QUEUE_LIMITS = ("max_num_seqs", "token_budget", "kv_loads", "kv_blocks")
+BLOCKS_FREE = 0.9  # of the KV blocks in use, below which nobody waits for one
+LINK_SHARE = 0.8  # of the time that a link is busy, from which on it binds
 WAITING_SHARE = 0.05  # a queue that stands for less of the engine's time does not bind
 FRONT_END_SHARE = 0.5  # of TTFT before the engine's queue
 DELIVERY_LAG = 1.2  # gaps seen by the client over the steps that produced them
 STEP_SAMPLE = 200
-SAMPLED = ("prefill_tokens", "prefill_requests", "decodes", "decode_context", "emitted", "duration")
+SAMPLED = ("prefill_tokens", "prefill_requests", "decodes", "decode_context", "emitted", "drafts", "duration")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +36,9 @@ class Limits:
 
     num_gpu_blocks includes the null block; None where no request waits for blocks. bound_by: what most of a
     step's time goes to (``StepTime.binding``). parts: part of a step to seconds (``StepTime.breakdown``).
-    None where the step-time model cannot tell. pools: name, numbers and limits of each pool of replicas, where
-    some prefill and others decode. waits: a step lasts longer than its parts while other engine cores
-    are waited for.
+    None where the step-time model cannot tell. loads: KV cache is loaded from elsewhere. draft_length: drafts
+    that each request gets after a step of so many; None without speculation. waits: a step lasts longer than
+    its parts while other engine cores are waited for.
     """
 
     max_num_seqs: int
@@ -42,6 +46,8 @@ class Limits:
     num_gpu_blocks: int | None
     bound_by: Callable[[StepShape], str] | None = None
     parts: Callable[[StepShape], Mapping[str, float]] | None = None
+    loads: bool = False
+    draft_length: Callable[[int], int] | None = None
     pools: tuple[tuple[str, tuple[int, ...], Limits], ...] = ()
     waits: bool = False
 
@@ -54,23 +60,28 @@ class StepRow:
     decodes: int
     decode_context: int
     samples: int
+    drafts: int = 0
+    drafters: int = 0
+    draft_length: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
     """Shares in 0..1, each of the engine's busy time unless it says otherwise.
 
-    max_num_seqs, token_budget, kv_blocks: steps in which requests waited because of it.
+    max_num_seqs, token_budget, kv_loads, kv_blocks: steps in which requests waited because of it.
+    kv_link: of the run, in which the busiest link that KV cache is moved over was busy.
     busy: busy time of the window. front_end: of the mean TTFT, spent before the engine's queue.
     delivery: mean inter-token gap at the client over the mean step behind it (not a share).
-    steps: of each replication, steps spread evenly over it: (n, 6), ``SAMPLED``. limits: the engine's.
-    pool: of whose servers this is, empty without pools. transfer: of the mean TTFT, while KV blocks were on
-    their way.
+    steps: of each replication, steps spread evenly over it, see ``sampled``. limits: the engine's. pool: of
+    whose servers this is, empty without pools. transfer: of the mean TTFT, while KV blocks were on their way.
     """
 
     max_num_seqs: float
     token_budget: float
+    kv_loads: float
     kv_blocks: float
+    kv_link: float
     busy: float
     front_end: float
     delivery: float
@@ -97,9 +108,9 @@ class Evidence:
     def step_shares(self) -> tuple[dict[str, float], dict[str, float]]:
         """Shares of the sampled steps' time by what most of a step's goes to, and by part; means over
         replications. Empty where the step-time model cannot tell."""
-        if self.limits.bound_by is None:
+        if not self.steps:
             return {}, {}
-        bound, parts = zip(*(_shares_of(sample, self.limits) for sample in self.steps), strict=True)
+        bound, parts = zip(*(step_shares(sample, self.limits) for sample in self.steps), strict=True)
         return _mean_shares(bound), _mean_shares(parts)
 
     def to_json(self) -> dict[str, Any]:
@@ -115,7 +126,8 @@ class Evidence:
 @dataclass(frozen=True, slots=True)
 class Binding:
     """What binds ("compute", "memory_bandwidth", "host", "interconnect", "front_end", "kv_blocks",
-    "max_num_seqs", "token_budget", "kv_link", "none" or "unknown"), and why one should believe it."""
+    "kv_loads", "kv_link", "max_num_seqs", "token_budget", "none" or "unknown"), and why one should believe
+    it."""
 
     limit: str
     reasons: tuple[str, ...]
@@ -126,26 +138,31 @@ def evidence(run: Run, limits: Limits) -> Evidence:
     steps, requests = run.steps, run.requests
     time = steps["duration"].to_numpy(dtype=float)
     total = float(time.sum()) or math.nan
-    waits = steps["waiting"].to_numpy() > 0
-    full = waits & ((steps["running"].to_numpy() >= limits.max_num_seqs) | (limits.num_gpu_blocks is None))
-    scheduled = steps["prefill_tokens"].to_numpy() + steps["decodes"].to_numpy()
-    spent = waits & ~full & (scheduled >= limits.max_num_batched_tokens)
+    limited = waited_for(steps, limits)
     window = float(steps["start"].max() - steps["start"].min()) + float(time[-1:].sum())
     ttft = (requests["first_token"] - requests["sent"]).mean()
     decodes = steps["decodes"].to_numpy(dtype=float)
     gap = float(np.average(run.itl["gap"], weights=run.itl["weight"])) if len(run.itl) else math.nan
     behind = float(np.average(time, weights=decodes)) if decodes.any() else math.nan
-    sample = np.unique(np.linspace(0, len(steps) - 1, STEP_SAMPLE if len(steps) else 0).astype(int))
     return Evidence(
-        max_num_seqs=float(time[full].sum()) / total,
-        token_budget=float(time[spent].sum()) / total,
-        kv_blocks=float(time[waits & ~full & ~spent].sum()) / total,
+        **{name: float(time[limited == name].sum()) / total for name in QUEUE_LIMITS},
+        kv_link=max((float(share) for share in run.meta.get("kv_links", {}).values()), default=0.0),
         busy=total / (window * max(engines_of(steps).nunique(), 1)) if window else math.nan,
         front_end=float((requests["queued"] - requests["sent"]).mean() / ttft),
         delivery=gap / behind,
-        steps=(np.column_stack([steps[name].to_numpy(dtype=float)[sample] for name in SAMPLED]),),
+        steps=(sampled(steps),),
         limits=limits,
     )
+
+
+def waited_for(steps: pd.DataFrame, limits: Limits) -> np.ndarray[tuple[int], np.dtype[np.str_]]:
+    """What requests waited for in each step, one of ``QUEUE_LIMITS``; "" where none waited."""
+    waits = steps["waiting"].to_numpy() > 0
+    full = waits & ((steps["running"].to_numpy() >= limits.max_num_seqs) | (limits.num_gpu_blocks is None))
+    scheduled = sum(steps[name].to_numpy() for name in ("prefill_tokens", "decodes", "drafts"))
+    spent = waits & (scheduled >= limits.max_num_batched_tokens)
+    loads = waits & (steps["kv_usage"].to_numpy() < BLOCKS_FREE) & limits.loads
+    return np.select([full, spent, loads, waits], list(QUEUE_LIMITS), default="")
 
 
 def binding_limit(found: Evidence, *, only_token_times: bool) -> Binding:
@@ -155,14 +172,17 @@ def binding_limit(found: Evidence, *, only_token_times: bool) -> Binding:
     then a queue for admission is beside the point.
 
     In this order: the client sees tokens more than 20 % later than the steps make them, or spends more
-    than half of TTFT before the engine's queue: front_end. Requests wait in more than 5 % of the
-    engine's time: what they wait for. Otherwise: what the steps' time goes to.
+    than half of TTFT before the engine's queue: front_end. A link that KV cache is moved over is busy more
+    than 80 % of the time: kv_link. Requests wait in more than 5 % of the engine's time: what they wait for.
+    Otherwise: what the steps' time goes to.
     """
-    bound = _binding_limit(found, only_token_times)
-    return Binding(bound.limit, (f"the {found.pool} servers bind", *bound.reasons)) if found.pool else bound
+    bound = _binding_limit(found, only_token_times=only_token_times)
+    if not found.pool:
+        return bound
+    return Binding(bound.limit, (f"the {found.pool} servers bind", *bound.reasons))
 
 
-def _binding_limit(found: Evidence, only_token_times: bool) -> Binding:
+def _binding_limit(found: Evidence, *, only_token_times: bool) -> Binding:
     if not only_token_times and found.transfer > FRONT_END_SHARE:
         return Binding("kv_link", (f"{found.transfer:.0%} of TTFT passes while KV blocks are on their way",))
     if found.delivery > DELIVERY_LAG:
@@ -172,6 +192,9 @@ def _binding_limit(found: Evidence, only_token_times: bool) -> Binding:
         return Binding("front_end", (f"{found.front_end:.0%} of TTFT passes before the engine's queue",))
     bound_by, parts = found.step_shares
     step = _step_reasons(found.busy, bound_by, parts)
+    if found.kv_link > LINK_SHARE:
+        busy = f"a link that moves KV cache is busy {found.kv_link:.0%} of the time"
+        return Binding("kv_link", (busy, *step))
     if not only_token_times:
         queue = {name: getattr(found, name) for name in QUEUE_LIMITS}
         cause = max(QUEUE_LIMITS, key=lambda name: queue[name])
@@ -187,6 +210,7 @@ def _queue_reason(cause: str, share: float, limits: Limits) -> str:
     what = {
         "max_num_seqs": f"all {limits.max_num_seqs} sequence slots (max_num_seqs) are taken",
         "token_budget": f"the {budget} are used up",
+        "kv_loads": "KV cache is on its way, and blocks are free",
         "kv_blocks": f"no more of the {(limits.num_gpu_blocks or 1) - 1} KV blocks can be had",
     }
     return f"in {share:.0%} of the engine's time requests wait while {what[cause]}"
@@ -201,15 +225,27 @@ def _step_reasons(busy: float, bound_by: Mapping[str, float], parts: Mapping[str
     return reasons
 
 
-def _shares_of(sample: NDArray[np.float64], limits: Limits) -> tuple[dict[str, float], dict[str, float]]:
+def sampled(steps: pd.DataFrame) -> NDArray[np.float64]:
+    """Steps spread evenly over a run: (n, 7), ``SAMPLED``."""
+    rows = np.unique(np.linspace(0, len(steps) - 1, STEP_SAMPLE if len(steps) else 0).astype(int))
+    return np.column_stack([steps[name].to_numpy(dtype=float)[rows] for name in SAMPLED])
+
+
+def step_shares(sample: NDArray[np.float64], limits: Limits) -> tuple[dict[str, float], dict[str, float]]:
+    """Shares of the time of ``sampled`` steps by what most of a step's goes to, and by part; empty where the
+    step-time model cannot tell."""
     bound: dict[str, float] = {}
     parts: dict[str, float] = {}
-    assert limits.bound_by is not None
+    if limits.bound_by is None:
+        return bound, parts
     for *counts, duration in sample.tolist():
-        tokens, requests, decodes, context, emitted = map(int, counts)
+        tokens, requests, decodes, context, emitted, drafts = map(int, counts)
         each, extra = divmod(tokens, requests or 1)
         chunks = [(each + (number < extra), 0) for number in range(requests)]
         shape = StepRow(chunks, decodes, context, emitted)
+        if limits.draft_length is not None:
+            shape = StepRow(chunks, decodes, context, decodes + drafts, drafts, decodes)
+            shape.draft_length = limits.draft_length(decodes + requests)
         name = limits.bound_by(shape)
         bound[name] = bound.get(name, 0.0) + duration
         own = dict(limits.parts(shape)) if limits.parts else {}

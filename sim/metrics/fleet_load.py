@@ -81,7 +81,7 @@ def _replica(number: int, requests: pd.DataFrame, steps: pd.DataFrame, span: flo
         "failed": int((requests["status"] == "failed").sum()),
         "prefix_cache_hit_rate": prefix_hit_rate(requests),
         "uncached_tokens_per_s": uncached / span,
-        "computed_tokens": int(steps["prefill_tokens"].sum() + steps["decodes"].sum()),
+        "computed_tokens": int(steps[["prefill_tokens", "decodes", "drafts"]].to_numpy().sum()),
         "mean_num_running": float((steps["running"] * seconds).sum()) / span,
         "mean_num_waiting": float((steps["waiting"] * seconds).sum()) / span,
         "max_num_waiting": float(steps["waiting"].max()),

@@ -421,5 +421,15 @@ def vllm_bench_text(result: Mapping[str, Any]) -> str:
             rank = key.removeprefix("p").removesuffix(f"_{metric}_ms")
             if key == f"p{rank}_{metric}_ms":
                 line(f"P{rank} {name} (ms):", value)
+    if "spec_decode_num_drafts" in result:
+        lines.append(f"{'Speculative Decoding':-^50}")
+        line("Acceptance rate (%):", result["spec_decode_acceptance_rate"])
+        line("Acceptance length:", result["spec_decode_acceptance_length"])
+        line("Drafts:", result["spec_decode_num_drafts"], "<10")
+        line("Draft tokens:", result["spec_decode_draft_tokens"], "<10")
+        line("Accepted tokens:", result["spec_decode_accepted_tokens"], "<10")
+        lines.append("Per-position acceptance (%):")
+        for position, rate in enumerate(result["spec_decode_per_position_acceptance_rates"]):
+            line(f"  Position {position}:", 100 * rate)
     lines.append("=" * 50)
     return "\n".join(lines)

@@ -18,11 +18,14 @@ from servecast.sim.fleet.spec import Fleet
 from servecast.sim.inputs.errors import InputError, reason
 from servecast.sim.inputs.files import write_whole
 from servecast.sim.metrics.fleet_load import fleet_load, rank_load
+from servecast.sim.metrics.kv_offload import offload_summary
 from servecast.sim.metrics.metrics import latencies, summary
 from servecast.sim.metrics.records import Run
+from servecast.sim.metrics.spec_decode import draft_summary
 from servecast.sim.metrics.turns import session_summary
 from servecast.sim.metrics.warmup import Warmup, select
-from servecast.sim.report.text import plain
+from servecast.sim.report.text import facts_text, plain
+from servecast.sim.run.break_even import break_even_facts, break_even_text
 from servecast.sim.run.disaggregated import pools_facts, pools_lines
 from servecast.sim.scenario.deployment import Deployment
 
@@ -45,7 +48,10 @@ _MEASURED = (  # besides what ends in _ms
     "max_num_waiting",
     "num_preemptions",
     "prefix_cache_hit_rate",
+    "spec_decode_acceptance_rate",
+    "spec_decode_acceptance_length",
 )
+_OFFLOADED = ("external_hit_rate", "kv_offload_load_bytes", "kv_offload_store_bytes")
 _FLAGS = (  # of the engine, that are printed as resolved
     "tensor_parallel_size",
     "max_model_len",
@@ -74,7 +80,14 @@ def context(deployment: Deployment, *, seed: int) -> dict[str, Any]:
     describes, before these changes.
     """
     scenario, config = deployment.scenario, asdict(deployment.config)
-    flags = scenario.engine
+    flags, drafts = scenario.engine, deployment.speculating
+    del config["speculation"]
+    speculation = {} if drafts is None else {"speculation": drafts.facts()}
+    unset = {"command", "assume_rules"} | ({"speculative_config"} if drafts is None else set())
+    offloaded = {}
+    if deployment.offloading is not None:
+        facts = deployment.offloading.facts()
+        offloaded["kv_offload"] = {**facts, "break_even": break_even_facts(deployment)}
     return {
         "schema_version": SCHEMA_VERSION,
         "servecast_version": version("servecast"),
@@ -87,7 +100,7 @@ def context(deployment: Deployment, *, seed: int) -> dict[str, Any]:
         "model_id": deployment.model.name,
         "gpu": deployment.gpu.name,
         "engine": {
-            **flags.model_dump(mode="json", exclude={"command", "assume_rules"}),
+            **flags.model_dump(mode="json", exclude=unset),
             "rules": config.pop("version"),
             **config,
             "kv_cache_dtype": _kv_cache_dtype(deployment),
@@ -99,6 +112,8 @@ def context(deployment: Deployment, *, seed: int) -> dict[str, Any]:
         "error_band": deployment.error_band,
         "error_bands": asdict(deployment.bands),
         "kv_cache": deployment.memory.facts(),
+        **offloaded,
+        **speculation,
         "notes": list(deployment.notes),
     } | ({} if not scenario.fleet.prefill else {"pools": pools_facts(deployment)})
 
@@ -136,6 +151,30 @@ def engine_lines(document: Mapping[str, Any]) -> list[str]:
     return [f"GPU KV cache size: {size}{between}", *groups, f"Flags: {' '.join(flags)}"]
 
 
+def offload_text(offloaded: Mapping[str, Any]) -> str:
+    """What was found and moved, and when loading pays, of a result's ``kv_offload``."""
+    busy = {name.replace("_", " "): f"{share:.0%}" for name, share in offloaded["link_busy"].items()}
+    tokens = offloaded["loaded_tokens"]
+    facts = {
+        "connector": ", ".join(offloaded.get("connectors", [offloaded["kv_connector"]])),
+        "host memory, GiB a replica": offloaded["host_memory_bytes"] / (1 << 30),
+        "host link, GB/s a GPU": offloaded["host_gb_per_s"],
+        "prompt tokens found in the GPU": _share(offloaded["local_hit_rate"]),
+        "of the others, found elsewhere": _share(offloaded["external_hit_rate"]),
+        **{f"tokens loaded from {name}": count for name, count in tokens.items()},
+        "loaded, GB": offloaded["kv_offload_load_bytes"] / 1e9,
+        "stored, GB": offloaded["kv_offload_store_bytes"] / 1e9,
+        "chunks evicted": offloaded["evicted_chunks"],
+        "links busy": ", ".join(f"{name} {share}" for name, share in busy.items()),
+    }
+    text = facts_text("\nKV cache outside of the GPUs", facts)
+    return f"{text}\n{break_even_text(offloaded['break_even'])}"
+
+
+def _share(value: float | None) -> str | None:
+    return None if value is None else f"{value:.1%}"
+
+
 def result(
     deployment: Deployment,
     run: Run,
@@ -162,12 +201,14 @@ def result(
     whole = run if several else select(run, warmup=warmup)
     document = context(deployment, seed=run.meta["seed"])
     document["notes"] += cautions(deployment, run)
-    document |= summary(whole, ranks=ranks, goodput=goodput)
+    document |= summary(whole, ranks=ranks, goodput=goodput) | draft_summary(run)
     failures: Mapping[str, int] = run.meta.get("failures", {})
     document["notes"] += [f"{count} requests failed: {why}" for why, count in failures.items()]
     if scenario.fleet.autoscaler is not None:
         started = f"{scenario.fleet.autoscaler.kind}: {len(run.meta['lives'])} replicas in all"
         document["notes"].append(f"{started}; servecast day tells when")
+    if "kv_offload" in run.meta and "kv_offload" in document:
+        document["kv_offload"] |= offload_summary(run.meta["kv_offload"])
     document["stages"] = []
     for index, name in enumerate(run.stages if several else ()):
         part = select(run, stage=index, warmup=warmup)
@@ -193,6 +234,7 @@ def result(
 def measured(part: Mapping[str, Any]) -> dict[str, float | None]:
     """The metrics among the keys of a result or of one of its stages."""
     found = {key: value for key, value in part.items() if key in _MEASURED or key.endswith("_ms")}
+    found |= {key: value for key, value in part.get("kv_offload", {}).items() if key in _OFFLOADED}
     of_fleet = part.get("fleet_load", {}).items()
     return found | {key: value for key, value in of_fleet if key not in ("replicas", "pools")}
 
@@ -202,7 +244,7 @@ def cautions(deployment: Deployment, run: Run) -> list[str]:
     a risk that the GPU's memory does not suffice, and what its router could not do."""
     steps, requests = run.steps, run.requests
     beyond = deployment.profile.outside_ranges(
-        tokens=_least_and_most(steps, "prefill_tokens", "decodes"),
+        tokens=_least_and_most(steps, "prefill_tokens", "decodes", "drafts"),
         batch=_least_and_most(steps, "prefill_requests", "decodes"),
         context=(
             float(requests["prompt_tokens"].min()),
@@ -214,9 +256,9 @@ def cautions(deployment: Deployment, run: Run) -> list[str]:
     return [text for text in (beyond, risk and risk.warning, *routed) if text]
 
 
-def _least_and_most(table: pd.DataFrame, first: str, second: str) -> tuple[float, float]:
-    """Of the sums of two columns."""
-    total = table[first] + table[second]
+def _least_and_most(table: pd.DataFrame, *columns: str) -> tuple[float, float]:
+    """Of the sums of columns."""
+    total = sum(table[name] for name in columns)
     return float(total.min()), float(total.max())
 
 

@@ -8,8 +8,10 @@ from importlib.metadata import version
 from typing import Any
 
 from servecast.sim.engine.config import EngineConfig
+from servecast.sim.engine.engine import Engine
 from servecast.sim.engine.group_rules import STATES_IN, WINDOWS_SINCE
 from servecast.sim.engine.kv_groups import since
+from servecast.sim.engine.scheduler import Scheduler
 from servecast.sim.fleet.spec import GpuSpec
 from servecast.sim.hardware.error_band import Bands, Transfer, transfer
 from servecast.sim.hardware.front_end_costs import FrontEndCosts
@@ -19,11 +21,15 @@ from servecast.sim.hardware.model_shape import ModelShape
 from servecast.sim.hardware.padded_memory import MemoryRisk
 from servecast.sim.hardware.profile import Profile, Provenance, build_step_time
 from servecast.sim.hardware.shard import Shard
-from servecast.sim.hardware.step_time.physical import StepTime
+from servecast.sim.hardware.step_time.physical import PhysicalStepTime, StepTime
+from servecast.sim.hardware.step_time.speculative import SpeculativeStepTime
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.metrics.binding import Limits
+from servecast.sim.routing.llmd.config import read_epp
 from servecast.sim.scenario.basis import Fitted, fitted_profiles, profile_of, why_typical
+from servecast.sim.scenario.kv_offload import Offloading, Shared, check_host_memory, offloading_of
 from servecast.sim.scenario.scenario import Scenario
+from servecast.sim.scenario.speculation import Speculating, speculating
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +41,8 @@ class Deployment:
         memory: the account of the KV pool. config: the engine's flags, with all defaults filled in.
         profile: efficiencies, overheads and noise; from kernel timings, or typical, where the scenario names
             none.
-        step_time: how long a step takes.
+        step_time: how long a step takes. speculating: how it drafts; None if it does not.
+        offloading: what it keeps of its KV cache outside of the GPUs; None: nothing.
     """
 
     scenario: Scenario
@@ -44,6 +51,8 @@ class Deployment:
     config: EngineConfig
     profile: Profile
     step_time: StepTime
+    speculating: Speculating | None = None
+    offloading: Offloading | None = None
 
     @classmethod
     def of(cls, scenario: Scenario, profile: Profile | None = None) -> Deployment:
@@ -61,9 +70,16 @@ class Deployment:
         flags, server = scenario.engine, scenario.server
         model = _model(scenario)
         gpu = _gpu(scenario, experts=model.moe_layers > 0)
-        config = server.resolve(flags, gpu, model, where=f"{scenario.source}: engine")
+        drafts = speculating(scenario, model)
+        config = server.resolve(
+            flags,
+            gpu,
+            model,
+            where=f"{scenario.source}: engine",
+            speculation=None if drafts is None else drafts.config,
+        )
         shard = server.shard(flags, config, model, gpu)
-        memory = server.memory(flags, config, shard)
+        memory = server.memory(flags, config, shard, None if drafts is None else drafts.drafter)
         config = replace(
             config,
             num_gpu_blocks=memory.num_gpu_blocks,
@@ -71,8 +87,27 @@ class Deployment:
             block_size=memory.block_size,
             kv_groups=memory.kv_groups,
         )
+        where = scenario.source
+        offloading = offloading_of(flags.kv_transfer, scenario.kv_offload, shard, memory, config, where=where)
+        if offloading is not None and scenario.fleet.prefill:
+            raise InputError(
+                f"{offloading.transfer.connector} on prefill and decode servers is not modelled",
+                where=f"{where}: engine.kv_transfer_config",
+                fix="Leave it out, or fleet.prefill.",
+            )
+        if offloading is not None:
+            check_host_memory(offloading, gpu, scenario.fleet.size, scenario.gpu.per_node, where=where)
         profile = _with_link(profile or profile_of(scenario, shard, config), scenario.gpu)
-        return cls(whole, shard, memory, config, profile, build_step_time(profile, shard))
+        step_time = build_step_time(profile, shard)
+        if drafts is not None:
+            step_time = _with_drafts(step_time, drafts, profile)
+        return cls(whole, shard, memory, config, profile, step_time, drafts, offloading)
+
+    def engine(self, replica: int, shared: Shared) -> Engine:
+        """A fresh engine. replica: its number. shared: what the replicas of a run have in common."""
+        if self.offloading is None:
+            return self.scenario.server.engine(self.config)
+        return Scheduler(self.config, self.offloading.connector(replica, shared))
 
     @property
     def model(self) -> ModelShape:
@@ -126,6 +161,8 @@ class Deployment:
             bound_by=self.step_time.binding,
             parts=self.step_time.breakdown,
             waits=self.config.data_parallel is not None and self.config.data_parallel.lockstep,
+            loads=self.offloading is not None,
+            draft_length=None if self.speculating is None else self.speculating.length,
         )
 
     def memory_risk(self, longest_prompt: int) -> MemoryRisk | None:
@@ -142,7 +179,8 @@ class Deployment:
         """Relative error bands by metric. That of the KV pool is what its account leaves open; of a server
         other than vLLM it is not known."""
         flags, memory = self.scenario.engine, self.memory
-        bands = self.transfer.bands.wider(self.scenario.server.extra_error(flags))
+        more = 0.0 if self.speculating is None else self.speculating.band
+        bands = self.transfer.bands.wider(self.scenario.server.extra_error(flags) + more)
         if flags.policy != "vllm":
             return replace(bands, kv_tokens=None)
         low, high = memory.range
@@ -157,7 +195,8 @@ class Deployment:
     @property
     def fitted_profiles(self) -> list[Fitted]:
         """Where step times rest on timings of kernels: those that were fitted to servers on this GPU."""
-        return fitted_profiles(self.shard, self.step_time) if self.profile.of_kernel_timings else []
+        plain = self.step_time.target if isinstance(self.step_time, SpeculativeStepTime) else self.step_time
+        return fitted_profiles(self.shard, plain) if self.profile.of_kernel_timings else []
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -166,8 +205,10 @@ class Deployment:
             *self.scenario.notes,
             self._other_model,
             *self.model.notes,
+            *(() if self.speculating is None else self.speculating.notes),
             self.memory.warning,
             self._near_groups,
+            self._blind_router,
             *(each.note for each in self.fitted_profiles),
         ]
         if self.scenario.profile is None and self.transfer.basis == "physics only":
@@ -187,6 +228,20 @@ class Deployment:
         return None
 
     @property
+    def _blind_router(self) -> str | None:
+        """Said where the router asks which blocks servers have, and some are outside of the GPUs."""
+        fleet = self.scenario.fleet
+        if self.offloading is None or fleet.epp is None:
+            return None
+        scorers = read_epp(fleet.epp, fleet.router_options.epp_release).scorers
+        if not any(scorer.type.startswith("precise-prefix-cache") for scorer, _ in scorers):
+            return None
+        return (
+            "the precise prefix scorer knows of blocks in GPUs only: llm-d's counts those in host memory, "
+            "too, as 0.8 of a block"
+        )
+
+    @property
     def _other_model(self) -> str | None:
         """Said where a pasted command serves a model of another name than the scenario's."""
         command = self.scenario.engine.serve_command
@@ -201,6 +256,17 @@ class Deployment:
         file = "" if own.endswith(config) else f" ({config})"
         return f"the command serves {served}, but what is simulated is the scenario's model, {own}{file}"
 
+    @property
+    def _of_drafts(self) -> tuple[Provenance, ...]:
+        """Where the numbers of speculation come from."""
+        if self.speculating is None:
+            return ()
+        law = self.speculating.law
+        return (
+            Provenance(parameter="acceptance", origin=law.origin, note=law.note),
+            Provenance(parameter="drafting", origin="assumed", note="by the efficiencies of the target"),
+        )
+
     def provenance(self) -> dict[str, object]:
         """Where the numbers come from, for results and reports."""
         profile = self.profile
@@ -211,11 +277,21 @@ class Deployment:
             "error_band": self.error_band,
             "error_bands": asdict(self.bands),
             "fitted_rows": list(profile.fitted_rows),
-            "parameters": [entry.model_dump() for entry in profile.provenance],
+            "parameters": [entry.model_dump() for entry in (*profile.provenance, *self._of_drafts)],
             "gpu_source": self.gpu.source,
             "memory": [asdict(line) for line in self.memory.lines],
             "servecast_version": version("servecast"),
         }
+
+
+def _with_drafts(step_time: StepTime, drafts: Speculating, profile: Profile) -> SpeculativeStepTime:
+    if not isinstance(step_time, PhysicalStepTime):
+        raise InputError(
+            f"a profile of kind {profile.kind} has no times of drafts",
+            where="profile",
+            fix="Use a profile of kind physical, or none.",
+        )
+    return SpeculativeStepTime(step_time, drafts.drafter, profile.efficiencies, skips=drafts.skips)
 
 
 def _model(scenario: Scenario) -> ModelShape:

@@ -60,10 +60,11 @@ class Engine(Protocol):
     @property
     def prefix_hits(self) -> int: ...
     @property
+    def drafts(self) -> Any: ...  # has vLLM's counters of drafts; None where there are none
+    @property
     def external_queries(self) -> int: ...  # of a connector
     @property
     def external_hits(self) -> int: ...
-    def drafts(self) -> Any: ...  # has vLLM's counters of drafts; None where there are none
 
     def free_list(self, limit: int) -> list[int]: ...
     def block_ids(self, request_id: int) -> list[int]: ...
@@ -124,7 +125,12 @@ def decisions(engine: Engine, scenario: dict[str, Any], *, observed: bool = True
             steps += 1
             step = engine.schedule()
             transfers = {"transfers": engine.execute(step)} if remote else {}
-            yield {"schedule": clock, **transfers, **_composition(engine, step, observed), **_state(engine, counted, remote)}
+            yield {
+                "schedule": clock,
+                **transfers,
+                **_composition(engine, step, observed),
+                **_state(engine, counted, remote),
+            }
             batch_queue.append((clock, step))
             clock += 1
             if len(batch_queue) < depth and (step.total_tokens > 0 or engine.has_requests):

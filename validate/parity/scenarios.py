@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 
 from servecast.sim.engine.config import EngineConfig
+from servecast.sim.engine.draft_rules import draft_rules_for
 from servecast.sim.engine.group_rules import group_rules_for
 from servecast.sim.engine.kv_groups import CacheSpec, GroupKind, in_flight_tokens, most_blocks
 from servecast.sim.engine.request import Request
-from servecast.sim.engine.draft_rules import draft_rules_for
 from servecast.sim.engine.rules import RELEASES, has_option
 from servecast.sim.engine.speculation import METHODS, Speculation, speculation
 from servecast.sim.inputs.errors import InputError
@@ -96,11 +96,12 @@ def _groups(config: dict[str, Any]) -> tuple[CacheSpec, ...]:
 
 
 def _speculation(config: dict[str, Any]) -> Speculation | None:
-    given = config.get("speculation")
+    given: dict[str, Any] | None = config.get("speculation")
     if given is None:
         return None
     given["by_batch"] = [tuple(entry) for entry in given["by_batch"]]
-    return Speculation(**{name: tuple(v) if isinstance(v, list) else v for name, v in given.items()})
+    fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
+    return Speculation(**fields)
 
 
 def _arrival(step: int, arrival: int, request: dict[str, Any]) -> Arrival:
@@ -120,6 +121,23 @@ def drafted_scenarios(version: str, seed: int, count: int) -> Iterator[Scenario]
     for index in range(count):
         pick = recorded_picks(seed, index)[0]
         yield draw_drafted(pick, version, f"drafted-{version}-{seed}-{index}")
+
+
+def drafted_grouped_scenarios(version: str, seed: int, count: int) -> Iterator[Scenario]:
+    """As ``grouped_scenarios``, each with drafts, as far as that is modelled: full and sliding groups, and no
+    drafter that has a part in prefix hits."""
+    index = found = 0
+    while found < count:
+        pick = recorded_picks(seed, index)[0]
+        drawn = with_drafts(pick, draw_grouped(pick, version, f"drafted-grouped-{version}-{seed}-{index}"))
+        config, index = drawn.config, index + 1
+        assert config.speculation is not None
+        kinds = {spec.kind for spec in config.kv_groups}
+        if kinds <= {"full", "sliding"} and not config.speculation.drops_block:
+            more = len(kinds) * -(-config.speculation.lookahead // config.block_size) * len(config.kv_groups)
+            config = dataclasses.replace(config, num_gpu_blocks=config.num_gpu_blocks + more)
+            yield dataclasses.replace(drawn, config=config)
+            found += 1
 
 
 def random_scenarios(version: str, seed: int, count: int) -> Iterator[Scenario]:
@@ -216,10 +234,15 @@ def draw_scenario(pick: Pick, version: str, name: str) -> Scenario:
 
 
 def draw_drafted(pick: Pick, version: str, name: str) -> Scenario:
-    """A random scenario in which requests draft, by every method whose drafts the scheduler treats in its own
-    way; how many are accepted is ``engine_core.draft_counts``'s."""
-    plain, rules = draw_scenario(pick, version, name), draft_rules_for(version)
-    config, age = plain.config, RELEASES.index(version)
+    """A random scenario in which requests draft."""
+    return with_drafts(pick, draw_scenario(pick, version, name))
+
+
+def with_drafts(pick: Pick, plain: Scenario) -> Scenario:
+    """A scenario whose requests draft, by one of all methods; how many drafts are accepted is
+    ``engine_core.draft_counts``'s."""
+    config, version = plain.config, plain.config.version
+    rules, age = draft_rules_for(version), RELEASES.index(version)
     methods = [method for method, known in METHODS.items() if RELEASES.index(known.since) <= age]
     method = methods[pick(0, len(methods) - 1)]
     k = pick(1, 5)

@@ -21,8 +21,8 @@ import sys
 import tempfile
 from collections import Counter
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -181,7 +181,9 @@ class VllmEngine:
         self.preempt(request, *args, **kwargs)
 
     def _build_in_order(self, output: Any) -> Any:
-        output.finished_req_ids = sorted(output.finished_req_ids)  # a set, whose order differs from run to run
+        output.finished_req_ids = sorted(
+            output.finished_req_ids
+        )  # a set, whose order differs from run to run
         return self.build(output)
 
     def _finish_in_order(self, names: Any, status: Any) -> Any:
@@ -253,7 +255,10 @@ class VllmEngine:
     def _copy(self, step: Step) -> list[Any]:
         meta = step.output.kv_connector_metadata
         loads, stores = (
-            [[number, int(job.req_id), len(job.src_spec.chunk_ids if reads else job.dst_spec.chunk_ids)] for number, job in jobs.items()]
+            [
+                [number, int(job.req_id), len(job.src_spec.chunk_ids if reads else job.dst_spec.chunk_ids)]
+                for number, job in jobs.items()
+            ]
             for reads, jobs in ((True, meta.load_jobs), (False, meta.store_jobs))
         )
         flush = set(meta.jobs_to_flush or ())
@@ -283,11 +288,11 @@ class VllmEngine:
                 stats = client.scheduler_stats.prefix_cache_stats
                 self.prefix_queries += stats.queries
                 self.prefix_hits += stats.hits
-                self._count(client.scheduler_stats.spec_decoding_stats)
                 outside = client.scheduler_stats.connector_prefix_cache_stats
                 if outside is not None:
                     self.external_queries += outside.queries
                     self.external_hits += outside.hits
+                self._count(client.scheduler_stats.spec_decoding_stats)
         step.emitted = sum(len(output.new_token_ids) for output in outputs)
         ended = [output for output in outputs if output.finish_reason is not None]
         failed = sorted(int(o.request_id) for o in ended if o.finish_reason.name == "ERROR")  # from a set
@@ -324,7 +329,8 @@ class VllmEngine:
         return [self._token(name, further) for further in range(tokens)]
 
     def _token(self, name: str, further: int) -> int:
-        """The next output token, or one ``further`` on: the stop token where the model stops, else one that occurs nowhere else."""
+        """The next output token, or one ``further`` on: the stop token where the model stops, else one that
+        occurs nowhere else."""
         request = self.scheduler.requests.get(name)
         if request is None:
             return FIRST_TOKEN  # aborted or stopped while in flight: vLLM throws it away
@@ -424,9 +430,7 @@ def _retention(config: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def _vllm_config(
-    config: dict[str, Any], model: str, remote: dict[str, Any] | None = None
-) -> VllmConfig:
+def _vllm_config(config: dict[str, Any], model: str, remote: dict[str, Any] | None = None) -> VllmConfig:
     options = {
         "max_num_seqs": config["max_num_seqs"],
         "max_num_batched_tokens": config["max_num_batched_tokens"],
@@ -478,7 +482,7 @@ def _vllm_config(
         register(vllm_config)
     for name in options.keys() - {"max_model_len", "is_encoder_decoder"}:
         setattr(vllm_config.scheduler_config, name, options[name])
-    if config["speculation"] is not None:
+    if config.get("speculation") is not None:
         _speculate(vllm_config, config["speculation"])
     return vllm_config
 

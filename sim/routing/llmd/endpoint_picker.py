@@ -50,8 +50,9 @@ class EndpointPicker:
                 setting.loads[plugin.name] = InFlightLoad(plugin, setting)
             else:
                 setting.prefixes[plugin.name] = PREFIXES[plugin.type](plugin, setting)
-        self._filters = [self._one(plugin, FILTERS) for plugin in config.filters]
-        self._scorers = [(self._one(plugin, SCORERS), weight) for plugin, weight in config.scorers]
+        filters, scorers = config.filters, config.scorers
+        self._filters = [self._one(plugin, FILTERS) for plugin in filters]
+        self._scorers = [(self._one(plugin, SCORERS), weight) for plugin, weight in scorers]
         self._known: Columns | None = None
         self._base: Scores = np.empty(0)  # for ``_known``: the sum of the first scores, which are by gauges
         self._rest: list[tuple[Scorer, float, Scores | None]] = []  # the others, of which some are kept

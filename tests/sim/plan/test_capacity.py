@@ -342,8 +342,8 @@ def test_step_shapes_are_rebuilt_from_rows() -> None:
 
 def test_evidence_is_averaged_over_replications() -> None:
     """A second of prompts, and two seconds of decoding: half and half, as each replication counts once."""
-    one = Evidence(0.2, 0.0, 0.0, 1.0, 0.1, 1.0, (np.array([[5, 1, 0, 0, 1, 1.0]]),), ENGINE)
-    two = Evidence(0.4, 0.0, 0.2, 0.8, 0.3, 1.2, (np.array([[0, 0, 3, 30, 3, 2.0]]),), ENGINE)
+    one = Evidence(0.2, 0.0, 0.0, 1.0, 0.1, 1.0, (np.array([[5, 1, 0, 0, 1, 0, 1.0]]),), ENGINE)
+    two = Evidence(0.4, 0.0, 0.2, 0.8, 0.3, 1.2, (np.array([[0, 0, 3, 30, 3, 0, 2.0]]),), ENGINE)
     mean = Evidence.mean([one, two])
     assert (mean.max_num_seqs, mean.kv_blocks, mean.busy) == pytest.approx((0.3, 0.1, 0.9))
     assert mean.step_shares == ({"compute": 0.5, "memory_bandwidth": 0.5}, {"linear": 1.0})
