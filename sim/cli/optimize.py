@@ -28,7 +28,9 @@ class Choices:
 
     Attributes:
         gpus: names of GPUs, or files that describe one, as h100,h200,b200.
-        tensor_parallel: GPUs of a replica, as 1,2,4,8.
+        tensor_parallel: GPUs of an engine core, as 1,2,4,8.
+        data_parallel: engine cores of a replica, as 1,2,4.
+        expert_parallel: whole experts on each GPU, on,off or one of them.
         replicas: replicas that are simulated, and bought, together behind the router.
         max_num_seqs: sequences that may run together.
         max_num_batched_tokens: token budgets of a step.
@@ -44,6 +46,8 @@ class Choices:
 
     gpus: str | None = None
     tensor_parallel: str | None = None
+    data_parallel: str | None = None
+    expert_parallel: str | None = None
     replicas: str | None = None
     max_num_seqs: str | None = None
     max_num_batched_tokens: str | None = None
@@ -110,7 +114,13 @@ def _sizes(text: str, where: str) -> list[int]:
     return [int(word) for word in words]
 
 
-_READERS = {"kv_offloading_size": _sizes, "gpus": _files, "routers": _files, "variants": _variants}
+_READERS = {
+    "kv_offloading_size": _sizes,
+    "gpus": _files,
+    "expert_parallel": _words,
+    "routers": _files,
+    "variants": _variants,
+}
 
 
 @Parameter(name="*", group=Group("Money", sort_key=8))

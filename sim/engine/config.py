@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from servecast.sim.engine.data_parallel import DataParallel
 from servecast.sim.engine.kv_groups import CacheSpec
 from servecast.sim.engine.speculation import Speculation
 
@@ -18,6 +19,7 @@ class EngineConfig:
     ``kv_groups``: what the layers of each KV cache group keep; none is one group of full attention, with
     blocks of ``block_size``. ``prefix_cache_retention_interval`` is about groups that forget: tokens between
     what they keep for others; 0: what the prompt's end needs, None: all.
+    ``data_parallel``: of a server with several engine cores, how they belong together.
     ``speculation``: how drafts are proposed and accepted; None: one token a step.
     ``preparation_round``: requests that the API server in front of the engine prepares together, at most.
     """
@@ -43,4 +45,5 @@ class EngineConfig:
     preparation_round: int = 32
     kv_groups: tuple[CacheSpec, ...] = ()
     prefix_cache_retention_interval: int | None = None
+    data_parallel: DataParallel | None = None
     speculation: Speculation | None = None

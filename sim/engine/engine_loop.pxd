@@ -17,6 +17,10 @@ cdef class EngineLoop:
     cdef public long long now
     cdef readonly long long wake
     cdef public bint tell_ends
+    cdef public bint reports
+    cdef int told_waiting
+    cdef int told_running
+    cdef double told_usage
     cdef public int aborts
     cdef public int stage
     cdef public object after_step
@@ -79,6 +83,9 @@ cdef class EngineLoop:
     cdef int room_for_gaps(self, Py_ssize_t count) except -1
     cdef long long next_arrival(self) except *
     cdef int drain(self) except -1
+    cdef int report(self) except -1
+    cdef int finish(self, Step step) except -1
+    cdef int note_step(self, Step step, double seconds) except -1
     cdef bint launch(self, Step step) except? -1
     cdef int execute(self, Step step) except -1
     cdef int refuse(self) except -1

@@ -55,6 +55,8 @@ class EngineLoop:
         inbox: (time, row of a request, or ~row of one whose client has gone), in order; aborts: how many of
         those. seen: by tick, when its tokens were read, on average.
         pending: a step that is decided, while the host warms up.
+        reported: waiting and running requests and the KV cache in use, as the core last told its API servers,
+            where it ``reports``: before it decides a step, and when one has run.
         tell_ends: ``advance`` returns when requests have ended.
         ended: rows of requests that ended since they were last taken, where it tells. lost: of those that
         ended with an error, for their KV cache could not be loaded.
@@ -86,7 +88,9 @@ class EngineLoop:
         self.is_async = scheduler.is_async
         self.now = self.wake = self.gpu_free = self.sent = self.resume = self.arrivals = 0
         self.aborts = self.stage = 0
-        self.tell_ends, self.executing = True, False
+        self.tell_ends, self.executing, self.reports = True, False, False
+        self.told_waiting = self.told_running = 0
+        self.told_usage = 0.0
         self.first = self.second = self.pending = None
         self.after_step = self.on_first = None
         self.inbox, self.ended, self.lost = [], [], []
@@ -109,6 +113,16 @@ class EngineLoop:
     def gap_columns(self) -> Any:
         """(4, gaps): stage, gap in s, tokens, s over which the step's tokens are read."""
         return np.asarray(self.gaps)[:, : self.num_gaps]
+
+    @property
+    def reported(self) -> tuple[int, int, float]:
+        return self.told_waiting, self.told_running, self.told_usage
+
+    def report(self) -> cython.int:
+        """EngineCoreProc._maybe_publish_request_counts."""
+        self.told_waiting, self.told_running = self.scheduler.num_waiting, len(self.scheduler.runners)
+        self.told_usage = self.scheduler.kv.pool.usage()
+        return 0
 
     def drop_rows(self) -> None:
         """Begin these tables anew."""
@@ -174,7 +188,6 @@ class EngineLoop:
             InputError: a request can never run.
         """
         scheduler: Scheduler = self.scheduler
-        sequence: Sequence
         step: Step
         if self.connector is not None:
             return self.advance_connected(until)
@@ -197,13 +210,8 @@ class EngineLoop:
                     self.now = step.end
                 self.executing = False
                 self.first, self.second = self.second, None
-                scheduler.complete(step)
-                if self.after_step is not None:
-                    self.after_step(self.now)
-                self.deliver(step)
+                self.finish(step)
                 if step.leavers and self.tell_ends:
-                    for sequence in step.leavers:
-                        self.ended.append(sequence.row)
                     return ENDED
             if self.first is None and self.inbox and not (scheduler.sequences or scheduler.finished_unsent):
                 self.now = max(self.now, self.next_arrival())
@@ -214,6 +222,8 @@ class EngineLoop:
                 if self.aborts:
                     return ABORTS
                 self.drain()
+            if self.reports:
+                self.report()
             if scheduler.sequences or scheduler.finished_unsent:
                 step = scheduler.schedule()
                 if self.cold_start:
@@ -369,6 +379,20 @@ class EngineLoop:
         self.inbox.clear()
         return 0
 
+    def finish(self, step: Step) -> cython.int:
+        """A step has run: its tokens are on their way, and who got the last of them has ended."""
+        sequence: Sequence
+        self.scheduler.complete(step)
+        if self.reports:
+            self.report()
+        if self.after_step is not None:
+            self.after_step(self.now)
+        self.deliver(step)
+        if self.tell_ends:
+            for sequence in step.leavers:
+                self.ended.append(sequence.row)
+        return 0
+
     def launch(self, step: Step) -> cython.bint:
         """Put the step on the GPU, behind the one before. Returns whether one more is decided now."""
         self.execute(step)
@@ -380,11 +404,8 @@ class EngineLoop:
 
     def execute(self, step: Step) -> cython.int:
         scheduler: Scheduler = self.scheduler
-        sequence: Sequence
         factor: cython.double
         seconds: cython.double
-        i: cython.Py_ssize_t
-        at: cython.Py_ssize_t
         step.start = step.end = max(self.now, self.gpu_free)
         if not step.total_tokens:
             if self.connector is None and scheduler.num_waiting and not scheduler.runners:
@@ -396,11 +417,18 @@ class EngineLoop:
         if factor < 1.0:
             seconds = max(seconds, cython.cast(cython.double, self.floor(step)))
         self.gpu_free = step.end = step.start + cython.cast(cython.longlong, rint(seconds * PICOSECONDS))
+        return self.note_step(step, seconds)
+
+    def note_step(self, step: Step, seconds: cython.double) -> cython.int:
+        """Its row, and when those that it admitted were scheduled."""
+        scheduler: Scheduler = self.scheduler
+        sequence: Sequence
+        i: cython.Py_ssize_t
+        at: cython.Py_ssize_t = self.num_steps
         for i in range(len(step.joined)):
             sequence = step.joined[i]
             if sequence.scheduled < 0:
                 sequence.scheduled = step.start
-        at = self.num_steps
         if at == self.steps.shape[1]:
             self.room_for_steps(2 * at)
         self.num_steps += 1

@@ -51,3 +51,4 @@ cdef class StepCosts:
         long long rows,
     ) except? -1
     cdef double seconds(self, Step step) except? -1
+    cdef double at(self, Step step, long long tokens) except? -1

@@ -213,6 +213,24 @@ class StepCosts:
             total += self.of_tokens(tokens) + self.of_rows(rows) + requests * self.request_s
         return total if tokens <= self.graphed or total > self.eager_s else self.eager_s
 
+    def at(self, step: Step, tokens: cython.longlong) -> cython.double:
+        """The same of one of several engine cores, where so many tokens are computed, without what launches
+        outside graphs take."""
+        total: cython.double = 0.0
+        decoding: cython.double
+        requests: cython.longlong = step.decodes + len(step.chunks)
+        seen: cython.longlong
+        kind: cython.Py_ssize_t
+        if step.chunks:
+            total = self.of_chunks(step.chunks)
+        if step.decodes:
+            decoding = step.decodes * self.decode_s
+            for kind in range(self.shapes.shape[0]):
+                seen = step.windowed if self.shapes[kind, 1] else step.decode_context
+                decoding += self.shapes[kind, 0] * seen * self.attention[kind, 4 if step.chunks else 3]
+            total += decoding
+        return total + (self.of_tokens(tokens) + self.of_rows(len(step.samplers)) + requests * self.request_s)
+
 
 def longer(values: cython.double[::1], least: cython.Py_ssize_t) -> Any:
     """The same with room for twice as many, at least ``least``; new places hold -1."""

@@ -120,7 +120,8 @@ class Fleet:
         endpoint = self._endpoint(Life(start_s=to_seconds(self.now)))
         assert self._flow is not None
         self._flow.add(endpoint.replica.server)
-        endpoint.replica.loop.stage = max(len(self._stage_starts) - 1, 0)
+        for loop in endpoint.replica.loops:
+            loop.stage = max(len(self._stage_starts) - 1, 0)
         if isinstance(self._router, Informed):
             self._router.connect(Endpoints(self._endpoints, [endpoint], self._board))
         return endpoint
@@ -146,7 +147,7 @@ class Fleet:
                 columns = self._run_apart(requests)
             else:
                 columns = self._run_together(stages, requests)
-        loops = [replica.loop for replica in self.replicas]
+        loops = [loop for replica in self.replicas for loop in replica.loops]
         if condensed_s is not None:
             self._condense()
             steps = pd.DataFrame(self._condensed, columns=list(STEP_COLUMNS)).astype({"replica": "int64"})
@@ -158,6 +159,12 @@ class Fleet:
             first = self._legs.columns(self._disaggregation.exchange, rows, cached)
         table = requests_table(requests, columns)
         table = table.assign(**first) if first else table
+        ranks = [range(len(replica.loops)) for replica in self.replicas]
+        if max(map(len, ranks)) > 1:
+            table["rank"] = pd.arrays.IntegerArray(columns["rank"], columns["rank"] < 0)
+            if condensed_s is None:
+                counts = [loop.step_columns.shape[1] for loop in loops]
+                steps["rank"] = np.repeat([rank for each in ranks for rank in each], counts)
         return Run(
             requests=table,
             steps=steps,
@@ -168,9 +175,9 @@ class Fleet:
 
     def _condense(self) -> None:
         """The step tables so far, as a row each."""
-        for replica in self.replicas:
-            steps = steps_table(replica.loop.step_columns.copy())
-            replica.loop.drop_rows()
+        for loop in (loop for replica in self.replicas for loop in replica.loops):
+            steps = steps_table(loop.step_columns.copy())
+            loop.drop_rows()
             if len(steps):
                 seconds = steps["duration"].to_numpy()
                 row = {name: float(steps[name].sum()) for name in STEP_COLUMNS}
@@ -207,6 +214,7 @@ class Fleet:
             and not any(replica.server.connected() for replica in self.replicas)
             and (self._client.is_free or len(self.replicas) == 1)
             and all(endpoint.life == Life() for endpoint in self._endpoints)
+            and all(replica.config.data_parallel is None for replica in self.replicas)
             and bool((np.diff(requests.arrival_s) >= 0).all())
         )
 
@@ -291,8 +299,8 @@ class Fleet:
         env, running, first = self._env, list[simpy.Event](), 0
         for number, stage in enumerate(stages):
             self._stage_starts.append(to_seconds(int(env.now)))
-            for replica in self.replicas:
-                replica.loop.stage = number
+            for loop in (loop for replica in self.replicas for loop in replica.loops):
+                loop.stage = number
             front, back = list[simpy.Event](), list[int]()
             for stream in stage.streams:
                 self._finished.append(simpy.Event(env))
@@ -372,7 +380,7 @@ def _columns(flow: Flow, streams: list[tuple[int, int]], longest: NDArray[np.int
         arrived = np.array(flow.order, np.int64)
         rows = arrived[flow.columns["outcomes"][0][arrived] >= 0]
     found: Columns = dict(zip(OUTCOMES, flow.columns["outcomes"], strict=True))
-    found |= {name: flow.columns[name] for name in ("arrival", "replica", "status")}
+    found |= {name: flow.columns[name] for name in ("arrival", "replica", "status", "rank")}
     found = {name: values[rows] for name, values in found.items()}
     requests = flow.requests
     outputs, done = requests.output_tokens[rows], found["status"] == STATUSES.index("finished")

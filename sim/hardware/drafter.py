@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from servecast.sim.engine.cache_layers import CacheLayer
 from servecast.sim.engine.kv_groups import token_bytes
+from servecast.sim.hardware.expert_ranks import ExpertRanks
 from servecast.sim.hardware.layer_kinds import STATES, Linear
 from servecast.sim.hardware.model_shape import ModelShape
 from servecast.sim.hardware.shard import Shard
@@ -72,12 +73,13 @@ class Drafter:
         """
         if self.shape is None:
             return None
+        whole = target.expert_ranks.whole and bool(self.shape.experts)
         return Shard(
             self.shape,
             target.gpu,
             self.ranks,
             kv_dtype_bytes=self.kv_bytes or target.kv_dtype_bytes,
-            expert_parallel=target.expert_parallel and bool(self.shape.experts),
+            experts=ExpertRanks(self.ranks, whole=whole),
             cudagraph_sizes=() if self.eager else target.cudagraph_sizes,
         )
 

@@ -34,6 +34,7 @@ from servecast.sim.hardware.profile_run import (
     Estimate,
     activation_peak,
     cuda_graphs,
+    exchange_buffers,
     outside_torch,
     rotary_table,
 )
@@ -210,6 +211,7 @@ def kv_memory(
                 compile_cache=compile_cache,
             ),
         ),
+        *([_line("all-to-all", buffers)] if (buffers := exchange_buffers(shard)).bytes else []),
         _line("CUDA graphs", cuda_graphs(shard, version=version, max_num_seqs=config.max_num_seqs)),
     ]
     available = sum(line.bytes for line in lines)

@@ -56,7 +56,8 @@ class ModelShape:
             ``Shard.linear_kernel`` for how a GPU multiplies them.
         mtp_layers: layers that predict further tokens, which are loaded for speculation only
             (``mtp_parameters``) and are in no other number.
-        expert_skew: how unevenly tokens choose experts (``expert_use``); 0: evenly.
+        expert_skew: how unevenly tokens choose experts (``expert_use``); 0: evenly. expert_loads: instead,
+            how often each is chosen, relative to the others.
         least_capability: compute capability times ten that vLLM asks for with these weights; 0: any.
         quant_method: how they were quantised, as the config names it.
         max_position_embeddings: longest context; ``longest_context`` says what vLLM makes of it, of
@@ -114,6 +115,7 @@ class ModelShape:
     least_capability: int = 0
     quant_method: str = ""
     expert_skew: float = 0.0
+    expert_loads: tuple[float, ...] = ()
     notes: tuple[str, ...] = ()
 
     @classmethod

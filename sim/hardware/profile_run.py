@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from servecast.sim.hardware.expert_ranks import BACKENDS
 from servecast.sim.hardware.shard import Shard, release
 
 CompileCache = Literal["warm", "cold"]
@@ -20,6 +21,7 @@ MIB, GIB = 1 << 20, 1 << 30
 _V2_FAMILIES = ("llama", "mistral", "qwen3")  # 0.23 runs these on Model Runner V2, dense and unquantised
 _SORT_BYTES, _SMALL_SORT_BYTES = 32, 44  # of torch.sort: values, indices, and the copies of its radix sort
 _SMALL_SORT_ROWS = 128  # below it torch.sort sorts all rows as one
+_LOW_LATENCY_TOKENS = 256  # VLLM_MOE_DP_CHUNK_SIZE
 _GRAPH_BYTES_PER_LAYER = 200 * 1024  # logs: 0.2 to 0.3 MiB a layer and graph
 
 
@@ -128,7 +130,9 @@ def _expert_workspace(shard: Shard, tokens: int) -> int:
     model = shard.model
     if not model.moe_layers:
         return 0
-    width = model.expert_intermediate_size // shard.tensor_parallel_size
+    spread = shard.expert_ranks
+    width = model.expert_intermediate_size // spread.split
+    tokens *= spread.data  # every rank gets those of all cores
     numbers = max(width, model.hidden_size) + max(2 * width, model.hidden_size)
     return tokens * model.experts_per_token * numbers * model.dtype_bytes
 
@@ -140,13 +144,29 @@ def outside_torch(shard: Shard, *, version: str) -> Estimate:
     From 0.14 on, ranks linked by NVLink hold the buffers of fused all-reduces, too.
     """
     server = shard.gpu.capability[0] in (9, 10)
-    if shard.tensor_parallel_size > 1:
-        if release(version) >= (0, 14) and server:
+    if shard.expert_ranks.ranks > 1:
+        if shard.tensor_parallel_size > 1 and release(version) >= (0, 14) and server:
             return Estimate(int(2.15 * GIB), "with NCCL and fused all-reduce", more=GIB // 4, less=GIB // 2)
         return Estimate(int(0.55 * GIB), "with NCCL", more=GIB // 2, less=GIB // 4)
     if release(version) >= (0, 18) and server:
         return Estimate(int(0.25 * GIB), "libraries and kernels", more=GIB // 10, less=GIB // 10)
     return Estimate(int(0.13 * GIB), "libraries and kernels", more=GIB // 5, less=GIB // 10)
+
+
+def exchange_buffers(shard: Shard) -> Estimate:
+    """Of DeepEP (``DeepEPHTAll2AllManager``, VLLM_DEEPEP_BUFFER_SIZE_MB; of the low-latency kernels what
+    ``get_low_latency_rdma_size_hint`` asks for: twice what is sent to and got from every expert by 256
+    tokens a rank)."""
+    model, spread = shard.model, shard.expert_ranks
+    if spread.backend == BACKENDS[1]:
+        return Estimate(GIB, "DeepEP's over NVLink")
+    if spread.backend == BACKENDS[2]:
+        experts = model.experts + spread.redundant
+        message = 16 + 2 * (model.expert_input_size or model.hidden_size)
+        return Estimate(
+            2 * 2 * experts * _LOW_LATENCY_TOKENS * message, "DeepEP's of the low-latency kernels"
+        )
+    return Estimate(0, "none")
 
 
 def cuda_graphs(shard: Shard, *, version: str, max_num_seqs: int) -> Estimate:

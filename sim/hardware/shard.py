@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from servecast.sim.engine.kv_groups import token_bytes
-from servecast.sim.hardware.expert_use import fullest_rank, touched
+from servecast.sim.hardware.expert_ranks import ExpertRanks
+from servecast.sim.hardware.expert_use import fullest_rank, most_touched, touched
 from servecast.sim.hardware.gpu import GPU
 from servecast.sim.hardware.model_shape import ModelShape
 from servecast.sim.inputs.errors import InputError
@@ -35,8 +36,8 @@ class Shard:
         model, gpu: sizes and peaks.
         tensor_parallel_size: ranks that the model is split over. There is no default.
         kv_dtype_bytes: of a number in the KV cache: 2, or 1 for ``--kv-cache-dtype fp8``.
-        expert_parallel: each rank has whole experts, instead of a part of each. Evenly used ones take the
-            same memory and time; else the fullest rank is waited for.
+        experts: how the routed experts lie on the ranks; None: split over the tensor-parallel ones. Where
+            they are whole the fullest rank is waited for.
         cudagraph_sizes: rising, from ``cudagraph_capture_sizes``; empty for ``--enforce-eager``.
 
     Raises:
@@ -48,7 +49,7 @@ class Shard:
     gpu: GPU
     tensor_parallel_size: int
     kv_dtype_bytes: int = 2
-    expert_parallel: bool = False
+    experts: ExpertRanks | None = None
     cudagraph_sizes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -60,7 +61,7 @@ class Shard:
                 where="tensor_parallel_size",
                 fix="Use a size that divides the heads.",
             )
-        if model.weight_block and ranks > 1:
+        if model.weight_block and self.expert_ranks.ranks > 1:
             self._refuse_cut_blocks()
         major, minor = self.gpu.capability
         if 0 < 10 * major + minor < model.least_capability:
@@ -79,9 +80,10 @@ class Shard:
         mixers = (
             mlps if model.attention_bytes_each is None else model.attention_bytes_each != model.dtype_bytes
         )
-        whole = self.expert_parallel or model.expert_format == "mxfp4"  # whose columns vLLM pads
+        spread = self.expert_ranks
+        whole = spread.whole or model.expert_format == "mxfp4"  # whose columns vLLM pads
         widths = {
-            "an expert": 0 if whole else model.expert_intermediate_size // ranks,
+            "an expert": 0 if whole else model.expert_intermediate_size // spread.split,
             "the shared expert": model.shared_expert_size // ranks * mlps,
             "the MLP": model.intermediate_size // ranks * mlps if model.dense_layers else 0,
         }
@@ -92,9 +94,10 @@ class Shard:
                 widths["the keys"] = max(1, mixer.kv_heads // ranks) * mixer.head_dim
         for what, width in widths.items():
             if width % model.weight_block:
-                more = "--enable-expert-parallel, or " if what == "an expert" else ""
+                routed = what == "an expert"
+                parts, more = (spread.split, "--enable-expert-parallel, or ") if routed else (ranks, "")
                 raise InputError(
-                    f"split {ranks} ways, {what} of {model.name} has {width} columns, no multiple of the "
+                    f"split {parts} ways, {what} of {model.name} has {width} columns, no multiple of the "
                     f"{model.weight_block} of a block of its quantised weights: vLLM refuses it",
                     where="tensor_parallel_size",
                     fix=f"Use {more}fewer ranks.",
@@ -103,7 +106,12 @@ class Shard:
     @property
     def whole(self) -> Shard:
         """The whole model on one rank: what all ranks do together, without what they repeat."""
-        return replace(self, tensor_parallel_size=1)
+        return replace(self, tensor_parallel_size=1, experts=None)
+
+    @property
+    def expert_ranks(self) -> ExpertRanks:
+        """Where the routed experts lie."""
+        return self.experts or ExpertRanks(self.tensor_parallel_size)
 
     def padded(self, tokens: int, requests: int = 0) -> int:
         """The tokens that a step of so many computes: the next CUDA-graph size while there is one. With
@@ -129,8 +137,7 @@ class Shard:
     def weight_bytes(self) -> int:
         """Bytes of all weights, tied embeddings once."""
         model, ranks = self.model, self.tensor_parallel_size
-        experts = model.moe_layers * model.experts * model.expert_weights(ranks)
-        linear = self._shared_bytes + experts * self._expert_bytes_each
+        linear = self._shared_bytes + self.held_expert_bytes
         embeddings = model.vocab_size * model.hidden_size // ranks * (1 if model.tied_embeddings else 2)
         small = (embeddings + model.small_weights) * model.dtype_bytes
         return round(linear) + small + self._absorbed_bytes
@@ -176,14 +183,13 @@ class Shard:
 
     @property
     def linear_flops_per_token(self) -> float:
-        """FLOPs of all linear layers for one token, the LM head left out. A router in fp32, which tensor
-        cores do not multiply, counts for as many as take as long."""
+        """FLOPs of the linear layers that every token passes for one of them, the LM head left out. A router
+        in fp32, which tensor cores do not multiply, counts for as many as take as long."""
         model, ranks = self.model, self.tensor_parallel_size
         router = float(model.router_weights)
         if model.model_type in _FP32_ROUTERS:
             router *= self.linear_peak / (self.gpu.bf16_flops * _FP32_SHARE.get(self.gpu.capability, 1 / 4))
-        routed = model.moe_layers * (model.experts_per_token * model.expert_weights(ranks) + router)
-        return 2.0 * (model.shared_weights(ranks) + routed)
+        return 2.0 * (model.shared_weights(ranks) + model.moe_layers * router)
 
     def linear_bytes(self, tokens: int) -> float:
         """Weight bytes that a step of ``tokens`` tokens reads, the LM head left out. Experts count as
@@ -213,7 +219,7 @@ class Shard:
         triton = model.model_type == "gpt_oss" and self.gpu.capability[0] == 9
         columns, rows = (64, 1) if triton else (128, 256)
         width = model.expert_intermediate_size
-        width = width if self.expert_parallel else width // self.tensor_parallel_size
+        width //= self.expert_ranks.split
         hidden = model.expert_input_size or model.hidden_size
         padded = -(-width // columns) * columns * -(-hidden // rows) * rows
         return each * padded / (width * hidden)
@@ -225,45 +231,72 @@ class Shard:
         moved = sum(count * each.moved(self.tensor_parallel_size) for count, each in self.model.linears())
         return float(moved * self.model.dtype_bytes)
 
-    # -- routed experts ----------------------------------------------------------------------------
+    @property
+    def held_expert_bytes(self) -> float:
+        """Bytes of the routed experts that a rank holds."""
+        model, spread = self.model, self.expert_ranks
+        weights = model.moe_layers * spread.held(model.experts) * model.expert_weights(spread.split)
+        return weights * self._expert_bytes_each
 
     @property
-    def expert_flops_per_token(self) -> float:
-        """FLOPs of the experts that one token is sent to, all layers; on the fullest rank."""
-        model = self.model
-        sent = model.moe_layers * model.experts_per_token * self._fullest_rank
-        return 2.0 * sent * model.expert_weights(self.tensor_parallel_size)
+    def dispatched_bytes(self) -> float:
+        """Of a number that goes to experts on other ranks: quantised as they want it, scales included
+        (MoEPrepareAndFinalizeNaiveDPEP, _quantize_and_setup_dispatch)."""
+        each = {"fp8": 1.0, "fp8_block": 1.0 + 4 / 128, "nvfp4": 0.5 + 1 / 16, "mxfp4_mxfp8": 1.0 + 1 / 32}
+        return each.get(self.expert_kernel, float(self.model.dtype_bytes))
+
+    # -- routed experts: of all tokens of a server, which its engine cores share -----------------------
+
+    def expert_flops(self, tokens: int) -> float:
+        """FLOPs of the experts that ``tokens`` tokens are sent to, all layers; on the fullest rank."""
+        sent = tokens * self._sent(tokens)
+        return 2.0 * sent * self.model.expert_weights(self.expert_ranks.split)
 
     def expert_bytes(self, tokens: int) -> float:
-        """Weight bytes of the experts that a step of ``tokens`` tokens touches, all layers.
+        """Weight bytes of the experts that a step of ``tokens`` tokens touches, all layers; of whole experts
+        on the rank with most of them.
 
-        Each token chooses by itself, by the model's ``expert_skew``.
+        Each token chooses by itself, by the model's ``expert_skew`` or ``expert_loads``.
         """
-        model = self.model
+        model, spread = self.model, self.expert_ranks
         if not model.moe_layers:
             return 0.0
-        used = touched(model.experts, model.experts_per_token, tokens, model.expert_skew)
-        weights = used * model.expert_weights(self.tensor_parallel_size)
+        used = touched(model.experts, model.experts_per_token, tokens, model.expert_skew, model.expert_loads)
+        if spread.whole:
+            used = most_touched(model.experts, spread.ranks, used / model.experts)
+        weights = used * model.expert_weights(spread.split)
         return model.moe_layers * (weights * self._expert_bytes_each)
 
-    @cached_property
-    def expert_bytes_per_token(self) -> float:
-        """Bytes of activations a token that the experts it is sent to read and write, all layers; on the
+    def expert_moved_bytes(self, tokens: int) -> float:
+        """Bytes of activations that the experts of ``tokens`` tokens read and write, all layers; on the
         fullest rank."""
-        model, ranks = self.model, self.tensor_parallel_size
-        sent = model.moe_layers * model.experts_per_token * self._fullest_rank
+        model = self.model
         width = (
             2 * (model.expert_input_size or model.hidden_size)
-            + model.mlp_products * model.expert_intermediate_size / ranks
+            + model.mlp_products * model.expert_intermediate_size / self.expert_ranks.split
         )
-        return sent * width * model.dtype_bytes
+        return tokens * self._sent(tokens) * width * model.dtype_bytes
 
-    @property
-    def _fullest_rank(self) -> float:
-        """Work of the rank that the others wait for, over the mean: whole experts are unevenly used."""
-        model = self.model
-        ranks = self.tensor_parallel_size if self.expert_parallel else 1
-        return fullest_rank(model.experts, model.experts_per_token, ranks, model.expert_skew)
+    def _sent(self, tokens: int) -> float:
+        """Experts on the fullest rank that one token is sent to, all layers."""
+        model, spread = self.model, self.expert_ranks
+        sent = float(model.moe_layers * model.experts_per_token)
+        if not spread.whole:
+            return sent
+        return sent / spread.ranks * self.fullest_rank(tokens)
+
+    def fullest_rank(self, tokens: float) -> float:
+        """Tokens of the rank that the others wait for, over the mean: whole experts are unevenly used."""
+        model, spread = self.model, self.expert_ranks
+        return fullest_rank(
+            model.experts,
+            model.experts_per_token,
+            spread.ranks if spread.whole else 1,
+            model.expert_skew,
+            tokens,
+            loads=model.expert_loads,
+            redundant=spread.redundant if spread.rebalanced_every else None,
+        )
 
     # -- LM head -----------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from servecast.sim.engine.engine import StepShape
-from servecast.sim.metrics.records import Run
+from servecast.sim.metrics.records import Run, engines_of
 
 QUEUE_LIMITS = ("max_num_seqs", "token_budget", "kv_loads", "kv_blocks")
 BLOCKS_FREE = 0.9  # of the KV blocks in use, below which nobody waits for one
@@ -37,7 +37,8 @@ class Limits:
     num_gpu_blocks includes the null block; None where no request waits for blocks. bound_by: what most of a
     step's time goes to (``StepTime.binding``). parts: part of a step to seconds (``StepTime.breakdown``).
     None where the step-time model cannot tell. loads: KV cache is loaded from elsewhere. draft_length: drafts
-    that each request gets after a step of so many; None without speculation.
+    that each request gets after a step of so many; None without speculation. waits: a step lasts longer than
+    its parts while other engine cores are waited for.
     """
 
     max_num_seqs: int
@@ -48,6 +49,7 @@ class Limits:
     loads: bool = False
     draft_length: Callable[[int], int] | None = None
     pools: tuple[tuple[str, tuple[int, ...], Limits], ...] = ()
+    waits: bool = False
 
 
 @dataclass(slots=True)
@@ -115,6 +117,8 @@ class Evidence:
         """Plain values."""
         rest = {field.name: getattr(self, field.name) for field in fields(self)}
         del rest["steps"], rest["limits"]
+        if not self.pool:
+            del rest["pool"], rest["transfer"]
         bound_by, parts = self.step_shares
         return {**rest, "bound_by": bound_by, "parts": parts}
 
@@ -147,7 +151,7 @@ def evidence(run: Run, limits: Limits) -> Evidence:
         kv_loads=waited["kv_loads"],
         kv_blocks=waited["kv_blocks"],
         kv_link=max((float(share) for share in run.meta.get("kv_links", {}).values()), default=0.0),
-        busy=total / (window * max(steps["replica"].nunique(), 1)) if window else math.nan,
+        busy=total / (window * max(engines_of(steps).nunique(), 1)) if window else math.nan,
         front_end=float((requests["queued"] - requests["sent"]).mean() / ttft),
         delivery=gap / behind,
         steps=(sampled(steps),),
@@ -248,7 +252,10 @@ def step_shares(sample: NDArray[np.float64], limits: Limits) -> tuple[dict[str, 
             shape.draft_length = limits.draft_length(decodes + requests)
         name = limits.bound_by(shape)
         bound[name] = bound.get(name, 0.0) + duration
-        for part, seconds in (limits.parts(shape) if limits.parts else {}).items():
+        own = dict(limits.parts(shape)) if limits.parts else {}
+        if limits.waits and own:
+            own["other_cores"] = max(0.0, duration - sum(own.values()))
+        for part, seconds in own.items():
             parts[part] = parts.get(part, 0.0) + seconds
     return _normalised(bound), _normalised(parts)
 

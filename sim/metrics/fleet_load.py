@@ -9,7 +9,7 @@ import pandas as pd
 
 from servecast.sim.metrics.metrics import known_or_none, prefix_hit_rate
 from servecast.sim.metrics.pools import pools_load
-from servecast.sim.metrics.records import Run
+from servecast.sim.metrics.records import Run, engines_of
 
 
 def fleet_load(run: Run) -> dict[str, Any]:
@@ -57,8 +57,22 @@ def _leg(requests: pd.DataFrame, number: int, role: str) -> pd.DataFrame:
     )
 
 
+def rank_load(run: Run) -> list[dict[str, Any]]:
+    """The same rows for each engine core, where servers have several; else none."""
+    requests, steps = run.requests, run.steps
+    if "rank" not in requests:
+        return []
+    span, found = float(requests["finish"].max() - requests["sent"].min()), []
+    for _, part in requests.groupby(["replica", "rank"]):
+        replica, rank = int(part["replica"].iloc[0]), int(part["rank"].iloc[0])
+        own = steps[(steps["replica"] == replica) & (steps["rank"] == rank)]
+        row = _replica(replica, part, own, span)
+        found.append(known_or_none({"replica": row.pop("replica"), "rank": rank} | row))
+    return found
+
+
 def _replica(number: int, requests: pd.DataFrame, steps: pd.DataFrame, span: float) -> dict[str, Any]:
-    seconds = steps["duration"]
+    seconds, cores = steps["duration"], max(engines_of(steps).nunique(), 1)
     cached = requests["cached_tokens"].astype("float64")
     uncached = float((requests["prompt_tokens"] - cached).sum())
     return {
@@ -71,7 +85,7 @@ def _replica(number: int, requests: pd.DataFrame, steps: pd.DataFrame, span: flo
         "mean_num_running": float((steps["running"] * seconds).sum()) / span,
         "mean_num_waiting": float((steps["waiting"] * seconds).sum()) / span,
         "max_num_waiting": float(steps["waiting"].max()),
-        "mean_kv_cache_usage": float((steps["kv_usage"] * seconds).sum()) / span,
+        "mean_kv_cache_usage": float((steps["kv_usage"] * seconds).sum()) / span / cores,
         "kv_cache_usage_peak": float(steps["kv_usage"].max()),
         "num_preemptions": int(requests["preemptions"].sum()),
     }

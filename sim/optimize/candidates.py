@@ -15,6 +15,8 @@ from servecast.sim.scenario.scenario import Scenario
 
 _FIELDS = {
     "tensor_parallel": "engine.tensor_parallel_size",
+    "data_parallel": "engine.data_parallel_size",
+    "expert_parallel": "engine.enable_expert_parallel",
     "replicas": "fleet.replicas",
     "max_num_seqs": "engine.max_num_seqs",
     "max_num_batched_tokens": "engine.max_num_batched_tokens",
@@ -46,7 +48,8 @@ class Candidate:
 
     def __str__(self) -> str:
         pools = {"prefill": "{}P", "decode": "{}D", **{f"{pool}_tensor_parallel": "TP{}" for pool in _POOLS}}
-        names = {"tensor_parallel": "TP{}", **dict.fromkeys(_SHOWN.values(), "{}"), **pools}
+        names = {"tensor_parallel": "TP{}", "data_parallel": "DP{}"}
+        names |= {**dict.fromkeys(_SHOWN.values(), "{}"), **pools}
         return " ".join(names.get(name, name + "={}").format(value) for name, value in self.label.items())
 
 
@@ -56,7 +59,8 @@ class Choices:
 
     Attributes:
         gpus: names of the catalogue, or files that describe one. A single choice need not be in a list.
-        tensor_parallel: GPUs of a replica.
+        tensor_parallel: GPUs of an engine core. data_parallel: engine cores of a replica, which then has as
+            many times the GPUs. expert_parallel: "on" and "off".
         replicas: replicas that are simulated together behind the router, and bought together.
         max_num_seqs, max_num_batched_tokens: values of the flags.
         kv_offloading_size: GiB of host memory for KV cache of a replica; 0 is none.
@@ -69,6 +73,8 @@ class Choices:
 
     gpus: str | Sequence[str] = ()
     tensor_parallel: int | Sequence[int] = ()
+    data_parallel: int | Sequence[int] = ()
+    expert_parallel: str | Sequence[str] = ()
     replicas: int | Sequence[int] = ()
     max_num_seqs: int | Sequence[int] = ()
     max_num_batched_tokens: int | Sequence[int] = ()
@@ -117,6 +123,14 @@ class Choices:
                 (name, each, {"model.config": value} if isinstance(value, str) else dict(value))
                 for each, value in chosen.items()
             ]
+        elif kind == "expert_parallel":
+            if not set(chosen) <= {"on", "off"}:
+                raise InputError(
+                    f"expert parallelism is on or off, not {', '.join(map(str, chosen))}",
+                    where="--expert-parallel",
+                    fix="Write on,off.",
+                )
+            axis = [(name, each, {_FIELDS[kind]: each == "on"}) for each in chosen]
         else:
             size = kind == "kv_offloading_size"
             axis = [(name, each, {_FIELDS[kind]: (float(each) or None) if size else each}) for each in chosen]

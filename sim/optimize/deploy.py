@@ -67,8 +67,10 @@ class _Servers:
         self.role, self.kind = role, "amd" if gpu.startswith("MI") else "nvidia"
         self.others = _others(scenario)
         self.port = int(self.others["port"][1]) if "port" in self.others else PORT
-        gpus = scenario.engine.tensor_parallel_size
-        self.weights = deployment.shard.weight_bytes * gpus
+        engine, gpus = scenario.engine, scenario.engine.gpus
+        alone = engine.data_parallel_size == 1
+        shard = deployment.shard
+        self.weights = shard.weight_bytes * gpus if alone else shard.whole.weight_bytes
         servers = f"{pool} server{'s' * (count != 1)}" if pool else "replicas"
         self.where = f"# {count} {servers} of {gpus} {gpu} each: pick their nodes with a nodeSelector.\n"
         transfer = [] if not pool or scenario.engine.kv_transfer_config else _transfer(pool)
@@ -95,14 +97,15 @@ class _Servers:
         self.of_chart = {
             "create": True,
             "replicas": count,
-            "parallelism": {"tensor": gpus},
+            "parallelism": {"tensor": engine.tensor_parallel_size}
+            | ({} if alone else {"data": engine.data_parallel_size}),
             "containers": [
                 {
                     "name": "vllm",
                     "image": image,
                     "modelCommand": "vllmServe",
                     "args": [
-                        *_flags(scenario, without=("tensor_parallel_size",)),
+                        *_flags(scenario, without=("tensor_parallel_size", "data_parallel_size")),
                         *transfer,
                         *(word for key, each in self.others.items() if key not in OF_CHART for word in each),
                     ],

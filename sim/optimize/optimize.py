@@ -31,6 +31,8 @@ from servecast.sim.run.workers import Workers
 from servecast.sim.scenario.deployment import Deployment
 from servecast.sim.scenario.scenario import Scenario
 
+_SHORT = {"tensor_parallel": "TP", "data_parallel": "DP", "expert_parallel": "EP"}  # in the head of a table
+
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Optimum(Answer):
@@ -128,7 +130,7 @@ class Optimum(Answer):
     def columns(self) -> list[str]:
         """Of the table of offers."""
         return [
-            *("TP" if name == "tensor_parallel" else name for name in self.offers[0].candidate.label),
+            *(_SHORT.get(name, name) for name in self.offers[0].candidate.label),
             *("req/s each", "replicas", "GPUs", f"{self.prices[0].currency}/h", "in hand", "how"),
         ]
 
@@ -237,8 +239,8 @@ def optimize(
         progress: show how far it is.
         effort: how surely and closely to plan.
         workers: where simulations run.
-        choices: what to choose from, as in `Choices`: gpus, tensor_parallel, replicas, max_num_seqs,
-            max_num_batched_tokens, kv_offloading_size, variants, routers.
+        choices: what to choose from, as in `Choices`: gpus, tensor_parallel, data_parallel, expert_parallel,
+            replicas, max_num_seqs, max_num_batched_tokens, kv_offloading_size, variants, routers.
 
     Raises:
         InputError: a choice is not known or comes twice, a GPU has no price, or a value is out of range.

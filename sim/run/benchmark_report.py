@@ -120,7 +120,9 @@ def benchmark_report(run: Run, document: Mapping[str, Any]) -> dict[str, Any]:
 
 def _engine(document: Mapping[str, Any]) -> dict[str, Any]:
     flags = {name: value for name, value in document["engine"].items() if value is not None}
-    tensor_parallel = int(flags.get("tensor_parallel_size", 1))
+    parallelism = {"tp": int(flags.get("tensor_parallel_size", 1))}
+    if (cores := int(flags.get("data_parallel_size", 1))) > 1:
+        parallelism["dp"] = cores
     replicas = int(document["fleet"]["replicas"])
     return {
         "metadata": {"label": _ENGINE, "cfg_id": _digest(document["engine"])},
@@ -133,8 +135,8 @@ def _engine(document: Mapping[str, Any]) -> dict[str, Any]:
             "model": {"name": document["model_id"]},
             "accelerator": {
                 "model": document["gpu"],
-                "count": tensor_parallel * replicas,
-                "parallelism": {"tp": tensor_parallel},
+                "count": math.prod(parallelism.values()) * replicas,
+                "parallelism": parallelism,
             },
         },
         "native": {"config": json.loads(json.dumps(flags, default=str))},

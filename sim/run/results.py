@@ -17,7 +17,7 @@ import pandas as pd
 from servecast.sim.fleet.spec import Fleet
 from servecast.sim.inputs.errors import InputError, reason
 from servecast.sim.inputs.files import write_whole
-from servecast.sim.metrics.fleet_load import fleet_load
+from servecast.sim.metrics.fleet_load import fleet_load, rank_load
 from servecast.sim.metrics.kv_offload import offload_summary
 from servecast.sim.metrics.metrics import latencies, summary
 from servecast.sim.metrics.records import Run
@@ -132,13 +132,22 @@ def engine_lines(document: Mapping[str, Any]) -> list[str]:
     if kv["lowest_tokens"] != kv["highest_tokens"]:
         between = f"; {kv['lowest_tokens']:,} to {kv['highest_tokens']:,} by the account of memory"
     size = f"{kv['tokens']:,} tokens, {kv['max_concurrency']:.2f}x of max_model_len {kv['max_model_len']:,}"
+    if (cores := engine.get("data_parallel_size", 1)) > 1:
+        size += f", each of {cores} engine cores"
     flags = [f"--{name.replace('_', '-')} {engine[name]}" for name in _FLAGS]
+    flags += [f"--data-parallel-size {cores}"] * (cores > 1)
+    flags += ["--enable-expert-parallel"] * bool(engine.get("enable_expert_parallel"))
     flags += [f"--{'' if engine[name] else 'no-'}{name.replace('_', '-')}" for name in _SWITCHES]
     if engine["disable_hybrid_kv_cache_manager"]:
         flags.append("--disable-hybrid-kv-cache-manager")
     if "pools" in document:
         return pools_lines(document["pools"])
     groups = [f"KV cache groups: {', '.join(kv['groups'])}"] if kv.get("groups") else []
+    if (dummies := document.get("dummy_steps")) is not None:
+        groups.append(
+            f"Lockstep: {dummies['steps']:,} dummy steps, {dummies['share']:.1%} of the cores' time; "
+            f"{dummies['waves']} waves ended"
+        )
     return [f"GPU KV cache size: {size}{between}", *groups, f"Flags: {' '.join(flags)}"]
 
 
@@ -188,6 +197,7 @@ def result(
     scenario = deployment.scenario
     goodput = scenario.goodput_limits
     several = len(run.stages) > 1
+    fleet = scenario.fleet.size > 1 or deployment.endpoints > 1
     whole = run if several else select(run, warmup=warmup)
     document = context(deployment, seed=run.meta["seed"])
     document["notes"] += cautions(deployment, run)
@@ -203,12 +213,16 @@ def result(
     for index, name in enumerate(run.stages if several else ()):
         part = select(run, stage=index, warmup=warmup)
         document["stages"].append({"stage": name, **summary(part, ranks=ranks, goodput=goodput)})
-        if scenario.fleet.size > 1:
+        if fleet:
             document["stages"][-1]["fleet_load"] = fleet_load(part)
         if (sessions := session_summary(part, ranks)) is not None:
             document["stages"][-1]["sessions"] = sessions
-    if scenario.fleet.size > 1:
+    if fleet:
         document["fleet_load"] = fleet_load(whole)
+    if rows := rank_load(whole):
+        document["ranks"] = rows
+    if "dummy_steps" in run.meta:
+        document["dummy_steps"] = run.meta["dummy_steps"]
     sessions = session_summary(whole, ranks)
     if sessions is not None:
         document["sessions"] = sessions

@@ -11,7 +11,8 @@ import numpy as np
 from servecast.sim.engine.request import Stage
 from servecast.sim.fleet.client import Client
 from servecast.sim.fleet.fleet import NOT_READY, Fleet
-from servecast.sim.fleet.replica import Replica
+from servecast.sim.fleet.flow import Engines
+from servecast.sim.fleet.replica import Replica, lockstep
 from servecast.sim.fleet.scaling import PaidLife, Scaling
 from servecast.sim.fleet.spec import ReplicaSpec
 from servecast.sim.inputs.errors import InputError
@@ -83,14 +84,14 @@ def _run(
     """A run of requests that are drawn, and whether a closed loop of a duration had too few of them."""
     scenario = deployment.scenario
     noise, front_end, reading, routing = np.random.default_rng(seed).spawn(7)[3:]  # behind those of draw
-    specs = scenario.fleet.specs
-    deployments = _deployments(deployment)
+    specs, deployments = _endpoints(deployment)
     shortest = min(each.config.max_model_len for each in deployments)
     check_requests(stages, shortest, where=f"{scenario.source}: workload")
 
     count = len(specs)
     shared = Shared()
     noise_streams, front_end_streams = noise.spawn(count), front_end.spawn(count)
+    stepping: dict[int, Engines] = {}  # by replica, of cores in lockstep
 
     def make_replica(index: int, client: Client) -> Replica:
         its = deployments[min(index, count - 1)]
@@ -101,9 +102,17 @@ def _run(
         if index >= len(noise_streams):  # one that an autoscaler started
             noise_streams.extend(noise.spawn(1))
             front_end_streams.extend(front_end.spawn(1))
+        cores, together = its.config.data_parallel, None
+        if cores is not None and cores.lockstep:
+            together = stepping.get(index - 1)
+            if together is None or len(together.loops) == cores.size:
+                together = lockstep(cores, its.step_time)
+            stepping[index] = together
         made = Replica(
             index,
-            its.engine(index, shared) if engine is None else engine,
+            [its.engine(index, shared) for _ in range(1 if cores is None else cores.local)]
+            if engine is None
+            else engine,
             its.step_time,
             its.profile.noise.factors(noise_streams[index]),
             its.step_time.roofline_seconds,
@@ -111,6 +120,7 @@ def _run(
             front_end_streams[index],
             client,
             cold_start_s=scenario.fleet.cold_start_s,
+            together=together,
             role=role,
         )
         if connector is not None:
@@ -154,7 +164,7 @@ def _run(
         **load,
     }
     counters = [
-        offload_counters(replica.engine, its.ranks, replica.now)
+        offload_counters(replica.engines[0], its.ranks, replica.now)
         for replica in fleet.replicas
         if (its := deployments[min(replica.index, count - 1)].offloading) is not None
     ]
@@ -162,8 +172,16 @@ def _run(
         run.meta |= {"kv_offload": counters, "kv_links": busiest(counters)}
     if deployment.speculating is not None:
         run.meta["spec_decode"] = DraftCounts.of(
-            [getattr(replica.engine, "drafts", None) for replica in fleet.replicas]
+            [getattr(engine, "drafts", None) for replica in fleet.replicas for engine in replica.engines]
         )
+    together = {id(each): each.runner for each in stepping.values()}.values()
+    if together:
+        run.meta["dummy_steps"] = {
+            "share": sum(sum(each.dummy_s) for each in together)
+            / max(sum(sum(each.dummy_s) for each in together) + float(run.steps["duration"].sum()), 1e-12),
+            "steps": sum(sum(each.dummies) for each in together),
+            "waves": sum(each.waves for each in together),
+        }
     if pools is not None:
         run.meta["roles"] = list(pools.roles)
     if fleet.failures:
@@ -232,14 +250,35 @@ def _own_workload(deployment: Deployment) -> Workload:
     return spec.model_copy(update={"saturation_rate": rate}).workload()
 
 
-def _deployments(deployment: Deployment) -> list[Deployment]:
-    """What each replica is, one by one."""
-    scenario, found = deployment.scenario, list[Deployment]()
+def _endpoints(deployment: Deployment) -> tuple[list[ReplicaSpec], list[Deployment]]:
+    """What each is that the router picks among, one by one: a replica, or one of its groups of cores."""
+    scenario, specs, found = deployment.scenario, list[ReplicaSpec](), list[Deployment]()
     for spec, like in itertools.groupby(scenario.fleet.specs):
         whole = spec.as_in_scenario and not scenario.fleet.prefill
         own = deployment if whole else Deployment.of(scenario.of_replica(spec))
-        found += [own for _ in like]
-    return found
+        groups = own.endpoints
+        if own.offloading is not None and own.config.data_parallel is not None:
+            raise InputError(
+                "offloading by several engine cores of a server is not modelled",
+                where=f"{scenario.source}: engine.data_parallel_size",
+                fix="Leave it out, and give more replicas.",
+            )
+        if scenario.fleet.prefill and own.config.data_parallel is not None:
+            raise InputError(
+                "prefill and decode servers of several engine cores are not modelled",
+                where=f"{scenario.source}: engine.data_parallel_size",
+                fix="Leave it out, and give more servers.",
+            )
+        if groups > 1 and scenario.fleet.autoscaler is not None:
+            raise InputError(
+                "an autoscaler of servers whose ranks are replicas to the router",
+                where=f"{scenario.source}: fleet.autoscaler",
+                fix="Leave it out, or let the servers' own API servers balance.",
+            )
+        for each in like:
+            specs += [each] * groups
+            found += [own] * groups
+    return specs, found
 
 
 def router(scenario: Scenario, rng: np.random.Generator, clock: Callable[[], float]) -> Router:

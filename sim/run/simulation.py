@@ -106,6 +106,8 @@ class Simulation(Answer):
         if "fleet_load" in result:
             parts.append(replicas_text(result["fleet_load"]["replicas"]))
             parts += [pools_text(result["fleet_load"]["pools"])] if "pools" in result["fleet_load"] else []
+        if "ranks" in result:
+            parts.append(replicas_text(result["ranks"], title="\nRanks"))
         if result["run_context"]:
             said = {name: value for name, value in result["run_context"].items() if value is not None}
             parts.append(facts_text("\nRun context of the benchmark", said))
@@ -209,6 +211,7 @@ def replicas_text(replicas: Sequence[Mapping[str, Any]], *, title: str = "\nRepl
     """A row a replica, of a result's ``fleet_load``."""
     columns = {
         "replica": "replica",
+        **({"rank": "rank"} if replicas and "rank" in replicas[0] else {}),
         "requests": "requests",
         "failed": "failed",
         "prefix hits": "prefix_cache_hit_rate",

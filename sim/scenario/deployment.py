@@ -68,7 +68,8 @@ class Deployment:
         if scenario.fleet.decode:
             scenario = scenario.of_replica(scenario.fleet.decode[0])
         flags, server = scenario.engine, scenario.server
-        model, gpu = _model(scenario), _gpu(scenario)
+        model = _model(scenario)
+        gpu = _gpu(scenario, experts=model.moe_layers > 0)
         drafts = speculating(scenario, model)
         config = server.resolve(
             flags,
@@ -125,6 +126,12 @@ class Deployment:
         return self.shard.gpu
 
     @property
+    def endpoints(self) -> int:
+        """What the router sees of one server: one, or a group of cores each with API servers of its own."""
+        cores = self.config.data_parallel
+        return 1 if cores is None else cores.groups
+
+    @property
     def front_end(self) -> FrontEndCosts:
         """What stands in front of the engine, for the scenario's prompts and its network."""
         scenario = self.scenario
@@ -153,6 +160,7 @@ class Deployment:
             num_gpu_blocks=self.config.num_gpu_blocks if waits_for_blocks else None,
             bound_by=self.step_time.binding,
             parts=self.step_time.breakdown,
+            waits=self.config.data_parallel is not None and self.config.data_parallel.lockstep,
             loads=self.offloading is not None,
             draft_length=None if self.speculating is None else self.speculating.length,
         )
@@ -313,14 +321,24 @@ def _model(scenario: Scenario) -> ModelShape:
             where=where,
             fix="Leave it out: vLLM refuses the two together.",
         )
-    skew = scenario.model.expert_skew
-    if skew and not model.moe_layers:
+    skew, loads = scenario.model.expert_skew, scenario.model.expert_loads
+    if (skew or loads) and not model.moe_layers:
         raise InputError(
             f"{model.name} has no routed experts",
-            where=f"{scenario.source}: model.expert_skew",
+            where=f"{scenario.source}: model.{'expert_skew' if skew else 'expert_loads'}",
             fix="Leave it out.",
         )
-    return replace(model, expert_skew=skew)
+    if loads and (
+        skew or len(loads) != model.experts or sum(load > 0 for load in loads) < model.experts_per_token
+    ):
+        raise InputError(
+            f"{len(loads)} loads of {model.experts} experts"
+            if not skew
+            else "both loads and a skew of experts",
+            where=f"{scenario.source}: model.expert_loads",
+            fix=f"Give one for each, at least {model.experts_per_token} above 0, and no expert_skew.",
+        )
+    return replace(model, expert_skew=skew, expert_loads=loads)
 
 
 def _method(name: str) -> str:
@@ -330,13 +348,17 @@ def _method(name: str) -> str:
     )
 
 
-def _gpu(scenario: Scenario) -> GPU:
+def _gpu(scenario: Scenario, *, experts: bool) -> GPU:
     spec, ranks = scenario.gpu, scenario.engine.tensor_parallel_size
-    if ranks > spec.per_node:
+    together, name, what = ranks, "tensor_parallel_size", "all-reduces"
+    if experts and scenario.engine.data_parallel_size > 1:
+        together, name = ranks * scenario.engine.data_parallel_size, "data_parallel_size"
+        what = "exchanges of tokens"
+    if together > spec.per_node:
         raise InputError(
-            f"{ranks} ranks are more than the {spec.per_node} GPUs that are linked with each other, "
-            "and all-reduces between nodes are not modelled",
-            where=f"{scenario.source}: engine.tensor_parallel_size",
+            f"{together} ranks are more than the {spec.per_node} GPUs that are linked with each other, "
+            f"and {what} between nodes are not modelled",
+            where=f"{scenario.source}: engine.{name}",
             fix=f"Use at most {spec.per_node}, or set gpu.per_node where more share one NVLink.",
         )
     if spec.file is not None:

@@ -39,9 +39,39 @@ class EngineFlags(Model):
     kv_cache_dtype: Literal["auto", "bfloat16", "float16", "fp8", "fp8_e4m3", "fp8_e5m2"] = "auto"
     """As ``--kv-cache-dtype``. fp8 counts one byte an element."""
     tensor_parallel_size: Count = 1
-    """GPUs of one replica."""
+    """GPUs of one engine core."""
+    data_parallel_size: Count = 1
+    """Engine cores of one server, each with a scheduler and a cache; with experts they step together. A
+    replica has as many times ``tensor_parallel_size`` GPUs."""
+    data_parallel_size_local: Count | None = None
+    """Of those, the ones of a node, for hybrid balancing."""
+    data_parallel_rank: Amount | None = None
+    """External balancing, as of one rank's command; all ranks are simulated, as replicas to the router."""
+    data_parallel_start_rank: Amount | None = None
+    """Hybrid balancing, as of one node's command; all nodes are simulated, as replicas to the router."""
+    data_parallel_external_lb: Flag = False
+    """External balancing: the router picks the rank. Of models with experts only."""
+    data_parallel_multi_port_external_lb: Flag = False
+    """The same, with a port for each rank."""
+    data_parallel_hybrid_lb: Flag = False
+    """The router picks the node, its API servers the rank."""
+    data_parallel_backend: Literal["mp", "ray"] = "mp"
+    """As ``--data-parallel-backend``; simulated as mp."""
+    api_server_count: Count | None = None
+    """API servers in front of the engine cores, among which the kernel spreads connections. Default, one a
+    core. Several in front of one core are not modelled."""
+    dp_sync_interval: Count | None = None
+    """Steps between two agreements of cores with experts on whether any has work. Default, 16; 32 before
+    0.30."""
     enable_expert_parallel: Flag = False
-    """Whole experts on each of these GPUs, instead of a part of each. Taken to be evenly used."""
+    """Whole experts on each GPU, instead of a part of each. The fullest of them is waited for."""
+    all2all_backend: str = "allgather_reducescatter"
+    """How tokens go to experts of other engine cores and back: ``allgather_reducescatter``,
+    ``deepep_high_throughput`` or ``deepep_low_latency``; the times of others are not known."""
+    enable_eplb: Flag = False
+    """Place experts by their load (``model.expert_skew``, ``model.expert_loads``), again and again."""
+    eplb_config: dict[str, Any] | None = None
+    """As ``--eplb-config``: ``num_redundant_experts``, ``step_interval`` and ``use_async`` count."""
     hf_overrides: dict[str, Any] | None = None
     """Fields in place of those of the model's config.json, as ``--hf-overrides``."""
     max_model_len: Count | Literal["auto", -1] | None = None
@@ -96,7 +126,8 @@ class EngineFlags(Model):
     max_num_active_seqs: Count | None = None
     """A further bound on running requests (from 0.31 on)."""
     prefill_schedule_interval: Count = 1
-    """Steps from one with prompt work to the next while others decode (from 0.33 on)."""
+    """Steps from one with prompt work to the next while others decode (from 0.33 on; of engine cores with
+    experts from 0.24 on)."""
     speculative_config: SpeculativeConfig | None = None
     """As ``--speculative-config``: drafts, of which ``acceptance`` says how many are accepted."""
     performance_mode: Literal["balanced", "interactivity", "throughput"] = "balanced"
@@ -141,6 +172,11 @@ class EngineFlags(Model):
     def serve_command(self) -> ServeCommand | None:
         """The pasted command, parsed, with the model's name and the flags that were ignored."""
         return None if self.command is None else parse_serve_command(self.command, version=self.version)
+
+    @property
+    def gpus(self) -> int:
+        """GPUs of one server."""
+        return self.tensor_parallel_size * self.data_parallel_size
 
     @property
     def kv_transfer(self) -> KVTransfer | None:

@@ -60,7 +60,13 @@ class Padded:
                 where=f"{where}.max_num_seqs",
                 fix="Give the requests that may run together.",
             )
-        plain = {"tensor_parallel_size": 1, "kv_cache_dtype": "auto", "speculative_config": None}
+        plain: dict[str, object]
+        plain = {
+            "tensor_parallel_size": 1,
+            "data_parallel_size": 1,
+            "kv_cache_dtype": "auto",
+            "speculative_config": None,
+        }
         for name, known in plain.items():
             if getattr(flags, name) != known:
                 raise InputError(

@@ -91,6 +91,8 @@ class ModelSpec(Model):
     expert_skew: float = Field(default=0.0, ge=0, le=4)
     """How unevenly tokens choose routed experts: the i-th most used one gets them in proportion to i to the
     power of minus this. 0 is even; fit it to counts of a router's choices."""
+    expert_loads: tuple[NonNegative, ...] = ()
+    """Instead, how often each expert is chosen, relative to the others, in their order."""
 
 
 class RunContext(Model):

@@ -22,8 +22,10 @@ from servecast.sim.hardware.shard import Shard, cudagraph_capture_sizes
 from servecast.sim.hardware.shard import release as release_number
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.inputs.schema import invalid, within
+from servecast.sim.scenario import ranks
 from servecast.sim.scenario.engine_flags import EngineFlags
 from servecast.sim.scenario.kv_pull import pull_settings
+from servecast.sim.scenario.ranks import data_parallel, expert_ranks
 from servecast.sim.scenario.vllm_flags import FLAG_BAND
 
 GIB = 1 << 30
@@ -132,7 +134,12 @@ class Vllm:
         release, notes = release_of(flags), []
         if minor_release(flags.version) != release:
             notes.append(f"vLLM {flags.version} has no rule set; assumed to behave as {release}")
-        if flags.prefill_schedule_interval > 1 and not _keeps_prefills_apart(release):
+        notes += ranks.notes(flags)
+        if (
+            flags.prefill_schedule_interval > 1
+            and flags.data_parallel_size == 1
+            and not _keeps_prefills_apart(release)
+        ):
             notes.append(
                 f"prefill_schedule_interval has no effect in vLLM {release} without data parallelism"
             )
@@ -228,6 +235,8 @@ class Vllm:
         caching = flags.enable_prefix_caching
         if model.keeps_states and "enable_prefix_caching" not in flags.model_fields_set:
             caching = at_least(release.rules, "0.26")
+        cores = data_parallel(flags, release.rules, model, where)
+        alone = cores is None or not cores.lockstep  # else it is theirs in common
         if flags.prefix_cache_retention_interval is None and at_least(release.rules, "0.29"):
             defaults["prefix_cache_retention_interval"] = 0
         return flags.config(
@@ -238,7 +247,9 @@ class Vllm:
             max_num_batched_tokens=tokens,
             preparation_round=release.preparation_round,
             speculation=speculation,
-            **defaults | ({} if _keeps_prefills_apart(release.rules) else {"prefill_schedule_interval": 1}),
+            data_parallel=cores,
+            **defaults
+            | ({} if alone and _keeps_prefills_apart(release.rules) else {"prefill_schedule_interval": 1}),
         )
 
     def shard(self, flags: EngineFlags, config: EngineConfig, model: ModelShape, gpu: GPU) -> Shard:
@@ -258,7 +269,7 @@ class Vllm:
             gpu,
             flags.tensor_parallel_size,
             kv_dtype_bytes=asked.get(flags.kv_cache_dtype, 1),
-            expert_parallel=flags.enable_expert_parallel,
+            experts=expert_ranks(flags, config.version, model, "engine"),
             cudagraph_sizes=sizes,
         )
 

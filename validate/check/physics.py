@@ -151,7 +151,7 @@ def roofline_throughput(_report: Report, level: Level) -> Iterator[Finding]:
     if rate is not None and level.prompt is not None and level.repeated == 0:
         fresh = rate.span.low * level.prompt.mean.low
     whole = hardware.shard.whole
-    flops = whole.linear_flops_per_token * (tokens.span.low + fresh)
+    flops = (whole.linear_flops_per_token + whole.expert_flops(1)) * (tokens.span.low + fresh)
     flops += whole.lm_head_flops(1) * tokens.span.low
     if flops > hardware.flops:
         message = (

@@ -10,6 +10,7 @@ from typing import ClassVar, Literal, Protocol
 
 from servecast.sim.engine.engine import StepShape
 from servecast.sim.engine.step_costs import StepCosts
+from servecast.sim.hardware.expert_ranks import BACKENDS, TOP_K_BYTES
 from servecast.sim.hardware.model_shape import KERNELS_DENSE
 from servecast.sim.hardware.shard import Shard
 from servecast.sim.hardware.step_time.mixers import Attention, MixerCosts, mixing_of
@@ -58,6 +59,9 @@ class KernelCosts:
         expert_compute, expert_bandwidth: shares of the peaks in routed experts, where reading and multiplying
             add up. expert_s: their floor in one layer, s. expert_passes: as product_passes.
         all_reduce: one as timed, (bytes, s) rising, in place of ``link`` and ``allreduce_s``.
+        all_gather, reduce_scatter: the same, by the bytes of all ranks together.
+        exchange_s, exchange_link: floor of a token's way to its experts and back in one layer by DeepEP, s,
+            and the share of the link's bandwidth that it reaches; 0: not timed.
     """
 
     product_s: float
@@ -69,11 +73,15 @@ class KernelCosts:
     expert_s: float = 0.0
     expert_passes: float = 0.0
     all_reduce: tuple[tuple[int, float], ...] = ()
+    all_gather: tuple[tuple[int, float], ...] = ()
+    reduce_scatter: tuple[tuple[int, float], ...] = ()
+    exchange_s: float = 0.0
+    exchange_link: float = 0.0
     mixers: Mapping[str, MixerCosts] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for entry in fields(self):
-            if entry.name in ("all_reduce", "mixers"):
+            if entry.name in ("all_reduce", "all_gather", "reduce_scatter", "mixers"):
                 continue
             value = getattr(self, entry.name)
             share = entry.name in ("expert_compute", "expert_bandwidth")
@@ -186,6 +194,9 @@ class PhysicalStepTime:
     - lm_head, sampler: by sampled row
     - all_reduce: two a layer, a small one more where q and k are normed over all heads together, and the
       gathered logits, under tensor parallelism
+    - experts, all_to_all: where engine cores share the layers of experts, those on the tokens of all cores,
+      and the exchange before and behind each; one step's own time takes all cores to compute as many tokens
+    - rebalancing: EPLB's moves, spread over the steps between them
 
     Tokens are padded up to the next CUDA-graph size while there is one, as vLLM pads pure decode steps (full
     graphs) and mixed ones (piecewise graphs).
@@ -209,17 +220,17 @@ class PhysicalStepTime:
     ) -> None:
         self._slots, self._greedy = slots, greedy
         self.shard, self._ranks = shard, shard.tensor_parallel_size
+        self._spread = spread = shard.expert_ranks
         self._model, self._gpu = model, gpu = shard.model, shard.gpu
         self._link = gpu.link_bandwidth
-        if self._ranks > 1 and self._link is None:
+        if spread.ranks > 1 and self._link is None:
             raise InputError(
                 f"nothing says how fast the link between two {gpu.name} is",
                 where="gpu: link_bandwidth",
                 fix="Give it in the GPU's file, in bytes/s each way, or use one rank.",
             )
         self.efficiencies = eff = efficiencies or Efficiencies()
-        self._expert_flops = shard.expert_flops_per_token
-        self._dense_flops = shard.linear_flops_per_token - self._expert_flops
+        self._dense_flops = shard.linear_flops_per_token
         self._mixing = mixing_of(shard, [eff.mixer(mixer.kind) for mixer in model.layer_kinds])
         self._kernels_s = model.kernels * eff.kernel_s
         costs = eff.by_kernel
@@ -232,6 +243,7 @@ class PhysicalStepTime:
         self._by_tokens: dict[int, float] = {}
         self._by_padded: dict[int, float] = {}
         self._by_rows: dict[int, float] = {}
+        self._by_cores: dict[tuple[int, int], float] = {}
 
     def seconds(self, step: StepShape) -> float:
         """Duration of the step in seconds. A step with nothing in it takes no time."""
@@ -280,7 +292,27 @@ class PhysicalStepTime:
             "prompt_tile": _PROMPT_TILE if self.efficiencies.by_kernel is not None else 1,
             "slots": self._slots,
         }
-        return StepCosts(numbers, self._tokens_seconds, self._rows_seconds, self._uniform_seconds)
+        by_tokens = self._tokens_seconds if self._spread.data == 1 else self._own_seconds
+        return StepCosts(numbers, by_tokens, self._rows_seconds, self._uniform_seconds)
+
+    def in_lockstep(self, tokens: Sequence[int]) -> tuple[list[int], float, bool]:
+        """What engine cores that share the layers of experts make of a common step.
+
+        Args:
+            tokens: of each core.
+
+        Returns:
+            What each computes: if there is a graph for all of them, they all run that of the largest, else
+            none does (``dp_utils._synchronize_dp_ranks``). Seconds of the layers of experts, and whether
+            there was a graph.
+        """
+        graphed = max(tokens) <= self._graphed
+        computed = [self.shard.padded(max(tokens))] * len(tokens) if graphed else list(tokens)
+        key = sum(computed), max(computed)
+        seconds = self._by_cores.get(key)
+        if seconds is None:
+            seconds = self._by_cores[key] = sum(self._shared_parts(*key).values())
+        return computed, seconds, graphed
 
     def breakdown(self, step: StepShape) -> dict[str, float]:
         """Part -> seconds; they add up to ``seconds``."""
@@ -306,6 +338,7 @@ class PhysicalStepTime:
         mixed, queries = bool(step.chunks), _queries(step)
         sides: dict[str, tuple[float, float]] = {  # compute, memory
             "linear": self._linear_sides(self._count(step)[2]),
+            "experts": self._expert_sides(self._spread.data * self._count(step)[2]),
             "lm_head": self._lm_head_sides(step.samples),
             "attention_prefill": (1.0, 0.0),
             "attention_decode": (
@@ -326,7 +359,7 @@ class PhysicalStepTime:
                 compute, memory = sides[name]
                 spent["compute" if compute > memory else "memory_bandwidth"] += seconds
             else:
-                spent["interconnect" if name == "all_reduce" else "host"] += seconds
+                spent["interconnect" if name in ("all_reduce", "all_to_all") else "host"] += seconds
         return max(spent, key=lambda side: spent[side])
 
     def roofline_seconds(self, step: StepShape) -> float:
@@ -338,7 +371,9 @@ class PhysicalStepTime:
             return 0.0
         shard, queries = self.shard, _queries(step)
         compute = tokens * self._dense_flops / shard.linear_peak
-        compute += tokens * self._expert_flops / shard.expert_peak
+        experts = float(self._model.moe_layers * self._model.experts_per_token)
+        experts *= 2 * self._model.expert_weights(1) / self._ranks
+        compute += tokens * experts / shard.expert_peak
         compute += shard.lm_head_flops(step.samples) / self._gpu.bf16_flops
         read = shard.linear_bytes(tokens) + (shard.lm_head_bytes if step.samples else 0.0)
         memory = read / self._gpu.bandwidth
@@ -375,8 +410,11 @@ class PhysicalStepTime:
             seconds = self._by_rows[rows] = sum(self._row_parts(rows).values())
         return seconds
 
+    def _own_seconds(self, computed: int) -> float:
+        return sum(self._own_parts(computed).values())
+
     def _linear(self, tokens: int) -> float:
-        """Seconds of the linear layers."""
+        """Seconds of the linear layers; without the experts where cores share them."""
         eff, shard, costs = self.efficiencies, self.shard, self.efficiencies.by_kernel
         if costs is None:
             return smooth_maximum(*self._linear_sides(tokens), eff.overlap_exponent)
@@ -385,16 +423,91 @@ class PhysicalStepTime:
         memory = (shard.linear_bytes(tokens) - read) / (bandwidth * eff.bandwidth)
         dense = smooth_maximum(compute, memory, eff.overlap_exponent)
         dense += tokens * shard.product_bytes_per_token * costs.product_passes / bandwidth
-        experts = tokens * self._expert_flops / (shard.expert_peak * costs.expert_compute)
-        experts += read / (bandwidth * costs.expert_bandwidth)
-        return dense + experts + tokens * shard.expert_bytes_per_token * costs.expert_passes / bandwidth
+        return dense if self._spread.data > 1 else sum(self._expert_terms(tokens, costs), dense)
+
+    def _experts(self, tokens: int) -> float:
+        """Seconds of the routed experts on so many tokens of all cores together, floors left out."""
+        eff, costs = self.efficiencies, self.efficiencies.by_kernel
+        if costs is None:
+            return smooth_maximum(*self._expert_sides(tokens), eff.overlap_exponent)
+        return sum(self._expert_terms(tokens, costs))
+
+    def _expert_terms(self, tokens: int, costs: KernelCosts) -> tuple[float, float]:
+        """Multiplying and reading, which do not overlap; moving activations."""
+        shard, bandwidth = self.shard, self._gpu.bandwidth
+        experts = shard.expert_flops(tokens) / (shard.expert_peak * costs.expert_compute)
+        experts += shard.expert_bytes(tokens) / (bandwidth * costs.expert_bandwidth)
+        return experts, shard.expert_moved_bytes(tokens) * costs.expert_passes / bandwidth
+
+    def _expert_sides(self, tokens: int) -> tuple[float, float]:
+        """Compute and memory time of the routed experts, s."""
+        eff, shard = self.efficiencies, self.shard
+        compute = shard.expert_flops(tokens) / (shard.expert_peak * eff.compute)
+        return compute, shard.expert_bytes(tokens) / (self._gpu.bandwidth * eff.bandwidth)
 
     def _linear_sides(self, tokens: int) -> tuple[float, float]:
-        """Compute and memory time of the linear layers, s."""
+        """Compute and memory time of the linear layers, s; without the experts where cores share them."""
         eff, shard = self.efficiencies, self.shard
         compute = tokens * self._dense_flops / (shard.linear_peak * eff.compute)
-        compute += tokens * self._expert_flops / (shard.expert_peak * eff.compute)
-        return compute, self.shard.linear_bytes(tokens) / (self._gpu.bandwidth * eff.bandwidth)
+        read = shard.linear_bytes(tokens)
+        if self._spread.data == 1:
+            compute += shard.expert_flops(tokens) / (shard.expert_peak * eff.compute)
+        else:
+            read -= shard.expert_bytes(tokens)
+        return compute, read / (self._gpu.bandwidth * eff.bandwidth)
+
+    def _shared_parts(self, tokens: int, largest: int) -> dict[str, float]:
+        """Parts of the layers of experts that cores share: ``tokens`` of all of them, at most ``largest`` of
+        one."""
+        return {"experts": self._experts(tokens), "all_to_all": self._exchange(tokens, largest)}
+
+    def _exchange(self, tokens: int, largest: int) -> float:
+        """Seconds that tokens take to their experts and back, all layers.
+
+        allgather_reducescatter: every rank gets all tokens, quantised as the experts want them, with their
+        top-k weights and ids, and sends back sums. DeepEP: to the ranks of its experts, by the rank with
+        most tokens, as timed: its bytes, in 16 bits both ways.
+        """
+        model, shard, spread = self._model, self.shard, self._spread
+        hidden, chosen = model.expert_input_size or model.hidden_size, model.experts_per_token
+        costs, ranks = self.efficiencies.by_kernel, spread.exchanging
+        if spread.backend == BACKENDS[0]:
+            there = tokens * (hidden * shard.dispatched_bytes + chosen * TOP_K_BYTES)
+            back = tokens * hidden * model.dtype_bytes
+            gather, scatter = (costs.all_gather, costs.reduce_scatter) if costs is not None else ((), ())
+            return model.moe_layers * (
+                self._collective(gather, there, ranks) + self._collective(scatter, back, ranks)
+            )
+        if costs is None or not costs.exchange_link:
+            raise InputError(
+                f"nothing is known of the times of {spread.backend} on a {self._gpu.name}",
+                where="engine.all2all_backend",
+                fix=f"Use {BACKENDS[0]}, or profile: kernels on a GPU whose timings have it.",
+            )
+        sent = largest / (spread.tensor if spread.sequence_parallel else 1) * chosen * hidden * 2
+        assert self._link is not None
+        passed = 2 * sent * (ranks - 1) / ranks / (self._link * costs.exchange_link)
+        return model.moe_layers * (costs.exchange_s + passed)
+
+    def _collective(self, timed: tuple[tuple[int, float], ...], size: float, ranks: int) -> float:
+        """One all-gather or reduce-scatter of so many bytes of all ranks: as timed, or in a ring."""
+        if timed:
+            return _between(timed, int(size))
+        assert self._link is not None
+        sent = (ranks - 1) / ranks * size
+        return self.efficiencies.allreduce_s + sent / (self._link * self.efficiencies.link)
+
+    def _rebalancing(self) -> float:
+        """EPLB moves at most all experts of a rank, spread over the steps between two moves: over the link
+        while nothing else runs, or behind the steps, whose bandwidth the copies take in and out of."""
+        spread, shard = self._spread, self.shard
+        if not spread.rebalanced_every:
+            return 0.0
+        moved = shard.held_expert_bytes
+        if spread.rebalanced_behind:
+            return 2 * moved / self._gpu.bandwidth / spread.rebalanced_every
+        assert self._link is not None
+        return moved / (self._link * self.efficiencies.link) / spread.rebalanced_every
 
     def _lm_head_sides(self, rows: int) -> tuple[float, float]:
         if not rows:
@@ -405,19 +518,30 @@ class PhysicalStepTime:
 
     def _token_parts(self, padded: int) -> dict[str, float]:
         """Parts that the number of tokens decides, padding included, the host's fixed time among them."""
+        parts, cores = self._own_parts(padded), self._spread.data
+        return parts if cores == 1 else parts | self._shared_parts(cores * padded, padded)
+
+    def _own_parts(self, computed: int) -> dict[str, float]:
+        """The same of one core, by the tokens that it computes, padding among them."""
         model, eff = self._model, self.efficiencies
-        moved = padded * self.shard.elementwise_bytes_per_token
+        moved = computed * self.shard.elementwise_bytes_per_token
         parts = {
             "host": eff.host_fixed_s,
             "kernels": self._kernels_s,
-            "linear": self._linear(padded),
+            "linear": self._linear(computed),
             "elementwise": moved / (self._gpu.bandwidth * eff.bandwidth),
         }
+        if self._spread.rebalanced_every:
+            parts["rebalancing"] = self._rebalancing()
         if self._ranks > 1:
-            layer = 2 * self._all_reduce(padded * model.hidden_size * model.dtype_bytes)
+            size = computed * model.hidden_size * model.dtype_bytes
+            layer = 2 * self._all_reduce(size)
             if model.qk_norm_over_ranks:  # MiniMaxText01RMSNormTP.forward_qk: two fp32 sums a token
-                layer += self._all_reduce(padded * 8)
+                layer += self._all_reduce(computed * 8)
             parts["all_reduce"] = model.layers * layer
+            if self._spread.sequence_parallel:  # the second only gathers, half of an all-reduce's bytes
+                more = self._all_reduce(size) - self._all_reduce(size // 2)
+                parts["all_reduce"] -= model.moe_layers * more
         return parts
 
     def _row_parts(self, rows: int) -> dict[str, float]:

@@ -186,9 +186,9 @@ def test_shipped_constants_load_and_keep_physics(file: Path) -> None:
 
 def test_the_experts_of_a_model_are_counted_per_token() -> None:
     shard = Shard(load("Qwen3-30B-A3B"), H100, 1)
-    assert shard.expert_flops_per_token == 48 * 2 * 8 * 3 * 2048 * 768
+    assert shard.expert_flops(1) == 48 * 2 * 8 * 3 * 2048 * 768
     assert shard.expert_bytes(1) == pytest.approx(48 * 8 * 3 * 2048 * 768 * 2)
-    assert shard.expert_bytes_per_token == 48 * 8 * (2 * 2048 + 3 * 768) * 2
+    assert shard.expert_moved_bytes(1) == 48 * 8 * (2 * 2048 + 3 * 768) * 2
 
 
 @pytest.mark.parametrize("name", ["Llama-3.1-8B-Instruct", "Qwen3-30B-A3B", "gemma-3-1b-it"])

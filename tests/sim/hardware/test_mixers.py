@@ -12,6 +12,7 @@ from model_shapes import load
 from small_scenarios import small
 from step_cases import Step
 
+from servecast.sim.hardware.expert_ranks import ExpertRanks
 from servecast.sim.hardware.expert_use import fullest_rank, touched
 from servecast.sim.hardware.gpu import find_gpu
 from servecast.sim.hardware.layer_kinds import Mixer
@@ -157,9 +158,10 @@ def test_the_fullest_rank_is_waited_for() -> None:
     assert 1.15 < fullest_rank(256, 8, 8, 0.5) < fullest_rank(256, 8, 8, 0.8) < 1.63
     uneven = replace(load("MiniMax-M2.5"), expert_skew=0.8)
     split = Shard(uneven, H200, 4)
-    whole = replace(split, expert_parallel=True)
-    assert whole.expert_flops_per_token == pytest.approx(
-        fullest_rank(256, 8, 4, 0.8) * split.expert_flops_per_token
+    whole = replace(split, experts=ExpertRanks(4, whole=True))
+    many = 10**9  # tokens, of which as many as their mean fall on each rank
+    assert whole.expert_flops(many) == pytest.approx(
+        fullest_rank(256, 8, 4, 0.8) * split.expert_flops(many), rel=1e-4
     )
 
 

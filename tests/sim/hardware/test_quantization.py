@@ -11,6 +11,7 @@ import pytest
 from model_shapes import config
 from places import DATA
 
+from servecast.sim.hardware.expert_ranks import ExpertRanks
 from servecast.sim.hardware.gpu import find_gpu
 from servecast.sim.hardware.model_shape import ModelShape
 from servecast.sim.hardware.quantization import read_quantization
@@ -85,7 +86,7 @@ def test_blocks_are_not_cut() -> None:
     said = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     model = ModelShape.from_config(config("Qwen3-30B-A3B", quantization_config=said))
     Shard(model, H200, 2)
-    Shard(model, H200, 4, expert_parallel=True)
+    Shard(model, H200, 4, experts=ExpertRanks(4, whole=True))
     with pytest.raises(InputError, match=r"has 192 columns.*128 of a block.*enable-expert-parallel"):
         Shard(model, H200, 4)
     block = {"weights": {"num_bits": 8, "type": "float", "block_structure": [128, 128]}}

@@ -112,7 +112,6 @@ def test_flags_cut_short_and_dotted(words: str, version: str, flags: dict[str, A
         ("--task embed", "0.10", "--task embed cannot be simulated"),
         ("--cpu-offload-gb 1", "0.32", "Offloading is not modelled"),
         ("--enable-lora", "0.32", "LoRA adapters are not modelled"),
-        ("--data-parallel-size 2", "0.32", "Give the number of replicas as fleet.replicas"),
     ],
 )  # fmt: skip
 def test_what_a_release_or_the_model_has_not_is_refused(words: str, version: str, message: str) -> None:
@@ -127,7 +126,6 @@ def test_what_a_release_or_the_model_has_not_is_refused(words: str, version: str
     "words",
     [
         "--cpu-offload-gb 0",
-        "-dp 1",
         "-pp=1",
         "--no-enable-lora",
         "--task generate",

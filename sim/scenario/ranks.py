@@ -1,0 +1,184 @@
+"""``vllm serve``'s flags of data and expert parallelism: what they come to, and what vLLM refuses of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from servecast.sim.engine.data_parallel import DataParallel, balancing_of, sync_interval_of
+from servecast.sim.engine.rules import RELEASES
+from servecast.sim.hardware.expert_ranks import BACKENDS, FALLS_BACK, ExpertRanks
+from servecast.sim.hardware.model_shape import ModelShape
+from servecast.sim.inputs.errors import InputError
+from servecast.sim.scenario.engine_flags import EngineFlags
+
+_EXTERNAL_REFUSED_SINCE = "0.21"  # external balancing of a dense model
+_ASYNC_EPLB_SINCE = "0.23"  # EPLBConfig.use_async by default
+_COMMON_CADENCE_SINCE = "0.24"  # --prefill-schedule-interval of cores in lockstep
+
+
+def data_parallel(flags: EngineFlags, release: str, model: ModelShape, where: str) -> DataParallel | None:
+    """The cores of a server; None for one.
+
+    Args:
+        release: of ``RELEASES``, whose rules hold.
+
+    Raises:
+        InputError: vLLM refuses the flags, or they are not modelled.
+    """
+    size, local, moe = flags.data_parallel_size, flags.data_parallel_size_local, model.moe_layers > 0
+    external = flags.data_parallel_external_lb or flags.data_parallel_rank is not None
+    external |= flags.data_parallel_multi_port_external_lb
+    hybrid = flags.data_parallel_hybrid_lb or flags.data_parallel_start_rank is not None
+    if external and hybrid:
+        raise _refused("both external and hybrid balancing", where, "data_parallel_hybrid_lb", "Choose one")
+    if size == 1:
+        if external or hybrid or (local or 1) > 1:
+            raise _refused("ranks of a data_parallel_size of 1", where, "data_parallel_size", "Raise it")
+        if (flags.api_server_count or 1) > 1:
+            raise InputError(
+                f"{flags.api_server_count} API servers in front of one engine core are not modelled",
+                where=f"{where}.api_server_count",
+                fix="Leave it out: one is simulated.",
+            )
+        return None
+    rank = flags.data_parallel_rank or 0
+    if rank >= size or (local or 1) > size:
+        what, name = (
+            (f"data_parallel_rank {rank}", "rank")
+            if rank >= size
+            else (f"data_parallel_size_local {local}", "size_local")
+        )
+        raise _refused(
+            f"{what} with a data_parallel_size of {size}", where, f"data_parallel_{name}", "Lower it"
+        )
+    if external and not moe and _since(release, _EXTERNAL_REFUSED_SINCE):
+        raise _refused(
+            f"external balancing of {model.name}, which has no experts",
+            where,
+            "data_parallel_external_lb",
+            "Use fleet.replicas",
+        )
+    if external and (local or 1) != 1:
+        raise _refused(
+            "external balancing of several local ranks", where, "data_parallel_size_local", "Drop it"
+        )
+    if hybrid and local is None:
+        raise _refused("hybrid balancing", where, "data_parallel_size_local", "Give the ranks of a node")
+    behind = 1 if external else local if hybrid and local else size
+    if size % behind:
+        raise InputError(
+            f"{size} ranks over nodes of {behind} are not modelled",
+            where=f"{where}.data_parallel_size_local",
+            fix="Use a size that divides data_parallel_size.",
+        )
+    if external and (flags.api_server_count or 1) > 1:
+        raise InputError(
+            "several API servers in front of one engine core are not modelled",
+            where=f"{where}.api_server_count",
+            fix="Leave it out.",
+        )
+    interval, first = sync_interval_of(release)
+    cadence = flags.prefill_schedule_interval if moe and _since(release, _COMMON_CADENCE_SINCE) else 1
+    return DataParallel(
+        size=size,
+        local=behind,
+        api_servers=flags.api_server_count or behind,
+        lockstep=moe,
+        balancing=balancing_of(release),
+        sync_interval=flags.dp_sync_interval or interval,
+        sync_first=first,
+        prefill_schedule_interval=cadence,
+    )
+
+
+def expert_ranks(flags: EngineFlags, release: str, model: ModelShape, where: str) -> ExpertRanks:
+    """How the routed experts lie on the ranks. Raises as ``data_parallel``."""
+    tensor, data = flags.tensor_parallel_size, flags.data_parallel_size if model.moe_layers else 1
+    redundant, use_async = _eplb(flags, release, where)
+    if not model.moe_layers:
+        if flags.enable_expert_parallel or flags.enable_eplb:
+            name = "enable_expert_parallel" if flags.enable_expert_parallel else "enable_eplb"
+            raise _refused(f"{name} with {model.name}, which has no experts", where, name, "Leave it out")
+        return ExpertRanks(tensor)
+    ranks, whole = tensor * data, flags.enable_expert_parallel and tensor * data > 1
+    if flags.enable_eplb and not whole:
+        raise _refused(
+            "enable_eplb without expert parallelism over several ranks",
+            where,
+            "enable_eplb",
+            "Set enable_expert_parallel, and a tensor_parallel_size or data_parallel_size above 1",
+        )
+    if redundant and not flags.enable_eplb:
+        raise _refused("num_redundant_experts without EPLB", where, "eplb_config", "Set enable_eplb")
+    if flags.enable_eplb and (model.experts + redundant) % ranks:
+        raise _refused(
+            f"{model.experts} experts and {redundant} redundant ones over {ranks} ranks",
+            where,
+            "eplb_config",
+            f"Make num_redundant_experts {-model.experts % ranks} or more by {ranks}",
+        )
+    if whole and model.experts < ranks:
+        raise InputError(
+            f"{model.experts} experts are fewer than the {ranks} ranks",
+            where=f"{where}.enable_expert_parallel",
+            fix="Use fewer ranks.",
+        )
+    backend = FALLS_BACK.get(flags.all2all_backend, flags.all2all_backend)
+    if backend not in BACKENDS and data > 1 and whole:
+        raise InputError(
+            f"nothing is known of the times of the all2all_backend {backend}",
+            where=f"{where}.all2all_backend",
+            fix=f"Use {', '.join(BACKENDS)}.",
+        )
+    return ExpertRanks(
+        tensor,
+        data,
+        whole=whole,
+        backend=backend if whole else "allgather_reducescatter",
+        redundant=redundant,
+        rebalanced_every=int((flags.eplb_config or {}).get("step_interval", 3000))
+        if flags.enable_eplb
+        else 0,
+        rebalanced_behind=use_async,
+    )
+
+
+def notes(flags: EngineFlags) -> list[str]:
+    """What of the flags is taken otherwise than given, or without effect."""
+    said = []
+    if flags.all2all_backend in FALLS_BACK and flags.data_parallel_size > 1:
+        said.append(f"all2all_backend {flags.all2all_backend} is {FALLS_BACK[flags.all2all_backend]}")
+    if flags.data_parallel_rank is not None or flags.data_parallel_start_rank is not None:
+        said.append(f"all {flags.data_parallel_size} data-parallel ranks are simulated, not one node's alone")
+    if flags.data_parallel_size > 1 and flags.data_parallel_backend == "ray":
+        said.append("data_parallel_backend ray is simulated as mp")
+    return said
+
+
+def _eplb(flags: EngineFlags, release: str, where: str) -> tuple[int, bool]:
+    """Redundant experts, and whether weights move while steps run."""
+    config: dict[str, Any] = flags.eplb_config or {}
+    known: tuple[str, ...] = (
+        "window_size",
+        "step_interval",
+        "num_redundant_experts",
+        "use_async",
+        "policy",
+        "communicator",
+    )
+    known += ("log_balancedness", "log_balancedness_interval", "enable_migration_batching")
+    for name in config:
+        if name not in known:
+            raise _refused(f"eplb_config.{name}", where, "eplb_config", f"Use {', '.join(known)}")
+    numbers = [config.get("num_redundant_experts", 0), config.get("step_interval", 1)]
+    if not all(isinstance(n, int) and n >= least for n, least in zip(numbers, (0, 1), strict=True)):
+        raise _refused(f"eplb_config {config}", where, "eplb_config", "Give whole numbers")
+    return numbers[0], bool(config.get("use_async", _since(release, _ASYNC_EPLB_SINCE)))
+
+
+def _refused(what: str, where: str, name: str, fix: str) -> InputError:
+    return InputError(what, where=f"{where}.{name}", fix=f"{fix}: vLLM refuses this.")
+
+
+def _since(release: str, since: str) -> bool:
+    return RELEASES.index(release) >= RELEASES.index(since)
