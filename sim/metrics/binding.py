@@ -79,9 +79,7 @@ class Evidence:
 
     max_num_seqs: float
     token_budget: float
-    kv_loads: float
     kv_blocks: float
-    kv_link: float
     busy: float
     front_end: float
     delivery: float
@@ -89,6 +87,8 @@ class Evidence:
     limits: Limits
     pool: str = ""
     transfer: float = 0.0
+    kv_loads: float = 0.0
+    kv_link: float = 0.0
 
     @classmethod
     def mean(cls, all_of: Sequence[Evidence]) -> Evidence:

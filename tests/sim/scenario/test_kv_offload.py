@@ -212,6 +212,6 @@ def test_a_slow_link_binds(tmp_path: Path, gb_per_s: float, binds: bool) -> None
     """A prefix of 268 MB: at 0.15 GB/s and four requests a second the link cannot keep up."""
     found = deployed(tmp_path, {"kv_offload.host_gb_per_s": gb_per_s}, kv_offloading_size=16.0)
     seen = evidence(simulate(found), found.limits)
-    limit = binding_limit(seen, found.limits, only_token_times=False).limit
+    limit = binding_limit(seen, only_token_times=False).limit
     assert (limit in ("kv_link", "kv_loads")) == binds
     assert (seen.kv_link > 0.5) == binds
