@@ -107,7 +107,6 @@ def test_flags_cut_short_and_dotted(words: str, version: str, flags: dict[str, A
         ("--watermark 0.1", "0.23.0", "has no --watermark. Remove it, or use version 0.24 to 0.33"),
         ("--max-num-seqs.a 5", "0.32", "--max-num-seqs.a takes no keys"),
         ("--enable-prefix-caching=False", "0.32", "--enable-prefix-caching takes no value"),
-        ("--kv-transfer-config NixlConnector", "0.32", "--kv-transfer-config takes a JSON object"),
         ("--hf-overrides.a 5 --hf-overrides.a.b 6", "0.32", "a is 5 and has keys"),
         ("--task embed", "0.10", "--task embed cannot be simulated"),
         ("--cpu-offload-gb 1", "0.32", "Offloading is not modelled"),
