@@ -196,7 +196,10 @@ class KVCache:
             at = self.slots[len(self.slots) - 1] * self.width
             for i in range(hits):
                 reserve += self.pool.ref[self.table[at + i]] == 0
-        if self.full_isl and max(0, self.blocks_for(sequence.num_tokens) - held) + reserve > self.pool.free_blocks:
+        if (
+            self.full_isl
+            and max(0, self.blocks_for(sequence.num_tokens) - held) + reserve > self.pool.free_blocks
+        ):
             return False
         if need + reserve + others > self.pool.free_blocks:
             return False

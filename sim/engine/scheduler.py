@@ -23,7 +23,7 @@ from servecast.sim.engine.waiting import QUEUES
 from servecast.sim.inputs.errors import InputError
 
 if not cython.compiled:
-    from servecast.sim.engine.sequence import FINISHED, LOADING, PREEMPTED, RUNNING, WAITING
+    from servecast.sim.engine.sequence import FINISHED, LOADING, PREEMPTED, RUNNING
     from servecast.sim.engine.step import own
 
 NOBODYS = cython.declare(cython.int, 1 << 30)  # more placeholders than any request has
@@ -59,8 +59,8 @@ class Scheduler:
         self.priority = config.scheduling_policy == "priority"
         self.notes, self.marks = self.priority or trace, bool(config.kv_groups) or connector is not None
         self.names_chunks = self.priority or connector is not None
-        self.drafts = Drafts(config) if config.speculation is not None else None
-        self.speculates = self.drafts is not None
+        drafts: Any = Drafts(config) if config.speculation is not None else None
+        self.drafts, self.speculates = drafts, drafts is not None
         self.singly = self.notes or self.speculates
         self.max_tokens, self.max_model_len = config.max_num_batched_tokens, config.max_model_len
         self.max_running = min(config.max_num_seqs, config.max_num_active_seqs or config.max_num_seqs)
@@ -135,6 +135,15 @@ class Scheduler:
 
     def block_ids(self, request_id: int) -> list[int]:
         return self.kv.block_ids(self.sequences[request_id])
+
+    @property
+    def kept_blocks(self) -> list[int]:
+        """Blocks of requests that have ended: kept for a connector, or until no step in flight may write them."""
+        if self.remote is None:
+            return []
+        ended: list = [sequence for sequence in self.sequences.values() if sequence.status == FINISHED]
+        ended += [holder for _, holder in self.remote.deferred]
+        return [block for sequence in ended for block in self.kv.block_ids(sequence)]
 
     @property
     def connector(self) -> Any:
@@ -608,7 +617,9 @@ class Scheduler:
         """Those that were passed over are the next ones to be looked at, in their order."""
         sequence: Sequence
         for sequence in reversed(passed):
-            sequence.aside = not self.holders_wait_apart or sequence.computed > 0 or sequence.status == LOADING
+            sequence.aside = (
+                not self.holders_wait_apart or sequence.computed > 0 or sequence.status == LOADING
+            )
             self.num_passed += not sequence.passed
             sequence.passed = True
             (self.beside if sequence.aside else self.queue).push_preempted(sequence)
@@ -661,7 +672,9 @@ class Scheduler:
         if self.is_async:
             for sequence in step.samplers:
                 sequence.drafts = step.draft_length
-        if self.remote is not None:  # who ends a prefill counts for loads of this step: its drafts have no room
+        if (
+            self.remote is not None
+        ):  # who ends a prefill counts for loads of this step: its drafts have no room
             for sequence in step.samplers:
                 self.remote.prefills.pop(sequence, None)
         return 0
@@ -681,7 +694,10 @@ class Scheduler:
 
     def note_scheduled(self, step: Step, sequence: Sequence, tokens: cython.int) -> None:
         if self.remote is not None:
-            sequence.previous_tick, sequence.previous_tokens = sequence.scheduled_tick, sequence.scheduled_tokens
+            sequence.previous_tick, sequence.previous_tokens = (
+                sequence.scheduled_tick,
+                sequence.scheduled_tokens,
+            )
         sequence.scheduled_tick, sequence.scheduled_tokens = self.tick, tokens
         if self.trace:
             step.composition.append((sequence, tokens))
@@ -792,7 +808,9 @@ class Scheduler:
             sequence = cython.cast(Sequence, step.samplers[i])
             if sequence.status == FINISHED:
                 continue  # it ended while the step ran
-            if tick < sequence.drops_before or (delivering is not step.samplers and sequence not in delivering):
+            if tick < sequence.drops_before or (
+                delivering is not step.samplers and sequence not in delivering
+            ):
                 sequence.samplings += 1
                 continue  # its output is void
             verified = step.verified[i]

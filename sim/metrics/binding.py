@@ -2,7 +2,8 @@
 
 After ``schedule`` a request still waits for exactly one of three reasons: the running list is full, the
 step's token budget is used up, or its KV blocks could not be had (the scheduler stops at the first that
-applies). So the step table tells which, step by step.
+applies). So the step table tells which, step by step. Where KV cache is loaded from elsewhere there is a
+fourth: it is on its way, which is taken to be so where blocks are free.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from numpy.typing import NDArray
 from servecast.sim.engine.engine import StepShape
 from servecast.sim.metrics.records import Run
 
-QUEUE_LIMITS = ("max_num_seqs", "token_budget", "kv_blocks")
+QUEUE_LIMITS = ("max_num_seqs", "token_budget", "kv_loads", "kv_blocks")
+BLOCKS_FREE = 0.9  # of the KV blocks in use, below which nobody waits for one
+LINK_SHARE = 0.8  # of the time that a link is busy, from which on it binds
 WAITING_SHARE = 0.05  # a queue that stands for less of the engine's time does not bind
 FRONT_END_SHARE = 0.5  # of TTFT before the engine's queue
 DELIVERY_LAG = 1.2  # gaps seen by the client over the steps that produced them
@@ -33,8 +36,8 @@ class Limits:
 
     num_gpu_blocks includes the null block; None where no request waits for blocks. bound_by: what most of a
     step's time goes to (``StepTime.binding``). parts: part of a step to seconds (``StepTime.breakdown``).
-    None where the step-time model cannot tell. draft_length: drafts that each request gets after a step of so
-    many; None without speculation.
+    None where the step-time model cannot tell. loads: KV cache is loaded from elsewhere. draft_length: drafts
+    that each request gets after a step of so many; None without speculation.
     """
 
     max_num_seqs: int
@@ -42,6 +45,7 @@ class Limits:
     num_gpu_blocks: int | None
     bound_by: Callable[[StepShape], str] | None = None
     parts: Callable[[StepShape], Mapping[str, float]] | None = None
+    loads: bool = False
     draft_length: Callable[[int], int] | None = None
     pools: tuple[tuple[str, tuple[int, ...], Limits], ...] = ()
 
@@ -63,7 +67,8 @@ class StepRow:
 class Evidence:
     """Shares in 0..1, each of the engine's busy time unless it says otherwise.
 
-    max_num_seqs, token_budget, kv_blocks: steps in which requests waited because of it.
+    max_num_seqs, token_budget, kv_loads, kv_blocks: steps in which requests waited because of it.
+    kv_link: of the run, in which the busiest link that KV cache is moved over was busy.
     busy: busy time of the window. front_end: of the mean TTFT, spent before the engine's queue.
     delivery: mean inter-token gap at the client over the mean step behind it (not a share).
     steps: of each replication, steps spread evenly over it, see ``sampled``. limits: the engine's. pool: of
@@ -72,7 +77,9 @@ class Evidence:
 
     max_num_seqs: float
     token_budget: float
+    kv_loads: float
     kv_blocks: float
+    kv_link: float
     busy: float
     front_end: float
     delivery: float
@@ -115,7 +122,8 @@ class Evidence:
 @dataclass(frozen=True, slots=True)
 class Binding:
     """What binds ("compute", "memory_bandwidth", "host", "interconnect", "front_end", "kv_blocks",
-    "max_num_seqs", "token_budget", "kv_link", "none" or "unknown"), and why one should believe it."""
+    "kv_loads", "kv_link", "max_num_seqs", "token_budget", "none" or "unknown"), and why one should believe
+    it."""
 
     limit: str
     reasons: tuple[str, ...]
@@ -126,25 +134,31 @@ def evidence(run: Run, limits: Limits) -> Evidence:
     steps, requests = run.steps, run.requests
     time = steps["duration"].to_numpy(dtype=float)
     total = float(time.sum()) or math.nan
-    waits = steps["waiting"].to_numpy() > 0
-    full = waits & ((steps["running"].to_numpy() >= limits.max_num_seqs) | (limits.num_gpu_blocks is None))
-    scheduled = sum(steps[name].to_numpy() for name in ("prefill_tokens", "decodes", "drafts"))
-    spent = waits & ~full & (scheduled >= limits.max_num_batched_tokens)
+    limited = waited_for(steps, limits)
     window = float(steps["start"].max() - steps["start"].min()) + float(time[-1:].sum())
     ttft = (requests["first_token"] - requests["sent"]).mean()
     decodes = steps["decodes"].to_numpy(dtype=float)
     gap = float(np.average(run.itl["gap"], weights=run.itl["weight"])) if len(run.itl) else math.nan
     behind = float(np.average(time, weights=decodes)) if decodes.any() else math.nan
     return Evidence(
-        max_num_seqs=float(time[full].sum()) / total,
-        token_budget=float(time[spent].sum()) / total,
-        kv_blocks=float(time[waits & ~full & ~spent].sum()) / total,
+        **{name: float(time[limited == name].sum()) / total for name in QUEUE_LIMITS},
+        kv_link=max((float(share) for share in run.meta.get("kv_links", {}).values()), default=0.0),
         busy=total / (window * max(steps["replica"].nunique(), 1)) if window else math.nan,
         front_end=float((requests["queued"] - requests["sent"]).mean() / ttft),
         delivery=gap / behind,
         steps=(sampled(steps),),
         limits=limits,
     )
+
+
+def waited_for(steps: pd.DataFrame, limits: Limits) -> np.ndarray[tuple[int], np.dtype[np.str_]]:
+    """What requests waited for in each step, one of ``QUEUE_LIMITS``; "" where none waited."""
+    waits = steps["waiting"].to_numpy() > 0
+    full = waits & ((steps["running"].to_numpy() >= limits.max_num_seqs) | (limits.num_gpu_blocks is None))
+    scheduled = sum(steps[name].to_numpy() for name in ("prefill_tokens", "decodes", "drafts"))
+    spent = waits & (scheduled >= limits.max_num_batched_tokens)
+    loads = waits & (steps["kv_usage"].to_numpy() < BLOCKS_FREE) & limits.loads
+    return np.select([full, spent, loads, waits], list(QUEUE_LIMITS), default="")
 
 
 def binding_limit(found: Evidence, *, only_token_times: bool) -> Binding:
@@ -154,8 +168,9 @@ def binding_limit(found: Evidence, *, only_token_times: bool) -> Binding:
     then a queue for admission is beside the point.
 
     In this order: the client sees tokens more than 20 % later than the steps make them, or spends more
-    than half of TTFT before the engine's queue: front_end. Requests wait in more than 5 % of the
-    engine's time: what they wait for. Otherwise: what the steps' time goes to.
+    than half of TTFT before the engine's queue: front_end. A link that KV cache is moved over is busy more
+    than 80 % of the time: kv_link. Requests wait in more than 5 % of the engine's time: what they wait for.
+    Otherwise: what the steps' time goes to.
     """
     bound = _binding_limit(found, only_token_times=only_token_times)
     if not found.pool:
@@ -173,6 +188,9 @@ def _binding_limit(found: Evidence, *, only_token_times: bool) -> Binding:
         return Binding("front_end", (f"{found.front_end:.0%} of TTFT passes before the engine's queue",))
     bound_by, parts = found.step_shares
     step = _step_reasons(found.busy, bound_by, parts)
+    if found.kv_link > LINK_SHARE:
+        busy = f"a link that moves KV cache is busy {found.kv_link:.0%} of the time"
+        return Binding("kv_link", (busy, *step))
     if not only_token_times:
         queue = {name: getattr(found, name) for name in QUEUE_LIMITS}
         cause = max(QUEUE_LIMITS, key=lambda name: queue[name])
@@ -188,6 +206,7 @@ def _queue_reason(cause: str, share: float, limits: Limits) -> str:
     what = {
         "max_num_seqs": f"all {limits.max_num_seqs} sequence slots (max_num_seqs) are taken",
         "token_budget": f"the {budget} are used up",
+        "kv_loads": "KV cache is on its way, and blocks are free",
         "kv_blocks": f"no more of the {(limits.num_gpu_blocks or 1) - 1} KV blocks can be had",
     }
     return f"in {share:.0%} of the engine's time requests wait while {what[cause]}"

@@ -27,6 +27,7 @@ _WORDS = {
     "max_num_seqs": "in the queue while all sequence slots are taken (max_num_seqs)",
     "token_budget": "in the queue while a step's tokens are used up (max_num_batched_tokens)",
     "kv_blocks": "in the queue for KV blocks",
+    "kv_loads": "in the queue while KV cache is loaded",
     "cold_start": "until the engine's first step (cold start)",
     "running_step": "behind the step that ran when the request came",
     "prefill": "its own prefill, with what shares its steps",
@@ -220,6 +221,10 @@ def _why(cause: str, slow: SlowTtft, run: Run, deployment: Deployment) -> tuple[
         "kv_blocks": [
             f"more KV blocks, now {config.num_gpu_blocks}: --gpu-memory-utilization, --kv-cache-dtype fp8, "
             "--tensor-parallel-size",
+        ],
+        "kv_loads": [
+            "a faster link (kv_offload), or no offloading: servecast simulate prints what a load takes, and "
+            "what computing it again does"
         ],
         "token_budget": [
             f"--max-num-batched-tokens, now {config.max_num_batched_tokens}, at the price of ITL"

@@ -125,7 +125,12 @@ def decisions(engine: Engine, scenario: dict[str, Any], *, observed: bool = True
             steps += 1
             step = engine.schedule()
             transfers = {"transfers": engine.execute(step)} if remote else {}
-            yield {"schedule": clock, **transfers, **_composition(engine, step, observed), **_state(engine, counted, remote)}
+            yield {
+                "schedule": clock,
+                **transfers,
+                **_composition(engine, step, observed),
+                **_state(engine, counted, remote),
+            }
             batch_queue.append((clock, step))
             clock += 1
             if len(batch_queue) < depth and (step.total_tokens > 0 or engine.has_requests):

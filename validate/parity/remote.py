@@ -215,6 +215,7 @@ class Connected:
         if meta is None:
             return []
         loads, stores = (
-            [[job.number, job.request_id, len(job.keys)] for job in jobs] for jobs in (meta.loads, meta.stores)
+            [[job.number, job.request_id, len(job.keys)] for job in jobs]
+            for jobs in (meta.loads, meta.stores)
         )
         return [loads, stores, sorted(meta.flush)]

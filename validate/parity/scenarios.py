@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 
 from servecast.sim.engine.config import EngineConfig
+from servecast.sim.engine.draft_rules import draft_rules_for
 from servecast.sim.engine.group_rules import group_rules_for
 from servecast.sim.engine.kv_groups import CacheSpec, GroupKind, in_flight_tokens, most_blocks
 from servecast.sim.engine.request import Request
-from servecast.sim.engine.draft_rules import draft_rules_for
 from servecast.sim.engine.rules import RELEASES, has_option
 from servecast.sim.engine.speculation import METHODS, Speculation, speculation
 from servecast.sim.inputs.errors import InputError
@@ -96,11 +96,12 @@ def _groups(config: dict[str, Any]) -> tuple[CacheSpec, ...]:
 
 
 def _speculation(config: dict[str, Any]) -> Speculation | None:
-    given = config.get("speculation")
+    given: dict[str, Any] | None = config.get("speculation")
     if given is None:
         return None
     given["by_batch"] = [tuple(entry) for entry in given["by_batch"]]
-    return Speculation(**{name: tuple(v) if isinstance(v, list) else v for name, v in given.items()})
+    fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
+    return Speculation(**fields)
 
 
 def _arrival(step: int, arrival: int, request: dict[str, Any]) -> Arrival:

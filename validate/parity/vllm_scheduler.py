@@ -21,8 +21,8 @@ import sys
 import tempfile
 from collections import Counter
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -181,7 +181,9 @@ class VllmEngine:
         self.preempt(request, *args, **kwargs)
 
     def _build_in_order(self, output: Any) -> Any:
-        output.finished_req_ids = sorted(output.finished_req_ids)  # a set, whose order differs from run to run
+        output.finished_req_ids = sorted(
+            output.finished_req_ids
+        )  # a set, whose order differs from run to run
         return self.build(output)
 
     def _finish_in_order(self, names: Any, status: Any) -> Any:
@@ -253,7 +255,10 @@ class VllmEngine:
     def _copy(self, step: Step) -> list[Any]:
         meta = step.output.kv_connector_metadata
         loads, stores = (
-            [[number, int(job.req_id), len(job.src_spec.chunk_ids if reads else job.dst_spec.chunk_ids)] for number, job in jobs.items()]
+            [
+                [number, int(job.req_id), len(job.src_spec.chunk_ids if reads else job.dst_spec.chunk_ids)]
+                for number, job in jobs.items()
+            ]
             for reads, jobs in ((True, meta.load_jobs), (False, meta.store_jobs))
         )
         flush = set(meta.jobs_to_flush or ())
@@ -324,7 +329,8 @@ class VllmEngine:
         return [self._token(name, further) for further in range(tokens)]
 
     def _token(self, name: str, further: int) -> int:
-        """The next output token, or one ``further`` on: the stop token where the model stops, else one that occurs nowhere else."""
+        """The next output token, or one ``further`` on: the stop token where the model stops, else one that
+        occurs nowhere else."""
         request = self.scheduler.requests.get(name)
         if request is None:
             return FIRST_TOKEN  # aborted or stopped while in flight: vLLM throws it away
@@ -424,9 +430,7 @@ def _retention(config: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def _vllm_config(
-    config: dict[str, Any], model: str, remote: dict[str, Any] | None = None
-) -> VllmConfig:
+def _vllm_config(config: dict[str, Any], model: str, remote: dict[str, Any] | None = None) -> VllmConfig:
     options = {
         "max_num_seqs": config["max_num_seqs"],
         "max_num_batched_tokens": config["max_num_batched_tokens"],

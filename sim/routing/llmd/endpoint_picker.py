@@ -43,7 +43,8 @@ class EndpointPicker:
         setting = Setting(release, options.bytes_per_token, rng, clock, config.exact_tokens)
         if beside is not None:
             setting = beside.setting
-        self.setting, self._made = setting, {} if beside is None else dict(beside._made)
+        self.setting: Setting = setting
+        self._made: dict[str, Any] = {} if beside is None else dict(beside._made)
         for plugin in config.producers:
             if plugin.type == IN_FLIGHT:
                 setting.loads[plugin.name] = InFlightLoad(plugin, setting)
