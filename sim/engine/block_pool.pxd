@@ -29,7 +29,7 @@ cdef class BlockPool:
     cdef int[::1] table_block
 
     cdef double usage(self) noexcept
-    cdef object public_key(self, long long key)
+    cpdef object public_key(self, long long key)
     cdef void unlink(self, int block) noexcept
     cdef void append(self, int block) noexcept
     cdef void prepend(self, int block) noexcept

@@ -141,6 +141,7 @@ class ChunkCache:
         self.policy = (AdaptiveReplacement if policy == "arc" else LeastRecentlyUsed)(capacity)
         self.pins: dict[int, int] = {}  # transfers that read a chunk; -1: it is being written
         self.idle: set[int] = set()
+        self.evictions = 0
         self.offers: OrderedDict[int, int] = OrderedDict()
 
     def lookup(self, key: int) -> bool | None:
@@ -179,6 +180,7 @@ class ChunkCache:
             victims = self.policy.victims(more, self.idle, set(keys)) if more <= len(self.idle) else None
             if victims is None:
                 return None
+            self.evictions += len(victims)
             for key in victims:
                 del self.pins[key]
                 self.idle.discard(key)

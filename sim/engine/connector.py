@@ -52,6 +52,7 @@ class Connector(Protocol):
             what is missing.
         requires_kv_delivery: whether a request preempted with output in flight drops it (vLLM: by default,
             connectors that produce; the offloading connector not).
+        now: the engine's loop sets it to the time of the calls of the scheduler half that follow.
 
     Of a ``sequence`` these are readable: request_id, prompt_tokens, num_tokens (with outputs so far),
     computed, limit (prompt and max_tokens), preemptions. Its blocks are ``scheduler.block_ids(request_id)``,
@@ -66,6 +67,8 @@ class Connector(Protocol):
 
     @property
     def requires_kv_delivery(self) -> bool: ...
+
+    now: int
 
     # ---- the scheduler half: called by the scheduler
 
@@ -105,7 +108,8 @@ class Connector(Protocol):
         """The worker half's report has reached the scheduler, before it acts on it."""
 
     # A connector may also have ``has_pending_push_work() -> bool``: whether the engine goes on for transfers
-    # that no request waits for.
+    # that no request waits for; and ``wait_for_save(meta, now) -> float``, which is called with the end of each step
+    # with tokens and says for how many seconds more the step goes on.
 
     # ---- the worker half: called by the engine's loop
 

@@ -91,6 +91,7 @@ class EngineLoop:
         self.after_step = self.on_first = None
         self.inbox, self.ended, self.lost = [], [], []
         self.connector, self.host_waits = scheduler.connector, False
+        self.saves = getattr(self.connector, "wait_for_save", None)
         self.napped = self.still = 0
         self.horizon = NEVER
         self.napping = self.executed = False
@@ -256,6 +257,7 @@ class EngineLoop:
                 if self.host_waits:
                     step.transfers = self.connector.get_finished(step.end)
                     self.still = 0 if step.transfers is not None else self.still
+                self.connector.now = self.now
                 scheduler.complete(step)
                 self.napping = not self.executed and scheduler.goes_on()
                 self.napped = self.now
@@ -290,6 +292,7 @@ class EngineLoop:
                     return ABORTS
                 self.drain()
             if scheduler.goes_on():
+                self.connector.now = self.now
                 step = scheduler.schedule()
                 if self.cold_start:
                     self.resume, self.cold_start = self.now + self.cold_start, 0
@@ -315,6 +318,11 @@ class EngineLoop:
                     self.gpu_free = step.end
                     self.step_floats[2, self.num_steps - 1] += in_seconds(late)
         self.executed = step.total_tokens > 0
+        if self.saves is not None and self.executed:
+            saved: cython.double = self.saves(step.connector_meta, step.end)
+            step.end += cython.cast(cython.longlong, rint(saved * PICOSECONDS))
+            self.gpu_free = step.end
+            self.step_floats[2, self.num_steps - 1] += saved
         if not self.host_waits:
             step.transfers = self.connector.get_finished(self.now)
         self.still = 0 if self.executed or step.transfers is not None else self.still + 1

@@ -47,7 +47,7 @@ cdef class Scheduler:
     cdef bint chunked  # the window is a chunk
     cdef bint finished_unsent
     cdef long long added
-    cdef dict sequences
+    cdef readonly dict sequences
     cdef list runners  # in the order of admission
     cdef bint lent  # the list
     cdef object queue

@@ -59,8 +59,8 @@ class Scheduler:
         self.priority = config.scheduling_policy == "priority"
         self.notes, self.marks = self.priority or trace, bool(config.kv_groups) or connector is not None
         self.names_chunks = self.priority or connector is not None
-        self.drafts = Drafts(config) if config.speculation is not None else None
-        self.speculates = self.drafts is not None
+        drafts: Any = Drafts(config) if config.speculation is not None else None
+        self.drafts, self.speculates = drafts, drafts is not None
         self.singly = self.notes or self.speculates
         self.max_tokens, self.max_model_len = config.max_num_batched_tokens, config.max_model_len
         self.max_running = min(config.max_num_seqs, config.max_num_active_seqs or config.max_num_seqs)
@@ -673,7 +673,7 @@ class Scheduler:
                 sequence.drafts = step.draft_length
         if (
             self.remote is not None
-        ):  # who ends a prefill counts for this step's loads: its drafts have no room
+        ):  # who ends a prefill counts for loads of this step: its drafts have no room
             for sequence in step.samplers:
                 self.remote.prefills.pop(sequence, None)
         return 0

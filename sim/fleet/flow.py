@@ -635,8 +635,8 @@ class Flow:
 
     def take_lost(self, server: Server, index: cython.Py_ssize_t) -> cython.int:
         """Requests that ended with an error."""
-        lost: list = server.compiled.lost
-        server.compiled.lost = []
+        lost: list = server.loop.lost
+        server.loop.lost = []
         for row in lost:
             self.failures[NOT_LOADED] = self.failures.get(NOT_LOADED, 0) + 1
             self.end(server, index, row, _FAILED)

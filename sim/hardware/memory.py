@@ -236,20 +236,7 @@ def kv_memory(
         longest = max(block_size, fitting)
         groups = _groups(layers, cache, longest)
     sequence_blocks = blocks_per_sequence(groups, longest, in_flight)
-    held = max(0, blocks - 1) * longest // sequence_blocks if tells(groups) else (blocks - 1) * block_size
-    needed = 1 + sequence_blocks  # one sequence, and the null block
-    warning = None
-    if blocks < needed:
-        account = ", ".join(f"{line.name} {line.bytes / _GIB:+.2f} GiB" for line in lines if line.bytes)
-        if needed * bytes_per_block > available + slack:
-            _refuse(blocks, held, longest, account, given=kv_cache_memory_bytes is not None)
-        warning = (
-            f"the KV pool is estimated at {max(0, held):,} tokens, less than one sequence "
-            f"of max_model_len {longest:,}, for which vLLM would not start. The account may be up to "
-            f"{slack / _GIB:.2f} GiB too careful, so the sequence is taken to fit: {account}"
-        )
-        blocks = needed
-    return KVMemory(
+    memory = KVMemory(
         num_gpu_blocks=blocks,
         block_size=block_size,
         bytes_per_block=bytes_per_block,
@@ -258,8 +245,19 @@ def kv_memory(
         lines=tuple(lines),
         sequence_blocks=sequence_blocks,
         groups=groups,
-        warning=warning,
     )
+    needed = 1 + sequence_blocks  # one sequence, and the null block
+    if blocks < needed:
+        account = ", ".join(f"{line.name} {line.bytes / _GIB:+.2f} GiB" for line in lines if line.bytes)
+        if needed * bytes_per_block > available + slack:
+            _refuse(memory, account, given=kv_cache_memory_bytes is not None)
+        warning = (
+            f"the KV pool is estimated at {max(0, memory.kv_tokens):,} tokens, less than one sequence "
+            f"of max_model_len {longest:,}, for which vLLM would not start. The account may be up to "
+            f"{slack / _GIB:.2f} GiB too careful, so the sequence is taken to fit: {account}"
+        )
+        return replace(memory, num_gpu_blocks=needed, warning=warning)
+    return memory
 
 
 def _groups(layers: Sequence[CacheLayer], cache: CacheOptions, longest: int) -> tuple[KVGroup, ...]:
@@ -271,8 +269,9 @@ def _line(name: str, found: Estimate, origin: Origin = "assumed") -> MemoryLine:
     return MemoryLine(name, -found.bytes, origin, found.note, found.more, found.less)
 
 
-def _refuse(blocks: int, held: int, longest: int, account: str, *, given: bool) -> NoReturn:
+def _refuse(memory: KVMemory, account: str, *, given: bool) -> NoReturn:
     """Say that no sequence fits, not even with all that the account leaves open; ``given``: by the user."""
+    blocks = memory.num_gpu_blocks
     if blocks < 2 and given:
         raise InputError(
             "no memory is left for KV blocks", where="kv_cache_memory_bytes", fix="Raise it, or leave it out."
@@ -284,7 +283,7 @@ def _refuse(blocks: int, held: int, longest: int, account: str, *, given: bool) 
             fix="Raise it, lower max_num_seqs or max_num_batched_tokens, or use a larger GPU.",
         )
     raise InputError(
-        f"the KV pool holds {held} tokens, a sequence up to {longest}: {account}",
+        f"the KV pool holds {memory.kv_tokens} tokens, a sequence up to {memory.max_model_len}: {account}",
         where="max_model_len",
         fix="Lower max_model_len (auto fits it to the pool), or give the KV cache more memory "
         "(gpu_memory_utilization).",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from servecast.sim.metrics.records import Run
 from servecast.sim.plan import closed_loop, figures
@@ -24,6 +25,8 @@ LIMITS = {  # a binding limit in words, and what moves it
     "host": ("Host time of a step", "A faster CPU, CUDA graphs, or a larger batch."),
     "front_end": ("Front end", "More API server processes, more CPU, or a lighter client."),
     "kv_blocks": ("KV cache blocks", "A higher gpu_memory_utilization, more memory, or a shorter context."),
+    "kv_loads": ("Loads of KV cache", "A faster link to what keeps it, or less that is loaded."),
+    "kv_link": ("The link to what keeps KV cache", "A faster one, or more replicas."),
     "max_num_seqs": ("max_num_seqs", "A higher max_num_seqs, as long as TPOT allows."),
     "token_budget": ("max_num_batched_tokens", "A higher max_num_batched_tokens, as long as ITL allows."),
     "none": ("Nothing found", "The search ended at its largest rate without a miss."),
@@ -65,13 +68,15 @@ def write_plan_page(
     context: PageContext,
     run: Run | None = None,
     sweep: Sequence[SweepPoint] = (),
+    break_even: Mapping[str, Any] | None = None,
     speculation: BreakEven | None = None,
 ) -> Path:
     """Writes the page of a plan and returns its path.
 
     run: one replication at (or next to) the answer, for the plots over time and the token gaps.
-    sweep: a closed-loop sweep, for throughput against concurrency. speculation: when it pays. The file needs
-    no network and is the same, byte for byte, for the same input; it is written whole or not at all.
+    sweep: a closed-loop sweep, for throughput against concurrency. break_even: what loading a prompt's KV
+    cache takes, and computing it (``break_even_facts``). speculation: when it pays. The file needs no network
+    and is the same, byte for byte, for the same input; it is written whole or not at all.
     """
     plots = [
         Plot("Latency against request rate", figures.latency_by_rate(plan), _LATENCY.format(plan), wide=True)
@@ -94,6 +99,9 @@ def write_plan_page(
     if run is not None and len(run.itl):
         svg = itl_histogram(run)
         plots.append(Plot("Inter-token latency", svg, "Pooled over all tokens of one run at the answer."))
+    if break_even is not None and break_even["prompts"]:
+        caption = "Of one prompt, alone on the server: from host memory, as large copies, and chunk by chunk."
+        plots.append(Plot("Loading against computing", figures.loading(break_even["prompts"]), caption))
     limit, remedy = LIMITS.get(plan.binding.limit, (plan.binding.limit, ""))
     return write_page(
         path,

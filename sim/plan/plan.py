@@ -33,6 +33,7 @@ from servecast.sim.report.answer import Answer
 from servecast.sim.report.drawing import drawn
 from servecast.sim.report.progress import progress_bar
 from servecast.sim.report.text import cell_text, counted, table
+from servecast.sim.run.break_even import break_even_text
 from servecast.sim.run.results import cautions, context, engine_lines
 from servecast.sim.run.simulate import RateProbe
 from servecast.sim.scenario.scenario import Scenario
@@ -186,6 +187,8 @@ class PlanAnswer(Answer):
         lines.append(f"Rests on: {basis}; profile {profile}; seed {found.seed}")
         lines.append(f"Error bands: {self.bands.to_text()}")
         lines += engine_lines(self.context)
+        if "kv_offload" in self.context:
+            lines.append(break_even_text(self.context["kv_offload"]["break_even"]))
         return "\n".join([*lines, *(f"note: {note}" for note in self.context["notes"])])
 
     def _size_lines(self) -> list[str]:
@@ -209,6 +212,7 @@ class PlanAnswer(Answer):
             context=self._page_context(date),
             run=self.run,
             sweep=self.levels,
+            break_even=self.context.get("kv_offload", {}).get("break_even"),
             speculation=self.speculation,
         )
 

@@ -8,8 +8,10 @@ from importlib.metadata import version
 from typing import Any
 
 from servecast.sim.engine.config import EngineConfig
+from servecast.sim.engine.engine import Engine
 from servecast.sim.engine.group_rules import STATES_IN, WINDOWS_SINCE
 from servecast.sim.engine.kv_groups import since
+from servecast.sim.engine.scheduler import Scheduler
 from servecast.sim.fleet.spec import GpuSpec
 from servecast.sim.hardware.error_band import Bands, Transfer, transfer
 from servecast.sim.hardware.front_end_costs import FrontEndCosts
@@ -23,7 +25,9 @@ from servecast.sim.hardware.step_time.physical import PhysicalStepTime, StepTime
 from servecast.sim.hardware.step_time.speculative import SpeculativeStepTime
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.metrics.binding import Limits
+from servecast.sim.routing.llmd.config import read_epp
 from servecast.sim.scenario.basis import Fitted, fitted_profiles, profile_of, why_typical
+from servecast.sim.scenario.kv_offload import Offloading, Shared, check_host_memory, offloading_of
 from servecast.sim.scenario.scenario import Scenario
 from servecast.sim.scenario.speculation import Speculating, speculating
 
@@ -38,6 +42,7 @@ class Deployment:
         profile: efficiencies, overheads and noise; from kernel timings, or typical, where the scenario names
             none.
         step_time: how long a step takes. speculating: how it drafts; None if it does not.
+        offloading: what it keeps of its KV cache outside of the GPUs; None: nothing.
     """
 
     scenario: Scenario
@@ -47,6 +52,7 @@ class Deployment:
     profile: Profile
     step_time: StepTime
     speculating: Speculating | None = None
+    offloading: Offloading | None = None
 
     @classmethod
     def of(cls, scenario: Scenario, profile: Profile | None = None) -> Deployment:
@@ -80,11 +86,27 @@ class Deployment:
             block_size=memory.block_size,
             kv_groups=memory.kv_groups,
         )
+        where = scenario.source
+        offloading = offloading_of(flags.kv_transfer, scenario.kv_offload, shard, memory, config, where=where)
+        if offloading is not None and scenario.fleet.prefill:
+            raise InputError(
+                f"{offloading.transfer.connector} on prefill and decode servers is not modelled",
+                where=f"{where}: engine.kv_transfer_config",
+                fix="Leave it out, or fleet.prefill.",
+            )
+        if offloading is not None:
+            check_host_memory(offloading, gpu, scenario.fleet.size, scenario.gpu.per_node, where=where)
         profile = _with_link(profile or profile_of(scenario, shard, config), scenario.gpu)
         step_time = build_step_time(profile, shard)
         if drafts is not None:
             step_time = _with_drafts(step_time, drafts, profile)
-        return cls(whole, shard, memory, config, profile, step_time, drafts)
+        return cls(whole, shard, memory, config, profile, step_time, drafts, offloading)
+
+    def engine(self, replica: int, shared: Shared) -> Engine:
+        """A fresh engine. replica: its number. shared: what the replicas of a run have in common."""
+        if self.offloading is None:
+            return self.scenario.server.engine(self.config)
+        return Scheduler(self.config, self.offloading.connector(replica, shared))
 
     @property
     def model(self) -> ModelShape:
@@ -131,6 +153,7 @@ class Deployment:
             num_gpu_blocks=self.config.num_gpu_blocks if waits_for_blocks else None,
             bound_by=self.step_time.binding,
             parts=self.step_time.breakdown,
+            loads=self.offloading is not None,
             draft_length=None if self.speculating is None else self.speculating.length,
         )
 
@@ -177,6 +200,7 @@ class Deployment:
             *(() if self.speculating is None else self.speculating.notes),
             self.memory.warning,
             self._near_groups,
+            self._blind_router,
             *(each.note for each in self.fitted_profiles),
         ]
         if self.scenario.profile is None and self.transfer.basis == "physics only":
@@ -196,6 +220,20 @@ class Deployment:
         return None
 
     @property
+    def _blind_router(self) -> str | None:
+        """Said where the router asks which blocks servers have, and some are outside of the GPUs."""
+        fleet = self.scenario.fleet
+        if self.offloading is None or fleet.epp is None:
+            return None
+        scorers = read_epp(fleet.epp, fleet.router_options.epp_release).scorers
+        if not any(scorer.type.startswith("precise-prefix-cache") for scorer, _ in scorers):
+            return None
+        return (
+            "the precise prefix scorer knows of blocks in GPUs only: llm-d's counts those in host memory, "
+            "too, as 0.8 of a block"
+        )
+
+    @property
     def _other_model(self) -> str | None:
         """Said where a pasted command serves a model of another name than the scenario's."""
         command = self.scenario.engine.serve_command
@@ -206,9 +244,9 @@ class Deployment:
         plain = [re.sub(r"-(instruct|chat|it|hf|base)\b|[^a-z0-9]", "", name.lower()) for name in names]
         if plain[0] == plain[1]:
             return None
-        return (
-            f"the command serves {served}, but what is simulated is the scenario's model, {self.model.name}"
-        )
+        config, own = self.scenario.model.config, self.model.name
+        file = "" if own.endswith(config) else f" ({config})"
+        return f"the command serves {served}, but what is simulated is the scenario's model, {own}{file}"
 
     @property
     def _of_drafts(self) -> tuple[Provenance, ...]:

@@ -33,6 +33,7 @@ from servecast.sim.metrics import slo as objectives
 from servecast.sim.scenario.acceptance import Acceptance
 from servecast.sim.scenario.engine_flags import EngineFlags
 from servecast.sim.scenario.hub import hub_config, hub_folder, is_hub_id
+from servecast.sim.scenario.kv_offload import KVOffload
 from servecast.sim.scenario.reported import Reported
 from servecast.sim.scenario.servers import SERVERS, Server, checked
 from servecast.sim.scenario.vllm_flags import parse_serve_command
@@ -170,6 +171,8 @@ class Scenario(Model):
     prompts: Prompts = "text"
     """What clients send: ``text``, ``random_text`` (of random token ids, as benchmarks draw, which takes the
     tokenizer longer), or ``token_ids``, which it need not encode."""
+    kv_offload: KVOffload = KVOffload()
+    """What KV cache outside of GPUs lies in, where the engine's flags ask for such."""
     network_round_trip_s: NonNegative = 0.0
     """There and back between client and server, beyond what the profile's front end has of it. It is part of
     every TTFT, and delays the next request of a closed loop."""
@@ -223,7 +226,11 @@ class Scenario(Model):
 
     def of_replica(self, spec: ReplicaSpec) -> Scenario:
         """The scenario with the GPU, profile and engine flags of one of its replicas."""
-        changes = {"engine": _engine_of(self.engine, spec), "gpu": spec.gpu, "profile": spec.profile}
+        changes: dict[str, Any] = {
+            "engine": _engine_of(self.engine, spec),
+            "gpu": spec.gpu,
+            "profile": spec.profile,
+        }
         changes |= {"fleet": Fleet()} if self.fleet.prefill else {}
         return self.model_copy(update={name: value for name, value in changes.items() if value is not None})
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,6 +91,8 @@ TAKEN: dict[str, Callable[[str], Any]] = {
     "enforce_eager": bool,
     "max_cudagraph_capture_size": int,
     "stream_interval": int,
+    "kv_offloading_size": float,
+    "kv_offloading_backend": str,
     "kv_transfer_config": _mapping,
 }
 _DRAFTS = {  # flag -> its field of speculative_config (EngineArgs.create_speculative_config)
@@ -107,7 +109,6 @@ _REFUSED = {  # flag -> what to do instead
     "max_num_partial_prefills": "Give long_prefill_token_threshold.",
     "cpu_offload_gb": "Offloading is not modelled.",
     "offload_group_size": "Offloading is not modelled.",
-    "kv_offloading_size": "Offloading is not modelled.",
     "ec_transfer_config": "Disaggregated encoders are not modelled: paste it without.",
     "enable_lora": "LoRA adapters are not modelled: paste it without.",
     "enable_dbo": "Dual batch overlap is not modelled.",
@@ -219,6 +220,8 @@ def parse_serve_command(
             if not isinstance(flags.setdefault(name, {}), dict) or TAKEN[name] is not _mapping:
                 raise InputError(f"{shown} takes no keys", where=WHERE, fix="Give its value as a whole.")
             _put(flags[name], flag.key, value or "")
+        elif name == "kv_transfer_config" and value in _NOTHING:
+            pass
         elif name in TAKEN:
             flags[name] = _value(word, TAKEN[name], value)
         elif name in _DRAFTS:
@@ -232,7 +235,20 @@ def parse_serve_command(
             widening.append(shown)
         else:
             ignored.append(shown)
+    _take_variables(pasted.variables, flags)
     return ServeCommand(model, flags, tuple(ignored), tuple(widening), pasted.release)
+
+
+def _take_variables(variables: Mapping[str, str], flags: dict[str, Any]) -> None:
+    """LMCACHE_..., as if they stood in the extra config of the connector, which wins."""
+    settings = {
+        f"lmcache.{name.removeprefix('LMCACHE_').lower()}": value
+        for name, value in variables.items()
+        if name.startswith("LMCACHE_")
+    }
+    if settings:
+        config = flags.setdefault("kv_transfer_config", {})
+        config["kv_connector_extra_config"] = settings | dict(config.get("kv_connector_extra_config") or {})
 
 
 def _read(words: list[str], version: str | None) -> Iterator[tuple[str, Flag | None, str | None, list[str]]]:
@@ -275,6 +291,12 @@ def _widens(variable: str, value: str) -> bool:
     if variable == "VLLM_USE_V1" and value == "0":
         raise InputError(
             "VLLM_USE_V1=0 cannot be simulated", where=WHERE, fix="Only the V1 engine is modelled."
+        )
+    if variable == "VLLM_USE_SIMPLE_KV_OFFLOAD" and value not in ("0", ""):
+        raise InputError(
+            "VLLM_USE_SIMPLE_KV_OFFLOAD cannot be simulated",
+            where=WHERE,
+            fix="The native OffloadingConnector is modelled: paste it without.",
         )
     widens = variable.startswith("VLLM_") and variable != "VLLM_USE_V1"
     return widens and _HARMLESS_VARIABLES.fullmatch(variable) is None

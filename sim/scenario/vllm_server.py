@@ -23,7 +23,7 @@ from servecast.sim.hardware.shard import release as release_number
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.inputs.schema import invalid, within
 from servecast.sim.scenario.engine_flags import EngineFlags
-from servecast.sim.scenario.kv_transfer import kv_transfer
+from servecast.sim.scenario.kv_pull import pull_settings
 from servecast.sim.scenario.vllm_flags import FLAG_BAND
 
 GIB = 1 << 30
@@ -120,7 +120,7 @@ class Vllm:
             asked, usual = flags.async_scheduling, RELEASES[release_of(flags)].async_scheduling
             flags.speculative_config.runs_async(release, asked, usual)
         with within("kv_transfer_config"):
-            kv_transfer(flags.kv_transfer_config)
+            pull_settings(flags.kv_transfer)
         for name, since in OPTION_SINCE.items():
             given = getattr(flags, name) != EngineFlags.model_fields[name].default
             if given and not has_option(release, name) and name != "prefill_schedule_interval":
@@ -149,8 +149,9 @@ class Vllm:
             )
         if command is not None and command.ignored:
             notes.append(f"flags without effect here: {', '.join(command.ignored)}")
-        transfer = kv_transfer(flags.kv_transfer_config)
-        notes += [f"without effect here: {note}" for note in transfer.notes]
+        if flags.kv_transfer_note:
+            notes.append(flags.kv_transfer_note)
+        notes += [f"without effect here: {note}" for note in pull_settings(flags.kv_transfer).notes]
         if flags.stream_interval > 1:
             notes.append(
                 f"stream_interval {flags.stream_interval} is not modelled: every token is streamed, so gaps "
@@ -285,6 +286,7 @@ class Vllm:
         return True
 
 
+KERNEL_BLOCK = 16  # tokens: what get_supported_kernel_block_sizes of each attention backend is a multiple of
 _BYTES = {"auto": None, "float16": 2, "bfloat16": 2, "float32": 4}
 
 
@@ -294,7 +296,15 @@ def _cache_options(flags: EngineFlags, config: EngineConfig, shard: Shard) -> Ca
     Raises:
         InputError: vLLM would refuse it, or its states are kept in a way that is not modelled.
     """
+    if flags.block_size is not None and flags.block_size % KERNEL_BLOCK:
+        raise InputError(
+            f"blocks of {flags.block_size} tokens: no attention kernel of vLLM takes them",
+            where="engine.block_size",
+            fix=f"Give a multiple of {KERNEL_BLOCK}, or leave it out.",
+        )
     kinds = {layer.kind for layer in shard.model.cache_layers}
+    transfer = flags.kv_transfer  # which turns the hybrid manager off unless it supports it (SupportsHMA)
+    plain = transfer is not None and any(each.connector.startswith("LMCache") for each in transfer.all())
     mode: CacheMode = "none"
     if config.enable_prefix_caching:
         mode = flags.mamba_cache_mode or "align"
@@ -328,7 +338,7 @@ def _cache_options(flags: EngineFlags, config: EngineConfig, shard: Shard) -> Ca
         mamba_block_size=flags.mamba_block_size,
         state_bytes=_BYTES[flags.mamba_cache_dtype],
         recurrent_bytes=_BYTES[flags.mamba_ssm_cache_dtype],
-        hybrid=not (flags.disable_hybrid_kv_cache_manager or "chunked" in kinds),
+        hybrid=not (flags.disable_hybrid_kv_cache_manager or "chunked" in kinds or plain),
     )
 
 
