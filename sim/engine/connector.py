@@ -108,8 +108,8 @@ class Connector(Protocol):
         """The worker half's report has reached the scheduler, before it acts on it."""
 
     # A connector may also have ``has_pending_push_work() -> bool``: whether the engine goes on for transfers
-    # that no request waits for; and ``wait_for_save(meta, now) -> float``, which is called with the end of each step
-    # with tokens and says for how many seconds more the step goes on.
+    # that no request waits for; and ``wait_for_save(meta, now) -> float``, which is called with the end of
+    # each step with tokens and says for how many seconds more the step goes on.
 
     # ---- the worker half: called by the engine's loop
 
