@@ -143,9 +143,14 @@ class Scheduler:
         them."""
         if self.remote is None:
             return []
-        ended: list = [sequence for sequence in self.sequences.values() if sequence.status == FINISHED]
-        ended += [holder for _, holder in self.remote.deferred]
-        return [block for sequence in ended for block in self.kv.block_ids(sequence)]
+        sequence: Sequence
+        kept: list = []
+        for sequence in self.sequences.values():
+            if sequence.status == FINISHED:
+                kept += self.kv.block_ids(sequence)
+        for entry in self.remote.deferred:
+            kept += self.kv.block_ids(entry[1])
+        return kept
 
     @property
     def connector(self) -> Any:
