@@ -62,15 +62,16 @@ full, sliding, chunked and Mamba groups, one to five in a scenario, with retenti
 inside chunks, holds them against 0.23, 0.32 and 0.33, and breaks each of their rules once
 (`tests/parity/mutations_groups.yaml`).
 
-KV connectors are held against 0.23, 0.32 and 0.33 by `tests/parity/test_remote.py`, which gives vLLM's scheduler
-and ours the same fake store: producers, consumers and both, loads in the step or beside it, of any length and
-after any number of steps, look-ups that are put off, loads that fail under both policies, blocks that are kept
-at the end, aborts while loading. Native offloading runs against vLLM 0.32's own scheduler half, with LRU and ARC,
-chunks of one to three blocks, little and much host memory: every job, flush and hit must be the same. Their rules
-are broken once each (`tests/parity/mutations_remote.yaml`, `mutations_offloading.yaml`). In a longer run of 0.32,
-420 scenarios with the fake store, 93,102 steps gave no difference. Where vLLM walks over a set of strings, the
-requests that fail together and those that have ended, both take them in the order of their ids. Not compared: a
-synchronous load that fails together with `prefill_schedule_interval`.
+KV connectors are held against 0.23, 0.32 and 0.33 by `tests/parity/test_remote.py`, which gives vLLM's
+scheduler and ours the same fake store: producers, consumers and both, loads in the step or beside it, of
+any length and after any number of steps, look-ups that are put off, loads that fail under both policies,
+blocks that are kept at the end, aborts while loading. Native offloading runs against vLLM 0.32's own
+scheduler half, with LRU and ARC, chunks of one to three blocks, little and much host memory: every job,
+flush and hit must be the same. Their rules are broken once each (`tests/parity/mutations_remote.yaml`,
+`mutations_offloading.yaml`). In a longer run of 0.32, 420 scenarios with the fake store, 93,102 steps gave
+no difference. Where vLLM walks over a set of strings, the requests that fail together and those that have
+ended, both take them in the order of their ids. Not compared: a synchronous load that fails together with
+`prefill_schedule_interval`.
 
 Speculative decoding is held against 0.32, 0.23 and 0.33 by `tests/parity/test_drafts.py`: every method of
 `sim/engine/speculation.py`, one to five drafts, a number of drafts by batch size, none, some or all of them
