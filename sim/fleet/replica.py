@@ -55,8 +55,9 @@ class Replica:
         cold_start = to_ps(cold_start_s)
         self.loop: EngineLoop | PythonLoop
         if isinstance(engine, Scheduler):
-            compiled = isinstance(step_time, SpeculativeStepTime) or type(step_time) is PhysicalStepTime
-            numbers = step_time.costs() if compiled else None
+            numbers = None
+            if isinstance(step_time, SpeculativeStepTime) or type(step_time) is PhysicalStepTime:
+                numbers = step_time.costs()
             seconds = step_time.seconds
             self.loop = EngineLoop(engine, index, numbers, seconds, floor, noise, served, read, cold_start)
         else:
