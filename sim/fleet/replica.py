@@ -63,8 +63,9 @@ class Replica:
         served = to_ps(costs.token_s), to_ps(costs.delivery_s)
         read = client.read if client.reading_costs and role != "prefill" else None
         cold_start = to_ps(cold_start_s)
-        compiled = isinstance(step_time, SpeculativeStepTime) or type(step_time) is PhysicalStepTime
-        numbers = step_time.costs() if compiled else None
+        numbers = None
+        if isinstance(step_time, SpeculativeStepTime) or type(step_time) is PhysicalStepTime:
+            numbers = step_time.costs()
         self.loops: list[EngineLoop | PythonLoop] = []
         for engine in self.engines:
             if isinstance(engine, Scheduler):

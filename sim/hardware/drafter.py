@@ -176,7 +176,7 @@ def eagle_shape(method: str, target: ModelShape, head: ModelShape | None) -> Mod
         )
     main = model.layer_kinds[-1]
     if method == "eagle":
-        extra = (Linear("fc", 2 * hidden, model.hidden_size),)
+        extra: tuple[Linear, ...] = (Linear("fc", 2 * hidden, model.hidden_size),)
     else:
         both = main.heads * main.head_dim + main.kv_heads * (main.head_dim + main.value_dim)
         extra = (

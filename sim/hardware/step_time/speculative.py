@@ -69,14 +69,15 @@ class SpeculativeStepTime:
         """How often which pass runs behind a step."""
         requests = step.decodes + len(step.chunks)
         context = step.decode_context + sum(new + before for new, before in step.chunks)
-        length = 0 if self.skips and not step.drafters else step.draft_length
+        drafts, drafters, length = _drafts(step)
+        length = 0 if self.skips and not drafters else length
         if self.first is None or self.later is None or not requests:
             return ()
         how = self.drafter.passes
         if how == "infill":
             return ((1, self.first, _Pass((), requests, 0, context, length * requests)),)
         rows = requests * length if how == "at once" else requests
-        first = _Pass(step.chunks, step.decodes, step.drafts, step.decode_context, rows)
+        first = _Pass(step.chunks, step.decodes, drafts, step.decode_context, rows)
         if length < 2 or how == "at once":
             return ((1, self.first, first),)
         later = _Pass((), requests, 0, context, requests)
@@ -125,3 +126,10 @@ class SpeculativeStepTime:
             return self.target.binding(step)
         longest = max(self.passes(step), key=lambda each: each[0] * each[1].seconds(each[2]), default=None)
         return "host" if longest is None else longest[1].binding(longest[2])
+
+
+def _drafts(step: StepShape) -> tuple[int, int, int]:
+    """Drafts that a step verifies, requests that propose the next ones, and how many each."""
+    names = ("drafts", "drafters", "draft_length")
+    drafts, drafters, length = (int(getattr(step, name, 0)) for name in names)
+    return drafts, drafters, length
