@@ -41,7 +41,8 @@ AGAIN = 2  # times that loads are run again, if their figures are wrong and this
 
 def test_throughput_and_token_times_with_the_servers_own_acceptance(tmp_path: Path) -> None:
     model = metronome_model(tmp_path / "metronome")
-    (model / "generation_config.json").write_text('{"temperature": 0.0}')  # else the CPU's sampler accepts none
+    settings = model / "generation_config.json"  # else the CPU's sampler accepts no draft
+    settings.write_text('{"temperature": 0.0}')
     gpu = metronome_gpu(ROOFLINE, model)
     file = write_scenario(tmp_path, SCENARIO, model, gpu)
     measured = measure_steps(model, tmp_path / "measured", ROOFLINE)
