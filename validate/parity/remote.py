@@ -87,8 +87,8 @@ class StepCopies:
 
     def start(self, jobs: Jobs, now: int) -> float:
         self.jobs.update({job.number: job for job in [*jobs.loads, *jobs.stores]})
-        numbers = [[job.number for job in some] for some in (jobs.loads, jobs.stores)]
-        self.done = self.fake.step(*numbers, jobs.flush)
+        loads, stores = ([job.number for job in some] for some in (jobs.loads, jobs.stores))
+        self.done = self.fake.step(loads, stores, jobs.flush)
         return 0.0
 
     def finished(self, now: int) -> list[Job]:

@@ -167,7 +167,8 @@ class VllmEngine:
         self.outputs: dict[str, int] = {}  # request -> tokens that the model will produce
         self.preempt = self.scheduler._preempt_request
         self.scheduler._preempt_request = self._preempt_and_note
-        self.copies, self.loading = None, {}
+        self.copies: Any = None
+        self.loading: dict[int, str] = {}
         if remote is not None and remote["offload"]:
             self.copies = FakeCopies(remote["offload"]["load_steps"], remote["offload"]["store_steps"])
             self.build = self.scheduler.connector.build_connector_meta
