@@ -20,7 +20,9 @@ from cyclopts import App
 
 SHARE = 0.9  # of the errors that a band is to hold
 KERNELS = "inferencex-vllm"  # the scenario that rests on kernel timings
-APART = ("qwen3_235b",)  # its table whose runs no timings explain: an engine or flags of then
+# Its tables whose runs no timings explain: an engine or flags of then.
+APART = ("qwen3_235b", "qwen3_235b_ranks")
+FITTED = "fitted to a report"  # the basis of scenarios with a profile
 _CENTRAL = ("mean", "median", "p50")
 _METRICS = {  # first word of a column -> the band that speaks of it
     "ttft": "ttft",
@@ -54,6 +56,8 @@ def errors(documents: Iterable[Mapping[str, Any]]) -> Iterator[Error]:
                 if name not in APART:
                     yield from _of_kernels(table["rows"], "kernel timings, experts")
             continue
+        if document["provenance"]["basis"] != FITTED:
+            continue  # a fleet by kernel timings: its errors are its router's, too
         for cell in (*document["rows"], *(c for table in document["tables"].values() for c in table["rows"])):
             first, *words = cell["metric"].split("_")
             central = first in ("output", "throughput", "req", "makespan") or set(words) & set(_CENTRAL)

@@ -241,7 +241,6 @@ def test_number_formats_are_the_servers(file: Path) -> None:
     [
         ({"parallel_config": {"pipeline_parallel_size": 2}}, "pipeline_parallel_size 2"),
         ({"parallel_config": {"data_parallel_size": 4}}, "data_parallel_size 4"),
-        ({"speculative_config": {"method": "ngram"}}, "speculative_config ngram"),
     ],
 )
 def test_a_server_that_does_what_is_not_modelled_is_refused(
@@ -251,6 +250,12 @@ def test_a_server_that_does_what_is_not_modelled_is_refused(
     scenario = met(file, truth)
     with pytest.raises(InputError, match=f"runs with {said}, which is not modelled"):
         refuse_misfit(truth, Deployment.of(scenario), None)
+
+
+def test_a_server_that_drafts_needs_a_scenario_that_does(file: Path) -> None:
+    truth = truth_of(info(speculative_config={"method": "ngram"}))
+    with pytest.raises(InputError, match=r"the server drafts with .*, the scenario not at all"):
+        refuse_misfit(truth, Deployment.of(met(file, truth)), None)
 
 
 @pytest.fixture

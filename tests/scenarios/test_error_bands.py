@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from servecast.scenarios.make.error_bands import Error, band, by_kind, errors, left_out, read, widest
+from servecast.scenarios.make.error_bands import FITTED, Error, band, by_kind, errors, left_out, read, widest
 from servecast.sim.hardware import error_band
 from servecast.sim.hardware.error_band import Bands
 
@@ -80,5 +80,5 @@ def test_an_error_of_a_table_without_a_band_is_not_counted() -> None:
         {"metric": metric, "used": "predicted", "error_pct": -10.0}
         for metric in ("goodput_pct", "ttft_p95_s", "ttft_p50_s")
     ]
-    document = {"scenario": "one", "rows": cells, "tables": {}}
+    document = {"scenario": "one", "provenance": {"basis": FITTED}, "rows": cells, "tables": {}}
     assert list(errors([document])) == [Error("fitted", "", "one", "ttft", 0.1)]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import vllm.distributed.kv_transfer.kv_connector.v1.base as base
 from fake_store import FakeStore  # type: ignore[import-not-found]
-from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorMetadata
 
 
-class FakeConnector(KVConnectorBase_V1):  # type: ignore[misc]
+class FakeConnector(base.KVConnectorBase_V1):  # type: ignore[misc]
     """The scheduler's half; the store stands in for the workers'."""
 
     def __init__(self, vllm_config: Any, role: Any, *rest: Any, **options: Any) -> None:
@@ -31,7 +31,7 @@ class FakeConnector(KVConnectorBase_V1):  # type: ignore[misc]
         self.store.allocated(int(request.request_id), held, num_external_tokens, self.block_size)
 
     def build_connector_meta(self, scheduler_output: Any) -> Any:
-        return KVConnectorMetadata()
+        return base.KVConnectorMetadata()
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, None]:
         ended = request.status.name in ("FINISHED_STOPPED", "FINISHED_LENGTH_CAPPED")

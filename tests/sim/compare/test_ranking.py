@@ -115,7 +115,10 @@ def test_fleet_load_of_two_replicas() -> None:
             "status": ["finished", "failed"],
         }
     )
-    rows = [(0, 0.0, 5.0, 150, 1, 0, 0, 2, 1, 0.4, 0, 1), (1, 4.0, 6.0, 49, 1, 1, 0, 1, 0, 0.1, 0, 1)]
+    rows = [
+        (0, 0.0, 5.0, 150, 1, 0, 0, 2, 1, 0.4, 0, 1, 0),
+        (1, 4.0, 6.0, 49, 1, 1, 0, 1, 0, 0.1, 0, 1, 0),
+    ]
     steps = pd.DataFrame(rows, columns=list(STEP_COLUMNS))
     found = fleet_load(Run(requests, steps, pd.DataFrame(), meta={"replicas": 2}))
     first, second = found.pop("replicas")
