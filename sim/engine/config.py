@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from servecast.sim.engine.data_parallel import DataParallel
 from servecast.sim.engine.kv_groups import CacheSpec
+from servecast.sim.engine.speculation import Speculation
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +20,7 @@ class EngineConfig:
     blocks of ``block_size``. ``prefix_cache_retention_interval`` is about groups that forget: tokens between
     what they keep for others; 0: what the prompt's end needs, None: all.
     ``data_parallel``: of a server with several engine cores, how they belong together.
+    ``speculation``: how drafts are proposed and accepted; None: one token a step.
     ``preparation_round``: requests that the API server in front of the engine prepares together, at most.
     """
 
@@ -44,3 +46,4 @@ class EngineConfig:
     kv_groups: tuple[CacheSpec, ...] = ()
     prefix_cache_retention_interval: int | None = None
     data_parallel: DataParallel | None = None
+    speculation: Speculation | None = None

@@ -14,8 +14,12 @@ class StepShape(Protocol):
     """What a step-time model may know about a step (a Step has these).
 
     chunks: (tokens, context) of every prompt chunk: tokens computed now, KV tokens already there.
-    decodes: requests that compute one token each. decode_context: KV tokens that those read, summed,
-    the new token included. samples: tokens sampled (decodes plus the chunks that end their prompt).
+    decodes: requests that decode, each with one token and its drafts. drafts: draft tokens that they verify,
+    summed: ``decodes + drafts`` tokens are decoding ones. decode_context: KV tokens that those requests read,
+    each request's context once, summed: what its last row attends to, all its new tokens included; row i of
+    1 + d sees d - i fewer. Async scheduling counts drafts in flight as accepted.
+    samples: rows of logits: 1 + d of a request that decodes, 1 of a chunk that ends its prompt.
+    drafters: requests that propose drafts after the step; draft_length: how many each, at most.
     """
 
     @property
@@ -25,10 +29,19 @@ class StepShape(Protocol):
     def decodes(self) -> int: ...
 
     @property
+    def drafts(self) -> int: ...
+
+    @property
     def decode_context(self) -> int: ...
 
     @property
     def samples(self) -> int: ...
+
+    @property
+    def drafters(self) -> int: ...
+
+    @property
+    def draft_length(self) -> int: ...
 
 
 class Step(StepShape, Protocol):

@@ -1,0 +1,78 @@
+"""What differs between vLLM releases where drafts are verified; ``rules`` has the rest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from servecast.sim.engine.rules import RELEASES, minor_release
+
+
+@dataclass(frozen=True, slots=True)
+class DraftRules:
+    """Rules of speculative decoding that changed between releases, or came with one.
+
+    Attributes:
+        reserves_at_admission: the lookahead slots are reserved at an admission, too (Scheduler.schedule:
+            effective_lookahead_tokens).
+        infills: DFlash reserves one slot more than drafts, for its bonus query (num_lookahead_tokens).
+        by_batch: num_speculative_tokens_per_batch_size.
+        pads_admissions: an admission with one token left to compute gets 1 + k, whose drafts are never
+            accepted, so that a step of decoding requests stays uniform (Scheduler.schedule: "Pad new decode
+            requests"); pads_the_first: also where nobody decodes, if some of its tokens were computed;
+            waits_at_the_end: near max_model_len it waits instead of going without.
+        slots_by_request: the input slots that a drafter adds come off the step's budget with each request
+            (Scheduler.schedule: input_budget); before, for max_num_seqs at start-up
+            (VllmConfig._set_max_num_scheduled_tokens).
+        infill_slots: DFlash adds k input slots, not k - 1; own_pass: DFlash and DSpark add none
+            (SpeculativeConfig.max_num_new_slots_for_drafting).
+        disable_eagle_block_drop: this option.
+        hashes_next_token: a block's hash covers the token behind it where the drafter's KV depends on it,
+            in place of computing a hit's last block again (VllmConfig.num_hash_lookahead_tokens).
+        hashes_at_update: without async scheduling, too, blocks get their hash when a step's tokens arrive
+            (Scheduler.update_from_output); before, in the next step.
+    """
+
+    reserves_at_admission: bool
+    infills: bool
+    by_batch: bool
+    pads_admissions: bool
+    pads_the_first: bool
+    waits_at_the_end: bool
+    slots_by_request: bool
+    infill_slots: bool
+    own_pass: bool
+    disable_eagle_block_drop: bool
+    hashes_next_token: bool
+    hashes_at_update: bool
+
+
+DRAFT_RULE_IN: dict[str, tuple[str, str | None]] = {
+    "reserves_at_admission": ("0.23", None),
+    "infills": ("0.23", None),
+    "by_batch": ("0.24", None),
+    "pads_admissions": ("0.25", None),
+    "pads_the_first": ("0.30", None),
+    "waits_at_the_end": ("0.25", "0.28"),
+    "slots_by_request": ("0.28", None),
+    "infill_slots": ("0.28", "0.32"),
+    "own_pass": ("0.33", None),
+    "disable_eagle_block_drop": ("0.30", None),
+    "hashes_next_token": ("0.33", None),
+    "hashes_at_update": ("0.33", None),
+}
+"""The first and the last release that has a rule; None is the newest."""
+
+DRAFT_RULES = {
+    release: DraftRules(
+        **{
+            name: RELEASES.index(first) <= position <= RELEASES.index(last or RELEASES[-1])
+            for name, (first, last) in DRAFT_RULE_IN.items()
+        }
+    )
+    for position, release in enumerate(RELEASES)
+}
+
+
+def draft_rules_for(version: str) -> DraftRules:
+    """Those of a release in ``RELEASES``, or of its patches."""
+    return DRAFT_RULES[minor_release(version)]
