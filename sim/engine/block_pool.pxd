@@ -33,6 +33,7 @@ cdef class BlockPool:
     cdef void append(self, int block) noexcept
     cdef void prepend(self, int block) noexcept
     cdef int take(self) except -1
+    cdef int forget(self, int block) except -1
     cdef int home(self, long long key) noexcept
     cdef int find(self, long long key) noexcept
     cdef int lookup(self, long long key) noexcept

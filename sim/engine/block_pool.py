@@ -105,6 +105,12 @@ class BlockPool:
         """The block at the head of the free list; its content is forgotten (BlockPool.get_new_blocks)."""
         block: cython.int = self.next[0]
         self.unlink(block)
+        self.forget(block)
+        self.ref[block] = 1
+        return block
+
+    def forget(self, block: cython.int) -> cython.int:
+        """Its content cannot be found in it any more (BlockPool._maybe_evict_cached_block)."""
         if self.key[block] >= 0:
             if self.on_evict is not None and not (
                 self.key[block] & BLOCKS_PER_CONTENT or self.key[block] >> GROUP_SHIFT
@@ -112,8 +118,7 @@ class BlockPool:
                 self.on_evict(self.public_key(self.key[block]))
             self.evict(block)
         self.key[block] = UNHASHED
-        self.ref[block] = 1
-        return block
+        return 0
 
     # ---- which blocks hold what
 

@@ -24,6 +24,11 @@ cdef class KVCache:
     cdef int align_chunk(self, Sequence sequence, int start, int tokens) except? -1
     cdef int get_computed_blocks(self, Sequence sequence) except -1
     cdef bint allocate_slots(self, Sequence sequence, int tokens, int cached, int reserve) except? -1
+    cdef bint allocate_remote(
+        self, Sequence sequence, int tokens, int cached, int reserve, int others, bint delay
+    ) except? -1
+    cdef int add_rows(self) except -1
+    cdef int missing_blocks(self, Sequence sequence) except? -1
     cdef int touch(self, Sequence sequence, int hits) except -1
     cdef int free(self, Sequence sequence) except -1
     cdef int cache_blocks(self, Sequence sequence, int tokens) except -1

@@ -123,6 +123,8 @@ class KVCache:
         fit: cython.int = need
         at: cython.Py_ssize_t
         i: cython.int
+        if need < 0:  # of what it holds less was computed than it was given for
+            need = fit = 0
         if sequence.slot < 0:  # an admission
             at = self.slots[len(self.slots) - 1] * self.width
             for i in range(hits):  # those that lie free are taken from the free list, too
@@ -141,6 +143,56 @@ class KVCache:
         sequence.blocks_end += need * self.block_size
         self.cache_blocks(sequence, min(end, sequence.num_tokens))
         return True
+
+    def allocate_remote(
+        self,
+        sequence: Sequence,
+        tokens: cython.int,
+        cached: cython.int,
+        reserve: cython.int,
+        others: cython.int,
+        delay: cython.bint,
+    ) -> cython.bint:
+        """``allocate_slots`` for one that waits, where there is a connector: it may hold blocks already, and
+        ``tokens`` counts those that are loaded, too. ``others`` more blocks must stay free beside those of
+        now; with ``delay`` nothing of it can be found yet."""
+        hits: cython.int = cached // self.block_size
+        end: cython.int = sequence.computed + cached + tokens
+        held: cython.int = sequence.blocks_end // self.block_size + hits
+        need: cython.int = max(0, self.blocks_for(end) - held)
+        at: cython.Py_ssize_t
+        i: cython.int
+        if sequence.slot < 0:
+            if len(self.slots) < 2:
+                self.add_rows()
+            at = self.slots[len(self.slots) - 1] * self.width
+            for i in range(hits):
+                reserve += self.pool.ref[self.table[at + i]] == 0
+        if self.full_isl and max(0, self.blocks_for(sequence.num_tokens) - held) + reserve > self.pool.free_blocks:
+            return False
+        if need + reserve + others > self.pool.free_blocks:
+            return False
+        if sequence.slot < 0:
+            sequence.slot = self.slots.pop()
+            self.touch(sequence, hits)
+        at = sequence.slot * self.width + held
+        for i in range(need):
+            self.table[at + i] = self.pool.take()
+        sequence.blocks_end += need * self.block_size
+        if not delay:
+            self.cache_blocks(sequence, min(end, sequence.num_tokens))
+        return True
+
+    def add_rows(self) -> cython.int:
+        """Who waits or has ended may hold blocks, too: twice the rows."""
+        rows: cython.Py_ssize_t = self.table.shape[0] // self.width
+        self.table = np.concatenate((np.asarray(self.table), np.zeros_like(np.asarray(self.table))))
+        self.slots = [*range(rows, 2 * rows), *self.slots]
+        return 0
+
+    def missing_blocks(self, sequence: Sequence) -> cython.int:
+        """What it still needs for all its tokens."""
+        return self.blocks_for(sequence.num_tokens) - sequence.blocks_end // self.block_size
 
     def touch(self, sequence: Sequence, hits: cython.int) -> cython.int:
         """Hold cached blocks, too (BlockPool.touch)."""

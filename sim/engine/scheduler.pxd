@@ -1,7 +1,8 @@
 # What is fixed of scheduler.py where it is compiled.
 cimport cython
 from servecast.sim.engine.kv_cache cimport KVCache
-from servecast.sim.engine.sequence cimport FINISHED, PREEMPTED, RUNNING, WAITING, Sequence
+from servecast.sim.engine.remote_kv cimport RemoteKV
+from servecast.sim.engine.sequence cimport FINISHED, LOADING, PREEMPTED, RUNNING, WAITING, Sequence
 from servecast.sim.engine.step cimport Step, own
 
 @cython.final
@@ -13,6 +14,11 @@ cdef class Scheduler:
     cdef readonly long long prefix_queries  # tokens, as in vLLM's counters
     cdef readonly long long prefix_hits
     cdef readonly int num_waiting
+    cdef int num_passed  # of those: passed over when they were last looked at
+    cdef bint holders_wait_apart
+    cdef bint names_chunks
+    cdef RemoteKV remote
+    cdef object beside  # the queue of those who wait beside it
     cdef bint lone_request_ignores_threshold
     cdef bint cursor_follows_victim
     cdef bint count_admitted_lookups
@@ -46,6 +52,10 @@ cdef class Scheduler:
     )
     cpdef object abort(self, object request_id)
     cdef list own_runners(self)
+    cdef bint goes_on(self) except? -1
+    cdef int drop(self, Sequence sequence, object ending) except -1
+    cdef int unqueue(self, Sequence sequence) except -1
+    cdef int end(self, Sequence sequence, object ending) except -1
     cdef int forget(self, Sequence sequence) except -1
     cpdef Step schedule(self)
     cdef bint somebody_decodes(self) except? -1
@@ -55,9 +65,13 @@ cdef class Scheduler:
     cdef int withdraw(self, Step step, Sequence victim) except? -1
     cdef int preempt(self, Step step, Sequence sequence, Py_ssize_t position) except -1
     cdef int schedule_waiting(self, Step step, int budget, int threshold, bint defer) except -1
+    cdef object next_queue(self)
+    cdef int put_back(self, list passed) except -1
     cdef int count_lookup(self, Sequence sequence, int hit_tokens) except -1
     cdef void advance(self, Step step, Sequence sequence, int tokens) noexcept
     cdef long long in_window(self, long long tokens) noexcept
     cdef void note_chunk(self, Step step, Sequence sequence, int tokens) noexcept
     cdef void note_scheduled(self, Step step, Sequence sequence, int tokens) noexcept
     cpdef object complete(self, Step step)
+    cdef list count_reports(self, Step step)
+    cdef int follow_reports(self, Step step) except -1

@@ -13,14 +13,16 @@ import cython
 from servecast.sim.engine.cadence import PrefillCadence
 from servecast.sim.engine.group_cache import GroupCache
 from servecast.sim.engine.kv_cache import KVCache
+from servecast.sim.engine.remote_kv import RemoteKV
+from servecast.sim.engine.remote_rules import remote_rules_for
 from servecast.sim.engine.rules import rules_for
 from servecast.sim.engine.sequence import Sequence
-from servecast.sim.engine.step import Step
+from servecast.sim.engine.step import NOBODY, Step
 from servecast.sim.engine.waiting import QUEUES
 from servecast.sim.inputs.errors import InputError
 
 if not cython.compiled:
-    from servecast.sim.engine.sequence import FINISHED, PREEMPTED, RUNNING, WAITING
+    from servecast.sim.engine.sequence import FINISHED, LOADING, PREEMPTED, RUNNING, WAITING
     from servecast.sim.engine.step import own
 
 
@@ -32,10 +34,11 @@ class Scheduler:
 
     Args:
         config: flags and pool size.
+        connector: where KV cache comes from or goes to (``servecast.sim.engine.connector``), or None.
         trace: keep each step's full composition for ``Step.scheduled``; changes no decision.
     """
 
-    def __init__(self, config: Any, *, trace: bool = False) -> None:
+    def __init__(self, config: Any, connector: Any = None, *, trace: bool = False) -> None:
         rules = rules_for(config.version)
         self.config, self.rules, self.trace = config, rules, trace
         appends = rules.append_without_caching and not config.enable_prefix_caching
@@ -51,26 +54,32 @@ class Scheduler:
         self.is_async = config.async_scheduling
         self.adaptive = config.long_prefill_token_threshold_adaptive
         self.priority = config.scheduling_policy == "priority"
-        self.notes, self.marks = self.priority or trace, bool(config.kv_groups)
+        self.notes, self.marks = self.priority or trace, bool(config.kv_groups) or connector is not None
+        self.names_chunks = self.priority or connector is not None
         self.max_tokens, self.max_model_len = config.max_num_batched_tokens, config.max_model_len
         self.max_running = min(config.max_num_seqs, config.max_num_active_seqs or config.max_num_seqs)
         self.long_prefill_threshold = config.long_prefill_token_threshold
         self.watermark = int(config.watermark * config.num_gpu_blocks)
         self.tick = self.prefix_queries = self.prefix_hits = self.added = 0
-        self.num_waiting = 0
+        self.num_waiting = self.num_passed = 0
         self.finished_unsent = False
         self.window, self.chunked = 0, False
         cache = GroupCache if config.kv_groups else KVCache
         self.kv = cache(config, rules.reuse_unhashed_first and not appends, self.max_running)
         self.sequences, self.runners, self.lent = {}, [], False
-        self.queue = QUEUES[config.scheduling_policy]()
+        self.queue, self.beside = QUEUES[config.scheduling_policy](), QUEUES[config.scheduling_policy]()
+        self.holders_wait_apart = remote_rules_for(config.version).holders_wait_apart
+        self.remote = None
+        if connector is not None:
+            self.remote = RemoteKV(connector, self.kv, config)
+            connector.bind(self)
 
     # ---- what can be read -------------------------------------------------------------------------
 
     @property
     def has_requests(self) -> bool:
         """Whether the engine loop goes on: one more (empty) step follows the last finish."""
-        return bool(self.sequences) or self.finished_unsent
+        return self.goes_on()
 
     @property
     def num_running(self) -> int:
@@ -84,7 +93,7 @@ class Scheduler:
     @property
     def waiting(self) -> list[int]:
         """Request ids, next one first."""
-        return [sequence.request_id for sequence in self.queue.ordered()]
+        return [sequence.request_id for sequence in self.beside.ordered() + self.queue.ordered()]
 
     @property
     def free_blocks(self) -> int:
@@ -101,6 +110,26 @@ class Scheduler:
 
     def block_ids(self, request_id: int) -> list[int]:
         return self.kv.block_ids(self.sequences[request_id])
+
+    @property
+    def connector(self) -> Any:
+        return None if self.remote is None else self.remote.connector
+
+    @property
+    def external_queries(self) -> int:
+        """Tokens that a connector was asked for (vLLM's external_prefix_cache_queries)."""
+        return 0 if self.remote is None else self.remote.queries
+
+    @property
+    def external_hits(self) -> int:
+        return 0 if self.remote is None else self.remote.hits
+
+    def goes_on(self) -> cython.bint:
+        """``has_requests``."""
+        kept: cython.Py_ssize_t = 0
+        if self.remote is not None and not self.remote.steps_while_sending:
+            kept = self.remote.held
+        return len(self.sequences) > kept or self.finished_unsent
 
     # ---- requests come and go ---------------------------------------------------------------------
 
@@ -156,6 +185,8 @@ class Scheduler:
         self.sequences[sequence.request_id] = sequence
         self.queue.push(sequence)
         self.num_waiting += 1
+        if self.remote is not None:
+            self.remote.connector.on_new_request(sequence)
         return sequence
 
     def abort(self, request_id: Any) -> Any:
@@ -164,14 +195,25 @@ class Scheduler:
         if found is None:
             return None
         sequence: Sequence = found
+        if sequence.status != FINISHED:
+            self.drop(sequence, "aborted")
+        return None
+
+    def drop(self, sequence: Sequence, ending: Any) -> cython.int:
+        """It ends before its last token, wherever it stands (Scheduler.finish_requests)."""
         if sequence.status == RUNNING:
             self.own_runners().remove(sequence)
-            self.kv.free(sequence)
         else:
-            self.queue.remove(sequence)
-            self.num_waiting -= 1
-        self.forget(sequence)
-        return None
+            self.unqueue(sequence)
+        return self.end(sequence, ending)
+
+    def unqueue(self, sequence: Sequence) -> cython.int:
+        """It waits no more."""
+        (self.beside if sequence.aside else self.queue).remove(sequence)
+        self.num_waiting -= 1
+        self.num_passed -= sequence.passed
+        sequence.aside = sequence.passed = False
+        return 0
 
     def own_runners(self) -> list:
         """The running, to be changed: a step that all of them sample in may hold the list, too."""
@@ -179,10 +221,23 @@ class Scheduler:
             self.runners, self.lent = self.runners[:], False
         return self.runners
 
-    def forget(self, sequence: Sequence) -> cython.int:
-        sequence.status = FINISHED
-        del self.sequences[sequence.request_id]
+    def end(self, sequence: Sequence, ending: Any) -> cython.int:
+        """A request has ended: its blocks go, unless a connector keeps them (Scheduler._free_request)."""
         self.finished_unsent = True
+        if self.remote is not None:
+            if self.remote.keeps(sequence, ending):
+                return 0
+        sequence.status = FINISHED
+        return self.forget(sequence)
+
+    def forget(self, sequence: Sequence) -> cython.int:
+        """Its blocks go, and with them all that is known of it (Scheduler._free_blocks)."""
+        del self.sequences[sequence.request_id]
+        if sequence.slot >= 0:
+            if self.remote is None:
+                self.kv.free(sequence)
+            else:
+                self.remote.free(sequence, self.tick)
         return 0
 
     # ---- a step is decided ------------------------------------------------------------------------
@@ -202,10 +257,15 @@ class Scheduler:
         budget = self.schedule_running(step, threshold, defer)
         if self.num_waiting and not step.victims:
             self.schedule_waiting(step, budget, threshold, defer)
+        if self.remote is not None:
+            if step.total_tokens:
+                self.remote.last_step = self.tick
+            step.connector_meta = self.remote.connector.build_connector_meta(step)
         self.tick += 1
         if self.cadence is not None:
             admitting = not step.victims and not defer
-            self.cadence.end(tokens=step.total_tokens, admitting=admitting, waiting=self.num_waiting)
+            waiting = self.num_waiting - self.num_passed
+            self.cadence.end(tokens=step.total_tokens, admitting=admitting, waiting=waiting)
         return step
 
     def somebody_decodes(self) -> cython.bint:
@@ -244,6 +304,7 @@ class Scheduler:
         decodes: cython.int = 0
         context: cython.longlong = 0
         all_sample: cython.bint = not self.notes
+        spared: cython.bint = False
         while index < len(runners) and budget > 0:
             sequence = cython.cast(Sequence, runners[index])
             computed = sequence.computed
@@ -256,7 +317,7 @@ class Scheduler:
                 sequence.computed = computed + 1
                 sequence.placeholders += self.is_async
                 if self.marks:
-                    sequence.scheduled_tick, sequence.scheduled_tokens = self.tick, 1
+                    self.note_scheduled(step, sequence, 1)
                 if not all_sample:
                     step.samplers.append(sequence)
                 context += computed + 1
@@ -288,6 +349,10 @@ class Scheduler:
                 while not self.kv.allocate_slots(sequence, tokens, 0, 0):
                     position = self.pick_victim()
                     victim = runners[position]
+                    if self.remote is not None and self.remote.spares:
+                        if not self.remote.may_free(victim, self.tick):
+                            spared = True
+                            break
                     given_back = 0
                     if self.priority and victim.scheduled_tick == self.tick:
                         given_back = self.withdraw(step, victim)
@@ -299,6 +364,8 @@ class Scheduler:
                     runners = self.runners
                     if victim is sequence:
                         break
+                if spared:
+                    break
                 if sequence.status != RUNNING:
                     if self.loop_goes_on_after_own_preemption:  # under FCFS it was the last anyway
                         continue  # its place in the list is the next one's now
@@ -350,7 +417,13 @@ class Scheduler:
         """Recompute later: give everything back and wait at the front (Scheduler._preempt_request). Tokens
         in flight are still delivered."""
         self.kv.publish(sequence)
-        self.kv.free(sequence)
+        if self.remote is None:
+            self.kv.free(sequence)
+        else:
+            self.remote.free(sequence, self.tick)
+            self.remote.prefills.pop(sequence, None)
+            if self.remote.drops:
+                sequence.drops_before, sequence.placeholders = self.tick, 0
         del self.own_runners()[position]
         sequence.computed = 0
         sequence.status = PREEMPTED
@@ -365,53 +438,115 @@ class Scheduler:
         self, step: Step, budget: cython.int, threshold: cython.int, defer: cython.bint
     ) -> cython.int:
         """Phase 2: the head of the queue, while it fits and has no prompt work to ``defer``; the first one
-        that does not blocks the rest."""
+        that does not blocks the rest. Who cannot go for another reason is passed over."""
         sequence: Sequence
+        remote: RemoteKV = self.remote
+        queue: Any
+        passed: list = NOBODY
         cached: cython.int
+        computed: cython.int
+        external: cython.int
         tokens: cython.int
         reserve: cython.int
+        loads: cython.bint
+        asked: cython.bint
         carries_prefill: cython.bint
-        while self.num_waiting and budget > 0 and len(self.runners) < self.max_running:
-            sequence = self.queue.head()
-            cached = self.kv.get_computed_blocks(sequence)
-            if not self.count_admitted_lookups:
-                self.count_lookup(sequence, cached)
-            tokens = sequence.num_tokens - cached
+        while self.num_waiting > len(passed) and budget > 0 and len(self.runners) < self.max_running:
+            queue = self.queue if remote is None else self.next_queue()
+            sequence = queue.head()
+            if sequence.status == LOADING and not remote.arrived(sequence):
+                passed = own(passed)
+                passed.append(queue.pop())
+                continue
+            cached = external = 0
+            loads, asked = False, sequence.computed == 0
+            if asked:
+                cached = self.kv.get_computed_blocks(sequence)
+                if not self.count_admitted_lookups:
+                    self.count_lookup(sequence, cached)
+                if remote is not None:
+                    found: Any = remote.match(sequence, cached)
+                    if found is None:
+                        passed = own(passed)
+                        passed.append(queue.pop())
+                        continue
+                    external, loads = found
+            computed = sequence.computed + cached + external
+            tokens = sequence.num_tokens - computed
             carries_prefill = tokens > 1
-            if defer and carries_prefill:
-                break
-            if 0 < threshold < tokens:
-                tokens = threshold
-            if tokens > budget:
-                if not self.chunked_prefill:
+            if loads:
+                tokens = 0
+            else:
+                if defer and carries_prefill:
                     break
-                tokens = budget
-            if self.kv.aligned:
-                tokens = self.kv.align_chunk(sequence, cached, tokens)
-                if tokens == 0:
-                    break
+                if 0 < threshold < tokens:
+                    tokens = threshold
+                if tokens > budget:
+                    if not self.chunked_prefill:
+                        break
+                    tokens = budget
+                if self.kv.aligned:
+                    tokens = self.kv.align_chunk(sequence, cached, tokens)
+                    if tokens == 0:
+                        break
             reserve = self.watermark if self.runners else 0
-            if not self.kv.allocate_slots(sequence, tokens, cached, reserve):
-                break
-            self.queue.pop()
+            if remote is None:
+                if not self.kv.allocate_slots(sequence, tokens, cached, reserve):
+                    break
+            else:
+                others: cython.int = remote.reserved_blocks() if loads else 0
+                if not self.kv.allocate_remote(sequence, external + tokens, cached, reserve, others, loads):
+                    break
+                remote.allocated(sequence, asked, cached, external)
+            queue.pop()
+            if asked and self.count_admitted_lookups:
+                self.count_lookup(sequence, cached)
+            if asked and sequence.preemptions == 0:
+                sequence.cached_tokens = computed
+            if loads:
+                sequence.computed, sequence.status = computed, LOADING
+                remote.prefills[sequence] = None
+                passed = own(passed)
+                passed.append(sequence)
+                continue
             self.num_waiting -= 1
+            self.num_passed -= sequence.passed
+            sequence.aside = sequence.passed = False
             if self.cadence is not None and carries_prefill:
                 self.cadence.carries_prefill = True
-            if self.count_admitted_lookups:
-                self.count_lookup(sequence, cached)
             step.joined, step.joined_cached = own(step.joined), own(step.joined_cached)
             step.joined_again = own(step.joined_again)
             step.joined.append(sequence)
-            step.joined_cached.append(cached)
+            step.joined_cached.append(computed)
             step.joined_again.append(sequence.status == PREEMPTED)
-            if sequence.status == WAITING:
-                sequence.cached_tokens = cached
             sequence.status = RUNNING
-            sequence.computed = cached
+            sequence.computed = computed
             sequence.catch_up = sequence.num_tokens
+            if remote is not None and computed + tokens < sequence.num_tokens:
+                remote.prefills[sequence] = None
             self.own_runners().append(sequence)
             self.advance(step, sequence, tokens)
             budget -= tokens
+        if len(passed):
+            self.put_back(passed)
+        return 0
+
+    def next_queue(self) -> Any:
+        """The queue whose head comes next (kv_holding_waiting, or _select_waiting_queue_for_scheduling)."""
+        if not len(self.beside):
+            return self.queue
+        if self.holders_wait_apart or not self.priority or not len(self.queue):
+            return self.beside
+        return self.queue if self.queue.head().sort_key < self.beside.head().sort_key else self.beside
+
+    def put_back(self, passed: list) -> cython.int:
+        """Those that were passed over are the next ones to be looked at, in their order."""
+        sequence: Sequence
+        for sequence in reversed(passed):
+            sequence.aside = not self.holders_wait_apart or sequence.computed > 0 or sequence.status == LOADING
+            self.num_passed += not sequence.passed
+            sequence.passed = True
+            (self.beside if sequence.aside else self.queue).push_preempted(sequence)
         return 0
 
     def count_lookup(self, sequence: Sequence, hit_tokens: cython.int) -> cython.int:
@@ -441,6 +576,8 @@ class Scheduler:
             step.samplers.append(sequence)
             if self.is_async:
                 sequence.placeholders += 1
+            if self.remote is not None:
+                self.remote.prefills.pop(sequence, None)
 
     def in_window(self, tokens: cython.longlong) -> cython.longlong:
         """Of a sequence's tokens those that its newest attends to in a layer with a window."""
@@ -451,11 +588,13 @@ class Scheduler:
     def note_chunk(self, step: Step, sequence: Sequence, tokens: cython.int) -> None:
         step.chunks = own(step.chunks)
         step.chunks.append((tokens, sequence.computed))
-        if self.priority:
+        if self.names_chunks:
             step.prefilling = own(step.prefilling)
             step.prefilling.append(sequence)
 
     def note_scheduled(self, step: Step, sequence: Sequence, tokens: cython.int) -> None:
+        if self.remote is not None:
+            sequence.previous_tick, sequence.previous_tokens = sequence.scheduled_tick, sequence.scheduled_tokens
         sequence.scheduled_tick, sequence.scheduled_tokens = self.tick, tokens
         if self.trace:
             step.composition.append((sequence, tokens))
@@ -474,6 +613,8 @@ class Scheduler:
         i: cython.Py_ssize_t
         tokens: cython.int
         samplers: list = step.samplers
+        if self.remote is not None:
+            samplers = self.count_reports(step)
         for i in range(len(samplers)):
             sequence = cython.cast(Sequence, samplers[i])
             if (
@@ -490,6 +631,8 @@ class Scheduler:
                 continue
             if sequence.status == FINISHED:
                 continue  # while the step was in flight
+            if tick < sequence.drops_before:
+                continue  # it was preempted, and computes it again
             sequence.num_tokens += 1
             if sequence.token_tick == before:
                 steady += 1
@@ -511,11 +654,9 @@ class Scheduler:
             if sequence.num_tokens >= sequence.final_tokens:
                 if sequence.status == RUNNING:
                     left = True
-                    self.kv.free(sequence)
                 else:  # preempted while its last token was in flight
-                    self.queue.remove(sequence)
-                    self.num_waiting -= 1
-                self.forget(sequence)
+                    self.unqueue(sequence)
+                self.end(sequence, "finished")
                 step.leavers = own(step.leavers)
                 step.leavers.append(sequence)
         step.emitted, step.steady = emitted + steady, steady
@@ -527,4 +668,36 @@ class Scheduler:
                 if sequence.status != FINISHED:
                     still.append(sequence)
             self.runners, self.lent = still, False
+        if self.remote is not None:
+            self.follow_reports(step)
         return None
+
+    def count_reports(self, step: Step) -> list:
+        """A step is over, and its report says which loads have failed: whose tokens it has brought. Those that
+        end by it stand in ``step.failed``."""
+        void: list
+        if step.total_tokens:
+            self.remote.step_over(step.tick)
+        if step.transfers is None:
+            return step.samplers
+        void = self.remote.fail(step.transfers, self.beside.ordered(), self.runners, step.tick)
+        if not void:
+            return step.samplers
+        if not self.remote.recomputes:
+            step.failed = sorted(void, key=request_number)
+        return [sequence for sequence in step.samplers if sequence not in void]
+
+    def follow_reports(self, step: Step) -> cython.int:
+        """Who has failed ends; what was received may go on, and what was sent is given back."""
+        sequence: Sequence
+        for sequence in step.failed:
+            if sequence.status != FINISHED:
+                self.drop(sequence, "error")
+        if step.transfers is not None:
+            for sequence in self.remote.told(step.transfers, self.sequences):
+                self.forget(sequence)
+        return 0
+
+
+def request_number(sequence: Sequence) -> int:
+    return sequence.request_id

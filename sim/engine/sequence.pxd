@@ -6,27 +6,33 @@ cdef enum:
     RUNNING = 1
     PREEMPTED = 2
     FINISHED = 3
+    LOADING = 4  # waits for remote KV
 
 @cython.final
 cdef class Sequence:
     # what every step looks at, side by side
-    cdef int computed
+    cdef readonly int computed
     cdef int catch_up
     cdef int decodes_until
     cdef int kv_due
-    cdef int num_tokens
+    cdef readonly int num_tokens
     cdef int placeholders
     cdef int status
     cdef int final_tokens
     cdef long long token_tick
     # and the rest
     cdef int junction
-    cdef int limit
+    cdef readonly int limit
     cdef int blocks_end
     cdef int cached_end
     cdef int slot
     cdef long long scheduled_tick
     cdef int scheduled_tokens
+    cdef long long previous_tick
+    cdef int previous_tokens
+    cdef long long drops_before
+    cdef bint aside
+    cdef bint passed
     cdef readonly long long arrival
     cdef long long serial
     cdef Py_ssize_t row

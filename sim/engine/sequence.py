@@ -5,7 +5,7 @@ from __future__ import annotations
 import cython
 
 if not cython.compiled:  # else the constants of sequence.pxd
-    WAITING, RUNNING, PREEMPTED, FINISHED = range(4)
+    WAITING, RUNNING, PREEMPTED, FINISHED, LOADING = range(5)
 
 
 class Sequence:
@@ -16,7 +16,9 @@ class Sequence:
     matter of course. final_tokens: when it ends. catch_up: num_tokens at its last
     admission, which it has to compute before it decodes. token_tick: of the step that delivered its newest
     token. scheduled_tick, scheduled_tokens: with priorities or KV cache groups, its last step, and its tokens
-    there. slot: its row of the block table. blocks_end: tokens that its blocks hold. cached_end: tokens whose
+    there; with a connector also its step before that, in previous_tick and previous_tokens. drops_before: its
+    output of steps before this tick is void. aside: it waits beside the queue. passed: the last look at it
+    passed it over. slot: its row of the block table. blocks_end: tokens that its blocks hold. cached_end: tokens whose
     blocks have their hash. kv_due: the tokens at which its KV cache has something to do: a block more, one
     that is full, or one out of its window. junction: tokens up to which some KV cache group had a longer hit
     than all, 0 is none. row: in the table of outcomes, -1 outside of it.
@@ -32,7 +34,9 @@ class Sequence:
         self.computed = self.placeholders = self.catch_up = self.preemptions = 0
         self.blocks_end = self.cached_end = self.kv_due = self.scheduled_tokens = 0
         self.slot = self.cached_tokens = self.row = -1
-        self.token_tick = self.scheduled_tick = self.arrival = self.serial = -1
+        self.token_tick = self.scheduled_tick = self.previous_tick = self.arrival = self.serial = -1
+        self.drops_before = self.previous_tokens = 0
+        self.aside = self.passed = False
         self.queued = self.scheduled = self.ended = self.first_token = self.finish = -1
 
     @property

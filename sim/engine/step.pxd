@@ -16,9 +16,9 @@ cdef class Step:
     cdef readonly int emitted
     cdef long long start
     cdef long long end
-    cdef list samplers
+    cdef readonly list samplers
     cdef bint borrowed  # samplers, from the list of the running
-    cdef list prefilling
+    cdef readonly list prefilling
     cdef list joined
     cdef list joined_cached
     cdef list joined_again
@@ -26,3 +26,6 @@ cdef class Step:
     cdef list firsts
     cdef list leavers
     cdef list composition
+    cdef readonly list failed
+    cdef readonly object connector_meta
+    cdef public object transfers

@@ -18,8 +18,9 @@ class Step:
 
     samplers: sequences that sample a token, in the order of the batch. joined: those admitted and resumed,
     with what they found cached, and whether resumed. firsts, leavers: those that got their first or last
-    token. prefilling: with priorities, whose the chunks are. composition: with ``trace``, all and their
-    tokens. windowed: of decode_context, what layers with a window attend to, if the scheduler was told one.
+    token. failed: those that end with an error. prefilling: with priorities or a connector, whose the chunks
+    are. connector_meta: what the connector's workers are told; transfers: what they report (``Transfers``).
+    composition: with ``trace``, all and their tokens. windowed: of decode_context, what layers with a window attend to, if the scheduler was told one.
     """
 
     def __init__(self, tick: cython.longlong) -> None:
@@ -28,8 +29,9 @@ class Step:
         self.decode_context = self.windowed = self.start = self.end = 0
         self.chunks = self.gaps = self.samplers = self.prefilling = NOBODY
         self.joined = self.joined_cached = self.joined_again = self.victims = NOBODY
-        self.firsts = self.leavers = NOBODY
+        self.firsts = self.leavers = self.failed = NOBODY
         self.composition, self.borrowed = None, False
+        self.connector_meta = self.transfers = None
 
     @property
     def samples(self) -> int:

@@ -22,6 +22,9 @@ MODULES = (
     "block_pool",
     "kv_cache",
     "group_cache",
+    "connector",
+    "remote_rules",
+    "remote_kv",
     "scheduler",
 )
 

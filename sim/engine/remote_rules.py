@@ -1,0 +1,54 @@
+"""What differs between vLLM releases where a KV connector is there; ``rules`` has the rest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from servecast.sim.engine.rules import RELEASES, minor_release
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteRules:
+    """Rules of KV connectors that changed between releases. The functions are those of
+    ``vllm/v1/core/sched/scheduler.py``.
+
+    Attributes:
+        holders_wait_apart: of those who wait, who holds blocks comes first, and who was passed over goes back
+            to the front of its queue (kv_holding_waiting); before, whoever was passed over comes before all
+            others, or, by priority, in turn with them (skipped_waiting).
+        steps_while_sending: the engine goes on while blocks are kept for a connector (has_finished_requests).
+        reserves_for_prefills: an asynchronous load leaves the blocks that prefills and other loads still need
+            (_inflight_prefill_reserved_blocks).
+        defers_frees: where steps overlap and the connector consumes, blocks that a step in flight may write
+            are free only when that is over (defer_block_free).
+        spares_deferred: who has such blocks is not preempted, and the loop over the running ends there
+            (_request_blocks_can_be_freed).
+        drops_undelivered: a request preempted with output in flight drops it where the connector requires
+            delivery (requires_kv_delivery).
+    """
+
+    holders_wait_apart: bool
+    steps_while_sending: bool
+    reserves_for_prefills: bool
+    defers_frees: bool
+    spares_deferred: bool
+    drops_undelivered: bool
+
+
+REMOTE_RULE_SINCE = {
+    "holders_wait_apart": "0.31",
+    "steps_while_sending": "0.22",
+    "reserves_for_prefills": "0.23",
+    "defers_frees": "0.24",
+    "spares_deferred": "0.30",
+    "drops_undelivered": "0.27",
+}
+"""The first release that has a rule."""
+
+
+def remote_rules_for(version: str) -> RemoteRules:
+    """Those of a release in ``RELEASES``, or of its patches."""
+    position = RELEASES.index(minor_release(version))
+    return RemoteRules(
+        **{name: position >= RELEASES.index(since) for name, since in REMOTE_RULE_SINCE.items()}
+    )
