@@ -13,6 +13,7 @@ import cython
 from servecast.sim.engine.cadence import PrefillCadence
 from servecast.sim.engine.group_cache import GroupCache
 from servecast.sim.engine.kv_cache import KVCache
+from servecast.sim.engine.pipeline_rules import decode_stride, loras_of_all_running, stale_waits
 from servecast.sim.engine.remote_kv import RemoteKV
 from servecast.sim.engine.remote_rules import remote_rules_for
 from servecast.sim.engine.rules import rules_for
@@ -54,7 +55,15 @@ class Scheduler:
         self.is_async = config.async_scheduling
         self.adaptive = config.long_prefill_token_threshold_adaptive
         self.priority = config.scheduling_policy == "priority"
-        self.notes, self.marks = self.priority or trace, bool(config.kv_groups) or connector is not None
+        self.pipelined = config.pipeline_parallel_size > 1
+        self.stride, self.staggers = decode_stride(config)
+        self.stales = self.pipelined and stale_waits(config.version)
+        self.max_loras = config.max_loras
+        self.counts_running_loras = config.max_loras > 0 and loras_of_all_running(config.version)
+        self.holds_back = self.stales or self.max_loras > 0
+        self.clock = 0
+        self.notes = self.priority or trace or self.staggers
+        self.marks = bool(config.kv_groups) or connector is not None or self.pipelined or self.max_loras > 0
         self.names_chunks = self.priority or connector is not None
         self.max_tokens, self.max_model_len = config.max_num_batched_tokens, config.max_model_len
         self.max_running = min(config.max_num_seqs, config.max_num_active_seqs or config.max_num_seqs)
@@ -139,7 +148,7 @@ class Scheduler:
         Raises:
             InputError: the request could never run alone: longer than ``max_model_len`` or than the pool.
         """
-        return self.enter(
+        sequence: Sequence = self.enter(
             request.request_id,
             request.prompt_tokens,
             request.output_tokens,
@@ -148,6 +157,25 @@ class Scheduler:
             request.priority,
             arrival,
         )
+        sequence.adapter = request.adapter
+        if request.grammar:
+            self.wait_for_grammar(sequence, 1 << 62)
+        return sequence
+
+    def grammar_ready(self, request_id: Any) -> Any:
+        """The grammar of a request is compiled; an unknown or finished one is ignored."""
+        found: Any = self.sequences.get(request_id)
+        if found is not None:
+            sequence: Sequence = found
+            sequence.ready = 0
+        return None
+
+    def wait_for_grammar(self, sequence: Sequence, ready: cython.longlong) -> cython.int:
+        """It is not scheduled before ``clock`` reaches ``ready``: its grammar is compiled
+        (WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR)."""
+        sequence.ready, sequence.constrained = ready, True
+        self.holds_back = self.notes = True
+        return 0
 
     def enter(
         self,
@@ -332,6 +360,9 @@ class Scheduler:
             if sequence.placeholders > 0 and sequence.computed + 2 - sequence.placeholders >= sequence.limit:
                 index += 1  # its last token is being computed
                 continue
+            if self.staggers and self.tick < sequence.eligible:
+                index += 1  # the first stage gets its token later
+                continue
             # num_tokens_with_spec + num_output_placeholders - num_computed_tokens
             tokens = sequence.num_tokens + sequence.placeholders - sequence.computed
             if 0 < threshold < tokens:
@@ -397,6 +428,7 @@ class Scheduler:
         tokens: cython.int = victim.scheduled_tokens
         before: cython.int = victim.computed - tokens
         position: cython.Py_ssize_t
+        victim.eligible = 0
         step.total_tokens -= tokens
         if before >= victim.catch_up:
             step.decodes -= 1
@@ -424,6 +456,10 @@ class Scheduler:
             self.remote.prefills.pop(sequence, None)
             if self.remote.drops:
                 sequence.drops_before, sequence.placeholders = self.tick, 0
+        if self.stales:
+            sequence.placeholders, sequence.stale_tick = 0, sequence.scheduled_tick
+            if sequence.stale_tick == self.tick:  # withdrawn
+                sequence.stale_tick = sequence.previous_tick
         del self.own_runners()[position]
         sequence.computed = 0
         sequence.status = PREEMPTED
@@ -442,6 +478,7 @@ class Scheduler:
         sequence: Sequence
         remote: RemoteKV = self.remote
         queue: Any
+        adapters: Any = self.adapters_in(step) if self.max_loras else None
         passed: list = NOBODY
         cached: cython.int
         computed: cython.int
@@ -452,9 +489,13 @@ class Scheduler:
         asked: cython.bint
         carries_prefill: cython.bint
         while self.num_waiting > len(passed) and budget > 0 and len(self.runners) < self.max_running:
-            queue = self.queue if remote is None else self.next_queue()
+            queue = self.queue if remote is None and not self.holds_back else self.next_queue()
             sequence = queue.head()
             if sequence.status == LOADING and not remote.arrived(sequence):
+                passed = own(passed)
+                passed.append(queue.pop())
+                continue
+            if self.holds_back and self.held_back(sequence, adapters):
                 passed = own(passed)
                 passed.append(queue.pop())
                 continue
@@ -525,11 +566,42 @@ class Scheduler:
             if remote is not None and computed + tokens < sequence.num_tokens:
                 remote.prefills[sequence] = None
             self.own_runners().append(sequence)
+            if sequence.adapter and self.max_loras:
+                adapters[sequence.adapter] = None
             self.advance(step, sequence, tokens)
             budget -= tokens
         if len(passed):
             self.put_back(passed)
         return 0
+
+    def held_back(self, sequence: Sequence, adapters: Any) -> cython.bint:
+        """Whether it cannot go in this step for another reason than room: its grammar is not there, output of
+        it is in flight, or its adapter would be one too many."""
+        if sequence.ready > self.clock or sequence.stale_tick > self.kv.processed:
+            return True
+        if not self.max_loras or not sequence.adapter or sequence.adapter in adapters:
+            return False
+        return len(adapters) == self.max_loras
+
+    def adapters_in(self, step: Step) -> Any:
+        """LoRA adapters of the running requests that are in the step, or of all (Scheduler.schedule:
+        scheduled_loras).
+
+        Raises:
+            InputError: more than there are slots, which ends vLLM's engine.
+        """
+        sequence: Sequence
+        adapters: Any = {}
+        for sequence in self.runners:
+            if sequence.adapter and (self.counts_running_loras or sequence.scheduled_tick == self.tick):
+                adapters[sequence.adapter] = None
+        if len(adapters) > self.max_loras:
+            raise InputError(
+                f"a step has requests of {len(adapters)} LoRA adapters, for which vLLM's engine ends",
+                where="engine.max_loras",
+                fix="Raise it, or use version 0.33.",
+            )
+        return adapters
 
     def next_queue(self) -> Any:
         """The queue whose head comes next (kv_holding_waiting, or _select_waiting_queue_for_scheduling)."""
@@ -575,7 +647,11 @@ class Scheduler:
             step.samplers = own(step.samplers)
             step.samplers.append(sequence)
             if self.is_async:
+                if sequence.constrained and sequence.placeholders > 0:
+                    step.deferred = True
                 sequence.placeholders += 1
+            if self.staggers:
+                sequence.eligible = self.tick + self.stride
             if self.remote is not None:
                 self.remote.prefills.pop(sequence, None)
 
@@ -593,7 +669,7 @@ class Scheduler:
             step.prefilling.append(sequence)
 
     def note_scheduled(self, step: Step, sequence: Sequence, tokens: cython.int) -> None:
-        if self.remote is not None:
+        if self.remote is not None or self.pipelined:
             sequence.previous_tick, sequence.previous_tokens = sequence.scheduled_tick, sequence.scheduled_tokens
         sequence.scheduled_tick, sequence.scheduled_tokens = self.tick, tokens
         if self.trace:
@@ -607,7 +683,7 @@ class Scheduler:
         sequence: Sequence
         left: cython.bint = False
         tick: cython.longlong = step.tick
-        before: cython.longlong = tick - 1 if tick else -2  # -1 is nobody's
+        before: cython.longlong = tick - self.stride if tick >= self.stride else -2  # -1 is nobody's
         emitted: cython.int = 0
         steady: cython.int = 0
         i: cython.Py_ssize_t
@@ -646,7 +722,7 @@ class Scheduler:
                 step.gaps.append(sequence.token_tick)
             sequence.token_tick = tick
             if self.is_async:
-                if sequence.placeholders > 0:
+                if sequence.placeholders > 0 and tick > sequence.stale_tick:
                     sequence.placeholders -= 1
                 tokens = sequence.computed - sequence.placeholders
                 if tokens >= sequence.kv_due and sequence.status == RUNNING:

@@ -27,6 +27,11 @@ cdef class Sequence:
     cdef int cached_end
     cdef int slot
     cdef long long scheduled_tick
+    cdef long long eligible
+    cdef long long stale_tick
+    cdef int adapter
+    cdef long long ready
+    cdef bint constrained
     cdef int scheduled_tokens
     cdef long long previous_tick
     cdef int previous_tokens

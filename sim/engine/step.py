@@ -20,6 +20,7 @@ class Step:
     with what they found cached, and whether resumed. firsts, leavers: those that got their first or last
     token. failed: those that end with an error. prefilling: with priorities or a connector, whose the chunks
     are. connector_meta: what the connector's workers are told; transfers: what they report (``Transfers``).
+    deferred: it samples when the step before is complete, whose tokens a grammar needs.
     composition: with ``trace``, all and their tokens. windowed: of decode_context, what layers with a window attend to, if the scheduler was told one.
     """
 
@@ -30,7 +31,7 @@ class Step:
         self.chunks = self.gaps = self.samplers = self.prefilling = NOBODY
         self.joined = self.joined_cached = self.joined_again = self.victims = NOBODY
         self.firsts = self.leavers = self.failed = NOBODY
-        self.composition, self.borrowed = None, False
+        self.composition, self.borrowed, self.deferred = None, False, False
         self.connector_meta = self.transfers = None
 
     @property

@@ -25,6 +25,7 @@ MODULES = (
     "connector",
     "remote_rules",
     "remote_kv",
+    "pipeline_rules",
     "scheduler",
 )
 
