@@ -1,5 +1,6 @@
 # What is fixed of engine_loop.py where it is compiled.
 cimport cython
+from servecast.sim.engine.pipeline cimport Pipeline
 from servecast.sim.engine.scheduler cimport Scheduler
 from servecast.sim.engine.sequence cimport Sequence
 from servecast.sim.engine.step cimport Step
@@ -20,6 +21,10 @@ cdef class EngineLoop:
     cdef public int stage
     cdef public object after_step
     cdef public object on_first
+    cdef public Pipeline pipeline
+    cdef list later  # steps in flight behind the second
+    cdef int depth
+    cdef bint fills
     cdef readonly list inbox
     cdef long long[::1] request_ids
     cdef long long[::1] prompts
@@ -65,6 +70,7 @@ cdef class EngineLoop:
     cdef long long next_arrival(self) except *
     cdef int drain(self) except -1
     cdef bint launch(self, Step step) except? -1
+    cdef bint one_more(self, Step step) except? -1
     cdef int execute(self, Step step) except -1
     cdef int refuse(self) except -1
     cdef int deliver(self, Step step) except -1

@@ -7,6 +7,8 @@ from typing import Any
 import cython
 import numpy as np
 
+from servecast.sim.engine.pipeline import Pipeline
+from servecast.sim.engine.pipeline_rules import fills_with_empty_steps, max_concurrent_batches
 from servecast.sim.engine.scheduler import Scheduler
 from servecast.sim.engine.sequence import Sequence
 from servecast.sim.engine.step import Step
@@ -56,6 +58,7 @@ class EngineLoop:
         tell_ends: ``advance`` returns when requests have ended.
         ended: rows of requests that ended since they were last taken, where it tells.
         after_step: called with the time when a step has been completed, or None.
+        pipeline: the stages that a step passes, or None where it is one.
         on_first: called with a request's row and the time at which its first token comes, or None.
     """
 
@@ -82,7 +85,10 @@ class EngineLoop:
         self.aborts = self.stage = 0
         self.tell_ends, self.executing = True, False
         self.first = self.second = self.pending = None
-        self.after_step = self.on_first = None
+        self.after_step = self.on_first = self.pipeline = None
+        self.later = []
+        self.depth = max_concurrent_batches(scheduler.config)
+        self.fills = fills_with_empty_steps(scheduler.config.version)
         self.inbox, self.ended = [], []
         self.seen = np.zeros(1024, np.int64)
         self.num_seen = self.num_steps = self.num_gaps = 0
@@ -182,6 +188,8 @@ class EngineLoop:
                     self.now = step.end
                 self.executing = False
                 self.first, self.second = self.second, None
+                if self.later:
+                    self.second = self.later.pop(0)
                 scheduler.complete(step)
                 if self.after_step is not None:
                     self.after_step(self.now)
@@ -229,9 +237,24 @@ class EngineLoop:
         self.execute(step)
         if self.first is None:
             self.first = step
-        else:
+        elif self.second is None:
             self.second = step
+        else:
+            self.later.append(step)
+        if self.pipeline is not None:
+            return self.one_more(step)
         return self.is_async and self.second is None and step.total_tokens > 0
+
+    def one_more(self, step: Step) -> cython.bint:
+        """Whether a further step is decided behind this one before the oldest in flight is over
+        (EngineCore.step_with_batch_queue)."""
+        first: Step = self.first
+        in_flight: cython.Py_ssize_t = (self.second is not None) + 1 + len(self.later)
+        if in_flight >= self.depth or step.deferred:
+            return False
+        if self.fills:
+            return step.total_tokens > 0 or self.scheduler.goes_on()
+        return step.total_tokens > 0 and first.end > self.now
 
     def execute(self, step: Step) -> cython.int:
         scheduler: Scheduler = self.scheduler
@@ -242,15 +265,24 @@ class EngineLoop:
         at: cython.Py_ssize_t
         step.start = step.end = max(self.now, self.gpu_free)
         if not step.total_tokens:
-            if scheduler.num_waiting and not scheduler.runners:
+            if self.pipeline is not None:
+                self.pipeline.note(step, step.end)
+            if scheduler.num_waiting > scheduler.num_passed and not scheduler.runners and not step.victims:
                 self.refuse()
             return 0
         factor = next(self.noise)
-        seconds = self.costs.seconds(step) if self.costs is not None else self.step_seconds(step)
-        seconds = seconds * factor
-        if factor < 1.0:
-            seconds = max(seconds, cython.cast(cython.double, self.floor(step)))
-        self.gpu_free = step.end = step.start + cython.cast(cython.longlong, rint(seconds * PICOSECONDS))
+        if self.pipeline is not None:
+            if factor < 1.0:
+                seconds = self.step_seconds(step)
+                factor = max(factor, cython.cast(cython.double, self.floor(step)) / seconds)
+            seconds = self.pipeline.run(step, self.now, factor)
+            self.gpu_free = step.end
+        else:
+            seconds = self.costs.seconds(step) if self.costs is not None else self.step_seconds(step)
+            seconds = seconds * factor
+            if factor < 1.0:
+                seconds = max(seconds, cython.cast(cython.double, self.floor(step)))
+            self.gpu_free = step.end = step.start + cython.cast(cython.longlong, rint(seconds * PICOSECONDS))
         for i in range(len(step.joined)):
             sequence = step.joined[i]
             if sequence.scheduled < 0:
@@ -312,8 +344,8 @@ class EngineLoop:
             first, pace = self.read(first, pace, events, n)
         middle = first + pace * (n - 1) // 2
         spread = in_seconds(pace * (n - 1))
-        if step.steady and self.num_seen:
-            self.note_gap(middle - self.seen[self.num_seen - 1], step.steady, spread)
+        if step.steady and self.num_seen >= self.scheduler.stride:
+            self.note_gap(middle - self.seen[self.num_seen - self.scheduler.stride], step.steady, spread)
         for i in range(len(step.gaps)):
             tick = step.gaps[i]
             self.note_gap(middle - self.seen[tick], 1, spread)

@@ -174,6 +174,12 @@ class Scheduler:
         """It is not scheduled before ``clock`` reaches ``ready``: its grammar is compiled
         (WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR)."""
         sequence.ready, sequence.constrained = ready, True
+        sequence.passed = True
+        self.num_passed += 1
+        if not self.holders_wait_apart:  # _enqueue_waiting_request
+            self.queue.remove(sequence)
+            self.beside.push(sequence)
+            sequence.aside = True
         self.holds_back = self.notes = True
         return 0
 
