@@ -11,6 +11,7 @@ cpdef enum:  # what ``EngineLoop.advance`` came to
     BUSY = 1
     ENDED = 2
     ABORTS = 3
+    POLLING = 4
 
 @cython.final
 cdef class EngineLoop:
@@ -36,6 +37,13 @@ cdef class EngineLoop:
     cdef int[::1] content
     cdef long long[:, ::1] outcomes
     cdef public list ended
+    cdef public list lost
+    cdef readonly object connector
+    cdef public bint host_waits
+    cdef long long napped  # when the nap began
+    cdef int still  # empty steps in turn that had nothing to report
+    cdef bint napping
+    cdef bint executed  # whether the newest step has tokens
     cdef Scheduler scheduler
     cdef StepCosts costs
     cdef object step_seconds
@@ -65,6 +73,10 @@ cdef class EngineLoop:
 
     cpdef int take(self, Py_ssize_t row, long long time) except -1
     cpdef int advance(self, long long until) except? -1
+    cdef int advance_connected(self, long long until) except? -1
+    cdef int launch_connected(self, Step step) except -1
+    cdef long long next_poll(self) except *
+    cdef int refuse_stuck(self) except -1
     cdef int room_for_steps(self, Py_ssize_t count) except -1
     cdef int room_for_gaps(self, Py_ssize_t count) except -1
     cdef long long next_arrival(self) except *

@@ -19,13 +19,15 @@ if cython.compiled:
     from cython.cimports.libc.math import rint
 else:
     rint = round
-    IDLE, BUSY, ENDED, ABORTS = range(4)  # what ``EngineLoop.advance`` came to
+    IDLE, BUSY, ENDED, ABORTS, POLLING = range(5)  # what ``EngineLoop.advance`` came to
 
 PICOSECONDS = cython.declare(cython.double, 1e12)
 EXACT = cython.declare(cython.longlong, 1 << 53)  # integers below are doubles, too
 OUTCOMES = ("sent", "queued", "scheduled", "ended", "first_token", "finish", "cached_tokens", "preemptions")
 STEP_FIELDS = cython.declare(cython.int, 12)  # columns of a step's row
 GAP_FIELDS = cython.declare(cython.int, 4)
+POLL = cython.declare(cython.longlong, 1_000_000_000)  # EngineCore._process_engine_step: time.sleep(0.001)
+NEVER = cython.declare(cython.longlong, 1 << 62)
 
 
 def writable(values: Any) -> Any:
@@ -56,7 +58,10 @@ class EngineLoop:
         those. seen: by tick, when its tokens were read, on average.
         pending: a step that is decided, while the host warms up.
         tell_ends: ``advance`` returns when requests have ended.
-        ended: rows of requests that ended since they were last taken, where it tells.
+        ended: rows of requests that ended since they were last taken, where it tells. lost: of those that
+        ended with an error, for their KV cache could not be loaded.
+        connector: the scheduler's, or None. host_waits: its worker's host is busy until the step's end, so that
+        what ends meanwhile is in the step's report: on a CPU; on a GPU it asks when the step is launched.
         after_step: called with the time when a step has been completed, or None.
         pipeline: the stages that a step passes, or None where it is one.
         on_first: called with a request's row and the time at which its first token comes, or None.
@@ -89,7 +94,10 @@ class EngineLoop:
         self.later = []
         self.depth = max_concurrent_batches(scheduler.config)
         self.fills = fills_with_empty_steps(scheduler.config.version)
-        self.inbox, self.ended = [], []
+        self.inbox, self.ended, self.lost = [], [], []
+        self.connector, self.host_waits = scheduler.connector, False
+        self.napped = self.still = 0
+        self.napping = self.executed = False
         self.seen = np.zeros(1024, np.int64)
         self.num_seen = self.num_steps = self.num_gaps = 0
         self.steps, self.gaps = np.zeros((STEP_FIELDS, 1024), np.int64), np.zeros((GAP_FIELDS, 1024))
@@ -162,6 +170,7 @@ class EngineLoop:
             IDLE: nothing to do until something arrives. BUSY: call again at ``wake``. ENDED: requests have
             ended; the loop stands behind the step that ended them, at ``now``. ABORTS: the loop stands where
             it looks into its inbox, at ``now``, and finds that a client has gone, which is the host's.
+            POLLING: call again at ``wake``, or when something comes.
 
         Raises:
             InputError: a request can never run.
@@ -169,6 +178,8 @@ class EngineLoop:
         scheduler: Scheduler = self.scheduler
         sequence: Sequence
         step: Step
+        if self.connector is not None:
+            return self.advance_connected(until)
         while True:
             if self.pending is not None:
                 if self.resume >= until:
@@ -219,6 +230,124 @@ class EngineLoop:
             else:
                 self.executing = True
 
+    def advance_connected(self, until: cython.longlong) -> cython.int:
+        """``advance`` with a KV connector: while there are requests and nothing to compute, the loop goes on
+        with empty steps, one a millisecond (EngineCore.step, step_with_batch_queue, _process_engine_step);
+        those in which nothing can happen are left out."""
+        scheduler: Scheduler = self.scheduler
+        sequence: Sequence
+        step: Step
+        while True:
+            if self.pending is not None:
+                if self.resume >= until:
+                    self.wake = self.resume
+                    return BUSY
+                self.now = self.resume
+                step = self.pending
+                self.pending = None
+                self.launch_connected(step)
+                continue
+            if self.executing:
+                step = self.first
+                if step.end >= until:
+                    self.wake = step.end
+                    return BUSY
+                self.now = max(self.now, step.end)
+                self.executing = False
+                self.first, self.second = self.second, None
+                if self.host_waits:
+                    step.transfers = self.connector.get_finished(step.end)
+                    self.still = 0 if step.transfers is not None else self.still
+                scheduler.complete(step)
+                self.napping = not self.executed and scheduler.goes_on()
+                self.napped = self.now
+                if self.after_step is not None:
+                    self.after_step(self.now)
+                self.deliver(step)
+                for sequence in step.failed:
+                    sequence.ended = self.now
+                    self.book(sequence)
+                    self.lost.append(sequence.row)
+                if self.tell_ends and (step.leavers or self.lost):
+                    for sequence in step.leavers:
+                        self.ended.append(sequence.row)
+                    return ENDED
+            if self.napping:
+                self.wake = self.next_poll()
+                if self.wake == NEVER:
+                    self.refuse_stuck()
+                    self.napping = False
+                    return IDLE
+                if self.wake >= until:
+                    return POLLING
+                self.now, self.napping = self.wake, False
+            if self.first is None and self.inbox and not scheduler.goes_on():
+                self.now = max(self.now, self.next_arrival())
+            if self.now >= until:
+                self.wake = self.now
+                return BUSY
+            if self.inbox:
+                self.still = 0
+                if self.aborts:
+                    return ABORTS
+                self.drain()
+            if scheduler.goes_on():
+                step = scheduler.schedule()
+                if self.cold_start:
+                    self.resume, self.cold_start = self.now + self.cold_start, 0
+                    self.pending = step
+                else:
+                    self.launch_connected(step)
+            elif self.first is None:
+                return IDLE
+            else:
+                self.executed, self.executing = False, True
+
+    def launch_connected(self, step: Step) -> cython.int:
+        """Put a step on the GPU, be it empty, and see what comes next."""
+        wait: cython.double = self.connector.start_load_kv(step.connector_meta, self.now)
+        self.execute(step)
+        if wait > 0.0:
+            late: cython.longlong = self.now + cython.cast(cython.longlong, rint(wait * PICOSECONDS)) - step.start
+            if late > 0:  # the loads run while the step before does
+                step.end += late
+                if step.total_tokens:
+                    self.gpu_free = step.end
+                    self.step_floats[2, self.num_steps - 1] += in_seconds(late)
+        self.executed = step.total_tokens > 0
+        if not self.host_waits:
+            step.transfers = self.connector.get_finished(self.now)
+        self.still = 0 if self.executed or step.transfers is not None else self.still + 1
+        if self.first is None:
+            self.first = step
+        else:
+            self.second = step
+        self.executing = not (
+            self.is_async and self.second is None and (self.executed or self.scheduler.goes_on())
+        )
+        self.napping = not self.executing and not self.executed
+        self.napped = self.now
+        return 0
+
+    def next_poll(self) -> cython.longlong:
+        """When the loop wakes from its nap for a step in which something may happen; NEVER: for none."""
+        event: cython.longlong = self.napped
+        if self.still > 1:  # what could be reported was, and has been acted upon
+            event = self.connector.next_event(self.napped)
+            if self.inbox:
+                event = min(event, self.next_arrival())
+            if event >= NEVER:
+                return NEVER
+        return self.napped + max(1, (event - self.napped + POLL - 1) // POLL) * POLL
+
+    def refuse_stuck(self) -> cython.int:
+        """Nothing will happen by itself: if the queue's head waits for nobody else, it never goes."""
+        scheduler: Scheduler = self.scheduler
+        if scheduler.num_waiting and not scheduler.runners and not scheduler.num_passed:
+            if not scheduler.remote.held:
+                self.refuse()
+        return 0
+
     def next_arrival(self) -> cython.longlong:
         item: tuple = self.inbox[0]
         time: cython.longlong = item[0]
@@ -267,7 +396,12 @@ class EngineLoop:
         if not step.total_tokens:
             if self.pipeline is not None:
                 self.pipeline.note(step, step.end)
-            if scheduler.num_waiting > scheduler.num_passed and not scheduler.runners and not step.victims:
+            if (
+                self.connector is None
+                and scheduler.num_waiting > scheduler.num_passed
+                and not scheduler.runners
+                and not step.victims
+            ):
                 self.refuse()
             return 0
         factor = next(self.noise)

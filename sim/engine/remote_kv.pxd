@@ -11,6 +11,9 @@ cdef class RemoteKV:
     cdef bint defers
     cdef bint spares
     cdef bint drops
+    cdef bint forgets
+    cdef bint caches_processed
+    cdef bint skewed
     cdef bint reserves
     cdef bint steps_while_sending
     cdef dict prefills
@@ -31,6 +34,7 @@ cdef class RemoteKV:
     cdef object free(self, Sequence sequence, long long tick)
     cdef object step_over(self, long long tick)
     cdef bint keeps(self, Sequence sequence, object ending) except? -1
+    cdef int processed_tokens(self, Sequence sequence, long long tick)
     cdef list cut(self, list sequences, object invalid, long long tick, object evicted)
     cdef list fail(self, object report, list waiting, list running, long long tick)
     cdef list told(self, object transfers, dict sequences)

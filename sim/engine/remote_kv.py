@@ -28,7 +28,8 @@ class RemoteKV:
         prefills: who still prefills or loads, for what they still need. received, failed: whose load is over,
             and went wrong. held: requests that have ended and keep their blocks, how many.
         deferred: (tick, holder of blocks) to be freed when the step of that tick is over.
-        processed, last_step: ticks of the newest step with tokens that is complete, and that was decided.
+        skewed: somebody's output in flight is counted too high, for a step whose output was void, and what is
+        processed counts instead. processed, last_step: ticks of the newest step with tokens that is complete, and that was decided.
     """
 
     def __init__(self, connector: Any, kv: KVCache, config: Any) -> None:
@@ -45,6 +46,8 @@ class RemoteKV:
         self.spares = rules.spares_deferred
         self.drops = rules.drops_undelivered and connector.requires_kv_delivery
         self.reserves, self.steps_while_sending = rules.reserves_for_prefills, rules.steps_while_sending
+        self.forgets, self.caches_processed = rules.forgets_in_flight, rules.caches_processed
+        self.skewed = False
         self.prefills, self.received, self.failed = {}, set(), set()
         self.deferred = []
         self.processed = self.last_step = -1
@@ -128,6 +131,10 @@ class RemoteKV:
         self.held += kept or loading
         return kept or loading
 
+    def processed_tokens(self, sequence: Sequence, tick: cython.longlong) -> cython.int:
+        """Computed tokens, without those of steps after the one of ``tick``, which is over."""
+        return sequence.computed - (sequence.scheduled_tokens if sequence.scheduled_tick > tick else 0)
+
     # ---- failures
 
     def cut(self, sequences: list, invalid: Any, tick: cython.longlong, evicted: Any) -> list:
@@ -161,6 +168,7 @@ class RemoteKV:
                         if evicted is not None:
                             evicted.update(blocks[i:])
             if affected:
+                sequence.catch_up = sequence.num_tokens + sequence.placeholders  # computed once more
                 if not cut:
                     sequence.computed = before
                 found.append(sequence)
@@ -185,6 +193,7 @@ class RemoteKV:
             inside = self.cut(running, transfers.invalid_block_ids, tick, evicted)
         if self.recomputes:
             self.failed.update(aside)
+            self.skewed |= self.caches_processed and len(inside) > 0
             return inside
         for block in evicted:
             self.kv.pool.forget(block)

@@ -25,6 +25,10 @@ class RemoteRules:
             (_request_blocks_can_be_freed).
         drops_undelivered: a request preempted with output in flight drops it where the connector requires
             delivery (requires_kv_delivery).
+        forgets_in_flight: a preempted request forgets how much of its output is in flight
+            (num_output_placeholders), which a failed load has left too high.
+        caches_processed: with overlapping steps, blocks are found from when the steps that fill them are over
+            (update_from_output: num_in_flight_tokens); before, as far as no output is in flight.
     """
 
     holders_wait_apart: bool
@@ -33,6 +37,8 @@ class RemoteRules:
     defers_frees: bool
     spares_deferred: bool
     drops_undelivered: bool
+    forgets_in_flight: bool
+    caches_processed: bool
 
 
 REMOTE_RULE_SINCE = {
@@ -42,6 +48,8 @@ REMOTE_RULE_SINCE = {
     "defers_frees": "0.24",
     "spares_deferred": "0.30",
     "drops_undelivered": "0.27",
+    "forgets_in_flight": "0.27",
+    "caches_processed": "0.33",
 }
 """The first release that has a rule."""
 

@@ -26,6 +26,8 @@ if not cython.compiled:
     from servecast.sim.engine.sequence import FINISHED, LOADING, PREEMPTED, RUNNING, WAITING
     from servecast.sim.engine.step import own
 
+NOBODYS = cython.declare(cython.int, 1 << 30)  # more placeholders than any request has
+
 
 class Scheduler:
     """vLLM's V1 scheduler: who computes how many tokens in the next step, and on which KV blocks.
@@ -461,7 +463,9 @@ class Scheduler:
             self.remote.free(sequence, self.tick)
             self.remote.prefills.pop(sequence, None)
             if self.remote.drops:
-                sequence.drops_before, sequence.placeholders = self.tick, 0
+                sequence.drops_before = self.tick
+            if self.remote.forgets:
+                sequence.placeholders = 0
         if self.stales:
             sequence.placeholders, sequence.stale_tick = 0, sequence.scheduled_tick
             if sequence.stale_tick == self.tick:  # withdrawn
@@ -694,16 +698,18 @@ class Scheduler:
         steady: cython.int = 0
         i: cython.Py_ssize_t
         tokens: cython.int
+        least: cython.int = self.is_async  # placeholders of who has nothing else to be looked at
         samplers: list = step.samplers
         if self.remote is not None:
             samplers = self.count_reports(step)
+            least = NOBODYS if self.remote.skewed else least
         for i in range(len(samplers)):
             sequence = cython.cast(Sequence, samplers[i])
             if (
                 sequence.token_tick == before
                 and sequence.num_tokens + 1 < sequence.final_tokens
                 and sequence.status == RUNNING
-                and sequence.placeholders >= self.is_async
+                and sequence.placeholders >= least
                 and sequence.computed - sequence.placeholders + 1 < sequence.kv_due
             ):  # one more token, as in the step before
                 sequence.num_tokens += 1
@@ -731,6 +737,8 @@ class Scheduler:
                 if sequence.placeholders > 0 and tick > sequence.stale_tick:
                     sequence.placeholders -= 1
                 tokens = sequence.computed - sequence.placeholders
+                if least == NOBODYS:
+                    tokens = self.remote.processed_tokens(sequence, tick)
                 if tokens >= sequence.kv_due and sequence.status == RUNNING:
                     self.kv.cache_blocks(sequence, tokens)
             if sequence.num_tokens >= sequence.final_tokens:

@@ -60,7 +60,7 @@ class Step:
 
     @property
     def finished(self) -> list[int]:
-        return [s.request_id for s in self.leavers]
+        return [s.request_id for s in [*self.leavers, *self.failed]]
 
     @property
     def idle_s(self) -> float:

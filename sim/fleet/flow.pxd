@@ -1,6 +1,6 @@
 # What is fixed of flow.py where it is compiled.
 cimport cython
-from servecast.sim.engine.engine_loop cimport ABORTS, BUSY, ENDED, EngineLoop
+from servecast.sim.engine.engine_loop cimport ABORTS, BUSY, ENDED, POLLING, EngineLoop
 
 @cython.final
 cdef class Sender:
@@ -32,7 +32,10 @@ cdef class Server:
     cdef dict inside  # rows that were sent to it and have not ended, in order
     cdef bint idle
     cdef bint failed
+    cdef bint polling
+    cdef long long due  # with a connector: when its engine goes on, if nobody wakes it
 
+    cdef bint connected(self)
     cdef long long varied(self, double seconds) except *
     cdef int advance(self, long long until) except? -1
     cdef long long wake(self) except *
@@ -87,6 +90,7 @@ cdef class Flow:
     cdef int encode(self, Server server, Py_ssize_t row) except -1
     cdef int put(self, Py_ssize_t row) except -1
     cdef int wake(self, Server server, Py_ssize_t index) except -1
+    cdef int take_lost(self, Server server, Py_ssize_t index) except -1
     cdef int run_engine(self, Py_ssize_t index) except -1
     cdef int drain(self, Server server, Py_ssize_t index) except -1
     cdef int take_ended(self, Server server, Py_ssize_t index) except -1

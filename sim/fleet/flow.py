@@ -24,7 +24,7 @@ from servecast.sim.routing.routers import LOOKS_AT_NONE
 if cython.compiled:
     from cython.cimports.libc.math import rint
 else:
-    from servecast.sim.engine.engine_loop import ABORTS, BUSY, ENDED
+    from servecast.sim.engine.engine_loop import ABORTS, BUSY, ENDED, POLLING
 
     rint = round
 
@@ -52,6 +52,7 @@ ENGINE = cython.declare(cython.int, 10)
 
 NOT_READY = "no replica was ready (503)"
 UNPICKED = "the router let no replica pass (503)"
+NOT_LOADED = "its KV cache could not be loaded"
 REFUSED = "sent to a replica that had failed before the router knew"
 
 
@@ -83,11 +84,16 @@ class Server:
         self.tokenizer_free = self.busy_until = 0
         self.rounds, self.inside = [], {}
         self.idle, self.failed = True, False
+        self.polling, self.due = False, -1
         self.inbox, self.compiled = loop.inbox, loop if isinstance(loop, EngineLoop) else None
 
     def varied(self, seconds: cython.double) -> cython.longlong:
         factor: cython.double = 1.0 if self.variation is None else next(self.variation)
         return cython.cast(cython.longlong, rint(seconds * factor * PICOSECONDS))
+
+    def connected(self) -> cython.bint:
+        """Whether its engine has a KV connector."""
+        return self.compiled is not None and self.compiled.connector is not None
 
     def advance(self, until: cython.longlong) -> cython.int:
         return self.loop.advance(until) if self.compiled is None else self.compiled.advance(until)
@@ -132,7 +138,7 @@ class Flow:
         server: Server
         self.requests, self.servers, self.ready = requests, servers, ready
         self.send, self.router, self.ended, self.answered = send, router, ended, answered
-        self.quiet, self.ordered = quiet, ordered
+        self.quiet, self.ordered = quiet and not any(each.connected() for each in servers), ordered
         self.looks = router is not None and not isinstance(router, LOOKS_AT_NONE)
         self.heap, self.senders, self.finished, self.order = [], [], [], []
         self.objects, self.failures = {}, {}
@@ -488,7 +494,16 @@ class Flow:
             server.idle = False
             server.loop.now = self.now
             self.push(self.now, LAST, ENGINE, index)
+        elif server.polling:
+            self.push(self.now, LAST, ENGINE, index)
+        else:
+            return 0
+        server.polling, server.due = False, self.now
         return 0
+
+    def wake_server(self, index: int) -> None:
+        """What its connector answers has changed from outside."""
+        self.wake(self.servers[index], index)
 
     def run_engine(self, index: cython.Py_ssize_t) -> cython.int:
         """An engine goes on, up to the next event of anybody."""
@@ -496,7 +511,7 @@ class Flow:
         until: cython.longlong
         state: cython.int
         event: tuple
-        if server.failed:
+        if server.failed or (server.connected() and server.due != self.now):  # it was woken earlier
             return 0
         while True:
             until = self.until
@@ -510,8 +525,9 @@ class Flow:
                 self.take_ended(server, index)
             elif state == ABORTS:
                 self.drain(server, index)
-            elif state == BUSY:
-                self.push(server.wake(), LAST, ENGINE, index)
+            elif state == BUSY or state == POLLING:
+                server.polling, server.due = state == POLLING, server.wake()
+                self.push(server.due, LAST, ENGINE, index)
                 return 0
             else:
                 server.idle = True
@@ -541,6 +557,8 @@ class Flow:
         number: cython.Py_ssize_t
         sender: Sender
         server.loop.ended = []
+        if server.connected():
+            self.take_lost(server, index)
         for row in ended:
             del server.inside[row]
             self.status[row] = _FINISHED
@@ -557,6 +575,15 @@ class Flow:
                 self.push(finish, 0, DONE, row)
             else:
                 self.done(row)
+        return 0
+
+    def take_lost(self, server: Server, index: cython.Py_ssize_t) -> cython.int:
+        """Requests that ended with an error."""
+        lost: list = server.compiled.lost
+        server.compiled.lost = []
+        for row in lost:
+            self.failures[NOT_LOADED] = self.failures.get(NOT_LOADED, 0) + 1
+            self.end(server, index, row, _FAILED)
         return 0
 
     def end(

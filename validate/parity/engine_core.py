@@ -59,6 +59,10 @@ class Engine(Protocol):
     def prefix_queries(self) -> int: ...
     @property
     def prefix_hits(self) -> int: ...
+    @property
+    def external_queries(self) -> int: ...  # of a connector
+    @property
+    def external_hits(self) -> int: ...
 
     def free_list(self, limit: int) -> list[int]: ...
     def block_ids(self, request_id: int) -> list[int]: ...
@@ -67,6 +71,9 @@ class Engine(Protocol):
     def grammar_ready(self, request_id: int) -> None: ...
     def schedule(self) -> Any: ...
     def complete(self, step: Any) -> None: ...
+
+    def execute(self, step: Any) -> None:
+        """With a connector: the step runs, and what has been transferred by then is part of its output."""
 
 
 def decisions(engine: Engine, scenario: dict[str, Any], *, observed: bool = True) -> Iterator[dict[str, Any]]:
@@ -87,6 +94,7 @@ def decisions(engine: Engine, scenario: dict[str, Any], *, observed: bool = True
     counted = observed and len(sizes) < 2
     grammars = deque(scenario["grammars"])
     depth, fills = scenario["depth"], scenario["fills"]
+    remote = scenario["remote"] is not None
     batch_queue: deque[tuple[int, Step]] = deque()
     clock = steps = 0
     while arrivals or batch_queue or engine.has_requests:
@@ -104,7 +112,9 @@ def decisions(engine: Engine, scenario: dict[str, Any], *, observed: bool = True
                 return
             steps += 1
             step = engine.schedule()
-            yield {"schedule": clock, **_composition(engine, step, observed), **_state(engine, counted)}
+            if remote:
+                engine.execute(step)
+            yield {"schedule": clock, **_composition(engine, step, observed), **_state(engine, counted, remote)}
             batch_queue.append((clock, step))
             clock += 1
             oldest_done = not fills and batch_queue[0][1].total_tokens == 0
@@ -115,7 +125,7 @@ def decisions(engine: Engine, scenario: dict[str, Any], *, observed: bool = True
         while in_flight and in_flight[0]["step"] < clock:
             engine.abort(in_flight.popleft()["request_id"])
         engine.complete(step)
-        yield {"complete": number, **_outcome(engine, step), **_state(engine, counted)}
+        yield {"complete": number, **_outcome(engine, step, remote), **_state(engine, counted, remote)}
 
 
 def _composition(engine: Engine, step: Step, observed: bool) -> dict[str, Any]:
@@ -134,8 +144,10 @@ def _composition(engine: Engine, step: Step, observed: bool) -> dict[str, Any]:
     return composition
 
 
-def _outcome(engine: Engine, step: Step) -> dict[str, Any]:
+def _outcome(engine: Engine, step: Step, remote: bool) -> dict[str, Any]:
+    external = [engine.external_queries, engine.external_hits] if remote else []
     return {
+        "external": external,
         "finished": step.finished,
         "emitted": step.emitted,
         "prefix_queries": engine.prefix_queries,
@@ -144,13 +156,16 @@ def _outcome(engine: Engine, step: Step) -> dict[str, Any]:
     }
 
 
-def _state(engine: Engine, counted: bool) -> dict[str, Any]:
+def _state(engine: Engine, counted: bool, remote: bool) -> dict[str, Any]:
     state: dict[str, Any] = {
         "running": engine.running,
         "waiting": engine.waiting,
         "free_blocks": engine.free_blocks,
         "free_list": engine.free_list(FREE_LIST_HEAD),
     }
+    if remote:
+        held = [[request_id, engine.block_ids(request_id)] for request_id in engine.waiting]
+        state["waiting_blocks"] = [[request_id, blocks] for request_id, blocks in held if blocks]
     if counted:
         state["cached_blocks"] = engine.cached_blocks
     return state

@@ -21,6 +21,7 @@ from servecast.sim.engine.request import Request, content_of_adapter
 from servecast.sim.engine.rules import RULES
 from servecast.sim.engine.scheduler import Scheduler
 from servecast.validate.parity.engine_core import decisions
+from servecast.validate.parity.remote import Connected
 from servecast.validate.parity.scenarios import Scenario
 from servecast.validate.parity.vllm_process import VllmProcess, release
 
@@ -203,6 +204,8 @@ def our_decisions(
     """The simulator's decisions, under the rule set of vLLM ``rules``."""
     config = dataclasses.replace(scenario.config, version=rules)
     engine = make_scheduler(config, trace=True) if observed else make_scheduler(config)
+    if scenario.remote is not None:
+        engine = Connected(make_scheduler, config, scenario.remote, trace=observed)
     return decisions(engine, _as_dict(scenario), observed=observed)
 
 
@@ -219,6 +222,7 @@ def _as_dict(scenario: Scenario) -> dict[str, Any]:
         ],
         "aborts": [dataclasses.asdict(abort) for abort in scenario.aborts],
         "max_steps": scenario.max_steps,
+        "remote": scenario.remote,
     }
 
 

@@ -63,13 +63,15 @@ class Grammar:
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """What happens to one engine. Arrivals and aborts stand in the order in which they happen."""
+    """What happens to one engine. Arrivals and aborts stand in the order in which they happen. remote: of its
+    KV connector ``role``, failure ``policy`` and the ``plans`` of a ``FakeStore``, or None."""
 
     name: str
     config: EngineConfig
     arrivals: tuple[Arrival, ...]
     aborts: tuple[Abort, ...] = ()
     max_steps: int = MAX_STEPS
+    remote: dict[str, Any] | None = None
     grammars: tuple[Grammar, ...] = ()
 
     @property
@@ -96,6 +98,7 @@ class Scenario:
                 aborts=tuple(Abort(**abort) for abort in data["aborts"]),
                 max_steps=data["max_steps"],
                 grammars=tuple(Grammar(**grammar) for grammar in data.get("grammars", ())),
+                remote=data.get("remote"),
             )
         except (ValueError, TypeError, KeyError) as error:
             raise InputError(

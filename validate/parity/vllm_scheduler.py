@@ -30,6 +30,7 @@ from engine_core import decisions  # type: ignore[import-not-found]
 from vllm.config import (
     CacheConfig,
     DeviceConfig,
+    KVTransferConfig,
     ModelConfig,
     ParallelConfig,
     SchedulerConfig,
@@ -52,7 +53,7 @@ from vllm.v1.kv_cache_interface import (
     MambaSpec,
     SlidingWindowSpec,
 )
-from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus, StructuredOutputRequest
 from vllm.v1.structured_output import StructuredOutputManager
 
@@ -89,6 +90,7 @@ class Step:
     chunks: tuple[()] = ()
     finished: list[int] = field(default_factory=list)
     emitted: int = 0
+    report: KVConnectorOutput | None = None
 
     @property
     def total_tokens(self) -> int:
@@ -108,13 +110,14 @@ class VllmEngine:
     Args:
         config: the fields of servecast's EngineConfig.
         model: folder with a config.json.
+        remote: the scenario's connector, or None.
 
     Raises:
         ValueError: this vLLM has no such option.
     """
 
-    def __init__(self, config: dict[str, Any], model: str) -> None:
-        vllm_config = _vllm_config(config, model)
+    def __init__(self, config: dict[str, Any], model: str, remote: dict[str, Any] | None = None) -> None:
+        vllm_config = _vllm_config(config, model, remote)
         groups = config["kv_groups"] or [{"kind": "full", "block_size": config["block_size"]}]
         hash_block = _hash_block(config, groups)
         kv_cache = KVCacheConfig(
@@ -147,14 +150,23 @@ class VllmEngine:
         self.victims: list[int] = []
         self.prefix_queries = 0  # tokens, as vLLM's counters have them: without preempted requests
         self.prefix_hits = 0
+        self.external_queries = self.external_hits = 0
         self.outputs: dict[str, int] = {}  # request -> tokens that the model will produce
         self.preempt = self.scheduler._preempt_request
         self.scheduler._preempt_request = self._preempt_and_note
+        self.finish = self.scheduler.finish_requests
+        self.scheduler.finish_requests = self._finish_in_order
 
     def _preempt_and_note(self, request: Request, *args: Any, **kwargs: Any) -> None:
         # SchedulerOutput.preempted_req_ids is a set: the order of victims is seen here only
         self.victims.append(int(request.request_id))
         self.preempt(request, *args, **kwargs)
+
+    def _finish_in_order(self, names: Any, status: Any) -> Any:
+        # those of a set end in the order of its hashes, which differs from run to run
+        if not isinstance(names, set):
+            return self.finish(names, status)
+        return [ended for name in sorted(names) for ended in self.finish(name, status)]
 
     def add(self, asked: dict[str, Any], arrival: int) -> None:
         stops = asked["output_tokens"] < asked["max_tokens"]
@@ -214,6 +226,14 @@ class VllmEngine:
             deferred=bool(output.pending_structured_output_tokens),
         )
 
+    def execute(self, step: Step) -> None:
+        report = self.scheduler.connector.store.step()
+        step.report = KVConnectorOutput(
+            finished_recving=[_name(request_id) for request_id in report["received"]],
+            finished_sending=[_name(request_id) for request_id in report["sent"]],
+            invalid_block_ids=set(report["invalid"]),
+        )
+
     def complete(self, step: Step) -> None:
         names = list(step.output.num_scheduled_tokens)
         model_output = ModelRunnerOutput(
@@ -223,6 +243,7 @@ class VllmEngine:
             logprobs=None,
             prompt_logprobs_dict={},
             pooler_output=[],
+            kv_connector_output=step.report,
         )
         by_client = self.scheduler.update_from_output(step.output, model_output)
         outputs = [output for client in by_client.values() for output in client.outputs]
@@ -231,8 +252,14 @@ class VllmEngine:
                 stats = client.scheduler_stats.prefix_cache_stats
                 self.prefix_queries += stats.queries
                 self.prefix_hits += stats.hits
+                outside = client.scheduler_stats.connector_prefix_cache_stats
+                if outside is not None:
+                    self.external_queries += outside.queries
+                    self.external_hits += outside.hits
         step.emitted = sum(len(output.new_token_ids) for output in outputs)
-        step.finished = [int(output.request_id) for output in outputs if output.finish_reason is not None]
+        ended = [output for output in outputs if output.finish_reason is not None]
+        failed = sorted(int(o.request_id) for o in ended if o.finish_reason.name == "ERROR")  # from a set
+        step.finished = [int(o.request_id) for o in ended if o.finish_reason.name != "ERROR"] + failed
 
     def _token(self, name: str) -> int:
         """The next output token: the stop token where the model stops, else one that occurs nowhere else."""
@@ -254,9 +281,9 @@ class VllmEngine:
 
     @property
     def waiting(self) -> list[int]:
-        first = getattr(self.scheduler, "kv_holding_waiting", None)
-        first = self.scheduler.skipped_waiting if first is None else first
-        return [int(request.request_id) for queue in (first, self.scheduler.waiting) for request in queue]
+        beside = ("kv_holding_waiting", "skipped_waiting")
+        queues = [getattr(self.scheduler, name, ()) for name in (*beside, "waiting")]
+        return [int(request.request_id) for queue in queues for request in queue]
 
     @property
     def free_blocks(self) -> int:
@@ -363,7 +390,7 @@ def _retention(config: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def _vllm_config(config: dict[str, Any], model: str) -> VllmConfig:
+def _vllm_config(config: dict[str, Any], model: str, remote: dict[str, Any] | None) -> VllmConfig:
     options = {
         "max_num_seqs": config["max_num_seqs"],
         "max_num_batched_tokens": config["max_num_batched_tokens"],
@@ -400,6 +427,7 @@ def _vllm_config(config: dict[str, Any], model: str) -> VllmConfig:
             block_size=config["block_size"], enable_prefix_caching=config["enable_prefix_caching"]
         ),
         parallel_config=ParallelConfig(),
+        **_connector(remote),
         device_config=DeviceConfig("cpu"),
     )
     vllm_config.cache_config.num_gpu_blocks = config["num_gpu_blocks"]
@@ -415,6 +443,19 @@ def _vllm_config(config: dict[str, Any], model: str) -> VllmConfig:
     for name in options.keys() - {"max_model_len", "is_encoder_decoder"}:
         setattr(vllm_config.scheduler_config, name, options[name])
     return vllm_config
+
+
+def _connector(remote: dict[str, Any] | None) -> dict[str, Any]:
+    if remote is None:
+        return {}
+    connector = KVTransferConfig(
+        kv_connector="FakeConnector",
+        kv_connector_module_path="vllm_connector",
+        kv_role=remote["role"],
+        kv_load_failure_policy=remote["policy"],
+        kv_connector_extra_config={"plans": remote["plans"]},
+    )
+    return {"kv_transfer_config": connector}
 
 
 def _name(request_id: int) -> str:
@@ -443,7 +484,9 @@ def main() -> None:
             scenario = json.loads(line)
             try:
                 answer: dict[str, Any] = {
-                    "decisions": list(decisions(VllmEngine(scenario["config"], model), scenario))
+                    "decisions": list(
+                        decisions(VllmEngine(scenario["config"], model, scenario["remote"]), scenario)
+                    )
                 }
             except Exception as error:
                 answer = {"error": f"{type(error).__name__}: {error}"}

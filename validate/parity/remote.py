@@ -1,0 +1,130 @@
+"""Scenarios with a KV connector, and the simulator's half of its fake store."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from servecast.sim.engine.connector import NEVER, Ending, FailurePolicy, Role, Transfers
+from servecast.sim.engine.scheduler import Scheduler
+from servecast.sim.engine.sequence import Sequence
+from servecast.sim.engine.step import Step
+from servecast.validate.parity.fake_store import FakeStore
+from servecast.validate.parity.scenarios import Pick, Scenario, draw_scenario, recorded_picks
+
+MAX_STEPS = 600
+
+
+class StoreConnector:
+    """The connector of a scenario, answering from a ``FakeStore``; see ``Connector``."""
+
+    def __init__(self, remote: dict[str, Any]) -> None:
+        self.role: Role = remote["role"]
+        self.load_failure_policy: FailurePolicy = remote["policy"]
+        self.requires_kv_delivery = self.role != "kv_consumer"
+        self.store = FakeStore(remote["plans"])
+
+    def bind(self, scheduler: Scheduler) -> None:
+        self._scheduler, self._block = scheduler, scheduler.config.block_size
+
+    def on_new_request(self, sequence: Sequence) -> None:
+        pass
+
+    def get_num_new_matched_tokens(
+        self, sequence: Sequence, num_computed_tokens: int
+    ) -> tuple[int, bool] | None:
+        return self.store.match(
+            sequence.request_id,
+            sequence.prompt_tokens,
+            sequence.num_tokens,
+            num_computed_tokens,
+            self._block,
+        )
+
+    def update_state_after_alloc(self, sequence: Sequence, num_external_tokens: int) -> None:
+        blocks = self._scheduler.block_ids(sequence.request_id)
+        self.store.allocated(sequence.request_id, blocks, num_external_tokens, self._block)
+
+    def build_connector_meta(self, step: Step) -> None:
+        pass
+
+    def request_finished(self, sequence: Sequence, ending: Ending) -> bool:
+        return self.store.finished(sequence.request_id, ending == "finished")
+
+    def update_connector_output(self, transfers: Transfers) -> None:
+        pass
+
+    def start_load_kv(self, meta: Any, now: int) -> float:
+        return 0.0
+
+    def get_finished(self, now: int) -> Transfers | None:
+        report = self.store.step()
+        return Transfers(
+            finished_recving=tuple(report["received"]),
+            finished_sending=tuple(report["sent"]),
+            invalid_block_ids=frozenset(report["invalid"]),
+        )
+
+    def next_event(self, now: int) -> int:
+        return now + 1 if self.store.due else NEVER
+
+
+def remote_scenarios(version: str, seed: int, count: int) -> Iterator[Scenario]:
+    """As ``random_scenarios``, each with a connector."""
+    for index in range(count):
+        yield draw_remote(recorded_picks(seed, index)[0], version, f"remote-{version}-{seed}-{index}")
+
+
+def draw_remote(pick: Pick, version: str, name: str) -> Scenario:
+    """A random scenario in which some, or most, requests have KV cache elsewhere or are wanted there.
+
+    With an interval between prefills no synchronous load fails: whether such a request counts as decoding
+    until it is scheduled again is not modelled.
+    """
+    plain = draw_scenario(pick, version, name)
+    config = plain.config
+    role: Role = ("kv_consumer", "kv_both", "kv_producer")[pick(0, 2)]
+    policy: Literal["fail", "recompute"] = ("recompute", "fail")[pick(0, 1)]
+    many, failing = pick(0, 2), pick(0, 3)
+    modes = pick(0, 3)  # async alone, or both
+    plans: dict[str, dict[str, Any]] = {}
+    for arrival in plain.arrivals:
+        request = arrival.request
+        if pick(0, 3) > many + 1:
+            continue
+        mode = "sync" if pick(0, 3) < modes else "async"
+        fails = pick(0, 5) < failing and not (mode == "sync" and config.prefill_schedule_interval > 1)
+        remote = request.prompt_tokens if pick(0, 1) else pick(0, request.prompt_tokens)
+        plans[str(request.request_id)] = {
+            "remote": 0 if role == "kv_producer" and pick(0, 1) else remote,
+            "mode": mode,
+            "steps": pick(0, 12),
+            "later": pick(0, 4) if pick(0, 3) == 3 else 0,
+            "again": pick(0, 1) == 1,
+            "fail": pick(0, 3) if fails else None,
+            "hold": pick(0, 15) if role != "kv_consumer" and pick(0, 1) else 0,
+        }
+    room = pick(0, 2)  # what waits and what has ended hold blocks, too
+    return dataclasses.replace(
+        plain,
+        config=dataclasses.replace(
+            config, num_gpu_blocks=config.num_gpu_blocks + room * config.num_gpu_blocks // 2
+        ),
+        remote={"role": role, "policy": policy, "plans": plans},
+        max_steps=MAX_STEPS,
+    )
+
+
+class Connected:
+    """The simulator's scheduler with the connector of a scenario, for ``engine_core.decisions``."""
+
+    def __init__(self, make: Any, config: Any, remote: dict[str, Any], *, trace: bool) -> None:
+        self.connector = StoreConnector(remote)
+        self.engine = make(config, self.connector, trace=trace)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.engine, name)
+
+    def execute(self, step: Any) -> None:
+        step.transfers = self.connector.get_finished(0)
