@@ -56,6 +56,7 @@ from vllm.v1.kv_cache_interface import (
 from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus, StructuredOutputRequest
 from vllm.v1.structured_output import StructuredOutputManager
+from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
 
 LONGEST_MODEL_LEN = 1 << 20
 STOP_TOKEN = 7  # no other token is below FIRST_TOKEN
@@ -307,7 +308,7 @@ class VllmEngine:
         return groups if self.grouped else groups[0]
 
 
-class _Anything:
+class _Anything(StructuredOutputGrammar):
     """A grammar that any token follows."""
 
     def accept_tokens(self, request_id: str, tokens: list[int]) -> bool:
@@ -315,6 +316,9 @@ class _Anything:
 
     def is_terminated(self) -> bool:
         return False
+
+
+_Anything.__abstractmethods__ = frozenset()  # what else a grammar can, the scheduler does not ask for
 
 
 def _await_grammar(request: Request) -> None:
