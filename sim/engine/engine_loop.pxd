@@ -71,6 +71,7 @@ cdef class EngineLoop:
     cdef double[:, ::1] gaps
     cdef Py_ssize_t num_gaps
 
+    cpdef object use(self, Pipeline pipeline)
     cpdef int take(self, Py_ssize_t row, long long time) except -1
     cpdef int advance(self, long long until) except? -1
     cdef int advance_connected(self, long long until) except? -1

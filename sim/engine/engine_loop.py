@@ -103,6 +103,15 @@ class EngineLoop:
         self.steps, self.gaps = np.zeros((STEP_FIELDS, 1024), np.int64), np.zeros((GAP_FIELDS, 1024))
         self.step_floats = np.asarray(self.steps).view(np.float64)
 
+    def use(self, pipeline: Pipeline) -> Any:
+        """Steps pass these stages."""
+        stage: StepCosts
+        self.pipeline = pipeline
+        for stage in pipeline.stages:
+            if stage.window:
+                self.scheduler.window, self.scheduler.chunked = stage.window, stage.chunked
+        return None
+
     @property
     def step_columns(self) -> Any:
         """(fields, steps): a row for each of ``records.STEP_COLUMNS``, floats by their bits."""

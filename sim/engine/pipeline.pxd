@@ -1,6 +1,7 @@
 # What is fixed of pipeline.py where it is compiled.
 cimport cython
 from servecast.sim.engine.step cimport Step
+from servecast.sim.engine.step_costs cimport StepCosts
 
 @cython.final
 cdef class Pipeline:

@@ -7,6 +7,7 @@ from typing import Any
 import cython
 
 from servecast.sim.engine.step import Step
+from servecast.sim.engine.step_costs import StepCosts
 
 if cython.compiled:
     from cython.cimports.libc.math import rint
@@ -20,13 +21,13 @@ class Pipeline:
     """Stages of layers that a step passes one after the other; each computes one step at a time, in order.
 
     Args:
-        stages: called for the seconds that a step takes on each. hand_over: called for the seconds that the
+        stages: what a step costs on each. hand_over: called for the seconds that the
             activations of so many tokens take from one stage to the next, one for each but the last.
         stride: steps from one token of a request to its next; a step with decodes starts when the step so
             many before it has sampled. 0: the engine waits for tokens itself.
     """
 
-    def __init__(self, stages: tuple[Any, ...], hand_over: tuple[Any, ...], stride: cython.int) -> None:
+    def __init__(self, stages: tuple[StepCosts, ...], hand_over: tuple[Any, ...], stride: cython.int) -> None:
         self.stages, self.hand_over, self.stride = stages, hand_over, stride
         self.free = [0] * len(stages)
         self.ends = [0] * (stride + 1)
@@ -37,6 +38,7 @@ class Pipeline:
         leaves the last. ``factor``: on all times. Returns the seconds in between."""
         at: cython.longlong = max(now, self.free[0])
         stage: cython.Py_ssize_t
+        costs: StepCosts
         seconds: cython.double
         if self.stride and step.decodes and step.tick >= self.stride:
             at = max(at, self.ends[(step.tick - self.stride) % (self.stride + 1)])
@@ -46,7 +48,8 @@ class Pipeline:
                 seconds = self.hand_over[stage - 1](step.total_tokens)
                 at += cython.cast(cython.longlong, rint(seconds * factor * PICOSECONDS))
                 at = max(at, self.free[stage])
-            seconds = self.stages[stage](step)
+            costs = self.stages[stage]
+            seconds = costs.seconds(step)
             at += cython.cast(cython.longlong, rint(seconds * factor * PICOSECONDS))
             self.free[stage] = at
         self.note(step, at)

@@ -13,6 +13,7 @@ from servecast.sim.fleet.client import Client
 from servecast.sim.fleet.engine_loop import PythonLoop
 from servecast.sim.fleet.flow import Server
 from servecast.sim.hardware.front_end_costs import FrontEndCosts
+from servecast.sim.hardware.step_time.pipeline import PipelinedStepTime
 from servecast.sim.hardware.step_time.physical import PhysicalStepTime, StepTime
 from servecast.sim.inputs.units import to_ps
 
@@ -54,6 +55,8 @@ class Replica:
             numbers = step_time.costs() if type(step_time) is PhysicalStepTime else None
             seconds = step_time.seconds
             self.loop = EngineLoop(engine, index, numbers, seconds, floor, noise, served, read, cold_start)
+            if isinstance(step_time, PipelinedStepTime):
+                self.loop.use(step_time.pipeline(engine.stride if engine.is_async else 0))
         else:
             self.loop = PythonLoop(engine, index, step_time, floor, noise, served, read, cold_start)
         costs_s = costs.latency_s, costs.request_s, costs.prompt_token_s

@@ -161,6 +161,16 @@ def kv_memory(
     Raises:
         InputError: the weights do not fit, or no sequence of ``max_model_len`` does.
     """
+    if shard.pipeline:  # all stages have as many blocks as the one with the fewest
+        given: dict[str, Any] = {
+            "cache": cache,
+            "fit_max_model_len": fit_max_model_len,
+            "compile_cache": compile_cache,
+            "kv_cache_memory_bytes": kv_cache_memory_bytes,
+            "num_gpu_blocks_override": num_gpu_blocks_override,
+        }
+        stages = [kv_memory(stage, config, version=version, **given) for stage in shard.stages]
+        return min(stages, key=lambda memory: memory.num_gpu_blocks)
     gpu = shard.gpu
     chunked = any(layer.kind == "chunked" for layer in shard.model.cache_layers)
     cache = cache or CacheOptions(config.version, capability=gpu.capability, hybrid=not chunked)
@@ -187,7 +197,7 @@ def kv_memory(
             "computed",
             f"{share:g} of {gpu.memory_bytes / _GIB:.2f} GiB ({gpu.memory_source})",
         ),
-        MemoryLine("weights", -weights, "computed", f"{shard.model.parameters / 1e9:.3f} B parameters"),
+        MemoryLine("weights", -weights, "computed", _weights_note(shard)),
         _line("rotary table", rotary_table(shard), "computed"),
         _line("not from torch", outside_torch(shard, version=version)),
         _line(
@@ -251,6 +261,13 @@ def kv_memory(
         groups=groups,
         warning=warning,
     )
+
+
+def _weights_note(shard: Shard) -> str:
+    place, stages = shard.stage
+    if stages > 1:
+        return f"{shard.model.layers} layers of pipeline stage {place + 1} of {stages}"
+    return f"{shard.model.parameters / 1e9:.3f} B parameters"
 
 
 def _groups(shard: Shard, cache: CacheOptions, max_model_len: int) -> tuple[KVGroup, ...]:

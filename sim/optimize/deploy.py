@@ -29,7 +29,7 @@ def deployment_files(deployment: Deployment, replicas: int) -> dict[str, str]:
     words = [word for each in others.values() for word in each]
     port = int(others["port"][1]) if "port" in others else PORT
     kind = "amd" if deployment.gpu.name.startswith("MI") else "nvidia"
-    gpus = scenario.engine.tensor_parallel_size
+    gpus = scenario.engine.gpus
     release = scenario.engine.version + ".0" * (2 - scenario.engine.version.count("."))
     image = f"vllm/vllm-openai{'-rocm' if kind == 'amd' else ''}:v{release}"
     where = (

@@ -297,7 +297,7 @@ def _told(
 ) -> FleetDay:
     hours = hours.assign(hour=hours["start_s"] / HOUR_S, met=pd.Series(met, dtype=object))
     requests = run.requests
-    gpus = own.engine.tensor_parallel_size
+    gpus = own.engine.gpus
     gpu_hours = float(hours["replicas"].sum()) * period_s / HOUR_S * gpus
     known = [each for each in met if each is not None]
     totals = {

@@ -38,7 +38,7 @@ class Unit:
     def of(cls, scenario: Scenario, gpu_hour_cost: float | None) -> Unit:
         """A scenario's fleet, at the price of a GPU."""
         specs = scenario.fleet.specs
-        gpus = sum(scenario.of_replica(spec).engine.tensor_parallel_size for spec in specs)
+        gpus = sum(scenario.of_replica(spec).engine.gpus for spec in specs)
         return cls(len(specs), gpus, None if gpu_hour_cost is None else gpus * gpu_hour_cost)
 
 

@@ -24,6 +24,8 @@ from servecast.sim.inputs.errors import InputError
 from servecast.sim.metrics.binding import Limits
 from servecast.sim.scenario.basis import Fitted, fitted_profiles, profile_of, why_typical
 from servecast.sim.scenario.scenario import Scenario
+from servecast.sim.scenario.stages import note as stages_note
+from servecast.sim.scenario.stages import over_nodes
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +61,7 @@ class Deployment:
         model = _model(scenario)
         gpu = _gpu(scenario, experts=model.moe_layers > 0)
         config = server.resolve(flags, gpu, model, where=f"{scenario.source}: engine")
-        shard = server.shard(flags, config, model, gpu)
+        shard = over_nodes(server.shard(flags, config, model, gpu), scenario.gpu)
         memory = server.memory(flags, config, shard)
         config = replace(
             config,
@@ -68,6 +70,12 @@ class Deployment:
             block_size=memory.block_size,
             kv_groups=memory.kv_groups,
         )
+        if shard.pipeline and config.kv_groups:
+            raise InputError(
+                f"the KV cache groups of {model.name} over pipeline stages are not modelled",
+                where=f"{scenario.source}: engine.pipeline_parallel_size",
+                fix="Use tensor_parallel_size.",
+            )
         profile = _with_link(profile or profile_of(scenario, shard, config), scenario.gpu)
         return cls(scenario, shard, memory, config, profile, build_step_time(profile, shard))
 
@@ -146,6 +154,7 @@ class Deployment:
             *self.model.notes,
             self.memory.warning,
             self._near_groups,
+            stages_note(self.shard, self.scenario.gpu),
             *(each.note for each in self.fitted_profiles),
         ]
         if self.scenario.profile is None and self.transfer.basis == "physics only":

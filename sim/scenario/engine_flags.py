@@ -37,6 +37,10 @@ class EngineFlags(Model):
     """As ``--kv-cache-dtype``. fp8 counts one byte an element."""
     tensor_parallel_size: Count = 1
     """GPUs of one engine core."""
+    pipeline_parallel_size: Count = 1
+    """Pipeline stages of one engine core: each has a part of the layers, and ``tensor_parallel_size`` GPUs."""
+    pp_layer_partition: tuple[Count, ...] | None = None
+    """Layers of each stage, as the variable VLLM_PP_LAYER_PARTITION. Default, even."""
     data_parallel_size: Count = 1
     """Engine cores of one server, each with a scheduler and a cache; with experts they step together. A
     replica has as many times ``tensor_parallel_size`` GPUs."""
@@ -154,6 +158,11 @@ class EngineFlags(Model):
     def serve_command(self) -> ServeCommand | None:
         """The pasted command, parsed, with the model's name and the flags that were ignored."""
         return None if self.command is None else parse_serve_command(self.command, version=self.version)
+
+    @property
+    def gpus(self) -> int:
+        """GPUs of one server."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size * self.data_parallel_size
 
     @property
     def fits_max_model_len(self) -> bool:

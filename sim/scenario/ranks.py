@@ -155,11 +155,6 @@ def notes(flags: EngineFlags) -> list[str]:
     return said
 
 
-def gpus_of(flags: EngineFlags) -> int:
-    """GPUs of one server."""
-    return flags.tensor_parallel_size * flags.data_parallel_size
-
-
 def _eplb(flags: EngineFlags, release: str, where: str) -> tuple[int, bool]:
     """Redundant experts, and whether weights move while steps run."""
     config: dict[str, Any] = flags.eplb_config or {}

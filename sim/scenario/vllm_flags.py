@@ -61,6 +61,7 @@ TAKEN: dict[str, Callable[[str], Any]] = {
     "quantization": str,
     "kv_cache_dtype": str,
     "tensor_parallel_size": int,
+    "pipeline_parallel_size": int,
     "data_parallel_size": int,
     "data_parallel_size_local": int,
     "data_parallel_rank": int,
@@ -105,7 +106,6 @@ TAKEN: dict[str, Callable[[str], Any]] = {
     "stream_interval": int,
 }
 _REFUSED = {  # flag -> what to do instead
-    "pipeline_parallel_size": "Pipeline parallelism is not modelled: use tensor_parallel_size.",
     "decode_context_parallel_size": "Context parallelism is not modelled.",
     "prefill_context_parallel_size": "Context parallelism is not modelled.",
     "speculative_config": "Speculative decoding is not modelled.",

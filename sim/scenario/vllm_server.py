@@ -23,6 +23,7 @@ from servecast.sim.inputs.schema import invalid
 from servecast.sim.scenario import ranks
 from servecast.sim.scenario.engine_flags import EngineFlags
 from servecast.sim.scenario.ranks import data_parallel, expert_ranks
+from servecast.sim.scenario.stages import asynchronous, pipeline, runs_on_v2
 from servecast.sim.scenario.vllm_flags import FLAG_BAND
 
 GIB = 1 << 30
@@ -171,7 +172,8 @@ class Vllm:
         positions = model.longest_context(release_number(flags.version))
         max_model_len = flags.longest_context(positions, where, default=model.default_positions)
         release = RELEASES[release_of(flags)]
-        tokens, seqs = _batch_defaults(gpu, release, flags.tensor_parallel_size)
+        world_size = flags.tensor_parallel_size * flags.pipeline_parallel_size
+        tokens, seqs = _batch_defaults(gpu, release, world_size)
         if flags.performance_mode == "throughput":
             tokens, seqs = 2 * tokens, 2 * seqs
         max_num_seqs = flags.max_num_seqs or seqs
@@ -211,6 +213,7 @@ class Vllm:
         if model.keeps_states and "enable_prefix_caching" not in flags.model_fields_set:
             caching = at_least(release.rules, "0.26")
         cores = data_parallel(flags, release.rules, model, where)
+        overlaps = asynchronous(flags, model, release.rules, where)
         alone = cores is None or not cores.lockstep  # else it is theirs in common
         if flags.prefix_cache_retention_interval is None and at_least(release.rules, "0.29"):
             defaults["prefix_cache_retention_interval"] = 0
@@ -222,7 +225,9 @@ class Vllm:
             max_num_batched_tokens=tokens,
             preparation_round=release.preparation_round,
             data_parallel=cores,
+            use_v2_model_runner=runs_on_v2(model, release.rules),
             **defaults
+            | ({} if overlaps is None else {"async_scheduling": overlaps})
             | ({} if alone and _keeps_prefills_apart(release.rules) else {"prefill_schedule_interval": 1}),
         )
 
@@ -244,6 +249,7 @@ class Vllm:
             kv_dtype_bytes=asked.get(flags.kv_cache_dtype, 1),
             experts=expert_ranks(flags, config.version, model, "engine"),
             cudagraph_sizes=sizes,
+            pipeline=pipeline(flags, model, "engine"),
         )
 
     def memory(self, flags: EngineFlags, config: EngineConfig, shard: Shard) -> KVMemory:

@@ -213,7 +213,7 @@ class PhysicalStepTime:
         self._spread = spread = shard.expert_ranks
         self._model, self._gpu = model, gpu = shard.model, shard.gpu
         self._link = gpu.link_bandwidth
-        if spread.ranks > 1 and self._link is None:
+        if (spread.ranks > 1 or shard.stage[1] > 1) and self._link is None:
             raise InputError(
                 f"nothing says how fast the link between two {gpu.name} is",
                 where="gpu: link_bandwidth",
@@ -356,8 +356,9 @@ class PhysicalStepTime:
         experts = self._model.moe_layers * self._model.experts_per_token
         experts *= 2 * self._model.expert_weights(1) / self._ranks
         compute += tokens * experts / shard.expert_peak
-        compute += shard.lm_head_flops(step.samples) / self._gpu.bf16_flops
-        read = shard.linear_bytes(tokens) + (shard.lm_head_bytes if step.samples else 0.0)
+        rows = step.samples if shard.samples else 0
+        compute += shard.lm_head_flops(rows) / self._gpu.bf16_flops
+        read = shard.linear_bytes(tokens) + (shard.lm_head_bytes if rows else 0.0)
         memory = read / self._gpu.bandwidth
         for each, seen in self._seen(step):
             pair_s, decode_pair_s, read_s = each.least
@@ -469,6 +470,16 @@ class PhysicalStepTime:
         sent = (ranks - 1) / ranks * size
         return self.efficiencies.allreduce_s + sent / (self._link * self.efficiencies.link)
 
+    @property
+    def link(self) -> float | None:
+        """Bytes/s of the link between two GPUs, each way; None if nothing says it."""
+        return self._link
+
+    def gathered(self, size: int) -> float:
+        """Seconds in which tensor-parallel ranks gather so many bytes of which each has a part."""
+        costs = self.efficiencies.by_kernel
+        return self._collective(costs.all_gather if costs is not None else (), size, self._ranks)
+
     def _rebalancing(self) -> float:
         """EPLB moves at most all experts of a rank, spread over the steps between two moves: over the link
         while nothing else runs, or behind the steps, whose bandwidth the copies take in and out of."""
@@ -519,7 +530,7 @@ class PhysicalStepTime:
 
     def _row_parts(self, rows: int) -> dict[str, float]:
         """Parts that the number of sampled rows decides."""
-        if not rows:
+        if not rows or not self.shard.samples:
             return {}
         model, eff = self._model, self.efficiencies
         logits = rows * model.vocab_size
