@@ -399,6 +399,7 @@ class EngineLoop:
         sequence: Sequence
         factor: cython.double
         seconds: cython.double
+        first: cython.longlong
         i: cython.Py_ssize_t
         at: cython.Py_ssize_t
         step.start = step.end = max(self.now, self.gpu_free)
@@ -418,14 +419,17 @@ class EngineLoop:
             if factor < 1.0:
                 seconds = self.step_seconds(step)
                 factor = max(factor, cython.cast(cython.double, self.floor(step)) / seconds)
-            seconds = self.pipeline.run(step, self.now, factor)
-            self.gpu_free = step.end
+            first = self.gpu_free
+            self.gpu_free = self.pipeline.run(step, self.now, factor)
+            first = max(first, step.start)  # steps overlap: its row has the time after the one before
+            seconds = in_seconds(step.end - first)
         else:
             seconds = self.costs.seconds(step) if self.costs is not None else self.step_seconds(step)
             seconds = seconds * factor
             if factor < 1.0:
                 seconds = max(seconds, cython.cast(cython.double, self.floor(step)))
             self.gpu_free = step.end = step.start + cython.cast(cython.longlong, rint(seconds * PICOSECONDS))
+            first = step.start
         for i in range(len(step.joined)):
             sequence = step.joined[i]
             if sequence.scheduled < 0:
@@ -435,7 +439,7 @@ class EngineLoop:
             self.room_for_steps(2 * at)
         self.num_steps += 1
         self.steps[0, at] = self.index
-        self.step_floats[1, at] = in_seconds(step.start)
+        self.step_floats[1, at] = in_seconds(first)
         self.step_floats[2, at] = seconds
         self.steps[3, at] = step.total_tokens - step.decodes
         self.steps[4, at] = len(step.chunks)

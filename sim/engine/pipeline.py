@@ -33,9 +33,9 @@ class Pipeline:
         self.ends = [0] * (stride + 1)
         self.last_end = 0
 
-    def run(self, step: Step, now: cython.longlong, factor: cython.double) -> cython.double:
+    def run(self, step: Step, now: cython.longlong, factor: cython.double) -> cython.longlong:
         """Put a step into the first stage at ``now`` or later, and say in it when it starts there and when it
-        leaves the last. ``factor``: on all times. Returns the seconds in between."""
+        leaves the last. ``factor``: on all times. Returns the latter."""
         at: cython.longlong = max(now, self.free[0])
         stage: cython.Py_ssize_t
         costs: StepCosts
@@ -53,7 +53,7 @@ class Pipeline:
             at += cython.cast(cython.longlong, rint(seconds * factor * PICOSECONDS))
             self.free[stage] = at
         self.note(step, at)
-        return (step.end - step.start) / PICOSECONDS
+        return step.end
 
     def note(self, step: Step, end: cython.longlong) -> cython.int:
         """The step leaves the last stage; one without tokens with the step before it."""

@@ -56,7 +56,7 @@ class Replica:
             seconds = step_time.seconds
             self.loop = EngineLoop(engine, index, numbers, seconds, floor, noise, served, read, cold_start)
             if isinstance(step_time, PipelinedStepTime):
-                self.loop.use(step_time.pipeline(engine.stride if engine.is_async else 0))
+                self.loop.use(step_time.pipeline(engine.stride if engine.config.async_scheduling else 0))
         else:
             self.loop = PythonLoop(engine, index, step_time, floor, noise, served, read, cold_start)
         costs_s = costs.latency_s, costs.request_s, costs.prompt_token_s

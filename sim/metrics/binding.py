@@ -28,7 +28,8 @@ STEP_SAMPLE = 200
 class Limits:
     """What an engine of a run could not exceed, and what its step-time model knows.
 
-    num_gpu_blocks includes the null block; None where no request waits for blocks. bound_by: what most of a
+    num_gpu_blocks includes the null block; stride: steps from one token of a request to its next, several where
+    steps overlap in a pipeline; None where no request waits for blocks. bound_by: what most of a
     step's time goes to (``StepTime.binding``). parts: part of a step to seconds (``StepTime.breakdown``).
     None where the step-time model cannot tell.
     """
@@ -38,6 +39,7 @@ class Limits:
     num_gpu_blocks: int | None
     bound_by: Callable[[StepShape], str] | None = None
     parts: Callable[[StepShape], Mapping[str, float]] | None = None
+    stride: int = 1
 
 
 @dataclass(slots=True)
@@ -56,7 +58,7 @@ class Evidence:
 
     max_num_seqs, token_budget, kv_blocks: steps in which requests waited because of it.
     busy: busy time of the window. front_end: of the mean TTFT, spent before the engine's queue.
-    delivery: mean inter-token gap at the client over the mean step behind it (not a share).
+    delivery: mean inter-token gap at the client over the mean of the steps behind it (not a share).
     bound_by: steps by what most of their time goes to. parts: step time by part.
     """
 
@@ -111,7 +113,7 @@ def evidence(run: Run, limits: Limits) -> Evidence:
         kv_blocks=float(time[waits & ~full & ~spent].sum()) / total,
         busy=total / (window * max(steps["replica"].nunique(), 1)) if window else math.nan,
         front_end=float((requests["queued"] - requests["sent"]).mean() / ttft),
-        delivery=gap / behind,
+        delivery=gap / (behind * limits.stride),
         bound_by=bound_by,
         parts=parts,
     )

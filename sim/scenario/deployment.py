@@ -10,6 +10,7 @@ from typing import Any
 from servecast.sim.engine.config import EngineConfig
 from servecast.sim.engine.group_rules import STATES_IN, WINDOWS_SINCE
 from servecast.sim.engine.kv_groups import since
+from servecast.sim.engine.pipeline_rules import decode_stride
 from servecast.sim.fleet.spec import GpuSpec
 from servecast.sim.hardware.error_band import Bands, Transfer, transfer
 from servecast.sim.hardware.front_end_costs import FrontEndCosts
@@ -112,6 +113,7 @@ class Deployment:
             num_gpu_blocks=self.config.num_gpu_blocks if waits_for_blocks else None,
             bound_by=self.step_time.binding,
             parts=self.step_time.breakdown,
+            stride=decode_stride(self.config)[0],
         )
 
     def memory_risk(self, longest_prompt: int) -> MemoryRisk | None:
