@@ -29,6 +29,7 @@ class Choices:
     Attributes:
         gpus: names of GPUs, or files that describe one, as h100,h200,b200.
         tensor_parallel: GPUs of a replica, as 1,2,4,8.
+        pipeline_parallel: pipeline stages of a replica, as 1,2.
         replicas: replicas that are simulated, and bought, together behind the router.
         max_num_seqs: sequences that may run together.
         max_num_batched_tokens: token budgets of a step.
@@ -39,6 +40,7 @@ class Choices:
 
     gpus: str | None = None
     tensor_parallel: str | None = None
+    pipeline_parallel: str | None = None
     replicas: str | None = None
     max_num_seqs: str | None = None
     max_num_batched_tokens: str | None = None

@@ -15,6 +15,7 @@ from servecast.sim.scenario.scenario import Scenario
 
 _FIELDS = {
     "tensor_parallel": "engine.tensor_parallel_size",
+    "pipeline_parallel": "engine.pipeline_parallel_size",
     "replicas": "fleet.replicas",
     "max_num_seqs": "engine.max_num_seqs",
     "max_num_batched_tokens": "engine.max_num_batched_tokens",
@@ -39,7 +40,7 @@ class Candidate:
         return find_gpu(spec.name or "", where=f"{self.scenario.source}: gpu.name").name
 
     def __str__(self) -> str:
-        names = {"tensor_parallel": "TP{}", **dict.fromkeys(_SHOWN.values(), "{}")}
+        names = {"tensor_parallel": "TP{}", "pipeline_parallel": "PP{}", **dict.fromkeys(_SHOWN.values(), "{}")}
         return " ".join(names.get(name, name + "={}").format(value) for name, value in self.label.items())
 
 
@@ -49,7 +50,7 @@ class Choices:
 
     Attributes:
         gpus: names of the catalogue, or files that describe one. A single choice need not be in a list.
-        tensor_parallel: GPUs of a replica.
+        tensor_parallel: GPUs of a replica, or of each of its stages. pipeline_parallel: stages of a replica.
         replicas: replicas that are simulated together behind the router, and bought together.
         max_num_seqs, max_num_batched_tokens: values of the flags.
         variants: of the model, for instance of another precision: names to model configs (a shipped one's
@@ -59,6 +60,7 @@ class Choices:
 
     gpus: str | Sequence[str] = ()
     tensor_parallel: int | Sequence[int] = ()
+    pipeline_parallel: int | Sequence[int] = ()
     replicas: int | Sequence[int] = ()
     max_num_seqs: int | Sequence[int] = ()
     max_num_batched_tokens: int | Sequence[int] = ()

@@ -67,7 +67,9 @@ def deployment_files(deployment: Deployment, replicas: int) -> dict[str, str]:
             "template": {"metadata": {"labels": labels}, "spec": pod},
         },
     }
-    weights = deployment.shard.weight_bytes * gpus
+    ranks = scenario.engine.tensor_parallel_size
+    weights = deployment.shard.weight_bytes * ranks
+    limits = {"resources": {"limits": {f"{kind}.com/gpu": gpus}}} if gpus > ranks else {}  # else the chart's
     llmd = {
         "modelArtifacts": {
             "name": others.get("served_model_name", ["", model])[1],
@@ -79,7 +81,7 @@ def deployment_files(deployment: Deployment, replicas: int) -> dict[str, str]:
         "decode": {
             "create": True,
             "replicas": replicas,
-            "parallelism": {"tensor": gpus},
+            "parallelism": {"tensor": ranks},
             "containers": [
                 {
                     "name": "vllm",
@@ -91,6 +93,7 @@ def deployment_files(deployment: Deployment, replicas: int) -> dict[str, str]:
                     ],
                     "ports": [{"containerPort": port, "name": "metrics", "protocol": "TCP"}],
                     "mountModelVolume": True,
+                    **limits,
                 }
             ],
         },

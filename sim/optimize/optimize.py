@@ -128,7 +128,7 @@ class Optimum(Answer):
     def columns(self) -> list[str]:
         """Of the table of offers."""
         return [
-            *("TP" if name == "tensor_parallel" else name for name in self.offers[0].candidate.label),
+            *({"tensor_parallel": "TP", "pipeline_parallel": "PP"}.get(name, name) for name in self.offers[0].candidate.label),
             *("req/s each", "replicas", "GPUs", f"{self.prices[0].currency}/h", "in hand", "how"),
         ]
 
@@ -237,7 +237,7 @@ def optimize(
         progress: show how far it is.
         effort: how surely and closely to plan.
         workers: where simulations run.
-        choices: what to choose from, as in `Choices`: gpus, tensor_parallel, replicas, max_num_seqs,
+        choices: what to choose from, as in `Choices`: gpus, tensor_parallel, pipeline_parallel, replicas, max_num_seqs,
             max_num_batched_tokens, variants, routers.
 
     Raises:

@@ -116,6 +116,8 @@ def engine_lines(document: Mapping[str, Any]) -> list[str]:
         between = f"; {kv['lowest_tokens']:,} to {kv['highest_tokens']:,} by the account of memory"
     size = f"{kv['tokens']:,} tokens, {kv['max_concurrency']:.2f}x of max_model_len {kv['max_model_len']:,}"
     flags = [f"--{name.replace('_', '-')} {engine[name]}" for name in _FLAGS]
+    stages = engine.get("pipeline_parallel_size") or 1
+    flags += [f"--pipeline-parallel-size {stages}"] if stages > 1 else []
     flags += [f"--{'' if engine[name] else 'no-'}{name.replace('_', '-')}" for name in _SWITCHES]
     groups = [f"KV cache groups: {', '.join(kv['groups'])}"] if kv.get("groups") else []
     return [f"GPU KV cache size: {size}{between}", *groups, f"Flags: {' '.join(flags)}"]

@@ -7,13 +7,17 @@ import re
 from collections import deque
 from typing import Any
 
+import numpy as np
 import pytest
 from places import DATA
 
 from servecast.sim.engine.config import EngineConfig
+from servecast.sim.engine.engine_loop import IDLE, EngineLoop
+from servecast.sim.engine.pipeline import Pipeline
 from servecast.sim.engine.pipeline_rules import max_concurrent_batches
-from servecast.sim.engine.request import Request, content_of_adapter
+from servecast.sim.engine.request import Request, Requests, content_of_adapter
 from servecast.sim.engine.scheduler import Scheduler
+from servecast.sim.engine.step_costs import StepCosts
 from servecast.sim.inputs.errors import InputError
 
 LOGS = dict(
@@ -23,7 +27,7 @@ GRAMMARS = {"g": 3, "h": 4}  # of the log "grammar": compiled before these steps
 
 
 def config(version: str = "0.32", **flags: Any) -> EngineConfig:
-    shared = {"max_num_seqs": 16, "max_num_batched_tokens": 24, "max_model_len": 1024, "block_size": 4}
+    shared: dict[str, Any] = {"max_num_seqs": 16, "max_num_batched_tokens": 24, "max_model_len": 1024, "block_size": 4}
     return EngineConfig(version, **{**shared, "num_gpu_blocks": 80, **flags})
 
 
@@ -160,3 +164,86 @@ def test_adapters_share_no_prefix() -> None:
             step = engine.schedule()
             engine.complete(step)
         assert step.cached_tokens[1] == hit
+
+
+# ---- stages in time
+
+SECOND = 10**12
+
+
+def stage(seconds: float) -> StepCosts:
+    """A stage on which any step takes so long."""
+    numbers: dict[str, Any] = dict.fromkeys(
+        ("decode_s", "chunk_token_s", "chunk_s", "serial_s", "request_s", "eager_s"), 0.0
+    )
+    numbers |= {"attention": [], "window": 0, "chunked": False, "graphed": 0, "prompt_tile": 1}
+    return StepCosts(numbers, lambda tokens: seconds, lambda rows: 0.0)
+
+
+def timed(
+    requests: list[Request], stages: list[float], hand_over: float = 0.0, *, v2: bool = False, **flags: Any
+) -> tuple[np.ndarray[Any, Any], EngineLoop]:
+    """Outcomes (by ``engine_loop.OUTCOMES``) and the loop of requests that all come at once."""
+    made = config(
+        pipeline_parallel_size=len(stages),
+        async_scheduling=flags.pop("async_scheduling", v2),
+        use_v2_model_runner=v2,
+        num_gpu_blocks=1000,
+        **flags,
+    )
+    scheduler = Scheduler(made)
+    loop = EngineLoop(
+        scheduler, 0, None, lambda step: sum(stages), lambda step: 0.0, iter(lambda: 1.0, 0.0), (0, 0), None
+    )
+    ways = (lambda tokens: hand_over,) * (len(stages) - 1)
+    stride = scheduler.stride if made.async_scheduling else 0
+    loop.use(Pipeline(tuple(stage(seconds) for seconds in stages), ways, stride))
+    outcomes = np.full((8, len(requests)), -1, np.int64)
+    loop.load(Requests.of(requests), outcomes)
+    loop.inbox.extend((0, row) for row in range(len(requests)))
+    loop.tell_ends = False
+    assert loop.advance(10**18) == IDLE
+    return outcomes / SECOND, loop
+
+
+@pytest.mark.parametrize(("hand_over", "seconds"), [(0.0, (10 + 4 - 1) * 0.25), (0.125, 2 * 1.375 + 0.25 + 1.375)])
+def test_the_bubble_of_one_long_prompt(hand_over: float, seconds: float) -> None:
+    """n chunks through p stages of s each: (n + p - 1) s, of which p - 1 steps are the bubble (Huang et al.,
+    GPipe, 2019). With h between two stages p chunks in flight do not fill them: the next p start when the first
+    has come through, after p s + (p - 1) h, so the tenth of four at a time starts two such rounds and one s
+    later."""
+    outcomes, loop = timed([Request(0, 0.0, 240, 1, 1)], [0.25] * 4, hand_over=hand_over)
+    assert outcomes[4, 0] == seconds  # budget 24: ten chunks
+    assert loop.step_columns.shape[1] == 10
+
+
+@pytest.mark.parametrize("v2", [False, True])
+@pytest.mark.parametrize("stages", [(0.25, 0.25), (0.25, 0.5), (0.5, 0.25, 0.125, 0.125)])
+def test_decodes_fill_the_stages_in_turn(stages: tuple[float, ...], v2: bool) -> None:
+    """As many batches as stages, each of other requests: the slowest stage is always at work, and a request gets
+    a token when all batches have passed it, or when it has passed all stages, whichever is later."""
+    p = len(stages)
+    requests = [Request(number, 0.0, 24, 101, 101) for number in range(p)]  # a budget each, a batch each
+    outcomes, loop = timed(requests, list(stages), v2=v2)
+    period = max(p * max(stages), sum(stages))
+    decoding = outcomes[5] - outcomes[4]
+    assert decoding == pytest.approx(np.full(p, 100 * period), rel=0.01)
+    gaps = loop.gap_columns
+    assert np.average(gaps[1], weights=gaps[2]) == pytest.approx(period, rel=0.01)
+
+
+def test_model_runner_v1_overlaps_no_decodes_asynchronously() -> None:
+    """Before 0.31 it keeps asynchronous scheduling with stages, where each step has all requests, and its first
+    stage waits for the last one's tokens: one step at a time."""
+    requests = [Request(number, 0.0, 4, 101, 101) for number in range(2)]
+    outcomes, _ = timed(requests, [0.25, 0.25], version="0.30", async_scheduling=True)
+    assert (outcomes[5] - outcomes[4]).tolist() == [100 * 0.5] * 2
+
+
+def test_steps_of_a_pipeline_take_no_more_time_than_passes() -> None:
+    """The rows of overlapping steps share out the time: their durations add up to it."""
+    requests = [Request(number, 0.0, 24, 51, 51) for number in range(3)]
+    outcomes, loop = timed(requests, [0.25, 0.5, 0.25])
+    start, seconds = (loop.step_columns[row].view(np.float64) for row in (1, 2))
+    assert seconds.sum() == pytest.approx(outcomes[5].max())
+    assert (start[1:] >= (start + seconds)[:-1] - 1e-9).all()
