@@ -23,6 +23,10 @@ cdef class EngineLoop:
     cdef public object after_step
     cdef public object on_first
     cdef public Pipeline pipeline
+    cdef public object adapter_cache
+    cdef public object grammars
+    cdef object adapters  # by row
+    cdef object formats
     cdef list later  # steps in flight behind the second
     cdef int depth
     cdef bint fills
@@ -85,6 +89,7 @@ cdef class EngineLoop:
     cdef bint launch(self, Step step) except? -1
     cdef bint one_more(self, Step step) except? -1
     cdef int execute(self, Step step) except -1
+    cdef double with_host(self, Step step, double seconds) except? -1
     cdef int refuse(self) except -1
     cdef int deliver(self, Step step) except -1
     cdef int book(self, Sequence sequence) except -1

@@ -64,6 +64,7 @@ class EngineLoop:
         what ends meanwhile is in the step's report: on a CPU; on a GPU it asks when the step is launched.
         after_step: called with the time when a step has been completed, or None.
         pipeline: the stages that a step passes, or None where it is one.
+        adapter_cache, grammars: what loading LoRA adapters and following grammars takes, or None.
         on_first: called with a request's row and the time at which its first token comes, or None.
     """
 
@@ -90,7 +91,8 @@ class EngineLoop:
         self.aborts = self.stage = 0
         self.tell_ends, self.executing = True, False
         self.first = self.second = self.pending = None
-        self.after_step = self.on_first = self.pipeline = None
+        self.after_step = self.on_first = self.pipeline = self.adapter_cache = self.grammars = None
+        self.adapters = self.formats = None
         self.later = []
         self.depth = max_concurrent_batches(scheduler.config)
         self.fills = fills_with_empty_steps(scheduler.config.version)
@@ -146,6 +148,7 @@ class EngineLoop:
         self.prioritized = requests.priority is not None
         if self.prioritized:
             self.priorities = writable(requests.priority)
+        self.adapters, self.formats = requests.adapter, requests.grammar
         self.outcomes = outcomes
 
     def take(self, row: cython.Py_ssize_t, time: cython.longlong) -> cython.int:
@@ -162,6 +165,10 @@ class EngineLoop:
         self.arrivals += 1
         sequence.queued = time
         sequence.row = row
+        if self.adapters is not None:
+            sequence.adapter = self.adapters[row]
+        if self.formats is not None and self.formats[row]:
+            self.scheduler.wait_for_grammar(sequence, self.grammars.ready(int(self.formats[row]), time))
         return 0
 
     def leave(self, row: int) -> None:
@@ -228,6 +235,7 @@ class EngineLoop:
                     return ABORTS
                 self.drain()
             if scheduler.sequences or scheduler.finished_unsent:
+                scheduler.clock = self.now
                 step = scheduler.schedule()
                 if self.cold_start:
                     self.resume, self.cold_start = self.now + self.cold_start, 0
@@ -301,6 +309,7 @@ class EngineLoop:
                     return ABORTS
                 self.drain()
             if scheduler.goes_on():
+                scheduler.clock = self.now
                 step = scheduler.schedule()
                 if self.cold_start:
                     self.resume, self.cold_start = self.now + self.cold_start, 0
@@ -404,6 +413,8 @@ class EngineLoop:
         at: cython.Py_ssize_t
         step.start = step.end = max(self.now, self.gpu_free)
         if not step.total_tokens:
+            if self.formats is not None and self.first is None and scheduler.num_passed:
+                step.end += POLL
             if self.pipeline is not None:
                 self.pipeline.note(step, step.end)
             if (
@@ -428,6 +439,8 @@ class EngineLoop:
             seconds = seconds * factor
             if factor < 1.0:
                 seconds = max(seconds, cython.cast(cython.double, self.floor(step)))
+            if self.adapter_cache is not None or self.formats is not None:
+                seconds = self.with_host(step, seconds)
             self.gpu_free = step.end = step.start + cython.cast(cython.longlong, rint(seconds * PICOSECONDS))
             first = step.start
         for i in range(len(step.joined)):
@@ -451,6 +464,24 @@ class EngineLoop:
         self.steps[10, at] = len(step.victims)
         self.steps[11, at] = len(step.samplers)
         return 0
+
+    def with_host(self, step: Step, seconds: cython.double) -> cython.double:
+        """With what the host does for adapters before the forward pass, and for grammars while it runs, before
+        the step samples."""
+        sequence: Sequence
+        constrained: cython.int = 0
+        i: cython.Py_ssize_t
+        masks: cython.double
+        if self.formats is not None:
+            for i in range(len(step.samplers)):
+                sequence = step.samplers[i]
+                constrained += sequence.constrained
+            if constrained:
+                masks = self.grammars.mask_seconds(constrained)
+                seconds = max(seconds, masks)
+        if self.adapter_cache is not None and step.adapters is not None:
+            seconds += self.adapter_cache.load(step.adapters)
+        return seconds
 
     def refuse(self) -> cython.int:
         """The engine is empty, and the head of the queue does not fit."""

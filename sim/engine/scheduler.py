@@ -437,6 +437,10 @@ class Scheduler:
         before: cython.int = victim.computed - tokens
         position: cython.Py_ssize_t
         victim.eligible = 0
+        if victim.adapter and self.max_loras:
+            step.adapters[victim.adapter] -= tokens
+            if not step.adapters[victim.adapter]:
+                del step.adapters[victim.adapter]
         step.total_tokens -= tokens
         if before >= victim.catch_up:
             step.decodes -= 1
@@ -601,10 +605,11 @@ class Scheduler:
             InputError: more than there are slots, which ends vLLM's engine.
         """
         sequence: Sequence
-        adapters: Any = {}
-        for sequence in self.runners:
-            if sequence.adapter and (self.counts_running_loras or sequence.scheduled_tick == self.tick):
-                adapters[sequence.adapter] = None
+        adapters: Any = {} if step.adapters is None else dict(step.adapters)
+        if self.counts_running_loras:
+            for sequence in self.runners:
+                if sequence.adapter:
+                    adapters[sequence.adapter] = None
         if len(adapters) > self.max_loras:
             raise InputError(
                 f"a step has requests of {len(adapters)} LoRA adapters, for which vLLM's engine ends",
@@ -682,6 +687,10 @@ class Scheduler:
         if self.remote is not None or self.pipelined:
             sequence.previous_tick, sequence.previous_tokens = sequence.scheduled_tick, sequence.scheduled_tokens
         sequence.scheduled_tick, sequence.scheduled_tokens = self.tick, tokens
+        if sequence.adapter and self.max_loras:
+            if step.adapters is None:
+                step.adapters = {}
+            step.adapters[sequence.adapter] = step.adapters.get(sequence.adapter, 0) + tokens
         if self.trace:
             step.composition.append((sequence, tokens))
 

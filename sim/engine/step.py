@@ -21,6 +21,7 @@ class Step:
     token. failed: those that end with an error. prefilling: with priorities or a connector, whose the chunks
     are. connector_meta: what the connector's workers are told; transfers: what they report (``Transfers``).
     deferred: it samples when the step before is complete, whose tokens a grammar needs.
+    adapters: of LoRA, with how many of the step's tokens each has, or None.
     composition: with ``trace``, all and their tokens. windowed: of decode_context, what layers with a window attend to, if the scheduler was told one.
     """
 
@@ -32,6 +33,7 @@ class Step:
         self.joined = self.joined_cached = self.joined_again = self.victims = NOBODY
         self.firsts = self.leavers = self.failed = NOBODY
         self.composition, self.borrowed, self.deferred = None, False, False
+        self.adapters = None
         self.connector_meta = self.transfers = None
 
     @property

@@ -27,6 +27,7 @@ class StepCosts:
         self.chunk_s, self.serial_s = numbers["chunk_s"], numbers["serial_s"]
         self.request_s, self.prompt_tile = numbers["request_s"], numbers["prompt_tile"]
         self.eager_s, self.graphed = numbers["eager_s"], numbers["graphed"]
+        self.lora_s, self.lora_adapter_s, self.lora_token_s = numbers.get("lora", (0.0, 0.0, 0.0))
         self.by_tokens, self.by_rows = by_tokens, by_rows
         self.tokens_s, self.rows_s = array("d", [-1.0]) * 64, array("d", [-1.0]) * 64
 
@@ -97,6 +98,11 @@ class StepCosts:
             total += layers * older * self.attention[kind, 2]
         return total
 
+    def of_adapters(self, adapters: dict) -> cython.double:
+        """PhysicalStepTime._lora."""
+        tokens: cython.longlong = sum(adapters.values())
+        return self.lora_s + len(adapters) * self.lora_adapter_s + tokens * self.lora_token_s
+
     def seconds(self, step: Step) -> cython.double:
         """PhysicalStepTime.seconds, its sums in the same order."""
         total: cython.double = 0.0
@@ -116,6 +122,8 @@ class StepCosts:
                 decoding += self.shapes[kind, 0] * seen * self.attention[kind, 4 if step.chunks else 3]
             total += decoding
         total += self.of_tokens(tokens) + self.of_rows(len(step.samplers)) + requests * self.request_s
+        if step.adapters is not None:
+            total += self.of_adapters(step.adapters)
         return total if tokens <= self.graphed or total > self.eager_s else self.eager_s
 
 

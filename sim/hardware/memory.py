@@ -30,6 +30,7 @@ from servecast.sim.hardware.profile_run import (
     CompileCache,
     Estimate,
     activation_peak,
+    adapter_slots,
     cuda_graphs,
     exchange_buffers,
     outside_torch,
@@ -210,6 +211,7 @@ def kv_memory(
                 compile_cache=compile_cache,
             ),
         ),
+        *([_line("LoRA slots", adapter_slots(shard))] if shard.lora_slots else []),
         *([_line("all-to-all", buffers)] if (buffers := exchange_buffers(shard)).bytes else []),
         _line("CUDA graphs", cuda_graphs(shard, version=version, max_num_seqs=config.max_num_seqs)),
     ]

@@ -170,6 +170,16 @@ def exchange_buffers(shard: Shard) -> Estimate:
     return Estimate(0, "none")
 
 
+def adapter_slots(shard: Shard) -> Estimate:
+    """Slots of LoRA adapters, filled or not; models that adapt embeddings and LM head, too, have more."""
+    model = shard.model
+    ends = 2 * (model.vocab_size // shard.tensor_parallel_size + model.hidden_size) * shard.lora_rank
+    each = model.dtype_bytes * shard.lora_slots
+    return Estimate(
+        shard.lora_numbers * each, f"{shard.lora_slots} slots of rank {shard.lora_rank}", more=ends * each
+    )
+
+
 def cuda_graphs(shard: Shard, *, version: str, max_num_seqs: int) -> Estimate:
     """vLLM's own estimate of its CUDA graphs, which it takes from the pool from 0.21 on, but on Model
     Runner V2 only from 0.32 on (before, that estimates none): 200 KiB a layer and graph, after logs."""

@@ -42,6 +42,7 @@ class Shard:
         pipeline: layers of each pipeline stage, where there are several; what is counted here is of all of them
             together, ``stages`` are the shards of each. stage: which of how many this is. stages_per_node: that lie
             in one node; network: bytes/s of each GPU's own way to another node.
+        lora_rank, lora_slots: ``--max-lora-rank`` and ``--max-loras``, 0 without adapters.
         cudagraph_sizes: rising, from ``cudagraph_capture_sizes``; empty for ``--enforce-eager``.
 
     Raises:
@@ -59,6 +60,8 @@ class Shard:
     stage: tuple[int, int] = (0, 1)
     stages_per_node: int = 1 << 30
     network: float = 50e9
+    lora_rank: int = 0
+    lora_slots: int = 0
 
     def __post_init__(self) -> None:
         model, ranks = self.model, self.tensor_parallel_size
@@ -313,6 +316,15 @@ class Shard:
             loads=model.expert_loads,
             redundant=spread.redundant if spread.rebalanced_every else None,
         )
+
+    # -- LoRA --------------------------------------------------------------------------------------
+
+    @property
+    def lora_numbers(self) -> int:
+        """Numbers of one adapter of all linear layers: (inputs + outputs) x rank of each matrix, where ranks
+        divide what they divide of the matrix."""
+        linears = self.model.linears()
+        return self.lora_rank * sum(count * sum(each.on(self.tensor_parallel_size)) for count, each in linears)
 
     # -- LM head -----------------------------------------------------------------------------------
 

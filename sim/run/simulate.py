@@ -92,7 +92,7 @@ def _run(
         if index >= len(noise_streams):  # one that an autoscaler started
             noise_streams.extend(noise.spawn(1))
             front_end_streams.extend(front_end.spawn(1))
-        return Replica(
+        replica = Replica(
             index,
             its.scenario.server.engine(its.config),
             its.step_time,
@@ -103,6 +103,8 @@ def _run(
             client,
             cold_start_s=scenario.fleet.cold_start_s,
         )
+        its.equip(replica.loop)
+        return replica
 
     picking, scraping = routing.spawn(2)
     fleet = Fleet(

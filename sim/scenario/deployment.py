@@ -8,6 +8,7 @@ from importlib.metadata import version
 from typing import Any
 
 from servecast.sim.engine.config import EngineConfig
+from servecast.sim.engine.engine_loop import EngineLoop
 from servecast.sim.engine.group_rules import STATES_IN, WINDOWS_SINCE
 from servecast.sim.engine.kv_groups import since
 from servecast.sim.engine.pipeline_rules import decode_stride
@@ -23,10 +24,12 @@ from servecast.sim.hardware.shard import Shard
 from servecast.sim.hardware.step_time.physical import StepTime
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.metrics.binding import Limits
+from servecast.sim.scenario.adapters import adapter_cache, check_traffic, grammars
 from servecast.sim.scenario.basis import Fitted, fitted_profiles, profile_of, why_typical
 from servecast.sim.scenario.scenario import Scenario
 from servecast.sim.scenario.stages import note as stages_note
 from servecast.sim.scenario.stages import over_nodes
+from servecast.sim.scenario.vllm_flags import FLAG_BAND
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +62,7 @@ class Deployment:
             InputError: a name is unknown, the server would refuse the flags, or the model does not fit.
         """
         flags, server = scenario.engine, scenario.server
+        check_traffic(flags, scenario.stages(), scenario.source)
         model = _model(scenario)
         gpu = _gpu(scenario, experts=model.moe_layers > 0)
         config = server.resolve(flags, gpu, model, where=f"{scenario.source}: engine")
@@ -120,6 +124,12 @@ class Deployment:
         """See ``Server.memory_risk``."""
         return self.scenario.server.memory_risk(self.config, self.shard, self.memory, longest_prompt)
 
+    def equip(self, loop: Any) -> None:
+        """Give the loop of one of its engines what adapters and grammars cost."""
+        flags = self.scenario.engine
+        if isinstance(loop, EngineLoop):
+            loop.adapter_cache, loop.grammars = adapter_cache(flags, self.shard), grammars(flags)
+
     @property
     def error_band(self) -> float | None:
         """Relative error band of token times for this model, GPU and configuration; None if not known."""
@@ -130,7 +140,9 @@ class Deployment:
         """Relative error bands by metric. That of the KV pool is what its account leaves open; of a server
         other than vLLM it is not known."""
         flags, memory = self.scenario.engine, self.memory
-        bands = self.transfer.bands.wider(self.scenario.server.extra_error(flags))
+        streams = [stream for stage in self.scenario.stages().stages for stream in stage.streams]
+        structured = FLAG_BAND * any(stream.structured_outputs for stream in streams)
+        bands = self.transfer.bands.wider(self.scenario.server.extra_error(flags) + structured)
         if flags.policy != "vllm":
             return replace(bands, kv_tokens=None)
         low, high = memory.range
@@ -157,6 +169,7 @@ class Deployment:
             self.memory.warning,
             self._near_groups,
             stages_note(self.shard, self.scenario.gpu),
+            *check_traffic(self.scenario.engine, self.scenario.stages(), self.scenario.source),
             *(each.note for each in self.fitted_profiles),
         ]
         if self.scenario.profile is None and self.transfer.basis == "physics only":

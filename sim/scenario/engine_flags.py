@@ -73,6 +73,22 @@ class EngineFlags(Model):
     """Place experts by their load (``model.expert_skew``, ``model.expert_loads``), again and again."""
     eplb_config: dict[str, Any] | None = None
     """As ``--eplb-config``: ``num_redundant_experts``, ``step_interval`` and ``use_async`` count."""
+    enable_lora: Flag = False
+    """Serve LoRA adapters of a dense model; ``workload.lora_traffic_split`` says who uses them."""
+    max_loras: Count | None = None
+    """Adapters of one step, at most, and their slots on the GPU. Default, 1."""
+    max_cpu_loras: Count | None = None
+    """Adapters in host memory; others are read from disk. Default, as ``max_loras``."""
+    max_lora_rank: Count | None = None
+    """Rank of the slots, and of all adapters. Default, 16."""
+    lora_modules: tuple[str, ...] | None = None
+    """Names of the adapters that the server loads when it starts."""
+    host_cores: Count = 16
+    """Cores of the server's host, half of which compile grammars."""
+    grammar_compile_s: NonNegative = 0.1
+    """Seconds to compile the grammar of a structured output. Assumed; measure yours."""
+    grammar_mask_s: NonNegative = 30e-6
+    """Seconds to fill the token mask of one such request in a step. Assumed."""
     hf_overrides: dict[str, Any] | None = None
     """Fields in place of those of the model's config.json, as ``--hf-overrides``."""
     max_model_len: Count | Literal["auto", -1] | None = None

@@ -21,6 +21,7 @@ from servecast.sim.hardware.shard import release as release_number
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.inputs.schema import invalid
 from servecast.sim.scenario import ranks
+from servecast.sim.scenario.adapters import lora
 from servecast.sim.scenario.engine_flags import EngineFlags
 from servecast.sim.scenario.ranks import data_parallel, expert_ranks
 from servecast.sim.scenario.stages import asynchronous, pipeline, runs_on_v2
@@ -157,7 +158,8 @@ class Vllm:
     def extra_error(self, flags: EngineFlags) -> float:
         command = flags.serve_command
         unknown = minor_release(flags.version) not in RELEASES
-        return FLAG_BAND * (len(command.widening) if command else 0) + UNKNOWN_RELEASE_BAND * unknown
+        others = (len(command.widening) if command else 0) + flags.enable_lora
+        return FLAG_BAND * others + UNKNOWN_RELEASE_BAND * unknown
 
     def resolve(
         self, flags: EngineFlags, gpu: GPU, model: ModelShape, *, where: str = "engine"
@@ -226,6 +228,7 @@ class Vllm:
             preparation_round=release.preparation_round,
             data_parallel=cores,
             use_v2_model_runner=runs_on_v2(model, release.rules),
+            max_loras=lora(flags, model, where)[1],
             **defaults
             | ({} if overlaps is None else {"async_scheduling": overlaps})
             | ({} if alone and _keeps_prefills_apart(release.rules) else {"prefill_schedule_interval": 1}),
@@ -241,6 +244,7 @@ class Vllm:
                 capability=gpu.capability,
                 max_capture_size=flags.max_cudagraph_capture_size,
             )
+        rank, slots = lora(flags, model, "engine")
         asked = {"auto": model.kv_bytes_each, "bfloat16": 2, "float16": 2}
         return Shard(
             model,
@@ -250,6 +254,8 @@ class Vllm:
             experts=expert_ranks(flags, config.version, model, "engine"),
             cudagraph_sizes=sizes,
             pipeline=pipeline(flags, model, "engine"),
+            lora_rank=rank,
+            lora_slots=slots,
         )
 
     def memory(self, flags: EngineFlags, config: EngineConfig, shard: Shard) -> KVMemory:

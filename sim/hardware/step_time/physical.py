@@ -6,6 +6,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import ClassVar, Literal, Protocol
 
 from servecast.sim.engine.engine import StepShape
@@ -250,6 +251,7 @@ class PhysicalStepTime:
             total += self._attention_decode(step)
         by_tokens, by_rows = self._tokens_seconds(tokens), self._rows_seconds(step.samples)
         total += by_tokens + by_rows + requests * self.efficiencies.host_per_seq_s
+        total += self._lora(step)
         return total if tokens <= self._graphed or total > self._eager_s else self._eager_s
 
     def costs(self) -> StepCosts:
@@ -273,6 +275,7 @@ class PhysicalStepTime:
             "request_s": self.efficiencies.host_per_seq_s,
             "eager_s": self._eager_s,
             "graphed": self._graphed,
+            "lora": self._lora_costs,
             "prompt_tile": _PROMPT_TILE if self.efficiencies.by_kernel is not None else 1,
         }
         by_tokens = self._tokens_seconds if self._spread.data == 1 else self._own_seconds
@@ -308,6 +311,8 @@ class PhysicalStepTime:
         parts["attention_decode"] = self._attention_decode(step) if step.decodes else 0.0
         for name, seconds in self._row_parts(step.samples).items():
             parts[name] = parts.get(name, 0.0) + seconds
+        if lora := self._lora(step):
+            parts["lora"] = lora
         if tokens > self._graphed:
             parts["host"] += max(0.0, self._eager_s - sum(parts.values()))
         return parts
@@ -328,6 +333,7 @@ class PhysicalStepTime:
                 sum(tokens * each.read_s for each, tokens in seen),
             ),
             "elementwise": (0.0, 1.0),
+            "lora": (0.0, 1.0),
             "sampler": (0.0, 1.0),
         }
         spent: dict[Binding, float] = {
@@ -479,6 +485,25 @@ class PhysicalStepTime:
         """Seconds in which tensor-parallel ranks gather so many bytes of which each has a part."""
         costs = self.efficiencies.by_kernel
         return self._collective(costs.all_gather if costs is not None else (), size, self._ranks)
+
+    def _lora(self, step: StepShape) -> float:
+        """Seconds of the adapters of a step, if it has any."""
+        adapters = getattr(step, "adapters", None)
+        if not adapters:
+            return 0.0
+        fixed, adapter_s, token_s = self._lora_costs
+        return fixed + len(adapters) * adapter_s + sum(adapters.values()) * token_s
+
+    @cached_property
+    def _lora_costs(self) -> tuple[float, float, float]:
+        """Seconds of a step with adapters, of each of them, and of each of their tokens: two kernels
+        (``lora_shrink``, ``lora_expand``) for each group of matrices that share their input, an adapter's
+        numbers read once, and two FLOPs a number and token."""
+        eff, shard = self.efficiencies, self.shard
+        numbers = shard.lora_numbers
+        read = numbers * self._model.dtype_bytes / (self._gpu.bandwidth * eff.bandwidth)
+        flops = 2.0 * numbers / (self._gpu.bf16_flops * eff.compute)
+        return 2 * self._model.products * eff.kernel_s, read, flops
 
     def _rebalancing(self) -> float:
         """EPLB moves at most all experts of a rank, spread over the steps between two moves: over the link
