@@ -65,8 +65,11 @@ class BlockPool:
             block = self.next[block]
         return found
 
-    def shared_keys(self, content: tuple[tuple[int, int], ...], block_size: int) -> list[int]:
-        """Keys of the blocks whose last token lies in a shared part of the prompt."""
+    def shared_keys(
+        self, content: tuple[tuple[int, int], ...], block_size: int, lookahead: int = 0
+    ) -> list[int]:
+        """Keys of the blocks whose last token, and ``lookahead`` behind it, lie in a shared part of the
+        prompt."""
         keys: list = []
         for content_id, end_token in content:
             number = self.dense.get(content_id)
@@ -74,7 +77,7 @@ class BlockPool:
                 number = self.dense[content_id] = len(self.contents)
                 self.contents.append(content_id)
             first = 2 * number * BLOCKS_PER_CONTENT  # even: shared, odd: private
-            keys.extend(range(first + len(keys), first + end_token // block_size))
+            keys.extend(range(first + len(keys), first + (end_token - lookahead) // block_size))
         return keys
 
     def public_key(self, key: cython.longlong) -> Any:

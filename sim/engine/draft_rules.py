@@ -14,6 +14,8 @@ class DraftRules:
     Attributes:
         reserves_at_admission: the lookahead slots are reserved at an admission, too (Scheduler.schedule:
             effective_lookahead_tokens).
+        reserves_for_loads: and while a request waits for an asynchronous load, but for methods that take
+            hidden states (limit_lookahead_tokens).
         infills: DFlash reserves one slot more than drafts, for its bonus query (num_lookahead_tokens).
         by_batch: num_speculative_tokens_per_batch_size.
         pads_admissions: an admission with one token left to compute gets 1 + k, whose drafts are never
@@ -24,7 +26,8 @@ class DraftRules:
             (Scheduler.schedule: input_budget); before, for max_num_seqs at start-up
             (VllmConfig._set_max_num_scheduled_tokens).
         infill_slots: DFlash adds k input slots, not k - 1; own_pass: DFlash and DSpark add none
-            (SpeculativeConfig.max_num_new_slots_for_drafting).
+            (SpeculativeConfig.max_num_new_slots_for_drafting), but no more requests run than their pass has
+            room for (_set_max_num_scheduled_tokens: max_num_active_seqs).
         disable_eagle_block_drop: this option.
         hashes_next_token: a block's hash covers the token behind it where the drafter's KV depends on it,
             in place of computing a hit's last block again (VllmConfig.num_hash_lookahead_tokens).
@@ -33,6 +36,7 @@ class DraftRules:
     """
 
     reserves_at_admission: bool
+    reserves_for_loads: bool
     infills: bool
     by_batch: bool
     pads_admissions: bool
@@ -48,6 +52,7 @@ class DraftRules:
 
 DRAFT_RULE_IN: dict[str, tuple[str, str | None]] = {
     "reserves_at_admission": ("0.23", None),
+    "reserves_for_loads": ("0.23", "0.23"),
     "infills": ("0.23", None),
     "by_batch": ("0.24", None),
     "pads_admissions": ("0.25", None),

@@ -54,8 +54,8 @@ class Step(StepShape, Protocol):
         idle_s: seconds that pass in a step without work, because the engine waits for more requests.
         first_tokens, finished: ids of requests that got their first or last token from this step.
         gaps: ticks of the steps that delivered the previous token of those whose tokens do not come from
-            successive steps. steady: tokens delivered whose predecessor came from the step before.
-        emitted: tokens delivered.
+            successive steps. steady: requests that got tokens, and the ones before from the step before.
+        emitted: tokens delivered. outputs: requests that they go to, each in one message.
     """
 
     @property

@@ -72,6 +72,7 @@ cdef class EngineLoop:
     cdef long long[:, ::1] steps
     cdef double[:, ::1] step_floats
     cdef Py_ssize_t num_steps
+    cdef Py_ssize_t dropped  # rows of steps before the first one that is kept
     cdef double[:, ::1] gaps
     cdef Py_ssize_t num_gaps
 

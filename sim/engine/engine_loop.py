@@ -24,7 +24,7 @@ else:
 PICOSECONDS = cython.declare(cython.double, 1e12)
 EXACT = cython.declare(cython.longlong, 1 << 53)  # integers below are doubles, too
 OUTCOMES = ("sent", "queued", "scheduled", "ended", "first_token", "finish", "cached_tokens", "preemptions")
-STEP_FIELDS = cython.declare(cython.int, 12)  # columns of a step's row
+STEP_FIELDS = cython.declare(cython.int, 13)  # columns of a step's row
 GAP_FIELDS = cython.declare(cython.int, 4)
 POLL = cython.declare(cython.longlong, 1_000_000_000)  # EngineCore._process_engine_step: time.sleep(0.001)
 NEVER = cython.declare(cython.longlong, 1 << 62)
@@ -101,7 +101,7 @@ class EngineLoop:
         self.napped = self.still = 0
         self.napping = self.executed = False
         self.seen = np.zeros(1024, np.int64)
-        self.num_seen = self.num_steps = self.num_gaps = 0
+        self.num_seen = self.num_steps = self.num_gaps = self.dropped = 0
         self.steps, self.gaps = np.zeros((STEP_FIELDS, 1024), np.int64), np.zeros((GAP_FIELDS, 1024))
         self.step_floats = np.asarray(self.steps).view(np.float64)
 
@@ -126,6 +126,7 @@ class EngineLoop:
 
     def drop_rows(self) -> None:
         """Begin these tables anew."""
+        self.dropped += self.num_steps
         self.num_steps = self.num_gaps = 0
 
     def room_for_steps(self, count: cython.Py_ssize_t) -> cython.int:
@@ -326,7 +327,9 @@ class EngineLoop:
         wait: cython.double = self.connector.start_load_kv(step.connector_meta, self.now)
         self.execute(step)
         if wait > 0.0:
-            late: cython.longlong = self.now + cython.cast(cython.longlong, rint(wait * PICOSECONDS)) - step.start
+            late: cython.longlong = (
+                self.now + cython.cast(cython.longlong, rint(wait * PICOSECONDS)) - step.start
+            )
             if late > 0:  # the loads run while the step before does
                 step.end += late
                 if step.total_tokens:
@@ -454,7 +457,7 @@ class EngineLoop:
         self.steps[0, at] = self.index
         self.step_floats[1, at] = in_seconds(first)
         self.step_floats[2, at] = seconds
-        self.steps[3, at] = step.total_tokens - step.decodes
+        self.steps[3, at] = step.total_tokens - step.decodes - step.drafts
         self.steps[4, at] = len(step.chunks)
         self.steps[5, at] = step.decodes
         self.steps[6, at] = step.decode_context
@@ -462,7 +465,9 @@ class EngineLoop:
         self.steps[8, at] = scheduler.num_waiting
         self.step_floats[9, at] = scheduler.kv.pool.usage()
         self.steps[10, at] = len(step.victims)
-        self.steps[11, at] = len(step.samplers)
+        self.steps[11, at] = len(step.samplers)  # tokens, where nothing is drafted
+        self.steps[12, at] = step.drafts
+        step.row = self.dropped + at
         return 0
 
     def with_host(self, step: Step, seconds: cython.double) -> cython.double:
@@ -497,7 +502,7 @@ class EngineLoop:
     def deliver(self, step: Step) -> cython.int:
         """Tokens go through the API server to the client, in the order of the batch; see ``ApiServer.stream``
         and ``Client.read``."""
-        n: cython.longlong = step.emitted
+        n: cython.longlong = step.outputs  # messages, each with all that its request got
         cost: cython.longlong = self.token_ps
         waiting: cython.longlong
         events: cython.longlong
@@ -514,6 +519,8 @@ class EngineLoop:
         if not n:
             self.note_seen(step.end)
             return 0
+        if step.emitted > n and step.row >= self.dropped:
+            self.steps[11, step.row - self.dropped] += step.emitted - n
         waiting = max(self.sent, self.now)
         self.sent = max(self.sent, self.now + cost * n)
         events = (self.sent - waiting) // cost if cost else n

@@ -12,6 +12,11 @@ cdef class KVCache:
     cdef public long long processed
     cdef readonly int block_size
     cdef int hash_block
+    cdef readonly int lookahead
+    cdef int load_lookahead  # of who waits for an asynchronous load
+    cdef public int hash_lookahead
+    cdef public bint drops_block
+    cdef bint reserves_at_admission
     cdef int max_model_len
     cdef Py_ssize_t width
     cdef int[::1] table  # KV blocks of the running, a row a slot
@@ -28,7 +33,7 @@ cdef class KVCache:
         self, Sequence sequence, int tokens, int cached, int reserve, int others, bint delay
     ) except? -1
     cdef int add_rows(self) except -1
-    cdef int missing_blocks(self, Sequence sequence) except? -1
+    cdef int missing_blocks(self, Sequence sequence, int drafts) except? -1
     cdef int touch(self, Sequence sequence, int hits) except -1
     cdef int free(self, Sequence sequence) except -1
     cdef int cache_blocks(self, Sequence sequence, int tokens) except -1

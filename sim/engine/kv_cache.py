@@ -8,7 +8,9 @@ import cython
 import numpy as np
 
 from servecast.sim.engine.block_pool import BlockPool
+from servecast.sim.engine.draft_rules import draft_rules_for
 from servecast.sim.engine.sequence import Sequence
+from servecast.sim.engine.speculation import METHODS
 
 if not cython.compiled:
     from servecast.sim.engine.block_pool import BLOCKS_PER_CONTENT, PRIVATE, UNHASHED
@@ -19,7 +21,8 @@ REMEMBERED = cython.declare(cython.int, 4096)  # different shared prefixes whose
 class KVCache:
     """Block tables over a pool, for layers that attend to everything; ``group_cache`` has those of others.
 
-    processed: tick of the last step that is complete. aligned: chunks end where states are kept.
+    lookahead, hash_lookahead, drops_block: see ``Speculation``. processed: tick of the last step that is
+    complete. aligned: chunks end where states are kept.
 
     Args:
         config: flags and pool size.
@@ -28,6 +31,16 @@ class KVCache:
     """
 
     def __init__(self, config: Any, reuse_unhashed_first: bool, rows: cython.int) -> None:
+        speculation = config.speculation
+        self.lookahead = self.hash_lookahead = self.load_lookahead = 0
+        self.drops_block, self.reserves_at_admission = False, True
+        if speculation is not None:
+            self.lookahead, self.hash_lookahead = speculation.lookahead, speculation.hash_lookahead
+            self.drops_block = speculation.drops_block
+            rules = draft_rules_for(config.version)
+            self.reserves_at_admission = rules.reserves_at_admission
+            if rules.reserves_for_loads and not METHODS[speculation.method].takes_hidden_states:
+                self.load_lookahead = self.lookahead
         self.pool = BlockPool(config.num_gpu_blocks)
         self.reuse_unhashed_first = reuse_unhashed_first
         self.prefix_caching = config.enable_prefix_caching
@@ -59,7 +72,9 @@ class KVCache:
         if keys is None:
             if len(self.prefixes) >= REMEMBERED:
                 self.prefixes.clear()
-            keys = self.prefixes[content] = self.pool.shared_keys(content, self.hash_block)
+            keys = self.prefixes[content] = self.pool.shared_keys(
+                content, self.hash_block, self.hash_lookahead
+            )
         return keys
 
     def blocks_for(self, tokens: cython.int) -> cython.int:
@@ -100,11 +115,15 @@ class KVCache:
             elif sequence.preemptions:
                 key = self.private_key(sequence) + index
             else:
-                return index * self.block_size
+                most = index
+                break
             block = self.pool.lookup(key)
             if block < 0:
-                return index * self.block_size
+                most = index
+                break
             self.table[row + index] = block
+        if self.drops_block and most > 0:  # its hidden states are needed
+            most -= 1
         return most * self.block_size
 
     def allocate_slots(
@@ -119,12 +138,14 @@ class KVCache:
         hits: cython.int = cached // self.block_size
         end: cython.int = sequence.computed + cached + tokens
         held: cython.int = sequence.blocks_end // self.block_size + hits
-        need: cython.int = self.blocks_for(end) - held
-        fit: cython.int = need
+        slots: cython.int = end
+        need: cython.int
+        fit: cython.int
         at: cython.Py_ssize_t
         i: cython.int
-        if need < 0:  # of what it holds less was computed than it was given for
-            need = fit = 0
+        if self.lookahead and (sequence.slot >= 0 or self.reserves_at_admission):
+            slots += self.lookahead
+        fit = need = max(self.blocks_for(slots) - held, 0)
         if sequence.slot < 0:  # an admission
             at = self.slots[len(self.slots) - 1] * self.width
             for i in range(hits):  # those that lie free are taken from the free list, too
@@ -159,16 +180,25 @@ class KVCache:
         hits: cython.int = cached // self.block_size
         end: cython.int = sequence.computed + cached + tokens
         held: cython.int = sequence.blocks_end // self.block_size + hits
-        need: cython.int = max(0, self.blocks_for(end) - held)
+        ahead: cython.int = 0
+        need: cython.int
         at: cython.Py_ssize_t
         i: cython.int
+        if delay:
+            ahead = self.load_lookahead
+        elif self.reserves_at_admission or sequence.computed > 0:
+            ahead = self.lookahead
+        need = max(0, self.blocks_for(end + ahead) - held)
         if sequence.slot < 0:
             if len(self.slots) < 2:
                 self.add_rows()
             at = self.slots[len(self.slots) - 1] * self.width
             for i in range(hits):
                 reserve += self.pool.ref[self.table[at + i]] == 0
-        if self.full_isl and max(0, self.blocks_for(sequence.num_tokens) - held) + reserve > self.pool.free_blocks:
+        if (
+            self.full_isl
+            and max(0, self.blocks_for(sequence.num_tokens) - held) + reserve > self.pool.free_blocks
+        ):
             return False
         if need + reserve + others > self.pool.free_blocks:
             return False
@@ -190,9 +220,10 @@ class KVCache:
         self.slots = [*range(rows, 2 * rows), *self.slots]
         return 0
 
-    def missing_blocks(self, sequence: Sequence) -> cython.int:
-        """What it still needs for all its tokens."""
-        return self.blocks_for(sequence.num_tokens) - sequence.blocks_end // self.block_size
+    def missing_blocks(self, sequence: Sequence, drafts: cython.int) -> cython.int:
+        """What it still needs for all its tokens and so many of drafts."""
+        tokens: cython.int = min(sequence.num_tokens, self.max_model_len) + drafts
+        return (tokens + self.block_size - 1) // self.block_size - sequence.blocks_end // self.block_size
 
     def touch(self, sequence: Sequence, hits: cython.int) -> cython.int:
         """Hold cached blocks, too (BlockPool.touch)."""
@@ -238,11 +269,11 @@ class KVCache:
         pool: BlockPool = self.pool
         row: cython.Py_ssize_t = sequence.slot * self.width
         index: cython.int = sequence.cached_end // self.block_size
-        end: cython.int = tokens // self.block_size
+        end: cython.int = min(tokens, sequence.num_tokens - self.hash_lookahead) // self.block_size
         shared: cython.int = 0
         key: cython.longlong
         told: list = None
-        sequence.kv_due = sequence.blocks_end + 1
+        sequence.kv_due = sequence.blocks_end + 1 - self.lookahead
         if not self.prefix_caching:
             return 0
         if index < end:

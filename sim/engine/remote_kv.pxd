@@ -11,6 +11,7 @@ cdef class RemoteKV:
     cdef bint defers
     cdef bint spares
     cdef bint drops
+    cdef int draft_tokens
     cdef bint forgets
     cdef bint caches_processed
     cdef bint skewed

@@ -6,7 +6,6 @@ from typing import Any
 
 import cython
 
-from servecast.sim.engine.connector import Transfers
 from servecast.sim.engine.kv_cache import KVCache
 from servecast.sim.engine.remote_rules import remote_rules_for
 from servecast.sim.engine.sequence import Sequence
@@ -48,6 +47,10 @@ class RemoteKV:
         self.reserves, self.steps_while_sending = rules.reserves_for_prefills, rules.steps_while_sending
         self.forgets, self.caches_processed = rules.forgets_in_flight, rules.caches_processed
         self.skewed = False
+        self.draft_tokens = 0
+        drafts: Any = config.speculation
+        if drafts is not None and rules.reserves_for_drafts:
+            self.draft_tokens = 1 + drafts.num_tokens + drafts.lookahead
         self.prefills, self.received, self.failed = {}, set(), set()
         self.deferred = []
         self.processed = self.last_step = -1
@@ -59,7 +62,9 @@ class RemoteKV:
         """What the connector has beyond ``cached`` tokens, and whether it loads them aside; None: later."""
         return self.connector.get_num_new_matched_tokens(sequence, cached)
 
-    def allocated(self, sequence: Sequence, asked: cython.bint, cached: cython.int, external: cython.int) -> None:
+    def allocated(
+        self, sequence: Sequence, asked: cython.bint, cached: cython.int, external: cython.int
+    ) -> None:
         """It has its blocks; ``asked``: the connector was, behind ``cached`` tokens."""
         self.connector.update_state_after_alloc(sequence, external)
         if asked and not sequence.preemptions:
@@ -69,10 +74,10 @@ class RemoteKV:
     def reserved_blocks(self) -> cython.int:
         """Blocks that those who prefill or load still need (_inflight_prefill_reserved_blocks)."""
         sequence: Sequence
-        blocks: cython.int = 0
+        blocks: cython.int = (self.draft_tokens + self.kv.block_size - 1) // self.kv.block_size
         if self.reserves:
             for sequence in self.prefills:
-                blocks += max(0, self.kv.missing_blocks(sequence))
+                blocks += max(0, self.kv.missing_blocks(sequence, self.draft_tokens))
         return blocks
 
     def arrived(self, sequence: Sequence) -> cython.bint:

@@ -19,6 +19,7 @@ class RemoteRules:
         steps_while_sending: the engine goes on while blocks are kept for a connector (has_finished_requests).
         reserves_for_prefills: an asynchronous load leaves the blocks that prefills and other loads still need
             (_inflight_prefill_reserved_blocks).
+        reserves_for_drafts: and those of a step that verifies drafts (_spec_decode_step_blocks).
         defers_frees: where steps overlap and the connector consumes, blocks that a step in flight may write
             are free only when that is over (defer_block_free).
         spares_deferred: who has such blocks is not preempted, and the loop over the running ends there
@@ -34,6 +35,7 @@ class RemoteRules:
     holders_wait_apart: bool
     steps_while_sending: bool
     reserves_for_prefills: bool
+    reserves_for_drafts: bool
     defers_frees: bool
     spares_deferred: bool
     drops_undelivered: bool
@@ -45,6 +47,7 @@ REMOTE_RULE_SINCE = {
     "holders_wait_apart": "0.31",
     "steps_while_sending": "0.22",
     "reserves_for_prefills": "0.23",
+    "reserves_for_drafts": "0.31",
     "defers_frees": "0.24",
     "spares_deferred": "0.30",
     "drops_undelivered": "0.27",

@@ -1,5 +1,6 @@
 # What is fixed of scheduler.py where it is compiled.
 cimport cython
+from servecast.sim.engine.drafts cimport Drafts
 from servecast.sim.engine.kv_cache cimport KVCache
 from servecast.sim.engine.remote_kv cimport RemoteKV
 from servecast.sim.engine.sequence cimport FINISHED, LOADING, PREEMPTED, RUNNING, WAITING, Sequence
@@ -40,6 +41,11 @@ cdef class Scheduler:
     cdef bint counts_running_loras
     cdef public long long clock  # by which grammars are ready
     cdef bint holds_back  # something may be passed over without a connector
+    cdef bint singly  # decoding requests are scheduled one by one, as all others
+    cdef bint speculates
+    cdef readonly Drafts drafts  # None: one token a step
+    cdef int draft_slots  # that each request takes off the budget
+    cdef int budget  # tokens of a step
     cdef int max_tokens
     cdef int max_running
     cdef int max_model_len
@@ -80,10 +86,14 @@ cdef class Scheduler:
     cdef object next_queue(self)
     cdef int put_back(self, list passed) except -1
     cdef int count_lookup(self, Sequence sequence, int hit_tokens) except -1
-    cdef void advance(self, Step step, Sequence sequence, int tokens) noexcept
+    cdef void advance(self, Step step, Sequence sequence, int tokens, bint padded) noexcept
+    cdef int draft_beside_connector(self) except -1
+    cdef int note_drafters(self, Step step) except -1
+    cdef int drop_finished(self) except -1
+    cdef int complete_drafts(self, Step step, list delivering) except -1
     cdef long long in_window(self, long long tokens) noexcept
     cdef void note_chunk(self, Step step, Sequence sequence, int tokens) noexcept
     cdef void note_scheduled(self, Step step, Sequence sequence, int tokens) noexcept
     cpdef object complete(self, Step step)
     cdef list count_reports(self, Step step)
-    cdef int follow_reports(self, Step step) except -1
+    cdef object follow_reports(self, Step step)

@@ -11,6 +11,7 @@ from typing import Any
 import cython
 
 from servecast.sim.engine.cadence import PrefillCadence
+from servecast.sim.engine.drafts import Drafts
 from servecast.sim.engine.group_cache import GroupCache
 from servecast.sim.engine.kv_cache import KVCache
 from servecast.sim.engine.pipeline_rules import decode_stride, loras_of_all_running, stale_waits
@@ -23,7 +24,7 @@ from servecast.sim.engine.waiting import QUEUES
 from servecast.sim.inputs.errors import InputError
 
 if not cython.compiled:
-    from servecast.sim.engine.sequence import FINISHED, LOADING, PREEMPTED, RUNNING, WAITING
+    from servecast.sim.engine.sequence import FINISHED, LOADING, PREEMPTED, RUNNING
     from servecast.sim.engine.step import own
 
 NOBODYS = cython.declare(cython.int, 1 << 30)  # more placeholders than any request has
@@ -67,8 +68,15 @@ class Scheduler:
         self.notes = self.priority or trace or self.staggers
         self.marks = bool(config.kv_groups) or connector is not None or self.pipelined or self.max_loras > 0
         self.names_chunks = self.priority or connector is not None
+        self.drafts = Drafts(config) if config.speculation is not None else None
+        self.speculates = self.drafts is not None
+        self.singly = self.notes or self.speculates
         self.max_tokens, self.max_model_len = config.max_num_batched_tokens, config.max_model_len
         self.max_running = min(config.max_num_seqs, config.max_num_active_seqs or config.max_num_seqs)
+        self.budget, self.draft_slots = self.max_tokens, 0
+        if self.speculates:
+            self.budget, self.draft_slots = self.drafts.budget, self.drafts.slots
+            self.max_running = min(self.max_running, self.drafts.seats)
         self.long_prefill_threshold = config.long_prefill_token_threshold
         self.watermark = int(config.watermark * config.num_gpu_blocks)
         self.tick = self.prefix_queries = self.prefix_hits = self.added = 0
@@ -83,7 +91,21 @@ class Scheduler:
         self.remote = None
         if connector is not None:
             self.remote = RemoteKV(connector, self.kv, config)
+            if self.speculates:
+                self.draft_beside_connector()
             connector.bind(self)
+
+    def draft_beside_connector(self) -> cython.int:
+        """With a connector the hashes are the usual ones (VllmConfig.num_hash_lookahead_tokens)."""
+        if self.kv.hash_lookahead:
+            self.kv.hash_lookahead, self.kv.drops_block = 0, True
+        if self.remote.recomputes:
+            raise InputError(
+                "what a failed load leaves of drafts in flight is not modelled",
+                where="kv_transfer_config.kv_load_failure_policy",
+                fix='Take "fail", or leave speculative decoding out.',
+            )
+        return 0
 
     # ---- what can be read -------------------------------------------------------------------------
 
@@ -182,7 +204,7 @@ class Scheduler:
             self.queue.remove(sequence)
             self.beside.push(sequence)
             sequence.aside = True
-        self.holds_back = self.notes = True
+        self.holds_back = self.notes = self.singly = True
         return 0
 
     def enter(
@@ -210,7 +232,9 @@ class Scheduler:
                 where=f"request {request_id}",
                 fix=f"Shorten it below max_model_len={self.max_model_len}, or raise max_model_len.",
             )
-        need = self.kv.most_blocks(sequence.final_tokens - 1)  # the last is never computed
+        need = self.kv.most_blocks(
+            sequence.final_tokens - 1 + self.kv.lookahead
+        )  # the last is never computed
         if need > self.kv.pool.num_blocks - 1:
             raise InputError(
                 f"its {sequence.final_tokens} tokens need {need} KV blocks of {self.kv.block_size}",
@@ -293,6 +317,8 @@ class Scheduler:
         budget = self.schedule_running(step, threshold, defer)
         if self.num_waiting and not step.victims:
             self.schedule_waiting(step, budget, threshold, defer)
+        if self.speculates:
+            self.note_drafters(step)
         if self.remote is not None:
             if step.total_tokens:
                 self.remote.last_step = self.tick
@@ -331,7 +357,7 @@ class Scheduler:
         runners: list = self.runners
         sequence: Sequence
         victim: Sequence
-        budget: cython.int = self.max_tokens
+        budget: cython.int = self.budget
         index: cython.Py_ssize_t = 0
         position: cython.Py_ssize_t
         tokens: cython.int
@@ -339,7 +365,7 @@ class Scheduler:
         computed: cython.int
         decodes: cython.int = 0
         context: cython.longlong = 0
-        all_sample: cython.bint = not self.notes
+        all_sample: cython.bint = not self.singly
         spared: cython.bint = False
         while index < len(runners) and budget > 0:
             sequence = cython.cast(Sequence, runners[index])
@@ -347,7 +373,7 @@ class Scheduler:
             if (
                 sequence.catch_up <= computed < sequence.decodes_until
                 and sequence.num_tokens + sequence.placeholders == computed + 1
-                and not self.notes
+                and not self.singly
                 and (computed + 1 < sequence.kv_due or self.kv.allocate_slots(sequence, 1, 0, 0))
             ):  # it decodes: what all that follows comes to then
                 sequence.computed = computed + 1
@@ -372,7 +398,7 @@ class Scheduler:
                 index += 1  # the first stage gets its token later
                 continue
             # num_tokens_with_spec + num_output_placeholders - num_computed_tokens
-            tokens = sequence.num_tokens + sequence.placeholders - sequence.computed
+            tokens = sequence.num_tokens + sequence.drafts + sequence.placeholders - sequence.computed
             if 0 < threshold < tokens:
                 tokens = threshold
             if tokens > budget:
@@ -411,8 +437,8 @@ class Scheduler:
                     break
             if self.cadence is not None and sequence.computed < sequence.catch_up:
                 self.cadence.carries_prefill = True
-            self.advance(step, sequence, tokens)
-            budget -= tokens
+            self.advance(step, sequence, tokens, False)
+            budget -= tokens + self.draft_slots
             index += 1
         if all_sample and index:
             step.samplers, step.borrowed = runners if index == len(runners) else runners[:index], True
@@ -435,6 +461,7 @@ class Scheduler:
         """Take a victim out of the step in which it was scheduled already. Returns its tokens."""
         tokens: cython.int = victim.scheduled_tokens
         before: cython.int = victim.computed - tokens
+        drafts: cython.int = 0
         position: cython.Py_ssize_t
         victim.eligible = 0
         if victim.adapter and self.max_loras:
@@ -444,18 +471,22 @@ class Scheduler:
         step.total_tokens -= tokens
         if before >= victim.catch_up:
             step.decodes -= 1
-            step.decode_context -= before + 1
-            step.windowed -= self.in_window(before + 1)
+            step.decode_context -= victim.computed
+            step.windowed -= self.in_window(victim.computed)
         else:
             position = step.prefilling.index(victim)
             del step.chunks[position], step.prefilling[position]
         if victim in step.samplers:
-            step.samplers.remove(victim)
+            position = step.samplers.index(victim)
+            del step.samplers[position]
+            if self.speculates:
+                drafts = step.verified.pop(position)
+                step.drafts -= drafts
             if self.is_async:
-                victim.placeholders -= 1
+                victim.placeholders -= 1 + drafts
         if step.composition is not None:
             step.composition.remove((victim, tokens))
-        return tokens
+        return tokens + self.draft_slots
 
     def preempt(self, step: Step, sequence: Sequence, position: cython.Py_ssize_t) -> cython.int:
         """Recompute later: give everything back and wait at the front (Scheduler._preempt_request). Tokens
@@ -475,7 +506,9 @@ class Scheduler:
             if sequence.stale_tick == self.tick:  # withdrawn
                 sequence.stale_tick = sequence.previous_tick
         del self.own_runners()[position]
-        sequence.computed = 0
+        sequence.computed = sequence.drafts = 0
+        if self.speculates:  # drafts of a step in flight that are rejected count no more
+            sequence.placeholders = 0
         sequence.status = PREEMPTED
         sequence.preemptions += 1
         self.queue.push_preempted(sequence)
@@ -499,6 +532,9 @@ class Scheduler:
         external: cython.int
         tokens: cython.int
         reserve: cython.int
+        padding: cython.int = 0
+        together: cython.bint = step.total_tokens > 0
+        prefills: cython.bint = len(step.chunks) > 0  # some running request in its prefill
         loads: cython.bint
         asked: cython.bint
         carries_prefill: cython.bint
@@ -534,6 +570,11 @@ class Scheduler:
             else:
                 if defer and carries_prefill:
                     break
+                if self.speculates and tokens == 1:
+                    padding = self.drafts.padding(computed, budget, together, prefills)
+                    if padding < 0:
+                        break
+                    tokens += padding
                 if 0 < threshold < tokens:
                     tokens = threshold
                 if tokens > budget:
@@ -544,6 +585,8 @@ class Scheduler:
                     tokens = self.kv.align_chunk(sequence, cached, tokens)
                     if tokens == 0:
                         break
+                    if padding and tokens <= padding:  # padding is whole, or there is none
+                        tokens, padding = 1, 0
             reserve = self.watermark if self.runners else 0
             if remote is None:
                 if not self.kv.allocate_slots(sequence, tokens, cached, reserve):
@@ -582,8 +625,9 @@ class Scheduler:
             self.own_runners().append(sequence)
             if sequence.adapter and self.max_loras:
                 adapters[sequence.adapter] = None
-            self.advance(step, sequence, tokens)
-            budget -= tokens
+            self.advance(step, sequence, tokens, padding > 0)
+            budget -= tokens + self.draft_slots
+            padding = 0
         if len(passed):
             self.put_back(passed)
         return 0
@@ -630,7 +674,9 @@ class Scheduler:
         """Those that were passed over are the next ones to be looked at, in their order."""
         sequence: Sequence
         for sequence in reversed(passed):
-            sequence.aside = not self.holders_wait_apart or sequence.computed > 0 or sequence.status == LOADING
+            sequence.aside = (
+                not self.holders_wait_apart or sequence.computed > 0 or sequence.status == LOADING
+            )
             self.num_passed += not sequence.passed
             sequence.passed = True
             (self.beside if sequence.aside else self.queue).push_preempted(sequence)
@@ -643,14 +689,16 @@ class Scheduler:
             self.prefix_hits += hit_tokens
         return 0
 
-    def advance(self, step: Step, sequence: Sequence, tokens: cython.int) -> None:
-        """Scheduled tokens count as computed; note whether it samples (Scheduler._update_after_schedule)."""
+    def advance(self, step: Step, sequence: Sequence, tokens: cython.int, padded: cython.bint) -> None:
+        """Scheduled tokens count as computed; note whether it samples (Scheduler._update_after_schedule).
+        ``padded``: all but the first are drafts that stand for none."""
+        drafts: cython.int = 0
         step.total_tokens += tokens
-        if sequence.computed >= sequence.catch_up:
+        if sequence.computed >= sequence.catch_up or padded:
             step.decodes += 1
-            step.decode_context += sequence.computed + 1
+            step.decode_context += sequence.computed + tokens
             if self.window:
-                step.windowed += self.in_window(sequence.computed + 1)
+                step.windowed += self.in_window(sequence.computed + tokens)
         else:
             self.note_chunk(step, sequence, tokens)
         if self.notes or self.marks:
@@ -661,14 +709,36 @@ class Scheduler:
                 step.samplers, step.borrowed = step.samplers[:], False
             step.samplers = own(step.samplers)
             step.samplers.append(sequence)
+            if self.speculates:  # num_scheduled_spec_tokens
+                drafts = sequence.computed - sequence.num_tokens - sequence.placeholders
+                sequence.drafts = 0
+                step.drafts += drafts
+                step.verified = own(step.verified)
+                step.verified.append(-drafts if padded else drafts)
             if self.is_async:
                 if sequence.constrained and sequence.placeholders > 0:
                     step.deferred = True
-                sequence.placeholders += 1
+                sequence.placeholders += 1 + drafts
             if self.staggers:
                 sequence.eligible = self.tick + self.stride
-            if self.remote is not None:
+            if self.remote is not None and not self.speculates:
                 self.remote.prefills.pop(sequence, None)
+
+    def note_drafters(self, step: Step) -> cython.int:
+        """Who proposes how many drafts after a step; async, placeholders stand for them at once
+        (AsyncScheduler._update_after_schedule)."""
+        sequence: Sequence
+        step.drafters = len(step.samplers)
+        step.draft_length = self.drafts.length(step.decodes + len(step.chunks))
+        if self.is_async:
+            for sequence in step.samplers:
+                sequence.drafts = step.draft_length
+        if (
+            self.remote is not None
+        ):  # who ends a prefill counts for loads of this step: its drafts have no room
+            for sequence in step.samplers:
+                self.remote.prefills.pop(sequence, None)
+        return 0
 
     def in_window(self, tokens: cython.longlong) -> cython.longlong:
         """Of a sequence's tokens those that its newest attends to in a layer with a window."""
@@ -685,7 +755,10 @@ class Scheduler:
 
     def note_scheduled(self, step: Step, sequence: Sequence, tokens: cython.int) -> None:
         if self.remote is not None or self.pipelined:
-            sequence.previous_tick, sequence.previous_tokens = sequence.scheduled_tick, sequence.scheduled_tokens
+            sequence.previous_tick, sequence.previous_tokens = (
+                sequence.scheduled_tick,
+                sequence.scheduled_tokens,
+            )
         sequence.scheduled_tick, sequence.scheduled_tokens = self.tick, tokens
         if sequence.adapter and self.max_loras:
             if step.adapters is None:
@@ -712,6 +785,9 @@ class Scheduler:
         if self.remote is not None:
             samplers = self.count_reports(step)
             least = NOBODYS if self.remote.skewed else least
+        if self.speculates:
+            self.complete_drafts(step, samplers)
+            return self.follow_reports(step)
         for i in range(len(samplers)):
             sequence = cython.cast(Sequence, samplers[i])
             if (
@@ -758,18 +834,84 @@ class Scheduler:
                 self.end(sequence, "finished")
                 step.leavers = own(step.leavers)
                 step.leavers.append(sequence)
-        step.emitted, step.steady = emitted + steady, steady
+        step.emitted = step.outputs = emitted + steady
+        step.steady = steady
         self.kv.processed = tick
         if left:
-            still: list = []
-            for i in range(len(self.runners)):
-                sequence = cython.cast(Sequence, self.runners[i])
-                if sequence.status != FINISHED:
-                    still.append(sequence)
-            self.runners, self.lent = still, False
-        if self.remote is not None:
-            self.follow_reports(step)
-        return None
+            self.drop_finished()
+        return self.follow_reports(step)
+
+    def drop_finished(self) -> cython.int:
+        """Those that have finished no longer run."""
+        still: list = []
+        sequence: Sequence
+        i: cython.Py_ssize_t
+        for i in range(len(self.runners)):
+            sequence = cython.cast(Sequence, self.runners[i])
+            if sequence.status != FINISHED:
+                still.append(sequence)
+        self.runners, self.lent = still, False
+        return 0
+
+    def complete_drafts(self, step: Step, delivering: list) -> cython.int:
+        """``complete`` where tokens are drafted: each sampler delivers one token and the drafts that were
+        accepted, up to its end; what was rejected counts no more as computed. ``delivering``: samplers
+        whose output no failed load has made void."""
+        drafts: Drafts = self.drafts
+        sequence: Sequence
+        left: cython.bint = False
+        tick: cython.longlong = step.tick
+        before: cython.longlong = tick - 1 if tick else -2  # -1 is nobody's
+        i: cython.Py_ssize_t
+        verified: cython.int
+        accepted: cython.int
+        rejected: cython.int
+        tokens: cython.int
+        for i in range(len(step.samplers)):
+            sequence = cython.cast(Sequence, step.samplers[i])
+            if sequence.status == FINISHED:
+                continue  # while the step was in flight
+            if tick < sequence.drops_before or (
+                delivering is not step.samplers and sequence not in delivering
+            ):
+                sequence.samplings += 1
+                continue  # its output is void
+            verified = step.verified[i]
+            accepted = drafts.accept(sequence, verified)
+            rejected = abs(verified) - accepted
+            tokens = min(1 + accepted, sequence.final_tokens - sequence.num_tokens)
+            sequence.num_tokens += tokens
+            step.emitted += tokens
+            step.outputs += 1
+            if sequence.token_tick == before:
+                step.steady += 1
+            elif sequence.token_tick < 0:
+                step.firsts = own(step.firsts)
+                step.firsts.append(sequence)
+            else:
+                step.gaps = own(step.gaps)
+                step.gaps.append(sequence.token_tick)
+            sequence.token_tick = tick
+            if sequence.status == RUNNING:  # else it was preempted, and all of that is reset
+                sequence.computed -= rejected
+                if self.is_async:
+                    sequence.placeholders -= rejected + tokens
+                else:
+                    sequence.drafts = drafts.propose(sequence, step.draft_length)
+                if (self.is_async or drafts.hashes_at_update) and sequence.num_tokens > sequence.kv_due:
+                    self.kv.cache_blocks(sequence, sequence.num_tokens - 1)
+            if sequence.num_tokens >= sequence.final_tokens:
+                if sequence.status == RUNNING:
+                    left = True
+                else:
+                    self.unqueue(sequence)
+                self.end(sequence, "finished")
+                step.leavers = own(step.leavers)
+                step.leavers.append(sequence)
+        self.kv.processed = tick
+        if left:
+            self.drop_finished()
+        return 0
 
     def count_reports(self, step: Step) -> list:
         """A step is over, and its report says which loads have failed: whose tokens it has brought. Those that
@@ -786,7 +928,7 @@ class Scheduler:
             step.failed = sorted(void, key=request_number)
         return [sequence for sequence in step.samplers if sequence not in void]
 
-    def follow_reports(self, step: Step) -> cython.int:
+    def follow_reports(self, step: Step) -> Any:
         """Who has failed ends; what was received may go on, and what was sent is given back."""
         sequence: Sequence
         for sequence in step.failed:
@@ -795,7 +937,7 @@ class Scheduler:
         if step.transfers is not None:
             for sequence in self.remote.told(step.transfers, self.sequences):
                 self.forget(sequence)
-        return 0
+        return None
 
 
 def request_number(sequence: Sequence) -> int:

@@ -17,6 +17,7 @@ cdef class Sequence:
     cdef int kv_due
     cdef readonly int num_tokens
     cdef int placeholders
+    cdef int drafts
     cdef int status
     cdef int final_tokens
     cdef long long token_tick
@@ -46,6 +47,7 @@ cdef class Sequence:
     cdef readonly int prompt_tokens
     cdef readonly long long request_id
     cdef readonly int preemptions
+    cdef public long long samplings
     cdef readonly int cached_tokens
     cdef readonly long long queued
     cdef readonly long long scheduled

@@ -12,7 +12,8 @@ class Sequence:
     """A request inside the engine. Counts are tokens, times picoseconds, -1 where it did not happen.
 
     computed: advanced when scheduled, before the step runs. placeholders: async, outputs that steps in flight
-    sample. limit: prompt and max_tokens. decodes_until: computed tokens from which on a further one is not a
+    sample, and drafts that they verify. drafts: those that its next step verifies. samplings: its steps that
+    sampled and are complete, where it drafts. limit: prompt and max_tokens. decodes_until: computed tokens from which on a further one is not a
     matter of course. final_tokens: when it ends. catch_up: num_tokens at its last
     admission, which it has to compute before it decodes. token_tick: of the step that delivered its newest
     token. scheduled_tick, scheduled_tokens: with priorities or KV cache groups, its last step, and its tokens
@@ -34,6 +35,7 @@ class Sequence:
         self.shared_keys = None
         self.num_tokens = self.junction = self.limit = self.decodes_until = self.final_tokens = 0
         self.computed = self.placeholders = self.catch_up = self.preemptions = 0
+        self.drafts = self.samplings = 0
         self.blocks_end = self.cached_end = self.kv_due = self.scheduled_tokens = 0
         self.slot = self.cached_tokens = self.row = -1
         self.token_tick = self.scheduled_tick = self.previous_tick = self.arrival = self.serial = -1

@@ -9,17 +9,23 @@ cdef class Step:
     cdef readonly int total_tokens
     cdef readonly list chunks
     cdef readonly int decodes
+    cdef readonly int drafts
+    cdef readonly int drafters
+    cdef readonly int draft_length
     cdef readonly long long decode_context
     cdef long long windowed
     cdef readonly list gaps
     cdef readonly int steady
     cdef readonly int emitted
+    cdef readonly int outputs
+    cdef Py_ssize_t row
     cdef long long start
     cdef long long end
     cdef readonly list samplers
     cdef readonly dict adapters
     cdef readonly bint deferred
     cdef bint borrowed  # samplers, from the list of the running
+    cdef list verified
     cdef readonly list prefilling
     cdef list joined
     cdef list joined_cached

@@ -22,14 +22,18 @@ class Step:
     are. connector_meta: what the connector's workers are told; transfers: what they report (``Transfers``).
     deferred: it samples when the step before is complete, whose tokens a grammar needs.
     adapters: of LoRA, with how many of the step's tokens each has, or None.
-    composition: with ``trace``, all and their tokens. windowed: of decode_context, what layers with a window attend to, if the scheduler was told one.
+    composition: with ``trace``, all and their tokens. verified: where it drafts, how many drafts each of
+    samplers verifies, -k where they are padding. outputs: requests that got tokens, each in one message. row:
+    in the table of steps. windowed: of decode_context, what layers with a window attend to, if the scheduler
+    was told one.
     """
 
     def __init__(self, tick: cython.longlong) -> None:
         self.tick = tick
-        self.total_tokens = self.decodes = self.steady = self.emitted = 0
+        self.total_tokens = self.decodes = self.drafts = self.steady = self.emitted = self.outputs = 0
+        self.drafters = self.draft_length = self.row = 0
         self.decode_context = self.windowed = self.start = self.end = 0
-        self.chunks = self.gaps = self.samplers = self.prefilling = NOBODY
+        self.chunks = self.gaps = self.samplers = self.verified = self.prefilling = NOBODY
         self.joined = self.joined_cached = self.joined_again = self.victims = NOBODY
         self.firsts = self.leavers = self.failed = NOBODY
         self.composition, self.borrowed, self.deferred = None, False, False
@@ -38,7 +42,7 @@ class Step:
 
     @property
     def samples(self) -> int:
-        return len(self.samplers)
+        return len(self.samplers) + self.drafts
 
     @property
     def admitted(self) -> list[int]:

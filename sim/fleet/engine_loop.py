@@ -211,6 +211,7 @@ class PythonLoop:
                 engine.kv.usage,
                 len(step.preempted),
                 step.samples,
+                0,  # drafts: these engines propose none
             )
         )
         return self._gpu_free

@@ -13,8 +13,8 @@ from servecast.sim.fleet.client import Client
 from servecast.sim.fleet.engine_loop import PythonLoop
 from servecast.sim.fleet.flow import Server
 from servecast.sim.hardware.front_end_costs import FrontEndCosts
-from servecast.sim.hardware.step_time.pipeline import PipelinedStepTime
 from servecast.sim.hardware.step_time.physical import PhysicalStepTime, StepTime
+from servecast.sim.hardware.step_time.pipeline import PipelinedStepTime
 from servecast.sim.inputs.units import to_ps
 
 

@@ -27,8 +27,8 @@ from servecast.sim.hardware.shard import Shard
 from servecast.sim.hardware.step_time.grid import Grid, GridStepTime
 from servecast.sim.hardware.step_time.layers import LayeredStepTime, LayerTables
 from servecast.sim.hardware.step_time.padded import PaddedCosts, PaddedStepTime
-from servecast.sim.hardware.step_time.pipeline import PipelinedStepTime
 from servecast.sim.hardware.step_time.physical import Efficiencies, PhysicalStepTime, StepTime
+from servecast.sim.hardware.step_time.pipeline import PipelinedStepTime
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.inputs.files import write_whole
 

@@ -127,7 +127,10 @@ class Shard:
         ends = list(accumulate(self.pipeline))
         return tuple(
             replace(
-                self, model=self.model.stage(end - layers, end), pipeline=(), stage=(place, len(self.pipeline))
+                self,
+                model=self.model.stage(end - layers, end),
+                pipeline=(),
+                stage=(place, len(self.pipeline)),
             )
             for place, (layers, end) in enumerate(zip(self.pipeline, ends, strict=True))
         )
@@ -324,7 +327,9 @@ class Shard:
         """Numbers of one adapter of all linear layers: (inputs + outputs) x rank of each matrix, where ranks
         divide what they divide of the matrix."""
         linears = self.model.linears()
-        return self.lora_rank * sum(count * sum(each.on(self.tensor_parallel_size)) for count, each in linears)
+        return self.lora_rank * sum(
+            count * sum(each.on(self.tensor_parallel_size)) for count, each in linears
+        )
 
     # -- LM head -----------------------------------------------------------------------------------
 

@@ -50,13 +50,14 @@ STEP_COLUMNS: dict[str, str] = {
     "duration": "float64",  # s
     "prefill_tokens": "int64",  # tokens in prompt chunks
     "prefill_requests": "int64",
-    "decodes": "int64",  # requests with one token each
+    "decodes": "int64",  # requests that decode, each with one token and its drafts
     "decode_context": "int64",  # KV tokens read by those
     "running": "int64",
     "waiting": "int64",
     "kv_usage": "float64",  # 0..1 after schedule()
     "preempted": "int64",
     "emitted": "int64",  # tokens delivered by the step
+    "drafts": "int64",  # draft tokens that it verifies
 }
 
 

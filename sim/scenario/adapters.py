@@ -24,7 +24,9 @@ def lora(flags: EngineFlags, model: ModelShape, where: str) -> tuple[int, int]:
         for name in ("lora_modules", "max_loras", "max_cpu_loras", "max_lora_rank"):
             if getattr(flags, name) is not None:
                 raise InputError(
-                    f"{name} without enable_lora", where=f"{where}.{name}", fix="Set enable_lora, or leave it out."
+                    f"{name} without enable_lora",
+                    where=f"{where}.{name}",
+                    fix="Set enable_lora, or leave it out.",
                 )
         return 0, 0
     slots, rank = flags.max_loras or 1, flags.max_lora_rank or 16

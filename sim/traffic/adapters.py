@@ -81,6 +81,8 @@ def _apart(requests: Requests, ids: ContentIds) -> Requests:
         if at is None:
             at = places[pair] = len(contents)
             own, adapter = requests.contents[pair[0]], pair[1]
-            contents.append(tuple((ids.of_adapter(part, adapter), end) for part, end in own) if adapter else own)
+            contents.append(
+                tuple((ids.of_adapter(part, adapter), end) for part, end in own) if adapter else own
+            )
         place[row] = at
     return replace(requests, content=place, contents=contents)

@@ -15,8 +15,10 @@ FOLDER = Path(str(servecast.sim.engine.__file__)).parent
 # what a scheduler is made of, in the order of import
 MODULES = (
     "rules",
+    "draft_rules",
     "cadence",
     "sequence",
+    "drafts",
     "waiting",
     "step",
     "block_pool",

@@ -72,10 +72,13 @@ class StepLog:
     decodes: int
     decode_context: int
     samples: int
+    drafts: int
+    draft_length: int
     after_schedule: State
     finished: list[int] = field(default_factory=list)
     first_tokens: list[int] = field(default_factory=list)
     emitted: int = 0
+    draft_counters: tuple[int, int, int] = (0, 0, 0)
     after_complete: State = field(init=False)
 
 
@@ -137,6 +140,8 @@ def run(
                     decodes=step.decodes,
                     decode_context=step.decode_context,
                     samples=step.samples,
+                    drafts=step.drafts,
+                    draft_length=step.draft_length,
                     after_schedule=State.of(engine),
                 )
             )
@@ -152,6 +157,9 @@ def run(
             log[index].finished = list(step.finished)
             log[index].first_tokens = list(step.first_tokens)
             log[index].emitted = step.emitted
+            if (drafts := engine.drafts) is not None:
+                counts = (drafts.num_drafts, drafts.num_draft_tokens, drafts.num_accepted_tokens)
+                log[index].draft_counters = counts
             log[index].after_complete = State.of(engine)
     return log
 

@@ -1,8 +1,8 @@
 """A plain model of vLLM's V1 scheduler and KV cache: the oracle that the fast engine is held against.
 
 It is written from the rules alone and loops over every running request in every step, so that each
-rule of vLLM (releases 0.23 and 0.32, one full-attention group, no speculation) can be read here as it
-stands. Speed does not matter.
+rule of vLLM (releases 0.20 to 0.33, one full-attention group) can be read here as it stands. How many
+drafts are proposed and accepted is told, request by request. Speed does not matter.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ class State:
     blocks: list[int] = field(default_factory=list)
     num_cached_blocks: int = 0  # leading blocks that have their hash
     catch_up: int = 0  # num_tokens at the last admission: what must be computed before it decodes
+    spec_tokens: int = 0  # drafts that wait to be verified
+    samplings: int = 0
 
     @property
     def request_id(self) -> int:
@@ -45,9 +47,10 @@ class State:
     def prefills(self) -> bool:
         return self.num_computed_tokens < self.catch_up
 
-    def block_hash(self, index: int, block_size: int) -> BlockHash:
-        """Identity of full block ``index``: that of the part which holds its last token."""
-        last_token = (index + 1) * block_size - 1
+    def block_hash(self, index: int, block_size: int, behind: int) -> BlockHash:
+        """Identity of full block ``index``: that of the part which holds its last token, or the last one of
+        those ``behind`` it that its hash covers."""
+        last_token = (index + 1) * block_size - 1 + behind
         for content_id, end_token in self.request.content:
             if last_token < end_token:
                 return ("content", content_id, index)
@@ -72,6 +75,8 @@ class PlainStep:
     decodes: int = 0
     decode_context: int = 0
     samplers: list[int] = field(default_factory=list)
+    spec_tokens: dict[int, int] = field(default_factory=dict)  # drafts that are verified, by request
+    draft_length: int = 0
 
     finished: list[int] = field(default_factory=list)
     first_tokens: list[int] = field(default_factory=list)
@@ -85,8 +90,12 @@ class PlainStep:
         return sum(tokens for _, tokens in self.tokens)
 
     @property
+    def drafts(self) -> int:
+        return sum(self.spec_tokens.values())
+
+    @property
     def samples(self) -> int:
-        return len(self.samplers)
+        return len(self.samplers) + self.drafts
 
 
 class PlainEngine:
@@ -107,6 +116,19 @@ class PlainEngine:
         self.ref_count = [0] * config.num_gpu_blocks
         self.hash_of: dict[int, BlockHash] = {}
         self.cache: dict[BlockHash, list[int]] = {}  # blocks of a hash, in order of insertion
+        self.drafts = SimpleNamespace(told={}, num_drafts=0, num_draft_tokens=0, num_accepted_tokens=0)
+        self.k = self.lookahead = self.slots = self.behind = 0
+        self.token_budget = config.max_num_batched_tokens
+        self.seats = config.max_num_seqs
+        spec = config.speculation
+        if spec is not None:
+            self.k, self.lookahead, self.behind = spec.num_tokens, spec.lookahead, spec.hash_lookahead
+            if self.minor >= 28:
+                self.slots = spec.draft_slots
+            else:
+                self.token_budget -= spec.draft_slots * config.max_num_seqs
+            if self.minor >= 33 and spec.method in ("dflash", "dspark"):
+                self.seats = min(self.seats, self.token_budget // spec.lookahead)
 
     # ---- read-outs
 
@@ -182,6 +204,7 @@ class PlainEngine:
         if self.carries_prefill:
             self.last_prefill = self.executed
         self.advance(step)
+        self.place_drafts(step)
         self.finished_req_ids = []
         return step
 
@@ -201,14 +224,14 @@ class PlainEngine:
 
         Returns the token budget that is left.
         """
-        budget = self.config.max_num_batched_tokens
+        budget = self.token_budget
         index = 0
-        while index < len(self.running_states) and budget > 0:
+        while index < len(self.running_states) and budget > self.slots:
             state = self.running_states[index]
-            tokens = state.num_tokens + state.placeholders - state.num_computed_tokens
+            tokens = state.num_tokens + state.spec_tokens + state.placeholders - state.num_computed_tokens
             if 0 < threshold < tokens:
                 tokens = threshold
-            tokens = min(tokens, budget, self.config.max_model_len - state.num_computed_tokens - 1)
+            tokens = min(tokens, budget - self.slots, self.config.max_model_len - state.num_computed_tokens - 1)
             if state.last_in_flight or tokens == 0 or (held and state.prefills):
                 index += 1
                 continue
@@ -218,7 +241,8 @@ class PlainEngine:
                 given_back = step.scheduled().get(victim.request_id)
                 if given_back is not None:  # it was scheduled earlier in this step
                     step.tokens.remove((victim.request_id, given_back))
-                    budget += given_back
+                    step.spec_tokens.pop(victim.request_id, None)
+                    budget += given_back + self.slots
                 if victim_index < index if self.minor >= 28 else given_back is not None:
                     index -= 1
                 self.preempt(victim)
@@ -231,7 +255,11 @@ class PlainEngine:
                 return budget
             self.carries_prefill |= state.prefills
             step.tokens.append((state.request_id, tokens))
-            budget -= tokens
+            ahead = tokens + state.num_computed_tokens - state.num_tokens - state.placeholders
+            if state.spec_tokens and ahead > 0:
+                step.spec_tokens[state.request_id] = min(ahead, state.spec_tokens)
+            state.spec_tokens = 0
+            budget -= tokens + self.slots
             index += 1
         return budget
 
@@ -244,19 +272,20 @@ class PlainEngine:
         """Free all it has and queue it in front; its tokens in flight are still delivered."""
         self.free_request_blocks(victim)
         self.running_states.remove(victim)
-        victim.num_computed_tokens = 0
+        victim.num_computed_tokens = victim.spec_tokens = 0
         victim.status = "PREEMPTED"
-        if self.minor >= 31:
-            victim.placeholders = 0
+        victim.placeholders = 0
         self.waiting_states.insert(0, victim)
         self.sort_waiting()
 
     def schedule_waiting(self, step: PlainStep, threshold: int, budget: int, held: bool) -> None:
         """Phase 2: admit from the head of the queue; the first one that does not fit blocks the rest."""
-        max_running = self.config.max_num_seqs
+        max_running = self.seats
+        prefill_scheduled = any(self.requests[request_id].prefills for request_id, _ in step.tokens)
+        somebody_runs = bool(step.tokens)
         if self.config.max_num_active_seqs is not None:
             max_running = min(max_running, self.config.max_num_active_seqs)
-        while self.waiting_states and budget > 0 and len(self.running_states) < max_running:
+        while self.waiting_states and budget > self.slots and len(self.running_states) < max_running:
             state = self.waiting_states[0]
             hit = self.longest_hit(state)
             cached_tokens = len(hit) * self.config.block_size
@@ -264,11 +293,23 @@ class PlainEngine:
             prefills = tokens > 1
             if held and prefills:
                 return
+            padded = tokens == 1 and self.may_pad and not prefill_scheduled
+            padded = padded and (somebody_runs or (self.minor >= 30 and cached_tokens > 0))
+            if padded:
+                end = cached_tokens + 1 + self.k + (self.minor >= 29)
+                if end > self.config.max_model_len and self.minor < 29:
+                    return
+                if end > self.config.max_model_len:
+                    padded = False
+                elif 1 + self.k > budget - self.slots:
+                    return
+                else:
+                    tokens += self.k
             if 0 < threshold < tokens:
                 tokens = threshold
-            if tokens > budget and not self.config.enable_chunked_prefill:
+            if tokens > budget - self.slots and not self.config.enable_chunked_prefill:
                 return
-            tokens = min(tokens, budget)
+            tokens = min(tokens, budget - self.slots)
             if not self.allocate_slots(state, tokens, hit):
                 return
             self.waiting_states.pop(0)
@@ -280,23 +321,42 @@ class PlainEngine:
             state.catch_up = state.num_tokens
             step.cached_tokens[state.request_id] = cached_tokens
             step.tokens.append((state.request_id, tokens))
-            budget -= tokens
+            if padded:
+                step.spec_tokens[state.request_id] = self.k
+            budget -= tokens + self.slots
+
+    @property
+    def may_pad(self) -> bool:
+        """Whether an admission that computes one token may be padded with drafts that nobody accepts."""
+        return self.minor >= 25 and self.k > 0 and not self.config.speculation.by_batch
+
+    def place_drafts(self, step: PlainStep) -> None:
+        """How many drafts follow the step; async, their places are taken at once."""
+        step.draft_length = self.k
+        if self.k and self.config.speculation.by_batch and step.tokens:
+            requests = len(step.tokens)
+            most = [k for first, k in self.config.speculation.by_batch if first <= requests][-1]
+            step.draft_length = min(most, self.k)
+        if self.k and self.config.async_scheduling:
+            for request_id in step.samplers:
+                self.requests[request_id].spec_tokens = step.draft_length
 
     def advance(self, step: PlainStep) -> None:
         """Count the scheduled tokens as computed, and note who samples."""
         for request_id, tokens in step.tokens:
             state = self.requests[request_id]
             before = state.num_computed_tokens
-            if before >= state.catch_up:
+            drafts = step.spec_tokens.get(request_id, 0)
+            if before >= state.catch_up or drafts:
                 step.decodes += 1
-                step.decode_context += before + 1
+                step.decode_context += before + tokens
             else:
                 step.chunks.append((tokens, before))
             state.num_computed_tokens += tokens
             if state.num_computed_tokens >= state.num_tokens + state.placeholders:
                 step.samplers.append(request_id)
                 if self.config.async_scheduling:
-                    state.placeholders += 1
+                    state.placeholders += 1 + drafts
 
     def complete(self, step: PlainStep) -> None:
         """Deliver the sampled tokens in the order of the step; finish who has reached its end."""
@@ -304,18 +364,44 @@ class PlainEngine:
             state = self.requests.get(request_id)
             if state is None:  # finished or aborted while the step was in flight
                 continue
-            state.num_tokens += 1
-            step.emitted += 1
-            outputs = state.num_tokens - state.request.prompt_tokens
-            if outputs == 1:
-                step.first_tokens.append(request_id)
-            if self.config.async_scheduling:
-                state.placeholders = max(state.placeholders - 1, 0)  # 0.32 zeroed them when it preempted
-                if state.status == "RUNNING":
-                    self.cache_blocks(state, state.num_computed_tokens - state.placeholders)
+            stale = state.status != "RUNNING"  # 0.27 zeroed its counts when it was preempted
+            drafts = step.spec_tokens.get(request_id, 0)
+            accepted = self.accept(state, drafts)
+            if not stale:
+                state.num_computed_tokens -= drafts - accepted
+            delivered = 0
+            while delivered < 1 + accepted:
+                delivered += 1
+                state.num_tokens += 1
+                outputs = state.num_tokens - state.request.prompt_tokens
+                if outputs == 1:
+                    step.first_tokens.append(request_id)
+                if outputs >= state.request.output_tokens or state.num_tokens >= self.config.max_model_len:
+                    break
+            step.emitted += delivered
+            if self.config.async_scheduling and not stale:
+                state.placeholders -= drafts - accepted + delivered
+                self.cache_blocks(state, state.num_computed_tokens - state.placeholders)
+            if not self.config.async_scheduling and self.k:
+                if self.minor >= 33:
+                    self.cache_blocks(state, state.num_tokens - 1)
+                proposed = self.drafts.told[request_id][1]
+                state.spec_tokens = min(step.draft_length, proposed[(state.samplings - 1) % len(proposed)])
             if outputs >= state.request.output_tokens or state.num_tokens >= self.config.max_model_len:
                 self.finish(state)
                 step.finished.append(request_id)
+
+    def accept(self, state: State, drafts: int) -> int:
+        """How many of the drafts that it verified are accepted, by what was told; counted as vLLM does."""
+        if not self.k:
+            return 0
+        told = self.drafts.told[state.request_id][0]
+        accepted = min(told[state.samplings % len(told)], drafts)
+        state.samplings += 1
+        self.drafts.num_drafts += drafts > 0
+        self.drafts.num_draft_tokens += drafts
+        self.drafts.num_accepted_tokens += accepted
+        return accepted
 
     # ---- the KV cache
 
@@ -323,10 +409,12 @@ class PlainEngine:
         """Cached leading blocks; at least the last token is left to compute."""
         hit: list[int] = []
         for index in range((state.num_tokens - 1) // self.config.block_size):
-            blocks = self.cache.get(state.block_hash(index, self.config.block_size))
+            blocks = self.cache.get(state.block_hash(index, self.config.block_size, self.behind))
             if not blocks:
                 break
             hit.append(blocks[0])
+        if self.config.speculation is not None and self.config.speculation.drops_block:
+            del hit[-1:]
         return hit
 
     def allocate_slots(self, state: State, tokens: int, hit: list[int]) -> bool:
@@ -342,7 +430,8 @@ class PlainEngine:
             if missing + evicted + reserve > len(self.free):
                 return False
         end = state.num_computed_tokens + len(hit) * cfg.block_size + tokens
-        missing = max(self.blocks_for(end) - len(state.blocks) - len(hit), 0)
+        lookahead = self.lookahead if self.minor >= 23 or not admission else 0
+        missing = max(self.blocks_for(end + lookahead) - len(state.blocks) - len(hit), 0)
         if missing + evicted + reserve > len(self.free):
             return False
 
@@ -374,10 +463,11 @@ class PlainEngine:
         """Hash the full blocks among the first ``tokens`` tokens. Duplicates are kept side by side."""
         if not self.config.enable_prefix_caching:
             return
-        for index in range(state.num_cached_blocks, tokens // self.config.block_size):
+        hashed = min(tokens, state.num_tokens - self.behind)
+        for index in range(state.num_cached_blocks, hashed // self.config.block_size):
             block = state.blocks[index]
             assert block not in self.hash_of
-            block_hash = state.block_hash(index, self.config.block_size)
+            block_hash = state.block_hash(index, self.config.block_size, self.behind)
             self.hash_of[block] = block_hash
             self.cache.setdefault(block_hash, []).append(block)
             state.num_cached_blocks = index + 1

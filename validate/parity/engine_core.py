@@ -13,6 +13,7 @@ arrival's.
 
 from __future__ import annotations
 
+import random
 from collections import deque
 from collections.abc import Iterator
 from typing import Any, Protocol
@@ -26,7 +27,8 @@ class Step(Protocol):
     total_tokens: int
     chunks: list[tuple[int, int]]  # (tokens, context) of prompt chunks
     decode_context: int  # KV tokens that the other requests read
-    samples: int  # tokens that the step will sample
+    samples: int  # rows that the step samples of, drafts included
+    drafts: int  # that the step verifies
     admitted: list[int]
     resumed: list[int]
     preempted: list[int]  # in victim order
@@ -60,6 +62,8 @@ class Engine(Protocol):
     @property
     def prefix_hits(self) -> int: ...
     @property
+    def drafts(self) -> Any: ...  # has vLLM's counters of drafts; None where there are none
+    @property
     def external_queries(self) -> int: ...  # of a connector
     @property
     def external_hits(self) -> int: ...
@@ -74,6 +78,19 @@ class Engine(Protocol):
 
     def execute(self, step: Any) -> None:
         """With a connector: the step runs, and what has been transferred by then is part of its output."""
+
+
+def draft_counts(speculation: dict[str, Any], request_id: int) -> tuple[list[int], list[int]]:
+    """Accepted and proposed drafts of a request's sampling steps, over and over, for both schedulers.
+
+    Each request has its own temper: some accept all, some nothing, most of them something of it.
+    """
+    k = speculation["num_tokens"]
+    chance = random.Random(f"{speculation['seed']} {request_id}")
+    least, most = sorted((chance.randint(0, k), chance.randint(0, k)))
+    accepted = [chance.randint(least, most) for _ in range(29)]
+    misses = speculation["method"] in ("ngram", "suffix")
+    return accepted, [chance.randint(0, k) if misses else k for _ in range(31)]
 
 
 def decisions(engine: Engine, scenario: dict[str, Any], *, observed: bool = True) -> Iterator[dict[str, Any]]:
@@ -114,7 +131,11 @@ def decisions(engine: Engine, scenario: dict[str, Any], *, observed: bool = True
             step = engine.schedule()
             if remote:
                 engine.execute(step)
-            yield {"schedule": clock, **_composition(engine, step, observed), **_state(engine, counted, remote)}
+            yield {
+                "schedule": clock,
+                **_composition(engine, step, observed),
+                **_state(engine, counted, remote),
+            }
             batch_queue.append((clock, step))
             clock += 1
             oldest_done = not fills and batch_queue[0][1].total_tokens == 0
@@ -135,6 +156,7 @@ def _composition(engine: Engine, step: Step, observed: bool) -> dict[str, Any]:
         "preempted": step.preempted,
         "cached_tokens": [list(item) for item in sorted(step.cached_tokens.items())],
         "samples": step.samples,
+        "drafts": step.drafts,
         "context": sum(sum(chunk) for chunk in step.chunks) + step.decode_context,
     }
     if observed:
@@ -145,9 +167,14 @@ def _composition(engine: Engine, step: Step, observed: bool) -> dict[str, Any]:
 
 
 def _outcome(engine: Engine, step: Step, remote: bool) -> dict[str, Any]:
-    external = [engine.external_queries, engine.external_hits] if remote else []
-    return {
-        "external": external,
+    counted: dict[str, Any] = {}
+    if remote:
+        counted["external"] = [engine.external_queries, engine.external_hits]
+    if engine.drafts is not None:
+        counts = engine.drafts
+        counted["draft_counters"] = [counts.num_drafts, counts.num_draft_tokens, counts.num_accepted_tokens]
+        counted["draft_counters"] += counts.per_position
+    return counted | {
         "finished": step.finished,
         "emitted": step.emitted,
         "prefix_queries": engine.prefix_queries,

@@ -28,7 +28,9 @@ class FakeStore:
         self.due: list[tuple[int, str, int, list[int]]] = []  # (step, kind, request, failed blocks)
         self.invalid: list[int] = []  # of synchronous loads of the step being decided
 
-    def match(self, request_id: int, prompt: int, tokens: int, local: int, block: int) -> tuple[int, bool] | None:
+    def match(
+        self, request_id: int, prompt: int, tokens: int, local: int, block: int
+    ) -> tuple[int, bool] | None:
         """``get_num_new_matched_tokens``."""
         plan = self.plans.get(str(request_id))
         if plan is None:

@@ -20,7 +20,7 @@ from typing import Any
 from servecast.sim.engine.request import Request, content_of_adapter
 from servecast.sim.engine.rules import RULES
 from servecast.sim.engine.scheduler import Scheduler
-from servecast.validate.parity.engine_core import decisions
+from servecast.validate.parity.engine_core import decisions, draft_counts
 from servecast.validate.parity.remote import Connected
 from servecast.validate.parity.scenarios import Scenario
 from servecast.validate.parity.vllm_process import VllmProcess, release
@@ -86,6 +86,7 @@ class ParityResult:
     prefix_hit_tokens: int = 0
     aborts: int = 0
     async_scenarios: int = 0
+    drafts_verified: int = 0
     priority_scenarios: int = 0
     mismatches: list[Mismatch] = field(default_factory=list)
 
@@ -101,6 +102,7 @@ class ParityResult:
             if "schedule" in event:
                 self.steps += 1
                 self.preemptions += len(event["preempted"])
+                self.drafts_verified += event["drafts"]
                 self.prefix_hit_tokens += sum(tokens for _, tokens in event["cached_tokens"])
         if mismatch is not None:
             self.mismatches.append(mismatch)
@@ -206,7 +208,11 @@ def our_decisions(
     engine = make_scheduler(config, trace=True) if observed else make_scheduler(config)
     if scenario.remote is not None:
         engine = Connected(make_scheduler, config, scenario.remote, trace=observed)
-    return decisions(engine, _as_dict(scenario), observed=observed)
+    as_dict = _as_dict(scenario)
+    if as_dict["config"]["speculation"]:
+        requests = (arrival.request.request_id for arrival in scenario.arrivals)
+        engine.drafts.told = {name: draft_counts(as_dict["config"]["speculation"], name) for name in requests}
+    return decisions(engine, as_dict, observed=observed)
 
 
 def _as_dict(scenario: Scenario) -> dict[str, Any]:
@@ -214,6 +220,7 @@ def _as_dict(scenario: Scenario) -> dict[str, Any]:
         "config": {
             "async_scheduling": scenario.config.async_scheduling,
             "kv_groups": [dataclasses.asdict(spec) for spec in scenario.config.kv_groups],
+            "speculation": scenario.config.speculation and dataclasses.asdict(scenario.config.speculation),
         },
         **scenario.loop,
         "arrivals": [

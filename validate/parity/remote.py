@@ -11,7 +11,13 @@ from servecast.sim.engine.scheduler import Scheduler
 from servecast.sim.engine.sequence import Sequence
 from servecast.sim.engine.step import Step
 from servecast.validate.parity.fake_store import FakeStore
-from servecast.validate.parity.scenarios import Pick, Scenario, draw_scenario, recorded_picks
+from servecast.validate.parity.scenarios import (
+    Pick,
+    Scenario,
+    draw_scenario,
+    recorded_picks,
+    with_drafts,
+)
 
 MAX_STEPS = 600
 
@@ -74,6 +80,15 @@ def remote_scenarios(version: str, seed: int, count: int) -> Iterator[Scenario]:
     """As ``random_scenarios``, each with a connector."""
     for index in range(count):
         yield draw_remote(recorded_picks(seed, index)[0], version, f"remote-{version}-{seed}-{index}")
+
+
+def drafted_remote_scenarios(version: str, seed: int, count: int) -> Iterator[Scenario]:
+    """As ``remote_scenarios``, each with drafts; a failed load ends its request."""
+    for index in range(count):
+        pick = recorded_picks(seed, index)[0]
+        plain = with_drafts(pick, draw_remote(pick, version, f"drafted-remote-{version}-{seed}-{index}"))
+        assert plain.remote is not None
+        yield dataclasses.replace(plain, remote=plain.remote | {"policy": "fail"})
 
 
 def draw_remote(pick: Pick, version: str, name: str) -> Scenario:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from servecast.sim.engine.config import EngineConfig
+from servecast.sim.engine.draft_rules import draft_rules_for
 from servecast.sim.engine.group_rules import group_rules_for
 from servecast.sim.engine.kv_groups import CacheSpec, GroupKind, in_flight_tokens, most_blocks
 from servecast.sim.engine.pipeline_rules import (
@@ -26,6 +27,7 @@ from servecast.sim.engine.pipeline_rules import (
 )
 from servecast.sim.engine.request import Request
 from servecast.sim.engine.rules import RELEASES, has_option
+from servecast.sim.engine.speculation import METHODS, Speculation, speculation
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.inputs.files import read_text
 
@@ -93,7 +95,10 @@ class Scenario:
             data = json.loads(text)
             return Scenario(
                 name=data["name"],
-                config=EngineConfig(**data["config"] | {"kv_groups": _groups(data["config"])}),
+                config=EngineConfig(
+                    **data["config"]
+                    | {"kv_groups": _groups(data["config"]), "speculation": _speculation(data["config"])}
+                ),
                 arrivals=tuple(_arrival(**arrival) for arrival in data["arrivals"]),
                 aborts=tuple(Abort(**abort) for abort in data["aborts"]),
                 max_steps=data["max_steps"],
@@ -114,6 +119,14 @@ def _groups(config: dict[str, Any]) -> tuple[CacheSpec, ...]:
     )
 
 
+def _speculation(config: dict[str, Any]) -> Speculation | None:
+    given = config.get("speculation")
+    if given is None:
+        return None
+    given["by_batch"] = [tuple(entry) for entry in given["by_batch"]]
+    return Speculation(**{name: tuple(v) if isinstance(v, list) else v for name, v in given.items()})
+
+
 def _arrival(step: int, arrival: int, request: dict[str, Any]) -> Arrival:
     content = tuple((content_id, end) for content_id, end in request.pop("content"))
     return Arrival(step, arrival, Request(**request, content=content))
@@ -124,6 +137,13 @@ def grouped_scenarios(version: str, seed: int, count: int) -> Iterator[Scenario]
     for index in range(count):
         pick = recorded_picks(seed, index)[0]
         yield draw_grouped(pick, version, f"grouped-{version}-{seed}-{index}")
+
+
+def drafted_scenarios(version: str, seed: int, count: int) -> Iterator[Scenario]:
+    """As ``random_scenarios``, each with speculative decoding."""
+    for index in range(count):
+        pick = recorded_picks(seed, index)[0]
+        yield draw_drafted(pick, version, f"drafted-{version}-{seed}-{index}")
 
 
 def random_scenarios(version: str, seed: int, count: int) -> Iterator[Scenario]:
@@ -254,6 +274,57 @@ def draw_staged(pick: Pick, version: str, name: str) -> Scenario:
         arrivals.append(dataclasses.replace(arrival, request=request))
     grammars.sort(key=lambda grammar: grammar.step)
     return dataclasses.replace(plain, config=config, arrivals=tuple(arrivals), grammars=tuple(grammars))
+
+
+def draw_drafted(pick: Pick, version: str, name: str) -> Scenario:
+    """A random scenario in which requests draft."""
+    return with_drafts(pick, draw_scenario(pick, version, name))
+
+
+def with_drafts(pick: Pick, plain: Scenario) -> Scenario:
+    """A scenario whose requests draft, by one of all methods; how many drafts are accepted is
+    ``engine_core.draft_counts``'s."""
+    config, version = plain.config, plain.config.version
+    rules, age = draft_rules_for(version), RELEASES.index(version)
+    methods = [method for method, known in METHODS.items() if RELEASES.index(known.since) <= age]
+    method = methods[pick(0, len(methods) - 1)]
+    k = pick(1, 5)
+    by_batch: list[tuple[int, int]] = []
+    if rules.by_batch and pick(0, 3) == 3:
+        by_batch = [(1, pick(0, k + 1))]
+        while pick(0, 2):
+            by_batch.append((by_batch[-1][0] + pick(1, 4), pick(0, k)))
+    hidden = METHODS[method].takes_hidden_states
+    drafts = speculation(
+        version,
+        method,
+        k,
+        (0.5,) * k,
+        disable_eagle_block_drop=hidden and rules.disable_eagle_block_drop and pick(0, 4) == 4,
+        by_batch=tuple(by_batch),
+        seed=pick(0, 1 << 20),
+    )
+    arrivals = []
+    for arrival in plain.arrivals:
+        request = arrival.request
+        if pick(0, 2) == 2:  # one token behind whole blocks: all but this can be a hit
+            prompt = (request.prompt_tokens - 1) // config.block_size * config.block_size + 1
+            content = tuple((part, min(end, prompt)) for part, end in request.content)
+            request = dataclasses.replace(request, prompt_tokens=prompt, content=content)
+        arrivals.append(dataclasses.replace(arrival, request=request))
+    threshold = config.long_prefill_token_threshold
+    slots = drafts.draft_slots * (1 if rules.slots_by_request else config.max_num_seqs)
+    return dataclasses.replace(
+        plain,
+        arrivals=tuple(arrivals),
+        config=dataclasses.replace(
+            config,
+            speculation=drafts,
+            max_num_batched_tokens=config.max_num_batched_tokens + slots,
+            num_gpu_blocks=config.num_gpu_blocks + -(-drafts.lookahead // config.block_size),
+            long_prefill_token_threshold=threshold and max(threshold, 1 + k),
+        ),
+    )
 
 
 def draw_grouped(pick: Pick, version: str, name: str) -> Scenario:

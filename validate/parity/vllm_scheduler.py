@@ -19,14 +19,16 @@ import math
 import random
 import sys
 import tempfile
+from collections import Counter
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import vllm
-from engine_core import decisions  # type: ignore[import-not-found]
+from engine_core import decisions, draft_counts  # type: ignore[import-not-found]
 from vllm.config import (
     CacheConfig,
     DeviceConfig,
@@ -34,6 +36,7 @@ from vllm.config import (
     ModelConfig,
     ParallelConfig,
     SchedulerConfig,
+    SpeculativeConfig,
     VllmConfig,
 )
 from vllm.config.lora import LoRAConfig
@@ -53,7 +56,7 @@ from vllm.v1.kv_cache_interface import (
     MambaSpec,
     SlidingWindowSpec,
 )
-from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
+from vllm.v1.outputs import DraftTokenIds, KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus, StructuredOutputRequest
 from vllm.v1.structured_output import StructuredOutputManager
 from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
@@ -98,8 +101,12 @@ class Step:
         return int(self.output.total_num_scheduled_tokens)
 
     @property
+    def drafts(self) -> int:
+        return sum(map(len, self.output.scheduled_spec_decode_tokens.values()))
+
+    @property
     def samples(self) -> int:
-        return len(self.samplers)
+        return len(self.samplers) + self.drafts
 
     def scheduled(self) -> dict[int, int]:
         return {int(name): tokens for name, tokens in self.output.num_scheduled_tokens.items()}
@@ -144,10 +151,20 @@ class VllmEngine:
         hash_fn = get_hash_fn_by_name("sha256")
         init_none_hash(hash_fn)
         caching = config["enable_prefix_caching"]
-        self.hasher = get_request_block_hasher(hash_block, hash_fn) if caching else None
+        ahead = getattr(vllm_config, "num_hash_lookahead_tokens", 0)
+        options = {"num_hash_lookahead_tokens": ahead} if ahead else {}
+        self.hasher = get_request_block_hasher(hash_block, hash_fn, **options) if caching else None
+        self.speculation = config["speculation"]
+        self.drafts: SimpleNamespace | None = None
+        if self.speculation is not None:
+            none = [0] * self.speculation["num_tokens"]
+            self.drafts = SimpleNamespace(
+                num_drafts=0, num_draft_tokens=0, num_accepted_tokens=0, per_position=none
+            )
+        self.samplings: Counter[str] = Counter()  # of requests, delivered
         self.kv = self.scheduler.kv_cache_manager
         self.pool = self.kv.block_pool
-        self.grouped = bool(config["kv_groups"])
+        self.grouped, self.is_async = bool(config["kv_groups"]), config["async_scheduling"]
         self.victims: list[int] = []
         self.prefix_queries = 0  # tokens, as vLLM's counters have them: without preempted requests
         self.prefix_hits = 0
@@ -240,7 +257,7 @@ class VllmEngine:
         model_output = ModelRunnerOutput(
             req_ids=names,
             req_id_to_index={name: index for index, name in enumerate(names)},
-            sampled_token_ids=[[self._token(name)] if name in step.samplers else [] for name in names],
+            sampled_token_ids=[self._tokens(step, name) for name in names],
             logprobs=None,
             prompt_logprobs_dict={},
             pooler_output=[],
@@ -257,17 +274,48 @@ class VllmEngine:
                 if outside is not None:
                     self.external_queries += outside.queries
                     self.external_hits += outside.hits
+                self._count(client.scheduler_stats.spec_decoding_stats)
         step.emitted = sum(len(output.new_token_ids) for output in outputs)
         ended = [output for output in outputs if output.finish_reason is not None]
         failed = sorted(int(o.request_id) for o in ended if o.finish_reason.name == "ERROR")  # from a set
         step.finished = [int(o.request_id) for o in ended if o.finish_reason.name != "ERROR"] + failed
+        if self.speculation is not None and not self.is_async and names:
+            k = getattr(step.output, "num_spec_tokens_to_schedule", self.speculation["num_tokens"])
+            drafts = [[FIRST_TOKEN] * min(k, self._counts(name)[1]) for name in names]
+            self.scheduler.update_draft_token_ids(DraftTokenIds(names, drafts))
 
-    def _token(self, name: str) -> int:
-        """The next output token: the stop token where the model stops, else one that occurs nowhere else."""
+    def _count(self, stats: Any) -> None:
+        if stats is None or self.drafts is None:
+            return
+        self.drafts.num_drafts += stats.num_drafts
+        self.drafts.num_draft_tokens += stats.num_draft_tokens
+        self.drafts.num_accepted_tokens += stats.num_accepted_tokens
+        for at, count in enumerate(stats.num_accepted_tokens_per_pos):
+            self.drafts.per_position[at] += count
+
+    def _counts(self, name: str) -> tuple[int, int]:
+        """Accepted and proposed drafts of a request's newest sampling step."""
+        accepted, proposed = draft_counts(self.speculation, int(name))
+        at = self.samplings[name] - 1
+        return accepted[at % len(accepted)], proposed[at % len(proposed)]
+
+    def _tokens(self, step: Step, name: str) -> list[int]:
+        """What the model samples for a request in a step."""
+        if name not in step.samplers:
+            return []
+        tokens = 1
+        if self.speculation is not None and name in self.scheduler.requests:
+            self.samplings[name] += 1
+            drafts = len(step.output.scheduled_spec_decode_tokens.get(name, ()))
+            tokens += min(self._counts(name)[0], drafts)
+        return [self._token(name, further) for further in range(tokens)]
+
+    def _token(self, name: str, further: int) -> int:
+        """The next output token, or one ``further`` on: the stop token where the model stops, else one that occurs nowhere else."""
         request = self.scheduler.requests.get(name)
         if request is None:
             return FIRST_TOKEN  # aborted or stopped while in flight: vLLM throws it away
-        index = int(request.num_output_tokens)
+        index = int(request.num_output_tokens) + further
         if index + 1 == self.outputs[name]:
             return STOP_TOKEN
         return FIRST_TOKEN + int(name) * TOKENS_PER_REQUEST + TOKENS_PER_REQUEST // 2 + index
@@ -330,7 +378,9 @@ def _await_grammar(request: Request) -> None:
         **{"params": params} if "params" in names else {"sampling_params": request.sampling_params}
     )
     request.structured_output_request._grammar = Future()
-    request.status = next(status for status in RequestStatus if "GRAMMAR" in status.name or "FSM" in status.name)
+    request.status = next(
+        status for status in RequestStatus if "GRAMMAR" in status.name or "FSM" in status.name
+    )
 
 
 def _lora(adapter: int) -> LoRARequest | None:
@@ -394,7 +444,7 @@ def _retention(config: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def _vllm_config(config: dict[str, Any], model: str, remote: dict[str, Any] | None) -> VllmConfig:
+def _vllm_config(config: dict[str, Any], model: str, remote: dict[str, Any] | None = None) -> VllmConfig:
     options = {
         "max_num_seqs": config["max_num_seqs"],
         "max_num_batched_tokens": config["max_num_batched_tokens"],
@@ -446,6 +496,8 @@ def _vllm_config(config: dict[str, Any], model: str, remote: dict[str, Any] | No
         register(vllm_config)
     for name in options.keys() - {"max_model_len", "is_encoder_decoder"}:
         setattr(vllm_config.scheduler_config, name, options[name])
+    if config["speculation"] is not None:
+        _speculate(vllm_config, config["speculation"])
     return vllm_config
 
 
@@ -460,6 +512,34 @@ def _connector(remote: dict[str, Any] | None) -> dict[str, Any]:
         kv_connector_extra_config={"plans": remote["plans"]},
     )
     return {"kv_transfer_config": connector}
+
+
+def _speculate(vllm_config: VllmConfig, asked: dict[str, Any]) -> None:
+    """The scheduler asks a method's properties only: an n-gram drafter, which needs no model, is renamed."""
+    speculative = SpeculativeConfig(
+        method="ngram",
+        num_speculative_tokens=asked["num_tokens"],
+        prompt_lookup_max=2,
+        prompt_lookup_min=1,
+        target_model_config=vllm_config.model_config,
+        target_parallel_config=vllm_config.parallel_config,
+    )
+    speculative.method = asked["method"]
+    if asked["method"] in ("dflash", "dspark"):
+        speculative.parallel_drafting = True
+    drafter = SimpleNamespace(hf_config=SimpleNamespace(), architectures=())
+    speculative.draft_model_config = drafter
+    if asked["by_batch"]:
+        firsts = [*(first for first, _ in asked["by_batch"]), 1 << 20]
+        speculative.num_speculative_tokens_per_batch_size = [
+            (first, following - 1, most)
+            for (first, most), following in zip(asked["by_batch"], firsts[1:], strict=True)
+        ]
+    takes_hidden_states = asked["lookahead"] and asked["method"] != "draft_model"
+    if takes_hidden_states and not (asked["drops_block"] or asked["hash_lookahead"]):
+        speculative.disable_eagle_block_drop = True
+    vllm_config.speculative_config = speculative
+    vllm_config._set_max_num_scheduled_tokens()
 
 
 def _name(request_id: int) -> str:

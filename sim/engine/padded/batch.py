@@ -37,6 +37,9 @@ class PaddedStep:
     samples: int = 0
     decodes: int = 0
     decode_context: int = 0
+    drafts: int = 0
+    drafters: int = 0
+    draft_length: int = 0
     steady: int = 0
     emitted: int = 0
     chunks: list[tuple[int, int]] = field(default_factory=list)

@@ -20,9 +20,7 @@ class PipelinedStepTime:
         stages_per_node: that lie in one node, next to each other.
     """
 
-    def __init__(
-        self, stages: tuple[PhysicalStepTime, ...], network: float, stages_per_node: int
-    ) -> None:
+    def __init__(self, stages: tuple[PhysicalStepTime, ...], network: float, stages_per_node: int) -> None:
         self.stages = stages
         self._network, self._per_node = network, stages_per_node
 

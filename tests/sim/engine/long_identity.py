@@ -14,7 +14,7 @@ sys.path += [str(Path(__file__).resolve().parents[up] / name) for up, name in ((
 from engine_log import in_python, installed
 from hypothesis import given, seed, settings
 from plain_engine import PlainEngine
-from test_against_plain import Case, cases, first_difference, random_cases
+from test_against_plain import Case, cases, drafting, first_difference, random_cases
 
 from servecast.sim.engine.scheduler import Scheduler
 
@@ -25,7 +25,7 @@ def compare(number: int, start: int) -> Counter[str]:
 
     @seed(start)
     @settings(random_cases(number), derandomize=False, database=None)
-    @given(cases() | cases(contend=True))
+    @given(cases() | cases(contend=True) | drafting())
     def all_decide_alike(case: Case) -> None:
         plain = case.run(PlainEngine(case.config))
         assert first_difference(case.run(installed(case.config)), plain) == "", "as installed"
@@ -37,6 +37,7 @@ def compare(number: int, start: int) -> Counter[str]:
             prefix_hit_tokens=sum(sum(step.cached_tokens.values()) for step in plain),
             aborts=sum(len(step.aborted) for step in plain),
             asynchronous=case.config.async_scheduling,
+            drafts_verified=sum(step.drafts for step in plain),
             by_priority=case.config.scheduling_policy == "priority",
         )
         for step in plain:

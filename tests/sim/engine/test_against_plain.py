@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 import pytest
@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from plain_engine import PlainEngine
 
 from servecast.sim.engine.config import EngineConfig
+from servecast.sim.engine.draft_rules import draft_rules_for
 from servecast.sim.engine.request import Request
 from servecast.sim.engine.scheduler import Scheduler
+from servecast.sim.engine.speculation import METHODS, speculation
 
 
 def first_difference(one: list[StepLog], other: list[StepLog]) -> str:
@@ -32,8 +34,11 @@ class Case:
     requests: list[Request]
     arrive_step: list[int]
     aborts: list[Abort]
+    told: dict[int, tuple[list[int], list[int]]] = field(default_factory=dict)  # accepted, proposed drafts
 
     def run(self, engine: Engine, *, trace: bool = True) -> list[StepLog]:
+        if engine.drafts is not None:
+            engine.drafts.told = self.told
         return run(
             engine,
             self.requests,
@@ -143,6 +148,35 @@ def cases(draw: st.DrawFn, *, contend: bool = False) -> Case:
     return Case(config, requests, arrive_step, aborts)
 
 
+@st.composite
+def drafting(draw: st.DrawFn) -> Case:
+    """As ``cases``, with drafts: by every method, of which none, some or all are accepted."""
+    case = draw(cases(contend=draw(st.booleans())))
+    version, rules = case.config.version, draft_rules_for(case.config.version)
+    method = draw(st.sampled_from([name for name, known in METHODS.items() if known.since <= version]))
+    k = draw(st.integers(1, 4))
+    by_batch: list[tuple[int, int]] = []
+    if rules.by_batch and draw(st.integers(0, 3)) == 3:
+        by_batch = [(1, draw(st.integers(0, k)))]
+        for gap in draw(st.lists(st.integers(1, 3), max_size=3)):
+            by_batch.append((by_batch[-1][0] + gap, draw(st.integers(0, k))))
+    drafts = speculation(version, method, k, (0.5,) * k, by_batch=tuple(by_batch))
+    counts = st.lists(st.integers(0, k), min_size=1, max_size=5)
+    told = {
+        request.request_id: (draw(counts), draw(counts) if METHODS[method].may_miss else [k])
+        for request in case.requests
+    }
+    most = case.config.max_num_seqs
+    config = replace(
+        case.config,
+        speculation=drafts,
+        max_num_batched_tokens=case.config.max_num_batched_tokens + most * (drafts.draft_slots + 1),
+        num_gpu_blocks=case.config.num_gpu_blocks + -(-drafts.lookahead // case.config.block_size),
+        long_prefill_token_threshold=case.config.long_prefill_token_threshold and k + 1,
+    )
+    return replace(case, config=config, told=told)
+
+
 def random_cases(number: int) -> settings:
     slow = [HealthCheck.too_slow]
     return settings(max_examples=number, deadline=None, derandomize=True, suppress_health_check=slow)
@@ -162,8 +196,15 @@ def test_the_engine_follows_the_plain_model_under_contention(case: Case) -> None
     assert first_difference(case.run(installed(case.config)), plain) == ""
 
 
+@random_cases(500)
+@given(drafting())
+def test_drafts_follow_the_plain_model(case: Case) -> None:
+    plain = case.run(PlainEngine(case.config))
+    assert first_difference(case.run(installed(case.config)), plain) == ""
+
+
 @random_cases(60)
-@given(cases() | cases(contend=True))
+@given(cases() | cases(contend=True) | drafting())
 def test_the_source_decides_as_what_was_compiled_of_it(case: Case) -> None:
     assert first_difference(case.run(in_python(case.config)), case.run(installed(case.config))) == ""
 

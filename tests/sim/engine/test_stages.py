@@ -27,7 +27,12 @@ GRAMMARS = {"g": 3, "h": 4}  # of the log "grammar": compiled before these steps
 
 
 def config(version: str = "0.32", **flags: Any) -> EngineConfig:
-    shared: dict[str, Any] = {"max_num_seqs": 16, "max_num_batched_tokens": 24, "max_model_len": 1024, "block_size": 4}
+    shared: dict[str, Any] = {
+        "max_num_seqs": 16,
+        "max_num_batched_tokens": 24,
+        "max_model_len": 1024,
+        "block_size": 4,
+    }
     return EngineConfig(version, **{**shared, "num_gpu_blocks": 80, **flags})
 
 
@@ -206,7 +211,9 @@ def timed(
     return outcomes / SECOND, loop
 
 
-@pytest.mark.parametrize(("hand_over", "seconds"), [(0.0, (10 + 4 - 1) * 0.25), (0.125, 2 * 1.375 + 0.25 + 1.375)])
+@pytest.mark.parametrize(
+    ("hand_over", "seconds"), [(0.0, (10 + 4 - 1) * 0.25), (0.125, 2 * 1.375 + 0.25 + 1.375)]
+)
 def test_the_bubble_of_one_long_prompt(hand_over: float, seconds: float) -> None:
     """n chunks through p stages of s each: (n + p - 1) s, of which p - 1 steps are the bubble (Huang et al.,
     GPipe, 2019). With h between two stages p chunks in flight do not fill them: the next p start when the first

@@ -100,7 +100,15 @@ def test_stages_share_out_the_work_of_one_server() -> None:
     shard = staged(2)
     parts = times(shard).breakdown(step)
     whole = PhysicalStepTime(replace(shard, pipeline=())).breakdown(step)
-    for name in ("linear", "elementwise", "attention_prefill", "attention_decode", "lm_head", "sampler", "kernels"):
+    for name in (
+        "linear",
+        "elementwise",
+        "attention_prefill",
+        "attention_decode",
+        "lm_head",
+        "sampler",
+        "kernels",
+    ):
         assert parts[name] == pytest.approx(whole[name], rel=1e-9), name
     assert parts["host"] == pytest.approx(2 * whole["host"])
     assert sum(parts.values()) == pytest.approx(times(shard).seconds(step))
