@@ -62,6 +62,14 @@ full, sliding, chunked and Mamba groups, one to five in a scenario, with retenti
 inside chunks, holds them against 0.23, 0.32 and 0.33, and breaks each of their rules once
 (`tests/parity/mutations_groups.yaml`).
 
+Speculative decoding is held against 0.32, 0.23 and 0.33 by `tests/parity/test_drafts.py`: every method of
+`sim/engine/speculation.py`, one to five drafts, a number of drafts by batch size, none, some or all of them
+accepted, alone, beside a KV connector and with full and sliding groups. Both schedulers are told how many
+drafts are proposed and accepted; drafts in every step, places in flight, blocks and vLLM's four counters of
+drafts must be equal, too. Its rules are those of `sim/engine/draft_rules.py`, each broken once
+(`tests/parity/mutations_drafts.yaml`), and sixteen logs of vLLM's scheduler are repeated line by line
+(`tests/sim/engine/test_drafts.py`).
+
 A scenario that differs is shrunk, printed with both sides' state around the first difference, and written to
 `out/parity/`, to be run again with `--replay FILE`.
 """
@@ -69,8 +77,10 @@ A scenario that differs is shrunk, printed with both sides' state around the fir
 LIMITS = """\
 ## What this does not show
 
-- Not compared, because not modelled: speculative decoding, LoRA, multimodal inputs, KV connectors, pipeline
-  and data parallelism, pause states, structured output; of KV cache groups `--prefix-match-unit`.
+- Not compared, because not modelled: LoRA, multimodal inputs, pipeline and data parallelism, pause states, structured
+  output; of KV cache groups `--prefix-match-unit`; of drafts those with chunked or Mamba groups, or with a
+  drafter that has a part in the prefix hits of several groups, several MTP modules, and failed loads that
+  are recomputed.
 - With groups of different block sizes the number of cached hashes is not compared: vLLM gives the prompt's
   last block of full attention a second hash there, which no look-up asks for.
 - Rules that cannot be told apart from outside, so that no scenario can test them: that a look-up stops at

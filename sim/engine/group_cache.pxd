@@ -67,7 +67,8 @@ cdef class GroupCache(KVCache):
     cdef int publish_block(self, Sequence sequence, int group, int index) noexcept
     cdef int give_back(self, int count, bint split) noexcept
     cdef int adopt(self, int slot, int hit) except -1
-    cdef int take(self, int slot, int end) except -1
+    cdef int ahead(self, int end, bint admits) noexcept
+    cdef int take(self, int slot, int end, bint admits) except -1
     cdef int due(self, Sequence sequence) noexcept
     cdef int register_boundary(self, Sequence sequence, int group, int at, int tokens) except -1
     cdef bint reachable(self, Sequence sequence, int group, int index) noexcept

@@ -18,6 +18,7 @@ from servecast.sim.engine.group_rules import group_rules_for
 from servecast.sim.engine.kv_cache import KVCache
 from servecast.sim.engine.kv_groups import hash_block, in_flight_tokens, most_blocks, scheduler_block
 from servecast.sim.engine.sequence import Sequence
+from servecast.sim.inputs.errors import InputError
 
 if not cython.compiled:
     from servecast.sim.engine.block_pool import GROUP_SHIFT, PRIVATE, UNHASHED
@@ -45,6 +46,14 @@ class GroupCache(KVCache):
         super().__init__(config, reuse_unhashed_first, rows)
         rules = group_rules_for(config.version)
         specs = config.kv_groups
+        if config.speculation is not None and (
+            self.drops_block or any(spec.kind not in ("full", "sliding") for spec in specs)
+        ):
+            raise InputError(
+                f"drafts by {config.speculation.method} beside layers that do not all keep the same are not modelled",
+                where="speculative_config",
+                fix="Draft by a method whose drafter has no part in prefix hits, for full and sliding attention.",
+            )
         self.specs, self.count, self.hybrid = specs, len(specs), len(specs) > 1
         self.splits_windows = rules.splits_freed_windows
         self.trims_processed, self.pins_junctions = rules.trims_what_is_processed, rules.pins_junctions
@@ -314,7 +323,7 @@ class GroupCache(KVCache):
         need: cython.int
         gone: cython.int
         saves: cython.bint
-        slots: cython.int = min(end, self.max_model_len)
+        slots: cython.int = min(end if gate else self.ahead(end, admits), self.max_model_len)
         row: cython.Py_ssize_t
         for g in range(self.count):
             at = slot * self.count + g
@@ -368,9 +377,13 @@ class GroupCache(KVCache):
         if admits:
             sequence.slot = self.slots.pop()
             self.adopt(slot, computed)
-        self.take(slot, end)
+        self.take(slot, end, admits)
         self.cache_blocks(sequence, min(end, sequence.num_tokens))
         return True
+
+    def ahead(self, end: cython.int, admits: cython.bint) -> cython.int:
+        """Tokens up to which slots are reserved where a step computes up to ``end``."""
+        return end + self.lookahead if self.reserves_at_admission or not admits else end
 
     def trim(self, sequence: Sequence) -> cython.int:
         """Give back what is out of the window (remove_skipped_blocks)."""
@@ -462,7 +475,7 @@ class GroupCache(KVCache):
             self.held[at] = self.cached[at] = max(gone, self.held[at])
         return 0
 
-    def take(self, slot: cython.int, end: cython.int) -> cython.int:
+    def take(self, slot: cython.int, end: cython.int, admits: cython.bint) -> cython.int:
         """Blocks for all tokens up to ``end`` (allocate_new_blocks)."""
         g: cython.int
         at: cython.int
@@ -470,7 +483,7 @@ class GroupCache(KVCache):
         need: cython.int
         nulls: cython.int
         row: cython.Py_ssize_t
-        slots: cython.int = min(end, self.max_model_len)
+        slots: cython.int = min(self.ahead(end, admits), self.max_model_len)
         for g in range(self.count):
             at = slot * self.count + g
             row = at * self.width
@@ -544,6 +557,7 @@ class GroupCache(KVCache):
         shared: cython.int = 0
         known: cython.int
         told: list = None
+        tokens = min(tokens, sequence.num_tokens - self.hash_lookahead)
         if self.prefix_caching:
             if self.hybrid:
                 tokens = tokens // self.scheduler_block * self.scheduler_block
@@ -585,7 +599,7 @@ class GroupCache(KVCache):
         for g in range(self.count):
             at = sequence.slot * self.count + g
             b = self.block[g]
-            least = min(least, self.held[at] * b + 1)
+            least = min(least, self.held[at] * b + 1 - self.lookahead)
             step = self.scheduler_block if self.hybrid else b
             if self.prefix_caching:
                 least = min(least, (self.cached[at] * b // step + 1) * step)

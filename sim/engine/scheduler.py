@@ -870,7 +870,7 @@ class Scheduler:
         for i in range(len(step.samplers)):
             sequence = cython.cast(Sequence, step.samplers[i])
             if sequence.status == FINISHED:
-                continue  # while the step was in flight
+                continue  # it ended while the step ran
             if tick < sequence.drops_before or (
                 delivering is not step.samplers and sequence not in delivering
             ):

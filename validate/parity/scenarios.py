@@ -146,6 +146,23 @@ def drafted_scenarios(version: str, seed: int, count: int) -> Iterator[Scenario]
         yield draw_drafted(pick, version, f"drafted-{version}-{seed}-{index}")
 
 
+def drafted_grouped_scenarios(version: str, seed: int, count: int) -> Iterator[Scenario]:
+    """As ``grouped_scenarios``, each with drafts, as far as that is modelled: full and sliding groups, and no
+    drafter that has a part in prefix hits."""
+    index = found = 0
+    while found < count:
+        pick = recorded_picks(seed, index)[0]
+        drawn = with_drafts(pick, draw_grouped(pick, version, f"drafted-grouped-{version}-{seed}-{index}"))
+        config, index = drawn.config, index + 1
+        assert config.speculation is not None
+        kinds = {spec.kind for spec in config.kv_groups}
+        if kinds <= {"full", "sliding"} and not config.speculation.drops_block:
+            more = len(kinds) * -(-config.speculation.lookahead // config.block_size) * len(config.kv_groups)
+            config = dataclasses.replace(config, num_gpu_blocks=config.num_gpu_blocks + more)
+            yield dataclasses.replace(drawn, config=config)
+            found += 1
+
+
 def random_scenarios(version: str, seed: int, count: int) -> Iterator[Scenario]:
     """``count`` random scenarios; number i depends on (version, seed, i) alone."""
     for index in range(count):

@@ -1,0 +1,90 @@
+"""Speculative decoding decides as in vLLM's scheduler, step by step: random scenarios, alone, beside a KV connector
+and with KV cache groups; the logs of single ones are in tests/sim/engine/test_drafts.py."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parent))
+
+from mutations import Mutation, catch, load_mutations
+
+from servecast.sim.engine.speculation import METHODS
+from servecast.validate.parity.parity import Recorded, compare, record
+from servecast.validate.parity.remote import drafted_remote_scenarios
+from servecast.validate.parity.scenarios import (
+    Scenario,
+    drafted_grouped_scenarios,
+    drafted_scenarios,
+)
+from servecast.validate.parity.vllm_process import ENVIRONMENT, VllmProcess
+
+VERSIONS = {"0.32": 64, "0.23": 24, "0.33": 32}
+BESIDE = 10  # scenarios with a connector, and with groups
+MUTATIONS = load_mutations("mutations_drafts.yaml")
+
+
+@pytest.fixture(scope="module")
+def recorded() -> Iterator[dict[str, list[Recorded]]]:
+    """vLLM's decisions, by release."""
+    answers = {}
+    with ExitStack() as stack:
+        for version, count in VERSIONS.items():
+            process = VllmProcess.installed(version)
+            assert process is not None, f"vLLM {version} is missing from {ENVIRONMENT}"
+            stack.enter_context(process)
+            drawn = [
+                *drafted_scenarios(version, 0, count),
+                *drafted_remote_scenarios(version, 0, BESIDE),
+                *drafted_grouped_scenarios(version, 0, BESIDE),
+            ]
+            answers[version] = list(record(process, drawn))
+        yield answers
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("version", VERSIONS)
+def test_every_decision_is_vllms(recorded: dict[str, list[Recorded]], version: str) -> None:
+    events = [event for one in recorded[version] for event in one.events()]
+    for one in recorded[version]:
+        mismatch = compare(one, version)
+        assert mismatch is None, str(mismatch)
+    schedules = [event for event in events if "schedule" in event]
+    assert len(schedules) > {"0.32": 10_000, "0.23": 4_000, "0.33": 5_000}[version]
+    assert sum(event["drafts"] for event in schedules) > 10_000
+    assert sum(len(event["preempted"]) for event in schedules) > 100
+
+
+@pytest.mark.vllm
+def test_rules_of_another_version_differ(recorded: dict[str, list[Recorded]]) -> None:
+    assert sum(compare(one, "0.32") is not None for one in recorded["0.23"]) > 10
+    assert sum(compare(one, "0.32") is not None for one in recorded["0.33"]) > 10
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=[mutation.rule for mutation in MUTATIONS])
+def test_a_broken_rule_is_caught(recorded: dict[str, list[Recorded]], mutation: Mutation) -> None:
+    assert catch(mutation, recorded[mutation.version]) is not None, mutation.changed_line()
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=[mutation.rule for mutation in MUTATIONS])
+def test_a_mutation_is_one_line_of_the_engine(mutation: Mutation) -> None:
+    before, after = mutation.changed_line()
+    assert before != after
+    assert mutation.new in mutation.source()
+
+
+def test_scenarios_have_drafts_of_every_kind() -> None:
+    scenarios = list(drafted_scenarios("0.32", 0, VERSIONS["0.32"]))
+    drafts = [scenario.config.speculation for scenario in scenarios if scenario.config.speculation]
+    assert {each.method for each in drafts} == set(METHODS)
+    assert {bool(each.by_batch) for each in drafts} == {True, False}
+    assert {scenario.config.async_scheduling for scenario in scenarios} == {True, False}
+    assert {scenario.config.scheduling_policy for scenario in scenarios} == {"fcfs", "priority"}
+    assert len({each.num_tokens for each in drafts}) == 5
+    assert Scenario.from_json(scenarios[0].to_json(), "here") == scenarios[0]
