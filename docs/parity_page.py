@@ -280,7 +280,10 @@ def main(arguments: Sequence[str]) -> None:
             (DOCS / "parity.md").write_text(before + "\n".join(ladder_section(rows)) + "\n" + rest)
         return
     if "--long" in arguments:
-        counts = {version: long_run(version) for version in (min(RULES), max(RULES))}
+        counts = (load_long_run() or {}) | {
+            version: long_run(version) for version in (min(RULES), max(RULES))
+        }
+        counts = {version: counts[version] for version in sorted(counts)}
         (DOCS / "parity_long.json").write_text(json.dumps(counts, indent=2) + "\n")
     recorded, results = {}, []
     for version in SCENARIOS:

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from servecast.calibrate.fit.exchange_tables import collectives, fit_exchanges
 from servecast.calibrate.fit.kernel_timings import (
     BYTES,
     KV,
@@ -44,7 +45,6 @@ from servecast.sim.hardware.gpu_constants import (
 Floats = npt.NDArray[np.float64]
 
 SMALL_KERNEL_S = 2e-6  # norm, rotary and activation: not in the tables; an H100's, launched from a graph
-MOST_RANKS = {"L40S": 2}  # its four and eight ranks were timed in a box without peer-to-peer
 PRODUCTS = {"bfloat16": "bf16", "fp8": "fp8", "nvfp4": "nvfp4"}  # name in the tables -> ours
 EXPERTS = {
     "bfloat16": "bf16",
@@ -66,6 +66,7 @@ def fit_kernel_tables(folder: str | Path, gpu: GPU) -> GpuConstants:
     products = _products(tables)
     attention = _prompts(tables), _decodes(tables)
     experts, all_reduce = _experts(tables), _all_reduce(tables)
+    all_gather, reduce_scatter, exchanges = fit_exchanges(tables)
     latent, sparse = fit_latents(tables, products), fit_latents(tables, products, sparse=True)
     states = fit_states(tables)
     releases = ", ".join(sorted(tables.releases, key=numbers))
@@ -86,6 +87,9 @@ def fit_kernel_tables(folder: str | Path, gpu: GPU) -> GpuConstants:
         state_prompts=states[0],
         state_decodes=states[1],
         all_reduce=all_reduce,
+        all_gather=all_gather,
+        reduce_scatter=reduce_scatter,
+        exchanges=exchanges,
     )
 
 
@@ -253,34 +257,9 @@ def _experts(tables: KernelTables) -> dict[Any, Experts]:
 
 
 def _all_reduce(tables: KernelTables) -> dict[int, AllReduce]:
-    gpu = tables.gpu
     rows = tables.read("comm", "custom_allreduce_perf", ("kernel_source", "num_gpus", "message_size"))
     graphs = rows["kernel_source"].str.contains("graph", case=False)
-    rows = rows[graphs] if graphs.any() else rows
-    rows = rows.assign(size=2.0 * rows["message_size"])  # elements of two bytes
-    rows = rows[rows["size"].between(4096, 512e6)]
-    found = {}
-    for ranks, part in rows.groupby("num_gpus"):
-        number = int(str(ranks))
-        if number > MOST_RANKS.get(gpu.name, 8) or gpu.link_bandwidth is None:
-            continue
-        ring = 2 * (number - 1) / number * part["size"].to_numpy(float) / gpu.link_bandwidth
-
-        def equation(x: Sequence[float], ring: Floats = ring) -> Floats:
-            return np.asarray(x[0] + ring / x[1])
-
-        timings = Timings(
-            part["seconds"].to_numpy(float), part["size"].to_numpy(float) / 1e6, (0, 0.1, 1, 10, 1000)
-        )
-        values, kept = timings.fit(equation, (5e-6, 0.6), (0, 0.01), (1e-4, 1))
-        timed = part.groupby("size")["seconds"].median()
-        found[number] = AllReduce(
-            latency_s=values[0],
-            link=values[1],
-            by_size={int(float(str(size))): float(f"{seconds:.4g}") for size, seconds in timed.items()},
-            residuals=kept,
-        )
-    return found
+    return collectives(tables, rows[graphs] if graphs.any() else rows, 2.0)
 
 
 def _timings(rows: pd.DataFrame, along: str, edges: tuple[float, ...]) -> Timings:

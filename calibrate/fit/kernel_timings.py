@@ -103,15 +103,22 @@ class KernelTables:
         self._folder = found[0]
         self.releases: set[str] = set()
 
-    def has(self, operation: str, name: str) -> bool:
+    def has(self, operation: str, name: str, *, of: str = "vllm") -> bool:
         """Whether there is a table of that name."""
-        return any(self._folder.glob(f"{operation}/vllm/*/{name}.parquet"))
+        return any(self._folder.glob(f"{operation}/{of}/*/{name}.parquet"))
 
     def read(
-        self, operation: str, name: str, columns: Sequence[str], *, optional: Sequence[str] = ()
+        self,
+        operation: str,
+        name: str,
+        columns: Sequence[str],
+        *,
+        optional: Sequence[str] = (),
+        of: str = "vllm",
     ) -> pd.DataFrame:
-        """The newest table of an operation, with ``seconds``. optional: columns that old tables lack."""
-        files = sorted(self._folder.glob(f"{operation}/vllm/*/{name}.parquet"), key=_release)
+        """The newest table of an operation, with ``seconds``. optional: columns that old tables lack. of:
+        whose releases."""
+        files = sorted(self._folder.glob(f"{operation}/{of}/*/{name}.parquet"), key=_release)
         if not files:
             raise InputError(
                 f"has no {operation}/vllm/*/{name}.parquet",
@@ -129,7 +136,7 @@ class KernelTables:
             raise InputError(
                 f"is no table of kernel times ({error})", where=str(files[-1]), fix="Unpack the wheel again."
             ) from error
-        if "dev" not in files[-1].parent.name:
+        if "dev" not in files[-1].parent.name and of == "vllm":
             self.releases.add(files[-1].parent.name)
         rows = rows[rows["latency"] > 0]
         return rows.assign(seconds=rows["latency"] * 1e-3)

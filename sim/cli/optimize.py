@@ -28,24 +28,36 @@ class Choices:
 
     Attributes:
         gpus: names of GPUs, or files that describe one, as h100,h200,b200.
-        tensor_parallel: GPUs of a replica, as 1,2,4,8.
-        pipeline_parallel: pipeline stages of a replica, as 1,2.
+        tensor_parallel: GPUs of an engine core, as 1,2,4,8, or of each of its stages.
+        pipeline_parallel: pipeline stages of an engine core, as 1,2.
+        data_parallel: engine cores of a replica, as 1,2,4.
+        expert_parallel: whole experts on each GPU, on,off or one of them.
         replicas: replicas that are simulated, and bought, together behind the router.
         max_num_seqs: sequences that may run together.
         max_num_batched_tokens: token budgets of a step.
         variants: of the model, each with a name: fp8=CONFIG, with a shipped config's name or the path of a
             config.json, or fp8=engine.quantization=fp8, with a field of the scenario and its value.
         routers: routing policies, or files of an EndpointPickerConfig.
+        prefill: prefill servers, of a scenario that has them.
+        prefill_tensor_parallel: GPUs of one of them.
+        decode: decode servers.
+        decode_tensor_parallel: GPUs of one of them.
     """
 
     gpus: str | None = None
     tensor_parallel: str | None = None
     pipeline_parallel: str | None = None
+    data_parallel: str | None = None
+    expert_parallel: str | None = None
     replicas: str | None = None
     max_num_seqs: str | None = None
     max_num_batched_tokens: str | None = None
     variants: str | None = None
     routers: str | None = None
+    prefill: str | None = None
+    prefill_tensor_parallel: str | None = None
+    decode: str | None = None
+    decode_tensor_parallel: str | None = None
 
     def read(self) -> dict[str, Any]:
         """The lists by their names.
@@ -95,7 +107,7 @@ def _variants(text: str, where: str) -> dict[str, str | dict[str, Any]]:
     return found
 
 
-_READERS = {"gpus": _files, "routers": _files, "variants": _variants}
+_READERS = {"gpus": _files, "expert_parallel": _words, "routers": _files, "variants": _variants}
 
 
 @Parameter(name="*", group=Group("Money", sort_key=8))

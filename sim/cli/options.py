@@ -68,7 +68,8 @@ class WhatIf(Change):
 
     Attributes:
         gpu: another GPU, by its name, or the file that describes it.
-        tensor_parallel_size: GPUs of a replica.
+        tensor_parallel_size: GPUs of an engine core.
+        data_parallel_size: engine cores of a replica.
         max_num_seqs: sequences that may run together.
         replicas: engines behind the router.
         router: routing policy, as least_outstanding, or the file of an EndpointPickerConfig.
@@ -76,6 +77,7 @@ class WhatIf(Change):
 
     gpu: str | None = None
     tensor_parallel_size: int | None = None
+    data_parallel_size: int | None = None
     max_num_seqs: int | None = None
     replicas: int | None = None
     router: str | None = None
@@ -84,6 +86,7 @@ class WhatIf(Change):
         return Change._flags(self) | {
             "gpu": None if self.gpu is None else _gpu(self.gpu),
             "engine.tensor_parallel_size": self.tensor_parallel_size,
+            "engine.data_parallel_size": self.data_parallel_size,
             "engine.max_num_seqs": self.max_num_seqs,
             "fleet.replicas": self.replicas,
             "fleet.router": file_or_name(self.router),

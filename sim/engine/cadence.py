@@ -43,3 +43,26 @@ class PrefillCadence:
         self._executed += tokens > 0
         if self.carries_prefill:
             self._last_prefill = self._executed
+
+
+class CommonCadence:
+    """The same of engine cores in lockstep, by their common count of steps (DPEngineCoreProc,
+    _should_throttle_prefills, and Scheduler.schedule).
+
+    Attributes:
+        throttled: prompt work is deferred in this step; set by the lockstep.
+    """
+
+    __slots__ = ("_capacity_bound", "carries_prefill", "throttled")
+
+    def __init__(self) -> None:
+        self._capacity_bound = self.throttled = self.carries_prefill = False
+
+    def begin(self) -> bool:
+        """See ``PrefillCadence.begin``."""
+        return self.throttled and not self._capacity_bound
+
+    def end(self, *, tokens: int, admitting: bool, waiting: int) -> None:
+        """See ``PrefillCadence.end``."""
+        if admitting:
+            self._capacity_bound = waiting > 0

@@ -18,6 +18,10 @@ cdef class EngineLoop:
     cdef public long long now
     cdef readonly long long wake
     cdef public bint tell_ends
+    cdef public bint reports
+    cdef int told_waiting
+    cdef int told_running
+    cdef double told_usage
     cdef public int aborts
     cdef public int stage
     cdef public object after_step
@@ -27,6 +31,7 @@ cdef class EngineLoop:
     cdef public object grammars
     cdef object adapters  # by row
     cdef object formats
+    cdef long long before  # the end of the step before, where steps overlap
     cdef list later  # steps in flight behind the second
     cdef int depth
     cdef bint fills
@@ -44,6 +49,7 @@ cdef class EngineLoop:
     cdef public list lost
     cdef readonly object connector
     cdef public bint host_waits
+    cdef public long long horizon
     cdef long long napped  # when the nap began
     cdef int still  # empty steps in turn that had nothing to report
     cdef bint napping
@@ -87,6 +93,9 @@ cdef class EngineLoop:
     cdef int room_for_gaps(self, Py_ssize_t count) except -1
     cdef long long next_arrival(self) except *
     cdef int drain(self) except -1
+    cdef int report(self) except -1
+    cdef int finish(self, Step step) except -1
+    cdef int note_step(self, Step step, double seconds) except -1
     cdef bint launch(self, Step step) except? -1
     cdef bint one_more(self, Step step) except? -1
     cdef int execute(self, Step step) except -1

@@ -57,9 +57,12 @@ class EngineLoop:
         inbox: (time, row of a request, or ~row of one whose client has gone), in order; aborts: how many of
         those. seen: by tick, when its tokens were read, on average.
         pending: a step that is decided, while the host warms up.
+        reported: waiting and running requests and the KV cache in use, as the core last told its API servers,
+            where it ``reports``: before it decides a step, and when one has run.
         tell_ends: ``advance`` returns when requests have ended.
         ended: rows of requests that ended since they were last taken, where it tells. lost: of those that
         ended with an error, for their KV cache could not be loaded.
+        horizon: ``advance`` stops there, whatever it was told: what it has begun is heard of elsewhere.
         connector: the scheduler's, or None. host_waits: its worker's host is busy until the step's end, so that
         what ends meanwhile is in the step's report: on a CPU; on a GPU it asks when the step is launched.
         after_step: called with the time when a step has been completed, or None.
@@ -89,16 +92,20 @@ class EngineLoop:
         self.is_async = scheduler.is_async
         self.now = self.wake = self.gpu_free = self.sent = self.resume = self.arrivals = 0
         self.aborts = self.stage = 0
-        self.tell_ends, self.executing = True, False
+        self.tell_ends, self.executing, self.reports = True, False, False
+        self.told_waiting = self.told_running = 0
+        self.told_usage = 0.0
         self.first = self.second = self.pending = None
         self.after_step = self.on_first = self.pipeline = self.adapter_cache = self.grammars = None
         self.adapters = self.formats = None
+        self.before = 0
         self.later = []
         self.depth = max_concurrent_batches(scheduler.config)
         self.fills = fills_with_empty_steps(scheduler.config.version)
         self.inbox, self.ended, self.lost = [], [], []
         self.connector, self.host_waits = scheduler.connector, False
         self.napped = self.still = 0
+        self.horizon = NEVER
         self.napping = self.executed = False
         self.seen = np.zeros(1024, np.int64)
         self.num_seen = self.num_steps = self.num_gaps = self.dropped = 0
@@ -123,6 +130,16 @@ class EngineLoop:
     def gap_columns(self) -> Any:
         """(4, gaps): stage, gap in s, tokens, s over which the step's tokens are read."""
         return np.asarray(self.gaps)[:, : self.num_gaps]
+
+    @property
+    def reported(self) -> tuple[int, int, float]:
+        return self.told_waiting, self.told_running, self.told_usage
+
+    def report(self) -> cython.int:
+        """EngineCoreProc._maybe_publish_request_counts."""
+        self.told_waiting, self.told_running = self.scheduler.num_waiting, len(self.scheduler.runners)
+        self.told_usage = self.scheduler.kv.pool.usage()
+        return 0
 
     def drop_rows(self) -> None:
         """Begin these tables anew."""
@@ -193,7 +210,6 @@ class EngineLoop:
             InputError: a request can never run.
         """
         scheduler: Scheduler = self.scheduler
-        sequence: Sequence
         step: Step
         if self.connector is not None:
             return self.advance_connected(until)
@@ -218,13 +234,8 @@ class EngineLoop:
                 self.first, self.second = self.second, None
                 if self.later:
                     self.second = self.later.pop(0)
-                scheduler.complete(step)
-                if self.after_step is not None:
-                    self.after_step(self.now)
-                self.deliver(step)
+                self.finish(step)
                 if step.leavers and self.tell_ends:
-                    for sequence in step.leavers:
-                        self.ended.append(sequence.row)
                     return ENDED
             if self.first is None and self.inbox and not (scheduler.sequences or scheduler.finished_unsent):
                 self.now = max(self.now, self.next_arrival())
@@ -235,6 +246,8 @@ class EngineLoop:
                 if self.aborts:
                     return ABORTS
                 self.drain()
+            if self.reports:
+                self.report()
             if scheduler.sequences or scheduler.finished_unsent:
                 scheduler.clock = self.now
                 step = scheduler.schedule()
@@ -255,7 +268,10 @@ class EngineLoop:
         scheduler: Scheduler = self.scheduler
         sequence: Sequence
         step: Step
+        self.horizon = NEVER
         while True:
+            if self.horizon < until:
+                until = self.horizon
             if self.pending is not None:
                 if self.resume >= until:
                     self.wake = self.resume
@@ -382,6 +398,20 @@ class EngineLoop:
         self.inbox.clear()
         return 0
 
+    def finish(self, step: Step) -> cython.int:
+        """A step has run: its tokens are on their way, and who got the last of them has ended."""
+        sequence: Sequence
+        self.scheduler.complete(step)
+        if self.reports:
+            self.report()
+        if self.after_step is not None:
+            self.after_step(self.now)
+        self.deliver(step)
+        if self.tell_ends:
+            for sequence in step.leavers:
+                self.ended.append(sequence.row)
+        return 0
+
     def launch(self, step: Step) -> cython.bint:
         """Put the step on the GPU, behind the one before. Returns whether one more is decided now."""
         self.execute(step)
@@ -408,12 +438,8 @@ class EngineLoop:
 
     def execute(self, step: Step) -> cython.int:
         scheduler: Scheduler = self.scheduler
-        sequence: Sequence
         factor: cython.double
         seconds: cython.double
-        first: cython.longlong
-        i: cython.Py_ssize_t
-        at: cython.Py_ssize_t
         step.start = step.end = max(self.now, self.gpu_free)
         if not step.total_tokens:
             if self.formats is not None and self.first is None and scheduler.num_passed:
@@ -433,29 +459,33 @@ class EngineLoop:
             if factor < 1.0:
                 seconds = self.step_seconds(step)
                 factor = max(factor, cython.cast(cython.double, self.floor(step)) / seconds)
-            first = self.gpu_free
+            self.before = self.gpu_free  # steps overlap: a row has the time after the one before
             self.gpu_free = self.pipeline.run(step, self.now, factor)
-            first = max(first, step.start)  # steps overlap: its row has the time after the one before
-            seconds = in_seconds(step.end - first)
-        else:
-            seconds = self.costs.seconds(step) if self.costs is not None else self.step_seconds(step)
-            seconds = seconds * factor
-            if factor < 1.0:
-                seconds = max(seconds, cython.cast(cython.double, self.floor(step)))
-            if self.adapter_cache is not None or self.formats is not None:
-                seconds = self.with_host(step, seconds)
-            self.gpu_free = step.end = step.start + cython.cast(cython.longlong, rint(seconds * PICOSECONDS))
-            first = step.start
+            return self.note_step(step, in_seconds(step.end - max(self.before, step.start)))
+        seconds = self.costs.seconds(step) if self.costs is not None else self.step_seconds(step)
+        seconds = seconds * factor
+        if factor < 1.0:
+            seconds = max(seconds, cython.cast(cython.double, self.floor(step)))
+        if self.adapter_cache is not None or self.formats is not None:
+            seconds = self.with_host(step, seconds)
+        self.gpu_free = step.end = step.start + cython.cast(cython.longlong, rint(seconds * PICOSECONDS))
+        return self.note_step(step, seconds)
+
+    def note_step(self, step: Step, seconds: cython.double) -> cython.int:
+        """Its row, and when those that it admitted were scheduled."""
+        scheduler: Scheduler = self.scheduler
+        sequence: Sequence
+        i: cython.Py_ssize_t
+        at: cython.Py_ssize_t = self.num_steps
         for i in range(len(step.joined)):
             sequence = step.joined[i]
             if sequence.scheduled < 0:
                 sequence.scheduled = step.start
-        at = self.num_steps
         if at == self.steps.shape[1]:
             self.room_for_steps(2 * at)
         self.num_steps += 1
         self.steps[0, at] = self.index
-        self.step_floats[1, at] = in_seconds(first)
+        self.step_floats[1, at] = in_seconds(max(step.start, self.before))
         self.step_floats[2, at] = seconds
         self.steps[3, at] = step.total_tokens - step.decodes - step.drafts
         self.steps[4, at] = len(step.chunks)

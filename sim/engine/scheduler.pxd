@@ -24,7 +24,7 @@ cdef class Scheduler:
     cdef bint cursor_follows_victim
     cdef bint count_admitted_lookups
     cdef bint loop_goes_on_after_own_preemption
-    cdef object cadence
+    cdef public object cadence
     cdef bint prefix_caching
     cdef bint chunked_prefill
     cdef bint is_async

@@ -31,3 +31,4 @@ cdef class StepCosts:
     cdef double of_chunks(self, list chunks) except? -1
     cdef double of_adapters(self, dict adapters) except? -1
     cdef double seconds(self, Step step) except? -1
+    cdef double at(self, Step step, long long tokens) except? -1

@@ -105,16 +105,21 @@ class StepCosts:
 
     def seconds(self, step: Step) -> cython.double:
         """PhysicalStepTime.seconds, its sums in the same order."""
+        total: cython.double
+        if not (step.chunks or step.decodes):
+            return 0.0
+        total = self.at(step, step.total_tokens)
+        return total if step.total_tokens <= self.graphed or total > self.eager_s else self.eager_s
+
+    def at(self, step: Step, tokens: cython.longlong) -> cython.double:
+        """The same where so many tokens are computed, without what launches outside graphs take."""
         total: cython.double = 0.0
         decoding: cython.double
-        tokens: cython.longlong = step.total_tokens
         requests: cython.longlong = step.decodes + len(step.chunks)
         seen: cython.longlong
         kind: cython.Py_ssize_t
         if step.chunks:
             total = self.of_chunks(step.chunks)
-        elif not step.decodes:
-            return 0.0
         if step.decodes:
             decoding = step.decodes * self.decode_s
             for kind in range(self.shapes.shape[0]):
@@ -122,9 +127,7 @@ class StepCosts:
                 decoding += self.shapes[kind, 0] * seen * self.attention[kind, 4 if step.chunks else 3]
             total += decoding
         total += self.of_tokens(tokens) + self.of_rows(len(step.samplers)) + requests * self.request_s
-        if step.adapters is not None:
-            total += self.of_adapters(step.adapters)
-        return total if tokens <= self.graphed or total > self.eager_s else self.eager_s
+        return total if step.adapters is None else total + self.of_adapters(step.adapters)
 
 
 def longer(values: cython.double[::1], least: cython.Py_ssize_t) -> Any:

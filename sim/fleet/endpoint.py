@@ -67,6 +67,7 @@ class Endpoint:
         self.index = replica.index
         self.block_size = replica.config.block_size
         self.num_gpu_blocks = replica.config.num_gpu_blocks
+        self.role = replica.role
         self._board = board
         self._options = options
         self._rng = rng
@@ -86,17 +87,18 @@ class Endpoint:
         interval, delay = to_ps(self._options.scrape_interval_s), to_ps(self._options.scrape_delay_s)
         phase = int(self._rng.integers(interval)) if interval else 0
         self._scrape = Scrape(interval, delay, to_ps(self.life.start_s) + phase)
-        self.replica.loop.after_step = self._set_gauges
+        for loop in self.replica.loops:
+            loop.after_step = self._set_gauges
 
     def _set_gauges(self, now: int) -> None:
         assert self._scrape is not None
-        engine = self.replica.engine
-        known_from = self._scrape.put(now, Gauges(engine.num_waiting, engine.num_running, engine.kv.usage))
+        known_from = self._scrape.put(now, self.replica.gauges())
         if known_from is not None:
             self._board.scrapes.expect(known_from, self.index)
 
     def subscribe(self) -> None:
-        publish_kv_events(self.replica.engine, self._hear)
+        for engine in self.replica.engines:
+            publish_kv_events(engine, self._hear)
 
     def _hear(self, event: KVEvent) -> None:
         known_from = self.replica.now + self._lag

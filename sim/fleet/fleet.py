@@ -20,6 +20,7 @@ from servecast.sim.fleet.autoscaler import AutoscalerSpec
 from servecast.sim.fleet.client import Client
 from servecast.sim.fleet.endpoint import Board, Endpoint, Endpoints
 from servecast.sim.fleet.flow import NOT_READY, Flow
+from servecast.sim.fleet.legs import Disaggregation, Legs
 from servecast.sim.fleet.replica import Replica
 from servecast.sim.fleet.scaling import Scaling
 from servecast.sim.fleet.session_client import SessionClient
@@ -29,6 +30,7 @@ from servecast.sim.inputs.units import to_ps, to_seconds
 from servecast.sim.metrics.records import STATUSES, STEP_COLUMNS, Run, requests_table, steps_table
 from servecast.sim.routing.backends import Backend
 from servecast.sim.routing.options import RouterOptions
+from servecast.sim.routing.pools import Splitting
 from servecast.sim.routing.routers import Answered, Informed, Random, RoundRobin, Router
 from servecast.sim.traffic.sessions import SessionStream
 
@@ -54,13 +56,14 @@ class Fleet:
         lives: of each replica; without, all are there all the time.
         detection_s: for so long the router still sends requests to a replica that has failed.
         autoscaler: what lets replicas come and go; ``lives`` are then those of the first ones.
+        disaggregation: where some of them prefill and others decode; ``router`` is then its own.
     """
 
     def __init__(
         self,
         make_replica: Callable[[int, Client], Replica],
         count: int,
-        router: Router,
+        router: Router | Splitting,
         client: Client,
         rng: np.random.Generator,
         *,
@@ -69,9 +72,12 @@ class Fleet:
         lives: Sequence[Life] | None = None,
         detection_s: float = 0.0,
         autoscaler: AutoscalerSpec | None = None,
+        disaggregation: Disaggregation | None = None,
     ) -> None:
         self._env = simpy.Environment()
         self._rng, self._client, self._router = rng, client, router
+        self._disaggregation = disaggregation
+        self._legs: Legs | None = None
         self._detection = to_ps(detection_s)
         self.failures: Counter[str] = Counter()  # why requests failed
         self.unsent = 0  # requests whose session had failed
@@ -111,7 +117,8 @@ class Fleet:
         endpoint = self._endpoint(Life(start_s=to_seconds(self.now)))
         assert self._flow is not None
         self._flow.add(endpoint.replica.server)
-        endpoint.replica.loop.stage = max(len(self._stage_starts) - 1, 0)
+        for loop in endpoint.replica.loops:
+            loop.stage = max(len(self._stage_starts) - 1, 0)
         if isinstance(self._router, Informed):
             self._router.connect(Endpoints(self._endpoints, [endpoint], self._board))
         return endpoint
@@ -130,21 +137,30 @@ class Fleet:
                 in memory.
         """
         self._condensed_s = condensed_s
-        rows = [Requests.of(stream.requests) for stage in stages for stream in stage.streams]
-        requests = Requests.joined(rows)
+        parts = [Requests.of(stream.requests) for stage in stages for stream in stage.streams]
+        requests = Requests.joined(parts)
         with _no_collections():
             if condensed_s is None and self._apart(stages, requests):
                 columns = self._run_apart(requests)
             else:
                 columns = self._run_together(stages, requests)
-        loops = [replica.loop for replica in self.replicas]
+        loops = [loop for replica in self.replicas for loop in replica.loops]
         if condensed_s is not None:
             self._condense()
             steps = pd.DataFrame(self._condensed, columns=list(STEP_COLUMNS)).astype({"replica": "int64"})
         else:
             steps = steps_table(_joined([loop.step_columns for loop in loops]))
+        rows = columns.get("rows", slice(None))
+        table, ranks = requests_table(requests, columns), [range(len(r.loops)) for r in self.replicas]
+        if max(map(len, ranks)) > 1:
+            table["rank"] = pd.arrays.IntegerArray(columns["rank"], columns["rank"] < 0)
+            if condensed_s is None:
+                counts = [loop.step_columns.shape[1] for loop in loops]
+                steps["rank"] = np.repeat([rank for each in ranks for rank in each], counts)
+        if self._legs is not None and self._disaggregation is not None:
+            table = table.assign(**self._legs.columns(self._disaggregation.exchange, rows))
         return Run(
-            requests=requests_table(requests, columns),
+            requests=table,
             steps=steps,
             itl=_pooled_gaps(_joined([loop.gap_columns for loop in loops]), self._rng),
             stages=[stage.name for stage in stages],
@@ -153,9 +169,9 @@ class Fleet:
 
     def _condense(self) -> None:
         """The step tables so far, as a row each."""
-        for replica in self.replicas:
-            steps = steps_table(replica.loop.step_columns.copy())
-            replica.loop.drop_rows()
+        for loop in (loop for replica in self.replicas for loop in replica.loops):
+            steps = steps_table(loop.step_columns.copy())
+            loop.drop_rows()
             if len(steps):
                 seconds = steps["duration"].to_numpy()
                 row = {name: float(steps[name].sum()) for name in STEP_COLUMNS}
@@ -182,13 +198,15 @@ class Fleet:
             return False
         stream = stages[0].streams[0]
         return (
-            isinstance(self._router, RoundRobin | Random)
+            self._disaggregation is None
+            and isinstance(self._router, RoundRobin | Random)
             and not (stream.background or stream.until_s or stream.max_concurrency)
             and not isinstance(stream, SessionStream)
             and self._autoscaler is None
             and requests.abort_after_s is None
             and (self._client.is_free or len(self.replicas) == 1)
             and all(endpoint.life == Life() for endpoint in self._endpoints)
+            and all(replica.config.data_parallel is None for replica in self.replicas)
             and bool((np.diff(requests.arrival_s) >= 0).all())
         )
 
@@ -218,7 +236,10 @@ class Fleet:
         self, requests: Requests, ready: Sequence[Backend], *, quiet: bool, ordered: bool = False
     ) -> Flow:
         router, send = self._router, None if self._client.is_free else self._client.send
-        return Flow(
+        split = self._disaggregation
+        if split is not None:
+            self._legs = Legs(requests, split.router, to_ps(split.hop_s))
+        flow = Flow(
             requests,
             [replica.server for replica in self.replicas],
             ready,
@@ -229,7 +250,11 @@ class Fleet:
             answered=router.answered if isinstance(router, Answered) else None,
             quiet=quiet,
             ordered=ordered,
+            legs=self._legs,
         )
+        if split is not None and split.exchange is not None:
+            split.exchange.wake = flow.wake_server
+        return flow
 
     # ---- all together -----------------------------------------------------------------------------
 
@@ -265,8 +290,8 @@ class Fleet:
         env, running, first = self._env, list[simpy.Event](), 0
         for number, stage in enumerate(stages):
             self._stage_starts.append(to_seconds(int(env.now)))
-            for replica in self.replicas:
-                replica.loop.stage = number
+            for loop in (loop for replica in self.replicas for loop in replica.loops):
+                loop.stage = number
             front, back = list[simpy.Event](), list[int]()
             for stream in stage.streams:
                 self._finished.append(simpy.Event(env))
@@ -326,6 +351,8 @@ class Fleet:
         if life.fail_s is not None:
             yield env.timeout(to_ps(life.fail_s) - int(env.now))
             lost = flow.fail(endpoint.index)
+            if self._disaggregation is not None and self._disaggregation.exchange is not None:
+                self._disaggregation.exchange.fail(endpoint.index, int(env.now))
             if lost:
                 self.failures[_LOST] += lost
             if life.drain_s is None:
@@ -344,7 +371,7 @@ def _columns(flow: Flow, streams: list[tuple[int, int]], longest: NDArray[np.int
         arrived = np.array(flow.order, np.int64)
         rows = arrived[flow.columns["outcomes"][0][arrived] >= 0]
     found: Columns = dict(zip(OUTCOMES, flow.columns["outcomes"], strict=True))
-    found |= {name: flow.columns[name] for name in ("arrival", "replica", "status")}
+    found |= {name: flow.columns[name] for name in ("arrival", "replica", "status", "rank")}
     found = {name: values[rows] for name, values in found.items()}
     requests = flow.requests
     outputs, done = requests.output_tokens[rows], found["status"] == STATUSES.index("finished")

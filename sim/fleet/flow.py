@@ -49,6 +49,9 @@ ANSWERED = cython.declare(cython.int, 7)
 CLOSED = cython.declare(cython.int, 8)
 DUE = cython.declare(cython.int, 9)
 ENGINE = cython.declare(cython.int, 10)
+HANDED_ON = cython.declare(cython.int, 11)
+WAKE = cython.declare(cython.int, 12)
+PUBLISH = cython.declare(cython.int, 13)
 
 NOT_READY = "no replica was ready (503)"
 UNPICKED = "the router let no replica pass (503)"
@@ -70,36 +73,74 @@ class Sender:
         self.stopped = self.told = False
 
 
-class Server:
-    """A replica: its API server, and its engine's loop.
+class Engines:
+    """What steps as one: an engine core's loop, or the lockstep of several.
 
     Args:
-        costs_s: latency, preparation and, for a prompt token, encoding. variation: factors of the first two,
-            in the order of need. most: requests of a round of preparation.
+        runner: is called to go on. loops: of the cores.
     """
 
-    def __init__(self, loop: Any, costs_s: tuple[float, float, float], variation: Any, most: int) -> None:
-        self.loop, self.variation, self.most = loop, variation, most
-        self.latency_s, self.request_s, self.prompt_token_s = costs_s
-        self.tokenizer_free = self.busy_until = 0
-        self.rounds, self.inside = [], {}
-        self.idle, self.failed = True, False
+    def __init__(self, runner: Any, loops: list[Any]) -> None:
+        self.runner, self.loops = runner, loops
+        self.compiled = runner if isinstance(runner, EngineLoop) else None
+        self.number, self.idle, self.failed = -1, True, False
         self.polling, self.due = False, -1
-        self.inbox, self.compiled = loop.inbox, loop if isinstance(loop, EngineLoop) else None
+
+    def connected(self) -> cython.bint:
+        """Whether it has a KV connector."""
+        return self.compiled is not None and self.compiled.connector is not None
+
+    def advance(self, until: cython.longlong) -> cython.int:
+        return self.runner.advance(until) if self.compiled is None else self.compiled.advance(until)
+
+    def wake(self) -> cython.longlong:
+        return self.runner.wake if self.compiled is None else self.compiled.wake
+
+
+class Front:
+    """An API server's process."""
+
+    def __init__(self) -> None:
+        self.number = -1
+        self.tokenizer_free = self.busy_until = 0
+        self.rounds = []
+
+
+class Server:
+    """A replica: its API servers, and its engine cores' loops.
+
+    Args:
+        loops: of the cores, by rank. engines: what each steps with.
+        costs_s: latency, preparation and, for a prompt token, encoding. variation: factors of the first two,
+            in the order of need. most: requests of a round of preparation.
+        balance: shares requests out among several cores (``sim.fleet.balance.Balance``), or None.
+        spread: the number of the API server that a request's connection leads to, one after the other; None
+            where there is one. fronts: so many. prefills: it computes prompts for others.
+    """
+
+    def __init__(
+        self,
+        loops: list[Any],
+        engines: list[Engines],
+        costs_s: tuple[float, float, float],
+        variation: Any,
+        most: int,
+        balance: Any = None,
+        spread: Any = None,
+        fronts: int = 1,
+        prefills: cython.bint = False,
+    ) -> None:
+        self.loops, self.engines, self.variation, self.most = loops, engines, variation, most
+        self.latency_s, self.request_s, self.prompt_token_s = costs_s
+        self.balance, self.spread = balance, spread
+        self.fronts = [Front() for _ in range(fronts)]
+        self.inside = {}
+        self.failed, self.prefills = False, prefills
+        self.inboxes = [loop.inbox for loop in loops]
 
     def varied(self, seconds: cython.double) -> cython.longlong:
         factor: cython.double = 1.0 if self.variation is None else next(self.variation)
         return cython.cast(cython.longlong, rint(seconds * factor * PICOSECONDS))
-
-    def connected(self) -> cython.bint:
-        """Whether its engine has a KV connector."""
-        return self.compiled is not None and self.compiled.connector is not None
-
-    def advance(self, until: cython.longlong) -> cython.int:
-        return self.loop.advance(until) if self.compiled is None else self.compiled.advance(until)
-
-    def wake(self) -> cython.longlong:
-        return self.loop.wake if self.compiled is None else self.compiled.wake
 
 
 class Flow:
@@ -111,10 +152,12 @@ class Flow:
         router: picks among ``ready``; None: the first.
         ended, answered: what the router is told (``Informed``, ``Answered``), or None.
         quiet: nobody waits for an end: the engines tell none.
+        legs: where prompts are computed by servers of their own (``Legs``), or None.
 
     Attributes:
         now: picoseconds. ready: what the router picks among, each with its ``index``.
         outcomes: (fields, n) ``OUTCOMES``. arrival, replica, status: (n,), -1 where it did not happen.
+        rank: (n,) of the engine core in the replica; -1 while none of several is chosen.
         outstanding: (replicas,) requests sent to each and not ended.
         sent: requests, so far. finished: streams that are done, for the host to take. failures: why requests
             failed, how many.
@@ -133,15 +176,23 @@ class Flow:
         answered: Any = None,
         quiet: bool = False,
         ordered: bool = False,
+        legs: Any = None,
     ) -> None:
         n: cython.Py_ssize_t = len(requests)
         server: Server
         self.requests, self.servers, self.ready = requests, servers, ready
         self.send, self.router, self.ended, self.answered = send, router, ended, answered
-        self.quiet, self.ordered = quiet and not any(each.connected() for each in servers), ordered
+        engines: Engines
+        connected: cython.bint = False
+        for server in servers:
+            engines = server.engines[0]
+            connected = connected or engines.connected()
+        self.quiet, self.ordered = quiet and not connected, ordered
+        self.legs = legs
         self.looks = router is not None and not isinstance(router, LOOKS_AT_NONE)
         self.heap, self.senders, self.finished, self.order = [], [], [], []
-        self.objects, self.failures = {}, {}
+        self.engines, self.fronts = [], []
+        self.objects, self.failures, self.running = {}, {}, None
         self.now = self.count = self.until = self.sent = 0
         self.prompt = writable(requests.prompt_tokens)
         self.gives_up = requests.abort_after_s is not None
@@ -155,11 +206,13 @@ class Flow:
             "replica": np.full(n, -1, np.int32),
             "status": np.zeros(n, np.int8),
             "stream": np.zeros(n, np.int32),
+            "rank": np.zeros(n, np.int32),
         }
+        self.front = np.zeros(n, np.int32)
         self.columns = columns
         self.outcomes, self.arrival = columns["outcomes"], columns["arrival"]
         self.replica, self.status = columns["replica"], columns["status"]
-        self.stream = columns["stream"]
+        self.stream, self.rank = columns["stream"], columns["rank"]
         self.outstanding = outstanding
         for server in servers:
             self.connect(server)
@@ -168,10 +221,26 @@ class Flow:
 
     def connect(self, server: Server) -> None:
         """Requests may be sent to it."""
-        server.loop.load(self.requests, self.columns["outcomes"])
-        server.loop.tell_ends = not self.quiet
-        if self.answered is not None:
-            server.loop.on_first = self.tell_answered
+        engines: Engines
+        front: Front
+        loop: Any
+        known: cython.bint
+        for loop in server.loops:
+            if server.prefills:
+                loop.load(self.legs.prompts, self.legs.outcomes)
+            else:
+                loop.load(self.requests, self.columns["outcomes"])
+            loop.tell_ends = not self.quiet
+            if self.answered is not None and not server.prefills:
+                loop.on_first = self.tell_answered
+        for engines in server.engines:
+            known = 0 <= engines.number < len(self.engines)  # several cores may be in one lockstep
+            if not known or self.engines[engines.number] is not engines:
+                engines.number = len(self.engines)
+                self.engines.append(engines)
+        for front in server.fronts:
+            front.number = len(self.fronts)
+            self.fronts.append(front)
 
     def add(self, server: Server) -> None:
         """One more replica."""
@@ -225,13 +294,23 @@ class Flow:
         self.tell_finished(sender, number)
 
     def fail(self, index: int) -> int:
-        """A replica is gone, and every request that it has ends as failed. Returns how many."""
+        """A replica is gone, and every request that it has ends as failed. Returns how many. Those whose
+        cores are in lockstep with its own are gone, too."""
         server: Server = self.servers[index]
-        server.failed = True
+        other: Server
+        engines: Engines
         lost: list = list(server.inside)
+        server.failed = True
+        for engines in server.engines:
+            engines.failed = True
         for row in lost:
             self.end(server, index, row, _FAILED)
-        return len(lost)
+        count: cython.int = len(lost)
+        for number, other in enumerate(self.servers):
+            engines = other.engines[0]
+            if engines.failed and not other.failed:
+                count += self.fail(number)
+        return count
 
     def advance(self, until: cython.longlong) -> cython.bint:
         """Run what happens before ``until``.
@@ -277,10 +356,16 @@ class Flow:
                 self.done(number)
             elif what == GIVE_UP:
                 self.give_up(number)
+            elif what == PUBLISH:
+                self.publish(number)
             elif what == DUE:
                 self.senders[self.stream[number]].sessions.due(number)
             elif what == CLOSED:
                 self.tell_finished(self.senders[number], number)
+            elif what == HANDED_ON:
+                self.hand_on(number)
+            elif what == WAKE:
+                self.wake_connected(self.servers[number])
             else:
                 self.answered(self.objects[number], self.replica[number])
         if self.finished:
@@ -350,9 +435,15 @@ class Flow:
             return 0
         server = self.servers[self.replica[row]]
         if row in server.inside and not server.failed:
-            server.loop.aborts += 1
-            server.inbox.append((self.now, ~row))
-            self.wake(server, self.replica[row])
+            if self.rank[row] < 0:  # no core has it yet
+                self.end(server, self.replica[row], row, _ABORTED)
+                return 0
+            server.loops[self.rank[row]].aborts += 1
+            server.inboxes[self.rank[row]].append((self.now, ~row))
+            self.wake(server.engines[self.rank[row]])
+        elif server.prefills and self.status[row] != _FINISHED:  # on its way to the other server
+            self.status[row] = _ABORTED
+            self.done(row)
         return 0
 
     def done(self, row: cython.Py_ssize_t) -> cython.int:
@@ -360,7 +451,7 @@ class Flow:
         number: cython.Py_ssize_t = self.stream[row]
         sender: Sender = self.senders[number]
         if self.ended is not None and self.replica[row] >= 0:
-            self.ended(self.objects.pop(row), self.replica[row])
+            self.ended(self.objects.pop(row), self.replica[row] if self.legs is None else self.legs.home(row))
         sender.in_flight -= 1
         sender.open -= 1
         if sender.sessions is not None:
@@ -385,27 +476,52 @@ class Flow:
         """The request reaches the router."""
         position: Any
         request: Any = None
-        server: Server
         index: cython.int
         if self.status[row] == _ABORTED:
             return 0
         if not len(self.ready):  # HTTP 503
             return self.refuse(row, NOT_READY)
+        if self.legs is not None:
+            return self.split(row)
         if self.looks:
             request = self.requests[row]
         position = 0 if self.router is None else self.router.pick(request, self.ready)
         if position is None:
             return self.refuse(row, UNPICKED)
-        self.replica[row] = index = self.ready[position].index
+        index = self.ready[position].index
         if self.ended is not None or self.answered is not None:
             self.objects[row] = request
-        server = self.servers[index]
+        return self.send_to(index, row)
+
+    def send_to(self, index: cython.int, row: cython.Py_ssize_t) -> cython.int:
+        """A request goes to a server."""
+        server: Server = self.servers[index]
+        self.replica[row] = index
         if server.failed:
             return self.refuse(row, REFUSED)
         self.outstanding[index] += 1
         if not self.quiet:
             server.inside[row] = None
         return self.accept(server, row)
+
+    def split(self, row: cython.Py_ssize_t) -> cython.int:
+        """The request reaches the router of a fleet whose prompts are computed by servers of their own."""
+        first: Any = self.legs.first(row, self.ready)
+        if first is None:
+            return self.refuse(row, UNPICKED)
+        if self.ended is not None or self.answered is not None:
+            self.objects[row] = self.requests[row]
+        return self.send_to(first, row)
+
+    def hand_on(self, row: cython.Py_ssize_t) -> cython.int:
+        """A prompt is computed, and the request goes on to the server that decodes."""
+        second: Any
+        if self.status[row] == _ABORTED:
+            return 0
+        second = self.legs.second(row, self.ready)
+        if second is None:
+            return self.refuse(row, NOT_READY)
+        return self.send_to(second, row)
 
     def refuse(self, row: cython.Py_ssize_t, why: Any) -> cython.int:
         self.failures[why] = self.failures.get(why, 0) + 1
@@ -425,6 +541,10 @@ class Flow:
     def accept(self, server: Server, row: cython.Py_ssize_t) -> cython.int:
         """A request is on its way to a server."""
         latency: cython.longlong = server.varied(server.latency_s)
+        if server.balance is not None:
+            self.rank[row] = -1
+            if server.spread is not None:
+                self.front[row] = next(server.spread)
         if latency:
             self.push(self.now + latency, 0, AT_SERVER, row)
             return 0
@@ -440,42 +560,44 @@ class Flow:
         one, as releases without micro-batches have them, it is first come, first served.
         """
         server: Server = self.server_of(row)
+        front: Front = server.fronts[self.front[row]]
         cost: cython.longlong = server.varied(server.request_s)
         newest: list
         if not cost:
             return self.encode(server, row)
-        server.busy_until = max(self.now, server.busy_until) + cost
-        if not server.rounds or len(server.rounds[len(server.rounds) - 1]) > server.most:
-            server.rounds.append([0])
-            if len(server.rounds) == 1:
-                self.push(self.now + cost, 0, PREPARED, self.replica[row])
-        newest = server.rounds[len(server.rounds) - 1]
+        front.busy_until = max(self.now, front.busy_until) + cost
+        if not front.rounds or len(front.rounds[len(front.rounds) - 1]) > server.most:
+            front.rounds.append([0])
+            if len(front.rounds) == 1:
+                self.push(self.now + cost, 0, PREPARED, front.number)
+        newest = front.rounds[len(front.rounds) - 1]
         newest.append(row)
-        newest[0] = server.busy_until
+        newest[0] = front.busy_until
         return 0
 
-    def end_round(self, index: cython.Py_ssize_t) -> cython.int:
+    def end_round(self, number: cython.Py_ssize_t) -> cython.int:
         """A round is ready, or others have joined it."""
-        server: Server = self.servers[index]
-        oldest: list = server.rounds[0]
+        front: Front = self.fronts[number]
+        oldest: list = front.rounds[0]
         i: cython.Py_ssize_t
         if oldest[0] == self.now:
-            del server.rounds[0]
+            del front.rounds[0]
             for i in range(1, len(oldest)):
-                self.encode(server, oldest[i])
-        if server.rounds:
-            oldest = server.rounds[0]
-            self.push(oldest[0], 0, PREPARED, index)
+                self.encode(self.server_of(oldest[i]), oldest[i])
+        if front.rounds:
+            oldest = front.rounds[0]
+            self.push(oldest[0], 0, PREPARED, number)
         return 0
 
     def encode(self, server: Server, row: cython.Py_ssize_t) -> cython.int:
         """The tokenizer's thread takes one prompt after the other."""
+        front: Front = server.fronts[self.front[row]]
         cost: cython.longlong = cython.cast(
             cython.longlong, rint(server.prompt_token_s * self.prompt[row] * PICOSECONDS)
         )
         if cost:
-            server.tokenizer_free = max(self.now, server.tokenizer_free) + cost
-            self.push(server.tokenizer_free, 0, ENCODED, row)
+            front.tokenizer_free = max(self.now, front.tokenizer_free) + cost
+            self.push(front.tokenizer_free, 0, ENCODED, row)
             return 0
         return self.put(row)
 
@@ -484,34 +606,72 @@ class Flow:
     def put(self, row: cython.Py_ssize_t) -> cython.int:
         """It reaches the engine's input queue, unless it was given up while it was prepared."""
         server: Server = self.server_of(row)
+        inbox: list
         if server.failed or self.status[row] == _ABORTED:
             return 0
-        server.inbox.append((self.now, row))
-        return self.wake(server, self.replica[row])
+        if server.balance is not None:
+            self.assign(server, row)
+        inbox = server.inboxes[self.rank[row]]
+        inbox.append((self.now, row))
+        return self.wake(server.engines[self.rank[row]])
 
-    def wake(self, server: Server, index: cython.Py_ssize_t) -> cython.int:
-        if server.idle:
-            server.idle = False
-            server.loop.now = self.now
-            self.push(self.now, LAST, ENGINE, index)
-        elif server.polling:
-            self.push(self.now, LAST, ENGINE, index)
-        else:
-            return 0
-        server.polling, server.due = False, self.now
+    def assign(self, server: Server, row: cython.Py_ssize_t) -> cython.int:
+        """Its API server picks the engine core."""
+        due: cython.longlong = server.balance.due(self.now)
+        self.rank[row] = server.balance.pick(self.front[row])
+        if due >= 0:
+            self.push(due, 0, PUBLISH, self.replica[row])
         return 0
 
-    def wake_server(self, index: int) -> None:
-        """What its connector answers has changed from outside."""
-        self.wake(self.servers[index], index)
+    def wake_server(self, index: int, time: int) -> None:
+        """What its connector answers changes from outside, now or at a time. The engine that runs now does
+        not run past it."""
+        time = max(time, self.now)
+        self.push(time, 0, WAKE, index)
+        if self.running is not None and self.running.compiled is not None:
+            self.running.compiled.horizon = min(self.running.compiled.horizon, time)
 
-    def run_engine(self, index: cython.Py_ssize_t) -> cython.int:
-        """An engine goes on, up to the next event of anybody."""
+    def publish(self, index: cython.Py_ssize_t) -> cython.int:
+        """The coordinator tells the API servers what the cores have reported."""
         server: Server = self.servers[index]
+        engines: Engines
+        busy: cython.bint = False
+        due: cython.longlong
+        if server.failed:
+            return 0
+        for engines in server.engines:
+            busy = busy or not engines.idle
+        due = server.balance.publish(self.now, [loop.reported for loop in server.loops], busy=busy)
+        if due >= 0:
+            self.push(due, 0, PUBLISH, index)
+        return 0
+
+    def wake_connected(self, server: Server) -> cython.int:
+        engines: Engines
+        for engines in server.engines:
+            if engines.connected():
+                self.wake(engines)
+        return 0
+
+    def wake(self, engines: Engines) -> cython.int:
+        if engines.idle:
+            engines.idle = False
+            engines.runner.now = self.now
+            self.push(self.now, LAST, ENGINE, engines.number)
+        elif engines.polling:
+            self.push(self.now, LAST, ENGINE, engines.number)
+        else:
+            return 0
+        engines.polling, engines.due = False, self.now
+        return 0
+
+    def run_engine(self, number: cython.Py_ssize_t) -> cython.int:
+        """An engine goes on, up to the next event of anybody."""
+        engines: Engines = self.engines[number]
         until: cython.longlong
         state: cython.int
         event: tuple
-        if server.failed or (server.connected() and server.due != self.now):  # it was woken earlier
+        if engines.failed or (engines.connected() and engines.due != self.now):  # it was woken earlier
             return 0
         while True:
             until = self.until
@@ -520,70 +680,88 @@ class Flow:
                 until = min(until, cython.cast(cython.longlong, event[0]))
             if self.finished or until <= self.now:
                 until = self.now + 1
-            state = server.advance(until)
+            self.running = engines
+            state = engines.advance(until)
+            self.running = None
             if state == ENDED:
-                self.take_ended(server, index)
+                self.take_ended(engines)
             elif state == ABORTS:
-                self.drain(server, index)
-            elif state == BUSY or state == POLLING:
-                server.polling, server.due = state == POLLING, server.wake()
-                self.push(server.due, LAST, ENGINE, index)
+                self.drain(engines)
+            elif state == BUSY or state == POLLING:  # noqa: SIM109 (compiled, no tuple)
+                engines.polling, engines.due = state == POLLING, engines.wake()
+                self.push(engines.due, LAST, ENGINE, number)
                 return 0
             else:
-                server.idle = True
+                engines.idle = True
                 return 0
 
-    def drain(self, server: Server, index: cython.Py_ssize_t) -> cython.int:
-        """All that is in the engine's input queue by now, where clients have gone."""
+    def drain(self, engines: Engines) -> cython.int:
+        """All that is in the cores' input queues by now, where clients have gone."""
         item: tuple
         row: cython.Py_ssize_t
-        loop: Any = server.loop
-        while loop.inbox:
-            item = loop.inbox.pop(0)
-            row = item[1]
-            if row >= 0:
-                if self.status[row] != _ABORTED:
-                    loop.take(row, item[0])
-            elif ~row in server.inside:
-                self.end(server, index, ~row, _ABORTED)
-        loop.aborts = 0
+        loop: Any
+        server: Server
+        for loop in engines.loops:
+            while loop.inbox:
+                item = loop.inbox.pop(0)
+                row = item[1]
+                if row >= 0:
+                    if self.status[row] != _ABORTED:
+                        loop.take(row, item[0])
+                    continue
+                server = self.server_of(~row)
+                if ~row in server.inside:
+                    self.end(server, self.replica[~row], ~row, _ABORTED)
+            loop.aborts = 0
         return 0
 
-    def take_ended(self, server: Server, index: cython.Py_ssize_t) -> cython.int:
+    def take_ended(self, engines: Engines) -> cython.int:
         """Requests whose last token is on its way."""
-        ended: list = server.loop.ended
+        ended: list
         row: cython.Py_ssize_t
         finish: cython.longlong
         number: cython.Py_ssize_t
         sender: Sender
-        server.loop.ended = []
-        if server.connected():
-            self.take_lost(server, index)
-        for row in ended:
-            del server.inside[row]
-            self.status[row] = _FINISHED
-            self.outstanding[index] -= 1
-            finish = self.outcomes[5, row]
-            number = self.stream[row]
-            sender = self.senders[number]
-            if self.ended is None and not sender.limit and sender.sessions is None:  # nobody waits for one
-                sender.last = max(sender.last, finish)
-                sender.in_flight -= 1
-                sender.open -= 1
-                self.tell_finished(sender, number)
-            elif finish > self.now:
-                self.push(finish, 0, DONE, row)
-            else:
-                self.done(row)
+        server: Server
+        loop: Any
+        for loop in engines.loops:
+            ended = loop.ended
+            loop.ended = []
+            if engines.connected():
+                self.take_lost(engines)
+            for row in ended:
+                server = self.servers[self.replica[row]]
+                del server.inside[row]
+                self.outstanding[self.replica[row]] -= 1
+                if server.balance is not None:
+                    server.balance.ended(self.front[row], self.rank[row])
+                if server.prefills:
+                    self.push(self.legs.computed(row), 0, HANDED_ON, row)
+                    continue
+                self.status[row] = _FINISHED
+                finish = self.outcomes[5, row]
+                number = self.stream[row]
+                sender = self.senders[number]
+                if (
+                    self.ended is None and not sender.limit and sender.sessions is None
+                ):  # nobody waits for one
+                    sender.last = max(sender.last, finish)
+                    sender.in_flight -= 1
+                    sender.open -= 1
+                    self.tell_finished(sender, number)
+                elif finish > self.now:
+                    self.push(finish, 0, DONE, row)
+                else:
+                    self.done(row)
         return 0
 
-    def take_lost(self, server: Server, index: cython.Py_ssize_t) -> cython.int:
+    def take_lost(self, engines: Engines) -> cython.int:
         """Requests that ended with an error."""
-        lost: list = server.compiled.lost
-        server.compiled.lost = []
+        lost: list = engines.compiled.lost
+        engines.compiled.lost = []
         for row in lost:
             self.failures[NOT_LOADED] = self.failures.get(NOT_LOADED, 0) + 1
-            self.end(server, index, row, _FAILED)
+            self.end(self.server_of(row), self.replica[row], row, _FAILED)
         return 0
 
     def end(
@@ -591,7 +769,10 @@ class Flow:
     ) -> cython.int:
         """A request ends without its last token."""
         del server.inside[row]
-        server.loop.leave(row)
+        if self.rank[row] >= 0:
+            server.loops[self.rank[row]].leave(row)
+            if server.balance is not None:
+                server.balance.ended(self.front[row], self.rank[row])
         self.status[row] = status
         self.outstanding[index] -= 1
         self.done(row)

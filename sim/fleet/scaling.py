@@ -66,13 +66,12 @@ class Scaling:
             began, before = self._sent[0]
             rate = (self._flow.sent - before) / (now - began) / max(len(self._flow.ready), 1)
             for endpoint in self._flow.ready:
-                engine = endpoint.replica.engine
-                waiting, running = float(engine.num_waiting), float(engine.num_running)
+                waiting, running, usage = map(float, endpoint.replica.gauges())
                 pods[endpoint.index] = {
                     "waiting": waiting,
                     "running": running,
                     "in_flight": waiting + running,
-                    "kv_usage": float(engine.kv.usage),
+                    "kv_usage": usage,
                     "request_rate": rate,
                 }
             self._scrapes.append((now, pods))

@@ -9,11 +9,21 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import AfterValidator, Discriminator, Field, Tag, ValidationInfo, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationInfo,
+    model_validator,
+)
 
 from servecast.sim.fleet.autoscaler import AutoscalerSpec
+from servecast.sim.fleet.disaggregation import KVLink, Proxy
 from servecast.sim.inputs.schema import Count, InputFile, Model, NonNegative, Positive, did_you_mean, invalid
 from servecast.sim.routing.llmd.config import read_document, read_epp
+from servecast.sim.routing.llmd.disaggregated import DisaggregatedPicker
 from servecast.sim.routing.llmd.endpoint_picker import EndpointPicker
 from servecast.sim.routing.options import RouterOptions
 from servecast.sim.routing.routers import ROUTERS
@@ -68,8 +78,8 @@ class ReplicaSpec(Model):
     """Their GPU. Default, the scenario's."""
     profile: str | None = None
     """Their profile. Default, the scenario's."""
-    engine: dict[str, bool | int | float | str] = Field(default_factory=dict)
-    """Their engine flags, where not the scenario's."""
+    engine: dict[str, bool | int | float | str | dict[str, Any]] = Field(default_factory=dict)
+    """Their engine flags, where not the scenario's; those of a ``command`` among them, too."""
     start_s: NonNegative = 0.0
     """When they are ready."""
     drain_s: Positive | None = None
@@ -128,6 +138,16 @@ def _is_list(value: Any) -> str:
     return "list" if isinstance(value, list | tuple) else "count"
 
 
+def _as_pool(value: Any) -> Any:
+    """A pool by its size, by what its servers are, or as a list of those."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = {"count": value}
+    return [value] if isinstance(value, Mapping | ReplicaSpec) else value
+
+
+Pool = Annotated[tuple[ReplicaSpec, ...], BeforeValidator(_as_pool)]
+
+
 class Fleet(Model):
     """Replicas of the engine behind a router."""
 
@@ -136,6 +156,15 @@ class Fleet(Model):
         Discriminator(_is_list),
     ] = 1
     """Engines, each on its own GPUs; how many, or a list of what they are."""
+    prefill: Pool = ()
+    """Servers that compute prompts and hand their KV blocks on: how many, what they are (as an entry of
+    ``replicas``), or a list of that. With ``decode``, instead of ``replicas``."""
+    decode: Pool = ()
+    """Servers that fetch the KV blocks of a prompt and answer; the same."""
+    proxy: Proxy = Proxy()
+    """What sends requests to a prefill and to a decode server."""
+    kv_link: KVLink = KVLink()
+    """Over what KV blocks go from one to the other."""
     router: RouterName = "round_robin"
     """How the next replica is picked; a policy's name, or the file of llm-d's EndpointPickerConfig."""
     router_options: RouterOptions = RouterOptions()
@@ -152,16 +181,52 @@ class Fleet(Model):
     def _some(self) -> Fleet:
         if self.size == 0:
             raise invalid("the fleet has no replicas", "List at least one.", at="replicas")
+        self._pools_fit()
         if self.autoscaler is not None and not isinstance(self.replicas, int):
             raise invalid("an autoscaler of replicas that differ", "Give their number.", at="replicas")
         return self
 
+    def _pools_fit(self) -> None:
+        """Refuse half of a disaggregated fleet, or what goes with none."""
+        if bool(self.prefill) != bool(self.decode):
+            missing = "decode" if self.prefill else "prefill"
+            raise invalid(f"the fleet has no {missing} servers", f"Give {missing} as well.", at=missing)
+        if self.prefill and "replicas" in self.model_fields_set:
+            raise invalid("replicas beside prefill and decode servers", "Leave replicas out.", at="replicas")
+        if self.prefill and self.autoscaler is not None:
+            raise invalid(
+                "an autoscaler of prefill and decode servers is not modelled",
+                "Give their numbers, and compare several.",
+                at="autoscaler",
+            )
+        if not self.prefill and self.model_fields_set & {"proxy", "kv_link"}:
+            name = "proxy" if "proxy" in self.model_fields_set else "kv_link"
+            raise invalid(
+                f"{name} without prefill and decode servers", "Give both, or leave it out.", at=name
+            )
+        if self.epp is not None and self.proxy.direct_below:
+            raise invalid(
+                "direct_below beside an EndpointPickerConfig",
+                "Its prefix-based-pd-decider says which prompts are short.",
+                at="proxy.direct_below",
+            )
+
     @property
     def specs(self) -> tuple[ReplicaSpec, ...]:
-        """What each replica is, one by one."""
+        """What each replica is, one by one, those that prefill first."""
+        if self.prefill:
+            return tuple(spec for spec in (*self.prefill, *self.decode) for _ in range(spec.count))
         if isinstance(self.replicas, int):
             return (ReplicaSpec(),) * self.replicas
         return tuple(spec for spec in self.replicas for _ in range(spec.count))
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Of each replica ``prefill`` or ``decode``; empty where it does both."""
+        if not self.prefill:
+            return ("",) * self.size
+        pools = {"prefill": self.prefill, "decode": self.decode}
+        return tuple(role for role, pool in pools.items() for spec in pool for _ in range(spec.count))
 
     @property
     def size(self) -> int:
@@ -191,6 +256,8 @@ class Fleet(Model):
         """Read the EndpointPickerConfig, if any. Raises InputError if it does not load."""
         if self.epp is not None:
             config = read_epp(self.epp, self.router_options.epp_release)
+            if self.prefill and config.split is not None:
+                DisaggregatedPicker(config, self.router_options, np.random.default_rng(0), lambda: 0.0)
             EndpointPicker(config, self.router_options, np.random.default_rng(0), lambda: 0.0)
 
     @property
@@ -204,6 +271,7 @@ class Fleet(Model):
     def facts(self) -> Mapping[str, Any]:
         """What a result says of it: all that is not a default, always how many behind what, and what the
         EndpointPickerConfig held."""
-        facts: dict[str, Any] = {"replicas": self.replicas, "router": self.router}
+        replicas = self.size if self.prefill else self.replicas
+        facts: dict[str, Any] = {"replicas": replicas, "router": self.router}
         facts |= self.model_dump(mode="json", exclude_defaults=True)
         return facts if self.epp is None else facts | {"endpoint_picker_config": read_document(self.epp)}

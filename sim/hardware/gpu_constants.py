@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from servecast.sim.hardware.expert_ranks import BACKENDS
 from servecast.sim.hardware.gpu import GPU, find_gpu
 from servecast.sim.hardware.layer_kinds import STATES
 from servecast.sim.hardware.shard import Shard
@@ -134,6 +135,15 @@ class AllReduce(_Strict):
     residuals: Residuals | None = None
 
 
+class Exchange(_Strict):
+    """Tokens on their way to the experts of other ranks and back, in one layer: floor + bytes that a rank
+    sends, in 16 bits there and back, over the link's bandwidth times ``link``. Timed on eight ranks."""
+
+    floor_s: Seconds
+    link: Share
+    residuals: Residuals | None = None
+
+
 MOST = (
     0.95  # of the 16-bit peak, where power does not hold it back: an RTX 4090 reaches 0.96 (shipped profile)
 )
@@ -189,7 +199,7 @@ UNTIMED_STATE = MixerCosts(
 
 
 _Computing = TypeVar("_Computing", Product, PromptAttention, Experts)
-Fitted = Product | PromptAttention | DecodeAttention | Experts | StatePrompts | AllReduce
+Fitted = Product | PromptAttention | DecodeAttention | Experts | StatePrompts | AllReduce | Exchange
 
 
 class GpuConstants(_Strict):
@@ -199,7 +209,8 @@ class GpuConstants(_Strict):
         gpu: its name in the catalogue. source: of the timings. release: the vLLM whose kernels they time.
         small_kernel_s: one of the small kernels of a layer (norm, rotary, activation).
         products, experts: by the weights' dtype. prompts, decodes: by the KV cache's, as latent and sparse
-            attention and the indexer of the latter. states: by kind. all_reduce: by ranks.
+            attention and the indexer of the latter. states: by kind. all_reduce: by ranks, as all_gather and
+        reduce_scatter, by the bytes of all ranks. exchanges: by ``--all2all-backend``.
         compute_factor: by which shares of the peak FLOP/s were scaled for another GPU; not in files.
     """
 
@@ -220,6 +231,9 @@ class GpuConstants(_Strict):
     state_prompts: dict[StateKind, StatePrompts] = {}
     state_decodes: dict[StateKind, DecodeAttention] = {}
     all_reduce: dict[int, AllReduce] = {}
+    all_gather: dict[int, AllReduce] = {}
+    reduce_scatter: dict[int, AllReduce] = {}
+    exchanges: dict[Literal["deepep_high_throughput", "deepep_low_latency"], Exchange] = {}
     compute_factor: float = Field(default=1.0, exclude=True)
 
     @model_validator(mode="after")
@@ -268,6 +282,9 @@ class GpuConstants(_Strict):
             ("state prompts", self.state_prompts),
             ("state decodes", self.state_decodes),
             ("all-reduce", self.all_reduce),
+            ("all-gather", self.all_gather),
+            ("reduce-scatter", self.reduce_scatter),
+            ("exchanges", self.exchanges),
         )
 
     def scaled(self, factor: float) -> GpuConstants:
@@ -315,6 +332,7 @@ class GpuConstants(_Strict):
                 expert_s=routed.floor_s,
                 expert_passes=routed.activation_passes,
             )
+            costs = self._with_exchange(costs, shard)
         return Efficiencies(
             compute=product.compute,
             bandwidth=product.bandwidth,
@@ -327,6 +345,18 @@ class GpuConstants(_Strict):
             allreduce_s=link.latency_s,
             by_kernel=costs,
         )
+
+    def _with_exchange(self, costs: KernelCosts, shard: Shard) -> KernelCosts:
+        """With what takes tokens to experts on other ranks, where cores share them."""
+        spread = shard.expert_ranks
+        gather, scatter = (known.get(spread.exchanging) for known in (self.all_gather, self.reduce_scatter))
+        if spread.data > 1 and gather and scatter:
+            sizes = self._by_size(gather, shard.gpu), self._by_size(scatter, shard.gpu)
+            costs = replace(costs, all_gather=sizes[0], reduce_scatter=sizes[1])
+        exchange = next((each for name, each in self.exchanges.items() if name == spread.backend), None)
+        if exchange is None:
+            return costs
+        return replace(costs, exchange_s=exchange.floor_s, exchange_link=exchange.link)
 
     def _mixer(self, kind: str, kv: KvDtype) -> MixerCosts:
         """What layers that mix tokens otherwise than by grouped queries cost; see ``stand_ins``."""
@@ -391,6 +421,11 @@ class GpuConstants(_Strict):
                 self.sparse_decodes if mixer.kind == "sparse_mla" else self.latent_decodes
             ):
                 found.append(f"{mixer.kind} layers by grouped-query attention's kernels")
+        spread = shard.expert_ranks
+        if spread.data > 1 and spread.backend in self.exchanges and spread.exchanging != 8:
+            found.append(f"{spread.backend} between {spread.exchanging} ranks as between 8")
+        if spread.data > 1 and spread.backend == BACKENDS[0] and spread.exchanging not in self.all_gather:
+            found.append(f"all-gathers between {spread.exchanging} ranks by their bytes")
         return found
 
     def _by_size(self, link: AllReduce, gpu: GPU) -> tuple[tuple[int, float], ...]:

@@ -81,7 +81,7 @@ def override(data: dict[str, Any], field: str, value: Any, *, where: str) -> dic
 
 
 def _item(node: Any, part: str, field: str, where: str) -> Any:
-    if isinstance(node, list) and part.isdecimal() and int(part) < len(node):
+    if isinstance(node, list | tuple) and part.isdecimal() and int(part) < len(node):
         return node[int(part)]
     raise InputError(
         f"there is nothing at {part!r} of {field!r}", where=where, fix="Give the field's dotted path."

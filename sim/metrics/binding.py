@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from servecast.sim.engine.engine import StepShape
-from servecast.sim.metrics.records import Run
+from servecast.sim.metrics.records import Run, engines_of
 
 QUEUE_LIMITS = ("max_num_seqs", "token_budget", "kv_blocks")
 WAITING_SHARE = 0.05  # a queue that stands for less of the engine's time does not bind
@@ -40,6 +40,7 @@ class Limits:
     bound_by: Callable[[StepShape], str] | None = None
     parts: Callable[[StepShape], Mapping[str, float]] | None = None
     stride: int = 1
+    pools: tuple[tuple[str, tuple[int, ...], Limits], ...] = ()
 
 
 @dataclass(slots=True)
@@ -59,7 +60,8 @@ class Evidence:
     max_num_seqs, token_budget, kv_blocks: steps in which requests waited because of it.
     busy: busy time of the window. front_end: of the mean TTFT, spent before the engine's queue.
     delivery: mean inter-token gap at the client over the mean of the steps behind it (not a share).
-    bound_by: steps by what most of their time goes to. parts: step time by part.
+    bound_by: steps by what most of their time goes to. parts: step time by part. pool: of whose servers this
+    is, empty without pools. transfer: of the mean TTFT, while KV blocks were on their way.
     """
 
     max_num_seqs: float
@@ -70,23 +72,30 @@ class Evidence:
     delivery: float
     bound_by: Mapping[str, float]
     parts: Mapping[str, float]
+    pool: str = ""
+    transfer: float = 0.0
 
     @classmethod
     def mean(cls, all_of: Sequence[Evidence]) -> Evidence:
-        """The mean over replications."""
+        """The mean over replications, of those in which the pool binds that binds in most."""
+        names = [each.pool for each in all_of]
+        pool = max(names, key=names.count)
+        all_of = [each for each in all_of if each.pool == pool]
         values: dict[str, float] = {
             field.name: float(np.mean([getattr(each, field.name) for each in all_of]))
             for field in fields(cls)
-            if field.name not in ("bound_by", "parts")
+            if field.name not in ("bound_by", "parts", "pool")
         }
         bound_by = _mean_shares([each.bound_by for each in all_of])
-        return cls(**values, bound_by=bound_by, parts=_mean_shares([each.parts for each in all_of]))
+        return cls(
+            **values, bound_by=bound_by, parts=_mean_shares([each.parts for each in all_of]), pool=pool
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class Binding:
     """What binds ("compute", "memory_bandwidth", "host", "interconnect", "front_end", "kv_blocks",
-    "max_num_seqs", "token_budget", "none" or "unknown"), and why one should believe it."""
+    "max_num_seqs", "token_budget", "kv_link", "none" or "unknown"), and why one should believe it."""
 
     limit: str
     reasons: tuple[str, ...]
@@ -106,12 +115,12 @@ def evidence(run: Run, limits: Limits) -> Evidence:
     decodes = steps["decodes"].to_numpy(dtype=float)
     gap = float(np.average(run.itl["gap"], weights=run.itl["weight"])) if len(run.itl) else math.nan
     behind = float(np.average(time, weights=decodes)) if decodes.any() else math.nan
-    bound_by, parts = _step_shares(steps, limits)
+    bound_by, parts = _step_shares(steps, limits, waits="dummy_steps" in run.meta)
     return Evidence(
         max_num_seqs=float(time[full].sum()) / total,
         token_budget=float(time[spent].sum()) / total,
         kv_blocks=float(time[waits & ~full & ~spent].sum()) / total,
-        busy=total / (window * max(steps["replica"].nunique(), 1)) if window else math.nan,
+        busy=total / (window * max(engines_of(steps).nunique(), 1)) if window else math.nan,
         front_end=float((requests["queued"] - requests["sent"]).mean() / ttft),
         delivery=gap / (behind * limits.stride),
         bound_by=bound_by,
@@ -120,7 +129,7 @@ def evidence(run: Run, limits: Limits) -> Evidence:
 
 
 def binding_limit(found: Evidence, limits: Limits, *, only_token_times: bool) -> Binding:
-    """Names the limit that the evidence points to.
+    """Names the limit that the evidence points to, and of which pool.
 
     only_token_times: the load fails on the time between tokens alone (TPOT, ITL) and nothing piles up;
     then a queue for admission is beside the point.
@@ -129,6 +138,16 @@ def binding_limit(found: Evidence, limits: Limits, *, only_token_times: bool) ->
     than half of TTFT before the engine's queue: front_end. Requests wait in more than 5 % of the
     engine's time: what they wait for. Otherwise: what the steps' time goes to.
     """
+    bound = _binding_limit(found, limits, only_token_times=only_token_times)
+    if not found.pool:
+        return bound
+    return Binding(bound.limit, (f"the {found.pool} servers bind", *bound.reasons))
+
+
+def _binding_limit(found: Evidence, limits: Limits, *, only_token_times: bool) -> Binding:
+    limits = next((own for name, _, own in limits.pools if name == found.pool), limits)
+    if not only_token_times and found.transfer > FRONT_END_SHARE:
+        return Binding("kv_link", (f"{found.transfer:.0%} of TTFT passes while KV blocks are on their way",))
     if found.delivery > DELIVERY_LAG:
         lag = f"{found.delivery:.2f} times as far apart as the engine makes them"
         return Binding("front_end", (f"tokens reach the client {lag}",))
@@ -164,8 +183,11 @@ def _step_reasons(found: Evidence) -> list[str]:
     return reasons
 
 
-def _step_shares(steps: pd.DataFrame, limits: Limits) -> tuple[dict[str, float], dict[str, float]]:
-    """Shares of step time by what binds and by part, from steps spread evenly over the run."""
+def _step_shares(
+    steps: pd.DataFrame, limits: Limits, *, waits: bool
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Shares of step time by what binds and by part, from steps spread evenly over the run. ``waits``: for
+    other engine cores, which is what a step lasts longer than its parts."""
     bound: dict[str, float] = {}
     parts: dict[str, float] = {}
     if not len(steps) or limits.bound_by is None:
@@ -180,7 +202,10 @@ def _step_shares(steps: pd.DataFrame, limits: Limits) -> tuple[dict[str, float],
         shape = StepRow(chunks, decodes, context, emitted)
         name = limits.bound_by(shape)
         bound[name] = bound.get(name, 0.0) + duration
-        for part, seconds in (limits.parts(shape) if limits.parts else {}).items():
+        own = dict(limits.parts(shape)) if limits.parts else {}
+        if waits and own:
+            own["other_cores"] = max(0.0, duration - sum(own.values()))
+        for part, seconds in own.items():
             parts[part] = parts.get(part, 0.0) + seconds
     return _normalised(bound), _normalised(parts)
 

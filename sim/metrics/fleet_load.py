@@ -8,7 +8,8 @@ from typing import Any
 import pandas as pd
 
 from servecast.sim.metrics.metrics import known_or_none, prefix_hit_rate
-from servecast.sim.metrics.records import Run
+from servecast.sim.metrics.pools import pools_load
+from servecast.sim.metrics.records import Run, engines_of
 
 
 def fleet_load(run: Run) -> dict[str, Any]:
@@ -25,10 +26,12 @@ def fleet_load(run: Run) -> dict[str, Any]:
     sent = requests["sent"]
     span = float(requests["finish"].max() - sent.min())
     sending = float(sent.max() - sent.min())
-    replicas = [
-        _replica(number, requests[requests["replica"] == number], steps[steps["replica"] == number], span)
-        for number in range(int(run.meta.get("replicas", 1)))
-    ]
+    roles, replicas = run.meta.get("roles"), list[dict[str, Any]]()
+    for number in range(int(run.meta.get("replicas", 1))):
+        own = requests[requests["replica"] == number]
+        if roles is not None:
+            own = _leg(requests, number, roles[number])
+        replicas.append(_replica(number, own, steps[steps["replica"] == number], span))
     table = pd.DataFrame(replicas)
     busiest, mean = table["computed_tokens"].max(), table["computed_tokens"].mean()
     found = {
@@ -39,11 +42,34 @@ def fleet_load(run: Run) -> dict[str, Any]:
         "mean_num_waiting": float(table["mean_num_waiting"].sum()),
         "token_imbalance": float(busiest / mean) if mean else math.nan,
     }
-    return known_or_none(found) | {"replicas": [known_or_none(row) for row in replicas]}
+    found = known_or_none(found) | {"replicas": [known_or_none(row) for row in replicas]}
+    return found if roles is None else found | {"pools": [known_or_none(row) for row in pools_load(run)]}
+
+
+def _leg(requests: pd.DataFrame, number: int, role: str) -> pd.DataFrame:
+    """What a server of a pool computed for which requests: those that it prefills alone, or decodes, where
+    what came from elsewhere is not computed."""
+    if role == "prefill":
+        own = requests[(requests["prefill_replica"] == number).fillna(False)]
+        return own.assign(cached_tokens=own["prefill_cached_tokens"].clip(lower=0).astype("Int64"))
+    return requests[requests["replica"] == number]
+
+
+def rank_load(run: Run) -> list[dict[str, Any]]:
+    """The same rows for each engine core, where servers have several; else none."""
+    requests, steps = run.requests, run.steps
+    if "rank" not in requests:
+        return []
+    span, found = float(requests["finish"].max() - requests["sent"].min()), []
+    for (replica, rank), part in requests.groupby(["replica", "rank"]):
+        own = steps[(steps["replica"] == replica) & (steps["rank"] == rank)]
+        row = _replica(int(replica), part, own, span)
+        found.append(known_or_none({"replica": row.pop("replica"), "rank": int(rank)} | row))
+    return found
 
 
 def _replica(number: int, requests: pd.DataFrame, steps: pd.DataFrame, span: float) -> dict[str, Any]:
-    seconds = steps["duration"]
+    seconds, cores = steps["duration"], max(engines_of(steps).nunique(), 1)
     cached = requests["cached_tokens"].astype("float64")
     uncached = float((requests["prompt_tokens"] - cached).sum())
     return {
@@ -56,7 +82,7 @@ def _replica(number: int, requests: pd.DataFrame, steps: pd.DataFrame, span: flo
         "mean_num_running": float((steps["running"] * seconds).sum()) / span,
         "mean_num_waiting": float((steps["waiting"] * seconds).sum()) / span,
         "max_num_waiting": float(steps["waiting"].max()),
-        "mean_kv_cache_usage": float((steps["kv_usage"] * seconds).sum()) / span,
+        "mean_kv_cache_usage": float((steps["kv_usage"] * seconds).sum()) / span / cores,
         "kv_cache_usage_peak": float(steps["kv_usage"].max()),
         "num_preemptions": int(requests["preemptions"].sum()),
     }

@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.metrics.confidence import wilson
-from servecast.sim.metrics.records import Run
+from servecast.sim.metrics.records import Run, engines_of
 from servecast.sim.metrics.slo import Goodput
 
 Floats = NDArray[np.float64]
@@ -225,31 +225,39 @@ def good_requests(run: Run, goodput: Goodput) -> int:
 def series(steps: pd.DataFrame, column: str) -> pd.Series[float]:
     """A column of the step table over time (index: seconds).
 
-    Over several replicas it is their sum (for kv_usage their mean), where each keeps its last value
+    Over several engine cores it is their sum (for kv_usage their mean), where each keeps its last value
     until its next step.
     """
-    if steps["replica"].nunique() <= 1:
+    cores = engines_of(steps)
+    if cores.nunique() <= 1:
         return pd.Series(steps[column].to_numpy(dtype=float), index=steps["start"].to_numpy())
     table = (
-        steps.pivot_table(index="start", columns="replica", values=column, aggfunc="last").ffill().fillna(0.0)
+        steps.assign(core=cores)
+        .pivot_table(index="start", columns="core", values=column, aggfunc="last")
+        .ffill()
+        .fillna(0.0)
     )
     return table.mean(axis=1) if column == "kv_usage" else table.sum(axis=1)
 
 
 def gauges_at(run: Run, column: str, times: Floats) -> Floats:
-    """A column of the step table as each replica shows it at given times (s): replicas x times. It keeps its
-    value while one step follows another, and is 0 while the engine has nothing to do."""
+    """A column of the step table as each replica shows it at given times (s): replicas x times, of several
+    engine cores their sum (of kv_usage their mean). It keeps its value while one step follows another, and
+    is 0 while the engine has nothing to do."""
     rows = []
     for replica in range(int(run.meta["replicas"])):
         steps = run.steps[run.steps["replica"] == replica]
-        start, seconds = steps["start"].to_numpy(), steps["duration"].to_numpy()
-        at = np.searchsorted(start, times, side="right") - 1
-        values = steps[column].to_numpy(dtype=float)
-        busy = (
-            (at >= 0) & (times < (start + seconds)[at] + _GAP_S) if len(steps) else np.zeros(len(times), bool)
-        )
-        rows.append(np.where(busy, values[at] if len(steps) else 0.0, 0.0))
+        cores = [_gauge(core, column, times) for _, core in steps.groupby(engines_of(steps))]
+        cores = cores or [np.zeros(len(times))]
+        rows.append(np.mean(cores, axis=0) if column == "kv_usage" else np.sum(cores, axis=0))
     return np.array(rows)
+
+
+def _gauge(steps: pd.DataFrame, column: str, times: Floats) -> Floats:
+    start, seconds = steps["start"].to_numpy(), steps["duration"].to_numpy()
+    at = np.searchsorted(start, times, side="right") - 1
+    busy = (at >= 0) & (times < (start + seconds)[at] + _GAP_S)
+    return np.where(busy, steps[column].to_numpy(dtype=float)[at], 0.0)
 
 
 def peaks(requests: pd.DataFrame) -> tuple[float, int]:

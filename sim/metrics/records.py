@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from servecast.sim.engine.request import Requests
 
+_MOST_RANKS = 1 << 16
 STATUSES = ("unfinished", "finished", "aborted", "failed")
 SECONDS_COLUMNS = ("arrival", "sent", "queued", "scheduled", "ended", "first_token", "finish")
 
@@ -76,6 +77,11 @@ class Run:
     itl: pd.DataFrame
     stages: list[str] = field(default_factory=list)
     meta: dict[str, Any] = field(default_factory=dict)
+
+
+def engines_of(rows: pd.DataFrame) -> pd.Series[int]:
+    """Which engine core each row of either table is of: its replica, and the rank where it has several."""
+    return rows["replica"] * _MOST_RANKS + rows["rank"] if "rank" in rows else rows["replica"]
 
 
 def requests_table(requests: Requests, columns: Mapping[str, Any]) -> pd.DataFrame:

@@ -11,7 +11,7 @@ import pandas as pd
 
 from servecast.sim.metrics.binding import QUEUE_LIMITS, Limits
 from servecast.sim.metrics.metrics import statistic
-from servecast.sim.metrics.records import Run
+from servecast.sim.metrics.records import Run, engines_of
 
 PARTS = ("front_end", *QUEUE_LIMITS, "cold_start", "running_step", "prefill")
 
@@ -51,9 +51,10 @@ def slow_ttft(run: Run, limits: Limits, name: str, *, cold_start_s: float = 0.0)
     threshold = 0.0 if name == "mean" else statistic(run, "ttft", name)
     ttft = done["first_token"] - done["sent"]
     slow = done[ttft >= min(threshold, float(ttft.max()))]
+    cores, known = engines_of(slow), engines_of(run.steps)
     found = [
-        _parts(requests, run.steps[run.steps["replica"] == replica], limits, cold_start_s)
-        for replica, requests in slow.groupby("replica")
+        _parts(requests, run.steps[known == core], limits, cold_start_s)
+        for core, requests in slow.groupby(cores)
     ]
     table = pd.concat(found)
     earliest = float(done["first_token"].min())

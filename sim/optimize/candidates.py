@@ -16,11 +16,18 @@ from servecast.sim.scenario.scenario import Scenario
 _FIELDS = {
     "tensor_parallel": "engine.tensor_parallel_size",
     "pipeline_parallel": "engine.pipeline_parallel_size",
+    "data_parallel": "engine.data_parallel_size",
+    "expert_parallel": "engine.enable_expert_parallel",
     "replicas": "fleet.replicas",
     "max_num_seqs": "engine.max_num_seqs",
     "max_num_batched_tokens": "engine.max_num_batched_tokens",
     "routers": "fleet.router",
+    "prefill": "fleet.prefill.0.count",
+    "prefill_tensor_parallel": "fleet.prefill.0.engine.tensor_parallel_size",
+    "decode": "fleet.decode.0.count",
+    "decode_tensor_parallel": "fleet.decode.0.engine.tensor_parallel_size",
 }
+_POOLS = ("prefill", "decode")
 _SHOWN = {"gpus": "gpu", "variants": "variant", "routers": "router"}  # in place of the plural
 
 
@@ -40,7 +47,9 @@ class Candidate:
         return find_gpu(spec.name or "", where=f"{self.scenario.source}: gpu.name").name
 
     def __str__(self) -> str:
-        names = {"tensor_parallel": "TP{}", "pipeline_parallel": "PP{}", **dict.fromkeys(_SHOWN.values(), "{}")}
+        pools = {"prefill": "{}P", "decode": "{}D", **{f"{pool}_tensor_parallel": "TP{}" for pool in _POOLS}}
+        names = {"tensor_parallel": "TP{}", "pipeline_parallel": "PP{}", "data_parallel": "DP{}"}
+        names |= {**dict.fromkeys(_SHOWN.values(), "{}"), **pools}
         return " ".join(names.get(name, name + "={}").format(value) for name, value in self.label.items())
 
 
@@ -50,22 +59,31 @@ class Choices:
 
     Attributes:
         gpus: names of the catalogue, or files that describe one. A single choice need not be in a list.
-        tensor_parallel: GPUs of a replica, or of each of its stages. pipeline_parallel: stages of a replica.
+        tensor_parallel: GPUs of an engine core, or of each of its ``pipeline_parallel`` stages. data_parallel:
+            engine cores of a replica, which then has as many times the GPUs. expert_parallel: "on" and "off".
         replicas: replicas that are simulated together behind the router, and bought together.
         max_num_seqs, max_num_batched_tokens: values of the flags.
         variants: of the model, for instance of another precision: names to model configs (a shipped one's
             name, or the path of a config.json), or to changes of the scenario by dotted field paths.
         routers: policies by name, or files of an EndpointPickerConfig.
+        prefill, decode: servers of each pool, of a scenario that has pools. prefill_tensor_parallel,
+            decode_tensor_parallel: GPUs of one of their servers.
     """
 
     gpus: str | Sequence[str] = ()
     tensor_parallel: int | Sequence[int] = ()
     pipeline_parallel: int | Sequence[int] = ()
+    data_parallel: int | Sequence[int] = ()
+    expert_parallel: str | Sequence[str] = ()
     replicas: int | Sequence[int] = ()
     max_num_seqs: int | Sequence[int] = ()
     max_num_batched_tokens: int | Sequence[int] = ()
     variants: Mapping[str, str | Mapping[str, Any]] | None = None
     routers: str | Sequence[str] = ()
+    prefill: int | Sequence[int] = ()
+    prefill_tensor_parallel: int | Sequence[int] = ()
+    decode: int | Sequence[int] = ()
+    decode_tensor_parallel: int | Sequence[int] = ()
 
     def of(self, scenario: Scenario) -> list[Candidate]:
         """Every combination, the first kind of choice changing slowest.
@@ -74,6 +92,13 @@ class Choices:
             InputError: a GPU, model config or router is not known, a value does not fit its field, or comes
                 twice.
         """
+        pooled = [field.name for field in fields(self) if field.name.startswith(_POOLS)]
+        if not scenario.fleet.prefill and any(getattr(self, name) for name in pooled):
+            raise InputError(
+                "the scenario has no prefill and decode servers to vary",
+                where=f"{scenario.source}: fleet",
+                fix="Add fleet: {prefill: 1, decode: 1}.",
+            )
         axes = [self._axis(field.name, scenario) for field in fields(self) if getattr(self, field.name)]
         found = []
         for picked in itertools.product(*axes):
@@ -97,6 +122,14 @@ class Choices:
                 (name, each, {"model.config": value} if isinstance(value, str) else dict(value))
                 for each, value in chosen.items()
             ]
+        elif kind == "expert_parallel":
+            if not set(chosen) <= {"on", "off"}:
+                raise InputError(
+                    f"expert parallelism is on or off, not {', '.join(map(str, chosen))}",
+                    where="--expert-parallel",
+                    fix="Write on,off.",
+                )
+            axis = [(name, each, {_FIELDS[kind]: each == "on"}) for each in chosen]
         else:
             axis = [(name, each, {_FIELDS[kind]: each}) for each in chosen]
         counts = Counter(str(value).casefold() for _, value, _ in axis)

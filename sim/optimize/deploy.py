@@ -21,30 +21,118 @@ DISK = 1.2  # of the weights, for a volume that holds the model
 
 
 def deployment_files(deployment: Deployment, replicas: int) -> dict[str, str]:
-    """The files by their names: so many replicas of a deployment. Where the scenario does not say what the
-    model is called, its config's name stands in the place of it."""
+    """The files by their names: so many replicas, or as many prefill and decode servers as they stand for.
+    Where the scenario does not say what the model is called, its config's name stands in the place of it."""
     scenario = deployment.scenario
-    model = deployment.served_name
-    flags, others = _flags(scenario), _others(scenario)
-    words = [word for each in others.values() for word in each]
-    port = int(others["port"][1]) if "port" in others else PORT
-    kind = "amd" if deployment.gpu.name.startswith("MI") else "nvidia"
-    gpus = scenario.engine.gpus
-    release = scenario.engine.version + ".0" * (2 - scenario.engine.version.count("."))
-    image = f"vllm/vllm-openai{'-rocm' if kind == 'amd' else ''}:v{release}"
-    where = (
-        f"# {replicas} replicas of {gpus} {deployment.gpu.name} each: pick their nodes with a nodeSelector.\n"
-    )
-    name = re.sub(r"[^a-z0-9]+", "-", f"vllm-{model.rpartition('/')[2]}".lower()).strip("-")[:50].strip("-")
-    pod = {
+    fleet, servers = scenario.fleet, [_Servers("decode", deployment, replicas, deployment.served_name)]
+    if fleet.prefill:
+        times, pools = replicas // fleet.size, (("prefill", fleet.prefill), ("decode", fleet.decode))
+        servers = [
+            _Servers(
+                role,
+                Deployment.of(scenario.of_replica(spec)),
+                times * spec.count,
+                deployment.served_name,
+                role,
+            )
+            for role, pool in pools
+            for spec in pool
+        ]
+    last, model = servers[-1], deployment.served_name
+    llmd = {
+        "modelArtifacts": {
+            "name": last.others.get("served_model_name", ["", model])[1],
+            "uri": f"hf://{model}",
+            "size": f"{math.ceil(DISK * last.weights / (1 << 30) / 10) * 10}Gi",
+        },
+        "accelerator": {"type": last.kind},
+        "routing": {"servicePort": last.port, "proxy": {"enabled": bool(fleet.prefill)}},
+        **{each.role: each.of_chart for each in reversed(servers)},
+        **({} if fleet.prefill else {"prefill": {"create": False}}),
+    }
+    where = "".join(each.where for each in servers)
+    return {
+        "vllm-serve.sh": "".join(f"{each.where}{each.command}\n" for each in servers),
+        "deployment.yaml": "---\n".join(each.where + _yaml(each.kubernetes) for each in servers),
+        "llm-d-values.yaml": f"# For the chart llm-d-modelservice.\n{where}{_yaml(llmd)}",
+    }
+
+
+class _Servers:
+    """Servers that are alike. role: in llm-d's chart; pool: prefill or decode, where there are both."""
+
+    def __init__(self, role: str, deployment: Deployment, count: int, model: str, pool: str = "") -> None:
+        scenario, gpu = deployment.scenario, deployment.gpu.name
+        self.role, self.kind = role, "amd" if gpu.startswith("MI") else "nvidia"
+        self.others = _others(scenario)
+        self.port = int(self.others["port"][1]) if "port" in self.others else PORT
+        engine, gpus = scenario.engine, scenario.engine.gpus
+        alone = engine.data_parallel_size == 1
+        shard = deployment.shard
+        ranks = engine.tensor_parallel_size
+        self.weights = shard.weight_bytes * ranks if alone else shard.whole.weight_bytes
+        servers = f"{pool} server{'s' * (count != 1)}" if pool else "replicas"
+        self.where = f"# {count} {servers} of {gpus} {gpu} each: pick their nodes with a nodeSelector.\n"
+        transfer = [] if not pool or scenario.engine.kv_transfer_config else _transfer(pool)
+        flags, words = _flags(scenario) + transfer, [word for each in self.others.values() for word in each]
+        self.command = shlex.join(["vllm", "serve", model, *flags, *words])
+        release = scenario.engine.version + ".0" * (2 - scenario.engine.version.count("."))
+        image = f"vllm/vllm-openai{'-rocm' if self.kind == 'amd' else ''}:v{release}"
+        name = (
+            re.sub(r"[^a-z0-9]+", "-", f"vllm-{model.rpartition('/')[2]}".lower()).strip("-")[:50].strip("-")
+        )
+        labels = {"app": name} | ({"llm-d.ai/role": pool} if pool else {})
+        name += f"-{pool}" if pool else ""
+        limits = {f"{self.kind}.com/gpu": gpus}
+        pod = _pod(image, [model, *flags, *words], self.port, limits)
+        self.kubernetes = {
+            "apiVersion": "apps/v1",
+            "kind": "Deployment",
+            "metadata": {"name": name, "labels": labels},
+            "spec": {
+                "replicas": count,
+                "selector": {"matchLabels": labels},
+                "template": {"metadata": {"labels": labels}, "spec": pod},
+            },
+        }
+        self.of_chart = {
+            "create": True,
+            "replicas": count,
+            "parallelism": {"tensor": ranks}
+            | ({} if alone else {"data": engine.data_parallel_size}),
+            "containers": [
+                {
+                    "name": "vllm",
+                    "image": image,
+                    "modelCommand": "vllmServe",
+                    "args": [
+                        *_flags(scenario, without=("tensor_parallel_size", "data_parallel_size")),
+                        *transfer,
+                        *(word for key, each in self.others.items() if key not in OF_CHART for word in each),
+                    ],
+                    "ports": [{"containerPort": self.port, "name": "metrics", "protocol": "TCP"}],
+                    "mountModelVolume": True,
+                    **({"resources": {"limits": limits}} if engine.pipeline_parallel_size > 1 else {}),
+                }
+            ],
+        }
+
+
+def _transfer(pool: str) -> list[str]:
+    role = "kv_producer" if pool == "prefill" else "kv_consumer"
+    return ["--kv-transfer-config", json.dumps({"kv_connector": "NixlConnector", "kv_role": role})]
+
+
+def _pod(image: str, args: list[str], port: int, limits: dict[str, int]) -> dict[str, Any]:
+    return {
         "containers": [
             {
                 "name": "vllm",
                 "image": image,
                 "command": ["vllm", "serve"],
-                "args": [model, *flags, *words],
+                "args": args,
                 "ports": [{"containerPort": port, "name": "http"}],
-                "resources": {"limits": {f"{kind}.com/gpu": gpus}},
+                "resources": {"limits": limits},
                 "readinessProbe": {"httpGet": {"path": "/health", "port": port}, "periodSeconds": 5},
                 "startupProbe": {
                     "httpGet": {"path": "/health", "port": port},
@@ -55,54 +143,6 @@ def deployment_files(deployment: Deployment, replicas: int) -> dict[str, str]:
             }
         ],
         "volumes": [{"name": "shm", "emptyDir": {"medium": "Memory"}}],
-    }
-    labels = {"app": name}
-    kubernetes = {
-        "apiVersion": "apps/v1",
-        "kind": "Deployment",
-        "metadata": {"name": name, "labels": labels},
-        "spec": {
-            "replicas": replicas,
-            "selector": {"matchLabels": labels},
-            "template": {"metadata": {"labels": labels}, "spec": pod},
-        },
-    }
-    ranks = scenario.engine.tensor_parallel_size
-    weights = deployment.shard.weight_bytes * ranks
-    limits = {"resources": {"limits": {f"{kind}.com/gpu": gpus}}} if gpus > ranks else {}  # else the chart's
-    llmd = {
-        "modelArtifacts": {
-            "name": others.get("served_model_name", ["", model])[1],
-            "uri": f"hf://{model}",
-            "size": f"{math.ceil(DISK * weights / (1 << 30) / 10) * 10}Gi",
-        },
-        "accelerator": {"type": kind},
-        "routing": {"servicePort": port, "proxy": {"enabled": False}},
-        "decode": {
-            "create": True,
-            "replicas": replicas,
-            "parallelism": {"tensor": ranks},
-            "containers": [
-                {
-                    "name": "vllm",
-                    "image": image,
-                    "modelCommand": "vllmServe",
-                    "args": [
-                        *_flags(scenario, without=("tensor_parallel_size",)),
-                        *(word for name, each in others.items() if name not in OF_CHART for word in each),
-                    ],
-                    "ports": [{"containerPort": port, "name": "metrics", "protocol": "TCP"}],
-                    "mountModelVolume": True,
-                    **limits,
-                }
-            ],
-        },
-        "prefill": {"create": False},
-    }
-    return {
-        "vllm-serve.sh": f"{where}{shlex.join(['vllm', 'serve', model, *flags, *words])}\n",
-        "deployment.yaml": where + _yaml(kubernetes),
-        "llm-d-values.yaml": f"# For the chart llm-d-modelservice.\n{where}{_yaml(llmd)}",
     }
 
 

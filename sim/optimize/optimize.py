@@ -31,6 +31,13 @@ from servecast.sim.run.workers import Workers
 from servecast.sim.scenario.deployment import Deployment
 from servecast.sim.scenario.scenario import Scenario
 
+_SHORT = {  # in the head of a table
+    "tensor_parallel": "TP",
+    "pipeline_parallel": "PP",
+    "data_parallel": "DP",
+    "expert_parallel": "EP",
+}
+
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Optimum(Answer):
@@ -128,7 +135,7 @@ class Optimum(Answer):
     def columns(self) -> list[str]:
         """Of the table of offers."""
         return [
-            *({"tensor_parallel": "TP", "pipeline_parallel": "PP"}.get(name, name) for name in self.offers[0].candidate.label),
+            *(_SHORT.get(name, name) for name in self.offers[0].candidate.label),
             *("req/s each", "replicas", "GPUs", f"{self.prices[0].currency}/h", "in hand", "how"),
         ]
 
@@ -237,8 +244,8 @@ def optimize(
         progress: show how far it is.
         effort: how surely and closely to plan.
         workers: where simulations run.
-        choices: what to choose from, as in `Choices`: gpus, tensor_parallel, pipeline_parallel, replicas, max_num_seqs,
-            max_num_batched_tokens, variants, routers.
+        choices: what to choose from, as in `Choices`: gpus, tensor_parallel, pipeline_parallel, data_parallel,
+            expert_parallel, replicas, max_num_seqs, max_num_batched_tokens, variants, routers.
 
     Raises:
         InputError: a choice is not known or comes twice, a GPU has no price, or a value is out of range.

@@ -125,11 +125,11 @@ def size_fleet(
     Raises:
         InputError: the scenario lists different replicas.
     """
-    if not isinstance(scenario.fleet.replicas, int):
+    if scenario.fleet.prefill or not isinstance(scenario.fleet.replicas, int):
         raise InputError(
-            "a list of replicas has no number to vary",
+            "a list of replicas, or two pools of them, have no number to vary",
             where=f"{scenario.source}: fleet.replicas",
-            fix="Give their number, or leave --size-fleet out.",
+            fix="Give their number, leave --size-fleet out, or compare pools with servecast optimize.",
         )
 
     def at(count: int) -> ProbedRate:

@@ -13,6 +13,7 @@ from joblib import Parallel, delayed
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.metrics.binding import Evidence, Limits, evidence
 from servecast.sim.metrics.metrics import latencies, series
+from servecast.sim.metrics.pools import pools_evidence
 from servecast.sim.metrics.records import Run
 from servecast.sim.metrics.saturation import saturation
 from servecast.sim.metrics.warmup import Warmup, select
@@ -166,8 +167,12 @@ def replicate(
         max_running=int(series(steps, "running").max()) if known else 0,
         max_waiting=int(series(steps, "waiting").max()) if known else 0,
         preemptions=int(part.requests["preemptions"].sum()),
-        evidence=evidence(part, limits) if limits is not None and known else None,
+        evidence=_evidence(part, limits) if limits is not None and known else None,
     )
+
+
+def _evidence(part: Run, limits: Limits) -> Evidence:
+    return pools_evidence(part, limits) if limits.pools else evidence(part, limits)
 
 
 @dataclass(slots=True)

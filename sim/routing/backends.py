@@ -18,11 +18,13 @@ class Backend(Protocol):
     Attributes:
         index: its number in the fleet.
         block_size, num_gpu_blocks: of its KV cache (vllm:cache_config_info).
+        role: prefill or decode, empty where it does both (the label llm-d.ai/role).
     """
 
     index: int
     block_size: int
     num_gpu_blocks: int
+    role: str
 
     @property
     def outstanding(self) -> int:

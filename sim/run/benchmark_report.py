@@ -120,8 +120,10 @@ def benchmark_report(run: Run, document: Mapping[str, Any]) -> dict[str, Any]:
 
 def _engine(document: Mapping[str, Any]) -> dict[str, Any]:
     flags = {name: value for name, value in document["engine"].items() if value is not None}
-    tensor_parallel = int(flags.get("tensor_parallel_size", 1))
-    stages = int(flags.get("pipeline_parallel_size", 1))
+    parallelism = {"tp": int(flags.get("tensor_parallel_size", 1))}
+    for short, name in (("pp", "pipeline_parallel_size"), ("dp", "data_parallel_size")):
+        if (size := int(flags.get(name, 1))) > 1:
+            parallelism[short] = size
     replicas = int(document["fleet"]["replicas"])
     return {
         "metadata": {"label": _ENGINE, "cfg_id": _digest(document["engine"])},
@@ -134,8 +136,8 @@ def _engine(document: Mapping[str, Any]) -> dict[str, Any]:
             "model": {"name": document["model_id"]},
             "accelerator": {
                 "model": document["gpu"],
-                "count": tensor_parallel * stages * replicas,
-                "parallelism": {"tp": tensor_parallel, **({"pp": stages} if stages > 1 else {})},
+                "count": math.prod(parallelism.values()) * replicas,
+                "parallelism": parallelism,
             },
         },
         "native": {"config": json.loads(json.dumps(flags, default=str))},

@@ -127,6 +127,12 @@ def explain(
         raise InputError(
             "std is a spread, not a time to explain", where="statistic", fix="Give p95, max or mean."
         )
+    if scenario.fleet.prefill:
+        raise InputError(
+            "a first token of prefill and decode servers is not taken apart",
+            where=f"{scenario.source}: fleet.prefill",
+            fix="Use servecast simulate: its records have the times of both legs and of the transfer.",
+        )
     deployment = Deployment.of(scenario)
     workload = scenario.stages() if request_rate is None else at_rate(scenario, request_rate, num_requests)
     run = simulate(deployment, seed=seed, workload=workload)

@@ -18,11 +18,12 @@ import pandas as pd
 from servecast.sim.fleet.spec import Fleet
 from servecast.sim.inputs.errors import InputError, reason
 from servecast.sim.inputs.files import write_whole
-from servecast.sim.metrics.fleet_load import fleet_load
+from servecast.sim.metrics.fleet_load import fleet_load, rank_load
 from servecast.sim.metrics.metrics import latencies, summary
 from servecast.sim.metrics.records import Run
 from servecast.sim.metrics.turns import session_summary
 from servecast.sim.metrics.warmup import Warmup, select
+from servecast.sim.run.disaggregated import pools_facts, pools_lines
 from servecast.sim.scenario.deployment import Deployment
 
 SCHEMA_VERSION = 1
@@ -98,7 +99,7 @@ def context(deployment: Deployment, *, seed: int) -> dict[str, Any]:
         "error_bands": asdict(deployment.bands),
         "kv_cache": deployment.memory.facts(),
         "notes": list(deployment.notes),
-    }
+    } | ({} if not scenario.fleet.prefill else {"pools": pools_facts(deployment)})
 
 
 def _kv_cache_dtype(deployment: Deployment) -> str:
@@ -115,11 +116,22 @@ def engine_lines(document: Mapping[str, Any]) -> list[str]:
     if kv["lowest_tokens"] != kv["highest_tokens"]:
         between = f"; {kv['lowest_tokens']:,} to {kv['highest_tokens']:,} by the account of memory"
     size = f"{kv['tokens']:,} tokens, {kv['max_concurrency']:.2f}x of max_model_len {kv['max_model_len']:,}"
+    if (cores := engine.get("data_parallel_size", 1)) > 1:
+        size += f", each of {cores} engine cores"
     flags = [f"--{name.replace('_', '-')} {engine[name]}" for name in _FLAGS]
     stages = engine.get("pipeline_parallel_size") or 1
-    flags += [f"--pipeline-parallel-size {stages}"] if stages > 1 else []
+    flags += [f"--pipeline-parallel-size {stages}"] * (stages > 1)
+    flags += [f"--data-parallel-size {cores}"] * (cores > 1)
+    flags += ["--enable-expert-parallel"] * bool(engine.get("enable_expert_parallel"))
     flags += [f"--{'' if engine[name] else 'no-'}{name.replace('_', '-')}" for name in _SWITCHES]
+    if "pools" in document:
+        return pools_lines(document["pools"])
     groups = [f"KV cache groups: {', '.join(kv['groups'])}"] if kv.get("groups") else []
+    if (dummies := document.get("dummy_steps")) is not None:
+        groups.append(
+            f"Lockstep: {dummies['steps']:,} dummy steps, {dummies['share']:.1%} of the cores' time; "
+            f"{dummies['waves']} waves ended"
+        )
     return [f"GPU KV cache size: {size}{between}", *groups, f"Flags: {' '.join(flags)}"]
 
 
@@ -145,6 +157,7 @@ def result(
     scenario = deployment.scenario
     goodput = scenario.goodput_limits
     several = len(run.stages) > 1
+    fleet = scenario.fleet.size > 1 or deployment.endpoints > 1
     whole = run if several else select(run, warmup=warmup)
     document = context(deployment, seed=run.meta["seed"])
     document["notes"] += cautions(deployment, run)
@@ -158,12 +171,16 @@ def result(
     for index, name in enumerate(run.stages if several else ()):
         part = select(run, stage=index, warmup=warmup)
         document["stages"].append({"stage": name, **summary(part, ranks=ranks, goodput=goodput)})
-        if scenario.fleet.size > 1:
+        if fleet:
             document["stages"][-1]["fleet_load"] = fleet_load(part)
         if (sessions := session_summary(part, ranks)) is not None:
             document["stages"][-1]["sessions"] = sessions
-    if scenario.fleet.size > 1:
+    if fleet:
         document["fleet_load"] = fleet_load(whole)
+    if rows := rank_load(whole):
+        document["ranks"] = rows
+    if "dummy_steps" in run.meta:
+        document["dummy_steps"] = run.meta["dummy_steps"]
     sessions = session_summary(whole, ranks)
     if sessions is not None:
         document["sessions"] = sessions
@@ -203,7 +220,7 @@ def _routed(fleet: Fleet, requests: pd.DataFrame) -> list[str]:
         return said
     if fleet.asks_sessions and requests["group"].isna().all():
         said.append(f"{fleet.router_name}: no request has a session or group, so there is nothing to hold to")
-    if len(replicas) == 1:
+    if len(replicas) == 1 and not fleet.prefill:
         why = ""
         if fleet.router == "prefix_affinity":
             why = f": all prompts have the same first {fleet.router_options.prefix_tokens} tokens"

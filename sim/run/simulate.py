@@ -11,7 +11,8 @@ import numpy as np
 from servecast.sim.engine.request import Stage
 from servecast.sim.fleet.client import Client
 from servecast.sim.fleet.fleet import NOT_READY, Fleet
-from servecast.sim.fleet.replica import Replica
+from servecast.sim.fleet.flow import Engines
+from servecast.sim.fleet.replica import Replica, lockstep
 from servecast.sim.fleet.scaling import Life, Scaling
 from servecast.sim.fleet.spec import ReplicaSpec
 from servecast.sim.inputs.errors import InputError
@@ -20,6 +21,7 @@ from servecast.sim.metrics.records import Run
 from servecast.sim.routing.llmd.config import read_epp
 from servecast.sim.routing.llmd.endpoint_picker import EndpointPicker
 from servecast.sim.routing.routers import ROUTERS, Router
+from servecast.sim.run.disaggregated import ServerPools
 from servecast.sim.scenario.deployment import Deployment
 from servecast.sim.scenario.scenario import Scenario
 from servecast.sim.traffic.arrivals import ClosedLoop
@@ -79,38 +81,56 @@ def _run(
     """A run of requests that are drawn, and whether a closed loop of a duration had too few of them."""
     scenario = deployment.scenario
     noise, front_end, reading, routing = np.random.default_rng(seed).spawn(7)[3:]  # behind those of draw
-    specs = scenario.fleet.specs
-    deployments = _deployments(deployment)
+    specs, deployments = _endpoints(deployment)
     shortest = min(each.config.max_model_len for each in deployments)
     check_requests(stages, shortest, where=f"{scenario.source}: workload")
 
     count = len(specs)
     noise_streams, front_end_streams = noise.spawn(count), front_end.spawn(count)
+    stepping: dict[int, Engines] = {}  # by replica, of cores in lockstep
 
     def make_replica(index: int, client: Client) -> Replica:
         its = deployments[min(index, count - 1)]
+        engine, connector, costs, role = None, None, its.front_end, ""
+        if pools is not None:
+            (engine, connector), role = pools.engine(index), pools.roles[index]
+            costs = pools.front_end(index)
         if index >= len(noise_streams):  # one that an autoscaler started
             noise_streams.extend(noise.spawn(1))
             front_end_streams.extend(front_end.spawn(1))
-        replica = Replica(
+        cores, together = its.config.data_parallel, None
+        if cores is not None and cores.lockstep:
+            together = stepping.get(index - 1)
+            if together is None or len(together.loops) == cores.size:
+                together = lockstep(cores, its.step_time)
+            stepping[index] = together
+        made = Replica(
             index,
-            its.scenario.server.engine(its.config),
+            engine
+            or [its.scenario.server.engine(its.config) for _ in range(1 if cores is None else cores.local)],
             its.step_time,
             its.profile.noise.factors(noise_streams[index]),
             its.step_time.roofline_seconds,
-            its.front_end,
+            costs,
             front_end_streams[index],
             client,
             cold_start_s=scenario.fleet.cold_start_s,
+            together=together,
+            role=role,
         )
-        its.equip(replica.loop)
-        return replica
+        for loop in made.loops:
+            its.equip(loop)
+        if connector is not None:
+            connector.clock = lambda: made.now
+        return made
 
     picking, scraping = routing.spawn(2)
+    clock: Callable[[], float] = lambda: to_seconds(fleet.now)  # noqa: E731
+    pools = ServerPools(scenario, deployments, picking, clock) if scenario.fleet.prefill else None
     fleet = Fleet(
         make_replica,
         count,
-        router(scenario, picking, lambda: to_seconds(fleet.now)),
+        router(scenario, picking, clock) if pools is None else pools.disaggregation.router,
         Client(deployment.front_end),
         reading,
         options=scenario.fleet.router_options,
@@ -118,6 +138,7 @@ def _run(
         lives=[spec.life for spec in specs],
         detection_s=scenario.fleet.failure_detection_s,
         autoscaler=scenario.fleet.autoscaler,
+        disaggregation=None if pools is None else pools.disaggregation,
     )
     run = fleet.run(stages, condensed_s=condensed_s)
     if fleet.failures[NOT_READY] == len(run.requests):
@@ -138,6 +159,16 @@ def _run(
         "lives": lives_of(fleet.scaling, specs),
         **load,
     }
+    together = {id(each): each.runner for each in stepping.values()}.values()
+    if together:
+        run.meta["dummy_steps"] = {
+            "share": sum(sum(each.dummy_s) for each in together)
+            / max(sum(sum(each.dummy_s) for each in together) + float(run.steps["duration"].sum()), 1e-12),
+            "steps": sum(sum(each.dummies) for each in together),
+            "waves": sum(each.waves for each in together),
+        }
+    if pools is not None:
+        run.meta["roles"] = list(pools.roles)
     if fleet.failures:
         run.meta["failures"] = dict(sorted(fleet.failures.items()))
     _tell_turns(run, stages, fleet.unsent)
@@ -204,13 +235,29 @@ def _own_workload(deployment: Deployment) -> Workload:
     return spec.model_copy(update={"saturation_rate": rate}).workload()
 
 
-def _deployments(deployment: Deployment) -> list[Deployment]:
-    """What each replica is, one by one."""
-    scenario, found = deployment.scenario, list[Deployment]()
+def _endpoints(deployment: Deployment) -> tuple[list[ReplicaSpec], list[Deployment]]:
+    """What each is that the router picks among, one by one: a replica, or one of its groups of cores."""
+    scenario, specs, found = deployment.scenario, list[ReplicaSpec](), list[Deployment]()
     for spec, like in itertools.groupby(scenario.fleet.specs):
-        own = deployment if spec.as_in_scenario else Deployment.of(scenario.of_replica(spec))
-        found += [own for _ in like]
-    return found
+        whole = spec.as_in_scenario and not scenario.fleet.prefill
+        own = deployment if whole else Deployment.of(scenario.of_replica(spec))
+        groups = own.endpoints
+        if scenario.fleet.prefill and own.config.data_parallel is not None:
+            raise InputError(
+                "prefill and decode servers of several engine cores are not modelled",
+                where=f"{scenario.source}: engine.data_parallel_size",
+                fix="Leave it out, and give more servers.",
+            )
+        if groups > 1 and scenario.fleet.autoscaler is not None:
+            raise InputError(
+                "an autoscaler of servers whose ranks are replicas to the router",
+                where=f"{scenario.source}: fleet.autoscaler",
+                fix="Leave it out, or let the servers' own API servers balance.",
+            )
+        for each in like:
+            specs += [each] * groups
+            found += [own] * groups
+    return specs, found
 
 
 def router(scenario: Scenario, rng: np.random.Generator, clock: Callable[[], float]) -> Router:

@@ -103,6 +103,9 @@ class Simulation(Answer):
             parts.append(sessions_text(result["sessions"]))
         if "fleet_load" in result:
             parts.append(replicas_text(result["fleet_load"]["replicas"]))
+            parts += [pools_text(result["fleet_load"]["pools"])] if "pools" in result["fleet_load"] else []
+        if "ranks" in result:
+            parts.append(replicas_text(result["ranks"], title="\nRanks"))
         if result["run_context"]:
             said = {name: value for name, value in result["run_context"].items() if value is not None}
             parts.append(facts_text("\nRun context of the benchmark", said))
@@ -206,6 +209,7 @@ def replicas_text(replicas: Sequence[Mapping[str, Any]], *, title: str = "\nRepl
     """A row a replica, of a result's ``fleet_load``."""
     columns = {
         "replica": "replica",
+        **({"rank": "rank"} if replicas and "rank" in replicas[0] else {}),
         "requests": "requests",
         "failed": "failed",
         "prefix hits": "prefix_cache_hit_rate",
@@ -219,6 +223,30 @@ def replicas_text(replicas: Sequence[Mapping[str, Any]], *, title: str = "\nRepl
     }
     rows = [[each[key] for key in columns.values()] for each in replicas]
     return table(list(columns), rows, title=title)
+
+
+def pools_text(pools: Sequence[Mapping[str, Any]]) -> str:
+    """A row a pool, of a result's ``fleet_load``, and its transfers."""
+    columns = {
+        "pool": "pool",
+        "servers": "servers",
+        "busy": "busy",
+        "prefill tokens": "prefill_tokens",
+        "decoded tokens": "decoded_tokens",
+        "KV (mean)": "mean_kv_cache_usage",
+        "KV (peak)": "kv_cache_usage_peak",
+        "running (peak)": "max_num_running",
+        "waiting (peak)": "max_num_waiting",
+    }
+    rows = [[each[key] for key in columns.values()] for each in pools]
+    moved = pools[-1]
+    facts = {
+        "transfers": moved["kv_transfers"],
+        "MB each (mean)": moved["mean_kv_transfer_mb"],
+        "ms (mean)": moved["mean_kv_transfer_ms"],
+        "ms (p95)": moved["p95_kv_transfer_ms"],
+    }
+    return table(list(columns), rows, title="\nPools") + "\n" + facts_text("\nKV transfers", facts)
 
 
 def sessions_text(sessions: Mapping[str, Any]) -> str:

@@ -61,6 +61,9 @@ class Deployment:
         Raises:
             InputError: a name is unknown, the server would refuse the flags, or the model does not fit.
         """
+        whole = scenario  # with pools, a deployment is that of the first server that decodes
+        if scenario.fleet.decode:
+            scenario = scenario.of_replica(scenario.fleet.decode[0])
         flags, server = scenario.engine, scenario.server
         check_traffic(flags, scenario.stages(), scenario.source)
         model = _model(scenario)
@@ -82,7 +85,7 @@ class Deployment:
                 fix="Use tensor_parallel_size.",
             )
         profile = _with_link(profile or profile_of(scenario, shard, config), scenario.gpu)
-        return cls(scenario, shard, memory, config, profile, build_step_time(profile, shard))
+        return cls(whole, shard, memory, config, profile, build_step_time(profile, shard))
 
     @property
     def model(self) -> ModelShape:
@@ -101,6 +104,12 @@ class Deployment:
         return self.shard.gpu
 
     @property
+    def endpoints(self) -> int:
+        """What the router sees of one server: one, or a group of cores each with API servers of its own."""
+        cores = self.config.data_parallel
+        return 1 if cores is None else cores.groups
+
+    @property
     def front_end(self) -> FrontEndCosts:
         """What stands in front of the engine, for the scenario's prompts and its network."""
         scenario = self.scenario
@@ -109,7 +118,19 @@ class Deployment:
 
     @property
     def limits(self) -> Limits:
-        """What could bind a run of this deployment."""
+        """What could bind a run of this deployment; with pools, of the first server of each."""
+        fleet, own = self.scenario.fleet, self._own_limits
+        if not fleet.prefill:
+            return own
+        pools = []
+        for name, pool in (("prefill", fleet.prefill), ("decode", fleet.decode)):
+            its = own if name == "decode" else Deployment.of(self.scenario.of_replica(pool[0]))._own_limits
+            numbers = tuple(number for number, role in enumerate(fleet.roles) if role == name)
+            pools.append((name, numbers, its))
+        return replace(own, pools=tuple(pools))
+
+    @property
+    def _own_limits(self) -> Limits:
         waits_for_blocks = self.scenario.server.waits_for_blocks(self.scenario.engine)
         return Limits(
             max_num_seqs=self.config.max_num_seqs,

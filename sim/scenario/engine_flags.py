@@ -151,6 +151,9 @@ class EngineFlags(Model):
     """No CUDA graphs, hence no padding to their sizes."""
     max_cudagraph_capture_size: Count | None = None
     """Largest batch with a CUDA graph. Default, as vLLM picks it."""
+    kv_transfer_config: dict[str, Any] | None = None
+    """As ``--kv-transfer-config``: NixlConnector and those that work alike, and ExampleConnector. Default, in
+    a fleet of prefill and decode servers, NixlConnector."""
     stream_interval: Count = 1
     """As ``--stream-interval``. Every token is streamed all the same, which a note says."""
     batch_wait_s: NonNegative = 0.05

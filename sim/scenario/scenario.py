@@ -34,6 +34,7 @@ from servecast.sim.scenario.engine_flags import EngineFlags
 from servecast.sim.scenario.hub import hub_config, hub_folder, is_hub_id
 from servecast.sim.scenario.reported import Reported
 from servecast.sim.scenario.servers import SERVERS, Server, checked
+from servecast.sim.scenario.vllm_flags import parse_serve_command
 from servecast.sim.traffic.arrivals import ClosedLoop
 from servecast.sim.traffic.forms import WorkloadSpec, expand
 from servecast.sim.traffic.inference_perf.workload import InferencePerfWorkload
@@ -134,9 +135,12 @@ class Assumption(Model):
 
 def _engine_of(engine: EngineFlags, spec: ReplicaSpec) -> EngineFlags:
     """The engine's flags with those of a replica in their place."""
-    written = engine.model_dump(include=engine.model_fields_set)
+    written, own = engine.model_dump(include=engine.model_fields_set), dict(spec.engine)
     try:
-        return checked(parse(EngineFlags, written | spec.engine, source="engine"))
+        if isinstance(command := own.get("command"), str):  # its flags count before the scenario's
+            version = str(own.get("version", engine.version))
+            own = parse_serve_command(command, version=version).flags | own
+        return checked(parse(EngineFlags, written | own, source="engine"))
     except InputError as error:
         raise invalid(error.what, error.fix, at=error.where.removeprefix("engine: ")) from None
 
@@ -207,15 +211,18 @@ class Scenario(Model):
                 context = error.context or {}
                 at = f"reported.{index}.{context.get('at') or 'workload'}"
                 raise invalid(context["what"], context["fix"], at=at) from None
-        if not isinstance(self.fleet.replicas, int):
-            for number, spec in enumerate(self.fleet.replicas):
-                with within(f"fleet.replicas.{number}.engine"):
+        listed = () if isinstance(self.fleet.replicas, int) else self.fleet.replicas
+        pools = {"replicas": listed, "prefill": self.fleet.prefill, "decode": self.fleet.decode}
+        for pool, specs in pools.items():
+            for number, spec in enumerate(specs):
+                with within(f"fleet.{pool}.{number}.engine"):
                     _engine_of(self.engine, spec)
         return self
 
     def of_replica(self, spec: ReplicaSpec) -> Scenario:
         """The scenario with the GPU, profile and engine flags of one of its replicas."""
         changes = {"engine": _engine_of(self.engine, spec), "gpu": spec.gpu, "profile": spec.profile}
+        changes |= {"fleet": Fleet()} if self.fleet.prefill else {}
         return self.model_copy(update={name: value for name, value in changes.items() if value is not None})
 
     @property

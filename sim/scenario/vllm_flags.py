@@ -114,6 +114,7 @@ TAKEN: dict[str, Callable[[str], Any]] = {
     "enforce_eager": bool,
     "max_cudagraph_capture_size": int,
     "stream_interval": int,
+    "kv_transfer_config": _mapping,
 }
 _REFUSED = {  # flag -> what to do instead
     "decode_context_parallel_size": "Context parallelism is not modelled.",
@@ -127,7 +128,6 @@ _REFUSED = {  # flag -> what to do instead
     "cpu_offload_gb": "Offloading is not modelled.",
     "offload_group_size": "Offloading is not modelled.",
     "kv_offloading_size": "Offloading is not modelled.",
-    "kv_transfer_config": "Disaggregated prefill and KV connectors are not modelled: paste it without.",
     "ec_transfer_config": "Disaggregated encoders are not modelled: paste it without.",
     "enable_dbo": "Dual batch overlap is not modelled.",
     "quantization_config": "Give a model config whose quantization_config has it.",

@@ -19,10 +19,11 @@ from servecast.sim.hardware.padded_memory import MemoryRisk
 from servecast.sim.hardware.shard import Shard, cudagraph_capture_sizes
 from servecast.sim.hardware.shard import release as release_number
 from servecast.sim.inputs.errors import InputError
-from servecast.sim.inputs.schema import invalid
+from servecast.sim.inputs.schema import invalid, within
 from servecast.sim.scenario import ranks
 from servecast.sim.scenario.adapters import lora
 from servecast.sim.scenario.engine_flags import EngineFlags
+from servecast.sim.scenario.kv_transfer import kv_transfer
 from servecast.sim.scenario.ranks import data_parallel, expert_ranks
 from servecast.sim.scenario.stages import asynchronous, pipeline, runs_on_v2
 from servecast.sim.scenario.vllm_flags import FLAG_BAND
@@ -115,6 +116,8 @@ class Vllm:
 
     def check(self, flags: EngineFlags) -> None:
         release = RELEASES[release_of(flags)].rules
+        with within("kv_transfer_config"):
+            kv_transfer(flags.kv_transfer_config)
         for name, since in OPTION_SINCE.items():
             given = getattr(flags, name) != EngineFlags.model_fields[name].default
             if given and not has_option(release, name) and name != "prefill_schedule_interval":
@@ -148,6 +151,8 @@ class Vllm:
             )
         if command is not None and command.ignored:
             notes.append(f"flags without effect here: {', '.join(command.ignored)}")
+        transfer = kv_transfer(flags.kv_transfer_config)
+        notes += [f"without effect here: {note}" for note in transfer.notes]
         if flags.stream_interval > 1:
             notes.append(
                 f"stream_interval {flags.stream_interval} is not modelled: every token is streamed, so gaps "

@@ -22,6 +22,7 @@ class Pod:
     outstanding: int = 0
     block_size: int = 16
     num_gpu_blocks: int = 1001
+    role: str = ""
     events: list[KVEvent] = field(default_factory=list)
     scraped: bool = False
 

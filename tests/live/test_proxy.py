@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -25,6 +24,7 @@ import pytest
 from metronome_setup import FLAGS, ROOFLINE, metronome_environment, metronome_gpu, metronome_model
 from places import HELPERS
 from places import REPOSITORY as ROOT
+from running import running
 from timing import Machine, judge
 
 from servecast.calibrate.measure.vllm.server import HOST, VllmServer, free_port
@@ -65,37 +65,6 @@ workload:
   arrivals: {{kind: poisson, request_rate: {RATE}}}
   num_requests: 100
 """
-
-
-@contextmanager
-def running(command: list[str], *, url: str, log: Path, env: dict[str, str]) -> Iterator[None]:
-    """A server of its own process group, from when it answers at ``url`` to the end of the block."""
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            command, stdout=out, stderr=subprocess.STDOUT, env=os.environ | env, start_new_session=True
-        )
-    try:
-        wait_for(url, process, log)
-        yield
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-def wait_for(url: str, process: subprocess.Popen[bytes], log: Path, within_s: float = 900.0) -> None:
-    deadline = time.monotonic() + within_s
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
-            get(url)
-        except OSError:
-            time.sleep(0.2)
-        else:
-            return
-    raise AssertionError(f"{url} does not answer: {log.read_text()[-2000:]}")
 
 
 def wait_for_scrapes(url: str, targets: int, within_s: float = 600.0) -> None:

@@ -34,7 +34,11 @@ def sample() -> Reproduction:
         for c in (8, 32)
     ]
     latents = [{"model": "Kimi-K2.5", "isl": 1024, "osl": 1024, "concurrency": 16}]
-    tables = (SAMPLE, apart, experts, sinks, latents)
+    ranks = [
+        {"tensor_parallel_size": 1, "data_parallel_size": 2, "isl": 1000},
+        {"tensor_parallel_size": 2, "expert_parallel": "with", "isl": 8000, "osl": 100},
+    ]
+    tables = (SAMPLE, apart, experts, sinks, latents, ranks)
     changed = {f"reported.{number}.rows": rows for number, rows in enumerate(tables)}
     return reproduce(load(NAME, changed))
 

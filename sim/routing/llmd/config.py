@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,15 @@ from servecast.sim.inputs.schema import did_you_mean
 from servecast.sim.inputs.yaml_file import parse_yaml, read_yaml
 from servecast.sim.routing.llmd.parameter_check import UNKNOWN, ParameterCheck
 from servecast.sim.routing.llmd.parameters import Parameters
-from servecast.sim.routing.llmd.plugin import EppConfig, NotModelled, Plugin
+from servecast.sim.routing.llmd.plugin import EppConfig, NotModelled, Plugin, Split
 from servecast.sim.routing.llmd.plugins import ALIASES, BEFORE_1_4, GATES, KINDS, Kind
 from servecast.sim.routing.llmd.release import EPP_RELEASES, EppRelease
+from servecast.sim.routing.llmd.roles import SELECTORS, roles_of
+from servecast.sim.routing.llmd.splitting import splitting
 from servecast.sim.routing.llmd.wiring import Wiring
 
 GROUP, KIND = "inference.networking.x-k8s.io/v1alpha1", "EndpointPickerConfig"
+_ALL = "all pass: the fleet is of those that are selected"
 GROUPS_TODAY = (GROUP, "llm-d.ai/v1alpha1", "llm-d.ai/v1")
 
 
@@ -239,20 +243,47 @@ class _Reader:
         profiles = self._list(self.data, "schedulingProfiles", "schedulingProfiles")
         if not profiles and self.release.fills_in:
             profiles = [{"name": "default", "plugins": [{"pluginRef": name} for name in plugins]}]
-        if len(profiles) != 1:
+        parts, names = Wiring(self.release, plugins, self.source), list[str]()
+        for number, profile in enumerate(profiles):
+            at = f"schedulingProfiles.{number}"
+            self._known_fields(profile, ("name", "plugins"), at)
+            if not isinstance(profile.get("name"), str) or profile["name"] in names:
+                raise self.fail("a profile has no name of its own", f"{at}.name", "Name it.")
+            names.append(profile["name"])
+        splits = splitting(plugins, self.release.today)
+        if splits is None and len(profiles) != 1:
             raise self.fail(
                 f"there are {len(profiles)} scheduling profiles",
                 "schedulingProfiles",
                 "single-profile-handler runs exactly one.",
             )
-        at = "schedulingProfiles.0"
-        self._known_fields(profiles[0], ("name", "plugins"), at)
-        if not isinstance(profiles[0].get("name"), str):
-            raise self.fail("a profile has no name", f"{at}.name", "Name it default.")
-        entries = self._list(profiles[0], "plugins", f"{at}.plugins")
+        decode = "default" if splits is None else splits.decode
+        if splits is not None and decode not in names:
+            raise self.fail(f"there is no profile {decode!r}", "schedulingProfiles", "Add it.")
+        place = 0 if splits is None else names.index(decode)
+        config = self._of_profile(profiles[place], f"schedulingProfiles.{place}", plugins, parts)
+        if splits is None:
+            return replace(config, producers=parts.producers(), notes=tuple(dict.fromkeys(self.notes)))
+        split = None
+        if splits.decider is not None:
+            parts.asked_by_decider()
+        if splits.prefill in names and (splits.decider is not None or splits.prefill_first):
+            place = names.index(splits.prefill)
+            prefill = self._of_profile(profiles[place], f"schedulingProfiles.{place}", plugins, parts)
+            split = Split(prefill, splits.decider, splits.prefill_first)
+        for name in names:
+            if name != decode and (split is None or name != splits.prefill):
+                self.notes.append(f"profile {name} (the handler never runs it here)")
+        notes = tuple(dict.fromkeys(self.notes))
+        return replace(config, producers=parts.producers(), notes=notes, split=split)
+
+    def _of_profile(
+        self, profile: Mapping[str, Any], at: str, plugins: dict[str, Plugin], parts: Wiring
+    ) -> EppConfig:
+        """One profile, without its producers and notes."""
+        entries = self._list(profile, "plugins", f"{at}.plugins")
         if not entries:
             raise self.fail("the profile has no plugins", f"{at}.plugins", "Refer to plugins by name.")
-        parts = Wiring(self.release, plugins, self.source)
         filters, scorers, pickers = [], [], []
         for number, entry in enumerate(entries):
             place = f"{at}.plugins.{number}"
@@ -263,6 +294,9 @@ class _Reader:
                 raise self.refused(plugin.type, KINDS[plugin.type], f"{place}.pluginRef")
             if role == "filter":
                 filters.append(parts.asking(plugin))
+                if plugin.type in SELECTORS and roles_of(plugin) is None:
+                    said = dict.fromkeys(path.split(".")[0] for path in plugin.parameters.paths())
+                    self.notes += [f"{plugin.type}.{path} ({_ALL})" for path in said]
             elif role == "picker":
                 pickers.append(plugin)
             elif role == "scorer":
@@ -278,15 +312,8 @@ class _Reader:
             default = Plugin("max-score-picker", "max-score-picker", Parameters({}, self.source))
             pickers = [*declared, default][:1]
         self._sees_prompts(plugins, [*filters, *(scorer for scorer, _weight in scorers)])
-        return EppConfig(
-            pickers[0],
-            tuple(scorers),
-            tuple(filters),
-            parts.producers(),
-            any(_tokenizes(plugin) for plugin in plugins.values()),
-            self.source,
-            tuple(dict.fromkeys(self.notes)),
-        )
+        exact = any(_tokenizes(plugin) for plugin in plugins.values())
+        return EppConfig(pickers[0], tuple(scorers), tuple(filters), (), exact, self.source)
 
     def _sees_prompts(self, plugins: Mapping[str, Plugin], asking: list[Plugin]) -> None:
         handler, types = self.data.get("requestHandler") or {}, set()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -11,7 +12,7 @@ from servecast.sim.routing.backends import Backend, Columns
 from servecast.sim.routing.llmd.cycle import Connects, Cycle, HearsAnswers, HearsEnds, HearsPicks, Setting
 from servecast.sim.routing.llmd.filters import FILTERS
 from servecast.sim.routing.llmd.pickers import PICKERS
-from servecast.sim.routing.llmd.plugin import IN_FLIGHT, EppConfig
+from servecast.sim.routing.llmd.plugin import IN_FLIGHT, EppConfig, Plugin
 from servecast.sim.routing.llmd.producers import PREFIXES, InFlightLoad
 from servecast.sim.routing.llmd.release import EPP_RELEASES
 from servecast.sim.routing.llmd.scorers import SCORERS, Scores
@@ -26,21 +27,32 @@ class EndpointPicker:
     Args:
         config: what ``read_epp`` gave.
         rng: for the picker. clock: simulated seconds.
+        beside: the picker of another profile, whose plugins are the same where they have one name.
     """
 
     def __init__(
-        self, config: EppConfig, options: RouterOptions, rng: np.random.Generator, clock: Callable[[], float]
+        self,
+        config: EppConfig,
+        options: RouterOptions,
+        rng: np.random.Generator,
+        clock: Callable[[], float],
+        *,
+        beside: EndpointPicker | None = None,
     ) -> None:
         release = EPP_RELEASES[options.epp_release]
         setting = Setting(release, options.bytes_per_token, rng, clock, config.exact_tokens)
+        if beside is not None:
+            setting = beside.setting
+        self.setting, self._made = setting, {} if beside is None else dict(beside._made)
         for plugin in config.producers:
             if plugin.type == IN_FLIGHT:
                 setting.loads[plugin.name] = InFlightLoad(plugin, setting)
             else:
                 setting.prefixes[plugin.name] = PREFIXES[plugin.type](plugin, setting)
         self._clamps = release.clamps
-        self._filters = [FILTERS[plugin.type](plugin, setting) for plugin in config.filters]
-        self._scorers = [(SCORERS[plugin.type](plugin, setting), weight) for plugin, weight in config.scorers]
+        filters, scorers = config.filters, config.scorers
+        self._filters = [self._one(plugin, FILTERS) for plugin in filters]
+        self._scorers = [(self._one(plugin, SCORERS), weight) for plugin, weight in scorers]
         self._known: Columns | None = None
         self._kept: list[Scores | None] = []  # by scorer, for ``_known``
         self._picker = PICKERS[config.picker.type](config.picker, setting)
@@ -49,10 +61,19 @@ class EndpointPicker:
             *setting.prefixes.values(),
         ]  # a load asks before prefixes change
         plugins = [*producers, *self._filters, *(scorer for scorer, _weight in self._scorers)]
+        if beside is not None:  # which tells those that are its own, too
+            own = [*beside.setting.loads.values(), *beside.setting.prefixes.values(), *beside._made.values()]
+            plugins = [plugin for plugin in plugins if all(plugin is not each for each in own)]
         self._connect = [plugin for plugin in plugins if isinstance(plugin, Connects)]
         self._hear_picks = [plugin for plugin in plugins if isinstance(plugin, HearsPicks)]
         self._hear_answers = [plugin for plugin in plugins if isinstance(plugin, HearsAnswers)]
         self._hear_ends = [plugin for plugin in plugins if isinstance(plugin, HearsEnds)]
+
+    def _one(self, plugin: Plugin, kinds: Mapping[str, Callable[[Plugin, Setting], Any]]) -> Any:
+        """The plugin of that name."""
+        if plugin.name not in self._made:
+            self._made[plugin.name] = kinds[plugin.type](plugin, self.setting)
+        return self._made[plugin.name]
 
     def connect(self, backends: Sequence[Backend]) -> None:
         for backend in backends:
@@ -61,8 +82,16 @@ class EndpointPicker:
             plugin.connect(backends)
 
     def pick(self, request: Request, backends: Sequence[Backend]) -> int | None:
-        everyone = cycle = Cycle.among(request, backends)
-        positions: Sequence[int] = range(len(backends))
+        cycle = Cycle.among(request, backends)
+        position = self.choose(cycle)
+        if position is not None:
+            self.tell(cycle, backends[position])
+        return position
+
+    def choose(self, everyone: Cycle) -> int | None:
+        """The position of the best; None where filters let none pass."""
+        cycle = everyone
+        positions: Sequence[int] = range(len(cycle.backends))
         for each in self._filters:
             kept = each.keep(cycle)
             if not len(kept):
@@ -70,10 +99,12 @@ class EndpointPicker:
             if len(kept) < len(positions):
                 positions = [positions[position] for position in kept]
                 cycle = everyone.of(positions)
-        position = positions[self._picker.pick(self.totals(cycle))]
+        return positions[self._picker.pick(self.totals(cycle))]
+
+    def tell(self, cycle: Cycle, backend: Backend) -> None:
+        """A request goes to a server."""
         for plugin in self._hear_picks:
-            plugin.picked(everyone, backends[position])
-        return position
+            plugin.picked(cycle, backend)
 
     def totals(self, cycle: Cycle) -> Scores:
         """Each candidate's sum of weight x score. Scores by gauges are kept while these stay as they are."""

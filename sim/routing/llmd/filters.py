@@ -12,6 +12,7 @@ from servecast.sim.engine.request import Request
 from servecast.sim.routing.backends import Backend, Backends
 from servecast.sim.routing.llmd.cycle import Cycle, Setting
 from servecast.sim.routing.llmd.plugin import NotModelled, Plugin
+from servecast.sim.routing.llmd.roles import roles_of
 from servecast.sim.routing.llmd.sessions import Sessions
 
 
@@ -23,14 +24,18 @@ class Filter(Protocol):
         ...
 
 
-class EveryoneFilter:
-    """All: without roles every replica decodes, and the fleet is of those that a selector leaves."""
+class RoleFilter:
+    """Those whose role is among some. Replicas without pools have none, and all pass: the fleet is of those
+    that a selector leaves."""
 
     def __init__(self, plugin: Plugin, setting: Setting) -> None:
-        pass
+        self._roles = roles_of(plugin)
 
     def keep(self, cycle: Cycle) -> Sequence[int]:
-        return range(len(cycle.backends))
+        roles, everyone = self._roles, cycle.backends
+        if roles is None or not (everyone and everyone[0].role):
+            return range(len(everyone))
+        return [position for position, each in enumerate(everyone) if each.role in roles]
 
 
 class PrefixCacheAffinityFilter:
@@ -125,10 +130,11 @@ class SessionAffinityFilter:
 
 
 FILTERS: dict[str, Callable[[Plugin, Setting], Filter]] = {
-    "decode-filter": EveryoneFilter,
-    "by-label": EveryoneFilter,
-    "by-label-selector": EveryoneFilter,
-    "label-selector-filter": EveryoneFilter,
+    "decode-filter": RoleFilter,
+    "prefill-filter": RoleFilter,
+    "by-label": RoleFilter,
+    "by-label-selector": RoleFilter,
+    "label-selector-filter": RoleFilter,
     "prefix-cache-affinity-filter": PrefixCacheAffinityFilter,
     "utilization-filter": UtilizationFilter,
     "session-affinity-filter": SessionAffinityFilter,

@@ -82,6 +82,13 @@ class Parameters:
             raise self._wrong(name, value, "text")
         return value
 
+    def texts(self, name: str) -> list[str]:
+        """A list of text; empty where it is absent."""
+        value = self._get(name, [])
+        if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
+            raise self._wrong(name, value, "a list of text")
+        return list(value)
+
     def blocks(self, name: str) -> list[Parameters]:
         """A list of parameters; empty where it is absent."""
         value = self._get(name, [])

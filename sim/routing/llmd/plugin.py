@@ -33,6 +33,7 @@ class EppConfig:
     scorers: in the order of the profile, with their weights. picker: the profile's. filters: in order.
     producers: what scorers and filters ask, those that are theirs alone included. exact_tokens: prompts are
     tokenized as the servers do, not estimated from their length. notes: what has no effect here, and why.
+    split: where prompts may be computed by servers of their own; the other fields are then of decode.
     """
 
     picker: Plugin
@@ -42,6 +43,20 @@ class EppConfig:
     exact_tokens: bool = False
     source: str = field(default="", compare=False)
     notes: tuple[str, ...] = ()
+    split: Split | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """A profile handler that runs a profile for prefill and one for decode.
+
+    prefill: what decides on the prompt's server. decider: whether there is one, asked with the decode server;
+    None: never, or with ``prefill_first`` always, and the prompt's server is picked before the other.
+    """
+
+    prefill: EppConfig
+    decider: Plugin | None = None
+    prefill_first: bool = False
 
 
 class NotModelled(InputError):

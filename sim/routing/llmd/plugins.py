@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-Role = Literal["handler", "filter", "scorer", "picker", "producer", "idle", "refused"]
+Role = Literal["handler", "decider", "filter", "scorer", "picker", "producer", "idle", "refused"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ _SESSION = Kind(
         "headerName": "the session is the request's group",
         "encodedEndpointHeaderConfig": "the session is the request's group",
         "sessionIdConfig": "the session is the request's group",
-        "profileName": "there is one profile",
+        "profileName": "sessions stay on the server that decodes",
     },
 )
 _SCRAPE = {
@@ -87,7 +87,17 @@ _SCRAPE = {
         "scheme", "path", "port", "insecureSkipVerify", "caCertPath", "clientCertPath", "clientKeyPath"
     )
 }  # fmt: skip
-_PREFILL = "disaggregated prefill is not modelled"
+_PEERS = "KV blocks that one prefill server fetches from another are not modelled"
+_SPLITS = Kind(
+    "handler",
+    reads=("decodeProfile", "prefillProfile", "deciderPluginName", "threshold", "hashBlockSize"),
+    idle={
+        "primaryPort": "a replica is an endpoint, whatever its port",
+        "prefixPluginType": "the decider reads the approximate index",
+        "prefixPluginName": "the decider reads the approximate index",
+        "prefixMatchInfoProducerName": "the decider reads the approximate index",
+    },
+)
 _PREDICTOR = "it asks a latency predictor that is trained while it serves"
 _SELECTS = ("label", "validValues", "allowsNoLabel", "matchLabels", "matchExpressions")
 _LABELS = "replicas have no labels here"
@@ -139,11 +149,18 @@ KINDS: dict[str, Kind] = {
         reads=("prefixPluginName", "lruSize", "prefixMatchInfoProducerName"),
         idle={"prefixPluginType": "the plugin is found by its name"},
     ),
+    "disagg-profile-handler": Kind(
+        "handler",
+        reads=(*_SPLITS.reads[:3], "profiles", "deciders", "stageOrder", "prefillDeciderPluginName"),
+        idle=dict.fromkeys(("encodeProfile", "encodeDeciderPluginName"), "prompts are text"),
+    ),
+    "pd-profile-handler": _SPLITS,
+    "always-disagg-pd-decider": Kind("decider", takes_all=True),
+    "prefix-based-pd-decider": Kind("decider", reads=("nonCachedTokens", "promptTokens")),
     "decode-filter": Kind("filter", takes_all=True),
+    "prefill-filter": Kind("filter", takes_all=True),
     **{
-        name: Kind(
-            "filter", idle=dict.fromkeys(_SELECTS, "all pass: the fleet is of those that are selected")
-        )
+        name: Kind("filter", reads=_SELECTS)
         for name in ("by-label", "by-label-selector", "label-selector-filter")
     },
     "prefix-cache-affinity-filter": Kind(
@@ -231,21 +248,13 @@ KINDS: dict[str, Kind] = {
     ),
     **_idle(_SHEDS, "utilization-detector", "probabilistic-admitter"),
     **_idle(
-        "requests have one stage",
+        "the way to the prompt's server is known without headers",
         "disagg-headers-handler",
         "prefill-header-handler",
-        "always-disagg-pd-decider",
-        "prefix-based-pd-decider",
-        "always-disagg-multimodal-decider",
     ),
-    **_refused(
-        _PREFILL,
-        "disagg-profile-handler",
-        "pd-profile-handler",
-        "prefill-filter",
-        "encode-filter",
-        "p2p-source-producer",
-    ),
+    **_idle("prompts are text", "always-disagg-multimodal-decider"),
+    **_refused("encoders on servers of their own are not modelled", "encode-filter"),
+    **_refused(_PEERS, "p2p-source-producer"),
     **_refused(
         _PREDICTOR,
         "predicted-latency-producer",
@@ -299,11 +308,12 @@ BEFORE_1_4 = frozenset(  # of those that are modelled; the others came with v1.4
         "by-label",
         "by-label-selector",
         "decode-filter",
+        "prefill-filter",
         "prefill-header-handler",
         "metrics-data-source",
         "model-server-protocol-metrics",
     }
-    - {"token-load-scorer"}
+    - {"token-load-scorer", "disagg-profile-handler"}
 )
 ALIASES = {"kv-cache-scorer": "kv-cache-utilization-scorer"}
 GATES = {  # feature gate -> why it has no effect, None where it is not modelled

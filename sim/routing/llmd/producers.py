@@ -179,7 +179,8 @@ class PrecisePrefixes:
 
 class InFlightLoad:
     """Requests sent and not ended, and their tokens: those of the prompt that the server had not cached,
-    until the first token; with addEstimatedOutputTokens those of the output, too, until the end."""
+    until the first token; with addEstimatedOutputTokens those of the output, too, until the end. A prefill
+    server has the request until its first token."""
 
     def __init__(self, plugin: Plugin, setting: Setting) -> None:
         parameters = plugin.parameters
@@ -188,7 +189,7 @@ class InFlightLoad:
         self._ratio = parameters.number("outputRatio", 1.5)
         self._most_output = parameters.number("maxEstimatedOutputTokens", 1e12)
         self._requests, self._tokens = Tally(), Tally()
-        self._added: dict[int, int] = {}  # request -> its tokens
+        self._added: dict[int, list[list[int]]] = {}  # request -> servers, its tokens there, prefill or not
 
     def requests(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
         return self._requests.of(numbers)
@@ -216,18 +217,25 @@ class InFlightLoad:
         tokens = int(self._uncached(cycle, np.array([index]))[0])
         self._requests.add(index, 1)
         self._tokens.add(index, tokens)
-        self._added[cycle.request.request_id] = tokens
+        entry = [index, tokens, int(backend.role == "prefill")]
+        self._added.setdefault(cycle.request.request_id, []).append(entry)
 
     def answered(self, request: Request, index: int) -> None:
-        if not self._with_output and request.request_id in self._added:
-            self._tokens.add(index, -self._added[request.request_id])
-            self._added[request.request_id] = 0
+        added = self._added.get(request.request_id)
+        for entry in added or ():
+            where, tokens, prefill = entry
+            if prefill or not self._with_output:
+                self._tokens.add(where, -tokens)
+                entry[1] = 0
+            if prefill:
+                self._requests.add(where, -1)
+        if added is not None:
+            self._added[request.request_id] = [entry for entry in added if not entry[2]]
 
     def ended(self, request: Request, index: int) -> None:
-        tokens = self._added.pop(request.request_id, None)
-        if tokens is not None:
-            self._tokens.add(index, -tokens)
-            self._requests.add(index, -1)
+        for where, tokens, _ in self._added.pop(request.request_id, ()):
+            self._tokens.add(where, -tokens)
+            self._requests.add(where, -1)
 
 
 PREFIXES: dict[str, Callable[[Plugin, Setting], ApproximatePrefixes | PrecisePrefixes]] = {

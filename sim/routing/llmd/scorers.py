@@ -108,7 +108,7 @@ class ActiveRequestScorer:
         self._most_busy = parameters.number("maxBusyScore", 1.0, high=1.0)
         self._load = setting.loads[plugin.load] if plugin.load else None
         self._clock = setting.clock
-        self._sent: OrderedDict[int, tuple[float, int]] = OrderedDict()  # request -> when, to which replica
+        self._sent: OrderedDict[tuple[int, int], float] = OrderedDict()  # (request, replica) -> when
         self._counts = Tally()
 
     def score(self, cycle: Cycle) -> Scores:
@@ -123,21 +123,22 @@ class ActiveRequestScorer:
         return np.where(busy, (most - counts) / max(most, 1) * self._most_busy, 1.0)
 
     def picked(self, cycle: Cycle, backend: Backend) -> None:
-        self._sent[cycle.request.request_id] = self._clock(), backend.index
+        self._sent[cycle.request.request_id, backend.index] = self._clock()
         self._counts.add(backend.index, 1)
 
     def ended(self, request: Request, index: int) -> None:
-        if self._sent.pop(request.request_id, None) is not None:
+        """Of the server that answered alone: one for its prompt counts until requestTimeout."""
+        if self._sent.pop((request.request_id, index), None) is not None:
             self._counts.add(index, -1)
 
     def _expire(self) -> None:
         now = self._clock()
         while self._sent:
-            request_id, (sent, index) = next(iter(self._sent.items()))
+            key, sent = next(iter(self._sent.items()))
             if now - sent < self._timeout_s:
                 return
-            del self._sent[request_id]
-            self._counts.add(index, -1)
+            del self._sent[key]
+            self._counts.add(key[1], -1)
 
 
 class TokenLoadScorer:

@@ -34,9 +34,9 @@ class Sessions:
         return found[0]
 
     def picked(self, cycle: Cycle, backend: Backend) -> None:
-        """A request goes to an endpoint."""
+        """A request goes to an endpoint; one for its prompt alone has no session."""
         session = cycle.request.group
-        if self._by_id and session is not None:
+        if self._by_id and session is not None and backend.role != "prefill":
             home = self.home(cycle.request)
             there = home is not None and Backends.of(cycle.backends).position(home) is not None
             self._homes[session] = (home if home is not None and there else backend.index), self._clock()

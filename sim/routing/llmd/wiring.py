@@ -40,6 +40,11 @@ class Wiring:
             plugin = replace(plugin, prefixes=self._producer(APPROXIMATE, APPROXIMATE, plugin))
         return self._with_load(plugin)
 
+    def asked_by_decider(self) -> None:
+        """A prefix-based decider asks the approximate index, whoever keeps it."""
+        if self._apart or self._listed(APPROXIMATE):
+            self._producer(APPROXIMATE, APPROXIMATE, Plugin("", "", Parameters({}, self._source)))
+
     def _with_load(self, plugin: Plugin) -> Plugin:
         kinds = ("token-load-scorer", "prefix-cache-affinity-filter", "utilization-filter")
         if plugin.type in kinds or (plugin.type == "active-request-scorer" and self._apart):

@@ -168,18 +168,11 @@ def test_helm_values_hold_a_configuration(tmp_path: Path) -> None:
         assert [weight for _scorer, weight in read_epp(path, NEWEST).scorers] == [2.0, 3.0]
 
 
-PREFILL = """
-plugins:
-- {type: disagg-profile-handler, parameters: {deciders: {prefill: always-disagg-pd-decider}}}
-- type: always-disagg-pd-decider
-- type: prefill-filter
-- type: decode-filter
-schedulingProfiles:
-- {name: prefill, plugins: [{pluginRef: prefill-filter}]}
-- {name: decode, plugins: [{pluginRef: decode-filter}]}
-"""
 REFUSED = {
-    "prefill": (PREFILL, "plugins.0.type: plugin 'disagg-profile-handler': disaggregated prefill is not"),
+    "encoders": (
+        "plugins: [{type: encode-filter}]",
+        "schedulingProfiles.0.plugins.0.pluginRef: plugin 'encode-filter': encoders on servers of their own",
+    ),
     "flow control": (
         f"featureGates: [flowControl]\n{BASELINE}",
         "featureGates.0: flow control is not modelled: it holds requests in the picker",
@@ -238,8 +231,8 @@ def test_the_message_names_the_first_true_obstacle(name: str) -> None:
 
 
 def test_the_obstacle_is_not_the_release_where_no_release_takes_it() -> None:
-    """v0.5 knows neither the group nor the handler; what stands in the way is disaggregated prefill."""
-    assert "disaggregated prefill is not modelled" in refusal(PREFILL, "v0.5")
+    """v0.5 knows neither the group nor the plugin; what stands in the way is the plugin."""
+    assert "the GPU's own metrics are not" in refusal("plugins: [{type: endpoint-attribute-filter}]", "v0.5")
 
 
 @pytest.mark.parametrize(

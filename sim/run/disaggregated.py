@@ -1,0 +1,234 @@
+"""A fleet of prefill and decode servers, made concrete: its routers, its link, and the connectors of its
+engines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+
+from servecast.sim.engine.connector import Connector
+from servecast.sim.engine.kv_groups import MLA_KINDS, since
+from servecast.sim.engine.scheduler import Scheduler
+from servecast.sim.fleet.disaggregation import Link
+from servecast.sim.fleet.kv_connectors import ExampleConnector, Exchange, NixlConnector
+from servecast.sim.fleet.kv_ports import KVSide, Ports
+from servecast.sim.fleet.legs import Disaggregation
+from servecast.sim.hardware.front_end_costs import FrontEndCosts
+from servecast.sim.inputs.errors import InputError
+from servecast.sim.routing.llmd.config import read_epp
+from servecast.sim.routing.llmd.disaggregated import DisaggregatedPicker
+from servecast.sim.routing.pools import Pools, Splitting
+from servecast.sim.routing.routers import ROUTERS
+from servecast.sim.scenario.deployment import Deployment
+from servecast.sim.scenario.kv_transfer import KVTransfer, Role, kv_transfer
+from servecast.sim.scenario.scenario import Scenario
+
+_HOST_COPY_S_PER_BYTE = 1 / 25e9  # assumed: PCIe 4 x16, each side one copy
+
+
+class ServerPools:
+    """What the servers of both pools have in common.
+
+    Args:
+        deployments: of each server, one by one.
+
+    Raises:
+        InputError: the two pools cannot exchange KV blocks, or a server is not vLLM's.
+    """
+
+    def __init__(
+        self,
+        scenario: Scenario,
+        deployments: Sequence[Deployment],
+        rng: np.random.Generator,
+        clock: Callable[[], float],
+    ) -> None:
+        self.scenario, self.deployments = scenario, deployments
+        self.roles = scenario.fleet.roles
+        self.sides = [kv_side(each) for each in deployments]
+        self._transfers = [self._transfer(index) for index in range(len(deployments))]
+        self._agree()
+        self.link = link_of(scenario, deployments)
+        picking, failing = rng.spawn(2)
+        way, staged = self._transfers[0].way, any(each.buffer_device == "cpu" for each in self._transfers)
+        self._stored: set[int] = set()
+        exchange = None
+        if way == "pull":
+            ports = Ports(self.link, self.sides, 2 * _HOST_COPY_S_PER_BYTE if staged else 0.0)
+            exchange = Exchange(self.link, ports, self._transfers[0].lease_s, failing)
+        hop = scenario.fleet.proxy.hop(routed=scenario.fleet.epp is not None)
+        self.disaggregation = Disaggregation(splitting_router(scenario, picking, clock), hop, exchange)
+
+    def engine(self, index: int) -> tuple[Scheduler, NixlConnector | ExampleConnector]:
+        """A server's scheduler, with its connector."""
+        transfer, exchange = self._transfers[index], self.disaggregation.exchange
+        prefills, policy = self.roles[index] == "prefill", transfer.load_failure_policy
+        role = self._role(index)
+        connector: NixlConnector | ExampleConnector
+        if exchange is not None:
+            connector = NixlConnector(exchange, index, role, policy, prefills=prefills)
+        else:
+            side = self.sides[index]
+            size = side.bytes_per_block * (1 if side.latent else side.ranks) // side.block_size
+            connector = ExampleConnector(self.link, self._stored, size, role, policy)
+        checked: Connector = connector
+        return Scheduler(self.deployments[index].config, checked), connector
+
+    def front_end(self, index: int) -> FrontEndCosts:
+        """What stands in front of a server: the proxy on the way to a prompt's server, and on the way back
+        from the one that answers. The network to the client is behind the latter."""
+        its, hop = self.deployments[index], self.disaggregation.hop_s
+        if self.roles[index] == "decode":
+            return replace(its.front_end, delivery_s=its.front_end.delivery_s + hop)
+        costs = its.profile.front_end.of_prompts(its.scenario.prompts)
+        return replace(costs, latency_s=costs.latency_s + hop)
+
+    def _role(self, index: int) -> Role:
+        given, prefills = self._transfers[index].role, self.roles[index] == "prefill"
+        if given is not None:
+            return given
+        if not since(self.deployments[index].config.version, "0.32"):
+            return "kv_both"
+        return "kv_producer" if prefills else "kv_consumer"
+
+    def _transfer(self, index: int) -> KVTransfer:
+        own = self.deployments[index].scenario
+        if own.engine.policy != "vllm":
+            raise self._error(index, f"{own.engine.policy} has no KV connectors", "Use vLLM's engine.")
+        found = kv_transfer(own.engine.kv_transfer_config)
+        wrong = "kv_consumer" if self.roles[index] == "prefill" else "kv_producer"
+        if found.role == wrong:
+            raise self._error(
+                index, f"a {self.roles[index]} server that is {wrong}", "Give it the other role."
+            )
+        return found
+
+    def _agree(self) -> None:
+        """Both sides name one connector, and their blocks fit each other."""
+        first, flags = self._transfers[0], self.deployments[0].scenario.engine
+        mooncake = first.connector == "MooncakeConnector"
+        for index, (each, side) in enumerate(zip(self._transfers, self.sides, strict=True)):
+            own = self.deployments[index].scenario.engine
+            if each.way != first.way or (each.connector == "MooncakeConnector") != mooncake:
+                raise self._error(
+                    index, f"{each.connector} beside {first.connector}", "Give all servers one connector."
+                )
+            if side.block_size != self.sides[0].block_size:
+                raise self._error(
+                    index,
+                    f"KV blocks of {side.block_size} tokens beside some of {self.sides[0].block_size}",
+                    "Give all servers one block_size.",
+                )
+            if own.kv_cache_dtype != flags.kv_cache_dtype:
+                raise self._error(
+                    index,
+                    f"kv_cache_dtype {own.kv_cache_dtype} beside {flags.kv_cache_dtype}",
+                    "Give all servers one: vLLM refuses the handshake.",
+                )
+            big, small = max(side.ranks, self.sides[0].ranks), min(side.ranks, self.sides[0].ranks)
+            if big % small:
+                raise self._error(
+                    index, f"{big} ranks beside {small}", "Let one tensor_parallel_size divide the other."
+                )
+            if each.connector == "MooncakeConnector" and big != small:
+                raise self._error(
+                    index, "MooncakeConnector between different numbers of ranks", "Use NixlConnector."
+                )
+
+    def _error(self, index: int, what: str, fix: str) -> InputError:
+        return InputError(what, where=f"{self.scenario.source}: fleet.{self.roles[index]}", fix=fix)
+
+
+def kv_side(deployment: Deployment) -> KVSide:
+    """The KV cache of a server, as its transfers see it."""
+    layers = deployment.model.cache_layers
+    latent = all(layer.kind in (*MLA_KINDS, "mamba") for layer in layers)
+    heads = 1 if latent else max(layer.kv_heads for layer in layers)
+    return KVSide(
+        deployment.shard.tensor_parallel_size,
+        heads,
+        deployment.config.block_size,
+        deployment.memory.bytes_per_block,
+        sum(layer.count for layer in layers) * (1 if latent else 2),
+    )
+
+
+def link_of(scenario: Scenario, deployments: Sequence[Deployment]) -> Link:
+    """The KV link of a fleet."""
+    storage = kv_transfer(deployments[0].scenario.engine.kv_transfer_config).way == "storage"
+    given, where = scenario.fleet.kv_link, f"{scenario.source}: fleet.kv_link"
+    if storage != (given.kind == "storage") and (storage or given.kind == "storage"):
+        raise InputError(
+            "ExampleConnector and kv_link.kind storage go together",
+            where=f"{where}.kind",
+            fix="Give both or neither.",
+        )
+    gpus = sum(each.shard.tensor_parallel_size for each in deployments)
+    return given.resolved(deployments[-1].gpu, gpus, scenario.gpu.per_node, where=where)
+
+
+def splitting_router(scenario: Scenario, rng: np.random.Generator, clock: Callable[[], float]) -> Splitting:
+    """The router of a fleet with pools.
+
+    Raises:
+        InputError: its EndpointPickerConfig does not load, or knows no prefill servers.
+    """
+    fleet = scenario.fleet
+    if fleet.epp is not None:
+        config = read_epp(fleet.epp, fleet.router_options.epp_release)
+        if config.split is None:
+            raise InputError(
+                "its handler sends no prompt to a prefill server",
+                where=str(fleet.epp),
+                fix="Use disagg-profile-handler with a prefill decider, or a fleet without prefill servers.",
+            )
+        return DisaggregatedPicker(config, fleet.router_options, rng, clock)
+    assert isinstance(fleet.router, str)
+    make = ROUTERS[fleet.router]
+    prefill, decode = (make(fleet.router_options, each) for each in rng.spawn(2))
+    return Pools(prefill, decode, fleet.proxy.direct_below, late=fleet.proxy.kind != "sidecar")
+
+
+def pools_facts(deployment: Deployment) -> dict[str, Any]:
+    """What a result says of both pools: their servers, flags and KV caches, and the link with its origin."""
+    scenario = deployment.scenario
+    fleet = scenario.fleet
+    found: dict[str, Any] = {}
+    made: list[Deployment] = []
+    for role, pool in (("prefill", fleet.prefill), ("decode", fleet.decode)):
+        servers = [Deployment.of(scenario.of_replica(each)) for each in pool]
+        for spec, each in zip(pool, servers, strict=True):
+            made += [each] * spec.count
+        found[role] = [
+            {
+                "servers": spec.count,
+                "gpu": each.gpu.name,
+                "tensor_parallel_size": each.shard.tensor_parallel_size,
+                "max_num_seqs": each.config.max_num_seqs,
+                "max_num_batched_tokens": each.config.max_num_batched_tokens,
+                "kv_cache": each.memory.facts(),
+            }
+            for spec, each in zip(pool, servers, strict=True)
+        ]
+    link = link_of(scenario, made)
+    return found | {"kv_link": asdict(link), "proxy_hop_s": fleet.proxy.hop(routed=fleet.epp is not None)}
+
+
+def pools_lines(pools: Mapping[str, Any]) -> list[str]:
+    """The same in lines: a pool each, and the link."""
+    lines = []
+    for role in ("prefill", "decode"):
+        for each in pools[role]:
+            size = f"KV cache {each['kv_cache']['tokens']:,} tokens"
+            flags = (f"--{name.replace('_', '-')} {each[name]}" for name in _SHOWN)
+            what = f"{each['servers']} x {each['tensor_parallel_size']} {each['gpu']}"
+            lines.append(f"{role.capitalize()}: {what}, {size}, {' '.join(flags)}")
+    link = pools["kv_link"]
+    port = "server" if link["per_server"] else "GPU"
+    return [*lines, f"KV link: {link['kind']}, {link['bandwidth'] / 1e9:g} GB/s a {port} ({link['origin']})"]
+
+
+_SHOWN = ("tensor_parallel_size", "max_num_seqs", "max_num_batched_tokens")
