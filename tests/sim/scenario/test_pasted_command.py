@@ -112,7 +112,6 @@ def test_flags_cut_short_and_dotted(words: str, version: str, flags: dict[str, A
         ("--cpu-offload-gb 1", "0.32", "Offloading is not modelled"),
         ("--kv-offloading-size 1", "0.32", "Offloading is not modelled"),
         ("--kv-transfer-config {\"kv_connector\":\"NixlConnector\"}", "0.32", "connectors are not modelled"),
-        ("--enable-lora", "0.32", "LoRA adapters are not modelled"),
         ("--speculative-config.method ngram", "0.32", "Speculative decoding is not modelled"),
         ("-sc.method=ngram", "0.32", "Speculative decoding is not modelled"),
     ],
@@ -129,8 +128,6 @@ def test_what_a_release_or_the_model_has_not_is_refused(words: str, version: str
     "words",
     [
         "--cpu-offload-gb 0",
-        "-pp=1",
-        "--no-enable-lora",
         "--task generate",
         "--kv-transfer-config ''",
     ],
