@@ -501,8 +501,8 @@ class EngineLoop:
         return 0
 
     def with_host(self, step: Step, seconds: cython.double) -> cython.double:
-        """With what the host does for adapters before the forward pass, and for grammars while it runs, before
-        the step samples."""
+        """With what the host does for adapters before the forward pass, and for grammars while it runs,
+        before the step samples."""
         sequence: Sequence
         constrained: cython.int = 0
         i: cython.Py_ssize_t

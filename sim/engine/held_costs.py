@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 
 class AdapterCache:
-    """A worker's LoRA adapters: those in its slots on the GPU, and more in host memory, the least recently used
-    going first (LRUCacheWorkerLoRAManager). What is missing is loaded inside the step that needs it.
+    """A worker's LoRA adapters: those in its slots on the GPU, and more in host memory, the least recently
+    used going first (LRUCacheWorkerLoRAManager). What is missing is loaded inside the step that needs it.
 
     Args:
         slots: ``--max-loras``. host_slots: ``--max-cpu-loras``.

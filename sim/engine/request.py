@@ -63,8 +63,8 @@ class Requests(Sequence[Request]):
 
     Attributes:
         content: (n,) place of each request's content in ``contents``, where each stands once.
-        group: (n,) -1 where a request has none. priority, abort_after_s, adapter, grammar: (n,) None where all
-            have none, ``abort_after_s`` NaN where a request has none.
+        group: (n,) -1 where a request has none. priority, abort_after_s, adapter, grammar: (n,) None where
+            all have none, ``abort_after_s`` NaN where a request has none.
     """
 
     request_id: NDArray[np.int64]

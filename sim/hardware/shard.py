@@ -39,9 +39,9 @@ class Shard:
         kv_dtype_bytes: of a number in the KV cache: 2, or 1 for ``--kv-cache-dtype fp8``.
         experts: how the routed experts lie on the ranks; None: split over the tensor-parallel ones. Where
             they are whole the fullest rank is waited for.
-        pipeline: layers of each pipeline stage, where there are several; what is counted here is of all of them
-            together, ``stages`` are the shards of each. stage: which of how many this is. stages_per_node: that lie
-            in one node; network: bytes/s of each GPU's own way to another node.
+        pipeline: layers of each pipeline stage, where there are several; what is counted here is of all of
+            them together, ``stages`` are the shards of each. stage: which of how many this is.
+            stages_per_node: that lie in one node; network: bytes/s of each GPU's own way to another node.
         lora_rank, lora_slots: ``--max-lora-rank`` and ``--max-loras``, 0 without adapters.
         cudagraph_sizes: rising, from ``cudagraph_capture_sizes``; empty for ``--enforce-eager``.
 

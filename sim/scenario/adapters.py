@@ -1,4 +1,4 @@
-"""``vllm serve``'s flags of LoRA adapters and structured outputs: what they come to, and what vLLM refuses."""
+"""``vllm serve``'s flags of LoRA adapters and structured outputs, and what vLLM refuses of them."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def lora(flags: EngineFlags, model: ModelShape, where: str) -> tuple[int, int]:
             fix="Raise it: vLLM refuses this.",
         )
     if model.moe_layers or model.keeps_states:
+        what = "experts" if model.moe_layers else "states"
         raise InputError(
-            f"LoRA adapters of {model.name}, whose layers have {'experts' if model.moe_layers else 'states'}, are "
-            "not modelled",
+            f"LoRA adapters of {model.name}, whose layers have {what}, are not modelled",
             where=f"{where}.enable_lora",
             fix="Use a dense model.",
         )
@@ -59,8 +59,8 @@ def lora(flags: EngineFlags, model: ModelShape, where: str) -> tuple[int, int]:
 
 
 def adapter_cache(flags: EngineFlags, shard: Shard) -> AdapterCache | None:
-    """A server's adapters, None where it serves none. Those of ``lora_modules`` are loaded when it starts; where
-    they are more than ``max_cpu_loras``, what is missing comes from disk."""
+    """A server's adapters, None where it serves none. Those of ``lora_modules`` are loaded when it starts;
+    where they are more than ``max_cpu_loras``, what is missing comes from disk."""
     if not shard.lora_slots:
         return None
     slots = shard.lora_slots
@@ -103,8 +103,8 @@ def check_traffic(flags: EngineFlags, workload: Workload, source: str) -> tuple[
         )
     if flags.enable_lora:
         notes.append(
-            f"LoRA: an adapter is read from disk at {DISK / 1e9:g} GB/s and copied to the GPU at {COPY / 1e9:g} GB/s; "
-            "both are assumed, as is the time of its kernels"
+            f"LoRA: an adapter is read from disk at {DISK / 1e9:g} GB/s and copied to the GPU at "
+            f"{COPY / 1e9:g} GB/s; both are assumed, as is the time of its kernels"
         )
     if any(stream.structured_outputs for stream in streams):
         notes.append(

@@ -38,7 +38,7 @@ class EngineFlags(Model):
     tensor_parallel_size: Count = 1
     """GPUs of one engine core."""
     pipeline_parallel_size: Count = 1
-    """Pipeline stages of one engine core: each has a part of the layers, and ``tensor_parallel_size`` GPUs."""
+    """Pipeline stages of one engine core, each with some of the layers and ``tensor_parallel_size`` GPUs."""
     pp_layer_partition: tuple[Count, ...] | None = None
     """Layers of each stage, as the variable VLLM_PP_LAYER_PARTITION. Default, even."""
     data_parallel_size: Count = 1

@@ -111,6 +111,6 @@ def note(shard: Shard, spec: GpuSpec) -> str | None:
     if stages <= shard.stages_per_node or spec.network_gb_per_s is not None:
         return None
     return (
-        f"pipeline stages lie in {-(-stages // shard.stages_per_node)} nodes, and the network between them is "
-        f"assumed to take {NETWORK / 1e9:g} GB/s from each GPU (gpu.network_gb_per_s)"
+        f"pipeline stages lie in {-(-stages // shard.stages_per_node)} nodes, and the network between them "
+        f"is assumed to take {NETWORK / 1e9:g} GB/s from each GPU (gpu.network_gb_per_s)"
     )

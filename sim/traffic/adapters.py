@@ -52,7 +52,8 @@ def choose(
     """The requests of a stream with their adapters and grammars.
 
     Args:
-        split: share of each adapter; what is left uses none. numbers: of adapters by name, which new ones join.
+        split: share of each adapter; what is left uses none. numbers: of adapters by name, which new ones
+            join.
         stream: the run's seed and the stream's name, which decide who has what, and nothing else.
     """
     seed, name = stream

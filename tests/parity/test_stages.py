@@ -1,9 +1,8 @@
-"""Pipeline stages, LoRA slots and grammars decide as in vLLM's scheduler, step by step, in random scenarios."""
+"""Pipeline stages, LoRA slots and grammars decide as in vLLM's scheduler, step by step."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,7 @@ MUTATIONS = load_mutations("mutations_stages.yaml")
 
 
 @pytest.fixture(scope="module")
-def recorded() -> Iterator[dict[str, list[Recorded]]]:
+def recorded() -> dict[str, list[Recorded]]:
     """vLLM's decisions, asked once."""
     answers = {}
     for version, count in VERSIONS.items():
@@ -29,7 +28,7 @@ def recorded() -> Iterator[dict[str, list[Recorded]]]:
         assert process is not None, f"vLLM {version} is missing from {ENVIRONMENT}"
         with process:
             answers[version] = list(record(process, staged_scenarios(version, 0, count)))
-    yield answers
+    return answers
 
 
 @pytest.mark.vllm

@@ -7,8 +7,8 @@ scheduling and pipeline stages, ``EngineCore.step_with_batch_queue``.
 A scenario is a dict, as servecast.validate.parity.scenarios writes it: ``config`` (EngineConfig's fields),
 ``arrivals`` (``step``, ``arrival``, ``request``), ``aborts`` (``step``, ``request_id``, ``in_flight``) and
 ``grammars`` (``step``, ``request_id``: compiled by then), all in the order in which they happen; ``depth``
-steps are in flight at most, and ``fills`` says whether empty ones are queued, too. ``step`` counts schedule() calls; an idle engine jumps to the next
-arrival's.
+steps are in flight at most, and ``fills`` says whether empty ones are queued, too. ``step`` counts schedule()
+calls; an idle engine jumps to the next arrival's.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Pipeline stages, LoRA slots and grammars: logs of vLLM 0.32's own scheduler line by line, and what a step that
-passes several stages takes in closed form."""
+"""Pipeline stages, LoRA slots and grammars: logs of vLLM 0.32's own scheduler line by line, and what a step
+that passes several stages takes in closed form."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def test_a_third_adapter_waits_and_one_that_is_there_passes_it() -> None:
 
 @pytest.mark.parametrize(("version", "admitted"), [("0.32", True), ("0.33", False)])
 def test_adapters_of_running_requests_that_are_not_in_the_step(version: str, admitted: bool) -> None:
-    """From 0.33 on they count (scheduled_loras of self.running): here a request in the other batch in flight."""
+    """From 0.33 on they count (scheduled_loras of self.running): here one in the other batch in flight."""
     engine = Scheduler(config(version, max_loras=1, async_scheduling=False, pipeline_parallel_size=2))
     engine.add(Request(0, 0.0, 4, 8, 8, adapter=1), 0)
     engine.schedule()
@@ -159,7 +159,7 @@ def test_too_many_adapters_in_a_step_end_the_engine_before_0_33() -> None:
 
 
 def test_adapters_share_no_prefix() -> None:
-    """A block's hash includes the adapter: of two prompts that are equal the second hits with the same only."""
+    """A block's hash includes the adapter: of two equal prompts the second hits with the same only."""
     shared = ((1, 16),)
     for adapter, hit in ((1, 16), (2, 0)):
         engine = Scheduler(config(max_loras=2, async_scheduling=False))
@@ -216,8 +216,8 @@ def timed(
 )
 def test_the_bubble_of_one_long_prompt(hand_over: float, seconds: float) -> None:
     """n chunks through p stages of s each: (n + p - 1) s, of which p - 1 steps are the bubble (Huang et al.,
-    GPipe, 2019). With h between two stages p chunks in flight do not fill them: the next p start when the first
-    has come through, after p s + (p - 1) h, so the tenth of four at a time starts two such rounds and one s
+    GPipe, 2019). With h between two stages p chunks in flight do not fill them: the next p start when the
+    first has come through, after p s + (p - 1) h, so the tenth of four at a time starts two such rounds and one s
     later."""
     outcomes, loop = timed([Request(0, 0.0, 240, 1, 1)], [0.25] * 4, hand_over=hand_over)
     assert outcomes[4, 0] == seconds  # budget 24: ten chunks
@@ -227,8 +227,8 @@ def test_the_bubble_of_one_long_prompt(hand_over: float, seconds: float) -> None
 @pytest.mark.parametrize("v2", [False, True])
 @pytest.mark.parametrize("stages", [(0.25, 0.25), (0.25, 0.5), (0.5, 0.25, 0.125, 0.125)])
 def test_decodes_fill_the_stages_in_turn(stages: tuple[float, ...], v2: bool) -> None:
-    """As many batches as stages, each of other requests: the slowest stage is always at work, and a request gets
-    a token when all batches have passed it, or when it has passed all stages, whichever is later."""
+    """As many batches as stages, each of other requests: the slowest stage is always at work, and a request
+    gets a token when all batches have passed it, or when it has passed all stages, whichever is later."""
     p = len(stages)
     requests = [Request(number, 0.0, 24, 101, 101) for number in range(p)]  # a budget each, a batch each
     outcomes, loop = timed(requests, list(stages), v2=v2)
@@ -240,8 +240,8 @@ def test_decodes_fill_the_stages_in_turn(stages: tuple[float, ...], v2: bool) ->
 
 
 def test_model_runner_v1_overlaps_no_decodes_asynchronously() -> None:
-    """Before 0.31 it keeps asynchronous scheduling with stages, where each step has all requests, and its first
-    stage waits for the last one's tokens: one step at a time."""
+    """Before 0.31 it keeps asynchronous scheduling with stages, where each step has all requests, and its
+    first stage waits for the last one's tokens: one step at a time."""
     requests = [Request(number, 0.0, 4, 101, 101) for number in range(2)]
     outcomes, _ = timed(requests, [0.25, 0.25], version="0.30", async_scheduling=True)
     assert (outcomes[5] - outcomes[4]).tolist() == [100 * 0.5] * 2

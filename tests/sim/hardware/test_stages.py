@@ -35,7 +35,7 @@ def test_layers_are_shared_out_as_by_vllm(layers: int, stages: int, split: tuple
 
 
 def test_weights_of_stages() -> None:
-    """Embeddings in the first, LM head and in vLLM's count a norm in the last, layers alike in all."""
+    """Embeddings in the first stage, the LM head in the last, layers alike in all."""
     first, middle, _, last = staged(4).stages
     table = VOCABULARY * HIDDEN
     assert middle.weight_bytes == 2 * (20 * LAYER + HIDDEN)
@@ -94,8 +94,8 @@ def test_activations_go_from_stage_to_stage(tensor: int) -> None:
 
 
 def test_stages_share_out_the_work_of_one_server() -> None:
-    """Two stages do what one server with all layers does, but for what each step costs on every stage: the host,
-    and activations on their way."""
+    """Two stages do what one server with all layers does, but for what each step costs on every stage: the
+    host, and activations on their way."""
     step = StepRow([(TOKENS, 0)], 16, 16 * 500, 17)
     shard = staged(2)
     parts = times(shard).breakdown(step)

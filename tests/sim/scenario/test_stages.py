@@ -75,16 +75,16 @@ def test_flags_of_a_command() -> None:
 )
 def test_what_is_refused(changes: dict[str, Any], message: str, tmp_path: Any) -> None:
     with pytest.raises(InputError, match=message):
-        Deployment.of(SCENARIO(tmp_path).changed(changes))
+        Deployment.of(scenario(tmp_path).changed(changes))
 
 
-def SCENARIO(folder: Any) -> Any:
+def scenario(folder: Any) -> Any:
     return small(folder, model={"config": "Qwen2.5-0.5B-Instruct"}, gpu={"name": "h100"})
 
 
 def test_adapters_leave_all_else_of_the_traffic_as_it_is(tmp_path: Any) -> None:
     """Lengths and times stay, shares are those that were asked for, and contents of adapters are apart."""
-    plain = SCENARIO(tmp_path).changed({"workload.num_requests": 2000})
+    plain = scenario(tmp_path).changed({"workload.num_requests": 2000})
     split = plain.changed({"workload.lora_traffic_split": {"a": 0.5, "b": 0.3}})
     first, second = (Requests.of(draw(each.stages(), 0)[0].streams[0].requests) for each in (plain, split))
     assert (first.prompt_tokens == second.prompt_tokens).all()
@@ -103,20 +103,21 @@ def test_the_least_recently_used_adapter_goes() -> None:
 
 def test_grammars_are_compiled_once_each_by_so_many_threads() -> None:
     grammars = Grammars(GrammarCosts(compile_s=0.2, mask_s=1e-3, threads=2))
-    asked = [grammars.ready(grammar, time * MS) // MS for grammar, time in ((1, 0), (2, 0), (3, 50), (1, 100), (1, 300))]
+    requests = ((1, 0), (2, 0), (3, 50), (1, 100), (1, 300))
+    asked = [grammars.ready(grammar, time * MS) // MS for grammar, time in requests]
     assert asked == [200, 200, 400, 200, 300]
     assert grammars.mask_seconds(127) == pytest.approx(0.127)  # one after the other below 128
     assert grammars.mask_seconds(128) == pytest.approx(4 * 16 * 1e-3)  # then 8 batches of 16 on 2 threads
 
 
 def test_a_request_waits_for_its_grammar(tmp_path: Any) -> None:
-    """The first requests of a grammar that takes 10 s to compile get their first token after that, others not."""
+    """Requests of a grammar that takes 10 s to compile get their first token after that, others not."""
     changes = {
         "workload.structured_outputs": {"share": 0.5},
         "engine.grammar_compile_s": 10.0,
         "workload.num_requests": 20,
     }
-    run = simulate(Deployment.of(SCENARIO(tmp_path).changed(changes)))
+    run = simulate(Deployment.of(scenario(tmp_path).changed(changes)))
     waited = (run.requests["first_token"] - run.requests["sent"]).to_numpy()
     assert (waited > 9.0).sum() + (waited < 1.0).sum() == 20
     assert 3 < (waited > 9.0).sum() < 17
@@ -132,18 +133,18 @@ def test_a_third_adapter_starves_behind_two_slots(tmp_path: Any) -> None:
         "workload.arrivals.request_rate": 50.0,
         "workload.output_tokens": 100,
     }
-    scenario = SCENARIO(tmp_path).changed(changes)
-    run = simulate(Deployment.of(scenario))
-    adapter = Requests.of(draw(scenario.stages(), scenario.seed)[0].streams[0].requests).adapter
+    crowded = scenario(tmp_path).changed(changes)
+    run = simulate(Deployment.of(crowded))
+    adapter = Requests.of(draw(crowded.stages(), crowded.seed)[0].streams[0].requests).adapter
     assert adapter is not None
     wait = (run.requests["scheduled"] - run.requests["queued"]).to_numpy()
     assert wait[adapter == 3].mean() > 10 * wait[adapter != 3].mean()
 
 
 def test_slots_take_memory_at_their_rank(tmp_path: Any) -> None:
-    """Qwen2.5-0.5B: 24 layers of q 896x896, k and v 896x128, o 896x896, gate, up and down 896x4864; two slots of rank
-    16 in 16 bits hold (inputs + outputs) x 16 of each."""
+    """Qwen2.5-0.5B: 24 layers of q 896x896, k and v 896x128, o 896x896, gate, up and down 896x4864; two slots
+    of rank 16 in 16 bits hold (inputs + outputs) x 16 of each."""
     changes = {"engine.enable_lora": True, "engine.max_loras": 2}
-    memory = Deployment.of(SCENARIO(tmp_path).changed(changes)).memory
+    memory = Deployment.of(scenario(tmp_path).changed(changes)).memory
     line = next(line for line in memory.lines if line.name == "LoRA slots")
     assert -line.bytes == 2 * 2 * 16 * 24 * (2 * (896 + 896) + 2 * (896 + 128) + 3 * (896 + 4864))
