@@ -23,7 +23,7 @@ class EngineConfig:
     ``speculation``: how drafts are proposed and accepted; None: one token a step.
     ``max_loras``: LoRA adapters of one step, at most; 0: none are served.
     ``pipeline_parallel_size``: stages that a step passes one after the other; ``use_v2_model_runner``:
-    whether vLLM's workers run its Model Runner V2, which decides how asynchronous scheduling goes with stages.
+    whether vLLM's workers run Model Runner V2, which decides how asynchronous scheduling goes with stages.
     ``preparation_round``: requests that the API server in front of the engine prepares together, at most.
     """
 

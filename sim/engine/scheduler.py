@@ -819,7 +819,7 @@ class Scheduler:
                 step.gaps.append(sequence.token_tick)
             sequence.token_tick = tick
             if self.is_async:
-                if sequence.placeholders > 0 and tick > sequence.stale_tick:
+                if sequence.placeholders > 0:
                     sequence.placeholders -= 1
                 tokens = sequence.computed - sequence.placeholders
                 if least == NOBODYS:

@@ -332,7 +332,7 @@ def build_step_time(profile: Profile, shard: Shard) -> StepTime:
     if shard.pipeline:
         if profile.kind != "physical":
             raise InputError(
-                f"a profile of kind {profile.kind} does not tell layers apart, which pipeline stages share out",
+                f"a profile of kind {profile.kind} does not tell apart the layers that pipeline stages share",
                 where="profile",
                 fix="Use a profile of kind physical, or none.",
             )

@@ -217,8 +217,8 @@ def timed(
 def test_the_bubble_of_one_long_prompt(hand_over: float, seconds: float) -> None:
     """n chunks through p stages of s each: (n + p - 1) s, of which p - 1 steps are the bubble (Huang et al.,
     GPipe, 2019). With h between two stages p chunks in flight do not fill them: the next p start when the
-    first has come through, after p s + (p - 1) h, so the tenth of four at a time starts two such rounds and one s
-    later."""
+    first has come through, after p s + (p - 1) h, so the tenth of four at a time starts two such rounds and
+    one s later."""
     outcomes, loop = timed([Request(0, 0.0, 240, 1, 1)], [0.25] * 4, hand_over=hand_over)
     assert outcomes[4, 0] == seconds  # budget 24: ten chunks
     assert loop.step_columns.shape[1] == 10

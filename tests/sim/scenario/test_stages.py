@@ -124,7 +124,7 @@ def test_a_request_waits_for_its_grammar(tmp_path: Any) -> None:
 
 
 def test_a_third_adapter_starves_behind_two_slots(tmp_path: Any) -> None:
-    """Under a load that keeps both in use, as in vLLM's log: its requests wait longer than those of others."""
+    """Under a load that keeps both in use, as in vLLM's log: its requests wait longer than others."""
     changes = {
         "engine.enable_lora": True,
         "engine.max_loras": 2,
