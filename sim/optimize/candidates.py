@@ -60,7 +60,8 @@ class Choices:
     Attributes:
         gpus: names of the catalogue, or files that describe one. A single choice need not be in a list.
         tensor_parallel: GPUs of an engine core, or of each of its stages. pipeline_parallel: stages.
-            data_parallel: engine cores of a replica, which then has as many times the GPUs. expert_parallel: "on" and "off".
+            data_parallel: engine cores of a replica, which then has as many times the GPUs.
+            expert_parallel: "on" and "off".
         replicas: replicas that are simulated together behind the router, and bought together.
         max_num_seqs, max_num_batched_tokens: values of the flags.
         variants: of the model, for instance of another precision: names to model configs (a shipped one's
