@@ -62,13 +62,25 @@ full, sliding, chunked and Mamba groups, one to five in a scenario, with retenti
 inside chunks, holds them against 0.23, 0.32 and 0.33, and breaks each of their rules once
 (`tests/parity/mutations_groups.yaml`).
 
+KV connectors are held against 0.23, 0.32 and 0.33 by `tests/parity/test_remote.py`, which gives vLLM's
+scheduler and ours the same fake store: producers, consumers and both, loads in the step or beside it, of
+any length and after any number of steps, look-ups that are put off, loads that fail under both policies,
+blocks that are kept at the end, aborts while loading. Native offloading runs against vLLM 0.32's own
+scheduler half, with LRU and ARC, chunks of one to three blocks, little and much host memory: every job,
+flush and hit must be the same. Their rules are broken once each (`tests/parity/mutations_remote.yaml`,
+`mutations_offloading.yaml`). In a longer run of 0.32, 420 scenarios with the fake store, 93,102 steps gave
+no difference. Where vLLM walks over a set of strings, the requests that fail together and those that have
+ended, both take them in the order of their ids. Not compared: a synchronous load that fails together with
+`prefill_schedule_interval`.
+
 Speculative decoding is held against 0.32, 0.23 and 0.33 by `tests/parity/test_drafts.py`: every method of
 `sim/engine/speculation.py`, one to five drafts, a number of drafts by batch size, none, some or all of them
 accepted, alone, beside a KV connector and with full and sliding groups. Both schedulers are told how many
 drafts are proposed and accepted; drafts in every step, places in flight, blocks and vLLM's four counters of
 drafts must be equal, too. Its rules are those of `sim/engine/draft_rules.py`, each broken once
 (`tests/parity/mutations_drafts.yaml`), and sixteen logs of vLLM's scheduler are repeated line by line
-(`tests/sim/engine/test_drafts.py`).
+(`tests/sim/engine/test_drafts.py`). A longer run, `servecast validate parity --drafts
+--seed 1` with 620 scenarios of the three releases, 117,182 steps, gave no difference.
 
 A scenario that differs is shrunk, printed with both sides' state around the first difference, and written to
 `out/parity/`, to be run again with `--replay FILE`.
@@ -77,10 +89,10 @@ A scenario that differs is shrunk, printed with both sides' state around the fir
 LIMITS = """\
 ## What this does not show
 
-- Not compared, because not modelled: LoRA, multimodal inputs, pipeline and data parallelism, pause states, structured
-  output; of KV cache groups `--prefix-match-unit`; of drafts those with chunked or Mamba groups, or with a
-  drafter that has a part in the prefix hits of several groups, several MTP modules, and failed loads that
-  are recomputed.
+- Not compared, because not modelled: LoRA, multimodal inputs, pipeline and data parallelism, pause states,
+  structured output; of KV cache groups `--prefix-match-unit`; of drafts those with chunked or Mamba groups,
+  or with a drafter that has a part in the prefix hits of several groups, several MTP modules, and failed
+  loads that are recomputed.
 - With groups of different block sizes the number of cached hashes is not compared: vLLM gives the prompt's
   last block of full attention a second hash there, which no look-up asks for.
 - Rules that cannot be told apart from outside, so that no scenario can test them: that a look-up stops at

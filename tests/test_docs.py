@@ -23,7 +23,8 @@ from servecast.sim.scenario.scenario import Scenario
 from servecast.sim.scenario.servers import SERVERS
 
 PAGES = {path.name: path for path in blocks.pages()}
-SLOW = {"README.md", "index.md", "calibrate.md", "optimize.md", "tutorial.md"}  # plans of many seconds
+# Plans of many seconds.
+SLOW = {"README.md", "index.md", "calibrate.md", "day.md", "optimize.md", "sessions.md", "tutorial.md"}
 
 
 @pytest.mark.parametrize(

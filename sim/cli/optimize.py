@@ -35,6 +35,7 @@ class Choices:
         replicas: replicas that are simulated, and bought, together behind the router.
         max_num_seqs: sequences that may run together.
         max_num_batched_tokens: token budgets of a step.
+        kv_offloading_size: GiB of host memory for the KV cache of a replica, as 0,128,512; 0 is none.
         variants: of the model, each with a name: fp8=CONFIG, with a shipped config's name or the path of a
             config.json, or fp8=engine.quantization=fp8, with a field of the scenario and its value.
         routers: routing policies, or files of an EndpointPickerConfig.
@@ -52,6 +53,7 @@ class Choices:
     replicas: str | None = None
     max_num_seqs: str | None = None
     max_num_batched_tokens: str | None = None
+    kv_offloading_size: str | None = None
     variants: str | None = None
     routers: str | None = None
     prefill: str | None = None
@@ -107,7 +109,20 @@ def _variants(text: str, where: str) -> dict[str, str | dict[str, Any]]:
     return found
 
 
-_READERS = {"gpus": _files, "expert_parallel": _words, "routers": _files, "variants": _variants}
+def _sizes(text: str, where: str) -> list[int]:
+    words = _words(text, where)
+    if not all(word.isdecimal() for word in words):
+        raise InputError(f"{text!r} is no list of GiB", where=where, fix="Write for example 0,128,512.")
+    return [int(word) for word in words]
+
+
+_READERS = {
+    "kv_offloading_size": _sizes,
+    "gpus": _files,
+    "expert_parallel": _words,
+    "routers": _files,
+    "variants": _variants,
+}
 
 
 @Parameter(name="*", group=Group("Money", sort_key=8))

@@ -16,6 +16,7 @@ cdef class BlockPool:
     cdef public object on_store
     cdef public object on_evict
     cdef list contents  # dense number of a content -> its id
+    cdef list taken
     cdef dict dense
     cdef int bits
     cdef int mask
@@ -28,7 +29,7 @@ cdef class BlockPool:
     cdef int[::1] table_block
 
     cdef double usage(self) noexcept
-    cdef object public_key(self, long long key)
+    cpdef object public_key(self, long long key)
     cdef void unlink(self, int block) noexcept
     cdef void append(self, int block) noexcept
     cdef void prepend(self, int block) noexcept

@@ -23,6 +23,8 @@ class BlockPool:
     prev, next: the free list. ref: how many hold a block. key: its content. later: the next block with equal
     content, -1 is none. table_key, table_block: the hash table.
 
+    taken: a list that takes blocks when they are given to somebody, or None.
+
     ``on_store`` and ``on_evict`` are called, where they are set, with the keys of blocks whose content is
     known from now on, and with the key of one whose content is forgotten; with shared ones only.
     """
@@ -43,7 +45,7 @@ class BlockPool:
         self.key, self.table_key = array("q", [-1]) * num_blocks, array("q", [-1]) * size
         self.table_block = array("i", [0]) * size
         self.contents, self.dense = [], {}
-        self.on_store = self.on_evict = None
+        self.on_store = self.on_evict = self.taken = None
 
     def usage(self) -> cython.double:
         """Share of the usable blocks in use, 0..1."""
@@ -109,6 +111,8 @@ class BlockPool:
         block: cython.int = self.next[0]
         self.unlink(block)
         self.forget(block)
+        if self.taken is not None:
+            self.taken.append(block)
         self.ref[block] = 1
         return block
 

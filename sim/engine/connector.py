@@ -1,7 +1,7 @@
 """KV connectors: KV cache that comes from, or is kept for, somewhere outside of the engine.
 
-A ``Connector`` is what vLLM's KVConnectorBase_V1 is: its scheduler half answers the scheduler, step by step; its
-worker half is asked by the engine's loop what transfers take and when they are done. ``Scheduler(config,
+A ``Connector`` is what vLLM's KVConnectorBase_V1 is: its scheduler half answers the scheduler, step by step;
+its worker half is asked by the engine's loop what transfers take and when they are done. ``Scheduler(config,
 connector)`` takes one, and ``EngineLoop`` finds it there. One connector belongs to one engine.
 """
 
@@ -47,14 +47,16 @@ class Connector(Protocol):
     Attributes:
         role: ``kv_role``. One that consumes (kv_consumer, kv_both) makes an engine with steps in flight defer
             frees of blocks that those may write, and refuse to preempt whom they belong to.
-        load_failure_policy: ``kv_load_failure_policy``: requests of a failed load end with an error, or compute
+        load_failure_policy: ``kv_load_failure_policy``: requests of a failed load end with an error, or
+        compute
             what is missing.
         requires_kv_delivery: whether a request preempted with output in flight drops it (vLLM: by default,
             connectors that produce; the offloading connector not).
+        now: set by the engine's loop, to the time of the calls of the scheduler half that follow.
 
-    Of a ``sequence`` these are readable: request_id, prompt_tokens, num_tokens (with outputs so far), computed,
-    limit (prompt and max_tokens), preemptions. Its blocks are ``scheduler.block_ids(request_id)``, their
-    contents ``scheduler.block_keys(sequence, blocks)``.
+    Of a ``sequence`` these are readable: request_id, prompt_tokens, num_tokens (with outputs so far),
+    computed, limit (prompt and max_tokens), preemptions. Its blocks are ``scheduler.block_ids(request_id)``,
+    their contents ``scheduler.block_keys(sequence, blocks)``.
     """
 
     @property
@@ -96,11 +98,16 @@ class Connector(Protocol):
         """A step is decided, be it empty: what the worker half is to do with it, for ``start_load_kv``."""
 
     def request_finished(self, sequence: Sequence, ending: Ending) -> bool:
-        """A request ends; it still has its blocks. True: they are kept until ``finished_sending`` names it."""
+        """A request ends; it still has its blocks. True: they are kept until ``finished_sending`` names
+        it."""
         ...
 
     def update_connector_output(self, transfers: Transfers) -> None:
         """The worker half's report has reached the scheduler, before it acts on it."""
+
+    # A connector may also have ``has_pending_push_work() -> bool``: whether the engine goes on for transfers
+    # that no request waits for; and ``wait_for_save(meta, now) -> float``, which is called with the end of
+    # each step with tokens and says for how many seconds more the step goes on.
 
     # ---- the worker half: called by the engine's loop
 
@@ -118,6 +125,6 @@ class Connector(Protocol):
         ...
 
     def next_event(self, now: int) -> int:
-        """When, after ``now``, an answer or a report will be another one, by what is known now; ``NEVER``: not
-        by itself. What changes it from outside has to wake the engine's server (``Flow.wake_server``)."""
+        """When, after ``now``, an answer or a report will be another one, by what is known now; ``NEVER``:
+        not by itself. What changes it from outside has to wake the engine's server (``Flow.wake_server``)."""
         ...

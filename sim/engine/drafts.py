@@ -1,4 +1,4 @@
-"""Drafts of speculative decoding in the scheduler: how many are proposed, padded and accepted, and the counts."""
+"""Drafts in the scheduler: how many are proposed, padded and accepted, and vLLM's counts."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Drafts:
             )
         if self.pads and 0 < config.long_prefill_token_threshold <= self.k:
             raise InputError(
-                f"vLLM {config.version} ends where it cuts an admission that it padded to {1 + self.k} tokens",
+                f"vLLM {config.version} ends where it cuts an admission padded to {1 + self.k} tokens",
                 where="engine.long_prefill_token_threshold",
                 fix=f"Raise it to {1 + self.k}, or leave it out.",
             )
@@ -64,7 +64,8 @@ class Drafts:
         self.acceptance = array("d", speculation.acceptance)
         self.misses = bool(speculation.proposed)
         self.proposed = array("d", speculation.proposed or (1.0,))
-        self.seed, self.told = speculation.seed, None
+        told: Any = None
+        self.seed, self.told = speculation.seed, told
         self.num_drafts = self.num_draft_tokens = self.num_accepted_tokens = 0
         self.accepted_at = array("q", [0]) * self.k
 

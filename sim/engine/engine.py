@@ -19,7 +19,8 @@ class StepShape(Protocol):
     each request's context once, summed: what its last row attends to, all its new tokens included; row i of
     1 + d sees d - i fewer. Async scheduling counts drafts in flight as accepted.
     samples: rows of logits: 1 + d of a request that decodes, 1 of a chunk that ends its prompt.
-    drafters: requests that propose drafts after the step; draft_length: how many each, at most.
+    drafters: requests that propose drafts after the step; draft_length: how many each, at most. A step
+    without speculation may leave these two and ``drafts`` out.
     """
 
     @property
@@ -29,19 +30,10 @@ class StepShape(Protocol):
     def decodes(self) -> int: ...
 
     @property
-    def drafts(self) -> int: ...
-
-    @property
     def decode_context(self) -> int: ...
 
     @property
     def samples(self) -> int: ...
-
-    @property
-    def drafters(self) -> int: ...
-
-    @property
-    def draft_length(self) -> int: ...
 
 
 class Step(StepShape, Protocol):

@@ -48,6 +48,7 @@ cdef class EngineLoop:
     cdef public list ended
     cdef public list lost
     cdef readonly object connector
+    cdef object saves
     cdef public bint host_waits
     cdef public long long horizon
     cdef long long napped  # when the nap began

@@ -63,9 +63,9 @@ class EngineLoop:
         ended: rows of requests that ended since they were last taken, where it tells. lost: of those that
         ended with an error, for their KV cache could not be loaded.
         horizon: ``advance`` stops there, whatever it was told: what it has begun is heard of elsewhere.
-        connector: the scheduler's, or None. host_waits: its worker's host is busy until the step's end, so that
-        what ends meanwhile is in the step's report: on a CPU; on a GPU it asks when the step is launched.
-        after_step: called with the time when a step has been completed, or None.
+        connector: the scheduler's, or None. host_waits: its worker's host is busy until the step's end, so
+        that what ends meanwhile is in the step's report: on a CPU; on a GPU it asks when the step is
+        launched. after_step: called with the time when a step has been completed, or None.
         pipeline: the stages that a step passes, or None where it is one.
         adapter_cache, grammars: what loading LoRA adapters and following grammars takes, or None.
         on_first: called with a request's row and the time at which its first token comes, or None.
@@ -104,6 +104,7 @@ class EngineLoop:
         self.fills = fills_with_empty_steps(scheduler.config.version)
         self.inbox, self.ended, self.lost = [], [], []
         self.connector, self.host_waits = scheduler.connector, False
+        self.saves = getattr(self.connector, "wait_for_save", None)
         self.napped = self.still = 0
         self.horizon = NEVER
         self.napping = self.executed = False
@@ -292,6 +293,7 @@ class EngineLoop:
                 if self.host_waits:
                     step.transfers = self.connector.get_finished(step.end)
                     self.still = 0 if step.transfers is not None else self.still
+                self.connector.now = self.now
                 scheduler.complete(step)
                 self.napping = not self.executed and scheduler.goes_on()
                 self.napped = self.now
@@ -326,6 +328,7 @@ class EngineLoop:
                     return ABORTS
                 self.drain()
             if scheduler.goes_on():
+                self.connector.now = self.now
                 scheduler.clock = self.now
                 step = scheduler.schedule()
                 if self.cold_start:
@@ -352,6 +355,11 @@ class EngineLoop:
                     self.gpu_free = step.end
                     self.step_floats[2, self.num_steps - 1] += in_seconds(late)
         self.executed = step.total_tokens > 0
+        if self.saves is not None and self.executed:
+            saved: cython.double = self.saves(step.connector_meta, step.end)
+            step.end += cython.cast(cython.longlong, rint(saved * PICOSECONDS))
+            self.gpu_free = step.end
+            self.step_floats[2, self.num_steps - 1] += saved
         if not self.host_waits:
             step.transfers = self.connector.get_finished(self.now)
         self.still = 0 if self.executed or step.transfers is not None else self.still + 1
@@ -380,9 +388,9 @@ class EngineLoop:
     def refuse_stuck(self) -> cython.int:
         """Nothing will happen by itself: if the queue's head waits for nobody else, it never goes."""
         scheduler: Scheduler = self.scheduler
-        if scheduler.num_waiting and not scheduler.runners and not scheduler.num_passed:
-            if not scheduler.remote.held:
-                self.refuse()
+        others: cython.int = scheduler.num_passed + scheduler.remote.held + len(scheduler.runners)
+        if scheduler.num_waiting and not others:
+            self.refuse()
         return 0
 
     def next_arrival(self) -> cython.longlong:
@@ -442,7 +450,8 @@ class EngineLoop:
         seconds: cython.double
         step.start = step.end = max(self.now, self.gpu_free)
         if not step.total_tokens:
-            if self.formats is not None and self.first is None and scheduler.num_passed:
+            ahead: Step = self.first
+            if self.formats is not None and scheduler.num_passed and (ahead is None or not ahead.total_tokens):
                 step.end += POLL
             if self.pipeline is not None:
                 self.pipeline.note(step, step.end)
@@ -496,7 +505,8 @@ class EngineLoop:
         self.step_floats[9, at] = scheduler.kv.pool.usage()
         self.steps[10, at] = len(step.victims)
         self.steps[11, at] = len(step.samplers)  # tokens, where nothing is drafted
-        self.steps[12, at] = step.drafts
+        if step.drafts:
+            self.steps[12, at] = step.drafts
         step.row = self.dropped + at
         return 0
 

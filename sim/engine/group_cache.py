@@ -50,9 +50,9 @@ class GroupCache(KVCache):
             self.drops_block or any(spec.kind not in ("full", "sliding") for spec in specs)
         ):
             raise InputError(
-                f"drafts by {config.speculation.method} beside layers that do not all keep the same are not modelled",
+                f"drafts by {config.speculation.method} for layers that do not all keep the same",
                 where="speculative_config",
-                fix="Draft by a method whose drafter has no part in prefix hits, for full and sliding attention.",
+                fix="Modelled for full and sliding attention, and drafters without a part in prefix hits.",
             )
         self.specs, self.count, self.hybrid = specs, len(specs), len(specs) > 1
         self.splits_windows = rules.splits_freed_windows

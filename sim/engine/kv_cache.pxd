@@ -7,6 +7,7 @@ cdef class KVCache:
     cdef readonly BlockPool pool
     cdef bint reuse_unhashed_first
     cdef bint prefix_caching
+    cdef bint keyed  # contents have keys, whether they are looked up or not
     cdef bint full_isl
     cdef readonly bint aligned
     cdef public long long processed
@@ -38,4 +39,5 @@ cdef class KVCache:
     cdef int free(self, Sequence sequence) except -1
     cdef int cache_blocks(self, Sequence sequence, int tokens) except -1
     cdef long long private_key(self, Sequence sequence) noexcept
+    cdef long long block_key(self, Sequence sequence, int index) except *
     cdef int publish(self, Sequence sequence) except -1

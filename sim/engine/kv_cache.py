@@ -47,6 +47,7 @@ class KVCache:
         self.full_isl = config.scheduler_reserve_full_isl
         self.block_size = self.hash_block = config.block_size
         self.max_model_len = config.max_model_len
+        self.keyed = False
         self.aligned, self.processed = False, -1
         self.width = self.blocks_for(self.max_model_len) + 1
         self.table = np.zeros((rows + 1) * self.width, np.int32)  # one row more: what a look-up finds
@@ -66,7 +67,7 @@ class KVCache:
 
     def shared_keys(self, content: tuple[tuple[int, int], ...]) -> Any:
         """Keys of the leading blocks that another request may have, too; None where there are none."""
-        if not content or not self.prefix_caching:
+        if not content or not (self.prefix_caching or self.keyed):
             return None
         keys: Any = self.prefixes.get(content)
         if keys is None:
@@ -298,6 +299,12 @@ class KVCache:
 
     def private_key(self, sequence: Sequence) -> cython.longlong:
         return (2 * sequence.serial + 1) * BLOCKS_PER_CONTENT
+
+    def block_key(self, sequence: Sequence, index: cython.int) -> cython.longlong:
+        """What its block of that index holds."""
+        if sequence.shared_keys is not None and index < len(sequence.shared_keys):
+            return sequence.shared_keys[index]
+        return self.private_key(sequence) + index
 
     def publish(self, sequence: Sequence) -> cython.int:
         """It is preempted: from now on it may look for what is its own."""

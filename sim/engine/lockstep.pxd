@@ -2,6 +2,7 @@
 cimport cython
 from servecast.sim.engine.engine_loop cimport ABORTS, BUSY, ENDED, IDLE, EngineLoop
 from servecast.sim.engine.step cimport Step
+from servecast.sim.engine.step_costs cimport StepCosts
 
 @cython.final
 cdef class Lockstep:
@@ -24,6 +25,7 @@ cdef class Lockstep:
     cdef long long second_end
     cdef bint executing
     cdef Step empty
+    cdef long long least  # tokens of a dummy step
 
     cpdef int advance(self, long long until) except? -1
     cdef bint has_work(self) except? -1

@@ -14,6 +14,7 @@ import cython
 from servecast.sim.engine.cadence import CommonCadence
 from servecast.sim.engine.engine_loop import EngineLoop
 from servecast.sim.engine.step import Step
+from servecast.sim.engine.step_costs import StepCosts
 
 if cython.compiled:
     from cython.cimports.libc.math import rint
@@ -48,13 +49,15 @@ class Lockstep:
         self.running = self.executing = False
         self.first = self.second = None
         self.dummies, self.dummy_s = [], []
-        self.empty = Step(0)
+        self.empty, self.least = Step(0), 1
 
     def add(self, loop: EngineLoop) -> None:
         """One more core; all are there before the first request. Its ``costs`` are known."""
         self.loops.append(loop)
         self.dummies.append(0)
         self.dummy_s.append(0.0)
+        if loop.scheduler.config.speculation is not None:  # a dummy step verifies drafts, too
+            self.least = 1 + loop.scheduler.config.speculation.num_tokens
         if self.throttled > 1:
             loop.scheduler.cadence = CommonCadence()
 
@@ -174,6 +177,7 @@ class Lockstep:
     def execute(self, steps: list) -> cython.int:
         loop: EngineLoop
         step: Step
+        costs: StepCosts
         tokens: list = []
         computed: list
         shared: cython.double
@@ -186,18 +190,19 @@ class Lockstep:
         i: cython.Py_ssize_t
         for i in range(len(steps)):
             step = self.empty if steps[i] is None else steps[i]
-            tokens.append(max(step.total_tokens, 1))
+            tokens.append(step.total_tokens or self.least)
         computed, shared, graphed = self.shared(tokens)
         for i in range(len(steps)):
             step = self.empty if steps[i] is None else steps[i]
             loop = self.loops[i]
-            longest = max(longest, loop.costs.at(step, computed[i]))
+            costs = loop.costs
+            longest = max(longest, costs.at(step, computed[i]))
             if step.total_tokens:
                 least = max(least, cython.cast(cython.double, loop.floor(step)))
         loop = self.loops[0]
         seconds = longest + shared
         if not graphed:
-            seconds = max(seconds, loop.costs.eager_s)
+            seconds = max(seconds, costs.eager_s)
         factor = next(loop.noise)
         seconds = seconds * factor
         if factor < 1.0:

@@ -12,6 +12,7 @@ cdef class RemoteKV:
     cdef bint spares
     cdef bint drops
     cdef int draft_tokens
+    cdef object pending_work  # whether transfers are under way that the engine goes on for, or None
     cdef bint forgets
     cdef bint caches_processed
     cdef bint skewed
@@ -32,6 +33,7 @@ cdef class RemoteKV:
     cdef int reserved_blocks(self) except -1
     cdef bint arrived(self, Sequence sequence) except? -1
     cdef bint may_free(self, Sequence sequence, long long tick)
+    cdef bint may_preempt(self, Sequence sequence, long long tick)
     cdef object free(self, Sequence sequence, long long tick)
     cdef object step_over(self, long long tick)
     cdef bint keeps(self, Sequence sequence, object ending) except? -1

@@ -28,7 +28,8 @@ class RemoteKV:
             and went wrong. held: requests that have ended and keep their blocks, how many.
         deferred: (tick, holder of blocks) to be freed when the step of that tick is over.
         skewed: somebody's output in flight is counted too high, for a step whose output was void, and what is
-        processed counts instead. processed, last_step: ticks of the newest step with tokens that is complete, and that was decided.
+        processed counts instead. processed, last_step: ticks of the newest step with tokens that is complete,
+        and that was decided.
     """
 
     def __init__(self, connector: Any, kv: KVCache, config: Any) -> None:
@@ -51,6 +52,8 @@ class RemoteKV:
         drafts: Any = config.speculation
         if drafts is not None and rules.reserves_for_drafts:
             self.draft_tokens = 1 + drafts.num_tokens + drafts.lookahead
+        pending: Any = getattr(connector, "has_pending_push_work", None)
+        self.pending_work = pending if rules.goes_on_for_transfers else None
         self.prefills, self.received, self.failed = {}, set(), set()
         self.deferred = []
         self.processed = self.last_step = -1
@@ -105,6 +108,10 @@ class RemoteKV:
             last = sequence.previous_tick
         return not self.defers or last <= self.processed
 
+    def may_preempt(self, sequence: Sequence, tick: cython.longlong) -> cython.bint:
+        """Whether that would give blocks to somebody now (Scheduler.schedule, before it preempts)."""
+        return not self.spares or self.may_free(sequence, tick)
+
     def free(self, sequence: Sequence, tick: cython.longlong) -> None:
         """Give its blocks back, as soon as may be (_free_request_blocks)."""
         holder: Sequence = sequence
@@ -144,9 +151,9 @@ class RemoteKV:
 
     def cut(self, sequences: list, invalid: Any, tick: cython.longlong, evicted: Any) -> list:
         """Those of ``sequences`` that count on blocks which have failed to load; what they have computed ends
-        there (Scheduler._update_requests_with_invalid_blocks). A block that several count on is computed again
-        by the first alone. ``evicted`` takes the blocks from there on; None where they were not hashed yet.
-        ``tick``: of the step whose output says it."""
+        there (Scheduler._update_requests_with_invalid_blocks). A block that several count on is computed
+        again by the first alone. ``evicted`` takes the blocks from there on; None where they were not hashed
+        yet. ``tick``: of the step whose output says it."""
         sequence: Sequence
         before: cython.int
         i: cython.int

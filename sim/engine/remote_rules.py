@@ -26,6 +26,8 @@ class RemoteRules:
             (_request_blocks_can_be_freed).
         drops_undelivered: a request preempted with output in flight drops it where the connector requires
             delivery (requires_kv_delivery).
+        goes_on_for_transfers: the engine goes on while its connector has transfers under way
+            (has_pending_push_work).
         forgets_in_flight: a preempted request forgets how much of its output is in flight
             (num_output_placeholders), which a failed load has left too high.
         caches_processed: with overlapping steps, blocks are found from when the steps that fill them are over
@@ -39,6 +41,7 @@ class RemoteRules:
     defers_frees: bool
     spares_deferred: bool
     drops_undelivered: bool
+    goes_on_for_transfers: bool
     forgets_in_flight: bool
     caches_processed: bool
 
@@ -51,6 +54,7 @@ REMOTE_RULE_SINCE = {
     "defers_frees": "0.24",
     "spares_deferred": "0.30",
     "drops_undelivered": "0.27",
+    "goes_on_for_transfers": "0.26",
     "forgets_in_flight": "0.27",
     "caches_processed": "0.33",
 }

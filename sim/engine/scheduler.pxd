@@ -28,6 +28,7 @@ cdef class Scheduler:
     cdef bint prefix_caching
     cdef bint chunked_prefill
     cdef bint is_async
+    cdef int least  # placeholders of who has nothing else to be looked at
     cdef bint adaptive
     cdef bint priority
     cdef bint trace
@@ -55,7 +56,7 @@ cdef class Scheduler:
     cdef bint chunked  # the window is a chunk
     cdef bint finished_unsent
     cdef long long added
-    cdef dict sequences
+    cdef readonly dict sequences
     cdef list runners  # in the order of admission
     cdef bint lent  # the list
     cdef object queue

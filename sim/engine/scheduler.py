@@ -56,6 +56,7 @@ class Scheduler:
         self.prefix_caching = config.enable_prefix_caching
         self.chunked_prefill = config.enable_chunked_prefill
         self.is_async = config.async_scheduling
+        self.least = self.is_async
         self.adaptive = config.long_prefill_token_threshold_adaptive
         self.priority = config.scheduling_policy == "priority"
         self.pipelined = config.pipeline_parallel_size > 1
@@ -68,8 +69,8 @@ class Scheduler:
         self.notes = self.priority or trace or self.staggers
         self.marks = bool(config.kv_groups) or connector is not None or self.pipelined or self.max_loras > 0
         self.names_chunks = self.priority or connector is not None
-        self.drafts = Drafts(config) if config.speculation is not None else None
-        self.speculates = self.drafts is not None
+        drafts: Any = Drafts(config) if config.speculation is not None else None
+        self.drafts, self.speculates = drafts, drafts is not None
         self.singly = self.notes or self.speculates
         self.max_tokens, self.max_model_len = config.max_num_batched_tokens, config.max_model_len
         self.max_running = min(config.max_num_seqs, config.max_num_active_seqs or config.max_num_seqs)
@@ -91,6 +92,7 @@ class Scheduler:
         self.remote = None
         if connector is not None:
             self.remote = RemoteKV(connector, self.kv, config)
+            self.kv.keyed = True
             if self.speculates:
                 self.draft_beside_connector()
             connector.bind(self)
@@ -145,6 +147,21 @@ class Scheduler:
         return self.kv.block_ids(self.sequences[request_id])
 
     @property
+    def kept_blocks(self) -> list[int]:
+        """Blocks of requests that have ended: kept for a connector, or until no step in flight may write
+        them."""
+        if self.remote is None:
+            return []
+        sequence: Sequence
+        kept: list = []
+        for sequence in self.sequences.values():
+            if sequence.status == FINISHED:
+                kept += self.kv.block_ids(sequence)
+        for entry in self.remote.deferred:
+            kept += self.kv.block_ids(entry[1])
+        return kept
+
+    @property
     def connector(self) -> Any:
         return None if self.remote is None else self.remote.connector
 
@@ -162,7 +179,23 @@ class Scheduler:
         kept: cython.Py_ssize_t = 0
         if self.remote is not None and not self.remote.steps_while_sending:
             kept = self.remote.held
-        return len(self.sequences) > kept or self.finished_unsent
+        if len(self.sequences) > kept or self.finished_unsent:
+            return True
+        return self.remote is not None and self.remote.pending_work is not None and self.remote.pending_work()
+
+    def block_keys(self, sequence: Sequence, count: int) -> list[int]:
+        """What the first ``count`` blocks of its tokens hold, or will hold: equal where contents are."""
+        return [self.kv.block_key(sequence, index) for index in range(count)]
+
+    def watch_allocations(self) -> None:
+        """``take_allocations`` is going to be asked."""
+        self.kv.pool.taken = []
+
+    def take_allocations(self) -> list[int]:
+        """Blocks that were given to somebody since the last call."""
+        taken: list = self.kv.pool.taken
+        self.kv.pool.taken = []
+        return taken
 
     # ---- requests come and go ---------------------------------------------------------------------
 
@@ -284,9 +317,8 @@ class Scheduler:
     def end(self, sequence: Sequence, ending: Any) -> cython.int:
         """A request has ended: its blocks go, unless a connector keeps them (Scheduler._free_request)."""
         self.finished_unsent = True
-        if self.remote is not None:
-            if self.remote.keeps(sequence, ending):
-                return 0
+        if self.remote is not None and self.remote.keeps(sequence, ending):
+            return 0
         sequence.status = FINISHED
         return self.forget(sequence)
 
@@ -414,10 +446,9 @@ class Scheduler:
                 while not self.kv.allocate_slots(sequence, tokens, 0, 0):
                     position = self.pick_victim()
                     victim = runners[position]
-                    if self.remote is not None and self.remote.spares:
-                        if not self.remote.may_free(victim, self.tick):
-                            spared = True
-                            break
+                    if self.remote is not None and not self.remote.may_preempt(victim, self.tick):
+                        spared = True
+                        break
                     given_back = 0
                     if self.priority and victim.scheduled_tick == self.tick:
                         given_back = self.withdraw(step, victim)
@@ -735,7 +766,7 @@ class Scheduler:
                 sequence.drafts = step.draft_length
         if (
             self.remote is not None
-        ):  # who ends a prefill counts for loads of this step: its drafts have no room
+        ):  # who ends a prefill counts for this step's loads: its drafts have no room
             for sequence in step.samplers:
                 self.remote.prefills.pop(sequence, None)
         return 0
@@ -780,11 +811,10 @@ class Scheduler:
         steady: cython.int = 0
         i: cython.Py_ssize_t
         tokens: cython.int
-        least: cython.int = self.is_async  # placeholders of who has nothing else to be looked at
         samplers: list = step.samplers
         if self.remote is not None:
             samplers = self.count_reports(step)
-            least = NOBODYS if self.remote.skewed else least
+            self.least = NOBODYS if self.remote.skewed else self.is_async
         if self.speculates:
             self.complete_drafts(step, samplers)
             return self.follow_reports(step)
@@ -794,7 +824,7 @@ class Scheduler:
                 sequence.token_tick == before
                 and sequence.num_tokens + 1 < sequence.final_tokens
                 and sequence.status == RUNNING
-                and sequence.placeholders >= least
+                and sequence.placeholders >= self.least
                 and sequence.computed - sequence.placeholders + 1 < sequence.kv_due
             ):  # one more token, as in the step before
                 sequence.num_tokens += 1
@@ -822,7 +852,7 @@ class Scheduler:
                 if sequence.placeholders > 0:
                     sequence.placeholders -= 1
                 tokens = sequence.computed - sequence.placeholders
-                if least == NOBODYS:
+                if self.least == NOBODYS:
                     tokens = self.remote.processed_tokens(sequence, tick)
                 if tokens >= sequence.kv_due and sequence.status == RUNNING:
                     self.kv.cache_blocks(sequence, tokens)
@@ -839,7 +869,9 @@ class Scheduler:
         self.kv.processed = tick
         if left:
             self.drop_finished()
-        return self.follow_reports(step)
+        if self.remote is not None:
+            self.follow_reports(step)
+        return None
 
     def drop_finished(self) -> cython.int:
         """Those that have finished no longer run."""
@@ -914,8 +946,8 @@ class Scheduler:
         return 0
 
     def count_reports(self, step: Step) -> list:
-        """A step is over, and its report says which loads have failed: whose tokens it has brought. Those that
-        end by it stand in ``step.failed``."""
+        """A step is over, and its report says which loads have failed: whose tokens it has brought. Those
+        that end by it stand in ``step.failed``."""
         void: list
         if step.total_tokens:
             self.remote.step_over(step.tick)

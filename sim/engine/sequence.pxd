@@ -17,22 +17,17 @@ cdef class Sequence:
     cdef int kv_due
     cdef readonly int num_tokens
     cdef int placeholders
-    cdef int drafts
     cdef int status
     cdef int final_tokens
     cdef long long token_tick
     # and the rest
+    cdef int drafts
     cdef int junction
     cdef readonly int limit
     cdef int blocks_end
     cdef int cached_end
     cdef int slot
-    cdef long long scheduled_tick
-    cdef long long eligible
-    cdef long long stale_tick
-    cdef int adapter
-    cdef long long ready
-    cdef bint constrained
+    cdef readonly long long scheduled_tick
     cdef int scheduled_tokens
     cdef long long previous_tick
     cdef int previous_tokens
@@ -54,3 +49,9 @@ cdef class Sequence:
     cdef readonly long long ended
     cdef readonly long long first_token
     cdef readonly long long finish
+    # of stages, adapters and grammars
+    cdef long long eligible
+    cdef long long stale_tick
+    cdef long long ready
+    cdef int adapter
+    cdef bint constrained

@@ -13,18 +13,19 @@ class Sequence:
 
     computed: advanced when scheduled, before the step runs. placeholders: async, outputs that steps in flight
     sample, and drafts that they verify. drafts: those that its next step verifies. samplings: its steps that
-    sampled and are complete, where it drafts. limit: prompt and max_tokens. decodes_until: computed tokens from which on a further one is not a
-    matter of course. final_tokens: when it ends. catch_up: num_tokens at its last
-    admission, which it has to compute before it decodes. token_tick: of the step that delivered its newest
-    token. scheduled_tick, scheduled_tokens: with priorities or KV cache groups, its last step, and its tokens
-    there; with a connector also its step before that, in previous_tick and previous_tokens. drops_before: its
-    output of steps before this tick is void. aside: it waits beside the queue. passed: the last look at it
-    passed it over. eligible: the first tick of its next decode, in a pipeline; stale_tick: of the last step that
-    had it when it was preempted there. adapter: of LoRA, 0: none. constrained: by a grammar, which is there
-    when the scheduler's clock shows ``ready``. slot: its row of the block table. blocks_end: tokens that its blocks hold. cached_end: tokens whose
-    blocks have their hash. kv_due: the tokens at which its KV cache has something to do: a block more, one
-    that is full, or one out of its window. junction: tokens up to which some KV cache group had a longer hit
-    than all, 0 is none. row: in the table of outcomes, -1 outside of it.
+    sampled and are complete, where it drafts. limit: prompt and max_tokens. decodes_until: computed tokens
+    from which on a further one is not a matter of course. final_tokens: when it ends. catch_up: num_tokens at
+    its last admission, which it has to compute before it decodes. token_tick: of the step that delivered its
+    newest token. scheduled_tick, scheduled_tokens: with priorities or KV cache groups, its last step, and its
+    tokens there; with a connector also its step before that, in previous_tick and previous_tokens.
+    drops_before: its output of steps before this tick is void. aside: it waits beside the queue. passed: the
+    last look at it passed it over. eligible: the first tick of its next decode, in a pipeline; stale_tick: of
+    the last step that had it when it was preempted there. adapter: of LoRA, 0: none. constrained: by a
+    grammar, which is there when the scheduler's clock shows ``ready``. slot: its row of the block table.
+    blocks_end: tokens that its blocks hold. cached_end: tokens whose blocks have their hash. kv_due: the
+    tokens at which its KV cache has something to do: a block more, one that is full, or one out of its
+    window. junction: tokens up to which some KV cache group had a longer hit than all, 0 is none. row: in the
+    table of outcomes, -1 outside of it.
     """
 
     def __init__(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from dataclasses import dataclass
 
 from servecast.sim.engine.draft_rules import draft_rules_for
@@ -39,7 +41,9 @@ class Method:
     since: str = RELEASES[0]
 
 
-_HIDDEN = {"drafts_in_cache": True, "takes_hidden_states": True, "own_kv": True, "async_by_default": True}
+_hidden = functools.partial(
+    Method, drafts_in_cache=True, takes_hidden_states=True, own_kv=True, async_by_default=True
+)
 
 METHODS: dict[str, Method] = {
     "ngram": Method(may_miss=True),
@@ -47,12 +51,12 @@ METHODS: dict[str, Method] = {
     "suffix": Method(may_miss=True),
     "medusa": Method(),
     "mlp_speculator": Method(),
-    "eagle": Method(**_HIDDEN, next_token_in_cache=True),
-    "eagle3": Method(**_HIDDEN, next_token_in_cache=True),
-    "mtp": Method(**_HIDDEN, next_token_in_cache=True),
+    "eagle": _hidden(next_token_in_cache=True),
+    "eagle3": _hidden(next_token_in_cache=True),
+    "mtp": _hidden(next_token_in_cache=True),
     "draft_model": Method(drafts_in_cache=True, own_query=True, own_kv=True, async_by_default=True),
-    "dflash": Method(**_HIDDEN, infills=True, parallel=True),
-    "dspark": Method(**_HIDDEN, parallel=True, since="0.25"),
+    "dflash": _hidden(infills=True, parallel=True),
+    "dspark": _hidden(parallel=True, since="0.25"),
 }
 """By the name that ``--speculative-config`` has for it."""
 
@@ -136,7 +140,7 @@ def speculation(
             where=where,
             fix="Give them for ngram, ngram_gpu and suffix only: one more than drafts, with the sum 1.",
         )
-    if by_batch and (by_batch[0][0] != 1 or any(a >= b for (a, _), (b, _) in zip(by_batch, by_batch[1:]))):
+    if by_batch and (by_batch[0][0] != 1 or any(a >= b for (a, _), (b, _) in itertools.pairwise(by_batch))):
         raise InputError(
             f"batch sizes {[first for first, _ in by_batch]}", where=where, fix="Begin with 1 and rise."
         )

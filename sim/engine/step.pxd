@@ -27,10 +27,10 @@ cdef class Step:
     cdef bint borrowed  # samplers, from the list of the running
     cdef list verified
     cdef readonly list prefilling
-    cdef list joined
+    cdef readonly list joined
     cdef list joined_cached
     cdef list joined_again
-    cdef list victims
+    cdef readonly list victims
     cdef list firsts
     cdef list leavers
     cdef list composition

@@ -4,7 +4,7 @@ from servecast.sim.engine.step cimport Step
 
 @cython.final
 cdef class StepCosts:
-    cdef double[:, ::1] attention  # a row a kind: pair_s, read_s, expand_s, decode_s, mixed decode_s, block_s
+    cdef double[:, ::1] attention  # a row a kind: pair_s, read_s, expand_s, decode_s, mixed decode_s, block_s, decode_pair_s, rows
     cdef long long[:, ::1] shapes  # a row a kind: layers, window
     cdef long long window  # KV tokens that a token attends to in layers with a window; 0: there are none
     cdef bint chunked  # the window is a chunk
@@ -21,6 +21,18 @@ cdef class StepCosts:
     cdef double lora_token_s
     cdef object by_tokens
     cdef object by_rows
+    cdef object by_uniform
+    cdef long long slots  # tokens more of a request
+    cdef dict uniform_s
+    cdef bint drafting
+    cdef bint skips
+    cdef bint infills
+    cdef bint at_once
+    cdef double step_s
+    cdef double lookup_request_s
+    cdef double lookup_token_s
+    cdef StepCosts first
+    cdef StepCosts later
     cdef double[::1] tokens_s
     cdef double[::1] rows_s
 
@@ -30,5 +42,18 @@ cdef class StepCosts:
     cdef long long before(self, long long context, long long window) noexcept
     cdef double of_chunks(self, list chunks) except? -1
     cdef double of_adapters(self, dict adapters) except? -1
+    cdef double of_uniform(self, long long tokens, long long requests) except? -1
+    cdef double of_draft(self, Step step) except? -1
+    cdef double of(
+        self,
+        long long tokens,
+        list chunks,
+        long long decodes,
+        long long drafts,
+        long long context,
+        long long windowed,
+        long long rows,
+        double adapters_s,
+    ) except? -1
     cdef double seconds(self, Step step) except? -1
     cdef double at(self, Step step, long long tokens) except? -1

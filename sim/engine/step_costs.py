@@ -8,27 +8,33 @@ from typing import Any
 import cython
 import numpy as np
 
-from servecast.sim.engine.step import Step
+from servecast.sim.engine.step import NOBODY, Step
 
 
 class StepCosts:
     """What steps cost, in the numbers of ``servecast.sim.hardware.step_time.physical``, which fills it.
 
-    by_tokens, by_rows: called for the seconds that a number of computed tokens or of sampled rows decides;
-    each number is asked for once.
+    by_tokens, by_rows, by_uniform: called for the seconds that a number of computed tokens, of sampled rows,
+    or of tokens of requests that have equally many of them decides; each is asked for once.
+    first, later: of a drafter's first and of each further pass; None without one.
     """
 
-    def __init__(self, numbers: dict[str, Any], by_tokens: Any, by_rows: Any) -> None:
+    def __init__(self, numbers: dict[str, Any], by_tokens: Any, by_rows: Any, by_uniform: Any) -> None:
         rows: list[tuple[Any, ...]] = numbers["attention"]
         self.shapes = np.array([row[:2] for row in rows], dtype=np.int64).reshape(len(rows), 2)
-        self.attention = np.array([row[2:] for row in rows], dtype=np.float64).reshape(len(rows), 6)
+        self.attention = np.array([row[2:] for row in rows], dtype=np.float64).reshape(len(rows), 8)
         self.window, self.chunked = numbers["window"], numbers["chunked"]
         self.decode_s, self.chunk_token_s = numbers["decode_s"], numbers["chunk_token_s"]
         self.chunk_s, self.serial_s = numbers["chunk_s"], numbers["serial_s"]
         self.request_s, self.prompt_tile = numbers["request_s"], numbers["prompt_tile"]
         self.eager_s, self.graphed = numbers["eager_s"], numbers["graphed"]
-        self.lora_s, self.lora_adapter_s, self.lora_token_s = numbers.get("lora", (0.0, 0.0, 0.0))
-        self.by_tokens, self.by_rows = by_tokens, by_rows
+        self.lora_s, self.lora_adapter_s, self.lora_token_s = numbers["lora"]
+        self.by_tokens, self.by_rows, self.by_uniform = by_tokens, by_rows, by_uniform
+        self.slots = numbers["slots"]
+        self.uniform_s: dict[int, float] = {}
+        self.drafting, self.skips, self.infills, self.at_once = False, False, False, False
+        self.step_s = self.lookup_request_s = self.lookup_token_s = 0.0
+        self.first = self.later = None
         self.tokens_s, self.rows_s = array("d", [-1.0]) * 64, array("d", [-1.0]) * 64
 
     def of_tokens(self, tokens: cython.longlong) -> cython.double:
@@ -103,16 +109,123 @@ class StepCosts:
         tokens: cython.longlong = sum(adapters.values())
         return self.lora_s + len(adapters) * self.lora_adapter_s + tokens * self.lora_token_s
 
-    def seconds(self, step: Step) -> cython.double:
-        """PhysicalStepTime.seconds, its sums in the same order."""
+    def with_drafts(self, numbers: dict[str, Any], first: StepCosts | None, later: StepCosts | None) -> Any:
+        """The same with what drafting takes (``step_time.speculative``); None, None: drafts are looked up."""
+        self.drafting, self.first, self.later = True, first, later
+        self.skips, self.infills = numbers["skips"], numbers["infills"]
+        self.at_once = numbers["at_once"]
+        self.step_s, self.lookup_request_s = numbers["step_s"], numbers["request_s"]
+        self.lookup_token_s = numbers["token_s"]
+        return self
+
+    def of_uniform(self, tokens: cython.longlong, requests: cython.longlong) -> cython.double:
+        """Of requests that have equally many tokens, drafts among them."""
+        key: cython.longlong = tokens * 1048576 + requests
+        if key not in self.uniform_s:
+            self.uniform_s[key] = self.by_uniform(tokens, requests)
+        return self.uniform_s[key]
+
+    def of_draft(self, step: Step) -> cython.double:
+        """SpeculativeStepTime.drafting, its sums in the same order."""
+        requests: cython.longlong = step.decodes + len(step.chunks)
+        context: cython.longlong = step.decode_context
+        length: cython.longlong = step.draft_length
+        windowed: cython.longlong
         total: cython.double
-        if not (step.chunks or step.decodes):
+        chunk: tuple
+        i: cython.Py_ssize_t
+        first: StepCosts
+        later: StepCosts
+        for i in range(len(step.chunks)):
+            chunk = step.chunks[i]
+            context += cython.cast(cython.longlong, chunk[0]) + cython.cast(cython.longlong, chunk[1])
+        if self.first is None:
+            return self.step_s + requests * self.lookup_request_s + context * self.lookup_token_s
+        if self.skips and not step.drafters:
+            length = 0
+        first, later = self.first, self.later
+        if self.infills:
+            windowed = min(context, requests * first.window)
+            return first.of(requests, NOBODY, requests, 0, context, windowed, length * requests, 0.0)
+        total = first.of(
+            step.total_tokens,
+            step.chunks,
+            step.decodes,
+            step.drafts,
+            step.decode_context,
+            min(step.decode_context, step.decodes * first.window),
+            requests * length if self.at_once else requests,
+            0.0,
+        )
+        if length > 1 and not self.at_once:
+            windowed = min(context, requests * later.window)
+            total += (length - 1) * later.of(requests, NOBODY, requests, 0, context, windowed, requests, 0.0)
+        return total
+
+    def seconds(self, step: Step) -> cython.double:
+        """PhysicalStepTime.seconds, its sums in the same order, and what drafting takes."""
+        total: cython.double = self.of(
+            step.total_tokens,
+            step.chunks,
+            step.decodes,
+            step.drafts,
+            step.decode_context,
+            step.windowed,
+            len(step.samplers) + step.drafts,
+            0.0 if step.adapters is None else self.of_adapters(step.adapters),
+        )
+        if self.drafting and (step.decodes or step.chunks):
+            total = total + self.of_draft(step)
+        return total
+
+    def of(
+        self,
+        tokens: cython.longlong,
+        chunks: list,
+        decodes: cython.longlong,
+        drafts: cython.longlong,
+        context: cython.longlong,
+        windowed: cython.longlong,
+        rows: cython.longlong,
+        adapters_s: cython.double,
+    ) -> cython.double:
+        """Of a step: its tokens, prompt chunks, decodes and their drafts, KV tokens that these read, rows of
+        logits, and seconds of its adapters."""
+        total: cython.double = 0.0
+        decoding: cython.double
+        queries: cython.double = 1.0
+        each_s: cython.double
+        requests: cython.longlong = decodes + len(chunks)
+        seen: cython.longlong
+        kind: cython.Py_ssize_t
+        tokens += self.slots * requests
+        if chunks:
+            total = self.of_chunks(chunks)
+        elif not decodes:
             return 0.0
-        total = self.at(step, step.total_tokens)
-        return total if step.total_tokens <= self.graphed or total > self.eager_s else self.eager_s
+        if drafts:
+            queries = 1.0 + cython.cast(cython.double, drafts) / decodes
+        if decodes:
+            decoding = decodes * self.decode_s
+            for kind in range(self.shapes.shape[0]):
+                seen = windowed if self.shapes[kind, 1] else context
+                if queries > 1.0:
+                    each_s = max(self.attention[kind, 7], queries) * self.attention[kind, 6]
+                    each_s = max(self.attention[kind, 1], each_s)
+                else:
+                    each_s = self.attention[kind, 4 if chunks else 3]
+                decoding += self.shapes[kind, 0] * seen * each_s
+            total += decoding
+        if tokens > requests and not chunks:
+            total += self.of_uniform(tokens, requests) + self.of_rows(rows) + requests * self.request_s
+        else:
+            total += self.of_tokens(tokens) + self.of_rows(rows) + requests * self.request_s
+        total += adapters_s
+        return total if tokens <= self.graphed or total > self.eager_s else self.eager_s
 
     def at(self, step: Step, tokens: cython.longlong) -> cython.double:
-        """The same where so many tokens are computed, without what launches outside graphs take."""
+        """The same of one of several engine cores, where so many tokens are computed, without what launches
+        outside graphs take."""
         total: cython.double = 0.0
         decoding: cython.double
         requests: cython.longlong = step.decodes + len(step.chunks)
@@ -126,8 +239,7 @@ class StepCosts:
                 seen = step.windowed if self.shapes[kind, 1] else step.decode_context
                 decoding += self.shapes[kind, 0] * seen * self.attention[kind, 4 if step.chunks else 3]
             total += decoding
-        total += self.of_tokens(tokens) + self.of_rows(len(step.samplers)) + requests * self.request_s
-        return total if step.adapters is None else total + self.of_adapters(step.adapters)
+        return total + (self.of_tokens(tokens) + self.of_rows(len(step.samplers)) + requests * self.request_s)
 
 
 def longer(values: cython.double[::1], least: cython.Py_ssize_t) -> Any:

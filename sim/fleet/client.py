@@ -6,27 +6,16 @@ from servecast.sim.hardware.front_end_costs import FrontEndCosts
 from servecast.sim.inputs.units import to_ps
 
 
-class SerialProcess:
-    """A process that does one thing at a time, in order of arrival. Times in picoseconds."""
-
-    __slots__ = ("free_at",)
-
-    def __init__(self) -> None:
-        self.free_at = 0
-
-    def serve(self, now: int, cost: int) -> int:
-        """When work of this cost that arrives now is done."""
-        self.free_at = max(now, self.free_at) + cost
-        return self.free_at
-
-
 class Client:
-    """The client's process: it sends requests and reads the tokens of all its streams."""
+    """The client's process: it sends requests and reads the tokens of all its streams, one thing at a time.
 
-    __slots__ = ("_request_ps", "_token_ps", "process")
+    Times are picoseconds.
+    """
+
+    __slots__ = ("_free_at", "_request_ps", "_token_ps")
 
     def __init__(self, costs: FrontEndCosts) -> None:
-        self.process = SerialProcess()
+        self._free_at = 0
         self._request_ps = to_ps(costs.client_request_s)
         self._token_ps = to_ps(costs.client_token_s)
 
@@ -41,7 +30,8 @@ class Client:
 
     def send(self, now: int) -> int:
         """When a request that is started now is on the wire."""
-        return self.process.serve(now, self._request_ps)
+        self._free_at = max(now, self._free_at) + self._request_ps
+        return self._free_at
 
     def read(self, first: int, spacing: int, events: int, tokens: int) -> tuple[int, int]:
         """Read a batch of tokens which arrive from ``first`` on, ``spacing`` apart, in so many new events.
@@ -52,7 +42,7 @@ class Client:
         cost = self._token_ps
         if not cost:
             return first, spacing
-        start = max(first, self.process.free_at) + cost
+        start = max(first, self._free_at) + cost
         end = max(start + cost * max(events - 1, 0), first + spacing * (tokens - 1) + cost)
-        self.process.free_at = end
+        self._free_at = end
         return start, (end - start) // (tokens - 1) if tokens > 1 else 0

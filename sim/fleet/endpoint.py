@@ -167,6 +167,7 @@ class Endpoints(Backends):
             self._columns = None
         if self._columns is None:
             self._columns = known.at(slice(None) if self._complete else self._numbers)
+            self._columns.numbers = self._numbers
         return self._columns
 
     def telling(self) -> Iterable[Endpoint]:

@@ -56,6 +56,7 @@ class Fleet:
         lives: of each replica; without, all are there all the time.
         detection_s: for so long the router still sends requests to a replica that has failed.
         autoscaler: what lets replicas come and go; ``lives`` are then those of the first ones.
+        apart: whether replicas that no router looks at may run one after the other.
         disaggregation: where some of them prefill and others decode; ``router`` is then its own.
     """
 
@@ -72,6 +73,7 @@ class Fleet:
         lives: Sequence[Life] | None = None,
         detection_s: float = 0.0,
         autoscaler: AutoscalerSpec | None = None,
+        apart: bool = True,
         disaggregation: Disaggregation | None = None,
     ) -> None:
         self._env = simpy.Environment()
@@ -85,6 +87,7 @@ class Fleet:
         self._flow: Flow | None = None
         self._finished: list[simpy.Event] = []  # by stream
         self._stage_starts: list[float] = []
+        self._may_be_apart = apart
         self._autoscaler, self._make_replica = autoscaler, make_replica
         self.scaling: Scaling | None = None
         self._condensed_s: float | None = None
@@ -150,15 +153,18 @@ class Fleet:
             steps = pd.DataFrame(self._condensed, columns=list(STEP_COLUMNS)).astype({"replica": "int64"})
         else:
             steps = steps_table(_joined([loop.step_columns for loop in loops]))
-        rows = columns.get("rows", slice(None))
-        table, ranks = requests_table(requests, columns), [range(len(r.loops)) for r in self.replicas]
+        first: Columns = {}
+        if self._legs is not None and self._disaggregation is not None:
+            rows, cached = columns.get("rows", slice(None)), columns["cached_tokens"]
+            first = self._legs.columns(self._disaggregation.exchange, rows, cached)
+        table = requests_table(requests, columns)
+        table = table.assign(**first) if first else table
+        ranks = [range(len(replica.loops)) for replica in self.replicas]
         if max(map(len, ranks)) > 1:
             table["rank"] = pd.arrays.IntegerArray(columns["rank"], columns["rank"] < 0)
             if condensed_s is None:
                 counts = [loop.step_columns.shape[1] for loop in loops]
                 steps["rank"] = np.repeat([rank for each in ranks for rank in each], counts)
-        if self._legs is not None and self._disaggregation is not None:
-            table = table.assign(**self._legs.columns(self._disaggregation.exchange, rows))
         return Run(
             requests=table,
             steps=steps,
@@ -203,7 +209,9 @@ class Fleet:
             and not (stream.background or stream.until_s or stream.max_concurrency)
             and not isinstance(stream, SessionStream)
             and self._autoscaler is None
+            and (self._may_be_apart or len(self.replicas) == 1)
             and requests.abort_after_s is None
+            and not any(replica.server.connected() for replica in self.replicas)
             and (self._client.is_free or len(self.replicas) == 1)
             and all(endpoint.life == Life() for endpoint in self._endpoints)
             and all(replica.config.data_parallel is None for replica in self.replicas)
@@ -218,6 +226,7 @@ class Fleet:
             return self._alone(self.replicas[0], requests)
         whole: Columns = {}
         any_request = requests[0]  # the router does not look
+        assert isinstance(self._router, RoundRobin | Random)
         places = np.array([self._router.pick(any_request, self._endpoints) for _ in range(count)])
         for place, replica in enumerate(self.replicas):
             rows = np.flatnonzero(places == place)

@@ -55,6 +55,8 @@ cdef class Server:
     cdef bint failed
     cdef bint prefills
 
+    cpdef bint connected(self)
+
     cdef long long varied(self, double seconds) except *
 
 @cython.final

@@ -138,6 +138,11 @@ class Server:
         self.failed, self.prefills = False, prefills
         self.inboxes = [loop.inbox for loop in loops]
 
+    def connected(self) -> cython.bint:
+        """Whether its engines have a KV connector."""
+        engines: Engines = self.engines[0]
+        return engines.connected()
+
     def varied(self, seconds: cython.double) -> cython.longlong:
         factor: cython.double = 1.0 if self.variation is None else next(self.variation)
         return cython.cast(cython.longlong, rint(seconds * factor * PICOSECONDS))
@@ -182,13 +187,7 @@ class Flow:
         server: Server
         self.requests, self.servers, self.ready = requests, servers, ready
         self.send, self.router, self.ended, self.answered = send, router, ended, answered
-        engines: Engines
-        connected: cython.bint = False
-        for server in servers:
-            engines = server.engines[0]
-            connected = connected or engines.connected()
-        self.quiet, self.ordered = quiet and not connected, ordered
-        self.legs = legs
+        self.quiet, self.ordered, self.legs = quiet, ordered, legs
         self.looks = router is not None and not isinstance(router, LOOKS_AT_NONE)
         self.heap, self.senders, self.finished, self.order = [], [], [], []
         self.engines, self.fronts = [], []
@@ -623,7 +622,7 @@ class Flow:
             self.push(due, 0, PUBLISH, self.replica[row])
         return 0
 
-    def wake_server(self, index: int, time: int) -> None:
+    def wake_server(self, index: int, time: int = 0) -> None:
         """What its connector answers changes from outside, now or at a time. The engine that runs now does
         not run past it."""
         time = max(time, self.now)
@@ -757,8 +756,9 @@ class Flow:
 
     def take_lost(self, engines: Engines) -> cython.int:
         """Requests that ended with an error."""
-        lost: list = engines.compiled.lost
-        engines.compiled.lost = []
+        loop: Any = engines.runner
+        lost: list = loop.lost
+        loop.lost = []
         for row in lost:
             self.failures[NOT_LOADED] = self.failures.get(NOT_LOADED, 0) + 1
             self.end(self.server_of(row), self.replica[row], row, _FAILED)

@@ -92,7 +92,10 @@ class Exchange:
         else:
             end, size = self.ports.send(*pair, len(blocks), runs(blocks, there), start)
             found = Read(*pair, start, end, size, fails)
-            self.free(request_id, end + to_ps(self.link.latency_s))
+            if fails:  # nobody says that it was read
+                self._last_beat(request_id, end)
+            else:
+                self.free(request_id, end + to_ps(self.link.latency_s))
         self.reads[request_id] = found
         return found
 
@@ -112,6 +115,7 @@ class Exchange:
             self._last_beat(request_id, now)
 
     def _last_beat(self, request_id: int, now: int) -> None:
+        """Nobody beats for its blocks from now on."""
         held = self.held[request_id]
         if held.received >= 0 and not held.gone:
             beat = self.lease // _BEATS
@@ -198,7 +202,8 @@ class NixlConnector:
         sent = tuple(request_id for request_id, held in self._held.items() if held.until <= now)
         over = [(request_id, *load) for request_id, load in self._loads.items() if load[0].end <= now]
         for request_id in sent:
-            self._held.pop(request_id).gone = True
+            held = self._held.pop(request_id)
+            held.gone, held.blocks = True, ()
         for request_id, _, _ in over:
             del self._loads[request_id]
         if not sent and not over:

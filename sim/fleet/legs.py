@@ -78,15 +78,20 @@ class Legs:
         """The server that a router knows a request's answer to come from."""
         return int(self._decode[row] if self._decode[row] >= 0 else self.prefill[row])
 
-    def columns(self, exchange: Exchange | None, rows: NDArray[np.int64] | slice) -> dict[str, Any]:
-        """What the table of requests says of first legs: times in seconds, NaN where there was none."""
+    def columns(
+        self, exchange: Exchange | None, rows: NDArray[np.int64] | slice, own: NDArray[np.int64]
+    ) -> dict[str, Any]:
+        """What the table of requests says of first legs: times in seconds, NaN where there was none. own:
+        cached tokens of the second legs, which count where there is no first one."""
         where, found = self.prefill[rows], dict[str, Any]()
         found["prefill_replica"] = pd.array(where, "Int64")
         found["prefill_replica"][where < 0] = pd.NA
         for name in ("queued", "scheduled", "ended"):
             ps = self.outcomes[OUTCOMES.index(name)][rows]
             found[f"prefill_{name}"] = np.where(ps < 0, np.nan, ps * 1e-12)
-        found["prefill_cached_tokens"] = self.outcomes[OUTCOMES.index("cached_tokens")][rows]
+        cached = self.outcomes[OUTCOMES.index("cached_tokens")][rows]
+        found["cached_tokens"] = pd.array(np.where(where < 0, own, cached), "Int64")
+        found["cached_tokens"][found["cached_tokens"] < 0] = pd.NA
         reads = {} if exchange is None else exchange.reads
         read = [reads.get(number) for number in self._requests.request_id[rows].tolist()]
         for name in ("start", "end"):

@@ -18,6 +18,7 @@ from servecast.sim.fleet.flow import Engines, Server
 from servecast.sim.hardware.front_end_costs import FrontEndCosts
 from servecast.sim.hardware.step_time.physical import PhysicalStepTime, StepTime
 from servecast.sim.hardware.step_time.pipeline import PipelinedStepTime
+from servecast.sim.hardware.step_time.speculative import SpeculativeStepTime
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.inputs.units import to_ps
 from servecast.sim.routing.gauges import Gauges
@@ -63,7 +64,9 @@ class Replica:
         served = to_ps(costs.token_s), to_ps(costs.delivery_s)
         read = client.read if client.reading_costs and role != "prefill" else None
         cold_start = to_ps(cold_start_s)
-        numbers = step_time.costs() if type(step_time) is PhysicalStepTime else None
+        numbers = None
+        if isinstance(step_time, SpeculativeStepTime) or type(step_time) is PhysicalStepTime:
+            numbers = step_time.costs()
         self.loops: list[EngineLoop | PythonLoop] = []
         for engine in self.engines:
             if isinstance(engine, Scheduler):
@@ -85,8 +88,8 @@ class Replica:
         if cores is not None and cores.local > 1:
             balance, fronts = Balance(cores), cores.api_servers
             spread = _spread(fronts, rng.spawn(1)[0]) if fronts > 1 else None
-            for loop in self.loops:
-                loop.reports = True  # type: ignore[union-attr]
+            for each in self.loops:
+                each.reports = True  # type: ignore[union-attr]
         most = config.preparation_round
         self.server = Server(
             self.loops,
@@ -118,7 +121,7 @@ def lockstep(cores: DataParallel, step_time: StepTime) -> Engines:
     Raises:
         InputError: the step times are not such that they tell the layers of experts apart.
     """
-    if not isinstance(step_time, PhysicalStepTime):
+    if type(step_time) is not PhysicalStepTime:
         raise InputError(
             "the profile's step times do not tell the layers of experts apart, which engine cores share",
             where="profile",

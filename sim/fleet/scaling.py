@@ -17,7 +17,7 @@ _MAX_WINDOW_S = 60.0  # of max_waiting and max_kv_usage
 
 
 @dataclass(slots=True)
-class Life:
+class PaidLife:
     """One replica's, in seconds; None is never. ordered_s: from when it is paid for. ready_s: it takes
     requests. drain_s: it takes no more; without ready_s it was called off. replica: its number, once it is
     ready."""
@@ -42,7 +42,7 @@ class Scaling:
     def __init__(
         self, env: simpy.Environment, flow: Flow, spec: AutoscalerSpec, make: Callable[[], Endpoint]
     ) -> None:
-        self.lives = [Life(0.0, 0.0, None, endpoint.index) for endpoint in flow.ready]
+        self.lives = [PaidLife(0.0, 0.0, None, endpoint.index) for endpoint in flow.ready]
         self._env, self._flow, self._spec, self._make = env, flow, spec, make
         self._policy = spec.policy(len(flow.ready))
         self._asked = len(flow.ready)
@@ -92,13 +92,13 @@ class Scaling:
             yield self._env.timeout(to_ps(self._policy.period_s))
             wanted = self._policy.desired(self._now_s, self._observed())
             for _ in range(wanted - self._asked):
-                self.lives.append(Life(self._now_s, None))
+                self.lives.append(PaidLife(self._now_s, None))
                 self._env.process(self._start(self.lives[-1]))
             for _ in range(self._asked - wanted):
                 self._remove()
             self._asked = wanted
 
-    def _start(self, life: Life) -> Generator[simpy.Event, None, None]:
+    def _start(self, life: PaidLife) -> Generator[simpy.Event, None, None]:
         yield self._env.timeout(to_ps(self._spec.startup_s))
         if life.drain_s is None:
             endpoint = self._make()

@@ -265,7 +265,10 @@ class Fleet(Model):
         """What of the router has no effect here. Raises InputError if it does not load."""
         if self.epp is None:
             return ()
-        found = read_epp(self.epp, self.router_options.epp_release).notes
+        config = read_epp(self.epp, self.router_options.epp_release)
+        found = list(config.notes)
+        if config.split is not None and not self.prefill:
+            found.append("its prefill profile (the fleet has no prefill servers)")
         return (f"{self.epp.name}: without effect here: {'; '.join(found)}",) if found else ()
 
     def facts(self) -> Mapping[str, Any]:

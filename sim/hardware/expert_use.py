@@ -7,6 +7,7 @@ expert can be given, in the order of the experts.
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from statistics import NormalDist
 
@@ -49,7 +50,7 @@ def largest_of(ranks: int) -> float:
     mean: of so many normal numbers (Blom 1958), which are correlated by -1/(ranks - 1)."""
     if ranks == 1:
         return 0.0
-    return NormalDist().inv_cdf((ranks - 0.375) / (ranks + 0.25)) * (ranks / (ranks - 1)) ** 0.5
+    return NormalDist().inv_cdf((ranks - 0.375) / (ranks + 0.25)) * math.sqrt(ranks / (ranks - 1))
 
 
 def fullest_rank(
@@ -114,5 +115,5 @@ def most_touched(experts: int, ranks: int, share: float) -> float:
     """Experts that are touched on the rank with most of them, in expectation, where each of ``experts`` is
     with probability ``share``."""
     held = experts / ranks
-    spread = (held * share * (1.0 - share)) ** 0.5 * largest_of(ranks) * (1 - 1 / ranks) ** 0.5
+    spread = math.sqrt(held * share * (1.0 - share) * (1 - 1 / ranks)) * largest_of(ranks)
     return min(held, held * share + spread)

@@ -84,7 +84,7 @@ class Mixer:
         index_heads, index_dim, index_topk: of the indexer, and how many tokens it lets a query attend to.
         conv: kernel of the convolution before a state. state_bytes: of a number of the state where the model
             says it.
-        extra: the matrices of a kind that its sizes do not say. other_weights: small ones of one layer,
+        extra: matrices that its sizes do not say. other_weights: small ones of one layer,
             beyond those that its sizes and a ``ModelShape`` say.
     """
 
@@ -188,9 +188,10 @@ class Mixer:
                     joined=True,
                 ),
                 Linear("self_attn.o_proj", values, hidden, "in"),
+                *self.extra,
             )
         if self.kind in ("mla", "sparse_mla"):
-            return self._latent(hidden)
+            return (*self._latent(hidden), *self.extra)
         if self.kind == "mamba2":
             return (
                 Linear("mixer.in_proj", hidden, 2 * values + 2 * keys + heads, "out"),

@@ -10,9 +10,11 @@ memory", "GPU KV cache size") can be given instead.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NoReturn
 
+from servecast.sim.engine.cache_layers import CacheLayer
 from servecast.sim.engine.config import EngineConfig
 from servecast.sim.engine.kv_groups import (
     CacheOptions,
@@ -26,6 +28,7 @@ from servecast.sim.engine.kv_groups import (
     specs,
     tells,
 )
+from servecast.sim.hardware.drafter import Drafter
 from servecast.sim.hardware.profile_run import (
     CompileCache,
     Estimate,
@@ -148,6 +151,7 @@ def kv_memory(
     compile_cache: CompileCache = "warm",
     kv_cache_memory_bytes: int | None = None,
     num_gpu_blocks_override: int | None = None,
+    drafter: Drafter | None = None,
 ) -> KVMemory:
     """The KV pool under vLLM's flags. The last two replace the pool's bytes, or its blocks.
 
@@ -156,7 +160,8 @@ def kv_memory(
 
     Args:
         version: of vLLM. config: its flags, the number of blocks not known yet.
-        cache: what decides about KV cache groups; None: vLLM's defaults.
+        cache: what decides about KV cache groups; None: vLLM's defaults. drafter: whose weights and KV share
+            the memory; its activations are taken to fit where the target's were.
         fit_max_model_len: lower ``max_model_len`` to what the pool holds, as ``--max-model-len auto`` asks.
 
     Raises:
@@ -181,14 +186,17 @@ def kv_memory(
         raise InputError(
             f"{share} is not a share", where="gpu_memory_utilization", fix="Use a number in (0, 1]."
         )
-    weights = shard.weight_bytes
+    drafts = 0 if drafter is None else drafter.weight_bytes(shard)
+    more_layers = () if drafter is None else drafter.cache_layers(shard)
+    weights = shard.weight_bytes + drafts
     if weights >= gpu.memory_bytes:
         raise InputError(
             f"{weights / _GIB:.1f} GiB of weights, but one {gpu.name} has {gpu.memory_bytes / _GIB:.1f} GiB",
             where="gpu",
             fix="Use a larger GPU, more tensor_parallel_size, or quantised weights.",
         )
-    groups = _groups(shard, cache, config.max_model_len)
+    layers = (*shard.model.cache_layers, *more_layers)
+    groups = _groups(layers, cache, config.max_model_len)
     bytes_per_block, block_size = block_bytes(groups), min(group.spec.block_size for group in groups)
     requested = math.ceil(gpu.memory_bytes * share)
     lines = [
@@ -198,7 +206,8 @@ def kv_memory(
             "computed",
             f"{share:g} of {gpu.memory_bytes / _GIB:.2f} GiB ({gpu.memory_source})",
         ),
-        MemoryLine("weights", -weights, "computed", _weights_note(shard)),
+        MemoryLine("weights", drafts - weights, "computed", _weights_note(shard)),
+        *([MemoryLine("drafter", -drafts, "computed", "weights of its own")] if drafts else []),
         _line("rotary table", rotary_table(shard), "computed"),
         _line("not from torch", outside_torch(shard, version=version)),
         _line(
@@ -237,22 +246,9 @@ def kv_memory(
             blocks - 1, longest, lambda tokens: blocks_per_sequence(groups, tokens, in_flight)
         )
         longest = max(block_size, fitting)
-        groups = _groups(shard, cache, longest)
+        groups = _groups(layers, cache, longest)
     sequence_blocks = blocks_per_sequence(groups, longest, in_flight)
-    held = max(0, blocks - 1) * longest // sequence_blocks if tells(groups) else (blocks - 1) * block_size
-    needed = 1 + sequence_blocks  # one sequence, and the null block
-    warning = None
-    if blocks < needed:
-        account = ", ".join(f"{line.name} {line.bytes / _GIB:+.2f} GiB" for line in lines if line.bytes)
-        if needed * bytes_per_block > available + slack:
-            _refuse(blocks, held, longest, account, given=kv_cache_memory_bytes is not None)
-        warning = (
-            f"the KV pool is estimated at {max(0, held):,} tokens, less than one sequence "
-            f"of max_model_len {longest:,}, for which vLLM would not start. The account may be up to "
-            f"{slack / _GIB:.2f} GiB too careful, so the sequence is taken to fit: {account}"
-        )
-        blocks = needed
-    return KVMemory(
+    memory = KVMemory(
         num_gpu_blocks=blocks,
         block_size=block_size,
         bytes_per_block=bytes_per_block,
@@ -261,8 +257,19 @@ def kv_memory(
         lines=tuple(lines),
         sequence_blocks=sequence_blocks,
         groups=groups,
-        warning=warning,
     )
+    needed = 1 + sequence_blocks  # one sequence, and the null block
+    if blocks < needed:
+        account = ", ".join(f"{line.name} {line.bytes / _GIB:+.2f} GiB" for line in lines if line.bytes)
+        if needed * bytes_per_block > available + slack:
+            _refuse(memory, account, given=kv_cache_memory_bytes is not None)
+        warning = (
+            f"the KV pool is estimated at {max(0, memory.kv_tokens):,} tokens, less than one sequence "
+            f"of max_model_len {longest:,}, for which vLLM would not start. The account may be up to "
+            f"{slack / _GIB:.2f} GiB too careful, so the sequence is taken to fit: {account}"
+        )
+        return replace(memory, num_gpu_blocks=needed, warning=warning)
+    return memory
 
 
 def _weights_note(shard: Shard) -> str:
@@ -272,17 +279,18 @@ def _weights_note(shard: Shard) -> str:
     return f"{shard.model.parameters / 1e9:.3f} B parameters"
 
 
-def _groups(shard: Shard, cache: CacheOptions, max_model_len: int) -> tuple[KVGroup, ...]:
-    cache = replace(cache, max_model_len=max_model_len)
-    return groups_of(specs(shard.model.cache_layers, cache), cache.release, hybrid=cache.hybrid)
+def _groups(layers: Sequence[CacheLayer], cache: CacheOptions, longest: int) -> tuple[KVGroup, ...]:
+    cache = replace(cache, max_model_len=longest)
+    return groups_of(specs(layers, cache), cache.release, hybrid=cache.hybrid)
 
 
 def _line(name: str, found: Estimate, origin: Origin = "assumed") -> MemoryLine:
     return MemoryLine(name, -found.bytes, origin, found.note, found.more, found.less)
 
 
-def _refuse(blocks: int, held: int, longest: int, account: str, *, given: bool) -> NoReturn:
+def _refuse(memory: KVMemory, account: str, *, given: bool) -> NoReturn:
     """Say that no sequence fits, not even with all that the account leaves open; ``given``: by the user."""
+    blocks = memory.num_gpu_blocks
     if blocks < 2 and given:
         raise InputError(
             "no memory is left for KV blocks", where="kv_cache_memory_bytes", fix="Raise it, or leave it out."
@@ -294,7 +302,7 @@ def _refuse(blocks: int, held: int, longest: int, account: str, *, given: bool) 
             fix="Raise it, lower max_num_seqs or max_num_batched_tokens, or use a larger GPU.",
         )
     raise InputError(
-        f"the KV pool holds {held} tokens, a sequence up to {longest}: {account}",
+        f"the KV pool holds {memory.kv_tokens} tokens, a sequence up to {memory.max_model_len}: {account}",
         where="max_model_len",
         fix="Lower max_model_len (auto fits it to the pool), or give the KV cache more memory "
         "(gpu_memory_utilization).",

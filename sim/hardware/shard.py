@@ -146,10 +146,23 @@ class Shard:
         """Where the routed experts lie."""
         return self.experts or ExpertRanks(self.tensor_parallel_size)
 
-    def padded(self, tokens: int) -> int:
-        """The tokens that a step of so many computes: the next CUDA-graph size while there is one."""
-        at = bisect_left(self.cudagraph_sizes, tokens)
-        return self.cudagraph_sizes[at] if at < len(self.cudagraph_sizes) else tokens
+    def padded(self, tokens: int, requests: int = 0) -> int:
+        """The tokens that a step of so many computes: the next CUDA-graph size while there is one. With
+        ``requests``, that each have as many of them, the next graph of such a batch, whose sizes are the
+        others rounded up to multiples of what a request has (cudagraph_utils.py, V1: compilation.py)."""
+        sizes = self.cudagraph_sizes
+        if requests and sizes and tokens % requests == 0:
+            each = tokens // requests
+            at = bisect_left(sizes, tokens - each + 1)
+            for size in sizes[at:]:
+                rounded = -(-size // each) * each
+                if rounded > sizes[-1]:
+                    break
+                if rounded >= tokens:
+                    return rounded
+            return tokens
+        at = bisect_left(sizes, tokens)
+        return sizes[at] if at < len(sizes) else tokens
 
     # -- weights -----------------------------------------------------------------------------------
 
@@ -401,19 +414,29 @@ def cudagraph_capture_sizes(
     version: str,
     capability: tuple[int, int],
     max_capture_size: int | None = None,
+    drafts: tuple[int, ...] = (0,),
 ) -> tuple[int, ...]:
     """Token counts that vLLM captures CUDA graphs for, rising: 1, 2, 4, then by 8 to 248, then by 16.
 
-    They end at ``max_capture_size`` (``--max-cudagraph-capture-size``), by default 2 max_num_seqs and at most
-    512 (from 0.28 on 1,024 on compute capability 10), and at the token budget. The budget itself, and from
-    0.29 on max_num_seqs, are added if they are not beyond that end.
+    They end at ``max_capture_size`` (``--max-cudagraph-capture-size``), by default twice the tokens of
+    max_num_seqs requests and at most 512 (from 0.28 on 1,024 on compute capability 10), and at the token
+    budget. The budget itself, and from 0.29 on what max_num_seqs requests compute, are added if they are not
+    beyond that end. ``drafts``: that a decoding request has, all that there may be: from 0.29 on, the same
+    numbers of requests times 1 + drafts are added, before, all are rounded up to multiples of that.
     """
-    since = release(version)
-    usual = min(2 * max_num_seqs, 1024 if since >= (0, 28) and capability[0] == 10 else 512)
+    since, most = release(version), 1024 if release(version) >= (0, 28) and capability[0] == 10 else 512
+    each = 1 + max(drafts)
+    usual = min(2 * max_num_seqs * each, most)
     limit = min(usual if max_capture_size is None else max_capture_size, max_num_batched_tokens)
     sizes = {1, 2, 4, *range(8, 256, 8), *range(256, limit + 1, 16), max_num_batched_tokens}
-    if since >= (0, 29):
+    if since < (0, 29):
+        sizes = {-(-size // each) * each for size in sizes if size <= limit}
+    elif each == 1:
         sizes.add(max_num_seqs)
+    elif max_capture_size is None:
+        reached = min(max_num_seqs, most)
+        requests = {1, 2, 4, *range(8, min(reached + 1, 256), 8), *range(256, reached + 1, 16), reached}
+        sizes |= {count * (1 + more) for count in requests if count <= reached for more in drafts}
     return tuple(sorted(size for size in sizes if size <= limit))
 
 

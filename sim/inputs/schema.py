@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
+import inspect
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, cast
 
 from pydantic import (
     AfterValidator,
@@ -18,9 +21,27 @@ from pydantic import (
     ValidationInfo,
     model_validator,
 )
+from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic_core.core_schema import ModelSchema
 
 from servecast.sim.inputs.errors import InputError
+
+
+class _Described(GenerateJsonSchema):
+    """With what stands under a field as its description, which takes long to find."""
+
+    def model_schema(self, schema: ModelSchema) -> dict[str, Any]:
+        found, model = super().model_schema(schema), schema["cls"]
+        for each in reversed(model.__mro__):
+            if issubclass(each, Model) and each is not Model:
+                tree = ast.parse(inspect.cleandoc("\n" + inspect.getsource(each)))
+                for pair in pairwise(cast(ast.ClassDef, tree.body[0]).body):
+                    match pair:
+                        case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(ast.Constant(str(text))):
+                            alias = model.model_fields[name].alias or name
+                            found["properties"][alias]["description"] = inspect.cleandoc(text)
+        return found
 
 
 class Model(BaseModel):
@@ -31,9 +52,13 @@ class Model(BaseModel):
         extra="forbid",
         frozen=True,
         allow_inf_nan=False,
-        use_attribute_docstrings=True,
+        defer_build=True,  # of those that a command asks for
         serialize_by_alias=True,
     )
+
+    @classmethod
+    def model_json_schema(cls, *args: Any, **options: Any) -> dict[str, Any]:
+        return super().model_json_schema(*args, **{"schema_generator": _Described, **options})
 
     @model_validator(mode="before")
     @classmethod

@@ -47,12 +47,14 @@ def fleet_load(run: Run) -> dict[str, Any]:
 
 
 def _leg(requests: pd.DataFrame, number: int, role: str) -> pd.DataFrame:
-    """What a server of a pool computed for which requests: those that it prefills alone, or decodes, where
-    what came from elsewhere is not computed."""
+    """What a server of a pool had to do for which requests: those that it prefills alone, or those that it
+    decodes, of which it computes nothing that came from elsewhere."""
     if role == "prefill":
-        own = requests[(requests["prefill_replica"] == number).fillna(False)]
-        return own.assign(cached_tokens=own["prefill_cached_tokens"].clip(lower=0).astype("Int64"))
-    return requests[requests["replica"] == number]
+        return requests[(requests["prefill_replica"] == number).fillna(False)]
+    own = requests[requests["replica"] == number]
+    return own.assign(
+        cached_tokens=own["cached_tokens"].where(own["prefill_replica"].isna(), own["prompt_tokens"])
+    )
 
 
 def rank_load(run: Run) -> list[dict[str, Any]]:
@@ -61,10 +63,11 @@ def rank_load(run: Run) -> list[dict[str, Any]]:
     if "rank" not in requests:
         return []
     span, found = float(requests["finish"].max() - requests["sent"].min()), []
-    for (replica, rank), part in requests.groupby(["replica", "rank"]):
+    for _, part in requests.groupby(["replica", "rank"]):
+        replica, rank = int(part["replica"].iloc[0]), int(part["rank"].iloc[0])
         own = steps[(steps["replica"] == replica) & (steps["rank"] == rank)]
-        row = _replica(int(replica), part, own, span)
-        found.append(known_or_none({"replica": row.pop("replica"), "rank": int(rank)} | row))
+        row = _replica(replica, part, own, span)
+        found.append(known_or_none({"replica": row.pop("replica"), "rank": rank} | row))
     return found
 
 
@@ -78,7 +81,7 @@ def _replica(number: int, requests: pd.DataFrame, steps: pd.DataFrame, span: flo
         "failed": int((requests["status"] == "failed").sum()),
         "prefix_cache_hit_rate": prefix_hit_rate(requests),
         "uncached_tokens_per_s": uncached / span,
-        "computed_tokens": int(steps["prefill_tokens"].sum() + steps["decodes"].sum()),
+        "computed_tokens": int(steps[["prefill_tokens", "decodes", "drafts"]].to_numpy().sum()),
         "mean_num_running": float((steps["running"] * seconds).sum()) / span,
         "mean_num_waiting": float((steps["waiting"] * seconds).sum()) / span,
         "max_num_waiting": float(steps["waiting"].max()),

@@ -24,7 +24,7 @@ from servecast.sim.metrics.slo import Goodput
 Floats = NDArray[np.float64]
 PercentileLaw = Literal["linear", "exclusive"]
 
-_BLOCK = 1 << 16  # requests that are counted at a time, which bounds the memory that this takes
+_BLOCK = 1 << 15  # requests that are counted at a time, which bounds the memory that this takes
 _GAP_S = 1e-3  # between two steps of a busy engine, at most
 
 METRICS = {  # vLLM's keys, and the name and the header under which it prints them
@@ -113,7 +113,10 @@ def percentiles(
         data = np.sort(data)
     else:
         order = np.argsort(data, kind="stable")
-        data, ends = data[order], np.cumsum(np.asarray(weights)[order])
+        ends = np.asarray(weights)[order]
+        np.cumsum(ends, out=ends)  # in place: of long runs these columns are the most that is held at once
+        data = data[order]
+        del order
         n = round(float(ends[-1])) if n else 0
     if n == 0 or (n == 1 and law == "exclusive"):
         return [math.nan] * len(ranks)
@@ -418,5 +421,15 @@ def vllm_bench_text(result: Mapping[str, Any]) -> str:
             rank = key.removeprefix("p").removesuffix(f"_{metric}_ms")
             if key == f"p{rank}_{metric}_ms":
                 line(f"P{rank} {name} (ms):", value)
+    if "spec_decode_num_drafts" in result:
+        lines.append(f"{'Speculative Decoding':-^50}")
+        line("Acceptance rate (%):", result["spec_decode_acceptance_rate"])
+        line("Acceptance length:", result["spec_decode_acceptance_length"])
+        line("Drafts:", result["spec_decode_num_drafts"], "<10")
+        line("Draft tokens:", result["spec_decode_draft_tokens"], "<10")
+        line("Accepted tokens:", result["spec_decode_accepted_tokens"], "<10")
+        lines.append("Per-position acceptance (%):")
+        for position, rate in enumerate(result["spec_decode_per_position_acceptance_rates"]):
+            line(f"  Position {position}:", 100 * rate)
     lines.append("=" * 50)
     return "\n".join(lines)

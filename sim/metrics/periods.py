@@ -18,13 +18,21 @@ from servecast.sim.metrics.slo import Goodput
 Lives = Sequence[tuple[float, float]]  # from when a replica is paid for, and until when, in seconds
 
 
+def split(run: Run, period_s: float, end_s: float = 0.0) -> list[Run]:
+    """Requests by the period in which they arrive, up to the last, or to the one that ends at ``end_s``."""
+    place = (run.requests["arrival"].to_numpy() // period_s).astype(int)
+    order, count = place.argsort(kind="stable"), math.ceil(end_s / period_s - 1e-9)
+    ends = np.searchsorted(place[order], np.arange(1, max(int(place.max(initial=0)) + 1, count)))
+    return [replace(run, requests=run.requests.iloc[rows]) for rows in np.split(order, ends)]
+
+
 def by_period(
-    run: Run, limits: Goodput | None, lives: Lives, period_s: float, *, end_s: float | None = None
+    run: Run, parts: Sequence[Run], limits: Goodput | None, lives: Lives, period_s: float
 ) -> pd.DataFrame:
-    """A row for each period of a run in which requests arrive, or replicas are there.
+    """A row for each period of a run.
 
     Args:
-        limits: of a good request. lives: of the replicas. end_s: of the last period that is asked for.
+        parts: of the periods, from ``split``. limits: of a good request. lives: of the replicas.
 
     Returns:
         start_s; requests that arrived and request_rate; prompt and output tokens a second of them;
@@ -32,9 +40,7 @@ def by_period(
         means over time, over all replicas; kv_usage: mean over time and replicas that are there; replicas:
         mean over time.
     """
-    requests = run.requests
-    place = (requests["arrival"].to_numpy() // period_s).astype(int)
-    count = max(int(place.max(initial=0)) + 1, math.ceil((end_s or 0.0) / period_s - 1e-9))
+    count = len(parts)
     edges = np.arange(count + 1, dtype=np.float64) * period_s
     there = sum((_overlap(edges, begin, end) for begin, end in lives), np.zeros(count))
     steps, seconds = run.steps, run.steps["duration"].to_numpy()
@@ -43,11 +49,8 @@ def by_period(
         name: np.bincount(of_step, steps[name].to_numpy(dtype=float) * seconds, count)[:count]
         for name in ("running", "waiting", "kv_usage")
     }
-    rows = []
-    for number in range(count):
-        part = requests[place == number]
-        rows.append({"start_s": edges[number], **_period(replace(run, requests=part), limits, period_s)})
-    table = pd.DataFrame(rows)
+    told = [_period(part, limits, period_s) for part in parts]
+    table = pd.DataFrame([{"start_s": start, **each} for start, each in zip(edges[:-1], told, strict=True)])
     for name in ("running", "waiting"):
         table[name] = means[name] / period_s
     with np.errstate(divide="ignore", invalid="ignore"):

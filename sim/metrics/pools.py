@@ -29,7 +29,7 @@ def _of_pool(run: Run, name: str, numbers: Sequence[int], limits: Limits) -> Evi
     requests = run.requests
     ttft = float((requests["first_token"] - requests["sent"]).mean())
     if not len(steps):
-        return Evidence(0.0, 0.0, 0.0, 0.0, 0.0, 1.0, {}, {}, name)
+        return Evidence(0.0, 0.0, 0.0, 0.0, 0.0, 1.0, (), limits, name)
     if name == "decode":
         steps = steps.assign(waiting=np.maximum(steps["waiting"].to_numpy() - loading(requests, steps), 0))
         front = pd.Series(0.0, index=requests.index)

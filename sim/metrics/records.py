@@ -68,7 +68,8 @@ class Run:
 
     requests: a row a request, columns as RequestRecord, times in seconds (NaN where missing).
     steps: a row an engine step, columns as STEP_COLUMNS. Empty where not known (live runs).
-    itl: inter-token gaps pooled over all requests: columns stage, gap (s), weight (how many tokens).
+    itl: gaps between the messages that bring tokens, pooled over all requests: columns stage, gap (s), weight
+    (how many); where drafts are accepted, a message brings several tokens.
     stages: names, in order. meta: provenance: scenario, seed, profile, engine version, assumptions, ...
     """
 

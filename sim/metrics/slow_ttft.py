@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from servecast.sim.metrics.binding import QUEUE_LIMITS, Limits
+from servecast.sim.metrics.binding import QUEUE_LIMITS, Limits, waited_for
 from servecast.sim.metrics.metrics import statistic
 from servecast.sim.metrics.records import Run, engines_of
 
@@ -79,7 +79,7 @@ def _parts(requests: pd.DataFrame, steps: pd.DataFrame, limits: Limits, cold_sta
     sent, queued, first = (requests[name].to_numpy(dtype=float) for name in ("sent", "queued", "first_token"))
     scheduled = np.minimum(requests["scheduled"].to_numpy(dtype=float), first)  # later if it was preempted
     waiting = scheduled - queued
-    limited = _limited(steps, limits)
+    limited = waited_for(steps, limits)
     knots = np.stack([start, end], axis=1).ravel()
     table = {}
     for name in QUEUE_LIMITS:
@@ -101,15 +101,6 @@ def _parts(requests: pd.DataFrame, steps: pd.DataFrame, limits: Limits, cold_sta
     table["tokens"] = tokens[np.minimum(done + 1, len(start))] - tokens[np.minimum(begun, len(start))]
     table["own"] = np.minimum(requests["prompt_tokens"].to_numpy(dtype=float) - cached, table["tokens"])
     return pd.DataFrame(table)
-
-
-def _limited(steps: pd.DataFrame, limits: Limits) -> np.ndarray[tuple[int], np.dtype[np.str_]]:
-    """What requests waited for in each step, "" where none waited."""
-    waits = steps["waiting"].to_numpy() > 0
-    full = waits & ((steps["running"].to_numpy() >= limits.max_num_seqs) | (limits.num_gpu_blocks is None))
-    scheduled = (steps["prefill_tokens"] + steps["decodes"]).to_numpy()
-    spent = waits & ~full & (scheduled >= limits.max_num_batched_tokens)
-    return np.select([full, spent, waits], list(QUEUE_LIMITS), default="")
 
 
 def largest(parts: Mapping[str, float]) -> str:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.metrics.confidence import mser5
@@ -65,15 +67,16 @@ def select(run: Run, *, stage: int | str | None = None, warmup: Warmup | None = 
         if starts and index + 1 < len(starts):
             end = float(starts[index + 1])
     if warmup is not None:
-        in_order = requests.sort_values("sent", kind="stable")
-        cut = _warmup_requests(in_order, warmup, start)
-        if cut >= len(in_order):
+        order = requests["sent"].to_numpy().argsort(kind="stable")
+        cut = _warmup_requests(requests, order, warmup, start)
+        if cut >= len(order):
             raise InputError(
-                f"the warm-up leaves none of {len(in_order)} requests",
+                f"the warm-up leaves none of {len(order)} requests",
                 where="warmup",
                 fix="Cut less, or run longer.",
             )
-        requests = in_order.iloc[cut:].sort_index()
+        order[cut:].sort()
+        requests = requests.iloc[order[cut:]]
         start = start + warmup.seconds if warmup.seconds is not None else float(requests["sent"].min())
     steps = run.steps
     if (stage is not None or warmup is not None) and len(steps):
@@ -97,14 +100,15 @@ def _stage_index(run: Run, stage: int | str) -> int:
     raise InputError(f"no stage {stage!r}", where="stage", fix=f"The run has {', '.join(run.stages)}.")
 
 
-def _warmup_requests(in_order: pd.DataFrame, warmup: Warmup, start: float) -> int:
-    """How many leading requests of a table in sending order are warm-up."""
+def _warmup_requests(requests: pd.DataFrame, order: NDArray[np.int64], warmup: Warmup, start: float) -> int:
+    """How many requests, the first in ``order``, are warm-up."""
     if warmup.seconds is not None:
-        return int((in_order["sent"] < start + warmup.seconds).sum())
+        return int((requests["sent"] < start + warmup.seconds).sum())
     if warmup.requests is not None:
         return warmup.requests
     if warmup.share is not None:
-        return int(warmup.share * len(in_order))
+        return int(warmup.share * len(order))
+    in_order = requests.iloc[order]
     done = latencies(in_order)
     cut = max(mser5(done["ttft"])[0], mser5(done["e2el"])[0])
     return int(in_order.index.get_indexer(done.index[cut : cut + 1])[0]) if cut else 0

@@ -21,6 +21,7 @@ _FIELDS = {
     "replicas": "fleet.replicas",
     "max_num_seqs": "engine.max_num_seqs",
     "max_num_batched_tokens": "engine.max_num_batched_tokens",
+    "kv_offloading_size": "engine.kv_offloading_size",
     "routers": "fleet.router",
     "prefill": "fleet.prefill.0.count",
     "prefill_tensor_parallel": "fleet.prefill.0.engine.tensor_parallel_size",
@@ -64,6 +65,7 @@ class Choices:
             expert_parallel: "on" and "off".
         replicas: replicas that are simulated together behind the router, and bought together.
         max_num_seqs, max_num_batched_tokens: values of the flags.
+        kv_offloading_size: GiB of host memory for KV cache of a replica; 0 is none.
         variants: of the model, for instance of another precision: names to model configs (a shipped one's
             name, or the path of a config.json), or to changes of the scenario by dotted field paths.
         routers: policies by name, or files of an EndpointPickerConfig.
@@ -79,6 +81,7 @@ class Choices:
     replicas: int | Sequence[int] = ()
     max_num_seqs: int | Sequence[int] = ()
     max_num_batched_tokens: int | Sequence[int] = ()
+    kv_offloading_size: int | Sequence[int] = ()
     variants: Mapping[str, str | Mapping[str, Any]] | None = None
     routers: str | Sequence[str] = ()
     prefill: int | Sequence[int] = ()
@@ -132,7 +135,8 @@ class Choices:
                 )
             axis = [(name, each, {_FIELDS[kind]: each == "on"}) for each in chosen]
         else:
-            axis = [(name, each, {_FIELDS[kind]: each}) for each in chosen]
+            size = kind == "kv_offloading_size"
+            axis = [(name, each, {_FIELDS[kind]: (float(each) or None) if size else each}) for each in chosen]
         counts = Counter(str(value).casefold() for _, value, _ in axis)
         for _, value, _ in axis:
             if counts[str(value).casefold()] > 1:

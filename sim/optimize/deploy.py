@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from servecast.sim.inputs.schema import Model
 from servecast.sim.scenario.deployment import Deployment
 from servecast.sim.scenario.engine_flags import EngineFlags
 from servecast.sim.scenario.scenario import Scenario
@@ -98,8 +99,7 @@ class _Servers:
         self.of_chart = {
             "create": True,
             "replicas": count,
-            "parallelism": {"tensor": ranks}
-            | ({} if alone else {"data": engine.data_parallel_size}),
+            "parallelism": {"tensor": ranks} | ({} if alone else {"data": engine.data_parallel_size}),
             "containers": [
                 {
                     "name": "vllm",
@@ -161,7 +161,8 @@ def _flags(scenario: Scenario, without: tuple[str, ...] = ()) -> list[str]:
         if isinstance(value, bool):
             words.append(flag if value else flag.replace("--", "--no-", 1))
         else:
-            words += [flag, json.dumps(value) if isinstance(value, dict) else str(value)]
+            given = value.model_dump(exclude_unset=True) if isinstance(value, Model) else value
+            words += [flag, json.dumps(given) if isinstance(given, dict) else str(given)]
     return words
 
 

@@ -245,7 +245,8 @@ def optimize(
         effort: how surely and closely to plan.
         workers: where simulations run.
         choices: what to choose from, as in `Choices`: gpus, tensor_parallel, pipeline_parallel,
-            data_parallel, expert_parallel, replicas, max_num_seqs, max_num_batched_tokens, variants, routers.
+            data_parallel, expert_parallel, replicas, max_num_seqs, max_num_batched_tokens,
+            kv_offloading_size, variants, routers.
 
     Raises:
         InputError: a choice is not known or comes twice, a GPU has no price, or a value is out of range.

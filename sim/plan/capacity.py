@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from joblib import Parallel
@@ -17,6 +16,7 @@ from servecast.sim.plan.boundaries import Boundaries, Found, PlanState, Progress
 from servecast.sim.plan.effort import Effort
 from servecast.sim.plan.judge import Objectives
 from servecast.sim.plan.prober import WARMUP_SHARE, WINDOW_IN_E2E, Probe, ProbedRate, Prober
+from servecast.sim.report.text import plain
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,8 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, missing ones as None."""
-        result = asdict(self)
+        result = asdict(replace(self, probes=()))
+        result["probes"] = [each.to_json() for each in self.probes]
         binding = result.pop("binding")
         objectives = result.pop("objectives")
         result["objectives"] = {
@@ -65,8 +66,8 @@ class Plan:
             "attainment": objectives["attainment"],
         }
         result["binding_limit"], result["binding_evidence"] = binding["limit"], list(binding["reasons"])
-        plain: dict[str, Any] = _plain(result)
-        return plain
+        found: dict[str, Any] = plain(result)
+        return found
 
 
 BURST = 400  # requests sent at once, to see roughly what can be served
@@ -130,7 +131,7 @@ def plan(
         max_request_rate=rate,
         interval=(rate, fail.rate if fail else None),
         knee=open_loop_knee([probe.rate for probe in probes], [probe.saturated for probe in probes]),
-        binding=_binding(fail or miss, limits),
+        binding=_binding(fail or miss),
         probes=probes,
         objectives=objectives,
         confidence=effort.confidence,
@@ -141,15 +142,15 @@ def plan(
     )
 
 
-def _binding(miss: ProbedRate | None, limits: Limits | None) -> Binding:
+def _binding(miss: ProbedRate | None) -> Binding:
     """Read at the smallest rate that fails, next to the answer."""
     if miss is None:
         return Binding("none", ("every rate that was tried passes",))
-    if limits is None or miss.evidence is None:
+    if miss.evidence is None:
         return Binding("unknown", ("the limits of the engine were not given, or its steps not recorded",))
     missed = [verdict.objective for verdict in miss.verdicts if verdict.state != "pass"]
     token_times = not miss.saturated and all(name.startswith(("tpot", "itl")) for name in missed)
-    return binding_limit(miss.evidence, limits, only_token_times=token_times)
+    return binding_limit(miss.evidence, only_token_times=token_times)
 
 
 def _notes(found: Found, tolerance: float) -> tuple[str, ...]:
@@ -165,12 +166,3 @@ def _notes(found: Found, tolerance: float) -> tuple[str, ...]:
         if window < WINDOW_IN_E2E / 2:
             notes.append(f"a replication at the answer counts only {window:.1f} end-to-end latencies")
     return tuple(notes)
-
-
-def _plain(value: Any) -> Any:
-    """Containers to lists and dicts, NaN and infinity to None."""
-    if isinstance(value, Mapping):
-        return {key: _plain(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

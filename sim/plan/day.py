@@ -3,7 +3,6 @@ makes of it."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +16,14 @@ from matplotlib.figure import Figure
 from servecast.sim.engine.request import Requests, Stage, Stream
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.metrics.metrics import good_requests, percentiles, samples
-from servecast.sim.metrics.periods import by_period
+from servecast.sim.metrics.periods import by_period, split
 from servecast.sim.metrics.records import Run
 from servecast.sim.metrics.slo import SLO, Goodput
 from servecast.sim.plan.judge import ATTAINMENT, Objectives, observed
 from servecast.sim.report.answer import Answer
 from servecast.sim.report.drawing import SERIES, drawing, drawn
 from servecast.sim.report.page import Plot, write_plain_page
-from servecast.sim.report.text import table
+from servecast.sim.report.text import plain, table
 from servecast.sim.run.results import context
 from servecast.sim.run.simulate import simulate
 from servecast.sim.scenario.deployment import Deployment
@@ -101,10 +100,10 @@ class Day(Answer):
                 hours = hours.assign(needed=pd.Series(self.sizes, dtype=object))
             columns = _COLUMNS | ({"needed": "needed"} if self.sizes is not None else {})
             told = [row | {"from": _clock(row["start_s"])} for row in hours.to_dict("records")]
-            rows = [[_plain(row[key]) for key in columns.values()] for row in told]
+            rows = [[plain(row[key]) for key in columns.values()] for row in told]
             parts.append(table(list(columns), rows, title=fleet.name) + "\n")
         names = list(self.fleets[0].totals)
-        rows = [[fleet.name, *(_plain(fleet.totals[name]) for name in names)] for fleet in self.fleets]
+        rows = [[fleet.name, *(plain(fleet.totals[name]) for name in names)] for fleet in self.fleets]
         parts.append(table(["fleet", *(name.replace("_", " ") for name in names)], rows))
         parts.append(f"good: {self.objectives}")
         return "\n".join([*parts, *(f"note: {note}" for note in self.document["notes"])])
@@ -268,12 +267,8 @@ def _of_run(
     """A fleet's day, from the run of all of it."""
     end_s = (int(run.requests["arrival"].max() // period_s) + 1) * period_s
     lives = _lives(run, end_s)
-    hours = by_period(run, limits, lives, period_s, end_s=end_s)
-    place = (run.requests["arrival"].to_numpy() // period_s).astype(int)
-    met = [
-        _met(Run(run.requests[place == number], run.steps, run.itl, run.stages, run.meta), objectives)
-        for number in range(len(hours))
-    ]
+    parts = split(run, period_s, end_s)
+    hours, met = by_period(run, parts, limits, lives, period_s), [_met(each, objectives) for each in parts]
     changes: dict[float, int] = {}
     for life in run.meta["lives"]:
         changes[life.ordered_s] = changes.get(life.ordered_s, 0) + 1
@@ -364,7 +359,7 @@ def _of_samples(
         part = _counted(simulate(deployment, stages=sample))
         met.append(_met(part, objectives))
         lives = [(0.0, sample_s)] * own.fleet.size
-        row = by_period(part, limits, lives, sample_s, end_s=sample_s).iloc[:1]
+        row = by_period(part, split(part, sample_s), limits, lives, sample_s).iloc[:1]
         rate = sum(len(stream.requests) for stream in sample[0].streams) / sample_s
         hours.append(row.assign(start_s=number * period_s, request_rate=rate))
         parts.append(part.requests)
@@ -412,7 +407,3 @@ def _clock(seconds: float) -> str:
     """Hours and minutes, and seconds where it is not whole minutes."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}" + (f":{rest:02d}" if rest else "")
-
-
-def _plain(value: Any) -> Any:
-    return None if value is None or (isinstance(value, float) and math.isnan(value)) else value

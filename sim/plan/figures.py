@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -94,6 +95,22 @@ def throughput_by_concurrency(sweep: Sequence[SweepPoint], knee: int | None) -> 
         ax.set_xlabel("concurrency")
         ax.set_ylabel("output tokens/s")
         return finish("Output throughput against concurrency")
+
+
+def loading(prompts: Sequence[Mapping[str, Any]]) -> str:
+    """Seconds that loading the KV cache of a prompt takes, and computing it, against its length."""
+    tokens = [each["tokens"] for each in prompts]
+    with drawing(1, "loading") as ((ax,), finish):
+        ax.plot(tokens, [1e3 * each["recompute_s"] for each in prompts], "o-", color=SECOND, label="compute")
+        ax.plot(tokens, [1e3 * each["load_s"] for each in prompts], "o-", color=FIRST, label="load")
+        ax.set_xscale("log", base=2)
+        ax.set_yscale("log")
+        ax.set_xticks(tokens, [f"{each:,}" for each in tokens])
+        ax.minorticks_off()
+        ax.legend(loc="upper left")
+        ax.set_xlabel("prompt tokens")
+        ax.set_ylabel("ms")
+        return finish("Loading a prompt's KV cache against computing it")
 
 
 def spoken(verdict: JudgedObjective) -> str:

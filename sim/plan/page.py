@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from servecast.sim.metrics.records import Run
 from servecast.sim.plan import closed_loop, figures
+from servecast.sim.plan.break_even import BreakEven, break_even_plot
 from servecast.sim.plan.capacity import Plan
 from servecast.sim.plan.closed_loop import SweepPoint
 from servecast.sim.report.page import Plot, figure_text, write_page
@@ -23,6 +25,8 @@ LIMITS = {  # a binding limit in words, and what moves it
     "host": ("Host time of a step", "A faster CPU, CUDA graphs, or a larger batch."),
     "front_end": ("Front end", "More API server processes, more CPU, or a lighter client."),
     "kv_blocks": ("KV cache blocks", "A higher gpu_memory_utilization, more memory, or a shorter context."),
+    "kv_loads": ("Loads of KV cache", "A faster link to what keeps it, or less that is loaded."),
+    "kv_link": ("The link to what keeps KV cache", "A faster one, or more replicas."),
     "max_num_seqs": ("max_num_seqs", "A higher max_num_seqs, as long as TPOT allows."),
     "token_budget": ("max_num_batched_tokens", "A higher max_num_batched_tokens, as long as ITL allows."),
     "none": ("Nothing found", "The search ended at its largest rate without a miss."),
@@ -64,12 +68,15 @@ def write_plan_page(
     context: PageContext,
     run: Run | None = None,
     sweep: Sequence[SweepPoint] = (),
+    loading: Mapping[str, Any] | None = None,
+    speculation: BreakEven | None = None,
 ) -> Path:
     """Writes the page of a plan and returns its path.
 
     run: one replication at (or next to) the answer, for the plots over time and the token gaps.
-    sweep: a closed-loop sweep, for throughput against concurrency. The file needs no network and is the
-    same, byte for byte, for the same input; it is written whole or not at all.
+    sweep: a closed-loop sweep, for throughput against concurrency. loading: what loading a prompt's KV
+    cache takes, and computing it (``loading_facts``). speculation: when it pays. The file needs no network
+    and is the same, byte for byte, for the same input; it is written whole or not at all.
     """
     plots = [
         Plot("Latency against request rate", figures.latency_by_rate(plan), _LATENCY.format(plan), wide=True)
@@ -80,12 +87,21 @@ def write_plan_page(
             "Warm-up included." if rate is None else f"One run at {rate:.4g} requests/s, warm-up included."
         )
         plots.append(Plot("The engine over time", engine_over_time(run), caption, wide=True))
+    if speculation is not None:
+        caption = (
+            f"{speculation.sentence[0].upper()}{speculation.sentence[1:]}. Decodes alone, at a context of "
+        )
+        caption += f"{speculation.context:,} tokens; {speculation.acceptance}."
+        plots.append(Plot("When speculation pays", break_even_plot(speculation), caption, wide=True))
     plots.append(Plot("Throughput against request rate", figures.throughput_by_rate(plan)))
     if sweep:
         plots.append(_sweep_plot(sweep))
     if run is not None and len(run.itl):
         svg = itl_histogram(run)
         plots.append(Plot("Inter-token latency", svg, "Pooled over all tokens of one run at the answer."))
+    if loading is not None and loading["prompts"]:
+        caption = "Of one prompt, alone on the server: from host memory, as large copies, and chunk by chunk."
+        plots.append(Plot("Loading against computing", figures.loading(loading["prompts"]), caption))
     limit, remedy = LIMITS.get(plan.binding.limit, (plan.binding.limit, ""))
     return write_page(
         path,
@@ -98,6 +114,7 @@ def write_plan_page(
         context=context,
         plots=plots,
         objectives=_objectives(plan),
+        speculation=speculation,
     )
 
 

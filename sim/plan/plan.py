@@ -21,6 +21,7 @@ from servecast.sim.metrics.records import Run
 from servecast.sim.plan import capacity, closed_loop, fleet_size
 from servecast.sim.plan import sensitivity as assumed
 from servecast.sim.plan.boundaries import PlanState
+from servecast.sim.plan.break_even import BreakEven, break_even
 from servecast.sim.plan.effort import Effort
 from servecast.sim.plan.figures import draw_latency
 from servecast.sim.plan.judge import ATTAINMENT, Objectives
@@ -32,6 +33,7 @@ from servecast.sim.report.answer import Answer
 from servecast.sim.report.drawing import drawn
 from servecast.sim.report.progress import progress_bar
 from servecast.sim.report.text import cell_text, counted, table
+from servecast.sim.run.loading import loading_text
 from servecast.sim.run.results import cautions, context, engine_lines
 from servecast.sim.run.simulate import RateProbe
 from servecast.sim.scenario.scenario import Scenario
@@ -51,7 +53,7 @@ class PlanAnswer(Answer):
         prefix_slots: whether the shared prefixes fit, None without any.
         fleet_size: how many replicas serve the target rate, None unless asked.
         sensitivity: what the assumptions are worth, None unless asked.
-        traffic: that was planned for.
+        traffic: that was planned for. speculation: when it pays; None without any.
         unit: the replicas, GPUs and price of what was planned.
         target_rate: to serve, requests/s; None unless asked.
         margin: kept in hand for the error band of the largest rate, a share of the target rate.
@@ -70,6 +72,7 @@ class PlanAnswer(Answer):
     target_rate: float | None = None
     margin: float | None = None
     served_name: str = ""
+    speculation: BreakEven | None = None
 
     @property
     def max_request_rate(self) -> float | None:
@@ -158,6 +161,7 @@ class PlanAnswer(Answer):
         document["sensitivity"] = None if changes is None else [each.to_json() for each in changes]
         document["prefix_slots"] = None if slots is None else slots.to_json()
         document["fleet_size"] = None if size is None else size.to_json()
+        document |= {} if self.speculation is None else {"speculation": self.speculation.to_json()}
         document["target_rate"] = self.target_rate
         document["sizes"] = [each.to_json() for each in self.sizes]
         return document
@@ -175,12 +179,16 @@ class PlanAnswer(Answer):
         if self.prefix_slots is not None:
             lines.append(f"Prefix slots at {(found.best or found.probes[0]).rate:g} requests/s:")
             lines += [f"  {line}" for line in self.prefix_slots.to_text().splitlines()]
+        if self.speculation is not None:
+            lines.append(self.speculation.to_text())
         if self.sensitivity:
             lines += [_sensitivity_text(self.sensitivity), ""]
         basis, profile = self.provenance["basis"], self.provenance["profile"]
         lines.append(f"Rests on: {basis}; profile {profile}; seed {found.seed}")
         lines.append(f"Error bands: {self.bands.to_text()}")
         lines += engine_lines(self.context)
+        if "kv_offload" in self.context:
+            lines.append(loading_text(self.context["kv_offload"]["break_even"]))
         return "\n".join([*lines, *(f"note: {note}" for note in self.context["notes"])])
 
     def _size_lines(self) -> list[str]:
@@ -199,7 +207,13 @@ class PlanAnswer(Answer):
     def to_html(self, path: Path | str, *, date: str | None = None) -> Path:
         """Write the page of the plan, with its plots; see `Answer.to_html`. date: to put on it."""
         return write_plan_page(
-            path, self.found, context=self._page_context(date), run=self.run, sweep=self.levels
+            path,
+            self.found,
+            context=self._page_context(date),
+            run=self.run,
+            sweep=self.levels,
+            loading=self.context.get("kv_offload", {}).get("break_even"),
+            speculation=self.speculation,
         )
 
     def plot(self) -> Figure:
@@ -225,7 +239,7 @@ class PlanAnswer(Answer):
             question=f"How many requests a second can it serve at {objectives}?",
             subtitle=[
                 *([] if traffic is None else [f"Traffic: {traffic.to_text()}."]),
-                engine_lines(made)[-1],
+                *(engine_lines(made) if "pools" in made else engine_lines(made)[-1:]),
                 f"Scenario {made['scenario']}{'' if date is None else f', {date}'}.",
             ],
             facts=facts,
@@ -319,14 +333,21 @@ def plan(
         made["notes"] += [*found.notes, *cautions(deployment, run), *trace_notes(probed)]
         if target_rate is not None and found.best is not None:
             made["notes"].append("replicas assume that traffic is split evenly between them")
-        slots = prefix_slots(
-            scenario.open_loop().stages[0].streams[0],
-            run,
-            kv_tokens=deployment.config.num_gpu_blocks * deployment.config.block_size,
-            replicas=scenario.fleet.size,
+        slots = (
+            None
+            if scenario.fleet.prefill
+            else prefix_slots(
+                scenario.open_loop().stages[0].streams[0],
+                run,
+                kv_tokens=deployment.config.num_gpu_blocks * deployment.config.block_size,
+                replicas=scenario.fleet.size,
+            )
         )
         points = closed_loop.sweep_points(scenario)
         answer = PlanAnswer(found, made, run, points, slots, traffic=traffic, unit=unit)
+        if traffic is not None and deployment.speculating is not None:
+            middle = round(traffic.prompt_tokens + traffic.output_tokens / 2)
+            answer = replace(answer, speculation=break_even(deployment, middle))
         band = answer.bands.max_rate if margin is None else margin
         answer = replace(answer, target_rate=target_rate, margin=band, served_name=deployment.served_name)
         if size_fleet and target_rate is not None:

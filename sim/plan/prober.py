@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Protocol
 
 import numpy as np
 from joblib import Parallel, delayed
 
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.metrics.binding import Evidence, Limits, evidence
-from servecast.sim.metrics.metrics import latencies, series
+from servecast.sim.metrics.metrics import Floats, latency, series
 from servecast.sim.metrics.pools import pools_evidence
 from servecast.sim.metrics.records import Run
 from servecast.sim.metrics.saturation import saturation
@@ -89,6 +89,11 @@ class ProbedRate:
     num_requests: int
     evidence: Evidence | None
 
+    def to_json(self) -> dict[str, Any]:
+        """Values as they are."""
+        found = self.evidence
+        return asdict(replace(self, evidence=None)) | {"evidence": None if found is None else found.to_json()}
+
     @classmethod
     def of(
         cls, rate: float, num_requests: int, replications: Sequence[Replication], judgement: Judgement
@@ -154,21 +159,26 @@ def replicate(
                 where=f"--slo {slo}",
                 fix="Check that requests finish, and with more than one output token for tpot and itl.",
             )
-    requests, steps, took = run.requests, part.steps, latencies(part.requests)
-    end = float(requests["arrival"].max())
-    inside = requests[(requests["finish"] > start) & (requests["finish"] <= end)]
+    steps, finish, end = part.steps, run.requests["finish"].to_numpy(), float(run.requests["arrival"].max())
+    inside = run.requests["output_tokens"].to_numpy()[(finish > start) & (finish <= end)]
     known = len(steps) > 0
     return Replication(
         observed=seen,
-        e2e_s=float(took["e2el"].mean()),
-        tpot_s=float(took["tpot"].mean()),
-        output_throughput=float(inside["output_tokens"].sum()) / (end - start),
+        e2e_s=_mean(latency(part.requests, "e2el")),
+        tpot_s=_mean(latency(part.requests, "tpot")),
+        output_throughput=float(inside.sum()) / (end - start),
         kv_peak=float(steps["kv_usage"].max()) if known else math.nan,
         max_running=int(series(steps, "running").max()) if known else 0,
         max_waiting=int(series(steps, "waiting").max()) if known else 0,
         preemptions=int(part.requests["preemptions"].sum()),
         evidence=_evidence(part, limits) if limits is not None and known else None,
     )
+
+
+def _mean(values: Floats) -> float:
+    """Of those that are known, NaN where none is."""
+    known = len(values) - np.count_nonzero(np.isnan(values))
+    return float(np.nansum(values)) / known if known else math.nan
 
 
 def _evidence(part: Run, limits: Limits) -> Evidence:

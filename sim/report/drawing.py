@@ -81,6 +81,11 @@ def drawing(count: int, salt: str) -> Iterator[tuple[list[Axes], Callable[[str],
 def _svg(figure: Figure, salt: str, label: str) -> str:
     out = io.StringIO()
     with mpl.rc_context({**_STYLE, "svg.hashsalt": salt}):
+        layout = figure.get_layout_engine()
+        if layout is not None:  # once, and then out of the way of savefig, which would draw for it alone
+            figure.dpi = 72
+            layout.execute(figure)
+            figure.set_layout_engine("none")
         figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
     svg = out.getvalue()
     svg = svg[svg.index("<svg") :]

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]], *, title: str = "") -> str:
@@ -26,6 +30,17 @@ def aligned(rows: Sequence[Sequence[str]], right: Sequence[bool]) -> list[str]:
         )
         for row in rows
     ]
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON has it: lists, dicts, and Python's numbers; what is not finite is None."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(each) for each in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def counted(number: int, what: str) -> str:

@@ -29,24 +29,27 @@ class Scrape:
         first: time of the first scrape, picoseconds.
     """
 
-    __slots__ = ("_delay", "_first", "_interval", "_known", "_pending")
+    __slots__ = ("_delay", "_interval", "_known", "_newest", "_pending", "_taken")
 
     def __init__(self, interval: int, delay: int, first: int) -> None:
-        self._interval, self._delay, self._first = interval, delay, first
+        self._interval, self._delay = interval, delay
+        self._taken, self._newest = first, -1  # the scrape to come, and the one that has the newest gauges
         self._known = Gauges()
         self._pending: deque[tuple[int, Gauges]] = deque()  # (known from, what)
 
     def put(self, now: int, gauges: Gauges) -> int | None:
         """The server's gauges from now on. Times must not fall. Returns from when they are known, unless
         others would be known from then."""
-        taken = max(now, self._first)
-        if self._interval:
-            taken = self._first + -(-(taken - self._first) // self._interval) * self._interval
-        known_from, pending = taken + self._delay, self._pending
-        if pending and pending[-1][0] == known_from:
+        taken, pending = self._taken, self._pending
+        if now > taken:
+            interval = self._interval
+            taken = self._taken = now + (taken - now) % interval if interval else now
+        known_from = taken + self._delay
+        if taken == self._newest and pending:
             pending[-1] = (known_from, gauges)
             return None
         self.get(now)
+        self._newest = taken
         pending.append((known_from, gauges))
         return known_from
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence, Set
 
 from servecast.sim.engine.kv_events import BLOCKS_PER_CONTENT, BlockStored, KVEvent
 
-_REMEMBERED = 4096  # different prompts
+REMEMBERED = 4096  # different prompts
 
 
 def content_of(key: int) -> int:
@@ -138,10 +138,13 @@ class PreciseIndex:
         if last in self._found:
             version, contents, counts = self._found[last]
             changed = self._changed.get
-            if version == self._version or all(changed(each, 0) <= version for each in contents):
+            if version == self._version:
+                return counts
+            if all(changed(each, 0) <= version for each in contents):
+                self._found[last] = self._version, contents, counts
                 return counts
         counts = self._count(keys)
-        if len(self._found) >= _REMEMBERED:
+        if len(self._found) >= REMEMBERED:
             self._found.clear()
         self._found[last] = self._version, tuple(dict.fromkeys(map(content_of, keys))), counts
         return counts

@@ -11,7 +11,7 @@ from functools import lru_cache
 from servecast.sim.engine.kv_events import BLOCKS_PER_CONTENT
 from servecast.sim.engine.request import Request
 
-_REMEMBERED = 4096  # different prompts
+REMEMBERED = 4096  # different prompts
 
 
 class PromptBlocks:
@@ -31,7 +31,7 @@ class PromptBlocks:
         self, size: int, per_token: float = 1.0, limit: int | None = None, *, partial: bool = False
     ) -> None:
         self._size, self._per_token, self._limit, self._partial = size, per_token, limit, partial
-        self._shared = lru_cache(_REMEMBERED)(self._of_content)
+        self._shared = lru_cache(REMEMBERED)(self._of_content)
 
     def shared(self, request: Request) -> list[int]:
         """The blocks that another request may have, too. Not to be changed: it is remembered."""

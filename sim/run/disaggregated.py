@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from servecast.sim.engine.connector import Connector
+from servecast.sim.engine.connector import Connector, Role
 from servecast.sim.engine.kv_groups import MLA_KINDS, since
 from servecast.sim.engine.scheduler import Scheduler
 from servecast.sim.fleet.disaggregation import Link
@@ -23,7 +23,7 @@ from servecast.sim.routing.llmd.disaggregated import DisaggregatedPicker
 from servecast.sim.routing.pools import Pools, Splitting
 from servecast.sim.routing.routers import ROUTERS
 from servecast.sim.scenario.deployment import Deployment
-from servecast.sim.scenario.kv_transfer import KVTransfer, Role, kv_transfer
+from servecast.sim.scenario.kv_pull import PullSettings, pull_settings
 from servecast.sim.scenario.scenario import Scenario
 
 _HOST_COPY_S_PER_BYTE = 1 / 25e9  # assumed: PCIe 4 x16, each side one copy
@@ -94,11 +94,11 @@ class ServerPools:
             return "kv_both"
         return "kv_producer" if prefills else "kv_consumer"
 
-    def _transfer(self, index: int) -> KVTransfer:
+    def _transfer(self, index: int) -> PullSettings:
         own = self.deployments[index].scenario
         if own.engine.policy != "vllm":
             raise self._error(index, f"{own.engine.policy} has no KV connectors", "Use vLLM's engine.")
-        found = kv_transfer(own.engine.kv_transfer_config)
+        found = pull_settings(own.engine.kv_transfer)
         wrong = "kv_consumer" if self.roles[index] == "prefill" else "kv_producer"
         if found.role == wrong:
             raise self._error(
@@ -158,7 +158,7 @@ def kv_side(deployment: Deployment) -> KVSide:
 
 def link_of(scenario: Scenario, deployments: Sequence[Deployment]) -> Link:
     """The KV link of a fleet."""
-    storage = kv_transfer(deployments[0].scenario.engine.kv_transfer_config).way == "storage"
+    storage = pull_settings(deployments[0].scenario.engine.kv_transfer).way == "storage"
     given, where = scenario.fleet.kv_link, f"{scenario.source}: fleet.kv_link"
     if storage != (given.kind == "storage") and (storage or given.kind == "storage"):
         raise InputError(

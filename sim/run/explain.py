@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from servecast.sim.inputs.errors import InputError
+from servecast.sim.metrics.binding import sampled, step_shares
 from servecast.sim.metrics.metrics import statistic
 from servecast.sim.metrics.records import Run
 from servecast.sim.metrics.saturation import lasts, saturation
@@ -26,6 +27,7 @@ _WORDS = {
     "max_num_seqs": "in the queue while all sequence slots are taken (max_num_seqs)",
     "token_budget": "in the queue while a step's tokens are used up (max_num_batched_tokens)",
     "kv_blocks": "in the queue for KV blocks",
+    "kv_loads": "in the queue while KV cache is loaded",
     "cold_start": "until the engine's first step (cold start)",
     "running_step": "behind the step that ran when the request came",
     "prefill": "its own prefill, with what shares its steps",
@@ -143,7 +145,8 @@ def explain(
             where=scenario.source,
             fix="Lengthen the run, or look at its failures with servecast simulate.",
         )
-    notes = (*found.notes, *trace_notes(workload))
+    groups = ", ".join(deployment.memory.facts().get("groups", ()))
+    notes = (*([f"KV cache groups: {groups}"] if groups else ()), *found.notes, *trace_notes(workload))
     return Explanation(found.label, statistic, found.slow, found.cause, found.reasons, found.advice, notes)
 
 
@@ -163,7 +166,24 @@ def explain_run(
     held = slow.client_queue_s if _open_loop(part) else 0.0
     cause = "client_concurrency" if held > slow.ttft_s else largest(slow.parts)
     reasons, advice = _why(cause, slow, part, deployment)
+    if deployment.speculating is not None:
+        reasons.append(_drafts(part, deployment))
     return Explanation(label, statistic_name, slow, cause, tuple(reasons), tuple(advice))
+
+
+def _drafts(run: Run, deployment: Deployment) -> str:
+    """What speculation takes of the steps, and what it brings."""
+    assert deployment.speculating is not None
+    _, parts = step_shares(sampled(run.steps), deployment.limits)
+    drafting = parts.get("drafting", 0.0)
+    computed = run.steps[["prefill_tokens", "decodes", "drafts"]].sum()
+    decoding = computed["decodes"] + computed["drafts"]
+    counts = run.meta.get("spec_decode")
+    brings = f"{1 + counts.accepted / counts.drafts:.2f} tokens" if counts and counts.drafts else "no tokens"
+    return (
+        f"drafting ({deployment.speculating.config.method}) takes {drafting:.0%} of the steps' time; of what "
+        f"the rest computes, {decoding / computed.sum():.0%} verifies drafts, and brings {brings} a step"
+    )
 
 
 def _slowest(run: Run, name: str) -> str:
@@ -201,6 +221,10 @@ def _why(cause: str, slow: SlowTtft, run: Run, deployment: Deployment) -> tuple[
         "kv_blocks": [
             f"more KV blocks, now {config.num_gpu_blocks}: --gpu-memory-utilization, --kv-cache-dtype fp8, "
             "--tensor-parallel-size",
+        ],
+        "kv_loads": [
+            "a faster link (kv_offload), or no offloading: servecast simulate prints what a load takes, and "
+            "what computing it again does"
         ],
         "token_budget": [
             f"--max-num-batched-tokens, now {config.max_num_batched_tokens}, at the price of ITL"

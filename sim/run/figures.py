@@ -32,14 +32,28 @@ def draw_engine(run: Run, axes: Sequence[Axes]) -> None:
     queue.set_title("Requests in the engine")
     queue.legend(loc="upper left", ncols=2)
     queue.set_ylim(0, 1.25 * max(queue.get_ylim()[1], 1))
-    times, values = _thinned(series(run.steps, "kv_usage"))
-    cache.plot(times, 100 * values, color=FIRST, lw=1.2)
+    most = 0.0
+    for name, steps, color in _caches(run):
+        times, values = _thinned(series(steps, "kv_usage"))
+        cache.plot(times, 100 * values, color=color, lw=1.2, label=name)
+        most = max(most, float(values.max(initial=0.0)))
+    if "roles" in run.meta:
+        cache.legend(loc="upper left", ncols=2)
     cache.set_ylabel("% of KV blocks")
     cache.set_title("KV cache in use")
-    cache.set_ylim(0, min(100.0, max(1.0, 130 * float(values.max(initial=0.0)))))
+    cache.set_ylim(0, min(100.0, max(1.0, 130 * most)))
     for ax in (queue, cache):
         ax.set_xlabel("s")
         ax.set_xlim(left=0)
+
+
+def _caches(run: Run) -> list[tuple[str, pd.DataFrame, str]]:
+    """Steps and colour of all caches together, or of those of each pool."""
+    roles = run.meta.get("roles")
+    if roles is None:
+        return [("", run.steps, FIRST)]
+    of = run.steps["replica"].map(dict(enumerate(roles)))
+    return [(role, run.steps[of == role], color) for role, color in (("prefill", FIRST), ("decode", SECOND))]
 
 
 def itl_histogram(run: Run) -> str:

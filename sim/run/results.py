@@ -12,18 +12,21 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from servecast.sim.fleet.spec import Fleet
 from servecast.sim.inputs.errors import InputError, reason
 from servecast.sim.inputs.files import write_whole
 from servecast.sim.metrics.fleet_load import fleet_load, rank_load
+from servecast.sim.metrics.kv_offload import offload_summary
 from servecast.sim.metrics.metrics import latencies, summary
 from servecast.sim.metrics.records import Run
+from servecast.sim.metrics.spec_decode import draft_summary
 from servecast.sim.metrics.turns import session_summary
 from servecast.sim.metrics.warmup import Warmup, select
+from servecast.sim.report.text import facts_text, plain
 from servecast.sim.run.disaggregated import pools_facts, pools_lines
+from servecast.sim.run.loading import loading_facts, loading_text
 from servecast.sim.scenario.deployment import Deployment
 
 SCHEMA_VERSION = 1
@@ -45,7 +48,10 @@ _MEASURED = (  # besides what ends in _ms
     "max_num_waiting",
     "num_preemptions",
     "prefix_cache_hit_rate",
+    "spec_decode_acceptance_rate",
+    "spec_decode_acceptance_length",
 )
+_OFFLOADED = ("external_hit_rate", "kv_offload_load_bytes", "kv_offload_store_bytes")
 _FLAGS = (  # of the engine, that are printed as resolved
     "tensor_parallel_size",
     "max_model_len",
@@ -53,6 +59,7 @@ _FLAGS = (  # of the engine, that are printed as resolved
     "max_num_batched_tokens",
     "gpu_memory_utilization",
     "kv_cache_dtype",
+    "block_size",
 )
 _SWITCHES = ("enable_prefix_caching", "enable_chunked_prefill", "async_scheduling")
 _OTHERS = (  # by their fields
@@ -73,7 +80,14 @@ def context(deployment: Deployment, *, seed: int) -> dict[str, Any]:
     describes, before these changes.
     """
     scenario, config = deployment.scenario, asdict(deployment.config)
-    flags = scenario.engine
+    flags, drafts = scenario.engine, deployment.speculating
+    del config["speculation"]
+    speculation = {} if drafts is None else {"speculation": drafts.facts()}
+    unset = {"command", "assume_rules"} | ({"speculative_config"} if drafts is None else set())
+    offloaded = {}
+    if deployment.offloading is not None:
+        facts = deployment.offloading.facts()
+        offloaded["kv_offload"] = {**facts, "break_even": loading_facts(deployment)}
     return {
         "schema_version": SCHEMA_VERSION,
         "servecast_version": version("servecast"),
@@ -86,7 +100,7 @@ def context(deployment: Deployment, *, seed: int) -> dict[str, Any]:
         "model_id": deployment.model.name,
         "gpu": deployment.gpu.name,
         "engine": {
-            **flags.model_dump(mode="json", exclude={"command", "assume_rules"}),
+            **flags.model_dump(mode="json", exclude=unset),
             "rules": config.pop("version"),
             **config,
             "kv_cache_dtype": _kv_cache_dtype(deployment),
@@ -98,6 +112,8 @@ def context(deployment: Deployment, *, seed: int) -> dict[str, Any]:
         "error_band": deployment.error_band,
         "error_bands": asdict(deployment.bands),
         "kv_cache": deployment.memory.facts(),
+        **offloaded,
+        **speculation,
         "notes": list(deployment.notes),
     } | ({} if not scenario.fleet.prefill else {"pools": pools_facts(deployment)})
 
@@ -124,6 +140,8 @@ def engine_lines(document: Mapping[str, Any]) -> list[str]:
     flags += [f"--data-parallel-size {cores}"] * (cores > 1)
     flags += ["--enable-expert-parallel"] * bool(engine.get("enable_expert_parallel"))
     flags += [f"--{'' if engine[name] else 'no-'}{name.replace('_', '-')}" for name in _SWITCHES]
+    if engine["disable_hybrid_kv_cache_manager"]:
+        flags.append("--disable-hybrid-kv-cache-manager")
     if "pools" in document:
         return pools_lines(document["pools"])
     groups = [f"KV cache groups: {', '.join(kv['groups'])}"] if kv.get("groups") else []
@@ -133,6 +151,30 @@ def engine_lines(document: Mapping[str, Any]) -> list[str]:
             f"{dummies['waves']} waves ended"
         )
     return [f"GPU KV cache size: {size}{between}", *groups, f"Flags: {' '.join(flags)}"]
+
+
+def offload_text(offloaded: Mapping[str, Any]) -> str:
+    """What was found and moved, and when loading pays, of a result's ``kv_offload``."""
+    busy = {name.replace("_", " "): f"{share:.0%}" for name, share in offloaded["link_busy"].items()}
+    tokens = offloaded["loaded_tokens"]
+    facts = {
+        "connector": ", ".join(offloaded.get("connectors", [offloaded["kv_connector"]])),
+        "host memory, GiB a replica": offloaded["host_memory_bytes"] / (1 << 30),
+        "host link, GB/s a GPU": offloaded["host_gb_per_s"],
+        "prompt tokens found in the GPU": _share(offloaded["local_hit_rate"]),
+        "of the others, found elsewhere": _share(offloaded["external_hit_rate"]),
+        **{f"tokens loaded from {name}": count for name, count in tokens.items()},
+        "loaded, GB": offloaded["kv_offload_load_bytes"] / 1e9,
+        "stored, GB": offloaded["kv_offload_store_bytes"] / 1e9,
+        "chunks evicted": offloaded["evicted_chunks"],
+        "links busy": ", ".join(f"{name} {share}" for name, share in busy.items()),
+    }
+    text = facts_text("\nKV cache outside of the GPUs", facts)
+    return f"{text}\n{loading_text(offloaded['break_even'])}"
+
+
+def _share(value: float | None) -> str | None:
+    return None if value is None else f"{value:.1%}"
 
 
 def result(
@@ -161,12 +203,14 @@ def result(
     whole = run if several else select(run, warmup=warmup)
     document = context(deployment, seed=run.meta["seed"])
     document["notes"] += cautions(deployment, run)
-    document |= summary(whole, ranks=ranks, goodput=goodput)
+    document |= summary(whole, ranks=ranks, goodput=goodput) | draft_summary(run)
     failures: Mapping[str, int] = run.meta.get("failures", {})
     document["notes"] += [f"{count} requests failed: {why}" for why, count in failures.items()]
     if scenario.fleet.autoscaler is not None:
         started = f"{scenario.fleet.autoscaler.kind}: {len(run.meta['lives'])} replicas in all"
         document["notes"].append(f"{started}; servecast day tells when")
+    if "kv_offload" in run.meta and "kv_offload" in document:
+        document["kv_offload"] |= offload_summary(run.meta["kv_offload"])
     document["stages"] = []
     for index, name in enumerate(run.stages if several else ()):
         part = select(run, stage=index, warmup=warmup)
@@ -192,32 +236,42 @@ def result(
 def measured(part: Mapping[str, Any]) -> dict[str, float | None]:
     """The metrics among the keys of a result or of one of its stages."""
     found = {key: value for key, value in part.items() if key in _MEASURED or key.endswith("_ms")}
-    return found | {key: value for key, value in part.get("fleet_load", {}).items() if key != "replicas"}
+    found |= {key: value for key, value in part.get("kv_offload", {}).items() if key in _OFFLOADED}
+    of_fleet = part.get("fleet_load", {}).items()
+    return found | {key: value for key, value in of_fleet if key not in ("replicas", "pools")}
 
 
 def cautions(deployment: Deployment, run: Run) -> list[str]:
     """What a reader of a run should know, in words: what of it lies beyond the data of its profile's fit, and
     a risk that the GPU's memory does not suffice, and what its router could not do."""
     steps, requests = run.steps, run.requests
-    tokens = steps["prefill_tokens"] + steps["decodes"]
-    batch = steps["prefill_requests"] + steps["decodes"]
-    length = requests["prompt_tokens"] + requests["output_tokens"]
     beyond = deployment.profile.outside_ranges(
-        tokens=(float(tokens.min()), float(tokens.max())),
-        batch=(float(batch.min()), float(batch.max())),
-        context=(float(requests["prompt_tokens"].min()), float(length.max())),
+        tokens=_least_and_most(steps, "prefill_tokens", "decodes", "drafts"),
+        batch=_least_and_most(steps, "prefill_requests", "decodes"),
+        context=(
+            float(requests["prompt_tokens"].min()),
+            _least_and_most(requests, "prompt_tokens", "output_tokens")[1],
+        ),
     )
     risk = deployment.memory_risk(int(requests["prompt_tokens"].max()))
     routed = _routed(deployment.scenario.fleet, requests)
     return [text for text in (beyond, risk and risk.warning, *routed) if text]
 
 
+def _least_and_most(table: pd.DataFrame, column: str, *columns: str) -> tuple[float, float]:
+    """Of the sums of columns."""
+    total = table[column]
+    for name in columns:
+        total = total + table[name]
+    return float(total.min()), float(total.max())
+
+
 def _routed(fleet: Fleet, requests: pd.DataFrame) -> list[str]:
     """What a router could not do with these requests."""
     said: list[str] = []
-    replicas = requests["replica"].dropna().unique()
     if fleet.size < 2 or len(requests) < 2:
         return said
+    replicas = requests["replica"].dropna().unique()
     if fleet.asks_sessions and requests["group"].isna().all():
         said.append(f"{fleet.router_name}: no request has a session or group, so there is nothing to hold to")
     if len(replicas) == 1 and not fleet.prefill:
@@ -243,17 +297,7 @@ def _detailed(run: Run) -> dict[str, Any]:
 
 def to_text(document: Mapping[str, Any]) -> str:
     """A result as JSON; what is not finite is null."""
-    return json.dumps(_plain(document), indent=2, allow_nan=False) + "\n"
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return json.dumps(plain(document), indent=2, allow_nan=False) + "\n"
 
 
 def write_result(path: Path, document: Mapping[str, Any]) -> None:

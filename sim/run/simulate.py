@@ -13,16 +13,19 @@ from servecast.sim.fleet.client import Client
 from servecast.sim.fleet.fleet import NOT_READY, Fleet
 from servecast.sim.fleet.flow import Engines
 from servecast.sim.fleet.replica import Replica, lockstep
-from servecast.sim.fleet.scaling import Life, Scaling
+from servecast.sim.fleet.scaling import PaidLife, Scaling
 from servecast.sim.fleet.spec import ReplicaSpec
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.inputs.units import to_seconds
+from servecast.sim.metrics.kv_offload import busiest, offload_counters
 from servecast.sim.metrics.records import Run
+from servecast.sim.metrics.spec_decode import DraftCounts
 from servecast.sim.routing.llmd.config import read_epp
 from servecast.sim.routing.llmd.endpoint_picker import EndpointPicker
 from servecast.sim.routing.routers import ROUTERS, Router
 from servecast.sim.run.disaggregated import ServerPools
 from servecast.sim.scenario.deployment import Deployment
+from servecast.sim.scenario.kv_offload import Shared
 from servecast.sim.scenario.scenario import Scenario
 from servecast.sim.traffic.arrivals import ClosedLoop
 from servecast.sim.traffic.draw import CLOSED_LOOP_REQUESTS, check_requests, draw, with_request_rate
@@ -86,6 +89,7 @@ def _run(
     check_requests(stages, shortest, where=f"{scenario.source}: workload")
 
     count = len(specs)
+    shared = Shared()
     noise_streams, front_end_streams = noise.spawn(count), front_end.spawn(count)
     stepping: dict[int, Engines] = {}  # by replica, of cores in lockstep
 
@@ -106,8 +110,9 @@ def _run(
             stepping[index] = together
         made = Replica(
             index,
-            engine
-            or [its.scenario.server.engine(its.config) for _ in range(1 if cores is None else cores.local)],
+            [its.engine(index, shared) for _ in range(1 if cores is None else cores.local)]
+            if engine is None
+            else engine,
             its.step_time,
             its.profile.noise.factors(noise_streams[index]),
             its.step_time.roofline_seconds,
@@ -138,6 +143,7 @@ def _run(
         lives=[spec.life for spec in specs],
         detection_s=scenario.fleet.failure_detection_s,
         autoscaler=scenario.fleet.autoscaler,
+        apart=not any(each.offloading is not None and each.offloading.shares for each in deployments),
         disaggregation=None if pools is None else pools.disaggregation,
     )
     run = fleet.run(stages, condensed_s=condensed_s)
@@ -159,6 +165,17 @@ def _run(
         "lives": lives_of(fleet.scaling, specs),
         **load,
     }
+    counters = [
+        offload_counters(replica.engines[0], its.ranks, replica.now)
+        for replica in fleet.replicas
+        if (its := deployments[min(replica.index, count - 1)].offloading) is not None
+    ]
+    if counters:
+        run.meta |= {"kv_offload": counters, "kv_links": busiest(counters)}
+    if deployment.speculating is not None:
+        run.meta["spec_decode"] = DraftCounts.of(
+            [getattr(engine, "drafts", None) for replica in fleet.replicas for engine in replica.engines]
+        )
     together = {id(each): each.runner for each in stepping.values()}.values()
     if together:
         run.meta["dummy_steps"] = {
@@ -178,12 +195,12 @@ def _run(
     return run, fleet.ran_out
 
 
-def lives_of(scaling: Scaling | None, specs: Sequence[ReplicaSpec]) -> list[Life]:
+def lives_of(scaling: Scaling | None, specs: Sequence[ReplicaSpec]) -> list[PaidLife]:
     """When each replica of a run was there."""
     if scaling is not None:
         return scaling.lives
     return [
-        Life(
+        PaidLife(
             spec.start_s,
             spec.start_s,
             spec.drain_s if spec.fail_s is None else min(spec.fail_s, spec.drain_s or spec.fail_s),
@@ -242,6 +259,12 @@ def _endpoints(deployment: Deployment) -> tuple[list[ReplicaSpec], list[Deployme
         whole = spec.as_in_scenario and not scenario.fleet.prefill
         own = deployment if whole else Deployment.of(scenario.of_replica(spec))
         groups = own.endpoints
+        if own.offloading is not None and own.config.data_parallel is not None:
+            raise InputError(
+                "offloading by several engine cores of a server is not modelled",
+                where=f"{scenario.source}: engine.data_parallel_size",
+                fix="Leave it out, and give more replicas.",
+            )
         if scenario.fleet.prefill and own.config.data_parallel is not None:
             raise InputError(
                 "prefill and decode servers of several engine cores are not modelled",

@@ -19,7 +19,7 @@ from servecast.sim.report.answer import Answer
 from servecast.sim.report.drawing import drawn
 from servecast.sim.report.text import facts_text, table
 from servecast.sim.run.figures import draw_engine
-from servecast.sim.run.results import engine_lines, result
+from servecast.sim.run.results import engine_lines, offload_text, result
 from servecast.sim.run.simulate import simulate as run_of
 from servecast.sim.scenario.deployment import Deployment
 from servecast.sim.scenario.scenario import Scenario
@@ -101,6 +101,8 @@ class Simulation(Answer):
         parts = [_stages_text(result["stages"]) if result["stages"] else vllm_bench_text(result)]
         if "sessions" in result:
             parts.append(sessions_text(result["sessions"]))
+        if "link_busy" in result.get("kv_offload", {}):
+            parts.append(offload_text(result["kv_offload"]))
         if "fleet_load" in result:
             parts.append(replicas_text(result["fleet_load"]["replicas"]))
             parts += [pools_text(result["fleet_load"]["pools"])] if "pools" in result["fleet_load"] else []

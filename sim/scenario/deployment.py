@@ -8,10 +8,12 @@ from importlib.metadata import version
 from typing import Any
 
 from servecast.sim.engine.config import EngineConfig
+from servecast.sim.engine.engine import Engine
 from servecast.sim.engine.engine_loop import EngineLoop
 from servecast.sim.engine.group_rules import STATES_IN, WINDOWS_SINCE
 from servecast.sim.engine.kv_groups import since
 from servecast.sim.engine.pipeline_rules import decode_stride
+from servecast.sim.engine.scheduler import Scheduler
 from servecast.sim.fleet.spec import GpuSpec
 from servecast.sim.hardware.error_band import Bands, Transfer, transfer
 from servecast.sim.hardware.front_end_costs import FrontEndCosts
@@ -21,12 +23,16 @@ from servecast.sim.hardware.model_shape import ModelShape
 from servecast.sim.hardware.padded_memory import MemoryRisk
 from servecast.sim.hardware.profile import Profile, Provenance, build_step_time
 from servecast.sim.hardware.shard import Shard
-from servecast.sim.hardware.step_time.physical import StepTime
+from servecast.sim.hardware.step_time.physical import PhysicalStepTime, StepTime
+from servecast.sim.hardware.step_time.speculative import SpeculativeStepTime
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.metrics.binding import Limits
+from servecast.sim.routing.llmd.config import read_epp
 from servecast.sim.scenario.adapters import adapter_cache, check_traffic, grammars
 from servecast.sim.scenario.basis import Fitted, fitted_profiles, profile_of, why_typical
+from servecast.sim.scenario.kv_offload import Offloading, Shared, check_host_memory, offloading_of
 from servecast.sim.scenario.scenario import Scenario
+from servecast.sim.scenario.speculation import Speculating, speculating
 from servecast.sim.scenario.stages import note as stages_note
 from servecast.sim.scenario.stages import over_nodes
 from servecast.sim.scenario.vllm_flags import FLAG_BAND
@@ -41,7 +47,8 @@ class Deployment:
         memory: the account of the KV pool. config: the engine's flags, with all defaults filled in.
         profile: efficiencies, overheads and noise; from kernel timings, or typical, where the scenario names
             none.
-        step_time: how long a step takes.
+        step_time: how long a step takes. speculating: how it drafts; None if it does not.
+        offloading: what it keeps of its KV cache outside of the GPUs; None: nothing.
     """
 
     scenario: Scenario
@@ -50,6 +57,8 @@ class Deployment:
     config: EngineConfig
     profile: Profile
     step_time: StepTime
+    speculating: Speculating | None = None
+    offloading: Offloading | None = None
 
     @classmethod
     def of(cls, scenario: Scenario, profile: Profile | None = None) -> Deployment:
@@ -66,11 +75,19 @@ class Deployment:
             scenario = scenario.of_replica(scenario.fleet.decode[0])
         flags, server = scenario.engine, scenario.server
         check_traffic(flags, scenario.stages(), scenario.source)
+        _check_together(whole)
         model = _model(scenario)
         gpu = _gpu(scenario, experts=model.moe_layers > 0)
-        config = server.resolve(flags, gpu, model, where=f"{scenario.source}: engine")
+        drafts = speculating(scenario, model)
+        config = server.resolve(
+            flags,
+            gpu,
+            model,
+            where=f"{scenario.source}: engine",
+            speculation=None if drafts is None else drafts.config,
+        )
         shard = over_nodes(server.shard(flags, config, model, gpu), scenario.gpu)
-        memory = server.memory(flags, config, shard)
+        memory = server.memory(flags, config, shard, None if drafts is None else drafts.drafter)
         config = replace(
             config,
             num_gpu_blocks=memory.num_gpu_blocks,
@@ -78,14 +95,40 @@ class Deployment:
             block_size=memory.block_size,
             kv_groups=memory.kv_groups,
         )
+        where = scenario.source
         if shard.pipeline and config.kv_groups:
             raise InputError(
                 f"the KV cache groups of {model.name} over pipeline stages are not modelled",
-                where=f"{scenario.source}: engine.pipeline_parallel_size",
+                where=f"{where}: engine.pipeline_parallel_size",
                 fix="Use tensor_parallel_size.",
             )
+        cores = config.data_parallel
+        if cores is not None and cores.lockstep and _structured(scenario):
+            raise InputError(
+                "structured outputs with engine cores that step together are not modelled",
+                where=f"{where}: workload.structured_outputs",
+                fix="Use tensor_parallel_size.",
+            )
+        offloading = offloading_of(flags.kv_transfer, scenario.kv_offload, shard, memory, config, where=where)
+        if offloading is not None and scenario.fleet.prefill:
+            raise InputError(
+                f"{offloading.transfer.connector} on prefill and decode servers is not modelled",
+                where=f"{where}: engine.kv_transfer_config",
+                fix="Leave it out, or fleet.prefill.",
+            )
+        if offloading is not None:
+            check_host_memory(offloading, gpu, scenario.fleet.size, scenario.gpu.per_node, where=where)
         profile = _with_link(profile or profile_of(scenario, shard, config), scenario.gpu)
-        return cls(whole, shard, memory, config, profile, build_step_time(profile, shard))
+        step_time = build_step_time(profile, shard)
+        if drafts is not None:
+            step_time = _with_drafts(step_time, drafts, profile)
+        return cls(whole, shard, memory, config, profile, step_time, drafts, offloading)
+
+    def engine(self, replica: int, shared: Shared) -> Engine:
+        """A fresh engine. replica: its number. shared: what the replicas of a run have in common."""
+        if self.offloading is None:
+            return self.scenario.server.engine(self.config)
+        return Scheduler(self.config, self.offloading.connector(replica, shared))
 
     @property
     def model(self) -> ModelShape:
@@ -138,6 +181,9 @@ class Deployment:
             num_gpu_blocks=self.config.num_gpu_blocks if waits_for_blocks else None,
             bound_by=self.step_time.binding,
             parts=self.step_time.breakdown,
+            waits=self.config.data_parallel is not None and self.config.data_parallel.lockstep,
+            loads=self.offloading is not None,
+            draft_length=None if self.speculating is None else self.speculating.length,
             stride=decode_stride(self.config)[0],
         )
 
@@ -161,9 +207,9 @@ class Deployment:
         """Relative error bands by metric. That of the KV pool is what its account leaves open; of a server
         other than vLLM it is not known."""
         flags, memory = self.scenario.engine, self.memory
-        streams = [stream for stage in self.scenario.stages().stages for stream in stage.streams]
-        structured = FLAG_BAND * any(stream.structured_outputs for stream in streams)
-        bands = self.transfer.bands.wider(self.scenario.server.extra_error(flags) + structured)
+        structured = FLAG_BAND * _structured(self.scenario)
+        more = 0.0 if self.speculating is None else self.speculating.band
+        bands = self.transfer.bands.wider(self.scenario.server.extra_error(flags) + more + structured)
         if flags.policy != "vllm":
             return replace(bands, kv_tokens=None)
         low, high = memory.range
@@ -178,7 +224,8 @@ class Deployment:
     @property
     def fitted_profiles(self) -> list[Fitted]:
         """Where step times rest on timings of kernels: those that were fitted to servers on this GPU."""
-        return fitted_profiles(self.shard, self.step_time) if self.profile.of_kernel_timings else []
+        plain = self.step_time.target if isinstance(self.step_time, SpeculativeStepTime) else self.step_time
+        return fitted_profiles(self.shard, plain) if self.profile.of_kernel_timings else []
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -187,8 +234,10 @@ class Deployment:
             *self.scenario.notes,
             self._other_model,
             *self.model.notes,
+            *(() if self.speculating is None else self.speculating.notes),
             self.memory.warning,
             self._near_groups,
+            self._blind_router,
             stages_note(self.shard, self.scenario.gpu),
             *check_traffic(self.scenario.engine, self.scenario.stages(), self.scenario.source),
             *(each.note for each in self.fitted_profiles),
@@ -210,6 +259,20 @@ class Deployment:
         return None
 
     @property
+    def _blind_router(self) -> str | None:
+        """Said where the router asks which blocks servers have, and some are outside of the GPUs."""
+        fleet = self.scenario.fleet
+        if self.offloading is None or fleet.epp is None:
+            return None
+        scorers = read_epp(fleet.epp, fleet.router_options.epp_release).scorers
+        if not any(scorer.type.startswith("precise-prefix-cache") for scorer, _ in scorers):
+            return None
+        return (
+            "the precise prefix scorer knows of blocks in GPUs only: llm-d's counts those in host memory, "
+            "too, as 0.8 of a block"
+        )
+
+    @property
     def _other_model(self) -> str | None:
         """Said where a pasted command serves a model of another name than the scenario's."""
         command = self.scenario.engine.serve_command
@@ -220,8 +283,19 @@ class Deployment:
         plain = [re.sub(r"-(instruct|chat|it|hf|base)\b|[^a-z0-9]", "", name.lower()) for name in names]
         if plain[0] == plain[1]:
             return None
+        config, own = self.scenario.model.config, self.model.name
+        file = "" if own.endswith(config) else f" ({config})"
+        return f"the command serves {served}, but what is simulated is the scenario's model, {own}{file}"
+
+    @property
+    def _of_drafts(self) -> tuple[Provenance, ...]:
+        """Where the numbers of speculation come from."""
+        if self.speculating is None:
+            return ()
+        law = self.speculating.law
         return (
-            f"the command serves {served}, but what is simulated is the scenario's model, {self.model.name}"
+            Provenance(parameter="acceptance", origin=law.origin, note=law.note),
+            Provenance(parameter="drafting", origin="assumed", note="by the efficiencies of the target"),
         )
 
     def provenance(self) -> dict[str, object]:
@@ -234,11 +308,53 @@ class Deployment:
             "error_band": self.error_band,
             "error_bands": asdict(self.bands),
             "fitted_rows": list(profile.fitted_rows),
-            "parameters": [entry.model_dump() for entry in profile.provenance],
+            "parameters": [entry.model_dump() for entry in (*profile.provenance, *self._of_drafts)],
             "gpu_source": self.gpu.source,
             "memory": [asdict(line) for line in self.memory.lines],
             "servecast_version": version("servecast"),
         }
+
+
+def _structured(scenario: Scenario) -> bool:
+    """Whether outputs of the workload follow grammars."""
+    streams = [stream for stage in scenario.stages().stages for stream in stage.streams]
+    return any(stream.structured_outputs for stream in streams)
+
+
+def _check_together(scenario: Scenario) -> None:
+    """Refuses stages, adapters and grammars where they are modelled only alone."""
+    fleet, flags = scenario.fleet, scenario.engine
+    servers = [scenario.of_replica(each).engine for each in (*fleet.prefill, *fleet.decode)] or [flags]
+    structured = _structured(scenario)
+    asked = {
+        "pipeline stages": ("engine.pipeline_parallel_size", "Use tensor_parallel_size."),
+        "LoRA adapters": ("engine.enable_lora", "Use one of the two."),
+        "structured outputs": ("workload.structured_outputs", "Use one of the two."),
+    }
+    for engine in servers:
+        of_engine = (engine.pipeline_parallel_size > 1, engine.enable_lora, structured)
+        others = {
+            "prefill and decode servers": bool(fleet.prefill),
+            "KV connectors": engine.kv_transfer is not None,
+            "drafts": engine.speculative_config is not None,
+            f"the policy {engine.policy!r}": engine.policy != "vllm",
+        }
+        for (what, (where, fix)), wanted in zip(asked.items(), of_engine, strict=True):
+            for other, there in others.items():
+                if wanted and there:
+                    raise InputError(
+                        f"{what} with {other} are not modelled", where=f"{scenario.source}: {where}", fix=fix
+                    )
+
+
+def _with_drafts(step_time: StepTime, drafts: Speculating, profile: Profile) -> SpeculativeStepTime:
+    if not isinstance(step_time, PhysicalStepTime):
+        raise InputError(
+            f"a profile of kind {profile.kind} has no times of drafts",
+            where="profile",
+            fix="Use a profile of kind physical, or none.",
+        )
+    return SpeculativeStepTime(step_time, drafts.drafter, profile.efficiencies, skips=drafts.skips)
 
 
 def _model(scenario: Scenario) -> ModelShape:

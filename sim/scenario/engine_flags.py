@@ -9,9 +9,12 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from servecast.sim.engine.config import EngineConfig
+from servecast.sim.engine.rules import minor_release
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.inputs.schema import Amount, Count, Flag, Model, NonNegative, Positive, invalid
+from servecast.sim.scenario.kv_transfer import KVTransfer, kv_transfer_of
 from servecast.sim.scenario.pasted_command import find_serve
+from servecast.sim.scenario.speculative_flags import SpeculativeConfig
 from servecast.sim.scenario.vllm_flags import ServeCommand, parse_serve_command
 
 
@@ -145,17 +148,25 @@ class EngineFlags(Model):
     prefill_schedule_interval: Count = 1
     """Steps from one with prompt work to the next while others decode (from 0.33 on; of engine cores with
     experts from 0.24 on)."""
+    speculative_config: SpeculativeConfig | None = None
+    """As ``--speculative-config``: drafts, of which ``acceptance`` says how many are accepted."""
     performance_mode: Literal["balanced", "interactivity", "throughput"] = "balanced"
     """As ``--performance-mode``; ``throughput`` doubles the batch defaults."""
     enforce_eager: Flag = False
     """No CUDA graphs, hence no padding to their sizes."""
     max_cudagraph_capture_size: Count | None = None
     """Largest batch with a CUDA graph. Default, as vLLM picks it."""
-    kv_transfer_config: dict[str, Any] | None = None
-    """As ``--kv-transfer-config``: NixlConnector and those that work alike, and ExampleConnector. Default, in
-    a fleet of prefill and decode servers, NixlConnector."""
     stream_interval: Count = 1
     """As ``--stream-interval``. Every token is streamed all the same, which a note says."""
+    kv_offloading_size: Positive | None = None
+    """As ``--kv-offloading-size``: GiB of host memory for KV cache, of all GPUs of a replica together (see
+    [Offloading](offloading.md))."""
+    kv_offloading_backend: Literal["native", "lmcache"] = "native"
+    """As ``--kv-offloading-backend``."""
+    kv_transfer_config: dict[str, Any] | None = None
+    """As ``--kv-transfer-config``, vLLM's JSON: the OffloadingConnector, LMCache's, and several as one; in a
+    fleet of prefill and decode servers NixlConnector, the default there, what works alike, and
+    ExampleConnector."""
     batch_wait_s: NonNegative = 0.05
     """How long static batching waits for a batch to fill."""
 
@@ -171,7 +182,11 @@ class EngineFlags(Model):
                 pasted = shlex.join(["vllm", "serve", *find_serve(pasted).words])
         except InputError as error:
             raise invalid(error.what, error.fix, at="command") from None
-        return {**command.flags, **data, "command": pasted}
+        merged = {**command.flags, **data, "command": pasted}
+        said, own = (each.get("speculative_config") for each in (command.flags, data))
+        if isinstance(said, dict) and isinstance(own, dict):
+            merged["speculative_config"] = said | own
+        return merged
 
     @property
     def serve_command(self) -> ServeCommand | None:
@@ -182,6 +197,28 @@ class EngineFlags(Model):
     def gpus(self) -> int:
         """GPUs of one server."""
         return self.tensor_parallel_size * self.pipeline_parallel_size * self.data_parallel_size
+
+    @property
+    def kv_transfer(self) -> KVTransfer | None:
+        """The KV connector that they ask for."""
+        return self._kv_transfer[0]
+
+    @property
+    def kv_transfer_note(self) -> str:
+        """What a result should say of it."""
+        return self._kv_transfer[1]
+
+    @property
+    def _kv_transfer(self) -> tuple[KVTransfer | None, str]:
+        if self.kv_transfer_config is None and self.kv_offloading_size is None:
+            return None, ""
+        return kv_transfer_of(
+            self.kv_transfer_config,
+            self.kv_offloading_size,
+            self.kv_offloading_backend,
+            minor_release(self.version),
+            self.tensor_parallel_size,
+        )
 
     @property
     def fits_max_model_len(self) -> bool:

@@ -1,115 +1,237 @@
-"""``--kv-transfer-config``: which connectors are modelled, and what of their settings matters."""
+"""``--kv-transfer-config`` as vLLM reads it: which connector, in which role, with what options.
+
+One parser for all connectors. Each has its entry in ``MODELLED``; what it makes of ``extra`` is its owner's.
+Followed: ``vllm/config/kv_transfer.py``, ``VllmConfig._post_init_kv_transfer_config`` and the connectors'
+constructors.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, get_args
 
+from servecast.sim.engine.connector import FailurePolicy, Role
+from servecast.sim.engine.kv_groups import since
 from servecast.sim.inputs.schema import did_you_mean, invalid
 
-Role = Literal["kv_producer", "kv_consumer", "kv_both"]
-Way = Literal["pull", "storage"]
+AT = "kv_transfer_config"
+GIB = 1 << 30
 
-_ROLES: tuple[Role, ...] = ("kv_producer", "kv_consumer", "kv_both")
-_FIELDS = (
-    "kv_connector", "kv_role", "kv_load_failure_policy", "kv_buffer_device", "kv_connector_extra_config",
-    "kv_connector_module_path", "engine_id", "kv_ip", "kv_port", "kv_rank", "kv_parallel_size",
-    "kv_buffer_size", "enable_permute_local_kv",
-)  # fmt: skip
-_WAYS: dict[str, Way] = {
-    "NixlConnector": "pull",
-    "NixlPullConnector": "pull",
-    "NixlPushConnector": "pull",
-    "MooncakeConnector": "pull",
-    "ExampleConnector": "storage",
-    "SharedStorageConnector": "storage",
+_EVER = ("0.10", None)
+CONNECTORS: dict[str, tuple[str, str | None]] = {  # the first and the last release that registers it
+    **dict.fromkeys(
+        (
+            "ExampleConnector",
+            "ExampleHiddenStatesConnector",
+            "LMCacheConnectorV1",
+            "LMCacheMPConnector",
+            "NixlConnector",
+            "MultiConnector",
+            "MoRIIOConnector",
+            "OffloadingConnector",
+            "DecodeBenchConnector",
+            "MooncakeConnector",
+            "FlexKVConnectorV1",
+            "SimpleCPUOffloadConnector",
+            "HF3FSKVConnector",
+        ),
+        _EVER,
+    ),
+    "SharedStorageConnector": ("0.10", "0.19"),  # ExampleConnector's older name
+    "P2pNcclConnector": ("0.10", "0.23"),
+    "MooncakeStoreConnector": ("0.21", None),
+    "NixlPullConnector": ("0.24", None),
+    "NixlPushConnector": ("0.24", None),
+    "HiSparseConnector": ("0.30", None),
 }
-_NOT_MODELLED = (
-    "P2pNcclConnector", "LMCacheConnectorV1", "LMCacheMPConnector", "MultiConnector", "MoRIIOConnector",
-    "OffloadingConnector", "DecodeBenchConnector", "MooncakeStoreConnector", "FlexKVConnectorV1",
-    "SimpleCPUOffloadConnector", "HF3FSConnector", "HiSparseConnector", "ExampleHiddenStatesConnector",
-)  # fmt: skip
-_EXTRA = {  # settings without effect here, and why
-    "backends": "kv_link says how fast the transport is",
-    "num_threads": "kv_link says how fast the transport is",
-    "mooncake_protocol": "kv_link says how fast the transport is",
-    "enforce_handshake_compat": "both sides are of one model",
-    "shared_storage_path": "kv_link says how fast it is",
+MODELLED: dict[str, frozenset[str] | None] = {
+    "OffloadingConnector": frozenset(
+        (
+            "cpu_bytes_to_use",
+            "block_size",
+            "blocks_per_chunk",
+            "eviction_policy",
+            "store_threshold",
+            "max_tracker_size",
+            "offload_prompt_only",
+            "spec_name",
+            "self_describing_kv_events",
+        )
+    ),
+    "LMCacheConnectorV1": None,
+    "LMCacheMPConnector": None,
+    "NixlConnector": None,
+    "NixlPullConnector": None,
+    "NixlPushConnector": None,
+    "MooncakeConnector": None,
+    "ExampleConnector": None,
+    "SharedStorageConnector": None,
+    "MultiConnector": frozenset(("connectors",)),
+}
+"""The connectors that can be simulated, with the keys of kv_connector_extra_config that are understood; None:
+the connector reads them itself."""
+
+_FIELDS = {  # of KVTransferConfig, with the last release that has them
+    "kv_connector": None,
+    "engine_id": None,
+    "kv_buffer_device": None,
+    "kv_buffer_size": "0.31",
+    "kv_role": None,
+    "kv_rank": "0.31",
+    "kv_parallel_size": "0.31",
+    "kv_ip": "0.31",
+    "kv_port": None,
+    "kv_connector_extra_config": None,
+    "kv_connector_module_path": None,
+    "enable_permute_local_kv": None,
+    "kv_load_failure_policy": None,
 }
 
 
 @dataclass(frozen=True, slots=True)
 class KVTransfer:
-    """A connector's settings.
+    """A connector as configured.
 
     Attributes:
-        way: how KV blocks go: pulled by the decode server's GPUs, or over a file system within a step.
-        role: None where the command gives none, or there is no command.
-        lease_s: how long a prefill server keeps blocks that nobody asks for.
-        buffer_device: cpu copies through the host on both sides.
-        notes: what has no effect here, and why.
+        connector: its name in vLLM. role: ``kv_role``. load_failure_policy: ``kv_load_failure_policy``.
+        extra: ``kv_connector_extra_config``. buffer_device: ``kv_buffer_device``, None for the GPU.
+        connectors: those of a MultiConnector, in their order.
     """
 
-    connector: str = "NixlConnector"
-    way: Way = "pull"
-    role: Role | None = None
-    load_failure_policy: Literal["fail", "recompute"] = "fail"
-    lease_s: float = 30.0
-    buffer_device: Literal["cuda", "cpu"] = "cuda"
-    notes: tuple[str, ...] = field(default=(), compare=False)
+    connector: str
+    role: Role
+    load_failure_policy: FailurePolicy = "fail"
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    buffer_device: str | None = None
+    connectors: tuple[KVTransfer, ...] = ()
+
+    def all(self) -> tuple[KVTransfer, ...]:
+        """The connector, or those that a MultiConnector is made of."""
+        return self.connectors or (self,)
+
+    def of(self, *names: str) -> KVTransfer | None:
+        """The first of them with one of these names."""
+        return next((each for each in self.all() if each.connector in names), None)
 
 
-def kv_transfer(config: Mapping[str, Any] | None) -> KVTransfer:
-    """Reads ``--kv-transfer-config``; None is what a disaggregated fleet has without it.
+def parse_kv_transfer(given: Mapping[str, Any], release: str, *, at: str = AT) -> KVTransfer | None:
+    """``--kv-transfer-config`` in a release of ``engine.rules.RELEASES``; None where it names no connector.
 
     Raises:
-        as validators do: it is malformed, or asks for what is not modelled.
+        InputError (as validators do): vLLM would refuse it, or it is not modelled.
     """
-    if config is None:
-        return KVTransfer()
-    for name in config:
+    for name in given:
+        last = _FIELDS.get(name)
         if name not in _FIELDS:
-            fix = did_you_mean(str(name), _FIELDS) or f"Known are {', '.join(_FIELDS)}."
-            raise invalid(f"kv_transfer_config has no field {name!r}", fix)
-    connector = config.get("kv_connector")
-    if connector not in _WAYS or config.get("kv_connector_module_path"):
-        known = f"Modelled are {', '.join(_WAYS)}."
-        if connector in _NOT_MODELLED or config.get("kv_connector_module_path"):
-            raise invalid(f"the connector {connector} is not modelled", f"Paste it without. {known}")
-        raise invalid(f"there is no connector {connector!r}", did_you_mean(str(connector), _WAYS) or known)
-    notes = []
-    role = _one_of(config, "kv_role", _ROLES, None)
-    policy = _one_of(config, "kv_load_failure_policy", ("fail", "recompute"), "fail")
-    device = _one_of(config, "kv_buffer_device", ("cuda", "cpu", "xpu"), "cuda")
-    extra = config.get("kv_connector_extra_config") or {}
+            raise invalid(
+                f"vLLM's KVTransferConfig has no {name!r}",
+                did_you_mean(name, _FIELDS) or "Remove it.",
+                at=at,
+            )
+        if last is not None and not since(last, release):
+            raise invalid(f"vLLM {release} has no {name}", f"Remove it: {last} was the last.", at=at)
+    connector, role = given.get("kv_connector"), given.get("kv_role")
+    if role is not None and role not in get_args(Role):
+        raise invalid(f"kv_role is {role!r}", f"vLLM has {', '.join(get_args(Role))}.", at=at)
+    if connector is None:
+        return None
+    if role is None:
+        raise invalid(
+            f"{connector} has no kv_role",
+            f"Give one of {', '.join(get_args(Role))}: vLLM refuses it without.",
+            at=at,
+        )
+    if given.get("kv_connector_module_path"):
+        raise invalid("a connector of your own is not modelled", "Leave kv_connector_module_path out.", at=at)
+    policy = given.get("kv_load_failure_policy", "fail")
+    if policy not in get_args(FailurePolicy):
+        raise invalid(f"kv_load_failure_policy is {policy!r}", "vLLM has recompute and fail.", at=at)
+    _check_name(connector, release, at)
+    extra = given.get("kv_connector_extra_config") or {}
     if not isinstance(extra, Mapping):
-        raise invalid("kv_connector_extra_config is no mapping", "Write names and values.")
-    lease = 480.0 if connector == "MooncakeConnector" else 30.0
-    for name, value in extra.items():
-        if name == "kv_lease_duration":
-            if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-                raise invalid(f"kv_lease_duration is {value!r}", "Give seconds.")
-            lease = float(value)
-        elif name == "bidirectional_kv_xfer" and value:
-            raise invalid("bidirectional_kv_xfer is not modelled", "Paste it without.")
-        else:
-            notes.append(f"kv_connector_extra_config.{name} ({_EXTRA.get(str(name), 'it is not modelled')})")
-    if connector == "NixlPushConnector":
-        notes.append("NixlPushConnector (timed as a pull: its write starts when both sides are ready)")
-    if connector == "MooncakeConnector":
-        notes.append("MooncakeConnector (timed as NIXL's pull)")
-    return KVTransfer(
-        str(connector), _WAYS[str(connector)], role, policy, lease, "cpu" if device == "cpu" else "cuda",
-        tuple(notes),
-    )  # fmt: skip
+        raise invalid("kv_connector_extra_config takes an object", "Correct the value.", at=at)
+    known = MODELLED[connector]
+    for name in extra:
+        if known is not None and name not in known:
+            raise invalid(
+                f"{name!r} of {connector} is not modelled",
+                did_you_mean(name, known) or "Leave it out.",
+                at=f"{at}.kv_connector_extra_config",
+            )
+    children: tuple[KVTransfer, ...] = ()
+    if connector == "MultiConnector":
+        children = _children(given, extra, release, at)
+    return KVTransfer(connector, role, policy, dict(extra), given.get("kv_buffer_device"), children)
 
 
-def _one_of(config: Mapping[str, Any], name: str, known: tuple[str, ...], default: Any) -> Any:
-    value = config.get(name)
-    if value is None:
-        return default
-    if value not in known:
-        fix = did_you_mean(str(value), known) or f"Known are {', '.join(known)}."
-        raise invalid(f"{name} cannot be {value!r}", fix)
-    return value
+def kv_transfer_of(
+    given: Mapping[str, Any] | None, size: float | None, backend: str, release: str, ranks: int
+) -> tuple[KVTransfer | None, str]:
+    """The connector of ``--kv-transfer-config``, or that of ``--kv-offloading-size`` (GiB) and
+    ``--kv-offloading-backend``, which takes the place of its connector and role
+    (VllmConfig._post_init_kv_transfer_config). Beside it what that should be told.
+
+    Raises:
+        InputError: as ``parse_kv_transfer``.
+    """
+    given = dict(given or {})
+    if size is None:
+        return parse_kv_transfer(given, release), ""
+    replaced = given.get("kv_connector")
+    extra = dict(given.get("kv_connector_extra_config") or {})
+    if backend == "native":
+        given["kv_connector"] = "OffloadingConnector"
+        extra["cpu_bytes_to_use"] = size * GIB
+    elif since(release, "0.23"):
+        given["kv_connector"] = "LMCacheMPConnector"
+    else:
+        given["kv_connector"] = "LMCacheConnectorV1"
+        extra = {"lmcache.local_cpu": True, "lmcache.max_local_cpu_size": size / ranks}
+    note = ""
+    if replaced not in (None, given["kv_connector"]):
+        note = f"kv_offloading_size takes the place of the {replaced} in kv_transfer_config, as in vLLM"
+    given |= {"kv_role": "kv_both", "kv_connector_extra_config": extra}
+    return parse_kv_transfer(given, release), note
+
+
+def _check_name(connector: str, release: str, at: str) -> None:
+    if connector not in CONNECTORS:
+        known = (name for name, (first, _) in CONNECTORS.items() if since(release, first))
+        raise invalid(
+            f"vLLM has no connector {connector!r}",
+            did_you_mean(connector, known) or f"Known: {', '.join(MODELLED)}.",
+            at=at,
+        )
+    first, last = CONNECTORS[connector]
+    if not since(release, first) or (last is not None and not since(last, release)):
+        span = f"{first} to {last}" if last else f"{first} on"
+        raise invalid(f"vLLM {release} has no {connector}", f"It is in {span}.", at=at)
+    if connector not in MODELLED:
+        raise invalid(f"{connector} is not modelled", f"Modelled: {', '.join(MODELLED)}.", at=at)
+
+
+def _children(
+    given: Mapping[str, Any], extra: Mapping[str, Any], release: str, at: str
+) -> tuple[KVTransfer, ...]:
+    """MultiConnector makes each with its own KVTransferConfig."""
+    listed = extra.get("connectors")
+    where = f"{at}.kv_connector_extra_config.connectors"
+    if not isinstance(listed, list) or not listed or not all(isinstance(each, dict) for each in listed):
+        raise invalid("a MultiConnector needs a list of connectors", "Give them as objects.", at=where)
+    children = tuple(
+        child
+        for number, each in enumerate(listed)
+        if (child := parse_kv_transfer(each, release, at=f"{where}.{number}")) is not None
+    )
+    if any(child.connectors for child in children):
+        raise invalid("a MultiConnector in another is not modelled", "List its connectors.", at=where)
+    policies = {child.load_failure_policy for child in children}
+    own = given.get("kv_load_failure_policy", "fail")
+    if policies - {own, "fail"}:
+        raise invalid(
+            "kv_load_failure_policy of a connector in a MultiConnector has no effect",
+            "Give it beside kv_connector: vLLM reads that one.",
+            at=where,
+        )
+    return children

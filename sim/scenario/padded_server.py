@@ -8,6 +8,8 @@ from typing import Literal
 
 from servecast.sim.engine.config import EngineConfig
 from servecast.sim.engine.engine import Engine
+from servecast.sim.engine.speculation import Speculation
+from servecast.sim.hardware.drafter import Drafter
 from servecast.sim.hardware.gpu import GPU
 from servecast.sim.hardware.memory import KVMemory
 from servecast.sim.hardware.model_shape import ModelShape
@@ -37,7 +39,13 @@ class Padded:
         return 0.0
 
     def resolve(
-        self, flags: EngineFlags, gpu: GPU, model: ModelShape, *, where: str = "engine"
+        self,
+        flags: EngineFlags,
+        gpu: GPU,
+        model: ModelShape,
+        *,
+        where: str = "engine",
+        speculation: Speculation | None = None,
     ) -> EngineConfig:
         if flags.fits_max_model_len:
             raise InputError(
@@ -52,11 +60,14 @@ class Padded:
                 where=f"{where}.max_num_seqs",
                 fix="Give the requests that may run together.",
             )
-        for name, known in (
-            ("tensor_parallel_size", 1),
-            ("data_parallel_size", 1),
-            ("kv_cache_dtype", "auto"),
-        ):
+        plain: dict[str, object]
+        plain = {
+            "tensor_parallel_size": 1,
+            "data_parallel_size": 1,
+            "kv_cache_dtype": "auto",
+            "speculative_config": None,
+        }
+        for name, known in plain.items():
             if getattr(flags, name) != known:
                 raise InputError(
                     f"{name} {getattr(flags, name)} is not modelled for the policy {flags.policy!r}",
@@ -75,7 +86,9 @@ class Padded:
     def shard(self, flags: EngineFlags, config: EngineConfig, model: ModelShape, gpu: GPU) -> Shard:
         return Shard(model, gpu, 1)
 
-    def memory(self, flags: EngineFlags, config: EngineConfig, shard: Shard) -> KVMemory:
+    def memory(
+        self, flags: EngineFlags, config: EngineConfig, shard: Shard, drafter: Drafter | None = None
+    ) -> KVMemory:
         return padded_memory(
             shard,
             max_num_seqs=config.max_num_seqs,

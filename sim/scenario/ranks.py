@@ -158,7 +158,14 @@ def notes(flags: EngineFlags) -> list[str]:
 def _eplb(flags: EngineFlags, release: str, where: str) -> tuple[int, bool]:
     """Redundant experts, and whether weights move while steps run."""
     config: dict[str, Any] = flags.eplb_config or {}
-    known = ("window_size", "step_interval", "num_redundant_experts", "use_async", "policy", "communicator")
+    known: tuple[str, ...] = (
+        "window_size",
+        "step_interval",
+        "num_redundant_experts",
+        "use_async",
+        "policy",
+        "communicator",
+    )
     known += ("log_balancedness", "log_balancedness_interval", "enable_migration_batching")
     for name in config:
         if name not in known:

@@ -30,8 +30,10 @@ from servecast.sim.inputs.schema import (
 )
 from servecast.sim.inputs.yaml_file import override, read_yaml
 from servecast.sim.metrics import slo as objectives
+from servecast.sim.scenario.acceptance import Acceptance
 from servecast.sim.scenario.engine_flags import EngineFlags
 from servecast.sim.scenario.hub import hub_config, hub_folder, is_hub_id
+from servecast.sim.scenario.kv_offload import KVOffload
 from servecast.sim.scenario.reported import Reported
 from servecast.sim.scenario.servers import SERVERS, Server, checked
 from servecast.sim.scenario.vllm_flags import parse_serve_command
@@ -135,7 +137,7 @@ class Assumption(Model):
 
 def _engine_of(engine: EngineFlags, spec: ReplicaSpec) -> EngineFlags:
     """The engine's flags with those of a replica in their place."""
-    written, own = engine.model_dump(include=engine.model_fields_set), dict(spec.engine)
+    written, own = engine.model_dump(exclude_unset=True), dict(spec.engine)
     try:
         if isinstance(command := own.get("command"), str):  # its flags count before the scenario's
             version = str(own.get("version", engine.version))
@@ -171,6 +173,8 @@ class Scenario(Model):
     prompts: Prompts = "text"
     """What clients send: ``text``, ``random_text`` (of random token ids, as benchmarks draw, which takes the
     tokenizer longer), or ``token_ids``, which it need not encode."""
+    kv_offload: KVOffload = KVOffload()
+    """What KV cache outside of GPUs lies in, where the engine's flags ask for such."""
     network_round_trip_s: NonNegative = 0.0
     """There and back between client and server, beyond what the profile's front end has of it. It is part of
     every TTFT, and delays the next request of a closed loop."""
@@ -190,6 +194,9 @@ class Scenario(Model):
     """What was recorded beside the benchmark's numbers."""
     assumptions: tuple[Assumption, ...] = ()
     """Constants that the source did not state."""
+    acceptance: Acceptance | None = None
+    """How many drafts are accepted, with ``engine.speculative_config``: a rate, a list by position,
+    ``{length: 2.5}``, ``{golden: NAME}`` or ``{metrics: FILE}``. See [Speculation](speculation.md)."""
     seed: Amount = 0
     """Seed of traffic and noise."""
     replications: Count = 8
@@ -221,7 +228,11 @@ class Scenario(Model):
 
     def of_replica(self, spec: ReplicaSpec) -> Scenario:
         """The scenario with the GPU, profile and engine flags of one of its replicas."""
-        changes = {"engine": _engine_of(self.engine, spec), "gpu": spec.gpu, "profile": spec.profile}
+        changes: dict[str, Any] = {
+            "engine": _engine_of(self.engine, spec),
+            "gpu": spec.gpu,
+            "profile": spec.profile,
+        }
         changes |= {"fleet": Fleet()} if self.fleet.prefill else {}
         return self.model_copy(update={name: value for name, value in changes.items() if value is not None})
 
@@ -332,19 +343,20 @@ class Scenario(Model):
             stream = (self.plan or PlanSpec()).of(stream, swept=several or self.sweep is not None)
         return Workload(stages=(StageSpec(streams=(stream,)),))
 
-    def config_file(self) -> Path:
+    def config_file(self, name: str | None = None, field: str = "model.config") -> Path:
         """The model's ``config.json``: a shipped one by its name, a file or a folder with one, or that of a
-        Hugging Face id whose config lies in the cache of this machine.
+        Hugging Face id whose config lies in the cache of this machine; of another ``name`` that ``field``
+        gives.
 
         Raises:
             InputError: there is none of that name or path.
         """
-        name = self.model.config
+        name = self.model.config if name is None else name
         folder = (self._source.parent if self._source else Path()) / name
         if (folder / "config.json").is_file():
             return folder / "config.json"
         cached = hub_config(name)
-        return cached or self._named_file(name, "models", "model.config")
+        return cached or self._named_file(name, "models", field)
 
     def profile_file(self) -> Path | None:
         """The profile's file, or None without one.

@@ -13,6 +13,8 @@ from servecast.sim.engine.engine import Engine
 from servecast.sim.engine.padded.contiguous import ContiguousBatching
 from servecast.sim.engine.padded.paged import PagedBatching
 from servecast.sim.engine.padded.static import StaticBatching
+from servecast.sim.engine.speculation import Speculation
+from servecast.sim.hardware.drafter import Drafter
 from servecast.sim.hardware.gpu import GPU
 from servecast.sim.hardware.memory import KVMemory
 from servecast.sim.hardware.model_shape import ModelShape
@@ -54,13 +56,19 @@ class Server(Protocol):
         ...
 
     def resolve(
-        self, flags: EngineFlags, gpu: GPU, model: ModelShape, *, where: str = "engine"
+        self,
+        flags: EngineFlags,
+        gpu: GPU,
+        model: ModelShape,
+        *,
+        where: str = "engine",
+        speculation: Speculation | None = None,
     ) -> EngineConfig:
         """The flags with its defaults filled in, all but the number of KV blocks.
 
         Args:
             model: says the longest context.
-            where: what messages call the flags.
+            where: what messages call the flags. speculation: how it drafts.
 
         Raises:
             InputError: it would refuse the combination, or nothing says the longest context.
@@ -71,8 +79,10 @@ class Server(Protocol):
         """A rank of the model, as the server splits it. InputError if it cannot."""
         ...
 
-    def memory(self, flags: EngineFlags, config: EngineConfig, shard: Shard) -> KVMemory:
-        """The account of its KV pool. InputError if the model does not fit."""
+    def memory(
+        self, flags: EngineFlags, config: EngineConfig, shard: Shard, drafter: Drafter | None = None
+    ) -> KVMemory:
+        """The account of its KV pool, which a drafter shares. InputError if the model does not fit."""
         ...
 
     def memory_risk(

@@ -74,16 +74,6 @@ def pipeline(flags: EngineFlags, model: ModelShape, where: str) -> tuple[int, ..
             where=f"{where}.pipeline_parallel_size",
             fix="Use one of the two.",
         )
-    for name, what in (
-        ("kv_transfer_config", "KV connectors"),
-        ("speculative_config", "drafts"),
-    ):
-        if getattr(flags, name, None) is not None:
-            raise InputError(
-                f"pipeline stages with {what} are not modelled",
-                where=f"{where}.pipeline_parallel_size",
-                fix="Use tensor_parallel_size.",
-            )
     given = flags.pp_layer_partition
     if given is None:
         return layers_of_stages(model.layers, stages)

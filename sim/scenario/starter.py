@@ -7,6 +7,10 @@ import re
 import textwrap
 
 from servecast.sim.hardware.gpu import find_gpu
+from servecast.sim.inputs.errors import InputError
+from servecast.sim.inputs.schema import parse
+from servecast.sim.scenario.engine_flags import EngineFlags
+from servecast.sim.scenario.pasted_command import WHERE
 from servecast.sim.scenario.scenario import shipped_folder
 from servecast.sim.scenario.vllm_flags import parse_serve_command
 from servecast.sim.scenario.vllm_server import NEWEST
@@ -25,8 +29,12 @@ def starter(command: str, gpu: str = "H100") -> str:
         InputError: it is no such command, a flag of it is not modelled, or the GPU is not known.
     """
     parsed = parse_serve_command(command)
+    if parsed.model is None:
+        raise InputError("it names no model", where=WHERE, fix="Add it: vllm serve Qwen/Qwen3-8B ...")
+    release = parsed.release or NEWEST
+    parse(EngineFlags, {"version": release, **parsed.flags}, source=WHERE)
     gpu = find_gpu(gpu, where="--gpu").name
-    model = parsed.model or "your-model"
+    model = parsed.model
     config, hint = _config(model)
     longest = parsed.flags.get("max_model_len")
     room = longest if isinstance(longest, int) and longest > 0 else 1 << 30
@@ -42,7 +50,7 @@ name: {name}
 model: {{config: {json.dumps(config)}}}  # {hint}
 gpu: {{name: {json.dumps(gpu)}}}  # <-- of one rank; `servecast gpus` lists the names
 engine:
-  version: "{parsed.release or NEWEST}"  # <-- vLLM's release
+  version: "{release}"  # <-- vLLM's release
   command: |
 {textwrap.indent(command.strip(), "    ")}
 workload:  # <-- what your users send

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,23 +111,26 @@ TAKEN: dict[str, Callable[[str], Any]] = {
     "max_num_active_seqs": int,
     "prefill_schedule_interval": int,
     "performance_mode": str,
+    "speculative_config": _mapping,
     "enforce_eager": bool,
     "max_cudagraph_capture_size": int,
     "stream_interval": int,
+    "kv_offloading_size": float,
+    "kv_offloading_backend": str,
     "kv_transfer_config": _mapping,
+}
+_DRAFTS = {  # flag -> its field of speculative_config (EngineArgs.create_speculative_config)
+    "spec_method": "method",
+    "spec_model": "model",
+    "spec_tokens": "num_speculative_tokens",
 }
 _REFUSED = {  # flag -> what to do instead
     "decode_context_parallel_size": "Context parallelism is not modelled.",
     "prefill_context_parallel_size": "Context parallelism is not modelled.",
-    "speculative_config": "Speculative decoding is not modelled.",
-    "spec_method": "Speculative decoding is not modelled.",
-    "spec_model": "Speculative decoding is not modelled.",
-    "spec_tokens": "Speculative decoding is not modelled.",
     "max_num_scheduled_tokens": "Give max_num_batched_tokens.",
     "max_num_partial_prefills": "Give long_prefill_token_threshold.",
     "cpu_offload_gb": "Offloading is not modelled.",
     "offload_group_size": "Offloading is not modelled.",
-    "kv_offloading_size": "Offloading is not modelled.",
     "ec_transfer_config": "Disaggregated encoders are not modelled: paste it without.",
     "enable_dbo": "Dual batch overlap is not modelled.",
     "quantization_config": "Give a model config whose quantization_config has it.",
@@ -234,13 +237,33 @@ def parse_serve_command(
             if not isinstance(flags.setdefault(name, {}), dict) or TAKEN[name] is not _mapping:
                 raise InputError(f"{shown} takes no keys", where=WHERE, fix="Give its value as a whole.")
             _put(flags[name], flag.key, value or "")
-        elif name in TAKEN:
+        elif name in TAKEN and not (TAKEN[name] is _mapping and _asks_nothing(name, value)):
             flags[name] = _value(word, TAKEN[name], value)
+        elif name in _DRAFTS:
+            drafts = flags.setdefault("speculative_config", {})
+            if _DRAFTS[name] in drafts:
+                fix = "Give one of the two: vLLM refuses both."
+                what = f"{shown} and --speculative-config say {_DRAFTS[name]}"
+                raise InputError(what, where=WHERE, fix=fix)
+            drafts[_DRAFTS[name]] = _value(word, int if name == "spec_tokens" else str, value)
         elif name in _WIDENING and (flag.key or not _asks_nothing(name, value)):
             widening.append(shown)
         else:
             ignored.append(shown)
+    _take_variables(pasted.variables, flags)
     return ServeCommand(model, flags, tuple(ignored), tuple(widening), pasted.release)
+
+
+def _take_variables(variables: Mapping[str, str], flags: dict[str, Any]) -> None:
+    """LMCACHE_..., as if they stood in the extra config of the connector, which wins."""
+    settings = {
+        f"lmcache.{name.removeprefix('LMCACHE_').lower()}": value
+        for name, value in variables.items()
+        if name.startswith("LMCACHE_")
+    }
+    if settings:
+        config = flags.setdefault("kv_transfer_config", {})
+        config["kv_connector_extra_config"] = settings | dict(config.get("kv_connector_extra_config") or {})
 
 
 def _read(words: list[str], version: str | None) -> Iterator[tuple[str, Flag | None, str | None, list[str]]]:
@@ -270,7 +293,7 @@ def other_flags(command: str, *, version: str | None = None) -> dict[str, list[s
     """The flags of a command that are not taken, by their names: their words, with the values in them."""
     found: dict[str, list[str]] = {}
     for word, flag, _, taken in _read(list(find_serve(command).words), version):
-        if flag is not None and flag.name not in (*TAKEN, "model"):
+        if flag is not None and flag.name not in (*TAKEN, *_DRAFTS, "model"):
             found.setdefault(flag.name, []).extend([*word.split("=", 1), *taken])
     return found
 
@@ -283,6 +306,12 @@ def _widens(variable: str, value: str) -> bool:
     if variable == "VLLM_USE_V1" and value == "0":
         raise InputError(
             "VLLM_USE_V1=0 cannot be simulated", where=WHERE, fix="Only the V1 engine is modelled."
+        )
+    if variable == "VLLM_USE_SIMPLE_KV_OFFLOAD" and value not in ("0", ""):
+        raise InputError(
+            "VLLM_USE_SIMPLE_KV_OFFLOAD cannot be simulated",
+            where=WHERE,
+            fix="The native OffloadingConnector is modelled: paste it without.",
         )
     widens = variable.startswith("VLLM_") and variable != "VLLM_USE_V1"
     return widens and _HARMLESS_VARIABLES.fullmatch(variable) is None

@@ -12,6 +12,8 @@ from servecast.sim.engine.kv_groups import CacheMode, CacheOptions
 from servecast.sim.engine.kv_groups import since as at_least
 from servecast.sim.engine.rules import OPTION_SINCE, RULES, has_option, minor_release
 from servecast.sim.engine.scheduler import Scheduler
+from servecast.sim.engine.speculation import Speculation
+from servecast.sim.hardware.drafter import Drafter
 from servecast.sim.hardware.gpu import GPU
 from servecast.sim.hardware.memory import KVMemory, kv_memory
 from servecast.sim.hardware.model_shape import ModelShape
@@ -23,7 +25,7 @@ from servecast.sim.inputs.schema import invalid, within
 from servecast.sim.scenario import ranks
 from servecast.sim.scenario.adapters import lora
 from servecast.sim.scenario.engine_flags import EngineFlags
-from servecast.sim.scenario.kv_transfer import kv_transfer
+from servecast.sim.scenario.kv_pull import pull_settings
 from servecast.sim.scenario.ranks import data_parallel, expert_ranks
 from servecast.sim.scenario.stages import asynchronous, pipeline, runs_on_v2
 from servecast.sim.scenario.vllm_flags import FLAG_BAND
@@ -116,8 +118,13 @@ class Vllm:
 
     def check(self, flags: EngineFlags) -> None:
         release = RELEASES[release_of(flags)].rules
+        if flags.speculative_config is not None:
+            with within("speculative_config"):
+                flags.speculative_config.check(release)
+            asked, usual = flags.async_scheduling, RELEASES[release_of(flags)].async_scheduling
+            flags.speculative_config.runs_async(release, asked, usual)
         with within("kv_transfer_config"):
-            kv_transfer(flags.kv_transfer_config)
+            pull_settings(flags.kv_transfer)
         for name, since in OPTION_SINCE.items():
             given = getattr(flags, name) != EngineFlags.model_fields[name].default
             if given and not has_option(release, name) and name != "prefill_schedule_interval":
@@ -151,8 +158,9 @@ class Vllm:
             )
         if command is not None and command.ignored:
             notes.append(f"flags without effect here: {', '.join(command.ignored)}")
-        transfer = kv_transfer(flags.kv_transfer_config)
-        notes += [f"without effect here: {note}" for note in transfer.notes]
+        if flags.kv_transfer_note:
+            notes.append(flags.kv_transfer_note)
+        notes += [f"without effect here: {note}" for note in pull_settings(flags.kv_transfer).notes]
         if flags.stream_interval > 1:
             notes.append(
                 f"stream_interval {flags.stream_interval} is not modelled: every token is streamed, so gaps "
@@ -167,7 +175,13 @@ class Vllm:
         return FLAG_BAND * others + UNKNOWN_RELEASE_BAND * unknown
 
     def resolve(
-        self, flags: EngineFlags, gpu: GPU, model: ModelShape, *, where: str = "engine"
+        self,
+        flags: EngineFlags,
+        gpu: GPU,
+        model: ModelShape,
+        *,
+        where: str = "engine",
+        speculation: Speculation | None = None,
     ) -> EngineConfig:
         if flags.dtype == "bfloat16" and (0, 0) < gpu.capability < (8, 0):
             raise InputError(
@@ -216,6 +230,12 @@ class Vllm:
             for name in ("gpu_memory_utilization", "async_scheduling", "scheduler_reserve_full_isl")
             if getattr(flags, name) is None
         }
+        if flags.speculative_config is not None:
+            asked, usual = flags.async_scheduling, release.async_scheduling
+            runs_async = flags.speculative_config.runs_async(release.rules, asked, usual)
+            defaults["async_scheduling"] = runs_async
+        if speculation is not None:
+            _check_slots(speculation, release.rules, tokens, max_num_seqs, where)
         caching = flags.enable_prefix_caching
         if model.keeps_states and "enable_prefix_caching" not in flags.model_fields_set:
             caching = at_least(release.rules, "0.26")
@@ -231,6 +251,7 @@ class Vllm:
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=tokens,
             preparation_round=release.preparation_round,
+            speculation=speculation,
             data_parallel=cores,
             use_v2_model_runner=runs_on_v2(model, release.rules),
             max_loras=lora(flags, model, where)[1],
@@ -248,6 +269,7 @@ class Vllm:
                 version=flags.version,
                 capability=gpu.capability,
                 max_capture_size=flags.max_cudagraph_capture_size,
+                drafts=_drafts(config.speculation),
             )
         rank, slots = lora(flags, model, "engine")
         asked = {"auto": model.kv_bytes_each, "bfloat16": 2, "float16": 2}
@@ -263,7 +285,9 @@ class Vllm:
             lora_slots=slots,
         )
 
-    def memory(self, flags: EngineFlags, config: EngineConfig, shard: Shard) -> KVMemory:
+    def memory(
+        self, flags: EngineFlags, config: EngineConfig, shard: Shard, drafter: Drafter | None = None
+    ) -> KVMemory:
         return kv_memory(
             shard,
             config,
@@ -273,6 +297,7 @@ class Vllm:
             compile_cache=flags.compile_cache,
             kv_cache_memory_bytes=flags.kv_cache_memory_bytes,
             num_gpu_blocks_override=flags.num_gpu_blocks_override,
+            drafter=drafter,
         )
 
     def memory_risk(
@@ -284,6 +309,7 @@ class Vllm:
         return True
 
 
+KERNEL_BLOCK = 16  # tokens: what get_supported_kernel_block_sizes of each attention backend is a multiple of
 _BYTES = {"auto": None, "float16": 2, "bfloat16": 2, "float32": 4}
 
 
@@ -293,7 +319,15 @@ def _cache_options(flags: EngineFlags, config: EngineConfig, shard: Shard) -> Ca
     Raises:
         InputError: vLLM would refuse it, or its states are kept in a way that is not modelled.
     """
+    if flags.block_size is not None and flags.block_size % KERNEL_BLOCK:
+        raise InputError(
+            f"blocks of {flags.block_size} tokens: no attention kernel of vLLM takes them",
+            where="engine.block_size",
+            fix=f"Give a multiple of {KERNEL_BLOCK}, or leave it out.",
+        )
     kinds = {layer.kind for layer in shard.model.cache_layers}
+    transfer = flags.kv_transfer  # which turns the hybrid manager off unless it supports it (SupportsHMA)
+    plain = transfer is not None and any(each.connector.startswith("LMCache") for each in transfer.all())
     mode: CacheMode = "none"
     if config.enable_prefix_caching:
         mode = flags.mamba_cache_mode or "align"
@@ -327,8 +361,27 @@ def _cache_options(flags: EngineFlags, config: EngineConfig, shard: Shard) -> Ca
         mamba_block_size=flags.mamba_block_size,
         state_bytes=_BYTES[flags.mamba_cache_dtype],
         recurrent_bytes=_BYTES[flags.mamba_ssm_cache_dtype],
-        hybrid=not (flags.disable_hybrid_kv_cache_manager or "chunked" in kinds),
+        hybrid=not (flags.disable_hybrid_kv_cache_manager or "chunked" in kinds or plain),
     )
+
+
+def _drafts(speculation: Speculation | None) -> tuple[int, ...]:
+    """Numbers of drafts that decoding requests of a step may have."""
+    if speculation is None:
+        return (0,)
+    return tuple(sorted({speculation.num_tokens, *(drafts for _, drafts in speculation.by_batch)}))
+
+
+def _check_slots(speculation: Speculation, release: str, tokens: int, seqs: int, where: str) -> None:
+    """Whether the drafter's input slots leave some of a step's tokens (_set_max_num_scheduled_tokens)."""
+    slots = speculation.draft_slots
+    taken = slots if has_option(release, "draft_slots_a_request") else slots * seqs
+    if slots and tokens <= taken:
+        raise InputError(
+            f"the drafter's slots take {taken} of max_num_batched_tokens {tokens}",
+            where=f"{where}.max_num_batched_tokens",
+            fix="Raise it, or lower num_speculative_tokens: vLLM refuses this.",
+        )
 
 
 def _keeps_prefills_apart(release: str) -> bool:

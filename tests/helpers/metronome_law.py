@@ -1,7 +1,7 @@
 """Laws of a step's time that a metronome server keeps, in seconds; the standard library alone.
 
 A law sees what a step is made of: (tokens, context) of its prompt chunks, its decodes, the KV tokens that
-these read, the sampled rows.
+these read, and the drafts that they verify.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ from typing import Any
 Chunks = Sequence[tuple[int, int]]
 
 
-def bandwidth_compute(chunks: Chunks, decodes: int, decode_context: int, law: Mapping[str, Any]) -> float:
+def bandwidth_compute(
+    chunks: Chunks, decodes: int, decode_context: int, drafts: int, law: Mapping[str, Any]
+) -> float:
     """A roofline: weights are read once a step or the tokens' products dominate, and KV is read besides.
 
     ``sizes``, if given: tokens are padded up to the next of them, which turns the slope into a staircase.
     """
-    tokens = decodes + sum(new for new, _ in chunks)
+    tokens = decodes + drafts + sum(new for new, _ in chunks)
     sizes = law.get("sizes", ())
     at = bisect_left(sizes, tokens)
     padded = sizes[at] if at < len(sizes) else tokens
@@ -35,12 +37,14 @@ def bandwidth_compute(chunks: Chunks, decodes: int, decode_context: int, law: Ma
     )
 
 
-def faster_when_full(chunks: Chunks, decodes: int, decode_context: int, law: Mapping[str, Any]) -> float:
+def faster_when_full(
+    chunks: Chunks, decodes: int, decode_context: int, drafts: int, law: Mapping[str, Any]
+) -> float:
     """What no machine does: the more requests, the shorter the step."""
     return float(law["fixed_s"] + law["idle_s"] / (1 + (decodes + len(chunks)) / law["requests"]))
 
 
-LAWS: dict[str, Callable[[Chunks, int, int, Mapping[str, Any]], float]] = {
+LAWS: dict[str, Callable[[Chunks, int, int, int, Mapping[str, Any]], float]] = {
     "bandwidth_compute": bandwidth_compute,
     "faster_when_full": faster_when_full,
 }
@@ -53,5 +57,5 @@ class Law:
         self._numbers = json.loads(text)
         self._law = LAWS[self._numbers["law"]]
 
-    def seconds(self, chunks: Chunks, decodes: int, decode_context: int) -> float:
-        return self._law(chunks, decodes, decode_context, self._numbers)
+    def seconds(self, chunks: Chunks, decodes: int, decode_context: int, drafts: int = 0) -> float:
+        return self._law(chunks, decodes, decode_context, drafts, self._numbers)

@@ -231,7 +231,9 @@ class PlainEngine:
             tokens = state.num_tokens + state.spec_tokens + state.placeholders - state.num_computed_tokens
             if 0 < threshold < tokens:
                 tokens = threshold
-            tokens = min(tokens, budget - self.slots, self.config.max_model_len - state.num_computed_tokens - 1)
+            tokens = min(
+                tokens, budget - self.slots, self.config.max_model_len - state.num_computed_tokens - 1
+            )
             if state.last_in_flight or tokens == 0 or (held and state.prefills):
                 index += 1
                 continue

@@ -1,5 +1,5 @@
-"""Speculative decoding decides as in vLLM's scheduler, step by step: random scenarios, alone, beside a KV connector
-and with KV cache groups; the logs of single ones are in tests/sim/engine/test_drafts.py."""
+"""Speculative decoding decides as in vLLM's scheduler, step by step: random scenarios, alone, beside a KV
+connector and with KV cache groups; the logs of single ones are in tests/sim/engine/test_drafts.py."""
 
 from __future__ import annotations
 
@@ -21,12 +21,20 @@ from servecast.validate.parity.scenarios import (
     Scenario,
     drafted_grouped_scenarios,
     drafted_scenarios,
+    draw_drafted,
+    recorded_picks,
 )
 from servecast.validate.parity.vllm_process import ENVIRONMENT, VllmProcess
 
 VERSIONS = {"0.32": 64, "0.23": 24, "0.33": 32}
+RARE = (389, 1663)  # of 0.32's: an admission that ends at max_model_len; a victim that gives slots back
 BESIDE = 10  # scenarios with a connector, and with groups
 MUTATIONS = load_mutations("mutations_drafts.yaml")
+
+
+def rare(version: str) -> list[Scenario]:
+    """What chance hardly ever brings about."""
+    return [draw_drafted(recorded_picks(0, i)[0], version, f"drafted-{version}-0-{i}") for i in RARE]
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +48,7 @@ def recorded() -> Iterator[dict[str, list[Recorded]]]:
             stack.enter_context(process)
             drawn = [
                 *drafted_scenarios(version, 0, count),
+                *(rare(version) if version == "0.32" else ()),
                 *drafted_remote_scenarios(version, 0, BESIDE),
                 *drafted_grouped_scenarios(version, 0, BESIDE),
             ]

@@ -14,6 +14,7 @@ import pandas as pd
 from servecast.sim.metrics.confidence import Interval, t_interval
 from servecast.sim.metrics.metrics import METRICS, Floats, summary
 from servecast.sim.metrics.records import Run
+from servecast.sim.metrics.spec_decode import draft_summary
 from servecast.validate.compare.attribution import Part, attribute, parts_of_recording, parts_of_run
 from servecast.validate.compare.samples import (
     LATENCIES,
@@ -179,6 +180,7 @@ def compare_runs(
     """
     run = measured.run
     figures = {key: value for key, value in measured.figures().items() if isinstance(value, int | float)}
+    figures |= {key: each for key, each in measured.reported.items() if key.startswith("spec_decode_")}
     series = None
     if telemetry is not None and len(telemetry):
         start = float(run.meta.get("clock_start_s", 0.0))
@@ -186,7 +188,7 @@ def compare_runs(
         seen = EngineSeries.of_telemetry(telemetry, start_s=start).within(end)
         series = EngineSeries.of_run(predicted[0], seen.time_s), seen
         figures |= seen.figures()
-    forecasts = [summary(each, ranks=RANKS) for each in predicted]
+    forecasts = [summary(each, ranks=RANKS) | draft_summary(each) for each in predicted]
     if series is not None:
         for forecast, each in zip(forecasts, predicted, strict=True):
             shown = EngineSeries.of_run(each, series[1].time_s).figures()

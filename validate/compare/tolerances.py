@@ -20,6 +20,7 @@ COUNTS = (
     "max_num_waiting",
     "num_preemptions",
     "prefix_cache_hit_rate",
+    "spec_decode_acceptance_length",
 )
 OF_SWEEPS = ("knee", "max_request_rate")
 FIGURES = (  # that can be judged

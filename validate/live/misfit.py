@@ -30,6 +30,7 @@ def refuse_misfit(truth: Truth, deployment: Deployment, model: Path | None) -> l
         raise InputError(
             f"runs with {said}, which is not modelled", where="the server", fix="Start it without."
         )
+    _compare_drafts(truth, deployment)
     notes = _compare_gpu(truth, deployment)
     if model is None or not (model / "config.json").is_file():
         notes.append("the served model's config.json was not at hand to compare")
@@ -45,6 +46,20 @@ def refuse_misfit(truth: Truth, deployment: Deployment, model: Path | None) -> l
             "the scenario's are taken"
         )
     return notes
+
+
+def _compare_drafts(truth: Truth, deployment: Deployment) -> None:
+    """Whether the server drafts as the scenario says."""
+    found = deployment.speculating
+    ours = {}
+    if found is not None:
+        ours = {"method": found.config.method, "num_speculative_tokens": found.config.num_tokens}
+    if truth.drafts is not None and dict(truth.drafts) != ours:
+        raise InputError(
+            f"the server drafts with {dict(truth.drafts) or 'nothing'}, the scenario {ours or 'not at all'}",
+            where=f"{deployment.scenario.source}: engine.speculative_config",
+            fix="Give what the server was started with.",
+        )
 
 
 def _compare_model(file: Path, deployment: Deployment) -> list[str]:

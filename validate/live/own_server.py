@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,6 +13,7 @@ from typing import Any
 
 from servecast.calibrate.measure.vllm.server import VllmServer, recording
 from servecast.sim.inputs.errors import InputError
+from servecast.sim.inputs.schema import Model
 from servecast.sim.scenario.engine_flags import EngineFlags
 from servecast.validate.live.target import Target
 
@@ -94,6 +96,8 @@ def serve_flags(engine: EngineFlags, fields: Iterable[str] | None = None) -> lis
         value, flag = getattr(engine, name), name.replace("_", "-")
         if isinstance(value, bool):
             flags.append(f"--{flag}" if value else f"--no-{flag}")
+        elif isinstance(value, Model):
+            flags += [f"--{flag}", value.model_dump_json(exclude_unset=True)]
         elif value is not None:
-            flags += [f"--{flag}", str(value)]
+            flags += [f"--{flag}", json.dumps(value) if isinstance(value, dict) else str(value)]
     return flags

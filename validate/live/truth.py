@@ -38,7 +38,8 @@ class Truth:
 
     flags: fields of EngineFlags. gpu: name by the driver, where it runs on this machine ("cpu" without
     one). served_model: the engine's own name of the model, which a proxy may call otherwise.
-    not_modelled: flags that a scenario has not, where they are not what vLLM does without them.
+    not_modelled: flags that a scenario has not, where they are not what vLLM does without them. drafts: its
+    method and number of draft tokens, empty if it does not speculate, None where it does not say it.
     """
 
     version: str | None
@@ -47,6 +48,7 @@ class Truth:
     gpu: str | None
     served_model: str | None
     not_modelled: Mapping[str, Any] = field(default_factory=dict)
+    drafts: Mapping[str, Any] | None = None
 
     def overrides(self) -> dict[str, Any]:
         """The fields of a scenario that the server's own word replaces."""
@@ -106,6 +108,7 @@ def read_truth(target: Target, facts: Mapping[str, Any]) -> Truth:
         gpu=str(facts["gpu"]) if known else None,
         served_model=one,
         not_modelled=_not_modelled(info),
+        drafts=_drafts(info) if info else None,
     )
 
 
@@ -128,9 +131,14 @@ def _flags(info: Mapping[str, Any]) -> dict[str, Any]:
 def _not_modelled(info: Mapping[str, Any]) -> dict[str, Any]:
     """Truth.not_modelled in vLLM's configuration."""
     sizes = ("pipeline_parallel_size", "data_parallel_size")
-    parallel, speculative = info.get("parallel_config", {}), info.get("speculative_config")
-    found = {name: size for name in sizes if (size := parallel.get(name, 1)) != 1}
-    return found | ({"speculative_config": speculative.get("method")} if speculative else {})
+    parallel = info.get("parallel_config", {})
+    return {name: size for name in sizes if (size := parallel.get(name, 1)) != 1}
+
+
+def _drafts(info: Mapping[str, Any]) -> dict[str, Any]:
+    """Truth.drafts in vLLM's configuration."""
+    said = info.get("speculative_config") or {}
+    return {name: said[name] for name in ("method", "num_speculative_tokens") if name in said}
 
 
 def _ask(question: Any, otherwise: Any) -> Any:

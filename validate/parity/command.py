@@ -14,7 +14,12 @@ from servecast.sim.engine.rules import RULES
 from servecast.sim.inputs.errors import InputError
 from servecast.validate.parity.parity import Mismatch, ParityResult, Recorded, compare, nearest_rules, record
 from servecast.validate.parity.parity import parity as run_parity
-from servecast.validate.parity.scenarios import Scenario, random_scenarios, read_scenarios
+from servecast.validate.parity.scenarios import (
+    Scenario,
+    drafted_scenarios,
+    random_scenarios,
+    read_scenarios,
+)
 from servecast.validate.parity.vllm_process import VllmProcess, release
 
 
@@ -23,6 +28,7 @@ def parity(
     vllm: str | None = None,
     scenarios: Annotated[int, Parameter(alias="-n")] = 150,
     seed: int = 0,
+    drafts: bool = False,
     replay: Path | None = None,
     vllm_python: Path | None = None,
     out: Path = Path("out/parity"),
@@ -38,6 +44,7 @@ def parity(
             known without it.
         scenarios: how many to draw.
         seed: of the draw.
+        drafts: draw scenarios with speculative decoding.
         replay: run the scenarios of this file instead.
         vllm_python: Python of your own environment with vLLM.
         out: folder for scenarios that differ.
@@ -46,7 +53,7 @@ def parity(
     if scenarios < 1:
         raise InputError(f"{scenarios} scenarios", where="--scenarios", fix="Give at least 1.")
     started = time.monotonic()
-    result, smallest = _compared(vllm, vllm_python, scenarios, seed, replay)
+    result, smallest = _compared(vllm, vllm_python, scenarios, seed, replay, drafts=drafts)
     written = _write(out, result, smallest)
     if json:
         more = {
@@ -70,7 +77,7 @@ def parity(
 
 
 def _compared(
-    vllm: str | None, python: Path | None, scenarios: int, seed: int, replay: Path | None
+    vllm: str | None, python: Path | None, scenarios: int, seed: int, replay: Path | None, *, drafts: bool
 ) -> tuple[ParityResult, Mismatch | None]:
     """What the comparison finds, and its first mismatch made small; without vLLM, whether it has rules."""
     process = _start(vllm, python)
@@ -83,7 +90,8 @@ def _compared(
     with process:
         version = release(process.version)
         rules = version if version in RULES else nearest_rules(version)
-        drawn = read_scenarios(replay) if replay else random_scenarios(rules, seed, scenarios)
+        draw = drafted_scenarios if drafts else random_scenarios
+        drawn = read_scenarios(replay) if replay else draw(rules, seed, scenarios)
         total = len(drawn) if isinstance(drawn, list) else scenarios
 
         def show(sofar: ParityResult) -> None:
@@ -92,7 +100,8 @@ def _compared(
                 print(f"\r{sofar.scenarios}/{total} scenarios", end=end, file=sys.stderr)
 
         result = run_parity(process.version, record(process, drawn), rules=rules, progress=show)
-        small = _smallest(process, result, seed, shrink=replay is None) if result.mismatches else None
+        plain = replay is None and not drafts
+        small = _smallest(process, result, seed, shrink=plain) if result.mismatches else None
         return result, small
 
 

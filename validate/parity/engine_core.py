@@ -76,8 +76,9 @@ class Engine(Protocol):
     def schedule(self) -> Any: ...
     def complete(self, step: Any) -> None: ...
 
-    def execute(self, step: Any) -> None:
-        """With a connector: the step runs, and what has been transferred by then is part of its output."""
+    def execute(self, step: Any) -> list[Any]:
+        """With a connector: the step runs, and what has been transferred by then is part of its output.
+        Returns the transfers that begin with it, where the connector is vLLM's own."""
 
 
 def draft_counts(speculation: dict[str, Any], request_id: int) -> tuple[list[int], list[int]]:
@@ -129,10 +130,10 @@ def decisions(engine: Engine, scenario: dict[str, Any], *, observed: bool = True
                 return
             steps += 1
             step = engine.schedule()
-            if remote:
-                engine.execute(step)
+            transfers = {"transfers": engine.execute(step)} if remote else {}
             yield {
                 "schedule": clock,
+                **transfers,
                 **_composition(engine, step, observed),
                 **_state(engine, counted, remote),
             }

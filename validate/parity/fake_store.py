@@ -1,7 +1,7 @@
 """A store of KV cache that answers as a scenario says: one for vLLM's connector and for the simulator's.
 
-Imports nothing but the standard library, for it runs under vLLM's Python, too. Time is steps: what is submitted
-with a step is reported by the output of the step so many later.
+Imports nothing but the standard library, for it runs under vLLM's Python, too. Time is steps: what is
+submitted with a step is reported by the output of the step so many later.
 """
 
 from __future__ import annotations
@@ -80,3 +80,22 @@ class FakeStore:
             "sent": [request for _, kind, request, _ in ready if kind == "sent"],
             "invalid": sorted({*invalid, *(block for *_, failed in ready for block in failed)}),
         }
+
+
+class FakeCopies:
+    """The workers of native offloading: a store is submitted in the step after its own, a flushed one is over
+    before the step runs; ``load_steps`` and ``store_steps`` from there on."""
+
+    def __init__(self, load_steps: int, store_steps: int) -> None:
+        self.load_steps, self.store_steps = load_steps, store_steps
+        self.clock = 0
+        self.due: list[tuple[int, int]] = []  # (step, number of the job)
+
+    def step(self, loads: list[int], stores: list[int], flush: set[int]) -> list[int]:
+        """Numbers of jobs that end with this step."""
+        self.due += [(self.clock + self.load_steps, number) for number in loads]
+        self.due += [(self.clock + 1 + self.store_steps, number) for number in stores]
+        ready = sorted(number for step, number in self.due if step <= self.clock or number in flush)
+        self.due = [(step, number) for step, number in self.due if number not in ready]
+        self.clock += 1
+        return ready

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 from servecast.sim.engine.connector import NEVER, Ending, FailurePolicy, Role, Transfers
+from servecast.sim.engine.offloading import Job, Jobs, OffloadingConnector
 from servecast.sim.engine.scheduler import Scheduler
 from servecast.sim.engine.sequence import Sequence
 from servecast.sim.engine.step import Step
-from servecast.validate.parity.fake_store import FakeStore
+from servecast.validate.parity.fake_store import FakeCopies, FakeStore
 from servecast.validate.parity.scenarios import (
     Pick,
     Scenario,
@@ -76,6 +77,39 @@ class StoreConnector:
         return now + 1 if self.store.due else NEVER
 
 
+class StepCopies:
+    """The worker half of native offloading on the clock of steps."""
+
+    def __init__(self, load_steps: int, store_steps: int) -> None:
+        self.fake = FakeCopies(load_steps, store_steps)
+        self.jobs: dict[int, Job] = {}
+        self.done: list[int] = []
+
+    def start(self, jobs: Jobs, now: int) -> float:
+        self.jobs.update({job.number: job for job in [*jobs.loads, *jobs.stores]})
+        numbers = [[job.number for job in some] for some in (jobs.loads, jobs.stores)]
+        self.done = self.fake.step(*numbers, jobs.flush)
+        return 0.0
+
+    def finished(self, now: int) -> list[Job]:
+        return [self.jobs.pop(number) for number in self.done]
+
+    def next_event(self, now: int) -> int:
+        return now + 1 if self.jobs else NEVER
+
+
+def offloading(asked: dict[str, Any]) -> OffloadingConnector:
+    """Native offloading as a scenario says."""
+    return OffloadingConnector(
+        asked["chunks"],
+        StepCopies(asked["load_steps"], asked["store_steps"]),
+        blocks_per_chunk=asked["blocks_per_chunk"],
+        policy=asked["policy"],
+        store_threshold=asked["store_threshold"],
+        offload_prompt_only=asked["prompt_only"],
+    )
+
+
 def remote_scenarios(version: str, seed: int, count: int) -> Iterator[Scenario]:
     """As ``random_scenarios``, each with a connector."""
     for index in range(count):
@@ -126,20 +160,62 @@ def draw_remote(pick: Pick, version: str, name: str) -> Scenario:
         config=dataclasses.replace(
             config, num_gpu_blocks=config.num_gpu_blocks + room * config.num_gpu_blocks // 2
         ),
-        remote={"role": role, "policy": policy, "plans": plans},
+        remote={"role": role, "policy": policy, "plans": plans, "offload": None},
         max_steps=MAX_STEPS,
     )
+
+
+def offloading_scenarios(version: str, seed: int, count: int) -> Iterator[Scenario]:
+    """As ``random_scenarios``, with native offloading to host memory."""
+    for index in range(count):
+        yield draw_offloading(recorded_picks(seed, index)[0], version, f"offloading-{version}-{seed}-{index}")
+
+
+def draw_offloading(pick: Pick, version: str, name: str) -> Scenario:
+    """A random scenario with little or much host memory; most requests come a second time, when the GPU may
+    have forgotten them."""
+    plain = draw_scenario(pick, version, name)
+    arrivals = list(plain.arrivals)
+    for arrival in plain.arrivals:
+        request = arrival.request
+        if request.content and pick(0, 3):
+            again = dataclasses.replace(request, request_id=len(arrivals))
+            arrivals.append(dataclasses.replace(arrival, step=arrival.step + pick(5, 80), request=again))
+    arrivals.sort(key=lambda arrival: arrival.step)
+    arrivals = [dataclasses.replace(arrival, arrival=i) for i, arrival in enumerate(arrivals)]
+    blocks = plain.config.num_gpu_blocks
+    asked = {
+        "chunks": pick(2, 8) if pick(0, 3) == 3 else pick(blocks // 2 + 2, 4 * blocks),
+        "blocks_per_chunk": (1, 1, 2, 3)[pick(0, 3)],
+        "policy": ("lru", "arc")[pick(0, 1)],
+        "store_threshold": (1, 1, 1, 2)[pick(0, 3)],
+        "prompt_only": pick(0, 2) < 2,
+        "load_steps": pick(0, 6),
+        "store_steps": pick(0, 10),
+    }
+    remote = {"role": "kv_both", "policy": "fail", "plans": {}, "offload": asked}
+    return dataclasses.replace(plain, arrivals=tuple(arrivals), remote=remote, max_steps=MAX_STEPS)
 
 
 class Connected:
     """The simulator's scheduler with the connector of a scenario, for ``engine_core.decisions``."""
 
     def __init__(self, make: Any, config: Any, remote: dict[str, Any], *, trace: bool) -> None:
-        self.connector = StoreConnector(remote)
+        offload = remote["offload"]
+        self.connector: Any = offloading(offload) if offload else StoreConnector(remote)
         self.engine = make(config, self.connector, trace=trace)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.engine, name)
 
-    def execute(self, step: Any) -> None:
+    def execute(self, step: Any) -> list[Any]:
+        meta: Any = step.connector_meta
+        self.connector.start_load_kv(meta, 0)
         step.transfers = self.connector.get_finished(0)
+        if meta is None:
+            return []
+        loads, stores = (
+            [[job.number, job.request_id, len(job.keys)] for job in jobs]
+            for jobs in (meta.loads, meta.stores)
+        )
+        return [loads, stores, sorted(meta.flush)]

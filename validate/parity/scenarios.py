@@ -120,11 +120,12 @@ def _groups(config: dict[str, Any]) -> tuple[CacheSpec, ...]:
 
 
 def _speculation(config: dict[str, Any]) -> Speculation | None:
-    given = config.get("speculation")
+    given: dict[str, Any] | None = config.get("speculation")
     if given is None:
         return None
     given["by_batch"] = [tuple(entry) for entry in given["by_batch"]]
-    return Speculation(**{name: tuple(v) if isinstance(v, list) else v for name, v in given.items()})
+    fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
+    return Speculation(**fields)
 
 
 def _arrival(step: int, arrival: int, request: dict[str, Any]) -> Arrival:

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 import vllm
 from engine_core import decisions, draft_counts  # type: ignore[import-not-found]
+from fake_store import FakeCopies  # type: ignore[import-not-found]
 from vllm.config import (
     CacheConfig,
     DeviceConfig,
@@ -60,6 +61,11 @@ from vllm.v1.outputs import DraftTokenIds, KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus, StructuredOutputRequest
 from vllm.v1.structured_output import StructuredOutputManager
 from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
+
+try:
+    from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import OffloadingWorkerMetadata
+except ImportError:  # older releases have none
+    OffloadingWorkerMetadata = None
 
 LONGEST_MODEL_LEN = 1 << 20
 STOP_TOKEN = 7  # no other token is below FIRST_TOKEN
@@ -150,7 +156,7 @@ class VllmEngine:
         )
         hash_fn = get_hash_fn_by_name("sha256")
         init_none_hash(hash_fn)
-        caching = config["enable_prefix_caching"]
+        caching = config["enable_prefix_caching"] or remote is not None
         ahead = getattr(vllm_config, "num_hash_lookahead_tokens", 0)
         options = {"num_hash_lookahead_tokens": ahead} if ahead else {}
         self.hasher = get_request_block_hasher(hash_block, hash_fn, **options) if caching else None
@@ -172,6 +178,11 @@ class VllmEngine:
         self.outputs: dict[str, int] = {}  # request -> tokens that the model will produce
         self.preempt = self.scheduler._preempt_request
         self.scheduler._preempt_request = self._preempt_and_note
+        self.copies, self.loading = None, {}
+        if remote is not None and remote["offload"]:
+            self.copies = FakeCopies(remote["offload"]["load_steps"], remote["offload"]["store_steps"])
+            self.build = self.scheduler.connector.build_connector_meta
+            self.scheduler.connector.build_connector_meta = self._build_in_order
         self.finish = self.scheduler.finish_requests
         self.scheduler.finish_requests = self._finish_in_order
 
@@ -179,6 +190,12 @@ class VllmEngine:
         # SchedulerOutput.preempted_req_ids is a set: the order of victims is seen here only
         self.victims.append(int(request.request_id))
         self.preempt(request, *args, **kwargs)
+
+    def _build_in_order(self, output: Any) -> Any:
+        output.finished_req_ids = sorted(
+            output.finished_req_ids
+        )  # a set, whose order differs from run to run
+        return self.build(output)
 
     def _finish_in_order(self, names: Any, status: Any) -> Any:
         # those of a set end in the order of its hashes, which differs from run to run
@@ -244,13 +261,34 @@ class VllmEngine:
             deferred=bool(output.pending_structured_output_tokens),
         )
 
-    def execute(self, step: Step) -> None:
+    def execute(self, step: Step) -> list[Any]:
+        if self.copies is not None:
+            return self._copy(step)
         report = self.scheduler.connector.store.step()
         step.report = KVConnectorOutput(
             finished_recving=[_name(request_id) for request_id in report["received"]],
             finished_sending=[_name(request_id) for request_id in report["sent"]],
             invalid_block_ids=set(report["invalid"]),
         )
+        return []
+
+    def _copy(self, step: Step) -> list[Any]:
+        meta = step.output.kv_connector_metadata
+        loads, stores = (
+            [
+                [number, int(job.req_id), len(job.src_spec.chunk_ids if reads else job.dst_spec.chunk_ids)]
+                for number, job in jobs.items()
+            ]
+            for reads, jobs in ((True, meta.load_jobs), (False, meta.store_jobs))
+        )
+        flush = set(meta.jobs_to_flush or ())
+        self.loading.update({number: _name(request_id) for number, request_id, _ in loads})
+        done = self.copies.step([job[0] for job in loads], [job[0] for job in stores], flush)
+        step.report = KVConnectorOutput(
+            finished_recving=[self.loading.pop(number) for number in done if number in self.loading],
+            kv_connector_worker_meta=OffloadingWorkerMetadata(completed_jobs=dict.fromkeys(done, 1)),
+        )
+        return [loads, stores, sorted(flush)]
 
     def complete(self, step: Step) -> None:
         names = list(step.output.num_scheduled_tokens)
@@ -311,7 +349,8 @@ class VllmEngine:
         return [self._token(name, further) for further in range(tokens)]
 
     def _token(self, name: str, further: int) -> int:
-        """The next output token, or one ``further`` on: the stop token where the model stops, else one that occurs nowhere else."""
+        """The next output token, or one ``further`` on: the stop token where the model stops, else one that
+        occurs nowhere else."""
         request = self.scheduler.requests.get(name)
         if request is None:
             return FIRST_TOKEN  # aborted or stopped while in flight: vLLM throws it away
@@ -481,7 +520,7 @@ def _vllm_config(config: dict[str, Any], model: str, remote: dict[str, Any] | No
             block_size=config["block_size"], enable_prefix_caching=config["enable_prefix_caching"]
         ),
         parallel_config=ParallelConfig(),
-        **_connector(remote),
+        **_connector(remote, config["block_size"]),
         device_config=DeviceConfig("cpu"),
     )
     vllm_config.cache_config.num_gpu_blocks = config["num_gpu_blocks"]
@@ -496,14 +535,31 @@ def _vllm_config(config: dict[str, Any], model: str, remote: dict[str, Any] | No
         register(vllm_config)
     for name in options.keys() - {"max_model_len", "is_encoder_decoder"}:
         setattr(vllm_config.scheduler_config, name, options[name])
-    if config["speculation"] is not None:
+    if config.get("speculation") is not None:
         _speculate(vllm_config, config["speculation"])
     return vllm_config
 
 
-def _connector(remote: dict[str, Any] | None) -> dict[str, Any]:
+def _offloading(asked: dict[str, Any], block_size: int) -> KVTransferConfig:
+    chunk = 2 * 4 * 32 * 2 * block_size * asked["blocks_per_chunk"]  # bytes, as in ``_spec``
+    return KVTransferConfig(
+        kv_connector="OffloadingConnector",
+        kv_role="kv_both",
+        kv_connector_extra_config={
+            "cpu_bytes_to_use": asked["chunks"] * -(-chunk // 4096) * 4096,
+            "block_size": block_size * asked["blocks_per_chunk"],
+            "eviction_policy": asked["policy"],
+            "store_threshold": asked["store_threshold"],
+            "offload_prompt_only": asked["prompt_only"],
+        },
+    )
+
+
+def _connector(remote: dict[str, Any] | None, block_size: int) -> dict[str, Any]:
     if remote is None:
         return {}
+    if remote["offload"]:
+        return {"kv_transfer_config": _offloading(remote["offload"], block_size)}
     connector = KVTransferConfig(
         kv_connector="FakeConnector",
         kv_connector_module_path="vllm_connector",

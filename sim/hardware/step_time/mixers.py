@@ -88,8 +88,11 @@ class Attention:
     block_s: float = 0.0
     least: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
-    def decode_s(self, *, mixed: bool) -> float:
-        """A KV token that a decode reads, in a step with or without prompt chunks."""
+    def decode_s(self, *, mixed: bool, queries: float = 1.0) -> float:
+        """A KV token that a decode reads, in a step with or without prompt chunks; ``queries``: tokens that
+        attend to it, with drafts more than one, which are padded as beside chunks."""
+        if queries > 1.0:
+            return max(self.read_s, max(float(self.rows), queries) * self.decode_pair_s)
         return max(self.read_s, (self.rows if mixed else 1) * self.decode_pair_s)
 
     def pairs(self, tokens: int, context: int) -> int:

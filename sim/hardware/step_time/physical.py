@@ -204,12 +204,22 @@ class PhysicalStepTime:
 
     Args:
         shard: one rank; the time is a rank's. efficiencies: what is reached of its GPU's peaks.
+        slots: tokens that a request has more than a step says. greedy: tokens are not sampled, but the
+            likeliest taken. Both are of drafters.
 
     Raises:
         InputError: there are several ranks, and nothing says how fast the link between them is.
     """
 
-    def __init__(self, shard: Shard, efficiencies: Efficiencies | None = None) -> None:
+    def __init__(
+        self,
+        shard: Shard,
+        efficiencies: Efficiencies | None = None,
+        *,
+        slots: int = 0,
+        greedy: bool = False,
+    ) -> None:
+        self._slots, self._greedy = slots, greedy
         self.shard, self._ranks = shard, shard.tensor_parallel_size
         self._spread = spread = shard.expert_ranks
         self._model, self._gpu = model, gpu = shard.model, shard.gpu
@@ -232,13 +242,15 @@ class PhysicalStepTime:
         self._graphed = shard.cudagraph_sizes[-1] if shard.cudagraph_sizes else 0  # most tokens in a graph
         self._eager_s = model.kernels / KERNELS_DENSE * eff.eager_layer_s
         self._by_tokens: dict[int, float] = {}
+        self._by_padded: dict[int, float] = {}
         self._by_rows: dict[int, float] = {}
         self._by_cores: dict[tuple[int, int], float] = {}
 
     def seconds(self, step: StepShape) -> float:
         """Duration of the step in seconds. A step with nothing in it takes no time."""
         decodes, chunks = step.decodes, step.chunks
-        requests = tokens = decodes
+        drafts: int = getattr(step, "drafts", 0)
+        requests, tokens = decodes, decodes + drafts
         total = 0.0
         if chunks:
             requests += len(chunks)
@@ -249,7 +261,10 @@ class PhysicalStepTime:
             return 0.0
         if decodes:
             total += self._attention_decode(step)
-        by_tokens, by_rows = self._tokens_seconds(tokens), self._rows_seconds(step.samples)
+        tokens += self._slots * requests
+        uniform = tokens > requests and not chunks
+        by_tokens = self._uniform_seconds(tokens, requests) if uniform else self._tokens_seconds(tokens)
+        by_rows = self._rows_seconds(step.samples)
         total += by_tokens + by_rows + requests * self.efficiencies.host_per_seq_s
         total += self._lora(step)
         return total if tokens <= self._graphed or total > self._eager_s else self._eager_s
@@ -263,6 +278,7 @@ class PhysicalStepTime:
                 (
                     *(each.layers, each.window, each.pair_s, each.read_s, each.expand_s),
                     *(each.decode_s(mixed=False), each.decode_s(mixed=True), each.block_s),
+                    *(each.decode_pair_s, float(each.rows)),
                 )
                 for each in mixing.attention
             ],
@@ -277,9 +293,10 @@ class PhysicalStepTime:
             "graphed": self._graphed,
             "lora": self._lora_costs,
             "prompt_tile": _PROMPT_TILE if self.efficiencies.by_kernel is not None else 1,
+            "slots": self._slots,
         }
         by_tokens = self._tokens_seconds if self._spread.data == 1 else self._own_seconds
-        return StepCosts(numbers, by_tokens, self._rows_seconds)
+        return StepCosts(numbers, by_tokens, self._rows_seconds, self._uniform_seconds)
 
     def in_lockstep(self, tokens: Sequence[int]) -> tuple[list[int], float, bool]:
         """What engine cores that share the layers of experts make of a common step.
@@ -302,10 +319,10 @@ class PhysicalStepTime:
 
     def breakdown(self, step: StepShape) -> dict[str, float]:
         """Part -> seconds; they add up to ``seconds``."""
-        tokens, requests = _count(step)
+        tokens, requests, padded = self._count(step)
         if not tokens:
             return {}
-        parts = self._token_parts(tokens)
+        parts = self._token_parts(padded)
         parts["host"] += requests * self.efficiencies.host_per_seq_s
         parts["attention_prefill"] = self._attention_prefill(step.chunks)
         parts["attention_decode"] = self._attention_decode(step) if step.decodes else 0.0
@@ -323,13 +340,14 @@ class PhysicalStepTime:
         if not parts:
             return "host"
         seen = [(each, each.layers * seen) for each, seen in self._seen(step)]
+        mixed, queries = bool(step.chunks), _queries(step)
         sides: dict[str, tuple[float, float]] = {  # compute, memory
-            "linear": self._linear_sides(self.shard.padded(_count(step)[0])),
-            "experts": self._expert_sides(self._spread.data * self.shard.padded(_count(step)[0])),
+            "linear": self._linear_sides(self._count(step)[2]),
+            "experts": self._expert_sides(self._spread.data * self._count(step)[2]),
             "lm_head": self._lm_head_sides(step.samples),
             "attention_prefill": (1.0, 0.0),
             "attention_decode": (
-                sum(tokens * each.decode_s(mixed=bool(step.chunks)) for each, tokens in seen),
+                sum(tokens * each.decode_s(mixed=mixed, queries=queries) for each, tokens in seen),
                 sum(tokens * each.read_s for each, tokens in seen),
             ),
             "elementwise": (0.0, 1.0),
@@ -354,12 +372,12 @@ class PhysicalStepTime:
         """What no kernel can beat on this GPU: all FLOPs at the peak, or all weights and older KV read once
         at full bandwidth, whichever is longer. Activations may stay in caches and do not count, nor does
         padding. With experts, the weights read are an expectation."""
-        tokens, _ = _count(step)
+        tokens = step.decodes + getattr(step, "drafts", 0) + sum(new for new, _ in step.chunks)
         if not tokens:
             return 0.0
-        shard = self.shard
+        shard, queries = self.shard, _queries(step)
         compute = tokens * self._dense_flops / shard.linear_peak
-        experts = self._model.moe_layers * self._model.experts_per_token
+        experts = float(self._model.moe_layers * self._model.experts_per_token)
         experts *= 2 * self._model.expert_weights(1) / self._ranks
         compute += tokens * experts / shard.expert_peak
         rows = step.samples if shard.samples else 0
@@ -368,7 +386,7 @@ class PhysicalStepTime:
         memory = read / self._gpu.bandwidth
         for each, seen in self._seen(step):
             pair_s, decode_pair_s, read_s = each.least
-            compute += each.layers * seen * decode_pair_s
+            compute += each.layers * seen * decode_pair_s * queries
             memory += each.layers * seen * read_s
             for new, context in step.chunks:
                 compute += each.layers * each.pairs(new, context) * pair_s
@@ -380,7 +398,17 @@ class PhysicalStepTime:
     def _tokens_seconds(self, tokens: int) -> float:
         seconds = self._by_tokens.get(tokens)
         if seconds is None:
-            seconds = self._by_tokens[tokens] = sum(self._token_parts(tokens).values())
+            seconds = self._by_tokens[tokens] = self._padded_seconds(self.shard.padded(tokens))
+        return seconds
+
+    def _uniform_seconds(self, tokens: int, requests: int) -> float:
+        """Of a batch of requests that have equally many tokens."""
+        return self._padded_seconds(self.shard.padded(tokens, requests))
+
+    def _padded_seconds(self, padded: int) -> float:
+        seconds = self._by_padded.get(padded)
+        if seconds is None:
+            seconds = self._by_padded[padded] = sum(self._token_parts(padded).values())
         return seconds
 
     def _rows_seconds(self, rows: int) -> float:
@@ -524,10 +552,9 @@ class PhysicalStepTime:
         compute = self.shard.lm_head_flops(rows) / (self._gpu.bf16_flops * eff.compute)
         return compute, self.shard.lm_head_bytes / (self._gpu.bandwidth * eff.bandwidth)
 
-    def _token_parts(self, tokens: int) -> dict[str, float]:
-        """Parts that the number of tokens decides, the host's fixed time among them."""
-        padded, cores = self.shard.padded(tokens), self._spread.data
-        parts = self._own_parts(padded)
+    def _token_parts(self, padded: int) -> dict[str, float]:
+        """Parts that the number of tokens decides, padding included, the host's fixed time among them."""
+        parts, cores = self._own_parts(padded), self._spread.data
         return parts if cores == 1 else parts | self._shared_parts(cores * padded, padded)
 
     def _own_parts(self, computed: int) -> dict[str, float]:
@@ -559,10 +586,11 @@ class PhysicalStepTime:
             return {}
         model, eff = self._model, self.efficiencies
         logits = rows * model.vocab_size
-        sampler = logits * _SAMPLER_BYTES_PER_LOGIT / (self._gpu.bandwidth * eff.bandwidth)
+        each = model.dtype_bytes if self._greedy else _SAMPLER_BYTES_PER_LOGIT
+        sampler = logits * each / (self._gpu.bandwidth * eff.bandwidth)
         parts = {
             "lm_head": smooth_maximum(*self._lm_head_sides(rows), eff.overlap_exponent),
-            "sampler": _SAMPLER_KERNELS * eff.kernel_s + sampler,
+            "sampler": (1 if self._greedy else _SAMPLER_KERNELS) * eff.kernel_s + sampler,
         }
         if self._ranks > 1:  # an all-gather moves half of what an all-reduce of the same result does
             parts["all_reduce"] = self._all_reduce(logits * model.dtype_bytes // 2)
@@ -606,10 +634,18 @@ class PhysicalStepTime:
         ]
 
     def _attention_decode(self, step: StepShape) -> float:
-        total, mixed = step.decodes * self._mixing.decode_s, bool(step.chunks)
+        total, mixed, queries = step.decodes * self._mixing.decode_s, bool(step.chunks), _queries(step)
         for each, seen in self._seen(step):
-            total += each.layers * seen * each.decode_s(mixed=mixed)
+            total += each.layers * seen * each.decode_s(mixed=mixed, queries=queries)
         return total
+
+    def _count(self, step: StepShape) -> tuple[int, int, int]:
+        """Tokens and requests of a step, and its tokens padded to a CUDA graph's."""
+        requests = step.decodes + len(step.chunks)
+        tokens = step.decodes + getattr(step, "drafts", 0) + sum(new for new, _ in step.chunks)
+        tokens += self._slots * requests
+        uniform = requests if tokens > requests and not step.chunks else 0
+        return tokens, requests, self.shard.padded(tokens, uniform)
 
 
 def _between(points: Sequence[tuple[int, float]], at: int) -> float:
@@ -619,6 +655,7 @@ def _between(points: Sequence[tuple[int, float]], at: int) -> float:
     return max(points[0][1] if at < low else 0.0, before + (after - before) * (at - low) / (high - low))
 
 
-def _count(step: StepShape) -> tuple[int, int]:
-    """Tokens and requests of a step."""
-    return step.decodes + sum(tokens for tokens, _ in step.chunks), step.decodes + len(step.chunks)
+def _queries(step: StepShape) -> float:
+    """Tokens that a decoding request computes, on average: one and its drafts."""
+    drafts: int = getattr(step, "drafts", 0)
+    return 1.0 + drafts / step.decodes if drafts else 1.0

@@ -14,25 +14,42 @@ from servecast.sim.routing.backends import Backend, Backends, Columns
 from servecast.sim.routing.llmd.release import EppRelease
 
 
-@dataclass(frozen=True, slots=True)
 class PrefixMatch:
-    """Leading blocks of a prompt that servers have: by server's number; how many the prompt has of them; the
-    length of a block in tokens."""
+    """Leading blocks of a prompt that servers have.
 
-    counts: dict[int, int]
-    total: int
-    block_tokens: float
+    Attributes:
+        counts: by a server's number, those with none left out. total: how many the prompt has.
+        block_tokens: length of a block.
+    """
+
+    __slots__ = ("_numbers", "_of", "_shares", "block_tokens", "counts", "total")
+
+    def __init__(self, counts: dict[int, int], total: int, block_tokens: float) -> None:
+        self.counts, self.total, self.block_tokens = counts, total, block_tokens
+        self._numbers: NDArray[np.int64] | None = None  # whose columns are kept
 
     def of(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Counts of these replicas, 0 where one has none."""
+        """Counts of these replicas, 0 where one has none. Not to be changed: they are kept."""
+        if numbers is not self._numbers:
+            self._keep(numbers)
+        return self._of
+
+    def shares(self, numbers: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Those as shares of the prompt's. Not to be changed, either."""
+        if numbers is not self._numbers:
+            self._keep(numbers)
+        return self._shares
+
+    def _keep(self, numbers: NDArray[np.int64]) -> None:
         counts, n = self.counts, len(numbers)
         if counts and numbers[-1] != n - 1:  # some replicas are missing
-            return np.array([counts.get(number, 0) for number in numbers.tolist()])
-        found = np.zeros(n, np.int64)
-        for number, count in counts.items():
-            if number < n:
-                found[number] = count
-        return found
+            found = np.array([counts.get(number, 0) for number in numbers.tolist()])
+        else:
+            found = np.zeros(n, np.int64)
+            for number, count in counts.items():
+                if number < n:
+                    found[number] = count
+        self._numbers, self._of, self._shares = numbers, found, found / (self.total or 1)
 
 
 @dataclass(slots=True)

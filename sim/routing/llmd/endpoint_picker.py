@@ -15,7 +15,7 @@ from servecast.sim.routing.llmd.pickers import PICKERS
 from servecast.sim.routing.llmd.plugin import IN_FLIGHT, EppConfig, Plugin
 from servecast.sim.routing.llmd.producers import PREFIXES, InFlightLoad
 from servecast.sim.routing.llmd.release import EPP_RELEASES
-from servecast.sim.routing.llmd.scorers import SCORERS, Scores
+from servecast.sim.routing.llmd.scorers import SCORERS, Scorer, Scores
 from servecast.sim.routing.options import RouterOptions
 
 
@@ -43,18 +43,19 @@ class EndpointPicker:
         setting = Setting(release, options.bytes_per_token, rng, clock, config.exact_tokens)
         if beside is not None:
             setting = beside.setting
-        self.setting, self._made = setting, {} if beside is None else dict(beside._made)
+        self.setting: Setting = setting
+        self._made: dict[str, Any] = {} if beside is None else dict(beside._made)
         for plugin in config.producers:
             if plugin.type == IN_FLIGHT:
                 setting.loads[plugin.name] = InFlightLoad(plugin, setting)
             else:
                 setting.prefixes[plugin.name] = PREFIXES[plugin.type](plugin, setting)
-        self._clamps = release.clamps
         filters, scorers = config.filters, config.scorers
         self._filters = [self._one(plugin, FILTERS) for plugin in filters]
         self._scorers = [(self._one(plugin, SCORERS), weight) for plugin, weight in scorers]
         self._known: Columns | None = None
-        self._kept: list[Scores | None] = []  # by scorer, for ``_known``
+        self._base: Scores = np.empty(0)  # for ``_known``: the sum of the first scores, which are by gauges
+        self._rest: list[tuple[Scorer, float, Scores | None]] = []  # the others, of which some are kept
         self._picker = PICKERS[config.picker.type](config.picker, setting)
         producers = [
             *setting.loads.values(),
@@ -109,19 +110,16 @@ class EndpointPicker:
     def totals(self, cycle: Cycle) -> Scores:
         """Each candidate's sum of weight x score. Scores by gauges are kept while these stay as they are."""
         if cycle.known is not self._known:
-            self._known = cycle.known
-            self._kept = [None] * len(self._scorers)
-        totals = np.zeros(len(cycle.known))
-        for number, (scorer, weight) in enumerate(self._scorers):
-            weighted = self._kept[number]
-            if weighted is None:
-                score = scorer.score(cycle)
-                if self._clamps:
-                    score = np.minimum(np.maximum(score, 0.0), 1.0)
-                weighted = score * weight
-                if scorer.by_gauges:
-                    self._kept[number] = weighted
-            totals = totals + weighted
+            self._known, self._base, self._rest = cycle.known, np.zeros(len(cycle.known)), []
+            for scorer, weight in self._scorers:
+                kept = scorer.score(cycle) * weight if scorer.by_gauges else None
+                if kept is None or self._rest:
+                    self._rest.append((scorer, weight, kept))
+                else:
+                    self._base = self._base + kept
+        totals = self._base
+        for scorer, weight, kept in self._rest:
+            totals = totals + (scorer.score(cycle) * weight if kept is None else kept)
         return totals
 
     def answered(self, request: Request, index: int) -> None:

@@ -70,7 +70,7 @@ class PrefixCacheAffinityFilter:
         if self._explores and self._setting.rng.random() < self._explores:
             return everyone
         match, numbers = self._setting.prefixes[self._plugin.prefixes].match(cycle), cycle.known.numbers
-        sticks = match.of(numbers) / (match.total or 1) >= self._threshold
+        sticks = match.shares(numbers) >= self._threshold
         if not sticks.any() or sticks.all():
             return everyone
         if self._most_tokens is not None:

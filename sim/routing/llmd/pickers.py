@@ -30,10 +30,8 @@ class MaxScorePicker:
         self._rng = setting.rng
 
     def pick(self, scores: Scores) -> int:
-        first = int(scores.argmax())
-        equals = scores == scores[first]
-        count = int(np.count_nonzero(equals))
-        return first if count == 1 else int(np.flatnonzero(equals)[self._rng.integers(count)])
+        best = (scores == scores[scores.argmax()]).nonzero()[0]
+        return int(best[0] if len(best) == 1 else best[self._rng.integers(len(best))])
 
 
 class RandomPicker:

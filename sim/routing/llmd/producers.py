@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from servecast.sim.engine.kv_events import BlockRemoved, BlockStored
-from servecast.sim.engine.request import Request
+from servecast.sim.engine.request import Content, Request
 from servecast.sim.routing.backends import Backend, Backends
 from servecast.sim.routing.llmd.cycle import CHARACTERS, Cycle, PrefixMatch, Setting
 from servecast.sim.routing.llmd.plugin import Plugin
-from servecast.sim.routing.prefix_index import ApproximateIndex, PreciseIndex, TokenStore
+from servecast.sim.routing.prefix_index import REMEMBERED, ApproximateIndex, PreciseIndex, TokenStore
 from servecast.sim.routing.prompt_blocks import PromptBlocks
 from servecast.sim.routing.tally import Tally
 
@@ -107,6 +107,7 @@ class PrecisePrefixes:
         self._chunk_size = store.whole("blockSize", 256)
         self._store = TokenStore(store.whole("cacheSize", 500_000))
         self._chunks = PromptBlocks(self._chunk_size, setting.bytes_per_token)
+        self._kept: dict[Content, PrefixMatch] = {}
         self._backends = Backends([])
         self._block_sizes: dict[int, int] = {}  # of the servers that are listened to
         ttl_s = parameters.duration_s("speculativeTTL", "2s") or 2.0
@@ -146,7 +147,13 @@ class PrecisePrefixes:
                 held = {server: count * size // self._block_size for server, count in held.items()}
                 held = {server: count for server, count in held.items() if count}
             counts = counts | held if counts else held
-        return PrefixMatch(counts, request.prompt_tokens // self._block_size, self._block_size)
+        total, key = request.prompt_tokens // self._block_size, request.content
+        match = self._kept.get(key)
+        if match is None or match.counts is not counts or match.total != total:
+            if len(self._kept) >= REMEMBERED:
+                self._kept.clear()
+            match = self._kept[key] = PrefixMatch(counts, total, self._block_size)
+        return match
 
     def picked(self, cycle: Cycle, backend: Backend) -> None:
         if self._ttl_s is not None and backend.block_size in self._indexes:

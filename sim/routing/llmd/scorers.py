@@ -36,7 +36,7 @@ class Scorer(Protocol):
 
 def _fewest_best(values: Counts) -> Scores:
     """(most - value) / (most - fewest); 1 for all where all are equal."""
-    least, most = values.min(), values.max()
+    least, most = values[values.argmin()], values[values.argmax()]
     if least == most:
         return np.ones(len(values))
     found: Scores = (most - values) / (most - least)
@@ -68,15 +68,15 @@ class RunningRequestsSizeScorer:
 
 
 class KvCacheUtilizationScorer:
-    """1 - usage of the KV cache, whatever the others have."""
+    """1 - usage of the KV cache, whatever the others have. It alone could leave 0..1, and is clamped."""
 
     by_gauges = True
 
     def __init__(self, plugin: Plugin, setting: Setting) -> None:
-        pass
+        self._least = 0.0 if setting.release.clamps else -np.inf
 
     def score(self, cycle: Cycle) -> Scores:
-        return 1.0 - cycle.known.kv_usage
+        return np.maximum(1.0 - cycle.known.kv_usage, self._least)
 
 
 class LoadAwareScorer:
@@ -174,19 +174,18 @@ class PrefixCacheScorer:
         self._scale = parameters.whole("matchLengthScaleTokens", 8192)
 
     def score(self, cycle: Cycle) -> Scores:
-        match = self._producer.match(cycle)
-        counts = match.of(cycle.known.numbers)
+        match, numbers, by_length = self._producer.match(cycle), cycle.known.numbers, self._by_length
+        counts = match.of(numbers)
         if self._producer.stretched:
             held = match.counts.values()
             least, most = min(held, default=0), max(held, default=0)
             if most == least:
                 return (counts > 0).astype(np.float64)
             return np.maximum(counts - least, 0) / (most - least)
-        whole, by_length = match.total or 1, self._by_length
         if not by_length:
-            return counts / whole
+            return match.shares(numbers)
         lengths = np.minimum(1.0, counts * match.block_tokens / self._scale)
-        return by_length * lengths**2 + (1 - by_length) * counts / whole
+        return by_length * lengths**2 + (1 - by_length) * counts / (match.total or 1)
 
 
 class SessionAffinityScorer:

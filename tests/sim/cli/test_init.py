@@ -47,6 +47,10 @@ def test_what_cannot_be_simulated_is_said_at_once(capsys: pytest.CaptureFixture[
     assert "Pipeline parallelism is not modelled" in capsys.readouterr().err
     assert main(["init", "ls -l"]) == 2
     assert "is not a vllm serve command" in capsys.readouterr().err
+    assert main(["init", "vllm serve"]) == 2
+    assert "vllm serve: it names no model" in capsys.readouterr().err
+    assert main(["init", "vllm serve Qwen/Qwen3-8B -tp 0"]) == 2
+    assert "tensor_parallel_size should be greater than or equal to 1, not 0" in capsys.readouterr().err
 
 
 def test_the_shell_can_complete(

@@ -92,9 +92,7 @@ def scheduled(engine: Any, step: Any, tick: int, names: list[str], *, dynamic: b
     line = f"S{tick:<3d} {' '.join(parts) or '-':60s} free={engine.free_blocks} cached={engine.cached_blocks}"
     if step.preempted:
         line += f" preempt={','.join(names[number] for number in step.preempted)}"
-    waiting = [
-        names[s.request_id] + (":PREEMPTED" if s.preemptions else "") for s in engine.queue.ordered()
-    ]
+    waiting = [names[s.request_id] + (":PREEMPTED" if s.preemptions else "") for s in engine.queue.ordered()]
     if waiting:
         line += f" wait={','.join(waiting)}"
     if dynamic:
@@ -120,7 +118,8 @@ def updated(engine: Any, tick: int, step: Any, names: list[str], requests: dict[
             end = ("!stop" if stops else "!length") if sequence in step.leavers else ""
             parts.append(f"{letter}:+{new}{end}")
     state = [
-        f"{names[s.request_id]}:{s.computed}/{s.num_tokens}" + (f"p{s.placeholders}" if s.placeholders else "")
+        f"{names[s.request_id]}:{s.computed}/{s.num_tokens}"
+        + (f"p{s.placeholders}" if s.placeholders else "")
         for s in engine.runners
     ]
     new = tuple(after - earlier for after, earlier in zip(counts(), before, strict=True))
@@ -203,7 +202,7 @@ def splitmix(bits: int) -> int:
 
 
 def test_draws_are_uniform_and_depend_on_their_numbers_alone() -> None:
-    """The same compiled, interpreted and written anew; mean 1/2, variance 1/12, no correlation of neighbours."""
+    """The same compiled, interpreted and written anew; mean 1/2, variance 1/12, neighbours uncorrelated."""
     keys = [(seed, request, number) for seed in range(3) for request in range(60) for number in range(60)]
     found = np.array([drawn(*key) for key in keys])
     in_source = interpreted()["drafts"].drawn
@@ -280,7 +279,9 @@ def test_blocks_and_tokens_are_conserved(version: str, asynchronous: bool, metho
         for state in (step.after_schedule, step.after_complete):
             held = {block for blocks in state.block_ids.values() for block in blocks}
             assert sorted([*held, *state.free_list]) == list(range(1, 45))
-        assert step.decodes + step.drafts + sum(tokens for tokens, _ in step.chunks) == step.total_tokens <= 96
+        assert (
+            step.decodes + step.drafts + sum(tokens for tokens, _ in step.chunks) == step.total_tokens <= 96
+        )
     assert sum(step.emitted for step in log) == sum(request.output_tokens for request in requests)
     assert {number for step in log for number in step.finished} == set(range(40))
 

@@ -57,11 +57,19 @@ class Pair:
         numbers = dict.fromkeys(
             ("decode_s", "chunk_token_s", "chunk_s", "serial_s", "request_s", "eager_s"), 0.0
         )
-        numbers |= {"attention": [], "window": 0, "chunked": False, "graphed": 0, "prompt_tile": 1}
+        numbers |= {
+            "attention": [],
+            "window": 0,
+            "chunked": False,
+            "graphed": 0,
+            "prompt_tile": 1,
+            "slots": 0,
+            "lora": (0.0, 0.0, 0.0),
+        }
         self.together = Lockstep(cores, lambda tokens: (tokens, float(sum(tokens)), True))
         self.loops = []
         for index in range(2):
-            costs = StepCosts(numbers, float, lambda rows: 0.0)
+            costs = StepCosts(numbers, float, lambda rows: 0.0, lambda tokens, requests: 0.0)
             loop = EngineLoop(
                 Scheduler(config), index, costs, None, lambda step: 0.0, repeat(1.0), (0, 0), None
             )

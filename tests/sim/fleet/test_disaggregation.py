@@ -152,7 +152,8 @@ def test_a_failed_transfer_ends_its_request_or_is_computed_again() -> None:
     failed, fleet, _ = run([request(0)], over=broken)
     assert failed.requests["status"].tolist() == ["failed"]
     assert fleet.failures == {"its KV cache could not be loaded": 1}
-    again, _, _ = run([request(0)], over=broken, policy="recompute")
+    again, _, exchange = run([request(0)], over=broken, policy="recompute")
+    assert exchange.held[0].until == 31 * 10**12  # nobody said that it was read: 1 s and a lease
     assert again.requests["status"].tolist() == ["finished"]
     steps = again.steps[again.steps["replica"] == 1]
     assert steps["prefill_tokens"].tolist() == [64, 0, 0]

@@ -133,6 +133,21 @@ def test_an_exchange_takes_what_was_timed() -> None:
 
 
 @pytest.mark.parametrize(
+    ("tokens", "seconds"),
+    [(16, 86.4e-6), (64, 142.9e-6), (256, 169.3e-6), (1024, 202.9e-6), (4096, 328.2e-6), (8192, 596.7e-6)],
+)
+def test_whole_experts_take_what_was_timed_on_eight_ranks(tokens: int, seconds: float) -> None:
+    """NVIDIA's rows of MiniMax-M2.5's experts on an H200, one of eight ranks, evenly used: none of them is in
+    a fit, whose rows all have one rank of experts."""
+    shard = Shard(load("MiniMax-M2.5"), H200, 8, experts=ExpertRanks(8, whole=True))
+    efficiencies = constants_of(H200).efficiencies(shard)
+    assert efficiencies.by_kernel is not None
+    step = PhysicalStepTime(shard, efficiencies)
+    found = step._experts(tokens) / shard.model.moe_layers + efficiencies.by_kernel.expert_s
+    assert found == pytest.approx(seconds, rel=0.12)
+
+
+@pytest.mark.parametrize(
     ("backend", "tokens", "seconds"),
     [("deepep_low_latency", 64, 150.8e-6), ("deepep_high_throughput", 4096, 2637.9e-6)],
 )

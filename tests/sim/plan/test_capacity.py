@@ -308,23 +308,23 @@ ENGINE = Limits(4, 100, 11, bound_by, lambda _: {"linear": 1.0})
 )
 def test_what_binds(columns: dict[str, Any], limit: str) -> None:
     found = evidence(busy_run(**columns), ENGINE)
-    assert binding_limit(found, ENGINE, only_token_times=False).limit == limit
+    assert binding_limit(found, only_token_times=False).limit == limit
     assert found.busy == pytest.approx(1.0)
     assert found.front_end == pytest.approx(0.1)
-    assert found.parts == {"linear": 1.0}
+    assert found.step_shares[1] == {"linear": 1.0}
     if limit == "max_num_seqs":
         assert (found.max_num_seqs, found.token_budget, found.kv_blocks) == (0.5, 0.0, 0.25)
-        assert binding_limit(found, ENGINE, only_token_times=True).limit == "memory_bandwidth"
+        assert binding_limit(found, only_token_times=True).limit == "memory_bandwidth"
 
 
 def test_the_front_end_binds_by_time_to_first_token_or_by_late_tokens() -> None:
     run = busy_run(decodes=[3] * 4)
     run.requests["queued"] = run.requests["sent"] + 0.6
-    assert binding_limit(evidence(run, ENGINE), ENGINE, only_token_times=False).limit == "front_end"
-    assert binding_limit(evidence(run, ENGINE), ENGINE, only_token_times=True).limit == "memory_bandwidth"
+    assert binding_limit(evidence(run, ENGINE), only_token_times=False).limit == "front_end"
+    assert binding_limit(evidence(run, ENGINE), only_token_times=True).limit == "memory_bandwidth"
     run = busy_run(decodes=[3] * 4)
     run.itl["gap"] = 1.3
-    assert binding_limit(evidence(run, ENGINE), ENGINE, only_token_times=True).limit == "front_end"
+    assert binding_limit(evidence(run, ENGINE), only_token_times=True).limit == "front_end"
 
 
 def test_step_shapes_are_rebuilt_from_rows() -> None:
@@ -336,16 +336,17 @@ def test_step_shapes_are_rebuilt_from_rows() -> None:
         return "compute"
 
     run = busy_run(prefill_tokens=[7] * 4, prefill_requests=[2] * 4, decodes=[3] * 4, emitted=[5] * 4)
-    evidence(run, Limits(4, 100, 11, remember))
+    assert evidence(run, Limits(4, 100, 11, remember)).step_shares == ({"compute": 1.0}, {})
     assert [(list(s.chunks), s.decodes, s.samples) for s in shapes] == [([(4, 0), (3, 0)], 3, 5)] * 4
 
 
 def test_evidence_is_averaged_over_replications() -> None:
-    one = Evidence(0.2, 0.0, 0.0, 1.0, 0.1, 1.0, {"compute": 1.0}, {})
-    two = Evidence(0.4, 0.0, 0.2, 0.8, 0.3, 1.2, {"host": 1.0}, {})
+    """A second of prompts, and two seconds of decoding: half and half, as each replication counts once."""
+    one = Evidence(0.2, 0.0, 0.0, 1.0, 0.1, 1.0, (np.array([[5, 1, 0, 0, 1, 0, 1.0]]),), ENGINE)
+    two = Evidence(0.4, 0.0, 0.2, 0.8, 0.3, 1.2, (np.array([[0, 0, 3, 30, 3, 0, 2.0]]),), ENGINE)
     mean = Evidence.mean([one, two])
     assert (mean.max_num_seqs, mean.kv_blocks, mean.busy) == pytest.approx((0.3, 0.1, 0.9))
-    assert mean.bound_by == {"compute": 0.5, "host": 0.5}
+    assert mean.step_shares == ({"compute": 0.5, "memory_bandwidth": 0.5}, {"linear": 1.0})
 
 
 def test_replications_grow_with_the_latency_they_find() -> None:

@@ -13,7 +13,7 @@ from small_scenarios import TINY, scenario_file, small
 from servecast.__main__ import main
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.inputs.schema import parse
-from servecast.sim.metrics.periods import by_period
+from servecast.sim.metrics.periods import by_period, split
 from servecast.sim.metrics.records import STEP_COLUMNS, Run
 from servecast.sim.metrics.slo import Goodput
 from servecast.sim.plan.day import day
@@ -69,9 +69,8 @@ def hand_made() -> Run:
 
 def test_periods_by_hand() -> None:
     """Replica 0 is there for three hours, replica 1 from half past one to half past two."""
-    found = by_period(
-        hand_made(), Goodput.parse("ttft:500"), [(0, 10800), (5400, 9000)], 3600.0, end_s=10800.0
-    )
+    parts = split(hand_made(), 3600.0, 10800.0)
+    found = by_period(hand_made(), parts, Goodput.parse("ttft:500"), [(0, 10800), (5400, 9000)], 3600.0)
     assert found["requests"].tolist() == [2, 0, 1]
     assert found["request_rate"].tolist() == [2 / 3600, 0, 1 / 3600]
     assert found["prompt_tokens_per_s"].tolist() == [108 / 3600, 0, 18 / 3600]
@@ -203,6 +202,8 @@ def test_what_is_no_fleet_is_refused(
     asked = [word for fleet in fleets for word in ("--fleets", fleet)]
     assert main(["day", "tiny.yaml", *asked]) == 2
     assert what in capsys.readouterr().err
+    assert main(["day", "tiny.yaml", "--replicas", "3", "--fleets", "2"]) == 2
+    assert "--replicas: --replicas 3 beside fleets" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("rates", [[], [0, 0], [-1, 2]])

@@ -17,6 +17,7 @@ from servecast.sim.optimize.deploy import deployment_files
 from servecast.sim.plan.size import Unit
 from servecast.sim.run.disaggregated import link_of, pools_facts
 from servecast.sim.run.explain import explain
+from servecast.sim.run.results import measured
 from servecast.sim.run.simulate import simulate as run_of
 from servecast.sim.run.simulation import simulate
 from servecast.sim.scenario.deployment import Deployment
@@ -117,21 +118,21 @@ def test_half_a_fleet_is_refused(fleet: dict[str, Any], message: str) -> None:
         scenario(fleet)
 
 
+PULLED = {"kv_connector": "NixlConnector", "kv_role": "kv_both"}
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"kv_connector": "P2pNcclConnector"}, "the connector P2pNcclConnector is not modelled"),
+        (PULLED | {"kv_connector": "MoRIIOConnector"}, "MoRIIOConnector is not modelled"),
         (
-            {"kv_connector": "NixlConector"},
-            "there is no connector 'NixlConector'. Did you mean 'NixlConnector'",
+            PULLED | {"kv_connector": "NixlConector"},
+            "no connector 'NixlConector'. Did you mean 'NixlConnector'",
         ),
+        (PULLED | {"kv_roll": "kv_both"}, "no 'kv_roll'. Did you mean 'kv_role'"),
+        (PULLED | {"kv_role": "both"}, "kv_role is 'both'"),
         (
-            {"kv_connector": "NixlConnector", "kv_roll": "kv_both"},
-            "no field 'kv_roll'. Did you mean 'kv_role'",
-        ),
-        ({"kv_connector": "NixlConnector", "kv_role": "both"}, "kv_role cannot be 'both'"),
-        (
-            {"kv_connector": "NixlConnector", "kv_connector_extra_config": {"bidirectional_kv_xfer": True}},
+            PULLED | {"kv_connector_extra_config": {"bidirectional_kv_xfer": True}},
             "bidirectional_kv_xfer is not modelled",
         ),
     ],
@@ -187,6 +188,16 @@ def test_a_result_tells_of_both_pools_and_of_the_transfers() -> None:
     text = str(found)
     assert "Prefill: 1 x 1 H100" in text
     assert "KV link: nvlink, 135 GB/s a GPU (assumed" in text
+
+
+def test_prefix_hits_are_those_of_the_server_that_computes_the_prompt() -> None:
+    """Two prefixes of 800 tokens before 60 prompts of 1000: all but the first of each find 50 blocks."""
+    content = {"kind": "shared_prefix", "groups": 2, "prefix_tokens": 800}
+    found = simulate(scenario({"prefill": 1, "decode": 1}).changed({"workload.content": content}))
+    assert sorted(set(found.requests["cached_tokens"])) == [0, 800]
+    assert (found.requests["cached_tokens"] == 0).sum() == 2
+    assert found.result["prefix_cache_hit_rate"] == pytest.approx(58 * 800 / (60 * 1800))
+    assert "pools" not in measured(found.result)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from places import DATA
 from small_scenarios import scenario_file
 
 from servecast.sim.inputs.errors import InputError
+from servecast.sim.run.explain import explain
 from servecast.sim.run.simulation import simulate
 from servecast.sim.scenario.deployment import Deployment
 from servecast.sim.scenario.scenario import Scenario, load
@@ -68,6 +69,17 @@ def test_a_run_says_its_pool_and_flags(tmp_path: Path) -> None:
     assert "--max-num-seqs 1024 --max-num-batched-tokens 8192 --gpu-memory-utilization 0.92" in flags
     assert flags.endswith("--enable-prefix-caching --enable-chunked-prefill --async-scheduling")
     assert found.result["kv_cache"]["tokens"] == 65_536
+    other = simulate(scenario(tmp_path, block_size=64, disable_hybrid_kv_cache_manager=True)).to_text()
+    assert "--block-size 64 " in other
+    assert "--disable-hybrid-kv-cache-manager" in other
+
+
+def test_blocks_that_no_kernel_takes_are_refused(tmp_path: Path) -> None:
+    """vLLM's attention backends each take multiples of 16 (get_supported_kernel_block_sizes), so that one of
+    17 leaves none, and the server does not start."""
+    with pytest.raises(InputError, match=r"engine\.block_size: blocks of 17 tokens"):
+        Deployment.of(scenario(tmp_path, block_size=17))
+    assert Deployment.of(scenario(tmp_path, block_size=48)).config.block_size == 48
 
 
 def test_what_may_fit_runs_with_a_note(tmp_path: Path) -> None:
@@ -110,4 +122,7 @@ def test_models_of_every_kind_are_served(
     assert ([spec.kind for spec in config.kv_groups], config.block_size) == (groups, block)
     run = simulate(deployment.scenario)
     assert set(run.requests["status"]) == {"finished"}
+    told = [line for line in run.to_text().splitlines() if line.startswith("KV cache groups: ")]
+    assert len(told) == bool(groups)
+    assert [note for note in explain(deployment.scenario).notes if note in told] == told
     assert deployment.memory.logged_tokens > 100_000

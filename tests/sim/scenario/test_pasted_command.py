@@ -110,10 +110,6 @@ def test_flags_cut_short_and_dotted(words: str, version: str, flags: dict[str, A
         ("--hf-overrides.a 5 --hf-overrides.a.b 6", "0.32", "a is 5 and has keys"),
         ("--task embed", "0.10", "--task embed cannot be simulated"),
         ("--cpu-offload-gb 1", "0.32", "Offloading is not modelled"),
-        ("--kv-offloading-size 1", "0.32", "Offloading is not modelled"),
-        ("--kv-transfer-config {\"kv_connector\":\"NixlConnector\"}", "0.32", "connectors are not modelled"),
-        ("--speculative-config.method ngram", "0.32", "Speculative decoding is not modelled"),
-        ("-sc.method=ngram", "0.32", "Speculative decoding is not modelled"),
     ],
 )  # fmt: skip
 def test_what_a_release_or_the_model_has_not_is_refused(words: str, version: str, message: str) -> None:

@@ -19,6 +19,7 @@ from servecast.sim.scenario.vllm_flags import parse_serve_command
 from servecast.sim.traffic.draw import draw
 
 MS = 10**9
+NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 4}
 
 
 @pytest.mark.parametrize(
@@ -71,6 +72,30 @@ def test_flags_of_a_command() -> None:
             "'a' is not among",
         ),
         ({"workload.lora_traffic_split": {"a": 0.5, "b": 0.6}}, "add up to 1.1"),
+        *(
+            (asked | beside, f"{what} with {other} are not modelled")
+            for asked, what in (
+                ({"engine.pipeline_parallel_size": 2}, "pipeline stages"),
+                ({"engine.enable_lora": True}, "LoRA adapters"),
+                ({"workload.structured_outputs": {}}, "structured outputs"),
+            )
+            for beside, other in (
+                ({"engine.speculative_config": NGRAM, "acceptance": 0.5}, "drafts"),
+                ({"engine.kv_offloading_size": 8}, "KV connectors"),
+            )
+        ),
+        ({"engine.pipeline_parallel_size": 2, "engine.data_parallel_size": 2}, "data-parallel engine cores"),
+        ({"engine.enable_lora": True, "engine.data_parallel_size": 2}, "data-parallel ranks"),
+        ({"engine.pipeline_parallel_size": 2, "model.config": "gpt-oss-120b"}, "KV cache groups"),
+        (
+            {
+                "workload.structured_outputs": {},
+                "engine.data_parallel_size": 2,
+                "engine.enable_expert_parallel": True,
+                "model.config": "Qwen3-30B-A3B",
+            },
+            "engine cores that step together",
+        ),
     ],
 )
 def test_what_is_refused(changes: dict[str, Any], message: str, tmp_path: Any) -> None:

@@ -16,20 +16,23 @@ import servecast
 from servecast.sim.engine.request import Request
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.inputs.schema import parse
+from servecast.sim.traffic import trace_spec
 from servecast.sim.traffic.arrivals import Poisson
 from servecast.sim.traffic.content import Same
 from servecast.sim.traffic.draw import draw, with_request_rate
 from servecast.sim.traffic.forms import expand
 from servecast.sim.traffic.spec import Level, PlanSpec, StreamSpec, Sweep
 from servecast.sim.traffic.trace_notes import trace_notes
-from servecast.sim.traffic.trace_spec import TraceSpec
+from servecast.sim.traffic.trace_spec import TraceColumns, TraceSpec
 from servecast.sim.traffic.trace_writers import from_requests, write_timed_trace
 from servecast.sim.traffic.traces import (
+    Format,
     Trace,
     read_azure,
     read_burstgpt,
     read_mooncake,
     read_timed_trace,
+    read_trace,
 )
 
 READERS = {
@@ -400,3 +403,23 @@ def test_an_endless_trace_is_refused(tmp_path: Path) -> None:
     scenario = small(tmp_path, workload={"trace": {"path": "trace.csv", "columns": columns}})
     with pytest.raises(InputError, match=r"requests arrive over 104\.2 days .* a window"):
         servecast.simulate(scenario)
+
+
+def test_a_trace_is_read_anew_only_where_its_file_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three askings of one request, then two of a file that has another more."""
+    path, rows, readings = tmp_path / "trace.csv", ["0,5,2\n", "1,7,3\n"], list[Path]()
+
+    def reading(path: Path, form: Format) -> Trace:
+        readings.append(path)
+        return read_trace(path, form)
+
+    monkeypatch.setattr(trace_spec, "read_trace", reading)
+    columns = TraceColumns(timestamp="t", input_tokens="in", output_tokens="out")
+    path.write_text("t,in,out\n" + rows[0], "utf-8")
+    spec = TraceSpec(path=path, columns=columns)
+    assert [len(spec.read()) for _ in range(3)] == [1, 1, 1]
+    path.write_text("t,in,out\n" + "".join(rows), "utf-8")
+    assert [spec.read().prompt_tokens.tolist() for _ in range(2)] == [[5, 7], [5, 7]]
+    assert readings == [path, path]

@@ -1,0 +1,90 @@
+"""A real vLLM that drafts, around steps that last what a known law says: acceptance is read from its own
+counters, and loads of other levels are predicted with it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from live_setup import (
+    PYTHON,
+    SCENARIO,
+    calibrate,
+    measure_overheads,
+    measure_steps,
+    metronome,
+    write_scenario,
+)
+from metronome_setup import ROOFLINE, metronome_gpu, metronome_model
+from timing import Machine, judge
+
+from servecast.sim.scenario.acceptance import read_counts
+from servecast.sim.scenario.deployment import Deployment
+from servecast.sim.scenario.scenario import load
+from servecast.validate.compare.tolerances import Tolerances
+from servecast.validate.live.own_server import started
+from servecast.validate.live.result import document
+from servecast.validate.live.result import judge as judge_loads
+from servecast.validate.live.session import Session
+from servecast.validate.live.telemetry import get
+from servecast.validate.parity.vllm_process import ENVIRONMENT
+
+pytestmark = [
+    pytest.mark.live,
+    pytest.mark.skipif(not ENVIRONMENT.exists(), reason="needs vLLM: run tools/install_vllm.sh"),
+]
+DRAFTS = '{"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 2}'
+WITHIN = 0.03
+AGAIN = 2  # times that loads are run again, if their figures are wrong and this machine was not quiet
+
+
+def test_throughput_and_token_times_with_the_servers_own_acceptance(tmp_path: Path) -> None:
+    model = metronome_model(tmp_path / "metronome")
+    (model / "generation_config.json").write_text('{"temperature": 0.0}')  # else the CPU's sampler accepts none
+    gpu = metronome_gpu(ROOFLINE, model)
+    file = write_scenario(tmp_path, SCENARIO, model, gpu)
+    measured = measure_steps(model, tmp_path / "measured", ROOFLINE)
+    own, plain = metronome(model, ROOFLINE), tmp_path / "plain"
+    plain.mkdir()
+    with started(own, load(file, {"profile": None}).engine, {}, plain) as server:
+        assert server.recording is not None
+        measure_overheads(server.target, server.recording, measured, (2, 12))
+    calibrate(measured, gpu, tmp_path / "profile.json")
+    file.write_text(
+        f"{SCENARIO}acceptance: {{metrics: metrics.txt}}\n".replace(
+            "enforce", f"speculative_config: {DRAFTS}, enforce", 1
+        )
+    )
+    metrics, limits = tmp_path / "metrics.txt", Tolerances.load()
+    talking = replace(own, env={**own.env, "METRONOME_TEXT": "1"}, recorder=False)
+    guess = load(file, {"acceptance": {"rate": 0.5, "proposed": 0.5}})
+    with started(talking, guess.engine, {}, tmp_path) as server:
+        first = Session(
+            guess, server.target, tmp_path / "first", kinds=("concurrency",), concurrency=(4,), python=PYTHON
+        )
+        first.run()
+        metrics.write_text(get(f"{server.target.engine}/metrics"))
+        counts = read_counts(metrics)
+        scenario = load(file)
+        law = Deployment.of(scenario).speculating.law  # type: ignore[union-attr]
+        print(counts, law)
+        assert 0.1 * counts.draft_tokens < counts.accepted < 0.9 * counts.draft_tokens
+        for again in range(1 + AGAIN):
+            machine, out = Machine(), tmp_path / f"second-{again}"
+            second = Session(
+                scenario, server.target, out, kinds=("concurrency",), concurrency=(2, 12), python=PYTHON
+            )
+            second.run()
+            quiet = machine.quiet()
+            found = document(second, judge_loads(second, limits), tolerances=limits)
+            wrong = [
+                f"{each['name']}: {row['metric']} is {row['error']:+.1%} off"
+                for each in found["loads"]
+                for row in each["rows"]
+                if row["metric"] in ("output_throughput", "median_tpot_ms", "mean_tpot_ms")
+                and (print(each["name"], row) or abs(row["error"]) >= WITHIN)
+            ]
+            if quiet or not wrong:
+                break
+    judge("; ".join(wrong), not wrong, quiet=quiet)

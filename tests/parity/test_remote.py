@@ -1,0 +1,127 @@
+"""KV connectors decide as in vLLM's scheduler, step by step: a fake one, and native offloading."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+sys.path.append(str(Path(__file__).parent))
+
+from mutations import Mutation, catch, load_mutations
+
+from servecast.sim.engine import chunk_cache, offloading
+from servecast.validate.parity import remote
+from servecast.validate.parity.parity import Recorded, compare, record
+from servecast.validate.parity.remote import offloading_scenarios, remote_scenarios
+from servecast.validate.parity.scenarios import Scenario
+from servecast.validate.parity.vllm_process import ENVIRONMENT, VllmProcess
+
+VERSIONS = {"0.23": 25, "0.32": 45, "0.33": 25}
+OFFLOADING = {"0.32": 20}
+MUTATIONS = load_mutations("mutations_remote.yaml")
+OF_OFFLOADING = load_mutations("mutations_offloading.yaml")
+
+
+@pytest.fixture(scope="module")
+def recorded() -> Iterator[dict[str, list[Recorded]]]:
+    """vLLM's decisions on random scenarios, by release."""
+    answers = {}
+    with ExitStack() as stack:
+        for version, count in VERSIONS.items():
+            process = VllmProcess.installed(version)
+            assert process is not None, f"vLLM {version} is missing from {ENVIRONMENT}"
+            stack.enter_context(process)
+            scenarios = [*remote_scenarios(version, 0, count)]
+            scenarios += offloading_scenarios(version, 0, OFFLOADING.get(version, 0))
+            answers[version] = list(record(process, scenarios))
+        yield answers
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("version", VERSIONS)
+def test_every_decision_is_vllms(recorded: dict[str, list[Recorded]], version: str) -> None:
+    steps = 0
+    for one in recorded[version]:
+        mismatch = compare(one, version)
+        assert mismatch is None, str(mismatch)
+        steps += sum("schedule" in event for event in one.events())
+    assert steps > (10_000 if version == "0.32" else 4_000)
+
+
+@pytest.mark.vllm
+def test_what_the_scenarios_cover(recorded: dict[str, list[Recorded]]) -> None:
+    """Loads that wait, requests that end by a failed load, blocks that outlive their request; and of native
+    offloading loads, stores, and stores that somebody waits for."""
+    found: Counter[str] = Counter()
+    for one in recorded["0.32"]:
+        asked: Any = one.scenario.remote
+        for event in one.events():
+            found["waiting with blocks"] += bool(event.get("waiting_blocks"))
+            if "external" in event and event["external"][1]:
+                found["hits"] += 1
+            for kind, jobs in zip(
+                ("loads", "stores", "flushes"), event.get("transfers") or ((), (), ()), strict=True
+            ):
+                found[kind] += len(jobs)
+        found[asked["role"]] += 1
+        found[asked["policy"]] += 1
+        found["async"] += one.scenario.config.async_scheduling
+        found["failing"] += any(plan["fail"] is not None for plan in asked["plans"].values())
+        found["kept"] += any(plan["hold"] for plan in asked["plans"].values())
+    assert min(found[role] for role in ("kv_producer", "kv_consumer", "kv_both")) >= 5
+    assert min(found["fail"], found["recompute"], found["async"]) >= 15
+    assert min(found["failing"], found["kept"]) >= 15
+    assert found["waiting with blocks"] > 1000
+    assert found["hits"] > 5000
+    assert found["loads"] > 50
+    assert found["stores"] > 300
+    assert found["flushes"] > 20
+
+
+@pytest.mark.vllm
+def test_rules_of_another_version_differ(recorded: dict[str, list[Recorded]]) -> None:
+    fakes = recorded["0.23"]
+    assert sum(compare(one, "0.32") is not None for one in fakes) >= 20
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=[mutation.rule for mutation in MUTATIONS])
+def test_a_broken_rule_is_caught(recorded: dict[str, list[Recorded]], mutation: Mutation) -> None:
+    assert catch(mutation, recorded[mutation.version]) is not None, mutation.changed_line()
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("mutation", OF_OFFLOADING, ids=[mutation.rule for mutation in OF_OFFLOADING])
+def test_a_broken_rule_of_offloading_is_caught(
+    recorded: dict[str, list[Recorded]], mutation: Mutation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The broken module stands in for the one that the scenarios' connector is made of."""
+    broken = ModuleType(f"servecast.sim.engine.{mutation.file}")
+    monkeypatch.setitem(sys.modules, broken.__name__, broken)  # dataclasses look themselves up there
+    exec(compile(mutation.source(), mutation.file, "exec"), broken.__dict__)
+    if mutation.file == "offloading":
+        monkeypatch.setattr(remote, "OffloadingConnector", broken.OffloadingConnector)
+    else:
+        monkeypatch.setattr(offloading, "ChunkCache", broken.ChunkCache)
+        monkeypatch.setattr(chunk_cache.Accesses, "tail_first", broken.Accesses.tail_first)
+    found = (compare(one, "0.32") for one in recorded["0.32"] if one.scenario.remote["offload"])
+    assert any(mismatch is not None for mismatch in found), mutation.changed_line()
+
+
+@pytest.mark.parametrize("mutation", [*MUTATIONS, *OF_OFFLOADING], ids=lambda mutation: mutation.rule)
+def test_a_mutation_is_one_line_of_the_engine(mutation: Mutation) -> None:
+    before, after = mutation.changed_line()
+    assert before != after
+    assert mutation.new in mutation.source()
+
+
+def test_a_scenario_survives_its_json_form() -> None:
+    for scenario in [*remote_scenarios("0.32", 3, 5), *offloading_scenarios("0.32", 3, 5)]:
+        assert Scenario.from_json(scenario.to_json(), "here") == scenario
