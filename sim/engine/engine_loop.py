@@ -451,8 +451,12 @@ class EngineLoop:
         step.start = step.end = max(self.now, self.gpu_free)
         if not step.total_tokens:
             ahead: Step = self.first
-            if self.formats is not None and scheduler.num_passed and (ahead is None or not ahead.total_tokens):
-                step.end += POLL
+            if (
+                self.formats is not None
+                and scheduler.num_passed
+                and (ahead is None or not ahead.total_tokens)
+            ):
+                step.end += POLL  # else time goes on with what is ahead
             if self.pipeline is not None:
                 self.pipeline.note(step, step.end)
             if (

@@ -9,7 +9,6 @@ from typing import Any
 
 from servecast.sim.engine.config import EngineConfig
 from servecast.sim.engine.engine import Engine
-from servecast.sim.engine.engine_loop import EngineLoop
 from servecast.sim.engine.group_rules import STATES_IN, WINDOWS_SINCE
 from servecast.sim.engine.kv_groups import since
 from servecast.sim.engine.pipeline_rules import decode_stride
@@ -194,7 +193,7 @@ class Deployment:
     def equip(self, loop: Any) -> None:
         """Give the loop of one of its engines what adapters and grammars cost."""
         flags = self.scenario.engine
-        if isinstance(loop, EngineLoop):
+        if flags.policy == "vllm":
             loop.adapter_cache, loop.grammars = adapter_cache(flags, self.shard), grammars(flags)
 
     @property

@@ -395,7 +395,7 @@ class VllmEngine:
         return groups if self.grouped else groups[0]
 
 
-class _Anything(StructuredOutputGrammar):
+class _Anything(StructuredOutputGrammar):  # type: ignore[misc]
     """A grammar that any token follows."""
 
     def accept_tokens(self, request_id: str, tokens: list[int]) -> bool:

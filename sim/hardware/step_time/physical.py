@@ -520,7 +520,8 @@ class PhysicalStepTime:
         if not adapters:
             return 0.0
         fixed, adapter_s, token_s = self._lora_costs
-        return fixed + len(adapters) * adapter_s + sum(adapters.values()) * token_s
+        seconds: float = fixed + len(adapters) * adapter_s + sum(adapters.values()) * token_s
+        return seconds
 
     @cached_property
     def _lora_costs(self) -> tuple[float, float, float]:
