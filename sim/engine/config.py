@@ -21,6 +21,9 @@ class EngineConfig:
     what they keep for others; 0: what the prompt's end needs, None: all.
     ``data_parallel``: of a server with several engine cores, how they belong together.
     ``speculation``: how drafts are proposed and accepted; None: one token a step.
+    ``max_loras``: LoRA adapters of one step, at most; 0: none are served.
+    ``pipeline_parallel_size``: stages that a step passes one after the other; ``use_v2_model_runner``:
+    whether vLLM's workers run Model Runner V2, which decides how asynchronous scheduling goes with stages.
     ``preparation_round``: requests that the API server in front of the engine prepares together, at most.
     """
 
@@ -47,3 +50,6 @@ class EngineConfig:
     prefix_cache_retention_interval: int | None = None
     data_parallel: DataParallel | None = None
     speculation: Speculation | None = None
+    max_loras: int = 0
+    pipeline_parallel_size: int = 1
+    use_v2_model_runner: bool = False

@@ -1,5 +1,6 @@
 # What is fixed of engine_loop.py where it is compiled.
 cimport cython
+from servecast.sim.engine.pipeline cimport Pipeline
 from servecast.sim.engine.scheduler cimport Scheduler
 from servecast.sim.engine.sequence cimport Sequence
 from servecast.sim.engine.step cimport Step
@@ -25,6 +26,15 @@ cdef class EngineLoop:
     cdef public int stage
     cdef public object after_step
     cdef public object on_first
+    cdef public Pipeline pipeline
+    cdef public object adapter_cache
+    cdef public object grammars
+    cdef object adapters  # by row
+    cdef object formats
+    cdef long long before  # the end of the step before, where steps overlap
+    cdef list later  # steps in flight behind the second
+    cdef int depth
+    cdef bint fills
     cdef readonly list inbox
     cdef long long[::1] request_ids
     cdef long long[::1] prompts
@@ -73,6 +83,7 @@ cdef class EngineLoop:
     cdef double[:, ::1] gaps
     cdef Py_ssize_t num_gaps
 
+    cpdef object use(self, Pipeline pipeline)
     cpdef int take(self, Py_ssize_t row, long long time) except -1
     cpdef int advance(self, long long until) except? -1
     cdef int advance_connected(self, long long until) except? -1
@@ -87,7 +98,9 @@ cdef class EngineLoop:
     cdef int finish(self, Step step) except -1
     cdef int note_step(self, Step step, double seconds) except -1
     cdef bint launch(self, Step step) except? -1
+    cdef bint one_more(self, Step step) except? -1
     cdef int execute(self, Step step) except -1
+    cdef double with_host(self, Step step, double seconds) except? -1
     cdef int refuse(self) except -1
     cdef int deliver(self, Step step) except -1
     cdef int book(self, Sequence sequence) except -1

@@ -7,6 +7,8 @@ from typing import Any
 import cython
 import numpy as np
 
+from servecast.sim.engine.pipeline import Pipeline
+from servecast.sim.engine.pipeline_rules import fills_with_empty_steps, max_concurrent_batches
 from servecast.sim.engine.scheduler import Scheduler
 from servecast.sim.engine.sequence import Sequence
 from servecast.sim.engine.step import Step
@@ -64,6 +66,8 @@ class EngineLoop:
         connector: the scheduler's, or None. host_waits: its worker's host is busy until the step's end, so
         that what ends meanwhile is in the step's report: on a CPU; on a GPU it asks when the step is
         launched. after_step: called with the time when a step has been completed, or None.
+        pipeline: the stages that a step passes, or None where it is one.
+        adapter_cache, grammars: what loading LoRA adapters and following grammars takes, or None.
         on_first: called with a request's row and the time at which its first token comes, or None.
     """
 
@@ -92,7 +96,12 @@ class EngineLoop:
         self.told_waiting = self.told_running = 0
         self.told_usage = 0.0
         self.first = self.second = self.pending = None
-        self.after_step = self.on_first = None
+        self.after_step = self.on_first = self.pipeline = self.adapter_cache = self.grammars = None
+        self.adapters = self.formats = None
+        self.before = 0
+        self.later = []
+        self.depth = max_concurrent_batches(scheduler.config)
+        self.fills = fills_with_empty_steps(scheduler.config.version)
         self.inbox, self.ended, self.lost = [], [], []
         self.connector, self.host_waits = scheduler.connector, False
         self.saves = getattr(self.connector, "wait_for_save", None)
@@ -103,6 +112,15 @@ class EngineLoop:
         self.num_seen = self.num_steps = self.num_gaps = self.dropped = 0
         self.steps, self.gaps = np.zeros((STEP_FIELDS, 1024), np.int64), np.zeros((GAP_FIELDS, 1024))
         self.step_floats = np.asarray(self.steps).view(np.float64)
+
+    def use(self, pipeline: Pipeline) -> Any:
+        """Steps pass these stages."""
+        stage: StepCosts
+        self.pipeline = pipeline
+        for stage in pipeline.stages:
+            if stage.window:
+                self.scheduler.window, self.scheduler.chunked = stage.window, stage.chunked
+        return None
 
     @property
     def step_columns(self) -> Any:
@@ -149,6 +167,7 @@ class EngineLoop:
         self.prioritized = requests.priority is not None
         if self.prioritized:
             self.priorities = writable(requests.priority)
+        self.adapters, self.formats = requests.adapter, requests.grammar
         self.outcomes = outcomes
 
     def take(self, row: cython.Py_ssize_t, time: cython.longlong) -> cython.int:
@@ -165,6 +184,10 @@ class EngineLoop:
         self.arrivals += 1
         sequence.queued = time
         sequence.row = row
+        if self.adapters is not None:
+            sequence.adapter = self.adapters[row]
+        if self.formats is not None and self.formats[row]:
+            self.scheduler.wait_for_grammar(sequence, self.grammars.ready(int(self.formats[row]), time))
         return 0
 
     def leave(self, row: int) -> None:
@@ -210,6 +233,8 @@ class EngineLoop:
                     self.now = step.end
                 self.executing = False
                 self.first, self.second = self.second, None
+                if self.later:
+                    self.second = self.later.pop(0)
                 self.finish(step)
                 if step.leavers and self.tell_ends:
                     return ENDED
@@ -225,6 +250,7 @@ class EngineLoop:
             if self.reports:
                 self.report()
             if scheduler.sequences or scheduler.finished_unsent:
+                scheduler.clock = self.now
                 step = scheduler.schedule()
                 if self.cold_start:
                     self.resume, self.cold_start = self.now + self.cold_start, 0
@@ -303,6 +329,7 @@ class EngineLoop:
                 self.drain()
             if scheduler.goes_on():
                 self.connector.now = self.now
+                scheduler.clock = self.now
                 step = scheduler.schedule()
                 if self.cold_start:
                     self.resume, self.cold_start = self.now + self.cold_start, 0
@@ -398,9 +425,24 @@ class EngineLoop:
         self.execute(step)
         if self.first is None:
             self.first = step
-        else:
+        elif self.second is None:
             self.second = step
+        else:
+            self.later.append(step)
+        if self.pipeline is not None:
+            return self.one_more(step)
         return self.is_async and self.second is None and step.total_tokens > 0
+
+    def one_more(self, step: Step) -> cython.bint:
+        """Whether a further step is decided behind this one before the oldest in flight is over
+        (EngineCore.step_with_batch_queue)."""
+        first: Step = self.first
+        in_flight: cython.Py_ssize_t = (self.second is not None) + 1 + len(self.later)
+        if in_flight >= self.depth or step.deferred:
+            return False
+        if self.fills:
+            return step.total_tokens > 0 or self.scheduler.goes_on()
+        return step.total_tokens > 0 and first.end > self.now
 
     def execute(self, step: Step) -> cython.int:
         scheduler: Scheduler = self.scheduler
@@ -408,14 +450,37 @@ class EngineLoop:
         seconds: cython.double
         step.start = step.end = max(self.now, self.gpu_free)
         if not step.total_tokens:
-            if self.connector is None and scheduler.num_waiting and not scheduler.runners:
+            ahead: Step = self.first
+            if (
+                self.formats is not None
+                and scheduler.num_passed
+                and (ahead is None or not ahead.total_tokens)
+            ):
+                step.end += POLL  # else time goes on with what is ahead
+            if self.pipeline is not None:
+                self.pipeline.note(step, step.end)
+            if (
+                self.connector is None
+                and scheduler.num_waiting > scheduler.num_passed
+                and not scheduler.runners
+                and not step.victims
+            ):
                 self.refuse()
             return 0
         factor = next(self.noise)
+        if self.pipeline is not None:
+            if factor < 1.0:
+                seconds = self.step_seconds(step)
+                factor = max(factor, cython.cast(cython.double, self.floor(step)) / seconds)
+            self.before = self.gpu_free  # steps overlap: a row has the time after the one before
+            self.gpu_free = self.pipeline.run(step, self.now, factor)
+            return self.note_step(step, in_seconds(step.end - max(self.before, step.start)))
         seconds = self.costs.seconds(step) if self.costs is not None else self.step_seconds(step)
         seconds = seconds * factor
         if factor < 1.0:
             seconds = max(seconds, cython.cast(cython.double, self.floor(step)))
+        if self.adapter_cache is not None or self.formats is not None:
+            seconds = self.with_host(step, seconds)
         self.gpu_free = step.end = step.start + cython.cast(cython.longlong, rint(seconds * PICOSECONDS))
         return self.note_step(step, seconds)
 
@@ -433,7 +498,7 @@ class EngineLoop:
             self.room_for_steps(2 * at)
         self.num_steps += 1
         self.steps[0, at] = self.index
-        self.step_floats[1, at] = in_seconds(step.start)
+        self.step_floats[1, at] = in_seconds(max(step.start, self.before))
         self.step_floats[2, at] = seconds
         self.steps[3, at] = step.total_tokens - step.decodes - step.drafts
         self.steps[4, at] = len(step.chunks)
@@ -448,6 +513,24 @@ class EngineLoop:
             self.steps[12, at] = step.drafts
         step.row = self.dropped + at
         return 0
+
+    def with_host(self, step: Step, seconds: cython.double) -> cython.double:
+        """With what the host does for adapters before the forward pass, and for grammars while it runs,
+        before the step samples."""
+        sequence: Sequence
+        constrained: cython.int = 0
+        i: cython.Py_ssize_t
+        masks: cython.double
+        if self.formats is not None:
+            for i in range(len(step.samplers)):
+                sequence = step.samplers[i]
+                constrained += sequence.constrained
+            if constrained:
+                masks = self.grammars.mask_seconds(constrained)
+                seconds = max(seconds, masks)
+        if self.adapter_cache is not None and step.adapters is not None:
+            seconds += self.adapter_cache.load(step.adapters)
+        return seconds
 
     def refuse(self) -> cython.int:
         """The engine is empty, and the head of the queue does not fit."""
@@ -490,8 +573,8 @@ class EngineLoop:
             first, pace = self.read(first, pace, events, n)
         middle = first + pace * (n - 1) // 2
         spread = in_seconds(pace * (n - 1))
-        if step.steady and self.num_seen:
-            self.note_gap(middle - self.seen[self.num_seen - 1], step.steady, spread)
+        if step.steady and self.num_seen >= self.scheduler.stride:
+            self.note_gap(middle - self.seen[self.num_seen - self.scheduler.stride], step.steady, spread)
         for i in range(len(step.gaps)):
             tick = step.gaps[i]
             self.note_gap(middle - self.seen[tick], 1, spread)

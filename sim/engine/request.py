@@ -10,6 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 Content = tuple[tuple[int, int], ...]
+ADAPTER_CONTENT = 1 << 40  # ids of shared contents stay below
+
+
+def content_of_adapter(content: Content, adapter: int) -> Content:
+    """The same tokens as an adapter sees them: block hashes include its name."""
+    return tuple((number + adapter * ADAPTER_CONTENT, end) for number, end in content)
 
 
 @dataclass(slots=True)
@@ -33,6 +39,9 @@ class Request:
         priority: lower runs first under ``--scheduling-policy priority``.
         abort_after_s: the client goes away this long after sending, or None.
         group: label of the group the request belongs to (prefix group, session), or None.
+        adapter: number of its LoRA adapter, from 1; 0: the base model. Prompts of two adapters share nothing:
+            their ``content`` differs (``content_of_adapter``).
+        grammar: number of the grammar that its output follows, from 1; 0: none.
     """
 
     request_id: int
@@ -44,6 +53,8 @@ class Request:
     priority: int = 0
     abort_after_s: float | None = None
     group: int | None = None
+    adapter: int = 0
+    grammar: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -52,8 +63,8 @@ class Requests(Sequence[Request]):
 
     Attributes:
         content: (n,) place of each request's content in ``contents``, where each stands once.
-        group: (n,) -1 where a request has none. priority, abort_after_s: (n,) None where all have none,
-            ``abort_after_s`` NaN where a request has none.
+        group: (n,) -1 where a request has none. priority, abort_after_s, adapter, grammar: (n,) None where
+            all have none, ``abort_after_s`` NaN where a request has none.
     """
 
     request_id: NDArray[np.int64]
@@ -66,6 +77,8 @@ class Requests(Sequence[Request]):
     group: NDArray[np.int64] | None = None
     priority: NDArray[np.int64] | None = None
     abort_after_s: NDArray[np.float64] | None = None
+    adapter: NDArray[np.int64] | None = None
+    grammar: NDArray[np.int64] | None = None
 
     @classmethod
     def of(cls, requests: Iterable[Request]) -> Requests:
@@ -93,6 +106,8 @@ class Requests(Sequence[Request]):
             column("group", np.int64, -1),
             column("priority", np.int64),
             column("abort_after_s", np.float64, np.nan),
+            column("adapter", np.int64),
+            column("grammar", np.int64),
         )
 
     @classmethod
@@ -142,6 +157,8 @@ class Requests(Sequence[Request]):
             0 if self.priority is None else self.priority.item(row),
             None if abort is None or abort != abort else abort,
             None if group < 0 else group,
+            0 if self.adapter is None else self.adapter.item(row),
+            0 if self.grammar is None else self.grammar.item(row),
         )
 
     def __iter__(self) -> Iterator[Request]:
@@ -161,7 +178,13 @@ class Requests(Sequence[Request]):
 
 
 _COLUMNS = ("request_id", "arrival_s", "prompt_tokens", "output_tokens", "max_tokens")
-_OPTIONAL: dict[str, Any] = {"group": np.int64(-1), "priority": np.int64(0), "abort_after_s": np.nan}
+_OPTIONAL: dict[str, Any] = {
+    "group": np.int64(-1),
+    "priority": np.int64(0),
+    "abort_after_s": np.nan,
+    "adapter": np.int64(0),
+    "grammar": np.int64(0),
+}
 
 
 @dataclass(slots=True)

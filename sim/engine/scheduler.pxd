@@ -34,6 +34,14 @@ cdef class Scheduler:
     cdef bint trace
     cdef bint notes  # what was scheduled, request by request
     cdef bint marks  # on a sequence, when it was scheduled last
+    cdef bint pipelined
+    cdef readonly int stride  # steps from one token of a request to the next
+    cdef bint staggers  # decodes, by that
+    cdef bint stales  # a preempted request waits for what is in flight of it
+    cdef int max_loras
+    cdef bint counts_running_loras
+    cdef public long long clock  # by which grammars are ready
+    cdef bint holds_back  # something may be passed over without a connector
     cdef bint singly  # decoding requests are scheduled one by one, as all others
     cdef bint speculates
     cdef readonly Drafts drafts  # None: one token a step
@@ -72,6 +80,10 @@ cdef class Scheduler:
     cdef int withdraw(self, Step step, Sequence victim) except? -1
     cdef int preempt(self, Step step, Sequence sequence, Py_ssize_t position) except -1
     cdef int schedule_waiting(self, Step step, int budget, int threshold, bint defer) except -1
+    cdef bint held_back(self, Sequence sequence, object adapters) except? -1
+    cdef object adapters_in(self, Step step)
+    cpdef object grammar_ready(self, object request_id)
+    cpdef int wait_for_grammar(self, Sequence sequence, long long ready) except -1
     cdef object next_queue(self)
     cdef int put_back(self, list passed) except -1
     cdef int count_lookup(self, Sequence sequence, int hit_tokens) except -1

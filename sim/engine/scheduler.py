@@ -14,6 +14,7 @@ from servecast.sim.engine.cadence import PrefillCadence
 from servecast.sim.engine.drafts import Drafts
 from servecast.sim.engine.group_cache import GroupCache
 from servecast.sim.engine.kv_cache import KVCache
+from servecast.sim.engine.pipeline_rules import decode_stride, loras_of_all_running, stale_waits
 from servecast.sim.engine.remote_kv import RemoteKV
 from servecast.sim.engine.remote_rules import remote_rules_for
 from servecast.sim.engine.rules import rules_for
@@ -58,7 +59,15 @@ class Scheduler:
         self.least = self.is_async
         self.adaptive = config.long_prefill_token_threshold_adaptive
         self.priority = config.scheduling_policy == "priority"
-        self.notes, self.marks = self.priority or trace, bool(config.kv_groups) or connector is not None
+        self.pipelined = config.pipeline_parallel_size > 1
+        self.stride, self.staggers = decode_stride(config)
+        self.stales = self.pipelined and stale_waits(config.version)
+        self.max_loras = config.max_loras
+        self.counts_running_loras = config.max_loras > 0 and loras_of_all_running(config.version)
+        self.holds_back = self.stales or self.max_loras > 0
+        self.clock = 0
+        self.notes = self.priority or trace or self.staggers
+        self.marks = bool(config.kv_groups) or connector is not None or self.pipelined or self.max_loras > 0
         self.names_chunks = self.priority or connector is not None
         drafts: Any = Drafts(config) if config.speculation is not None else None
         self.drafts, self.speculates = drafts, drafts is not None
@@ -196,7 +205,7 @@ class Scheduler:
         Raises:
             InputError: the request could never run alone: longer than ``max_model_len`` or than the pool.
         """
-        return self.enter(
+        sequence: Sequence = self.enter(
             request.request_id,
             request.prompt_tokens,
             request.output_tokens,
@@ -205,6 +214,31 @@ class Scheduler:
             request.priority,
             arrival,
         )
+        sequence.adapter = request.adapter
+        if request.grammar:
+            self.wait_for_grammar(sequence, 1 << 62)
+        return sequence
+
+    def grammar_ready(self, request_id: Any) -> Any:
+        """The grammar of a request is compiled; an unknown or finished one is ignored."""
+        found: Any = self.sequences.get(request_id)
+        if found is not None:
+            sequence: Sequence = found
+            sequence.ready = 0
+        return None
+
+    def wait_for_grammar(self, sequence: Sequence, ready: cython.longlong) -> cython.int:
+        """It is not scheduled before ``clock`` reaches ``ready``: its grammar is compiled
+        (WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR)."""
+        sequence.ready, sequence.constrained = ready, True
+        sequence.passed = True
+        self.num_passed += 1
+        if not self.holders_wait_apart:  # _enqueue_waiting_request
+            self.queue.remove(sequence)
+            self.beside.push(sequence)
+            sequence.aside = True
+        self.holds_back = self.notes = self.singly = True
+        return 0
 
     def enter(
         self,
@@ -392,6 +426,9 @@ class Scheduler:
             if sequence.placeholders > 0 and sequence.computed + 2 - sequence.placeholders >= sequence.limit:
                 index += 1  # its last token is being computed
                 continue
+            if self.staggers and self.tick < sequence.eligible:
+                index += 1  # the first stage gets its token later
+                continue
             # num_tokens_with_spec + num_output_placeholders - num_computed_tokens
             tokens = sequence.num_tokens + sequence.drafts + sequence.placeholders - sequence.computed
             if 0 < threshold < tokens:
@@ -457,6 +494,11 @@ class Scheduler:
         before: cython.int = victim.computed - tokens
         drafts: cython.int = 0
         position: cython.Py_ssize_t
+        victim.eligible = 0
+        if victim.adapter and self.max_loras:
+            step.adapters[victim.adapter] -= tokens
+            if not step.adapters[victim.adapter]:
+                del step.adapters[victim.adapter]
         step.total_tokens -= tokens
         if before >= victim.catch_up:
             step.decodes -= 1
@@ -490,6 +532,10 @@ class Scheduler:
                 sequence.drops_before = self.tick
             if self.remote.forgets:
                 sequence.placeholders = 0
+        if self.stales:
+            sequence.placeholders, sequence.stale_tick = 0, sequence.scheduled_tick
+            if sequence.stale_tick == self.tick:  # withdrawn
+                sequence.stale_tick = sequence.previous_tick
         del self.own_runners()[position]
         sequence.computed = sequence.drafts = 0
         if self.speculates:  # drafts of a step in flight that are rejected count no more
@@ -510,6 +556,7 @@ class Scheduler:
         sequence: Sequence
         remote: RemoteKV = self.remote
         queue: Any
+        adapters: Any = self.adapters_in(step) if self.max_loras else None
         passed: list = NOBODY
         cached: cython.int
         computed: cython.int
@@ -523,9 +570,13 @@ class Scheduler:
         asked: cython.bint
         carries_prefill: cython.bint
         while self.num_waiting > len(passed) and budget > 0 and len(self.runners) < self.max_running:
-            queue = self.queue if remote is None else self.next_queue()
+            queue = self.queue if remote is None and not self.holds_back else self.next_queue()
             sequence = queue.head()
             if sequence.status == LOADING and not remote.arrived(sequence):
+                passed = own(passed)
+                passed.append(queue.pop())
+                continue
+            if self.holds_back and self.held_back(sequence, adapters):
                 passed = own(passed)
                 passed.append(queue.pop())
                 continue
@@ -603,12 +654,44 @@ class Scheduler:
             if remote is not None and computed + tokens < sequence.num_tokens:
                 remote.prefills[sequence] = None
             self.own_runners().append(sequence)
+            if sequence.adapter and self.max_loras:
+                adapters[sequence.adapter] = None
             self.advance(step, sequence, tokens, padding > 0)
             budget -= tokens + self.draft_slots
             padding = 0
         if len(passed):
             self.put_back(passed)
         return 0
+
+    def held_back(self, sequence: Sequence, adapters: Any) -> cython.bint:
+        """Whether it cannot go in this step for another reason than room: its grammar is not there, output of
+        it is in flight, or its adapter would be one too many."""
+        if sequence.ready > self.clock or sequence.stale_tick > self.kv.processed:
+            return True
+        if not self.max_loras or not sequence.adapter or sequence.adapter in adapters:
+            return False
+        return len(adapters) == self.max_loras
+
+    def adapters_in(self, step: Step) -> Any:
+        """LoRA adapters of the running requests that are in the step, or of all (Scheduler.schedule:
+        scheduled_loras).
+
+        Raises:
+            InputError: more than there are slots, which ends vLLM's engine.
+        """
+        sequence: Sequence
+        adapters: Any = {} if step.adapters is None else dict(step.adapters)
+        if self.counts_running_loras:
+            for sequence in self.runners:
+                if sequence.adapter:
+                    adapters[sequence.adapter] = None
+        if len(adapters) > self.max_loras:
+            raise InputError(
+                f"a step has requests of {len(adapters)} LoRA adapters, for which vLLM's engine ends",
+                where="engine.max_loras",
+                fix="Raise it, or use version 0.33.",
+            )
+        return adapters
 
     def next_queue(self) -> Any:
         """The queue whose head comes next (kv_holding_waiting, or _select_waiting_queue_for_scheduling)."""
@@ -664,7 +747,11 @@ class Scheduler:
                 step.verified = own(step.verified)
                 step.verified.append(-drafts if padded else drafts)
             if self.is_async:
+                if sequence.constrained and sequence.placeholders > 0:
+                    step.deferred = True
                 sequence.placeholders += 1 + drafts
+            if self.staggers:
+                sequence.eligible = self.tick + self.stride
             if self.remote is not None and not self.speculates:
                 self.remote.prefills.pop(sequence, None)
 
@@ -698,12 +785,16 @@ class Scheduler:
             step.prefilling.append(sequence)
 
     def note_scheduled(self, step: Step, sequence: Sequence, tokens: cython.int) -> None:
-        if self.remote is not None:
+        if self.remote is not None or self.pipelined:
             sequence.previous_tick, sequence.previous_tokens = (
                 sequence.scheduled_tick,
                 sequence.scheduled_tokens,
             )
         sequence.scheduled_tick, sequence.scheduled_tokens = self.tick, tokens
+        if sequence.adapter and self.max_loras:
+            if step.adapters is None:
+                step.adapters = {}
+            step.adapters[sequence.adapter] = step.adapters.get(sequence.adapter, 0) + tokens
         if self.trace:
             step.composition.append((sequence, tokens))
 
@@ -715,7 +806,7 @@ class Scheduler:
         sequence: Sequence
         left: cython.bint = False
         tick: cython.longlong = step.tick
-        before: cython.longlong = tick - 1 if tick else -2  # -1 is nobody's
+        before: cython.longlong = tick - self.stride if tick >= self.stride else -2  # -1 is nobody's
         emitted: cython.int = 0
         steady: cython.int = 0
         i: cython.Py_ssize_t

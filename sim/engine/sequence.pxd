@@ -49,3 +49,9 @@ cdef class Sequence:
     cdef readonly long long ended
     cdef readonly long long first_token
     cdef readonly long long finish
+    # of stages, adapters and grammars
+    cdef long long eligible
+    cdef long long stale_tick
+    cdef long long ready
+    cdef int adapter
+    cdef bint constrained

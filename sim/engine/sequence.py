@@ -19,10 +19,13 @@ class Sequence:
     newest token. scheduled_tick, scheduled_tokens: with priorities or KV cache groups, its last step, and its
     tokens there; with a connector also its step before that, in previous_tick and previous_tokens.
     drops_before: its output of steps before this tick is void. aside: it waits beside the queue. passed: the
-    last look at it passed it over. slot: its row of the block table. blocks_end: tokens that its blocks hold.
-    cached_end: tokens whose blocks have their hash. kv_due: the tokens at which its KV cache has something to
-    do: a block more, one that is full, or one out of its window. junction: tokens up to which some KV cache
-    group had a longer hit than all, 0 is none. row: in the table of outcomes, -1 outside of it.
+    last look at it passed it over. eligible: the first tick of its next decode, in a pipeline; stale_tick: of
+    the last step that had it when it was preempted there. adapter: of LoRA, 0: none. constrained: by a
+    grammar, which is there when the scheduler's clock shows ``ready``. slot: its row of the block table.
+    blocks_end: tokens that its blocks hold. cached_end: tokens whose blocks have their hash. kv_due: the
+    tokens at which its KV cache has something to do: a block more, one that is full, or one out of its
+    window. junction: tokens up to which some KV cache group had a longer hit than all, 0 is none. row: in the
+    table of outcomes, -1 outside of it.
     """
 
     def __init__(
@@ -37,7 +40,10 @@ class Sequence:
         self.blocks_end = self.cached_end = self.kv_due = self.scheduled_tokens = 0
         self.slot = self.cached_tokens = self.row = -1
         self.token_tick = self.scheduled_tick = self.previous_tick = self.arrival = self.serial = -1
-        self.drops_before = self.previous_tokens = 0
+        self.drops_before = self.previous_tokens = self.eligible = 0
+        self.stale_tick = -1
+        self.adapter = self.ready = 0
+        self.constrained = False
         self.aside = self.passed = False
         self.queued = self.scheduled = self.ended = self.first_token = self.finish = -1
 

@@ -22,6 +22,8 @@ cdef class Step:
     cdef long long start
     cdef long long end
     cdef readonly list samplers
+    cdef readonly dict adapters
+    cdef readonly bint deferred
     cdef bint borrowed  # samplers, from the list of the running
     cdef list verified
     cdef readonly list prefilling

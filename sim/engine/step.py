@@ -20,6 +20,8 @@ class Step:
     with what they found cached, and whether resumed. firsts, leavers: those that got their first or last
     token. failed: those that end with an error. prefilling: with priorities or a connector, whose the chunks
     are. connector_meta: what the connector's workers are told; transfers: what they report (``Transfers``).
+    deferred: it samples when the step before is complete, whose tokens a grammar needs.
+    adapters: of LoRA, with how many of the step's tokens each has, or None.
     composition: with ``trace``, all and their tokens. verified: where it drafts, how many drafts each of
     samplers verifies, -k where they are padding. outputs: requests that got tokens, each in one message. row:
     in the table of steps. windowed: of decode_context, what layers with a window attend to, if the scheduler
@@ -34,7 +36,8 @@ class Step:
         self.chunks = self.gaps = self.samplers = self.verified = self.prefilling = NOBODY
         self.joined = self.joined_cached = self.joined_again = self.victims = NOBODY
         self.firsts = self.leavers = self.failed = NOBODY
-        self.composition, self.borrowed = None, False
+        self.composition, self.borrowed, self.deferred = None, False, False
+        self.adapters = None
         self.connector_meta = self.transfers = None
 
     @property

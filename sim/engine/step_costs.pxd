@@ -16,6 +16,9 @@ cdef class StepCosts:
     cdef double eager_s  # of a step of more tokens than ``graphed`` at least
     cdef long long graphed
     cdef long long prompt_tile  # 1: chunks are not padded
+    cdef double lora_s
+    cdef double lora_adapter_s
+    cdef double lora_token_s
     cdef object by_tokens
     cdef object by_rows
     cdef object by_uniform
@@ -38,6 +41,7 @@ cdef class StepCosts:
     cdef long long reached(self, long long tokens, long long window) noexcept
     cdef long long before(self, long long context, long long window) noexcept
     cdef double of_chunks(self, list chunks) except? -1
+    cdef double of_adapters(self, dict adapters) except? -1
     cdef double of_uniform(self, long long tokens, long long requests) except? -1
     cdef double of_draft(self, Step step) except? -1
     cdef double of(
@@ -49,6 +53,7 @@ cdef class StepCosts:
         long long context,
         long long windowed,
         long long rows,
+        double adapters_s,
     ) except? -1
     cdef double seconds(self, Step step) except? -1
     cdef double at(self, Step step, long long tokens) except? -1

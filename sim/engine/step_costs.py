@@ -28,6 +28,7 @@ class StepCosts:
         self.chunk_s, self.serial_s = numbers["chunk_s"], numbers["serial_s"]
         self.request_s, self.prompt_tile = numbers["request_s"], numbers["prompt_tile"]
         self.eager_s, self.graphed = numbers["eager_s"], numbers["graphed"]
+        self.lora_s, self.lora_adapter_s, self.lora_token_s = numbers["lora"]
         self.by_tokens, self.by_rows, self.by_uniform = by_tokens, by_rows, by_uniform
         self.slots = numbers["slots"]
         self.uniform_s: dict[int, float] = {}
@@ -103,6 +104,11 @@ class StepCosts:
             total += layers * older * self.attention[kind, 2]
         return total
 
+    def of_adapters(self, adapters: dict) -> cython.double:
+        """PhysicalStepTime._lora."""
+        tokens: cython.longlong = sum(adapters.values())
+        return self.lora_s + len(adapters) * self.lora_adapter_s + tokens * self.lora_token_s
+
     def with_drafts(self, numbers: dict[str, Any], first: StepCosts | None, later: StepCosts | None) -> Any:
         """The same with what drafting takes (``step_time.speculative``); None, None: drafts are looked up."""
         self.drafting, self.first, self.later = True, first, later
@@ -140,7 +146,7 @@ class StepCosts:
         first, later = self.first, self.later
         if self.infills:
             windowed = min(context, requests * first.window)
-            return first.of(requests, NOBODY, requests, 0, context, windowed, length * requests)
+            return first.of(requests, NOBODY, requests, 0, context, windowed, length * requests, 0.0)
         total = first.of(
             step.total_tokens,
             step.chunks,
@@ -149,10 +155,11 @@ class StepCosts:
             step.decode_context,
             min(step.decode_context, step.decodes * first.window),
             requests * length if self.at_once else requests,
+            0.0,
         )
         if length > 1 and not self.at_once:
             windowed = min(context, requests * later.window)
-            total += (length - 1) * later.of(requests, NOBODY, requests, 0, context, windowed, requests)
+            total += (length - 1) * later.of(requests, NOBODY, requests, 0, context, windowed, requests, 0.0)
         return total
 
     def seconds(self, step: Step) -> cython.double:
@@ -165,6 +172,7 @@ class StepCosts:
             step.decode_context,
             step.windowed,
             len(step.samplers) + step.drafts,
+            0.0 if step.adapters is None else self.of_adapters(step.adapters),
         )
         if self.drafting and (step.decodes or step.chunks):
             total = total + self.of_draft(step)
@@ -179,9 +187,10 @@ class StepCosts:
         context: cython.longlong,
         windowed: cython.longlong,
         rows: cython.longlong,
+        adapters_s: cython.double,
     ) -> cython.double:
         """Of a step: its tokens, prompt chunks, decodes and their drafts, KV tokens that these read, rows of
-        logits."""
+        logits, and seconds of its adapters."""
         total: cython.double = 0.0
         decoding: cython.double
         queries: cython.double = 1.0
@@ -211,6 +220,7 @@ class StepCosts:
             total += self.of_uniform(tokens, requests) + self.of_rows(rows) + requests * self.request_s
         else:
             total += self.of_tokens(tokens) + self.of_rows(rows) + requests * self.request_s
+        total += adapters_s
         return total if tokens <= self.graphed or total > self.eager_s else self.eager_s
 
     def at(self, step: Step, tokens: cython.longlong) -> cython.double:

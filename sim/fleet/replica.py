@@ -17,6 +17,7 @@ from servecast.sim.fleet.engine_loop import PythonLoop
 from servecast.sim.fleet.flow import Engines, Server
 from servecast.sim.hardware.front_end_costs import FrontEndCosts
 from servecast.sim.hardware.step_time.physical import PhysicalStepTime, StepTime
+from servecast.sim.hardware.step_time.pipeline import PipelinedStepTime
 from servecast.sim.hardware.step_time.speculative import SpeculativeStepTime
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.inputs.units import to_ps
@@ -72,6 +73,8 @@ class Replica:
                 seconds = step_time.seconds
                 loop = EngineLoop(engine, index, numbers, seconds, floor, noise, served, read, cold_start)
                 self.loops.append(loop)
+                if isinstance(step_time, PipelinedStepTime):
+                    loop.use(step_time.pipeline(engine.stride if engine.config.async_scheduling else 0))
                 if together is not None:
                     together.runner.add(loop)
             else:

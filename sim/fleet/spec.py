@@ -56,6 +56,9 @@ class GpuSpec(Model):
     PCIe."""
     link_share: Annotated[float, Field(gt=0, le=1)] | None = None
     """Share of the link's bandwidth that all-reduces reach, in place of the profile's."""
+    network_gb_per_s: Positive | None = None
+    """GB/s each way of one GPU's own port to other nodes, over which pipeline stages hand on. Default, 50
+    (400 Gbit/s)."""
     allreduce_latency_us: NonNegative | None = None
     """Latency of one small all-reduce, in place of the profile's."""
 

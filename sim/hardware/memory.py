@@ -33,6 +33,7 @@ from servecast.sim.hardware.profile_run import (
     CompileCache,
     Estimate,
     activation_peak,
+    adapter_slots,
     cuda_graphs,
     exchange_buffers,
     outside_torch,
@@ -166,6 +167,16 @@ def kv_memory(
     Raises:
         InputError: the weights do not fit, or no sequence of ``max_model_len`` does.
     """
+    if shard.pipeline:  # all stages have as many blocks as the one with the fewest
+        given: dict[str, Any] = {
+            "cache": cache,
+            "fit_max_model_len": fit_max_model_len,
+            "compile_cache": compile_cache,
+            "kv_cache_memory_bytes": kv_cache_memory_bytes,
+            "num_gpu_blocks_override": num_gpu_blocks_override,
+        }
+        stages = [kv_memory(stage, config, version=version, **given) for stage in shard.stages]
+        return min(stages, key=lambda memory: memory.num_gpu_blocks)
     gpu = shard.gpu
     chunked = any(layer.kind == "chunked" for layer in shard.model.cache_layers)
     cache = cache or CacheOptions(config.version, capability=gpu.capability, hybrid=not chunked)
@@ -195,9 +206,7 @@ def kv_memory(
             "computed",
             f"{share:g} of {gpu.memory_bytes / _GIB:.2f} GiB ({gpu.memory_source})",
         ),
-        MemoryLine(
-            "weights", drafts - weights, "computed", f"{shard.model.parameters / 1e9:.3f} B parameters"
-        ),
+        MemoryLine("weights", drafts - weights, "computed", _weights_note(shard)),
         *([MemoryLine("drafter", -drafts, "computed", "weights of its own")] if drafts else []),
         _line("rotary table", rotary_table(shard), "computed"),
         _line("not from torch", outside_torch(shard, version=version)),
@@ -211,6 +220,7 @@ def kv_memory(
                 compile_cache=compile_cache,
             ),
         ),
+        *([_line("LoRA slots", adapter_slots(shard))] if shard.lora_slots else []),
         *([_line("all-to-all", buffers)] if (buffers := exchange_buffers(shard)).bytes else []),
         _line("CUDA graphs", cuda_graphs(shard, version=version, max_num_seqs=config.max_num_seqs)),
     ]
@@ -260,6 +270,13 @@ def kv_memory(
         )
         return replace(memory, num_gpu_blocks=needed, warning=warning)
     return memory
+
+
+def _weights_note(shard: Shard) -> str:
+    place, stages = shard.stage
+    if stages > 1:
+        return f"{shard.model.layers} layers of pipeline stage {place + 1} of {stages}"
+    return f"{shard.model.parameters / 1e9:.3f} B parameters"
 
 
 def _groups(layers: Sequence[CacheLayer], cache: CacheOptions, longest: int) -> tuple[KVGroup, ...]:

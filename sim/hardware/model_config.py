@@ -71,6 +71,7 @@ def shape_fields(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         "kv_bytes_each": quantization.kv_bytes or 2,
         **mixture,
         **_mixers(plan),
+        "order": _order(plan, set(with_experts), set(dense)),
         "mlp_layers": None if len(dense) + len(with_experts) == layers else len(dense),
         "mtp_layers": file.amount("num_nextn_predict_layers", "mtp_num_hidden_layers"),
         "model_type": model_type,
@@ -99,6 +100,16 @@ def _plan(file: ConfigFile, family: Family, layers: int, hidden: int) -> _Plan:
         return _Plan(["compressed"] * layers, compressed(file, layers, hidden))
     names = layer_names(file, family, layers)
     return _Plan(names, mixers(file, family, names, hidden))
+
+
+def _order(plan: _Plan, with_experts: set[int], dense: set[int]) -> tuple[tuple[int, bool, bool], ...]:
+    """``ModelShape.order``."""
+    kinds = list(dict.fromkeys(mixer for mixer in plan.mixers if mixer is not None))
+    order = tuple(
+        (-1 if mixer is None else kinds.index(mixer), at in with_experts, at in dense)
+        for at, mixer in enumerate(plan.mixers)
+    )
+    return order if len(set(order)) > 1 else ()
 
 
 def _mixers(plan: _Plan) -> dict[str, Any]:

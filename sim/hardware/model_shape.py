@@ -27,6 +27,7 @@ _NO_TIME = (  # fields that take no time in a step
     "sliding_first",
     "mtp_layers",
     "least_capability",
+    "order",
     "notes",
 )
 _BESIDE = "hf_quant_config.json"
@@ -68,6 +69,8 @@ class ModelShape:
         other_weights: small ones of all layers, beyond those that the fields above imply.
         weight_block: columns of a block of quantised weights that share a scale; 0 for none.
         kv_bytes_each: of a number in the KV cache, as the checkpoint asks for.
+        order: of every layer, where layers differ: the place of its mixer among ``layer_kinds`` (-1: it has
+            none), and whether it has experts and a dense MLP.
         notes: what a reader should know of how the config was read.
     """
 
@@ -116,6 +119,7 @@ class ModelShape:
     quant_method: str = ""
     expert_skew: float = 0.0
     expert_loads: tuple[float, ...] = ()
+    order: tuple[tuple[int, bool, bool], ...] = ()
     notes: tuple[str, ...] = ()
 
     @classmethod
@@ -192,6 +196,39 @@ class ModelShape:
         sliding = replace(full, kind="sliding", count=self.sliding_layers, window=self.sliding_window)
         ordered = (sliding, full) if self.sliding_first else (full, sliding)
         return tuple(mixer for mixer in ordered if mixer.count)
+
+    def stage(self, first: int, last: int) -> ModelShape:
+        """The model that the layers from ``first`` to before ``last`` make."""
+        count = last - first
+        small = round(self.other_weights * count / self.layers)
+        if not self.order:
+            cut = self.layers - count
+            return replace(
+                self,
+                layers=count,
+                moe_layers=self.moe_layers and count,
+                sliding_layers=self.sliding_layers and count,
+                mixers=tuple(replace(mixer, count=mixer.count - cut) for mixer in self.mixers),
+                other_weights=small,
+            )
+        own = self.order[first:last]
+        counts = [sum(place == number for place, _, _ in own) for number in range(len(self.layer_kinds))]
+        sliding = [
+            count for mixer, count in zip(self.layer_kinds, counts, strict=True) if mixer.kind == "sliding"
+        ]
+        mixers = (
+            replace(mixer, count=count) for mixer, count in zip(self.mixers, counts, strict=False) if count
+        )
+        return replace(
+            self,
+            layers=count,
+            moe_layers=sum(experts for _, experts, _ in own),
+            mlp_layers=None if self.mlp_layers is None else sum(dense for _, _, dense in own),
+            sliding_layers=sum(sliding),
+            mixers=tuple(mixers),
+            other_weights=small,
+            order=own,
+        )
 
     @property
     def cache_layers(self) -> tuple[CacheLayer, ...]:

@@ -28,6 +28,7 @@ from servecast.sim.hardware.step_time.grid import Grid, GridStepTime
 from servecast.sim.hardware.step_time.layers import LayeredStepTime, LayerTables
 from servecast.sim.hardware.step_time.padded import PaddedCosts, PaddedStepTime
 from servecast.sim.hardware.step_time.physical import Efficiencies, PhysicalStepTime, StepTime
+from servecast.sim.hardware.step_time.pipeline import PipelinedStepTime
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.inputs.files import write_whole
 
@@ -328,6 +329,15 @@ def build_step_time(profile: Profile, shard: Shard) -> StepTime:
             where="profile",
             fix="Use a profile of kind physical, or none.",
         )
+    if shard.pipeline:
+        if profile.kind != "physical":
+            raise InputError(
+                f"a profile of kind {profile.kind} does not tell apart the layers that pipeline stages share",
+                where="profile",
+                fix="Use a profile of kind physical, or none.",
+            )
+        stages = tuple(PhysicalStepTime(each, profile.efficiencies) for each in shard.stages)
+        return PipelinedStepTime(stages, shard.network, shard.stages_per_node)
     match profile.kind:
         case "physical":
             return PhysicalStepTime(shard, profile.efficiencies)

@@ -71,8 +71,9 @@ def activation_peak(
     model = shard.model
     hidden = max_num_batched_tokens * model.hidden_size * model.dtype_bytes
     mlp = 3 * model.intermediate_size // shard.tensor_parallel_size
+    rows = min(max_num_seqs, max_num_batched_tokens) if shard.samples else 0
     peaks = {
-        "sampler": hidden + _sampler_bytes(shard, min(max_num_seqs, max_num_batched_tokens), version),
+        "sampler": hidden + _sampler_bytes(shard, rows, version),
         "a layer": 4 * hidden + max_num_batched_tokens * mlp * model.dtype_bytes,
     }
     cold = _compile_bytes(shard, version, hidden)
@@ -144,7 +145,7 @@ def outside_torch(shard: Shard, *, version: str) -> Estimate:
     From 0.14 on, ranks linked by NVLink hold the buffers of fused all-reduces, too.
     """
     server = shard.gpu.capability[0] in (9, 10)
-    if shard.expert_ranks.ranks > 1:
+    if shard.expert_ranks.ranks > 1 or shard.stage[1] > 1:
         if shard.tensor_parallel_size > 1 and release(version) >= (0, 14) and server:
             return Estimate(int(2.15 * GIB), "with NCCL and fused all-reduce", more=GIB // 4, less=GIB // 2)
         return Estimate(int(0.55 * GIB), "with NCCL", more=GIB // 2, less=GIB // 4)
@@ -167,6 +168,16 @@ def exchange_buffers(shard: Shard) -> Estimate:
             2 * 2 * experts * _LOW_LATENCY_TOKENS * message, "DeepEP's of the low-latency kernels"
         )
     return Estimate(0, "none")
+
+
+def adapter_slots(shard: Shard) -> Estimate:
+    """Slots of LoRA adapters, filled or not; models that adapt embeddings and LM head, too, have more."""
+    model = shard.model
+    ends = 2 * (model.vocab_size // shard.tensor_parallel_size + model.hidden_size) * shard.lora_rank
+    each = model.dtype_bytes * shard.lora_slots
+    return Estimate(
+        shard.lora_numbers * each, f"{shard.lora_slots} slots of rank {shard.lora_rank}", more=ends * each
+    )
 
 
 def cuda_graphs(shard: Shard, *, version: str, max_num_seqs: int) -> Estimate:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 
 from servecast.sim.engine.kv_groups import token_bytes
 from servecast.sim.hardware.expert_ranks import ExpertRanks
@@ -38,6 +39,10 @@ class Shard:
         kv_dtype_bytes: of a number in the KV cache: 2, or 1 for ``--kv-cache-dtype fp8``.
         experts: how the routed experts lie on the ranks; None: split over the tensor-parallel ones. Where
             they are whole the fullest rank is waited for.
+        pipeline: layers of each pipeline stage, where there are several; what is counted here is of all of
+            them together, ``stages`` are the shards of each. stage: which of how many this is.
+            stages_per_node: that lie in one node; network: bytes/s of each GPU's own way to another node.
+        lora_rank, lora_slots: ``--max-lora-rank`` and ``--max-loras``, 0 without adapters.
         cudagraph_sizes: rising, from ``cudagraph_capture_sizes``; empty for ``--enforce-eager``.
 
     Raises:
@@ -51,6 +56,12 @@ class Shard:
     kv_dtype_bytes: int = 2
     experts: ExpertRanks | None = None
     cudagraph_sizes: tuple[int, ...] = ()
+    pipeline: tuple[int, ...] = ()
+    stage: tuple[int, int] = (0, 1)
+    stages_per_node: int = 1 << 30
+    network: float = 50e9
+    lora_rank: int = 0
+    lora_slots: int = 0
 
     def __post_init__(self) -> None:
         model, ranks = self.model, self.tensor_parallel_size
@@ -109,6 +120,28 @@ class Shard:
         return replace(self, tensor_parallel_size=1, experts=None)
 
     @property
+    def stages(self) -> tuple[Shard, ...]:
+        """A rank of each pipeline stage; itself where there is one."""
+        if not self.pipeline:
+            return (self,)
+        ends = list(accumulate(self.pipeline))
+        return tuple(
+            replace(
+                self,
+                model=self.model.stage(end - layers, end),
+                pipeline=(),
+                stage=(place, len(self.pipeline)),
+            )
+            for place, (layers, end) in enumerate(zip(self.pipeline, ends, strict=True))
+        )
+
+    @property
+    def samples(self) -> bool:
+        """Whether it has the LM head: the last stage."""
+        place, stages = self.stage
+        return place == stages - 1
+
+    @property
     def expert_ranks(self) -> ExpertRanks:
         """Where the routed experts lie."""
         return self.experts or ExpertRanks(self.tensor_parallel_size)
@@ -138,7 +171,9 @@ class Shard:
         """Bytes of all weights, tied embeddings once."""
         model, ranks = self.model, self.tensor_parallel_size
         linear = self._shared_bytes + self.held_expert_bytes
-        embeddings = model.vocab_size * model.hidden_size // ranks * (1 if model.tied_embeddings else 2)
+        first = self.stage[0] == 0  # tied embeddings are in the first stage, and again in the last
+        tables = first or self.samples if model.tied_embeddings else first + self.samples
+        embeddings = model.vocab_size * model.hidden_size // ranks * tables
         small = (embeddings + model.small_weights) * model.dtype_bytes
         return round(linear) + small + self._absorbed_bytes
 
@@ -298,6 +333,17 @@ class Shard:
             redundant=spread.redundant if spread.rebalanced_every else None,
         )
 
+    # -- LoRA --------------------------------------------------------------------------------------
+
+    @property
+    def lora_numbers(self) -> int:
+        """Numbers of one adapter of all linear layers: (inputs + outputs) x rank of each matrix, where ranks
+        divide what they divide of the matrix."""
+        linears = self.model.linears()
+        return self.lora_rank * sum(
+            count * sum(each.on(self.tensor_parallel_size)) for count, each in linears
+        )
+
     # -- LM head -----------------------------------------------------------------------------------
 
     def lm_head_flops(self, rows: int) -> float:
@@ -392,3 +438,10 @@ def cudagraph_capture_sizes(
         requests = {1, 2, 4, *range(8, min(reached + 1, 256), 8), *range(256, reached + 1, 16), reached}
         sizes |= {count * (1 + more) for count in requests if count <= reached for more in drafts}
     return tuple(sorted(size for size in sizes if size <= limit))
+
+
+def layers_of_stages(layers: int, stages: int) -> tuple[int, ...]:
+    """Layers of each pipeline stage: evenly; what is left goes to the stages before the last, from behind
+    (vLLM's ``get_pp_indices``)."""
+    even, left = divmod(layers, stages)
+    return tuple(even + (stages - 1 - left <= place < stages - 1) for place in range(stages))

@@ -34,8 +34,9 @@ SAMPLED = ("prefill_tokens", "prefill_requests", "decodes", "decode_context", "e
 class Limits:
     """What an engine of a run could not exceed, and what its step-time model knows.
 
-    num_gpu_blocks includes the null block; None where no request waits for blocks. bound_by: what most of a
-    step's time goes to (``StepTime.binding``). parts: part of a step to seconds (``StepTime.breakdown``).
+    num_gpu_blocks includes the null block; None where no request waits for blocks. stride: steps from one
+    token of a request to its next, several where steps overlap in a pipeline. bound_by: what most of a step's
+    time goes to (``StepTime.binding``). parts: part of a step to seconds (``StepTime.breakdown``).
     None where the step-time model cannot tell. loads: KV cache is loaded from elsewhere. draft_length: drafts
     that each request gets after a step of so many; None without speculation. waits: a step lasts longer than
     its parts while other engine cores are waited for.
@@ -48,6 +49,7 @@ class Limits:
     parts: Callable[[StepShape], Mapping[str, float]] | None = None
     loads: bool = False
     draft_length: Callable[[int], int] | None = None
+    stride: int = 1
     pools: tuple[tuple[str, tuple[int, ...], Limits], ...] = ()
     waits: bool = False
 
@@ -72,7 +74,7 @@ class Evidence:
     max_num_seqs, token_budget, kv_loads, kv_blocks: steps in which requests waited because of it.
     kv_link: of the run, in which the busiest link that KV cache is moved over was busy.
     busy: busy time of the window. front_end: of the mean TTFT, spent before the engine's queue.
-    delivery: mean inter-token gap at the client over the mean step behind it (not a share).
+    delivery: mean inter-token gap at the client over the mean of the steps behind it (not a share).
     steps: of each replication, steps spread evenly over it, see ``sampled``. limits: the engine's. pool: of
     whose servers this is, empty without pools. transfer: of the mean TTFT, while KV blocks were on their way.
     """
@@ -153,7 +155,7 @@ def evidence(run: Run, limits: Limits) -> Evidence:
         kv_link=max((float(share) for share in run.meta.get("kv_links", {}).values()), default=0.0),
         busy=total / (window * max(engines_of(steps).nunique(), 1)) if window else math.nan,
         front_end=float((requests["queued"] - requests["sent"]).mean() / ttft),
-        delivery=gap / behind,
+        delivery=gap / (behind * limits.stride),
         steps=(sampled(steps),),
         limits=limits,
     )

@@ -15,6 +15,7 @@ from servecast.sim.scenario.scenario import Scenario
 
 _FIELDS = {
     "tensor_parallel": "engine.tensor_parallel_size",
+    "pipeline_parallel": "engine.pipeline_parallel_size",
     "data_parallel": "engine.data_parallel_size",
     "expert_parallel": "engine.enable_expert_parallel",
     "replicas": "fleet.replicas",
@@ -48,7 +49,7 @@ class Candidate:
 
     def __str__(self) -> str:
         pools = {"prefill": "{}P", "decode": "{}D", **{f"{pool}_tensor_parallel": "TP{}" for pool in _POOLS}}
-        names = {"tensor_parallel": "TP{}", "data_parallel": "DP{}"}
+        names = {"tensor_parallel": "TP{}", "pipeline_parallel": "PP{}", "data_parallel": "DP{}"}
         names |= {**dict.fromkeys(_SHOWN.values(), "{}"), **pools}
         return " ".join(names.get(name, name + "={}").format(value) for name, value in self.label.items())
 
@@ -59,8 +60,9 @@ class Choices:
 
     Attributes:
         gpus: names of the catalogue, or files that describe one. A single choice need not be in a list.
-        tensor_parallel: GPUs of an engine core. data_parallel: engine cores of a replica, which then has as
-            many times the GPUs. expert_parallel: "on" and "off".
+        tensor_parallel: GPUs of an engine core, or of each of its stages. pipeline_parallel: stages.
+            data_parallel: engine cores of a replica, which then has as many times the GPUs.
+            expert_parallel: "on" and "off".
         replicas: replicas that are simulated together behind the router, and bought together.
         max_num_seqs, max_num_batched_tokens: values of the flags.
         kv_offloading_size: GiB of host memory for KV cache of a replica; 0 is none.
@@ -73,6 +75,7 @@ class Choices:
 
     gpus: str | Sequence[str] = ()
     tensor_parallel: int | Sequence[int] = ()
+    pipeline_parallel: int | Sequence[int] = ()
     data_parallel: int | Sequence[int] = ()
     expert_parallel: str | Sequence[str] = ()
     replicas: int | Sequence[int] = ()

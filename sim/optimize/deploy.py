@@ -70,7 +70,8 @@ class _Servers:
         engine, gpus = scenario.engine, scenario.engine.gpus
         alone = engine.data_parallel_size == 1
         shard = deployment.shard
-        self.weights = shard.weight_bytes * gpus if alone else shard.whole.weight_bytes
+        ranks = engine.tensor_parallel_size
+        self.weights = shard.weight_bytes * ranks if alone else shard.whole.weight_bytes
         servers = f"{pool} server{'s' * (count != 1)}" if pool else "replicas"
         self.where = f"# {count} {servers} of {gpus} {gpu} each: pick their nodes with a nodeSelector.\n"
         transfer = [] if not pool or scenario.engine.kv_transfer_config else _transfer(pool)
@@ -83,7 +84,8 @@ class _Servers:
         )
         labels = {"app": name} | ({"llm-d.ai/role": pool} if pool else {})
         name += f"-{pool}" if pool else ""
-        pod = _pod(image, [model, *flags, *words], self.port, {f"{self.kind}.com/gpu": gpus})
+        limits = {f"{self.kind}.com/gpu": gpus}
+        pod = _pod(image, [model, *flags, *words], self.port, limits)
         self.kubernetes = {
             "apiVersion": "apps/v1",
             "kind": "Deployment",
@@ -97,8 +99,7 @@ class _Servers:
         self.of_chart = {
             "create": True,
             "replicas": count,
-            "parallelism": {"tensor": engine.tensor_parallel_size}
-            | ({} if alone else {"data": engine.data_parallel_size}),
+            "parallelism": {"tensor": ranks} | ({} if alone else {"data": engine.data_parallel_size}),
             "containers": [
                 {
                     "name": "vllm",
@@ -111,6 +112,7 @@ class _Servers:
                     ],
                     "ports": [{"containerPort": self.port, "name": "metrics", "protocol": "TCP"}],
                     "mountModelVolume": True,
+                    **({"resources": {"limits": limits}} if engine.pipeline_parallel_size > 1 else {}),
                 }
             ],
         }

@@ -31,7 +31,12 @@ from servecast.sim.run.workers import Workers
 from servecast.sim.scenario.deployment import Deployment
 from servecast.sim.scenario.scenario import Scenario
 
-_SHORT = {"tensor_parallel": "TP", "data_parallel": "DP", "expert_parallel": "EP"}  # in the head of a table
+_SHORT = {  # in the head of a table
+    "tensor_parallel": "TP",
+    "pipeline_parallel": "PP",
+    "data_parallel": "DP",
+    "expert_parallel": "EP",
+}
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -239,8 +244,9 @@ def optimize(
         progress: show how far it is.
         effort: how surely and closely to plan.
         workers: where simulations run.
-        choices: what to choose from, as in `Choices`: gpus, tensor_parallel, data_parallel, expert_parallel,
-            replicas, max_num_seqs, max_num_batched_tokens, kv_offloading_size, variants, routers.
+        choices: what to choose from, as in `Choices`: gpus, tensor_parallel, pipeline_parallel,
+            data_parallel, expert_parallel, replicas, max_num_seqs, max_num_batched_tokens,
+            kv_offloading_size, variants, routers.
 
     Raises:
         InputError: a choice is not known or comes twice, a GPU has no price, or a value is out of range.

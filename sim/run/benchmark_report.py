@@ -121,8 +121,9 @@ def benchmark_report(run: Run, document: Mapping[str, Any]) -> dict[str, Any]:
 def _engine(document: Mapping[str, Any]) -> dict[str, Any]:
     flags = {name: value for name, value in document["engine"].items() if value is not None}
     parallelism = {"tp": int(flags.get("tensor_parallel_size", 1))}
-    if (cores := int(flags.get("data_parallel_size", 1))) > 1:
-        parallelism["dp"] = cores
+    for short, name in (("pp", "pipeline_parallel_size"), ("dp", "data_parallel_size")):
+        if (size := int(flags.get(name, 1))) > 1:
+            parallelism[short] = size
     replicas = int(document["fleet"]["replicas"])
     return {
         "metadata": {"label": _ENGINE, "cfg_id": _digest(document["engine"])},

@@ -135,6 +135,8 @@ def engine_lines(document: Mapping[str, Any]) -> list[str]:
     if (cores := engine.get("data_parallel_size", 1)) > 1:
         size += f", each of {cores} engine cores"
     flags = [f"--{name.replace('_', '-')} {engine[name]}" for name in _FLAGS]
+    stages = engine.get("pipeline_parallel_size") or 1
+    flags += [f"--pipeline-parallel-size {stages}"] * (stages > 1)
     flags += [f"--data-parallel-size {cores}"] * (cores > 1)
     flags += ["--enable-expert-parallel"] * bool(engine.get("enable_expert_parallel"))
     flags += [f"--{'' if engine[name] else 'no-'}{name.replace('_', '-')}" for name in _SWITCHES]

@@ -123,6 +123,8 @@ def _run(
             together=together,
             role=role,
         )
+        for loop in made.loops:
+            its.equip(loop)
         if connector is not None:
             connector.clock = lambda: made.now
         return made

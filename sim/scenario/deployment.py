@@ -11,6 +11,7 @@ from servecast.sim.engine.config import EngineConfig
 from servecast.sim.engine.engine import Engine
 from servecast.sim.engine.group_rules import STATES_IN, WINDOWS_SINCE
 from servecast.sim.engine.kv_groups import since
+from servecast.sim.engine.pipeline_rules import decode_stride
 from servecast.sim.engine.scheduler import Scheduler
 from servecast.sim.fleet.spec import GpuSpec
 from servecast.sim.hardware.error_band import Bands, Transfer, transfer
@@ -26,10 +27,14 @@ from servecast.sim.hardware.step_time.speculative import SpeculativeStepTime
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.metrics.binding import Limits
 from servecast.sim.routing.llmd.config import read_epp
+from servecast.sim.scenario.adapters import adapter_cache, check_traffic, grammars
 from servecast.sim.scenario.basis import Fitted, fitted_profiles, profile_of, why_typical
 from servecast.sim.scenario.kv_offload import Offloading, Shared, check_host_memory, offloading_of
 from servecast.sim.scenario.scenario import Scenario
 from servecast.sim.scenario.speculation import Speculating, speculating
+from servecast.sim.scenario.stages import note as stages_note
+from servecast.sim.scenario.stages import over_nodes
+from servecast.sim.scenario.vllm_flags import FLAG_BAND
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +73,8 @@ class Deployment:
         if scenario.fleet.decode:
             scenario = scenario.of_replica(scenario.fleet.decode[0])
         flags, server = scenario.engine, scenario.server
+        check_traffic(flags, scenario.stages(), scenario.source)
+        _check_together(whole)
         model = _model(scenario)
         gpu = _gpu(scenario, experts=model.moe_layers > 0)
         drafts = speculating(scenario, model)
@@ -78,7 +85,7 @@ class Deployment:
             where=f"{scenario.source}: engine",
             speculation=None if drafts is None else drafts.config,
         )
-        shard = server.shard(flags, config, model, gpu)
+        shard = over_nodes(server.shard(flags, config, model, gpu), scenario.gpu)
         memory = server.memory(flags, config, shard, None if drafts is None else drafts.drafter)
         config = replace(
             config,
@@ -88,6 +95,19 @@ class Deployment:
             kv_groups=memory.kv_groups,
         )
         where = scenario.source
+        if shard.pipeline and config.kv_groups:
+            raise InputError(
+                f"the KV cache groups of {model.name} over pipeline stages are not modelled",
+                where=f"{where}: engine.pipeline_parallel_size",
+                fix="Use tensor_parallel_size.",
+            )
+        cores = config.data_parallel
+        if cores is not None and cores.lockstep and _structured(scenario):
+            raise InputError(
+                "structured outputs with engine cores that step together are not modelled",
+                where=f"{where}: workload.structured_outputs",
+                fix="Use tensor_parallel_size.",
+            )
         offloading = offloading_of(flags.kv_transfer, scenario.kv_offload, shard, memory, config, where=where)
         if offloading is not None and scenario.fleet.prefill:
             raise InputError(
@@ -163,11 +183,18 @@ class Deployment:
             waits=self.config.data_parallel is not None and self.config.data_parallel.lockstep,
             loads=self.offloading is not None,
             draft_length=None if self.speculating is None else self.speculating.length,
+            stride=decode_stride(self.config)[0],
         )
 
     def memory_risk(self, longest_prompt: int) -> MemoryRisk | None:
         """See ``Server.memory_risk``."""
         return self.scenario.server.memory_risk(self.config, self.shard, self.memory, longest_prompt)
+
+    def equip(self, loop: Any) -> None:
+        """Give the loop of one of its engines what adapters and grammars cost."""
+        flags = self.scenario.engine
+        if flags.policy == "vllm":
+            loop.adapter_cache, loop.grammars = adapter_cache(flags, self.shard), grammars(flags)
 
     @property
     def error_band(self) -> float | None:
@@ -179,8 +206,9 @@ class Deployment:
         """Relative error bands by metric. That of the KV pool is what its account leaves open; of a server
         other than vLLM it is not known."""
         flags, memory = self.scenario.engine, self.memory
+        structured = FLAG_BAND * _structured(self.scenario)
         more = 0.0 if self.speculating is None else self.speculating.band
-        bands = self.transfer.bands.wider(self.scenario.server.extra_error(flags) + more)
+        bands = self.transfer.bands.wider(self.scenario.server.extra_error(flags) + more + structured)
         if flags.policy != "vllm":
             return replace(bands, kv_tokens=None)
         low, high = memory.range
@@ -209,6 +237,8 @@ class Deployment:
             self.memory.warning,
             self._near_groups,
             self._blind_router,
+            stages_note(self.shard, self.scenario.gpu),
+            *check_traffic(self.scenario.engine, self.scenario.stages(), self.scenario.source),
             *(each.note for each in self.fitted_profiles),
         ]
         if self.scenario.profile is None and self.transfer.basis == "physics only":
@@ -282,6 +312,38 @@ class Deployment:
             "memory": [asdict(line) for line in self.memory.lines],
             "servecast_version": version("servecast"),
         }
+
+
+def _structured(scenario: Scenario) -> bool:
+    """Whether outputs of the workload follow grammars."""
+    streams = [stream for stage in scenario.stages().stages for stream in stage.streams]
+    return any(stream.structured_outputs for stream in streams)
+
+
+def _check_together(scenario: Scenario) -> None:
+    """Refuses stages, adapters and grammars where they are modelled only alone."""
+    fleet, flags = scenario.fleet, scenario.engine
+    servers = [scenario.of_replica(each).engine for each in (*fleet.prefill, *fleet.decode)] or [flags]
+    structured = _structured(scenario)
+    asked = {
+        "pipeline stages": ("engine.pipeline_parallel_size", "Use tensor_parallel_size."),
+        "LoRA adapters": ("engine.enable_lora", "Use one of the two."),
+        "structured outputs": ("workload.structured_outputs", "Use one of the two."),
+    }
+    for engine in servers:
+        of_engine = (engine.pipeline_parallel_size > 1, engine.enable_lora, structured)
+        others = {
+            "prefill and decode servers": bool(fleet.prefill),
+            "KV connectors": engine.kv_transfer is not None,
+            "drafts": engine.speculative_config is not None,
+            f"the policy {engine.policy!r}": engine.policy != "vllm",
+        }
+        for (what, (where, fix)), wanted in zip(asked.items(), of_engine, strict=True):
+            for other, there in others.items():
+                if wanted and there:
+                    raise InputError(
+                        f"{what} with {other} are not modelled", where=f"{scenario.source}: {where}", fix=fix
+                    )
 
 
 def _with_drafts(step_time: StepTime, drafts: Speculating, profile: Profile) -> SpeculativeStepTime:

@@ -40,6 +40,10 @@ class EngineFlags(Model):
     """As ``--kv-cache-dtype``. fp8 counts one byte an element."""
     tensor_parallel_size: Count = 1
     """GPUs of one engine core."""
+    pipeline_parallel_size: Count = 1
+    """Pipeline stages of one engine core, each with some of the layers and ``tensor_parallel_size`` GPUs."""
+    pp_layer_partition: tuple[Count, ...] | None = None
+    """Layers of each stage, as the variable VLLM_PP_LAYER_PARTITION. Default, even."""
     data_parallel_size: Count = 1
     """Engine cores of one server, each with a scheduler and a cache; with experts they step together. A
     replica has as many times ``tensor_parallel_size`` GPUs."""
@@ -72,6 +76,22 @@ class EngineFlags(Model):
     """Place experts by their load (``model.expert_skew``, ``model.expert_loads``), again and again."""
     eplb_config: dict[str, Any] | None = None
     """As ``--eplb-config``: ``num_redundant_experts``, ``step_interval`` and ``use_async`` count."""
+    enable_lora: Flag = False
+    """Serve LoRA adapters of a dense model; ``workload.lora_traffic_split`` says who uses them."""
+    max_loras: Count | None = None
+    """Adapters of one step, at most, and their slots on the GPU. Default, 1."""
+    max_cpu_loras: Count | None = None
+    """Adapters in host memory; others are read from disk. Default, as ``max_loras``."""
+    max_lora_rank: Count | None = None
+    """Rank of the slots, and of all adapters. Default, 16."""
+    lora_modules: tuple[str, ...] | None = None
+    """Names of the adapters that the server loads when it starts."""
+    host_cores: Count = 16
+    """Cores of the server's host, half of which compile grammars."""
+    grammar_compile_s: NonNegative = 0.1
+    """Seconds to compile the grammar of a structured output. Assumed; measure yours."""
+    grammar_mask_s: NonNegative = 30e-6
+    """Seconds to fill the token mask of one such request in a step. Assumed."""
     hf_overrides: dict[str, Any] | None = None
     """Fields in place of those of the model's config.json, as ``--hf-overrides``."""
     max_model_len: Count | Literal["auto", -1] | None = None
@@ -176,7 +196,7 @@ class EngineFlags(Model):
     @property
     def gpus(self) -> int:
         """GPUs of one server."""
-        return self.tensor_parallel_size * self.data_parallel_size
+        return self.tensor_parallel_size * self.pipeline_parallel_size * self.data_parallel_size
 
     @property
     def kv_transfer(self) -> KVTransfer | None:

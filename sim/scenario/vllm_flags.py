@@ -39,6 +39,11 @@ class ServeCommand:
     release: str | None = None
 
 
+def _adapter(text: str) -> str:
+    """The name in name=path, or in a JSON object."""
+    return str(_mapping(text)["name"]) if text.startswith("{") else text.partition("=")[0]
+
+
 def _human_int(text: str) -> int:
     """vLLM's human-readable integers: 1k is 1,000, 1K is 1,024, 25.6k is 25,600."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmMgGtT])", text)
@@ -61,6 +66,12 @@ TAKEN: dict[str, Callable[[str], Any]] = {
     "quantization": str,
     "kv_cache_dtype": str,
     "tensor_parallel_size": int,
+    "pipeline_parallel_size": int,
+    "enable_lora": bool,
+    "max_loras": int,
+    "max_cpu_loras": int,
+    "max_lora_rank": int,
+    "lora_modules": str,
     "data_parallel_size": int,
     "data_parallel_size_local": int,
     "data_parallel_rank": int,
@@ -114,7 +125,6 @@ _DRAFTS = {  # flag -> its field of speculative_config (EngineArgs.create_specul
     "spec_tokens": "num_speculative_tokens",
 }
 _REFUSED = {  # flag -> what to do instead
-    "pipeline_parallel_size": "Pipeline parallelism is not modelled: use tensor_parallel_size.",
     "decode_context_parallel_size": "Context parallelism is not modelled.",
     "prefill_context_parallel_size": "Context parallelism is not modelled.",
     "max_num_scheduled_tokens": "Give max_num_batched_tokens.",
@@ -122,7 +132,6 @@ _REFUSED = {  # flag -> what to do instead
     "cpu_offload_gb": "Offloading is not modelled.",
     "offload_group_size": "Offloading is not modelled.",
     "ec_transfer_config": "Disaggregated encoders are not modelled: paste it without.",
-    "enable_lora": "LoRA adapters are not modelled: paste it without.",
     "enable_dbo": "Dual batch overlap is not modelled.",
     "quantization_config": "Give a model config whose quantization_config has it.",
     "scheduler_cls": "Another scheduler is not modelled.",
@@ -202,7 +211,7 @@ def parse_serve_command(
     flags: dict[str, Any] = {}
     ignored: list[str] = []
     widening = [f"{name}={value}" for name, value in pasted.variables.items() if _widens(name, value)]
-    for word, flag, value, _ in _read(words, version):
+    for word, flag, value, taken in _read(words, version):
         if flag is None:
             if model is not None:
                 raise InputError(
@@ -222,6 +231,8 @@ def parse_serve_command(
             raise InputError(
                 f"{shown} {value} cannot be simulated", where=WHERE, fix="Only generation is modelled."
             )
+        elif name == "lora_modules":
+            flags[name] = [_adapter(each) for each in (taken or [value or ""])]
         elif name in TAKEN and flag.key:
             if not isinstance(flags.setdefault(name, {}), dict) or TAKEN[name] is not _mapping:
                 raise InputError(f"{shown} takes no keys", where=WHERE, fix="Give its value as a whole.")

@@ -23,9 +23,11 @@ from servecast.sim.hardware.shard import release as release_number
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.inputs.schema import invalid, within
 from servecast.sim.scenario import ranks
+from servecast.sim.scenario.adapters import lora
 from servecast.sim.scenario.engine_flags import EngineFlags
 from servecast.sim.scenario.kv_pull import pull_settings
 from servecast.sim.scenario.ranks import data_parallel, expert_ranks
+from servecast.sim.scenario.stages import asynchronous, pipeline, runs_on_v2
 from servecast.sim.scenario.vllm_flags import FLAG_BAND
 
 GIB = 1 << 30
@@ -169,7 +171,8 @@ class Vllm:
     def extra_error(self, flags: EngineFlags) -> float:
         command = flags.serve_command
         unknown = minor_release(flags.version) not in RELEASES
-        return FLAG_BAND * (len(command.widening) if command else 0) + UNKNOWN_RELEASE_BAND * unknown
+        others = (len(command.widening) if command else 0) + flags.enable_lora
+        return FLAG_BAND * others + UNKNOWN_RELEASE_BAND * unknown
 
     def resolve(
         self,
@@ -190,7 +193,8 @@ class Vllm:
         positions = model.longest_context(release_number(flags.version))
         max_model_len = flags.longest_context(positions, where, default=model.default_positions)
         release = RELEASES[release_of(flags)]
-        tokens, seqs = _batch_defaults(gpu, release, flags.tensor_parallel_size)
+        world_size = flags.tensor_parallel_size * flags.pipeline_parallel_size
+        tokens, seqs = _batch_defaults(gpu, release, world_size)
         if flags.performance_mode == "throughput":
             tokens, seqs = 2 * tokens, 2 * seqs
         max_num_seqs = flags.max_num_seqs or seqs
@@ -236,6 +240,7 @@ class Vllm:
         if model.keeps_states and "enable_prefix_caching" not in flags.model_fields_set:
             caching = at_least(release.rules, "0.26")
         cores = data_parallel(flags, release.rules, model, where)
+        overlaps = asynchronous(flags, model, release.rules, where)
         alone = cores is None or not cores.lockstep  # else it is theirs in common
         if flags.prefix_cache_retention_interval is None and at_least(release.rules, "0.29"):
             defaults["prefix_cache_retention_interval"] = 0
@@ -248,7 +253,10 @@ class Vllm:
             preparation_round=release.preparation_round,
             speculation=speculation,
             data_parallel=cores,
+            use_v2_model_runner=runs_on_v2(model, release.rules),
+            max_loras=lora(flags, model, where)[1],
             **defaults
+            | ({} if overlaps is None else {"async_scheduling": overlaps})
             | ({} if alone and _keeps_prefills_apart(release.rules) else {"prefill_schedule_interval": 1}),
         )
 
@@ -263,6 +271,7 @@ class Vllm:
                 max_capture_size=flags.max_cudagraph_capture_size,
                 drafts=_drafts(config.speculation),
             )
+        rank, slots = lora(flags, model, "engine")
         asked = {"auto": model.kv_bytes_each, "bfloat16": 2, "float16": 2}
         return Shard(
             model,
@@ -271,6 +280,9 @@ class Vllm:
             kv_dtype_bytes=asked.get(flags.kv_cache_dtype, 1),
             experts=expert_ranks(flags, config.version, model, "engine"),
             cudagraph_sizes=sizes,
+            pipeline=pipeline(flags, model, "engine"),
+            lora_rank=rank,
+            lora_slots=slots,
         )
 
     def memory(

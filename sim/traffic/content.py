@@ -86,3 +86,8 @@ class ContentIds:
     def first(self, *name: object) -> int:
         """The first id of the range of a name."""
         return self._names.setdefault(name, len(self._names)) * _IDS_PER_NAME
+
+    def of_adapter(self, content_id: int, adapter: int) -> int:
+        """The id of the same tokens as a LoRA adapter sees them."""
+        owner, place = divmod(content_id, _IDS_PER_NAME)
+        return self.first("adapter", adapter, owner) + place

@@ -18,6 +18,7 @@ from pydantic_core import PydanticCustomError
 
 from servecast.sim.engine.request import Content, Requests, Stage, Stream
 from servecast.sim.inputs.errors import InputError
+from servecast.sim.traffic.adapters import choose
 from servecast.sim.traffic.arrivals import ClosedLoop, Extent, Times, replay
 from servecast.sim.traffic.content import ContentIds, Repeat, Same, SharedPrefix, Unique
 from servecast.sim.traffic.lengths import draw_outputs
@@ -130,7 +131,7 @@ def draw(workload: Workload, seed: int, *, closed_loop: int = CLOSED_LOOP_REQUES
             if isinstance(stream.content, Same):
                 texts.setdefault(stream.content.text, set()).update(np.unique(d.body).tolist())
 
-    ids = ContentIds()
+    ids, adapters = ContentIds(), dict[str, int]()
     stages: list[Stage] = []
     request_id = 0
     for index, (stage, numbers) in enumerate(zip(workload.stages, drawn, strict=True)):
@@ -144,6 +145,10 @@ def draw(workload: Workload, seed: int, *, closed_loop: int = CLOSED_LOOP_REQUES
                 request_id += len(streams[-1].requests)
                 continue
             requests = _requests(stream, d, _contents(stream, d, ids, texts), request_id)
+            if stream.lora_traffic_split or stream.structured_outputs:
+                named = (seed, f"{index} {stream.name}")
+                split = stream.lora_traffic_split or {}
+                requests = choose(requests, split, adapters, stream.structured_outputs, ids, named)
             request_id += len(requests)
             limit, until_s = stream.max_concurrency, None
             if isinstance(stream.arrivals, ClosedLoop):

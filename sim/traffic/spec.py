@@ -10,6 +10,7 @@ from pydantic_core import PydanticCustomError
 
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.inputs.schema import Amount, Count, Flag, Model, NonNegative, Positive, invalid, within
+from servecast.sim.traffic.adapters import LoraTrafficSplit, StructuredOutputs
 from servecast.sim.traffic.arrivals import (
     Arrivals,
     ClosedLoop,
@@ -71,6 +72,10 @@ class StreamSpec(Model):
     """Lower runs first under the ``priority`` policy."""
     abort_after_s: Positive | None = None
     """The client gives up this long after sending."""
+    lora_traffic_split: LoraTrafficSplit | None = None
+    """Share of the requests of each LoRA adapter by its name; the others use the base model."""
+    structured_outputs: StructuredOutputs | None = None
+    """Requests whose output follows a grammar. Default, none."""
     background: Flag = False
     """Stop this stream when the others of its stage are done."""
 
@@ -106,6 +111,9 @@ class StreamSpec(Model):
 
     def _check_sessions(self) -> None:
         spec, content = self.sessions, self.content
+        for name in ("lora_traffic_split", "structured_outputs"):
+            if getattr(self, name) is not None:
+                raise invalid(f"{name} of sessions is not modelled", "Remove it.", at=name)
         if self.trace is not None:
             if spec is not None:
                 raise invalid("sessions beside a trace, which has its own", "Remove them.", at="sessions")

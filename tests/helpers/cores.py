@@ -27,6 +27,7 @@ MODULES = (
     "connector",
     "remote_rules",
     "remote_kv",
+    "pipeline_rules",
     "scheduler",
 )
 

@@ -2,12 +2,13 @@
 
 The same loop drives vLLM's real scheduler (vllm_scheduler.py, in vLLM's own environment) and the simulator's,
 so it imports nothing but the standard library. It follows ``EngineCore.step`` and, for async
-scheduling, ``EngineCore.step_with_batch_queue`` with a batch queue of two.
+scheduling and pipeline stages, ``EngineCore.step_with_batch_queue``.
 
 A scenario is a dict, as servecast.validate.parity.scenarios writes it: ``config`` (EngineConfig's fields),
-``arrivals`` (``step``, ``arrival``, ``request``) and ``aborts`` (``step``, ``request_id``, ``in_flight``),
-both in the order in which they happen. ``step`` counts schedule() calls; an idle engine jumps to the next
-arrival's.
+``arrivals`` (``step``, ``arrival``, ``request``), ``aborts`` (``step``, ``request_id``, ``in_flight``) and
+``grammars`` (``step``, ``request_id``: compiled by then), all in the order in which they happen; ``depth``
+steps are in flight at most, and ``fills`` says whether empty ones are queued, too. ``step`` counts schedule()
+calls; an idle engine jumps to the next arrival's.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ class Step(Protocol):
     cached_tokens: dict[int, int]  # request id -> computed tokens at admission, new and resumed
     finished: list[int]  # once complete
     emitted: int  # tokens delivered, once complete
+    deferred: bool  # it samples when the step before is complete: a grammar needs its tokens
 
     def scheduled(self) -> dict[int, int]:
         """Request id -> tokens, in vLLM's order."""
@@ -70,6 +72,7 @@ class Engine(Protocol):
     def block_ids(self, request_id: int) -> list[int]: ...
     def add(self, request: Any, arrival: int) -> None: ...
     def abort(self, request_id: int) -> None: ...
+    def grammar_ready(self, request_id: int) -> None: ...
     def schedule(self) -> Any: ...
     def complete(self, step: Any) -> None: ...
 
@@ -107,8 +110,9 @@ def decisions(engine: Engine, scenario: dict[str, Any], *, observed: bool = True
     sizes = {group["block_size"] for group in scenario["config"]["kv_groups"]}
     # beside smaller blocks vLLM gives a prompt's last block of full attention a second hash, never looked up
     counted = observed and len(sizes) < 2
+    grammars = deque(scenario["grammars"])
+    depth, fills = scenario["depth"], scenario["fills"]
     remote = scenario["remote"] is not None
-    depth = 2 if scenario["config"]["async_scheduling"] else 1
     batch_queue: deque[tuple[int, Step]] = deque()
     clock = steps = 0
     while arrivals or batch_queue or engine.has_requests:
@@ -119,6 +123,8 @@ def decisions(engine: Engine, scenario: dict[str, Any], *, observed: bool = True
             engine.add(arrival["request"], arrival["arrival"])
         while on_input and on_input[0]["step"] <= clock:
             engine.abort(on_input.popleft()["request_id"])
+        while grammars and grammars[0]["step"] <= clock:
+            engine.grammar_ready(grammars.popleft()["request_id"])
         if engine.has_requests:
             if steps == scenario["max_steps"]:
                 return
@@ -133,7 +139,9 @@ def decisions(engine: Engine, scenario: dict[str, Any], *, observed: bool = True
             }
             batch_queue.append((clock, step))
             clock += 1
-            if len(batch_queue) < depth and (step.total_tokens > 0 or engine.has_requests):
+            oldest_done = not fills and batch_queue[0][1].total_tokens == 0
+            goes_on = not step.deferred and (step.total_tokens > 0 or (fills and engine.has_requests))
+            if len(batch_queue) < depth and goes_on and not oldest_done:
                 continue
         number, step = batch_queue.popleft()
         while in_flight and in_flight[0]["step"] < clock:

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+from servecast.sim.engine.request import Request, content_of_adapter
 from servecast.sim.engine.rules import RULES
 from servecast.sim.engine.scheduler import Scheduler
 from servecast.validate.parity.engine_core import decisions, draft_counts
@@ -221,11 +222,20 @@ def _as_dict(scenario: Scenario) -> dict[str, Any]:
             "kv_groups": [dataclasses.asdict(spec) for spec in scenario.config.kv_groups],
             "speculation": scenario.config.speculation and dataclasses.asdict(scenario.config.speculation),
         },
-        "arrivals": [{"step": a.step, "arrival": a.arrival, "request": a.request} for a in scenario.arrivals],
+        **scenario.loop,
+        "arrivals": [
+            {"step": a.step, "arrival": a.arrival, "request": _of_adapter(a.request)}
+            for a in scenario.arrivals
+        ],
         "aborts": [dataclasses.asdict(abort) for abort in scenario.aborts],
         "max_steps": scenario.max_steps,
         "remote": scenario.remote,
     }
+
+
+def _of_adapter(request: Request) -> Request:
+    content = content_of_adapter(request.content, request.adapter)
+    return dataclasses.replace(request, content=content)
 
 
 def parity(

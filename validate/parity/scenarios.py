@@ -20,6 +20,11 @@ from servecast.sim.engine.config import EngineConfig
 from servecast.sim.engine.draft_rules import draft_rules_for
 from servecast.sim.engine.group_rules import group_rules_for
 from servecast.sim.engine.kv_groups import CacheSpec, GroupKind, in_flight_tokens, most_blocks
+from servecast.sim.engine.pipeline_rules import (
+    fills_with_empty_steps,
+    loras_of_all_running,
+    max_concurrent_batches,
+)
 from servecast.sim.engine.request import Request
 from servecast.sim.engine.rules import RELEASES, has_option
 from servecast.sim.engine.speculation import METHODS, Speculation, speculation
@@ -51,6 +56,14 @@ class Abort:
 
 
 @dataclass(frozen=True, slots=True)
+class Grammar:
+    """A request's grammar is compiled before schedule() call ``step``."""
+
+    step: int
+    request_id: int
+
+
+@dataclass(frozen=True, slots=True)
 class Scenario:
     """What happens to one engine. Arrivals and aborts stand in the order in which they happen. remote: of its
     KV connector ``role``, failure ``policy`` and the ``plans`` of a ``FakeStore``, or None."""
@@ -61,9 +74,19 @@ class Scenario:
     aborts: tuple[Abort, ...] = ()
     max_steps: int = MAX_STEPS
     remote: dict[str, Any] | None = None
+    grammars: tuple[Grammar, ...] = ()
+
+    @property
+    def loop(self) -> dict[str, Any]:
+        """What the loop around a scheduler reads beside arrivals and aborts."""
+        return {
+            "grammars": [dataclasses.asdict(grammar) for grammar in self.grammars],
+            "depth": max_concurrent_batches(self.config),
+            "fills": self.config.pipeline_parallel_size == 1 or fills_with_empty_steps(self.config.version),
+        }
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self))
+        return json.dumps(dataclasses.asdict(self) | self.loop)
 
     @staticmethod
     def from_json(text: str, where: str) -> Scenario:
@@ -79,6 +102,7 @@ class Scenario:
                 arrivals=tuple(_arrival(**arrival) for arrival in data["arrivals"]),
                 aborts=tuple(Abort(**abort) for abort in data["aborts"]),
                 max_steps=data["max_steps"],
+                grammars=tuple(Grammar(**grammar) for grammar in data.get("grammars", ())),
                 remote=data.get("remote"),
             )
         except (ValueError, TypeError, KeyError) as error:
@@ -144,6 +168,13 @@ def random_scenarios(version: str, seed: int, count: int) -> Iterator[Scenario]:
     """``count`` random scenarios; number i depends on (version, seed, i) alone."""
     for index in range(count):
         yield draw_scenario(recorded_picks(seed, index)[0], version, f"random-{version}-{seed}-{index}")
+
+
+def staged_scenarios(version: str, seed: int, count: int) -> Iterator[Scenario]:
+    """As ``random_scenarios``, each with pipeline stages, LoRA adapters or grammars."""
+    for index in range(count):
+        pick = recorded_picks(seed, index)[0]
+        yield draw_staged(pick, version, f"staged-{version}-{seed}-{index}")
 
 
 def corner_cases(version: str) -> list[Scenario]:
@@ -231,6 +262,36 @@ def draw_scenario(pick: Pick, version: str, name: str) -> Scenario:
     )
     aborts.sort(key=lambda abort: abort.step)
     return Scenario(name, config, tuple(arrivals), tuple(aborts))
+
+
+def draw_staged(pick: Pick, version: str, name: str) -> Scenario:
+    """A random scenario in which something holds requests back: other batches of a pipeline, adapters, or
+    grammars that are compiled late."""
+    plain = draw_scenario(pick, version, name)
+    stages = (1, 2, 2, 3, 4)[pick(0, 4)]
+    adapters = pick(1, 6) if stages == 1 or pick(0, 2) == 2 else 0
+    # before 0.33 a step of a pipeline may get more adapters than there are slots, and vLLM's engine ends
+    slots = adapters if stages > 1 and not loras_of_all_running(version) else pick(1, 4)
+    config = dataclasses.replace(
+        plain.config,
+        pipeline_parallel_size=stages,
+        # Model Runner V1 takes no asynchronous steps with stages from 0.31 on
+        use_v2_model_runner=stages > 1
+        and plain.config.async_scheduling
+        and (RELEASES.index(version) >= RELEASES.index("0.31") or pick(0, 1) == 1),
+        max_loras=slots if adapters else 0,
+    )
+    waiting = pick(0, 2) == 2
+    arrivals, grammars = [], []
+    for arrival in plain.arrivals:
+        grammar = int(waiting and pick(0, 2) == 2)
+        adapter = pick(0, adapters) if adapters else 0
+        if grammar:
+            grammars.append(Grammar(arrival.step + pick(0, 12), arrival.request.request_id))
+        request = dataclasses.replace(arrival.request, adapter=adapter, grammar=grammar)
+        arrivals.append(dataclasses.replace(arrival, request=request))
+    grammars.sort(key=lambda grammar: grammar.step)
+    return dataclasses.replace(plain, config=config, arrivals=tuple(arrivals), grammars=tuple(grammars))
 
 
 def draw_drafted(pick: Pick, version: str, name: str) -> Scenario:

@@ -20,6 +20,7 @@ import random
 import sys
 import tempfile
 from collections import Counter
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,7 +40,9 @@ from vllm.config import (
     SpeculativeConfig,
     VllmConfig,
 )
-from vllm.sampling_params import SamplingParams
+from vllm.config.lora import LoRAConfig
+from vllm.lora.request import LoRARequest
+from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core import single_type_kv_cache_manager
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
@@ -55,8 +58,9 @@ from vllm.v1.kv_cache_interface import (
     SlidingWindowSpec,
 )
 from vllm.v1.outputs import DraftTokenIds, KVConnectorOutput, ModelRunnerOutput
-from vllm.v1.request import Request, RequestStatus
+from vllm.v1.request import Request, RequestStatus, StructuredOutputRequest
 from vllm.v1.structured_output import StructuredOutputManager
+from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
 
 try:
     from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import OffloadingWorkerMetadata
@@ -92,6 +96,7 @@ class Step:
     cached_tokens: dict[int, int]
     samplers: frozenset[str]
     decode_context: int  # KV tokens that the step reads, prompt chunks included
+    deferred: bool
     chunks: tuple[()] = ()
     finished: list[int] = field(default_factory=list)
     emitted: int = 0
@@ -136,6 +141,12 @@ class VllmEngine:
             **_retention(config),
         )
         scheduler_cls = AsyncScheduler if config["async_scheduling"] else Scheduler
+        vllm_config.parallel_config.pipeline_parallel_size = config["pipeline_parallel_size"]
+        if config["pipeline_parallel_size"] > 1:  # whether workers run Model Runner V2, which needs a GPU
+            runner = property(lambda self: config["use_v2_model_runner"])
+            vllm_config.__class__ = type("VllmConfig", (VllmConfig,), {"use_v2_model_runner": runner})
+        if config["max_loras"]:
+            vllm_config.lora_config = LoRAConfig(max_loras=config["max_loras"], max_cpu_loras=256)
         self.scheduler = scheduler_cls(
             vllm_config=vllm_config,
             kv_cache_config=kv_cache,
@@ -211,12 +222,20 @@ class VllmEngine:
             arrival_time=float(arrival),
             priority=asked["priority"],
             block_hasher=self.hasher,
+            lora_request=_lora(asked["adapter"]),
         )
+        if asked["grammar"]:
+            _await_grammar(request)
         self.outputs[request.request_id] = asked["output_tokens"]
         self.scheduler.add_request(request)
 
     def abort(self, request_id: int) -> None:
         self.scheduler.finish_requests(_name(request_id), RequestStatus.FINISHED_ABORTED)
+
+    def grammar_ready(self, request_id: int) -> None:
+        request = self.scheduler.requests.get(_name(request_id))
+        if request is not None and request.structured_output_request is not None:
+            request.structured_output_request._grammar.set_result(_Anything())
 
     def schedule(self) -> Step:
         self.victims = []
@@ -240,6 +259,7 @@ class VllmEngine:
                 name for name in output.num_scheduled_tokens if not requests[name].is_prefill_chunk
             ),
             decode_context=sum(requests[name].num_computed_tokens for name in output.num_scheduled_tokens),
+            deferred=bool(output.pending_structured_output_tokens),
         )
 
     def execute(self, step: Step) -> list[Any]:
@@ -374,6 +394,39 @@ class VllmEngine:
     def block_ids(self, request_id: int) -> list[Any]:
         groups = [list(ids) for ids in self.kv.get_block_ids(_name(request_id))]
         return groups if self.grouped else groups[0]
+
+
+class _Anything(StructuredOutputGrammar):  # type: ignore[misc]
+    """A grammar that any token follows."""
+
+    def accept_tokens(self, request_id: str, tokens: list[int]) -> bool:
+        return True
+
+    def is_terminated(self) -> bool:
+        return False
+
+
+_Anything.__abstractmethods__ = frozenset()  # what else a grammar can, the scheduler does not ask for
+
+
+def _await_grammar(request: Request) -> None:
+    """As if a grammar were compiled for it in the background."""
+    params = StructuredOutputsParams(regex="a*")
+    request.sampling_params.structured_outputs = params
+    names = StructuredOutputRequest.__dataclass_fields__
+    request.structured_output_request = StructuredOutputRequest(
+        **{"params": params} if "params" in names else {"sampling_params": request.sampling_params}
+    )
+    request.structured_output_request._grammar = Future()
+    request.status = next(
+        status for status in RequestStatus if "GRAMMAR" in status.name or "FSM" in status.name
+    )
+
+
+def _lora(adapter: int) -> LoRARequest | None:
+    if not adapter:
+        return None
+    return LoRARequest(lora_name=f"adapter{adapter}", lora_int_id=adapter, lora_path="/nowhere")
 
 
 def _spec(group: dict[str, Any]) -> KVCacheSpec:

@@ -6,6 +6,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import ClassVar, Literal, Protocol
 
 from servecast.sim.engine.engine import StepShape
@@ -223,7 +224,7 @@ class PhysicalStepTime:
         self._spread = spread = shard.expert_ranks
         self._model, self._gpu = model, gpu = shard.model, shard.gpu
         self._link = gpu.link_bandwidth
-        if spread.ranks > 1 and self._link is None:
+        if (spread.ranks > 1 or shard.stage[1] > 1) and self._link is None:
             raise InputError(
                 f"nothing says how fast the link between two {gpu.name} is",
                 where="gpu: link_bandwidth",
@@ -265,6 +266,7 @@ class PhysicalStepTime:
         by_tokens = self._uniform_seconds(tokens, requests) if uniform else self._tokens_seconds(tokens)
         by_rows = self._rows_seconds(step.samples)
         total += by_tokens + by_rows + requests * self.efficiencies.host_per_seq_s
+        total += self._lora(step)
         return total if tokens <= self._graphed or total > self._eager_s else self._eager_s
 
     def costs(self) -> StepCosts:
@@ -289,6 +291,7 @@ class PhysicalStepTime:
             "request_s": self.efficiencies.host_per_seq_s,
             "eager_s": self._eager_s,
             "graphed": self._graphed,
+            "lora": self._lora_costs,
             "prompt_tile": _PROMPT_TILE if self.efficiencies.by_kernel is not None else 1,
             "slots": self._slots,
         }
@@ -325,6 +328,8 @@ class PhysicalStepTime:
         parts["attention_decode"] = self._attention_decode(step) if step.decodes else 0.0
         for name, seconds in self._row_parts(step.samples).items():
             parts[name] = parts.get(name, 0.0) + seconds
+        if lora := self._lora(step):
+            parts["lora"] = lora
         if tokens > self._graphed:
             parts["host"] += max(0.0, self._eager_s - sum(parts.values()))
         return parts
@@ -346,6 +351,7 @@ class PhysicalStepTime:
                 sum(tokens * each.read_s for each, tokens in seen),
             ),
             "elementwise": (0.0, 1.0),
+            "lora": (0.0, 1.0),
             "sampler": (0.0, 1.0),
         }
         spent: dict[Binding, float] = {
@@ -374,8 +380,9 @@ class PhysicalStepTime:
         experts = float(self._model.moe_layers * self._model.experts_per_token)
         experts *= 2 * self._model.expert_weights(1) / self._ranks
         compute += tokens * experts / shard.expert_peak
-        compute += shard.lm_head_flops(step.samples) / self._gpu.bf16_flops
-        read = shard.linear_bytes(tokens) + (shard.lm_head_bytes if step.samples else 0.0)
+        rows = step.samples if shard.samples else 0
+        compute += shard.lm_head_flops(rows) / self._gpu.bf16_flops
+        read = shard.linear_bytes(tokens) + (shard.lm_head_bytes if rows else 0.0)
         memory = read / self._gpu.bandwidth
         for each, seen in self._seen(step):
             pair_s, decode_pair_s, read_s = each.least
@@ -497,6 +504,36 @@ class PhysicalStepTime:
         sent = (ranks - 1) / ranks * size
         return self.efficiencies.allreduce_s + sent / (self._link * self.efficiencies.link)
 
+    @property
+    def link(self) -> float | None:
+        """Bytes/s of the link between two GPUs, each way; None if nothing says it."""
+        return self._link
+
+    def gathered(self, size: int) -> float:
+        """Seconds in which tensor-parallel ranks gather so many bytes of which each has a part."""
+        costs = self.efficiencies.by_kernel
+        return self._collective(costs.all_gather if costs is not None else (), size, self._ranks)
+
+    def _lora(self, step: StepShape) -> float:
+        """Seconds of the adapters of a step, if it has any."""
+        adapters = getattr(step, "adapters", None)
+        if not adapters:
+            return 0.0
+        fixed, adapter_s, token_s = self._lora_costs
+        seconds: float = fixed + len(adapters) * adapter_s + sum(adapters.values()) * token_s
+        return seconds
+
+    @cached_property
+    def _lora_costs(self) -> tuple[float, float, float]:
+        """Seconds of a step with adapters, of each of them, and of each of their tokens: two kernels
+        (``lora_shrink``, ``lora_expand``) for each group of matrices that share their input, an adapter's
+        numbers read once, and two FLOPs a number and token."""
+        eff, shard = self.efficiencies, self.shard
+        numbers = shard.lora_numbers
+        read = numbers * self._model.dtype_bytes / (self._gpu.bandwidth * eff.bandwidth)
+        flops = 2.0 * numbers / (self._gpu.bf16_flops * eff.compute)
+        return 2 * self._model.products * eff.kernel_s, read, flops
+
     def _rebalancing(self) -> float:
         """EPLB moves at most all experts of a rank, spread over the steps between two moves: over the link
         while nothing else runs, or behind the steps, whose bandwidth the copies take in and out of."""
@@ -546,7 +583,7 @@ class PhysicalStepTime:
 
     def _row_parts(self, rows: int) -> dict[str, float]:
         """Parts that the number of sampled rows decides."""
-        if not rows:
+        if not rows or not self.shard.samples:
             return {}
         model, eff = self._model, self.efficiencies
         logits = rows * model.vocab_size

@@ -78,6 +78,9 @@ def scenario(name: str, lines: list[str]) -> tuple[EngineConfig, dict[str, Any],
         "aborts": aborts,
         "max_steps": 60,
         "remote": remote,
+        "grammars": [],
+        "depth": 2 if config.async_scheduling else 1,
+        "fills": True,
     }
     return config, happens, names
 

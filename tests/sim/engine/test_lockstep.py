@@ -64,6 +64,7 @@ class Pair:
             "graphed": 0,
             "prompt_tile": 1,
             "slots": 0,
+            "lora": (0.0, 0.0, 0.0),
         }
         self.together = Lockstep(cores, lambda tokens: (tokens, float(sum(tokens)), True))
         self.loops = []

@@ -110,7 +110,6 @@ def test_flags_cut_short_and_dotted(words: str, version: str, flags: dict[str, A
         ("--hf-overrides.a 5 --hf-overrides.a.b 6", "0.32", "a is 5 and has keys"),
         ("--task embed", "0.10", "--task embed cannot be simulated"),
         ("--cpu-offload-gb 1", "0.32", "Offloading is not modelled"),
-        ("--enable-lora", "0.32", "LoRA adapters are not modelled"),
     ],
 )  # fmt: skip
 def test_what_a_release_or_the_model_has_not_is_refused(words: str, version: str, message: str) -> None:
@@ -125,8 +124,6 @@ def test_what_a_release_or_the_model_has_not_is_refused(words: str, version: str
     "words",
     [
         "--cpu-offload-gb 0",
-        "-pp=1",
-        "--no-enable-lora",
         "--task generate",
         "--kv-transfer-config ''",
     ],
