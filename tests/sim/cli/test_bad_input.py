@@ -362,9 +362,9 @@ CASES = [
     ),
     command(
         "flag that is not modelled",
-        "vllm serve m --pipeline-parallel-size 2",
-        "--pipeline-parallel-size cannot be simulated",
-        "Pipeline parallelism is not modelled: use tensor_parallel_size.",
+        "vllm serve m --decode-context-parallel-size 2",
+        "--decode-context-parallel-size cannot be simulated",
+        "Context parallelism is not modelled.",
     ),
     command(
         "another command",

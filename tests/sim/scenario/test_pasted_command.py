@@ -109,7 +109,7 @@ def test_flags_cut_short_and_dotted(words: str, version: str, flags: dict[str, A
         ("--enable-prefix-caching=False", "0.32", "--enable-prefix-caching takes no value"),
         ("--hf-overrides.a 5 --hf-overrides.a.b 6", "0.32", "a is 5 and has keys"),
         ("--task embed", "0.10", "--task embed cannot be simulated"),
-        ("--cpu-offload-gb 1", "0.32", "Offloading is not modelled"),
+        ("--cpu-offload-gb 1", "0.32", "Offloading of weights is not modelled"),
     ],
 )  # fmt: skip
 def test_what_a_release_or_the_model_has_not_is_refused(words: str, version: str, message: str) -> None:
