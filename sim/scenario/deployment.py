@@ -30,6 +30,7 @@ from servecast.sim.routing.llmd.config import read_epp
 from servecast.sim.scenario.adapters import adapter_cache, check_traffic, grammars
 from servecast.sim.scenario.basis import Fitted, fitted_profiles, profile_of, why_typical
 from servecast.sim.scenario.kv_offload import Offloading, Shared, check_host_memory, offloading_of
+from servecast.sim.scenario.kv_pull import WAYS
 from servecast.sim.scenario.scenario import Scenario
 from servecast.sim.scenario.speculation import Speculating, speculating
 from servecast.sim.scenario.stages import note as stages_note
@@ -102,19 +103,18 @@ class Deployment:
                 fix="Use tensor_parallel_size.",
             )
         cores = config.data_parallel
-        if cores is not None and cores.lockstep and _structured(scenario):
-            raise InputError(
-                "structured outputs with engine cores that step together are not modelled",
-                where=f"{where}: workload.structured_outputs",
-                fix="Use tensor_parallel_size.",
-            )
+        together = {
+            "drafts": (drafts is not None, "engine.speculative_config"),
+            "structured outputs": (_structured(scenario), "workload.structured_outputs"),
+        }
+        for what, (asked, field) in together.items():
+            if asked and cores is not None and cores.lockstep:
+                raise InputError(
+                    f"{what} with engine cores that step together are not modelled",
+                    where=f"{where}: {field}",
+                    fix="Use tensor_parallel_size.",
+                )
         offloading = offloading_of(flags.kv_transfer, scenario.kv_offload, shard, memory, config, where=where)
-        if offloading is not None and scenario.fleet.prefill:
-            raise InputError(
-                f"{offloading.transfer.connector} on prefill and decode servers is not modelled",
-                where=f"{where}: engine.kv_transfer_config",
-                fix="Leave it out, or fleet.prefill.",
-            )
         if offloading is not None:
             check_host_memory(offloading, gpu, scenario.fleet.size, scenario.gpu.per_node, where=where)
         profile = _with_link(profile or profile_of(scenario, shard, config), scenario.gpu)
@@ -331,6 +331,12 @@ def _check_together(scenario: Scenario) -> None:
         "structured outputs": ("workload.structured_outputs", "Use one of the two."),
     }
     for engine in servers:
+        if fleet.prefill and engine.kv_transfer is not None and engine.kv_transfer.connector not in WAYS:
+            raise InputError(
+                f"{engine.kv_transfer.connector} on prefill and decode servers is not modelled",
+                where=f"{scenario.source}: engine.kv_transfer_config",
+                fix="Leave it and kv_offloading_size out, or fleet.prefill.",
+            )
         of_engine = (engine.pipeline_parallel_size > 1, engine.enable_lora, structured)
         others = {
             "prefill and decode servers": bool(fleet.prefill),

@@ -16,7 +16,17 @@ from servecast.sim.hardware.model_shape import ModelShape
 from servecast.sim.hardware.padded_memory import MemoryRisk, padded_memory
 from servecast.sim.hardware.shard import Shard
 from servecast.sim.inputs.errors import InputError
+from servecast.sim.inputs.schema import invalid
 from servecast.sim.scenario.engine_flags import EngineFlags
+
+_REFUSED = (
+    "tensor_parallel_size",
+    "data_parallel_size",
+    "kv_cache_dtype",
+    "speculative_config",
+    "kv_transfer_config",
+    "kv_offloading_size",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +40,13 @@ class Padded:
         return version
 
     def check(self, flags: EngineFlags) -> None:
-        """Its version is its own, and flags that it does not know have no effect."""
+        """Its version is its own, and flags that it does not know have no effect, but for those that would
+        change what it computes or keeps."""
+        for name in _REFUSED:
+            if getattr(flags, name) != EngineFlags.model_fields[name].default:
+                raise invalid(
+                    f"{name} is not modelled for the policy {flags.policy!r}", "Remove it.", at=name
+                )
 
     def notes(self, flags: EngineFlags) -> tuple[str, ...]:
         return ()
@@ -60,20 +76,6 @@ class Padded:
                 where=f"{where}.max_num_seqs",
                 fix="Give the requests that may run together.",
             )
-        plain: dict[str, object]
-        plain = {
-            "tensor_parallel_size": 1,
-            "data_parallel_size": 1,
-            "kv_cache_dtype": "auto",
-            "speculative_config": None,
-        }
-        for name, known in plain.items():
-            if getattr(flags, name) != known:
-                raise InputError(
-                    f"{name} {getattr(flags, name)} is not modelled for the policy {flags.policy!r}",
-                    where=f"{where}.{name}",
-                    fix="Remove it.",
-                )
         return flags.config(
             version=flags.policy,
             max_model_len=max_model_len,

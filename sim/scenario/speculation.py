@@ -17,6 +17,7 @@ from servecast.sim.scenario.acceptance import Law, least_variance, missing
 from servecast.sim.scenario.scenario import Scenario, shipped_folder
 from servecast.sim.scenario.speculative_flags import SpeculativeConfig
 from servecast.sim.scenario.vllm_flags import FLAG_BAND
+from servecast.sim.scenario.vllm_server import RELEASES, release_of
 
 TIME_BAND = 0.1  # assumed: no profile was fitted to a server that drafts
 _V2_SINCE = "0.32"  # whose drafter from another model runs outside CUDA graphs
@@ -94,7 +95,7 @@ def speculating(scenario: Scenario, target: ModelShape) -> Speculating | None:
     if given is not None and scenario.acceptance is None:
         law = _synthetic(asked, drafts, where)
     config = speculation(
-        flags.version,
+        RELEASES[release_of(flags)].rules,
         method,
         drafts,
         law.rates,
@@ -104,6 +105,13 @@ def speculating(scenario: Scenario, target: ModelShape) -> Speculating | None:
         proposed=law.proposed if METHODS[method].may_miss else (),
         seed=scenario.seed,
     )
+    given_shares = scenario.acceptance is not None and scenario.acceptance.proposed is not None
+    if given_shares and not METHODS[method].may_miss:
+        raise InputError(
+            f"drafts of {method} are always proposed",
+            where=f"{scenario.source}: acceptance.proposed",
+            fix="Leave it out: it is of drafts that are looked up (ngram, ngram_gpu, suffix).",
+        )
     if law.origin != "given":
         notes.append(law.note)
     if asked.widening:

@@ -34,7 +34,7 @@ def _split(given: Any) -> Any:
 def _whole(split: dict[str, float]) -> dict[str, float]:
     total = sum(split.values())
     if total > 1 + 1e-9 or not total:
-        raise invalid(f"shares of adapters that add up to {total:g}", "Make it 1 or less.")
+        raise invalid(f"shares of adapters that add up to {total:g}", "Make it more than 0, and 1 at most.")
     return split
 
 

@@ -142,6 +142,12 @@ def test_connectors_that_are_not_modelled_are_refused(config: dict[str, Any], me
         scenario({"prefill": 1, "decode": {"engine": {"kv_transfer_config": config}}})
 
 
+@pytest.mark.parametrize("pool", ["prefill", "decode"])
+def test_pools_that_offload_are_refused(pool: str) -> None:
+    with pytest.raises(InputError, match="OffloadingConnector on prefill and decode servers"):
+        Deployment.of(scenario({"prefill": 1, "decode": 1, pool: {"engine": {"kv_offloading_size": 8}}}))
+
+
 @pytest.mark.parametrize(
     ("prefill", "decode", "message"),
     [

@@ -188,11 +188,27 @@ def test_async_defaults(tmp_path: Path, method: str, version: str, is_async: boo
         (NGRAM | {"prompt_lookup_min": 4, "prompt_lookup_max": 3}, {}, "prompt_lookup_min 4 is above 3"),
         ({"method": "ngram"}, {}, "how many tokens are drafted"),
         (EAGLE | {"draft_tokens": 3}, {}, "unknown field 'draft_tokens'"),
+        (EAGLE, {}, "drafts of eagle3 are always proposed"),
+        (EAGLE, {"engine.policy": "static"}, "speculative_config is not modelled for the policy 'static'"),
     ],
 )
 def test_what_is_refused(tmp_path: Path, drafts: Any, changes: dict[str, Any], said: str) -> None:
     with pytest.raises(InputError, match=said):
         made(tmp_path, drafts, {"rate": 0.5, "proposed": 0.5}, **changes)
+
+
+@pytest.mark.parametrize(
+    ("version", "rules"),
+    [("0.10", "vLLM 0.10 is run under the rules of 0.23"), ("0.40", "assumed to behave as 0.33")],
+)
+def test_drafts_have_the_rules_that_the_release_is_run_under(
+    tmp_path: Path, version: str, rules: str
+) -> None:
+    """As the note says; 0.23 hashes no next token, 0.33 does (DRAFT_RULE_IN)."""
+    found = made(tmp_path, EAGLE, **{"engine.version": version})
+    assert found.config.speculation is not None
+    assert found.config.speculation.hash_lookahead == (version == "0.40")
+    assert any(rules in note for note in found.scenario.server.notes(found.scenario.engine))
 
 
 def test_without_acceptance_it_says_how_to_measure_it(tmp_path: Path) -> None:

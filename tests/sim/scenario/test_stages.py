@@ -94,8 +94,19 @@ def test_flags_of_a_command() -> None:
                 "engine.enable_expert_parallel": True,
                 "model.config": "Qwen3-30B-A3B",
             },
-            "engine cores that step together",
+            "structured outputs with engine cores that step together",
         ),
+        (
+            {
+                "engine.speculative_config": NGRAM,
+                "acceptance": 0.5,
+                "engine.data_parallel_size": 2,
+                "engine.enable_expert_parallel": True,
+                "model.config": "Qwen3-30B-A3B",
+            },
+            "drafts with engine cores that step together",
+        ),
+        ({"engine.kv_offloading_size": 8, "engine.policy": "static"}, "not modelled for the policy 'static'"),
     ],
 )
 def test_what_is_refused(changes: dict[str, Any], message: str, tmp_path: Any) -> None:
