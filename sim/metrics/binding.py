@@ -2,8 +2,9 @@
 
 After ``schedule`` a request still waits for exactly one of three reasons: the running list is full, the
 step's token budget is used up, or its KV blocks could not be had (the scheduler stops at the first that
-applies). So the step table tells which, step by step. Where KV cache is loaded from elsewhere there is a
-fourth: it is on its way, which is taken to be so where blocks are free.
+applies). So the step table tells which, step by step. Two more are taken to be so where blocks are free: KV
+cache is on its way, where it is loaded from elsewhere, or a request is passed over, for its adapter's slot or
+its grammar.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from servecast.sim.engine.engine import StepShape
 from servecast.sim.metrics.records import Run, engines_of
 
-QUEUE_LIMITS = ("max_num_seqs", "token_budget", "kv_loads", "kv_blocks")
+QUEUE_LIMITS = ("max_num_seqs", "token_budget", "kv_loads", "passed_over", "kv_blocks")
 BLOCKS_FREE = 0.9  # of the KV blocks in use, below which nobody waits for one
 LINK_SHARE = 0.8  # of the time that a link is busy, from which on it binds
 WAITING_SHARE = 0.05  # a queue that stands for less of the engine's time does not bind
@@ -39,7 +40,8 @@ class Limits:
     time goes to (``StepTime.binding``). parts: part of a step to seconds (``StepTime.breakdown``).
     None where the step-time model cannot tell. loads: KV cache is loaded from elsewhere. draft_length: drafts
     that each request gets after a step of so many; None without speculation. waits: a step lasts longer than
-    its parts while other engine cores are waited for.
+    its parts while other engine cores are waited for. passes_over: requests may wait for the slot of a LoRA
+    adapter, or for a grammar.
     """
 
     max_num_seqs: int
@@ -52,6 +54,7 @@ class Limits:
     stride: int = 1
     pools: tuple[tuple[str, tuple[int, ...], Limits], ...] = ()
     waits: bool = False
+    passes_over: bool = False
 
 
 @dataclass(slots=True)
@@ -71,7 +74,7 @@ class StepRow:
 class Evidence:
     """Shares in 0..1, each of the engine's busy time unless it says otherwise.
 
-    max_num_seqs, token_budget, kv_loads, kv_blocks: steps in which requests waited because of it.
+    max_num_seqs, token_budget, kv_loads, passed_over, kv_blocks: steps in which requests waited for it.
     kv_link: of the run, in which the busiest link that KV cache is moved over was busy.
     busy: busy time of the window. front_end: of the mean TTFT, spent before the engine's queue.
     delivery: mean inter-token gap at the client over the mean of the steps behind it (not a share).
@@ -91,6 +94,7 @@ class Evidence:
     transfer: float = 0.0
     kv_loads: float = 0.0
     kv_link: float = 0.0
+    passed_over: float = 0.0
 
     @classmethod
     def mean(cls, all_of: Sequence[Evidence]) -> Evidence:
@@ -128,8 +132,8 @@ class Evidence:
 @dataclass(frozen=True, slots=True)
 class Binding:
     """What binds ("compute", "memory_bandwidth", "host", "interconnect", "front_end", "kv_blocks",
-    "kv_loads", "kv_link", "max_num_seqs", "token_budget", "none" or "unknown"), and why one should believe
-    it."""
+    "kv_loads", "passed_over", "kv_link", "max_num_seqs", "token_budget", "none" or "unknown"), and why one
+    should believe it."""
 
     limit: str
     reasons: tuple[str, ...]
@@ -152,6 +156,7 @@ def evidence(run: Run, limits: Limits) -> Evidence:
         token_budget=waited["token_budget"],
         kv_loads=waited["kv_loads"],
         kv_blocks=waited["kv_blocks"],
+        passed_over=waited["passed_over"],
         kv_link=max((float(share) for share in run.meta.get("kv_links", {}).values()), default=0.0),
         busy=total / (window * max(engines_of(steps).nunique(), 1)) if window else math.nan,
         front_end=float((requests["queued"] - requests["sent"]).mean() / ttft),
@@ -167,8 +172,9 @@ def waited_for(steps: pd.DataFrame, limits: Limits) -> np.ndarray[tuple[int], np
     full = waits & ((steps["running"].to_numpy() >= limits.max_num_seqs) | (limits.num_gpu_blocks is None))
     scheduled = sum(steps[name].to_numpy() for name in ("prefill_tokens", "decodes", "drafts"))
     spent = waits & (scheduled >= limits.max_num_batched_tokens)
-    loads = waits & (steps["kv_usage"].to_numpy() < BLOCKS_FREE) & limits.loads
-    return np.select([full, spent, loads, waits], list(QUEUE_LIMITS), default="")
+    free = waits & (steps["kv_usage"].to_numpy() < BLOCKS_FREE)
+    found = [full, spent, free & limits.loads, free & limits.passes_over, waits]
+    return np.select(found, list(QUEUE_LIMITS), default="")
 
 
 def binding_limit(found: Evidence, *, only_token_times: bool) -> Binding:
@@ -217,6 +223,7 @@ def _queue_reason(cause: str, share: float, limits: Limits) -> str:
         "max_num_seqs": f"all {limits.max_num_seqs} sequence slots (max_num_seqs) are taken",
         "token_budget": f"the {budget} are used up",
         "kv_loads": "KV cache is on its way, and blocks are free",
+        "passed_over": "blocks are free, but no slot for their adapter (max_loras), or no grammar yet",
         "kv_blocks": f"no more of the {(limits.num_gpu_blocks or 1) - 1} KV blocks can be had",
     }
     return f"in {share:.0%} of the engine's time requests wait while {what[cause]}"

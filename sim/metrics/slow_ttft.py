@@ -87,6 +87,15 @@ def _parts(requests: pd.DataFrame, steps: pd.DataFrame, limits: Limits, cold_sta
         before = np.cumsum(spent) - spent
         total = np.stack([before, before + spent], axis=1).ravel()
         table[name] = np.interp(scheduled, knots, total) - np.interp(queued, knots, total)
+    if limits.loads or limits.passes_over:  # an engine without steps waits for it as well
+        busy_until = np.maximum.accumulate(end)
+        since = np.append(start[0] if cold_start_s else min(start[0], queued.min()), busy_until[:-1])
+        until = np.maximum(start, since)
+        before = np.cumsum(until - since) - (until - since)
+        total = np.stack([before, before + until - since], axis=1).ravel()
+        knots = np.stack([since, until], axis=1).ravel()
+        idle = np.interp(scheduled, knots, total) - np.interp(queued, knots, total)
+        table["kv_loads" if limits.loads else "passed_over"] += idle
     ready = float(start[0])
     cold = np.clip(np.minimum(scheduled, ready) - np.maximum(queued, ready - cold_start_s), 0.0, None)
     table["cold_start"] = cold if cold_start_s else np.zeros(len(cold))

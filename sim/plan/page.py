@@ -26,6 +26,7 @@ LIMITS = {  # a binding limit in words, and what moves it
     "front_end": ("Front end", "More API server processes, more CPU, or a lighter client."),
     "kv_blocks": ("KV cache blocks", "A higher gpu_memory_utilization, more memory, or a shorter context."),
     "kv_loads": ("Loads of KV cache", "A faster link to what keeps it, or less that is loaded."),
+    "passed_over": ("Slots of adapters, or grammars", "A higher max_loras, or more cores for grammars."),
     "kv_link": ("The link to what keeps KV cache", "A faster one, or more replicas."),
     "max_num_seqs": ("max_num_seqs", "A higher max_num_seqs, as long as TPOT allows."),
     "token_budget": ("max_num_batched_tokens", "A higher max_num_batched_tokens, as long as ITL allows."),

@@ -28,6 +28,7 @@ _WORDS = {
     "token_budget": "in the queue while a step's tokens are used up (max_num_batched_tokens)",
     "kv_blocks": "in the queue for KV blocks",
     "kv_loads": "in the queue while KV cache is loaded",
+    "passed_over": "in the queue for an adapter's slot (max_loras) or a grammar",
     "cold_start": "until the engine's first step (cold start)",
     "running_step": "behind the step that ran when the request came",
     "prefill": "its own prefill, with what shares its steps",
@@ -186,6 +187,16 @@ def _drafts(run: Run, deployment: Deployment) -> str:
     )
 
 
+def _admitted(deployment: Deployment) -> list[str]:
+    """What lets requests in that are passed over."""
+    found = []
+    if slots := deployment.shard.lora_slots:
+        found.append(f"--max-loras, now {slots}, at the price of memory, or fewer adapters a server")
+    if deployment.compiles_grammars:
+        found.append("fewer grammars, or more cores to compile them (engine.host_cores)")
+    return found
+
+
 def _slowest(run: Run, name: str) -> str:
     def late(stage: str) -> float:
         value = statistic(select(run, stage=stage), "ttft", name)
@@ -226,6 +237,7 @@ def _why(cause: str, slow: SlowTtft, run: Run, deployment: Deployment) -> tuple[
             "a faster link (kv_offload), or no offloading: servecast simulate prints what a load takes, and "
             "what computing it again does"
         ],
+        "passed_over": _admitted(deployment),
         "token_budget": [
             f"--max-num-batched-tokens, now {config.max_num_batched_tokens}, at the price of ITL"
         ],

@@ -99,7 +99,7 @@ def check_traffic(flags: EngineFlags, workload: Workload, source: str) -> tuple[
         raise InputError(
             f"{missing[0]!r} is not among the server's lora_modules",
             where=f"{source}: workload.lora_traffic_split",
-            fix=f"Add it there, or use one of them: {', '.join(flags.lora_modules or ()) or 'there are none'}.",
+            fix=f"Add it there, or use one of: {', '.join(flags.lora_modules or ()) or '(there is none)'}.",
         )
     if flags.enable_lora:
         notes.append(

@@ -130,6 +130,11 @@ class Deployment:
         return Scheduler(self.config, self.offloading.connector(replica, shared))
 
     @property
+    def compiles_grammars(self) -> bool:
+        """Whether requests of its workload wait for grammars."""
+        return _structured(self.scenario)
+
+    @property
     def model(self) -> ModelShape:
         """The whole model's sizes."""
         return self.shard.model
@@ -182,6 +187,7 @@ class Deployment:
             parts=self.step_time.breakdown,
             waits=self.config.data_parallel is not None and self.config.data_parallel.lockstep,
             loads=self.offloading is not None,
+            passes_over=self.shard.lora_slots > 0 or self.compiles_grammars,
             draft_length=None if self.speculating is None else self.speculating.length,
             stride=decode_stride(self.config)[0],
         )

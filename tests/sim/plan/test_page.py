@@ -199,7 +199,7 @@ def test_every_state_has_its_words(plan: Plan, tmp_path: Path, change: dict[str,
 
 def test_every_limit_that_the_search_names_has_words() -> None:
     steps = "compute memory_bandwidth interconnect host"
-    queues = "front_end kv_blocks kv_loads kv_link max_num_seqs token_budget"
+    queues = "front_end kv_blocks kv_loads passed_over kv_link max_num_seqs token_budget"
     assert set(LIMITS) == set(f"{steps} {queues} none unknown".split())
 
 

@@ -40,6 +40,22 @@ FOUR_SLOTS = {"version": "0.32", "max_num_seqs": 4}
             "--gpu-memory-utilization",
         ),
         (
+            "passed_over",  # the third adapter waits until none of the other two is used
+            {
+                "workload": CLOSED | {"lora_traffic_split": {"a": 0.4, "b": 0.4, "c": 0.2}},
+                "engine": {"version": "0.32", "enable_lora": True, "max_loras": 1, "max_cpu_loras": 3},
+            },
+            "--max-loras, now 1",
+        ),
+        (
+            "passed_over",
+            {
+                "workload": CLOSED | {"structured_outputs": {"share": 1.0, "grammars": 32}},
+                "engine": {"version": "0.32", "grammar_compile_s": 5.0},
+            },
+            "engine.host_cores",
+        ),
+        (
             "token_budget",
             {
                 "workload": CLOSED | {"prompt_tokens": 2000, "output_tokens": 2, "num_requests": 96},
@@ -88,6 +104,15 @@ def test_the_parts_add_up_to_the_ttft_of_the_slow_requests(tmp_path: Path) -> No
     assert 1000 * slow.threshold_s == pytest.approx(run["p95_ttft_ms"])
     assert slow.ttft_s >= slow.threshold_s
     assert slow.requests == (ttft >= slow.threshold_s).sum() >= 16  # 5 % of 320
+
+
+def test_a_grammar_is_waited_for_in_an_idle_engine(tmp_path: Path) -> None:
+    """One request, one grammar of 5 s: that is what its first token waits for."""
+    workload = CLOSED | {"num_requests": 1, "structured_outputs": {"share": 1.0, "grammars": 1}}
+    engine = {"version": "0.32", "grammar_compile_s": 5.0}
+    slow = explain(small(tmp_path, workload=workload, engine=engine)).slow
+    assert slow.parts["passed_over"] == pytest.approx(5.0, abs=0.01)
+    assert sum(slow.parts.values()) == pytest.approx(slow.ttft_s, rel=1e-9)
 
 
 def test_text_and_json_say_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
