@@ -243,6 +243,7 @@ class Deployment:
             self.memory.warning,
             self._near_groups,
             self._blind_router,
+            self._lone_connector,
             stages_note(self.shard, self.scenario.gpu),
             *check_traffic(self.scenario.engine, self.scenario.stages(), self.scenario.source),
             *(each.note for each in self.fitted_profiles),
@@ -250,6 +251,17 @@ class Deployment:
         if self.scenario.profile is None and self.transfer.basis == "physics only":
             notes.append(why_typical(self.shard) or "")
         return tuple(filter(None, notes))
+
+    @property
+    def _lone_connector(self) -> str | None:
+        """Said where a server has a connector to pass KV cache on, and nobody to pass it to."""
+        transfer, fleet = self.scenario.engine.kv_transfer, self.scenario.fleet
+        if transfer is None or transfer.connector not in WAYS or fleet.prefill:
+            return None
+        return (
+            f"{transfer.connector} is without effect here: there are no fleet.prefill and fleet.decode to "
+            "exchange KV cache"
+        )
 
     @property
     def _near_groups(self) -> str | None:

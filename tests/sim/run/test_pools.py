@@ -142,6 +142,14 @@ def test_connectors_that_are_not_modelled_are_refused(config: dict[str, Any], me
         scenario({"prefill": 1, "decode": {"engine": {"kv_transfer_config": config}}})
 
 
+def test_a_connector_with_nobody_to_exchange_with_is_told() -> None:
+    engine = {"version": "0.32", "max_model_len": 8192, "kv_transfer_config": PULLED}
+    lone = Deployment.of(scenario({"replicas": 2}, engine=engine))
+    assert any("NixlConnector is without effect" in note for note in lone.notes)
+    pools = Deployment.of(scenario({"prefill": 1, "decode": 1}, engine=engine))
+    assert not any("without effect" in note for note in pools.notes)
+
+
 @pytest.mark.parametrize("pool", ["prefill", "decode"])
 def test_pools_that_offload_are_refused(pool: str) -> None:
     with pytest.raises(InputError, match="OffloadingConnector on prefill and decode servers"):
