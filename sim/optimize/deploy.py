@@ -74,6 +74,7 @@ class _Servers:
         self.weights = shard.weight_bytes * ranks if alone else shard.whole.weight_bytes
         servers = f"{pool} server{'s' * (count != 1)}" if pool else "replicas"
         self.where = f"# {count} {servers} of {gpus} {gpu} each: pick their nodes with a nodeSelector.\n"
+        self.where += "# Put the path of each adapter in the place of PATH.\n" if engine.lora_modules else ""
         transfer = [] if not pool or scenario.engine.kv_transfer_config else _transfer(pool)
         flags, words = _flags(scenario) + transfer, [word for each in self.others.values() for word in each]
         self.command = shlex.join(["vllm", "serve", model, *flags, *words])
@@ -160,6 +161,8 @@ def _flags(scenario: Scenario, without: tuple[str, ...] = ()) -> list[str]:
         flag = f"--{name.replace('_', '-')}"
         if isinstance(value, bool):
             words.append(flag if value else flag.replace("--", "--no-", 1))
+        elif name == "lora_modules":
+            words += [flag, *(f"{adapter}=PATH" for adapter in value)]
         else:
             given = value.model_dump(exclude_unset=True) if isinstance(value, Model) else value
             words += [flag, json.dumps(given) if isinstance(given, dict) else str(given)]

@@ -12,6 +12,7 @@ from small_scenarios import small
 from servecast.sim.engine.held_costs import AdapterCache, GrammarCosts, Grammars
 from servecast.sim.engine.request import Requests
 from servecast.sim.inputs.errors import InputError
+from servecast.sim.optimize.deploy import deployment_files
 from servecast.sim.run.simulate import simulate
 from servecast.sim.scenario.deployment import Deployment
 from servecast.sim.scenario.stages import runs_on_v2
@@ -128,6 +129,14 @@ def test_adapters_leave_all_else_of_the_traffic_as_it_is(tmp_path: Any) -> None:
     assert second.adapter is not None
     shares = np.bincount(second.adapter) / 2000
     assert shares == pytest.approx([0.2, 0.5, 0.3], abs=0.04)  # 4 standard deviations
+
+
+def test_files_of_a_server_with_adapters_name_each(tmp_path: Any) -> None:
+    """As vLLM's LoRAParserAction takes them: name=path, each a word."""
+    changes = {"engine.enable_lora": True, "engine.lora_modules": ["sql", "chat"]}
+    line = deployment_files(Deployment.of(scenario(tmp_path).changed(changes)), 1)["vllm-serve.sh"]
+    assert "--lora-modules sql=PATH chat=PATH" in line
+    assert "the path of each adapter" in line
 
 
 def test_the_least_recently_used_adapter_goes() -> None:
