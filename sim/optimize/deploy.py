@@ -14,7 +14,7 @@ from servecast.sim.inputs.schema import Model
 from servecast.sim.scenario.deployment import Deployment
 from servecast.sim.scenario.engine_flags import EngineFlags
 from servecast.sim.scenario.scenario import Scenario
-from servecast.sim.scenario.vllm_flags import TAKEN, other_flags
+from servecast.sim.scenario.vllm_flags import PARTITION, TAKEN, other_flags
 
 PORT = 8000
 OF_CHART = ("port", "served_model_name")  # flags that llm-d's chart sets itself
@@ -77,7 +77,11 @@ class _Servers:
         self.where += "# Put the path of each adapter in the place of PATH.\n" if engine.lora_modules else ""
         transfer = [] if not pool or scenario.engine.kv_transfer_config else _transfer(pool)
         flags, words = _flags(scenario) + transfer, [word for each in self.others.values() for word in each]
-        self.command = shlex.join(["vllm", "serve", model, *flags, *words])
+        layers = ",".join(map(str, engine.pp_layer_partition or ()))
+        self.command = f"{PARTITION}={layers} " * bool(layers) + shlex.join(
+            ["vllm", "serve", model, *flags, *words]
+        )
+        env = {"env": [{"name": PARTITION, "value": layers}]} if layers else {}
         release = scenario.engine.version + ".0" * (2 - scenario.engine.version.count("."))
         image = f"vllm/vllm-openai{'-rocm' if self.kind == 'amd' else ''}:v{release}"
         name = (
@@ -87,6 +91,7 @@ class _Servers:
         name += f"-{pool}" if pool else ""
         limits = {f"{self.kind}.com/gpu": gpus}
         pod = _pod(image, [model, *flags, *words], self.port, limits)
+        pod["containers"][0] |= env
         self.kubernetes = {
             "apiVersion": "apps/v1",
             "kind": "Deployment",
@@ -113,6 +118,7 @@ class _Servers:
                     ],
                     "ports": [{"containerPort": self.port, "name": "metrics", "protocol": "TCP"}],
                     "mountModelVolume": True,
+                    **env,
                     **({"resources": {"limits": limits}} if engine.pipeline_parallel_size > 1 else {}),
                 }
             ],

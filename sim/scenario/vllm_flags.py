@@ -188,6 +188,7 @@ _DEFAULTS = {  # further values that ask for nothing
     **dict.fromkeys((flag for flag in _REFUSED if "parallel_size" in flag), "1"),
 }
 _POOLING = {"task": ("auto", "generate"), "runner": ("auto", "generate"), "convert": ("auto", "none")}
+PARTITION = "VLLM_PP_LAYER_PARTITION"
 _HARMLESS_VARIABLES = re.compile(
     r"VLLM_(LOG\w*|CONFIGURE_LOGGING|API_KEY|\w*CACHE_ROOT|\w*CACHE_DIR|\w*PORT|HOST_IP|NO_USAGE_STATS|PLUGINS|"
     r"DO_NOT_TRACK|USAGE\w*|WORKER_MULTIPROC_METHOD|ALLOW_\w+|\w*TIMEOUT\w*|USE_MODELSCOPE|SERVER_DEV_MODE)"
@@ -255,7 +256,14 @@ def parse_serve_command(
 
 
 def _take_variables(variables: Mapping[str, str], flags: dict[str, Any]) -> None:
-    """LMCACHE_..., as if they stood in the extra config of the connector, which wins."""
+    """LMCACHE_..., as if they stood in the extra config of the connector, which wins, and the layers of
+    stages."""
+    if (layers := variables.get(PARTITION)) is not None:
+        try:
+            flags["pp_layer_partition"] = [int(each) for each in layers.split(",")]
+        except ValueError:
+            fix = f"Give the layers of each stage, as {PARTITION}=10,14."
+            raise InputError(f"{PARTITION} is {layers!r}", where=WHERE, fix=fix) from None
     settings = {
         f"lmcache.{name.removeprefix('LMCACHE_').lower()}": value
         for name, value in variables.items()
@@ -313,7 +321,7 @@ def _widens(variable: str, value: str) -> bool:
             where=WHERE,
             fix="The native OffloadingConnector is modelled: paste it without.",
         )
-    widens = variable.startswith("VLLM_") and variable != "VLLM_USE_V1"
+    widens = variable.startswith("VLLM_") and variable not in ("VLLM_USE_V1", PARTITION)
     return widens and _HARMLESS_VARIABLES.fullmatch(variable) is None
 
 

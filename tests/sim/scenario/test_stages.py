@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from model_shapes import load
 from small_scenarios import small
 
@@ -129,6 +130,22 @@ def test_adapters_leave_all_else_of_the_traffic_as_it_is(tmp_path: Any) -> None:
     assert second.adapter is not None
     shares = np.bincount(second.adapter) / 2000
     assert shares == pytest.approx([0.2, 0.5, 0.3], abs=0.04)  # 4 standard deviations
+
+
+def test_layers_of_stages_are_read_and_written_as_vllms_variable(tmp_path: Any) -> None:
+    """vllm/envs.py: VLLM_PP_LAYER_PARTITION, numbers with commas between them."""
+    pasted = "VLLM_PP_LAYER_PARTITION=10,14 vllm serve m -pp 2"
+    deployment = Deployment.of(scenario(tmp_path).changed({"engine.command": pasted}))
+    assert deployment.scenario.engine.pp_layer_partition == (10, 14)
+    assert not parse_serve_command(pasted).widening
+    files = deployment_files(deployment, 1)
+    assert "\nVLLM_PP_LAYER_PARTITION=10,14 vllm serve m " in files["vllm-serve.sh"]
+    for name, path in (("deployment.yaml", "spec"), ("llm-d-values.yaml", "decode")):
+        found = yaml.safe_load(files[name])[path]
+        found = found["template"]["spec"] if path == "spec" else found
+        assert found["containers"][0]["env"] == [{"name": "VLLM_PP_LAYER_PARTITION", "value": "10,14"}]
+    with pytest.raises(InputError, match="VLLM_PP_LAYER_PARTITION is 'ten'"):
+        parse_serve_command("VLLM_PP_LAYER_PARTITION=ten vllm serve m -pp 2")
 
 
 def test_files_of_a_server_with_adapters_name_each(tmp_path: Any) -> None:
