@@ -2,9 +2,9 @@
 last what a law says. TTFT and TPOT as the client sees them, against a prediction that knows the law, and of
 the proxy and the HTTP servers what single requests took.
 
-Two servers, their workers, the proxy and the client share the cores of one machine, and wait for each other
-in a way that the prediction does not know: on two cores it was 20 to 31 % too short in TTFT and 6 to 9 % in
-TPOT. What is judged is that it is no further off than that, and that every request's KV cache came from the
+Two servers, their workers, the proxy and the client share the cores of one machine. On two quiet ones the
+prediction was 0 to 4 % too short in TTFT and 6 to 7 % in TPOT; beside other work, up to 31 and 9 %. What is
+judged on a quiet one is that it is not far from that, and always that every request's KV cache came from the
 other server.
 """
 
@@ -37,7 +37,7 @@ from servecast.validate.parity.vllm_process import ENVIRONMENT
 
 pytestmark = pytest.mark.live
 
-TTFT, TPOT = 0.40, 0.15
+TTFT, TPOT = 0.15, 0.15
 LAW = ROOFLINE | {"kv_request_s": 0.010, "kv_moved_token_s": 1e-4}
 BLOCK, SINGLE = 128, 12
 SCENARIO = """
