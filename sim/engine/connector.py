@@ -48,8 +48,7 @@ class Connector(Protocol):
         role: ``kv_role``. One that consumes (kv_consumer, kv_both) makes an engine with steps in flight defer
             frees of blocks that those may write, and refuse to preempt whom they belong to.
         load_failure_policy: ``kv_load_failure_policy``: requests of a failed load end with an error, or
-        compute
-            what is missing.
+            compute what is missing.
         requires_kv_delivery: whether a request preempted with output in flight drops it (vLLM: by default,
             connectors that produce; the offloading connector not).
         now: set by the engine's loop, to the time of the calls of the scheduler half that follow.

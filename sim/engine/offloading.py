@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from servecast.sim.engine.chunk_cache import Accesses, ChunkCache, Policy
-from servecast.sim.engine.connector import NEVER, Ending, FailurePolicy, Role, Transfers
+from servecast.sim.engine.connector import Ending, FailurePolicy, Role, Transfers
 from servecast.sim.engine.scheduler import Scheduler
 from servecast.sim.engine.sequence import Sequence
 from servecast.sim.engine.step import Step
-
-PICOSECONDS = 1e12
 
 
 @dataclass(slots=True)
@@ -47,42 +44,6 @@ class Copies(Protocol):
         ...
 
     def next_event(self, now: int) -> int: ...
-
-
-class TimedCopies:
-    """Jobs one after the other, per direction; stores are submitted in the step after theirs, so that they do
-    not delay its tokens (OffloadingConnectorWorker.prepare_store_kv).
-
-    Args:
-        load_s, store_s: seconds of a job over so many GPU blocks.
-    """
-
-    def __init__(self, load_s: Callable[[int], float], store_s: Callable[[int], float]) -> None:
-        self._seconds = (load_s, store_s)
-        self._free = [0, 0]  # by direction
-        self._planned: list[Job] = []
-        self._ends: list[tuple[int, Job]] = []
-
-    def start(self, jobs: Jobs, now: int) -> float:
-        flushed = [job for job in jobs.stores if job.number in jobs.flush]
-        for job in [*self._planned, *flushed, *jobs.loads]:
-            start = max(now, self._free[job.stores])
-            end = start + round(self._seconds[job.stores](len(job.blocks)) * PICOSECONDS)
-            self._free[job.stores] = end
-            self._ends.append((end, job))
-        self._planned = [job for job in jobs.stores if job.number not in jobs.flush]
-        waits = [end - now for end, job in self._ends if job.number in jobs.flush]
-        return max(waits, default=0) / PICOSECONDS
-
-    def finished(self, now: int) -> list[Job]:
-        done = [job for end, job in self._ends if end <= now]
-        self._ends = [entry for entry in self._ends if entry[0] > now]
-        return done
-
-    def next_event(self, now: int) -> int:
-        if self._planned:
-            return now + 1  # submitted by the next step
-        return min((end for end, _ in self._ends), default=NEVER)
 
 
 @dataclass(slots=True, eq=False)

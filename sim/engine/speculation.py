@@ -23,7 +23,6 @@ class Method:
             computed again (needs_eagle_block_drop).
         own_query: its input keeps a token that the target's does not have (max_num_new_slots_for_drafting).
         parallel: drafts all k in one pass, whatever the flag says.
-        own_kv: its layers have KV caches, which share the pool's memory.
         async_by_default: async scheduling stays on; with others it turns off, or is refused.
         may_miss: it proposes 0 to k drafts, by what it finds.
         since: first release of ``RELEASES`` that has it.
@@ -35,15 +34,12 @@ class Method:
     next_token_in_cache: bool = False
     own_query: bool = False
     parallel: bool = False
-    own_kv: bool = False
     async_by_default: bool = False
     may_miss: bool = False
     since: str = RELEASES[0]
 
 
-_hidden = functools.partial(
-    Method, drafts_in_cache=True, takes_hidden_states=True, own_kv=True, async_by_default=True
-)
+_hidden = functools.partial(Method, drafts_in_cache=True, takes_hidden_states=True, async_by_default=True)
 
 METHODS: dict[str, Method] = {
     "ngram": Method(may_miss=True),
@@ -54,7 +50,7 @@ METHODS: dict[str, Method] = {
     "eagle": _hidden(next_token_in_cache=True),
     "eagle3": _hidden(next_token_in_cache=True),
     "mtp": _hidden(next_token_in_cache=True),
-    "draft_model": Method(drafts_in_cache=True, own_query=True, own_kv=True, async_by_default=True),
+    "draft_model": Method(drafts_in_cache=True, own_query=True, async_by_default=True),
     "dflash": _hidden(infills=True, parallel=True),
     "dspark": _hidden(parallel=True, since="0.25"),
 }

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,14 +12,14 @@ import pytest
 
 sys.path.append(str(Path(__file__).parent))
 
+from decisions import record_all
 from mutations import Mutation, catch, load_mutations
 
 from servecast.sim.engine import chunk_cache, offloading
 from servecast.validate.parity import remote
-from servecast.validate.parity.parity import Recorded, compare, record
+from servecast.validate.parity.parity import Recorded, compare
 from servecast.validate.parity.remote import offloading_scenarios, remote_scenarios
 from servecast.validate.parity.scenarios import Scenario
-from servecast.validate.parity.vllm_process import ENVIRONMENT, VllmProcess
 
 VERSIONS = {"0.23": 25, "0.32": 45, "0.33": 25}
 OFFLOADING = {"0.32": 20}
@@ -30,18 +28,15 @@ OF_OFFLOADING = load_mutations("mutations_offloading.yaml")
 
 
 @pytest.fixture(scope="module")
-def recorded() -> Iterator[dict[str, list[Recorded]]]:
+def recorded() -> dict[str, list[Recorded]]:
     """vLLM's decisions on random scenarios, by release."""
-    answers = {}
-    with ExitStack() as stack:
-        for version, count in VERSIONS.items():
-            process = VllmProcess.installed(version)
-            assert process is not None, f"vLLM {version} is missing from {ENVIRONMENT}"
-            stack.enter_context(process)
-            scenarios = [*remote_scenarios(version, 0, count)]
-            scenarios += offloading_scenarios(version, 0, OFFLOADING.get(version, 0))
-            answers[version] = list(record(process, scenarios))
-        yield answers
+    return record_all(
+        VERSIONS,
+        lambda version, count: [
+            *remote_scenarios(version, 0, count),
+            *offloading_scenarios(version, 0, OFFLOADING.get(version, 0)),
+        ],
+    )
 
 
 @pytest.mark.vllm
@@ -113,13 +108,6 @@ def test_a_broken_rule_of_offloading_is_caught(
         monkeypatch.setattr(chunk_cache.Accesses, "tail_first", broken.Accesses.tail_first)
     found = (compare(one, "0.32") for one in recorded["0.32"] if one.scenario.remote["offload"])
     assert any(mismatch is not None for mismatch in found), mutation.changed_line()
-
-
-@pytest.mark.parametrize("mutation", [*MUTATIONS, *OF_OFFLOADING], ids=lambda mutation: mutation.rule)
-def test_a_mutation_is_one_line_of_the_engine(mutation: Mutation) -> None:
-    before, after = mutation.changed_line()
-    assert before != after
-    assert mutation.new in mutation.source()
 
 
 def test_a_scenario_survives_its_json_form() -> None:
