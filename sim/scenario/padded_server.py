@@ -43,9 +43,11 @@ class Padded:
         """Its version is its own, and flags that it does not know have no effect, but for those that would
         change what it computes or keeps."""
         for name in _REFUSED:
-            if getattr(flags, name) != EngineFlags.model_fields[name].default:
+            given = getattr(flags, name)
+            if given != EngineFlags.model_fields[name].default:
+                said = f"{name} {given}" if isinstance(given, int | float | str) else name
                 raise invalid(
-                    f"{name} is not modelled for the policy {flags.policy!r}", "Remove it.", at=name
+                    f"{said} is not modelled for the policy {flags.policy!r}", "Remove it.", at=name
                 )
 
     def notes(self, flags: EngineFlags) -> tuple[str, ...]:
