@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from servecast.sim.engine.rules import RELEASES
+from servecast.sim.engine.rules import since
 
 Balancing = Literal["queues", "queues_in_turn", "in_flight"]
 _BALANCING_SINCE: tuple[tuple[str, Balancing], ...] = (  # DPLBAsyncMPClient.get_core_engine_for_request
@@ -52,13 +52,9 @@ class DataParallel:
 
 def balancing_of(release: str) -> Balancing:
     """The rule of a release of ``RELEASES``."""
-    return next(rule for since, rule in _BALANCING_SINCE if _at_least(release, since))
+    return next(rule for first, rule in _BALANCING_SINCE if since(release, first))
 
 
 def sync_interval_of(release: str) -> tuple[int, bool]:
     """Default of ``--dp-sync-interval``, which once was fixed; whether cores agree at the first step."""
-    return (16, True) if _at_least(release, _SYNC_INTERVAL_SINCE) else (32, False)
-
-
-def _at_least(release: str, since: str) -> bool:
-    return RELEASES.index(release) >= RELEASES.index(since)
+    return (16, True) if since(release, _SYNC_INTERVAL_SINCE) else (32, False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from servecast.sim.engine.rules import RELEASES, minor_release
+from servecast.sim.engine.rules import RELEASES, in_force, minor_release
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,15 +67,7 @@ DRAFT_RULE_IN: dict[str, tuple[str, str | None]] = {
 }
 """The first and the last release that has a rule; None is the newest."""
 
-DRAFT_RULES = {
-    release: DraftRules(
-        **{
-            name: RELEASES.index(first) <= position <= RELEASES.index(last or RELEASES[-1])
-            for name, (first, last) in DRAFT_RULE_IN.items()
-        }
-    )
-    for position, release in enumerate(RELEASES)
-}
+DRAFT_RULES = {release: DraftRules(**in_force(DRAFT_RULE_IN, release)) for release in RELEASES}
 
 
 def draft_rules_for(version: str) -> DraftRules:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from servecast.sim.engine.rules import RELEASES, minor_release
+from servecast.sim.engine.rules import RELEASES, in_force, minor_release
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,15 +58,7 @@ GROUP_RULE_IN: dict[str, tuple[str, str | None]] = {
 }
 """The first and the last release that has a rule; None is the newest."""
 
-GROUP_RULES = {
-    release: GroupRules(
-        **{
-            name: RELEASES.index(first) <= position <= RELEASES.index(last or RELEASES[-1])
-            for name, (first, last) in GROUP_RULE_IN.items()
-        }
-    )
-    for position, release in enumerate(RELEASES)
-}
+GROUP_RULES = {release: GroupRules(**in_force(GROUP_RULE_IN, release)) for release in RELEASES}
 WINDOWS_SINCE = "0.23"
 STATES_IN = ("0.23", *RELEASES[RELEASES.index("0.28") :])
 

@@ -15,7 +15,7 @@ from typing import Literal
 
 from servecast.sim.engine.cache_layers import CacheLayer
 from servecast.sim.engine.group_rules import group_rules_for
-from servecast.sim.engine.rules import minor_release
+from servecast.sim.engine.rules import since
 from servecast.sim.inputs.errors import InputError
 
 GroupKind = Literal["full", "sliding", "chunked", "mamba"]
@@ -104,13 +104,6 @@ class CacheOptions:
 
 def _ceil(number: int, divisor: int) -> int:
     return -(-number // divisor)
-
-
-def since(release: str, first: str) -> bool:
-    """Whether a vLLM version is ``first`` or newer."""
-    names = (minor_release(release), first)
-    number, bound = (tuple(int(part) for part in name.split(".")) for name in names)
-    return number >= bound
 
 
 def default_block_size(layers: Sequence[CacheLayer], options: CacheOptions) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from servecast.sim.engine.config import EngineConfig
-from servecast.sim.engine.rules import RELEASES, minor_release
+from servecast.sim.engine.rules import since
 
 _STAGGERS_SINCE = "0.23"  # AsyncScheduler: next_decode_eligible_step
 _FILLS_SINCE = "0.23"  # EngineCore.step_with_batch_queue: "model_executed or self.scheduler.has_requests()"
@@ -17,7 +17,7 @@ def max_concurrent_batches(config: EngineConfig) -> int:
     if not config.async_scheduling:
         return stages
     if stages > 1:
-        return stages + (config.use_v2_model_runner and _since(config.version, _STAGGERS_SINCE))
+        return stages + (config.use_v2_model_runner and since(config.version, _STAGGERS_SINCE))
     return 2
 
 
@@ -31,25 +31,21 @@ def decode_stride(config: EngineConfig) -> tuple[int, bool]:
     stages = config.pipeline_parallel_size
     if stages == 1 or not config.async_scheduling:
         return stages, False
-    staggers = config.use_v2_model_runner and _since(config.version, _STAGGERS_SINCE)
+    staggers = config.use_v2_model_runner and since(config.version, _STAGGERS_SINCE)
     return (stages, True) if staggers else (1, False)
 
 
 def fills_with_empty_steps(version: str) -> bool:
     """Whether the engine decides steps until as many are in flight as may be, although the last one was
     empty."""
-    return _since(version, _FILLS_SINCE)
+    return since(version, _FILLS_SINCE)
 
 
 def stale_waits(version: str) -> bool:
     """Whether a request that was preempted with output in flight waits for that before it is resumed."""
-    return _since(version, _STALE_SINCE)
+    return since(version, _STALE_SINCE)
 
 
 def loras_of_all_running(version: str) -> bool:
     """Whether ``max_loras`` counts the adapters of all running requests, not only of those in the step."""
-    return _since(version, _RUNNING_LORAS_SINCE)
-
-
-def _since(version: str, since: str) -> bool:
-    return RELEASES.index(minor_release(version)) >= RELEASES.index(since)
+    return since(version, _RUNNING_LORAS_SINCE)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from servecast.sim.engine.rules import RELEASES, minor_release
+from servecast.sim.engine.rules import since
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,4 @@ REMOTE_RULE_SINCE = {
 
 def remote_rules_for(version: str) -> RemoteRules:
     """Those of a release in ``RELEASES``, or of its patches."""
-    position = RELEASES.index(minor_release(version))
-    return RemoteRules(
-        **{name: position >= RELEASES.index(since) for name, since in REMOTE_RULE_SINCE.items()}
-    )
+    return RemoteRules(**{name: since(version, first) for name, first in REMOTE_RULE_SINCE.items()})

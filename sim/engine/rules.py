@@ -8,6 +8,7 @@ release, chosen by ``EngineConfig.version``; releases between two changes share 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from servecast.sim.inputs.errors import InputError
@@ -62,20 +63,27 @@ OPTION_SINCE = {
 }
 """The first release whose scheduler has an option of ``EngineConfig``; what is not here, all have."""
 
-RULES = {
-    release: Rules(
-        **{
-            name: RELEASES.index(first) <= position <= RELEASES.index(last or RELEASES[-1])
-            for name, (first, last) in RULE_IN.items()
-        }
-    )
-    for position, release in enumerate(RELEASES)
-}
-
 
 def minor_release(version: str) -> str:
     """ "0.32" of "0.32.1" or "v0.32.0": patch releases keep the rules of theirs."""
     return ".".join(version.removeprefix("v").split(".")[:2])
+
+
+def since(version: str, first: str) -> bool:
+    """Whether a vLLM version is of the release ``first`` or of a newer one."""
+    number, bound = (tuple(int(part) for part in name.split(".")) for name in (minor_release(version), first))
+    return number >= bound
+
+
+def in_force(rules: Mapping[str, tuple[str, str | None]], release: str) -> dict[str, bool]:
+    """Which rules a release has, by the first and the last that has each; None is the newest."""
+    return {
+        name: since(release, first) and (last is None or since(last, release))
+        for name, (first, last) in rules.items()
+    }
+
+
+RULES = {release: Rules(**in_force(RULE_IN, release)) for release in RELEASES}
 
 
 def rules_for(version: str) -> Rules:
@@ -96,8 +104,7 @@ def rules_for(version: str) -> Rules:
 
 def has_option(release: str, option: str) -> bool:
     """Whether a release of ``RELEASES`` has an option of ``EngineConfig``."""
-    since = OPTION_SINCE.get(option)
-    return since is None or RELEASES.index(release) >= RELEASES.index(since)
+    return option not in OPTION_SINCE or since(release, OPTION_SINCE[option])
 
 
 def rule_groups() -> list[tuple[str, ...]]:

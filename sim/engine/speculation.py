@@ -7,7 +7,7 @@ import itertools
 from dataclasses import dataclass
 
 from servecast.sim.engine.draft_rules import draft_rules_for
-from servecast.sim.engine.rules import RELEASES, minor_release
+from servecast.sim.engine.rules import RELEASES, minor_release, since
 from servecast.sim.inputs.errors import InputError
 
 
@@ -110,7 +110,7 @@ def speculation(
     """
     where = "speculative_config"
     known, release, rules = METHODS.get(method), minor_release(version), draft_rules_for(version)
-    if known is None or RELEASES.index(release) < RELEASES.index(known.since):
+    if known is None or not since(release, known.since):
         raise InputError(
             f"vLLM {release} drafts by no method {method!r}",
             where=f"{where}.method",

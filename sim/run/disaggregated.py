@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from servecast.sim.engine.connector import Connector, Role
-from servecast.sim.engine.kv_groups import MLA_KINDS, since
+from servecast.sim.engine.kv_groups import MLA_KINDS
+from servecast.sim.engine.rules import since
 from servecast.sim.engine.scheduler import Scheduler
 from servecast.sim.fleet.disaggregation import Link
 from servecast.sim.fleet.kv_connectors import ExampleConnector, Exchange, NixlConnector

@@ -10,8 +10,8 @@ from typing import Any
 from servecast.sim.engine.config import EngineConfig
 from servecast.sim.engine.engine import Engine
 from servecast.sim.engine.group_rules import STATES_IN, WINDOWS_SINCE
-from servecast.sim.engine.kv_groups import since
 from servecast.sim.engine.pipeline_rules import decode_stride
+from servecast.sim.engine.rules import since
 from servecast.sim.engine.scheduler import Scheduler
 from servecast.sim.fleet.spec import GpuSpec
 from servecast.sim.hardware.error_band import Bands, Transfer, transfer

@@ -9,11 +9,11 @@ from typing import Any, Literal
 from servecast.sim.engine.config import EngineConfig
 from servecast.sim.engine.connector import Connector
 from servecast.sim.engine.copies import LinkedCopies
-from servecast.sim.engine.kv_groups import since
 from servecast.sim.engine.lmcache import LMCacheConnectorV1, LMCacheMPConnector
 from servecast.sim.engine.multi_connector import MultiConnector
 from servecast.sim.engine.offloading import OffloadingConnector
 from servecast.sim.engine.pipe import Pipe
+from servecast.sim.engine.rules import since
 from servecast.sim.engine.tiers import Hierarchy, Tier
 from servecast.sim.hardware.gpu import GPU
 from servecast.sim.hardware.host import BLOCK_S, HostLink, host_link, host_memory

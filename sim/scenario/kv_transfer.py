@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, get_args
 
 from servecast.sim.engine.connector import FailurePolicy, Role
-from servecast.sim.engine.kv_groups import since
+from servecast.sim.engine.rules import since
 from servecast.sim.inputs.schema import did_you_mean, invalid
 
 AT = "kv_transfer_config"

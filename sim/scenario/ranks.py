@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from servecast.sim.engine.data_parallel import DataParallel, balancing_of, sync_interval_of
-from servecast.sim.engine.rules import RELEASES
+from servecast.sim.engine.rules import since
 from servecast.sim.hardware.expert_ranks import BACKENDS, FALLS_BACK, ExpertRanks
 from servecast.sim.hardware.model_shape import ModelShape
 from servecast.sim.inputs.errors import InputError
@@ -51,7 +51,7 @@ def data_parallel(flags: EngineFlags, release: str, model: ModelShape, where: st
         raise _refused(
             f"{what} with a data_parallel_size of {size}", where, f"data_parallel_{name}", "Lower it"
         )
-    if external and not moe and _since(release, _EXTERNAL_REFUSED_SINCE):
+    if external and not moe and since(release, _EXTERNAL_REFUSED_SINCE):
         raise _refused(
             f"external balancing of {model.name}, which has no experts",
             where,
@@ -78,7 +78,7 @@ def data_parallel(flags: EngineFlags, release: str, model: ModelShape, where: st
             fix="Leave it out.",
         )
     interval, first = sync_interval_of(release)
-    cadence = flags.prefill_schedule_interval if moe and _since(release, _COMMON_CADENCE_SINCE) else 1
+    cadence = flags.prefill_schedule_interval if moe and since(release, _COMMON_CADENCE_SINCE) else 1
     return DataParallel(
         size=size,
         local=behind,
@@ -173,12 +173,8 @@ def _eplb(flags: EngineFlags, release: str, where: str) -> tuple[int, bool]:
     numbers = [config.get("num_redundant_experts", 0), config.get("step_interval", 1)]
     if not all(isinstance(n, int) and n >= least for n, least in zip(numbers, (0, 1), strict=True)):
         raise _refused(f"eplb_config {config}", where, "eplb_config", "Give whole numbers")
-    return numbers[0], bool(config.get("use_async", _since(release, _ASYNC_EPLB_SINCE)))
+    return numbers[0], bool(config.get("use_async", since(release, _ASYNC_EPLB_SINCE)))
 
 
 def _refused(what: str, where: str, name: str, fix: str) -> InputError:
     return InputError(what, where=f"{where}.{name}", fix=f"{fix}: vLLM refuses this.")
-
-
-def _since(release: str, since: str) -> bool:
-    return RELEASES.index(release) >= RELEASES.index(since)

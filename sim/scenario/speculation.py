@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from servecast.sim.engine.kv_groups import since
-from servecast.sim.engine.rules import minor_release
+from servecast.sim.engine.rules import minor_release, since
 from servecast.sim.engine.speculation import METHODS, Speculation, speculation
 from servecast.sim.hardware.drafter import LOOKUPS, Drafter, Passes, eagle_shape, mtp_shape
 from servecast.sim.hardware.model_shape import ModelShape

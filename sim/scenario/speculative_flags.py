@@ -6,8 +6,7 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
-from servecast.sim.engine.kv_groups import since
-from servecast.sim.engine.rules import minor_release
+from servecast.sim.engine.rules import minor_release, since
 from servecast.sim.engine.speculation import METHODS
 from servecast.sim.inputs.schema import Count, Flag, Model, invalid
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from servecast.sim.engine.rules import RELEASES
+from servecast.sim.engine.rules import since
 from servecast.sim.fleet.spec import GpuSpec
 from servecast.sim.hardware.model_shape import ModelShape
 from servecast.sim.hardware.shard import Shard, layers_of_stages
@@ -24,11 +24,10 @@ _V2_MODELS = {  # 0.22 to 0.28: config.vllm.DEFAULT_V2_MODEL_RUNNER_ARCHITECTURE
 
 def runs_on_v2(model: ModelShape, release: str) -> bool:
     """Whether a release runs the model on its Model Runner V2 (VllmConfig.use_v2_model_runner)."""
-    age = RELEASES.index(release)
-    if age >= RELEASES.index(_V2_SINCE):
+    if since(release, _V2_SINCE):
         return True
     named = _V2_MODELS.get(min(release, _DENSE_SINCE), ())
-    if age >= RELEASES.index(_DENSE_SINCE):
+    if since(release, _DENSE_SINCE):
         return not model.keeps_states and (model.model_type in named or not model.moe_layers)
     plain = not model.moe_layers and model.weight_bytes_each == model.dtype_bytes
     return model.model_type in named and (plain or release == "0.24")
@@ -42,7 +41,7 @@ def asynchronous(flags: EngineFlags, model: ModelShape, release: str, where: str
     """
     if flags.pipeline_parallel_size == 1 or runs_on_v2(model, release):
         return flags.async_scheduling
-    if RELEASES.index(release) < RELEASES.index("0.31"):
+    if not since(release, "0.31"):
         return flags.async_scheduling
     if flags.async_scheduling:
         raise InputError(

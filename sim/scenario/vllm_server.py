@@ -9,8 +9,8 @@ from typing import Literal
 from servecast.sim.engine.config import EngineConfig
 from servecast.sim.engine.engine import Engine
 from servecast.sim.engine.kv_groups import CacheMode, CacheOptions
-from servecast.sim.engine.kv_groups import since as at_least
 from servecast.sim.engine.rules import OPTION_SINCE, RULES, has_option, minor_release
+from servecast.sim.engine.rules import since as at_least
 from servecast.sim.engine.scheduler import Scheduler
 from servecast.sim.engine.speculation import Speculation
 from servecast.sim.hardware.drafter import Drafter
