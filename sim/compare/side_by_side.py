@@ -24,6 +24,7 @@ _EXPLAINS = {  # what a difference may explain, by the last part of a field's na
     "quantization": "bytes of weights and speed of their kernels: step time, KV blocks",
     "kv_cache_dtype": "bytes of the KV cache: decode step time, KV blocks",
     "tensor_parallel_size": "step time, communication, KV blocks",
+    "decode_context_parallel_size": "step time, exchange in attention, KV blocks",
     "pipeline_parallel_size": "step time, batches in flight, KV blocks",
     "data_parallel_size": "engine cores: batch of each, KV blocks; exchanges between experts",
     "enable_expert_parallel": "the fullest rank, exchanges between experts",

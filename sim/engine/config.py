@@ -24,6 +24,8 @@ class EngineConfig:
     ``max_loras``: LoRA adapters of one step, at most; 0: none are served.
     ``pipeline_parallel_size``: stages that a step passes one after the other; ``use_v2_model_runner``:
     whether vLLM's workers run Model Runner V2, which decides how asynchronous scheduling goes with stages.
+    ``decode_context_parallel_size``: ranks that a sequence's KV is shared out over; a block has its tokens on
+    all of them, and ``block_size`` counts those together.
     ``preparation_round``: requests that the API server in front of the engine prepares together, at most.
     """
 
@@ -53,3 +55,4 @@ class EngineConfig:
     max_loras: int = 0
     pipeline_parallel_size: int = 1
     use_v2_model_runner: bool = False
+    decode_context_parallel_size: int = 1

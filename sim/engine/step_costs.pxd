@@ -22,6 +22,9 @@ cdef class StepCosts:
     cdef object by_tokens
     cdef object by_rows
     cdef object by_uniform
+    cdef object by_exchanged
+    cdef bint exchanges_decodes
+    cdef dict exchanged_s
     cdef long long slots  # tokens more of a request
     cdef dict uniform_s
     cdef bint drafting
@@ -41,6 +44,7 @@ cdef class StepCosts:
     cdef long long reached(self, long long tokens, long long window) noexcept
     cdef long long before(self, long long context, long long window) noexcept
     cdef double of_chunks(self, list chunks) except? -1
+    cdef double of_exchange(self, list chunks, long long decodes) except? -1
     cdef double of_adapters(self, dict adapters) except? -1
     cdef double of_uniform(self, long long tokens, long long requests) except? -1
     cdef double of_draft(self, Step step) except? -1

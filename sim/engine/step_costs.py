@@ -31,6 +31,8 @@ class StepCosts:
         self.lora_s, self.lora_adapter_s, self.lora_token_s = numbers["lora"]
         self.by_tokens, self.by_rows, self.by_uniform = by_tokens, by_rows, by_uniform
         self.slots = numbers["slots"]
+        self.by_exchanged, self.exchanges_decodes = numbers.get("exchange"), numbers.get("exchanges_decodes", 1)
+        self.exchanged_s: dict[int, float] = {}
         self.uniform_s: dict[int, float] = {}
         self.drafting, self.skips, self.infills, self.at_once = False, False, False, False
         self.step_s = self.lookup_request_s = self.lookup_token_s = 0.0
@@ -103,6 +105,23 @@ class StepCosts:
             total += max(most, self.before(longest, window) * self.attention[kind, 5])
             total += layers * older * self.attention[kind, 2]
         return total
+
+    def of_exchange(self, chunks: list, decodes: cython.longlong) -> cython.double:
+        """ContextExchange.tokens, and their seconds."""
+        tokens: cython.longlong = decodes
+        seen: cython.bint = decodes > 0
+        i: cython.Py_ssize_t
+        chunk: tuple
+        if not self.exchanges_decodes:
+            for i in range(len(chunks)):
+                chunk = chunks[i]
+                tokens += cython.cast(cython.longlong, chunk[0])
+                seen = seen or cython.cast(cython.longlong, chunk[1]) > 0
+        if not seen:
+            return 0.0
+        if tokens not in self.exchanged_s:
+            self.exchanged_s[tokens] = self.by_exchanged(tokens)
+        return self.exchanged_s[tokens]
 
     def of_adapters(self, adapters: dict) -> cython.double:
         """PhysicalStepTime._lora."""
@@ -221,6 +240,8 @@ class StepCosts:
         else:
             total += self.of_tokens(tokens) + self.of_rows(rows) + requests * self.request_s
         total += adapters_s
+        if self.by_exchanged is not None:
+            total += self.of_exchange(chunks, decodes)
         return total if tokens <= self.graphed or total > self.eager_s else self.eager_s
 
     def at(self, step: Step, tokens: cython.longlong) -> cython.double:
@@ -239,7 +260,10 @@ class StepCosts:
                 seen = step.windowed if self.shapes[kind, 1] else step.decode_context
                 decoding += self.shapes[kind, 0] * seen * self.attention[kind, 4 if step.chunks else 3]
             total += decoding
-        return total + (self.of_tokens(tokens) + self.of_rows(len(step.samplers)) + requests * self.request_s)
+        total += self.of_tokens(tokens) + self.of_rows(len(step.samplers)) + requests * self.request_s
+        if self.by_exchanged is not None:
+            total += self.of_exchange(step.chunks, step.decodes)
+        return total
 
 
 def longer(values: cython.double[::1], least: cython.Py_ssize_t) -> Any:

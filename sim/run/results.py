@@ -134,7 +134,10 @@ def engine_lines(document: Mapping[str, Any]) -> list[str]:
     size = f"{kv['tokens']:,} tokens, {kv['max_concurrency']:.2f}x of max_model_len {kv['max_model_len']:,}"
     if (cores := engine.get("data_parallel_size", 1)) > 1:
         size += f", each of {cores} engine cores"
-    flags = [f"--{name.replace('_', '-')} {engine[name]}" for name in _FLAGS]
+    shared = engine.get("decode_context_parallel_size") or 1  # ranks, over which a block's tokens lie
+    given = engine | {"block_size": engine["block_size"] // shared}
+    flags = [f"--{name.replace('_', '-')} {given[name]}" for name in _FLAGS]
+    flags += [f"--decode-context-parallel-size {shared}"] * (shared > 1)
     stages = engine.get("pipeline_parallel_size") or 1
     flags += [f"--pipeline-parallel-size {stages}"] * (stages > 1)
     flags += [f"--data-parallel-size {cores}"] * (cores > 1)

@@ -26,7 +26,7 @@ from servecast.sim.scenario import ranks
 from servecast.sim.scenario.adapters import lora
 from servecast.sim.scenario.engine_flags import EngineFlags
 from servecast.sim.scenario.kv_pull import pull_settings
-from servecast.sim.scenario.ranks import data_parallel, expert_ranks
+from servecast.sim.scenario.ranks import check_interleaving, context_ranks, data_parallel, expert_ranks
 from servecast.sim.scenario.stages import asynchronous, pipeline, runs_on_v2
 from servecast.sim.scenario.vllm_flags import FLAG_BAND
 
@@ -172,6 +172,7 @@ class Vllm:
         command = flags.serve_command
         unknown = minor_release(flags.version) not in RELEASES
         others = (len(command.widening) if command else 0) + flags.enable_lora
+        others += flags.decode_context_parallel_size > 1
         return FLAG_BAND * others + UNKNOWN_RELEASE_BAND * unknown
 
     def resolve(
@@ -279,6 +280,8 @@ class Vllm:
             flags.tensor_parallel_size,
             kv_dtype_bytes=asked.get(flags.kv_cache_dtype, 1),
             experts=expert_ranks(flags, config.version, model, "engine"),
+            context_ranks=context_ranks(flags, config.version, model, gpu, "engine"),
+            context_backend=flags.dcp_comm_backend or "ag_rs",
             cudagraph_sizes=sizes,
             pipeline=pipeline(flags, model, "engine"),
             lora_rank=rank,
@@ -288,7 +291,7 @@ class Vllm:
     def memory(
         self, flags: EngineFlags, config: EngineConfig, shard: Shard, drafter: Drafter | None = None
     ) -> KVMemory:
-        return kv_memory(
+        memory = kv_memory(
             shard,
             config,
             version=flags.version,
@@ -299,6 +302,8 @@ class Vllm:
             num_gpu_blocks_override=flags.num_gpu_blocks_override,
             drafter=drafter,
         )
+        check_interleaving(flags, memory.block_size, "engine")
+        return memory
 
     def memory_risk(
         self, config: EngineConfig, shard: Shard, memory: KVMemory, longest_prompt: int
