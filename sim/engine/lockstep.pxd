@@ -15,6 +15,7 @@ cdef class Lockstep:
     cdef readonly list dummies
     cdef readonly list dummy_s
     cdef object shared
+    cdef tuple passes
     cdef long long interval
     cdef bint sync_first
     cdef long long throttled
@@ -34,3 +35,4 @@ cdef class Lockstep:
     cdef bint launch(self) except? -1
     cdef int count(self) except -1
     cdef int execute(self, list steps) except -1
+    cdef double drafting(self, list steps, list tokens) except? -1

@@ -33,15 +33,16 @@ class Lockstep:
     every ``sync_interval`` steps they ask each other. Until then all run dummy steps.
 
     Args:
-        cores: a ``DataParallel``. shared: ``PhysicalStepTime.in_lockstep``.
+        cores: a ``DataParallel``. shared: ``PhysicalStepTime.in_lockstep``. passes: the same of a drafter's
+            first and later passes, whose layers have experts that the cores share; empty: there are none.
 
     Attributes:
         now, wake: as those of ``EngineLoop``. counter: steps of this wave. running: whether one goes on.
         waves: so many have ended. dummies: dummy steps of each core, and dummy_s: what they took.
     """
 
-    def __init__(self, cores: Any, shared: Any) -> None:
-        self.loops, self.shared = [], shared
+    def __init__(self, cores: Any, shared: Any, passes: tuple[Any, ...] = ()) -> None:
+        self.loops, self.shared, self.passes = [], shared, passes
         self.interval, self.sync_first = cores.sync_interval, cores.sync_first
         self.throttled = cores.prefill_schedule_interval
         self.now = self.wake = self.gpu_free = self.first_end = self.second_end = 0
@@ -203,6 +204,8 @@ class Lockstep:
         seconds = longest + shared
         if not graphed:
             seconds = max(seconds, costs.eager_s)
+        if costs.drafting:
+            seconds += self.drafting(steps, tokens)
         factor = next(loop.noise)
         seconds = seconds * factor
         if factor < 1.0:
@@ -221,3 +224,51 @@ class Lockstep:
             self.dummies[i] += 1
             self.dummy_s[i] += seconds
         return 0
+
+    def drafting(self, steps: list, tokens: list) -> cython.double:
+        """What drafting takes behind a step, which all cores wait for. Where they share a drafter's experts,
+        they run its passes together, with dummies; it makes no drafts where no core has a use for them
+        (``allow_skip_drafts`` of dp_utils), which one with a dummy step does not say."""
+        loop: EngineLoop
+        costs: StepCosts
+        drafter: StepCosts
+        step: Step
+        wanted: list
+        computed: list
+        shared: cython.double
+        graphed: cython.bint
+        total: cython.double = 0.0
+        longest: cython.double
+        length: cython.longlong = 0
+        rows: cython.longlong
+        useless: cython.bint = True
+        number: cython.int
+        i: cython.Py_ssize_t
+        for i in range(len(steps)):
+            step = self.empty if steps[i] is None else steps[i]
+            loop = self.loops[i]
+            length = max(length, self.least - 1 if steps[i] is None else step.draft_length)
+            useless = useless and steps[i] is not None and step.drafters == 0
+            costs = loop.costs
+            if not self.passes and (step.decodes or step.chunks):
+                total = max(total, costs.of_draft(step))
+        if not self.passes:
+            return total
+        if useless and costs.skips:
+            length = 0
+        for number in range(2 if length > 1 else 1):
+            drafter = costs.later if number else costs.first
+            wanted = tokens
+            if number:
+                wanted = [max(1, 0 if step is None else step.decodes + len(step.chunks)) for step in steps]
+            computed, shared, graphed = self.passes[number](wanted)
+            longest = 0.0
+            for i in range(len(steps)):
+                step = self.empty if steps[i] is None else steps[i]
+                rows = max(1, step.decodes + len(step.chunks))
+                longest = max(longest, drafter.pass_at(step, computed[i], rows, number > 0))
+            longest += shared
+            if not graphed:
+                longest = max(longest, drafter.eager_s)
+            total += longest * (length - 1) if number else longest
+        return total

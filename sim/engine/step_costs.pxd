@@ -59,5 +59,9 @@ cdef class StepCosts:
         long long rows,
         double adapters_s,
     ) except? -1
+    cdef double attending(
+        self, list chunks, long long decodes, long long drafts, long long context, long long windowed
+    ) except? -1
+    cdef double pass_at(self, Step step, long long tokens, long long rows, bint later) except? -1
     cdef double seconds(self, Step step) except? -1
     cdef double at(self, Step step, long long tokens) except? -1
