@@ -1,6 +1,7 @@
 # What is fixed of lockstep.py where it is compiled.
 cimport cython
 from servecast.sim.engine.engine_loop cimport ABORTS, BUSY, ENDED, IDLE, EngineLoop
+from servecast.sim.engine.sequence cimport Sequence
 from servecast.sim.engine.step cimport Step
 from servecast.sim.engine.step_costs cimport StepCosts
 
@@ -30,6 +31,8 @@ cdef class Lockstep:
 
     cpdef int advance(self, long long until) except? -1
     cdef bint has_work(self) except? -1
+    cdef bint works(self, EngineLoop loop) except? -1
+    cdef bint unfinished(self, EngineLoop loop) except? -1
     cdef long long next_arrival(self) except *
     cdef bint complete(self) except? -1
     cdef bint launch(self) except? -1

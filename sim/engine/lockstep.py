@@ -13,6 +13,7 @@ import cython
 
 from servecast.sim.engine.cadence import CommonCadence
 from servecast.sim.engine.engine_loop import EngineLoop
+from servecast.sim.engine.sequence import Sequence
 from servecast.sim.engine.step import Step
 from servecast.sim.engine.step_costs import StepCosts
 
@@ -30,7 +31,8 @@ class Lockstep:
     """The cores' loops, as one: see ``EngineLoop.advance``.
 
     A wave starts with a request while nobody has work, and ends when the cores find together that nobody has:
-    every ``sync_interval`` steps they ask each other. Until then all run dummy steps.
+    every ``sync_interval`` steps they ask each other. Until then all run dummy steps, as does a core whose
+    requests wait for KV from elsewhere; blocks that it keeps for others are no work.
 
     Args:
         cores: a ``DataParallel``. shared: ``PhysicalStepTime.in_lockstep``. passes: the same of a drafter's
@@ -101,8 +103,19 @@ class Lockstep:
         loop: EngineLoop
         busy: cython.int = 0
         for loop in self.loops:
-            busy += bool(loop.scheduler.sequences) or loop.scheduler.finished_unsent
+            busy += self.works(loop)
         return busy > 0
+
+    def works(self, loop: EngineLoop) -> cython.bint:
+        """Whether a core has requests, or has to tell of some that ended."""
+        return self.unfinished(loop) or loop.scheduler.finished_unsent
+
+    def unfinished(self, loop: EngineLoop) -> cython.bint:
+        """Whether a core has requests (``has_unfinished_requests``)."""
+        kept: cython.Py_ssize_t = 0
+        if loop.scheduler.remote is not None:
+            kept = loop.scheduler.remote.held
+        return len(loop.scheduler.sequences) > kept
 
     def next_arrival(self) -> cython.longlong:
         """The earliest of all inboxes; -1 if they are empty."""
@@ -119,6 +132,7 @@ class Lockstep:
         loop: EngineLoop
         step: Step
         ended: cython.bint = False
+        sequence: Sequence
         steps: list = self.first
         i: cython.Py_ssize_t
         self.first, self.first_end, self.second = self.second, self.second_end, None
@@ -128,8 +142,16 @@ class Lockstep:
             step = steps[i]
             loop = self.loops[i]
             loop.now = self.now
+            if loop.connector is not None:
+                loop.connector.now = self.now
+                if loop.host_waits:
+                    step.transfers = loop.connector.get_finished(step.end)
             loop.finish(step)
-            if step.leavers and loop.tell_ends:
+            for sequence in step.failed:
+                sequence.ended = self.now
+                loop.book(sequence)
+                loop.lost.append(sequence.row)
+            if (step.leavers or loop.lost) and loop.tell_ends:
                 ended = True
         return ended
 
@@ -141,16 +163,24 @@ class Lockstep:
         worth: cython.bint = False
         self.running = True
         for loop in self.loops:
-            if not (loop.scheduler.sequences or loop.scheduler.finished_unsent):
+            if not self.works(loop):
                 steps.append(None)
                 continue
+            if loop.connector is not None:
+                loop.connector.now = self.now
             if loop.scheduler.cadence is not None:
                 loop.scheduler.cadence.throttled = self.throttled > 1 and self.counter % self.throttled != 0
             step = loop.scheduler.schedule()
             if step.total_tokens:
                 worth = True
+            elif loop.connector is not None:
+                loop.refuse_stuck()
             elif loop.scheduler.num_waiting and not loop.scheduler.runners:
                 loop.refuse()
+            if loop.connector is not None:  # its loads run beside the steps
+                loop.connector.start_load_kv(step.connector_meta, self.now)
+                if not loop.host_waits:
+                    step.transfers = loop.connector.get_finished(self.now)
             steps.append(step)
         self.execute(steps)
         if self.first is None:
@@ -168,7 +198,7 @@ class Lockstep:
         if self.counter % self.interval and not (self.sync_first and self.counter == 1):
             return 0
         for loop in self.loops:
-            if loop.scheduler.sequences or loop.inbox:
+            if self.unfinished(loop) or loop.inbox:
                 return 0
         self.running = False
         self.counter = 0

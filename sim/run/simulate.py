@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from servecast.sim.engine.request import Stage
+from servecast.sim.engine.scheduler import Scheduler
 from servecast.sim.fleet.client import Client
 from servecast.sim.fleet.fleet import NOT_READY, Fleet
 from servecast.sim.fleet.flow import Engines
@@ -26,6 +27,7 @@ from servecast.sim.routing.routers import ROUTERS, Router
 from servecast.sim.run.disaggregated import ServerPools
 from servecast.sim.scenario.deployment import Deployment
 from servecast.sim.scenario.kv_offload import Shared
+from servecast.sim.scenario.kv_pull import pull_settings
 from servecast.sim.scenario.scenario import Scenario
 from servecast.sim.traffic.arrivals import ClosedLoop
 from servecast.sim.traffic.draw import CLOSED_LOOP_REQUESTS, check_requests, draw, with_request_rate
@@ -95,9 +97,9 @@ def _run(
 
     def make_replica(index: int, client: Client) -> Replica:
         its = deployments[min(index, count - 1)]
-        engine, connector, costs, role = None, None, its.front_end, ""
+        connected, costs, role = list[tuple[Scheduler, Any]](), its.front_end, ""
         if pools is not None:
-            (engine, connector), role = pools.engine(index), pools.roles[index]
+            connected, role = pools.engines(index), pools.roles[index]
             costs = pools.front_end(index)
         if index >= len(noise_streams):  # one that an autoscaler started
             noise_streams.extend(noise.spawn(1))
@@ -110,9 +112,8 @@ def _run(
             stepping[index] = together
         made = Replica(
             index,
-            [its.engine(index, shared) for _ in range(1 if cores is None else cores.local)]
-            if engine is None
-            else engine,
+            [engine for engine, _ in connected]
+            or [its.engine(index, shared) for _ in range(1 if cores is None else cores.local)],
             its.step_time,
             its.profile.noise.factors(noise_streams[index]),
             its.step_time.roofline_seconds,
@@ -125,8 +126,8 @@ def _run(
         )
         for loop in made.loops:
             its.equip(loop)
-        if connector is not None:
-            connector.clock = lambda: made.now
+        for (_, connector), loop in zip(connected, made.loops, strict=False):
+            connector.clock = lambda loop=loop: loop.now
         return made
 
     picking, scraping = routing.spawn(2)
@@ -166,9 +167,10 @@ def _run(
         **load,
     }
     counters = [
-        offload_counters(replica.engines[0], its.ranks, replica.now)
+        offload_counters(engine, its.ranks, replica.now)
         for replica in fleet.replicas
         if (its := deployments[min(replica.index, count - 1)].offloading) is not None
+        for engine in replica.engines
     ]
     if counters:
         run.meta |= {"kv_offload": counters, "kv_links": busiest(counters)}
@@ -259,17 +261,20 @@ def _endpoints(deployment: Deployment) -> tuple[list[ReplicaSpec], list[Deployme
         whole = spec.as_in_scenario and not scenario.fleet.prefill
         own = deployment if whole else Deployment.of(scenario.of_replica(spec))
         groups = own.endpoints
-        if own.offloading is not None and own.config.data_parallel is not None:
+        cores = own.config.data_parallel
+        if own.offloading is not None and cores is not None and cores.lockstep:
             raise InputError(
-                "offloading by several engine cores of a server is not modelled",
+                "offloading by engine cores that step together is not modelled",
                 where=f"{scenario.source}: engine.data_parallel_size",
                 fix="Leave it out, and give more replicas.",
             )
-        if scenario.fleet.prefill and own.config.data_parallel is not None:
+        way = pull_settings(own.scenario.engine.kv_transfer).way
+        if scenario.fleet.prefill and cores is not None and (groups > 1 or way != "pull"):
             raise InputError(
-                "prefill and decode servers of several engine cores are not modelled",
+                "prefill and decode servers of several engine cores that are balanced from outside, or pass KV "
+                "on over a file system, are not modelled",
                 where=f"{scenario.source}: engine.data_parallel_size",
-                fix="Leave it out, and give more servers.",
+                fix="Let their own API servers balance, and use NixlConnector.",
             )
         if groups > 1 and scenario.fleet.autoscaler is not None:
             raise InputError(

@@ -49,9 +49,9 @@ def lora(flags: EngineFlags, model: ModelShape, where: str) -> tuple[int, int]:
             where=f"{where}.enable_lora",
             fix="Use a dense model.",
         )
-    if flags.pipeline_parallel_size > 1 or flags.data_parallel_size > 1:
+    if flags.pipeline_parallel_size > 1:
         raise InputError(
-            "LoRA adapters over pipeline stages or data-parallel ranks are not modelled",
+            "LoRA adapters over pipeline stages are not modelled",
             where=f"{where}.enable_lora",
             fix="Use tensor_parallel_size and fleet.replicas.",
         )
