@@ -253,8 +253,9 @@ class PhysicalStepTime:
         self._context = ContextExchange.of(shard)
         if self._context is not None and self._context.older:
             gather = costs.context_gather if costs is not None else ()
-            many = 1 << 20  # tokens: they come in large pieces
-            older_s = self._collective(gather, many * self._context.older, shard.context_ranks) / many
+            large = (1 << 20) * self._context.older  # they come in large pieces, whose latency does not count
+            both = (self._collective(gather, size, shard.context_ranks) for size in (2 * large, large))
+            older_s = (next(both) - next(both)) / (1 << 20)
             expanding = (replace(each, expand_s=each.expand_s + older_s) for each in self._mixing.attention)
             self._mixing = replace(self._mixing, attention=tuple(expanding))
 
