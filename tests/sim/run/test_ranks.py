@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+from small_epp import EPP
 
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.metrics.binding import evidence
@@ -91,6 +93,19 @@ def test_dense_ranks_have_adapters_stages_and_host_memory_of_their_own() -> None
         if "kv_offloading_size" in flags:
             stored = [each.result["kv_offload"]["kv_offload_store_bytes"] for each in (ranks, replicas)]
             assert stored[0] == pytest.approx(stored[1], rel=0.1)
+
+
+def test_a_router_keeps_adapters_apart(tmp_path: Path) -> None:
+    """Two replicas with a slot each, two adapters: while a replica has requests of one, it has no room for the
+    other (1 + 1 < 1 is false), so that an adapter's requests go where it is, and none waits for the slot."""
+    file = tmp_path / "epp.yaml"
+    file.write_text(EPP.replace("PREFIX", "lora-affinity-scorer").replace("weight: 2", "weight: 3"))
+    lora = DENSE | {"workload.lora_traffic_split": {"a": 0.5, "b": 0.5}, "fleet.replicas": 2}
+    ttft = []
+    for router in ("round_robin", str(file)):
+        made = of(lora | {"fleet.router": router}, enable_lora=True, max_loras=1, max_cpu_loras=2)
+        ttft.append(run(made, 8, 200).result["mean_ttft_ms"])
+    assert ttft[1] < 0.1 * ttft[0]
 
 
 def test_cores_with_experts_draft_together() -> None:
