@@ -80,8 +80,9 @@ class CacheOptions:
 
     Attributes:
         release: of vLLM. ranks: of tensor parallelism; context_ranks: of those, the ones that share a
-            sequence's tokens out (``--decode-context-parallel-size``). kv_bytes: by ``--kv-cache-dtype``. dtype_bytes: of the
-            model, which states have. block_size: ``--block-size``; None: the attention backend's.
+            sequence's tokens out (``--decode-context-parallel-size``). kv_bytes: by ``--kv-cache-dtype``.
+        dtype_bytes: of the model, which states have. block_size: ``--block-size``; None: the attention
+            backend's.
         capability: of the GPU. mamba_block_size, mamba_mode, state_bytes, recurrent_bytes: the flags
             ``--mamba-block-size``, ``--mamba-cache-mode``, ``--mamba-cache-dtype`` and
             ``--mamba-ssm-cache-dtype``. chunk: tokens of a chunk of the model's scan (mode ``all``).

@@ -31,7 +31,8 @@ class StepCosts:
         self.lora_s, self.lora_adapter_s, self.lora_token_s = numbers["lora"]
         self.by_tokens, self.by_rows, self.by_uniform = by_tokens, by_rows, by_uniform
         self.slots = numbers["slots"]
-        self.by_exchanged, self.exchanges_decodes = numbers.get("exchange"), numbers.get("exchanges_decodes", 1)
+        self.by_exchanged = numbers.get("exchange")
+        self.exchanges_decodes = numbers.get("exchanges_decodes", True)
         self.exchanged_s: dict[int, float] = {}
         self.uniform_s: dict[int, float] = {}
         self.drafting, self.skips, self.infills, self.at_once = False, False, False, False

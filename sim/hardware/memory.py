@@ -67,7 +67,8 @@ class KVMemory:
 
     Attributes:
         num_gpu_blocks: blocks as vLLM counts them, the null block included.
-        block_size: tokens a block, on all ranks that share them out. bytes_per_block: on one rank, all layers.
+        block_size: tokens a block, on all ranks that share them out. bytes_per_block: on one rank, all
+            layers.
         max_model_len: the longest sequence, which vLLM may have fitted to the pool.
         groups: the KV cache groups. sequence_blocks: what one sequence of ``max_model_len`` takes.
         lines: the account. Unless the pool is given, they add up to the bytes that are left for it.

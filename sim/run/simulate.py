@@ -271,8 +271,8 @@ def _endpoints(deployment: Deployment) -> tuple[list[ReplicaSpec], list[Deployme
         way = pull_settings(own.scenario.engine.kv_transfer).way
         if scenario.fleet.prefill and cores is not None and (groups > 1 or way != "pull"):
             raise InputError(
-                "prefill and decode servers of several engine cores that are balanced from outside, or pass KV "
-                "on over a file system, are not modelled",
+                "prefill and decode servers of several engine cores that are balanced from outside, or pass "
+                "KV on over a file system, are not modelled",
                 where=f"{scenario.source}: engine.data_parallel_size",
                 fix="Let their own API servers balance, and use NixlConnector.",
             )

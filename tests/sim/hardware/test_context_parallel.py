@@ -101,8 +101,7 @@ def test_prompts_gather_older_latents_and_grouped_queries() -> None:
     attention exchanges all tokens of a step as soon as one request in it has KV."""
     chunk, size = Step(chunks=((1000, 30_000),)), 61 * 30_000 * 7 / 8 * 576 * 2
     found = [
-        step_time("Kimi-K2.5", 8, context_ranks=each).breakdown(chunk)["attention_prefill"]
-        for each in (1, 8)
+        step_time("Kimi-K2.5", 8, context_ranks=each).breakdown(chunk)["attention_prefill"] for each in (1, 8)
     ]
     assert found[1] - found[0] == pytest.approx(size / (450e9 / 2))
     grouped = step_time("Qwen3-235B-A22B", 8, context_ranks=2)

@@ -96,8 +96,8 @@ def test_dense_ranks_have_adapters_stages_and_host_memory_of_their_own() -> None
 
 
 def test_a_router_keeps_adapters_apart(tmp_path: Path) -> None:
-    """Two replicas with a slot each, two adapters: while a replica has requests of one, it has no room for the
-    other (1 + 1 < 1 is false), so that an adapter's requests go where it is, and none waits for the slot."""
+    """Two replicas with a slot each, two adapters: while a replica has requests of one, it has no room for
+    the other (1 + 1 < 1 is false), so that an adapter's requests go where it is, and wait for no slot."""
     file = tmp_path / "epp.yaml"
     file.write_text(EPP.replace("PREFIX", "lora-affinity-scorer").replace("weight: 2", "weight: 3"))
     lora = DENSE | {"workload.lora_traffic_split": {"a": 0.5, "b": 0.5}, "fleet.replicas": 2}
