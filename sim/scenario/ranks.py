@@ -162,10 +162,7 @@ def context_ranks(flags: EngineFlags, release: str, model: ModelShape, gpu: GPU,
         raise _refused(what, where, name, "Use a size that divides it")
     kinds = {mixer.kind for mixer in model.layer_kinds}
     if len(kinds) > 1 or not kinds <= {"full", "mla"}:
-        what, fix = (
-            f"decode context parallelism of {model.name}, whose layers are not all alike",
-            "Leave it out",
-        )
+        what, fix = f"context-parallel ranks of {model.name}, whose layers are not all alike", "Leave it out"
         if kinds & {"sliding", "chunked"} or not since(release, _MIXED_GROUPS_SINCE):
             raise _refused(what, where, name, fix)
         raise InputError(f"{what} or of other kinds, is not modelled", where=f"{where}.{name}", fix=f"{fix}.")
@@ -221,8 +218,8 @@ def notes(flags: EngineFlags) -> list[str]:
         said.append(f"all {flags.data_parallel_size} data-parallel ranks are simulated, not one node's alone")
     if flags.decode_context_parallel_size > 1:
         said.append(
-            "decode context parallelism: what its ranks exchange is timed by collectives, on no server, and the "
-            "error bands are wider for it"
+            "decode context parallelism: what its ranks exchange is timed by collectives, on no server, and "
+            "the error bands are wider for it"
         )
     if flags.data_parallel_size > 1 and flags.data_parallel_backend == "ray":
         said.append("data_parallel_backend ray is simulated as mp")
