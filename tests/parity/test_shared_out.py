@@ -14,7 +14,7 @@ from decisions import record_all
 from servecast.validate.parity.parity import Recorded, compare
 from servecast.validate.parity.scenarios import shared_out_scenarios
 
-VERSIONS = {"0.20": 15, "0.23": 25, "0.32": 40, "0.33": 25}
+VERSIONS = {"0.20": 8, "0.23": 12, "0.32": 20, "0.33": 12}
 
 
 @pytest.fixture(scope="module")

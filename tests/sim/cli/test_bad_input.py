@@ -364,7 +364,7 @@ CASES = [
         "flag that is not modelled",
         "vllm serve m --prefill-context-parallel-size 2",
         "--prefill-context-parallel-size cannot be simulated",
-        "Context parallelism is not modelled.",
+        "Context parallelism of prompts is not modelled.",
     ),
     command(
         "another command",
