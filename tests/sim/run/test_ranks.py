@@ -161,6 +161,8 @@ def test_what_is_bought_are_the_gpus_of_all_ranks() -> None:
         *("TP2 DP2 expert_parallel=on", "TP2 DP2 expert_parallel=off"),
     ]
     assert [each.scenario.engine.gpus for each in found] == [2, 2, 4, 4]
+    shared = Choices(tensor_parallel=8, decode_context_parallel=(1, 2)).of(scenario)
+    assert [str(each) for each in shared] == ["TP8 DCP1", "TP8 DCP2"]
 
 
 @pytest.mark.parametrize(
