@@ -63,7 +63,8 @@ class Choices:
     Attributes:
         gpus: names of the catalogue, or files that describe one. A single choice need not be in a list.
         tensor_parallel: GPUs of an engine core, or of each of its stages. pipeline_parallel: stages.
-            decode_context_parallel: of the GPUs those that share out KV. data_parallel: engine cores of a replica, which then has as many times the GPUs.
+            decode_context_parallel: of the GPUs those that share out KV. data_parallel: engine cores of a
+            replica, which then has as many times the GPUs.
             expert_parallel: "on" and "off".
         replicas: replicas that are simulated together behind the router, and bought together.
         max_num_seqs, max_num_batched_tokens: values of the flags.

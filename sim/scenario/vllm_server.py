@@ -255,7 +255,7 @@ class Vllm:
             speculation=speculation,
             data_parallel=cores,
             use_v2_model_runner=runs_on_v2(model, release.rules),
-            max_loras=lora(flags, model, where)[1],
+            max_loras=lora(flags, release.rules, model, where)[1],
             **defaults
             | ({} if overlaps is None else {"async_scheduling": overlaps})
             | ({} if alone and _keeps_prefills_apart(release.rules) else {"prefill_schedule_interval": 1}),
@@ -272,7 +272,7 @@ class Vllm:
                 max_capture_size=flags.max_cudagraph_capture_size,
                 drafts=_drafts(config.speculation),
             )
-        rank, slots = lora(flags, model, "engine")
+        rank, slots = lora(flags, config.version, model, "engine")
         asked = {"auto": model.kv_bytes_each, "bfloat16": 2, "float16": 2}
         return Shard(
             model,

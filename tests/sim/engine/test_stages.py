@@ -13,6 +13,7 @@ from places import DATA
 
 from servecast.sim.engine.config import EngineConfig
 from servecast.sim.engine.engine_loop import IDLE, EngineLoop
+from servecast.sim.engine.held_costs import AdapterCache
 from servecast.sim.engine.pipeline import Pipeline
 from servecast.sim.engine.pipeline_rules import max_concurrent_batches
 from servecast.sim.engine.request import Request, Requests, content_of_adapter
@@ -188,7 +189,13 @@ def stage(seconds: float, token_s: float = 0.0) -> StepCosts:
 
 
 def timed(
-    requests: list[Request], stages: list[float], hand_over: float = 0.0, *, v2: bool = False, **flags: Any
+    requests: list[Request],
+    stages: list[float],
+    hand_over: float = 0.0,
+    *,
+    v2: bool = False,
+    caches: tuple[AdapterCache, ...] | None = None,
+    **flags: Any,
 ) -> tuple[np.ndarray[Any, Any], EngineLoop]:
     """Outcomes (by ``engine_loop.OUTCOMES``) and the loop of requests that all come at once."""
     made = config(
@@ -205,6 +212,7 @@ def timed(
     ways = (lambda tokens: hand_over,) * (len(stages) - 1)
     stride = scheduler.stride if made.async_scheduling else 0
     loop.use(Pipeline(tuple(stage(seconds) for seconds in stages), ways, stride))
+    loop.adapter_cache = caches
     outcomes = np.full((8, len(requests)), -1, np.int64)
     loop.load(Requests.of(requests), outcomes)
     loop.inbox.extend((0, row) for row in range(len(requests)))
@@ -239,6 +247,15 @@ def test_decodes_fill_the_stages_in_turn(stages: tuple[float, ...], v2: bool) ->
     assert decoding == pytest.approx(np.full(p, 100 * period), rel=0.01)
     gaps = loop.gap_columns
     assert np.average(gaps[1], weights=gaps[2]) == pytest.approx(period, rel=0.01)
+
+
+def test_each_stage_loads_its_layers_of_an_adapter_when_its_step_comes() -> None:
+    """Half a second from disk on each stage, an eighth and a quarter into the slot: 0.25 + 0.625, then 0.25 +
+    0.75 for the first token, and half a second for each of two more."""
+    caches = (AdapterCache(1, 1, 0.5, 0.125), AdapterCache(1, 1, 0.5, 0.25))
+    requests = [Request(0, 0.0, 4, 3, 3, adapter=1)]
+    outcomes, _ = timed(requests, [0.25, 0.25], caches=caches, max_loras=1, version="0.33")
+    assert outcomes[4:6, 0].tolist() == [1.875, 2.875]
 
 
 def test_model_runner_v1_overlaps_no_decodes_asynchronously() -> None:

@@ -83,6 +83,7 @@ def test_dense_ranks_have_adapters_stages_and_host_memory_of_their_own() -> None
     for flags, more in (
         (adapters, split),
         ({"pipeline_parallel_size": 2}, {}),
+        (adapters | {"pipeline_parallel_size": 2, "version": "0.33"}, split),
         ({"kv_offloading_size": 4.0, "num_gpu_blocks_override": 400, "max_model_len": 4096}, {}),
     ):
         ranks = run(of(DENSE | more, data_parallel_size=2, **flags))

@@ -68,7 +68,10 @@ def test_flags_of_a_command() -> None:
         ({"engine.max_loras": 2}, "max_loras without enable_lora"),
         ({"engine.enable_lora": True, "engine.max_lora_rank": 10}, "max_lora_rank 10"),
         ({"engine.enable_lora": True, "engine.max_loras": 4, "engine.max_cpu_loras": 2}, "max_cpu_loras 2"),
-        ({"engine.enable_lora": True, "engine.pipeline_parallel_size": 2}, "LoRA adapters over pipeline"),
+        (
+            {"engine.enable_lora": True, "engine.pipeline_parallel_size": 2},
+            "may put more adapters into a step",
+        ),
         ({"workload.lora_traffic_split": {"a": 0.5}}, "the server has none"),
         (
             {
