@@ -79,6 +79,7 @@ def fit_kernel_tables(folder: str | Path, gpu: GPU) -> GpuConstants:
         prompts=attention[0],
         decodes=attention[1],
         experts=experts,
+        cutlass_experts=_experts(tables, cutlass=True),
         latent_prompts=latent[0],
         latent_decodes=latent[1],
         sparse_prompts=sparse[0],
@@ -220,36 +221,50 @@ def _attention_columns(rows: pd.DataFrame) -> tuple[Floats, Floats, Floats, Floa
     return batch, length, heads, kv_heads, length + rows["step"].to_numpy(float)
 
 
-def _experts(tables: KernelTables) -> dict[Any, Experts]:
-    gpu = tables.gpu
+def _experts(tables: KernelTables, *, cutlass: bool = False) -> dict[Any, Experts]:
+    """Of experts on one rank of experts; or of whole ones on one of several, by FlashInfer's CUTLASS, evenly used,
+    since chance and skew are counted elsewhere."""
+    gpu, least, most = tables.gpu, [0.02, 0.05, 0, 0, 0], [1, 1, 2e-4, 5, 1e-5 if cutlass else 1e-18]
     sizes = ("num_tokens", "hidden_size", "inter_size", "topk", "num_experts", "moe_tp_size", "moe_ep_size")
-    rows = tables.read("moe", "moe_perf", ("moe_dtype", "distribution", *sizes))
-    rows = rows[(rows["distribution"] == "power_law_1.01") & (rows["moe_ep_size"] == 1)]
+    rows = tables.read("moe", "moe_perf", ("moe_dtype", "distribution", *sizes), optional=("kernel_source",))
+    if cutlass:
+        source = rows.get("kernel_source", pd.Series("", rows.index))
+        rows = rows[source.str.contains("fp8moe_flashinfer_cutlass") & (rows["distribution"] == "balanced")]
+        rows = rows[(rows["moe_ep_size"] > 1) & (rows["num_experts"] >= 8 * rows["moe_ep_size"])]
+    else:
+        rows = rows[(rows["distribution"] == "power_law_1.01") & (rows["moe_ep_size"] == 1)]
     rows = rows[(rows["moe_tp_size"] <= 8) & (rows["num_tokens"] <= 8192)]
     found: dict[Any, Experts] = {}
     for name, dtype in EXPERTS.items():
         part = rows[rows["moe_dtype"] == name]
         if len(part) < LEAST_ROWS or (peak := gpu.peak_flops(dtype)) is None:
             continue
-        tokens, hidden, width, chosen, experts, ranks, _ = (part[size].to_numpy(float) for size in sizes)
-        width = width / ranks
+        tokens, hidden, width, chosen, experts, ranks, parts = (part[size].to_numpy(float) for size in sizes)
+        width, sent, held = width / ranks, tokens * chosen / parts, experts / parts
         touched = experts * (1 - np.power(1 - chosen / experts, tokens))
-        compute = 6 * tokens * chosen * hidden * width / peak
+        if cutlass:
+            touched = np.minimum(held, np.ceil(sent))
+        compute = 6 * sent * hidden * width / peak
         memory = touched * 3 * hidden * width * BYTES[dtype] / gpu.bandwidth
-        moved = 2 * tokens * chosen * (2 * hidden + 3 * width) / gpu.bandwidth
+        moved = 2 * sent * (2 * hidden + 3 * width) / gpu.bandwidth
 
         def equation(
-            x: Sequence[float], compute: Floats = compute, memory: Floats = memory, moved: Floats = moved
+            x: Sequence[float],
+            compute: Floats = compute,
+            memory: Floats = memory,
+            moved: Floats = moved,
+            held: Floats = held,
         ) -> Floats:
-            return np.asarray(x[2] + compute / x[0] + memory / x[1] + x[3] * moved)
+            return np.asarray(x[2] + x[4] * held + compute / x[0] + memory / x[1] + x[3] * moved)
 
         values, kept = _timings(part, "num_tokens", (1, 2, 17, 65, 257, 1025, 2049, 8193)).fit(
-            equation, (0.5, 0.9, 3e-5, 1.0), (0.02, 0.05, 0, 0), (1, 1, 2e-4, 5)
+            equation, (0.5, 0.9, 3e-5, 1.0, most[4] / 2), least, most
         )
         found[dtype] = Experts(
             compute=values[0],
             bandwidth=values[1],
             floor_s=values[2],
+            expert_s=values[4] if cutlass else 0.0,
             activation_passes=values[3],
             residuals=kept,
         )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 BACKENDS = ("allgather_reducescatter", "deepep_high_throughput", "deepep_low_latency")
 """Of ``--all2all-backend`` those whose times are known."""
 FALLS_BACK = {"naive": BACKENDS[0], "pplx": BACKENDS[0]}
 """What vLLM has no more, and takes instead (ParallelConfig)."""
 BLOCK = 128  # rows to which DeepGEMM's contiguous layout pads each expert's tokens
+Kernel = Literal["triton", "deep_gemm", "cutlass"]  # the last is FlashInfer's
 TOP_K_BYTES = 8  # a weight in fp32 and an id in int32 for each expert that a token is sent to
 
 
@@ -26,7 +28,7 @@ class ExpertRanks:
         redundant: copies of experts more, on all ranks together (EPLB).
         rebalanced_every: steps from one rearrangement of EPLB to the next; 0: no EPLB.
         rebalanced_behind: the weights move while steps run.
-        blocks: fp8 experts with scales of blocks are multiplied by DeepGEMM in whole blocks of rows, on Hopper.
+        kernel: that multiplies fp8 experts with scales of blocks on Hopper.
     """
 
     tensor: int = 1
@@ -36,7 +38,7 @@ class ExpertRanks:
     redundant: int = 0
     rebalanced_every: int = 0
     rebalanced_behind: bool = True
-    blocks: bool = False
+    kernel: Kernel = "triton"
 
     @property
     def ranks(self) -> int:

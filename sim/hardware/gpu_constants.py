@@ -115,12 +115,14 @@ class Experts(_Strict):
 
     Seconds: floor + FLOPs over the peak times ``compute`` + bytes of the experts that are touched over the
     bandwidth times ``bandwidth`` + bytes of the activations of every expert that a token is sent to over the
-    bandwidth, times ``activation_passes``. Reading and multiplying do not overlap.
+    bandwidth, times ``activation_passes``. Reading and multiplying do not overlap. ``expert_s``: what the floor
+    grows by for each expert on the rank.
     """
 
     compute: Share
     bandwidth: Share
     floor_s: Seconds
+    expert_s: Seconds = 0.0
     activation_passes: Passes
     residuals: Residuals | None = None
 
@@ -212,7 +214,8 @@ class GpuConstants(_Strict):
     Attributes:
         gpu: its name in the catalogue. source: of the timings. release: the vLLM whose kernels they time.
         small_kernel_s: one of the small kernels of a layer (norm, rotary, activation).
-        products, experts: by the weights' dtype. prompts, decodes: by the KV cache's, as latent and sparse
+        products, experts: by the weights' dtype. cutlass_experts: the same of experts by FlashInfer's CUTLASS,
+            which vLLM takes for fp8 in blocks on Hopper where ranks have whole ones. prompts, decodes: by the KV cache's, as latent and sparse
             attention and the indexer of the latter. states: by kind. all_reduce: by ranks, as all_gather and
         reduce_scatter, by the bytes of all ranks. exchanges: by ``--all2all-backend``.
         compute_factor: by which shares of the peak FLOP/s were scaled for another GPU; not in files.
@@ -227,6 +230,7 @@ class GpuConstants(_Strict):
     prompts: dict[KvDtype, PromptAttention]
     decodes: dict[KvDtype, DecodeAttention]
     experts: dict[WeightDtype, Experts] = {}
+    cutlass_experts: dict[WeightDtype, Experts] = {}
     latent_prompts: dict[KvDtype, PromptAttention] = {}
     latent_decodes: dict[KvDtype, DecodeAttention] = {}
     sparse_prompts: dict[KvDtype, PromptAttention] = {}
@@ -279,6 +283,7 @@ class GpuConstants(_Strict):
             ("prompts", self.prompts),
             ("decodes", self.decodes),
             ("experts", self.experts),
+            ("experts by CUTLASS", self.cutlass_experts),
             ("latent prompts", self.latent_prompts),
             ("latent decodes", self.latent_decodes),
             ("sparse prompts", self.sparse_prompts),
@@ -302,7 +307,7 @@ class GpuConstants(_Strict):
                 for key, each in known.items()
             }
 
-        names = ("products", "prompts", "experts", "latent_prompts", "sparse_prompts")
+        names = ("products", "prompts", "experts", "cutlass_experts", "latent_prompts", "sparse_prompts")
         kinds = {name: of(getattr(self, name)) for name in names}
         return self.model_copy(update=kinds | {"compute_factor": factor})
 
@@ -328,15 +333,18 @@ class GpuConstants(_Strict):
             },
         )
         if shard.model.moe_layers:
-            routed = _of(self.experts, shard.expert_kernel, self.gpu, "experts")
+            known = self.experts
+            if shard.routed_by == "cutlass" and self.cutlass_experts:
+                known = self.cutlass_experts
+            routed = _of(known, shard.expert_kernel, self.gpu, "experts")
             costs = replace(
                 costs,
                 expert_compute=routed.compute,
                 expert_bandwidth=routed.bandwidth,
-                expert_s=routed.floor_s,
+                expert_s=routed.floor_s + routed.expert_s * shard.expert_ranks.held(shard.model.experts),
                 expert_passes=routed.activation_passes,
             )
-            if shard.blocked_experts:
+            if shard.routed_by == "deep_gemm":
                 costs = replace(costs, **DEEP_GEMM)
             costs = self._with_exchange(costs, shard)
         return Efficiencies(
@@ -416,7 +424,7 @@ class GpuConstants(_Strict):
         for dtype, known, what in kinds:
             if dtype not in known and (other := _stand_in(known, dtype)):
                 found.append(f"{what} of {dtype} as those of {other}")
-        if shard.blocked_experts:
+        if shard.routed_by == "deep_gemm":
             found.append("experts in blocks of 128 rows by DeepGEMM's published timings, as in vLLM's images")
         for mixer in shard.model.layer_kinds:
             if mixer.kind in STATES:

@@ -14,7 +14,7 @@ from functools import cached_property
 from itertools import accumulate
 
 from servecast.sim.engine.kv_groups import token_bytes
-from servecast.sim.hardware.expert_ranks import ExpertRanks
+from servecast.sim.hardware.expert_ranks import ExpertRanks, Kernel
 from servecast.sim.hardware.expert_use import fullest_rank, most_touched, touched
 from servecast.sim.hardware.gpu import GPU
 from servecast.sim.hardware.model_shape import ModelShape
@@ -198,9 +198,10 @@ class Shard:
     # -- linear layers -----------------------------------------------------------------------------
 
     @property
-    def blocked_experts(self) -> bool:
-        """Whether DeepGEMM multiplies the routed experts, in whole blocks of rows."""
-        return self.expert_ranks.blocks and self.expert_kernel == "fp8_block" and self.gpu.capability == (9, 0)
+    def routed_by(self) -> Kernel:
+        """What multiplies the routed experts where there is a choice, and "triton" where there is none."""
+        choice = self.expert_kernel == "fp8_block" and self.gpu.capability == (9, 0)
+        return self.expert_ranks.kernel if choice else "triton"
 
     @property
     def linear_kernel(self) -> str:
@@ -292,7 +293,7 @@ class Shard:
     def expert_flops(self, tokens: int) -> float:
         """FLOPs of the experts that ``tokens`` tokens are sent to, all layers; on the fullest rank. In blocks
         of all rows that are computed, with what a product of DeepGEMM takes beside its columns."""
-        if self.blocked_experts:
+        if self.routed_by == "deep_gemm":
             model, width = self.model, self._expert_width
             into = (model.mlp_products - 1) * width * (self._expert_input + DEEP_GEMM_COLUMNS)
             return 2.0 * self._block_rows(tokens) * (into + self._expert_input * (width + DEEP_GEMM_COLUMNS))
@@ -319,7 +320,7 @@ class Shard:
         fullest rank. In blocks the activation and the quantisation behind it: gate and up are read, their
         product is written, read and written in eight bits. What products move is in their time."""
         model = self.model
-        if self.blocked_experts:
+        if self.routed_by == "deep_gemm":
             numbers = (model.mlp_products + 1) * model.dtype_bytes + 1
             return self._block_rows(tokens) * self._expert_width * float(numbers)
         width = 2 * self._expert_input + model.mlp_products * self._expert_width

@@ -6,7 +6,7 @@ from typing import Any
 
 from servecast.sim.engine.data_parallel import DataParallel, balancing_of, sync_interval_of
 from servecast.sim.engine.rules import since
-from servecast.sim.hardware.expert_ranks import BACKENDS, FALLS_BACK, ExpertRanks
+from servecast.sim.hardware.expert_ranks import BACKENDS, FALLS_BACK, ExpertRanks, Kernel
 from servecast.sim.hardware.model_shape import ModelShape
 from servecast.sim.hardware.shard import release as numbers
 from servecast.sim.inputs.errors import InputError
@@ -14,7 +14,6 @@ from servecast.sim.scenario.engine_flags import EngineFlags
 
 _EXTERNAL_REFUSED_SINCE = "0.21"  # external balancing of a dense model
 _ASYNC_EPLB_SINCE = "0.23"  # EPLBConfig.use_async by default
-_DEEP_GEMM = (0, 12), (0, 16)  # from and before: releases that multiply fp8 experts by DeepGEMM on Hopper
 _COMMON_CADENCE_SINCE = "0.24"  # --prefill-schedule-interval of cores in lockstep
 
 
@@ -142,21 +141,24 @@ def expert_ranks(flags: EngineFlags, release: str, model: ModelShape, where: str
         if flags.enable_eplb
         else 0,
         rebalanced_behind=use_async,
-        blocks=_in_blocks(flags, whole=whole, ranks=ranks),
+        kernel=_expert_kernel(flags, whole=whole, ranks=ranks),
     )
 
 
-def _in_blocks(flags: EngineFlags, *, whole: bool, ranks: int) -> bool:
-    """Whether vLLM takes DeepGEMM for fp8 experts on Hopper, at every number of tokens.
+def _expert_kernel(flags: EngineFlags, *, whole: bool, ranks: int) -> Kernel:
+    """What vLLM's images multiply fp8 experts with scales of blocks by, on Hopper.
 
-    From 0.12 to 0.15 it is the first choice unless each expert is split over eight ranks or more
-    (quantization/fp8.py, later fused_moe/oracle/fp8.py: get_fp8_moe_backend; TritonOrDeepGemmExperts.apply: with
-    E8M0 scales, on by default, batches of under 128 tokens, too). DeepEP tells what each expert gets, or has
-    another layout.
+    From 0.12 to 0.15 DeepGEMM, unless each expert is split over eight ranks or more (quantization/fp8.py, later
+    fused_moe/oracle/fp8.py: get_fp8_moe_backend), at every number of tokens, since its scales are powers of two
+    by default (TritonOrDeepGemmExperts.apply). In 0.16 FlashInfer's CUTLASS, from 0.17 on for whole experts only
+    (oracle/fp8.py: select_fp8_moe_backend, _get_priority_backends). Behind DeepEP as before: not known.
     """
-    known = whole and flags.data_parallel_size > 1 and flags.all2all_backend.startswith("deepep")
-    first, behind = _DEEP_GEMM
-    return first <= numbers(flags.version) < behind and (whole or ranks < 8) and not known
+    release = numbers(flags.version)
+    if whole and flags.data_parallel_size > 1 and flags.all2all_backend.startswith("deepep"):
+        return "triton"
+    if (0, 12) <= release < (0, 16):
+        return "deep_gemm" if whole or ranks < 8 else "triton"
+    return "cutlass" if release == (0, 16) or (whole and release > (0, 16)) else "triton"
 
 
 def notes(flags: EngineFlags) -> list[str]:
