@@ -222,8 +222,8 @@ def _attention_columns(rows: pd.DataFrame) -> tuple[Floats, Floats, Floats, Floa
 
 
 def _experts(tables: KernelTables, *, cutlass: bool = False) -> dict[Any, Experts]:
-    """Of experts on one rank of experts; or of whole ones on one of several, by FlashInfer's CUTLASS, evenly used,
-    since chance and skew are counted elsewhere."""
+    """Of experts on one rank; or of whole ones on one of several, by FlashInfer's CUTLASS, evenly used, since
+    chance and skew are counted elsewhere."""
     gpu, least, most = tables.gpu, [0.02, 0.05, 0, 0, 0], [1, 1, 2e-4, 5, 1e-5 if cutlass else 1e-18]
     sizes = ("num_tokens", "hidden_size", "inter_size", "topk", "num_experts", "moe_tp_size", "moe_ep_size")
     rows = tables.read("moe", "moe_perf", ("moe_dtype", "distribution", *sizes), optional=("kernel_source",))

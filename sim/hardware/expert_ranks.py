@@ -28,6 +28,7 @@ class ExpertRanks:
         redundant: copies of experts more, on all ranks together (EPLB).
         rebalanced_every: steps from one rearrangement of EPLB to the next; 0: no EPLB.
         rebalanced_behind: the weights move while steps run.
+        padded_alike: without a CUDA graph, too, all cores compute as many tokens as the one with most.
         kernel: that multiplies fp8 experts with scales of blocks on Hopper.
     """
 
@@ -38,6 +39,7 @@ class ExpertRanks:
     redundant: int = 0
     rebalanced_every: int = 0
     rebalanced_behind: bool = True
+    padded_alike: bool = False
     kernel: Kernel = "triton"
 
     @property

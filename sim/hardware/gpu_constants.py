@@ -115,8 +115,8 @@ class Experts(_Strict):
 
     Seconds: floor + FLOPs over the peak times ``compute`` + bytes of the experts that are touched over the
     bandwidth times ``bandwidth`` + bytes of the activations of every expert that a token is sent to over the
-    bandwidth, times ``activation_passes``. Reading and multiplying do not overlap. ``expert_s``: what the floor
-    grows by for each expert on the rank.
+    bandwidth, times ``activation_passes``. Reading and multiplying do not overlap. ``expert_s``: what the
+    floor grows by for each expert on the rank.
     """
 
     compute: Share
@@ -190,9 +190,9 @@ STAND_INS: Mapping[str, tuple[WeightDtype, ...]] = {
     "mxfp4_mxfp8": ("mxfp4", "int4"),
     "int8": ("bf16",),
 }
-# DeepGEMM's grouped products on Hopper: share of the fp8 peak, of the bandwidth, and how both overlap, fitted with
-# shard.DEEP_GEMM_COLUMNS to the ten grouped shapes of its own table of an H800 (README of deepseek-ai/DeepGEMM at
-# a6d97a1), each met within 9 %. The table's layout of whole blocks is vLLM's
+# DeepGEMM's grouped products on Hopper: shares of the fp8 peak and of the bandwidth, and how both overlap,
+# fitted with shard.DEEP_GEMM_COLUMNS to the ten grouped shapes of its own table of an H800 (README of
+# deepseek-ai/DeepGEMM at a6d97a1), each met within 9 %
 DEEP_GEMM = {"expert_compute": 0.717, "expert_bandwidth": 0.9, "expert_overlap": 1.52, "expert_passes": 1.0}
 _STATES: Mapping[str, StateKind] = {"gdn": "gdn", "kda": "kda", "mamba2": "gdn"}  # whose timings stand for it
 # latent attention where it was not timed: kernels in the place of one, as the floors on Hopper compare; an
@@ -214,10 +214,10 @@ class GpuConstants(_Strict):
     Attributes:
         gpu: its name in the catalogue. source: of the timings. release: the vLLM whose kernels they time.
         small_kernel_s: one of the small kernels of a layer (norm, rotary, activation).
-        products, experts: by the weights' dtype. cutlass_experts: the same of experts by FlashInfer's CUTLASS,
-            which vLLM takes for fp8 in blocks on Hopper where ranks have whole ones. prompts, decodes: by the KV cache's, as latent and sparse
-            attention and the indexer of the latter. states: by kind. all_reduce: by ranks, as all_gather and
-        reduce_scatter, by the bytes of all ranks. exchanges: by ``--all2all-backend``.
+        products, experts: by the weights' dtype. cutlass_experts: whole ones on each rank, by FlashInfer's
+            CUTLASS. prompts, decodes: by the KV cache's dtype, as latent and sparse attention and the indexer
+            of the latter. states: by kind. all_reduce: by ranks, as all_gather and reduce_scatter, by the
+            bytes of all ranks. exchanges: by ``--all2all-backend``.
         compute_factor: by which shares of the peak FLOP/s were scaled for another GPU; not in files.
     """
 

@@ -14,6 +14,10 @@ from servecast.sim.scenario.engine_flags import EngineFlags
 
 _EXTERNAL_REFUSED_SINCE = "0.21"  # external balancing of a dense model
 _ASYNC_EPLB_SINCE = "0.23"  # EPLBConfig.use_async by default
+_PADS_BY_STEP_SINCE = (
+    0,
+    17,
+)  # before, with CUDA graphs, steps without one are padded, too (allow_dp_padding)
 _COMMON_CADENCE_SINCE = "0.24"  # --prefill-schedule-interval of cores in lockstep
 
 
@@ -141,6 +145,7 @@ def expert_ranks(flags: EngineFlags, release: str, model: ModelShape, where: str
         if flags.enable_eplb
         else 0,
         rebalanced_behind=use_async,
+        padded_alike=numbers(flags.version) < _PADS_BY_STEP_SINCE,
         kernel=_expert_kernel(flags, whole=whole, ranks=ranks),
     )
 
@@ -148,10 +153,10 @@ def expert_ranks(flags: EngineFlags, release: str, model: ModelShape, where: str
 def _expert_kernel(flags: EngineFlags, *, whole: bool, ranks: int) -> Kernel:
     """What vLLM's images multiply fp8 experts with scales of blocks by, on Hopper.
 
-    From 0.12 to 0.15 DeepGEMM, unless each expert is split over eight ranks or more (quantization/fp8.py, later
-    fused_moe/oracle/fp8.py: get_fp8_moe_backend), at every number of tokens, since its scales are powers of two
-    by default (TritonOrDeepGemmExperts.apply). In 0.16 FlashInfer's CUTLASS, from 0.17 on for whole experts only
-    (oracle/fp8.py: select_fp8_moe_backend, _get_priority_backends). Behind DeepEP as before: not known.
+    From 0.12 to 0.15 DeepGEMM, unless each expert is split over eight ranks or more (quantization/fp8.py,
+    later fused_moe/oracle/fp8.py: get_fp8_moe_backend), at every number of tokens, since its scales are powers
+    of two by default (TritonOrDeepGemmExperts.apply). In 0.16 FlashInfer's CUTLASS, from 0.17 on for whole
+    experts only (select_fp8_moe_backend, _get_priority_backends). Behind DeepEP Triton stands for all.
     """
     release = numbers(flags.version)
     if whole and flags.data_parallel_size > 1 and flags.all2all_backend.startswith("deepep"):

@@ -308,11 +308,12 @@ class PhysicalStepTime:
 
         Returns:
             What each computes: if there is a graph for all of them, they all run that of the largest, else
-            none does (``dp_utils._synchronize_dp_ranks``). Seconds of the layers of experts, and whether
-            there was a graph.
+            none does (``dp_utils._synchronize_dp_ranks``), and releases of ``padded_alike`` pad all to the
+            largest nevertheless. Seconds of the layers of experts, and whether there was a graph.
         """
         graphed = max(tokens) <= self._graphed
-        computed = [self.shard.padded(max(tokens))] * len(tokens) if graphed else list(tokens)
+        alike = graphed or (self._graphed > 0 and self._spread.padded_alike)
+        computed = [self.shard.padded(max(tokens))] * len(tokens) if alike else list(tokens)
         key = sum(computed), max(computed)
         seconds = self._by_cores.get(key)
         if seconds is None:
