@@ -79,7 +79,8 @@ def fit_kernel_tables(folder: str | Path, gpu: GPU) -> GpuConstants:
         prompts=attention[0],
         decodes=attention[1],
         experts=experts,
-        cutlass_experts=_experts(tables, cutlass=True),
+        cutlass_experts=_experts(tables, "fp8moe_flashinfer_cutlass"),
+        marlin_experts=_experts(tables, "marlin"),
         latent_prompts=latent[0],
         latent_decodes=latent[1],
         sparse_prompts=sparse[0],
@@ -221,18 +222,23 @@ def _attention_columns(rows: pd.DataFrame) -> tuple[Floats, Floats, Floats, Floa
     return batch, length, heads, kv_heads, length + rows["step"].to_numpy(float)
 
 
-def _experts(tables: KernelTables, *, cutlass: bool = False) -> dict[Any, Experts]:
-    """Of experts on one rank; or of whole ones on one of several, by FlashInfer's CUTLASS, evenly used, since
-    chance and skew are counted elsewhere."""
-    gpu, least, most = tables.gpu, [0.02, 0.05, 0, 0, 0], [1, 1, 2e-4, 5, 1e-5 if cutlass else 1e-18]
+def _experts(tables: KernelTables, kernel: str = "") -> dict[Any, Experts]:
+    """Of experts on one rank. By a kernel whose source is so named: with a floor that grows with the experts;
+    CUTLASS's are whole ones on one of several ranks, evenly used, since chance and skew are counted elsewhere;
+    Marlin's are of four bits, in any format."""
+    gpu, least, most = tables.gpu, [0.02, 0.05, 0, 0, 0], [1, 1, 2e-4, 5, 1e-5 if kernel else 1e-18]
     sizes = ("num_tokens", "hidden_size", "inter_size", "topk", "num_experts", "moe_tp_size", "moe_ep_size")
     rows = tables.read("moe", "moe_perf", ("moe_dtype", "distribution", *sizes), optional=("kernel_source",))
-    if cutlass:
-        source = rows.get("kernel_source", pd.Series("", rows.index))
-        rows = rows[source.str.contains("fp8moe_flashinfer_cutlass") & (rows["distribution"] == "balanced")]
-        rows = rows[(rows["moe_ep_size"] > 1) & (rows["num_experts"] >= 8 * rows["moe_ep_size"])]
+    if kernel:
+        rows = rows[rows.get("kernel_source", pd.Series("", rows.index)).str.contains(kernel)]
+    whole, marlin = "cutlass" in kernel, kernel == "marlin"
+    if whole:
+        rows = rows[(rows["distribution"] == "balanced") & (rows["moe_ep_size"] > 1)]
+        rows = rows[rows["num_experts"] >= 8 * rows["moe_ep_size"]]
     else:
         rows = rows[(rows["distribution"] == "power_law_1.01") & (rows["moe_ep_size"] == 1)]
+    if marlin:
+        rows = rows.assign(moe_dtype="int4_wo")
     rows = rows[(rows["moe_tp_size"] <= 8) & (rows["num_tokens"] <= 8192)]
     found: dict[Any, Experts] = {}
     for name, dtype in EXPERTS.items():
@@ -242,7 +248,7 @@ def _experts(tables: KernelTables, *, cutlass: bool = False) -> dict[Any, Expert
         tokens, hidden, width, chosen, experts, ranks, parts = (part[size].to_numpy(float) for size in sizes)
         width, sent, held = width / ranks, tokens * chosen / parts, experts / parts
         touched = experts * (1 - np.power(1 - chosen / experts, tokens))
-        if cutlass:
+        if whole:
             touched = np.minimum(held, np.ceil(sent))
         compute = 6 * sent * hidden * width / peak
         memory = touched * 3 * hidden * width * BYTES[dtype] / gpu.bandwidth
@@ -264,7 +270,7 @@ def _experts(tables: KernelTables, *, cutlass: bool = False) -> dict[Any, Expert
             compute=values[0],
             bandwidth=values[1],
             floor_s=values[2],
-            expert_s=values[4] if cutlass else 0.0,
+            expert_s=values[4] if kernel else 0.0,
             activation_passes=values[3],
             residuals=kept,
         )

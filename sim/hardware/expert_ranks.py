@@ -10,7 +10,7 @@ BACKENDS = ("allgather_reducescatter", "deepep_high_throughput", "deepep_low_lat
 FALLS_BACK = {"naive": BACKENDS[0], "pplx": BACKENDS[0]}
 """What vLLM has no more, and takes instead (ParallelConfig)."""
 BLOCK = 128  # rows to which DeepGEMM's contiguous layout pads each expert's tokens
-Kernel = Literal["triton", "deep_gemm", "cutlass"]  # the last is FlashInfer's
+Kernel = Literal["triton", "deep_gemm", "cutlass", "marlin"]  # CUTLASS is FlashInfer's
 TOP_K_BYTES = 8  # a weight in fp32 and an id in int32 for each expert that a token is sent to
 
 
@@ -29,7 +29,7 @@ class ExpertRanks:
         rebalanced_every: steps from one rearrangement of EPLB to the next; 0: no EPLB.
         rebalanced_behind: the weights move while steps run.
         padded_alike: without a CUDA graph, too, all cores compute as many tokens as the one with most.
-        kernel: that multiplies fp8 experts with scales of blocks on Hopper.
+        kernel: that multiplies fp8 experts with scales of blocks on Hopper; Marlin, those of other formats, too.
     """
 
     tensor: int = 1

@@ -215,7 +215,7 @@ class GpuConstants(_Strict):
         gpu: its name in the catalogue. source: of the timings. release: the vLLM whose kernels they time.
         small_kernel_s: one of the small kernels of a layer (norm, rotary, activation).
         products, experts: by the weights' dtype. cutlass_experts: whole ones on each rank, by FlashInfer's
-            CUTLASS. prompts, decodes: by the KV cache's dtype, as latent and sparse attention and the indexer
+            CUTLASS. marlin_experts: of four bits, of any format. prompts, decodes: by the KV cache's dtype, as latent and sparse attention and the indexer
             of the latter. states: by kind. all_reduce: by ranks, as all_gather and reduce_scatter, by the
             bytes of all ranks. exchanges: by ``--all2all-backend``.
         compute_factor: by which shares of the peak FLOP/s were scaled for another GPU; not in files.
@@ -231,6 +231,7 @@ class GpuConstants(_Strict):
     decodes: dict[KvDtype, DecodeAttention]
     experts: dict[WeightDtype, Experts] = {}
     cutlass_experts: dict[WeightDtype, Experts] = {}
+    marlin_experts: dict[WeightDtype, Experts] = {}
     latent_prompts: dict[KvDtype, PromptAttention] = {}
     latent_decodes: dict[KvDtype, DecodeAttention] = {}
     sparse_prompts: dict[KvDtype, PromptAttention] = {}
@@ -284,6 +285,7 @@ class GpuConstants(_Strict):
             ("decodes", self.decodes),
             ("experts", self.experts),
             ("experts by CUTLASS", self.cutlass_experts),
+            ("experts by Marlin", self.marlin_experts),
             ("latent prompts", self.latent_prompts),
             ("latent decodes", self.latent_decodes),
             ("sparse prompts", self.sparse_prompts),
@@ -307,7 +309,8 @@ class GpuConstants(_Strict):
                 for key, each in known.items()
             }
 
-        names = ("products", "prompts", "experts", "cutlass_experts", "latent_prompts", "sparse_prompts")
+        names = ("products", "prompts", "experts", "cutlass_experts", "marlin_experts", "latent_prompts")
+        names += ("sparse_prompts",)
         kinds = {name: of(getattr(self, name)) for name in names}
         return self.model_copy(update=kinds | {"compute_factor": factor})
 
@@ -333,9 +336,8 @@ class GpuConstants(_Strict):
             },
         )
         if shard.model.moe_layers:
-            known = self.experts
-            if shard.routed_by == "cutlass" and self.cutlass_experts:
-                known = self.cutlass_experts
+            by = {"cutlass": self.cutlass_experts, "marlin": self.marlin_experts}.get(shard.routed_by, {})
+            known = by if shard.expert_kernel in by else self.experts
             routed = _of(known, shard.expert_kernel, self.gpu, "experts")
             costs = replace(
                 costs,

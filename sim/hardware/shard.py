@@ -22,6 +22,7 @@ from servecast.sim.inputs.errors import InputError
 
 # what a product takes beside its columns, as many columns more: see gpu_constants.DEEP_GEMM
 DEEP_GEMM_COLUMNS = 692
+_BY_MARLIN = {"fp8": "bf16", "fp8_block": "bf16", "nvfp4": "int4", "mxfp4": "int4"}
 _FP32_ROUTERS = ("minimax_m2",)  # vLLM's MiniMaxM2MoE: params_dtype=torch.float32
 _FP32_SHARE = {  # compute capability -> fp32 peak of the datasheet over that of 16 bits on tensor cores
     (8, 0): 1 / 16,
@@ -200,8 +201,9 @@ class Shard:
     @property
     def routed_by(self) -> Kernel:
         """What multiplies the routed experts where there is a choice, and "triton" where there is none."""
+        kernel = self.expert_ranks.kernel
         choice = self.expert_kernel == "fp8_block" and self.gpu.capability == (9, 0)
-        return self.expert_ranks.kernel if choice else "triton"
+        return kernel if choice or kernel == "marlin" else "triton"
 
     @property
     def linear_kernel(self) -> str:
@@ -211,8 +213,11 @@ class Shard:
 
     @property
     def expert_kernel(self) -> str:
-        """The same of the routed experts."""
-        return _kernel(self.model.expert_format or self.model.quantised, self.gpu, self.model)
+        """The same of the routed experts. Marlin reads them as they are and multiplies in 16 bits."""
+        dtype = self.model.expert_format or self.model.quantised
+        if self.expert_ranks.kernel == "marlin":
+            dtype = _BY_MARLIN.get(dtype, dtype)
+        return _kernel(dtype, self.gpu, self.model)
 
     @cached_property
     def linear_peak(self) -> float:
@@ -254,12 +259,13 @@ class Shard:
     @cached_property
     def _expert_bytes_each(self) -> int | float:
         """Of a weight of the routed experts. vLLM pads those of mxfp4 for its kernels (``oracle/mxfp4.py``):
-        on Hopper gpt-oss's to 64 columns a rank, elsewhere to 128, and the hidden size to 256."""
+        on Hopper gpt-oss's to 64 columns a rank but for Marlin, elsewhere to 128, and the hidden size to 256."""
         model = self.model
         each = model.weight_bytes_each if model.expert_bytes_each is None else model.expert_bytes_each
         if model.expert_format != "mxfp4":
             return each
         triton = model.model_type == "gpt_oss" and self.gpu.capability[0] == 9
+        triton = triton and self.expert_ranks.kernel != "marlin"
         columns, rows = (64, 1) if triton else (128, 256)
         width = model.expert_intermediate_size
         width //= self.expert_ranks.split

@@ -158,7 +158,9 @@ def _expert_kernel(flags: EngineFlags, *, whole: bool, ranks: int) -> Kernel:
     of two by default (TritonOrDeepGemmExperts.apply). In 0.16 FlashInfer's CUTLASS, from 0.17 on for whole
     experts only (select_fp8_moe_backend, _get_priority_backends). Behind DeepEP Triton stands for all.
     """
-    release = numbers(flags.version)
+    release, asked = numbers(flags.version), flags.moe_backend
+    if asked != "auto":
+        return "cutlass" if asked == "flashinfer_cutlass" else asked
     if whole and flags.data_parallel_size > 1 and flags.all2all_backend.startswith("deepep"):
         return "triton"
     if (0, 12) <= release < (0, 16):

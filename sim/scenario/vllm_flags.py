@@ -180,6 +180,7 @@ _WIDENING = frozenset(
         "worker_cls",
     )
 )
+MOE_BACKENDS = ("triton", "deep_gemm", "flashinfer_cutlass", "marlin")
 _NOTHING = ("no", "0", "0.0", "", "none", "None", "null", "auto", "False", "false", "{}")
 _DEFAULTS = {  # further values that ask for nothing
     "optimization_level": "2",
@@ -232,6 +233,8 @@ def parse_serve_command(
             raise InputError(
                 f"{shown} {value} cannot be simulated", where=WHERE, fix="Only generation is modelled."
             )
+        elif name == "moe_backend" and value in MOE_BACKENDS:
+            flags[name] = value
         elif name == "lora_modules":
             flags[name] = [_adapter(each) for each in (taken or [value or ""])]
         elif name in TAKEN and flag.key:
