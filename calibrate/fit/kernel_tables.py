@@ -223,10 +223,11 @@ def _attention_columns(rows: pd.DataFrame) -> tuple[Floats, Floats, Floats, Floa
 
 
 def _experts(tables: KernelTables, kernel: str = "") -> dict[Any, Experts]:
-    """Of experts on one rank. By a kernel whose source is so named: with a floor that grows with the experts;
-    CUTLASS's are whole ones on one of several ranks, evenly used, since chance and skew are counted elsewhere;
-    Marlin's are of four bits, in any format."""
-    gpu, least, most = tables.gpu, [0.02, 0.05, 0, 0, 0], [1, 1, 2e-4, 5, 1e-5 if kernel else 1e-18]
+    """Of experts on one rank. By a kernel whose source is so named: with a floor that grows with the experts.
+    CUTLASS's are whole ones on one of several ranks, evenly used, since chance and skew are counted
+    elsewhere; Marlin's are of four bits, in any format."""
+    gpu, growth = tables.gpu, 1e-5 if kernel else 1e-18
+    least, most = (0.02, 0.05, 0, 0, 0), (1, 1, 2e-4, 5, growth)
     sizes = ("num_tokens", "hidden_size", "inter_size", "topk", "num_experts", "moe_tp_size", "moe_ep_size")
     rows = tables.read("moe", "moe_perf", ("moe_dtype", "distribution", *sizes), optional=("kernel_source",))
     if kernel:
@@ -264,7 +265,7 @@ def _experts(tables: KernelTables, kernel: str = "") -> dict[Any, Experts]:
             return np.asarray(x[2] + x[4] * held + compute / x[0] + memory / x[1] + x[3] * moved)
 
         values, kept = _timings(part, "num_tokens", (1, 2, 17, 65, 257, 1025, 2049, 8193)).fit(
-            equation, (0.5, 0.9, 3e-5, 1.0, most[4] / 2), least, most
+            equation, (0.5, 0.9, 3e-5, 1.0, growth / 2), least, most
         )
         found[dtype] = Experts(
             compute=values[0],

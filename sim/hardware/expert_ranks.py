@@ -29,7 +29,7 @@ class ExpertRanks:
         rebalanced_every: steps from one rearrangement of EPLB to the next; 0: no EPLB.
         rebalanced_behind: the weights move while steps run.
         padded_alike: without a CUDA graph, too, all cores compute as many tokens as the one with most.
-        kernel: that multiplies fp8 experts with scales of blocks on Hopper; Marlin, those of other formats, too.
+        kernel: that multiplies fp8 experts with scales of blocks on Hopper; if Marlin, all others, too.
     """
 
     tensor: int = 1

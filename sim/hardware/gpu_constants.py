@@ -215,9 +215,10 @@ class GpuConstants(_Strict):
         gpu: its name in the catalogue. source: of the timings. release: the vLLM whose kernels they time.
         small_kernel_s: one of the small kernels of a layer (norm, rotary, activation).
         products, experts: by the weights' dtype. cutlass_experts: whole ones on each rank, by FlashInfer's
-            CUTLASS. marlin_experts: of four bits, of any format. prompts, decodes: by the KV cache's dtype, as latent and sparse attention and the indexer
-            of the latter. states: by kind. all_reduce: by ranks, as all_gather and reduce_scatter, by the
-            bytes of all ranks. exchanges: by ``--all2all-backend``.
+            CUTLASS. marlin_experts: of four bits, in any format. prompts, decodes: by the KV cache's dtype,
+            as latent and sparse attention and the indexer of the latter. states: by kind. all_reduce: by
+            ranks, as all_gather and reduce_scatter, by the bytes of all ranks. exchanges: by
+            ``--all2all-backend``.
         compute_factor: by which shares of the peak FLOP/s were scaled for another GPU; not in files.
     """
 

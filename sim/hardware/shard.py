@@ -259,7 +259,8 @@ class Shard:
     @cached_property
     def _expert_bytes_each(self) -> int | float:
         """Of a weight of the routed experts. vLLM pads those of mxfp4 for its kernels (``oracle/mxfp4.py``):
-        on Hopper gpt-oss's to 64 columns a rank but for Marlin, elsewhere to 128, and the hidden size to 256."""
+        on Hopper gpt-oss's to 64 columns a rank but for Marlin, elsewhere to 128, and the hidden size to
+        256."""
         model = self.model
         each = model.weight_bytes_each if model.expert_bytes_each is None else model.expert_bytes_each
         if model.expert_format != "mxfp4":

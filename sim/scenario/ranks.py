@@ -154,9 +154,9 @@ def _expert_kernel(flags: EngineFlags, *, whole: bool, ranks: int) -> Kernel:
     """What vLLM's images multiply fp8 experts with scales of blocks by, on Hopper.
 
     From 0.12 to 0.15 DeepGEMM, unless each expert is split over eight ranks or more (quantization/fp8.py,
-    later fused_moe/oracle/fp8.py: get_fp8_moe_backend), at every number of tokens, since its scales are powers
-    of two by default (TritonOrDeepGemmExperts.apply). In 0.16 FlashInfer's CUTLASS, from 0.17 on for whole
-    experts only (select_fp8_moe_backend, _get_priority_backends). Behind DeepEP Triton stands for all.
+    later fused_moe/oracle/fp8.py: get_fp8_moe_backend), at every number of tokens, since its scales are
+    powers of two by default (TritonOrDeepGemmExperts.apply). In 0.16 FlashInfer's CUTLASS, from 0.17 on for
+    whole experts only (select_fp8_moe_backend, _get_priority_backends). Behind DeepEP Triton stands for all.
     """
     release, asked = numbers(flags.version), flags.moe_backend
     if asked != "auto":
@@ -173,6 +173,8 @@ def notes(flags: EngineFlags) -> list[str]:
     said = []
     if flags.all2all_backend in FALLS_BACK and flags.data_parallel_size > 1:
         said.append(f"all2all_backend {flags.all2all_backend} is {FALLS_BACK[flags.all2all_backend]}")
+    if flags.moe_backend not in ("auto", "marlin"):
+        said.append(f"moe_backend {flags.moe_backend} is for fp8 with scales of blocks on Hopper only")
     if flags.data_parallel_rank is not None or flags.data_parallel_start_rank is not None:
         said.append(f"all {flags.data_parallel_size} data-parallel ranks are simulated, not one node's alone")
     if flags.data_parallel_size > 1 and flags.data_parallel_backend == "ray":
