@@ -43,8 +43,8 @@ def test_runs_that_were_left_out_lie_inside(metric: str, share: float) -> None:
 
 @pytest.mark.parametrize("metric", ["tpot", "ttft", "throughput"])
 def test_mixtures_of_experts_that_were_left_out_lie_inside(metric: str) -> None:
-    """Eight groups of gpt-oss, Kimi, MiniMax and Qwen3-235B, a row for each of 119 settings; those with several
-    cores are told apart."""
+    """Eight groups of gpt-oss, Kimi, MiniMax and Qwen3-235B, a row for each of 119 settings; those with
+    several cores are told apart."""
     of = kinds("kernel timings, experts", metric)
     runs = {name: len(own) for groups in of.values() for name, own in groups.items()}
     assert (len(runs), sum(runs.values())) == (8, 119)

@@ -265,6 +265,16 @@ def test_deep_gemm_is_for_fp8_in_blocks_on_hopper() -> None:
         assert shard.routed_by == kernel
 
 
+def test_marlin_multiplies_four_bits_in_sixteen() -> None:
+    """vLLM pads mxfp4 for it (mxfp4.py, MARLIN) to 128 columns a rank and the hidden size to 256: gpt-oss-120b's
+    1,440 of 2,880 on two ranks to 1,536 of 3,072, and not to 1,472 of 2,880 as for Triton."""
+    model, h100 = load("gpt-oss-120b"), find_gpu("H100")
+    triton, marlin = (Shard(model, h100, 2, experts=ExpertRanks(2, kernel=by)) for by in ("triton", "marlin"))
+    assert (triton.expert_kernel, marlin.expert_kernel) == ("mxfp4", "int4")
+    assert marlin.expert_peak == h100.bf16_flops
+    assert marlin.expert_bytes(8) / triton.expert_bytes(8) == pytest.approx(1536 * 3072 / (1472 * 2880))
+
+
 @pytest.mark.parametrize(
     ("ranks", "seconds"), [(2, (473e-6, 571e-6, 2081e-6)), (8, (143e-6, 169e-6, 597e-6))]
 )
