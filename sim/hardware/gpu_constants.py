@@ -193,7 +193,12 @@ STAND_INS: Mapping[str, tuple[WeightDtype, ...]] = {
 # DeepGEMM's grouped products on Hopper: shares of the fp8 peak and of the bandwidth, and how both overlap,
 # fitted with shard.DEEP_GEMM_COLUMNS to the ten grouped shapes of its own table of an H800 (README of
 # deepseek-ai/DeepGEMM at a6d97a1), each met within 9 %
-DEEP_GEMM = {"expert_compute": 0.717, "expert_bandwidth": 0.9, "expert_overlap": 1.52, "expert_passes": 1.0}
+DEEP_GEMM: Mapping[str, Any] = {
+    "expert_compute": 0.717,
+    "expert_bandwidth": 0.9,
+    "expert_overlap": 1.52,
+    "expert_passes": 1.0,
+}
 _STATES: Mapping[str, StateKind] = {"gdn": "gdn", "kda": "kda", "mamba2": "gdn"}  # whose timings stand for it
 # latent attention where it was not timed: kernels in the place of one, as the floors on Hopper compare; an
 # indexer and a state as the H200's
@@ -310,8 +315,10 @@ class GpuConstants(_Strict):
                 for key, each in known.items()
             }
 
-        names = ("products", "prompts", "experts", "cutlass_experts", "marlin_experts", "latent_prompts")
-        names += ("sparse_prompts",)
+        names = (
+            *("products", "prompts", "latent_prompts", "sparse_prompts"),
+            *("experts", "cutlass_experts", "marlin_experts"),
+        )
         kinds = {name: of(getattr(self, name)) for name in names}
         return self.model_copy(update=kinds | {"compute_factor": factor})
 

@@ -266,8 +266,8 @@ def test_deep_gemm_is_for_fp8_in_blocks_on_hopper() -> None:
 
 
 def test_marlin_multiplies_four_bits_in_sixteen() -> None:
-    """vLLM pads mxfp4 for it (mxfp4.py, MARLIN) to 128 columns a rank and the hidden size to 256: gpt-oss-120b's
-    1,440 of 2,880 on two ranks to 1,536 of 3,072, and not to 1,472 of 2,880 as for Triton."""
+    """vLLM pads mxfp4 for it (mxfp4.py, MARLIN) to 128 columns a rank and the hidden size to 256:
+    gpt-oss-120b's 1,440 of 2,880 on two ranks to 1,536 of 3,072, and not to 1,472 of 2,880 as for Triton."""
     model, h100 = load("gpt-oss-120b"), find_gpu("H100")
     triton, marlin = (Shard(model, h100, 2, experts=ExpertRanks(2, kernel=by)) for by in ("triton", "marlin"))
     assert (triton.expert_kernel, marlin.expert_kernel) == ("mxfp4", "int4")
