@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import select
 import sys
 from collections.abc import Collection, Sequence
+from importlib import import_module
 from importlib.machinery import EXTENSION_SUFFIXES
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -84,6 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         words = list(sys.argv[1:] if arguments is None else arguments)
         told = COMMANDS if words[:1] == ["--install-completion"] else words[:1]
+        if arguments is None:
+            _import(words[:1])
         code: int = build_app(told)(words)
         sys.stdout.flush()
         return code
@@ -98,6 +102,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _import(names: Sequence[str]) -> None:
+    """What the commands need, without looking through it for garbage, now or later: a tenth of the start."""
+    gc.disable()
+    for name in names:
+        if name in COMMANDS:
+            import_module(COMMANDS[name][0].partition(":")[0])
+    gc.freeze()
+    gc.enable()
 
 
 def _nobody_reads() -> bool:
