@@ -1,4 +1,4 @@
-"""What a live session or a split comes to, as text."""
+"""What a live session comes to, as text."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from servecast.validate.compare.sweep import Comparison
-from servecast.validate.compare.text import comparison_text, verdict_text
-from servecast.validate.compare.verdict import Verdict
-from servecast.validate.live.split import Split
+from servecast.validate.compare.text import comparison_text
 
 
 def say(text: str) -> None:
@@ -46,13 +44,3 @@ def print_session(comparison: Comparison, kept: Mapping[str, Any]) -> None:
     hashes |= {f"search of {each['plan']}": each["sha256"] for each in kept["searches"]}
     for name, sha256 in hashes.items():
         print(f"{name}: sha256 {sha256}")
-
-
-def print_split(split: Split, verdict: Verdict) -> None:
-    """Each router's figures as predicted and measured, which is best at each, and the verdict."""
-    for router, row in split.measured.items():
-        for figure, value in row["measured"].items():
-            print(f"{router:20} {figure:16} predicted {row['predicted'][figure]:9.4g} measured {value:9.4g}")
-    for figure, best in split.ranking().items():
-        print(f"best {figure:16} predicted {best['predicted'] or '-'}, measured {best['measured'] or '-'}")
-    print(verdict_text(verdict))
