@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 from cyclopts import Group, Parameter
 
+from servecast.calibrate.measure.folder import say
 from servecast.calibrate.measure.vllm.ending import sigterm_as_ctrl_c
 from servecast.sim.cli.options import WhatIf, numbers
 from servecast.sim.cli.output import print_json
@@ -23,7 +24,7 @@ from servecast.validate.live.result import document, facts, judge, new_result
 from servecast.validate.live.session import Session
 from servecast.validate.live.target import Target
 from servecast.validate.live.telemetry import Prometheus
-from servecast.validate.live.text import ends, print_session, say
+from servecast.validate.live.text import ends, print_session
 
 RUNNING = Parameter(
     name="*", group=Group("Server that runs already", sort_key=12), show_default=False, negative=()

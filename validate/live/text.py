@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from typing import Any
 
 from servecast.validate.compare.sweep import Comparison
 from servecast.validate.compare.text import comparison_text
-
-
-def say(text: str) -> None:
-    """Tell whoever waits, apart from the answer."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def ends(kept: Mapping[str, Any]) -> dict[str, Any]:
