@@ -16,6 +16,8 @@ from ..errors import MeasureError
 from .ending import signal_group
 from .server import vllm_environment
 
+BLOCK_TOKENS = 16  # of the traces that are written
+
 
 class TookTooLongError(MeasureError):
     """The benchmark was ended since its time was up."""
@@ -76,7 +78,6 @@ def bench_command(
     result_path: Path,
     *,
     python: str | Path = sys.executable,
-    block_tokens: int = 16,
     args: Sequence[str] = (),
 ) -> list[str]:
     """The command line that ``run_bench`` runs."""
@@ -86,7 +87,7 @@ def bench_command(
         *("--base-url", server.base_url, "--endpoint", server.endpoint),
         *("--model", server.model, "--tokenizer", server.tokenizer),
         *("--dataset-name", "timed_trace", "--dataset-path", str(trace), "--num-prompts", str(requests)),
-        *("--timed-trace-chunk-hash-size", str(block_tokens), "--disable-tqdm"),
+        *("--timed-trace-chunk-hash-size", str(BLOCK_TOKENS), "--disable-tqdm"),
         *("--percentile-metrics", "ttft,tpot,itl,e2el", "--metric-percentiles", "50,90,95,99"),
         *("--save-result", "--save-detailed"),
         *("--result-dir", str(result_path.parent), "--result-filename", result_path.name, *args),
@@ -99,7 +100,6 @@ def run_bench(
     result_path: Path,
     *,
     python: str | Path = sys.executable,
-    block_tokens: int = 16,
     args: Sequence[str] = (),
     env: Mapping[str, str] | None = None,
     hash_seed: int = 0,
@@ -109,8 +109,7 @@ def run_bench(
 
     Args:
         server: its key reaches the benchmark by environment, not by command line.
-        trace: timed_trace JSONL, as sim.trace_writers.write_timed_trace writes it, with blocks of
-            ``block_tokens`` tokens.
+        trace: timed_trace JSONL, as sim.trace_writers.write_timed_trace writes it.
         result_path: where the result's JSON is written.
         python: interpreter of the environment that has vllm. args: further flags of ``vllm bench serve``.
         env: variables set on top of our own.
@@ -123,7 +122,7 @@ def run_bench(
         MeasureError: it cannot start, fails, or completes no request; the message ends with what it said
             last.
     """
-    command = bench_command(server, trace, result_path, python=python, block_tokens=block_tokens, args=args)
+    command = bench_command(server, trace, result_path, python=python, args=args)
     variables = vllm_environment(env, offline=Path(server.tokenizer).is_dir())
     variables["PYTHONHASHSEED"] = str(hash_seed)
     if server.key is not None:

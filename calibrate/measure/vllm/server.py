@@ -37,7 +37,7 @@ class VllmServer:
         args: further flags of ``vllm serve``, without host and port.
         log: file for all that the server says.
         python: interpreter of the environment that has vllm. env: variables set on top of our own.
-        port: to listen on; a free one if None. start_up_s: how long it may take to become healthy.
+        start_up_s: how long it may take to become healthy.
 
     Attributes:
         base_url: like "http://127.0.0.1:8000". pid: of the API server, None before it starts.
@@ -54,10 +54,9 @@ class VllmServer:
         log: Path,
         python: str | Path = sys.executable,
         env: Mapping[str, str] | None = None,
-        port: int | None = None,
         start_up_s: float = 600.0,
     ) -> None:
-        self.model, self.log, self.port = str(model), log, port or free_port()
+        self.model, self.log, self.port = str(model), log, free_port()
         self.base_url = f"http://{HOST}:{self.port}"
         self.command = [
             *(str(python), "-m", "vllm.entrypoints.cli.main", "serve", self.model, *args),
