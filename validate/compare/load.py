@@ -66,18 +66,11 @@ class Row:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        return {
-            "metric": self.metric,
-            "predicted": self.predicted.estimate,
-            "predicted_interval": [self.predicted.low, self.predicted.high],
-            "measured": self.measured.estimate,
-            "measured_interval": [self.measured.low, self.measured.high],
-            "error": self.error,
-            "difference": self.difference.estimate,
-            "difference_interval": [self.difference.low, self.difference.high],
-            "allowed": self.allowed,
-            "state": self.state,
-        }
+        found: dict[str, Any] = {"metric": self.metric, "error": self.error}
+        for name in ("predicted", "measured", "difference"):
+            interval: Interval = getattr(self, name)
+            found |= {name: interval.estimate, f"{name}_interval": [interval.low, interval.high]}
+        return found | {"allowed": self.allowed, "state": self.state}
 
 
 @dataclass(frozen=True, slots=True)
