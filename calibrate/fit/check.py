@@ -72,12 +72,7 @@ def leave_out(
 
 
 def region_error(
-    region: str,
-    errors: Floats,
-    *,
-    noise: float = 0.0,
-    unseen: Floats | None = None,
-    lost: Sequence[str] = (),
+    region: str, errors: Floats, *, noise: float = 0.0, unseen: Floats | None = None, lost: Sequence[str] = ()
 ) -> RegionError:
     """Errors of one region: signed and relative, one a row. unseen: absolute, of fits that did not see it."""
     known = unseen is not None and len(unseen) > 0

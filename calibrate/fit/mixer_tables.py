@@ -51,14 +51,7 @@ from servecast.sim.hardware.mixing import (
 Floats = npt.NDArray[np.float64]
 
 _DEEPSEEK = Mixer(
-    kind="mla",
-    count=1,
-    heads=128,
-    head_dim=192,
-    value_dim=128,
-    query_rank=1536,
-    kv_rank=512,
-    rope_dim=64,
+    kind="mla", count=1, heads=128, head_dim=192, value_dim=128, query_rank=1536, kv_rank=512, rope_dim=64
 )
 MODELS: Mapping[str, tuple[int, Mixer]] = {  # model of the tables -> hidden size, its attention
     "deepseek-ai/DeepSeek-V3": (7168, _DEEPSEEK),
