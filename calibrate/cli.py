@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -21,7 +20,7 @@ from servecast.calibrate.fit.layers import fit_layers
 from servecast.calibrate.fit.report import fit_report
 from servecast.calibrate.fit.text import cell_line, constants_lines, profile_lines
 from servecast.calibrate.measure.folder import say
-from servecast.calibrate.measure.vllm.ending import heeds_ctrl_c, signal_group, sigterm_as_ctrl_c
+from servecast.calibrate.measure.vllm.ending import heeds_ctrl_c, signal_group, sigterm_as_ctrl_c, start
 from servecast.sim.hardware.gpu import GPU, find_gpu
 from servecast.sim.hardware.gpu_constants import GpuConstants
 from servecast.sim.hardware.profile import Profile
@@ -50,16 +49,11 @@ def measure(
     """
     python = python or Path(sys.executable)
     path = [str(Path(__file__).resolve().parent), os.environ.get("PYTHONPATH", "")]
-    try:
-        process = subprocess.Popen(
-            [str(python), "-m", "measure", *(arguments or ("--help",))],
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))},
-            start_new_session=True,  # so that a Ctrl-C reaches it once, from us
-            preexec_fn=heeds_ctrl_c,  # also where a shell started us in the background, without one
-        )
-    except OSError as error:
-        fix = "Give the Python of an environment that has vLLM."
-        raise InputError(f"cannot start {python}: {error.strerror}", where="--python", fix=fix) from error
+    process = start(  # in a group of its own, so that a Ctrl-C reaches it once, from us
+        [str(python), "-m", "measure", *(arguments or ("--help",))],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))},
+        preexec_fn=heeds_ctrl_c,  # also where a shell started us in the background, without one
+    )
     try:
         with sigterm_as_ctrl_c():
             return process.wait()

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import MeasureError
-from .ending import signal_group
+from .ending import last_lines, signal_group, start
 from .server import vllm_environment
 
 BLOCK_TOKENS = 16  # of the traces that are written
@@ -131,18 +131,15 @@ def run_bench(
     where = f"vllm bench serve against {server.base_url}"
     try:
         code, said = _run(command, variables, timeout_s)
-    except OSError as error:
-        fix = "Give the Python of an environment that has vLLM."
-        raise MeasureError(f"cannot start {python}: {error.strerror}", "--python", fix) from error
     except subprocess.TimeoutExpired as error:
         raise TookTooLongError(
-            f"not done after {timeout_s:g} s; its last words:\n{_end(error.output)}\n",
+            f"not done after {timeout_s:g} s; its last words:\n{last_lines(error.output)}\n",
             where,
             "Is the server alive and the load below what it can serve?",
         ) from error
     if code or not result_path.exists():
         fix = "Does the server answer, and are model and tokenizer its own?"
-        raise MeasureError(f"ended with code {code}; its last words:\n{_end(said)}\n", where, fix)
+        raise MeasureError(f"ended with code {code}; its last words:\n{last_lines(said)}\n", where, fix)
     try:
         result: dict[str, Any] = json.loads(result_path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -161,21 +158,11 @@ def run_bench(
 
 def _run(command: Sequence[str], env: Mapping[str, str], timeout_s: float | None) -> tuple[int, bytes]:
     """Exit code and output of a command. Whatever ends the wait for it ends all that it started, too."""
-    with subprocess.Popen(
-        command,
-        env=env,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,  # a process group of its own
-    ) as process:
+    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with start(command, env=env, **streams) as process:
         try:
             said, _ = process.communicate(timeout=timeout_s)
         except BaseException:
             signal_group(process.pid, signal.SIGKILL)
             raise
     return process.returncode, said
-
-
-def _end(output: bytes | None, lines: int = 15) -> str:
-    return "\n".join((output or b"").decode(errors="replace").rstrip().splitlines()[-lines:])
