@@ -135,8 +135,7 @@ class Choices:
                 )
             axis = [(name, each, {_FIELDS[kind]: each == "on"}) for each in chosen]
         else:
-            size = kind == "kv_offloading_size"
-            axis = [(name, each, {_FIELDS[kind]: (float(each) or None) if size else each}) for each in chosen]
+            axis = [(name, each, {_FIELDS[kind]: each}) for each in chosen]
         counts = Counter(str(value).casefold() for _, value, _ in axis)
         for _, value, _ in axis:
             if counts[str(value).casefold()] > 1:

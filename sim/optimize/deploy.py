@@ -10,11 +10,10 @@ from typing import Any
 
 import yaml
 
-from servecast.sim.inputs.schema import Model
 from servecast.sim.scenario.deployment import Deployment
-from servecast.sim.scenario.engine_flags import EngineFlags
 from servecast.sim.scenario.scenario import Scenario
-from servecast.sim.scenario.vllm_flags import PARTITION, TAKEN, other_flags
+from servecast.sim.scenario.serve_flags import partition, set_flags
+from servecast.sim.scenario.vllm_flags import PARTITION, other_flags
 
 PORT = 8000
 OF_CHART = ("port", "served_model_name")  # flags that llm-d's chart sets itself
@@ -76,8 +75,8 @@ class _Servers:
         self.where = f"# {count} {servers} of {gpus} {gpu} each: pick their nodes with a nodeSelector.\n"
         self.where += "# Put the path of each adapter in the place of PATH.\n" if engine.lora_modules else ""
         transfer = [] if not pool or scenario.engine.kv_transfer_config else _transfer(pool)
-        flags, words = _flags(scenario) + transfer, [word for each in self.others.values() for word in each]
-        layers = ",".join(map(str, engine.pp_layer_partition or ()))
+        flags, words = set_flags(engine) + transfer, [word for each in self.others.values() for word in each]
+        layers = partition(engine)
         self.command = f"{PARTITION}={layers} " * bool(layers) + shlex.join(
             ["vllm", "serve", model, *flags, *words]
         )
@@ -112,7 +111,7 @@ class _Servers:
                     "image": image,
                     "modelCommand": "vllmServe",
                     "args": [
-                        *_flags(scenario, without=("tensor_parallel_size", "data_parallel_size")),
+                        *set_flags(engine, ("tensor_parallel_size", "data_parallel_size")),
                         *transfer,
                         *(word for key, each in self.others.items() if key not in OF_CHART for word in each),
                     ],
@@ -155,24 +154,6 @@ def _pod(image: str, args: list[str], port: int, limits: dict[str, int]) -> dict
 
 def _yaml(document: dict[str, Any]) -> str:
     return yaml.safe_dump(json.loads(json.dumps(document)), sort_keys=False, width=100)  # without anchors
-
-
-def _flags(scenario: Scenario, without: tuple[str, ...] = ()) -> list[str]:
-    """The words of the flags that the scenario sets."""
-    flags, words = scenario.engine, list[str]()
-    for name in TAKEN:
-        value = getattr(flags, name)
-        if name in without or value == EngineFlags.model_fields[name].default:
-            continue
-        flag = f"--{name.replace('_', '-')}"
-        if isinstance(value, bool):
-            words.append(flag if value else flag.replace("--", "--no-", 1))
-        elif name == "lora_modules":
-            words += [flag, *(f"{adapter}=PATH" for adapter in value)]
-        else:
-            given = value.model_dump(exclude_unset=True) if isinstance(value, Model) else value
-            words += [flag, json.dumps(given) if isinstance(given, dict) else str(given)]
-    return words
 
 
 def _others(scenario: Scenario) -> dict[str, list[str]]:

@@ -3,6 +3,7 @@ engines."""
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -26,7 +27,9 @@ from servecast.sim.routing.routers import ROUTERS
 from servecast.sim.scenario.deployment import Deployment
 from servecast.sim.scenario.kv_pull import PullSettings, pull_settings
 from servecast.sim.scenario.scenario import Scenario
+from servecast.sim.scenario.serve_flags import resolved_flags
 
+_HASHED = ("version", "disable_hybrid_kv_cache_manager")  # by compute_nixl_compatibility_hash, 0.20 to 0.33
 _HOST_COPY_S_PER_BYTE = 1 / 25e9  # assumed: PCIe 4 x16, each side one copy
 
 
@@ -111,6 +114,11 @@ class ServerPools:
         """Both sides name one connector, and their blocks fit each other."""
         first, flags = self._transfers[0], self.deployments[0].scenario.engine
         mooncake = first.connector == "MooncakeConnector"
+        hashed = any(
+            each.connector.startswith("Nixl") and each.compares
+            for each, role in zip(self._transfers, self.roles, strict=True)
+            if role == "decode"
+        )
         for index, (each, side) in enumerate(zip(self._transfers, self.sides, strict=True)):
             own = self.deployments[index].scenario.engine
             if each.way != first.way or (each.connector == "MooncakeConnector") != mooncake:
@@ -123,12 +131,10 @@ class ServerPools:
                     f"KV blocks of {side.block_size} tokens beside some of {self.sides[0].block_size}",
                     "Give all servers one block_size.",
                 )
-            if own.kv_cache_dtype != flags.kv_cache_dtype:
-                raise self._error(
-                    index,
-                    f"kv_cache_dtype {own.kv_cache_dtype} beside {flags.kv_cache_dtype}",
-                    "Give all servers one: vLLM refuses the handshake.",
-                )
+            for name in ("kv_cache_dtype", *(_HASHED if hashed else ())):
+                if (its := getattr(own, name)) != (theirs := getattr(flags, name)):
+                    fix = "Give all servers one: vLLM refuses the handshake."
+                    raise self._error(index, f"{name} {its} beside {theirs}", fix)
             big, small = max(side.ranks, self.sides[0].ranks), min(side.ranks, self.sides[0].ranks)
             if big % small:
                 raise self._error(
@@ -210,6 +216,7 @@ def pools_facts(deployment: Deployment) -> dict[str, Any]:
                 "tensor_parallel_size": each.shard.tensor_parallel_size,
                 "max_num_seqs": each.config.max_num_seqs,
                 "max_num_batched_tokens": each.config.max_num_batched_tokens,
+                "flags": resolved_flags(each),
                 "kv_cache": each.memory.facts(),
             }
             for spec, each in zip(pool, servers, strict=True)
@@ -224,12 +231,8 @@ def pools_lines(pools: Mapping[str, Any]) -> list[str]:
     for role in ("prefill", "decode"):
         for each in pools[role]:
             size = f"KV cache {each['kv_cache']['tokens']:,} tokens"
-            flags = (f"--{name.replace('_', '-')} {each[name]}" for name in _SHOWN)
             what = f"{each['servers']} x {each['tensor_parallel_size']} {each['gpu']}"
-            lines.append(f"{role.capitalize()}: {what}, {size}, {' '.join(flags)}")
+            lines.append(f"{role.capitalize()}: {what}, {size}, {shlex.join(each['flags'])}")
     link = pools["kv_link"]
     port = "server" if link["per_server"] else "GPU"
     return [*lines, f"KV link: {link['kind']}, {link['bandwidth'] / 1e9:g} GB/s a {port} ({link['origin']})"]
-
-
-_SHOWN = ("tensor_parallel_size", "max_num_seqs", "max_num_batched_tokens")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from servecast.sim.inputs.errors import InputError
@@ -14,6 +14,7 @@ from servecast.sim.metrics.slow_ttft import SlowTtft, largest, slow_ttft
 from servecast.sim.metrics.warmup import select
 from servecast.sim.report.answer import Answer
 from servecast.sim.report.text import table
+from servecast.sim.run.results import cautions
 from servecast.sim.run.simulate import simulate
 from servecast.sim.run.simulation import at_rate
 from servecast.sim.scenario.deployment import Deployment
@@ -147,8 +148,13 @@ def explain(
             fix="Lengthen the run, or look at its failures with servecast simulate.",
         )
     groups = ", ".join(deployment.memory.facts().get("groups", ()))
-    notes = (*([f"KV cache groups: {groups}"] if groups else ()), *found.notes, *trace_notes(workload))
-    return Explanation(found.label, statistic, found.slow, found.cause, found.reasons, found.advice, notes)
+    notes = (
+        *([f"KV cache groups: {groups}"] if groups else ()),
+        *deployment.notes,
+        *cautions(deployment, run),
+        *trace_notes(workload),
+    )
+    return replace(found, notes=notes)
 
 
 def explain_run(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
@@ -28,6 +29,7 @@ from servecast.sim.report.text import facts_text, plain
 from servecast.sim.run.disaggregated import pools_facts, pools_lines
 from servecast.sim.run.loading import loading_facts, loading_text
 from servecast.sim.scenario.deployment import Deployment
+from servecast.sim.scenario.serve_flags import kv_cache_dtype, resolved_flags
 
 SCHEMA_VERSION = 1
 TABLES = (".csv", ".parquet")
@@ -52,16 +54,6 @@ _MEASURED = (  # besides what ends in _ms
     "spec_decode_acceptance_length",
 )
 _OFFLOADED = ("external_hit_rate", "kv_offload_load_bytes", "kv_offload_store_bytes")
-_FLAGS = (  # of the engine, that are printed as resolved
-    "tensor_parallel_size",
-    "max_model_len",
-    "max_num_seqs",
-    "max_num_batched_tokens",
-    "gpu_memory_utilization",
-    "kv_cache_dtype",
-    "block_size",
-)
-_SWITCHES = ("enable_prefix_caching", "enable_chunked_prefill", "async_scheduling")
 _OTHERS = (  # by their fields
     ({"aiperf_version"}, "aiperf"),
     ({"input_config"}, "aiperf or genai-perf"),
@@ -103,8 +95,9 @@ def context(deployment: Deployment, *, seed: int) -> dict[str, Any]:
             **flags.model_dump(mode="json", exclude=unset),
             "rules": config.pop("version"),
             **config,
-            "kv_cache_dtype": _kv_cache_dtype(deployment),
+            "kv_cache_dtype": kv_cache_dtype(deployment),
         },
+        "flags": resolved_flags(deployment),
         "fleet": scenario.fleet.facts(),
         "run_context": None if scenario.run_context is None else scenario.run_context.model_dump(),
         "assumptions": [each.model_dump() for each in scenario.assumptions],
@@ -118,12 +111,6 @@ def context(deployment: Deployment, *, seed: int) -> dict[str, Any]:
     } | ({} if not scenario.fleet.prefill else {"pools": pools_facts(deployment)})
 
 
-def _kv_cache_dtype(deployment: Deployment) -> str:
-    """What the flag says, or the checkpoint where that is auto."""
-    asked = deployment.scenario.engine.kv_cache_dtype
-    return "fp8" if asked == "auto" and deployment.shard.kv_dtype_bytes == 1 else asked
-
-
 def engine_lines(document: Mapping[str, Any]) -> list[str]:
     """The size of the KV cache as vLLM logs it, its groups where they are several, and
     the flags that were resolved, of a result's context."""
@@ -134,14 +121,6 @@ def engine_lines(document: Mapping[str, Any]) -> list[str]:
     size = f"{kv['tokens']:,} tokens, {kv['max_concurrency']:.2f}x of max_model_len {kv['max_model_len']:,}"
     if (cores := engine.get("data_parallel_size", 1)) > 1:
         size += f", each of {cores} engine cores"
-    flags = [f"--{name.replace('_', '-')} {engine[name]}" for name in _FLAGS]
-    stages = engine.get("pipeline_parallel_size") or 1
-    flags += [f"--pipeline-parallel-size {stages}"] * (stages > 1)
-    flags += [f"--data-parallel-size {cores}"] * (cores > 1)
-    flags += ["--enable-expert-parallel"] * bool(engine.get("enable_expert_parallel"))
-    flags += [f"--{'' if engine[name] else 'no-'}{name.replace('_', '-')}" for name in _SWITCHES]
-    if engine["disable_hybrid_kv_cache_manager"]:
-        flags.append("--disable-hybrid-kv-cache-manager")
     if "pools" in document:
         return pools_lines(document["pools"])
     groups = [f"KV cache groups: {', '.join(kv['groups'])}"] if kv.get("groups") else []
@@ -150,7 +129,7 @@ def engine_lines(document: Mapping[str, Any]) -> list[str]:
             f"Lockstep: {dummies['steps']:,} dummy steps, {dummies['share']:.1%} of the cores' time; "
             f"{dummies['waves']} waves ended"
         )
-    return [f"GPU KV cache size: {size}{between}", *groups, f"Flags: {' '.join(flags)}"]
+    return [f"GPU KV cache size: {size}{between}", *groups, f"Flags: {shlex.join(document['flags'])}"]
 
 
 def offload_text(offloaded: Mapping[str, Any]) -> str:
