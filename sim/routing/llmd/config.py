@@ -13,7 +13,7 @@ from servecast.sim.inputs.yaml_file import parse_yaml, read_yaml
 from servecast.sim.routing.llmd.parameter_check import UNKNOWN, ParameterCheck
 from servecast.sim.routing.llmd.parameters import Parameters
 from servecast.sim.routing.llmd.plugin import EppConfig, NotModelled, Plugin, Split
-from servecast.sim.routing.llmd.plugins import ALIASES, BEFORE_1_4, GATES, KINDS, Kind
+from servecast.sim.routing.llmd.plugins import ALIASES, GATES, Kind, came_before_1_4, kinds
 from servecast.sim.routing.llmd.release import EPP_RELEASES, EppRelease
 from servecast.sim.routing.llmd.roles import SELECTORS, roles_of
 from servecast.sim.routing.llmd.splitting import splitting
@@ -106,7 +106,7 @@ class _Reader:
         self._gates()
         plugins = self._plugins()
         self._data_layer(plugins)
-        handlers = [name for name, plugin in plugins.items() if KINDS[plugin.type].role == "handler"]
+        handlers = [name for name, plugin in plugins.items() if kinds()[plugin.type].role == "handler"]
         if len(handlers) > 1:
             raise self.fail(
                 f"there are {len(handlers)} profile handlers: {', '.join(handlers)}", "plugins", "Keep one."
@@ -175,15 +175,15 @@ class _Reader:
     def _type(self, kind: str, parameters: Parameters, at: str) -> str:
         """Today's name of a plugin type."""
         found = ALIASES.get(kind, kind)
-        if found not in KINDS or not (self.release.today or found in BEFORE_1_4):
-            near = did_you_mean(kind, (*KINDS, *ALIASES)) or "Plugins of your own are not modelled."
+        if found not in kinds() or not (self.release.today or came_before_1_4(found)):
+            near = did_you_mean(kind, (*kinds(), *ALIASES)) or "Plugins of your own are not modelled."
             late = f"Endpoint picker {self.release_name} has none of this type."
-            raise self.fail(f"unknown plugin {kind!r}", f"{at}.type", near if found not in KINDS else late)
+            raise self.fail(f"unknown plugin {kind!r}", f"{at}.type", near if found not in kinds() else late)
         if kind in ALIASES and self.release_name != "v0.5":
             self.notes.append(f"{kind} (today's {found})")
-        if KINDS[found].role == "refused":
-            if not KINDS[found].in_profile:
-                raise self.refused(kind, KINDS[found], f"{at}.type")
+        if kinds()[found].role == "refused":
+            if not kinds()[found].in_profile:
+                raise self.refused(kind, kinds()[found], f"{at}.type")
             return found
         if found == "prefix-cache-scorer":
             mode = parameters.text("mode", "estimate")
@@ -193,8 +193,8 @@ class _Reader:
                 )
             if mode == "cache_tracking":
                 found = "precise-prefix-cache-scorer"
-        if KINDS[found].role == "idle":
-            self.notes.append(f"{kind} ({KINDS[found].why})")
+        if kinds()[found].role == "idle":
+            self.notes.append(f"{kind} ({kinds()[found].why})")
         self.checks.check(found, parameters)
         return found
 
@@ -289,9 +289,9 @@ class _Reader:
             place = f"{at}.plugins.{number}"
             self._known_fields(entry, ("pluginRef", "weight"), place)
             plugin = self._named(entry.get("pluginRef"), plugins, f"{place}.pluginRef")
-            role = KINDS[plugin.type].role
+            role = kinds()[plugin.type].role
             if role == "refused":
-                raise self.refused(plugin.type, KINDS[plugin.type], f"{place}.pluginRef")
+                raise self.refused(plugin.type, kinds()[plugin.type], f"{place}.pluginRef")
             if role == "filter":
                 filters.append(parts.asking(plugin))
                 if plugin.type in SELECTORS and roles_of(plugin) is None:
@@ -308,7 +308,7 @@ class _Reader:
         if not pickers:
             if not self.release.fills_in:
                 raise self.fail("the profile has no picker", f"{at}.plugins", "Add max-score-picker.")
-            declared = [plugin for plugin in plugins.values() if KINDS[plugin.type].role == "picker"]
+            declared = [plugin for plugin in plugins.values() if kinds()[plugin.type].role == "picker"]
             default = Plugin("max-score-picker", "max-score-picker", Parameters({}, self.source))
             pickers = [*declared, default][:1]
         self._sees_prompts(plugins, [*filters, *(scorer for scorer, _weight in scorers)])

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from servecast.sim.inputs.schema import did_you_mean
 from servecast.sim.routing.llmd.parameters import Parameters
 from servecast.sim.routing.llmd.plugin import APPROXIMATE, NotModelled
-from servecast.sim.routing.llmd.plugins import KINDS
+from servecast.sim.routing.llmd.plugins import kinds
 from servecast.sim.routing.llmd.release import EPP_RELEASES
 
 UNKNOWN = "knows no such parameter)"  # the end of a note
@@ -35,7 +35,7 @@ class ParameterCheck:
 
     def check(self, plugin: str, parameters: Parameters) -> None:
         """Each is read, or told, or refused."""
-        kind, release = KINDS[plugin], self._release
+        kind, release = kinds()[plugin], self._release
         for path in parameters.paths():
             if _beneath(path, kind.reads):
                 if plugin == "prefix-cache-scorer" and release.producers and path not in _SCORER_OWN:

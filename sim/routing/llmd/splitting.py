@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from servecast.sim.routing.llmd.plugin import Plugin
-from servecast.sim.routing.llmd.plugins import KINDS
+from servecast.sim.routing.llmd.plugins import kinds
 
 _ORDERS = {"": False, "decodefirst": False, "decode": False, "prefillfirst": True, "prefill": True}
 _NESTED = ("profiles", "deciders")
@@ -32,7 +32,7 @@ def splitting(plugins: Mapping[str, Plugin], today: bool) -> Splitting | None:
     Raises:
         InputError: the picker would refuse it.
     """
-    handler = next((each for each in plugins.values() if KINDS[each.type].role == "handler"), None)
+    handler = next((each for each in plugins.values() if kinds()[each.type].role == "handler"), None)
     if handler is None or handler.type not in ("pd-profile-handler", "disagg-profile-handler"):
         return None
     given = handler.parameters
@@ -69,6 +69,6 @@ def splitting(plugins: Mapping[str, Plugin], today: bool) -> Splitting | None:
     if _ORDERS[asked]:
         raise given.error("prefill-first takes no prefill decider", at, "Leave one of them out.")
     decider = plugins.get(name)
-    if decider is None or KINDS[decider.type].role != "decider":
+    if decider is None or kinds()[decider.type].role != "decider":
         raise given.error(f"there is no decider named {name!r}", at, "Add prefix-based-pd-decider.")
     return Splitting(decode, prefill, decider)
