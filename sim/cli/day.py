@@ -44,11 +44,8 @@ def day(
     if report is not None:
         check_output(report, where="--report")
     if fleets and what_if.replicas is not None:
-        raise InputError(
-            f"--replicas {what_if.replicas} beside fleets, which say their own",
-            where="--replicas",
-            fix=f"Give it as one of them: --fleets {what_if.replicas}.",
-        )
+        where, fix = "--replicas", f"Give it as one of them: --fleets {what_if.replicas}."
+        raise InputError(f"--replicas {what_if.replicas} beside fleets, which say their own", where, fix)
     found = run_day(
         what_if.load(scenario),
         _named(fleets) if fleets else None,

@@ -99,11 +99,8 @@ def _variants(text: str, where: str) -> dict[str, str | dict[str, Any]]:
     for word in _words(text, where):
         name, _, value = word.partition("=")
         if not name or not value or name in found:
-            raise InputError(
-                f"{word!r} is not of the form NAME=CONFIG, or comes twice",
-                where=where,
-                fix="Write for example bf16=Qwen3-8B,fp8=fp8/config.json.",
-            )
+            fix = "Write for example bf16=Qwen3-8B,fp8=fp8/config.json."
+            raise InputError(f"{word!r} is not of the form NAME=CONFIG, or comes twice", where=where, fix=fix)
         field, is_field, _ = value.partition("=")
         found[name] = dict([assignment(value, where=where)]) if is_field else str(file_or_name(field))
     return found

@@ -254,11 +254,8 @@ def optimize(
     check_target(target_rate, margin)
     objectives = slo if isinstance(slo, Objectives) else Objectives.asked(scenario, slo, None, ATTAINMENT)
     if not isinstance(scenario.fleet.replicas, int):
-        raise InputError(
-            "a list of replicas has no number to choose",
-            where=f"{scenario.source}: fleet.replicas",
-            fix="Give their number.",
-        )
+        what = "a list of replicas has no number to choose"
+        raise InputError(what, where=f"{scenario.source}: fleet.replicas", fix="Give their number.")
     candidates = Choices(**choices).of(scenario)
     listed, source = read_prices(Path(prices) if prices is not None else None)
     own = scenario.gpu_price if prices is None else None  # which holds for the scenario's own GPU

@@ -188,11 +188,8 @@ def day(
         raise InputError(what, where="--slo", fix="Give one of tpot.")
     workload = scenario.stages()
     if len(workload.stages) != 1:
-        raise InputError(
-            "a day of several stages",
-            where=f"{scenario.source}: workload.stages",
-            fix="Give one stage: a trace, or arrivals of kind profile.",
-        )
+        fix = "Give one stage: a trace, or arrivals of kind profile."
+        raise InputError("a day of several stages", where=f"{scenario.source}: workload.stages", fix=fix)
     seed = scenario.seed if seed is None else seed
     stages = draw(workload, seed)
     found, document, notes = [], None, []
@@ -202,11 +199,8 @@ def day(
         if document is None:
             document = context(deployment, seed=seed)
         if sample_s is not None and own.fleet.autoscaler is not None:
-            raise InputError(
-                f"an autoscaler ({name}) in samples of a day, each of which starts anew",
-                where="--sample",
-                fix="Leave it out, or give a fixed number of replicas.",
-            )
+            what = f"an autoscaler ({name}) in samples of a day, each of which starts anew"
+            raise InputError(what, where="--sample", fix="Leave it out, or give a fixed number of replicas.")
         if sample_s is None:
             run = simulate(deployment, seed=seed, workload=workload, condensed_s=min(60.0, period_s))
             found.append(_of_run(name, own, run, objectives, limits, period_s))
@@ -313,11 +307,8 @@ def _samples(stages: Sequence[Stage], period_s: float, sample_s: float) -> list[
     """Of each period the requests of its first seconds, from 0 on; None where there are none."""
     rows = [Requests.of(stream.requests) for stream in stages[0].streams]
     if any(type(stream) is not Stream or stream.until_s is not None for stream in stages[0].streams):
-        raise InputError(
-            "samples of traffic that waits for answers",
-            where="--sample",
-            fix="Leave --sample and --size out: sessions and closed loops are simulated whole.",
-        )
+        fix = "Leave --sample and --size out: sessions and closed loops are simulated whole."
+        raise InputError("samples of traffic that waits for answers", where="--sample", fix=fix)
     last = max((float(each.arrival_s.max(initial=0.0)) for each in rows), default=0.0)
     found: list[list[Stage] | None] = []
     for number in range(int(last // period_s) + 1):

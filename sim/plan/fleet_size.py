@@ -126,11 +126,9 @@ def size_fleet(
         InputError: the scenario lists different replicas.
     """
     if scenario.fleet.prefill or not isinstance(scenario.fleet.replicas, int):
-        raise InputError(
-            "a list of replicas, or two pools of them, have no number to vary",
-            where=f"{scenario.source}: fleet.replicas",
-            fix="Give their number, leave --size-fleet out, or compare pools with servecast optimize.",
-        )
+        what = "a list of replicas, or two pools of them, have no number to vary"
+        fix = "Give their number, leave --size-fleet out, or compare pools with servecast optimize."
+        raise InputError(what, where=f"{scenario.source}: fleet.replicas", fix=fix)
 
     def at(count: int) -> ProbedRate:
         if progress is not None:

@@ -168,11 +168,8 @@ def link_of(scenario: Scenario, deployments: Sequence[Deployment]) -> Link:
     storage = pull_settings(deployments[0].scenario.engine.kv_transfer).way == "storage"
     given, where = scenario.fleet.kv_link, f"{scenario.source}: fleet.kv_link"
     if storage != (given.kind == "storage") and (storage or given.kind == "storage"):
-        raise InputError(
-            "ExampleConnector and kv_link.kind storage go together",
-            where=f"{where}.kind",
-            fix="Give both or neither.",
-        )
+        what = "ExampleConnector and kv_link.kind storage go together"
+        raise InputError(what, where=f"{where}.kind", fix="Give both or neither.")
     gpus = sum(each.shard.tensor_parallel_size for each in deployments)
     return given.resolved(deployments[-1].gpu, gpus, scenario.gpu.per_node, where=where)
 
@@ -187,11 +184,8 @@ def splitting_router(scenario: Scenario, rng: np.random.Generator, clock: Callab
     if fleet.epp is not None:
         config = read_epp(fleet.epp, fleet.router_options.epp_release)
         if config.split is None:
-            raise InputError(
-                "its handler sends no prompt to a prefill server",
-                where=str(fleet.epp),
-                fix="Use disagg-profile-handler with a prefill decider, or a fleet without prefill servers.",
-            )
+            fix = "Use disagg-profile-handler with a prefill decider, or a fleet without prefill servers."
+            raise InputError("its handler sends no prompt to a prefill server", where=str(fleet.epp), fix=fix)
         return DisaggregatedPicker(config, fleet.router_options, rng, clock)
     assert isinstance(fleet.router, str)
     make = ROUTERS[fleet.router]

@@ -132,21 +132,16 @@ def explain(
             "std is a spread, not a time to explain", where="statistic", fix="Give p95, max or mean."
         )
     if scenario.fleet.prefill:
-        raise InputError(
-            "a first token of prefill and decode servers is not taken apart",
-            where=f"{scenario.source}: fleet.prefill",
-            fix="Use servecast simulate: its records have the times of both legs and of the transfer.",
-        )
+        what = "a first token of prefill and decode servers is not taken apart"
+        fix = "Use servecast simulate: its records have the times of both legs and of the transfer."
+        raise InputError(what, where=f"{scenario.source}: fleet.prefill", fix=fix)
     deployment = Deployment.of(scenario)
     workload = scenario.stages() if request_rate is None else at_rate(scenario, request_rate, num_requests)
     run = simulate(deployment, seed=seed, workload=workload)
     found = explain_run(run, deployment, statistic, stage=stage)
     if found is None:
-        raise InputError(
-            "no request finished, so there is no first token to explain",
-            where=scenario.source,
-            fix="Lengthen the run, or look at its failures with servecast simulate.",
-        )
+        where, fix = scenario.source, "Lengthen the run, or look at its failures with servecast simulate."
+        raise InputError("no request finished, so there is no first token to explain", where, fix)
     groups = ", ".join(deployment.memory.facts().get("groups", ()))
     notes = (
         *([f"KV cache groups: {groups}"] if groups else ()),

@@ -329,23 +329,15 @@ def read_result(path: Path) -> dict[str, Any]:
     ours = "servecast_version" in document
     other = None if ours else next((tool for keys, tool in _OTHERS if keys <= document.keys()), None)
     if other is not None:
-        raise InputError(
-            f"is a result of {other}; this reads those of servecast simulate and of vllm bench serve",
-            where=str(path),
-            fix="servecast check asks whether it can be true, validate result whether it is predicted.",
-        )
+        what = f"is a result of {other}; this reads those of servecast simulate and of vllm bench serve"
+        fix = "servecast check asks whether it can be true, validate result whether it is predicted."
+        raise InputError(what, where=str(path), fix=fix)
     found = document.get("schema_version") if ours else SCHEMA_VERSION
     if found != SCHEMA_VERSION:
-        raise InputError(
-            f"schema version {found!r}, this servecast reads {SCHEMA_VERSION}",
-            where=f"{path}: schema_version",
-            fix="Write the result again with this version of servecast.",
-        )
+        where, fix = f"{path}: schema_version", "Write the result again with this version of servecast."
+        raise InputError(f"schema version {found!r}, this servecast reads {SCHEMA_VERSION}", where, fix)
     for key in _VLLM_KEYS:
         if key not in document:
-            raise InputError(
-                f"there is no {key!r}",
-                where=str(path),
-                fix="Give a result of servecast simulate or of vllm bench serve --save-result.",
-            )
+            fix = "Give a result of servecast simulate or of vllm bench serve --save-result."
+            raise InputError(f"there is no {key!r}", where=str(path), fix=fix)
     return document

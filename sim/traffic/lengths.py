@@ -76,10 +76,8 @@ class Lognormal(Model):
     def _one_form(self) -> Lognormal:
         given = {name for name in ("mean", "std", "median", "sigma") if getattr(self, name) is not None}
         if given not in ({"mean", "std"}, {"median", "sigma"}):
-            raise invalid(
-                f"a lognormal length with {', '.join(sorted(given)) or 'no parameters'}",
-                "Give mean and std, or median and sigma.",
-            )
+            fix = "Give mean and std, or median and sigma."
+            raise invalid(f"a lognormal length with {', '.join(sorted(given)) or 'no parameters'}", fix)
         if self.max_tokens is not None and self.max_tokens < self.min_tokens:
             raise invalid(
                 f"max_tokens {self.max_tokens} is below min_tokens {self.min_tokens}", "Swap or correct them."
@@ -142,11 +140,8 @@ class Empirical(Model):
                 except (KeyError, TypeError, ValueError):
                     values.append(0)
                 if values[-1] < 1:
-                    raise InputError(
-                        f"no length of at least 1 token in column {self.column!r}",
-                        where=f"{self.path}, line {number}",
-                        fix="Correct the file or the column's name.",
-                    )
+                    where, fix = f"{self.path}, line {number}", "Correct the file or the column's name."
+                    raise InputError(f"no length of at least 1 token in column {self.column!r}", where, fix)
         if not values:
             raise InputError("no rows", where=str(self.path), fix="Give a CSV file with a header and rows.")
         return values

@@ -424,11 +424,8 @@ def _lines(records: _Records) -> Iterator[str]:
             for records.line, line in enumerate(file, start=1):
                 yield line
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"cannot be read: {reason(error)}",
-            where=str(records.path),
-            fix="Give a readable UTF-8 text file.",
-        ) from None
+        fix = "Give a readable UTF-8 text file."
+        raise InputError(f"cannot be read: {reason(error)}", where=str(records.path), fix=fix) from None
 
 
 def _json_records(records: _Records) -> Iterator[dict[str, Any]]:

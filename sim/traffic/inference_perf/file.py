@@ -287,11 +287,9 @@ class Server(Model):
     @model_validator(mode="after")
     def _lengths_are_known(self) -> Server:
         if not self.ignore_eos:
-            raise invalid(
-                "without ignore_eos the model ends its outputs where it likes",
-                "Set it to true, or write the workload as streams with an output length.",
-                at="ignore_eos",
-            )
+            what = "without ignore_eos the model ends its outputs where it likes"
+            fix = "Set it to true, or write the workload as streams with an output length."
+            raise invalid(what, fix, at="ignore_eos")
         return self
 
 
