@@ -199,7 +199,7 @@ class Optimum(Answer):
 
     def plot(self) -> Figure:
         """Tokens/s a GPU against tokens/s a user sees, with the objective's corner."""
-        return drawn(1, lambda axes: draw_pareto(self, axes[0]))
+        return drawn(1, lambda axes: draw_pareto(self, axes))
 
     def to_html(self, path: Path | str, *, date: str | None = None) -> Path:
         """Write the page of the answer, with its plot; see `Answer.to_html`. date: to put on it."""

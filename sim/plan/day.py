@@ -21,7 +21,7 @@ from servecast.sim.metrics.records import Run
 from servecast.sim.metrics.slo import SLO, Goodput
 from servecast.sim.plan.judge import ATTAINMENT, Objectives, observed
 from servecast.sim.report.answer import Answer
-from servecast.sim.report.drawing import SERIES, drawing, drawn
+from servecast.sim.report.drawing import SERIES, drawn, picture
 from servecast.sim.report.page import Plot, write_plain_page
 from servecast.sim.report.text import plain, table
 from servecast.sim.run.results import context
@@ -114,10 +114,8 @@ class Day(Answer):
 
     def to_html(self, path: Path | str) -> Path:
         """Write the plots and the tables as a page."""
-        with drawing(4, "day") as (axes, finish):
-            self._draw(axes)
-            label = "Load, replicas, TTFT and good requests over the day"
-            plot = Plot("Over the day", finish(label), wide=True)
+        svg = picture("day", "Load, replicas, TTFT and good requests over the day", 4, self._draw)
+        plot = Plot("Over the day", svg, wide=True)
         title = f"A day of {self.document['model_id']} on {self.document['gpu']}"
         subtitle = f"{self.fleets[0].totals['requests']:,} requests; good: {self.objectives}"
         return write_plain_page(path, title=title, subtitle=subtitle, plots=[plot], text=self.to_text())
@@ -137,18 +135,14 @@ class Day(Answer):
         first = self.fleets[0].hours
         load.plot(first["hour"], first["request_rate"], color=SERIES[0], drawstyle="steps-post")
         replicas.legend(loc="upper left")
-        titles = (
-            ("requests/s", "Load"),
-            ("replicas", "Replicas asked for"),
-            ("s", "TTFT, p95"),
-            ("%", "Good requests"),
-        )
-        for ax, (unit, title) in zip(axes, titles, strict=True):
-            ax.set_ylabel(unit)
-            ax.set_title(title)
-            ax.set_xlabel("hour")
-            ax.set_xlim(left=0)
-            ax.set_ylim(bottom=0)
+        titles = {
+            "Load": "requests/s",
+            "Replicas asked for": "replicas",
+            "TTFT, p95": "s",
+            "Good requests": "%",
+        }
+        for ax, (title, unit) in zip(axes, titles.items(), strict=True):
+            ax.set(title=title, ylabel=unit, xlabel="hour", xlim=(0, None), ylim=(0, None))
 
 
 def day(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -217,7 +217,7 @@ class _Records:
         if number is None:
             raise self.error(f"{name} is {_short(value)}, not a number")
         if not math.isfinite(number) or number < 0 or number != math.floor(number):
-            raise self.error(f"{name} is {_plain(value)}, not a whole number of at least 1 token")
+            raise self.error(f"{name} is {_short(value)}, not a whole number of at least 1 token")
         if number > MOST_TOKENS:
             raise self.error(f"{name} is {number:.4g} tokens, more than any model takes")
         return int(number)
@@ -412,11 +412,6 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _plain(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
 def _lines(records: _Records) -> Iterator[str]:
     """The file's lines, counted in ``records.line``."""
     try:
@@ -459,42 +454,3 @@ def read_trace(path: Path, form: Format) -> Trace:
     for record in _csv_records(records) if form.container == "csv" else _json_records(records):
         records.add(record)
     return records.trace()
-
-
-def read_mooncake(path: Path, *, block_tokens: int = MOONCAKE_BLOCK_TOKENS) -> Trace:
-    """Mooncake's JSONL: timestamp (ms), input_length, output_length, hash_ids (blocks of 512 tokens)."""
-    return read_trace(path, replace(FORMATS["mooncake"], block_tokens=block_tokens))
-
-
-def read_timed_trace(
-    path: Path,
-    *,
-    seconds_per_unit: float = 1.0,
-    block_tokens: int = 16,
-    columns: Sequence[str] = ("timestamp", "input_length", "output_length", "hash_ids"),
-) -> Trace:
-    """The JSONL of ``vllm bench serve --dataset-name timed_trace``.
-
-    The arguments are its ``--timed-trace-sec-multiplier``, ``--timed-trace-chunk-hash-size`` and
-    ``--timed-trace-label-{timestamp,input-length,output-length,hash-ids}``.
-    """
-    form = FORMATS["timed_trace"]
-    return read_trace(
-        path,
-        replace(
-            form, seconds_per_unit=seconds_per_unit, block_tokens=block_tokens, columns=Columns(*columns)
-        ),
-    )
-
-
-def read_azure(path: Path) -> Trace:
-    """Azure's LLM inference traces: TIMESTAMP, ContextTokens, GeneratedTokens. The first request is at 0."""
-    return read_trace(path, FORMATS["azure"])
-
-
-def read_burstgpt(path: Path) -> Trace:
-    """BurstGPT's CSV: Timestamp (s), Model, Request tokens, Response tokens, Total tokens, Log Type.
-
-    Requests that failed there (no response tokens) are left out, as vLLM's BurstGPT dataset does.
-    """
-    return read_trace(path, FORMATS["burstgpt"])
