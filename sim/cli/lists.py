@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pandas as pd
 
 from servecast.sim.cli.output import print_json
@@ -15,11 +17,7 @@ def gpus(*, json: bool = False) -> None:
     Args:
         json: print a JSON object instead of a table, with the source of each GPU's figures.
     """
-    found = lists.gpus()
-    if json:
-        print_json({"gpus": _records(found)})
-    else:
-        print(_text(found.drop(columns="source")))
+    _show("gpus", lists.gpus(), json, without=("source",))
 
 
 def models(*, json: bool = False) -> None:
@@ -49,11 +47,15 @@ def profiles(*, json: bool = False) -> None:
     Args:
         json: print a JSON object instead of a table.
     """
-    found = lists.profiles()
+    _show("profiles", lists.profiles(), json)
+
+
+def _show(name: str, found: pd.DataFrame, json: bool, without: Sequence[str] = ()) -> None:
+    """Print a table, or all of it as JSON. without: columns that are not printed as text."""
     if json:
-        print_json({"profiles": _records(found)})
+        print_json({name: _records(found)})
     else:
-        print(_text(found))
+        print(_text(found.drop(columns=list(without))))
 
 
 def _records(found: pd.DataFrame) -> list[dict[str, object]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from servecast.sim.metrics.periods import by_period, split
 from servecast.sim.metrics.records import Run
 from servecast.sim.metrics.slo import SLO, Goodput
 from servecast.sim.plan.judge import ATTAINMENT, Objectives, observed
+from servecast.sim.plan.search import fewest
 from servecast.sim.report.answer import Answer
 from servecast.sim.report.drawing import SERIES, drawn, picture
 from servecast.sim.report.page import Plot, write_plain_page
@@ -360,31 +362,18 @@ def _sizes(
     down by doubling steps, then by halves. None where none of `MOST_REPLICAS` do."""
     deployments: dict[int, Deployment] = {}
 
-    def keeps(sample: list[Stage], replicas: int) -> bool:
+    def misses(sample: list[Stage], replicas: int) -> bool:
         if replicas not in deployments:
             changes = {"fleet.replicas": replicas, "fleet.autoscaler": None}
             deployments[replicas] = Deployment.of(scenario.changed(changes))
-        return bool(_met(_counted(simulate(deployments[replicas], stages=sample)), objectives))
+        return not _met(_counted(simulate(deployments[replicas], stages=sample)), objectives)
 
     found: list[int | None] = []
     guess = 1
     for sample in _samples(stages, *spans):
-        if sample is None:
-            found.append(0)
-            continue
-        low, high = 0, guess
-        while not keeps(sample, high):
-            low, high = high, 2 * high
-            if low >= MOST_REPLICAS:
-                break
-        if low >= MOST_REPLICAS:
-            found.append(None)
-            continue
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (low, middle) if keeps(sample, middle) else (middle, high)
-        found.append(high)
-        guess = high
+        size = 0 if sample is None else fewest(partial(misses, sample), guess, MOST_REPLICAS)
+        found.append(size)
+        guess = size or guess
     return found
 
 
