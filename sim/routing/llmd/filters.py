@@ -8,8 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from servecast.sim.engine.request import Request
-from servecast.sim.routing.backends import Backend, Backends
+from servecast.sim.routing.backends import Backends
 from servecast.sim.routing.llmd.cycle import Cycle, Setting
 from servecast.sim.routing.llmd.plugin import NotModelled, Plugin
 from servecast.sim.routing.llmd.roles import roles_of
@@ -111,22 +110,13 @@ class UtilizationFilter:
         return kept if kept or not self._fallback else range(len(fits))
 
 
-class SessionAffinityFilter:
+class SessionAffinityFilter(Sessions):
     """The one that has the session; all, where there is none."""
 
-    def __init__(self, plugin: Plugin, setting: Setting) -> None:
-        self._sessions = Sessions(plugin, setting)
-
     def keep(self, cycle: Cycle) -> Sequence[int]:
-        home = self._sessions.home(cycle.request)
+        home = self.home(cycle.request)
         position = None if home is None else Backends.of(cycle.backends).position(home)
         return range(len(cycle.backends)) if position is None else [position]
-
-    def picked(self, cycle: Cycle, backend: Backend) -> None:
-        self._sessions.picked(cycle, backend)
-
-    def ended(self, request: Request, index: int) -> None:
-        self._sessions.ended(request, index)
 
 
 FILTERS: dict[str, Callable[[Plugin, Setting], Filter]] = {
