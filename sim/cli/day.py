@@ -73,9 +73,8 @@ def _fleet(text: str) -> tuple[str, dict[str, Any]]:
         return f"{text} replicas", {"fleet.replicas": int(text), "fleet.autoscaler": None}
     path = Path(text)
     if not path.is_file():
-        raise InputError(
-            f"{text!r} is no number of replicas, and no file", where="--fleets", fix="Give 4, or hpa.yaml."
-        )
+        what = f"{text!r} is no number of replicas, and no file"
+        raise InputError(what, where="--fleets", fix="Give 4, or hpa.yaml.")
     written = read_yaml(path)
     block = written.get("fleet", written)
     return path.stem, {"fleet.autoscaler": block} if "kind" in block else {

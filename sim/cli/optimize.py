@@ -88,9 +88,8 @@ def _files(text: str, where: str) -> list[str]:
 def _counts(text: str, where: str) -> list[int]:
     words = _words(text, where)
     if not all(word.isdecimal() and int(word) > 0 for word in words):
-        raise InputError(
-            f"{text!r} is no list of numbers above 0", where=where, fix="Write for example 1,2,4."
-        )
+        what = f"{text!r} is no list of numbers above 0"
+        raise InputError(what, where=where, fix="Write for example 1,2,4.")
     return [int(word) for word in words]
 
 

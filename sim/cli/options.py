@@ -150,9 +150,8 @@ def numbers(text: str, *, where: str) -> list[float]:
     except ValueError:
         found = []
     if not found or not all(0 < number < float("inf") for number in found):
-        raise InputError(
-            f"{text!r} is no list of numbers above 0", where=where, fix="Separate them by commas."
-        )
+        what = f"{text!r} is no list of numbers above 0"
+        raise InputError(what, where=where, fix="Separate them by commas.")
     return found
 
 

@@ -205,9 +205,8 @@ def _parts(side: Side, document: Document, stage: str | None) -> dict[str | None
     if stage is None or not stages:
         return stages or {None: document}
     if stage not in stages:
-        raise InputError(
-            f"{side.label} has no stage {stage!r}", where="--stage", fix=f"It has {', '.join(stages)}."
-        )
+        what = f"{side.label} has no stage {stage!r}"
+        raise InputError(what, where="--stage", fix=f"It has {', '.join(stages)}.")
     return {None: stages[stage]}
 
 

@@ -43,9 +43,8 @@ class Warmup:
                 return cls(requests=int(text))
         except ValueError:
             pass
-        raise InputError(
-            f"cannot read {text!r}", where="--warmup", fix="Give 30s, a number of requests, 20% or auto."
-        )
+        what = f"cannot read {text!r}"
+        raise InputError(what, where="--warmup", fix="Give 30s, a number of requests, 20% or auto.")
 
 
 def select(run: Run, *, stage: int | str | None = None, warmup: Warmup | None = None) -> Run:

@@ -133,9 +133,8 @@ class Choices:
         counts = Counter(str(value).casefold() for _, value, _ in axis)
         for _, value, _ in axis:
             if counts[str(value).casefold()] > 1:
-                raise InputError(
-                    f"{value} comes twice", where=f"--{kind.replace('_', '-')}", fix="Name each choice once."
-                )
+                what = f"{value} comes twice"
+                raise InputError(what, where=f"--{kind.replace('_', '-')}", fix="Name each choice once.")
         return axis
 
 

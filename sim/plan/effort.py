@@ -32,9 +32,8 @@ class Effort:
 
     def __post_init__(self) -> None:
         if not 0.5 <= self.confidence < 1:
-            raise InputError(
-                f"{self.confidence:g} is out of range", where="confidence", fix="Give 0.5 to 1, as 0.95."
-            )
+            what = f"{self.confidence:g} is out of range"
+            raise InputError(what, where="confidence", fix="Give 0.5 to 1, as 0.95.")
         if not 0 < self.tolerance < math.inf:
             fix = "Give a positive number."
             raise InputError(f"{self.tolerance:g} is not positive and finite", where="tolerance", fix=fix)

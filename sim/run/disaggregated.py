@@ -105,9 +105,8 @@ class ServerPools:
         found = pull_settings(own.engine.kv_transfer)
         wrong = "kv_consumer" if self.roles[index] == "prefill" else "kv_producer"
         if found.role == wrong:
-            raise self._error(
-                index, f"a {self.roles[index]} server that is {wrong}", "Give it the other role."
-            )
+            what = f"a {self.roles[index]} server that is {wrong}"
+            raise self._error(index, what, "Give it the other role.")
         return found
 
     def _agree(self) -> None:
@@ -122,28 +121,22 @@ class ServerPools:
         for index, (each, side) in enumerate(zip(self._transfers, self.sides, strict=True)):
             own = self.deployments[index].scenario.engine
             if each.way != first.way or (each.connector == "MooncakeConnector") != mooncake:
-                raise self._error(
-                    index, f"{each.connector} beside {first.connector}", "Give all servers one connector."
-                )
+                what = f"{each.connector} beside {first.connector}"
+                raise self._error(index, what, "Give all servers one connector.")
             if side.block_size != self.sides[0].block_size:
-                raise self._error(
-                    index,
-                    f"KV blocks of {side.block_size} tokens beside some of {self.sides[0].block_size}",
-                    "Give all servers one block_size.",
-                )
+                what = f"KV blocks of {side.block_size} tokens beside some of {self.sides[0].block_size}"
+                raise self._error(index, what, "Give all servers one block_size.")
             for name in ("kv_cache_dtype", *(_HASHED if hashed else ())):
                 if (its := getattr(own, name)) != (theirs := getattr(flags, name)):
                     fix = "Give all servers one: vLLM refuses the handshake."
                     raise self._error(index, f"{name} {its} beside {theirs}", fix)
             big, small = max(side.ranks, self.sides[0].ranks), min(side.ranks, self.sides[0].ranks)
             if big % small:
-                raise self._error(
-                    index, f"{big} ranks beside {small}", "Let one tensor_parallel_size divide the other."
-                )
+                what = f"{big} ranks beside {small}"
+                raise self._error(index, what, "Let one tensor_parallel_size divide the other.")
             if each.connector == "MooncakeConnector" and big != small:
-                raise self._error(
-                    index, "MooncakeConnector between different numbers of ranks", "Use NixlConnector."
-                )
+                what = "MooncakeConnector between different numbers of ranks"
+                raise self._error(index, what, "Use NixlConnector.")
 
     def _error(self, index: int, what: str, fix: str) -> InputError:
         return InputError(what, where=f"{self.scenario.source}: fleet.{self.roles[index]}", fix=fix)

@@ -128,9 +128,8 @@ def explain(
         InputError: the scenario cannot be made concrete, or no request finished.
     """
     if statistic == "std":
-        raise InputError(
-            "std is a spread, not a time to explain", where="statistic", fix="Give p95, max or mean."
-        )
+        what = "std is a spread, not a time to explain"
+        raise InputError(what, where="statistic", fix="Give p95, max or mean.")
     if scenario.fleet.prefill:
         what = "a first token of prefill and decode servers is not taken apart"
         fix = "Use servecast simulate: its records have the times of both legs and of the transfer."

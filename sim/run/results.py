@@ -298,9 +298,8 @@ def check_table(path: Path, *, where: str) -> None:
     if path.suffix not in TABLES:
         raise InputError(f"{path.name!r} is no table", where=where, fix="End it in .csv or .parquet.")
     if path.suffix == ".parquet" and find_spec("pyarrow") is None:
-        raise InputError(
-            "Parquet needs pyarrow", where=where, fix="Install servecast[parquet], or write a .csv."
-        )
+        what = "Parquet needs pyarrow"
+        raise InputError(what, where=where, fix="Install servecast[parquet], or write a .csv.")
     check_output(path, where=where)
 
 
@@ -321,9 +320,8 @@ def read_result(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"cannot be read: {reason(error)}", where=str(path), fix="Give a result's JSON file."
-        ) from None
+        what = f"cannot be read: {reason(error)}"
+        raise InputError(what, where=str(path), fix="Give a result's JSON file.") from None
     if not isinstance(document, dict):
         raise InputError("is not a JSON object", where=str(path), fix="Give a result's JSON file.")
     ours = "servecast_version" in document

@@ -199,9 +199,8 @@ def at_rate(scenario: Scenario, request_rate: float, num_requests: int) -> Workl
         InputError: the rate or the number is none.
     """
     if not 0 < request_rate < float("inf"):
-        raise InputError(
-            f"{request_rate:g} is not a rate", where="--request-rate", fix="Give requests a second, above 0."
-        )
+        what = f"{request_rate:g} is not a rate"
+        raise InputError(what, where="--request-rate", fix="Give requests a second, above 0.")
     if num_requests < 1:
         raise InputError(f"{num_requests} requests", where="--num-requests", fix="Give at least 1.")
     return with_request_rate(scenario.open_loop(), request_rate, num_requests=num_requests)

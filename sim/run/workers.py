@@ -73,6 +73,5 @@ def _optional(module: str, extra: str) -> Any:
     try:
         return import_module(module)
     except ImportError:
-        raise InputError(
-            f"{extra} is not installed", where=f"--backend {extra}", fix=f"Install servecast[{extra}]."
-        ) from None
+        what = f"{extra} is not installed"
+        raise InputError(what, where=f"--backend {extra}", fix=f"Install servecast[{extra}].") from None

@@ -123,9 +123,8 @@ class VllmBench(Model):
         if (self.ramp_up_strategy is None) != (ends == (None, None)) or (
             None in ends and ends != (None, None)
         ):
-            raise invalid(
-                "an incomplete ramp-up", "Give ramp_up_strategy, ramp_up_start_rps and ramp_up_end_rps."
-            )
+            what = "an incomplete ramp-up"
+            raise invalid(what, "Give ramp_up_strategy, ramp_up_start_rps and ramp_up_end_rps.")
         if self.ramp_up_strategy is not None and not math.isinf(self.request_rate):
             raise invalid("a ramp-up with a request_rate", "Leave request_rate out, as vllm bench does.")
         return self

@@ -224,9 +224,8 @@ class StageSpec(Model):
             raise invalid("polling without drain", "Remove it: duration_s ends the stage.", at="polling")
         names = [stream.name for stream in self.streams]
         if len(set(names)) < len(names):
-            raise invalid(
-                "two streams of one name", "Give each stream of a stage its own name.", at="streams"
-            )
+            what = "two streams of one name"
+            raise invalid(what, "Give each stream of a stage its own name.", at="streams")
         for stream in self.streams:
             stream.check_complete()
         if all(stream.background for stream in self.streams):

@@ -116,9 +116,8 @@ class TraceSpec(Model):
                 fix = "Write columns: {timestamp: ..., input_tokens: ..., output_tokens: ...}."
                 raise invalid(f"it does not say which column has {', '.join(missing)}", fix, at="columns")
         if self.history is not None and self.turns == "as_recorded":
-            raise invalid(
-                "history of turns that do not wait", "Remove it, or write turns: wait.", at="history"
-            )
+            what = "history of turns that do not wait"
+            raise invalid(what, "Remove it, or write turns: wait.", at="history")
         for name, moment in (("from", self.from_), ("to", self.to)):
             if isinstance(moment, str) and read_date(moment) is None:
                 fix = "Write seconds after the first request, or as 2024-05-10T08:00:00Z."

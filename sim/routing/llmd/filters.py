@@ -51,11 +51,10 @@ class PrefixCacheAffinityFilter:
         self._threshold = parameters.number("affinityThreshold", 0.8, high=1.0)
         self._explores = parameters.number("explorationProbability", 0.0, high=1.0)
         if parameters.text("ttftSource", "prefillThroughput") != "prefillThroughput":
-            raise NotModelled(
-                "ttftSource latencyPredictor asks a predictor that is trained while it serves: not modelled",
-                where=parameters.where("ttftSource"),
-                fix="Use prefillThroughput.",
+            what = (
+                "ttftSource latencyPredictor asks a predictor that is trained while it serves: not modelled"
             )
+            raise NotModelled(what, where=parameters.where("ttftSource"), fix="Use prefillThroughput.")
         penalty_ms = parameters.number("maxTTFTPenaltyMs", 18_000.0)
         rate = parameters.number("peakPrefillThroughput", 15_928.0)
         tokens = parameters.number("maxTokensInFlightPenalty", 0.0)

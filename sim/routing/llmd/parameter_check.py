@@ -39,11 +39,8 @@ class ParameterCheck:
         for path in parameters.paths():
             if _beneath(path, kind.reads):
                 if plugin == "prefix-cache-scorer" and release.producers and path not in _SCORER_OWN:
-                    raise parameters.error(
-                        f"{path} is a parameter of {APPROXIMATE}, not of {plugin}, since v1.5",
-                        path,
-                        f"Move it to a plugin of type {APPROXIMATE}.",
-                    )
+                    what = f"{path} is a parameter of {APPROXIMATE}, not of {plugin}, since v1.5"
+                    raise parameters.error(what, path, f"Move it to a plugin of type {APPROXIMATE}.")
                 if plugin == "prefix-cache-scorer" and self._name == "v1.5" and path not in _SCORER_OWN:
                     said = f"{plugin}.{path} (taken, although picker v1.5 reads it of {APPROXIMATE} alone)"
                     self._notes.append(said)
@@ -78,9 +75,8 @@ class ParameterCheck:
         tuned = release.auto_tune and parameters.flag("autoTune", True)
         looked_at = parameters.amount("maxPrefixTokensToMatch", release.prefix_tokens)
         if name in _BLOCK_SIZES and release.strict and name == "hashBlockSize":
-            raise parameters.error(
-                f"{APPROXIMATE} has no parameter {name!r}", name, f"Use {wanted}, in tokens."
-            )
+            what = f"{APPROXIMATE} has no parameter {name!r}"
+            raise parameters.error(what, name, f"Use {wanted}, in tokens.")
         why = ""
         if name in (*_BLOCK_SIZES, "lruCapacityPerServer") and tuned:
             why = "autoTune takes the servers' sizes"

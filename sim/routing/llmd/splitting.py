@@ -39,9 +39,8 @@ def splitting(plugins: Mapping[str, Plugin], today: bool) -> Splitting | None:
     nested = [name for name in _NESTED if any(path.split(".")[0] == name for path in given.paths())]
     flat = [path for path in given.paths() if path.split(".")[0] not in (*_NESTED, "stageOrder")]
     if nested and flat:
-        raise given.error(
-            f"{nested[0]} and the older {flat[0]} in one handler", flat[0], "Write all of it the newer way."
-        )
+        what = f"{nested[0]} and the older {flat[0]} in one handler"
+        raise given.error(what, flat[0], "Write all of it the newer way.")
     profiles, deciders = given.block("profiles"), given.block("deciders")
     decode = profiles.text("decode", "") or given.text("decodeProfile", "decode")
     prefill = profiles.text("prefill", "") or given.text("prefillProfile", "prefill")
@@ -59,11 +58,8 @@ def splitting(plugins: Mapping[str, Plugin], today: bool) -> Splitting | None:
         name = names[at]
     asked = given.text("stageOrder", "").lower().replace("-", "").replace("_", "")
     if asked not in _ORDERS:
-        raise given.error(
-            f"stageOrder is {given.text('stageOrder', '')!r}",
-            "stageOrder",
-            "Known are decode-first and prefill-first.",
-        )
+        what = f"stageOrder is {given.text('stageOrder', '')!r}"
+        raise given.error(what, "stageOrder", "Known are decode-first and prefill-first.")
     if not name:
         return Splitting(decode, prefill, None, _ORDERS[asked])
     if _ORDERS[asked]:

@@ -127,9 +127,8 @@ class Load(Model):
                     at = f"stages.{number}.{name}"
                     raise invalid(f"{name} is missing in a stage of a {self.type} load", "Add it.", at=at)
             if (stage.rate or 0) * (stage.duration or 0) > MOST_REQUESTS:
-                raise invalid(
-                    "more than 100 million requests in a stage", "Lower rate or duration.", at="stages"
-                )
+                what = "more than 100 million requests in a stage"
+                raise invalid(what, "Lower rate or duration.", at="stages")
             for name in other if not closed else ():  # a client sets those of a closed loop while it runs
                 if getattr(stage, name) is not None:
                     at = f"stages.{number}.{name}"
