@@ -16,24 +16,12 @@ from servecast.sim.run.results import measured
 
 Document = Mapping[str, Any]
 
-_SHOWN = [
-    "request_throughput",
-    "output_throughput",
-    "goodput_share",
-    "median_ttft_ms",
-    "p95_ttft_ms",
-    "p99_ttft_ms",
-    "median_tpot_ms",
-    "p95_tpot_ms",
-    "p99_tpot_ms",
-    "p95_itl_ms",
-    "median_e2el_ms",
-    "p95_e2el_ms",
-    "kv_cache_usage_peak",
-    "max_num_waiting",
-    "num_preemptions",
+_SHOWN = (
+    *("request_throughput", "output_throughput", "goodput_share", "median_ttft_ms", "p95_ttft_ms"),
+    *("p99_ttft_ms", "median_tpot_ms", "p95_tpot_ms", "p99_tpot_ms", "p95_itl_ms", "median_e2el_ms"),
+    *("p95_e2el_ms", "kv_cache_usage_peak", "max_num_waiting", "num_preemptions"),
     "prefix_cache_hit_rate",
-]
+)
 _LOAD = ("request_rate", "burstiness", "max_concurrency", "num_prompts")
 _TOP = ("backend", "servecast_version", "scenario", "profile", "seed", "engine_version", "model_id", "gpu")
 

@@ -35,11 +35,12 @@ SCHEMA_VERSION = 1
 TABLES = (".csv", ".parquet")
 
 _MEASURED = (  # besides what ends in _ms
-    "completed failed duration request_throughput request_goodput goodput_share output_throughput "
-    "total_token_throughput max_output_tokens_per_s max_concurrent_requests kv_cache_usage_peak "
-    "max_num_running max_num_waiting num_preemptions prefix_cache_hit_rate spec_decode_acceptance_rate "
-    "spec_decode_acceptance_length"
-).split()
+    *("completed", "failed", "duration", "request_throughput", "request_goodput", "goodput_share"),
+    *("output_throughput", "total_token_throughput", "max_output_tokens_per_s"),
+    *("max_concurrent_requests", "kv_cache_usage_peak", "max_num_running", "max_num_waiting"),
+    *("num_preemptions", "prefix_cache_hit_rate", "spec_decode_acceptance_rate"),
+    "spec_decode_acceptance_length",
+)
 _OFFLOADED = ("external_hit_rate", "kv_offload_load_bytes", "kv_offload_store_bytes")
 _OTHERS = (  # by their fields
     ({"aiperf_version"}, "aiperf"),
