@@ -9,8 +9,10 @@ from __future__ import annotations
 import csv
 import json
 import math
+import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
@@ -127,37 +129,10 @@ class Format:
     adds: bool = False
 
 
-_LENGTHS = {"timestamp": "timestamp", "input_tokens": "input_length", "output_tokens": "output_length"}
+_TABLE = resources.files("servecast.sim.traffic").joinpath("formats.toml").read_text("utf-8")
 FORMATS: dict[str, Format] = {
-    "mooncake": Format(
-        "jsonl", Columns(**_LENGTHS, hash_ids="hash_ids"), 1e-3, MOONCAKE_BLOCK_TOKENS, exact=True
-    ),
-    "bailian": Format(
-        "jsonl",
-        Columns(**_LENGTHS, hash_ids="hash_ids", session="chat_id", parent="parent_chat_id"),
-        1.0,
-        every_block=True,
-    ),
-    "aiperf": Format(
-        "jsonl",
-        Columns(**_LENGTHS, hash_ids="hash_ids", session="session_id", delay="delay"),
-        1e-3,
-        MOONCAKE_BLOCK_TOKENS,
-        adds=True,
-    ),
-    "timed_trace": Format("jsonl", Columns(**_LENGTHS, hash_ids="hash_ids"), 1.0),
-    "llmservingsim": Format(
-        "jsonl",
-        Columns("arrival_time_ns", "input_toks", "output_toks", "hash_ids", token_ids="input_tok_ids"),
-        1e-9,
-    ),
-    "azure": Format("csv", Columns("TIMESTAMP", "ContextTokens", "GeneratedTokens", images="NumImages")),
-    "burstgpt": Format(
-        "csv", Columns("Timestamp", "Request tokens", "Response tokens", session="Session ID"), 1.0
-    ),
-    "vidur": Format(
-        "csv", Columns("arrived_at", "num_prefill_tokens", "num_decode_tokens", session="session_id"), 1.0
-    ),
+    name: Format(**form | {"columns": Columns(**form["columns"])})
+    for name, form in tomllib.loads(_TABLE).items()
 }
 
 
