@@ -31,7 +31,7 @@ COMMANDS = {  # name -> where it is, and its line in --help
     "check": ("servecast.validate.check.command:check", "Can this benchmark report be true?"),
     "explain": ("servecast.sim.cli.explain:explain", "Why is the first token slow?"),
     "init": ("servecast.sim.cli.init:init", "Write a scenario to begin with, from a pasted command."),
-    "scenarios": ("servecast.sim.cli.scenarios:scenarios", "List the shipped scenarios."),
+    "scenarios": ("servecast.sim.cli.lists:scenarios", "List the shipped scenarios."),
     "gpus": ("servecast.sim.cli.lists:gpus", "List the GPUs, and what is known of each."),
     "models": ("servecast.sim.cli.lists:models", "List the models and families."),
     "profiles": ("servecast.sim.cli.lists:profiles", "List the shipped profiles."),
