@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from matplotlib.axes import Axes
-
 from servecast.sim.report.drawing import BAD, MUTED, SERIES, drawing, mark
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
     from servecast.sim.optimize.optimize import Optimum
 
 MOST_LINES = len(SERIES)  # with a colour of their own; the others are grey
