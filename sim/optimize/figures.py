@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from matplotlib.axes import Axes
-
 from servecast.sim.report.drawing import BAD, MUTED, SERIES, mark
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
     from servecast.sim.optimize.optimize import Optimum
 
 MOST_LINES = len(SERIES)  # with a colour of their own; the others are grey

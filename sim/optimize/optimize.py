@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-from matplotlib.figure import Figure
 
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.optimize.candidates import Candidate, Choices
@@ -30,6 +29,9 @@ from servecast.sim.run.results import check_output, context, engine_lines
 from servecast.sim.run.workers import Workers
 from servecast.sim.scenario.deployment import Deployment
 from servecast.sim.scenario.scenario import Scenario
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _SHORT = {  # in the head of a table
     "tensor_parallel": "TP",

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
-
-from matplotlib.axes import Axes
+from typing import TYPE_CHECKING, Any
 
 from servecast.sim.metrics.binding import StepRow
 from servecast.sim.report.drawing import BAD, FIRST, INK, MUTED, SECOND, mark
 from servecast.sim.report.text import table
 from servecast.sim.scenario.acceptance import rate_of
 from servecast.sim.scenario.deployment import Deployment
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 OFF = {"engine.speculative_config": None, "acceptance": None}
 

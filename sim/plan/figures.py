@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.axes import Axes
 
 from servecast.sim.plan.capacity import Plan
 from servecast.sim.plan.closed_loop import SweepPoint
 from servecast.sim.plan.judge import JudgedObjective
 from servecast.sim.report.drawing import BAD, FIRST, INK, MUTED, SECOND, drawing, mark
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 OVER_LIMIT = 2.5  # a latency plot ends at this multiple of its SLO
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 
 from servecast.sim.metrics.metrics import Floats, percentiles, series
 from servecast.sim.metrics.records import Run
 from servecast.sim.report.drawing import FIRST, INK, SECOND, drawing, mark
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 MAX_POINTS = 600  # of a time series
 

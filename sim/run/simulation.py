@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-from matplotlib.figure import Figure
 
 from servecast.sim.hardware.error_band import Bands
 from servecast.sim.inputs.errors import InputError
@@ -27,6 +26,9 @@ from servecast.sim.traffic.arrivals import ClosedLoop
 from servecast.sim.traffic.draw import with_request_rate
 from servecast.sim.traffic.spec import Workload
 from servecast.sim.traffic.trace_notes import trace_notes
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _COLUMNS = (  # of a table of stages: header, key
     ("stage", "stage"),
