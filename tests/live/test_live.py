@@ -34,7 +34,6 @@ from live_setup import (
     write_scenario,
 )
 from metronome_setup import ROOFLINE, metronome_gpu, metronome_model
-from split import measured, open_traffic, predicted
 from timing import Machine
 from timing import judge as judge_timing
 
@@ -46,6 +45,7 @@ from servecast.validate.live.drive import Outcome
 from servecast.validate.live.own_server import Started, started
 from servecast.validate.live.result import document, judge
 from servecast.validate.live.session import Session
+from servecast.validate.live.split import Split
 from servecast.validate.live.target import Target
 from servecast.validate.live.telemetry import get, parse_metrics
 from servecast.validate.parity.vllm_process import ENVIRONMENT
@@ -399,18 +399,23 @@ def test_a_client_without_cpu_is_inconclusive(lab: Lab, tmp_path: Path) -> None:
 
 def test_two_routing_policies_on_two_replicas(lab: Lab, tmp_path: Path) -> None:
     """The trace is split beforehand, as each policy would, and one benchmark runs a replica."""
-    scenario, targets = load(lab.file, SHARED), [replica.target for replica in lab.replicas]
-    requests = open_traffic(scenario, 6, 60)
-    splits = {router: predicted(scenario, router, requests) for router in ("round_robin", "prefix_affinity")}
+    split = Split(
+        load(lab.file, SHARED),
+        [replica.target for replica in lab.replicas],
+        ("round_robin", "prefix_affinity"),
+        tmp_path,
+        request_rate=6,
+        num_requests=60,
+        python=PYTHON,
+    )
+    split.run()
+    assert split.finished, split.stopped
     hits = {
-        "predicted": {router: share for router, (_, share) in splits.items()},
-        "measured": {
-            router: measured(parts, targets, tmp_path / router, PYTHON)
-            for router, (parts, _) in splits.items()
-        },
+        side: {router: row[side]["prefix_hit_rate"] for router, row in split.measured.items()}
+        for side in ("predicted", "measured")
     }
     print(hits)
-    for router in splits:
+    for router in split.routers:
         assert abs(hits["predicted"][router] - hits["measured"][router]) < 0.02
     for rates in hits.values():
         assert rates["round_robin"] < rates["prefix_affinity"]
