@@ -201,7 +201,7 @@ class Optimum(Answer):
 
     def plot(self) -> Figure:
         """Tokens/s a GPU against tokens/s a user sees, with the objective's corner."""
-        return drawn(1, lambda axes: draw_pareto(self, axes[0]))
+        return drawn(1, lambda axes: draw_pareto(self, axes))
 
     def to_html(self, path: Path | str, *, date: str | None = None) -> Path:
         """Write the page of the answer, with its plot; see `Answer.to_html`. date: to put on it."""
@@ -256,11 +256,8 @@ def optimize(
     check_target(target_rate, margin)
     objectives = slo if isinstance(slo, Objectives) else Objectives.asked(scenario, slo, None, ATTAINMENT)
     if not isinstance(scenario.fleet.replicas, int):
-        raise InputError(
-            "a list of replicas has no number to choose",
-            where=f"{scenario.source}: fleet.replicas",
-            fix="Give their number.",
-        )
+        what = "a list of replicas has no number to choose"
+        raise InputError(what, where=f"{scenario.source}: fleet.replicas", fix="Give their number.")
     candidates = Choices(**choices).of(scenario)
     listed, source = read_prices(Path(prices) if prices is not None else None)
     own = scenario.gpu_price if prices is None else None  # which holds for the scenario's own GPU

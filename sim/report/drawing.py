@@ -87,6 +87,13 @@ def drawing(count: int, salt: str) -> Iterator[tuple[list[Axes], Callable[[str],
         yield [axes for _, (axes,) in made], finish
 
 
+def picture(salt: str, label: str, count: int, draw: Callable[[list[Axes]], None]) -> str:
+    """What ``draw`` makes of so many panels, as SVG; see `drawing`."""
+    with drawing(count, salt) as (axes, finish):
+        draw(axes)
+        return finish(label)
+
+
 def _svg(figure: Figure, salt: str, label: str) -> str:
     out = io.StringIO()
     with _style(**{"svg.hashsalt": salt}):
