@@ -11,16 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from live_setup import (
-    PYTHON,
-    SCENARIO,
-    calibrate,
-    measure_overheads,
-    measure_steps,
-    metronome,
-    write_scenario,
-)
-from metronome_setup import ROOFLINE, metronome_gpu, metronome_model
+from live_setup import PYTHON, SCENARIO, Calibrated, metronome
+from metronome_setup import ROOFLINE, metronome_model
 from timing import Machine, judge
 
 from servecast.sim.scenario.acceptance import read_counts
@@ -45,19 +37,13 @@ JUDGED = ("output_throughput", "mean_itl_ms")
 AGAIN = 2  # times that loads are run again, if their figures are wrong and this machine was not quiet
 
 
-def test_throughput_and_token_times_with_the_servers_own_acceptance(tmp_path: Path) -> None:
+def test_throughput_and_token_times_with_the_servers_own_acceptance(
+    calibrated: Calibrated, tmp_path: Path
+) -> None:
     model = metronome_model(tmp_path / "metronome")
     settings = model / "generation_config.json"  # else the CPU's sampler accepts no draft
     settings.write_text('{"temperature": 0.0}')
-    gpu = metronome_gpu(ROOFLINE, model)
-    file = write_scenario(tmp_path, SCENARIO, model, gpu)
-    measured = measure_steps(model, tmp_path / "measured", ROOFLINE)
-    own, plain = metronome(model, ROOFLINE), tmp_path / "plain"
-    plain.mkdir()
-    with started(own, load(file, {"profile": None}).engine, {}, plain) as server:
-        assert server.recording is not None
-        measure_overheads(server.target, server.recording, measured, (2, 12))
-    calibrate(measured, gpu, tmp_path / "profile.json")
+    own, file = metronome(model, ROOFLINE), replace(calibrated, model=model).scenario(tmp_path, SCENARIO)
     file.write_text(
         f"{SCENARIO}acceptance: {{metrics: metrics.txt}}\n".replace(
             "enforce", f"speculative_config: {DRAFTS}, enforce", 1
@@ -88,7 +74,7 @@ def test_throughput_and_token_times_with_the_servers_own_acceptance(tmp_path: Pa
                 scenario, server.target, out, kinds=("concurrency",), concurrency=(LEVEL,), python=PYTHON
             )
             second.run()
-            quiet = machine.quiet()
+            quiet = machine.quiet() and not calibrated.disturbed
             found = document(second, judge_loads(second, limits), tolerances=limits)
             wrong = [
                 f"{each['name']}: {row['metric']} is {row['error']:+.1%} off"

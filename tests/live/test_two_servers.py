@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 from metronome_setup import FLAGS, ROOFLINE, metronome_environment, metronome_gpu, metronome_model
 from places import HELPERS
-from running import running
+from running import running, together
 from timing import Machine, judge
 
 from servecast.calibrate.measure.vllm.server import HOST, VllmServer, free_port
@@ -91,7 +91,7 @@ def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]
     ]
     url = f"http://{HOST}:{(port := free_port())}"
     command = [str(python), str(HELPERS / "two_servers_proxy.py"), str(port), *(s.base_url for s in servers)]
-    with servers[0], servers[1], running(command, url=f"{url}/health", log=folder / "proxy.log", env={}):
+    with together(servers), running(command, url=f"{url}/health", log=folder / "proxy.log", env={}):
         yield url, folder
 
 
