@@ -3,8 +3,8 @@ last what a law says. TTFT and TPOT as the client sees them, against a predictio
 the proxy and the HTTP servers what single requests took.
 
 Two servers, their workers, the proxy and the client share the cores of one machine, so that times are judged
-where others left it alone, and loads are run again where they did not. Judged always: that the profile's steps
-are the law's, and that every request's KV cache came from the other server.
+where others left it alone, and the load is run again where they did not. Judged always: that the profile's
+steps are the law's, and that every request's KV cache came from the other server.
 """
 
 from __future__ import annotations
@@ -149,14 +149,17 @@ def predicted_single(made: Scenario, prompt: int, output: int) -> float:
 
 
 def beside_the_law(steps: pd.DataFrame) -> float:
-    """By how much the predicted steps differ from the law at most, relative. A step loads or stores the KV of
-    whole blocks of the one prompt that it computes the rest of."""
+    """By how much the predicted steps differ from the law at most, relative. A step stores the KV of whole
+    blocks of a prompt and computes all of it, or loads it and computes the rest."""
     law, off = Law(json.dumps(LAW)), 0.0
     for step in steps[steps["prefill_requests"] <= 1].itertuples():
-        chunks = [(step.prefill_tokens, 0)] * step.prefill_requests
-        alone = law.seconds(chunks, step.decodes, step.decode_context)
-        moved = [LAW["kv_request_s"] + tokens * LAW["kv_moved_token_s"] for tokens in range(0, 641, BLOCK)]
-        off = max(off, min(abs(step.duration / (alone + each) - 1) for each in (moved if chunks else [0.0])))
+        lasts = list[float]()
+        for moved in range(0, 641, BLOCK) if step.prefill_requests else (0,):
+            loaded = moved if step.prefill_tokens <= BLOCK else 0
+            chunks = [(step.prefill_tokens, loaded)] * step.prefill_requests
+            seconds = law.seconds(chunks, step.decodes, step.decode_context)
+            lasts.append(seconds + len(chunks) * (LAW["kv_request_s"] + moved * LAW["kv_moved_token_s"]))
+        off = max(off, min(abs(step.duration / each - 1) for each in lasts))
     return off
 
 
@@ -187,7 +190,7 @@ def test_ttft_and_tpot_of_two_servers(proxy: tuple[str, Path]) -> None:
 
 
 def driven(url: str, first: int, requests: Sequence[Request]) -> NDArray[np.float64]:
-    """(n, 2) TTFT and TPOT of requests that are sent when they arrive; prompts are numbered from ``first``."""
+    """(n, 2) TTFT and TPOT of requests, sent when they arrive; their prompts are numbered from ``first``."""
     found, began = np.full((len(requests), 2), np.nan), time.perf_counter() + 1.0
 
     def client(number: int, asked: Request) -> None:
