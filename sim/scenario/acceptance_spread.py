@@ -98,7 +98,7 @@ def of_records(law: Kind, output_tokens: Sequence[int], steps: Sequence[int]) ->
 def _edges(tokens: NDArray[np.float64]) -> list[int]:
     """The first output lengths of all classes but the shortest."""
     classes = min(CLASSES, len(tokens) // IN_A_CLASS)
-    cuts = np.quantile(tokens, np.arange(1, classes) / classes, method="closest_observation")
+    cuts = np.quantile(tokens, np.arange(1, classes) / classes, method="higher")
     return sorted({int(cut) for cut in cuts if cut > tokens.min()})
 
 
