@@ -20,7 +20,7 @@ from servecast.sim.engine.speculation import Kind, Kinds
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.inputs.schema import Amount, InputFile, Model, invalid
 from servecast.sim.inputs.yaml_file import read_yaml
-from servecast.sim.scenario.acceptance_spread import of_beta, of_records
+from servecast.sim.scenario.acceptance_spread import of_beta, of_records, together
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Origin = Literal["given", "measured", "assumed"]
@@ -129,8 +129,10 @@ class Acceptance(Model):
         if len(shares) != drafts + 1 or abs(sum(shares) - 1.0) > 1e-6:
             fix = f"Give {drafts + 1} shares, of 0 to {drafts} drafts, with the sum 1."
             raise InputError(f"proposed {list(shares)}", where=f"{where}.proposed", fix=fix)
-        kinds = law.kinds and Kinds(tuple((rates, shares) for rates, _ in law.kinds.laws))
-        return replace(law, proposed=shares, kinds=kinds)
+        if law.kinds is None:
+            return replace(law, proposed=shares)
+        kinds = replace(law.kinds, laws=tuple((rates, shares) for rates, _ in law.kinds.laws))
+        return replace(law, rates=together(kinds.laws), proposed=shares, kinds=kinds)
 
     def _law(self, drafts: int, folder: Path, where: str) -> Law:
         if self.metrics is not None:
@@ -146,11 +148,8 @@ class Acceptance(Model):
             return Law(least_variance(self.length, drafts))
         if self.requests is not None or (self.rate is not None and self.spread is not None):
             each = self.requests or of_beta(self.rate, self.spread)  # type: ignore[arg-type]
-            laws = [geometric(rate, drafts) for rate in each]
-            mean = tuple(sum(at) / len(laws) for at in zip(*laws, strict=True))
-            return Law(
-                mean, note="in the scenario, by request", kinds=Kinds(tuple((law, ()) for law in laws))
-            )
+            kinds = Kinds(tuple((geometric(rate, drafts), ()) for rate in each))
+            return Law(together(kinds.laws), note="in the scenario, by request", kinds=kinds)
         if self.rate is not None:
             return Law(geometric(self.rate, drafts))
         if self.assumed:

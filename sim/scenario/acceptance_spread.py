@@ -55,6 +55,12 @@ def always_proposed(kinds: Kinds | None, mean: Kind) -> Kinds | None:
     return replace(kinds, laws=laws)
 
 
+def together(laws: Sequence[Kind]) -> tuple[float, ...]:
+    """The rates of all steps, where each kind has as many tokens: what accepts little takes more steps."""
+    shares = np.array([1.0 / (1.0 + extra(law)) for law in laws])
+    return tuple(map(float, shares @ np.array([rates for rates, _ in laws]) / shares.sum()))
+
+
 def of_beta(mean: float, spread: float) -> list[float]:
     """Rates of requests that are beta distributed: the means of ``MOST_KINDS`` equal parts of the
     distribution. spread: its standard deviation, below sqrt(mean (1 - mean))."""

@@ -52,7 +52,6 @@ def test_a_beta_distribution_of_rates() -> None:
     assert np.mean(rates) == pytest.approx(0.7)
     assert np.std(rates) == pytest.approx(0.15, rel=0.02)
     law = law_of(rate=0.7, spread=0.15)
-    assert law.rates[1] == pytest.approx(0.7**2 + 0.15**2, rel=0.01)  # the second moment
     assert law.kinds is not None
     assert law.kinds.laws[0] == (geometric(rates[0], 3), ())
 
@@ -61,7 +60,14 @@ def test_rates_of_single_requests_with_what_is_proposed() -> None:
     law = law_of(requests=[0.2, 0.8], proposed=0.5)
     assert law.kinds is not None
     assert law.kinds.laws == tuple((geometric(rate, 3), (0.5, 0.0, 0.0, 0.5)) for rate in (0.2, 0.8))
-    assert law.rates == pytest.approx((0.5, 0.34, 0.26))
+    slow, fast = (1.0 + 0.5 * sum(geometric(rate, 3)) for rate in (0.2, 0.8))
+    share = fast / (slow + fast)  # of the slow ones' steps, with as many tokens
+    assert law.rates[1] == pytest.approx(share * 0.2**2 + (1.0 - share) * 0.8**2)
+
+
+def test_all_requests_together_bring_the_tokens_of_their_steps() -> None:
+    """A token a step and four: 8 tokens of 5 steps."""
+    assert law_of(requests=[0.0, 1.0]).length == pytest.approx(8 / 5)
 
 
 @pytest.mark.parametrize("given", [{"rate": 0.5, "spread": 0.5}, {"rates": [0.5] * 3, "spread": 0.1}])
