@@ -121,8 +121,10 @@ def _without_chance(
 ) -> NDArray[np.float64]:
     """(n,) steps a token that requests tend to, behind those that they drew: the variance of how many steps
     come to n tokens is n variance / mean**3 of a step's tokens (a renewal process)."""
-    pace, mean = steps / tokens, steps.sum() / tokens.sum()
+    pace, mean = steps / tokens, float(steps.sum() / tokens.sum())
     seen = float(np.average((pace - mean) ** 2, weights=tokens))
     variance = _variance(law) * (1.0 / mean - 1.0) / extra(law)
-    chance = len(tokens) * variance * mean**3 / tokens.sum()
-    return mean + (pace - mean) * np.sqrt(max(0.0, 1.0 - chance / seen) if seen else 0.0)
+    chance = len(tokens) * variance * mean**3 / float(tokens.sum())
+    kept = max(0.0, 1.0 - chance / seen) ** 0.5 if seen else 0.0
+    found: NDArray[np.float64] = mean + (pace - mean) * kept
+    return found
