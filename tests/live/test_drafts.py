@@ -77,7 +77,7 @@ def test_throughput_and_token_times_with_the_servers_own_acceptance(tmp_path: Pa
         scenario = load(file)
         law = Deployment.of(scenario).speculating.law  # type: ignore[union-attr]
         assert law.kinds is not None
-        print(counts, law.note, law.mean, law.kinds.from_tokens)
+        print(law.note, law.mean, law.kinds.from_tokens)
         assert 0.1 * counts.draft_tokens < counts.accepted < 0.9 * counts.draft_tokens
         for again in range(1 + AGAIN):
             machine, out = Machine(), tmp_path / f"second-{again}"
