@@ -1,7 +1,7 @@
 """What a GPU reaches of its datasheet, kernel by kernel, and which file says so.
 
 A file of ``scenarios/gpus`` holds about twenty constants of one GPU, fitted to timings of vLLM's own kernels
-on it (``calibrate.fit.kernel_tables``). They are facts of a GPU and a precision, not of a model:
+on it (``scenarios.make.kernels``). They are facts of a GPU and a precision, not of a model:
 ``efficiencies`` picks those that a model's precisions and its number of ranks ask for.
 """
 

@@ -20,8 +20,9 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from servecast.calibrate.fit.exchange_tables import collectives, fit_exchanges
-from servecast.calibrate.fit.kernel_timings import (
+from servecast.scenarios.make.kernels.exchanges import collectives, fit_exchanges
+from servecast.scenarios.make.kernels.mixers import fit_latents, fit_states
+from servecast.scenarios.make.kernels.timings import (
     BYTES,
     KV,
     LEAST_ROWS,
@@ -35,7 +36,6 @@ from servecast.calibrate.fit.kernel_timings import (
     parts,
     times,
 )
-from servecast.calibrate.fit.mixer_tables import fit_latents, fit_states
 from servecast.sim.hardware.gpu import GPU
 from servecast.sim.hardware.gpu_constants import (
     AllReduce,
