@@ -31,6 +31,7 @@ cdef class EngineLoop:
     cdef public object grammars
     cdef object adapters  # by row
     cdef object formats
+    cdef object media
     cdef long long before  # the end of the step before, where steps overlap
     cdef list later  # steps in flight behind the second
     cdef int depth

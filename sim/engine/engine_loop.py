@@ -97,7 +97,7 @@ class EngineLoop:
         self.told_usage = 0.0
         self.first = self.second = self.pending = None
         self.after_step = self.on_first = self.pipeline = self.adapter_cache = self.grammars = None
-        self.adapters = self.formats = None
+        self.adapters = self.formats = self.media = None
         self.before = 0
         self.later = []
         self.depth = max_concurrent_batches(scheduler.config)
@@ -167,7 +167,7 @@ class EngineLoop:
         self.prioritized = requests.priority is not None
         if self.prioritized:
             self.priorities = writable(requests.priority)
-        self.adapters, self.formats = requests.adapter, requests.grammar
+        self.adapters, self.formats, self.media = requests.adapter, requests.grammar, requests.media
         self.outcomes = outcomes
 
     def take(self, row: cython.Py_ssize_t, time: cython.longlong) -> cython.int:
@@ -188,6 +188,8 @@ class EngineLoop:
             sequence.adapter = self.adapters[row]
         if self.formats is not None and self.formats[row]:
             self.scheduler.wait_for_grammar(sequence, self.grammars.ready(int(self.formats[row]), time))
+        if self.media is not None and self.media[row] is not None:
+            self.scheduler.carry(sequence, self.media[row])
         return 0
 
     def leave(self, row: int) -> None:
