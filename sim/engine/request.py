@@ -17,7 +17,8 @@ class MediaItem(NamedTuple):
 
     It takes ``length`` tokens of the prompt, from ``offset`` on; the first ``lead`` and the last ``tail`` of
     them, and ``between`` others, are the model's own marks, without an embedding of the encoder. ``content``
-    is equal for equal items, ``kind`` a number of what it takes to encode it.
+    is equal for equal items. The encoder computes ``patches``, which attend to those of their own segment;
+    ``pixels`` are those of the item as it is sent.
     """
 
     content: int
@@ -26,7 +27,9 @@ class MediaItem(NamedTuple):
     lead: int = 0
     tail: int = 0
     between: int = 0
-    kind: int = 0
+    patches: int = 0
+    segments: int = 1
+    pixels: int = 0
 
     @property
     def embeds(self) -> int:

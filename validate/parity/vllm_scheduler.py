@@ -444,7 +444,7 @@ def _await_grammar(request: Request) -> None:
 
 
 def _feature(
-    content: int, offset: int, length: int, lead: int, tail: int, between: int, kind: int
+    content: int, offset: int, length: int, lead: int, tail: int, between: int, *_: int
 ) -> MultiModalFeatureSpec:
     mask = torch.ones(length, dtype=torch.bool)
     mask[:lead] = mask[length - tail :] = False
