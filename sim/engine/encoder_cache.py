@@ -25,7 +25,7 @@ class EncoderCache:
     """The encoder's budget and cache. A sequence has its items in ``media`` (``MediaItem``) and the places of
     those that it refers to in ``held``.
 
-    Use: ``fit`` says how many tokens of a chunk can be computed; if the chunk is scheduled, ``accept`` follows.
+    Use: ``fit`` says how many tokens of a chunk can be computed; if that is scheduled, ``accept`` follows.
 
     Attributes:
         free_slots: embeddings that have room at once; free_able: with those that nobody refers to.
@@ -170,7 +170,6 @@ class EncoderCache:
     def places(self, sequence: Sequence) -> list:
         """Of its items those that it may refer to, in the order of a set of small integers
         (get_cached_input_ids)."""
-        place: cython.int
         if self.refers_by_item:
             return list(sequence.held)
         found: set = {
@@ -206,8 +205,8 @@ class EncoderCache:
         return 0
 
     def step_done(self, step: Step) -> cython.int:
-        """A step has run: items that its requests have passed are let go (Scheduler._free_encoder_inputs), and
-        all of those that end."""
+        """A step has run: items that its requests have passed are let go, and all of those that end
+        (Scheduler._free_encoder_inputs)."""
         sequence: Sequence
         place: cython.int
         passed: cython.int

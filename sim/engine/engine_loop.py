@@ -68,8 +68,8 @@ class EngineLoop:
         launched. after_step: called with the time when a step has been completed, or None.
         pipeline: the stages that a step passes, or None where it is one.
         adapter_cache, grammars: what loading LoRA adapters and following grammars takes, or None.
-        encode_seconds: called for the seconds that encoding a step's items takes; encoded, encoding_s: how many
-            there were so far, and what they took.
+        encode_seconds: called for the seconds that encoding a step's items takes; encoded, encoding_s: how
+            many there were so far, and what they took.
         on_first: called with a request's row and the time at which its first token comes, or None.
     """
 

@@ -69,8 +69,8 @@ class Request:
         adapter: number of its LoRA adapter, from 1; 0: the base model. Prompts of two adapters share nothing:
             their ``content`` differs (``content_of_adapter``).
         grammar: number of the grammar that its output follows, from 1; 0: none.
-        media: images and the like in its prompt, in their order. Their tokens are a part of ``prompt_tokens``,
-            and where others carry the same, ``content`` says so.
+        media: images and the like in its prompt, in their order, whose tokens are a part of
+            ``prompt_tokens``; where others carry the same, ``content`` says so.
     """
 
     request_id: int

@@ -21,8 +21,9 @@ class Step:
     token. failed: those that end with an error. prefilling: with priorities or a connector, whose the chunks
     are. connector_meta: what the connector's workers are told; transfers: what they report (``Transfers``).
     deferred: it samples when the step before is complete, whose tokens a grammar needs.
-    encoded: (sequence, place) of items that are encoded before the forward pass; looking: sequences in the step
-    that may still need encoder outputs. adapters: of LoRA, with how many of the step's tokens each has, or None.
+    encoded: (sequence, place) of items that are encoded before the forward pass; looking: sequences in the
+    step that may still need encoder outputs. adapters: of LoRA, with how many of the step's tokens each has,
+    or None.
     composition: with ``trace``, all and their tokens. verified: where it drafts, how many drafts each of
     samplers verifies, -k where they are padding. outputs: requests that got tokens, each in one message. row:
     in the table of steps. windowed: of decode_context, what layers with a window attend to, if the scheduler

@@ -56,8 +56,7 @@ def encoder_budget(
     found = [
         item
         for modality in MODALITIES
-        if limits.get(modality, 1) > 0
-        and (item := tower.largest(modality, max_model_len)) is not None
+        if limits.get(modality, 1) > 0 and (item := tower.largest(modality, max_model_len)) is not None
     ]
     if not found:
         return EncoderBudget(0, 0, None)
@@ -114,9 +113,7 @@ class EncoderTime:
             )
         self._tower, self._ranks, self._whole = tower, ranks, whole
         model = _as_model(tower, shard.model)
-        self._time = PhysicalStepTime(
-            Shard(model, shard.gpu, 1 if whole else ranks), profile.efficiencies
-        )
+        self._time = PhysicalStepTime(Shard(model, shard.gpu, 1 if whole else ranks), profile.efficiencies)
         self._joining = 1 + tower.joining_weights / (
             tower.layers * tower.layer_weights * (1 if tower.rule == "fixed" else tower.merge**2)
         )

@@ -15,8 +15,8 @@ from servecast.sim.hardware.config_file import LARGEST, ConfigFile, short
 from servecast.sim.hardware.layer_kinds import Mixer
 from servecast.sim.hardware.layer_plan import compressed, layer_names, mixers, number_of_layers
 from servecast.sim.hardware.model_families import ALIASES, FAMILIES, NOT_MODELLED, Experts, Family
-from servecast.sim.hardware.vision_tower import vision_tower
 from servecast.sim.hardware.quantization import SIXTEEN, Format, Quantization, read_quantization
+from servecast.sim.hardware.vision_tower import vision_tower
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.inputs.schema import did_you_mean
 

@@ -100,7 +100,9 @@ class StreamSpec(Model):
         if self.media is not None:
             again = isinstance(self.content, SharedPrefix) and self.content.prompts_per_group is not None
             if self.trace is not None or self.sessions is not None:
-                raise invalid("media of recorded requests or sessions is not modelled", "Remove it.", at="media")
+                raise invalid(
+                    "media of recorded requests or sessions is not modelled", "Remove it.", at="media"
+                )
             if again or not isinstance(self.content, Unique | SharedPrefix | None):
                 raise invalid("media in prompts that come again is not modelled", "Remove it.", at="media")
         if self.talks:
