@@ -76,7 +76,8 @@ class VisionTower:
     @property
     def parameters(self) -> int:
         """All, norms and biases of the blocks among them."""
-        small = 8 * self.hidden_size + (self.mlp_products - 1) * self.intermediate_size
+        gated = self.mlp_products == 3  # then norms are of one weight, else of two
+        small = (7 if gated else 9) * self.hidden_size + (1 + gated) * self.intermediate_size
         return self.layers * (self.layer_weights + small) + self.joining_weights + self.other_weights
 
     def picture(self, width: int, height: int, frames: int = 1) -> Picture:
@@ -244,7 +245,7 @@ def _grid(
         merge=merge,
         text_size=text,
         joining_weights=mergers * (joined**2 + joined * text),
-        other_weights=vision.get("in_channels", vision.get("in_chans", 3)) * frames * patch**2 * hidden,
+        other_weights=3 * frames * patch**2 * hidden + mergers * (hidden + joined + text),
         full_layers=layers,
         frames_per_patch=frames,
         min_pixels=3_136,

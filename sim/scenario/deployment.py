@@ -52,8 +52,8 @@ class Deployment:
         profile: efficiencies, overheads and noise; from kernel timings, or typical, where the scenario names
             none.
         step_time: how long a step takes. speculating: how it drafts; None if it does not.
-        offloading: what it keeps of its KV cache outside of the GPUs; None: nothing. encoder: its vision tower's
-            time, where prompts carry images; else None.
+        offloading: what it keeps of its KV cache outside of the GPUs; None: nothing.
+        encoder: the time of its vision tower, where prompts carry images; else None.
     """
 
     scenario: Scenario

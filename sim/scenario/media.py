@@ -55,7 +55,7 @@ def tower_of(model: ModelShape, flags: EngineFlags) -> VisionTower:
         raise InputError(
             f"the prompts carry images, and no vision tower of {model.name} is known",
             where="workload.media",
-            fix="Remove it, or use a model of Qwen-VL, Gemma 3 or Mistral 3; docs/multimodal.md has the families.",
+            fix="Remove it, or use a Qwen-VL, Gemma 3 or Mistral 3 model.",
         )
     if not in_use(flags):
         raise InputError(

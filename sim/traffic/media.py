@@ -76,7 +76,9 @@ class MediaSpec(Model):
     """As ``--random-mm-base-items-per-request``."""
     range_ratio: Annotated[NonNegative, Field(le=1)] = 0.0
     """As ``--random-mm-num-mm-items-range-ratio``: so much fewer or more, evenly."""
-    limit_per_prompt: dict[Literal["image", "video"], Amount] = {"image": 255, "video": 1}
+    limit_per_prompt: dict[Literal["image", "video"], Amount] = Field(
+        default_factory=lambda: {"image": 255, "video": 1}
+    )
     """As ``--random-mm-limit-mm-per-prompt``."""
     repeat_share: Annotated[NonNegative, Field(lt=1)] = 0.0
     """Of the items that were sent before, each as likely."""
