@@ -89,10 +89,10 @@ A scenario that differs is shrunk, printed with both sides' state around the fir
 LIMITS = """\
 ## What this does not show
 
-- Not compared, because not modelled: LoRA, multimodal inputs, pipeline and data parallelism, pause states,
-  structured output; of KV cache groups `--prefix-match-unit`; of drafts those with chunked or Mamba groups,
-  or with a drafter that has a part in the prefix hits of several groups, several MTP modules, and failed
-  loads that are recomputed.
+- Not compared, because not modelled: LoRA, audio, pipeline and data parallelism, pause states, structured
+  output; images beside drafts, connectors and KV cache groups; of KV cache groups `--prefix-match-unit`; of
+  drafts those with chunked or Mamba groups, or with a drafter that has a part in the prefix hits of several
+  groups, several MTP modules, and failed loads that are recomputed.
 - With groups of different block sizes the number of cached hashes is not compared: vLLM gives the prompt's
   last block of full attention a second hash there, which no look-up asks for.
 - Rules that cannot be told apart from outside, so that no scenario can test them: that a look-up stops at

@@ -99,8 +99,8 @@ def test_an_item_is_encoded_once_and_processed_once(tmp_path: Path) -> None:
 
 
 def test_the_encoder_is_never_faster_than_its_flops(tmp_path: Path) -> None:
-    """Two operations a weight and patch, and four a pair of patches that see each other and a number of a head:
-    all pairs in 4 layers, those of a window of 64 in 28."""
+    """Two operations a weight and patch, and four a number of a head and pair of patches that see each other: all
+    pairs in 4 layers, those of a window of 64 in 28."""
     encoder = Deployment.of(seeing(tmp_path)).encoder
     assert encoder is not None
     gpu, block = find_gpu("H100"), 4 * 1280**2 + 3 * 1280 * 3420
@@ -182,11 +182,9 @@ def test_the_processor_forgets_what_was_used_least_recently() -> None:
     ],
 )
 def test_what_is_refused(tmp_path: Path, engine: dict[str, Any], media: dict[str, Any], message: str) -> None:
+    more = {"acceptance": 0.5} if "speculative_config" in engine else {}
     with pytest.raises(InputError, match=message):
-        scenario = seeing(tmp_path, engine, **media)
-        Deployment.of(
-            scenario if "speculative_config" not in engine else scenario.changed({"acceptance": 0.5})
-        )
+        Deployment.of(seeing(tmp_path, engine, **media).changed(more))
 
 
 def test_a_model_without_a_known_tower_is_refused(tmp_path: Path) -> None:
