@@ -99,8 +99,8 @@ def test_an_item_is_encoded_once_and_processed_once(tmp_path: Path) -> None:
 
 
 def test_the_encoder_is_never_faster_than_its_flops(tmp_path: Path) -> None:
-    """Two operations a weight and patch, and four a number of a head and pair of patches that see each other: all
-    pairs in 4 layers, those of a window of 64 in 28."""
+    """Two operations a weight and patch, and four a number of a head and pair of patches that see each other:
+    all pairs in 4 layers, those of a window of 64 in 28."""
     encoder = Deployment.of(seeing(tmp_path)).encoder
     assert encoder is not None
     gpu, block = find_gpu("H100"), 4 * 1280**2 + 3 * 1280 * 3420
