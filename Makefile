@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 SCENARIO ?= a6000-qwen2.5-7b
 SLO ?= --slo ttft:p95:500 --slo tpot:p95:60
 
+unexport PYTHONDONTWRITEBYTECODE  # tests start processes, each of which would compile what it imports
+
 .PHONY: plan check test unit inferencex live-results lint types tree benchmark identity-long parity-ladder parity-long docs vllm litellm prometheus build clean
 
 plan: $(VENV)/.installed

@@ -29,7 +29,11 @@ from servecast.calibrate.fit.kernel_timings import (
     WORST_MEDIAN,
     KernelTables,
     Timings,
+    columns,
     numbers,
+    over,
+    parts,
+    times,
 )
 from servecast.calibrate.fit.mixer_tables import fit_latents, fit_states
 from servecast.sim.hardware.gpu import GPU
@@ -63,33 +67,24 @@ def fit_kernel_tables(folder: str | Path, gpu: GPU) -> GpuConstants:
         InputError: as ``KernelTables``.
     """
     tables = KernelTables(Path(folder), gpu)
-    products = _products(tables)
-    attention = _prompts(tables), _decodes(tables)
-    experts, all_reduce = _experts(tables), _all_reduce(tables)
-    all_gather, reduce_scatter, exchanges = fit_exchanges(tables)
-    latent, sparse = fit_latents(tables, products), fit_latents(tables, products, sparse=True)
-    states = fit_states(tables)
-    releases = ", ".join(sorted(tables.releases, key=numbers))
+    found: dict[str, Any] = {
+        "products": (products := _products(tables)),
+        "prompts": _prompts(tables),
+        "decodes": _decodes(tables),
+        "experts": _experts(tables),
+        "all_reduce": _all_reduce(tables),
+    }
+    found |= zip(("all_gather", "reduce_scatter", "exchanges"), fit_exchanges(tables), strict=True)
+    found |= zip(("latent_prompts", "latent_decodes"), fit_latents(tables, products), strict=False)
+    sparse = fit_latents(tables, products, sparse=True)
+    found |= zip(("sparse_prompts", "sparse_decodes", "indexers"), sparse, strict=True)
+    found |= zip(("state_prompts", "state_decodes"), fit_states(tables), strict=True)
     return GpuConstants(
         gpu=gpu.name,
         source="NVIDIA's timings of vLLM's kernels, wheel aiconfigurator-core (Apache-2.0)",
-        release=f"vLLM {releases}",
+        release=f"vLLM {', '.join(sorted(tables.releases, key=numbers))}",
         small_kernel_s=SMALL_KERNEL_S,
-        products=products,
-        prompts=attention[0],
-        decodes=attention[1],
-        experts=experts,
-        latent_prompts=latent[0],
-        latent_decodes=latent[1],
-        sparse_prompts=sparse[0],
-        sparse_decodes=sparse[1],
-        indexers=sparse[2],
-        state_prompts=states[0],
-        state_decodes=states[1],
-        all_reduce=all_reduce,
-        all_gather=all_gather,
-        reduce_scatter=reduce_scatter,
-        exchanges=exchanges,
+        **found,
     )
 
 
@@ -98,9 +93,8 @@ def _products(tables: KernelTables) -> dict[Any, Product]:
     rows = tables.read("gemm", "gemm_perf", ("gemm_dtype", "m", "n", "k"))
     rows = rows[rows["n"].between(1024, 32768) & rows["k"].between(1024, 32768) & (rows["m"] <= 8192)]
     found: dict[Any, Product] = {}
-    for name, dtype in PRODUCTS.items():
-        part = rows[rows["gemm_dtype"] == name]
-        if len(part) < LEAST_ROWS or (peak := gpu.peak_flops(dtype)) is None:
+    for dtype, part in parts(rows, "gemm_dtype", PRODUCTS):
+        if (peak := gpu.peak_flops(dtype)) is None:
             continue
         compute, memory, moved = _product_terms(part, gpu, dtype, peak)
 
@@ -111,20 +105,13 @@ def _products(tables: KernelTables) -> dict[Any, Product]:
             sides = np.power(compute / share, exponent) + np.power(memory / bandwidth, exponent)
             return np.asarray(floor + np.power(sides, 1 / exponent) + passes * moved)
 
-        values, kept = _timings(part, "m", (1, 2, 17, 65, 257, 1025, 2049, 8193)).fit(
+        values, kept = Timings.of(part, "m", 1, 2, 17, 65, 257, 1025, 2049, 8193).fit(
             equation, (0.7, 0.8, 1.8, 4e-6, 0.3), (0.05, 0.05, 1, 0, 0), (1, 1, 8, 4e-5, 30)
         )
-        found[dtype] = Product(
-            compute=values[0],
-            bandwidth=values[1],
-            overlap_exponent=values[2],
-            floor_s=values[3],
-            activation_passes=values[4],
-            residuals=kept,
-        )
-    part = rows[
-        (rows["gemm_dtype"] == "fp8_block") & (rows["seconds"] > 2e-4)
-    ]  # outside a graph: long ones only
+        names = ("compute", "bandwidth", "overlap_exponent", "floor_s", "activation_passes")
+        found[dtype] = Product(**dict(zip(names, values, strict=True)), residuals=kept)
+    # outside a graph: long ones only
+    part = rows[(rows["gemm_dtype"] == "fp8_block") & (rows["seconds"] > 2e-4)]
     if "fp8" in found and len(part) >= LEAST_ROWS:
         fp8, peak = found["fp8"], gpu.peak_flops("fp8_block")
         assert peak is not None
@@ -135,20 +122,18 @@ def _products(tables: KernelTables) -> dict[Any, Product]:
             sides += np.power(memory / fp8.bandwidth, fp8.overlap_exponent)
             return np.asarray(fp8.floor_s + np.power(sides, 1 / fp8.overlap_exponent) + x[1] * moved)
 
-        values, kept = _timings(part, "m", (1, 65, 257, 1025, 2049, 8193)).fit(
+        values, kept = Timings.of(part, "m", 1, 65, 257, 1025, 2049, 8193).fit(
             by_block, (0.6, 1.0), (0.05, 0), (1, 30)
         )
-        if kept.median > WORST_MEDIAN:  # a kernel that was not tuned: fp8 stands for it
-            return found
-        found["fp8_block"] = fp8.model_copy(
-            update={"compute": values[0], "activation_passes": values[1], "residuals": kept}
-        )
+        if kept.median <= WORST_MEDIAN:  # else a kernel that was not tuned: fp8 stands for it
+            changes = {"compute": values[0], "activation_passes": values[1], "residuals": kept}
+            found["fp8_block"] = fp8.model_copy(update=changes)
     return found
 
 
 def _product_terms(rows: pd.DataFrame, gpu: GPU, dtype: str, peak: float) -> tuple[Floats, Floats, Floats]:
     """Seconds at the datasheet's rates: of the FLOPs, the weights, and the activations in and out."""
-    m, n, k = (rows[name].to_numpy(float) for name in "mnk")
+    m, n, k = columns(rows, *"mnk")
     return 2 * m * n * k / peak, n * k * BYTES[dtype] / gpu.bandwidth, 2 * m * (k + n) / gpu.bandwidth
 
 
@@ -156,68 +141,49 @@ def _prompts(tables: KernelTables) -> dict[Any, PromptAttention]:
     gpu = tables.gpu
     rows = _attention(tables, "context_attention_perf")
     rows = rows[rows["batch_size"] * rows["isl"] <= 16384]
-    found: dict[Any, PromptAttention] = {}
-    for name, dtype in KV.items():
-        part = rows[rows["kv_cache_dtype"] == name]
-        if len(part) < LEAST_ROWS:
-            continue
-        batch, length, heads, kv_heads, _ = _attention_columns(part)
+    found = {}
+    for dtype, part in parts(rows, "kv_cache_dtype", KV):
+        batch, length, heads, kv_heads = columns(
+            part, "batch_size", "isl", "num_heads", "num_key_value_heads"
+        )
         tiles = np.ceil(length / TILE)
         pairs = TILE * TILE * tiles * (tiles + 1) / 2
-        compute = batch * 4 * heads * 128 * pairs / gpu.bf16_flops
-        moved = batch * length * 128 * 2 * (2 * heads + 2 * kv_heads) / gpu.bandwidth
-
-        def equation(x: Sequence[float], compute: Floats = compute, moved: Floats = moved) -> Floats:
-            return np.asarray(x[2] + compute / x[0] + x[1] * moved)
-
-        values, kept = _timings(part, "isl", (1, 65, 129, 513, 2049, 8193, 16385)).fit(
-            equation, (0.6, 2.0, 12e-6), (0.05, 0, 0), (1, 30, 6e-5)
-        )
-        found[dtype] = PromptAttention(
-            compute=values[0], activation_passes=values[1], floor_s=values[2], residuals=kept
+        found[dtype] = Timings.of(part, "isl", 1, 65, 129, 513, 2049, 8193, 16385).sum_of(
+            PromptAttention,
+            compute=over(batch * 4 * heads * 128 * pairs / gpu.bf16_flops, 0.6),
+            activation_passes=times(
+                batch * length * 128 * 2 * (2 * heads + 2 * kv_heads) / gpu.bandwidth, 2.0, 30
+            ),
+            floor_s=times(1, 12e-6, 6e-5),
         )
     return found
 
 
 def _decodes(tables: KernelTables) -> dict[Any, DecodeAttention]:
-    gpu = tables.gpu
     rows = _attention(tables, "generation_attention_perf")
     rows = rows.assign(context=rows["isl"] + rows["step"])
     rows = rows[(rows["batch_size"] <= 512) & rows["context"].between(16, 131072)]
-    found: dict[Any, DecodeAttention] = {}
-    for name, dtype in KV.items():
-        part = rows[rows["kv_cache_dtype"] == name]
-        if len(part) < LEAST_ROWS:
-            continue
-        batch, _, _, kv_heads, context = _attention_columns(part)
+    found = {}
+    for dtype, part in parts(rows, "kv_cache_dtype", KV):
+        batch, kv_heads, context = columns(part, "batch_size", "num_key_value_heads", "context")
         read = 2 * kv_heads * 128 * BYTES[dtype] * context * batch
-        memory = read / gpu.bandwidth
-
-        def equation(x: Sequence[float], memory: Floats = memory, batch: Floats = batch) -> Floats:
-            return np.asarray(x[2] + memory / x[0] + x[1] * batch)
-
-        timings = Timings(part["seconds"].to_numpy(float), read / 1e6, (0, 1, 10, 100, 1000, 1e6))
-        values, kept = timings.fit(equation, (0.85, 3e-8, 12e-6), (0.05, 0, 0), (1, 2e-6, 6e-5))
-        found[dtype] = DecodeAttention(
-            bandwidth=values[0], sequence_s=values[1], floor_s=values[2], residuals=kept
+        part = part.assign(read=read / 1e6)
+        found[dtype] = Timings.of(part, "read", 0, 1, 10, 100, 1000, 1e6).sum_of(
+            DecodeAttention,
+            bandwidth=over(read / tables.gpu.bandwidth, 0.85),
+            sequence_s=times(batch, 3e-8, 2e-6),
+            floor_s=times(1, 12e-6, 6e-5),
         )
     return found
 
 
 def _attention(tables: KernelTables, name: str) -> pd.DataFrame:
     """Rows of full attention at the usual head size."""
-    columns = ("kv_cache_dtype", "batch_size", "isl", "step", "num_heads", "num_key_value_heads")
-    rows = tables.read("attention", name, (*columns, "head_dim"), optional=("window_size",))
+    names = ("kv_cache_dtype", "batch_size", "isl", "step", "num_heads", "num_key_value_heads", "head_dim")
+    rows = tables.read("attention", name, names, optional=("window_size",))
     if "window_size" in rows:
         rows = rows[rows["window_size"] == 0]
     return rows[(rows["head_dim"] == 128) & (rows["num_heads"] >= 4)]
-
-
-def _attention_columns(rows: pd.DataFrame) -> tuple[Floats, Floats, Floats, Floats, Floats]:
-    """Batch, prompt length, heads, KV heads, context."""
-    names = ("batch_size", "isl", "num_heads", "num_key_value_heads")
-    batch, length, heads, kv_heads = (rows[name].to_numpy(float) for name in names)
-    return batch, length, heads, kv_heads, length + rows["step"].to_numpy(float)
 
 
 def _experts(tables: KernelTables) -> dict[Any, Experts]:
@@ -226,32 +192,19 @@ def _experts(tables: KernelTables) -> dict[Any, Experts]:
     rows = tables.read("moe", "moe_perf", ("moe_dtype", "distribution", *sizes))
     rows = rows[(rows["distribution"] == "power_law_1.01") & (rows["moe_ep_size"] == 1)]
     rows = rows[(rows["moe_tp_size"] <= 8) & (rows["num_tokens"] <= 8192)]
-    found: dict[Any, Experts] = {}
-    for name, dtype in EXPERTS.items():
-        part = rows[rows["moe_dtype"] == name]
-        if len(part) < LEAST_ROWS or (peak := gpu.peak_flops(dtype)) is None:
+    found = {}
+    for dtype, part in parts(rows, "moe_dtype", EXPERTS):
+        if (peak := gpu.peak_flops(dtype)) is None:
             continue
-        tokens, hidden, width, chosen, experts, ranks, _ = (part[size].to_numpy(float) for size in sizes)
+        tokens, hidden, width, chosen, experts, ranks, _ = columns(part, *sizes)
         width = width / ranks
         touched = experts * (1 - np.power(1 - chosen / experts, tokens))
-        compute = 6 * tokens * chosen * hidden * width / peak
-        memory = touched * 3 * hidden * width * BYTES[dtype] / gpu.bandwidth
-        moved = 2 * tokens * chosen * (2 * hidden + 3 * width) / gpu.bandwidth
-
-        def equation(
-            x: Sequence[float], compute: Floats = compute, memory: Floats = memory, moved: Floats = moved
-        ) -> Floats:
-            return np.asarray(x[2] + compute / x[0] + memory / x[1] + x[3] * moved)
-
-        values, kept = _timings(part, "num_tokens", (1, 2, 17, 65, 257, 1025, 2049, 8193)).fit(
-            equation, (0.5, 0.9, 3e-5, 1.0), (0.02, 0.05, 0, 0), (1, 1, 2e-4, 5)
-        )
-        found[dtype] = Experts(
-            compute=values[0],
-            bandwidth=values[1],
-            floor_s=values[2],
-            activation_passes=values[3],
-            residuals=kept,
+        found[dtype] = Timings.of(part, "num_tokens", 1, 2, 17, 65, 257, 1025, 2049, 8193).sum_of(
+            Experts,
+            compute=over(6 * tokens * chosen * hidden * width / peak, 0.5, 0.02),
+            bandwidth=over(touched * 3 * hidden * width * BYTES[dtype] / gpu.bandwidth, 0.9),
+            floor_s=times(1, 3e-5, 2e-4),
+            activation_passes=times(2 * tokens * chosen * (2 * hidden + 3 * width) / gpu.bandwidth, 1.0, 5),
         )
     return found
 
@@ -260,7 +213,3 @@ def _all_reduce(tables: KernelTables) -> dict[int, AllReduce]:
     rows = tables.read("comm", "custom_allreduce_perf", ("kernel_source", "num_gpus", "message_size"))
     graphs = rows["kernel_source"].str.contains("graph", case=False)
     return collectives(tables, rows[graphs] if graphs.any() else rows, 2.0)
-
-
-def _timings(rows: pd.DataFrame, along: str, edges: tuple[float, ...]) -> Timings:
-    return Timings(rows["seconds"].to_numpy(float), rows[along].to_numpy(float), edges)

@@ -483,7 +483,10 @@ class EngineLoop:
         seconds = self.costs.seconds(step) if self.costs is not None else self.step_seconds(step)
         seconds = seconds * factor
         if factor < 1.0:
-            seconds = max(seconds, cython.cast(cython.double, self.floor(step)))
+            if self.costs is not None and not self.costs.drafting:
+                seconds = max(seconds, self.costs.least(step))
+            else:
+                seconds = max(seconds, cython.cast(cython.double, self.floor(step)))
         if self.adapter_cache is not None or self.formats is not None or step.encoded:
             seconds = self.with_host(step, seconds)
         self.gpu_free = step.end = step.start + cython.cast(cython.longlong, rint(seconds * PICOSECONDS))

@@ -154,11 +154,8 @@ def _run(
     )
     run = fleet.run(stages, condensed_s=condensed_s)
     if fleet.failures[NOT_READY] == len(run.requests):
-        raise InputError(
-            f"no replica was ready for any of the {len(run.requests)} requests",
-            where=f"{scenario.source}: fleet.replicas",
-            fix="Let one start earlier, or drain or fail later.",
-        )
+        where, fix = f"{scenario.source}: fleet.replicas", "Let one start earlier, or drain or fail later."
+        raise InputError(f"no replica was ready for any of the {len(run.requests)} requests", where, fix)
     run.meta |= {
         "scenario": scenario.name,
         "seed": seed,
@@ -258,11 +255,9 @@ def _own_workload(deployment: Deployment) -> Workload:
     requests = simulate(deployment, seed=scenario.seed, workload=workload).requests
     rate = sweep.saturation_rate(requests["sent"].to_numpy(), requests["finish"].to_numpy())
     if rate is None or rate <= 1:
-        raise InputError(
-            "the burst of the sweep does not saturate the server",
-            where=f"{spec.inference_perf}: load.sweep",
-            fix="Raise num_requests or timeout, or give workload.saturation_rate.",
-        )
+        what = "the burst of the sweep does not saturate the server"
+        fix = "Raise num_requests or timeout, or give workload.saturation_rate."
+        raise InputError(what, where=f"{spec.inference_perf}: load.sweep", fix=fix)
     return spec.model_copy(update={"saturation_rate": rate}).workload()
 
 
@@ -274,23 +269,17 @@ def _endpoints(deployment: Deployment) -> tuple[list[ReplicaSpec], list[Deployme
         own = deployment if whole else Deployment.of(scenario.of_replica(spec))
         groups = own.endpoints
         if own.offloading is not None and own.config.data_parallel is not None:
-            raise InputError(
-                "offloading by several engine cores of a server is not modelled",
-                where=f"{scenario.source}: engine.data_parallel_size",
-                fix="Leave it out, and give more replicas.",
-            )
+            what = "offloading by several engine cores of a server is not modelled"
+            fix = "Leave it out, and give more replicas."
+            raise InputError(what, where=f"{scenario.source}: engine.data_parallel_size", fix=fix)
         if scenario.fleet.prefill and own.config.data_parallel is not None:
-            raise InputError(
-                "prefill and decode servers of several engine cores are not modelled",
-                where=f"{scenario.source}: engine.data_parallel_size",
-                fix="Leave it out, and give more servers.",
-            )
+            what = "prefill and decode servers of several engine cores are not modelled"
+            fix = "Leave it out, and give more servers."
+            raise InputError(what, where=f"{scenario.source}: engine.data_parallel_size", fix=fix)
         if groups > 1 and scenario.fleet.autoscaler is not None:
-            raise InputError(
-                "an autoscaler of servers whose ranks are replicas to the router",
-                where=f"{scenario.source}: fleet.autoscaler",
-                fix="Leave it out, or let the servers' own API servers balance.",
-            )
+            what = "an autoscaler of servers whose ranks are replicas to the router"
+            fix = "Leave it out, or let the servers' own API servers balance."
+            raise InputError(what, where=f"{scenario.source}: fleet.autoscaler", fix=fix)
         for each in like:
             specs += [each] * groups
             found += [own] * groups
@@ -339,11 +328,9 @@ class RateProbe:
         self.deployment = scenario if isinstance(scenario, Deployment) else Deployment.of(scenario)
         own = self.deployment.scenario
         if own.fleet.autoscaler is not None:
-            raise InputError(
-                "a fleet that grows with its load has no largest rate of its own",
-                where=f"{own.source}: fleet.autoscaler",
-                fix="Leave the autoscaler out (--set fleet.autoscaler=null), or use servecast day.",
-            )
+            what = "a fleet that grows with its load has no largest rate of its own"
+            fix = "Leave the autoscaler out (--set fleet.autoscaler=null), or use servecast day."
+            raise InputError(what, where=f"{own.source}: fleet.autoscaler", fix=fix)
         self._workload = own.open_loop()
 
     def __call__(self, request_rate: float, seed: int, num_requests: int) -> Run:

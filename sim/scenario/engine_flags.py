@@ -6,7 +6,7 @@ import shlex
 from dataclasses import fields
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from servecast.sim.engine.config import EngineConfig
 from servecast.sim.engine.rules import minor_release
@@ -177,9 +177,9 @@ class EngineFlags(Model):
     """Largest batch with a CUDA graph. Default, as vLLM picks it."""
     stream_interval: Count = 1
     """As ``--stream-interval``. Every token is streamed all the same, which a note says."""
-    kv_offloading_size: Positive | None = None
-    """As ``--kv-offloading-size``: GiB of host memory for KV cache, of all GPUs of a replica together (see
-    [Offloading](offloading.md))."""
+    kv_offloading_size: Annotated[NonNegative | None, AfterValidator(lambda size: size or None)] = None
+    """As ``--kv-offloading-size``: GiB of host memory for KV cache, of all GPUs of a replica together; 0 is
+    none (see [Offloading](offloading.md))."""
     kv_offloading_backend: Literal["native", "lmcache"] = "native"
     """As ``--kv-offloading-backend``."""
     kv_transfer_config: dict[str, Any] | None = None

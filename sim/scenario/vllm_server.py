@@ -190,6 +190,14 @@ class Vllm:
                 where=f"{where}.dtype",
                 fix="Use float16, which takes the same time, or leave it out.",
             )
+        old, half = (0, 0) < gpu.capability < (8, 0), flags.dtype in ("float16", "half")
+        if model.model_type in NO_FLOAT16 and (half or (old and flags.dtype == "auto")):
+            raise InputError(
+                f"vLLM refuses float16 of {model.model_type}"
+                + ("" if half else f", and runs it in float32 on a {gpu.name}, which is not modelled"),
+                where=f"{where}.dtype",
+                fix="Use bfloat16" + (", on a GPU of compute capability 8.0 or more." if old else "."),
+            )
         # EngineArgs.get_batch_defaults, and what follows it
         positions = model.longest_context(release_number(flags.version))
         max_model_len = flags.longest_context(positions, where, default=model.default_positions)
@@ -311,6 +319,7 @@ class Vllm:
         return True
 
 
+NO_FLOAT16 = ("gemma2", "gemma3", "gemma3_text", "glm4")  # _FLOAT16_NOT_SUPPORTED_MODELS
 KERNEL_BLOCK = 16  # tokens: what get_supported_kernel_block_sizes of each attention backend is a multiple of
 _BYTES = {"auto": None, "float16": 2, "bfloat16": 2, "float32": 4}
 

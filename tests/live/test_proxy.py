@@ -35,7 +35,7 @@ from servecast.sim.metrics.metrics import statistic
 from servecast.sim.run.simulate import simulate
 from servecast.sim.scenario.scenario import load
 from servecast.sim.traffic.draw import replayed
-from servecast.sim.traffic.traces import read_timed_trace
+from servecast.sim.traffic.traces import FORMATS, read_trace
 from servecast.validate.compare.series import growth
 from servecast.validate.live.target import Target
 from servecast.validate.live.telemetry import Prometheus, get, scraper
@@ -333,5 +333,5 @@ def predicted_ttft_s(folder: Path, engine: str, trace: Path) -> float:
     """The median without a proxy."""
     truth = read_truth(Target(engine, "model", str(folder / "model")), {"gpu": "cpu"})
     scenario = load(str(folder / "metronome.yaml")).changed(truth.overrides())
-    run = simulate(scenario, seed=scenario.seed, stages=replayed(read_timed_trace(trace)))
+    run = simulate(scenario, seed=scenario.seed, stages=replayed(read_trace(trace, FORMATS["timed_trace"])))
     return statistic(run, "ttft", "median")

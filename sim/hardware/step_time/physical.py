@@ -278,7 +278,7 @@ class PhysicalStepTime:
                 (
                     *(each.layers, each.window, each.pair_s, each.read_s, each.expand_s),
                     *(each.decode_s(mixed=False), each.decode_s(mixed=True), each.block_s),
-                    *(each.decode_pair_s, float(each.rows)),
+                    *(each.decode_pair_s, float(each.rows), *each.least),
                 )
                 for each in mixing.attention
             ],
@@ -294,6 +294,7 @@ class PhysicalStepTime:
             "lora": self._lora_costs,
             "prompt_tile": _PROMPT_TILE if self.efficiencies.by_kernel is not None else 1,
             "slots": self._slots,
+            "least": (self._least_of_tokens, self._least_of_rows, self._gpu.bandwidth),
         }
         by_tokens = self._tokens_seconds if self._spread.data == 1 else self._own_seconds
         return StepCosts(numbers, by_tokens, self._rows_seconds, self._uniform_seconds)
@@ -375,15 +376,11 @@ class PhysicalStepTime:
         tokens = step.decodes + getattr(step, "drafts", 0) + sum(new for new, _ in step.chunks)
         if not tokens:
             return 0.0
-        shard, queries = self.shard, _queries(step)
-        compute = tokens * self._dense_flops / shard.linear_peak
-        experts = float(self._model.moe_layers * self._model.experts_per_token)
-        experts *= 2 * self._model.expert_weights(1) / self._ranks
-        compute += tokens * experts / shard.expert_peak
-        rows = step.samples if shard.samples else 0
-        compute += shard.lm_head_flops(rows) / self._gpu.bf16_flops
-        read = shard.linear_bytes(tokens) + (shard.lm_head_bytes if rows else 0.0)
-        memory = read / self._gpu.bandwidth
+        queries = _queries(step)
+        compute, read = self._least_of_tokens(tokens)
+        logits, read_rows = self._least_of_rows(step.samples)
+        compute += logits
+        memory = (read + read_rows) / self._gpu.bandwidth
         for each, seen in self._seen(step):
             pair_s, decode_pair_s, read_s = each.least
             compute += each.layers * seen * decode_pair_s * queries
@@ -392,6 +389,20 @@ class PhysicalStepTime:
                 compute += each.layers * each.pairs(new, context) * pair_s
                 memory += each.layers * each.before(context) * read_s
         return max(compute, memory)
+
+    def _least_of_tokens(self, tokens: int) -> tuple[float, float]:
+        """What ``roofline_seconds`` counts for tokens: seconds of compute, bytes of weights."""
+        shard = self.shard
+        experts = float(self._model.moe_layers * self._model.experts_per_token)
+        experts *= 2 * self._model.expert_weights(1) / self._ranks
+        compute = tokens * self._dense_flops / shard.linear_peak + tokens * experts / shard.expert_peak
+        return compute, shard.linear_bytes(tokens)
+
+    def _least_of_rows(self, rows: int) -> tuple[float, float]:
+        """The same of sampled rows; without an LM head nothing."""
+        if not rows or not self.shard.samples:
+            return 0.0, 0.0
+        return self.shard.lm_head_flops(rows) / self._gpu.bf16_flops, self.shard.lm_head_bytes
 
     # -- parts -------------------------------------------------------------------------------------
 
