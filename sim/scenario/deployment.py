@@ -200,6 +200,7 @@ class Deployment:
             waits=self.config.data_parallel is not None and self.config.data_parallel.lockstep,
             loads=self.offloading is not None,
             passes_over=self.shard.lora_slots > 0 or self.compiles_grammars,
+            encodes=self.encoder is not None,
             draft_length=None if self.speculating is None else self.speculating.length,
             stride=decode_stride(self.config)[0],
         )

@@ -13,11 +13,13 @@ from servecast.sim.engine.held_costs import MediaProcessor
 from servecast.sim.engine.request import MediaItem
 from servecast.sim.hardware.gpu import find_gpu
 from servecast.sim.inputs.errors import InputError
+from servecast.sim.metrics.binding import sampled, step_shares
 from servecast.sim.run.simulate import simulate
 from servecast.sim.scenario.deployment import Deployment
 from servecast.sim.scenario.scenario import Scenario
 from servecast.sim.scenario.vllm_flags import parse_serve_command
 from servecast.sim.traffic.draw import draw
+from servecast.validate.live.loads import Loads
 
 MODEL = {"config": "Qwen2.5-VL-7B-Instruct"}
 HD = "(720, 1280, 1)"  # 26 x 46 tokens of 28 pixels, 4 patches each, and two marks
@@ -96,6 +98,20 @@ def test_an_item_is_encoded_once_and_processed_once(tmp_path: Path) -> None:
         "encoder_items": 1,
         "encoder_time": deployment.encoder.seconds([one]),
     }
+
+
+def test_the_tower_has_its_share_of_the_steps(tmp_path: Path) -> None:
+    deployment = Deployment.of(seeing(tmp_path))
+    run = simulate(deployment, seed=0)
+    _, parts = step_shares(sampled(run.steps), deployment.limits)
+    share = run.meta["mm"]["encoder_time"] / run.steps["duration"].sum()
+    assert parts["vision_tower"] == pytest.approx(share, abs=0.1)
+
+
+def test_a_live_server_is_sent_text_alone(tmp_path: Path) -> None:
+    loads = Loads(Deployment.of(seeing(tmp_path)), max_rate=1.0)
+    with pytest.raises(InputError, match="sent text alone"):
+        loads.at_rate(1.0, "rate")
 
 
 def test_the_encoder_is_never_faster_than_its_flops(tmp_path: Path) -> None:
