@@ -45,7 +45,8 @@ class VisionTower:
             to ``window`` patches.
         joining_weights: of mergers and projections, used once a token (or, of gemma, a patch).
         other_weights: patch embedding and positions. text_size: of an embedding.
-        tokens_per_image: where fixed.
+        tokens_per_image: where fixed. video_pixels: of a pair of frames, where videos have bounds of their
+            own (and timestamps, so that only what the largest takes is known); 0: those of images.
     """
 
     rule: Literal["grid", "rows", "fixed"]
@@ -67,6 +68,7 @@ class VisionTower:
     longest_edge: int = 0
     tokens_per_image: int = 0
     around: tuple[int, int] = (0, 0)
+    video_pixels: int = 0
 
     @property
     def layer_weights(self) -> int:
@@ -86,9 +88,11 @@ class VisionTower:
         Raises:
             InputError: the model takes no such thing.
         """
-        if frames > 1 and self.rule != "grid":
+        if frames > 1 and (self.rule != "grid" or self.video_pixels):
             raise InputError(
-                "this model takes no videos", where="workload.media.items", fix="Leave frames out."
+                "how many tokens this model makes of a video is not known",
+                where="workload.media.items",
+                fix="Give tokens in place of width and height, or leave frames out.",
             )
         if self.rule == "fixed":
             patches = (self.longest_edge // self.patch) ** 2
@@ -131,6 +135,9 @@ class VisionTower:
             return self.picture(1, 1) if modality == "image" else None
         if self.rule == "rows":
             return self.picture(self.longest_edge, self.longest_edge) if modality == "image" else None
+        if modality == "video" and self.video_pixels:
+            own = replace(self, max_pixels=self.video_pixels, video_pixels=0)
+            return own.largest("image", max_model_len)
         unit = self.patch * self.merge
         for tokens in range(self.max_pixels // unit**2, 0, -1):
             side = next(each for each in range(math.isqrt(tokens), 0, -1) if tokens % each == 0)
@@ -216,6 +223,7 @@ def _qwen3(config: Mapping[str, Any], vision: Mapping[str, Any], text: int) -> V
         tower,
         min_pixels=65_536,
         max_pixels=16_777_216,
+        video_pixels=12_582_912,
         other_weights=tower.other_weights + positions * hidden,
     )
 
