@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from servecast.sim.engine.engine_loop import EngineLoop
+from servecast.sim.engine.held_costs import MediaProcessor
 from servecast.sim.engine.request import Stage
 from servecast.sim.engine.scheduler import Scheduler
 from servecast.sim.fleet.client import Client
@@ -94,6 +96,7 @@ def _run(
     shared = Shared()
     noise_streams, front_end_streams = noise.spawn(count), front_end.spawn(count)
     stepping: dict[int, Engines] = {}  # by replica, of cores in lockstep
+    processors: list[MediaProcessor] = []
 
     def make_replica(index: int, client: Client) -> Replica:
         its = deployments[min(index, count - 1)]
@@ -128,6 +131,9 @@ def _run(
             its.equip(loop)
         for (_, connector), loop in zip(connected, made.loops, strict=False):
             connector.clock = lambda loop=loop: loop.now
+        if (processor := its.processor()) is not None:
+            made.server.processor = processor.seconds
+            processors.append(processor)
         return made
 
     picking, scraping = routing.spawn(2)
@@ -149,11 +155,8 @@ def _run(
     )
     run = fleet.run(stages, condensed_s=condensed_s)
     if fleet.failures[NOT_READY] == len(run.requests):
-        raise InputError(
-            f"no replica was ready for any of the {len(run.requests)} requests",
-            where=f"{scenario.source}: fleet.replicas",
-            fix="Let one start earlier, or drain or fail later.",
-        )
+        where, fix = f"{scenario.source}: fleet.replicas", "Let one start earlier, or drain or fail later."
+        raise InputError(f"no replica was ready for any of the {len(run.requests)} requests", where, fix)
     run.meta |= {
         "scenario": scenario.name,
         "seed": seed,
@@ -178,6 +181,14 @@ def _run(
         run.meta["spec_decode"] = DraftCounts.of(
             [getattr(engine, "drafts", None) for replica in fleet.replicas for engine in replica.engines]
         )
+    if processors:
+        loops = [loop for replica in fleet.replicas for loop in replica.loops]
+        run.meta["mm"] = {
+            "mm_cache_queries": sum(each.queries for each in processors),
+            "mm_cache_hits": sum(each.hits for each in processors),
+            "encoder_items": sum(loop.encoded for loop in loops if isinstance(loop, EngineLoop)),
+            "encoder_time": sum(loop.encoding_s for loop in loops if isinstance(loop, EngineLoop)),
+        }
     together = {id(each): each.runner for each in stepping.values()}.values()
     if together:
         run.meta["dummy_steps"] = {
@@ -246,11 +257,9 @@ def _own_workload(deployment: Deployment) -> Workload:
     requests = simulate(deployment, seed=scenario.seed, workload=workload).requests
     rate = sweep.saturation_rate(requests["sent"].to_numpy(), requests["finish"].to_numpy())
     if rate is None or rate <= 1:
-        raise InputError(
-            "the burst of the sweep does not saturate the server",
-            where=f"{spec.inference_perf}: load.sweep",
-            fix="Raise num_requests or timeout, or give workload.saturation_rate.",
-        )
+        what = "the burst of the sweep does not saturate the server"
+        fix = "Raise num_requests or timeout, or give workload.saturation_rate."
+        raise InputError(what, where=f"{spec.inference_perf}: load.sweep", fix=fix)
     return spec.model_copy(update={"saturation_rate": rate}).workload()
 
 
@@ -277,11 +286,9 @@ def _endpoints(deployment: Deployment) -> tuple[list[ReplicaSpec], list[Deployme
                 fix="Let their own API servers balance, and use NixlConnector.",
             )
         if groups > 1 and scenario.fleet.autoscaler is not None:
-            raise InputError(
-                "an autoscaler of servers whose ranks are replicas to the router",
-                where=f"{scenario.source}: fleet.autoscaler",
-                fix="Leave it out, or let the servers' own API servers balance.",
-            )
+            what = "an autoscaler of servers whose ranks are replicas to the router"
+            fix = "Leave it out, or let the servers' own API servers balance."
+            raise InputError(what, where=f"{scenario.source}: fleet.autoscaler", fix=fix)
         for each in like:
             specs += [each] * groups
             found += [own] * groups
@@ -330,11 +337,9 @@ class RateProbe:
         self.deployment = scenario if isinstance(scenario, Deployment) else Deployment.of(scenario)
         own = self.deployment.scenario
         if own.fleet.autoscaler is not None:
-            raise InputError(
-                "a fleet that grows with its load has no largest rate of its own",
-                where=f"{own.source}: fleet.autoscaler",
-                fix="Leave the autoscaler out (--set fleet.autoscaler=null), or use servecast day.",
-            )
+            what = "a fleet that grows with its load has no largest rate of its own"
+            fix = "Leave the autoscaler out (--set fleet.autoscaler=null), or use servecast day."
+            raise InputError(what, where=f"{own.source}: fleet.autoscaler", fix=fix)
         self._workload = own.open_loop()
 
     def __call__(self, request_rate: float, seed: int, num_requests: int) -> Run:

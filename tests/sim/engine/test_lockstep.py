@@ -69,6 +69,7 @@ class Pair:
             "prompt_tile": 1,
             "slots": 0,
             "lora": (0.0, 0.0, 0.0),
+            "least": (None, None, 1.0),
         }
         shared = (lambda tokens: (tokens, float(sum(tokens)), True),)
         self.together = Lockstep(cores, *shared, shared * 2 if drafts and drafter_shared else ())
