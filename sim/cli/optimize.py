@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -106,7 +107,7 @@ def _variants(text: str, where: str) -> dict[str, str | dict[str, Any]]:
     return found
 
 
-_READERS = {
+_READERS: dict[str, Callable[[str, str], Any]] = {
     "kv_offloading_size": partial(_counts, least=0),
     "gpus": _files,
     "expert_parallel": _words,
