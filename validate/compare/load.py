@@ -96,6 +96,15 @@ class ClientLag:
         late = sent_s - planned_s
         return cls.of(late - late[~np.isnan(late)].min(initial=math.inf))
 
+    def problems(self, tolerances: Tolerances) -> list[str]:
+        """What it says about the worth of a measurement."""
+        if self.p95_ms <= tolerances.client_lag_ms:
+            return []
+        return [
+            f"the client was late: p95 of {self.p95_ms:.1f} ms between planned and actual sending, "
+            f"{tolerances.client_lag_ms:g} ms allowed"
+        ]
+
 
 @dataclass(frozen=True, slots=True)
 class LoadComparison:
@@ -295,12 +304,7 @@ def _problems(
     lag: ClientLag | None,
     tolerances: Tolerances,
 ) -> list[str]:
-    problems = []
-    if lag is not None and lag.p95_ms > tolerances.client_lag_ms:
-        problems.append(
-            f"the client was late: p95 of {lag.p95_ms:.1f} ms between planned and actual sending, "
-            f"{tolerances.client_lag_ms:g} ms allowed"
-        )
+    problems = [] if lag is None else lag.problems(tolerances)
     done, failed = figures.get("completed"), figures.get("failed", 0)
     if done is not None:
         if done < tolerances.min_requests:

@@ -8,6 +8,7 @@ from servecast.sim.report.text import table
 from servecast.validate.compare.load import Row
 from servecast.validate.compare.page import load_facts, row_cells
 from servecast.validate.compare.sweep import Comparison
+from servecast.validate.compare.verdict import Verdict
 
 _HEADER = ("figure", "predicted", "measured", "error", "interval (95 %)", "allowed", "")
 
@@ -23,8 +24,12 @@ def comparison_text(comparison: Comparison) -> str:
     if comparison.sweep:
         lines.append(_rows_text(comparison.sweep, "\nknee and largest rate"))
     lines += [f"note: {note}" for note in comparison.notes]
-    lines.append(f"\nverdict: {comparison.verdict.state}")
-    return "\n".join([*lines, *(f"  {reason}" for reason in comparison.verdict.reasons)])
+    return "\n".join([*lines, verdict_text(comparison.verdict)])
+
+
+def verdict_text(verdict: Verdict) -> str:
+    """Its state, and the reasons."""
+    return "\n".join([f"\nverdict: {verdict.state}", *(f"  {reason}" for reason in verdict.reasons)])
 
 
 def _rows_text(rows: Sequence[Row], title: str) -> str:
