@@ -54,6 +54,7 @@ from vllm.v1.kv_cache_interface import (
     KVCacheConfig,
     KVCacheGroupSpec,
     KVCacheSpec,
+    KVCacheTensor,
     MambaSpec,
     SlidingWindowSpec,
 )
@@ -64,10 +65,12 @@ from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
 
 try:
     from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import OffloadingWorkerMetadata
+    from vllm.v1.kv_offload.cpu.spec import CPUOffloadingSpec
 except ImportError:  # older releases have none
-    OffloadingWorkerMetadata = None
+    OffloadingWorkerMetadata = CPUOffloadingSpec = None
 
 LONGEST_MODEL_LEN = 1 << 20
+PAGE = getattr(CPUOffloadingSpec, "BLOCK_SIZE_ALIGNMENT", 1)  # bytes that a chunk fills
 STOP_TOKEN = 7  # no other token is below FIRST_TOKEN
 FIRST_TOKEN = 100
 TOKENS_PER_REQUEST = 1 << 21  # prompt tokens in the lower half, output tokens in the upper
@@ -136,7 +139,7 @@ class VllmEngine:
         hash_block = _hash_block(config, groups)
         kv_cache = KVCacheConfig(
             num_blocks=config["num_gpu_blocks"],
-            kv_cache_tensors=[],
+            kv_cache_tensors=_tensors(config, groups, remote),
             kv_cache_groups=[KVCacheGroupSpec([f"layer{i}"], _spec(each)) for i, each in enumerate(groups)],
             **_retention(config),
         )
@@ -277,7 +280,7 @@ class VllmEngine:
         meta = step.output.kv_connector_metadata
         loads, stores = (
             [
-                [number, int(job.req_id), len(job.src_spec.chunk_ids if reads else job.dst_spec.chunk_ids)]
+                [number, int(job.req_id), _chunks(job, reads=reads)]
                 for number, job in jobs.items()
             ]
             for reads, jobs in ((True, meta.load_jobs), (False, meta.store_jobs))
@@ -409,6 +412,13 @@ class _Anything(StructuredOutputGrammar):  # type: ignore[misc]
 _Anything.__abstractmethods__ = frozenset()  # what else a grammar can, the scheduler does not ask for
 
 
+def _chunks(job: Any, *, reads: bool) -> int:
+    """Chunks that a transfer of native offloading moves."""
+    ends = job.transfer_spec if hasattr(job, "transfer_spec") else (job.src_spec, job.dst_spec)
+    host = ends[not reads]
+    return len(host.chunk_ids if hasattr(host, "chunk_ids") else host.block_ids)
+
+
 def _await_grammar(request: Request) -> None:
     """As if a grammar were compiled for it in the background."""
     params = StructuredOutputsParams(regex="a*")
@@ -471,6 +481,16 @@ def _block_sizes(block_size: int, hash_block: int) -> dict[str, int]:
     return {"block_size": block_size} | (
         {"hash_block_size": hash_block} if "hash_block_size" in known else {}
     )
+
+
+def _tensors(
+    config: dict[str, Any], groups: list[dict[str, Any]], remote: dict[str, Any] | None
+) -> list[KVCacheTensor]:
+    """Older releases take the bytes of a block, of which host memory has so many, from the tensors."""
+    if remote is None or not remote["offload"] or "shared_by" not in inspect.signature(KVCacheTensor).parameters:
+        return []
+    size = 2 * 4 * 32 * 2 * groups[0]["block_size"] * config["num_gpu_blocks"]
+    return [KVCacheTensor(size=size, shared_by=[f"layer{i}" for i in range(len(groups))])]
 
 
 def _retention(config: dict[str, Any]) -> dict[str, Any]:
@@ -547,7 +567,7 @@ def _offloading(asked: dict[str, Any], block_size: int) -> KVTransferConfig:
         kv_connector="OffloadingConnector",
         kv_role="kv_both",
         kv_connector_extra_config={
-            "cpu_bytes_to_use": asked["chunks"] * -(-chunk // 4096) * 4096,
+            "cpu_bytes_to_use": asked["chunks"] * -(-chunk // PAGE) * PAGE,
             "block_size": block_size * asked["blocks_per_chunk"],
             "eviction_policy": asked["policy"],
             "store_threshold": asked["store_threshold"],
