@@ -19,8 +19,8 @@ Policy = Literal["lru", "arc"]
 
 @dataclass(slots=True)
 class Accesses:
-    """What one request did with chunks; keys by their place in its tokens. rank: of its chunks, from its first
-    use of one on."""
+    """What one request did with chunks; keys by their place in its tokens. rank: that all its chunks have
+    until it ends, from its first use of one on; 0: none yet."""
 
     places: dict[int, int] = field(default_factory=dict)
     seen: set[int] = field(default_factory=set)

@@ -61,9 +61,7 @@ OFFLOADING_RULE_IN: dict[str, tuple[str, str | None]] = {
 }
 """The first and the last release that has a rule; None is the newest."""
 
-OFFLOADING_RULES = {
-    release: OffloadingRules(**in_force(OFFLOADING_RULE_IN, release)) for release in RELEASES
-}
+OFFLOADING_RULES = {release: OffloadingRules(**in_force(OFFLOADING_RULE_IN, release)) for release in RELEASES}
 
 
 def offloading_rules_for(version: str) -> OffloadingRules:

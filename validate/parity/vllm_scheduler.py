@@ -2,7 +2,8 @@
 
 Runs under the Python that has vLLM, and imports nothing but it, torch and the standard library (and the
 loop beside this file). Reads scenarios as JSON lines on stdin and answers each with one JSON line on
-stdout: ``{"decisions": [...]}`` or ``{"error": "..."}``. The first line out says which vLLM it is.
+stdout: its decisions, the last one ``{"raised": "..."}`` where it ended. The first line out says which
+vLLM it is.
 
     python validate/parity/vllm_scheduler.py <scenarios.jsonl >decisions.jsonl
 """
@@ -19,6 +20,7 @@ import math
 import random
 import sys
 import tempfile
+import traceback
 from collections import Counter
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -279,10 +281,7 @@ class VllmEngine:
     def _copy(self, step: Step) -> list[Any]:
         meta = step.output.kv_connector_metadata
         loads, stores = (
-            [
-                [number, int(job.req_id), _chunks(job, reads=reads)]
-                for number, job in jobs.items()
-            ]
+            [[number, int(job.req_id), _chunks(job, reads=reads)] for number, job in jobs.items()]
             for reads, jobs in ((True, meta.load_jobs), (False, meta.store_jobs))
         )
         flush = set(meta.jobs_to_flush or ())
@@ -487,7 +486,11 @@ def _tensors(
     config: dict[str, Any], groups: list[dict[str, Any]], remote: dict[str, Any] | None
 ) -> list[KVCacheTensor]:
     """Older releases take the bytes of a block, of which host memory has so many, from the tensors."""
-    if remote is None or not remote["offload"] or "shared_by" not in inspect.signature(KVCacheTensor).parameters:
+    if (
+        remote is None
+        or not remote["offload"]
+        or "shared_by" not in inspect.signature(KVCacheTensor).parameters
+    ):
         return []
     size = 2 * 4 * 32 * 2 * groups[0]["block_size"] * config["num_gpu_blocks"]
     return [KVCacheTensor(size=size, shared_by=[f"layer{i}" for i in range(len(groups))])]
@@ -643,15 +646,13 @@ def main() -> None:
         Path(model, "config.json").write_text(json.dumps(MODEL))
         for line in sys.stdin:
             scenario = json.loads(line)
+            made: list[dict[str, Any]] = []
             try:
-                answer: dict[str, Any] = {
-                    "decisions": list(
-                        decisions(VllmEngine(scenario["config"], model, scenario["remote"]), scenario)
-                    )
-                }
+                made.extend(decisions(VllmEngine(scenario["config"], model, scenario["remote"]), scenario))
             except Exception as error:
-                answer = {"error": f"{type(error).__name__}: {error}"}
-            print(json.dumps(answer, separators=(",", ":")), file=answers)
+                at = traceback.extract_tb(error.__traceback__)[-1]
+                made.append({"raised": f"{type(error).__name__}: {error} ({at.name}: {at.line})"})
+            print(json.dumps(made, separators=(",", ":")), file=answers)
 
 
 if __name__ == "__main__":
