@@ -67,6 +67,8 @@ class Speculation:
         draft_slots: input slots that the drafter adds to each request of a step.
         drops_block: the last block of a prefix hit is computed again.
         hash_lookahead: tokens behind a block that its hash covers, in place of ``drops_block``.
+        prompt_lookahead: tokens of a prompt behind a chunk that several MTP modules read; 0: there are none.
+        drafter_kinds: of KV cache groups those that drop the block; (): all.
         by_batch: (first number of requests, K) of the dynamic schedule, rising; (): always k.
         acceptance: k probabilities that the first 1, 2, .. k drafts are all accepted, none above the one
             before; 1 + their sum tokens come from a step, on average.
@@ -85,6 +87,8 @@ class Speculation:
     by_batch: tuple[tuple[int, int], ...] = ()
     proposed: tuple[float, ...] = ()
     seed: int = 0
+    prompt_lookahead: int = 0
+    drafter_kinds: tuple[str, ...] = ()
 
 
 def speculation(
@@ -98,12 +102,13 @@ def speculation(
     by_batch: tuple[tuple[int, int], ...] = (),
     proposed: tuple[float, ...] = (),
     seed: int = 0,
+    modules: int = 1,
 ) -> Speculation:
     """What a release's scheduler makes of a method.
 
     Args:
         version: vLLM's. parallel_drafting, disable_eagle_block_drop: as in ``--speculative-config``.
-        by_batch, acceptance, proposed, seed: see ``Speculation``.
+        by_batch, acceptance, proposed, seed: see ``Speculation``. modules: of MTP (num_nextn_predict_layers).
 
     Raises:
         InputError: the release has no such method or option, or the numbers do not fit together.
@@ -142,6 +147,7 @@ def speculation(
         )
     drops = known.next_token_in_cache or (known.takes_hidden_states and not rules.hashes_next_token)
     drops = drops and not disable_eagle_block_drop
+    several = method == "mtp" and min(modules, num_tokens) > 1 and rules.modules_look_ahead
     slots = int(known.own_query)
     if known.parallel and rules.own_pass:
         slots = 0
@@ -153,9 +159,10 @@ def speculation(
         lookahead=num_tokens + (known.infills and rules.infills) if known.drafts_in_cache else 0,
         draft_slots=slots,
         drops_block=drops and not rules.hashes_next_token,
-        hash_lookahead=int(drops and rules.hashes_next_token),
+        hash_lookahead=(num_tokens if several else 1) if drops and rules.hashes_next_token else 0,
         acceptance=acceptance,
         by_batch=by_batch,
         proposed=proposed,
         seed=seed,
+        prompt_lookahead=num_tokens if several else 0,
     )

@@ -103,6 +103,7 @@ def speculating(scenario: Scenario, target: ModelShape) -> Speculating | None:
         by_batch=tuple((first, min(more, drafts)) for first, more in asked.by_batch()),
         proposed=law.proposed if METHODS[method].may_miss else (),
         seed=scenario.seed,
+        modules=target.mtp_layers if asked.model is None else 1,
     )
     given_shares = scenario.acceptance is not None and scenario.acceptance.proposed is not None
     if given_shares and not METHODS[method].may_miss:

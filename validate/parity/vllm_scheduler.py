@@ -142,7 +142,10 @@ class VllmEngine:
         kv_cache = KVCacheConfig(
             num_blocks=config["num_gpu_blocks"],
             kv_cache_tensors=_tensors(config, groups, remote),
-            kv_cache_groups=[KVCacheGroupSpec([f"layer{i}"], _spec(each)) for i, each in enumerate(groups)],
+            kv_cache_groups=[
+                KVCacheGroupSpec([f"layer{i}"], _spec(each), **_drafts_at(config, each))
+                for i, each in enumerate(groups)
+            ],
             **_retention(config),
         )
         scheduler_cls = AsyncScheduler if config["async_scheduling"] else Scheduler
@@ -466,6 +469,12 @@ def _spec(group: dict[str, Any]) -> KVCacheSpec:
     )
 
 
+def _drafts_at(config: dict[str, Any], group: dict[str, Any]) -> dict[str, bool]:
+    """Whether the drafter's layers are in a group, where vLLM knows."""
+    kinds = (config["speculation"] or {}).get("drafter_kinds")
+    return {"is_eagle_group": group["kind"] in kinds} if kinds else {}
+
+
 def _hash_block(config: dict[str, Any], groups: list[dict[str, Any]]) -> int:
     """Tokens a hash (resolve_kv_cache_block_sizes)."""
     sizes = [group["block_size"] for group in groups]
@@ -607,7 +616,8 @@ def _speculate(vllm_config: VllmConfig, asked: dict[str, Any]) -> None:
     speculative.method = asked["method"]
     if asked["method"] in ("dflash", "dspark"):
         speculative.parallel_drafting = True
-    drafter = SimpleNamespace(hf_config=SimpleNamespace(), architectures=())
+    layers = max(1, asked["prompt_lookahead"])
+    drafter = SimpleNamespace(hf_config=SimpleNamespace(num_nextn_predict_layers=layers), architectures=())
     speculative.draft_model_config = drafter
     if asked["by_batch"]:
         firsts = [*(first for first, _ in asked["by_batch"]), 1 << 20]
