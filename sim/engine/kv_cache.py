@@ -279,11 +279,11 @@ class KVCache:
         pool: BlockPool = self.pool
         row: cython.Py_ssize_t = sequence.slot * self.width
         index: cython.int = sequence.cached_end // self.block_size
-        end: cython.int = min(tokens - self.rewritten, sequence.num_tokens - self.hash_lookahead)
+        known: cython.int = sequence.num_tokens - self.hash_lookahead
+        end: cython.int = min(tokens - self.rewritten, known) // self.block_size
         shared: cython.int = 0
         key: cython.longlong
         told: list = None
-        end //= self.block_size
         sequence.kv_due = sequence.blocks_end + 1 - self.lookahead
         if not self.prefix_caching:
             return 0

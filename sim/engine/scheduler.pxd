@@ -75,7 +75,7 @@ cdef class Scheduler:
     cdef int forget(self, Sequence sequence) except -1
     cpdef Step schedule(self)
     cdef bint somebody_decodes(self) except? -1
-    cdef bint just_cut(self, Sequence sequence) except -1
+    cdef bint in_prefill(self, Sequence sequence) except -1
     cdef bint counts_prefills(self, Step step) except -1
     cdef int chunk_limit(self) except -1
     cdef int schedule_running(self, Step step, int threshold, bint defer) except? -1

@@ -358,12 +358,15 @@ class Scheduler:
         sequence: Sequence
         decoding: cython.int = 0
         for sequence in self.runners:
-            decoding += sequence.computed >= sequence.catch_up or self.just_cut(sequence)
+            decoding += not self.in_prefill(sequence)
         return decoding > 0
 
-    def just_cut(self, sequence: Sequence) -> cython.bint:
-        """Whether it was not scheduled since it lost computed tokens to a failed load: it decodes till then."""
-        return self.remote is not None and sequence in self.remote.cut_now
+    def in_prefill(self, sequence: Sequence) -> cython.bint:
+        """Whether a running request counts as in its prefill (request.is_prefill_chunk): one that lost
+        computed tokens to a failed load does not, until it is scheduled again."""
+        if sequence.computed >= sequence.catch_up:
+            return False
+        return self.remote is None or sequence not in self.remote.cut_now
 
     def chunk_limit(self) -> cython.int:
         """``long_prefill_token_threshold`` in force in this step; 0 is none."""
@@ -436,9 +439,7 @@ class Scheduler:
                 tokens = self.kv.align_chunk(sequence, sequence.computed, tokens)
             if self.prompt_lookahead:
                 tokens = self.spare_lookahead(sequence, sequence.computed, tokens)
-            if tokens == 0 or (
-                defer and sequence.computed < sequence.catch_up and not self.just_cut(sequence)
-            ):
+            if tokens == 0 or (defer and self.in_prefill(sequence)):
                 index += 1
                 continue
             if sequence.computed + tokens >= sequence.kv_due:
@@ -465,11 +466,7 @@ class Scheduler:
                     if self.loop_goes_on_after_own_preemption:  # under FCFS it was the last anyway
                         continue  # its place in the list is the next one's now
                     break
-            if (
-                self.cadence is not None
-                and sequence.computed < sequence.catch_up
-                and not self.just_cut(sequence)
-            ):
+            if self.cadence is not None and self.in_prefill(sequence):
                 self.cadence.carries_prefill = True
             self.advance(step, sequence, tokens, False)
             budget -= tokens + self.draft_slots
@@ -955,12 +952,10 @@ class Scheduler:
                 else:
                     sequence.drafts = drafts.propose(sequence, step.draft_length)
                 if (self.is_async or drafts.hashes_at_update) and sequence.num_tokens > sequence.kv_due:
-                    cached = sequence.num_tokens - 1
+                    cached = sequence.computed - sequence.placeholders
                     if self.least == NOBODYS:
-                        cached = min(cached, self.remote.processed_tokens(sequence, tick))
-                    elif self.is_async:
-                        cached = min(cached, sequence.computed - sequence.placeholders)
-                    self.kv.cache_blocks(sequence, cached)
+                        cached = self.remote.processed_tokens(sequence, tick)
+                    self.kv.cache_blocks(sequence, min(cached, sequence.num_tokens - 1))
             if sequence.num_tokens >= sequence.final_tokens:
                 if sequence.status == RUNNING:
                     left = True
