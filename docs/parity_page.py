@@ -78,9 +78,9 @@ order of their ids.
 Speculative decoding is held against 0.32, 0.23 and 0.33 by `tests/parity/test_drafts.py`: every method of
 `sim/engine/speculation.py`, one to five drafts, a number of drafts by batch size, none, some or all of them
 accepted, alone, beside a KV connector whose loads fail under both policies, with full, sliding and chunked
-groups of which all or some give up the last block of a hit, and by several MTP modules. Both schedulers are told how many
-drafts are proposed and accepted; drafts in every step, places in flight, blocks and vLLM's four counters of
-drafts must be equal, too. Its rules are those of `sim/engine/draft_rules.py`, each broken once
+groups of which all or some give up the last block of a hit, and by several MTP modules. Both schedulers are
+told how many drafts are proposed and accepted; drafts in every step, places in flight, blocks and vLLM's four
+counters of drafts must be equal, too. Its rules are those of `sim/engine/draft_rules.py`, each broken once
 (`tests/parity/mutations_drafts.yaml`), and sixteen logs of vLLM's scheduler are repeated line by line
 (`tests/sim/engine/test_drafts.py`). A longer run, `servecast validate parity --drafts
 --seed 1` with 620 scenarios of the three releases, 117,182 steps, gave no difference.

@@ -918,6 +918,7 @@ class Scheduler:
         rejected: cython.int
         tokens: cython.int
         cached: cython.int
+        due: cython.int
         for i in range(len(step.samplers)):
             sequence = cython.cast(Sequence, step.samplers[i])
             if sequence.status == FINISHED:
@@ -951,11 +952,12 @@ class Scheduler:
                     sequence.placeholders -= rejected + tokens
                 else:
                     sequence.drafts = drafts.propose(sequence, step.draft_length)
-                if (self.is_async or drafts.hashes_at_update) and sequence.num_tokens > sequence.kv_due:
-                    cached = sequence.computed - sequence.placeholders
-                    if self.least == NOBODYS:
-                        cached = self.remote.processed_tokens(sequence, tick)
-                    self.kv.cache_blocks(sequence, min(cached, sequence.num_tokens - 1))
+                due = sequence.kv_due - (self.least == NOBODYS)  # then the newest token may count, too
+                if (self.is_async or drafts.hashes_at_update) and sequence.num_tokens > due:
+                    cached = min(sequence.num_tokens - 1, sequence.computed - sequence.placeholders)
+                    if self.least == NOBODYS:  # without what its end has cut
+                        cached = self.remote.processed_tokens(sequence, tick) + tokens - 1 - accepted
+                    self.kv.cache_blocks(sequence, cached)
             if sequence.num_tokens >= sequence.final_tokens:
                 if sequence.status == RUNNING:
                     left = True

@@ -517,8 +517,8 @@ class PlainEngine:
                 state.placeholders -= drafts - accepted + delivered
                 ahead = state.placeholders
                 if self.connector is not None and self.minor >= 33:
-                    ahead = sum(state.in_flight.values())
-                self.cache_blocks(state, min(state.num_computed_tokens - ahead, state.num_tokens - 1))
+                    ahead = sum(state.in_flight.values()) + 1 + accepted - delivered
+                self.cache_blocks(state, state.num_computed_tokens - ahead)
             elif self.config.async_scheduling and state.placeholders:
                 state.placeholders -= 1
             if not self.config.async_scheduling and self.k:
