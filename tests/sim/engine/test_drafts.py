@@ -411,11 +411,10 @@ def test_what_groups_refuse_of_drafts(beside: str, method: str, version: str, me
 
 
 def test_several_mtp_modules_read_ahead() -> None:
-    """A prompt of 20 tokens in steps of 18: a chunk of 18 would leave 2, so it is 17 and leaves the 3 that three
-    modules read (_reserve_prefill_lookahead). 0.33 hashes a block with the 3 tokens behind it."""
-    made = config(
-        k=3, acceptance=(0.5,) * 3, method="mtp", modules=3, max_num_batched_tokens=18, max_num_seqs=4
-    )
+    """A prompt of 20 tokens in steps of 18: a chunk of 18 would leave 2, so it is 17 and leaves the 3 that
+    three modules read (_reserve_prefill_lookahead). 0.33 hashes a block with the 3 tokens behind it."""
+    made = config(k=3, acceptance=(0.5,) * 3, method="mtp", modules=3)
+    made = replace(made, max_num_batched_tokens=18, max_num_seqs=4)
     scheduler = Scheduler(made, trace=True)
     scheduler.add(Request(0, 0.0, 20, 4, 4), 0)
     first = scheduler.schedule()
