@@ -6,13 +6,17 @@ BIN := $(VENV)/bin
 SCENARIO ?= a6000-qwen2.5-7b
 SLO ?= --slo ttft:p95:500 --slo tpot:p95:60
 
+unexport PYTHONDONTWRITEBYTECODE  # tests start processes, each of which would compile what it imports
+
 .PHONY: plan check test unit inferencex live-results lint types tree benchmark identity-long parity-ladder parity-long docs vllm litellm prometheus build clean
 
 plan: $(VENV)/.installed
 	$(BIN)/servecast plan $(SCENARIO) $(SLO) --report out/plan-$(SCENARIO).html
 
 # Needs neither vLLM nor a quiet machine: five CPU minutes.
-check: lint types unit
+check:
+	$(MAKE) -j2 lint types
+	$(MAKE) unit
 
 unit: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m "not vllm and not live and not slow" -n logical --dist loadfile --no-loadscope-reorder
@@ -107,6 +111,7 @@ tree:
 	rm -rf .tree && mkdir -p .tree
 	cp -rp servecast .tree/
 	cp -rp sim calibrate validate .tree/servecast/
+	mkdir .tree/servecast/scenarios && cp -rp scenarios/__init__.py scenarios/make .tree/servecast/scenarios/
 
 clean:
 	rm -rf .venv .venv-vllm .venv-litellm .prometheus .tree out

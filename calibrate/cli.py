@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -15,12 +14,13 @@ from cyclopts import App, Parameter
 from servecast.calibrate.fit import plot as fit_plot
 from servecast.calibrate.fit.endpoint import endpoint
 from servecast.calibrate.fit.folder import fit_folder
-from servecast.calibrate.fit.kernel_tables import fit_kernel_tables
 from servecast.calibrate.fit.layer_tables import is_layer_folder
 from servecast.calibrate.fit.layers import fit_layers
 from servecast.calibrate.fit.report import fit_report
-from servecast.calibrate.fit.text import constants_lines, profile_lines, summary_lines
-from servecast.calibrate.measure.vllm.ending import heeds_ctrl_c, signal_group, sigterm_as_ctrl_c
+from servecast.calibrate.fit.text import cell_line, constants_lines, profile_lines
+from servecast.calibrate.measure.folder import say
+from servecast.calibrate.measure.vllm.ending import heeds_ctrl_c, signal_group, sigterm_as_ctrl_c, start
+from servecast.scenarios.make.kernels.tables import fit_kernel_tables
 from servecast.sim.hardware.gpu import GPU, find_gpu
 from servecast.sim.hardware.gpu_constants import GpuConstants
 from servecast.sim.hardware.profile import Profile
@@ -49,16 +49,11 @@ def measure(
     """
     python = python or Path(sys.executable)
     path = [str(Path(__file__).resolve().parent), os.environ.get("PYTHONPATH", "")]
-    try:
-        process = subprocess.Popen(
-            [str(python), "-m", "measure", *(arguments or ("--help",))],
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))},
-            start_new_session=True,  # so that a Ctrl-C reaches it once, from us
-            preexec_fn=heeds_ctrl_c,  # also where a shell started us in the background, without one
-        )
-    except OSError as error:
-        fix = "Give the Python of an environment that has vLLM."
-        raise InputError(f"cannot start {python}: {error.strerror}", where="--python", fix=fix) from error
+    process = start(  # in a group of its own, so that a Ctrl-C reaches it once, from us
+        [str(python), "-m", "measure", *(arguments or ("--help",))],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))},
+        preexec_fn=heeds_ctrl_c,  # also where a shell started us in the background, without one
+    )
     try:
         with sigterm_as_ctrl_c():
             return process.wait()
@@ -123,38 +118,11 @@ def _fit_measurements(
     json_: bool,
 ) -> int:
     own = None if gpu is None else (GPU.from_file(gpu) if Path(gpu).suffix else find_gpu(gpu, where="--gpu"))
-    found = fit_folder(folder, kind=kind, gpu=own, progress=_say)
-    written = found.good or even_bad
-    peaks = output.with_suffix(".gpu.json") if found.derived and written else None
-    if written:
-        found.profile.save(output)
-        if peaks is not None:
-            found.gpu.save(peaks)
-    if not json_:
-        _tell(found.profile)
-        if not found.good:
-            verdict = "a bad fit" if written else "nothing written"
-            print(f"{verdict}: the model does not describe these measurements")
-        if written:
-            print(f"profile written to {output}")
-        if peaks is not None:
-            print(f"measured peaks written to {peaks}: name it as gpu.file in scenarios")
-        return 0 if found.good else 1
-    fit = found.summary.model_dump(mode="json", exclude={"shown"})
-    _print_fit(fit, good=found.good, profile=output if written else None, gpu=peaks)
-    if not found.good:
-        _say(f"a bad fit: {'; '.join(found.summary.reasons)}")
-    return 0 if found.good else 1
-
-
-def _tell(profile: Profile) -> None:
-    for line in (*profile_lines(profile), *(() if profile.fit is None else summary_lines(profile.fit))):
-        print(line)
-
-
-def _print_fit(fit: object, *, good: bool, profile: Path | None, gpu: Path | None = None) -> None:
-    files = {name: None if file is None else str(file) for name, file in (("profile", profile), ("gpu", gpu))}
-    print(json.dumps({"good": good, **files, "fit": fit}))
+    found = fit_folder(folder, kind=kind, gpu=own, progress=say)
+    if json_ and not found.good:
+        say(f"a bad fit: {'; '.join(found.summary.reasons)}")
+    peaks = found.gpu if found.derived else None
+    return _keep(found.profile, output, "these measurements", json_=json_, even_bad=even_bad, peaks=peaks)
 
 
 def _fit_layers(folder: Path, scenario: str | None, kind: str, output: Path, *, json_: bool) -> int:
@@ -169,16 +137,39 @@ def _fit_layers(folder: Path, scenario: str | None, kind: str, output: Path, *, 
             "layer timing tables hold no steps for a grid", where="--kind", fix="Use physical or layers."
         )
     profile = fit_layers(folder, load(scenario), kind="layers" if kind == "layers" else "physical")
+    return _keep(profile, output, "the tables", json_=json_)
+
+
+def _keep(
+    profile: Profile,
+    output: Path,
+    what: str,
+    *,
+    json_: bool,
+    even_bad: bool = False,
+    peaks: GPU | None = None,
+) -> int:
+    """Save a profile whose fit to ``what`` is good, with the peaks that were measured for it, and tell."""
     good = profile.fit is None or not profile.fit.reasons
-    if good:
+    written = good or even_bad
+    files: dict[str, Path | None] = {"profile": output if written else None, "gpu": None}
+    if written:
         profile.save(output)
+        if peaks is not None:
+            files["gpu"] = beside = output.with_suffix(".gpu.json")
+            peaks.save(beside)
     if json_:
-        fit = None if profile.fit is None else profile.fit.model_dump(mode="json")
-        _print_fit(fit, good=good, profile=output if good else None)
+        fit = None if profile.fit is None else profile.fit.model_dump(mode="json", exclude={"shown"})
+        paths = {name: file and str(file) for name, file in files.items()}
+        print(json.dumps({"good": good, **paths, "fit": fit}))
         return 0 if good else 1
-    _tell(profile)
-    bad = "nothing written: the model does not describe the tables"
-    print(f"profile written to {output}" if good else bad)
+    print(*profile_lines(profile), sep="\n")
+    if not good:
+        print(f"{'a bad fit' if written else 'nothing written'}: the model does not describe {what}")
+    if written:
+        print(f"profile written to {output}")
+    if files["gpu"] is not None:
+        print(f"measured peaks written to {files['gpu']}: name it as gpu.file in scenarios")
     return 0 if good else 1
 
 
@@ -196,21 +187,15 @@ def _fit_kernel_tables(source: str, gpu: str | None, output: Path, *, json_: boo
 
 
 def _fit_report(source: str, output: Path, *, json_: bool) -> int:
-    found = fit_report(load(source), progress=_say, jobs=-1)
+    found = fit_report(load(source), progress=say, jobs=-1)
     found.profile.save(output)
     if json_:
         print(json.dumps({"profile": str(output), "rows": [cell.to_json() for cell in found.cells]}))
         return 0
     for cell in found.cells:
-        row = " ".join(f"{key}={value}" for key, value in cell.keys.items())
-        error = "" if cell.error is None else f"{100 * cell.error:+.1f} %"
-        print(f"{row:20} {cell.metric:16} reported {cell.reported:9.4g} fitted {cell.predicted:9.4g} {error}")
+        print(cell_line(" ".join(f"{key}={value}" for key, value in cell.keys.items()), cell))
     print(f"profile written to {output}")
     return 0
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)
 
 
 @app.command
@@ -242,7 +227,7 @@ def show(
     if json_:
         print(loaded.model_dump_json(indent=2))
         return
-    _tell(loaded)
+    print(*profile_lines(loaded), sep="\n")
     if plot is not None:
         print(f"plot written to {plot}")
 
@@ -254,14 +239,10 @@ def _named(name: str) -> Profile | GpuConstants:
         shipped = {each.stem: each for each in (shipped_folder() / "profiles").glob("*.json")}
         if name.lower() not in shipped:
             try:
-                gpu = find_gpu(name, where="PROFILE")
+                return constants_of(find_gpu(name, where="PROFILE"))
             except InputError as error:
-                fix = (
-                    did_you_mean(name, shipped) or f"Shipped are {', '.join(sorted(shipped))}; or name a GPU."
-                )
+                known = f"Shipped are {', '.join(sorted(shipped))}; or name a GPU."
+                fix = did_you_mean(name, shipped) or known
                 raise InputError(f"there is no profile {name!r}", where="PROFILE", fix=fix) from error
-            return constants_of(gpu)
         path = shipped[name.lower()]
-    if GpuConstants.are_in(path):
-        return GpuConstants.load(path)
-    return Profile.load(path)
+    return GpuConstants.load(path) if GpuConstants.are_in(path) else Profile.load(path)

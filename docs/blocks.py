@@ -14,6 +14,7 @@ import contextlib
 import io
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -24,6 +25,7 @@ from typing import Any
 
 DOCS = Path(__file__).parent
 REPOSITORY = DOCS.parent
+_PLAIN = re.compile(r"servecast [^|<>&;$`*?~#\\]+")
 _FENCE = re.compile(r"^```(\w+)(?: title=\"([^\"]+)\")?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -117,6 +119,8 @@ def _trimmed(printed: str) -> str:
 
 def _shell(code: str, folder: Path) -> str:
     lines = code.splitlines()
+    if all(_PLAIN.fullmatch(line) for line in lines):
+        return "".join(_command(line, folder) for line in lines)
     if all(line.startswith("make ") for line in lines):
         code, folder = "\n".join(line.replace("make ", "make -n ", 1) for line in lines), REPOSITORY
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -129,6 +133,22 @@ def _shell(code: str, folder: Path) -> str:
         text=True,
     )
     return done.stdout
+
+
+def _command(line: str, folder: Path) -> str:
+    """What a command of ours prints that asks nothing of a shell: here, which spares it the start."""
+    from servecast.__main__ import main  # only what runs blocks needs it
+
+    printed, columns = io.StringIO(), os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = "100"
+    try:
+        with contextlib.chdir(folder), contextlib.redirect_stdout(printed):
+            if code := main(shlex.split(line)[1:]):
+                raise subprocess.CalledProcessError(code, line, printed.getvalue())
+    finally:
+        del os.environ["COLUMNS"]
+        os.environ |= {} if columns is None else {"COLUMNS": columns}
+    return printed.getvalue()
 
 
 if __name__ == "__main__":

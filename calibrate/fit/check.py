@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from servecast.calibrate.fit.measurements import Engine
 from servecast.calibrate.fit.noise import Floats, Scatter
@@ -73,12 +72,7 @@ def leave_out(
 
 
 def region_error(
-    region: str,
-    errors: Floats,
-    *,
-    noise: float = 0.0,
-    unseen: Floats | None = None,
-    lost: Sequence[str] = (),
+    region: str, errors: Floats, *, noise: float = 0.0, unseen: Floats | None = None, lost: Sequence[str] = ()
 ) -> RegionError:
     """Errors of one region: signed and relative, one a row. unseen: absolute, of fits that did not see it."""
     known = unseen is not None and len(unseen) > 0
@@ -121,39 +115,36 @@ def errors_by_group(
 
 
 def residual_bins(steps: Sequence[Step], errors: Floats) -> tuple[ResidualBin, ...]:
-    """Mean residuals over each feature, in up to five bins of about as many rows each."""
-    bins = []
+    """Mean residuals over each feature, in up to five bins of about as many rows each; equal values are never
+    parted."""
+    found = []
     for feature, value in FEATURES.items():
         values = np.array([value(step) for step in steps])
-        for inside in _bins(values):
-            bins.append(
-                ResidualBin(
-                    feature=feature,
-                    low=float(values[inside].min()),
-                    high=float(values[inside].max()),
-                    rows=int(inside.sum()),
-                    bias=float(errors[inside].mean()),
-                )
-            )
-    return tuple(bins)
+        edges = np.unique(np.quantile(values, np.linspace(0, 1, _BINS + 1)))
+        where = np.clip(np.searchsorted(edges, values, side="right") - 1, 0, len(edges) - 2)
+        for at in range(len(edges) - 1):
+            if (rows := int((where == at).sum())) >= _MIN_BIN:
+                inside, bias = values[where == at], float(errors[where == at].mean())
+                low, high = float(inside.min()), float(inside.max())
+                found.append(ResidualBin(feature=feature, low=low, high=high, rows=rows, bias=bias))
+    return tuple(found)
 
 
 def followed_feature(steps: Sequence[Step], errors: Floats) -> str:
     """Which feature the residuals follow most, in words."""
-    best, share = "", _FOLLOWS
+    best, share = f"the residuals follow none of {', '.join(FEATURES)}", _FOLLOWS
     total = float(((errors - errors.mean()) ** 2).sum())
-    for feature, value in FEATURES.items():
-        values = np.array([value(step) for step in steps])
-        bins = sorted(_bins(values), key=lambda inside: float(errors[inside].mean()))
-        between = sum(inside.sum() * (errors[inside].mean() - errors.mean()) ** 2 for inside in bins)
-        if len(bins) > 1 and total and between / total > share:
+    bins = residual_bins(steps, errors)
+    for feature in FEATURES:
+        own = sorted((each for each in bins if each.feature == feature), key=lambda each: each.bias)
+        between = sum(each.rows * (each.bias - errors.mean()) ** 2 for each in own)
+        if len(own) > 1 and total and between / total > share:
             share = between / total
             ends = (
-                f"{100 * errors[i].mean():+.0f} % at {values[i].min():.0f}-{values[i].max():.0f}"
-                for i in (bins[0], bins[-1])
+                f"{100 * each.bias:+.0f} % at {each.low:.0f}-{each.high:.0f}" for each in (own[0], own[-1])
             )
             best = f"the residuals follow {feature}: {', '.join(ends)}"
-    return best or f"the residuals follow none of {', '.join(FEATURES)}"
+    return best
 
 
 def reasons(regions: Sequence[RegionError], steps: Sequence[Step], errors: Floats) -> tuple[str, ...]:
@@ -177,12 +168,3 @@ def reasons(regions: Sequence[RegionError], steps: Sequence[Step], errors: Float
             f"noise of a row {100 * region.noise:.1f} %); {follows}"
         )
     return tuple(found)
-
-
-def _bins(values: Floats) -> list[NDArray[np.bool_]]:
-    """Masks of about equal counts, by value; equal values are never parted."""
-    edges = np.unique(np.quantile(values, np.linspace(0, 1, _BINS + 1)))
-    if len(edges) < 2:
-        return []
-    where = np.clip(np.searchsorted(edges, values, side="right") - 1, 0, len(edges) - 2)
-    return [where == at for at in range(len(edges) - 1) if (where == at).sum() >= _MIN_BIN]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import csv
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +19,8 @@ import yaml
 from cyclopts import Parameter
 
 from servecast.calibrate.fit.report import fit_report
-from servecast.calibrate.measure.folder import Budget
+from servecast.calibrate.fit.text import cell_line
+from servecast.calibrate.measure.folder import Budget, say
 from servecast.calibrate.measure.vllm.bench_serve import Server, run_bench
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.scenario.deployment import Deployment
@@ -92,7 +93,6 @@ def measure_endpoint(
     out: Path,
     *,
     time_budget_s: float | None = None,
-    say: Callable[[str], None] = lambda _text: None,
 ) -> Scenario:
     """Run the levels and write ``out/scenario.yaml`` with ``out/report.csv``, the table that they gave.
 
@@ -137,25 +137,12 @@ def measure_endpoint(
 def _measure(endpoint: Endpoint, level: Level, out: Path, number: int) -> dict[str, float]:
     trace = out / f"level-{number}.jsonl"
     count = WARM_UP + level.num_requests
-    write_timed_trace(
-        Trace(
-            np.zeros(count),
-            np.full(count, level.prompt_tokens, dtype=np.int64),
-            np.full(count, level.output_tokens, dtype=np.int64),
-            None,
-            16,
-        ),
-        trace,
-    )
-    result = run_bench(
-        endpoint,
-        trace,
-        out / f"level-{number}.json",
-        args=("--max-concurrency", str(level.concurrency), "--ignore-eos"),
-        hash_seed=1 + number,
-        python=endpoint.python,
-    )
-    return _statistics(result)
+    prompts, outputs = (np.full(count, n, dtype=np.int64) for n in (level.prompt_tokens, level.output_tokens))
+    write_timed_trace(Trace(np.zeros(count), prompts, outputs, None, 16), trace)
+    args = ("--max-concurrency", str(level.concurrency), "--ignore-eos")
+    file = out / f"level-{number}.json"
+    found = run_bench(endpoint, trace, file, args=args, hash_seed=1 + number, python=endpoint.python)
+    return _statistics(found)
 
 
 def _statistics(result: dict[str, Any]) -> dict[str, float]:
@@ -168,18 +155,17 @@ def _statistics(result: dict[str, Any]) -> dict[str, float]:
             fix="Mend the server first: a fit to failures says nothing.",
         )
     order = np.argsort(np.array(result["start_times"]))[WARM_UP:]
-    starts = np.array(result["start_times"])[order]
-    ttfts = np.array(result["ttfts"])[order]
+    starts, ttfts, tokens = (
+        np.array(result[name])[order] for name in ("start_times", "ttfts", "output_lens")
+    )
     gaps = [np.array(result["itls"][index]) for index in order]
-    tokens = np.array(result["output_lens"])[order]
     decode_s = np.array([each.sum() for each in gaps])
     last = (starts + ttfts + decode_s).max()
-    itl = np.concatenate(gaps)
     return {
         "ttft_p50_ms": 1e3 * float(np.percentile(ttfts, 50)),
         "ttft_p95_ms": 1e3 * float(np.percentile(ttfts, 95)),
         "tpot_p50_ms": 1e3 * float(np.percentile(decode_s / (tokens - 1), 50)),
-        "itl_p95_ms": 1e3 * float(np.percentile(itl, 95)),
+        "itl_p95_ms": 1e3 * float(np.percentile(np.concatenate(gaps), 95)),
         "output_tok_s": float(tokens.sum() / (last - starts.min())),
     }
 
@@ -265,19 +251,11 @@ def endpoint(
     """
     known = load(scenario)
     levels = levels_for(known, concurrency or (), prompt_tokens, output_tokens)
-    report = measure_endpoint(known, server, levels, out, time_budget_s=time_budget, say=_say)
-    found = fit_report(report, progress=_say)
+    report = measure_endpoint(known, server, levels, out, time_budget_s=time_budget)
+    found = fit_report(report, progress=say)
     found.profile.save(output)
     for cell in found.cells:
         level = levels[int(cell.keys["level"])]
-        error_text = "" if cell.error is None else f"{100 * cell.error:+.1f} %"
-        print(
-            f"{f'concurrency {level.concurrency}, {level.prompt_tokens} in':24} {cell.metric:14} "
-            f"measured {cell.reported:9.4g} fitted {cell.predicted:9.4g} {error_text}"
-        )
+        print(cell_line(f"concurrency {level.concurrency}, {level.prompt_tokens} in", cell))
     print(f"profile written to {output}; against the table: servecast reproduce {out / 'scenario.yaml'}")
     return 0
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)

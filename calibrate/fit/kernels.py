@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from servecast.calibrate.fit.rows import (
     Copy,
@@ -18,18 +17,9 @@ from servecast.sim.hardware.gpu import GPU
 from servecast.sim.hardware.model_shape import ModelShape
 from servecast.sim.hardware.shard import Shard
 from servecast.sim.hardware.step_time.physical import Efficiencies, PhysicalStepTime, smooth_maximum
+from servecast.sim.metrics.binding import StepRow
 
 BYTES = {"bf16": 2, "fp16": 2, "fp8": 1, "fp32": 4}
-
-
-@dataclass(frozen=True, slots=True)
-class _Chunk:
-    """A step of one attention kernel."""
-
-    chunks: tuple[tuple[int, int], ...]
-    decodes: int
-    decode_context: int
-    samples: int = 0
 
 
 def told_by(kernels: Sequence[Kernel], gpu: GPU) -> list[Kernel]:
@@ -63,10 +53,10 @@ def kernel_seconds(row: Kernel, gpu: GPU, efficiencies: Efficiencies) -> float:
         moved = row.moved_bytes if isinstance(row, Copy) else row.bytes
         return eff.kernel_s + moved / (gpu.bandwidth * eff.bandwidth)
     if isinstance(row, PrefillAttention):
-        step = _Chunk(((row.chunk, row.context),), 0, 0)
+        step = StepRow(((row.chunk, row.context),), 0, 0, 0)
         return eff.kernel_s + _attention(row, gpu, eff).breakdown(step)["attention_prefill"]
     if isinstance(row, DecodeAttention):
-        step = _Chunk((), row.batch, row.batch * row.context)
+        step = StepRow((), row.batch, row.batch * row.context, 0)
         return eff.kernel_s + _attention(row, gpu, eff).breakdown(step)["attention_decode"]
     assert isinstance(row, Launch)
     return row.kernels * eff.kernel_s

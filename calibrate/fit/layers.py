@@ -22,6 +22,7 @@ from servecast.sim.hardware.shard import Shard
 from servecast.sim.hardware.step_time.layers import LayeredStepTime
 from servecast.sim.hardware.step_time.physical import Efficiencies, PhysicalStepTime
 from servecast.sim.inputs.errors import InputError
+from servecast.sim.metrics.binding import StepRow
 from servecast.sim.scenario.deployment import Deployment
 from servecast.sim.scenario.scenario import Scenario
 
@@ -45,15 +46,11 @@ _TRIES = 100  # a step
 _PRECISION = 0.03  # of the physical model, relative to a step: errors beyond it count less than squared
 
 
-@dataclass(frozen=True, slots=True)
-class DesignedStep:
-    """A ``StepShape`` to compare the models on."""
+@dataclass(slots=True)
+class DesignedStep(StepRow):
+    """A step to compare the models on."""
 
-    region: str
-    chunks: tuple[tuple[int, int], ...]
-    decodes: int
-    decode_context: int
-    samples: int
+    region: str = ""
 
 
 def fit_layers(folder: Path, scenario: Scenario, *, kind: Kind = "physical") -> Profile:
@@ -140,7 +137,7 @@ def designed_steps(layered: LayeredStepTime, pool_tokens: int, count: int) -> li
             decode_context = decodes * spread(tables.decode_context)
         if region != "decode":
             chunks = ((spread(tables.chunk), 0 if rng.random() < 0.5 else spread(tables.context)),)
-        step = DesignedStep(region, chunks, decodes, decode_context, decodes + len(chunks))
+        step = DesignedStep(chunks, decodes, decode_context, decodes + len(chunks), region=region)
         if decode_context + sum(map(sum, chunks)) <= pool_tokens and _inside(layered, step):
             steps.append(step)
             if len(steps) == count:

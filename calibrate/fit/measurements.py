@@ -120,9 +120,7 @@ def read_folder(folder: str | Path) -> Measurements:
         for row in _known(raw.get(KERNELS_FILE, []), KERNEL_ROWS, KERNELS_FILE, notes)
     )
     engines, steps, overheads = _engine_rows(
-        _known(raw.get(ENGINE_FILE, []), ENGINE_ROWS, ENGINE_FILE, notes),
-        facts,
-        folder / ENGINE_FILE,
+        _known(raw.get(ENGINE_FILE, []), ENGINE_ROWS, ENGINE_FILE, notes), facts, folder / ENGINE_FILE
     )
     if not kernels and not steps:
         fix = "Run servecast calibrate measure kernels or engine into it."

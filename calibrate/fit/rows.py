@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
@@ -99,6 +99,10 @@ class Step(_Row):
     decode_context: Amount
     samples: Amount
     engine: int = -1
+    # what a measured step has none of: pydantic is slow to say that an attribute is missing
+    drafts: ClassVar[int] = 0
+    adapters: ClassVar[None] = None
+    decode_windowed: ClassVar[None] = None
 
     @model_validator(mode="after")
     def _computes_something(self) -> Step:

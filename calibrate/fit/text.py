@@ -7,10 +7,11 @@ from collections.abc import Iterable, Iterator
 from servecast.sim.hardware.fit_summary import FitSummary, RegionError
 from servecast.sim.hardware.gpu_constants import GpuConstants
 from servecast.sim.hardware.profile import Profile, Provenance
+from servecast.sim.reproduce.cell import Cell
 
 
 def profile_lines(profile: Profile) -> Iterator[str]:
-    """Where it comes from, its parameters with 90 % intervals and origin, domain, error band."""
+    """Where it comes from, its parameters with 90 % intervals and origin, domain, error band, and its fit."""
     software = [
         f"{name} {value}" for name, value in (("driver", profile.driver), ("torch", profile.torch)) if value
     ]
@@ -34,6 +35,14 @@ def profile_lines(profile: Profile) -> Iterator[str]:
     yield f"  error band {band}; fitted rows: {', '.join(profile.fitted_rows) or 'none'}"
     if profile.raw_data_sha256:
         yield f"  raw data sha256 {profile.raw_data_sha256}"
+    if profile.fit is not None:
+        yield from _summary_lines(profile.fit)
+
+
+def cell_line(row: str, cell: Cell) -> str:
+    """A cell of a reported row as its fit has it."""
+    error = "" if cell.error is None else f"{100 * cell.error:+.1f} %"
+    return f"{row:20} {cell.metric:16} reported {cell.reported:9.4g} fitted {cell.predicted:9.4g} {error}"
 
 
 def constants_lines(constants: GpuConstants) -> Iterator[str]:
@@ -50,7 +59,7 @@ def constants_lines(constants: GpuConstants) -> Iterator[str]:
             yield f"  {kernels} {name}: {shown}{error}"
 
 
-def summary_lines(summary: FitSummary) -> Iterator[str]:
+def _summary_lines(summary: FitSummary) -> Iterator[str]:
     """Errors by region, what transfer costs, what the residuals follow, notes."""
     yield f"{'region':20} {'rows':>5} {'error':>8} {'bias':>8} {'noise':>8} {'left out':>9}"
     yield from _table(summary.regions)

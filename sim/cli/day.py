@@ -44,11 +44,8 @@ def day(
     if report is not None:
         check_output(report, where="--report")
     if fleets and what_if.replicas is not None:
-        raise InputError(
-            f"--replicas {what_if.replicas} beside fleets, which say their own",
-            where="--replicas",
-            fix=f"Give it as one of them: --fleets {what_if.replicas}.",
-        )
+        where, fix = "--replicas", f"Give it as one of them: --fleets {what_if.replicas}."
+        raise InputError(f"--replicas {what_if.replicas} beside fleets, which say their own", where, fix)
     found = run_day(
         what_if.load(scenario),
         _named(fleets) if fleets else None,
@@ -76,9 +73,8 @@ def _fleet(text: str) -> tuple[str, dict[str, Any]]:
         return f"{text} replicas", {"fleet.replicas": int(text), "fleet.autoscaler": None}
     path = Path(text)
     if not path.is_file():
-        raise InputError(
-            f"{text!r} is no number of replicas, and no file", where="--fleets", fix="Give 4, or hpa.yaml."
-        )
+        what = f"{text!r} is no number of replicas, and no file"
+        raise InputError(what, where="--fleets", fix="Give 4, or hpa.yaml.")
     written = read_yaml(path)
     block = written.get("fleet", written)
     return path.stem, {"fleet.autoscaler": block} if "kind" in block else {

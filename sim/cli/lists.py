@@ -1,12 +1,28 @@
-"""``servecast gpus``, ``models`` and ``profiles``."""
+"""``servecast scenarios``, ``gpus``, ``models`` and ``profiles``."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import pandas as pd
 
 from servecast.sim.cli.output import print_json
 from servecast.sim.report.text import table
 from servecast.sim.scenario import lists
+from servecast.sim.scenario.scenario import load, shipped_scenarios
+
+
+def scenarios(*, json: bool = False) -> None:
+    """List the scenarios that come with servecast.
+
+    Args:
+        json: print a JSON object instead of a table.
+    """
+    found = {name: load(name).description.strip() for name in shipped_scenarios()}
+    if json:
+        print_json({"scenarios": found})
+    else:
+        print(table(["scenario", "description"], [[name, text] for name, text in found.items()]))
 
 
 def gpus(*, json: bool = False) -> None:
@@ -15,11 +31,7 @@ def gpus(*, json: bool = False) -> None:
     Args:
         json: print a JSON object instead of a table, with the source of each GPU's figures.
     """
-    found = lists.gpus()
-    if json:
-        print_json({"gpus": _records(found)})
-    else:
-        print(_text(found.drop(columns="source")))
+    _show("gpus", lists.gpus(), json, without=("source",))
 
 
 def models(*, json: bool = False) -> None:
@@ -49,11 +61,15 @@ def profiles(*, json: bool = False) -> None:
     Args:
         json: print a JSON object instead of a table.
     """
-    found = lists.profiles()
+    _show("profiles", lists.profiles(), json)
+
+
+def _show(name: str, found: pd.DataFrame, json: bool, without: Sequence[str] = ()) -> None:
+    """Print a table, or all of it as JSON. without: columns that are not printed as text."""
     if json:
-        print_json({"profiles": _records(found)})
+        print_json({name: _records(found)})
     else:
-        print(_text(found))
+        print(_text(found.drop(columns=list(without))))
 
 
 def _records(found: pd.DataFrame) -> list[dict[str, object]]:

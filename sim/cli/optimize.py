@@ -88,9 +88,8 @@ def _files(text: str, where: str) -> list[str]:
 def _counts(text: str, where: str) -> list[int]:
     words = _words(text, where)
     if not all(word.isdecimal() and int(word) > 0 for word in words):
-        raise InputError(
-            f"{text!r} is no list of numbers above 0", where=where, fix="Write for example 1,2,4."
-        )
+        what = f"{text!r} is no list of numbers above 0"
+        raise InputError(what, where=where, fix="Write for example 1,2,4.")
     return [int(word) for word in words]
 
 
@@ -99,11 +98,8 @@ def _variants(text: str, where: str) -> dict[str, str | dict[str, Any]]:
     for word in _words(text, where):
         name, _, value = word.partition("=")
         if not name or not value or name in found:
-            raise InputError(
-                f"{word!r} is not of the form NAME=CONFIG, or comes twice",
-                where=where,
-                fix="Write for example bf16=Qwen3-8B,fp8=fp8/config.json.",
-            )
+            fix = "Write for example bf16=Qwen3-8B,fp8=fp8/config.json."
+            raise InputError(f"{word!r} is not of the form NAME=CONFIG, or comes twice", where=where, fix=fix)
         field, is_field, _ = value.partition("=")
         found[name] = dict([assignment(value, where=where)]) if is_field else str(file_or_name(field))
     return found

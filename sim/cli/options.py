@@ -119,11 +119,9 @@ def requests_at(rate: float | str | None, num_requests: int | None, flag: str) -
         InputError: a number without a rate, which would change nothing.
     """
     if num_requests is not None and rate is None:
-        raise InputError(
-            f"{num_requests} requests at no rate: the scenario's own workload has its own number",
-            where="--num-requests",
-            fix=f"Give {flag} with it, or --set workload.num_requests=...",
-        )
+        what = f"{num_requests} requests at no rate: the scenario's own workload has its own number"
+        fix = f"Give {flag} with it, or --set workload.num_requests=..."
+        raise InputError(what, where="--num-requests", fix=fix)
     return 1000 if num_requests is None else num_requests
 
 
@@ -152,9 +150,8 @@ def numbers(text: str, *, where: str) -> list[float]:
     except ValueError:
         found = []
     if not found or not all(0 < number < float("inf") for number in found):
-        raise InputError(
-            f"{text!r} is no list of numbers above 0", where=where, fix="Separate them by commas."
-        )
+        what = f"{text!r} is no list of numbers above 0"
+        raise InputError(what, where=where, fix="Separate them by commas.")
     return found
 
 

@@ -138,11 +138,9 @@ def compare(
     specs = [(each, each.workload) for each in sides if isinstance(each, Scenario)]
     asking = [of for of, spec in specs if isinstance(spec, InferencePerfWorkload) and spec.asks_server()]
     if asking and len(sides) > 1 and request_rate is None:
-        raise InputError(
-            "the stages of a sweep depend on the server, so that two sides do not get the same",
-            where=f"{asking[0].source}: workload.inference_perf",
-            fix="Give workload.saturation_rate.",
-        )
+        what = "the stages of a sweep depend on the server, so that two sides do not get the same"
+        fix = "Give workload.saturation_rate."
+        raise InputError(what, where=f"{asking[0].source}: workload.inference_perf", fix=fix)
     found: list[Side] = []
     sent: dict[str, tuple[Scenario, Workload | None]] = {}
     with progress_bar("compare", shown=progress) as advance, Parallel(n_jobs=jobs) as pool:
@@ -202,11 +200,8 @@ def _behind(
 ) -> tuple[tuple[Scenario, ...], list[str]]:
     """The scenario behind each router, and what the routers are called."""
     if len(sides) != 1 or not isinstance(sides[0], Scenario) or len(routers) < 2:
-        raise InputError(
-            "routers are compared on one scenario, at least two of them",
-            where="--routers",
-            fix="Write for example SCENARIO --routers round_robin least_outstanding.",
-        )
+        where, fix = "--routers", "Write for example SCENARIO --routers round_robin least_outstanding."
+        raise InputError("routers are compared on one scenario, at least two of them", where, fix)
     if len(set(routers)) < len(routers):
         raise InputError("a router is named twice", where="--routers", fix="Name each once.")
     found = tuple(sides[0].changed({"fleet.router": file_or_name(name)}) for name in routers)

@@ -129,14 +129,8 @@ def _by_rate(sides: Sequence[Side]) -> str:
                 rates, values = zip(*_points(side.results, metric), strict=True)
                 color = SERIES[number % len(SERIES)]
                 ax.plot(rates, [factor * value for value in values], "o-", color=color, label=side.label)
-            if unit == "s":
-                ax.set_yscale("log")
-            else:
-                ax.set_ylim(bottom=0)
-            ax.set_xlim(left=0)
-            ax.set_title(title)
-            ax.set_ylabel(unit)
-            ax.set_xlabel("requests/s")
+            ax.set(**{"yscale": "log"} if unit == "s" else {"ylim": (0, None)})
+            ax.set(title=title, xlim=(0, None), xlabel="requests/s", ylabel=unit)
         axes[0].legend(loc="best", fontsize=9)
         return finish("Latency and throughput against request rate")
 
@@ -162,13 +156,9 @@ def _over_time(pods: PodsOverTime, label: str) -> str:
             color = SERIES[number % len(SERIES)]
             queue.plot(pods.times, waiting, color=color, lw=1.1)
             cache.plot(pods.times, 100 * usage, color=color, lw=1.1)
-        queue.set_title("Waiting requests")
-        queue.set_ylabel("requests")
-        queue.set_ylim(0, max(1.0, 1.1 * float(pods.waiting.max(initial=0.0))))
-        cache.set_title("KV cache in use")
-        cache.set_ylabel("% of KV blocks")
-        cache.set_ylim(0, 105)
+        top = max(1.0, 1.1 * float(pods.waiting.max(initial=0.0)))
+        queue.set(title="Waiting requests", ylabel="requests", ylim=(0, top))
+        cache.set(title="KV cache in use", ylabel="% of KV blocks", ylim=(0, 105))
         for ax in (queue, cache):
-            ax.set_xlabel("s")
-            ax.set_xlim(left=0)
+            ax.set(xlabel="s", xlim=(0, None))
         return finish("Waiting requests and KV cache over time")

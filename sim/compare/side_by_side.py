@@ -5,73 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib import resources
 from typing import Any
 
 from servecast.sim.inputs.errors import InputError
+from servecast.sim.inputs.yaml_file import parse_yaml
 from servecast.sim.metrics.confidence import Interval, t_interval
 from servecast.sim.report.text import cell_text, table
 from servecast.sim.run.results import measured
 
 Document = Mapping[str, Any]
 
-_EXPLAINS = {  # what a difference may explain, by the last part of a field's name
-    "gpu": "FLOP/s, bandwidth and memory: everything",
-    "model_id": "FLOPs and bytes a token: everything",
-    "model": "FLOPs and bytes a token: everything",
-    "profile": "step times, front end and noise",
-    "basis": "how far the prediction is to be believed",
-    "dtype": "bytes of weights and KV cache: step time, KV blocks",
-    "quantization": "bytes of weights and speed of their kernels: step time, KV blocks",
-    "kv_cache_dtype": "bytes of the KV cache: decode step time, KV blocks",
-    "tensor_parallel_size": "step time, communication, KV blocks",
-    "pipeline_parallel_size": "step time, batches in flight, KV blocks",
-    "data_parallel_size": "engine cores: batch of each, KV blocks; exchanges between experts",
-    "enable_expert_parallel": "the fullest rank, exchanges between experts",
-    "max_model_len": "which requests are accepted; room for the KV cache",
-    "gpu_memory_utilization": "KV blocks: queueing and preemption under load",
-    "num_gpu_blocks": "queueing and preemption under load",
-    "max_num_seqs": "batch size under load: throughput, queueing (TTFT), TPOT",
-    "max_num_batched_tokens": "prompt tokens a step: TTFT against ITL",
-    "enable_prefix_caching": "prompt tokens that are computed: TTFT",
-    "enable_chunked_prefill": "ITL beside long prompts",
-    "async_scheduling": "host time of a step: TPOT, TTFT",
-    "scheduling_policy": "order of the queue: tail of TTFT",
-    "enforce_eager": "CUDA graphs: TPOT at small batches",
-    "block_size": "KV blocks, prefix hits",
-    "engine_version": "scheduling rules, kernels and defaults",
-    "vllm_version": "scheduling rules, kernels and defaults",
-    "rules": "scheduling rules",
-    "driver_cuda": "kernels and launch times",
-    "machine": "CPU: host time, front end; network",
-    "server_args": "any of the engine's flags",
-    "request_shape": "work a request",
-    "load_pattern": "how the load arrives: queueing",
-    "mean_input_tokens": "prefill work: TTFT",
-    "mean_output_tokens": "decode work: E2E, throughput",
-    "request_rate": "load",
-    "burstiness": "queueing: tail of TTFT",
-    "max_concurrency": "load",
-    "num_prompts": "how much start and end of the run count; warm-up",
-    "replicas": "load of each engine",
-    "router": "how evenly the engines are loaded: tail of TTFT",
-    "seed": "chance",
-}
 _SHOWN = (
-    "request_throughput",
-    "output_throughput",
-    "goodput_share",
-    "median_ttft_ms",
-    "p95_ttft_ms",
-    "p99_ttft_ms",
-    "median_tpot_ms",
-    "p95_tpot_ms",
-    "p99_tpot_ms",
-    "p95_itl_ms",
-    "median_e2el_ms",
-    "p95_e2el_ms",
-    "kv_cache_usage_peak",
-    "max_num_waiting",
-    "num_preemptions",
+    *("request_throughput", "output_throughput", "goodput_share", "median_ttft_ms", "p95_ttft_ms"),
+    *("p99_ttft_ms", "median_tpot_ms", "p95_tpot_ms", "p99_tpot_ms", "p95_itl_ms", "median_e2el_ms"),
+    *("p95_e2el_ms", "kv_cache_usage_peak", "max_num_waiting", "num_preemptions"),
     "prefix_cache_hit_rate",
 )
 _LOAD = ("request_rate", "burstiness", "max_concurrency", "num_prompts")
@@ -205,9 +153,8 @@ def _parts(side: Side, document: Document, stage: str | None) -> dict[str | None
     if stage is None or not stages:
         return stages or {None: document}
     if stage not in stages:
-        raise InputError(
-            f"{side.label} has no stage {stage!r}", where="--stage", fix=f"It has {', '.join(stages)}."
-        )
+        what = f"{side.label} has no stage {stage!r}"
+        raise InputError(what, where="--stage", fix=f"It has {', '.join(stages)}.")
     return {None: stages[stage]}
 
 
@@ -246,16 +193,21 @@ def _context_differences(
             for fact, document in zip(facts, documents, strict=True):
                 if "what_if" in document:
                     fact[field] = document["what_if"].get(field, "as in the scenario")
-    fields = list(dict.fromkeys(field for each in facts for field in each))
+    fields, explains = list(dict.fromkeys(field for each in facts for field in each)), _explains()
     differences, unstated = [], []
     for field in fields:
         values = tuple(each.get(field) for each in facts)
         stated = [value for value in values if value is not None]
         if any(value != stated[0] for value in stated):
-            differences.append(Difference(field, values, _EXPLAINS.get(field.rpartition(".")[2], "")))
+            differences.append(Difference(field, values, explains.get(field.rpartition(".")[2], "")))
         elif len(stated) < len(values) and not all(field in each for each in facts):
             unstated.append(field)
     return tuple(differences), tuple(unstated)
+
+
+def _explains() -> Mapping[str, str]:
+    text = resources.files("servecast.sim.compare").joinpath("explains.yaml").read_text("utf-8")
+    return parse_yaml(text, source="explains.yaml")
 
 
 def _facts(document: Document) -> dict[str, Any]:

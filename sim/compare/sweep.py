@@ -162,9 +162,8 @@ def sweep(
         InputError: nothing varies, the backend is not there, or a file cannot be written.
     """
     if not vary and not rates and seeds == 1:
-        raise InputError(
-            "nothing varies", where="--vary", fix="Write for example engine.max_num_seqs=64,128."
-        )
+        what = "nothing varies"
+        raise InputError(what, where="--vary", fix="Write for example engine.max_num_seqs=64,128.")
     for value, flag in ((seeds, "--seeds"), (num_requests, "--num-requests")):
         if value < 1:
             raise InputError(f"{value} is too few", where=flag, fix="Give at least 1.")

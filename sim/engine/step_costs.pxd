@@ -4,7 +4,7 @@ from servecast.sim.engine.step cimport Step
 
 @cython.final
 cdef class StepCosts:
-    cdef double[:, ::1] attention  # a row a kind: pair_s, read_s, expand_s, decode_s, mixed decode_s, block_s, decode_pair_s, rows
+    cdef double[:, ::1] attention  # a row a kind: pair_s, read_s, expand_s, decode_s, mixed decode_s, block_s, decode_pair_s, rows; at the datasheet's rates pair_s, decode_pair_s, read_s
     cdef long long[:, ::1] shapes  # a row a kind: layers, window
     cdef long long window  # KV tokens that a token attends to in layers with a window; 0: there are none
     cdef bint chunked  # the window is a chunk
@@ -35,6 +35,13 @@ cdef class StepCosts:
     cdef StepCosts later
     cdef double[::1] tokens_s
     cdef double[::1] rows_s
+    cdef object least_tokens
+    cdef object least_rows
+    cdef double bandwidth
+    cdef double[::1] least_tokens_s  # at the datasheet's rates, by tokens; -1: not asked for
+    cdef double[::1] least_rows_s
+    cdef double[::1] read  # bytes of weights, by tokens
+    cdef double[::1] read_rows
 
     cdef double of_tokens(self, long long tokens) except? -1
     cdef double of_rows(self, long long rows) except? -1
@@ -56,4 +63,5 @@ cdef class StepCosts:
         double adapters_s,
     ) except? -1
     cdef double seconds(self, Step step) except? -1
+    cdef double least(self, Step step) except? -1
     cdef double at(self, Step step, long long tokens) except? -1

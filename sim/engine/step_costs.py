@@ -22,7 +22,7 @@ class StepCosts:
     def __init__(self, numbers: dict[str, Any], by_tokens: Any, by_rows: Any, by_uniform: Any) -> None:
         rows: list[tuple[Any, ...]] = numbers["attention"]
         self.shapes = np.array([row[:2] for row in rows], dtype=np.int64).reshape(len(rows), 2)
-        self.attention = np.array([row[2:] for row in rows], dtype=np.float64).reshape(len(rows), 8)
+        self.attention = np.array([row[2:] for row in rows], dtype=np.float64).reshape(len(rows), 11)
         self.window, self.chunked = numbers["window"], numbers["chunked"]
         self.decode_s, self.chunk_token_s = numbers["decode_s"], numbers["chunk_token_s"]
         self.chunk_s, self.serial_s = numbers["chunk_s"], numbers["serial_s"]
@@ -31,6 +31,9 @@ class StepCosts:
         self.lora_s, self.lora_adapter_s, self.lora_token_s = numbers["lora"]
         self.by_tokens, self.by_rows, self.by_uniform = by_tokens, by_rows, by_uniform
         self.slots = numbers["slots"]
+        self.least_tokens, self.least_rows, self.bandwidth = numbers["least"]
+        self.least_tokens_s, self.read = array("d", [-1.0]) * 64, array("d", [0.0]) * 64
+        self.least_rows_s, self.read_rows = array("d", [-1.0]) * 64, array("d", [0.0]) * 64
         self.uniform_s: dict[int, float] = {}
         self.drafting, self.skips, self.infills, self.at_once = False, False, False, False
         self.step_s = self.lookup_request_s = self.lookup_token_s = 0.0
@@ -222,6 +225,52 @@ class StepCosts:
             total += self.of_tokens(tokens) + self.of_rows(rows) + requests * self.request_s
         total += adapters_s
         return total if tokens <= self.graphed or total > self.eager_s else self.eager_s
+
+    def least(self, step: Step) -> cython.double:
+        """PhysicalStepTime.roofline_seconds, its sums in the same order."""
+        tokens: cython.longlong = step.total_tokens
+        rows: cython.longlong = len(step.samplers) + step.drafts
+        compute: cython.double
+        memory: cython.double
+        queries: cython.double = 1.0
+        new: cython.longlong
+        context: cython.longlong
+        layers: cython.longlong
+        window: cython.longlong
+        seen: cython.longlong
+        kind: cython.Py_ssize_t
+        i: cython.Py_ssize_t
+        chunk: tuple
+        if tokens >= len(self.read):
+            self.least_tokens_s, self.read = (
+                longer(self.least_tokens_s, tokens + 1),
+                longer(self.read, tokens + 1),
+            )
+        if rows >= len(self.read_rows):
+            self.least_rows_s, self.read_rows = (
+                longer(self.least_rows_s, rows + 1),
+                longer(self.read_rows, rows + 1),
+            )
+        if self.least_tokens_s[tokens] < 0.0:
+            self.least_tokens_s[tokens], self.read[tokens] = self.least_tokens(tokens)
+        if self.least_rows_s[rows] < 0.0:
+            self.least_rows_s[rows], self.read_rows[rows] = self.least_rows(rows)
+        compute = self.least_tokens_s[tokens] + self.least_rows_s[rows]
+        memory = (self.read[tokens] + self.read_rows[rows]) / self.bandwidth
+        if step.drafts:
+            queries = 1.0 + cython.cast(cython.double, step.drafts) / step.decodes
+        for kind in range(self.shapes.shape[0]):
+            layers, window = self.shapes[kind, 0], self.shapes[kind, 1]
+            seen = step.windowed if window else step.decode_context
+            compute += layers * seen * self.attention[kind, 9] * queries
+            memory += layers * seen * self.attention[kind, 10]
+            for i in range(len(step.chunks)):
+                chunk = step.chunks[i]
+                new, context = chunk[0], chunk[1]
+                seen = self.reached(context + new, window) - self.reached(context, window)
+                compute += layers * seen * self.attention[kind, 8]
+                memory += layers * self.before(context, window) * self.attention[kind, 10]
+        return max(compute, memory)
 
     def at(self, step: Step, tokens: cython.longlong) -> cython.double:
         """The same of one of several engine cores, where so many tokens are computed, without what launches

@@ -34,9 +34,8 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         partial.replace(path)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise InputError(
-            f"cannot be written: {error.strerror}", where=str(path), fix="Give another path."
-        ) from None
+        what = f"cannot be written: {error.strerror}"
+        raise InputError(what, where=str(path), fix="Give another path.") from None
 
 
 def file_or_name(name: str | None) -> str | None:

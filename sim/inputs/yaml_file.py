@@ -53,9 +53,8 @@ def parse_yaml(text: str, *, source: str) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         line = "" if mark is None else f", line {mark.line + 1}"
         problem = getattr(error, "problem", None) or str(error)
-        raise InputError(
-            f"not valid YAML: {problem}", where=f"{source}{line}", fix="Correct the line."
-        ) from None
+        what = f"not valid YAML: {problem}"
+        raise InputError(what, where=f"{source}{line}", fix="Correct the line.") from None
     if not isinstance(data, dict):
         raise InputError("not a mapping of fields", where=source, fix="See the scenario reference.")
     return data
@@ -83,6 +82,5 @@ def override(data: dict[str, Any], field: str, value: Any, *, where: str) -> dic
 def _item(node: Any, part: str, field: str, where: str) -> Any:
     if isinstance(node, list | tuple) and part.isdecimal() and int(part) < len(node):
         return node[int(part)]
-    raise InputError(
-        f"there is nothing at {part!r} of {field!r}", where=where, fix="Give the field's dotted path."
-    )
+    what = f"there is nothing at {part!r} of {field!r}"
+    raise InputError(what, where=where, fix="Give the field's dotted path.")

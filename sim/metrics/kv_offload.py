@@ -8,23 +8,11 @@ from typing import Any
 
 from servecast.sim.engine.offloading import OffloadingConnector
 
-_COUNTERS = (  # vLLM's, without "vllm:"; summed over replicas
-    "prefix_cache_queries",
-    "prefix_cache_hits",
-    "external_prefix_cache_queries",
-    "external_prefix_cache_hits",
-    "kv_offload_load_bytes",
-    "kv_offload_load_time",
-    "kv_offload_store_bytes",
-    "kv_offload_store_time",
-    "evicted_chunks",
-)
-
 
 def offload_counters(scheduler: Any, ranks: int, end_ps: int) -> dict[str, Any]:
-    """The counters of one engine with a connector, at the end of a run. Tokens, bytes of all ``ranks``,
-    seconds that the links took; ``loaded_tokens`` by the tier that they came from; ``links``: the share of
-    the time in which each was busy."""
+    """vLLM's counters of one engine with a connector, without "vllm:", at the end of a run. Tokens, bytes of
+    all ``ranks``, seconds that the links took; ``loaded_tokens`` by the tier that they came from; ``links``:
+    the share of the time in which each was busy."""
     every = getattr(scheduler.connector, "connectors", (scheduler.connector,))
     parts = [_part(each, scheduler) for each in every]
     links = {name: link for part in parts for name, link in part["links"].items()}
@@ -55,11 +43,8 @@ def _part(connector: Any, scheduler: Any) -> dict[str, Any]:
             "loaded": {"cpu": copies.loaded_blocks * scheduler.config.block_size},
             "evictions": connector.cache.evictions,
         }
-    return {
-        "links": connector.links,
-        "loaded": connector.loaded_tokens,
-        "evictions": connector.evictions,
-    }
+    names = {"links": "links", "loaded": "loaded_tokens", "evictions": "evictions"}
+    return {name: getattr(connector, own) for name, own in names.items()}
 
 
 def busiest(counters: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -70,7 +55,8 @@ def busiest(counters: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 def offload_summary(counters: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Those of all replicas together, with the shares of prompt tokens found locally and elsewhere."""
-    found: dict[str, Any] = {name: sum(each[name] for each in counters) for name in _COUNTERS}
+    counted = [name for name in counters[0] if name not in ("loaded_tokens", "links")]
+    found: dict[str, Any] = {name: sum(each[name] for each in counters) for name in counted}
     asked, external = found["prefix_cache_queries"], found["external_prefix_cache_queries"]
     found["local_hit_rate"] = found["prefix_cache_hits"] / asked if asked else None
     found["external_hit_rate"] = found["external_prefix_cache_hits"] / external if external else None

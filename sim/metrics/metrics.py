@@ -84,9 +84,8 @@ def samples(run: Run, metric: str) -> tuple[Floats, Floats | None]:
     if metric == "itl":
         return run.itl["gap"].to_numpy(dtype=float), run.itl["weight"].to_numpy(dtype=float)
     if metric not in METRICS:
-        raise InputError(
-            f"unknown metric {metric!r}", where="metric", fix=f"Use one of {', '.join(METRICS)}."
-        )
+        what = f"unknown metric {metric!r}"
+        raise InputError(what, where="metric", fix=f"Use one of {', '.join(METRICS)}.")
     values = latency(run.requests, metric)
     known = ~np.isnan(values)
     return values if known.all() else values[known], None

@@ -119,18 +119,3 @@ def steps_table(columns: NDArray[np.int64]) -> pd.DataFrame:
     """The table of steps from (fields, n) columns, in which floats are given by their bits."""
     named = zip(STEP_COLUMNS.items(), columns, strict=True)
     return pd.DataFrame({name: values.view(kind) for (name, kind), values in named}, copy=False)
-
-
-def requests_frame(records: list[RequestRecord]) -> pd.DataFrame:
-    """RequestRecords to a table with times in seconds."""
-    columns: dict[str, Any] = {}
-    for name in RequestRecord.__slots__:
-        values = [getattr(record, name) for record in records]
-        if name in SECONDS_COLUMNS:
-            known = np.array([np.nan if v is None else v for v in values], dtype="float64")
-            columns[name] = known * 1e-12
-        elif name in ("replica", "cached_tokens", "group"):
-            columns[name] = pd.array(values, dtype="Int64")
-        else:
-            columns[name] = values
-    return pd.DataFrame(columns, columns=list(RequestRecord.__slots__))

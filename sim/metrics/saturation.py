@@ -78,11 +78,8 @@ def saturation(run: Run, *, start_s: float = 0.0) -> Saturation:
     arrival = requests["arrival"].to_numpy(dtype=float)
     end = float(arrival.max()) if len(arrival) else start_s
     if not end > start_s:
-        raise InputError(
-            f"no request arrives after {start_s:g} s",
-            where="workload",
-            fix="The saturation test needs an open loop: give a finite request rate.",
-        )
+        fix = "The saturation test needs an open loop: give a finite request rate."
+        raise InputError(f"no request arrives after {start_s:g} s", where="workload", fix=fix)
     started = requests["scheduled"].fillna(requests["first_token"]).to_numpy(dtype=float)
     finish = requests["finish"].to_numpy(dtype=float)
     seconds = end - start_s

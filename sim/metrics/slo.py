@@ -58,22 +58,16 @@ class SLO:
         """
         parts = text.strip().split(":")
         if len(parts) != 3:
-            raise InputError(
-                f"{text!r} is not an SLO",
-                where=where,
-                fix="Write metric:statistic:milliseconds, for example ttft:p95:500.",
-            )
+            fix = "Write metric:statistic:milliseconds, for example ttft:p95:500."
+            raise InputError(f"{text!r} is not an SLO", where=where, fix=fix)
         metric = _metric(parts[0], text, METRICS, where)
         percentile = None
         if parts[1].lower() != "mean":
             match = re.fullmatch(r"[pP](\d{1,2}(?:\.\d+)?)", parts[1])
             percentile = float(match[1]) if match else 0.0
             if not 50 <= percentile <= 99.9:
-                raise InputError(
-                    f"{parts[1]!r} in {text!r} is not a statistic",
-                    where=where,
-                    fix="Write mean, or a percentile from p50 to p99.9.",
-                )
+                fix = "Write mean, or a percentile from p50 to p99.9."
+                raise InputError(f"{parts[1]!r} in {text!r} is not a statistic", where=where, fix=fix)
         return cls(metric, percentile, _limit_ms(parts[2], text, where))
 
     @property
@@ -102,11 +96,8 @@ class Goodput:
         for word in text.split():
             parts = word.split(":")
             if len(parts) != 2:
-                raise InputError(
-                    f"{word!r} is not a goodput limit",
-                    where=where,
-                    fix="Write metric:milliseconds, for example ttft:500 tpot:50.",
-                )
+                fix = "Write metric:milliseconds, for example ttft:500 tpot:50."
+                raise InputError(f"{word!r} is not a goodput limit", where=where, fix=fix)
             metric = _metric(parts[0], word, ("ttft", "tpot", "e2el"), where)
             if metric in limits:
                 raise InputError(f"{metric} has two limits", where=where, fix="Give one.")

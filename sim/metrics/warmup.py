@@ -43,9 +43,8 @@ class Warmup:
                 return cls(requests=int(text))
         except ValueError:
             pass
-        raise InputError(
-            f"cannot read {text!r}", where="--warmup", fix="Give 30s, a number of requests, 20% or auto."
-        )
+        what = f"cannot read {text!r}"
+        raise InputError(what, where="--warmup", fix="Give 30s, a number of requests, 20% or auto.")
 
 
 def select(run: Run, *, stage: int | str | None = None, warmup: Warmup | None = None) -> Run:
@@ -70,11 +69,8 @@ def select(run: Run, *, stage: int | str | None = None, warmup: Warmup | None = 
         order = requests["sent"].to_numpy().argsort(kind="stable")
         cut = _warmup_requests(requests, order, warmup, start)
         if cut >= len(order):
-            raise InputError(
-                f"the warm-up leaves none of {len(order)} requests",
-                where="warmup",
-                fix="Cut less, or run longer.",
-            )
+            fix = "Cut less, or run longer."
+            raise InputError(f"the warm-up leaves none of {len(order)} requests", where="warmup", fix=fix)
         order[cut:].sort()
         requests = requests.iloc[order[cut:]]
         start = start + warmup.seconds if warmup.seconds is not None else float(requests["sent"].min())

@@ -98,11 +98,8 @@ class Choices:
         """
         pooled = [field.name for field in fields(self) if field.name.startswith(_POOLS)]
         if not scenario.fleet.prefill and any(getattr(self, name) for name in pooled):
-            raise InputError(
-                "the scenario has no prefill and decode servers to vary",
-                where=f"{scenario.source}: fleet",
-                fix="Add fleet: {prefill: 1, decode: 1}.",
-            )
+            where, fix = f"{scenario.source}: fleet", "Add fleet: {prefill: 1, decode: 1}."
+            raise InputError("the scenario has no prefill and decode servers to vary", where, fix)
         axes = [self._axis(field.name, scenario) for field in fields(self) if getattr(self, field.name)]
         found = []
         for picked in itertools.product(*axes):
@@ -128,21 +125,16 @@ class Choices:
             ]
         elif kind == "expert_parallel":
             if not set(chosen) <= {"on", "off"}:
-                raise InputError(
-                    f"expert parallelism is on or off, not {', '.join(map(str, chosen))}",
-                    where="--expert-parallel",
-                    fix="Write on,off.",
-                )
+                what = f"expert parallelism is on or off, not {', '.join(map(str, chosen))}"
+                raise InputError(what, where="--expert-parallel", fix="Write on,off.")
             axis = [(name, each, {_FIELDS[kind]: each == "on"}) for each in chosen]
         else:
-            size = kind == "kv_offloading_size"
-            axis = [(name, each, {_FIELDS[kind]: (float(each) or None) if size else each}) for each in chosen]
+            axis = [(name, each, {_FIELDS[kind]: each}) for each in chosen]
         counts = Counter(str(value).casefold() for _, value, _ in axis)
         for _, value, _ in axis:
             if counts[str(value).casefold()] > 1:
-                raise InputError(
-                    f"{value} comes twice", where=f"--{kind.replace('_', '-')}", fix="Name each choice once."
-                )
+                what = f"{value} comes twice"
+                raise InputError(what, where=f"--{kind.replace('_', '-')}", fix="Name each choice once.")
         return axis
 
 

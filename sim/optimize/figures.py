@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from matplotlib.axes import Axes
-
-from servecast.sim.report.drawing import BAD, MUTED, SERIES, drawing, mark
+from servecast.sim.report.drawing import BAD, MUTED, SERIES, mark
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
     from servecast.sim.optimize.optimize import Optimum
 
 MOST_LINES = len(SERIES)  # with a colour of their own; the others are grey
 
 
-def pareto(found: Optimum) -> str:
-    """The plot as SVG."""
-    with drawing(1, "pareto") as ((ax,), finish):
-        draw_pareto(found, ax)
-        return finish("Output tokens/s of a GPU against tokens/s that a user sees")
-
-
-def draw_pareto(found: Optimum, ax: Axes) -> None:
+def draw_pareto(found: Optimum, axes: Sequence[Axes]) -> None:
     """A line an offer, through the rates that were looked at; a disc where it is used."""
-    fastest = [0.0]
+    (ax,), fastest = axes, [0.0]
     for place, offer in reversed(list(enumerate(found.offers))):
         points = offer.points(found.tpot)
         own = place < MOST_LINES
@@ -39,10 +33,8 @@ def draw_pareto(found: Optimum, ax: Axes) -> None:
         slowest = 1000 / float(found.tpot.rpartition(":")[2])
         ax.axvspan(0, slowest, color=BAD, alpha=0.06, lw=0)
         mark(ax, slowest, f"SLO {slowest:.3g}", BAD, 0.98)
-    ax.set_xlim(0, 1.05 * max(fastest))
-    ax.set_ylim(bottom=0)
     statistic = "mean" if found.tpot is None else found.tpot.split(":")[1]
-    ax.set_xlabel(f"tokens/s of a user (of TPOT, {statistic})")
-    ax.set_ylabel("output tokens/s of a GPU")
+    ax.set(xlim=(0, 1.05 * max(fastest)), xlabel=f"tokens/s of a user (of TPOT, {statistic})")
+    ax.set(ylim=(0, None), ylabel="output tokens/s of a GPU")
     handles, labels = ax.get_legend_handles_labels()
     ax.legend(handles[::-1], labels[::-1], loc="upper right", fontsize=9)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-from matplotlib.figure import Figure
 
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.optimize.candidates import Candidate, Choices
@@ -30,6 +29,9 @@ from servecast.sim.run.results import check_output, context, engine_lines
 from servecast.sim.run.workers import Workers
 from servecast.sim.scenario.deployment import Deployment
 from servecast.sim.scenario.scenario import Scenario
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _SHORT = {  # in the head of a table
     "tensor_parallel": "TP",
@@ -199,7 +201,7 @@ class Optimum(Answer):
 
     def plot(self) -> Figure:
         """Tokens/s a GPU against tokens/s a user sees, with the objective's corner."""
-        return drawn(1, lambda axes: draw_pareto(self, axes[0]))
+        return drawn(1, lambda axes: draw_pareto(self, axes))
 
     def to_html(self, path: Path | str, *, date: str | None = None) -> Path:
         """Write the page of the answer, with its plot; see `Answer.to_html`. date: to put on it."""
@@ -254,11 +256,8 @@ def optimize(
     check_target(target_rate, margin)
     objectives = slo if isinstance(slo, Objectives) else Objectives.asked(scenario, slo, None, ATTAINMENT)
     if not isinstance(scenario.fleet.replicas, int):
-        raise InputError(
-            "a list of replicas has no number to choose",
-            where=f"{scenario.source}: fleet.replicas",
-            fix="Give their number.",
-        )
+        what = "a list of replicas has no number to choose"
+        raise InputError(what, where=f"{scenario.source}: fleet.replicas", fix="Give their number.")
     candidates = Choices(**choices).of(scenario)
     listed, source = read_prices(Path(prices) if prices is not None else None)
     own = scenario.gpu_price if prices is None else None  # which holds for the scenario's own GPU

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from servecast.sim.optimize.figures import pareto
+from servecast.sim.optimize.figures import draw_pareto
 from servecast.sim.optimize.offer import Offer
 from servecast.sim.plan.page import LIMITS
+from servecast.sim.report.drawing import picture
 from servecast.sim.report.page import Plot, write_page
 from servecast.sim.report.text import cell_text
 from servecast.sim.run.results import engine_lines
@@ -29,6 +31,8 @@ def write_optimum_page(path: Path | str, found: Optimum, *, date: str | None) ->
     if best is not None:
         name = best.document["binding_limit"]
         limit, remedy = LIMITS.get(name, (name, ""))
+    label = "Output tokens/s of a GPU against tokens/s that a user sees"
+    svg = picture("pareto", label, 1, partial(draw_pareto, found)) if best is not None else ""
     rows = [[cell_text(cell) for cell in row] for row in found.rows()]
     return write_page(
         path,
@@ -40,7 +44,7 @@ def write_optimum_page(path: Path | str, found: Optimum, *, date: str | None) ->
         date=date,
         limit=limit,
         remedy=remedy,
-        plots=[Plot("What a GPU makes, what a user sees", pareto(found), _PARETO, wide=True)] if rows else [],
+        plots=[Plot("What a GPU makes, what a user sees", svg, _PARETO, wide=True)] if rows else [],
         rows=list(zip(found.offers, rows, strict=True)),
         texts=len(found.offers[0].candidate.label) if rows else 0,  # the first columns
         facts={} if best is None else _facts(best, found.prices[0].currency),

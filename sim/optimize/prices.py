@@ -26,12 +26,11 @@ class Prices(Model):
         """
         known = {name.casefold(): price for name, price in self.gpu_hour_cost.items()}
         if gpu.casefold() not in known:
-            raise InputError(
-                f"there is no price for {gpu!r}",
-                where=f"{source}: gpu_hour_cost",
-                fix=f"Copy the file, add what one costs an hour, and give it as --prices. It has "
-                f"{', '.join(self.gpu_hour_cost)}.",
+            fix = (
+                f"Copy the file, add what one costs an hour, and give it as --prices. It has "
+                f"{', '.join(self.gpu_hour_cost)}."
             )
+            raise InputError(f"there is no price for {gpu!r}", where=f"{source}: gpu_hour_cost", fix=fix)
         return known[gpu.casefold()]
 
 

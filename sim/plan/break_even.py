@@ -9,15 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
-
-from matplotlib.axes import Axes
+from typing import TYPE_CHECKING, Any
 
 from servecast.sim.metrics.binding import StepRow
-from servecast.sim.report.drawing import BAD, FIRST, INK, MUTED, SECOND, drawing, mark
+from servecast.sim.report.drawing import BAD, FIRST, INK, MUTED, SECOND, mark
 from servecast.sim.report.text import table
 from servecast.sim.scenario.acceptance import rate_of
 from servecast.sim.scenario.deployment import Deployment
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 OFF = {"engine.speculative_config": None, "acceptance": None}
 
@@ -172,32 +173,21 @@ def draw_break_even(found: BreakEven, axes: Sequence[Axes]) -> None:
         levels, [1e3 * each.plain_s for each in found.levels], "o-", color=SECOND, label="without drafts"
     )
     times.plot(levels, [1e3 * each.tpot_s for each in found.levels], "o-", color=FIRST, label="with drafts")
-    times.set_ylabel("TPOT, ms")
-    times.set_ylim(bottom=0)
-    times.set_title("Time of a token")
+    times.set(ylabel="TPOT, ms", ylim=(0, None), title="Time of a token")
     least = [each.least_tokens for each in found.levels]
     tokens.fill_between(
         levels, least, 1 + found.num_tokens, color=FIRST, alpha=0.12, lw=0, label="drafts pay"
     )
     tokens.plot(levels, least, "o-", color=BAD, label="breaks even")
     tokens.plot(levels, [each.tokens for each in found.levels], "--", color=INK, label="accepted here")
-    tokens.set_ylim(1.0, 1 + found.num_tokens)
-    tokens.set_title("Tokens a request gets from a step")
-    tokens.set_ylabel("tokens a step")
+    title = "Tokens a request gets from a step"
+    tokens.set(title=title, ylabel="tokens a step", ylim=(1.0, 1 + found.num_tokens))
+    ticks = levels[:: 1 + len(levels) // 8]
     for ax in axes:
         ax.set_xscale("log", base=2)
-        ax.set_xticks(
-            levels[:: 1 + len(levels) // 8], [str(level) for level in levels[:: 1 + len(levels) // 8]]
-        )
+        ax.set_xticks(ticks, list(map(str, ticks)))
         ax.minorticks_off()
         ax.set_xlabel("requests in a step")
         ax.legend(loc="best")
         if 0 < found.pays_up_to < found.most:
             mark(ax, found.pays_up_to, "even", MUTED, 0.98)
-
-
-def break_even_plot(found: BreakEven) -> str:
-    """The same as a picture of a page."""
-    with drawing(2, "speculation") as (axes, finish):
-        draw_break_even(found, axes)
-        return finish("When speculation pays, by requests in a step")

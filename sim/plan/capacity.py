@@ -117,9 +117,8 @@ def plan(
     """
     for name, value in (("start_rate", start_rate), ("max_rate", max_rate)):
         if not 0 < value < math.inf:
-            raise InputError(
-                f"{value:g} is not positive and finite", where=name, fix="Give a positive number."
-            )
+            what = f"{value:g} is not positive and finite"
+            raise InputError(what, where=name, fix="Give a positive number.")
     with Parallel(n_jobs=effort.jobs) as pool:
         prober = Prober(probe, objectives, limits, seed, effort, pool)
         Boundaries(prober, max_rate, progress).find(start_rate, knee=knee)

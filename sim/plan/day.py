@@ -5,13 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from servecast.sim.engine.request import Requests, Stage, Stream
 from servecast.sim.inputs.errors import InputError
@@ -20,8 +19,9 @@ from servecast.sim.metrics.periods import by_period, split
 from servecast.sim.metrics.records import Run
 from servecast.sim.metrics.slo import SLO, Goodput
 from servecast.sim.plan.judge import ATTAINMENT, Objectives, observed
+from servecast.sim.plan.search import fewest
 from servecast.sim.report.answer import Answer
-from servecast.sim.report.drawing import SERIES, drawing, drawn
+from servecast.sim.report.drawing import SERIES, drawn, picture
 from servecast.sim.report.page import Plot, write_plain_page
 from servecast.sim.report.text import plain, table
 from servecast.sim.run.results import context
@@ -29,6 +29,10 @@ from servecast.sim.run.simulate import simulate
 from servecast.sim.scenario.deployment import Deployment
 from servecast.sim.scenario.scenario import Scenario
 from servecast.sim.traffic.draw import draw
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 HOUR_S = 3600.0
 WARMUP_SHARE = 0.2  # of a sample's requests
@@ -114,10 +118,8 @@ class Day(Answer):
 
     def to_html(self, path: Path | str) -> Path:
         """Write the plots and the tables as a page."""
-        with drawing(4, "day") as (axes, finish):
-            self._draw(axes)
-            label = "Load, replicas, TTFT and good requests over the day"
-            plot = Plot("Over the day", finish(label), wide=True)
+        svg = picture("day", "Load, replicas, TTFT and good requests over the day", 4, self._draw)
+        plot = Plot("Over the day", svg, wide=True)
         title = f"A day of {self.document['model_id']} on {self.document['gpu']}"
         subtitle = f"{self.fleets[0].totals['requests']:,} requests; good: {self.objectives}"
         return write_plain_page(path, title=title, subtitle=subtitle, plots=[plot], text=self.to_text())
@@ -137,18 +139,14 @@ class Day(Answer):
         first = self.fleets[0].hours
         load.plot(first["hour"], first["request_rate"], color=SERIES[0], drawstyle="steps-post")
         replicas.legend(loc="upper left")
-        titles = (
-            ("requests/s", "Load"),
-            ("replicas", "Replicas asked for"),
-            ("s", "TTFT, p95"),
-            ("%", "Good requests"),
-        )
-        for ax, (unit, title) in zip(axes, titles, strict=True):
-            ax.set_ylabel(unit)
-            ax.set_title(title)
-            ax.set_xlabel("hour")
-            ax.set_xlim(left=0)
-            ax.set_ylim(bottom=0)
+        titles = {
+            "Load": "requests/s",
+            "Replicas asked for": "replicas",
+            "TTFT, p95": "s",
+            "Good requests": "%",
+        }
+        for ax, (title, unit) in zip(axes, titles.items(), strict=True):
+            ax.set(title=title, ylabel=unit, xlabel="hour", xlim=(0, None), ylim=(0, None))
 
 
 def day(
@@ -188,11 +186,8 @@ def day(
         raise InputError(what, where="--slo", fix="Give one of tpot.")
     workload = scenario.stages()
     if len(workload.stages) != 1:
-        raise InputError(
-            "a day of several stages",
-            where=f"{scenario.source}: workload.stages",
-            fix="Give one stage: a trace, or arrivals of kind profile.",
-        )
+        fix = "Give one stage: a trace, or arrivals of kind profile."
+        raise InputError("a day of several stages", where=f"{scenario.source}: workload.stages", fix=fix)
     seed = scenario.seed if seed is None else seed
     stages = draw(workload, seed)
     found, document, notes = [], None, []
@@ -202,11 +197,8 @@ def day(
         if document is None:
             document = context(deployment, seed=seed)
         if sample_s is not None and own.fleet.autoscaler is not None:
-            raise InputError(
-                f"an autoscaler ({name}) in samples of a day, each of which starts anew",
-                where="--sample",
-                fix="Leave it out, or give a fixed number of replicas.",
-            )
+            what = f"an autoscaler ({name}) in samples of a day, each of which starts anew"
+            raise InputError(what, where="--sample", fix="Leave it out, or give a fixed number of replicas.")
         if sample_s is None:
             run = simulate(deployment, seed=seed, workload=workload, condensed_s=min(60.0, period_s))
             found.append(_of_run(name, own, run, objectives, limits, period_s))
@@ -313,11 +305,8 @@ def _samples(stages: Sequence[Stage], period_s: float, sample_s: float) -> list[
     """Of each period the requests of its first seconds, from 0 on; None where there are none."""
     rows = [Requests.of(stream.requests) for stream in stages[0].streams]
     if any(type(stream) is not Stream or stream.until_s is not None for stream in stages[0].streams):
-        raise InputError(
-            "samples of traffic that waits for answers",
-            where="--sample",
-            fix="Leave --sample and --size out: sessions and closed loops are simulated whole.",
-        )
+        fix = "Leave --sample and --size out: sessions and closed loops are simulated whole."
+        raise InputError("samples of traffic that waits for answers", where="--sample", fix=fix)
     last = max((float(each.arrival_s.max(initial=0.0)) for each in rows), default=0.0)
     found: list[list[Stage] | None] = []
     for number in range(int(last // period_s) + 1):
@@ -375,31 +364,18 @@ def _sizes(
     down by doubling steps, then by halves. None where none of `MOST_REPLICAS` do."""
     deployments: dict[int, Deployment] = {}
 
-    def keeps(sample: list[Stage], replicas: int) -> bool:
+    def misses(sample: list[Stage], replicas: int) -> bool:
         if replicas not in deployments:
             changes = {"fleet.replicas": replicas, "fleet.autoscaler": None}
             deployments[replicas] = Deployment.of(scenario.changed(changes))
-        return bool(_met(_counted(simulate(deployments[replicas], stages=sample)), objectives))
+        return not _met(_counted(simulate(deployments[replicas], stages=sample)), objectives)
 
     found: list[int | None] = []
     guess = 1
     for sample in _samples(stages, *spans):
-        if sample is None:
-            found.append(0)
-            continue
-        low, high = 0, guess
-        while not keeps(sample, high):
-            low, high = high, 2 * high
-            if low >= MOST_REPLICAS:
-                break
-        if low >= MOST_REPLICAS:
-            found.append(None)
-            continue
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (low, middle) if keeps(sample, middle) else (middle, high)
-        found.append(high)
-        guess = high
+        size = 0 if sample is None else fewest(partial(misses, sample), guess, MOST_REPLICAS)
+        found.append(size)
+        guess = size or guess
     return found
 
 

@@ -32,20 +32,13 @@ class Effort:
 
     def __post_init__(self) -> None:
         if not 0.5 <= self.confidence < 1:
-            raise InputError(
-                f"{self.confidence:g} is out of range", where="confidence", fix="Give 0.5 to 1, as 0.95."
-            )
+            what = f"{self.confidence:g} is out of range"
+            raise InputError(what, where="confidence", fix="Give 0.5 to 1, as 0.95.")
         if not 0 < self.tolerance < math.inf:
-            raise InputError(
-                f"{self.tolerance:g} is not positive and finite",
-                where="tolerance",
-                fix="Give a positive number.",
-            )
+            fix = "Give a positive number."
+            raise InputError(f"{self.tolerance:g} is not positive and finite", where="tolerance", fix=fix)
         rising = sorted(set(self.replications))
         least = 1 if self.confidence == 0.5 else 2
         if not rising or rising[0] < least or list(self.replications) != rising:
-            raise InputError(
-                f"{list(self.replications)} does not rise from at least 2",
-                where="replications",
-                fix="One replication gives no interval: try 4, 8, 16.",
-            )
+            where, fix = "replications", "One replication gives no interval: try 4, 8, 16."
+            raise InputError(f"{list(self.replications)} does not rise from at least 2", where, fix)

@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.axes import Axes
 
 from servecast.sim.plan.capacity import Plan
 from servecast.sim.plan.closed_loop import SweepPoint
 from servecast.sim.plan.judge import JudgedObjective
 from servecast.sim.report.drawing import BAD, FIRST, INK, MUTED, SECOND, drawing, mark
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 OVER_LIMIT = 2.5  # a latency plot ends at this multiple of its SLO
 
 
-def latency_by_rate(plan: Plan) -> str:
-    """Each objective's statistic against the request rate, with its interval, its limit and the knee."""
-    with drawing(len(plan.probes[0].verdicts), "latency") as (axes, finish):
-        draw_latency(plan, axes)
-        return finish("Latency against request rate")
-
-
 def draw_latency(plan: Plan, axes: Sequence[Axes]) -> None:
-    """The same on a panel an objective."""
+    """Each objective's statistic against the request rate, with its interval, its limit and the knee."""
     verdicts = [[probe.verdicts[i] for probe in plan.probes] for i in range(len(axes))]
     rates = np.array([probe.rate for probe in plan.probes])
     left, right = _rate_range(plan)
@@ -53,11 +48,8 @@ def draw_latency(plan: Plan, axes: Sequence[Axes]) -> None:
         )
         mark(ax, plan.max_request_rate, "max", INK, 0.6 if is_share else 0.98)
         mark(ax, plan.knee, "knee", MUTED, 0.5 if is_share else 0.88)
-        ax.set_ylim(0, top)
-        ax.set_title(spoken(at_rates[0]))
-        ax.set_ylabel("share of requests" if is_share else "ms")
-        ax.set_xlim(left, right)
-        ax.set_xlabel("requests/s")
+        ax.set(ylim=(0, top), title=spoken(at_rates[0]), ylabel="share of requests" if is_share else "ms")
+        ax.set(xlim=(left, right), xlabel="requests/s")
 
 
 def throughput_by_rate(plan: Plan) -> str:
@@ -70,11 +62,9 @@ def throughput_by_rate(plan: Plan) -> str:
         ax.plot(rates, tokens, "o-", color=FIRST, label="delivered")
         mark(ax, plan.max_request_rate, "max", INK, 0.98)
         mark(ax, plan.knee, "knee", MUTED, 0.88)
-        ax.set_ylim(0, 1.25 * tokens.max())
-        ax.set_ylabel("output tokens/s")
         ax.legend(loc="lower right")
-        ax.set_xlim(_rate_range(plan))
-        ax.set_xlabel("requests/s")
+        ax.set(ylim=(0, 1.25 * tokens.max()), ylabel="output tokens/s")
+        ax.set(xlim=_rate_range(plan), xlabel="requests/s")
         return finish("Output throughput against request rate")
 
 
@@ -91,9 +81,7 @@ def throughput_by_concurrency(sweep: Sequence[SweepPoint], knee: int | None) -> 
         ax.set_xticks(levels, [str(level) for level in levels])
         ax.minorticks_off()
         mark(ax, knee, "knee", MUTED, 0.98)
-        ax.set_ylim(bottom=0)
-        ax.set_xlabel("concurrency")
-        ax.set_ylabel("output tokens/s")
+        ax.set(ylim=(0, None), xlabel="concurrency", ylabel="output tokens/s")
         return finish("Output throughput against concurrency")
 
 
@@ -108,8 +96,7 @@ def loading(prompts: Sequence[Mapping[str, Any]]) -> str:
         ax.set_xticks(tokens, [f"{each:,}" for each in tokens])
         ax.minorticks_off()
         ax.legend(loc="upper left")
-        ax.set_xlabel("prompt tokens")
-        ax.set_ylabel("ms")
+        ax.set(xlabel="prompt tokens", ylabel="ms")
         return finish("Loading a prompt's KV cache against computing it")
 
 

@@ -3,7 +3,6 @@ requests to what is cached, or where caches are too small for all."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,7 +13,7 @@ from servecast.sim.inputs.errors import InputError
 from servecast.sim.plan.effort import Effort
 from servecast.sim.plan.judge import Objectives
 from servecast.sim.plan.prober import ProbedRate, Prober
-from servecast.sim.plan.search import search
+from servecast.sim.plan.search import fewest
 from servecast.sim.run.simulate import RateProbe
 from servecast.sim.scenario.scenario import Scenario
 
@@ -91,20 +90,11 @@ def fleet_size(
         raise InputError(f"{start} replicas to start from", where="fleet.replicas", fix=f"Give 1 to {most}.")
     tried: dict[int, ProbedRate] = {}
 
-    def too_few(count: float) -> bool:
-        tried[int(count)] = at(int(count))
-        return tried[int(count)].state != "pass"
+    def too_few(count: int) -> bool:
+        tried[count] = at(count)
+        return tried[count].state != "pass"
 
-    _, fewest = search(
-        too_few,
-        (start,),
-        {},
-        near=1.0,
-        most=most,
-        rounded=math.floor,
-        middle=lambda low, high: (low + high) // 2,
-    )
-    return FleetSize(request_rate, int(fewest) if fewest <= most else None, tuple(sorted(tried.items())))
+    return FleetSize(request_rate, fewest(too_few, start, most), tuple(sorted(tried.items())))
 
 
 def size_fleet(
@@ -126,11 +116,9 @@ def size_fleet(
         InputError: the scenario lists different replicas.
     """
     if scenario.fleet.prefill or not isinstance(scenario.fleet.replicas, int):
-        raise InputError(
-            "a list of replicas, or two pools of them, have no number to vary",
-            where=f"{scenario.source}: fleet.replicas",
-            fix="Give their number, leave --size-fleet out, or compare pools with servecast optimize.",
-        )
+        what = "a list of replicas, or two pools of them, have no number to vary"
+        fix = "Give their number, leave --size-fleet out, or compare pools with servecast optimize."
+        raise InputError(what, where=f"{scenario.source}: fleet.replicas", fix=fix)
 
     def at(count: int) -> ProbedRate:
         if progress is not None:

@@ -33,9 +33,8 @@ class Objectives:
         if not self.slos and self.goodput is None:
             raise InputError("no objective", where="--slo", fix="Give one, for example --slo ttft:p95:500.")
         if not 0 < self.attainment < 1:
-            raise InputError(
-                f"{self.attainment:g} is not a share between 0 and 1", where="--attainment", fix="Try 0.95."
-            )
+            what = f"{self.attainment:g} is not a share between 0 and 1"
+            raise InputError(what, where="--attainment", fix="Try 0.95.")
 
     @classmethod
     def of(cls, scenario: Scenario) -> Objectives | None:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from servecast.sim.metrics.records import Run
 from servecast.sim.plan import closed_loop, figures
-from servecast.sim.plan.break_even import BreakEven, break_even_plot
+from servecast.sim.plan.break_even import BreakEven, draw_break_even
 from servecast.sim.plan.capacity import Plan
 from servecast.sim.plan.closed_loop import SweepPoint
+from servecast.sim.report.drawing import picture
 from servecast.sim.report.page import Plot, figure_text, write_page
-from servecast.sim.run.figures import engine_over_time, itl_histogram
+from servecast.sim.run.figures import draw_engine, itl_histogram
 
 LIMITS = {  # a binding limit in words, and what moves it
     "compute": ("Compute", "A GPU with more FLOP/s, a smaller or quantised model, or more replicas."),
@@ -79,21 +81,31 @@ def write_plan_page(
     cache takes, and computing it (``loading_facts``). speculation: when it pays. The file needs no network
     and is the same, byte for byte, for the same input; it is written whole or not at all.
     """
-    plots = [
-        Plot("Latency against request rate", figures.latency_by_rate(plan), _LATENCY.format(plan), wide=True)
-    ]
+    panels = len(plan.probes[0].verdicts)
+    draw = partial(figures.draw_latency, plan)
+    latency = picture("latency", "Latency against request rate", panels, draw)
+    plots = [Plot("Latency against request rate", latency, _LATENCY.format(plan), wide=True)]
     if run is not None and len(run.steps):
         rate = run.meta.get("request_rate")
         caption = (
             "Warm-up included." if rate is None else f"One run at {rate:.4g} requests/s, warm-up included."
         )
-        plots.append(Plot("The engine over time", engine_over_time(run), caption, wide=True))
+        plots.append(
+            Plot(
+                "The engine over time",
+                picture("engine", "Requests and KV cache over time", 2, partial(draw_engine, run)),
+                caption,
+                wide=True,
+            )
+        )
     if speculation is not None:
         caption = (
             f"{speculation.sentence[0].upper()}{speculation.sentence[1:]}. Decodes alone, at a context of "
         )
         caption += f"{speculation.context:,} tokens; {speculation.acceptance}."
-        plots.append(Plot("When speculation pays", break_even_plot(speculation), caption, wide=True))
+        label, draw = "When speculation pays, by requests in a step", partial(draw_break_even, speculation)
+        svg = picture("speculation", label, 2, draw)
+        plots.append(Plot("When speculation pays", svg, caption, wide=True))
     plots.append(Plot("Throughput against request rate", figures.throughput_by_rate(plan)))
     if sweep:
         plots.append(_sweep_plot(sweep))

@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-from matplotlib.figure import Figure
 
 from servecast.sim.hardware.error_band import Bands
 from servecast.sim.inputs.errors import InputError
@@ -39,6 +38,9 @@ from servecast.sim.run.simulate import RateProbe
 from servecast.sim.scenario.scenario import Scenario
 from servecast.sim.traffic.draw import with_request_rate
 from servecast.sim.traffic.trace_notes import trace_notes
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True, slots=True, repr=False)

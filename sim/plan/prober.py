@@ -154,11 +154,8 @@ def replicate(
     seen = observed(part, objectives, load=saturation(run, start_s=start))
     for slo, value in zip(objectives.slos, seen.values_ms, strict=True):
         if math.isnan(value):
-            raise InputError(
-                f"no request has a {slo.metric}",
-                where=f"--slo {slo}",
-                fix="Check that requests finish, and with more than one output token for tpot and itl.",
-            )
+            fix = "Check that requests finish, and with more than one output token for tpot and itl."
+            raise InputError(f"no request has a {slo.metric}", where=f"--slo {slo}", fix=fix)
     steps, finish, end = part.steps, run.requests["finish"].to_numpy(), float(run.requests["arrival"].max())
     inside = run.requests["output_tokens"].to_numpy()[(finish > start) & (finish <= end)]
     known = len(steps) > 0

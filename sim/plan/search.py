@@ -70,6 +70,17 @@ def search(
     return ends(tried)
 
 
+def fewest(too_few: Callable[[int], bool], start: int, most: int) -> int | None:
+    """The smallest number, from 1 to ``most``, that is not too few; None if all are. start: tried first."""
+
+    def holds(count: float) -> bool:
+        return too_few(int(count))
+
+    middle = lambda low, high: (low + high) // 2  # noqa: E731
+    _, found = search(holds, (start,), {}, near=1.0, most=most, rounded=math.floor, middle=middle)
+    return int(found) if found <= most else None
+
+
 def near_enough(low: float, high: float, near: float) -> bool:
     """Whether both ends are known, and their ratio is at most ``near`` (but for rounding)."""
     return low > 0 and high <= near * low * (1 + 1e-9)

@@ -17,11 +17,8 @@ HOURS_A_MONTH = 730  # 8,760 / 12
 def check_target(target_rate: float, margin: float) -> None:
     """Refuse a rate that is none (requests/s), or a margin that is no share."""
     if not 0 < target_rate < math.inf:
-        raise InputError(
-            f"{target_rate:g} is not positive and finite",
-            where="--target-rate",
-            fix="Give the requests a second that are to be served.",
-        )
+        fix = "Give the requests a second that are to be served."
+        raise InputError(f"{target_rate:g} is not positive and finite", where="--target-rate", fix=fix)
     if not 0 <= margin < math.inf:
         raise InputError(f"{margin:g} is no share", where="--margin", fix="Give for example 0.2 for 20 %.")
 

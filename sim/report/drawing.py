@@ -5,12 +5,12 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any
 
-import matplotlib as mpl
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # The light colours of style.html.j2, which a page's SVG takes from its CSS variables.
 INK, MUTED, GRID, BAD = "#1a2230", "#667085", "#e3e7ed", "#c6362c"
@@ -44,8 +44,17 @@ _STYLE: dict[Any, Any] = {
 PANEL_INCHES = (5.0, 2.8)
 
 
+def _style(**further: str) -> AbstractContextManager[None]:
+    """Figures look as ours while the block lasts."""
+    import matplotlib as mpl  # see panels
+
+    return mpl.rc_context(_STYLE | further)
+
+
 def panels(count: int) -> tuple[Figure, list[Axes]]:
     """A figure of panels side by side: Matplotlib's object, without pyplot and its global state."""
+    from matplotlib.figure import Figure  # a third of a second, which only what draws waits for
+
     figure = Figure(figsize=(PANEL_INCHES[0] * min(count, 2), PANEL_INCHES[1] * -(-count // 2)))
     figure.set_layout_engine("constrained")
     return figure, [figure.add_subplot(-(-count // 2), min(count, 2), i + 1) for i in range(count)]
@@ -53,7 +62,7 @@ def panels(count: int) -> tuple[Figure, list[Axes]]:
 
 def drawn(count: int, draw: Callable[[list[Axes]], None]) -> Figure:
     """The figure that ``draw`` makes of so many panels."""
-    with mpl.rc_context(_STYLE):
+    with _style():
         figure, axes = panels(count)
         draw(axes)
         figure.draw_without_rendering()  # the style holds for what is made at the first drawing
@@ -73,14 +82,21 @@ def drawing(count: int, salt: str) -> Iterator[tuple[list[Axes], Callable[[str],
         pictures = [_svg(figure, f"{salt}{number}", label) for number, (figure, _) in enumerate(made)]
         return f'<div class="panels">{"".join(pictures)}</div>'
 
-    with mpl.rc_context(_STYLE):
+    with _style():
         made += [panels(1) for _ in range(count)]
         yield [axes for _, (axes,) in made], finish
 
 
+def picture(salt: str, label: str, count: int, draw: Callable[[list[Axes]], None]) -> str:
+    """What ``draw`` makes of so many panels, as SVG; see `drawing`."""
+    with drawing(count, salt) as (axes, finish):
+        draw(axes)
+        return finish(label)
+
+
 def _svg(figure: Figure, salt: str, label: str) -> str:
     out = io.StringIO()
-    with mpl.rc_context({**_STYLE, "svg.hashsalt": salt}):
+    with _style(**{"svg.hashsalt": salt}):
         layout = figure.get_layout_engine()
         if layout is not None:  # once, and then out of the way of savefig, which would draw for it alone
             figure.dpi = 72

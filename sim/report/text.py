@@ -20,6 +20,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]], *, title: str
     return "\n".join([title, *lines] if title else lines)
 
 
+def keyed_table(columns: Mapping[str, str], rows: Sequence[Mapping[str, Any]], *, title: str = "") -> str:
+    """A table of records. columns: header -> key."""
+    return table(list(columns), [[row.get(key) for key in columns.values()] for row in rows], title=title)
+
+
 def aligned(rows: Sequence[Sequence[str]], right: Sequence[bool]) -> list[str]:
     """A line a row, its columns aligned. right: by column, whether to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

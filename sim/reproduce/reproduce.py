@@ -49,11 +49,8 @@ def reproduce(
         InputError: the scenario has no reported tables, or one does not fit its workload.
     """
     if not scenario.reported:
-        raise InputError(
-            "nothing was reported of this scenario",
-            where=f"{scenario.source}: reported",
-            fix="Add a reported table, or use simulate.",
-        )
+        where, fix = f"{scenario.source}: reported", "Add a reported table, or use simulate."
+        raise InputError("nothing was reported of this scenario", where, fix)
     plain = partial(_reproduce, seeds=seeds or scenario.replications, profile=profile, jobs=jobs)
     if any(table.variants or table.sets or table.what_ifs for table in scenario.reported):
         return in_variants(scenario, plain, jobs)

@@ -92,9 +92,8 @@ def measure(run: Run, column: Column, reported: Reported, deployment: Deployment
     if metric == "goodput":
         goodput = deployment.scenario.goodput_limits
         if goodput is None:
-            raise InputError(
-                "a goodput column, but no limits", where="goodput", fix='Add them, as goodput: "ttft:1000".'
-            )
+            what = "a goodput column, but no limits"
+            raise InputError(what, where="goodput", fix='Add them, as goodput: "ttft:1000".')
         return 100 * good_requests(run, goodput) / len(run.requests)
     assert column.statistic is not None
     name = "p50" if column.statistic == "median" else column.statistic

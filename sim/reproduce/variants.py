@@ -8,61 +8,18 @@ some fields changed.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from joblib import Parallel, delayed
 
-from servecast.sim.report.text import aligned
-from servecast.sim.reproduce.cell import Cell
-from servecast.sim.reproduce.reproduction import Reproduction, TableReproduction
+from servecast.sim.reproduce.reproduction import Reproduction, TableReproduction, WhatIfTable
 from servecast.sim.scenario.deployment import Deployment
 from servecast.sim.scenario.reported import Reported, matches, read_rows, rows_left_out, stage_of
 from servecast.sim.scenario.scenario import Scenario
 from servecast.sim.traffic.spec import Row, Workload
 
 Reproduce = Callable[[Scenario], Reproduction]
-
-
-@dataclass(frozen=True, slots=True)
-class WhatIfTable:
-    """A table predicted with some fields changed. cells: the changed predictions, by the side of the
-    unchanged in ``before``, in the same order; nothing was reported of them."""
-
-    name: str
-    overrides: Mapping[str, Any]
-    before: tuple[Cell, ...]
-    cells: tuple[Cell, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """A flat object a cell: ``before`` and ``predicted`` in the column's unit."""
-        rows = [
-            {
-                **cell.keys,
-                "metric": cell.metric,
-                "before": old.predicted,
-                "predicted": cell.predicted,
-                "used": old.used,
-            }
-            for old, cell in zip(self.before, self.cells, strict=True)
-        ]
-        return {"name": self.name, "overrides": dict(self.overrides), "rows": rows}
-
-    def to_text(self) -> str:
-        """A line a row that changes: predicted values before and after, ( ) where the row is excluded."""
-        columns = list(dict.fromkeys(cell.metric for cell in self.cells))
-        pairs = list(zip(self.before, self.cells, strict=True))
-        by_row: dict[str, dict[str, str]] = {}
-        for old, cell in pairs:
-            if any(o.predicted != c.predicted for o, c in pairs if c.keys == cell.keys):
-                name = " ".join(f"{key}={value}" for key, value in cell.keys.items())
-                text = f"{old.predicted:.4g} -> {cell.predicted:.4g}"
-                by_row.setdefault(name, {})[cell.metric] = f"({text})" if old.reason else text
-        if not by_row:
-            return f"what if {self.name}: nothing changes"
-        lines = [["", *columns], *([name, *(row[c] for c in columns)] for name, row in by_row.items())]
-        text = "\n".join(aligned(lines, [False] * len(lines[0])))
-        return f"what if {self.name}: predicted, before -> after\n{text}"
 
 
 def in_variants(scenario: Scenario, reproduce: Reproduce, jobs: int) -> Reproduction:

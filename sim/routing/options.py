@@ -12,10 +12,8 @@ from servecast.sim.routing.llmd.release import EPP_RELEASES, NEWEST
 
 def _release(name: str) -> str:
     if name not in EPP_RELEASES:
-        raise invalid(
-            f"there is no release {name!r} of the endpoint picker",
-            did_you_mean(name, EPP_RELEASES) or f"Known are {', '.join(EPP_RELEASES)}.",
-        )
+        fix = did_you_mean(name, EPP_RELEASES) or f"Known are {', '.join(EPP_RELEASES)}."
+        raise invalid(f"there is no release {name!r} of the endpoint picker", fix)
     return name
 
 

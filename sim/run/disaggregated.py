@@ -3,6 +3,7 @@ engines."""
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -26,7 +27,9 @@ from servecast.sim.routing.routers import ROUTERS
 from servecast.sim.scenario.deployment import Deployment
 from servecast.sim.scenario.kv_pull import PullSettings, pull_settings
 from servecast.sim.scenario.scenario import Scenario
+from servecast.sim.scenario.serve_flags import resolved_flags
 
+_HASHED = ("version", "disable_hybrid_kv_cache_manager")  # by compute_nixl_compatibility_hash, 0.20 to 0.33
 _HOST_COPY_S_PER_BYTE = 1 / 25e9  # assumed: PCIe 4 x16, each side one copy
 
 
@@ -102,42 +105,38 @@ class ServerPools:
         found = pull_settings(own.engine.kv_transfer)
         wrong = "kv_consumer" if self.roles[index] == "prefill" else "kv_producer"
         if found.role == wrong:
-            raise self._error(
-                index, f"a {self.roles[index]} server that is {wrong}", "Give it the other role."
-            )
+            what = f"a {self.roles[index]} server that is {wrong}"
+            raise self._error(index, what, "Give it the other role.")
         return found
 
     def _agree(self) -> None:
         """Both sides name one connector, and their blocks fit each other."""
         first, flags = self._transfers[0], self.deployments[0].scenario.engine
         mooncake = first.connector == "MooncakeConnector"
+        hashed = any(
+            each.connector.startswith("Nixl") and each.compares
+            for each, role in zip(self._transfers, self.roles, strict=True)
+            if role == "decode"
+        )
         for index, (each, side) in enumerate(zip(self._transfers, self.sides, strict=True)):
             own = self.deployments[index].scenario.engine
             if each.way != first.way or (each.connector == "MooncakeConnector") != mooncake:
-                raise self._error(
-                    index, f"{each.connector} beside {first.connector}", "Give all servers one connector."
-                )
+                what = f"{each.connector} beside {first.connector}"
+                raise self._error(index, what, "Give all servers one connector.")
             if side.block_size != self.sides[0].block_size:
-                raise self._error(
-                    index,
-                    f"KV blocks of {side.block_size} tokens beside some of {self.sides[0].block_size}",
-                    "Give all servers one block_size.",
-                )
-            if own.kv_cache_dtype != flags.kv_cache_dtype:
-                raise self._error(
-                    index,
-                    f"kv_cache_dtype {own.kv_cache_dtype} beside {flags.kv_cache_dtype}",
-                    "Give all servers one: vLLM refuses the handshake.",
-                )
+                what = f"KV blocks of {side.block_size} tokens beside some of {self.sides[0].block_size}"
+                raise self._error(index, what, "Give all servers one block_size.")
+            for name in ("kv_cache_dtype", *(_HASHED if hashed else ())):
+                if (its := getattr(own, name)) != (theirs := getattr(flags, name)):
+                    fix = "Give all servers one: vLLM refuses the handshake."
+                    raise self._error(index, f"{name} {its} beside {theirs}", fix)
             big, small = max(side.ranks, self.sides[0].ranks), min(side.ranks, self.sides[0].ranks)
             if big % small:
-                raise self._error(
-                    index, f"{big} ranks beside {small}", "Let one tensor_parallel_size divide the other."
-                )
+                what = f"{big} ranks beside {small}"
+                raise self._error(index, what, "Let one tensor_parallel_size divide the other.")
             if each.connector == "MooncakeConnector" and big != small:
-                raise self._error(
-                    index, "MooncakeConnector between different numbers of ranks", "Use NixlConnector."
-                )
+                what = "MooncakeConnector between different numbers of ranks"
+                raise self._error(index, what, "Use NixlConnector.")
 
     def _error(self, index: int, what: str, fix: str) -> InputError:
         return InputError(what, where=f"{self.scenario.source}: fleet.{self.roles[index]}", fix=fix)
@@ -162,11 +161,8 @@ def link_of(scenario: Scenario, deployments: Sequence[Deployment]) -> Link:
     storage = pull_settings(deployments[0].scenario.engine.kv_transfer).way == "storage"
     given, where = scenario.fleet.kv_link, f"{scenario.source}: fleet.kv_link"
     if storage != (given.kind == "storage") and (storage or given.kind == "storage"):
-        raise InputError(
-            "ExampleConnector and kv_link.kind storage go together",
-            where=f"{where}.kind",
-            fix="Give both or neither.",
-        )
+        what = "ExampleConnector and kv_link.kind storage go together"
+        raise InputError(what, where=f"{where}.kind", fix="Give both or neither.")
     gpus = sum(each.shard.tensor_parallel_size for each in deployments)
     return given.resolved(deployments[-1].gpu, gpus, scenario.gpu.per_node, where=where)
 
@@ -181,11 +177,8 @@ def splitting_router(scenario: Scenario, rng: np.random.Generator, clock: Callab
     if fleet.epp is not None:
         config = read_epp(fleet.epp, fleet.router_options.epp_release)
         if config.split is None:
-            raise InputError(
-                "its handler sends no prompt to a prefill server",
-                where=str(fleet.epp),
-                fix="Use disagg-profile-handler with a prefill decider, or a fleet without prefill servers.",
-            )
+            fix = "Use disagg-profile-handler with a prefill decider, or a fleet without prefill servers."
+            raise InputError("its handler sends no prompt to a prefill server", where=str(fleet.epp), fix=fix)
         return DisaggregatedPicker(config, fleet.router_options, rng, clock)
     assert isinstance(fleet.router, str)
     make = ROUTERS[fleet.router]
@@ -210,6 +203,7 @@ def pools_facts(deployment: Deployment) -> dict[str, Any]:
                 "tensor_parallel_size": each.shard.tensor_parallel_size,
                 "max_num_seqs": each.config.max_num_seqs,
                 "max_num_batched_tokens": each.config.max_num_batched_tokens,
+                "flags": resolved_flags(each),
                 "kv_cache": each.memory.facts(),
             }
             for spec, each in zip(pool, servers, strict=True)
@@ -224,12 +218,8 @@ def pools_lines(pools: Mapping[str, Any]) -> list[str]:
     for role in ("prefill", "decode"):
         for each in pools[role]:
             size = f"KV cache {each['kv_cache']['tokens']:,} tokens"
-            flags = (f"--{name.replace('_', '-')} {each[name]}" for name in _SHOWN)
             what = f"{each['servers']} x {each['tensor_parallel_size']} {each['gpu']}"
-            lines.append(f"{role.capitalize()}: {what}, {size}, {' '.join(flags)}")
+            lines.append(f"{role.capitalize()}: {what}, {size}, {shlex.join(each['flags'])}")
     link = pools["kv_link"]
     port = "server" if link["per_server"] else "GPU"
     return [*lines, f"KV link: {link['kind']}, {link['bandwidth'] / 1e9:g} GB/s a {port} ({link['origin']})"]
-
-
-_SHOWN = ("tensor_parallel_size", "max_num_seqs", "max_num_batched_tokens")

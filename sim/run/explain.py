@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from servecast.sim.inputs.errors import InputError
@@ -14,6 +14,7 @@ from servecast.sim.metrics.slow_ttft import SlowTtft, largest, slow_ttft
 from servecast.sim.metrics.warmup import select
 from servecast.sim.report.answer import Answer
 from servecast.sim.report.text import table
+from servecast.sim.run.results import cautions
 from servecast.sim.run.simulate import simulate
 from servecast.sim.run.simulation import at_rate
 from servecast.sim.scenario.deployment import Deployment
@@ -127,28 +128,27 @@ def explain(
         InputError: the scenario cannot be made concrete, or no request finished.
     """
     if statistic == "std":
-        raise InputError(
-            "std is a spread, not a time to explain", where="statistic", fix="Give p95, max or mean."
-        )
+        what = "std is a spread, not a time to explain"
+        raise InputError(what, where="statistic", fix="Give p95, max or mean.")
     if scenario.fleet.prefill:
-        raise InputError(
-            "a first token of prefill and decode servers is not taken apart",
-            where=f"{scenario.source}: fleet.prefill",
-            fix="Use servecast simulate: its records have the times of both legs and of the transfer.",
-        )
+        what = "a first token of prefill and decode servers is not taken apart"
+        fix = "Use servecast simulate: its records have the times of both legs and of the transfer."
+        raise InputError(what, where=f"{scenario.source}: fleet.prefill", fix=fix)
     deployment = Deployment.of(scenario)
     workload = scenario.stages() if request_rate is None else at_rate(scenario, request_rate, num_requests)
     run = simulate(deployment, seed=seed, workload=workload)
     found = explain_run(run, deployment, statistic, stage=stage)
     if found is None:
-        raise InputError(
-            "no request finished, so there is no first token to explain",
-            where=scenario.source,
-            fix="Lengthen the run, or look at its failures with servecast simulate.",
-        )
+        where, fix = scenario.source, "Lengthen the run, or look at its failures with servecast simulate."
+        raise InputError("no request finished, so there is no first token to explain", where, fix)
     groups = ", ".join(deployment.memory.facts().get("groups", ()))
-    notes = (*([f"KV cache groups: {groups}"] if groups else ()), *found.notes, *trace_notes(workload))
-    return Explanation(found.label, statistic, found.slow, found.cause, found.reasons, found.advice, notes)
+    notes = (
+        *([f"KV cache groups: {groups}"] if groups else ()),
+        *deployment.notes,
+        *cautions(deployment, run),
+        *trace_notes(workload),
+    )
+    return replace(found, notes=notes)
 
 
 def explain_run(

@@ -3,35 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 
 from servecast.sim.metrics.metrics import Floats, percentiles, series
 from servecast.sim.metrics.records import Run
 from servecast.sim.report.drawing import FIRST, INK, SECOND, drawing, mark
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 MAX_POINTS = 600  # of a time series
 
 
-def engine_over_time(run: Run) -> str:
-    """Running and waiting requests, and KV cache usage, over a run."""
-    with drawing(2, "engine") as (axes, finish):
-        draw_engine(run, axes)
-        return finish("Requests and KV cache over time")
-
-
 def draw_engine(run: Run, axes: Sequence[Axes]) -> None:
-    """The same on two panels."""
+    """Running and waiting requests, and KV cache usage, over a run: two panels."""
     queue, cache = axes
     for column, color in (("running", FIRST), ("waiting", SECOND)):
         times, values = _thinned(series(run.steps, column))
         queue.plot(times, values, color=color, label=column, lw=1.2)
-    queue.set_ylabel("requests")
-    queue.set_title("Requests in the engine")
+    top = 1.25 * max(queue.get_ylim()[1], 1)
+    queue.set(title="Requests in the engine", ylabel="requests", ylim=(0, top))
     queue.legend(loc="upper left", ncols=2)
-    queue.set_ylim(0, 1.25 * max(queue.get_ylim()[1], 1))
     most = 0.0
     for name, steps, color in _caches(run):
         times, values = _thinned(series(steps, "kv_usage"))
@@ -39,12 +34,10 @@ def draw_engine(run: Run, axes: Sequence[Axes]) -> None:
         most = max(most, float(values.max(initial=0.0)))
     if "roles" in run.meta:
         cache.legend(loc="upper left", ncols=2)
-    cache.set_ylabel("% of KV blocks")
-    cache.set_title("KV cache in use")
-    cache.set_ylim(0, min(100.0, max(1.0, 130 * most)))
+    top = min(100.0, max(1.0, 130 * most))
+    cache.set(title="KV cache in use", ylabel="% of KV blocks", ylim=(0, top))
     for ax in (queue, cache):
-        ax.set_xlabel("s")
-        ax.set_xlim(left=0)
+        ax.set(xlabel="s", xlim=(0, None))
 
 
 def _caches(run: Run) -> list[tuple[str, pd.DataFrame, str]]:
@@ -66,9 +59,7 @@ def itl_histogram(run: Run) -> str:
         ax.bar(edges[:-1], 100 * counts / weights.sum(), np.diff(edges), align="edge", color=FIRST, alpha=0.8)
         mark(ax, median, f"p50 {median:.1f} ms", INK, 0.98, right=True)
         mark(ax, p95, f"p95 {p95:.1f} ms", INK, 0.88, right=True)
-        ax.set_xlim(0, end)
-        ax.set_xlabel("ms, up to p99.9")
-        ax.set_ylabel("% of tokens")
+        ax.set(xlim=(0, end), xlabel="ms, up to p99.9", ylabel="% of tokens")
         ax.grid(visible=False, axis="x")
         return finish("Inter-token latency")
 

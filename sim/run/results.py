@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
@@ -28,40 +29,19 @@ from servecast.sim.report.text import facts_text, plain
 from servecast.sim.run.disaggregated import pools_facts, pools_lines
 from servecast.sim.run.loading import loading_facts, loading_text
 from servecast.sim.scenario.deployment import Deployment
+from servecast.sim.scenario.serve_flags import kv_cache_dtype, resolved_flags
 
 SCHEMA_VERSION = 1
 TABLES = (".csv", ".parquet")
 
 _MEASURED = (  # besides what ends in _ms
-    "completed",
-    "failed",
-    "duration",
-    "request_throughput",
-    "request_goodput",
-    "goodput_share",
-    "output_throughput",
-    "total_token_throughput",
-    "max_output_tokens_per_s",
-    "max_concurrent_requests",
-    "kv_cache_usage_peak",
-    "max_num_running",
-    "max_num_waiting",
-    "num_preemptions",
-    "prefix_cache_hit_rate",
-    "spec_decode_acceptance_rate",
+    *("completed", "failed", "duration", "request_throughput", "request_goodput", "goodput_share"),
+    *("output_throughput", "total_token_throughput", "max_output_tokens_per_s"),
+    *("max_concurrent_requests", "kv_cache_usage_peak", "max_num_running", "max_num_waiting"),
+    *("num_preemptions", "prefix_cache_hit_rate", "spec_decode_acceptance_rate"),
     "spec_decode_acceptance_length",
 )
 _OFFLOADED = ("external_hit_rate", "kv_offload_load_bytes", "kv_offload_store_bytes")
-_FLAGS = (  # of the engine, that are printed as resolved
-    "tensor_parallel_size",
-    "max_model_len",
-    "max_num_seqs",
-    "max_num_batched_tokens",
-    "gpu_memory_utilization",
-    "kv_cache_dtype",
-    "block_size",
-)
-_SWITCHES = ("enable_prefix_caching", "enable_chunked_prefill", "async_scheduling")
 _OTHERS = (  # by their fields
     ({"aiperf_version"}, "aiperf"),
     ({"input_config"}, "aiperf or genai-perf"),
@@ -103,8 +83,9 @@ def context(deployment: Deployment, *, seed: int) -> dict[str, Any]:
             **flags.model_dump(mode="json", exclude=unset),
             "rules": config.pop("version"),
             **config,
-            "kv_cache_dtype": _kv_cache_dtype(deployment),
+            "kv_cache_dtype": kv_cache_dtype(deployment),
         },
+        "flags": resolved_flags(deployment),
         "fleet": scenario.fleet.facts(),
         "run_context": None if scenario.run_context is None else scenario.run_context.model_dump(),
         "assumptions": [each.model_dump() for each in scenario.assumptions],
@@ -118,12 +99,6 @@ def context(deployment: Deployment, *, seed: int) -> dict[str, Any]:
     } | ({} if not scenario.fleet.prefill else {"pools": pools_facts(deployment)})
 
 
-def _kv_cache_dtype(deployment: Deployment) -> str:
-    """What the flag says, or the checkpoint where that is auto."""
-    asked = deployment.scenario.engine.kv_cache_dtype
-    return "fp8" if asked == "auto" and deployment.shard.kv_dtype_bytes == 1 else asked
-
-
 def engine_lines(document: Mapping[str, Any]) -> list[str]:
     """The size of the KV cache as vLLM logs it, its groups where they are several, and
     the flags that were resolved, of a result's context."""
@@ -134,14 +109,6 @@ def engine_lines(document: Mapping[str, Any]) -> list[str]:
     size = f"{kv['tokens']:,} tokens, {kv['max_concurrency']:.2f}x of max_model_len {kv['max_model_len']:,}"
     if (cores := engine.get("data_parallel_size", 1)) > 1:
         size += f", each of {cores} engine cores"
-    flags = [f"--{name.replace('_', '-')} {engine[name]}" for name in _FLAGS]
-    stages = engine.get("pipeline_parallel_size") or 1
-    flags += [f"--pipeline-parallel-size {stages}"] * (stages > 1)
-    flags += [f"--data-parallel-size {cores}"] * (cores > 1)
-    flags += ["--enable-expert-parallel"] * bool(engine.get("enable_expert_parallel"))
-    flags += [f"--{'' if engine[name] else 'no-'}{name.replace('_', '-')}" for name in _SWITCHES]
-    if engine["disable_hybrid_kv_cache_manager"]:
-        flags.append("--disable-hybrid-kv-cache-manager")
     if "pools" in document:
         return pools_lines(document["pools"])
     groups = [f"KV cache groups: {', '.join(kv['groups'])}"] if kv.get("groups") else []
@@ -150,7 +117,7 @@ def engine_lines(document: Mapping[str, Any]) -> list[str]:
             f"Lockstep: {dummies['steps']:,} dummy steps, {dummies['share']:.1%} of the cores' time; "
             f"{dummies['waves']} waves ended"
         )
-    return [f"GPU KV cache size: {size}{between}", *groups, f"Flags: {' '.join(flags)}"]
+    return [f"GPU KV cache size: {size}{between}", *groups, f"Flags: {shlex.join(document['flags'])}"]
 
 
 def offload_text(offloaded: Mapping[str, Any]) -> str:
@@ -209,6 +176,7 @@ def result(
     if scenario.fleet.autoscaler is not None:
         started = f"{scenario.fleet.autoscaler.kind}: {len(run.meta['lives'])} replicas in all"
         document["notes"].append(f"{started}; servecast day tells when")
+    document |= run.meta.get("mm", {})
     if "kv_offload" in run.meta and "kv_offload" in document:
         document["kv_offload"] |= offload_summary(run.meta["kv_offload"])
     document["stages"] = []
@@ -319,9 +287,8 @@ def check_table(path: Path, *, where: str) -> None:
     if path.suffix not in TABLES:
         raise InputError(f"{path.name!r} is no table", where=where, fix="End it in .csv or .parquet.")
     if path.suffix == ".parquet" and find_spec("pyarrow") is None:
-        raise InputError(
-            "Parquet needs pyarrow", where=where, fix="Install servecast[parquet], or write a .csv."
-        )
+        what = "Parquet needs pyarrow"
+        raise InputError(what, where=where, fix="Install servecast[parquet], or write a .csv.")
     check_output(path, where=where)
 
 
@@ -342,31 +309,22 @@ def read_result(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"cannot be read: {reason(error)}", where=str(path), fix="Give a result's JSON file."
-        ) from None
+        what = f"cannot be read: {reason(error)}"
+        raise InputError(what, where=str(path), fix="Give a result's JSON file.") from None
     if not isinstance(document, dict):
         raise InputError("is not a JSON object", where=str(path), fix="Give a result's JSON file.")
     ours = "servecast_version" in document
     other = None if ours else next((tool for keys, tool in _OTHERS if keys <= document.keys()), None)
     if other is not None:
-        raise InputError(
-            f"is a result of {other}; this reads those of servecast simulate and of vllm bench serve",
-            where=str(path),
-            fix="servecast check asks whether it can be true, validate result whether it is predicted.",
-        )
+        what = f"is a result of {other}; this reads those of servecast simulate and of vllm bench serve"
+        fix = "servecast check asks whether it can be true, validate result whether it is predicted."
+        raise InputError(what, where=str(path), fix=fix)
     found = document.get("schema_version") if ours else SCHEMA_VERSION
     if found != SCHEMA_VERSION:
-        raise InputError(
-            f"schema version {found!r}, this servecast reads {SCHEMA_VERSION}",
-            where=f"{path}: schema_version",
-            fix="Write the result again with this version of servecast.",
-        )
+        where, fix = f"{path}: schema_version", "Write the result again with this version of servecast."
+        raise InputError(f"schema version {found!r}, this servecast reads {SCHEMA_VERSION}", where, fix)
     for key in _VLLM_KEYS:
         if key not in document:
-            raise InputError(
-                f"there is no {key!r}",
-                where=str(path),
-                fix="Give a result of servecast simulate or of vllm bench serve --save-result.",
-            )
+            fix = "Give a result of servecast simulate or of vllm bench serve --save-result."
+            raise InputError(f"there is no {key!r}", where=str(path), fix=fix)
     return document

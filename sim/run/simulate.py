@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from servecast.sim.engine.engine_loop import EngineLoop
+from servecast.sim.engine.held_costs import MediaProcessor
 from servecast.sim.engine.request import Stage
 from servecast.sim.fleet.client import Client
 from servecast.sim.fleet.fleet import NOT_READY, Fleet
@@ -92,6 +94,7 @@ def _run(
     shared = Shared()
     noise_streams, front_end_streams = noise.spawn(count), front_end.spawn(count)
     stepping: dict[int, Engines] = {}  # by replica, of cores in lockstep
+    processors: list[MediaProcessor] = []
 
     def make_replica(index: int, client: Client) -> Replica:
         its = deployments[min(index, count - 1)]
@@ -125,6 +128,9 @@ def _run(
         )
         for loop in made.loops:
             its.equip(loop)
+        if (processor := its.processor()) is not None:
+            made.server.processor = processor.seconds
+            processors.append(processor)
         if connector is not None:
             connector.clock = lambda: made.now
         return made
@@ -148,11 +154,8 @@ def _run(
     )
     run = fleet.run(stages, condensed_s=condensed_s)
     if fleet.failures[NOT_READY] == len(run.requests):
-        raise InputError(
-            f"no replica was ready for any of the {len(run.requests)} requests",
-            where=f"{scenario.source}: fleet.replicas",
-            fix="Let one start earlier, or drain or fail later.",
-        )
+        where, fix = f"{scenario.source}: fleet.replicas", "Let one start earlier, or drain or fail later."
+        raise InputError(f"no replica was ready for any of the {len(run.requests)} requests", where, fix)
     run.meta |= {
         "scenario": scenario.name,
         "seed": seed,
@@ -176,6 +179,14 @@ def _run(
         run.meta["spec_decode"] = DraftCounts.of(
             [getattr(engine, "drafts", None) for replica in fleet.replicas for engine in replica.engines]
         )
+    if processors:
+        loops = [loop for replica in fleet.replicas for loop in replica.loops]
+        run.meta["mm"] = {
+            "mm_cache_queries": sum(each.queries for each in processors),
+            "mm_cache_hits": sum(each.hits for each in processors),
+            "encoder_items": sum(loop.encoded for loop in loops if isinstance(loop, EngineLoop)),
+            "encoder_time": sum(loop.encoding_s for loop in loops if isinstance(loop, EngineLoop)),
+        }
     together = {id(each): each.runner for each in stepping.values()}.values()
     if together:
         run.meta["dummy_steps"] = {
@@ -244,11 +255,9 @@ def _own_workload(deployment: Deployment) -> Workload:
     requests = simulate(deployment, seed=scenario.seed, workload=workload).requests
     rate = sweep.saturation_rate(requests["sent"].to_numpy(), requests["finish"].to_numpy())
     if rate is None or rate <= 1:
-        raise InputError(
-            "the burst of the sweep does not saturate the server",
-            where=f"{spec.inference_perf}: load.sweep",
-            fix="Raise num_requests or timeout, or give workload.saturation_rate.",
-        )
+        what = "the burst of the sweep does not saturate the server"
+        fix = "Raise num_requests or timeout, or give workload.saturation_rate."
+        raise InputError(what, where=f"{spec.inference_perf}: load.sweep", fix=fix)
     return spec.model_copy(update={"saturation_rate": rate}).workload()
 
 
@@ -260,23 +269,17 @@ def _endpoints(deployment: Deployment) -> tuple[list[ReplicaSpec], list[Deployme
         own = deployment if whole else Deployment.of(scenario.of_replica(spec))
         groups = own.endpoints
         if own.offloading is not None and own.config.data_parallel is not None:
-            raise InputError(
-                "offloading by several engine cores of a server is not modelled",
-                where=f"{scenario.source}: engine.data_parallel_size",
-                fix="Leave it out, and give more replicas.",
-            )
+            what = "offloading by several engine cores of a server is not modelled"
+            fix = "Leave it out, and give more replicas."
+            raise InputError(what, where=f"{scenario.source}: engine.data_parallel_size", fix=fix)
         if scenario.fleet.prefill and own.config.data_parallel is not None:
-            raise InputError(
-                "prefill and decode servers of several engine cores are not modelled",
-                where=f"{scenario.source}: engine.data_parallel_size",
-                fix="Leave it out, and give more servers.",
-            )
+            what = "prefill and decode servers of several engine cores are not modelled"
+            fix = "Leave it out, and give more servers."
+            raise InputError(what, where=f"{scenario.source}: engine.data_parallel_size", fix=fix)
         if groups > 1 and scenario.fleet.autoscaler is not None:
-            raise InputError(
-                "an autoscaler of servers whose ranks are replicas to the router",
-                where=f"{scenario.source}: fleet.autoscaler",
-                fix="Leave it out, or let the servers' own API servers balance.",
-            )
+            what = "an autoscaler of servers whose ranks are replicas to the router"
+            fix = "Leave it out, or let the servers' own API servers balance."
+            raise InputError(what, where=f"{scenario.source}: fleet.autoscaler", fix=fix)
         for each in like:
             specs += [each] * groups
             found += [own] * groups
@@ -325,11 +328,9 @@ class RateProbe:
         self.deployment = scenario if isinstance(scenario, Deployment) else Deployment.of(scenario)
         own = self.deployment.scenario
         if own.fleet.autoscaler is not None:
-            raise InputError(
-                "a fleet that grows with its load has no largest rate of its own",
-                where=f"{own.source}: fleet.autoscaler",
-                fix="Leave the autoscaler out (--set fleet.autoscaler=null), or use servecast day.",
-            )
+            what = "a fleet that grows with its load has no largest rate of its own"
+            fix = "Leave the autoscaler out (--set fleet.autoscaler=null), or use servecast day."
+            raise InputError(what, where=f"{own.source}: fleet.autoscaler", fix=fix)
         self._workload = own.open_loop()
 
     def __call__(self, request_rate: float, seed: int, num_requests: int) -> Run:

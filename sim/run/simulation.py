@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-from matplotlib.figure import Figure
 
 from servecast.sim.hardware.error_band import Bands
 from servecast.sim.inputs.errors import InputError
@@ -17,7 +16,7 @@ from servecast.sim.metrics.saturation import lasts, saturation
 from servecast.sim.metrics.warmup import Warmup, select
 from servecast.sim.report.answer import Answer
 from servecast.sim.report.drawing import drawn
-from servecast.sim.report.text import facts_text, table
+from servecast.sim.report.text import facts_text, keyed_table, table
 from servecast.sim.run.figures import draw_engine
 from servecast.sim.run.results import engine_lines, offload_text, result
 from servecast.sim.run.simulate import simulate as run_of
@@ -27,6 +26,9 @@ from servecast.sim.traffic.arrivals import ClosedLoop
 from servecast.sim.traffic.draw import with_request_rate
 from servecast.sim.traffic.spec import Workload
 from servecast.sim.traffic.trace_notes import trace_notes
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _COLUMNS = (  # of a table of stages: header, key
     ("stage", "stage"),
@@ -103,6 +105,8 @@ class Simulation(Answer):
             parts.append(sessions_text(result["sessions"]))
         if "link_busy" in result.get("kv_offload", {}):
             parts.append(offload_text(result["kv_offload"]))
+        if "mm_cache_queries" in result:
+            parts.append(facts_text("\nImages", _of_images(result)))
         if "fleet_load" in result:
             parts.append(replicas_text(result["fleet_load"]["replicas"]))
             parts += [pools_text(result["fleet_load"]["pools"])] if "pools" in result["fleet_load"] else []
@@ -199,9 +203,8 @@ def at_rate(scenario: Scenario, request_rate: float, num_requests: int) -> Workl
         InputError: the rate or the number is none.
     """
     if not 0 < request_rate < float("inf"):
-        raise InputError(
-            f"{request_rate:g} is not a rate", where="--request-rate", fix="Give requests a second, above 0."
-        )
+        what = f"{request_rate:g} is not a rate"
+        raise InputError(what, where="--request-rate", fix="Give requests a second, above 0.")
     if num_requests < 1:
         raise InputError(f"{num_requests} requests", where="--num-requests", fix="Give at least 1.")
     return with_request_rate(scenario.open_loop(), request_rate, num_requests=num_requests)
@@ -223,8 +226,7 @@ def replicas_text(replicas: Sequence[Mapping[str, Any]], *, title: str = "\nRepl
         "KV (peak)": "kv_cache_usage_peak",
         "preemptions": "num_preemptions",
     }
-    rows = [[each[key] for key in columns.values()] for each in replicas]
-    return table(list(columns), rows, title=title)
+    return keyed_table(columns, replicas, title=title)
 
 
 def pools_text(pools: Sequence[Mapping[str, Any]]) -> str:
@@ -240,15 +242,10 @@ def pools_text(pools: Sequence[Mapping[str, Any]]) -> str:
         "running (peak)": "max_num_running",
         "waiting (peak)": "max_num_waiting",
     }
-    rows = [[each[key] for key in columns.values()] for each in pools]
-    moved = pools[-1]
-    facts = {
-        "transfers": moved["kv_transfers"],
-        "MB each (mean)": moved["mean_kv_transfer_mb"],
-        "ms (mean)": moved["mean_kv_transfer_ms"],
-        "ms (p95)": moved["p95_kv_transfer_ms"],
-    }
-    return table(list(columns), rows, title="\nPools") + "\n" + facts_text("\nKV transfers", facts)
+    facts = {"transfers": "kv_transfers", "MB each (mean)": "mean_kv_transfer_mb"}
+    facts |= {"ms (mean)": "mean_kv_transfer_ms", "ms (p95)": "p95_kv_transfer_ms"}
+    moved = facts_text("\nKV transfers", {name: pools[-1][key] for name, key in facts.items()})
+    return keyed_table(columns, pools, title="\nPools") + "\n" + moved
 
 
 def sessions_text(sessions: Mapping[str, Any]) -> str:
@@ -268,6 +265,7 @@ def sessions_text(sessions: Mapping[str, Any]) -> str:
     }
     tail = tails[0].split("_")[0] if tails else "mean"
     columns = {
+        "turn": "turn",
         "turns": "turns",
         "requests": "requests",
         "prompt (mean)": "mean_prompt_tokens",
@@ -277,9 +275,9 @@ def sessions_text(sessions: Mapping[str, Any]) -> str:
         "turn p50 s": "median_turn_s",
         f"{tail} s": f"{tail}_turn_s",
     }
-    rows = [(row["turn"], *(row.get(key) for key in columns.values())) for row in sessions["turns"]]
-    shown = [row for row in rows if row[0] <= 8 or row[0] & (row[0] - 1) == 0 or row is rows[-1]]
-    return facts_text("\nSessions", facts) + "\n" + table(["turn", *columns], shown, title="\nTurns")
+    rows = [(int(row["turn"]), row) for row in sessions["turns"]]
+    shown = [row for turn, row in rows if turn <= 8 or turn & (turn - 1) == 0 or row is rows[-1][1]]
+    return facts_text("\nSessions", facts) + "\n" + keyed_table(columns, shown, title="\nTurns")
 
 
 def _stages_text(stages: Sequence[Mapping[str, Any]]) -> str:
@@ -300,4 +298,14 @@ def _rests_on(result: Mapping[str, Any]) -> dict[str, object]:
         "engine": f"{server}, rules of {engine['rules']}",
         "seed": result["seed"],
         "servecast": result["servecast_version"],
+    }
+
+
+def _of_images(result: Mapping[str, Any]) -> dict[str, object]:
+    """vLLM's counters of the API server's cache of images, and what the vision tower did."""
+    queries = result["mm_cache_queries"]
+    share = result["mm_cache_hits"] / queries if queries else 0.0
+    return {
+        "processed before": f"{result['mm_cache_hits']} of {queries} ({share:.1%}; vllm:mm_cache_hits)",
+        "encoded": f"{result['encoder_items']} items in {result['encoder_time']:.4g} s of the vision tower",
     }

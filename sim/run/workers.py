@@ -56,19 +56,14 @@ def _in_chunks(parallel: Parallel, tasks: Iterable[Any], *, size: int) -> Iterat
 @contextmanager
 def _dask_client(address: str | None) -> Iterator[Any]:
     if address is None:
-        raise InputError(
-            "dask needs the address of its scheduler",
-            where="--dask-scheduler",
-            fix="Start one with dask scheduler, and give for example tcp://127.0.0.1:8786.",
-        )
+        fix = "Start one with dask scheduler, and give for example tcp://127.0.0.1:8786."
+        raise InputError("dask needs the address of its scheduler", where="--dask-scheduler", fix=fix)
     try:
         client = _optional("distributed", "dask").Client(address, timeout=10, set_as_default=False)
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"no dask scheduler answers at {address!r} ({error})",
-            where="--dask-scheduler",
-            fix="Start one with dask scheduler, and workers with dask worker ADDRESS.",
-        ) from None
+        what = f"no dask scheduler answers at {address!r} ({error})"
+        fix = "Start one with dask scheduler, and workers with dask worker ADDRESS."
+        raise InputError(what, where="--dask-scheduler", fix=fix) from None
     with client:
         yield client
 
@@ -78,6 +73,5 @@ def _optional(module: str, extra: str) -> Any:
     try:
         return import_module(module)
     except ImportError:
-        raise InputError(
-            f"{extra} is not installed", where=f"--backend {extra}", fix=f"Install servecast[{extra}]."
-        ) from None
+        what = f"{extra} is not installed"
+        raise InputError(what, where=f"--backend {extra}", fix=f"Install servecast[{extra}].") from None

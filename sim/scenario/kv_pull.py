@@ -23,7 +23,6 @@ _EXTRA = {  # settings without effect here, and why
     "backends": "kv_link says how fast the transport is",
     "num_threads": "kv_link says how fast the transport is",
     "mooncake_protocol": "kv_link says how fast the transport is",
-    "enforce_handshake_compat": "both sides are of one model",
     "shared_storage_path": "kv_link says how fast it is",
 }
 
@@ -37,6 +36,7 @@ class PullSettings:
         role: None where there is no configuration.
         lease_s: how long a prefill server keeps blocks that nobody asks for.
         buffer_device: cpu copies through the host on both sides.
+        compares: whether it refuses a server of another release, or with other flags.
         notes: what has no effect here, and why.
     """
 
@@ -46,6 +46,7 @@ class PullSettings:
     load_failure_policy: FailurePolicy = "fail"
     lease_s: float = 30.0
     buffer_device: Literal["cuda", "cpu"] = "cuda"
+    compares: bool = True
     notes: tuple[str, ...] = field(default=(), compare=False)
 
 
@@ -57,7 +58,7 @@ def pull_settings(transfer: KVTransfer | None) -> PullSettings:
     """
     if transfer is None or transfer.connector not in WAYS:
         return PullSettings()
-    connector, notes = transfer.connector, []
+    connector, notes, compares = transfer.connector, [], True
     device = transfer.buffer_device or "cuda"
     if device not in ("cuda", "cpu", "xpu"):
         raise invalid(f"kv_buffer_device cannot be {device!r}", "Known are cuda, cpu, xpu.")
@@ -67,6 +68,8 @@ def pull_settings(transfer: KVTransfer | None) -> PullSettings:
             if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
                 raise invalid(f"kv_lease_duration is {value!r}", "Give seconds.")
             lease = float(value)
+        elif name == "enforce_handshake_compat":
+            compares = bool(value)
         elif name == "bidirectional_kv_xfer" and value:
             raise invalid("bidirectional_kv_xfer is not modelled", "Paste it without.")
         else:
@@ -82,5 +85,6 @@ def pull_settings(transfer: KVTransfer | None) -> PullSettings:
         transfer.load_failure_policy,
         lease,
         "cpu" if device == "cpu" else "cuda",
+        compares,
         tuple(notes),
     )

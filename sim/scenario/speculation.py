@@ -10,11 +10,12 @@ from typing import Any
 from servecast.sim.engine.draft_rules import draft_rules_for
 from servecast.sim.engine.kv_groups import group_kind
 from servecast.sim.engine.rules import minor_release, since
-from servecast.sim.engine.speculation import METHODS, Speculation, speculation
+from servecast.sim.engine.speculation import METHODS, Speculation, by_modules, speculation
 from servecast.sim.hardware.drafter import LOOKUPS, Drafter, Passes, eagle_shape, mtp_shape
 from servecast.sim.hardware.model_shape import ModelShape
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.scenario.acceptance import Law, least_variance, missing
+from servecast.sim.scenario.acceptance_spread import always_proposed
 from servecast.sim.scenario.scenario import Scenario, shipped_folder
 from servecast.sim.scenario.speculative_flags import SpeculativeConfig
 from servecast.sim.scenario.vllm_flags import FLAG_BAND
@@ -105,9 +106,12 @@ def speculating(scenario: Scenario, target: ModelShape) -> Speculating | None:
         disable_eagle_block_drop=asked.disable_eagle_block_drop,
         by_batch=tuple((first, min(more, drafts)) for first, more in asked.by_batch()),
         proposed=law.proposed if METHODS[method].may_miss else (),
+        kinds=law.kinds
+        if METHODS[method].may_miss
+        else always_proposed(law.kinds, (law.rates, law.proposed)),
         seed=scenario.seed,
-        modules=target.mtp_layers if asked.model is None else 1,
     )
+    config = by_modules(config, rules, target.mtp_layers if asked.model is None else 1)
     if method == "mtp" and drafter.shape is not None and draft_rules_for(rules).flags_mtp_group:
         kinds = {group_kind(layer.kind) for layer in drafter.shape.cache_layers}
         config = replace(config, drafter_kinds=tuple(sorted(kinds)))

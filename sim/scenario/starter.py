@@ -6,15 +6,18 @@ import json
 import re
 import textwrap
 
+from servecast.sim.engine.speculation import METHODS
 from servecast.sim.hardware.gpu import find_gpu
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.inputs.schema import parse
+from servecast.sim.scenario.acceptance import ASSUMED_RATE
 from servecast.sim.scenario.engine_flags import EngineFlags
 from servecast.sim.scenario.pasted_command import WHERE
 from servecast.sim.scenario.scenario import shipped_folder
 from servecast.sim.scenario.vllm_flags import parse_serve_command
 from servecast.sim.scenario.vllm_server import NEWEST
 
+_PROPOSED = 0.5  # share of steps in which a text that nobody knows repeats itself; assumed
 _LONGEST = {"prompt": 8000, "output": 1000}  # tokens, where max_model_len leaves room
 
 
@@ -32,7 +35,7 @@ def starter(command: str, gpu: str = "H100") -> str:
     if parsed.model is None:
         raise InputError("it names no model", where=WHERE, fix="Add it: vllm serve Qwen/Qwen3-8B ...")
     release = parsed.release or NEWEST
-    parse(EngineFlags, {"version": release, **parsed.flags}, source=WHERE)
+    flags = parse(EngineFlags, {"version": release, **parsed.flags}, source=WHERE)
     gpu = find_gpu(gpu, where="--gpu").name
     model = parsed.model
     config, hint = _config(model)
@@ -59,8 +62,19 @@ workload:  # <-- what your users send
   prompt_tokens: {{kind: lognormal, median: {prompt // 8}, sigma: 0.8, max_tokens: {prompt}}}
   output_tokens: {{kind: lognormal, median: {output // 4}, sigma: 0.7, max_tokens: {output}}}
 slo: ["ttft:p95:500", "tpot:p95:50"]  # <-- latency, statistic, milliseconds
+{_acceptance(flags)}\
 # gpu_hour_cost: 3.0  # what one GPU costs an hour, for the cost of tokens
 """
+
+
+def _acceptance(flags: EngineFlags) -> str:
+    """The line that says how many drafts are accepted, where the command drafts and does not say it."""
+    drafts = flags.speculative_config
+    if drafts is None or drafts.rejection_sample_method == "synthetic":
+        return ""
+    law = "assumed: true" + f", proposed: {_PROPOSED:g}" * METHODS[drafts.kind].may_miss
+    better = "better {metrics: FILE}, of your server's /metrics"
+    return f"acceptance: {{{law}}}  # <-- {ASSUMED_RATE:g} a draft, a guess; {better}\n"
 
 
 def _config(model: str) -> tuple[str, str]:

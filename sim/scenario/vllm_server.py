@@ -26,6 +26,7 @@ from servecast.sim.scenario import ranks
 from servecast.sim.scenario.adapters import lora
 from servecast.sim.scenario.engine_flags import EngineFlags
 from servecast.sim.scenario.kv_pull import pull_settings
+from servecast.sim.scenario.media import run_of
 from servecast.sim.scenario.ranks import data_parallel, expert_ranks
 from servecast.sim.scenario.stages import asynchronous, pipeline, runs_on_v2
 from servecast.sim.scenario.vllm_flags import FLAG_BAND
@@ -189,6 +190,14 @@ class Vllm:
                 where=f"{where}.dtype",
                 fix="Use float16, which takes the same time, or leave it out.",
             )
+        old, half = (0, 0) < gpu.capability < (8, 0), flags.dtype in ("float16", "half")
+        if model.model_type in NO_FLOAT16 and (half or (old and flags.dtype == "auto")):
+            raise InputError(
+                f"vLLM refuses float16 of {model.model_type}"
+                + ("" if half else f", and runs it in float32 on a {gpu.name}, which is not modelled"),
+                where=f"{where}.dtype",
+                fix="Use bfloat16" + (", on a GPU of compute capability 8.0 or more." if old else "."),
+            )
         # EngineArgs.get_batch_defaults, and what follows it
         positions = model.longest_context(release_number(flags.version))
         max_model_len = flags.longest_context(positions, where, default=model.default_positions)
@@ -298,6 +307,7 @@ class Vllm:
             kv_cache_memory_bytes=flags.kv_cache_memory_bytes,
             num_gpu_blocks_override=flags.num_gpu_blocks_override,
             drafter=drafter,
+            encoder=run_of(flags, config, shard),
         )
 
     def memory_risk(
@@ -309,6 +319,7 @@ class Vllm:
         return True
 
 
+NO_FLOAT16 = ("gemma2", "gemma3", "gemma3_text", "glm4")  # _FLOAT16_NOT_SUPPORTED_MODELS
 KERNEL_BLOCK = 16  # tokens: what get_supported_kernel_block_sizes of each attention backend is a multiple of
 _BYTES = {"auto": None, "float16": 2, "bfloat16": 2, "float32": 4}
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Field, model_validator
 
 from servecast.sim.inputs.schema import Count, Model, NonNegative, Positive, invalid
 
@@ -123,9 +123,8 @@ class VllmBench(Model):
         if (self.ramp_up_strategy is None) != (ends == (None, None)) or (
             None in ends and ends != (None, None)
         ):
-            raise invalid(
-                "an incomplete ramp-up", "Give ramp_up_strategy, ramp_up_start_rps and ramp_up_end_rps."
-            )
+            what = "an incomplete ramp-up"
+            raise invalid(what, "Give ramp_up_strategy, ramp_up_start_rps and ramp_up_end_rps.")
         if self.ramp_up_strategy is not None and not math.isinf(self.request_rate):
             raise invalid("a ramp-up with a request_rate", "Leave request_rate out, as vllm bench does.")
         return self
@@ -271,19 +270,7 @@ class ClosedLoop(Model):
         return np.zeros(extent.num_requests or max(extent.closed_loop, self.concurrency))
 
 
-def _kind(data: Any) -> str | None:
-    kind = data.get("kind") if isinstance(data, dict) else getattr(data, "kind", None)
-    return kind if isinstance(kind, str) else None
-
-
 Arrivals = Annotated[
-    Annotated[Poisson, Tag("poisson")]
-    | Annotated[Gamma, Tag("gamma")]
-    | Annotated[Constant, Tag("constant")]
-    | Annotated[VllmBench, Tag("vllm_bench")]
-    | Annotated[InferencePerf, Tag("inference_perf")]
-    | Annotated[Timestamps, Tag("timestamps")]
-    | Annotated[Profile, Tag("profile")]
-    | Annotated[ClosedLoop, Tag("closed_loop")],
-    Discriminator(_kind),
+    Poisson | Gamma | Constant | VllmBench | InferencePerf | Timestamps | Profile | ClosedLoop,
+    Field(discriminator="kind"),
 ]

@@ -23,6 +23,7 @@ from servecast.sim.traffic.arrivals import ClosedLoop, Extent, Times, replay
 from servecast.sim.traffic.content import ContentIds, Repeat, Same, SharedPrefix, Unique
 from servecast.sim.traffic.lengths import draw_outputs
 from servecast.sim.traffic.measured_lengths import Tokens
+from servecast.sim.traffic.media import carry
 from servecast.sim.traffic.sessions import Begins, session_stream
 from servecast.sim.traffic.spec import StreamSpec, Workload
 from servecast.sim.traffic.trace_spec import TraceSpec
@@ -48,22 +49,17 @@ def with_request_rate(
         InputError: the workload has several stages, or arrivals without a rate.
     """
     if len(workload.stages) != 1:
-        raise InputError(
-            f"a workload of {len(workload.stages)} stages has no single request rate",
-            where="workload.stages",
-            fix="Give the open-loop traffic to probe in a 'plan' block.",
-        )
+        what = f"a workload of {len(workload.stages)} stages has no single request rate"
+        fix = "Give the open-loop traffic to probe in a 'plan' block."
+        raise InputError(what, where="workload.stages", fix=fix)
     stage = workload.stages[0]
     front = [stream for stream in stage.streams if not stream.background]
     shares = [1.0]
     if len(front) > 1:
         rates = [getattr(stream.arrivals, "request_rate", None) or 0.0 for stream in front]
         if not all(rates):
-            raise InputError(
-                "streams without a request_rate cannot be scaled together",
-                where="workload.streams",
-                fix="Give each foreground stream arrivals with a request_rate.",
-            )
+            where, fix = "workload.streams", "Give each foreground stream arrivals with a request_rate."
+            raise InputError("streams without a request_rate cannot be scaled together", where, fix)
         shares = [rate / sum(rates) for rate in rates]
     scaled = {}
     for stream, share in zip(front, shares, strict=True):
@@ -145,6 +141,9 @@ def draw(workload: Workload, seed: int, *, closed_loop: int = CLOSED_LOOP_REQUES
                 request_id += len(streams[-1].requests)
                 continue
             requests = _requests(stream, d, _contents(stream, d, ids, texts), request_id)
+            if stream.media is not None:
+                named_stream = f"{index} {stream.name}"
+                requests = carry(requests, stream.media, stream.suffix_tokens, ids, seed, named_stream)
             if stream.lora_traffic_split or stream.structured_outputs:
                 named = (seed, f"{index} {stream.name}")
                 split = stream.lora_traffic_split or {}
@@ -221,22 +220,17 @@ def _draw_trace(
             times = times[: len(trace)]
         wanted = len(times)
     elif spec.request_rate is not None and len(trace) > 0 and trace.times_s[-1] <= 0:
-        raise InputError(
-            "all its requests come at once, so there is no rate to change",
-            where=str(spec.path),
-            fix="Give the workload arrivals with a request_rate, or remove the rate.",
-        )
+        where, fix = str(spec.path), "Give the workload arrivals with a request_rate, or remove the rate."
+        raise InputError("all its requests come at once, so there is no rate to change", where, fix)
     elif spec.repeat and extent.duration_s is not None:
         rate = spec.request_rate or len(trace) / float(trace.times_s[-1] or math.inf)
         wanted = extent.num_requests or math.ceil(rate * extent.duration_s) + 1
     if spec.repeat:
         trace = trace.repeated(-(-wanted // len(trace)))
     elif wanted > len(trace):
-        raise InputError(
-            f"the trace has {len(trace)} requests, {wanted} are wanted",
-            where=str(spec.path),
-            fix="Lower num_requests, duration_s or the rate, give a longer trace, or set its repeat to true.",
-        )
+        what = f"the trace has {len(trace)} requests, {wanted} are wanted"
+        fix = "Lower num_requests, duration_s or the rate, give a longer trace, or set its repeat to true."
+        raise InputError(what, where=str(spec.path), fix=fix)
     if times is None:
         times = replay(trace.times_s, spec.request_rate, extent)
     trace = trace.take(slice(len(times)))
@@ -249,11 +243,8 @@ def _draw_recorded_sessions(stream: StreamSpec, spec: TraceSpec, extent: Extent,
     """The sessions of a trace; ``times`` are those at which they begin."""
     trace = spec.read()
     if trace.sessions is None:
-        raise InputError(
-            "its requests have no sessions, so no turn can wait for another",
-            where=str(spec.path),
-            fix="Name their column (columns: {session: ...}), or leave turns out.",
-        )
+        where, fix = str(spec.path), "Name their column (columns: {session: ...}), or leave turns out."
+        raise InputError("its requests have no sessions, so no turn can wait for another", where, fix)
     firsts = np.sort(np.unique(trace.sessions, return_index=True)[1])
     recorded = replace(trace.take(firsts), hash_ids=None)
     begins = _draw_trace(stream, spec, extent, rngs, recorded)

@@ -76,14 +76,11 @@ class Lognormal(Model):
     def _one_form(self) -> Lognormal:
         given = {name for name in ("mean", "std", "median", "sigma") if getattr(self, name) is not None}
         if given not in ({"mean", "std"}, {"median", "sigma"}):
-            raise invalid(
-                f"a lognormal length with {', '.join(sorted(given)) or 'no parameters'}",
-                "Give mean and std, or median and sigma.",
-            )
+            fix = "Give mean and std, or median and sigma."
+            raise invalid(f"a lognormal length with {', '.join(sorted(given)) or 'no parameters'}", fix)
         if self.max_tokens is not None and self.max_tokens < self.min_tokens:
-            raise invalid(
-                f"max_tokens {self.max_tokens} is below min_tokens {self.min_tokens}", "Swap or correct them."
-            )
+            what = f"max_tokens {self.max_tokens} is below min_tokens {self.min_tokens}"
+            raise invalid(what, "Swap or correct them.")
         return self
 
     def draw(self, n: int, rng: np.random.Generator) -> Tokens:
@@ -142,11 +139,8 @@ class Empirical(Model):
                 except (KeyError, TypeError, ValueError):
                     values.append(0)
                 if values[-1] < 1:
-                    raise InputError(
-                        f"no length of at least 1 token in column {self.column!r}",
-                        where=f"{self.path}, line {number}",
-                        fix="Correct the file or the column's name.",
-                    )
+                    where, fix = f"{self.path}, line {number}", "Correct the file or the column's name."
+                    raise InputError(f"no length of at least 1 token in column {self.column!r}", where, fix)
         if not values:
             raise InputError("no rows", where=str(self.path), fix="Give a CSV file with a header and rows.")
         return values
@@ -183,9 +177,8 @@ class InferencePerfLengths(Model):
             raise invalid(f"min {self.min} is above max {self.max}", "Swap or correct them.")
         if self.generator == "random":
             if self.type in ("skew_normal", "poisson"):
-                raise invalid(
-                    f"{self.type} lengths are for shared_prefix data alone", "Use normal.", at="type"
-                )
+                what = f"{self.type} lengths are for shared_prefix data alone"
+                raise invalid(what, "Use normal.", at="type")
             if self.type == "normal" and not self.min <= self.mean <= self.max:
                 what = f"mean {self.mean:g} is not between min {self.min} and max {self.max}"
                 raise invalid(what, "inference-perf refuses that, too: correct them.", at="mean")

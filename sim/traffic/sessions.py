@@ -346,9 +346,6 @@ def session_stream(
             write_rounds(script, spec, list(zip(*columns, strict=True)), prefix, rngs[2])
             limit, most = most or limit, None
     if not script.requests and longest is not None:
-        raise InputError(
-            f"no turn of any session fits into {longest} tokens",
-            where="sessions.max_context_tokens",
-            fix="Raise it, or shorten prompts.",
-        )
+        what = f"no turn of any session fits into {longest} tokens"
+        raise InputError(what, where="sessions.max_context_tokens", fix="Raise it, or shorten prompts.")
     return SessionStream(stream.name, script.requests, limit, stream.background, until_s, most)

@@ -23,6 +23,7 @@ from servecast.sim.traffic.arrivals import (
 )
 from servecast.sim.traffic.content import Content, SharedPrefix, Unique
 from servecast.sim.traffic.lengths import Correlation, Lengths, check_pair
+from servecast.sim.traffic.media import MediaSpec
 from servecast.sim.traffic.session_spec import SessionSpec
 from servecast.sim.traffic.trace_spec import TraceSpec
 
@@ -76,6 +77,8 @@ class StreamSpec(Model):
     """Share of the requests of each LoRA adapter by its name; the others use the base model."""
     structured_outputs: StructuredOutputs | None = None
     """Requests whose output follows a grammar. Default, none."""
+    media: MediaSpec | None = None
+    """Images and videos in the prompts, whose tokens come on top of ``prompt_tokens``. Default, none."""
     background: Flag = False
     """Stop this stream when the others of its stage are done."""
 
@@ -87,21 +90,23 @@ class StreamSpec(Model):
                 fix = "Add it." if self.trace is None else "Remove it: the trace has the lengths."
                 raise invalid(what, fix, at=name)
         if self.trace is not None and not (self.content is None or isinstance(self.content, Unique)):
-            raise invalid(
-                f"content {self.content.kind} beside a trace",
-                "Remove it to use the trace's hash ids, or make it unique.",
-                at="content",
-            )
+            fix = "Remove it to use the trace's hash ids, or make it unique."
+            raise invalid(f"content {self.content.kind} beside a trace", fix, at="content")
         if self.length_correlation is not None:
             self.check_lengths(self.length_correlation)
+        if self.media is not None:
+            again = isinstance(self.content, SharedPrefix) and self.content.prompts_per_group is not None
+            if self.trace is not None or self.sessions is not None:
+                raise invalid(
+                    "media of recorded requests or sessions is not modelled", "Remove it.", at="media"
+                )
+            if again or not isinstance(self.content, Unique | SharedPrefix | None):
+                raise invalid("media in prompts that come again is not modelled", "Remove it.", at="media")
         if self.talks:
             self._check_sessions()
         if isinstance(self.arrivals, ClosedLoop) and self.max_concurrency is not None and not self.talks:
-            raise invalid(
-                "max_concurrency beside a closed loop",
-                "Remove it: concurrency says it.",
-                at="max_concurrency",
-            )
+            fix = "Remove it: concurrency says it."
+            raise invalid("max_concurrency beside a closed loop", fix, at="max_concurrency")
         return self
 
     @property
@@ -230,9 +235,8 @@ class StageSpec(Model):
             raise invalid("polling without drain", "Remove it: duration_s ends the stage.", at="polling")
         names = [stream.name for stream in self.streams]
         if len(set(names)) < len(names):
-            raise invalid(
-                "two streams of one name", "Give each stream of a stage its own name.", at="streams"
-            )
+            what = "two streams of one name"
+            raise invalid(what, "Give each stream of a stage its own name.", at="streams")
         for stream in self.streams:
             stream.check_complete()
         if all(stream.background for stream in self.streams):
@@ -397,11 +401,8 @@ class PlanSpec(Model):
         if not isinstance(self.content, Unique):
             given.append("content")
         if given:
-            raise InputError(
-                f"{given[0]} for the plan of a trace, which has its own",
-                where=f"plan.{given[0]}",
-                fix="Remove it.",
-            )
+            what = f"{given[0]} for the plan of a trace, which has its own"
+            raise InputError(what, where=f"plan.{given[0]}", fix="Remove it.")
 
 
 def at_rate(law: Arrivals | None, request_rate: float) -> Arrivals:
@@ -413,8 +414,6 @@ def at_rate(law: Arrivals | None, request_rate: float) -> Arrivals:
     if law is None:
         return Poisson(kind="poisson", request_rate=request_rate)
     if isinstance(law, ClosedLoop) or (isinstance(law, VllmBench) and law.ramp_up_strategy):
-        raise invalid(
-            f"{law.kind} arrivals have no rate to set",
-            "Use open-loop arrivals, such as poisson; for a plan, give them in a 'plan' block.",
-        )
+        fix = "Use open-loop arrivals, such as poisson; for a plan, give them in a 'plan' block."
+        raise invalid(f"{law.kind} arrivals have no rate to set", fix)
     return law.model_copy(update={"request_rate": request_rate})

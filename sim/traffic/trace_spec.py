@@ -113,22 +113,15 @@ class TraceSpec(Model):
             if named.input_tokens is None and named.token_ids is None:
                 missing.insert(0, "input_tokens")
             if missing:
-                raise invalid(
-                    f"it does not say which column has {', '.join(missing)}",
-                    "Write columns: {timestamp: ..., input_tokens: ..., output_tokens: ...}.",
-                    at="columns",
-                )
+                fix = "Write columns: {timestamp: ..., input_tokens: ..., output_tokens: ...}."
+                raise invalid(f"it does not say which column has {', '.join(missing)}", fix, at="columns")
         if self.history is not None and self.turns == "as_recorded":
-            raise invalid(
-                "history of turns that do not wait", "Remove it, or write turns: wait.", at="history"
-            )
+            what = "history of turns that do not wait"
+            raise invalid(what, "Remove it, or write turns: wait.", at="history")
         for name, moment in (("from", self.from_), ("to", self.to)):
             if isinstance(moment, str) and read_date(moment) is None:
-                raise invalid(
-                    f"{moment!r} is no date and time",
-                    "Write seconds after the first request, or as 2024-05-10T08:00:00Z.",
-                    at=name,
-                )
+                fix = "Write seconds after the first request, or as 2024-05-10T08:00:00Z."
+                raise invalid(f"{moment!r} is no date and time", fix, at=name)
         return self
 
     @property
@@ -176,20 +169,15 @@ class TraceSpec(Model):
         trace = read_trace(self.path, self.layout())
         chosen = self._window(trace) & self._thinned(trace)
         if not chosen.any():
-            raise InputError(
-                f"none of its {len(trace)} requests lies between from and to, or is kept",
-                where=str(self.path),
-                fix="Widen the window (seconds after the first request), or raise keep_share.",
-            )
+            what = f"none of its {len(trace)} requests lies between from and to, or is kept"
+            fix = "Widen the window (seconds after the first request), or raise keep_share."
+            raise InputError(what, where=str(self.path), fix=fix)
         trace = trace.take(chosen)
         if self.max_total_tokens is not None:
             trace = trace.take(trace.prompt_tokens + trace.output_tokens <= self.max_total_tokens)
         if not len(trace):
-            raise InputError(
-                f"no request of at most {self.max_total_tokens} tokens",
-                where=str(self.path),
-                fix="Raise max_total_tokens.",
-            )
+            what = f"no request of at most {self.max_total_tokens} tokens"
+            raise InputError(what, where=str(self.path), fix="Raise max_total_tokens.")
         begins_s = trace.times_s[0] if self.first_at_zero else 0.0
         return replace(trace, times_s=(trace.times_s - begins_s) * self.time_scale)
 
@@ -205,11 +193,8 @@ class TraceSpec(Model):
         if not isinstance(moment, str):
             return moment
         if trace.began_ns is None:
-            raise InputError(
-                f"its times are no dates, so {moment!r} is none of them",
-                where=str(self.path),
-                fix="Give from and to in seconds after the first request.",
-            )
+            where, fix = str(self.path), "Give from and to in seconds after the first request."
+            raise InputError(f"its times are no dates, so {moment!r} is none of them", where, fix)
         date = read_date(moment)
         assert date is not None
         return (date[0] - trace.began_ns) / 1e9 - float(trace.times_s[0])

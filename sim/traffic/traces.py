@@ -9,8 +9,10 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import tomllib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
@@ -127,37 +129,10 @@ class Format:
     adds: bool = False
 
 
-_LENGTHS = {"timestamp": "timestamp", "input_tokens": "input_length", "output_tokens": "output_length"}
+_TABLE = resources.files("servecast.sim.traffic").joinpath("formats.toml").read_text("utf-8")
 FORMATS: dict[str, Format] = {
-    "mooncake": Format(
-        "jsonl", Columns(**_LENGTHS, hash_ids="hash_ids"), 1e-3, MOONCAKE_BLOCK_TOKENS, exact=True
-    ),
-    "bailian": Format(
-        "jsonl",
-        Columns(**_LENGTHS, hash_ids="hash_ids", session="chat_id", parent="parent_chat_id"),
-        1.0,
-        every_block=True,
-    ),
-    "aiperf": Format(
-        "jsonl",
-        Columns(**_LENGTHS, hash_ids="hash_ids", session="session_id", delay="delay"),
-        1e-3,
-        MOONCAKE_BLOCK_TOKENS,
-        adds=True,
-    ),
-    "timed_trace": Format("jsonl", Columns(**_LENGTHS, hash_ids="hash_ids"), 1.0),
-    "llmservingsim": Format(
-        "jsonl",
-        Columns("arrival_time_ns", "input_toks", "output_toks", "hash_ids", token_ids="input_tok_ids"),
-        1e-9,
-    ),
-    "azure": Format("csv", Columns("TIMESTAMP", "ContextTokens", "GeneratedTokens", images="NumImages")),
-    "burstgpt": Format(
-        "csv", Columns("Timestamp", "Request tokens", "Response tokens", session="Session ID"), 1.0
-    ),
-    "vidur": Format(
-        "csv", Columns("arrived_at", "num_prefill_tokens", "num_decode_tokens", session="session_id"), 1.0
-    ),
+    name: Format(**form | {"columns": Columns(**form["columns"])})
+    for name, form in tomllib.loads(_TABLE).items()
 }
 
 
@@ -217,7 +192,7 @@ class _Records:
         if number is None:
             raise self.error(f"{name} is {_short(value)}, not a number")
         if not math.isfinite(number) or number < 0 or number != math.floor(number):
-            raise self.error(f"{name} is {_plain(value)}, not a whole number of at least 1 token")
+            raise self.error(f"{name} is {_short(value)}, not a whole number of at least 1 token")
         if number > MOST_TOKENS:
             raise self.error(f"{name} is {number:.4g} tokens, more than any model takes")
         return int(number)
@@ -412,11 +387,6 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _plain(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
 def _lines(records: _Records) -> Iterator[str]:
     """The file's lines, counted in ``records.line``."""
     try:
@@ -424,11 +394,8 @@ def _lines(records: _Records) -> Iterator[str]:
             for records.line, line in enumerate(file, start=1):
                 yield line
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"cannot be read: {reason(error)}",
-            where=str(records.path),
-            fix="Give a readable UTF-8 text file.",
-        ) from None
+        fix = "Give a readable UTF-8 text file."
+        raise InputError(f"cannot be read: {reason(error)}", where=str(records.path), fix=fix) from None
 
 
 def _json_records(records: _Records) -> Iterator[dict[str, Any]]:
@@ -462,42 +429,3 @@ def read_trace(path: Path, form: Format) -> Trace:
     for record in _csv_records(records) if form.container == "csv" else _json_records(records):
         records.add(record)
     return records.trace()
-
-
-def read_mooncake(path: Path, *, block_tokens: int = MOONCAKE_BLOCK_TOKENS) -> Trace:
-    """Mooncake's JSONL: timestamp (ms), input_length, output_length, hash_ids (blocks of 512 tokens)."""
-    return read_trace(path, replace(FORMATS["mooncake"], block_tokens=block_tokens))
-
-
-def read_timed_trace(
-    path: Path,
-    *,
-    seconds_per_unit: float = 1.0,
-    block_tokens: int = 16,
-    columns: Sequence[str] = ("timestamp", "input_length", "output_length", "hash_ids"),
-) -> Trace:
-    """The JSONL of ``vllm bench serve --dataset-name timed_trace``.
-
-    The arguments are its ``--timed-trace-sec-multiplier``, ``--timed-trace-chunk-hash-size`` and
-    ``--timed-trace-label-{timestamp,input-length,output-length,hash-ids}``.
-    """
-    form = FORMATS["timed_trace"]
-    return read_trace(
-        path,
-        replace(
-            form, seconds_per_unit=seconds_per_unit, block_tokens=block_tokens, columns=Columns(*columns)
-        ),
-    )
-
-
-def read_azure(path: Path) -> Trace:
-    """Azure's LLM inference traces: TIMESTAMP, ContextTokens, GeneratedTokens. The first request is at 0."""
-    return read_trace(path, FORMATS["azure"])
-
-
-def read_burstgpt(path: Path) -> Trace:
-    """BurstGPT's CSV: Timestamp (s), Model, Request tokens, Response tokens, Total tokens, Log Type.
-
-    Requests that failed there (no response tokens) are left out, as vLLM's BurstGPT dataset does.
-    """
-    return read_trace(path, FORMATS["burstgpt"])

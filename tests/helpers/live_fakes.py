@@ -23,7 +23,7 @@ from servecast.sim.hardware.profile import Profile
 from servecast.sim.run.simulate import simulate
 from servecast.sim.scenario.scenario import load
 from servecast.sim.traffic.draw import replayed
-from servecast.sim.traffic.traces import read_timed_trace
+from servecast.sim.traffic.traces import FORMATS, read_trace
 
 METRICS = """# HELP vllm:num_requests_running Number of requests in model execution batches.
 # TYPE vllm:num_requests_running gauge
@@ -196,7 +196,7 @@ def bench(argv: list[str], environment: dict[str, str]) -> tuple[int, str]:
         return argv[argv.index(name) + 1]
 
     bound = int(option("--max-concurrency")) if "--max-concurrency" in argv else None
-    stages = replayed(read_timed_trace(Path(option("--dataset-path"))), bound)
+    stages = replayed(read_trace(Path(option("--dataset-path")), FORMATS["timed_trace"]), bound)
     slower = float(environment.get("FAKE_SLOWER", "1"))
     run = simulate(load(environment["FAKE_SCENARIO"]), seed=77, stages=stages)
     requests = run.requests.sort_values("sent")

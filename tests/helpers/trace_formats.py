@@ -7,11 +7,12 @@ import datetime
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from servecast.sim.traffic.trace_writers import write_timed_trace
-from servecast.sim.traffic.traces import Trace
+from servecast.sim.traffic.traces import FORMATS, Trace, read_trace
 
 AZURE_START = datetime.datetime(2023, 11, 16, 18, 0, 0)
 
@@ -55,3 +56,20 @@ WRITERS: dict[str, Callable[[Trace, Path], None]] = {
     "burstgpt": write_burstgpt,
     "timed_trace": write_timed_trace,
 }
+
+
+def read_mooncake(path: Path) -> Trace:
+    return read_trace(path, FORMATS["mooncake"])
+
+
+def read_azure(path: Path) -> Trace:
+    return read_trace(path, FORMATS["azure"])
+
+
+def read_burstgpt(path: Path) -> Trace:
+    return read_trace(path, FORMATS["burstgpt"])
+
+
+def read_timed_trace(path: Path, **changes: Any) -> Trace:
+    """changes: of the format, as ``vllm bench serve`` takes them with ``--timed-trace-...``."""
+    return read_trace(path, replace(FORMATS["timed_trace"], **changes))

@@ -134,11 +134,7 @@ def drain(report: Report, level: Level) -> Iterator[Finding]:
     if not (of_sending or _unsaturated_but_short(level, each)):
         return
     longer = (exactly(rate) * each / tokens.span).mid
-    numbers = {
-        "output_tok_s": tokens.value,
-        "rate_x_tokens": rate * each.mid,
-        "time_over_sending": longer,
-    }
+    numbers = {"output_tok_s": tokens.value, "rate_x_tokens": rate * each.mid, "time_over_sending": longer}
     took = f"{longer:.3g} times as long as sending"
     if level.num_requests is not None:
         window = level.num_requests / rate

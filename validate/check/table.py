@@ -15,6 +15,7 @@ from typing import Literal
 from servecast.sim.hardware.gpu import GPU
 from servecast.sim.hardware.shard import Shard
 from servecast.sim.hardware.step_time.physical import PhysicalStepTime
+from servecast.sim.metrics.binding import StepRow
 from servecast.sim.scenario.scenario import Scenario
 from servecast.sim.traffic.spec import Row
 
@@ -115,21 +116,13 @@ class Hardware:
         """The least time for one step: ``prompts`` fresh prompts of ``tokens`` tokens each, and ``decodes``
         tokens over ``context`` tokens of KV in total."""
         prompts = min(prompts, _MOST_PROMPTS)
-        step = _Step(((tokens, 0),) * prompts, decodes, max(context, decodes), prompts + decodes)
+        step = StepRow(((tokens, 0),) * prompts, decodes, max(context, decodes), prompts + decodes)
         return PhysicalStepTime(self.shard).roofline_seconds(step)
 
     @property
     def flops(self) -> float:
         """Peak of all GPUs in the linear layers, FLOP/s."""
         return self.shard.linear_peak * self.shard.tensor_parallel_size * self.replicas
-
-
-@dataclass(frozen=True, slots=True)
-class _Step:
-    chunks: tuple[tuple[int, int], ...]
-    decodes: int
-    decode_context: int
-    samples: int
 
 
 @dataclass(frozen=True, slots=True)

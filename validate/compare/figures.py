@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import pandas as pd
 
 from servecast.sim.metrics.metrics import METRICS, percentiles, samples
 from servecast.sim.report.drawing import BAD, FIRST, INK, MUTED, SECOND, drawing
 from servecast.validate.compare.load import LoadComparison, spoken
 from servecast.validate.compare.samples import LATENCIES
-from servecast.validate.compare.series import EngineSeries
 
 _SHARES = np.linspace(0.0, 100.0, 201)
 _FARTHEST = 6.0  # tolerances: what lies beyond is a triangle at the edge
@@ -43,18 +43,18 @@ def distributions(load: LoadComparison) -> str:
         return finish("Distributions of latencies, predicted and measured")
 
 
-def engine_over_time(load: LoadComparison, series: tuple[EngineSeries, EngineSeries]) -> str:
+def engine_over_time(load: LoadComparison, series: tuple[pd.DataFrame, pd.DataFrame]) -> str:
     """Running, waiting and KV cache usage, at the times at which the live engine was asked."""
     panels = (
         ("running", "Running requests", 1),
         ("waiting", "Waiting requests", 1),
         ("kv_usage", "KV cache, %", 100),
     )
-    shown = [panel for panel in panels if not np.isnan(getattr(series[1], panel[0])).all()]
+    shown = [panel for panel in panels if series[1][panel[0]].notna().any()]
     with drawing(len(shown), f"series-{load.label}") as (axes, finish):
         for ax, (name, title, scale) in zip(axes, shown, strict=True):
             for each, color, label in zip(series, (FIRST, SECOND), ("predicted", "measured"), strict=True):
-                ax.plot(each.time_s, scale * getattr(each, name), color=color, label=label, lw=1.2)
+                ax.plot(each["time_s"], scale * each[name], color=color, label=label, lw=1.2)
             ax.set_title(title)
             ax.set_xlabel("s")
             ax.set_ylim(0, max(1.0, 1.2 * ax.get_ylim()[1]))

@@ -25,7 +25,7 @@ from servecast.validate.compare.samples import (
     distances,
     resampled_statistics,
 )
-from servecast.validate.compare.series import EngineSeries
+from servecast.validate.compare.series import figures_of, scraped, simulated
 from servecast.validate.compare.tolerances import COUNTS, OF_SWEEPS, Tolerances
 from servecast.validate.compare.verdict import State, Verdict, judge_row, verdict_of
 from servecast.validate.readers import Reading
@@ -66,18 +66,11 @@ class Row:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        return {
-            "metric": self.metric,
-            "predicted": self.predicted.estimate,
-            "predicted_interval": [self.predicted.low, self.predicted.high],
-            "measured": self.measured.estimate,
-            "measured_interval": [self.measured.low, self.measured.high],
-            "error": self.error,
-            "difference": self.difference.estimate,
-            "difference_interval": [self.difference.low, self.difference.high],
-            "allowed": self.allowed,
-            "state": self.state,
-        }
+        found: dict[str, Any] = {"metric": self.metric, "error": self.error}
+        for name in ("predicted", "measured", "difference"):
+            interval: Interval = getattr(self, name)
+            found |= {name: interval.estimate, f"{name}_interval": [interval.low, interval.high]}
+        return found | {"allowed": self.allowed, "state": self.state}
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +124,7 @@ class LoadComparison:
     notes: tuple[str, ...]
     predicted: tuple[Run, ...]
     measured: Reading
-    series: tuple[EngineSeries, EngineSeries] | None
+    series: tuple[pd.DataFrame, pd.DataFrame] | None
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -185,14 +178,14 @@ def compare_runs(
     if telemetry is not None and len(telemetry):
         start = float(run.meta.get("clock_start_s", 0.0))
         end = float(run.requests["finish"].max()) if measured.has_requests else math.inf
-        seen = EngineSeries.of_telemetry(telemetry, start_s=start).within(end)
-        series = EngineSeries.of_run(predicted[0], seen.time_s), seen
-        figures |= seen.figures()
+        seen = scraped(telemetry, start_s=start, end_s=end)
+        times = seen["time_s"].to_numpy(dtype=float)
+        series = simulated(predicted[0], times), seen
+        figures |= figures_of(seen)
     forecasts = [summary(each, ranks=RANKS) | draft_summary(each) for each in predicted]
     if series is not None:
         for forecast, each in zip(forecasts, predicted, strict=True):
-            shown = EngineSeries.of_run(each, series[1].time_s).figures()
-            forecast |= {key: shown[key] for key in shown if key != "num_preemptions"}
+            forecast |= figures_of(simulated(each, times))
     rng = np.random.default_rng(seed)
     resampled = resampled_statistics(run, predicted, rng) if measured.has_requests else {}
     keys = [f"{name}_{metric}_ms" for metric in LATENCIES for name in STATISTICS]

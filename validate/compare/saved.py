@@ -24,7 +24,7 @@ from servecast.sim.traffic.traces import Trace
 from servecast.validate.compare.load import LoadComparison, compare_runs, spoken
 from servecast.validate.compare.sweep import Comparison, compare_loads
 from servecast.validate.compare.tolerances import Tolerances
-from servecast.validate.readers import Context, Reading
+from servecast.validate.readers import Reading
 from servecast.validate.readers.run_of import LONGEST_S
 from servecast.validate.readers.vllm_bench import FORM as VLLM_BENCH
 from servecast.validate.readers.vllm_bench import OURS
@@ -60,11 +60,14 @@ def judge_result(
             fix = "Give a result of requests that did."
             raise InputError("none of its requests finished", where=reading.source, fix=fix)
         replays = reading.has_requests if traffic is None else traffic == "requests"
-        stages = replayed(*requests_of(reading)) if replays else None
-        workload = None if replays else _as_in_scenario(reading, scenario)
-        notes = (
-            [] if workload is None or not _states_arrivals(reading, scenario) else [_arrivals_note(reading)]
-        )
+        stages, workload, notes = None, None, list[str]()
+        if replays:
+            stages = replayed(*requests_of(reading))
+            streams = [stream for stage in scenario.stages().stages for stream in stage.streams]
+            shared = (s.system_prompt_tokens > 0 or not isinstance(s.content, Unique | None) for s in streams)
+            notes += [_UNIQUE] * any(shared)
+        else:
+            workload, notes = _as_in_scenario(reading, scenario)
         try:
             predicted = [
                 simulate(deployment, seed=seed, workload=workload, stages=stages)
@@ -73,7 +76,6 @@ def judge_result(
         except InputError as error:
             where = f"{reading.source}: {error.where}" if replays else error.where
             raise InputError(error.what, where=where, fix=error.fix) from None
-        notes += [_UNIQUE] if replays and _shares_prompts(scenario) else []
         compared = compare_runs(predicted, reading, tolerances=tolerances, notes=notes)
         return replace(compared, notes=(*compared.notes, *_why(compared, predicted[0], deployment)))
 
@@ -92,13 +94,6 @@ def _why(compared: LoadComparison, predicted: Run, deployment: Deployment) -> It
         if found is not None:
             advice = "; ".join(found.advice)
             yield f"{spoken(row.metric)} as predicted is {found.sentence}; to change it: {advice}"
-
-
-def _shares_prompts(scenario: Scenario) -> bool:
-    streams = [stream for stage in scenario.stages().stages for stream in stage.streams]
-    return any(
-        stream.system_prompt_tokens > 0 or not isinstance(stream.content, Unique | None) for stream in streams
-    )
 
 
 def requests_of(reading: Reading) -> tuple[Trace, int | None]:
@@ -128,8 +123,8 @@ def requests_of(reading: Reading) -> tuple[Trace, int | None]:
     return trace, bound
 
 
-def _as_in_scenario(reading: Reading, scenario: Scenario) -> Workload:
-    """The scenario's traffic under the load of a result, and as many requests."""
+def _as_in_scenario(reading: Reading, scenario: Scenario) -> tuple[Workload, list[str]]:
+    """The scenario's traffic under the load of a result, as many requests, and notes of what else it took."""
     context = reading.context
     if reading.has_requests:
         count = len(reading.run.requests)
@@ -149,14 +144,12 @@ def _as_in_scenario(reading: Reading, scenario: Scenario) -> Workload:
                 fix="Is its rate one of requests a second?",
             )
         at_rate = with_request_rate(scenario.open_loop(), rate, num_requests=count)
-        if _states_arrivals(reading, scenario):
-            at_rate = _with_arrivals(at_rate, context)
-        return _bounded(at_rate, bound)
+        return _with_arrivals(at_rate, reading, scenario)
     if bound is not None and context.ramp is None:
         stream = scenario.open_loop().stages[0].streams[0]
         law = ClosedLoop(kind="closed_loop", concurrency=bound)
         changes = {"arrivals": law, "max_concurrency": None, "num_requests": count}
-        return Workload(stages=(StageSpec(streams=(stream.model_copy(update=changes),)),))
+        return Workload(stages=(StageSpec(streams=(stream.model_copy(update=changes),)),)), []
     workload = scenario.stages()
     if len(workload.stages) > 1:
         raise InputError(
@@ -165,16 +158,7 @@ def _as_in_scenario(reading: Reading, scenario: Scenario) -> Workload:
             where=reading.source,
             fix="Give a scenario with one load, that of the result.",
         )
-    return workload
-
-
-def _states_arrivals(reading: Reading, scenario: Scenario) -> bool:
-    """Whether the file states a rate and a law of its gaps other than the scenario's."""
-    stated, rate = reading.context.burstiness, reading.context.request_rate
-    if stated is None or rate is None or not math.isfinite(rate):
-        return False
-    streams = scenario.open_loop().stages[0].streams
-    return any(_burstiness(stream.arrivals) != stated for stream in streams if not stream.background)
+    return workload, []
 
 
 def _burstiness(law: Arrivals | None) -> float | None:
@@ -184,12 +168,16 @@ def _burstiness(law: Arrivals | None) -> float | None:
     return 1.0 if isinstance(law, Poisson) else math.inf if isinstance(law, Constant) else None
 
 
-def _with_arrivals(workload: Workload, context: Context) -> Workload:
-    """The workload with gaps as the file states them, at its streams' own rates."""
-    stated = context.burstiness
-    assert stated is not None
+def _with_arrivals(workload: Workload, reading: Reading, scenario: Scenario) -> tuple[Workload, list[str]]:
+    """The workload under the file's bound, and where that states another law of gaps than the scenario, with
+    such gaps at its streams' own rates, which a note says."""
+    context, stage = reading.context, workload.stages[0]
+    stated, bound = context.burstiness, context.max_concurrency
+    own = [each.arrivals for each in scenario.open_loop().stages[0].streams if not each.background]
+    others = stated is not None and any(_burstiness(law) != stated for law in own)
 
     def law(rate: float) -> Arrivals:
+        assert stated is not None
         if context.tool in (VLLM_BENCH, OURS):
             return VllmBench(kind="vllm_bench", request_rate=rate, burstiness=stated)
         if math.isinf(stated):
@@ -198,28 +186,17 @@ def _with_arrivals(workload: Workload, context: Context) -> Workload:
             return Poisson(kind="poisson", request_rate=rate)
         return Gamma(kind="gamma", request_rate=rate, burstiness=stated)
 
-    stage = workload.stages[0]
-
-    def redrawn(stream: StreamSpec) -> StreamSpec:
+    def changed(stream: StreamSpec) -> StreamSpec:
         source = stream.arrivals or stream.trace
         rate = None if source is None or isinstance(source, ClosedLoop) else source.request_rate
-        if stream.background or rate is None:
-            return stream
-        return stream.model_copy(update={"arrivals": law(rate)})
+        changes: dict[str, object] = {} if bound is None else {"max_concurrency": bound}
+        if others and not stream.background and rate is not None:
+            changes["arrivals"] = law(rate)
+        return stream.model_copy(update=changes)
 
-    streams = [redrawn(stream) for stream in stage.streams]
-    return Workload(stages=(stage.model_copy(update={"streams": tuple(streams)}),))
-
-
-def _arrivals_note(reading: Reading) -> str:
-    stated = reading.context.burstiness
-    how = "equal gaps" if stated == math.inf else f"gaps of burstiness {stated:g}"
-    return f"arrivals as the file states them: {how}, where the scenario has others"
-
-
-def _bounded(workload: Workload, bound: int | None) -> Workload:
-    if bound is None:
-        return workload
-    stage = workload.stages[0]
-    streams = tuple(stream.model_copy(update={"max_concurrency": bound}) for stream in stage.streams)
-    return Workload(stages=(stage.model_copy(update={"streams": streams}),))
+    streams = tuple(changed(stream) for stream in stage.streams)
+    notes = []
+    if others:
+        how = "equal gaps" if stated == math.inf else f"gaps of burstiness {stated:g}"
+        notes.append(f"arrivals as the file states them: {how}, where the scenario has others")
+    return Workload(stages=(stage.model_copy(update={"streams": streams}),)), notes

@@ -14,7 +14,6 @@ from servecast.validate.compare.saved import Traffic, judge_result
 from servecast.validate.compare.text import comparison_text
 from servecast.validate.compare.tolerances import Tolerances
 from servecast.validate.readers import read_all
-from servecast.validate.readers.reading import Context
 
 
 def result(
@@ -55,7 +54,10 @@ def result(
     deployment = Deployment.of(loaded)
     comparison = judge_result(readings, deployment, tolerances=limits, seeds=seeds, traffic=traffic)
     made_of = context(deployment, seed=loaded.seed)
-    facts = _measured(file, readings[0].context) | {
+    said = readings[0].context
+    facts = {
+        "result": f"{file.name}, {said.tool} {said.tool_version or '(version not stated)'}",
+        "model measured": said.model or "not stated",
         "model predicted": made_of["model_id"],
         "scenario": loaded.name,
         "profile": made_of["profile"] or "none",
@@ -74,11 +76,3 @@ def result(
         if not json:
             print(f"written: {report}")
     return comparison.verdict.exit_code
-
-
-def _measured(file: Path, said: Context) -> dict[str, str]:
-    """What a result says of itself."""
-    return {
-        "result": f"{file.name}, {said.tool} {said.tool_version or '(version not stated)'}",
-        "model measured": said.model or "not stated",
-    }

@@ -1,9 +1,9 @@
-"""What an engine shows of itself over a run: as scraped from its /metrics, or as simulated."""
+"""What an engine shows of itself over a run, as scraped from its /metrics or as simulated: frames by
+``time_s`` since the run began, with columns of ``telemetry.METRICS``, NaN where a value is not known."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -11,93 +11,44 @@ import pandas as pd
 from servecast.sim.metrics.metrics import Floats, gauges_at
 from servecast.sim.metrics.records import Run
 
-_COLUMNS = {  # field -> column of telemetry
-    "running": "running",
-    "waiting": "waiting",
-    "kv_usage": "kv_usage",
-    "preemptions_total": "preemptions",
-    "prefix_hit_tokens": "prefix_hits",
-    "prefix_query_tokens": "prefix_queries",
-}
+_PEAKS = {"kv_cache_usage_peak": "kv_usage", "max_num_running": "running", "max_num_waiting": "waiting"}
+_COLUMNS = ("time_s", *_PEAKS.values(), "preemptions", "prefix_hits", "prefix_queries")
 
 
-@dataclass(frozen=True, slots=True)
-class EngineSeries:
-    """Gauges and counters at times since the start of a run; all arrays (n,), NaN where not known.
-
-    Attributes:
-        time_s: rising. running, waiting: requests, summed over replicas. kv_usage: 0..1, their mean.
-        preemptions_total, prefix_hit_tokens, prefix_query_tokens: counters, from whatever they began at.
-    """
-
-    time_s: Floats
-    running: Floats
-    waiting: Floats
-    kv_usage: Floats
-    preemptions_total: Floats
-    prefix_hit_tokens: Floats
-    prefix_query_tokens: Floats
-
-    @classmethod
-    def of_telemetry(cls, frame: pd.DataFrame, *, start_s: float = 0.0) -> EngineSeries:
-        """From scraped columns (see telemetry.METRICS). start_s: their clock when the run began."""
-        none = np.full(len(frame), math.nan)
-        columns = {
-            field: frame[column].to_numpy(dtype=float) if column in frame else none
-            for field, column in _COLUMNS.items()
-        }
-        time_s = frame["time_s"].to_numpy(dtype=float) if "time_s" in frame else none
-        return cls(time_s - start_s, **columns)
-
-    @classmethod
-    def of_run(cls, run: Run, times: Floats) -> EngineSeries:
-        """A simulated run, looked at when a live one was: peaks between two looks stay unseen in both.
-        Without times: after each step."""
-        if not len(times):
-            times = run.steps["start"].to_numpy(dtype=float)
-        gauges = {name: gauges_at(run, name, times) for name in ("running", "waiting", "kv_usage")}
-        preempted = run.steps["preempted"].to_numpy(dtype=float)
-        upto = np.searchsorted(run.steps["start"].to_numpy(dtype=float), times, side="right")
-        none = np.full(len(times), math.nan)
-        return cls(
-            times,
-            running=gauges["running"].sum(axis=0),
-            waiting=gauges["waiting"].sum(axis=0),
-            kv_usage=gauges["kv_usage"].mean(axis=0),
-            preemptions_total=np.concatenate([[0.0], np.cumsum(preempted)])[upto],
-            prefix_hit_tokens=none,
-            prefix_query_tokens=none,
-        )
-
-    def within(self, end_s: float) -> EngineSeries:
-        """The part from 0 to ``end_s``, and of the counters the last value before it."""
-        inside = np.flatnonzero((self.time_s >= 0) & (self.time_s <= end_s))
-        first = int(inside[0]) if len(inside) else len(self.time_s)
-        rows = np.concatenate([[first - 1], inside]).astype(int) if first > 0 else inside
-        last = rows[-1] if len(rows) else -1
-        if len(rows) and last + 1 < len(self.time_s):
-            rows = np.append(rows, last + 1)  # counters are complete only at the next look
-        fields = ("time_s", *_COLUMNS)
-        return EngineSeries(**{name: getattr(self, name)[rows] for name in fields})
-
-    def figures(self) -> dict[str, float]:
-        """Peaks of the gauges and growth of the counters under the keys of ``metrics.summary``; what is not
-        known is left out."""
-        found = {
-            "kv_cache_usage_peak": _peak(self.kv_usage),
-            "max_num_running": _peak(self.running),
-            "max_num_waiting": _peak(self.waiting),
-            "num_preemptions": growth(self.preemptions_total),
-        }
-        queries = growth(self.prefix_query_tokens)
-        if queries > 0:
-            found["prefix_cache_hit_rate"] = growth(self.prefix_hit_tokens) / queries
-        return {name: value for name, value in found.items() if not math.isnan(value)}
+def scraped(telemetry: pd.DataFrame, *, start_s: float = 0.0, end_s: float = math.inf) -> pd.DataFrame:
+    """What was scraped from ``start_s`` on, when the run began, until ``end_s`` later, with the last row
+    before it and the first behind."""
+    seen = telemetry.reindex(columns=[*_COLUMNS])
+    seen["time_s"] -= start_s
+    inside = np.flatnonzero(seen["time_s"].between(0, end_s))
+    first = int(inside[0]) if len(inside) else len(seen)
+    rows = np.concatenate([[first - 1], inside]).astype(int) if first > 0 else inside
+    if len(rows) and rows[-1] + 1 < len(seen):
+        rows = np.append(rows, rows[-1] + 1)  # counters are complete only at the next look
+    return seen.iloc[rows]
 
 
-def _peak(values: Floats) -> float:
-    known = values[~np.isnan(values)]
-    return float(known.max()) if len(known) else math.nan
+def simulated(run: Run, times: Floats) -> pd.DataFrame:
+    """The gauges of a simulated run, looked at when a live one was: peaks between two looks stay unseen in
+    both. Requests are summed over replicas, KV usage is their mean. Without times: after each step."""
+    if not len(times):
+        times = run.steps["start"].to_numpy(dtype=float)
+    gauges = {name: gauges_at(run, name, times).sum(axis=0) for name in ("running", "waiting")}
+    return pd.DataFrame(
+        {"time_s": times, **gauges, "kv_usage": gauges_at(run, "kv_usage", times).mean(axis=0)}
+    )
+
+
+def figures_of(series: pd.DataFrame) -> dict[str, float]:
+    """Peaks of the gauges and growth of the counters under the keys of ``metrics.summary``; what is not known
+    is left out."""
+    counters = series.reindex(columns=["preemptions", "prefix_hits", "prefix_queries"])
+    preemptions, hits, queries = (growth(counters[name].to_numpy(dtype=float)) for name in counters)
+    found = {figure: float(series[column].max()) for figure, column in _PEAKS.items()}
+    found["num_preemptions"] = preemptions
+    if queries > 0:
+        found["prefix_cache_hit_rate"] = hits / queries
+    return {name: value for name, value in found.items() if not math.isnan(value)}
 
 
 def growth(values: Floats) -> float:

@@ -57,11 +57,20 @@ def compare_loads(
         predicted: metric -> where the prediction was found by a search of its own, instead of between the
             rates of the loads.
     """
-    searched = {} if predicted is None else predicted
-    rows, notes = _knees(loads, searched.get("knee"), tolerances)
-    if objectives is not None:
-        more, further = _max_rate(loads, objectives, searched.get("max_request_rate"), tolerances)
-        rows, notes = rows + more, notes + further
+    searched, levels = predicted or {}, open_loop(loads)
+    found = [_closed_loop_knee(loads, tolerances)]
+    if len({rate for rate, _ in levels}) > 1:
+        rates, asked = [rate for rate, _ in levels], [load for _, load in levels]
+        knees = [bracket(zip(rates, map(sustained, side), strict=True)) for side in _sides(asked)]
+        found.insert(0, _compared("knee", "the knee", knees, searched, tolerances))
+        if objectives is not None:
+            most = [
+                _crossing(rates, [judged(runs, objectives).strain for runs in side]) for side in _sides(asked)
+            ]
+            name = "the largest rate at the SLOs"
+            found.append(_compared("max_request_rate", name, most, searched, tolerances))
+    rows = [row for each, _ in found for row in each]
+    notes = [note for _, each in found for note in each]
     states: list[tuple[State, str]] = [(row.state, row.reason) for row in rows if row.state is not None]
     states += [
         (load.verdict.state, f"{load.label}: {reason}")
@@ -102,12 +111,10 @@ def open_loop(loads: Sequence[LoadComparison]) -> list[tuple[float, LoadComparis
     """The loads with a rate and no bound, by rate."""
     rates = [
         (rate, load)
-        for load in loads
+        for load in _telling(loads)
         if (rate := load.measured.context.request_rate) is not None
         and math.isfinite(rate)
         and load.measured.context.max_concurrency is None
-        and load.measured.has_requests
-        and not load.problems
     ]
     return sorted(rates, key=lambda pair: pair[0])
 
@@ -116,42 +123,16 @@ def closed_loop(loads: Sequence[LoadComparison]) -> list[tuple[float, LoadCompar
     """The loads that only their concurrency bounds, by it."""
     levels = [
         (float(level), load)
-        for load in loads
+        for load in _telling(loads)
         if (level := load.measured.context.max_concurrency) is not None
         and load.measured.context.ramp is None
         and load.measured.context.request_rate in (None, math.inf)
-        and load.measured.has_requests
-        and not load.problems
     ]
     return sorted(levels, key=lambda pair: pair[0])
 
 
-def _knees(
-    loads: Sequence[LoadComparison], searched: Interval | None, tolerances: Tolerances
-) -> tuple[list[Row], list[str]]:
-    rows: list[Row] = []
-    notes: list[str] = []
-    levels = open_loop(loads)
-    rates = [rate for rate, _ in levels]
-    if len(set(rates)) > 1:
-        predicted, measured = (
-            bracket(zip(rates, map(sustained, side), strict=True))
-            for side in _sides([load for _, load in levels])
-        )
-        more, further = _compared("knee", "the knee", searched or predicted, measured, tolerances)
-        rows, notes = rows + more, notes + further
-    levels = closed_loop(loads)
-    if len({level for level, _ in levels}) > 1:
-        found = [
-            closed_loop_knee(
-                [int(level) for level, _ in levels],
-                [float(np.mean([_throughput(run) for run in runs])) for runs in side],
-            )
-            for side in _sides([load for _, load in levels])
-        ]
-        more, further = _closed_loop_knee(found[0], found[1], [level for level, _ in levels], tolerances)
-        rows, notes = rows + more, notes + further
-    return rows, notes
+def _telling(loads: Sequence[LoadComparison]) -> list[LoadComparison]:
+    return [load for load in loads if load.measured.has_requests and not load.problems]
 
 
 def _sides(loads: Sequence[LoadComparison]) -> tuple[list[tuple[Run, ...]], list[tuple[Run, ...]]]:
@@ -160,9 +141,15 @@ def _sides(loads: Sequence[LoadComparison]) -> tuple[list[tuple[Run, ...]], list
 
 
 def _compared(
-    metric: str, name: str, predicted: Interval, measured: Interval, tolerances: Tolerances
+    metric: str,
+    name: str,
+    sides: Sequence[Interval],
+    searched: Mapping[str, Interval],
+    tolerances: Tolerances,
 ) -> tuple[list[Row], list[str]]:
-    """The row of two brackets, and what keeps it from saying more."""
+    """The row of two brackets, predicted (by a search, if there was one) and measured, and what keeps it from
+    saying more."""
+    predicted, measured = searched.get(metric) or sides[0], sides[1]
     if predicted.high == measured.high == math.inf:
         return [], [f"{name} lies beyond {measured.low:g} requests/s, predicted and measured"]
     if predicted.low == measured.low == 0:
@@ -197,10 +184,19 @@ def _saturation(run: Run) -> Saturation:
     return saturation(seen, start_s=float(arrival.quantile(WARMUP_SHARE)))
 
 
-def _closed_loop_knee(
-    predicted: int | None, measured: int | None, levels: Sequence[float], tolerances: Tolerances
-) -> tuple[list[Row], list[str]]:
+def _closed_loop_knee(loads: Sequence[LoadComparison], tolerances: Tolerances) -> tuple[list[Row], list[str]]:
     """The knee in concurrency is one of the swept levels; that of the next level could be chance."""
+    swept = closed_loop(loads)
+    levels = [level for level, _ in swept]
+    if len(set(levels)) < 2:
+        return [], []
+    predicted, measured = (
+        closed_loop_knee(
+            [int(level) for level in levels],
+            [float(np.mean([_throughput(run) for run in runs])) for runs in side],
+        )
+        for side in _sides([load for _, load in swept])
+    )
     if predicted is None or measured is None:
         sides = {"predicted": predicted, "measured": measured}
         found = [f"{side} at {knee}" for side, knee in sides.items() if knee is not None]
@@ -221,24 +217,6 @@ def _closed_loop_knee(
 def _throughput(run: Run) -> float:
     done = run.requests[run.requests["status"] == "finished"]
     return float(done["output_tokens"].sum()) / duration(run)
-
-
-def _max_rate(
-    loads: Sequence[LoadComparison],
-    objectives: Objectives,
-    searched: Interval | None,
-    tolerances: Tolerances,
-) -> tuple[list[Row], list[str]]:
-    levels = open_loop(loads)
-    rates = [rate for rate, _ in levels]
-    if len(set(rates)) < 2:
-        return [], []
-    predicted, measured = (
-        _crossing(rates, [judged(runs, objectives).strain for runs in side])
-        for side in _sides([load for _, load in levels])
-    )
-    name = "the largest rate at the SLOs"
-    return _compared("max_request_rate", name, searched or predicted, measured, tolerances)
 
 
 def judged(runs: Sequence[Run], objectives: Objectives) -> Judgement:

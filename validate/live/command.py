@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import Group, Parameter
 
+from servecast.calibrate.measure.folder import say
 from servecast.calibrate.measure.vllm.ending import sigterm_as_ctrl_c
 from servecast.sim.cli.options import WhatIf, numbers
 from servecast.sim.cli.output import print_json
@@ -17,13 +19,13 @@ from servecast.sim.run.results import check_output, write_result
 from servecast.validate.compare.load import LoadComparison
 from servecast.validate.compare.page import write_comparison_page
 from servecast.validate.compare.sweep import Comparison
+from servecast.validate.compare.text import comparison_text
 from servecast.validate.compare.tolerances import Tolerances
 from servecast.validate.live.own_server import OwnServer, model_folder
 from servecast.validate.live.result import document, facts, judge, new_result
 from servecast.validate.live.session import Session
 from servecast.validate.live.target import Target
 from servecast.validate.live.telemetry import Prometheus
-from servecast.validate.live.text import ends, print_session, say
 
 RUNNING = Parameter(
     name="*", group=Group("Server that runs already", sort_key=12), show_default=False, negative=()
@@ -190,7 +192,7 @@ def live(
     if json:
         print_json(kept)
     else:
-        print_session(comparison, kept)
+        _print(comparison, kept)
         print(f"written: {path}\nwritten: {page}")
     return comparison.verdict.exit_code
 
@@ -202,5 +204,36 @@ def _write_page(page: Path, session: Session, comparison: Comparison, kept: dict
         comparison,
         title=f"{session.scenario.name} against a live server",
         question="Did the server do what was predicted of it?",
-        facts=told | ends(kept),
+        facts=told | _ends(kept),
     )
+
+
+def _ends(kept: Mapping[str, Any]) -> dict[str, Any]:
+    """What there is to say of a result besides the comparison."""
+    server, added = kept["server"] or {}, kept["proxy_added_latency_ms"]
+    return {
+        "vllm": server.get("version"),
+        "kv blocks": server.get("num_gpu_blocks"),
+        "gpu": kept["machine"]["gpu"],
+        "date": kept["date"],
+        **{
+            f"predicted {each['metric'].replace('_', ' ')}": "{} to {} requests/s".format(
+                *("-" if end is None else f"{end:.4g}" for end in each["between"])
+            )
+            for each in kept["searches"]
+        },
+        **({} if added is None else {"latency that the proxy adds": f"{added:.3g} ms"}),
+        "servecast": kept["servecast_version"],
+    }
+
+
+def _print(comparison: Comparison, kept: Mapping[str, Any]) -> None:
+    """The comparison, what it rests on, and the hashes of what was predicted before."""
+    print(comparison_text(comparison))
+    print()
+    for name, value in _ends(kept).items():
+        print(f"{name}: {'-' if value is None else value}")
+    hashes = {f"prediction of {load['name']}": load["prediction_sha256"] for load in kept["loads"]}
+    hashes |= {f"search of {each['plan']}": each["sha256"] for each in kept["searches"]}
+    for name, sha256 in hashes.items():
+        print(f"{name}: sha256 {sha256}")

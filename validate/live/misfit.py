@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+from servecast.calibrate.measure.engine.measure import model_config
 from servecast.sim.hardware.gpu import find_gpu
 from servecast.sim.hardware.model_shape import ModelShape
 from servecast.sim.inputs.errors import InputError
@@ -64,7 +63,7 @@ def _compare_drafts(truth: Truth, deployment: Deployment) -> None:
 
 def _compare_model(file: Path, deployment: Deployment) -> list[str]:
     scenario = deployment.scenario
-    served, ours = _config(file), _config(scenario.config_file())
+    served, ours = model_config(file), model_config(scenario.config_file())
     notes = []
     if isinstance(text := served.get("text_config"), dict):
         served = {**ours, "quantization_config": served.get("quantization_config"), **text}
@@ -88,13 +87,6 @@ def _compare_model(file: Path, deployment: Deployment) -> list[str]:
             fix="Name the model that is served.",
         )
     return notes
-
-
-def _config(file: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"cannot be read ({error})", where=str(file), fix="Give a model's folder.") from None
 
 
 def _compare_gpu(truth: Truth, deployment: Deployment) -> list[str]:

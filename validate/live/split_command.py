@@ -9,15 +9,16 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
+from servecast.calibrate.measure.folder import say
 from servecast.calibrate.measure.vllm.ending import sigterm_as_ctrl_c
 from servecast.sim.cli.options import WhatIf
 from servecast.sim.cli.output import print_json
 from servecast.sim.run.results import write_result
+from servecast.validate.compare.text import verdict_text
 from servecast.validate.compare.verdict import Verdict
 from servecast.validate.live.own_server import OwnServer, model_folder
 from servecast.validate.live.result import new_result
 from servecast.validate.live.split import Split, document, judge
-from servecast.validate.live.text import print_split, say
 
 
 def split(
@@ -83,3 +84,13 @@ def _keep(path: Path, found: Split) -> tuple[Verdict, dict[str, Any]]:
     kept = document(found, verdict)
     write_result(path, kept)
     return verdict, kept
+
+
+def print_split(split: Split, verdict: Verdict) -> None:
+    """Each router's figures as predicted and measured, which is best at each, and the verdict."""
+    for router, row in split.measured.items():
+        for figure, value in row["measured"].items():
+            print(f"{router:20} {figure:16} predicted {row['predicted'][figure]:9.4g} measured {value:9.4g}")
+    for figure, best in split.ranking().items():
+        print(f"best {figure:16} predicted {best['predicted'] or '-'}, measured {best['measured'] or '-'}")
+    print(verdict_text(verdict))

@@ -106,10 +106,7 @@ def proxy_latency_s(target: Target, served_model: str | None, *, times: int = 15
     ways: list[list[float]] = [[], []]
     for number in range(times):
         for way, (url, model, key) in enumerate(
-            (
-                (target.base_url, target.model, target.key),
-                (target.engine, served_model or target.model, None),
-            )
+            ((target.base_url, target.model, target.key), (target.engine, served_model or target.model, None))
         ):
             prompt = f"{time.time()} {number} {way}"
             ways[way].append(_complete(post_s, url, target, model, prompt, 1, key))

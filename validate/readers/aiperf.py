@@ -15,15 +15,7 @@ from servecast.sim.inputs.schema import invalid
 from servecast.sim.metrics.metrics import Floats
 from servecast.validate.readers.aiperf_load import FORM, GENAI_PERF, load_of
 from servecast.validate.readers.document import values_of
-from servecast.validate.readers.reading import (
-    Context,
-    Part,
-    Reading,
-    Statistics,
-    at,
-    broken,
-    expect,
-)
+from servecast.validate.readers.reading import Context, Part, Reading, Statistics, at, broken, expect
 from servecast.validate.readers.run_of import Columns, run_of, totals
 
 SUMMARY = "profile_export_aiperf.json"

@@ -19,16 +19,7 @@ from pydantic import Field, model_validator
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.inputs.schema import invalid
 from servecast.validate.readers.document import values_of
-from servecast.validate.readers.reading import (
-    Context,
-    Part,
-    Reading,
-    Requests,
-    Slots,
-    Statistics,
-    at,
-    expect,
-)
+from servecast.validate.readers.reading import Context, Part, Reading, Requests, Slots, Statistics, at, expect
 from servecast.validate.readers.run_of import Columns, run_of, totals
 
 FORM = "inference-perf"

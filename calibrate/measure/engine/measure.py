@@ -176,9 +176,9 @@ def _add_engine_row(folder: Folder, name: str, model: dict[str, Any], engine: En
     )
 
 
-def model_config(folder: Path) -> dict[str, Any]:
-    """The config.json of a model's folder; MeasureError if there is none."""
-    file = folder / "config.json"
+def model_config(model: Path) -> dict[str, Any]:
+    """The config.json of a model's folder, or that file itself; MeasureError if there is none."""
+    file = model if model.is_file() else model / "config.json"
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(config, dict):
@@ -188,7 +188,9 @@ def model_config(folder: Path) -> dict[str, Any]:
             f"cannot be read: {error.strerror}", str(file), "Give a folder with a model's config.json."
         ) from error
     except ValueError as error:
-        raise MeasureError(f"is no model's config ({error})", str(file), "Correct the file.") from error
+        raise MeasureError(
+            f"cannot be read as a model's config ({error})", str(file), "Correct the file."
+        ) from error
     return config
 
 

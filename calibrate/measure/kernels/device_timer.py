@@ -12,6 +12,7 @@ Work = Callable[[], Any]
 
 _INNER_S = 2e-4  # calls that share one measurement take at least this long together
 _LEAST_S = 0.02  # of repeats
+_WARM_UP = 3  # that do not count
 
 
 class DeviceTimer:
@@ -23,11 +24,11 @@ class DeviceTimer:
 
     Args:
         device: "cuda" or "cpu".
-        warm_up, repeats: measurements that are dropped, and that are kept at least.
+        repeats: measurements that are kept at least.
     """
 
-    def __init__(self, device: str, *, warm_up: int = 3, repeats: int = 7) -> None:
-        self.device, self._warm_up, self._repeats = device, warm_up, repeats
+    def __init__(self, device: str, *, repeats: int = 7) -> None:
+        self.device, self._repeats = device, repeats
 
     def times(self, works: Sequence[Work], *, graph: bool = True) -> list[float]:
         """Seconds of one call, once for each repeat.
@@ -43,7 +44,7 @@ class DeviceTimer:
         calls = [*works] * rounds
         run = self._captured(calls) if graph and self.device == "cuda" else None
         launch: Work = run if run is not None else lambda: _all(calls)
-        for _ in range(self._warm_up):
+        for _ in range(_WARM_UP):
             launch()
         found: list[float] = []
         while len(found) < self._repeats or (sum(found) < _LEAST_S and len(found) < 8 * self._repeats):

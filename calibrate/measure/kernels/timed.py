@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from ..engine.measure import model_config
 from ..errors import MeasureError
 from ..facts import collect, nvidia_smi
 from ..folder import Budget, Folder, say, walk
@@ -102,14 +102,10 @@ def _dtypes(device: str, asked: Sequence[str]) -> list[str]:
 
 
 def _shape(model: Path) -> Shape:
-    file = model / "config.json" if model.is_dir() else model
+    config = model_config(model)
     try:
-        return Shape.of(json.loads(file.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise MeasureError(
-            f"cannot be read: {error.strerror}", str(file), "Give a model's folder."
-        ) from error
+        return Shape.of(config)
     except (ValueError, KeyError, TypeError) as error:
         raise MeasureError(
-            f"has not the sizes of a model ({error})", str(file), "Give a config.json."
+            f"has not the sizes of a model ({error})", str(model), "Give a config.json."
         ) from error

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import MeasureError
-from .ending import signal_group
+from .ending import last_lines, signal_group, start
 from .server import vllm_environment
+
+BLOCK_TOKENS = 16  # of the traces that are written
 
 
 class TookTooLongError(MeasureError):
@@ -76,7 +78,6 @@ def bench_command(
     result_path: Path,
     *,
     python: str | Path = sys.executable,
-    block_tokens: int = 16,
     args: Sequence[str] = (),
 ) -> list[str]:
     """The command line that ``run_bench`` runs."""
@@ -86,7 +87,7 @@ def bench_command(
         *("--base-url", server.base_url, "--endpoint", server.endpoint),
         *("--model", server.model, "--tokenizer", server.tokenizer),
         *("--dataset-name", "timed_trace", "--dataset-path", str(trace), "--num-prompts", str(requests)),
-        *("--timed-trace-chunk-hash-size", str(block_tokens), "--disable-tqdm"),
+        *("--timed-trace-chunk-hash-size", str(BLOCK_TOKENS), "--disable-tqdm"),
         *("--percentile-metrics", "ttft,tpot,itl,e2el", "--metric-percentiles", "50,90,95,99"),
         *("--save-result", "--save-detailed"),
         *("--result-dir", str(result_path.parent), "--result-filename", result_path.name, *args),
@@ -99,7 +100,6 @@ def run_bench(
     result_path: Path,
     *,
     python: str | Path = sys.executable,
-    block_tokens: int = 16,
     args: Sequence[str] = (),
     env: Mapping[str, str] | None = None,
     hash_seed: int = 0,
@@ -109,8 +109,7 @@ def run_bench(
 
     Args:
         server: its key reaches the benchmark by environment, not by command line.
-        trace: timed_trace JSONL, as sim.trace_writers.write_timed_trace writes it, with blocks of
-            ``block_tokens`` tokens.
+        trace: timed_trace JSONL, as sim.trace_writers.write_timed_trace writes it.
         result_path: where the result's JSON is written.
         python: interpreter of the environment that has vllm. args: further flags of ``vllm bench serve``.
         env: variables set on top of our own.
@@ -123,7 +122,7 @@ def run_bench(
         MeasureError: it cannot start, fails, or completes no request; the message ends with what it said
             last.
     """
-    command = bench_command(server, trace, result_path, python=python, block_tokens=block_tokens, args=args)
+    command = bench_command(server, trace, result_path, python=python, args=args)
     variables = vllm_environment(env, offline=Path(server.tokenizer).is_dir())
     variables["PYTHONHASHSEED"] = str(hash_seed)
     if server.key is not None:
@@ -132,18 +131,15 @@ def run_bench(
     where = f"vllm bench serve against {server.base_url}"
     try:
         code, said = _run(command, variables, timeout_s)
-    except OSError as error:
-        fix = "Give the Python of an environment that has vLLM."
-        raise MeasureError(f"cannot start {python}: {error.strerror}", "--python", fix) from error
     except subprocess.TimeoutExpired as error:
         raise TookTooLongError(
-            f"not done after {timeout_s:g} s; its last words:\n{_end(error.output)}\n",
+            f"not done after {timeout_s:g} s; its last words:\n{last_lines(error.output)}\n",
             where,
             "Is the server alive and the load below what it can serve?",
         ) from error
     if code or not result_path.exists():
         fix = "Does the server answer, and are model and tokenizer its own?"
-        raise MeasureError(f"ended with code {code}; its last words:\n{_end(said)}\n", where, fix)
+        raise MeasureError(f"ended with code {code}; its last words:\n{last_lines(said)}\n", where, fix)
     try:
         result: dict[str, Any] = json.loads(result_path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -162,21 +158,11 @@ def run_bench(
 
 def _run(command: Sequence[str], env: Mapping[str, str], timeout_s: float | None) -> tuple[int, bytes]:
     """Exit code and output of a command. Whatever ends the wait for it ends all that it started, too."""
-    with subprocess.Popen(
-        command,
-        env=env,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,  # a process group of its own
-    ) as process:
+    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with start(command, env=env, **streams) as process:
         try:
             said, _ = process.communicate(timeout=timeout_s)
         except BaseException:
             signal_group(process.pid, signal.SIGKILL)
             raise
     return process.returncode, said
-
-
-def _end(output: bytes | None, lines: int = 15) -> str:
-    return "\n".join((output or b"").decode(errors="replace").rstrip().splitlines()[-lines:])

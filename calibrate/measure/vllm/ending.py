@@ -1,12 +1,15 @@
-"""How processes end: our own as by Ctrl-C, others with every process of their group."""
+"""Processes in groups of their own: how they start and end, and our own, as by Ctrl-C."""
 
 from __future__ import annotations
 
 import os
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from typing import Any
+
+from ..errors import MeasureError
 
 
 @contextmanager
@@ -17,6 +20,24 @@ def sigterm_as_ctrl_c() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def start(command: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
+    """Start a Python's command in a process group of its own, with options of Popen.
+
+    Raises:
+        MeasureError: there is no such Python.
+    """
+    try:
+        return subprocess.Popen(command, start_new_session=True, **options)
+    except OSError as error:
+        fix = "Give the Python of an environment that has vLLM."
+        raise MeasureError(f"cannot start {command[0]}: {error.strerror}", "--python", fix) from error
+
+
+def last_lines(said: bytes | None, count: int = 15) -> str:
+    """The end of what a process said."""
+    return "\n".join((said or b"").decode(errors="replace").rstrip().splitlines()[-count:])
 
 
 def signal_group(group: int, number: signal.Signals) -> None:

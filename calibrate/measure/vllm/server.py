@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 
 from ..errors import MeasureError
-from .ending import group_exists, signal_group
+from .ending import group_exists, last_lines, signal_group, start
 
 HOST = "127.0.0.1"
 GRACE_S = 15.0  # from SIGTERM to SIGKILL
@@ -37,7 +37,7 @@ class VllmServer:
         args: further flags of ``vllm serve``, without host and port.
         log: file for all that the server says.
         python: interpreter of the environment that has vllm. env: variables set on top of our own.
-        port: to listen on; a free one if None. start_up_s: how long it may take to become healthy.
+        start_up_s: how long it may take to become healthy.
 
     Attributes:
         base_url: like "http://127.0.0.1:8000". pid: of the API server, None before it starts.
@@ -54,10 +54,9 @@ class VllmServer:
         log: Path,
         python: str | Path = sys.executable,
         env: Mapping[str, str] | None = None,
-        port: int | None = None,
         start_up_s: float = 600.0,
     ) -> None:
-        self.model, self.log, self.port = str(model), log, port or free_port()
+        self.model, self.log, self.port = str(model), log, free_port()
         self.base_url = f"http://{HOST}:{self.port}"
         self.command = [
             *(str(python), "-m", "vllm.entrypoints.cli.main", "serve", self.model, *args),
@@ -87,28 +86,10 @@ class VllmServer:
         finally:
             connection.close()
 
-    def last_lines(self, count: int = 15) -> str:
-        """The end of the log."""
-        text = self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
-        return "\n".join(text.rstrip().splitlines()[-count:])
-
     def __enter__(self) -> VllmServer:
         with self.log.open("wb") as out:
-            try:
-                self._process = subprocess.Popen(
-                    self.command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=out,
-                    stderr=subprocess.STDOUT,
-                    env=self._env,
-                    start_new_session=True,  # a process group of its own, so that all of it can be ended
-                )
-            except OSError as error:
-                raise MeasureError(
-                    f"cannot start {self.command[0]}: {error.strerror}",
-                    "--python",
-                    "Give the Python of an environment that has vLLM.",
-                ) from error
+            streams = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": subprocess.STDOUT}
+            self._process = start(self.command, env=self._env, **streams)
         try:
             self._wait_until_healthy()
         except BaseException:
@@ -127,7 +108,7 @@ class VllmServer:
         raise self._failure(f"the server was not up after {self._start_up_s:g} s")
 
     def _failure(self, what: str) -> MeasureError:
-        what = f"{what}; its last words:\n{self.last_lines()}\n"
+        what = f"{what}; its last words:\n{last_lines(self.log.read_bytes())}\n"
         return MeasureError(what, f"vllm serve {self.model}", f"The whole log is {self.log}.")
 
     def stop(self) -> None:

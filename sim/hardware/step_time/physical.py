@@ -58,7 +58,8 @@ class KernelCosts:
             v and o of a prompt chunk are moved.
         mixers: of layers that mix tokens otherwise than by grouped-query attention, by their kind.
         expert_compute, expert_bandwidth: shares of the peaks in routed experts, where reading and multiplying
-            add up. expert_s: their floor in one layer, s. expert_passes: as product_passes.
+            add up, or join by a smooth maximum of ``expert_overlap``. expert_s: their floor in one layer, s.
+            expert_passes: as product_passes.
         all_reduce: one as timed, (bytes, s) rising, in place of ``link`` and ``allreduce_s``.
         all_gather, reduce_scatter: the same, by the bytes of all ranks together.
         exchange_s, exchange_link: floor of a token's way to its experts and back in one layer by DeepEP, s,
@@ -71,6 +72,7 @@ class KernelCosts:
     attention_passes: float
     expert_compute: float = 1.0
     expert_bandwidth: float = 1.0
+    expert_overlap: float = 1.0
     expert_s: float = 0.0
     expert_passes: float = 0.0
     all_reduce: tuple[tuple[int, float], ...] = ()
@@ -278,7 +280,7 @@ class PhysicalStepTime:
                 (
                     *(each.layers, each.window, each.pair_s, each.read_s, each.expand_s),
                     *(each.decode_s(mixed=False), each.decode_s(mixed=True), each.block_s),
-                    *(each.decode_pair_s, float(each.rows)),
+                    *(each.decode_pair_s, float(each.rows), *each.least),
                 )
                 for each in mixing.attention
             ],
@@ -294,6 +296,7 @@ class PhysicalStepTime:
             "lora": self._lora_costs,
             "prompt_tile": _PROMPT_TILE if self.efficiencies.by_kernel is not None else 1,
             "slots": self._slots,
+            "least": (self._least_of_tokens, self._least_of_rows, self._gpu.bandwidth),
         }
         by_tokens = self._tokens_seconds if self._spread.data == 1 else self._own_seconds
         return StepCosts(numbers, by_tokens, self._rows_seconds, self._uniform_seconds)
@@ -306,11 +309,12 @@ class PhysicalStepTime:
 
         Returns:
             What each computes: if there is a graph for all of them, they all run that of the largest, else
-            none does (``dp_utils._synchronize_dp_ranks``). Seconds of the layers of experts, and whether
-            there was a graph.
+            none does (``dp_utils._synchronize_dp_ranks``), and releases of ``padded_alike`` pad all to the
+            largest nevertheless. Seconds of the layers of experts, and whether there was a graph.
         """
         graphed = max(tokens) <= self._graphed
-        computed = [self.shard.padded(max(tokens))] * len(tokens) if graphed else list(tokens)
+        alike = graphed or (self._graphed > 0 and self._spread.padded_alike)
+        computed = [self.shard.padded(max(tokens))] * len(tokens) if alike else list(tokens)
         key = sum(computed), max(computed)
         seconds = self._by_cores.get(key)
         if seconds is None:
@@ -375,15 +379,11 @@ class PhysicalStepTime:
         tokens = step.decodes + getattr(step, "drafts", 0) + sum(new for new, _ in step.chunks)
         if not tokens:
             return 0.0
-        shard, queries = self.shard, _queries(step)
-        compute = tokens * self._dense_flops / shard.linear_peak
-        experts = float(self._model.moe_layers * self._model.experts_per_token)
-        experts *= 2 * self._model.expert_weights(1) / self._ranks
-        compute += tokens * experts / shard.expert_peak
-        rows = step.samples if shard.samples else 0
-        compute += shard.lm_head_flops(rows) / self._gpu.bf16_flops
-        read = shard.linear_bytes(tokens) + (shard.lm_head_bytes if rows else 0.0)
-        memory = read / self._gpu.bandwidth
+        queries = _queries(step)
+        compute, read = self._least_of_tokens(tokens)
+        logits, read_rows = self._least_of_rows(step.samples)
+        compute += logits
+        memory = (read + read_rows) / self._gpu.bandwidth
         for each, seen in self._seen(step):
             pair_s, decode_pair_s, read_s = each.least
             compute += each.layers * seen * decode_pair_s * queries
@@ -392,6 +392,20 @@ class PhysicalStepTime:
                 compute += each.layers * each.pairs(new, context) * pair_s
                 memory += each.layers * each.before(context) * read_s
         return max(compute, memory)
+
+    def _least_of_tokens(self, tokens: int) -> tuple[float, float]:
+        """What ``roofline_seconds`` counts for tokens: seconds of compute, bytes of weights."""
+        shard = self.shard
+        experts = float(self._model.moe_layers * self._model.experts_per_token)
+        experts *= 2 * self._model.expert_weights(1) / self._ranks
+        compute = tokens * self._dense_flops / shard.linear_peak + tokens * experts / shard.expert_peak
+        return compute, shard.linear_bytes(tokens)
+
+    def _least_of_rows(self, rows: int) -> tuple[float, float]:
+        """The same of sampled rows; without an LM head nothing."""
+        if not rows or not self.shard.samples:
+            return 0.0, 0.0
+        return self.shard.lm_head_flops(rows) / self._gpu.bf16_flops, self.shard.lm_head_bytes
 
     # -- parts -------------------------------------------------------------------------------------
 
@@ -440,10 +454,12 @@ class PhysicalStepTime:
         return sum(self._expert_terms(tokens, costs))
 
     def _expert_terms(self, tokens: int, costs: KernelCosts) -> tuple[float, float]:
-        """Multiplying and reading, which do not overlap; moving activations."""
+        """Multiplying and reading; moving activations."""
         shard, bandwidth = self.shard, self._gpu.bandwidth
-        experts = shard.expert_flops(tokens) / (shard.expert_peak * costs.expert_compute)
-        experts += shard.expert_bytes(tokens) / (bandwidth * costs.expert_bandwidth)
+        compute = shard.expert_flops(tokens) / (shard.expert_peak * costs.expert_compute)
+        read = shard.expert_bytes(tokens) / (bandwidth * costs.expert_bandwidth)
+        overlap = costs.expert_overlap
+        experts = compute + read if overlap == 1.0 else smooth_maximum(compute, read, overlap)
         return experts, shard.expert_moved_bytes(tokens) * costs.expert_passes / bandwidth
 
     def _expert_sides(self, tokens: int) -> tuple[float, float]:

@@ -13,7 +13,7 @@ from servecast.sim.inputs.yaml_file import parse_yaml, read_yaml
 from servecast.sim.routing.llmd.parameter_check import UNKNOWN, ParameterCheck
 from servecast.sim.routing.llmd.parameters import Parameters
 from servecast.sim.routing.llmd.plugin import EppConfig, NotModelled, Plugin, Split
-from servecast.sim.routing.llmd.plugins import ALIASES, BEFORE_1_4, GATES, KINDS, Kind
+from servecast.sim.routing.llmd.plugins import ALIASES, GATES, Kind, came_before_1_4, kinds
 from servecast.sim.routing.llmd.release import EPP_RELEASES, EppRelease
 from servecast.sim.routing.llmd.roles import SELECTORS, roles_of
 from servecast.sim.routing.llmd.splitting import splitting
@@ -106,11 +106,10 @@ class _Reader:
         self._gates()
         plugins = self._plugins()
         self._data_layer(plugins)
-        handlers = [name for name, plugin in plugins.items() if KINDS[plugin.type].role == "handler"]
+        handlers = [name for name, plugin in plugins.items() if kinds()[plugin.type].role == "handler"]
         if len(handlers) > 1:
-            raise self.fail(
-                f"there are {len(handlers)} profile handlers: {', '.join(handlers)}", "plugins", "Keep one."
-            )
+            what = f"there are {len(handlers)} profile handlers: {', '.join(handlers)}"
+            raise self.fail(what, "plugins", "Keep one.")
         if not handlers and not self.release.fills_in:
             raise self.fail("there is no profile handler", "plugins", "Add - type: single-profile-handler.")
         return self._profile(plugins)
@@ -139,18 +138,12 @@ class _Reader:
             name, _, value = str(gate).partition("=")
             at = f"featureGates.{number}"
             if name not in GATES:
-                raise self.fail(
-                    f"there is no feature gate {name!r}",
-                    at,
-                    did_you_mean(name, GATES) or f"Known are {', '.join(GATES)}.",
-                )
+                what = f"there is no feature gate {name!r}"
+                raise self.fail(what, at, did_you_mean(name, GATES) or f"Known are {', '.join(GATES)}.")
             why = GATES[name]
             if why is None and value != "false":
-                raise self.not_modelled(
-                    "flow control is not modelled: it holds requests in the picker while the fleet is full",
-                    at,
-                    "Remove the gate to see where requests go without it.",
-                )
+                what = "flow control is not modelled: it holds requests in the picker while the fleet is full"
+                raise self.not_modelled(what, at, "Remove the gate to see where requests go without it.")
             self.notes.append(f"feature gate {name} ({why or 'it is off'})")
 
     def _plugins(self) -> dict[str, Plugin]:
@@ -175,26 +168,25 @@ class _Reader:
     def _type(self, kind: str, parameters: Parameters, at: str) -> str:
         """Today's name of a plugin type."""
         found = ALIASES.get(kind, kind)
-        if found not in KINDS or not (self.release.today or found in BEFORE_1_4):
-            near = did_you_mean(kind, (*KINDS, *ALIASES)) or "Plugins of your own are not modelled."
+        if found not in kinds() or not (self.release.today or came_before_1_4(found)):
+            near = did_you_mean(kind, (*kinds(), *ALIASES)) or "Plugins of your own are not modelled."
             late = f"Endpoint picker {self.release_name} has none of this type."
-            raise self.fail(f"unknown plugin {kind!r}", f"{at}.type", near if found not in KINDS else late)
+            raise self.fail(f"unknown plugin {kind!r}", f"{at}.type", near if found not in kinds() else late)
         if kind in ALIASES and self.release_name != "v0.5":
             self.notes.append(f"{kind} (today's {found})")
-        if KINDS[found].role == "refused":
-            if not KINDS[found].in_profile:
-                raise self.refused(kind, KINDS[found], f"{at}.type")
+        if kinds()[found].role == "refused":
+            if not kinds()[found].in_profile:
+                raise self.refused(kind, kinds()[found], f"{at}.type")
             return found
         if found == "prefix-cache-scorer":
             mode = parameters.text("mode", "estimate")
             if mode not in ("estimate", "cache_tracking"):
-                raise self.fail(
-                    f"mode is {mode!r}", f"{at}.parameters.mode", "Known are estimate and cache_tracking."
-                )
+                what = f"mode is {mode!r}"
+                raise self.fail(what, f"{at}.parameters.mode", "Known are estimate and cache_tracking.")
             if mode == "cache_tracking":
                 found = "precise-prefix-cache-scorer"
-        if KINDS[found].role == "idle":
-            self.notes.append(f"{kind} ({KINDS[found].why})")
+        if kinds()[found].role == "idle":
+            self.notes.append(f"{kind} ({kinds()[found].why})")
         self.checks.check(found, parameters)
         return found
 
@@ -219,11 +211,9 @@ class _Reader:
                     self._known_fields(extractor, ("pluginRef",), place)
                     self._named(extractor.get("pluginRef"), plugins, f"{place}.pluginRef")
             if layer.get("injectDefaults") is False and "metrics-data-source" not in types:
-                raise self.not_modelled(
-                    "a picker without metrics is not modelled",
-                    f"{name}.injectDefaults",
-                    "Add metrics-data-source to the sources, or remove injectDefaults.",
-                )
+                what = "a picker without metrics is not modelled"
+                fix = "Add metrics-data-source to the sources, or remove injectDefaults."
+                raise self.not_modelled(what, f"{name}.injectDefaults", fix)
             self.notes.append(f"{name} (gauges and events come as router_options say)")
         if "flowControl" in self.data or "saturationDetector" in self.data:
             self.notes.append("flowControl, saturationDetector (without the gate only requests of negative "
@@ -232,11 +222,8 @@ class _Reader:
     def _named(self, name: Any, plugins: Mapping[str, Plugin], at: str) -> Plugin:
         plugin = plugins.get(name) if isinstance(name, str) else None
         if plugin is None:
-            raise self.fail(
-                f"there is no plugin named {name!r}",
-                at,
-                did_you_mean(str(name), plugins) or f"Named are {', '.join(plugins)}.",
-            )
+            what = f"there is no plugin named {name!r}"
+            raise self.fail(what, at, did_you_mean(str(name), plugins) or f"Named are {', '.join(plugins)}.")
         return plugin
 
     def _profile(self, plugins: dict[str, Plugin]) -> EppConfig:
@@ -252,11 +239,8 @@ class _Reader:
             names.append(profile["name"])
         splits = splitting(plugins, self.release.today)
         if splits is None and len(profiles) != 1:
-            raise self.fail(
-                f"there are {len(profiles)} scheduling profiles",
-                "schedulingProfiles",
-                "single-profile-handler runs exactly one.",
-            )
+            what = f"there are {len(profiles)} scheduling profiles"
+            raise self.fail(what, "schedulingProfiles", "single-profile-handler runs exactly one.")
         decode = "default" if splits is None else splits.decode
         if splits is not None and decode not in names:
             raise self.fail(f"there is no profile {decode!r}", "schedulingProfiles", "Add it.")
@@ -289,9 +273,9 @@ class _Reader:
             place = f"{at}.plugins.{number}"
             self._known_fields(entry, ("pluginRef", "weight"), place)
             plugin = self._named(entry.get("pluginRef"), plugins, f"{place}.pluginRef")
-            role = KINDS[plugin.type].role
+            role = kinds()[plugin.type].role
             if role == "refused":
-                raise self.refused(plugin.type, KINDS[plugin.type], f"{place}.pluginRef")
+                raise self.refused(plugin.type, kinds()[plugin.type], f"{place}.pluginRef")
             if role == "filter":
                 filters.append(parts.asking(plugin))
                 if plugin.type in SELECTORS and roles_of(plugin) is None:
@@ -308,7 +292,7 @@ class _Reader:
         if not pickers:
             if not self.release.fills_in:
                 raise self.fail("the profile has no picker", f"{at}.plugins", "Add max-score-picker.")
-            declared = [plugin for plugin in plugins.values() if KINDS[plugin.type].role == "picker"]
+            declared = [plugin for plugin in plugins.values() if kinds()[plugin.type].role == "picker"]
             default = Plugin("max-score-picker", "max-score-picker", Parameters({}, self.source))
             pickers = [*declared, default][:1]
         self._sees_prompts(plugins, [*filters, *(scorer for scorer, _weight in scorers)])
@@ -323,11 +307,9 @@ class _Reader:
             name = str(each.get("pluginRef"))
             types.add(plugins[name].type if name in plugins else name)
         if types == {"passthrough-parser"} and any(each.prefixes for each in asking):
-            raise self.not_modelled(
-                "a picker that does not see the prompts, but scores them, is not modelled",
-                "requestHandler.parsers",
-                "Add openai-parser, or leave out what looks at prompts.",
-            )
+            what = "a picker that does not see the prompts, but scores them, is not modelled"
+            fix = "Add openai-parser, or leave out what looks at prompts."
+            raise self.not_modelled(what, "requestHandler.parsers", fix)
 
     def _weight(self, weight: Any, name: str, at: str) -> float:
         if weight is None:
@@ -337,11 +319,8 @@ class _Reader:
         if isinstance(weight, bool) or not isinstance(weight, int | float):
             raise self.fail(f"weight is not a number: {weight!r}", at, "Write for example weight: 2.")
         if not self.release.fractional_weights and not float(weight).is_integer():
-            raise self.fail(
-                f"weight {weight!r} is a fraction, which endpoint picker {self.release_name} does not load",
-                at,
-                "Multiply all weights to whole numbers.",
-            )
+            what = f"weight {weight!r} is a fraction, which endpoint picker {self.release_name} does not load"
+            raise self.fail(what, at, "Multiply all weights to whole numbers.")
         return float(weight)
 
 

@@ -1,10 +1,15 @@
-"""One scheduling cycle, and what plugins may use in it."""
+"""One scheduling cycle, and what plugins may use in it.
+
+A plugin hears of what it has a method for: ``connect(backends)`` listens to the servers' KV events,
+``picked(cycle, backend)`` is told where a request goes, ``answered(request, index)`` that its first token has
+come, and ``ended(request, index)`` that it has ended.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -129,31 +134,3 @@ class Setting:
 
 
 CHARACTERS = 4  # of a token, to the picker
-
-
-@runtime_checkable
-class HearsPicks(Protocol):
-    """A plugin that learns where requests go."""
-
-    def picked(self, cycle: Cycle, backend: Backend) -> None: ...
-
-
-@runtime_checkable
-class HearsAnswers(Protocol):
-    """A plugin that learns when the first token comes."""
-
-    def answered(self, request: Request, index: int) -> None: ...
-
-
-@runtime_checkable
-class HearsEnds(Protocol):
-    """A plugin that learns when requests end."""
-
-    def ended(self, request: Request, index: int) -> None: ...
-
-
-@runtime_checkable
-class Connects(Protocol):
-    """A plugin that listens to the servers' KV events."""
-
-    def connect(self, backends: Sequence[Backend]) -> None: ...

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from servecast.sim.engine.request import Request
 from servecast.sim.routing.backends import Backend, Columns
-from servecast.sim.routing.llmd.cycle import Connects, Cycle, HearsAnswers, HearsEnds, HearsPicks, Setting
+from servecast.sim.routing.llmd.cycle import Cycle, Setting
 from servecast.sim.routing.llmd.filters import FILTERS
 from servecast.sim.routing.llmd.pickers import PICKERS
 from servecast.sim.routing.llmd.plugin import IN_FLIGHT, EppConfig, Plugin
@@ -56,7 +57,7 @@ class EndpointPicker:
         self._known: Columns | None = None
         self._base: Scores = np.empty(0)  # for ``_known``: the sum of the first scores, which are by gauges
         self._rest: list[tuple[Scorer, float, Scores | None]] = []  # the others, of which some are kept
-        self._picker = PICKERS[config.picker.type](config.picker, setting)
+        self._pick = partial(PICKERS[config.picker.type], rng=setting.rng)
         producers = [
             *setting.loads.values(),
             *setting.prefixes.values(),
@@ -65,10 +66,10 @@ class EndpointPicker:
         if beside is not None:  # which tells those that are its own, too
             own = [*beside.setting.loads.values(), *beside.setting.prefixes.values(), *beside._made.values()]
             plugins = [plugin for plugin in plugins if all(plugin is not each for each in own)]
-        self._connect = [plugin for plugin in plugins if isinstance(plugin, Connects)]
-        self._hear_picks = [plugin for plugin in plugins if isinstance(plugin, HearsPicks)]
-        self._hear_answers = [plugin for plugin in plugins if isinstance(plugin, HearsAnswers)]
-        self._hear_ends = [plugin for plugin in plugins if isinstance(plugin, HearsEnds)]
+        self._connect, self._picked, self._answered, self._ended = (
+            [getattr(plugin, name) for plugin in plugins if hasattr(plugin, name)]
+            for name in ("connect", "picked", "answered", "ended")
+        )
 
     def _one(self, plugin: Plugin, kinds: Mapping[str, Callable[[Plugin, Setting], Any]]) -> Any:
         """The plugin of that name."""
@@ -79,8 +80,8 @@ class EndpointPicker:
     def connect(self, backends: Sequence[Backend]) -> None:
         for backend in backends:
             backend.scrape()
-        for plugin in self._connect:
-            plugin.connect(backends)
+        for connect in self._connect:
+            connect(backends)
 
     def pick(self, request: Request, backends: Sequence[Backend]) -> int | None:
         cycle = Cycle.among(request, backends)
@@ -100,12 +101,12 @@ class EndpointPicker:
             if len(kept) < len(positions):
                 positions = [positions[position] for position in kept]
                 cycle = everyone.of(positions)
-        return positions[self._picker.pick(self.totals(cycle))]
+        return positions[self._pick(self.totals(cycle))]
 
     def tell(self, cycle: Cycle, backend: Backend) -> None:
         """A request goes to a server."""
-        for plugin in self._hear_picks:
-            plugin.picked(cycle, backend)
+        for picked in self._picked:
+            picked(cycle, backend)
 
     def totals(self, cycle: Cycle) -> Scores:
         """Each candidate's sum of weight x score. Scores by gauges are kept while these stay as they are."""
@@ -123,9 +124,9 @@ class EndpointPicker:
         return totals
 
     def answered(self, request: Request, index: int) -> None:
-        for plugin in self._hear_answers:
-            plugin.answered(request, index)
+        for answered in self._answered:
+            answered(request, index)
 
     def ended(self, request: Request, index: int) -> None:
-        for plugin in self._hear_ends:
-            plugin.ended(request, index)
+        for ended in self._ended:
+            ended(request, index)

@@ -8,8 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from servecast.sim.engine.request import Request
-from servecast.sim.routing.backends import Backend, Backends
+from servecast.sim.routing.backends import Backends
 from servecast.sim.routing.llmd.cycle import Cycle, Setting
 from servecast.sim.routing.llmd.plugin import NotModelled, Plugin
 from servecast.sim.routing.llmd.roles import roles_of
@@ -52,11 +51,10 @@ class PrefixCacheAffinityFilter:
         self._threshold = parameters.number("affinityThreshold", 0.8, high=1.0)
         self._explores = parameters.number("explorationProbability", 0.0, high=1.0)
         if parameters.text("ttftSource", "prefillThroughput") != "prefillThroughput":
-            raise NotModelled(
-                "ttftSource latencyPredictor asks a predictor that is trained while it serves: not modelled",
-                where=parameters.where("ttftSource"),
-                fix="Use prefillThroughput.",
+            what = (
+                "ttftSource latencyPredictor asks a predictor that is trained while it serves: not modelled"
             )
+            raise NotModelled(what, where=parameters.where("ttftSource"), fix="Use prefillThroughput.")
         penalty_ms = parameters.number("maxTTFTPenaltyMs", 18_000.0)
         rate = parameters.number("peakPrefillThroughput", 15_928.0)
         tokens = parameters.number("maxTokensInFlightPenalty", 0.0)
@@ -111,22 +109,13 @@ class UtilizationFilter:
         return kept if kept or not self._fallback else range(len(fits))
 
 
-class SessionAffinityFilter:
+class SessionAffinityFilter(Sessions):
     """The one that has the session; all, where there is none."""
 
-    def __init__(self, plugin: Plugin, setting: Setting) -> None:
-        self._sessions = Sessions(plugin, setting)
-
     def keep(self, cycle: Cycle) -> Sequence[int]:
-        home = self._sessions.home(cycle.request)
+        home = self.home(cycle.request)
         position = None if home is None else Backends.of(cycle.backends).position(home)
         return range(len(cycle.backends)) if position is None else [position]
-
-    def picked(self, cycle: Cycle, backend: Backend) -> None:
-        self._sessions.picked(cycle, backend)
-
-    def ended(self, request: Request, index: int) -> None:
-        self._sessions.ended(request, index)
 
 
 FILTERS: dict[str, Callable[[Plugin, Setting], Filter]] = {

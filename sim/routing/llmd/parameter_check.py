@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from servecast.sim.inputs.schema import did_you_mean
 from servecast.sim.routing.llmd.parameters import Parameters
 from servecast.sim.routing.llmd.plugin import APPROXIMATE, NotModelled
-from servecast.sim.routing.llmd.plugins import KINDS
+from servecast.sim.routing.llmd.plugins import kinds
 from servecast.sim.routing.llmd.release import EPP_RELEASES
 
 UNKNOWN = "knows no such parameter)"  # the end of a note
@@ -35,15 +35,12 @@ class ParameterCheck:
 
     def check(self, plugin: str, parameters: Parameters) -> None:
         """Each is read, or told, or refused."""
-        kind, release = KINDS[plugin], self._release
+        kind, release = kinds()[plugin], self._release
         for path in parameters.paths():
             if _beneath(path, kind.reads):
                 if plugin == "prefix-cache-scorer" and release.producers and path not in _SCORER_OWN:
-                    raise parameters.error(
-                        f"{path} is a parameter of {APPROXIMATE}, not of {plugin}, since v1.5",
-                        path,
-                        f"Move it to a plugin of type {APPROXIMATE}.",
-                    )
+                    what = f"{path} is a parameter of {APPROXIMATE}, not of {plugin}, since v1.5"
+                    raise parameters.error(what, path, f"Move it to a plugin of type {APPROXIMATE}.")
                 if plugin == "prefix-cache-scorer" and self._name == "v1.5" and path not in _SCORER_OWN:
                     said = f"{plugin}.{path} (taken, although picker v1.5 reads it of {APPROXIMATE} alone)"
                     self._notes.append(said)
@@ -78,9 +75,8 @@ class ParameterCheck:
         tuned = release.auto_tune and parameters.flag("autoTune", True)
         looked_at = parameters.amount("maxPrefixTokensToMatch", release.prefix_tokens)
         if name in _BLOCK_SIZES and release.strict and name == "hashBlockSize":
-            raise parameters.error(
-                f"{APPROXIMATE} has no parameter {name!r}", name, f"Use {wanted}, in tokens."
-            )
+            what = f"{APPROXIMATE} has no parameter {name!r}"
+            raise parameters.error(what, name, f"Use {wanted}, in tokens.")
         why = ""
         if name in (*_BLOCK_SIZES, "lruCapacityPerServer") and tuned:
             why = "autoTune takes the servers' sizes"

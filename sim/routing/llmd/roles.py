@@ -34,8 +34,7 @@ def roles_of(plugin: Plugin) -> Sequence[str] | None:
                 "DoesNotExist": (),
             }
             if operator not in chosen:
-                raise condition.error(
-                    f"operator is {operator!r}", "operator", f"Known are {', '.join(chosen)}."
-                )
+                what = f"operator is {operator!r}"
+                raise condition.error(what, "operator", f"Known are {', '.join(chosen)}.")
             wanted = [each for each in chosen[operator] if wanted is None or each in wanted]
     return wanted

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from servecast.sim.engine.request import Request
-from servecast.sim.routing.backends import Backend
+from servecast.sim.routing.backends import Backend, Columns
 from servecast.sim.routing.llmd.cycle import Cycle, Setting
 from servecast.sim.routing.llmd.plugin import Plugin
 from servecast.sim.routing.llmd.sessions import Sessions
@@ -43,53 +43,38 @@ def _fewest_best(values: Counts) -> Scores:
     return found
 
 
-class QueueScorer:
+class GaugeScorer:
+    """A score of what the servers' gauges say."""
+
+    by_gauges = True
+
+    def __init__(self, of: Callable[[Columns], Scores]) -> None:
+        self._of = of
+
+    def score(self, cycle: Cycle) -> Scores:
+        return self._of(cycle.known)
+
+
+def _queue(plugin: Plugin, setting: Setting) -> GaugeScorer:
     """Fewest waiting requests best: one more or less is worth the whole score where the range is one."""
-
-    by_gauges = True
-
-    def __init__(self, plugin: Plugin, setting: Setting) -> None:
-        pass
-
-    def score(self, cycle: Cycle) -> Scores:
-        return _fewest_best(cycle.known.waiting)
+    return GaugeScorer(lambda known: _fewest_best(known.waiting))
 
 
-class RunningRequestsSizeScorer:
+def _running(plugin: Plugin, setting: Setting) -> GaugeScorer:
     """Fewest running requests best, like the queue."""
-
-    by_gauges = True
-
-    def __init__(self, plugin: Plugin, setting: Setting) -> None:
-        pass
-
-    def score(self, cycle: Cycle) -> Scores:
-        return _fewest_best(cycle.known.running)
+    return GaugeScorer(lambda known: _fewest_best(known.running))
 
 
-class KvCacheUtilizationScorer:
+def _kv_usage(plugin: Plugin, setting: Setting) -> GaugeScorer:
     """1 - usage of the KV cache, whatever the others have. It alone could leave 0..1, and is clamped."""
-
-    by_gauges = True
-
-    def __init__(self, plugin: Plugin, setting: Setting) -> None:
-        self._least = 0.0 if setting.release.clamps else -np.inf
-
-    def score(self, cycle: Cycle) -> Scores:
-        return np.maximum(1.0 - cycle.known.kv_usage, self._least)
+    least = 0.0 if setting.release.clamps else -np.inf
+    return GaugeScorer(lambda known: np.maximum(1.0 - known.kv_usage, least))
 
 
-class LoadAwareScorer:
+def _load_aware(plugin: Plugin, setting: Setting) -> GaugeScorer:
     """0.5 for an empty queue, falling to 0 at ``threshold`` waiting requests."""
-
-    by_gauges = True
-
-    def __init__(self, plugin: Plugin, setting: Setting) -> None:
-        self._threshold = plugin.parameters.whole("threshold", 128)
-
-    def score(self, cycle: Cycle) -> Scores:
-        threshold = self._threshold
-        return 0.5 * (1.0 - np.minimum(cycle.known.waiting, threshold) / threshold)
+    most = plugin.parameters.whole("threshold", 128)
+    return GaugeScorer(lambda known: 0.5 * (1.0 - np.minimum(known.waiting, most) / most))
 
 
 class ActiveRequestScorer:
@@ -188,24 +173,15 @@ class PrefixCacheScorer:
         return by_length * lengths**2 + (1 - by_length) * counts / (match.total or 1)
 
 
-class SessionAffinityScorer:
+class SessionAffinityScorer(Sessions):
     """1 for the endpoint that has the session."""
 
     by_gauges = False
 
-    def __init__(self, plugin: Plugin, setting: Setting) -> None:
-        self._sessions = Sessions(plugin, setting)
-
     def score(self, cycle: Cycle) -> Scores:
-        home = self._sessions.home(cycle.request)
+        home = self.home(cycle.request)
         here: NDArray[np.bool_] = cycle.known.numbers == (-1 if home is None else home)
         return here.astype(np.float64)
-
-    def picked(self, cycle: Cycle, backend: Backend) -> None:
-        self._sessions.picked(cycle, backend)
-
-    def ended(self, request: Request, index: int) -> None:
-        self._sessions.ended(request, index)
 
 
 class NoHitLruScorer:
@@ -262,10 +238,10 @@ class LoraAffinityScorer:
 
 
 SCORERS: dict[str, Callable[[Plugin, Setting], Scorer]] = {
-    "queue-scorer": QueueScorer,
-    "kv-cache-utilization-scorer": KvCacheUtilizationScorer,
-    "running-requests-size-scorer": RunningRequestsSizeScorer,
-    "load-aware-scorer": LoadAwareScorer,
+    "queue-scorer": _queue,
+    "kv-cache-utilization-scorer": _kv_usage,
+    "running-requests-size-scorer": _running,
+    "load-aware-scorer": _load_aware,
     "active-request-scorer": ActiveRequestScorer,
     "token-load-scorer": TokenLoadScorer,
     "prefix-cache-scorer": PrefixCacheScorer,

@@ -17,9 +17,8 @@ class Sessions:
         parameters = plugin.parameters
         strategy = parameters.text("strategy", "encoded_endpoint_header")
         if strategy not in ("encoded_endpoint_header", "session_id"):
-            raise parameters.error(
-                f"strategy is {strategy!r}", "strategy", "Known are encoded_endpoint_header and session_id."
-            )
+            what = f"strategy is {strategy!r}"
+            raise parameters.error(what, "strategy", "Known are encoded_endpoint_header and session_id.")
         self._by_id = strategy == "session_id"
         ttl_s = parameters.block("sessionIdConfig").number("evictionTtlSeconds", 0.0)
         self._ttl_s = ttl_s or 300.0

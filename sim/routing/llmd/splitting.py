@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from servecast.sim.routing.llmd.plugin import Plugin
-from servecast.sim.routing.llmd.plugins import KINDS
+from servecast.sim.routing.llmd.plugins import kinds
 
 _ORDERS = {"": False, "decodefirst": False, "decode": False, "prefillfirst": True, "prefill": True}
 _NESTED = ("profiles", "deciders")
@@ -32,16 +32,15 @@ def splitting(plugins: Mapping[str, Plugin], today: bool) -> Splitting | None:
     Raises:
         InputError: the picker would refuse it.
     """
-    handler = next((each for each in plugins.values() if KINDS[each.type].role == "handler"), None)
+    handler = next((each for each in plugins.values() if kinds()[each.type].role == "handler"), None)
     if handler is None or handler.type not in ("pd-profile-handler", "disagg-profile-handler"):
         return None
     given = handler.parameters
     nested = [name for name in _NESTED if any(path.split(".")[0] == name for path in given.paths())]
     flat = [path for path in given.paths() if path.split(".")[0] not in (*_NESTED, "stageOrder")]
     if nested and flat:
-        raise given.error(
-            f"{nested[0]} and the older {flat[0]} in one handler", flat[0], "Write all of it the newer way."
-        )
+        what = f"{nested[0]} and the older {flat[0]} in one handler"
+        raise given.error(what, flat[0], "Write all of it the newer way.")
     profiles, deciders = given.block("profiles"), given.block("deciders")
     decode = profiles.text("decode", "") or given.text("decodeProfile", "decode")
     prefill = profiles.text("prefill", "") or given.text("prefillProfile", "prefill")
@@ -59,16 +58,13 @@ def splitting(plugins: Mapping[str, Plugin], today: bool) -> Splitting | None:
         name = names[at]
     asked = given.text("stageOrder", "").lower().replace("-", "").replace("_", "")
     if asked not in _ORDERS:
-        raise given.error(
-            f"stageOrder is {given.text('stageOrder', '')!r}",
-            "stageOrder",
-            "Known are decode-first and prefill-first.",
-        )
+        what = f"stageOrder is {given.text('stageOrder', '')!r}"
+        raise given.error(what, "stageOrder", "Known are decode-first and prefill-first.")
     if not name:
         return Splitting(decode, prefill, None, _ORDERS[asked])
     if _ORDERS[asked]:
         raise given.error("prefill-first takes no prefill decider", at, "Leave one of them out.")
     decider = plugins.get(name)
-    if decider is None or KINDS[decider.type].role != "decider":
+    if decider is None or kinds()[decider.type].role != "decider":
         raise given.error(f"there is no decider named {name!r}", at, "Add prefix-based-pd-decider.")
     return Splitting(decode, prefill, decider)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from servecast.sim.routing.llmd.parameters import Parameters
 from servecast.sim.routing.llmd.plugin import APPROXIMATE, IN_FLIGHT, PRECISE, Plugin
-from servecast.sim.routing.llmd.plugins import KINDS
+from servecast.sim.routing.llmd.plugins import kinds
 from servecast.sim.routing.llmd.release import EppRelease
 
 
@@ -56,7 +56,7 @@ class Wiring:
         listed = self._plugins.get(name)
         if listed is not None and listed.type == "precise-prefix-cache-scorer":
             self._made[name] = replace(listed, type=PRECISE)
-        elif listed is not None and KINDS[listed.type].role == "producer":
+        elif listed is not None and kinds()[listed.type].role == "producer":
             self._made[name] = listed
         elif name == default:
             self._made[name] = Plugin(name, name, Parameters({}, self._source))

@@ -127,9 +127,8 @@ class Load(Model):
                     at = f"stages.{number}.{name}"
                     raise invalid(f"{name} is missing in a stage of a {self.type} load", "Add it.", at=at)
             if (stage.rate or 0) * (stage.duration or 0) > MOST_REQUESTS:
-                raise invalid(
-                    "more than 100 million requests in a stage", "Lower rate or duration.", at="stages"
-                )
+                what = "more than 100 million requests in a stage"
+                raise invalid(what, "Lower rate or duration.", at="stages")
             for name in other if not closed else ():  # a client sets those of a closed loop while it runs
                 if getattr(stage, name) is not None:
                     at = f"stages.{number}.{name}"
@@ -287,11 +286,9 @@ class Server(Model):
     @model_validator(mode="after")
     def _lengths_are_known(self) -> Server:
         if not self.ignore_eos:
-            raise invalid(
-                "without ignore_eos the model ends its outputs where it likes",
-                "Set it to true, or write the workload as streams with an output length.",
-                at="ignore_eos",
-            )
+            what = "without ignore_eos the model ends its outputs where it likes"
+            fix = "Set it to true, or write the workload as streams with an output length."
+            raise invalid(what, fix, at="ignore_eos")
         return self
 
 

@@ -95,11 +95,8 @@ class InferencePerfWorkload(Model):
         """What the streams of all stages have in common."""
         data, each = file.data, self.prompt_tokens_each
         if file.api.type == "chat" and self.chat_template_tokens is None:
-            raise InputError(
-                "api.type chat puts a template of unknown length around each prompt",
-                where=f"{self.inference_perf}: api.type",
-                fix="Give it as workload.chat_template_tokens.",
-            )
+            where, fix = f"{self.inference_perf}: api.type", "Give it as workload.chat_template_tokens."
+            raise InputError("api.type chat puts a template of unknown length around each prompt", where, fix)
         common: dict[str, Any] = {
             "abort_after_s": file.load.request_timeout,
             "suffix_tokens": self.chat_template_tokens or 0,

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 from small_scenarios import MINIMAL
+from trace_formats import read_azure, read_burstgpt, read_mooncake, read_timed_trace
 
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.metrics.slo import SLO, Goodput
 from servecast.sim.scenario.reported import read_rows
 from servecast.sim.scenario.scenario import load
 from servecast.sim.scenario.vllm_flags import parse_serve_command
-from servecast.sim.traffic.traces import read_azure, read_burstgpt, read_mooncake, read_timed_trace
 
 SCENARIO = MINIMAL.replace("0.32", "0.23")
 HASHED = '{"timestamp": %s, "input_length": %s, "output_length": 5, "hash_ids": [%s]}\n'

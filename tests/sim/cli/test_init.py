@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -40,6 +41,27 @@ def test_what_the_command_says_is_taken_from_it() -> None:
     assert 'config: "config.json"}  # <-- put the file of org/my-model beside this one' in text
     assert "max_tokens: 3072" in text  # three quarters of 4,096, and a quarter for the answer
     assert "max_tokens: 1000" in text
+
+
+@pytest.mark.parametrize(
+    ("drafts", "line"),
+    [
+        ({"method": "eagle3", "model": "o/head", "num_speculative_tokens": 3}, "acceptance: {assumed: true}"),
+        (
+            {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4},
+            "acceptance: {assumed: true, proposed: 0.5}",
+        ),
+    ],
+)
+def test_drafts_bring_an_acceptance_that_is_a_guess(
+    tmp_path: Path, drafts: dict[str, object], line: str
+) -> None:
+    path = tmp_path / "drafts.yaml"
+    path.write_text(starter(f"vllm serve Qwen/Qwen3-8B --speculative-config '{json.dumps(drafts)}'"))
+    assert f"\n{line}  # <-- 0.7 a draft, a guess" in path.read_text()
+    found = servecast.simulate(servecast.load(path), request_rate=5, num_requests=20)
+    assert found.to_json()["completed"] == 20
+    assert any("acceptance assumed at 0.7" in note for note in found.to_json()["notes"])
 
 
 def test_what_cannot_be_simulated_is_said_at_once(capsys: pytest.CaptureFixture[str]) -> None:

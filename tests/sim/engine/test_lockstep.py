@@ -65,6 +65,7 @@ class Pair:
             "prompt_tile": 1,
             "slots": 0,
             "lora": (0.0, 0.0, 0.0),
+            "least": (None, None, 1.0),
         }
         self.together = Lockstep(cores, lambda tokens: (tokens, float(sum(tokens)), True))
         self.loops = []

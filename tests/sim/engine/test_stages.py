@@ -182,7 +182,7 @@ def stage(seconds: float) -> StepCosts:
         ("decode_s", "chunk_token_s", "chunk_s", "serial_s", "request_s", "eager_s"), 0.0
     )
     numbers |= {"attention": [], "window": 0, "chunked": False, "graphed": 0, "prompt_tile": 1}
-    numbers |= {"slots": 0, "lora": (0.0, 0.0, 0.0)}
+    numbers |= {"slots": 0, "lora": (0.0, 0.0, 0.0), "least": (None, None, 1.0)}
     return StepCosts(numbers, lambda tokens: seconds, lambda rows: 0.0, lambda tokens, requests: 0.0)
 
 

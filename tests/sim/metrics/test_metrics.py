@@ -17,7 +17,7 @@ from servecast.sim.inputs.errors import InputError
 from servecast.sim.inputs.units import to_ps
 from servecast.sim.metrics import metrics
 from servecast.sim.metrics.confidence import mser5, t_interval, wilson
-from servecast.sim.metrics.records import STEP_COLUMNS, RequestRecord, Run, requests_frame
+from servecast.sim.metrics.records import SECONDS_COLUMNS, STEP_COLUMNS, RequestRecord, Run
 from servecast.sim.metrics.slo import Goodput
 from servecast.sim.metrics.warmup import Warmup, select
 
@@ -44,6 +44,21 @@ def record(
 def steps_frame(rows: list[dict[str, float]]) -> pd.DataFrame:
     values = [[row.get(name, 0) for name in STEP_COLUMNS] for row in rows]
     return pd.DataFrame(values, columns=list(STEP_COLUMNS)).astype(STEP_COLUMNS)
+
+
+def requests_frame(records: list[RequestRecord]) -> pd.DataFrame:
+    """RequestRecords to a table with times in seconds."""
+    columns: dict[str, Any] = {}
+    for name in RequestRecord.__slots__:
+        values = [getattr(record, name) for record in records]
+        if name in SECONDS_COLUMNS:
+            known = np.array([np.nan if v is None else v for v in values], dtype="float64")
+            columns[name] = known * 1e-12
+        elif name in ("replica", "cached_tokens", "group"):
+            columns[name] = pd.array(values, dtype="Int64")
+        else:
+            columns[name] = values
+    return pd.DataFrame(columns, columns=list(RequestRecord.__slots__))
 
 
 @pytest.fixture

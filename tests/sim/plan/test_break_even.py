@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from servecast.sim.metrics.binding import StepRow
-from servecast.sim.plan.break_even import OFF, break_even, break_even_plot
+from servecast.sim.plan.break_even import OFF, break_even, draw_break_even
+from servecast.sim.report.drawing import picture
 from servecast.sim.run.simulate import simulate
 from servecast.sim.scenario.deployment import Deployment
 from servecast.sim.scenario.scenario import Scenario, load
@@ -62,7 +63,7 @@ def test_it_stops_to_pay_where_the_gain_crosses_one(scenario: Scenario) -> None:
     assert all((level.gain > 1) == (level.requests <= found.pays_up_to) for level in found.levels)
     assert "and costs beyond" in found.sentence
     assert str(found.pays_up_to) in found.sentence
-    assert "<svg" in break_even_plot(found)
+    assert "<svg" in picture("drafts", "Drafts", 2, lambda axes: draw_break_even(found, axes))
 
 
 def test_drafts_that_are_never_accepted_never_pay(scenario: Scenario) -> None:

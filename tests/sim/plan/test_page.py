@@ -205,9 +205,9 @@ def test_every_limit_that_the_search_names_has_words() -> None:
 
 def test_figures_are_labelled_svg_of_bounded_size(plan: Plan, run: Run) -> None:
     for svg in (
-        figures.latency_by_rate(plan),
+        drawing.picture("latency", "Latency", 2, lambda axes: figures.draw_latency(plan, axes)),
         figures.throughput_by_rate(plan),
-        run_figures.engine_over_time(run),
+        drawing.picture("engine", "Engine", 2, lambda axes: run_figures.draw_engine(run, axes)),
         run_figures.itl_histogram(run),
     ):
         panels = list(ElementTree.fromstring(svg))  # side by side where there is room

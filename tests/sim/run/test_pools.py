@@ -175,6 +175,22 @@ def test_servers_that_cannot_exchange_blocks_are_refused(
         run_of(scenario({"prefill": prefill, "decode": decode}))
 
 
+def test_releases_that_differ_are_refused_as_the_handshake_does() -> None:
+    """NixlConnector hashes vLLM's version (compute_nixl_compatibility_hash, in each release), which the
+    decode server compares unless told not to; Mooncake's compares nothing."""
+    old = {"engine": {"version": "0.31"}}
+    with pytest.raises(InputError, match=r"version 0\.32 beside 0\.31"):
+        run_of(scenario({"prefill": old, "decode": 1}))
+    loose = PULLED | {"kv_connector_extra_config": {"enforce_handshake_compat": False}}
+    for config in (loose, PULLED | {"kv_connector": "MooncakeConnector"}):
+        engine = {"version": "0.32", "max_model_len": 8192, "kv_transfer_config": config}
+        assert len(run_of(scenario({"prefill": old, "decode": 1}, engine=engine)).requests) == 60
+    strict = {"engine": {"kv_transfer_config": PULLED}}
+    engine = {"version": "0.32", "max_model_len": 8192, "kv_transfer_config": loose}
+    with pytest.raises(InputError, match=r"version 0\.32 beside 0\.31"):
+        run_of(scenario({"prefill": old, "decode": strict}, engine=engine))
+
+
 def test_the_link_by_default() -> None:
     """NVLink where all GPUs are in one node that has it, else InfiniBand; what is given is told as given."""
 

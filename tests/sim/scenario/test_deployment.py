@@ -82,6 +82,32 @@ def test_blocks_that_no_kernel_takes_are_refused(tmp_path: Path) -> None:
     assert Deployment.of(scenario(tmp_path, block_size=48)).config.block_size == 48
 
 
+def test_float16_of_models_that_vllm_bars_it_from(tmp_path: Path) -> None:
+    """_FLOAT16_NOT_SUPPORTED_MODELS: refused where it is asked for, and a GPU without bfloat16 falls back to
+    float32 (_resolve_auto_dtype)."""
+    with pytest.raises(InputError, match=r"vLLM refuses float16 of gemma3_text\. Use bfloat16\."):
+        Deployment.of(scenario(tmp_path, "gemma-3-1b-it", dtype="half"))
+    with pytest.raises(InputError, match="and runs it in float32 on a T4, which is not modelled"):
+        Deployment.of(scenario(tmp_path, "gemma-3-1b-it", "T4"))
+    assert Deployment.of(scenario(tmp_path, "gemma-3-1b-it", "L4"))
+    assert Deployment.of(scenario(tmp_path, "Qwen2.5-0.5B-Instruct", "T4", dtype="float16"))
+
+
+def test_offloading_of_nothing_is_none(tmp_path: Path) -> None:
+    """A grid's 0 is the cell without, in sweep, optimize and a pasted command."""
+    for engine in ({"kv_offloading_size": 0}, {"command": "vllm serve m --kv-offloading-size 0"}):
+        assert Deployment.of(scenario(tmp_path, **engine)).offloading is None
+
+
+def test_explain_tells_what_the_deployment_does(tmp_path: Path) -> None:
+    """What was told or assumed of the server, and its KV cache groups: a layer in six of Gemma 3 is full."""
+    made = scenario(tmp_path, "gemma-3-1b-it", "L4", stream_interval=4)
+    notes = explain(made).notes
+    assert any(note.startswith("KV cache groups: ") and "sliding" in note for note in notes)
+    assert set(Deployment.of(made).notes) <= set(notes)
+    assert any("stream_interval 4 is not modelled" in note for note in notes)
+
+
 def test_what_may_fit_runs_with_a_note(tmp_path: Path) -> None:
     found = simulate(scenario(tmp_path, gpu="RTX 4090", max_model_len=40_960))
     assert found.result["engine"]["num_gpu_blocks"] == 40_960 // 16 + 1

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from places import DATA
 from small_scenarios import small
-from trace_formats import WRITERS
+from trace_formats import WRITERS, read_azure, read_burstgpt, read_mooncake, read_timed_trace
 
 import servecast
 from servecast.sim.engine.request import Request
@@ -25,15 +25,7 @@ from servecast.sim.traffic.spec import Level, PlanSpec, StreamSpec, Sweep
 from servecast.sim.traffic.trace_notes import trace_notes
 from servecast.sim.traffic.trace_spec import TraceColumns, TraceSpec
 from servecast.sim.traffic.trace_writers import from_requests, write_timed_trace
-from servecast.sim.traffic.traces import (
-    Format,
-    Trace,
-    read_azure,
-    read_burstgpt,
-    read_mooncake,
-    read_timed_trace,
-    read_trace,
-)
+from servecast.sim.traffic.traces import Columns, Format, Trace, read_trace
 
 READERS = {
     "mooncake": read_mooncake,
@@ -104,7 +96,7 @@ def test_timed_trace_takes_the_names_and_units_that_vllms_options_give(tmp_path:
     path.write_text(
         '{"ns": 5e8, "in": 20, "out": 3, "ids": [7, 8]}\n\n{"ns": 2e9, "in": 4, "out": 1, "ids": [7]}\n'
     )
-    trace = read_timed_trace(path, seconds_per_unit=1e-9, columns=("ns", "in", "out", "ids"))
+    trace = read_timed_trace(path, seconds_per_unit=1e-9, columns=Columns("ns", "in", "out", "ids"))
     assert trace.times_s.tolist() == [0.5, 2.0]
     assert trace.hash_ids == [(7, 8), (7,)]
 

@@ -26,7 +26,7 @@ from servecast.sim.scenario.scenario import load
 from servecast.validate.compare.attribution import attribute, parts_of_recording, parts_of_run
 from servecast.validate.compare.load import LoadComparison, Row, compare_runs
 from servecast.validate.compare.page import write_comparison_page
-from servecast.validate.compare.series import EngineSeries
+from servecast.validate.compare.series import figures_of, scraped, simulated
 from servecast.validate.compare.sweep import bracket_row, compare_loads, judged
 from servecast.validate.compare.text import comparison_text
 from servecast.validate.compare.tolerances import Tolerances
@@ -256,21 +256,12 @@ def test_lag_is_what_distorts_the_traffic_not_a_common_offset() -> None:
 
 def telemetry(of: Run, offset: float = 0.0, step: float = 0.25) -> pd.DataFrame:
     times = np.arange(-1.0, float(of.requests["finish"].max()) + 1, step)
-    seen = EngineSeries.of_run(of, times)
+    seen = simulated(of, times)
     prompt = of.requests.sort_values("finish")
     done = np.searchsorted(prompt["finish"].to_numpy(), times)
     queries = np.concatenate([[0], prompt["prompt_tokens"].cumsum()])[done]
-    return pd.DataFrame(
-        {
-            "time_s": times + offset,
-            "running": seen.running,
-            "waiting": seen.waiting,
-            "kv_usage": seen.kv_usage,
-            "preemptions": 7 + seen.preemptions_total,
-            "prefix_queries": 1000 + queries,
-            "prefix_hits": 500 + queries // 4,
-        }
-    )
+    counters = {"preemptions": 7, "prefix_queries": 1000 + queries, "prefix_hits": 500 + queries // 4}
+    return seen.assign(time_s=times + offset, **counters)
 
 
 def test_what_the_engine_showed_is_compared_at_the_same_times() -> None:
@@ -279,11 +270,9 @@ def test_what_the_engine_showed_is_compared_at_the_same_times() -> None:
     found = compared(measured, telemetry=telemetry(measured, offset=100.0))
     assert found.series is not None
     ours, truth = found.series
-    assert (ours.time_s == truth.time_s).all()
-    assert (
-        row(found, "max_num_running").measured.estimate
-        == EngineSeries.of_run(measured, truth.time_s).running.max()
-    )
+    assert ours["time_s"].tolist() == truth["time_s"].tolist()
+    seen = simulated(measured, truth["time_s"].to_numpy())
+    assert row(found, "max_num_running").measured.estimate == seen["running"].max()
     assert row(found, "prefix_cache_hit_rate").measured.estimate == pytest.approx(0.25, rel=1e-3)
     assert row(found, "num_preemptions").measured.estimate == 0
     own = compare_runs(
@@ -297,7 +286,7 @@ def test_what_was_not_scraped_has_no_row() -> None:
     measured = run(20, 9)
     frame = telemetry(measured).drop(columns=["prefix_hits", "preemptions"])
     frame["kv_usage"] = math.nan
-    figures = EngineSeries.of_telemetry(frame).figures()
+    figures = figures_of(scraped(frame))
     assert figures.keys() == {"max_num_running", "max_num_waiting"}
     of_client = replace(measured, steps=measured.steps.iloc[:0])
     found = compared(of_client, telemetry=frame)

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from servecast.calibrate.fit.kernel_timings import (
+from servecast.scenarios.make.kernels.timings import (
     BYTES,
     KV,
     LEAST_ROWS,
@@ -24,6 +24,9 @@ from servecast.calibrate.fit.kernel_timings import (
     WORST_MEDIAN,
     KernelTables,
     Timings,
+    columns,
+    over,
+    times,
 )
 from servecast.sim.hardware.gpu import GPU
 from servecast.sim.hardware.gpu_constants import (
@@ -48,14 +51,7 @@ from servecast.sim.hardware.mixing import (
 Floats = npt.NDArray[np.float64]
 
 _DEEPSEEK = Mixer(
-    kind="mla",
-    count=1,
-    heads=128,
-    head_dim=192,
-    value_dim=128,
-    query_rank=1536,
-    kv_rank=512,
-    rope_dim=64,
+    kind="mla", count=1, heads=128, head_dim=192, value_dim=128, query_rank=1536, kv_rank=512, rope_dim=64
 )
 MODELS: Mapping[str, tuple[int, Mixer]] = {  # model of the tables -> hidden size, its attention
     "deepseek-ai/DeepSeek-V3": (7168, _DEEPSEEK),
@@ -119,16 +115,13 @@ def fit_latents(
     decodes: dict[Any, DecodeAttention] = {}
     indexers: dict[Any, Indexer] = {}
     for kv, dtype in KV.items():
-        found = [
+        context, generation = (
             _blocks(tables, folder, f"{name}_{phase}_module_perf", kv, products)
             for phase in ("context", "generation")
-        ]
-        if any(block is None or len(block.seconds) < LEAST_ROWS for block in found):
+        )
+        if context is None or generation is None:
             continue
-        context, generation = found
-        assert context is not None
-        assert generation is not None
-        decode, index_bandwidth = _decodes(generation, sparse)
+        decode, index_bandwidth = _decodes(generation)
         prompt, index_compute = _prompts(context, sparse)
         decodes[dtype], prompts[dtype] = decode, prompt
         if sparse:
@@ -136,19 +129,17 @@ def fit_latents(
     return prompts, decodes, indexers
 
 
-def _decodes(block: _Block, sparse: bool) -> tuple[DecodeAttention, float]:
+def _decodes(block: _Block) -> tuple[DecodeAttention, float]:
     def equation(x: Sequence[float]) -> Floats:
         longer = np.maximum(block.compute / x[1], block.memory / x[2])
         return np.asarray(block.linear + x[0] + longer + x[3] * block.batch + block.index_memory / x[4])
 
     timings = Timings(block.seconds, block.batch * block.length, (0, 1e3, 1e4, 1e5, 1e6, 1e9))
-    values, kept = timings.fit(
+    (*values, index), kept = timings.fit(
         equation, (6e-5, 0.6, 0.8, 1e-7, 0.9), (0, 0.05, 0.05, 0, 0.05), (5e-4, 1, 1, 5e-6, 1)
     )
-    decode = DecodeAttention(
-        floor_s=values[0], compute=values[1], bandwidth=values[2], sequence_s=values[3], residuals=kept
-    )
-    return decode, values[4]
+    names = ("floor_s", "compute", "bandwidth", "sequence_s")
+    return DecodeAttention(**dict(zip(names, values, strict=True)), residuals=kept), index
 
 
 def _prompts(block: _Block, sparse: bool) -> tuple[PromptAttention, float]:
@@ -158,22 +149,20 @@ def _prompts(block: _Block, sparse: bool) -> tuple[PromptAttention, float]:
 
     timings = Timings(block.seconds, block.length, (1, 129, 513, 2049, 8193, 40000))
     most = LONG_S if sparse else 5e-4  # sparse ones: launches outside CUDA graphs
-    values, kept = timings.fit(
+    (*values, index), kept = timings.fit(
         equation, (most / 2, 0.6, 3.0, 0.5), (0, 0.05, 0, 0.02), (most, MOST_COMPUTE, 30, 1)
     )
-    prompt = PromptAttention(
-        floor_s=values[0], compute=values[1], activation_passes=values[2], residuals=kept
-    )
-    return prompt, values[3]
+    names = ("floor_s", "compute", "activation_passes")
+    return PromptAttention(**dict(zip(names, values, strict=True)), residuals=kept), index
 
 
 def _blocks(
     tables: KernelTables, folder: str, name: str, kv: str, products: Mapping[Any, Product]
 ) -> _Block | None:
-    columns = ("model", "kv_cache_dtype", "gemm_type", "num_heads", "batch_size", "isl", "step")
+    names = ("model", "kv_cache_dtype", "gemm_type", "num_heads", "batch_size", "isl", "step")
     if not tables.has(folder, name):
         return None
-    rows = tables.read(folder, name, columns)
+    rows = tables.read(folder, name, names)
     rows = rows[(rows["kv_cache_dtype"] == kv) & rows["model"].isin(MODELS)]
     rows = rows[rows["gemm_type"].map(WEIGHTS).isin(list(products))]
     if "context" in name:
@@ -187,7 +176,7 @@ def _blocks(
         for key, part in rows.groupby(["model", "gemm_type", "num_heads"])
         if int(str(key[2])) <= MODELS[str(key[0])][1].heads
     ]
-    if not parts:
+    if sum(len(part["seconds"]) for part in parts) < LEAST_ROWS:
         return None
     return _Block(*(np.concatenate([part[name] for part in parts]) for name in _Block.__slots__))
 
@@ -204,7 +193,7 @@ def _block(
 ) -> dict[str, Floats]:
     """Rows of one model with so many heads on the rank that was timed."""
     ranks = mixer.heads // heads
-    batch, new, step = (rows[name].to_numpy(float) for name in ("batch_size", "isl", "step"))
+    batch, new, step = columns(rows, "batch_size", "isl", "step")
     decode = bool((step > 0).any())
     topk = mixer.index_topk
     if decode:
@@ -270,38 +259,26 @@ def fit_states(tables: KernelTables) -> tuple[dict[Any, StatePrompts], dict[Any,
             ]
             for part in (prompt, decode)
         ]
-        batch, length = (prompt[name].to_numpy(float) for name in ("batch_size", "seq_len"))
+        batch, length = columns(prompt, "batch_size", "seq_len")
         numbers = np.array([attended_numbers(mixer, 1) for mixer in mixers[0]])
-        moved = batch * length * 2 * numbers / bandwidth
-
-        def of_prompt(
-            x: Sequence[float], batch: Floats = batch, length: Floats = length, moved: Floats = moved
-        ) -> Floats:
-            return np.asarray(x[0] + x[1] * moved + x[2] * length + x[3] * batch)
-
-        timings = Timings(prompt["seconds"].to_numpy(float), length, (1, 65, 513, 2049, 8193, 40000))
-        values, kept = timings.fit(of_prompt, (1e-5, 3, 4e-8, 5e-7), (0, 0, 0, 0), (1e-4, 30, 1e-6, 1e-4))
-        found = StatePrompts(
-            floor_s=values[0],
-            activation_passes=values[1],
-            serial_s=values[2],
-            sequence_s=values[3],
-            residuals=kept,
+        of_prompt = Timings.of(prompt, "seq_len", 1, 65, 513, 2049, 8193, 40000).sum_of(
+            StatePrompts,
+            floor_s=times(1, 1e-5, 1e-4),
+            activation_passes=times(batch * length * 2 * numbers / bandwidth, 3, 30),
+            serial_s=times(length, 4e-8, 1e-6),
+            sequence_s=times(batch, 5e-7, 1e-4),
         )
-        batch = decode["batch_size"].to_numpy(float)
+        (batch,) = columns(decode, "batch_size")
         memory = batch * 2 * np.array([state_bytes(mixer, 1) for mixer in mixers[1]]) / bandwidth
-
-        def of_decode(x: Sequence[float], batch: Floats = batch, memory: Floats = memory) -> Floats:
-            return np.asarray(x[0] + memory / x[1] + x[2] * batch)
-
-        timings = Timings(decode["seconds"].to_numpy(float), batch, (1, 2, 17, 65, 257, 513))
-        values, kept = timings.fit(of_decode, (6e-6, 0.85, 1e-8), (0, 0.05, 0), (1e-4, 1, 2e-6))
-        if kept.median > WORST_MEDIAN:  # states that lie in the L2 cache, as of few heads on a large one
-            continue
-        prompts[kind], decodes[kind] = (
-            found,
-            DecodeAttention(floor_s=values[0], bandwidth=values[1], sequence_s=values[2], residuals=kept),
+        of_decode = Timings.of(decode, "batch_size", 1, 2, 17, 65, 257, 513).sum_of(
+            DecodeAttention,
+            floor_s=times(1, 6e-6, 1e-4),
+            bandwidth=over(memory, 0.85),
+            sequence_s=times(batch, 1e-8, 2e-6),
         )
+        assert of_decode.residuals is not None
+        if of_decode.residuals.median <= WORST_MEDIAN:  # else states in the L2 cache, as of few heads
+            prompts[kind], decodes[kind] = of_prompt, of_decode
     return prompts, decodes
 
 

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import pandas as pd
 
-from servecast.calibrate.fit.kernel_timings import LEAST_ROWS, KernelTables, Timings
+from servecast.scenarios.make.kernels.timings import KernelTables, Timings, columns, over, parts, times
 from servecast.sim.hardware.gpu_constants import AllReduce, Exchange
-
-Floats = npt.NDArray[np.float64]
 
 MOST_RANKS = {"L40S": 2}  # its four and eight ranks were timed in a box without peer-to-peer
 _BACKENDS = {"deepep_ht": "deepep_high_throughput", "deepep_ll": "deepep_low_latency"}
@@ -30,22 +25,14 @@ def collectives(tables: KernelTables, rows: pd.DataFrame, passes: float) -> dict
         number = int(str(ranks))
         if number > MOST_RANKS.get(gpu.name, 8) or gpu.link_bandwidth is None:
             continue
+        part = part.assign(megabytes=part["size"] / 1e6)
         ring = passes * (number - 1) / number * part["size"].to_numpy(float) / gpu.link_bandwidth
-
-        def equation(x: Sequence[float], ring: Floats = ring) -> Floats:
-            return np.asarray(x[0] + ring / x[1])
-
-        timings = Timings(
-            part["seconds"].to_numpy(float), part["size"].to_numpy(float) / 1e6, (0, 0.1, 1, 10, 1000)
+        fitted = Timings.of(part, "megabytes", 0, 0.1, 1, 10, 1000).sum_of(
+            AllReduce, latency_s=times(1, 5e-6, 1e-4), link=over(ring, 0.6, 0.01)
         )
-        values, kept = timings.fit(equation, (5e-6, 0.6), (0, 0.01), (1e-4, 1))
         timed = part.groupby("size")["seconds"].median()
-        found[number] = AllReduce(
-            latency_s=values[0],
-            link=values[1],
-            by_size={int(float(str(size))): float(f"{seconds:.4g}") for size, seconds in timed.items()},
-            residuals=kept,
-        )
+        by_size = {int(float(str(size))): float(f"{seconds:.4g}") for size, seconds in timed.items()}
+        found[number] = fitted.model_copy(update={"by_size": by_size})
     return found
 
 
@@ -55,8 +42,8 @@ def fit_exchanges(
     """NCCL's all-gathers and reduce-scatters, and DeepEP by backend; what was not timed is left out."""
     gathers, scatters = dict[int, AllReduce](), dict[int, AllReduce]()
     if tables.has("comm", "nccl_perf", of="nccl"):
-        columns = ("op_name", "nccl_dtype", "num_gpus", "message_size")
-        rows = tables.read("comm", "nccl_perf", columns, of="nccl")
+        names = ("op_name", "nccl_dtype", "num_gpus", "message_size")
+        rows = tables.read("comm", "nccl_perf", names, of="nccl")
         rows = rows[rows["nccl_dtype"] == "half"]
         gathers, scatters = (
             collectives(tables, rows[rows["op_name"] == name], 1.0)
@@ -69,24 +56,14 @@ def _deepep(tables: KernelTables) -> dict[Any, Exchange]:
     """Dispatch and combine together, by the bytes that a rank sends to the others, there and back."""
     link = tables.gpu.link_bandwidth or math.inf
     rows = tables.read("comm", "moe_a2a_perf", (*_KEYS, "phase"))
-    # the table's latencies are microseconds
-    rows = rows.assign(seconds=rows["seconds"] * 1e-3)
+    rows = rows.assign(seconds=rows["seconds"] * 1e-3)  # the table's latencies are microseconds
     both = rows.groupby(list(_KEYS))["seconds"].agg(["sum", "count"]).reset_index()
-    both = both[both["count"] == 2]
-    found: dict[Any, Exchange] = {}
-    for name, backend in _BACKENDS.items():
-        part = both[both["comm_backend"] == name]
-        if len(part) < LEAST_ROWS:
-            continue
-        ranks, hidden, chosen, tokens = (
-            part[key].to_numpy(float) for key in ("ep_size", "hidden_size", "topk", "num_tokens")
-        )
+    both = both[both["count"] == 2].rename(columns={"sum": "seconds"})
+    found = {}
+    for backend, part in parts(both, "comm_backend", _BACKENDS):
+        ranks, hidden, chosen, tokens = columns(part, "ep_size", "hidden_size", "topk", "num_tokens")
         sent = 2 * tokens * chosen * hidden * 2 * (ranks - 1) / ranks
-
-        def equation(x: Sequence[float], sent: Floats = sent) -> Floats:
-            return np.asarray(x[0] + sent / (x[1] * link))
-
-        timings = Timings(part["sum"].to_numpy(float), tokens, (1, 17, 65, 257, 1025, 8193, 65537))
-        values, kept = timings.fit(equation, (1e-4, 0.5), (0, 0.01), (1e-2, 1))
-        found[backend] = Exchange(floor_s=values[0], link=values[1], residuals=kept)
+        found[backend] = Timings.of(part, "num_tokens", 1, 17, 65, 257, 1025, 8193, 65537).sum_of(
+            Exchange, floor_s=times(1, 1e-4, 1e-2), link=over(sent / link, 0.5, 0.01)
+        )
     return found

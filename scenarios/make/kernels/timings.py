@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+from pydantic import BaseModel
 from scipy.optimize import least_squares
 
 from servecast.sim.hardware.gpu import GPU
@@ -17,12 +19,12 @@ from servecast.sim.inputs.errors import InputError
 
 Floats = npt.NDArray[np.float64]
 Equation = Callable[[Sequence[float]], Floats]
+C = TypeVar("C", bound=BaseModel)
 
 TILE = 128  # query rows of an attention tile
 LEAST_ROWS = 40
-WORST_MEDIAN = (
-    0.25  # of |fitted / measured - 1|, beyond which a fit that something else can stand for is not kept
-)
+# of |fitted / measured - 1|, beyond which a fit that something else can stand for is not kept
+WORST_MEDIAN = 0.25
 FOLDERS = {  # GPU of the catalogue -> folder of its tables
     "A100": "a100_sxm",
     "H100": "h100_sxm",
@@ -35,10 +37,30 @@ FOLDERS = {  # GPU of the catalogue -> folder of its tables
     "RTX PRO 6000": "rtx_pro_6000_server",
 }
 KV = {"bfloat16": "bf16", "fp8": "fp8"}
+# four bits and a scale for each 16 (nvfp4), 32 (mxfp4) or 64 (int4) weights
 BYTES = {"bf16": 2.0, "fp8": 1.0, "fp8_block": 1.0, "int4": 0.53125, "nvfp4": 0.5625, "mxfp4": 0.53125}
-BYTES["mxfp4_mxfp8"] = BYTES[
-    "mxfp4"
-]  # four bits and a scale for each 16 (nvfp4), 32 (mxfp4) or 64 (int4) weights
+BYTES["mxfp4_mxfp8"] = BYTES["mxfp4"]
+
+
+class Term(NamedTuple):
+    """A part of a time: its constant times ``amount``, or ``amount`` over it. start, least, most: where the
+    search for the constant begins, and its bounds."""
+
+    amount: Floats | float
+    start: float
+    least: float
+    most: float
+    over: bool = False
+
+
+def times(amount: Floats | float, start: float, most: float) -> Term:
+    """So often an amount."""
+    return Term(amount, start, 0.0, most)
+
+
+def over(amount: Floats | float, start: float, least: float = 0.05, most: float = 1.0) -> Term:
+    """An amount at the datasheet's rate, over the share of it that is reached."""
+    return Term(amount, start, least, most, over=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +70,24 @@ class Timings:
     seconds: Floats
     along: Floats
     edges: tuple[float, ...]
+
+    @classmethod
+    def of(cls, rows: pd.DataFrame, along: str, *edges: float) -> Timings:
+        """Rows of a table that grow with one of its columns."""
+        seconds, size = columns(rows, "seconds", along)
+        return cls(seconds, size, edges)
+
+    def sum_of(self, kind: type[C], known: Floats | float = 0.0, **terms: Term) -> C:
+        """The constants of a kind of kernel whose times are a sum, by their names. known: a part of it that
+        is."""
+
+        def equation(constants: Sequence[float]) -> Floats:
+            parts = zip(terms.values(), constants, strict=True)
+            return np.asarray(known + sum(t.amount / c if t.over else t.amount * c for t, c in parts))
+
+        ends = ([getattr(term, end) for term in terms.values()] for end in ("start", "least", "most"))
+        values, kept = self.fit(equation, *ends)
+        return kind(**dict(zip(terms, values, strict=True)), residuals=kept)
 
     def fit(
         self, equation: Equation, start: Sequence[float], least: Sequence[float], most: Sequence[float]
@@ -118,7 +158,10 @@ class KernelTables:
     ) -> pd.DataFrame:
         """The newest table of an operation, with ``seconds``. optional: columns that old tables lack. of:
         whose releases."""
-        files = sorted(self._folder.glob(f"{operation}/{of}/*/{name}.parquet"), key=_release)
+        files = sorted(
+            self._folder.glob(f"{operation}/{of}/*/{name}.parquet"),
+            key=lambda file: numbers(file.parent.name),
+        )
         if not files:
             raise InputError(
                 f"has no {operation}/vllm/*/{name}.parquet",
@@ -142,8 +185,17 @@ class KernelTables:
         return rows.assign(seconds=rows["latency"] * 1e-3)
 
 
-def _release(file: Path) -> tuple[int, ...]:
-    return numbers(file.parent.name)
+def columns(rows: pd.DataFrame, *names: str) -> Iterator[Floats]:
+    """Some of a table's columns as numbers."""
+    return (rows[name].to_numpy(float) for name in names)
+
+
+def parts(rows: pd.DataFrame, column: str, names: Mapping[str, str]) -> Iterator[tuple[Any, pd.DataFrame]]:
+    """Our name of each kind that a column names, and its rows; without those of few rows."""
+    for name, ours in names.items():
+        part = rows[rows[column] == name]
+        if len(part) >= LEAST_ROWS:
+            yield ours, part
 
 
 def numbers(release: str) -> tuple[int, ...]:
