@@ -137,6 +137,7 @@ class PlainEngine:
         self.cache: dict[BlockHash, list[int]] = {}  # blocks of a hash, in order of insertion
         self.drafts = SimpleNamespace(told={}, num_drafts=0, num_draft_tokens=0, num_accepted_tokens=0)
         self.drafts.per_position = []
+        self.encoder = None
         self.k = self.lookahead = self.slots = self.behind = 0
         self.token_budget = config.max_num_batched_tokens
         self.seats = config.max_num_seqs
