@@ -111,6 +111,7 @@ tree:
 	rm -rf .tree && mkdir -p .tree
 	cp -rp servecast .tree/
 	cp -rp sim calibrate validate .tree/servecast/
+	mkdir .tree/servecast/scenarios && cp -rp scenarios/__init__.py scenarios/make .tree/servecast/scenarios/
 
 clean:
 	rm -rf .venv .venv-vllm .venv-litellm .prometheus .tree out

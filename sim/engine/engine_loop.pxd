@@ -31,6 +31,10 @@ cdef class EngineLoop:
     cdef public object grammars
     cdef object adapters  # by row
     cdef object formats
+    cdef object media
+    cdef public object encode_seconds
+    cdef readonly long long encoded
+    cdef readonly double encoding_s
     cdef long long before  # the end of the step before, where steps overlap
     cdef list later  # steps in flight behind the second
     cdef int depth

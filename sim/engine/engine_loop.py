@@ -68,6 +68,8 @@ class EngineLoop:
         launched. after_step: called with the time when a step has been completed, or None.
         pipeline: the stages that a step passes, or None where it is one.
         adapter_cache, grammars: what loading LoRA adapters and following grammars takes, or None.
+        encode_seconds: called for the seconds that encoding a step's items takes; encoded, encoding_s: how
+            many there were so far, and what they took.
         on_first: called with a request's row and the time at which its first token comes, or None.
     """
 
@@ -97,7 +99,8 @@ class EngineLoop:
         self.told_usage = 0.0
         self.first = self.second = self.pending = None
         self.after_step = self.on_first = self.pipeline = self.adapter_cache = self.grammars = None
-        self.adapters = self.formats = None
+        self.adapters = self.formats = self.media = self.encode_seconds = None
+        self.encoded, self.encoding_s = 0, 0.0
         self.before = 0
         self.later = []
         self.depth = max_concurrent_batches(scheduler.config)
@@ -167,7 +170,7 @@ class EngineLoop:
         self.prioritized = requests.priority is not None
         if self.prioritized:
             self.priorities = writable(requests.priority)
-        self.adapters, self.formats = requests.adapter, requests.grammar
+        self.adapters, self.formats, self.media = requests.adapter, requests.grammar, requests.media
         self.outcomes = outcomes
 
     def take(self, row: cython.Py_ssize_t, time: cython.longlong) -> cython.int:
@@ -188,6 +191,8 @@ class EngineLoop:
             sequence.adapter = self.adapters[row]
         if self.formats is not None and self.formats[row]:
             self.scheduler.wait_for_grammar(sequence, self.grammars.ready(int(self.formats[row]), time))
+        if self.media is not None and self.media[row] is not None:
+            self.scheduler.carry(sequence, self.media[row])
         return 0
 
     def leave(self, row: int) -> None:
@@ -482,7 +487,7 @@ class EngineLoop:
                 seconds = max(seconds, self.costs.least(step))
             else:
                 seconds = max(seconds, cython.cast(cython.double, self.floor(step)))
-        if self.adapter_cache is not None or self.formats is not None:
+        if self.adapter_cache is not None or self.formats is not None or step.encoded:
             seconds = self.with_host(step, seconds)
         self.gpu_free = step.end = step.start + cython.cast(cython.longlong, rint(seconds * PICOSECONDS))
         return self.note_step(step, seconds)
@@ -524,6 +529,7 @@ class EngineLoop:
         constrained: cython.int = 0
         i: cython.Py_ssize_t
         masks: cython.double
+        encoding: cython.double
         if self.formats is not None:
             for i in range(len(step.samplers)):
                 sequence = step.samplers[i]
@@ -533,6 +539,11 @@ class EngineLoop:
                 seconds = max(seconds, masks)
         if self.adapter_cache is not None and step.adapters is not None:
             seconds += self.adapter_cache.load(step.adapters)
+        if step.encoded:  # the vision tower comes before the forward pass
+            encoding = self.encode_seconds([sequence.media[place] for sequence, place in step.encoded])
+            self.encoded += len(step.encoded)
+            self.encoding_s += encoding
+            seconds += encoding
         return seconds
 
     def refuse(self) -> cython.int:

@@ -4,12 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 Content = tuple[tuple[int, int], ...]
+
+
+class MediaItem(NamedTuple):
+    """An image, a video or an audio clip in a prompt, after vLLM's ``MultiModalFeatureSpec``.
+
+    It takes ``length`` tokens of the prompt, from ``offset`` on; the first ``lead`` and the last ``tail`` of
+    them, and ``between`` others, are the model's own marks, without an embedding of the encoder. ``content``
+    is equal for equal items. The encoder computes ``patches``, which attend to those of their own segment;
+    ``pixels`` are those of the item as it is sent.
+    """
+
+    content: int
+    offset: int
+    length: int
+    lead: int = 0
+    tail: int = 0
+    between: int = 0
+    patches: int = 0
+    segments: int = 1
+    pixels: int = 0
+
+    @property
+    def embeds(self) -> int:
+        """Embeddings that the encoder makes of it."""
+        return self.length - self.lead - self.tail - self.between
+
+
 ADAPTER_CONTENT = 1 << 40  # ids of shared contents stay below
 
 
@@ -42,6 +69,8 @@ class Request:
         adapter: number of its LoRA adapter, from 1; 0: the base model. Prompts of two adapters share nothing:
             their ``content`` differs (``content_of_adapter``).
         grammar: number of the grammar that its output follows, from 1; 0: none.
+        media: images and the like in its prompt, in their order, whose tokens are a part of
+            ``prompt_tokens``; where others carry the same, ``content`` says so.
     """
 
     request_id: int
@@ -55,6 +84,7 @@ class Request:
     group: int | None = None
     adapter: int = 0
     grammar: int = 0
+    media: tuple[MediaItem, ...] = ()
 
 
 @dataclass(slots=True, eq=False)
@@ -63,8 +93,8 @@ class Requests(Sequence[Request]):
 
     Attributes:
         content: (n,) place of each request's content in ``contents``, where each stands once.
-        group: (n,) -1 where a request has none. priority, abort_after_s, adapter, grammar: (n,) None where
-            all have none, ``abort_after_s`` NaN where a request has none.
+        group: (n,) -1 where a request has none. priority, abort_after_s, adapter, grammar, media: (n,) None
+            where all have none, ``abort_after_s`` NaN and ``media`` None where a request has none.
     """
 
     request_id: NDArray[np.int64]
@@ -79,6 +109,7 @@ class Requests(Sequence[Request]):
     abort_after_s: NDArray[np.float64] | None = None
     adapter: NDArray[np.int64] | None = None
     grammar: NDArray[np.int64] | None = None
+    media: NDArray[np.object_] | None = None
 
     @classmethod
     def of(cls, requests: Iterable[Request]) -> Requests:
@@ -108,6 +139,7 @@ class Requests(Sequence[Request]):
             column("abort_after_s", np.float64, np.nan),
             column("adapter", np.int64),
             column("grammar", np.int64),
+            media_column([row.media for row in rows]),
         )
 
     @classmethod
@@ -159,6 +191,7 @@ class Requests(Sequence[Request]):
             None if group < 0 else group,
             0 if self.adapter is None else self.adapter.item(row),
             0 if self.grammar is None else self.grammar.item(row),
+            () if self.media is None else self.media[row] or (),
         )
 
     def __iter__(self) -> Iterator[Request]:
@@ -184,7 +217,18 @@ _OPTIONAL: dict[str, Any] = {
     "abort_after_s": np.nan,
     "adapter": np.int64(0),
     "grammar": np.int64(0),
+    "media": None,
 }
+
+
+def media_column(media: Sequence[tuple[MediaItem, ...]]) -> NDArray[np.object_] | None:
+    """``Requests.media`` of what each request carries."""
+    if not any(media):
+        return None
+    column = np.empty(len(media), object)
+    for row, items in enumerate(media):
+        column[row] = items or None
+    return column
 
 
 @dataclass(slots=True)

@@ -1,6 +1,7 @@
 # What is fixed of scheduler.py where it is compiled.
 cimport cython
 from servecast.sim.engine.drafts cimport Drafts
+from servecast.sim.engine.encoder_cache cimport EncoderCache
 from servecast.sim.engine.kv_cache cimport KVCache
 from servecast.sim.engine.remote_kv cimport RemoteKV
 from servecast.sim.engine.sequence cimport FINISHED, LOADING, PREEMPTED, RUNNING, WAITING, Sequence
@@ -19,6 +20,7 @@ cdef class Scheduler:
     cdef bint holders_wait_apart
     cdef bint names_chunks
     cdef RemoteKV remote
+    cdef readonly EncoderCache encoder
     cdef object beside  # the queue of those who wait beside it
     cdef bint lone_request_ignores_threshold
     cdef bint cursor_follows_victim
@@ -65,6 +67,7 @@ cdef class Scheduler:
     cdef Sequence enter(
         self, long long request_id, int prompt, int output, int most, tuple content, long long priority, long long arrival
     )
+    cpdef int carry(self, Sequence sequence, tuple media) except -1
     cpdef object abort(self, object request_id)
     cdef list own_runners(self)
     cdef bint goes_on(self) except? -1

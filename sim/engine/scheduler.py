@@ -12,6 +12,7 @@ import cython
 
 from servecast.sim.engine.cadence import PrefillCadence
 from servecast.sim.engine.drafts import Drafts
+from servecast.sim.engine.encoder_cache import EncoderCache
 from servecast.sim.engine.group_cache import GroupCache
 from servecast.sim.engine.kv_cache import KVCache
 from servecast.sim.engine.pipeline_rules import decode_stride, loras_of_all_running, stale_waits
@@ -67,7 +68,9 @@ class Scheduler:
         self.holds_back = self.stales or self.max_loras > 0
         self.clock = 0
         self.notes = self.priority or trace or self.staggers
+        self.encoder = EncoderCache(config) if config.encoder_cache_size else None
         self.marks = bool(config.kv_groups) or connector is not None or self.pipelined or self.max_loras > 0
+        self.marks = self.marks or self.encoder is not None
         self.names_chunks = self.priority or connector is not None
         drafts: Any = Drafts(config) if config.speculation is not None else None
         self.drafts, self.speculates = drafts, drafts is not None
@@ -217,7 +220,23 @@ class Scheduler:
         sequence.adapter = request.adapter
         if request.grammar:
             self.wait_for_grammar(sequence, 1 << 62)
+        if request.media:
+            self.carry(sequence, request.media)
         return sequence
+
+    def carry(self, sequence: Sequence, media: tuple) -> cython.int:
+        """A request that was queued carries images or the like.
+
+        Raises:
+            InputError: there is no encoder, or an item never fits.
+        """
+        if self.encoder is None:
+            raise InputError(
+                "it carries images or the like, and the engine has no encoder",
+                where=f"request {sequence.request_id}",
+                fix="Set encoder_cache_size and max_num_encoder_input_tokens.",
+            )
+        return self.encoder.admit(sequence, media)
 
     def grammar_ready(self, request_id: Any) -> Any:
         """The grammar of a request is compiled; an unknown or finished one is ignored."""
@@ -317,6 +336,8 @@ class Scheduler:
     def end(self, sequence: Sequence, ending: Any) -> cython.int:
         """A request has ended: its blocks go, unless a connector keeps them (Scheduler._free_request)."""
         self.finished_unsent = True
+        if sequence.media is not None:
+            self.encoder.free(sequence)
         if self.remote is not None and self.remote.keeps(sequence, ending):
             return 0
         sequence.status = FINISHED
@@ -342,6 +363,8 @@ class Scheduler:
         defer: cython.bint = False
         self.finished_unsent = False
         self.kv.new_step_starts()
+        if self.encoder is not None:
+            self.encoder.budget = self.encoder.budget_of_step
         if self.trace:
             step.composition = []
         if self.cadence is not None:
@@ -439,6 +462,8 @@ class Scheduler:
                 tokens = self.max_model_len - sequence.computed - 1
             if self.kv.aligned:
                 tokens = self.kv.align_chunk(sequence, sequence.computed, tokens)
+            if sequence.media is not None and not (defer and sequence.computed < sequence.catch_up):
+                tokens = self.encoder.fit(sequence, sequence.computed, tokens)
             if tokens == 0 or (defer and sequence.computed < sequence.catch_up):
                 index += 1
                 continue
@@ -468,6 +493,8 @@ class Scheduler:
                     break
             if self.cadence is not None and sequence.computed < sequence.catch_up:
                 self.cadence.carries_prefill = True
+            if sequence.media is not None:
+                self.encoder.accept(sequence, step)
             self.advance(step, sequence, tokens, False)
             budget -= tokens + self.draft_slots
             index += 1
@@ -499,6 +526,8 @@ class Scheduler:
             step.adapters[victim.adapter] -= tokens
             if not step.adapters[victim.adapter]:
                 del step.adapters[victim.adapter]
+        if victim.media is not None:
+            self.encoder.withdraw(victim, step)
         step.total_tokens -= tokens
         if before >= victim.catch_up:
             step.decodes -= 1
@@ -532,6 +561,8 @@ class Scheduler:
                 sequence.drops_before = self.tick
             if self.remote.forgets:
                 sequence.placeholders = 0
+        if sequence.media is not None:
+            self.encoder.free(sequence)
         if self.stales:
             sequence.placeholders, sequence.stale_tick = 0, sequence.scheduled_tick
             if sequence.stale_tick == self.tick:  # withdrawn
@@ -618,9 +649,19 @@ class Scheduler:
                         break
                     if padding and tokens <= padding:  # padding is whole, or there is none
                         tokens, padding = 1, 0
+                if sequence.media is not None:
+                    tokens = self.encoder.fit(sequence, computed, tokens)
+                    if tokens == 0:
+                        if not self.encoder.passes_over:
+                            break
+                        passed = own(passed)
+                        passed.append(queue.pop())
+                        continue
             reserve = self.watermark if self.runners else 0
             if remote is None:
                 if not self.kv.allocate_slots(sequence, tokens, cached, reserve):
+                    if sequence.media is not None:
+                        self.encoder.free(sequence)
                     break
             else:
                 others: cython.int = remote.reserved_blocks() if loads else 0
@@ -656,6 +697,8 @@ class Scheduler:
             self.own_runners().append(sequence)
             if sequence.adapter and self.max_loras:
                 adapters[sequence.adapter] = None
+            if sequence.media is not None:
+                self.encoder.accept(sequence, step)
             self.advance(step, sequence, tokens, padding > 0)
             budget -= tokens + self.draft_slots
             padding = 0
@@ -795,6 +838,9 @@ class Scheduler:
             if step.adapters is None:
                 step.adapters = {}
             step.adapters[sequence.adapter] = step.adapters.get(sequence.adapter, 0) + tokens
+        if sequence.media is not None and (sequence.held or sequence.computed < sequence.media_end):
+            step.looking = own(step.looking)
+            step.looking.append(sequence)
         if self.trace:
             step.composition.append((sequence, tokens))
 
@@ -812,6 +858,8 @@ class Scheduler:
         i: cython.Py_ssize_t
         tokens: cython.int
         samplers: list = step.samplers
+        if step.looking:
+            self.encoder.step_done(step)
         if self.remote is not None:
             samplers = self.count_reports(step)
             self.least = NOBODYS if self.remote.skewed else self.is_async

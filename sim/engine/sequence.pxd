@@ -55,3 +55,6 @@ cdef class Sequence:
     cdef long long ready
     cdef int adapter
     cdef bint constrained
+    cdef tuple media
+    cdef set held
+    cdef int media_end

@@ -21,7 +21,9 @@ class Sequence:
     drops_before: its output of steps before this tick is void. aside: it waits beside the queue. passed: the
     last look at it passed it over. eligible: the first tick of its next decode, in a pipeline; stale_tick: of
     the last step that had it when it was preempted there. adapter: of LoRA, 0: none. constrained: by a
-    grammar, which is there when the scheduler's clock shows ``ready``. slot: its row of the block table.
+    grammar, which is there when the scheduler's clock shows ``ready``. media: its images and the like, which
+    end before token media_end, or None; held: those of them whose encoder output it refers to. slot: its row
+    of the block table.
     blocks_end: tokens that its blocks hold. cached_end: tokens whose blocks have their hash. kv_due: the
     tokens at which its KV cache has something to do: a block more, one that is full, or one out of its
     window. junction: tokens up to which some KV cache group had a longer hit than all, 0 is none. row: in the
@@ -44,6 +46,8 @@ class Sequence:
         self.stale_tick = -1
         self.adapter = self.ready = 0
         self.constrained = False
+        self.media = self.held = None
+        self.media_end = 0
         self.aside = self.passed = False
         self.queued = self.scheduled = self.ended = self.first_token = self.finish = -1
 

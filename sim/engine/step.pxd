@@ -35,5 +35,7 @@ cdef class Step:
     cdef list leavers
     cdef list composition
     cdef readonly list failed
+    cdef readonly list encoded
+    cdef list looking
     cdef readonly object connector_meta
     cdef public object transfers

@@ -21,7 +21,9 @@ class Step:
     token. failed: those that end with an error. prefilling: with priorities or a connector, whose the chunks
     are. connector_meta: what the connector's workers are told; transfers: what they report (``Transfers``).
     deferred: it samples when the step before is complete, whose tokens a grammar needs.
-    adapters: of LoRA, with how many of the step's tokens each has, or None.
+    encoded: (sequence, place) of items that are encoded before the forward pass; looking: sequences in the
+    step that may still need encoder outputs. adapters: of LoRA, with how many of the step's tokens each has,
+    or None.
     composition: with ``trace``, all and their tokens. verified: where it drafts, how many drafts each of
     samplers verifies, -k where they are padding. outputs: requests that got tokens, each in one message. row:
     in the table of steps. windowed: of decode_context, what layers with a window attend to, if the scheduler
@@ -35,7 +37,7 @@ class Step:
         self.decode_context = self.windowed = self.start = self.end = 0
         self.chunks = self.gaps = self.samplers = self.verified = self.prefilling = NOBODY
         self.joined = self.joined_cached = self.joined_again = self.victims = NOBODY
-        self.firsts = self.leavers = self.failed = NOBODY
+        self.firsts = self.leavers = self.failed = self.encoded = self.looking = NOBODY
         self.composition, self.borrowed, self.deferred = None, False, False
         self.adapters = None
         self.connector_meta = self.transfers = None
@@ -67,6 +69,14 @@ class Step:
     @property
     def finished(self) -> list[int]:
         return [s.request_id for s in [*self.leavers, *self.failed]]
+
+    @property
+    def encoder_inputs(self) -> dict[int, list[int]]:
+        """Request id -> places of its items that are encoded in the step (scheduled_encoder_inputs)."""
+        found: dict[int, list[int]] = {}
+        for s, place in self.encoded:
+            found.setdefault(s.request_id, []).append(place)
+        return found
 
     @property
     def idle_s(self) -> float:

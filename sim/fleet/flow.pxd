@@ -50,6 +50,7 @@ cdef class Server:
     cdef double request_s
     cdef double prompt_token_s
     cdef object variation
+    cdef public object processor
     cdef Py_ssize_t most
     cdef dict inside  # rows that were sent to it and have not ended, in order
     cdef bint failed
@@ -88,6 +89,7 @@ cdef class Flow:
     cdef long long count
     cdef long long until
     cdef long long[::1] prompt
+    cdef object media
     cdef double[::1] abort_s
     cdef long long[:, ::1] outcomes
     cdef long long[::1] arrival

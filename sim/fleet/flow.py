@@ -116,6 +116,9 @@ class Server:
         balance: shares requests out among several cores (``sim.fleet.balance.Balance``), or None.
         spread: the number of the API server that a request's connection leads to, one after the other; None
             where there is one. fronts: so many. prefills: it computes prompts for others.
+
+    Attributes:
+        processor: called for the seconds that the images of a request take (``MediaProcessor``), or None.
     """
 
     def __init__(
@@ -136,6 +139,7 @@ class Server:
         self.fronts = [Front() for _ in range(fronts)]
         self.inside = {}
         self.failed, self.prefills = False, prefills
+        self.processor = None
         self.inboxes = [loop.inbox for loop in loops]
 
     def connected(self) -> cython.bint:
@@ -193,7 +197,7 @@ class Flow:
         self.engines, self.fronts = [], []
         self.objects, self.failures, self.running = {}, {}, None
         self.now = self.count = self.until = self.sent = 0
-        self.prompt = writable(requests.prompt_tokens)
+        self.prompt, self.media = writable(requests.prompt_tokens), requests.media
         self.gives_up = requests.abort_after_s is not None
         if self.gives_up:
             self.abort_s = writable(requests.abort_after_s)
@@ -594,6 +598,9 @@ class Flow:
         cost: cython.longlong = cython.cast(
             cython.longlong, rint(server.prompt_token_s * self.prompt[row] * PICOSECONDS)
         )
+        if self.media is not None and self.media[row] is not None and server.processor is not None:
+            images: cython.double = server.processor(self.media[row])
+            cost += cython.cast(cython.longlong, rint(images * PICOSECONDS))
         if cost:
             front.tokenizer_free = max(self.now, front.tokenizer_free) + cost
             self.push(front.tokenizer_free, 0, ENCODED, row)

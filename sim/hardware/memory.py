@@ -29,6 +29,7 @@ from servecast.sim.engine.kv_groups import (
     tells,
 )
 from servecast.sim.hardware.drafter import Drafter
+from servecast.sim.hardware.encoder import EncoderRun
 from servecast.sim.hardware.profile_run import (
     CompileCache,
     Estimate,
@@ -152,6 +153,7 @@ def kv_memory(
     kv_cache_memory_bytes: int | None = None,
     num_gpu_blocks_override: int | None = None,
     drafter: Drafter | None = None,
+    encoder: EncoderRun | None = None,
 ) -> KVMemory:
     """The KV pool under vLLM's flags. The last two replace the pool's bytes, or its blocks.
 
@@ -161,7 +163,7 @@ def kv_memory(
     Args:
         version: of vLLM. config: its flags, the number of blocks not known yet.
         cache: what decides about KV cache groups; None: vLLM's defaults. drafter: whose weights and KV share
-            the memory; its activations are taken to fit where the target's were.
+            the memory; its activations are taken to fit where the target's were. encoder: a vision tower.
         fit_max_model_len: lower ``max_model_len`` to what the pool holds, as ``--max-model-len auto`` asks.
 
     Raises:
@@ -175,7 +177,10 @@ def kv_memory(
             "kv_cache_memory_bytes": kv_cache_memory_bytes,
             "num_gpu_blocks_override": num_gpu_blocks_override,
         }
-        stages = [kv_memory(stage, config, version=version, **given) for stage in shard.stages]
+        stages = [
+            kv_memory(stage, config, version=version, encoder=None if place else encoder, **given)
+            for place, stage in enumerate(shard.stages)
+        ]
         return min(stages, key=lambda memory: memory.num_gpu_blocks)
     gpu = shard.gpu
     chunked = any(layer.kind == "chunked" for layer in shard.model.cache_layers)
@@ -188,7 +193,7 @@ def kv_memory(
         )
     drafts = 0 if drafter is None else drafter.weight_bytes(shard)
     more_layers = () if drafter is None else drafter.cache_layers(shard)
-    weights = shard.weight_bytes + drafts
+    weights = shard.weight_bytes + drafts + (0 if encoder is None else encoder.weights)
     if weights >= gpu.memory_bytes:
         raise InputError(
             f"{weights / _GIB:.1f} GiB of weights, but one {gpu.name} has {gpu.memory_bytes / _GIB:.1f} GiB",
@@ -199,6 +204,13 @@ def kv_memory(
     groups = _groups(layers, cache, config.max_model_len)
     bytes_per_block, block_size = block_bytes(groups), min(group.spec.block_size for group in groups)
     requested = math.ceil(gpu.memory_bytes * share)
+    peak = activation_peak(
+        shard,
+        version=version,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        compile_cache=compile_cache,
+    )
     lines = [
         MemoryLine(
             "requested",
@@ -206,20 +218,12 @@ def kv_memory(
             "computed",
             f"{share:g} of {gpu.memory_bytes / _GIB:.2f} GiB ({gpu.memory_source})",
         ),
-        MemoryLine("weights", drafts - weights, "computed", _weights_note(shard)),
+        MemoryLine("weights", -shard.weight_bytes, "computed", _weights_note(shard)),
         *([MemoryLine("drafter", -drafts, "computed", "weights of its own")] if drafts else []),
         _line("rotary table", rotary_table(shard), "computed"),
         _line("not from torch", outside_torch(shard, version=version)),
-        _line(
-            "activation peak",
-            activation_peak(
-                shard,
-                version=version,
-                max_num_seqs=config.max_num_seqs,
-                max_num_batched_tokens=config.max_num_batched_tokens,
-                compile_cache=compile_cache,
-            ),
-        ),
+        _line("activation peak", peak),
+        *(_encoder_lines(encoder, peak.bytes) if encoder is not None else ()),
         *([_line("LoRA slots", adapter_slots(shard))] if shard.lora_slots else []),
         *([_line("all-to-all", buffers)] if (buffers := exchange_buffers(shard)).bytes else []),
         _line("CUDA graphs", cuda_graphs(shard, version=version, max_num_seqs=config.max_num_seqs)),
@@ -270,6 +274,25 @@ def kv_memory(
         )
         return replace(memory, num_gpu_blocks=needed, warning=warning)
     return memory
+
+
+def _encoder_lines(encoder: EncoderRun, activations: int) -> tuple[MemoryLine, ...]:
+    """The tower, and what the profile run of the largest items takes beyond that of the text model: its
+    outputs, which stay meanwhile, or its own peak."""
+    more = max(encoder.outputs, encoder.peak - activations)
+    slack = max(encoder.peak - encoder.outputs, 0) // 2
+    return (
+        MemoryLine("vision tower", -encoder.weights, "computed", "weights"),
+        *(
+            [
+                MemoryLine(
+                    "encoding", -more, "assumed", encoder.note, slack, min(slack, more - encoder.outputs)
+                )
+            ]
+            if more
+            else []
+        ),
+    )
 
 
 def _weights_note(shard: Shard) -> str:

@@ -16,6 +16,7 @@ from servecast.sim.hardware.layer_kinds import Mixer
 from servecast.sim.hardware.layer_plan import compressed, layer_names, mixers, number_of_layers
 from servecast.sim.hardware.model_families import ALIASES, FAMILIES, NOT_MODELLED, Experts, Family
 from servecast.sim.hardware.quantization import SIXTEEN, Format, Quantization, read_quantization
+from servecast.sim.hardware.vision_tower import vision_tower
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.inputs.schema import did_you_mean
 
@@ -37,7 +38,9 @@ def shape_fields(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         InputError: field missing or not a positive integer, architecture or quantisation that is not
         modelled.
     """
+    tower = vision_tower(config)
     config, notes = _text_part(config, where)
+    notes = () if tower is not None else notes
     model_type = str(config.get("model_type"))
     family = _family(config, where)
     config = family.rename(config)
@@ -75,6 +78,7 @@ def shape_fields(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         "mlp_layers": None if len(dense) + len(with_experts) == layers else len(dense),
         "mtp_layers": file.amount("num_nextn_predict_layers", "mtp_num_hidden_layers"),
         "model_type": model_type,
+        "tower": tower,
         **_positions(file),
     }
     sizes["other_weights"] = _other_weights(file, family, sizes)

@@ -14,6 +14,7 @@ from typing import Any
 from servecast.sim.engine.cache_layers import CacheLayer
 from servecast.sim.hardware.layer_kinds import STATES, WORDS, Linear, Mixer
 from servecast.sim.hardware.model_config import shape_fields
+from servecast.sim.hardware.vision_tower import VisionTower
 from servecast.sim.inputs.errors import InputError
 
 _NO_TIME = (  # fields that take no time in a step
@@ -29,6 +30,7 @@ _NO_TIME = (  # fields that take no time in a step
     "least_capability",
     "order",
     "notes",
+    "tower",
 )
 _BESIDE = "hf_quant_config.json"
 KERNELS_DENSE = 10  # 2 norms, 4 matrix products, rotary, KV write, attention, activation
@@ -57,6 +59,7 @@ class ModelShape:
             ``Shard.linear_kernel`` for how a GPU multiplies them.
         mtp_layers: layers that predict further tokens, which are loaded for speculation only
             (``mtp_parameters``) and are in no other number.
+        tower: of a model that also takes images, where its family is known; in no other number.
         expert_skew: how unevenly tokens choose experts (``expert_use``); 0: evenly. expert_loads: instead,
             how often each is chosen, relative to the others.
         least_capability: compute capability times ten that vLLM asks for with these weights; 0: any.
@@ -121,6 +124,7 @@ class ModelShape:
     expert_loads: tuple[float, ...] = ()
     order: tuple[tuple[int, bool, bool], ...] = ()
     notes: tuple[str, ...] = ()
+    tower: VisionTower | None = None
 
     @classmethod
     def from_config(

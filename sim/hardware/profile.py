@@ -62,7 +62,7 @@ class Provenance(_Strict):
     """Where one parameter comes from: "efficiencies.compute", "front_end.request_s", ..."""
 
     parameter: str
-    origin: Literal["measured", "fitted", "kernels", "assumed", "given"]
+    origin: Literal["measured", "fitted", "kernels", "assumed", "given", "computed"]
     note: str = ""
 
 

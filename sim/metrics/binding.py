@@ -41,7 +41,7 @@ class Limits:
     None where the step-time model cannot tell. loads: KV cache is loaded from elsewhere. draft_length: drafts
     that each request gets after a step of so many; None without speculation. waits: a step lasts longer than
     its parts while other engine cores are waited for. passes_over: requests may wait for the slot of a LoRA
-    adapter, or for a grammar.
+    adapter, or for a grammar. encodes: what a step with prompts lasts longer is its vision tower's.
     """
 
     max_num_seqs: int
@@ -55,6 +55,7 @@ class Limits:
     pools: tuple[tuple[str, tuple[int, ...], Limits], ...] = ()
     waits: bool = False
     passes_over: bool = False
+    encodes: bool = False
 
 
 @dataclass(slots=True)
@@ -264,6 +265,8 @@ def step_shares(sample: NDArray[np.float64], limits: Limits) -> tuple[dict[str, 
         own = dict(limits.parts(shape)) if limits.parts else {}
         if limits.waits and own:
             own["other_cores"] = max(0.0, duration - sum(own.values()))
+        if limits.encodes and own and chunks:
+            own["vision_tower"] = max(0.0, duration - sum(own.values()))
         for part, seconds in own.items():
             parts[part] = parts.get(part, 0.0) + seconds
     return _normalised(bound), _normalised(parts)

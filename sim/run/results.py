@@ -176,6 +176,7 @@ def result(
     if scenario.fleet.autoscaler is not None:
         started = f"{scenario.fleet.autoscaler.kind}: {len(run.meta['lives'])} replicas in all"
         document["notes"].append(f"{started}; servecast day tells when")
+    document |= run.meta.get("mm", {})
     if "kv_offload" in run.meta and "kv_offload" in document:
         document["kv_offload"] |= offload_summary(run.meta["kv_offload"])
     document["stages"] = []

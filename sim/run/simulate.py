@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from servecast.sim.engine.engine_loop import EngineLoop
+from servecast.sim.engine.held_costs import MediaProcessor
 from servecast.sim.engine.request import Stage
 from servecast.sim.fleet.client import Client
 from servecast.sim.fleet.fleet import NOT_READY, Fleet
@@ -92,6 +94,7 @@ def _run(
     shared = Shared()
     noise_streams, front_end_streams = noise.spawn(count), front_end.spawn(count)
     stepping: dict[int, Engines] = {}  # by replica, of cores in lockstep
+    processors: list[MediaProcessor] = []
 
     def make_replica(index: int, client: Client) -> Replica:
         its = deployments[min(index, count - 1)]
@@ -125,6 +128,9 @@ def _run(
         )
         for loop in made.loops:
             its.equip(loop)
+        if (processor := its.processor()) is not None:
+            made.server.processor = processor.seconds
+            processors.append(processor)
         if connector is not None:
             connector.clock = lambda: made.now
         return made
@@ -173,6 +179,14 @@ def _run(
         run.meta["spec_decode"] = DraftCounts.of(
             [getattr(engine, "drafts", None) for replica in fleet.replicas for engine in replica.engines]
         )
+    if processors:
+        loops = [loop for replica in fleet.replicas for loop in replica.loops]
+        run.meta["mm"] = {
+            "mm_cache_queries": sum(each.queries for each in processors),
+            "mm_cache_hits": sum(each.hits for each in processors),
+            "encoder_items": sum(loop.encoded for loop in loops if isinstance(loop, EngineLoop)),
+            "encoder_time": sum(loop.encoding_s for loop in loops if isinstance(loop, EngineLoop)),
+        }
     together = {id(each): each.runner for each in stepping.values()}.values()
     if together:
         run.meta["dummy_steps"] = {

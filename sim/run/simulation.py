@@ -105,6 +105,8 @@ class Simulation(Answer):
             parts.append(sessions_text(result["sessions"]))
         if "link_busy" in result.get("kv_offload", {}):
             parts.append(offload_text(result["kv_offload"]))
+        if "mm_cache_queries" in result:
+            parts.append(facts_text("\nImages", _of_images(result)))
         if "fleet_load" in result:
             parts.append(replicas_text(result["fleet_load"]["replicas"]))
             parts += [pools_text(result["fleet_load"]["pools"])] if "pools" in result["fleet_load"] else []
@@ -296,4 +298,14 @@ def _rests_on(result: Mapping[str, Any]) -> dict[str, object]:
         "engine": f"{server}, rules of {engine['rules']}",
         "seed": result["seed"],
         "servecast": result["servecast_version"],
+    }
+
+
+def _of_images(result: Mapping[str, Any]) -> dict[str, object]:
+    """vLLM's counters of the API server's cache of images, and what the vision tower did."""
+    queries = result["mm_cache_queries"]
+    share = result["mm_cache_hits"] / queries if queries else 0.0
+    return {
+        "processed before": f"{result['mm_cache_hits']} of {queries} ({share:.1%}; vllm:mm_cache_hits)",
+        "encoded": f"{result['encoder_items']} items in {result['encoder_time']:.4g} s of the vision tower",
     }

@@ -10,10 +10,12 @@ from typing import Any
 from servecast.sim.engine.config import EngineConfig
 from servecast.sim.engine.engine import Engine
 from servecast.sim.engine.group_rules import STATES_IN, WINDOWS_SINCE
+from servecast.sim.engine.held_costs import MediaProcessor
 from servecast.sim.engine.pipeline_rules import decode_stride
 from servecast.sim.engine.rules import since
 from servecast.sim.engine.scheduler import Scheduler
 from servecast.sim.fleet.spec import GpuSpec
+from servecast.sim.hardware.encoder import EncoderTime
 from servecast.sim.hardware.error_band import Bands, Transfer, transfer
 from servecast.sim.hardware.front_end_costs import FrontEndCosts
 from servecast.sim.hardware.gpu import GPU, find_gpu
@@ -29,8 +31,10 @@ from servecast.sim.metrics.binding import Limits
 from servecast.sim.routing.llmd.config import read_epp
 from servecast.sim.scenario.adapters import adapter_cache, check_traffic, grammars
 from servecast.sim.scenario.basis import Fitted, fitted_profiles, profile_of, why_typical
+from servecast.sim.scenario.engine_flags import EngineFlags
 from servecast.sim.scenario.kv_offload import Offloading, Shared, check_host_memory, offloading_of
 from servecast.sim.scenario.kv_pull import WAYS
+from servecast.sim.scenario.media import budget_of, check_limits, media_of, processor, tower_of
 from servecast.sim.scenario.scenario import Scenario
 from servecast.sim.scenario.speculation import Speculating, speculating
 from servecast.sim.scenario.stages import note as stages_note
@@ -49,6 +53,7 @@ class Deployment:
             none.
         step_time: how long a step takes. speculating: how it drafts; None if it does not.
         offloading: what it keeps of its KV cache outside of the GPUs; None: nothing.
+        encoder: the time of its vision tower, where prompts carry images; else None.
     """
 
     scenario: Scenario
@@ -59,6 +64,7 @@ class Deployment:
     step_time: StepTime
     speculating: Speculating | None = None
     offloading: Offloading | None = None
+    encoder: EncoderTime | None = None
 
     @classmethod
     def of(cls, scenario: Scenario, profile: Profile | None = None) -> Deployment:
@@ -74,7 +80,9 @@ class Deployment:
         if scenario.fleet.decode:
             scenario = scenario.of_replica(scenario.fleet.decode[0])
         flags, server = scenario.engine, scenario.server
-        check_traffic(flags, scenario.stages(), scenario.source)
+        workload = scenario.stages()
+        check_traffic(flags, workload, scenario.source)
+        check_limits(flags, workload, scenario.source)
         _check_together(whole)
         model = _model(scenario)
         gpu = _gpu(scenario, experts=model.moe_layers > 0)
@@ -106,6 +114,7 @@ class Deployment:
         together = {
             "drafts": (drafts is not None, "engine.speculative_config"),
             "structured outputs": (_structured(scenario), "workload.structured_outputs"),
+            "images": (bool(media_of(workload)), "workload.media"),
         }
         for what, (asked, field) in together.items():
             if asked and cores is not None and cores.lockstep:
@@ -118,10 +127,13 @@ class Deployment:
         if offloading is not None:
             check_host_memory(offloading, gpu, scenario.fleet.size, scenario.gpu.per_node, where=where)
         profile = _with_link(profile or profile_of(scenario, shard, config), scenario.gpu)
+        encoder = None
+        if media_of(workload):
+            config, encoder = _with_encoder(flags, config, shard, profile)
         step_time = build_step_time(profile, shard)
         if drafts is not None:
             step_time = _with_drafts(step_time, drafts, profile)
-        return cls(whole, shard, memory, config, profile, step_time, drafts, offloading)
+        return cls(whole, shard, memory, config, profile, step_time, drafts, offloading, encoder)
 
     def engine(self, replica: int, shared: Shared) -> Engine:
         """A fresh engine. replica: its number. shared: what the replicas of a run have in common."""
@@ -188,6 +200,7 @@ class Deployment:
             waits=self.config.data_parallel is not None and self.config.data_parallel.lockstep,
             loads=self.offloading is not None,
             passes_over=self.shard.lora_slots > 0 or self.compiles_grammars,
+            encodes=self.encoder is not None,
             draft_length=None if self.speculating is None else self.speculating.length,
             stride=decode_stride(self.config)[0],
         )
@@ -201,6 +214,14 @@ class Deployment:
         flags = self.scenario.engine
         if flags.policy == "vllm":
             loop.adapter_cache, loop.grammars = adapter_cache(flags, self.shard), grammars(flags)
+            if self.encoder is not None:
+                loop.encode_seconds = self.encoder.seconds
+
+    def processor(self) -> MediaProcessor | None:
+        """What processes the images of a server's requests; None where there are none."""
+        if self.encoder is None or self.model.tower is None:
+            return None
+        return processor(self.scenario.engine, self.model.tower)
 
     @property
     def error_band(self) -> float | None:
@@ -246,6 +267,7 @@ class Deployment:
             self._lone_connector,
             stages_note(self.shard, self.scenario.gpu),
             *check_traffic(self.scenario.engine, self.scenario.stages(), self.scenario.source),
+            *check_limits(self.scenario.engine, self.scenario.stages(), self.scenario.source),
             *(each.note for each in self.fitted_profiles),
         ]
         if self.scenario.profile is None and self.transfer.basis == "physics only":
@@ -305,6 +327,26 @@ class Deployment:
         return f"the command serves {served}, but what is simulated is the scenario's model, {own}{file}"
 
     @property
+    def _of_images(self) -> tuple[Provenance, ...]:
+        """Where the numbers of images come from."""
+        if self.encoder is None:
+            return ()
+        flags = self.scenario.engine
+        processing = Provenance(
+            parameter="mm_processing", origin="assumed", note="unless engine.mm_item_s, mm_pixel_s are given"
+        )
+        if {"mm_item_s", "mm_pixel_s"} <= flags.model_fields_set:
+            processing = Provenance(parameter="mm_processing", origin="given", note="in the scenario")
+        return (
+            Provenance(
+                parameter="vision_tower",
+                origin="computed",
+                note="FLOPs and bytes of its config, by the efficiencies of the text model",
+            ),
+            processing,
+        )
+
+    @property
     def _of_drafts(self) -> tuple[Provenance, ...]:
         """Where the numbers of speculation come from."""
         if self.speculating is None:
@@ -325,7 +367,9 @@ class Deployment:
             "error_band": self.error_band,
             "error_bands": asdict(self.bands),
             "fitted_rows": list(profile.fitted_rows),
-            "parameters": [entry.model_dump() for entry in (*profile.provenance, *self._of_drafts)],
+            "parameters": [
+                entry.model_dump() for entry in (*profile.provenance, *self._of_drafts, *self._of_images)
+            ],
             "gpu_source": self.gpu.source,
             "memory": [asdict(line) for line in self.memory.lines],
             "servecast_version": version("servecast"),
@@ -347,7 +391,9 @@ def _check_together(scenario: Scenario) -> None:
         "pipeline stages": ("engine.pipeline_parallel_size", "Use tensor_parallel_size."),
         "LoRA adapters": ("engine.enable_lora", "Use one of the two."),
         "structured outputs": ("workload.structured_outputs", "Use one of the two."),
+        "images": ("workload.media", "Remove it."),
     }
+    images = bool(media_of(scenario.stages()))
     for engine in servers:
         if fleet.prefill and engine.kv_transfer is not None and engine.kv_transfer.connector not in WAYS:
             raise InputError(
@@ -355,7 +401,13 @@ def _check_together(scenario: Scenario) -> None:
                 where=f"{scenario.source}: engine.kv_transfer_config",
                 fix="Leave it and kv_offloading_size out, or fleet.prefill.",
             )
-        of_engine = (engine.pipeline_parallel_size > 1, engine.enable_lora, structured)
+        of_engine = (engine.pipeline_parallel_size > 1, engine.enable_lora, structured, images)
+        if images and engine.pipeline_parallel_size > 1:
+            raise InputError(
+                "images with pipeline stages are not modelled",
+                where=f"{scenario.source}: workload.media",
+                fix="Use tensor_parallel_size.",
+            )
         others = {
             "prefill and decode servers": bool(fleet.prefill),
             "KV connectors": engine.kv_transfer is not None,
@@ -368,6 +420,22 @@ def _check_together(scenario: Scenario) -> None:
                     raise InputError(
                         f"{what} with {other} are not modelled", where=f"{scenario.source}: {where}", fix=fix
                     )
+
+
+def _with_encoder(
+    flags: EngineFlags, config: EngineConfig, shard: Shard, profile: Profile
+) -> tuple[EngineConfig, EncoderTime]:
+    """The engine's flags with its encoder's budget and cache, and the time of its vision tower."""
+    tower, budget = tower_of(shard.model, flags), budget_of(flags, config, shard.model)
+    assert budget is not None
+    if profile.kind != "physical":
+        raise InputError(
+            f"a profile of kind {profile.kind} has no times of a vision tower",
+            where="profile",
+            fix="Use a profile of kind physical, or none.",
+        )
+    config = replace(config, max_num_encoder_input_tokens=budget.budget, encoder_cache_size=budget.budget)
+    return config, EncoderTime(tower, shard, profile, whole=flags.mm_encoder_tp_mode == "data")
 
 
 def _with_drafts(step_time: StepTime, drafts: Speculating, profile: Profile) -> SpeculativeStepTime:

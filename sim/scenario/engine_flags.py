@@ -69,6 +69,10 @@ class EngineFlags(Model):
     0.30."""
     enable_expert_parallel: Flag = False
     """Whole experts on each GPU, instead of a part of each. The fullest of them is waited for."""
+    moe_backend: Literal["auto", "triton", "deep_gemm", "flashinfer_cutlass", "marlin"] = "auto"
+    """What multiplies routed experts, as ``--moe-backend``, or as older releases' variables have it:
+    ``VLLM_MXFP4_USE_MARLIN=1`` is ``marlin``, ``VLLM_USE_DEEP_GEMM=0`` ``triton``. There is a choice for fp8
+    with scales of blocks on Hopper, and of Marlin everywhere; else experts take what was timed."""
     all2all_backend: str = "allgather_reducescatter"
     """How tokens go to experts of other engine cores and back: ``allgather_reducescatter``,
     ``deepep_high_throughput`` or ``deepep_low_latency``; the times of others are not known."""
@@ -92,6 +96,25 @@ class EngineFlags(Model):
     """Seconds to compile the grammar of a structured output. Assumed; measure yours."""
     grammar_mask_s: NonNegative = 30e-6
     """Seconds to fill the token mask of one such request in a step. Assumed."""
+    limit_mm_per_prompt: dict[str, Any] | None = None
+    """Images and videos in one prompt, at most, as ``--limit-mm-per-prompt``; 0 of a kind needs no room for
+    it. Default, the model's, which are large."""
+    language_model_only: Flag = False
+    """No vision tower is loaded."""
+    mm_processor_kwargs: dict[str, Any] | None = None
+    """As ``--mm-processor-kwargs``: ``min_pixels`` and ``max_pixels`` of an image."""
+    mm_processor_cache_gb: NonNegative = 4.0
+    """GiB of processed items that the API server keeps."""
+    disable_chunked_mm_input: Flag = False
+    """Never split an item over two steps."""
+    mm_encoder_tp_mode: Literal["weights", "data"] = "weights"
+    """Whether each GPU has a part of the vision tower, or all of it, and encodes some of the items."""
+    skip_mm_profiling: Flag = False
+    """Give the KV cache what encoding would take."""
+    mm_item_s: NonNegative = 2e-3
+    """Seconds of the API server to process an item. Assumed; measure yours."""
+    mm_pixel_s: NonNegative = 30e-9
+    """The same for each pixel of an item. Assumed."""
     hf_overrides: dict[str, Any] | None = None
     """Fields in place of those of the model's config.json, as ``--hf-overrides``."""
     max_model_len: Count | Literal["auto", -1] | None = None

@@ -34,6 +34,7 @@ from servecast.sim.scenario.acceptance import Acceptance
 from servecast.sim.scenario.engine_flags import EngineFlags
 from servecast.sim.scenario.hub import hub_config, hub_folder, is_hub_id
 from servecast.sim.scenario.kv_offload import KVOffload
+from servecast.sim.scenario.media import media_of, with_shapes
 from servecast.sim.scenario.reported import Reported
 from servecast.sim.scenario.servers import SERVERS, Server, checked
 from servecast.sim.scenario.vllm_flags import parse_serve_command
@@ -281,7 +282,13 @@ class Scenario(Model):
 
     def stages(self) -> Workload:
         """The workload with its sweep expanded: what ``simulate`` and ``reproduce`` run."""
-        return expand(self.workload, self.sweep)
+        return self._with_shapes(expand(self.workload, self.sweep))
+
+    def _with_shapes(self, workload: Workload) -> Workload:
+        """With what the model makes of the images in its prompts."""
+        if not media_of(workload):
+            return workload
+        return with_shapes(workload, self.config_file(), self.engine)
 
     def workload_of(self, reported: Reported) -> Workload:
         """The workload that a reported table was measured with."""
@@ -341,7 +348,7 @@ class Scenario(Model):
         if self.plan is not None or self.sweep is not None or isinstance(stream.arrivals, ClosedLoop):
             several = isinstance(written, Workload) and len(written.stages) > 1
             stream = (self.plan or PlanSpec()).of(stream, swept=several or self.sweep is not None)
-        return Workload(stages=(StageSpec(streams=(stream,)),))
+        return self._with_shapes(Workload(stages=(StageSpec(streams=(stream,)),)))
 
     def config_file(self, name: str | None = None, field: str = "model.config") -> Path:
         """The model's ``config.json``: a shipped one by its name, a file or a folder with one, or that of a

@@ -83,10 +83,18 @@ TAKEN: dict[str, Callable[[str], Any]] = {
     "api_server_count": int,
     "dp_sync_interval": int,
     "enable_expert_parallel": bool,
+    "moe_backend": str,
     "all2all_backend": str,
     "enable_eplb": bool,
     "eplb_config": _mapping,
     "hf_overrides": _mapping,
+    "limit_mm_per_prompt": _mapping,
+    "language_model_only": bool,
+    "mm_processor_kwargs": _mapping,
+    "mm_processor_cache_gb": float,
+    "disable_chunked_mm_input": bool,
+    "mm_encoder_tp_mode": str,
+    "skip_mm_profiling": bool,
     "max_model_len": lambda text: "auto" if text.lower() in ("auto", "-1") else _human_int(text),
     "max_num_seqs": int,
     "max_num_batched_tokens": _human_int,
@@ -136,7 +144,7 @@ _REFUSED = {  # flag -> what to do instead
     "quantization_config": "Give a model config whose quantization_config has it.",
     "scheduler_cls": "Another scheduler is not modelled.",
     "diffusion_config": "Diffusion models are not modelled.",
-    "mm_encoder_only": "Encoders are not modelled.",
+    "mm_encoder_only": "Disaggregated encoders are not modelled.",
     "headless": "Paste the command of the first node.",
     "config": "Paste the flags of the file.",
 }
@@ -167,7 +175,6 @@ _WIDENING = frozenset(
         "max_seq_len_to_capture",
         "model_class_overrides",
         "model_impl",
-        "moe_backend",
         "monokernel",
         "nnodes",
         "num_redundant_experts",
@@ -180,6 +187,7 @@ _WIDENING = frozenset(
         "worker_cls",
     )
 )
+_MOE_BACKENDS = ("auto", "triton", "deep_gemm", "flashinfer_cutlass", "marlin")  # others widen the band
 _NOTHING = ("no", "0", "0.0", "", "none", "None", "null", "auto", "False", "false", "{}")
 _DEFAULTS = {  # further values that ask for nothing
     "optimization_level": "2",
@@ -232,6 +240,8 @@ def parse_serve_command(
             raise InputError(
                 f"{shown} {value} cannot be simulated", where=WHERE, fix="Only generation is modelled."
             )
+        elif name == "moe_backend" and value not in _MOE_BACKENDS:
+            widening.append(shown)
         elif name == "lora_modules":
             flags[name] = [_adapter(each) for each in (taken or [value or ""])]
         elif name in TAKEN and flag.key:

@@ -26,6 +26,7 @@ from servecast.sim.scenario import ranks
 from servecast.sim.scenario.adapters import lora
 from servecast.sim.scenario.engine_flags import EngineFlags
 from servecast.sim.scenario.kv_pull import pull_settings
+from servecast.sim.scenario.media import run_of
 from servecast.sim.scenario.ranks import data_parallel, expert_ranks
 from servecast.sim.scenario.stages import asynchronous, pipeline, runs_on_v2
 from servecast.sim.scenario.vllm_flags import FLAG_BAND
@@ -306,6 +307,7 @@ class Vllm:
             kv_cache_memory_bytes=flags.kv_cache_memory_bytes,
             num_gpu_blocks_override=flags.num_gpu_blocks_override,
             drafter=drafter,
+            encoder=run_of(flags, config, shard),
         )
 
     def memory_risk(

@@ -23,6 +23,7 @@ from servecast.sim.traffic.arrivals import ClosedLoop, Extent, Times, replay
 from servecast.sim.traffic.content import ContentIds, Repeat, Same, SharedPrefix, Unique
 from servecast.sim.traffic.lengths import draw_outputs
 from servecast.sim.traffic.measured_lengths import Tokens
+from servecast.sim.traffic.media import carry
 from servecast.sim.traffic.sessions import Begins, session_stream
 from servecast.sim.traffic.spec import StreamSpec, Workload
 from servecast.sim.traffic.trace_spec import TraceSpec
@@ -140,6 +141,9 @@ def draw(workload: Workload, seed: int, *, closed_loop: int = CLOSED_LOOP_REQUES
                 request_id += len(streams[-1].requests)
                 continue
             requests = _requests(stream, d, _contents(stream, d, ids, texts), request_id)
+            if stream.media is not None:
+                named_stream = f"{index} {stream.name}"
+                requests = carry(requests, stream.media, stream.suffix_tokens, ids, seed, named_stream)
             if stream.lora_traffic_split or stream.structured_outputs:
                 named = (seed, f"{index} {stream.name}")
                 split = stream.lora_traffic_split or {}

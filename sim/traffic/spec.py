@@ -23,6 +23,7 @@ from servecast.sim.traffic.arrivals import (
 )
 from servecast.sim.traffic.content import Content, SharedPrefix, Unique
 from servecast.sim.traffic.lengths import Correlation, Lengths, check_pair
+from servecast.sim.traffic.media import MediaSpec
 from servecast.sim.traffic.session_spec import SessionSpec
 from servecast.sim.traffic.trace_spec import TraceSpec
 
@@ -76,6 +77,8 @@ class StreamSpec(Model):
     """Share of the requests of each LoRA adapter by its name; the others use the base model."""
     structured_outputs: StructuredOutputs | None = None
     """Requests whose output follows a grammar. Default, none."""
+    media: MediaSpec | None = None
+    """Images and videos in the prompts, whose tokens come on top of ``prompt_tokens``. Default, none."""
     background: Flag = False
     """Stop this stream when the others of its stage are done."""
 
@@ -91,6 +94,14 @@ class StreamSpec(Model):
             raise invalid(f"content {self.content.kind} beside a trace", fix, at="content")
         if self.length_correlation is not None:
             self.check_lengths(self.length_correlation)
+        if self.media is not None:
+            again = isinstance(self.content, SharedPrefix) and self.content.prompts_per_group is not None
+            if self.trace is not None or self.sessions is not None:
+                raise invalid(
+                    "media of recorded requests or sessions is not modelled", "Remove it.", at="media"
+                )
+            if again or not isinstance(self.content, Unique | SharedPrefix | None):
+                raise invalid("media in prompts that come again is not modelled", "Remove it.", at="media")
         if self.talks:
             self._check_sessions()
         if isinstance(self.arrivals, ClosedLoop) and self.max_concurrency is not None and not self.talks:

@@ -28,6 +28,8 @@ MODULES = (
     "remote_rules",
     "remote_kv",
     "pipeline_rules",
+    "encoder_rules",
+    "encoder_cache",
     "scheduler",
 )
 

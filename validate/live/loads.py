@@ -127,6 +127,12 @@ class Loads:
     def _requests(self, workload: Workload) -> Trace:
         streams = draw(workload, self.seed)[0].streams
         requests = [r for s in streams if not s.background for r in s.requests]
+        if any(request.media for request in requests):
+            raise InputError(
+                "a live server is sent text alone, and the prompts carry images",
+                where=f"{self.scenario.source}: workload.media",
+                fix="Remove it.",
+            )
         return from_requests(sorted(requests, key=lambda request: request.arrival_s))
 
 

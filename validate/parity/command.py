@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +18,7 @@ from servecast.validate.parity.parity import parity as run_parity
 from servecast.validate.parity.scenarios import (
     Scenario,
     drafted_scenarios,
+    pictured_scenarios,
     random_scenarios,
     read_scenarios,
 )
@@ -29,6 +31,7 @@ def parity(
     scenarios: Annotated[int, Parameter(alias="-n")] = 150,
     seed: int = 0,
     drafts: bool = False,
+    images: bool = False,
     replay: Path | None = None,
     vllm_python: Path | None = None,
     out: Path = Path("out/parity"),
@@ -44,7 +47,7 @@ def parity(
             known without it.
         scenarios: how many to draw.
         seed: of the draw.
-        drafts: draw scenarios with speculative decoding.
+        drafts: draw scenarios with speculative decoding. images: with images in prompts.
         replay: run the scenarios of this file instead.
         vllm_python: Python of your own environment with vLLM.
         out: folder for scenarios that differ.
@@ -53,7 +56,8 @@ def parity(
     if scenarios < 1:
         raise InputError(f"{scenarios} scenarios", where="--scenarios", fix="Give at least 1.")
     started = time.monotonic()
-    result, smallest = _compared(vllm, vllm_python, scenarios, seed, replay, drafts=drafts)
+    draw = drafted_scenarios if drafts else pictured_scenarios if images else random_scenarios
+    result, smallest = _compared(vllm, vllm_python, scenarios, seed, replay, draw)
     written = _write(out, result, smallest)
     if json:
         more = {
@@ -77,7 +81,12 @@ def parity(
 
 
 def _compared(
-    vllm: str | None, python: Path | None, scenarios: int, seed: int, replay: Path | None, *, drafts: bool
+    vllm: str | None,
+    python: Path | None,
+    scenarios: int,
+    seed: int,
+    replay: Path | None,
+    draw: Callable[[str, int, int], Iterator[Scenario]],
 ) -> tuple[ParityResult, Mismatch | None]:
     """What the comparison finds, and its first mismatch made small; without vLLM, whether it has rules."""
     process = _start(vllm, python)
@@ -90,7 +99,6 @@ def _compared(
     with process:
         version = release(process.version)
         rules = version if version in RULES else nearest_rules(version)
-        draw = drafted_scenarios if drafts else random_scenarios
         drawn = read_scenarios(replay) if replay else draw(rules, seed, scenarios)
         total = len(drawn) if isinstance(drawn, list) else scenarios
 
@@ -100,7 +108,7 @@ def _compared(
                 print(f"\r{sofar.scenarios}/{total} scenarios", end=end, file=sys.stderr)
 
         result = run_parity(process.version, record(process, drawn), rules=rules, progress=show)
-        plain = replay is None and not drafts
+        plain = replay is None and draw is random_scenarios
         small = _smallest(process, result, seed, shrink=plain) if result.mismatches else None
         return result, small
 

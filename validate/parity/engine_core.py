@@ -36,6 +36,7 @@ class Step(Protocol):
     finished: list[int]  # once complete
     emitted: int  # tokens delivered, once complete
     deferred: bool  # it samples when the step before is complete: a grammar needs its tokens
+    encoder_inputs: dict[int, list[int]]  # request id -> places of its items that are encoded
 
     def scheduled(self) -> dict[int, int]:
         """Request id -> tokens, in vLLM's order."""
@@ -63,6 +64,8 @@ class Engine(Protocol):
     def prefix_hits(self) -> int: ...
     @property
     def drafts(self) -> Any: ...  # has vLLM's counters of drafts; None where there are none
+    @property
+    def encoder(self) -> Any: ...  # has ``state`` of vLLM's encoder cache; None where there is none
     @property
     def external_queries(self) -> int: ...  # of a connector
     @property
@@ -160,6 +163,8 @@ def _composition(engine: Engine, step: Step, observed: bool) -> dict[str, Any]:
         "drafts": step.drafts,
         "context": sum(sum(chunk) for chunk in step.chunks) + step.decode_context,
     }
+    if engine.encoder is not None:
+        composition["encoded"] = [list(item) for item in step.encoder_inputs.items()]
     if observed:
         scheduled = step.scheduled()
         composition["scheduled"] = [list(item) for item in scheduled.items()]
@@ -194,6 +199,8 @@ def _state(engine: Engine, counted: bool, remote: bool) -> dict[str, Any]:
     if remote:
         held = [[request_id, engine.block_ids(request_id)] for request_id in engine.waiting]
         state["waiting_blocks"] = [[request_id, blocks] for request_id, blocks in held if blocks]
+    if engine.encoder is not None:
+        state["encoder"] = engine.encoder.state
     if counted:
         state["cached_blocks"] = engine.cached_blocks
     return state

@@ -25,7 +25,7 @@ from servecast.sim.engine.pipeline_rules import (
     loras_of_all_running,
     max_concurrent_batches,
 )
-from servecast.sim.engine.request import Request
+from servecast.sim.engine.request import MediaItem, Request
 from servecast.sim.engine.rules import RELEASES, has_option
 from servecast.sim.engine.speculation import METHODS, Speculation, speculation
 from servecast.sim.inputs.errors import InputError
@@ -130,7 +130,8 @@ def _speculation(config: dict[str, Any]) -> Speculation | None:
 
 def _arrival(step: int, arrival: int, request: dict[str, Any]) -> Arrival:
     content = tuple((content_id, end) for content_id, end in request.pop("content"))
-    return Arrival(step, arrival, Request(**request, content=content))
+    media = tuple(MediaItem(*item) for item in request.pop("media", ()))
+    return Arrival(step, arrival, Request(**request, content=content, media=media))
 
 
 def grouped_scenarios(version: str, seed: int, count: int) -> Iterator[Scenario]:
@@ -175,6 +176,13 @@ def staged_scenarios(version: str, seed: int, count: int) -> Iterator[Scenario]:
     for index in range(count):
         pick = recorded_picks(seed, index)[0]
         yield draw_staged(pick, version, f"staged-{version}-{seed}-{index}")
+
+
+def pictured_scenarios(version: str, seed: int, count: int) -> Iterator[Scenario]:
+    """As ``random_scenarios``, each with requests that carry images."""
+    for index in range(count):
+        pick = recorded_picks(seed, index)[0]
+        yield draw_pictured(pick, version, f"pictured-{version}-{seed}-{index}")
 
 
 def corner_cases(version: str) -> list[Scenario]:
@@ -292,6 +300,62 @@ def draw_staged(pick: Pick, version: str, name: str) -> Scenario:
         arrivals.append(dataclasses.replace(arrival, request=request))
     grammars.sort(key=lambda grammar: grammar.step)
     return dataclasses.replace(plain, config=config, arrivals=tuple(arrivals), grammars=tuple(grammars))
+
+
+def draw_pictured(pick: Pick, version: str, name: str) -> Scenario:
+    """A random scenario whose prompts have images in them, of a few that come again and again, on a small
+    encoder budget and cache."""
+    plain = draw_scenario(pick, version, name)
+    config = plain.config
+    whole = pick(0, 2) == 2
+    longest = min(3 * config.block_size, config.max_num_batched_tokens)
+    if whole and config.long_prefill_token_threshold:  # else no chunk would ever hold it
+        longest = min(longest, config.long_prefill_token_threshold)
+    images = []
+    for content in range(1, 1 + pick(1, 7)):
+        length = pick(1, longest)
+        lead = pick(0, min(2, length - 1)) if pick(0, 2) == 2 else 0
+        tail = pick(0, min(2, length - 1 - lead)) if pick(0, 2) == 2 else 0
+        images.append(MediaItem(content, 0, length, lead, tail))
+    chosen: dict[int, list[MediaItem]] = {}  # by shared part, what stands in it
+
+    def fill(start: int, end: int) -> list[MediaItem]:
+        found = []
+        while pick(0, 3):
+            image = images[pick(0, len(images) - 1)]
+            start += (0, 0, pick(0, 2 * config.block_size))[pick(0, 2)]
+            if start + image.length > end:
+                break
+            found.append(image._replace(offset=start))
+            start += image.length
+        return found
+
+    arrivals = []
+    for arrival in plain.arrivals:
+        request, start, content, media = arrival.request, 0, [], list[MediaItem]()
+        for part, end in request.content:
+            if part not in chosen:
+                chosen[part] = fill(start, end)
+            if any(item.offset + item.length > end for item in chosen[part]):
+                break  # it ends within an image: those tokens are its own
+            media += chosen[part]
+            content.append((part, end))
+            start = end
+        media += fill(start, request.prompt_tokens)
+        request = dataclasses.replace(request, content=tuple(content), media=tuple(media))
+        arrivals.append(dataclasses.replace(arrival, request=request))
+    most = max(image.embeds for image in images)
+    return dataclasses.replace(
+        plain,
+        arrivals=tuple(arrivals),
+        max_steps=600,
+        config=dataclasses.replace(
+            config,
+            max_num_encoder_input_tokens=most + (0, pick(0, most), pick(0, 8 * most))[pick(0, 2)],
+            encoder_cache_size=most + (0, pick(0, most), pick(0, 8 * most))[pick(0, 2)],
+            disable_chunked_mm_input=whole,
+        ),
+    )
 
 
 def draw_drafted(pick: Pick, version: str, name: str) -> Scenario:

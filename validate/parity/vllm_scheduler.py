@@ -42,9 +42,11 @@ from vllm.config import (
 )
 from vllm.config.lora import LoRAConfig
 from vllm.lora.request import LoRARequest
+from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core import single_type_kv_cache_manager
+from vllm.v1.core.encoder_cache_manager import EncoderCacheManager
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -114,6 +116,10 @@ class Step:
     def samples(self) -> int:
         return len(self.samplers) + self.drafts
 
+    @property
+    def encoder_inputs(self) -> dict[int, list[int]]:
+        return {int(name): places for name, places in self.output.scheduled_encoder_inputs.items()}
+
     def scheduled(self) -> dict[int, int]:
         return {int(name): tokens for name, tokens in self.output.num_scheduled_tokens.items()}
 
@@ -154,6 +160,11 @@ class VllmEngine:
             structured_output_manager=StructuredOutputManager(vllm_config),
             log_stats=True,
         )
+        self.encodes = config["encoder_cache_size"] > 0
+        if self.encodes:  # as MultiModalBudget has it of a model, which this one needs not be
+            self.scheduler.max_num_encoder_input_tokens = config["max_num_encoder_input_tokens"]
+            self.scheduler.encoder_cache_manager = EncoderCacheManager(config["encoder_cache_size"])
+            self.scheduler.scheduler_config.disable_chunked_mm_input = config["disable_chunked_mm_input"]
         hash_fn = get_hash_fn_by_name("sha256")
         init_none_hash(hash_fn)
         caching = config["enable_prefix_caching"] or remote is not None
@@ -223,6 +234,7 @@ class VllmEngine:
             priority=asked["priority"],
             block_hasher=self.hasher,
             lora_request=_lora(asked["adapter"]),
+            mm_features=[_feature(*item) for item in asked["media"]],
         )
         if asked["grammar"]:
             _await_grammar(request)
@@ -375,6 +387,14 @@ class VllmEngine:
         return [int(request.request_id) for queue in queues for request in queue]
 
     @property
+    def encoder(self) -> SimpleNamespace | None:
+        cache = self.scheduler.encoder_cache_manager
+        if not self.encodes:
+            return None
+        order, cached = ([int(name) for name in names] for names in (cache.freeable, cache.cached))
+        return SimpleNamespace(state=[cache.num_free_slots, cache.num_freeable_slots, order, sorted(cached)])
+
+    @property
     def free_blocks(self) -> int:
         return int(self.pool.get_num_free_blocks())
 
@@ -421,6 +441,16 @@ def _await_grammar(request: Request) -> None:
     request.status = next(
         status for status in RequestStatus if "GRAMMAR" in status.name or "FSM" in status.name
     )
+
+
+def _feature(
+    content: int, offset: int, length: int, lead: int, tail: int, between: int, *_: int
+) -> MultiModalFeatureSpec:
+    mask = torch.ones(length, dtype=torch.bool)
+    mask[:lead] = mask[length - tail :] = False
+    mask[lead + 1 : lead + 1 + between] = False
+    place = PlaceholderRange(offset, length, None if bool(mask.all()) else mask)
+    return MultiModalFeatureSpec(data=None, modality="image", identifier=str(content), mm_position=place)
 
 
 def _lora(adapter: int) -> LoRARequest | None:
