@@ -147,5 +147,6 @@ def test_a_model_has_its_tower_or_says_that_it_is_left_out() -> None:
     known = ModelShape.from_config(MODELS / "Qwen2.5-VL-7B-Instruct.json")
     assert known.tower is not None
     assert known.notes == ()
+    assert 2 * (known.parameters + known.tower.parameters) == 16_584_333_312  # bytes of its safetensors
     other = ModelShape.from_config(MODELS / "Kimi-K2.5.json")
     assert other.tower is None
