@@ -14,7 +14,9 @@ plan: $(VENV)/.installed
 	$(BIN)/servecast plan $(SCENARIO) $(SLO) --report out/plan-$(SCENARIO).html
 
 # Needs neither vLLM nor a quiet machine: five CPU minutes.
-check: lint types unit
+check:
+	$(MAKE) -j2 lint types
+	$(MAKE) unit
 
 unit: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m "not vllm and not live and not slow" -n logical --dist loadfile --no-loadscope-reorder
@@ -109,6 +111,7 @@ tree:
 	rm -rf .tree && mkdir -p .tree
 	cp -rp servecast .tree/
 	cp -rp sim calibrate validate .tree/servecast/
+	mkdir .tree/servecast/scenarios && cp -rp scenarios/__init__.py scenarios/make .tree/servecast/scenarios/
 
 clean:
 	rm -rf .venv .venv-vllm .venv-litellm .prometheus .tree out

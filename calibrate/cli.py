@@ -14,13 +14,13 @@ from cyclopts import App, Parameter
 from servecast.calibrate.fit import plot as fit_plot
 from servecast.calibrate.fit.endpoint import endpoint
 from servecast.calibrate.fit.folder import fit_folder
-from servecast.calibrate.fit.kernel_tables import fit_kernel_tables
 from servecast.calibrate.fit.layer_tables import is_layer_folder
 from servecast.calibrate.fit.layers import fit_layers
 from servecast.calibrate.fit.report import fit_report
 from servecast.calibrate.fit.text import cell_line, constants_lines, profile_lines
 from servecast.calibrate.measure.folder import say
 from servecast.calibrate.measure.vllm.ending import heeds_ctrl_c, signal_group, sigterm_as_ctrl_c, start
+from servecast.scenarios.make.kernels.tables import fit_kernel_tables
 from servecast.sim.hardware.gpu import GPU, find_gpu
 from servecast.sim.hardware.gpu_constants import GpuConstants
 from servecast.sim.hardware.profile import Profile

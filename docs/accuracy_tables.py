@@ -30,8 +30,11 @@ with the tables in view; a live run predicted beforehand is the real test. What 
 - InferenceX: no row entered a fit; efficiencies come from timings of single kernels. Forms (the
   tokenizer behind the event loop, prompts bound by the host, shared experts launched beside the routed
   ones, as vLLM's source has it) and the token budget assumed for NVIDIA's runs were chosen with the
-  rows in view, and the error bands are those of groups of rows that were left out. gpt-oss-120b's rows
-  were looked at only after its prediction.
+  rows in view, and the error bands are those of groups of rows that were left out. Which kernel
+  multiplies the experts was looked up in vLLM's releases and in InferenceX's scripts after rows had missed:
+  DeepGEMM in 0.12 (TPOT of Qwen3-235B-A22B-FP8 was 32 to 48 % off before), FlashInfer's CUTLASS in 0.16
+  (MiniMax-M2.5 on four GPUs: 21 % before), Marlin for gpt-oss-120b (TTFT 27 % before). Their constants are
+  from DeepGEMM's own table and NVIDIA's rows of single kernels.
 - llm-d: two constants come from the rows marked, by steps that the scenario lists. The `default` router
   at 10 requests/s and above does not follow from the weights that the report prints; the scenario shows
   the printed weights and does not bend them.

@@ -14,8 +14,17 @@ from timing import inconclusive
 
 import servecast.sim
 
-settings.register_profile("any machine", deadline=None)  # no time of this machine decides a test
+# No time of this machine decides a test, and no chance: what fails here, fails for everyone.
+settings.register_profile("any machine", deadline=None, derandomize=True)
 settings.load_profile("any machine")
+
+
+# The files that take longest, the longest first, so that the workers of pytest-xdist end together.
+LONGEST = (
+    *("test_fit.py", "test_wheel.py", "test_against_plain.py", "test_docs.py", "test_optimize.py"),
+    *("test_mutated_inputs.py", "test_command_line.py", "test_runs.py", "test_llmd_capacity.py"),
+    *("test_session.py", "test_sweep.py", "test_grid.py", "test_measure.py", "test_capacity.py"),
+)
 
 
 @pytest.fixture
@@ -37,8 +46,10 @@ def pytest_sessionstart() -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What measures speed is left to ``make benchmark``. Where vLLM is not installed, say so once a test
-    instead of failing in each of its own ways."""
+    """What takes longest comes first. What measures speed is left to ``make benchmark``. Where vLLM is not
+    installed, say so once a test instead of failing in each of its own ways."""
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
     if not config.getoption("benchmark_only", default=False):
         measures = [item for item in items if "benchmark" in getattr(item, "fixturenames", ())]
         config.hook.pytest_deselected(items=measures)

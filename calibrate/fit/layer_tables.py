@@ -165,11 +165,6 @@ def _meta(path: Path, model: ModelShape, ranks: int, degrees: Sequence[int]) -> 
     return meta
 
 
-def _header(path: Path) -> list[str]:
-    with path.open(encoding="utf-8", newline="") as file:
-        return next(csv.reader(file), [])
-
-
 def _lines(path: Path, columns: Sequence[str]) -> list[tuple[str, dict[str, str]]]:
     """The rows of a table, each with its place for messages."""
     text = read_text(path, fix="Copy the folder again.")
@@ -199,8 +194,7 @@ def _number(row: Mapping[str, str], column: str, where: str) -> float:
 
 
 def _count(row: Mapping[str, str], column: str, where: str) -> int:
-    value = _number(row, column, where)
-    if not value.is_integer():
+    if not (value := _number(row, column, where)).is_integer():
         raise InputError(f"{column} is {row[column]!r}, not a whole number", where=where, fix="Correct it.")
     return int(value)
 
@@ -229,7 +223,8 @@ def _by_kernel(path: Path, size: str, kernels: Sequence[str]) -> dict[str, dict[
 def _attention(path: Path) -> tuple[list[tuple[int, ...]], tuple[float | None, ...], bool]:
     """Axes, the times at their points, None where not measured, and whether the second axis counts keys."""
     times: dict[tuple[int, ...], float] = {}
-    keys = _KEYS in _header(path)
+    with path.open(encoding="utf-8", newline="") as file:
+        keys = _KEYS in next(csv.reader(file), [])
     names = [_KEYS if keys and name == "kv_prefill" else name for name in _ATTENTION_AXES]
     kinds: set[str | None] = set()
     for where, row in _lines(path, (*names, "time_us")):

@@ -6,7 +6,6 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Collection
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,7 +22,9 @@ GPU_FIELDS = ("name", "memory.total", "driver_version", *CLOCK_FIELDS)
 
 def collect() -> dict[str, Any]:
     """The facts of facts.json. What cannot be read is None."""
-    gpus = _gpus(GPU_FIELDS)
+    said = _nvidia_smi(f"--query-gpu={','.join(GPU_FIELDS)}", "--format=csv,noheader,nounits") or ""
+    rows = [[cell.strip() for cell in line.split(",")] for line in said.splitlines() if line.strip()]
+    gpus = [dict(zip(GPU_FIELDS, row, strict=False)) for row in rows]
     first = gpus[0] if gpus else {}
     mebibytes = _number(first.get("memory.total"))
     host_memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -57,14 +58,8 @@ def installed(package: str) -> str | None:
         return None
 
 
-def _gpus(fields: Collection[str]) -> list[dict[str, str]]:
-    """Field -> text of each GPU that this process may use, by nvidia-smi, which leaves CUDA untouched."""
-    said = _nvidia_smi(f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits") or ""
-    rows = [[cell.strip() for cell in line.split(",")] for line in said.splitlines() if line.strip()]
-    return [dict(zip(fields, row, strict=False)) for row in rows]
-
-
 def _nvidia_smi(*arguments: str) -> str | None:
+    """What it says of the GPUs that this process may use; CUDA stays untouched."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     chosen = [] if visible is None else ["-i", visible]
     try:

@@ -20,8 +20,8 @@ from cyclopts import App
 
 SHARE = 0.9  # of the errors that a band is to hold
 KERNELS = "inferencex-vllm"  # the scenario that rests on kernel timings
-# Its tables whose runs no timings explain: an engine or flags of then.
-APART = ("qwen3_235b", "qwen3_235b_ranks")
+# Its tables whose waits are not predicted: KV pools that were full, or nearly.
+APART = ("qwen3_235b_ranks",)
 FITTED = "fitted to a report"  # the basis of scenarios with a profile
 _CENTRAL = ("mean", "median", "p50")
 _METRICS = {  # first word of a column -> the band that speaks of it

@@ -18,6 +18,8 @@ cdef class Drafts:
     cdef int[::1] by_requests
     cdef double[::1] acceptance
     cdef double[::1] proposed
+    cdef int[::1] from_tokens
+    cdef int kinds
     cdef unsigned long long seed
     cdef public object told
     cdef readonly long long num_drafts
@@ -29,6 +31,7 @@ cdef class Drafts:
     cdef int padding(self, int computed, int budget, bint together, bint prefills) noexcept
     cpdef int accept(self, Sequence sequence, int verified) except -1
     cpdef int propose(self, Sequence sequence, int most) except -1
+    cdef Py_ssize_t kind(self, Sequence sequence) noexcept
     cdef int listed(self, Sequence sequence, int which, long long number) except -1
 
 cdef unsigned long long mixed(unsigned long long bits) noexcept

@@ -9,10 +9,11 @@ import cython
 
 from servecast.sim.engine.draft_rules import draft_rules_for
 from servecast.sim.engine.sequence import Sequence
-from servecast.sim.engine.speculation import METHODS
+from servecast.sim.engine.speculation import METHODS, Kinds
 from servecast.sim.inputs.errors import InputError
 
 MASK = (1 << 64) - 1
+KIND: cython.ulonglong = 1 << 62  # number of the draw of a request's kind, which no step comes to
 
 
 class Drafts:
@@ -61,9 +62,13 @@ class Drafts:
         for first, most in speculation.by_batch:
             for requests in range(first, config.max_num_seqs + 1):
                 self.by_requests[requests] = min(most, self.k)
-        self.acceptance = array("d", speculation.acceptance)
-        self.misses = bool(speculation.proposed)
-        self.proposed = array("d", speculation.proposed or (1.0,))
+        kinds: Any = speculation.kinds or Kinds(((speculation.acceptance, speculation.proposed),))
+        self.acceptance = array("d", [rate for rates, _ in kinds.laws for rate in rates])
+        always = (0.0,) * self.k + (1.0,)
+        self.proposed = array("d", [share for _, shares in kinds.laws for share in shares or always])
+        self.misses = any(shares for _, shares in kinds.laws)
+        self.from_tokens = array("i", kinds.from_tokens)
+        self.kinds = len(kinds.laws) // len(kinds.from_tokens)
         told: Any = None
         self.seed, self.told = speculation.seed, told
         self.num_drafts = self.num_draft_tokens = self.num_accepted_tokens = 0
@@ -102,6 +107,7 @@ class Drafts:
         drafts: cython.int = abs(verified)
         number: cython.longlong = sequence.samplings
         at: cython.int
+        first: cython.Py_ssize_t
         chance: cython.double
         sequence.samplings += 1
         if drafts == 0:
@@ -110,7 +116,8 @@ class Drafts:
             accepted = self.listed(sequence, 0, number)
         elif verified > 0:
             chance = drawn(self.seed, sequence.request_id, 2 * number)
-            while accepted < drafts and chance < self.acceptance[accepted]:
+            first = self.kind(sequence) * self.k
+            while accepted < drafts and chance < self.acceptance[first + accepted]:
                 accepted += 1
             if self.is_async and self.misses:  # placeholders stand for what was not proposed
                 accepted = min(accepted, self.propose(sequence, drafts))
@@ -126,16 +133,30 @@ class Drafts:
         """Drafts that a request gets after its newest sampling step."""
         count: cython.int = 0
         number: cython.longlong = sequence.samplings - 1
+        first: cython.Py_ssize_t
         chance: cython.double
         if self.told is not None:
             return min(most, self.listed(sequence, 1, number))
         if not self.misses:
             return most
-        chance = drawn(self.seed, sequence.request_id, 2 * number + 1) - self.proposed[0]
+        first = self.kind(sequence) * (self.k + 1)
+        chance = drawn(self.seed, sequence.request_id, 2 * number + 1) - self.proposed[first]
         while count < most and chance >= 0.0:
             count += 1
-            chance -= self.proposed[count]
+            chance -= self.proposed[first + count]
         return count
+
+    def kind(self, sequence: Sequence) -> cython.Py_ssize_t:
+        """The number of a request's law: its class by the length of its output, and its draw in it."""
+        last: cython.Py_ssize_t = len(self.from_tokens) - 1
+        output: cython.int = sequence.final_tokens - sequence.prompt_tokens
+        drawn_kind: cython.Py_ssize_t
+        if last == 0 and self.kinds == 1:
+            return 0
+        while last > 0 and output < self.from_tokens[last]:
+            last -= 1
+        drawn_kind = int(drawn(self.seed, sequence.request_id, KIND) * self.kinds)
+        return last * self.kinds + drawn_kind
 
     def listed(self, sequence: Sequence, which: cython.int, number: cython.longlong) -> cython.int:
         lists: Any = self.told[sequence.request_id]

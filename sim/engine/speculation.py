@@ -57,6 +57,23 @@ METHODS: dict[str, Method] = {
 """By the name that ``--speculative-config`` has for it."""
 
 
+Kind = tuple[tuple[float, ...], tuple[float, ...]]
+"""What is accepted and proposed of some requests' drafts: see ``Speculation``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kinds:
+    """Requests that differ in what is accepted of their drafts.
+
+    Attributes:
+        laws: of each kind, as many for each class of output lengths, in which all are equally frequent.
+        from_tokens: the shortest output of each class, rising; the first also takes shorter ones.
+    """
+
+    laws: tuple[Kind, ...]
+    from_tokens: tuple[int, ...] = (0,)
+
+
 @dataclass(frozen=True, slots=True)
 class Speculation:
     """How a deployment drafts; made by ``speculation``.
@@ -71,6 +88,8 @@ class Speculation:
         acceptance: k probabilities that the first 1, 2, .. k drafts are all accepted, none above the one
             before; 1 + their sum tokens come from a step, on average.
         proposed: probabilities that 0, 1, .. k drafts are proposed; (): always k.
+        kinds: of requests, in place of ``acceptance`` and ``proposed``, which are then those of all together;
+            None: all are alike.
         seed: of the draws. A draw depends on it, on the request's id and on the number of the request's
             draw alone, so the order of requests and the replica change nothing.
     """
@@ -84,6 +103,7 @@ class Speculation:
     acceptance: tuple[float, ...]
     by_batch: tuple[tuple[int, int], ...] = ()
     proposed: tuple[float, ...] = ()
+    kinds: Kinds | None = None
     seed: int = 0
 
 
@@ -97,13 +117,14 @@ def speculation(
     disable_eagle_block_drop: bool = False,
     by_batch: tuple[tuple[int, int], ...] = (),
     proposed: tuple[float, ...] = (),
+    kinds: Kinds | None = None,
     seed: int = 0,
 ) -> Speculation:
     """What a release's scheduler makes of a method.
 
     Args:
         version: vLLM's. parallel_drafting, disable_eagle_block_drop: as in ``--speculative-config``.
-        by_batch, acceptance, proposed, seed: see ``Speculation``.
+        by_batch, acceptance, proposed, kinds, seed: see ``Speculation``.
 
     Raises:
         InputError: the release has no such method or option, or the numbers do not fit together.
@@ -121,21 +142,21 @@ def speculation(
             raise InputError(f"vLLM {release} has no {option}", where=where, fix="Leave it out.")
     if num_tokens < 1:
         raise InputError(f"{num_tokens} drafts a step", where=where, fix="Give num_speculative_tokens >= 1.")
-    falls = all(a >= b for a, b in zip((1.0, *acceptance), (*acceptance, 0.0), strict=True))
-    if len(acceptance) != num_tokens or not falls:
-        raise InputError(
-            f"acceptance {list(acceptance)} of {num_tokens} drafts",
-            where=where,
-            fix=f"Give {num_tokens} probabilities between 0 and 1, none above the one before.",
-        )
-    if proposed and (
-        not known.may_miss or len(proposed) != num_tokens + 1 or abs(sum(proposed) - 1.0) > 1e-9
-    ):
-        raise InputError(
-            f"probabilities {list(proposed)} that {method} proposes 0 to {num_tokens} drafts",
-            where=where,
-            fix="Give them for ngram, ngram_gpu and suffix only: one more than drafts, with the sum 1.",
-        )
+    for rates, shares in ((acceptance, proposed), *(kinds.laws if kinds else ())):
+        falls = all(a >= b for a, b in itertools.pairwise((1.0, *rates, 0.0)))
+        if len(rates) != num_tokens or not falls:
+            raise InputError(
+                f"acceptance {list(rates)} of {num_tokens} drafts",
+                where=where,
+                fix=f"Give {num_tokens} probabilities between 0 and 1, none above the one before.",
+            )
+        whole = len(shares) == num_tokens + 1 and abs(sum(shares) - 1.0) < 1e-9
+        if shares and not (known.may_miss and whole):
+            raise InputError(
+                f"probabilities {list(shares)} that {method} proposes 0 to {num_tokens} drafts",
+                where=where,
+                fix="Give them for ngram, ngram_gpu and suffix only: one more than drafts, with the sum 1.",
+            )
     if by_batch and (by_batch[0][0] != 1 or any(a >= b for (a, _), (b, _) in itertools.pairwise(by_batch))):
         raise InputError(
             f"batch sizes {[first for first, _ in by_batch]}", where=where, fix="Begin with 1 and rise."
@@ -157,5 +178,6 @@ def speculation(
         acceptance=acceptance,
         by_batch=by_batch,
         proposed=proposed,
+        kinds=kinds,
         seed=seed,
     )

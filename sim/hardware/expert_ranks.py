@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 BACKENDS = ("allgather_reducescatter", "deepep_high_throughput", "deepep_low_latency")
 """Of ``--all2all-backend`` those whose times are known."""
 FALLS_BACK = {"naive": BACKENDS[0], "pplx": BACKENDS[0]}
 """What vLLM has no more, and takes instead (ParallelConfig)."""
+BLOCK = 128  # rows to which DeepGEMM's contiguous layout pads each expert's tokens
+Kernel = Literal["triton", "deep_gemm", "cutlass", "marlin"]  # CUTLASS is FlashInfer's
 TOP_K_BYTES = 8  # a weight in fp32 and an id in int32 for each expert that a token is sent to
 
 
@@ -25,6 +28,8 @@ class ExpertRanks:
         redundant: copies of experts more, on all ranks together (EPLB).
         rebalanced_every: steps from one rearrangement of EPLB to the next; 0: no EPLB.
         rebalanced_behind: the weights move while steps run.
+        padded_alike: without a CUDA graph, too, all cores compute as many tokens as the one with most.
+        kernel: that multiplies fp8 experts with scales of blocks on Hopper; if Marlin, all others, too.
     """
 
     tensor: int = 1
@@ -34,6 +39,8 @@ class ExpertRanks:
     redundant: int = 0
     rebalanced_every: int = 0
     rebalanced_behind: bool = True
+    padded_alike: bool = False
+    kernel: Kernel = "triton"
 
     @property
     def ranks(self) -> int:
@@ -48,6 +55,12 @@ class ExpertRanks:
     def held(self, experts: int) -> int:
         """Experts, or parts of so many, on the rank that has most: what its memory holds."""
         return -(-(experts + self.redundant) // self.ranks) if self.whole else experts
+
+    def block_rows(self, experts: int, chosen: int) -> int:
+        """Rows of so many choices in whole blocks: every expert of the rank has one more than it may fill
+        (deep_gemm_utils.compute_aligned_M). vLLM knows on the host only how many there may be, so it computes
+        all, whatever experts have tokens."""
+        return -(-(chosen + self.held(experts) * (BLOCK - 1)) // BLOCK) * BLOCK
 
     @property
     def sequence_parallel(self) -> bool:

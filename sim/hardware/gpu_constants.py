@@ -1,7 +1,7 @@
 """What a GPU reaches of its datasheet, kernel by kernel, and which file says so.
 
 A file of ``scenarios/gpus`` holds about twenty constants of one GPU, fitted to timings of vLLM's own kernels
-on it (``calibrate.fit.kernel_tables``). They are facts of a GPU and a precision, not of a model:
+on it (``scenarios.make.kernels``). They are facts of a GPU and a precision, not of a model:
 ``efficiencies`` picks those that a model's precisions and its number of ranks ask for.
 """
 
@@ -115,12 +115,14 @@ class Experts(_Strict):
 
     Seconds: floor + FLOPs over the peak times ``compute`` + bytes of the experts that are touched over the
     bandwidth times ``bandwidth`` + bytes of the activations of every expert that a token is sent to over the
-    bandwidth, times ``activation_passes``. Reading and multiplying do not overlap.
+    bandwidth, times ``activation_passes``. Reading and multiplying do not overlap. ``expert_s``: what the
+    floor grows by for each expert on the rank.
     """
 
     compute: Share
     bandwidth: Share
     floor_s: Seconds
+    expert_s: Seconds = 0.0
     activation_passes: Passes
     residuals: Residuals | None = None
 
@@ -188,6 +190,15 @@ STAND_INS: Mapping[str, tuple[WeightDtype, ...]] = {
     "mxfp4_mxfp8": ("mxfp4", "int4"),
     "int8": ("bf16",),
 }
+# DeepGEMM's grouped products on Hopper: shares of the fp8 peak and of the bandwidth, and how both overlap,
+# fitted with shard.DEEP_GEMM_COLUMNS to the ten grouped shapes of its own table of an H800 (README of
+# deepseek-ai/DeepGEMM at a6d97a1), each met within 9 %
+DEEP_GEMM: Mapping[str, Any] = {
+    "expert_compute": 0.717,
+    "expert_bandwidth": 0.9,
+    "expert_overlap": 1.52,
+    "expert_passes": 1.0,
+}
 _STATES: Mapping[str, StateKind] = {"gdn": "gdn", "kda": "kda", "mamba2": "gdn"}  # whose timings stand for it
 # latent attention where it was not timed: kernels in the place of one, as the floors on Hopper compare; an
 # indexer and a state as the H200's
@@ -208,9 +219,11 @@ class GpuConstants(_Strict):
     Attributes:
         gpu: its name in the catalogue. source: of the timings. release: the vLLM whose kernels they time.
         small_kernel_s: one of the small kernels of a layer (norm, rotary, activation).
-        products, experts: by the weights' dtype. prompts, decodes: by the KV cache's, as latent and sparse
-            attention and the indexer of the latter. states: by kind. all_reduce: by ranks, as all_gather and
-        reduce_scatter, by the bytes of all ranks. exchanges: by ``--all2all-backend``.
+        products, experts: by the weights' dtype. cutlass_experts: whole ones on each rank, by FlashInfer's
+            CUTLASS. marlin_experts: of four bits, in any format. prompts, decodes: by the KV cache's dtype,
+            as latent and sparse attention and the indexer of the latter. states: by kind. all_reduce: by
+            ranks, as all_gather and reduce_scatter, by the bytes of all ranks. exchanges: by
+            ``--all2all-backend``.
         compute_factor: by which shares of the peak FLOP/s were scaled for another GPU; not in files.
     """
 
@@ -223,6 +236,8 @@ class GpuConstants(_Strict):
     prompts: dict[KvDtype, PromptAttention]
     decodes: dict[KvDtype, DecodeAttention]
     experts: dict[WeightDtype, Experts] = {}
+    cutlass_experts: dict[WeightDtype, Experts] = {}
+    marlin_experts: dict[WeightDtype, Experts] = {}
     latent_prompts: dict[KvDtype, PromptAttention] = {}
     latent_decodes: dict[KvDtype, DecodeAttention] = {}
     sparse_prompts: dict[KvDtype, PromptAttention] = {}
@@ -275,6 +290,8 @@ class GpuConstants(_Strict):
             ("prompts", self.prompts),
             ("decodes", self.decodes),
             ("experts", self.experts),
+            ("experts by CUTLASS", self.cutlass_experts),
+            ("experts by Marlin", self.marlin_experts),
             ("latent prompts", self.latent_prompts),
             ("latent decodes", self.latent_decodes),
             ("sparse prompts", self.sparse_prompts),
@@ -298,7 +315,10 @@ class GpuConstants(_Strict):
                 for key, each in known.items()
             }
 
-        names = ("products", "prompts", "experts", "latent_prompts", "sparse_prompts")
+        names = (
+            *("products", "prompts", "latent_prompts", "sparse_prompts"),
+            *("experts", "cutlass_experts", "marlin_experts"),
+        )
         kinds = {name: of(getattr(self, name)) for name in names}
         return self.model_copy(update=kinds | {"compute_factor": factor})
 
@@ -324,14 +344,18 @@ class GpuConstants(_Strict):
             },
         )
         if shard.model.moe_layers:
-            routed = _of(self.experts, shard.expert_kernel, self.gpu, "experts")
+            by = {"cutlass": self.cutlass_experts, "marlin": self.marlin_experts}.get(shard.routed_by, {})
+            known = by if shard.expert_kernel in by else self.experts
+            routed = _of(known, shard.expert_kernel, self.gpu, "experts")
             costs = replace(
                 costs,
                 expert_compute=routed.compute,
                 expert_bandwidth=routed.bandwidth,
-                expert_s=routed.floor_s,
+                expert_s=routed.floor_s + routed.expert_s * shard.expert_ranks.held(shard.model.experts),
                 expert_passes=routed.activation_passes,
             )
+            if shard.routed_by == "deep_gemm":
+                costs = replace(costs, **DEEP_GEMM)
             costs = self._with_exchange(costs, shard)
         return Efficiencies(
             compute=product.compute,
@@ -410,6 +434,8 @@ class GpuConstants(_Strict):
         for dtype, known, what in kinds:
             if dtype not in known and (other := _stand_in(known, dtype)):
                 found.append(f"{what} of {dtype} as those of {other}")
+        if shard.routed_by == "deep_gemm":
+            found.append("experts in blocks of 128 rows by DeepGEMM's published timings, as in vLLM's images")
         for mixer in shard.model.layer_kinds:
             if mixer.kind in STATES:
                 state = _STATES[mixer.kind]

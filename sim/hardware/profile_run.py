@@ -127,7 +127,8 @@ def _cublas_workspace(shard: Shard) -> int:
 
 
 def _expert_workspace(shard: Shard, tokens: int) -> int:
-    """Both workspaces of the fused experts: every token's input and product, once for each of its experts."""
+    """Both workspaces of the fused experts: every token's input and product, once for each of its experts; or
+    once for each row of DeepGEMM's blocks."""
     model = shard.model
     if not model.moe_layers:
         return 0
@@ -135,6 +136,9 @@ def _expert_workspace(shard: Shard, tokens: int) -> int:
     width = model.expert_intermediate_size // spread.split
     tokens *= spread.data  # every rank gets those of all cores
     numbers = max(width, model.hidden_size) + max(2 * width, model.hidden_size)
+    if shard.routed_by == "deep_gemm":
+        rows = spread.block_rows(model.experts, tokens * model.experts_per_token)
+        return rows * (2 * width + max(width, model.hidden_size)) * model.dtype_bytes
     return tokens * model.experts_per_token * numbers * model.dtype_bytes
 
 

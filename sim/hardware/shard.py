@@ -14,12 +14,15 @@ from functools import cached_property
 from itertools import accumulate
 
 from servecast.sim.engine.kv_groups import token_bytes
-from servecast.sim.hardware.expert_ranks import ExpertRanks
+from servecast.sim.hardware.expert_ranks import ExpertRanks, Kernel
 from servecast.sim.hardware.expert_use import fullest_rank, most_touched, touched
 from servecast.sim.hardware.gpu import GPU
 from servecast.sim.hardware.model_shape import ModelShape
 from servecast.sim.inputs.errors import InputError
 
+# what a product takes beside its columns, as many columns more: see gpu_constants.DEEP_GEMM
+DEEP_GEMM_COLUMNS = 692
+_BY_MARLIN = {"fp8": "bf16", "fp8_block": "bf16", "nvfp4": "int4", "mxfp4": "int4"}
 _FP32_ROUTERS = ("minimax_m2",)  # vLLM's MiniMaxM2MoE: params_dtype=torch.float32
 _FP32_SHARE = {  # compute capability -> fp32 peak of the datasheet over that of 16 bits on tensor cores
     (8, 0): 1 / 16,
@@ -196,6 +199,13 @@ class Shard:
     # -- linear layers -----------------------------------------------------------------------------
 
     @property
+    def routed_by(self) -> Kernel:
+        """What multiplies the routed experts where there is a choice, and "triton" where there is none."""
+        kernel = self.expert_ranks.kernel
+        choice = self.expert_kernel == "fp8_block" and self.gpu.capability == (9, 0)
+        return kernel if choice or kernel == "marlin" else "triton"
+
+    @property
     def linear_kernel(self) -> str:
         """The dtype, as in ``gpu_constants.WeightDtype``, whose timings tell how the linear layers that every
         token passes are multiplied on this GPU."""
@@ -203,8 +213,11 @@ class Shard:
 
     @property
     def expert_kernel(self) -> str:
-        """The same of the routed experts."""
-        return _kernel(self.model.expert_format or self.model.quantised, self.gpu, self.model)
+        """The same of the routed experts. Marlin reads them as they are and multiplies in 16 bits."""
+        dtype = self.model.expert_format or self.model.quantised
+        if self.expert_ranks.kernel == "marlin":
+            dtype = _BY_MARLIN.get(dtype, dtype)
+        return _kernel(dtype, self.gpu, self.model)
 
     @cached_property
     def linear_peak(self) -> float:
@@ -246,12 +259,14 @@ class Shard:
     @cached_property
     def _expert_bytes_each(self) -> int | float:
         """Of a weight of the routed experts. vLLM pads those of mxfp4 for its kernels (``oracle/mxfp4.py``):
-        on Hopper gpt-oss's to 64 columns a rank, elsewhere to 128, and the hidden size to 256."""
+        on Hopper gpt-oss's to 64 columns a rank but for Marlin, elsewhere to 128, and the hidden size to
+        256."""
         model = self.model
         each = model.weight_bytes_each if model.expert_bytes_each is None else model.expert_bytes_each
         if model.expert_format != "mxfp4":
             return each
         triton = model.model_type == "gpt_oss" and self.gpu.capability[0] == 9
+        triton = triton and self.expert_ranks.kernel != "marlin"
         columns, rows = (64, 1) if triton else (128, 256)
         width = model.expert_intermediate_size
         width //= self.expert_ranks.split
@@ -283,7 +298,12 @@ class Shard:
     # -- routed experts: of all tokens of a server, which its engine cores share -----------------------
 
     def expert_flops(self, tokens: int) -> float:
-        """FLOPs of the experts that ``tokens`` tokens are sent to, all layers; on the fullest rank."""
+        """FLOPs of the experts that ``tokens`` tokens are sent to, all layers; on the fullest rank. In blocks
+        of all rows that are computed, with what a product of DeepGEMM takes beside its columns."""
+        if self.routed_by == "deep_gemm":
+            model, width = self.model, self._expert_width
+            into = (model.mlp_products - 1) * width * (self._expert_input + DEEP_GEMM_COLUMNS)
+            return 2.0 * self._block_rows(tokens) * (into + self._expert_input * (width + DEEP_GEMM_COLUMNS))
         sent = tokens * self._sent(tokens)
         return 2.0 * sent * self.model.expert_weights(self.expert_ranks.split)
 
@@ -304,13 +324,29 @@ class Shard:
 
     def expert_moved_bytes(self, tokens: int) -> float:
         """Bytes of activations that the experts of ``tokens`` tokens read and write, all layers; on the
-        fullest rank."""
+        fullest rank. In blocks the activation and the quantisation behind it: gate and up are read, their
+        product is written, read and written in eight bits. What products move is in their time."""
         model = self.model
-        width = (
-            2 * (model.expert_input_size or model.hidden_size)
-            + model.mlp_products * model.expert_intermediate_size / self.expert_ranks.split
-        )
+        if self.routed_by == "deep_gemm":
+            numbers = (model.mlp_products + 1) * model.dtype_bytes + 1
+            return self._block_rows(tokens) * self._expert_width * float(numbers)
+        width = 2 * self._expert_input + model.mlp_products * self._expert_width
         return tokens * self._sent(tokens) * width * model.dtype_bytes
+
+    @property
+    def _expert_input(self) -> int:
+        return self.model.expert_input_size or self.model.hidden_size
+
+    @property
+    def _expert_width(self) -> float:
+        """Columns of an expert on a rank."""
+        return self.model.expert_intermediate_size / self.expert_ranks.split
+
+    def _block_rows(self, tokens: int) -> int:
+        """Rows that DeepGEMM computes, all layers."""
+        model = self.model
+        rows = self.expert_ranks.block_rows(model.experts, tokens * model.experts_per_token)
+        return model.moe_layers * rows
 
     def _sent(self, tokens: int) -> float:
         """Experts on the fullest rank that one token is sent to, all layers."""

@@ -1,4 +1,5 @@
-"""How many drafts are accepted: the law that a scenario gives, or what a server's own counters say.
+"""How many drafts are accepted: the law that a scenario gives, or what a server's own counters say, and by
+how much requests differ.
 
 A law is a probability for each position: that the first 1, 2, .. k drafts are all accepted (vLLM's
 ``synthetic_acceptance_rates``). 1 + their sum tokens come from a step on average.
@@ -9,15 +10,17 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from servecast.sim.engine.speculation import Kind, Kinds
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.inputs.schema import Amount, InputFile, Model, invalid
 from servecast.sim.inputs.yaml_file import read_yaml
+from servecast.sim.scenario.acceptance_spread import of_beta, of_records, together
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Origin = Literal["given", "measured", "assumed"]
@@ -34,14 +37,21 @@ _MEASURE = (
 
 @dataclass(frozen=True, slots=True)
 class Law:
-    """Of k drafts: that the first 1 to k are all accepted; that 0 to k are proposed, () always k. Where it
-    comes from, in words too, and by how much it widens the error band."""
+    """Of k drafts: that the first 1 to k are all accepted; that 0 to k are proposed, () always k; kinds of
+    requests, None where all are alike. Where it comes from, in words too, and by how much it widens the error
+    band."""
 
     rates: tuple[float, ...]
     proposed: tuple[float, ...] = ()
     origin: Origin = "given"
     note: str = "in the scenario"
     band: float = 0.0
+    kinds: Kinds | None = None
+
+    @property
+    def mean(self) -> Kind:
+        """Of all requests together."""
+        return self.rates, self.proposed
 
     @property
     def length(self) -> float:
@@ -50,11 +60,13 @@ class Law:
 
 
 class Acceptance(Model):
-    """How many drafts are accepted: one of the first six. A number stands for ``rate``, a list for ``rates``,
-    and ``assumed`` for a guess with a wide error band."""
+    """How many drafts are accepted: one of the first seven. A number stands for ``rate``, a list for
+    ``rates``, and ``assumed`` for a guess with a wide error band."""
 
     rate: Share | None = None
     """Of each draft, those before it accepted: a geometric law."""
+    requests: Annotated[tuple[Share, ...], Field(min_length=1)] | None = None
+    """Rates of single requests: each request has one of them, all equally often."""
     rates: tuple[Share, ...] | None = None
     """That the first 1, 2, .. drafts are all accepted."""
     length: Annotated[float, Field(ge=1)] | None = None
@@ -64,9 +76,13 @@ class Acceptance(Model):
     golden: str | None = None
     """A curve that InferenceX measured, as ``minimax-m3-eagle3/thinking_on``."""
     metrics: InputFile | None = None
-    """What a server counted: its /metrics as text, or the JSON of ``vllm bench serve``."""
+    """What a server counted: its /metrics as text, or the JSON of ``vllm bench serve``, which tells requests
+    apart if it was saved with ``--save-detailed``."""
     assumed: bool = False
     """Take a rate that nothing here supports."""
+    spread: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """By how much the requests' own rates differ around ``rate``: the standard deviation of a beta
+    distribution."""
     proposed: tuple[Share, ...] | Share | None = None
     """Of drafts that are looked up (ngram, suffix): the share of steps in which all k are proposed, and none
     in the others, or the shares of 0, 1, .. k."""
@@ -82,11 +98,14 @@ class Acceptance(Model):
 
     @model_validator(mode="after")
     def _one(self) -> Acceptance:
-        laws = ("rate", "rates", "length", "accepted", "golden", "metrics")
+        laws = ("rate", "requests", "rates", "length", "accepted", "golden", "metrics")
         given = [name for name in laws if getattr(self, name) is not None] + ["assumed"] * self.assumed
         if len(given) != 1:
             said = " and ".join(given) or "nothing"
             raise invalid(f"acceptance is told by {said}", f"Give one of {', '.join(laws)}.")
+        if self.spread is not None and (self.rate is None or self.spread**2 >= self.rate * (1.0 - self.rate)):
+            fix = "Give rate, and less than sqrt(rate x (1 - rate)), which is all or nothing."
+            raise invalid(f"a spread of {self.spread:g} around {self.rate}", fix, at="spread")
         if self.rates is not None and list(self.rates) != sorted(self.rates, reverse=True):
             fix = "Give the probability that all drafts up to a position are accepted, which cannot rise."
             raise invalid(f"rates {list(self.rates)} rise", fix, at="rates")
@@ -110,7 +129,10 @@ class Acceptance(Model):
         if len(shares) != drafts + 1 or abs(sum(shares) - 1.0) > 1e-6:
             fix = f"Give {drafts + 1} shares, of 0 to {drafts} drafts, with the sum 1."
             raise InputError(f"proposed {list(shares)}", where=f"{where}.proposed", fix=fix)
-        return Law(law.rates, shares, law.origin, law.note, law.band)
+        if law.kinds is None:
+            return replace(law, proposed=shares)
+        kinds = replace(law.kinds, laws=tuple((rates, shares) for rates, _ in law.kinds.laws))
+        return replace(law, rates=together(kinds.laws), proposed=shares, kinds=kinds)
 
     def _law(self, drafts: int, folder: Path, where: str) -> Law:
         if self.metrics is not None:
@@ -124,6 +146,10 @@ class Acceptance(Model):
                     f"{self.length:g} tokens of {drafts} drafts", where=f"{where}.length", fix=fix
                 )
             return Law(least_variance(self.length, drafts))
+        if self.requests is not None or (self.rate is not None and self.spread is not None):
+            each = self.requests or of_beta(self.rate, self.spread)  # type: ignore[arg-type]
+            kinds = Kinds(tuple((geometric(rate, drafts), ()) for rate in each))
+            return Law(together(kinds.laws), note="in the scenario, by request", kinds=kinds)
         if self.rate is not None:
             return Law(geometric(self.rate, drafts))
         if self.assumed:
@@ -211,7 +237,8 @@ class Counts(Model):
     """What a server counted: see ``vllm:spec_decode_*``.
 
     drafts: steps of a request with drafts. draft_tokens, accepted: summed. by_position: accepted at each.
-    tokens: generated in all; None where not known. requests: that got a first token.
+    tokens: generated in all; None where not known. requests: that got a first token. lengths, chunks: tokens
+    of each request, and the steps that brought them but for the first; empty where not told.
     """
 
     drafts: Amount
@@ -220,6 +247,8 @@ class Counts(Model):
     by_position: tuple[Amount, ...]
     tokens: Amount | None = None
     requests: Amount = 0
+    lengths: tuple[Amount, ...] = ()
+    chunks: tuple[Amount, ...] = ()
 
     @property
     def steps(self) -> int | None:
@@ -244,7 +273,11 @@ class Counts(Model):
             count / (self.drafts * share) if share else 0.0 for count, share in zip(each, there, strict=True)
         ]
         always = abs(mean - drafts) < 1e-9 and any_ > 1.0 - 1e-9
-        return Law(falling(rates), () if always else tuple(shares), "measured", note)
+        law = falling(rates), () if always else tuple(shares)
+        kinds = of_records(law, self.lengths, self.chunks) if self.chunks else None
+        if kinds:
+            note += f", by {len(self.chunks):,} requests of their own"
+        return Law(*law, "measured", note, kinds=kinds)
 
 
 def read_counts(file: Path) -> Counts:
@@ -311,6 +344,8 @@ def counts_of_result(result: dict[str, Any]) -> Counts | None:
     if drafts is None:
         return None
     rates = result.get("spec_decode_per_position_acceptance_rates") or []
+    details = zip(*(result.get(name) or () for name in ("output_lens", "itls")), strict=False)
+    served = [(tokens, len(gaps)) for tokens, gaps in details if tokens > 1 and gaps]
     return Counts(
         drafts=drafts,
         draft_tokens=result["spec_decode_draft_tokens"],
@@ -318,4 +353,6 @@ def counts_of_result(result: dict[str, Any]) -> Counts | None:
         by_position=tuple(round(rate * drafts) for rate in rates),
         tokens=result.get("total_output_tokens"),
         requests=result.get("completed", 0),
+        lengths=tuple(tokens for tokens, _ in served),
+        chunks=tuple(chunks for _, chunks in served),
     )

@@ -69,6 +69,10 @@ class EngineFlags(Model):
     0.30."""
     enable_expert_parallel: Flag = False
     """Whole experts on each GPU, instead of a part of each. The fullest of them is waited for."""
+    moe_backend: Literal["auto", "triton", "deep_gemm", "flashinfer_cutlass", "marlin"] = "auto"
+    """What multiplies routed experts, as ``--moe-backend``, or as older releases' variables have it:
+    ``VLLM_MXFP4_USE_MARLIN=1`` is ``marlin``, ``VLLM_USE_DEEP_GEMM=0`` ``triton``. There is a choice for fp8
+    with scales of blocks on Hopper, and of Marlin everywhere; else experts take what was timed."""
     all2all_backend: str = "allgather_reducescatter"
     """How tokens go to experts of other engine cores and back: ``allgather_reducescatter``,
     ``deepep_high_throughput`` or ``deepep_low_latency``; the times of others are not known."""

@@ -6,13 +6,18 @@ from typing import Any
 
 from servecast.sim.engine.data_parallel import DataParallel, balancing_of, sync_interval_of
 from servecast.sim.engine.rules import since
-from servecast.sim.hardware.expert_ranks import BACKENDS, FALLS_BACK, ExpertRanks
+from servecast.sim.hardware.expert_ranks import BACKENDS, FALLS_BACK, ExpertRanks, Kernel
 from servecast.sim.hardware.model_shape import ModelShape
+from servecast.sim.hardware.shard import release as numbers
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.scenario.engine_flags import EngineFlags
 
 _EXTERNAL_REFUSED_SINCE = "0.21"  # external balancing of a dense model
 _ASYNC_EPLB_SINCE = "0.23"  # EPLBConfig.use_async by default
+_PADS_BY_STEP_SINCE = (
+    0,
+    17,
+)  # before, with CUDA graphs, steps without one are padded, too (allow_dp_padding)
 _COMMON_CADENCE_SINCE = "0.24"  # --prefill-schedule-interval of cores in lockstep
 
 
@@ -140,7 +145,27 @@ def expert_ranks(flags: EngineFlags, release: str, model: ModelShape, where: str
         if flags.enable_eplb
         else 0,
         rebalanced_behind=use_async,
+        padded_alike=numbers(flags.version) < _PADS_BY_STEP_SINCE,
+        kernel=_expert_kernel(flags, whole=whole, ranks=ranks),
     )
+
+
+def _expert_kernel(flags: EngineFlags, *, whole: bool, ranks: int) -> Kernel:
+    """What vLLM's images multiply fp8 experts with scales of blocks by, on Hopper.
+
+    From 0.12 to 0.15 DeepGEMM, unless each expert is split over eight ranks or more (quantization/fp8.py,
+    later fused_moe/oracle/fp8.py: get_fp8_moe_backend), at every number of tokens, since its scales are
+    powers of two by default (TritonOrDeepGemmExperts.apply). In 0.16 FlashInfer's CUTLASS, from 0.17 on for
+    whole experts only (select_fp8_moe_backend, _get_priority_backends). Behind DeepEP Triton stands for all.
+    """
+    release, asked = numbers(flags.version), flags.moe_backend
+    if asked != "auto":
+        return "cutlass" if asked == "flashinfer_cutlass" else asked
+    if whole and flags.data_parallel_size > 1 and flags.all2all_backend.startswith("deepep"):
+        return "triton"
+    if (0, 12) <= release < (0, 16):
+        return "deep_gemm" if whole or ranks < 8 else "triton"
+    return "cutlass" if release == (0, 16) or (whole and release > (0, 16)) else "triton"
 
 
 def notes(flags: EngineFlags) -> list[str]:
@@ -148,6 +173,8 @@ def notes(flags: EngineFlags) -> list[str]:
     said = []
     if flags.all2all_backend in FALLS_BACK and flags.data_parallel_size > 1:
         said.append(f"all2all_backend {flags.all2all_backend} is {FALLS_BACK[flags.all2all_backend]}")
+    if flags.moe_backend not in ("auto", "marlin"):
+        said.append(f"moe_backend {flags.moe_backend} is for fp8 with scales of blocks on Hopper only")
     if flags.data_parallel_rank is not None or flags.data_parallel_start_rank is not None:
         said.append(f"all {flags.data_parallel_size} data-parallel ranks are simulated, not one node's alone")
     if flags.data_parallel_size > 1 and flags.data_parallel_backend == "ray":

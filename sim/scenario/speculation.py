@@ -13,6 +13,7 @@ from servecast.sim.hardware.drafter import LOOKUPS, Drafter, Passes, eagle_shape
 from servecast.sim.hardware.model_shape import ModelShape
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.scenario.acceptance import Law, least_variance, missing
+from servecast.sim.scenario.acceptance_spread import always_proposed
 from servecast.sim.scenario.scenario import Scenario, shipped_folder
 from servecast.sim.scenario.speculative_flags import SpeculativeConfig
 from servecast.sim.scenario.vllm_flags import FLAG_BAND
@@ -102,6 +103,9 @@ def speculating(scenario: Scenario, target: ModelShape) -> Speculating | None:
         disable_eagle_block_drop=asked.disable_eagle_block_drop,
         by_batch=tuple((first, min(more, drafts)) for first, more in asked.by_batch()),
         proposed=law.proposed if METHODS[method].may_miss else (),
+        kinds=law.kinds
+        if METHODS[method].may_miss
+        else always_proposed(law.kinds, (law.rates, law.proposed)),
         seed=scenario.seed,
     )
     given_shares = scenario.acceptance is not None and scenario.acceptance.proposed is not None

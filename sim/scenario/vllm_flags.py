@@ -83,6 +83,7 @@ TAKEN: dict[str, Callable[[str], Any]] = {
     "api_server_count": int,
     "dp_sync_interval": int,
     "enable_expert_parallel": bool,
+    "moe_backend": str,
     "all2all_backend": str,
     "enable_eplb": bool,
     "eplb_config": _mapping,
@@ -174,7 +175,6 @@ _WIDENING = frozenset(
         "max_seq_len_to_capture",
         "model_class_overrides",
         "model_impl",
-        "moe_backend",
         "monokernel",
         "nnodes",
         "num_redundant_experts",
@@ -187,6 +187,7 @@ _WIDENING = frozenset(
         "worker_cls",
     )
 )
+_MOE_BACKENDS = ("auto", "triton", "deep_gemm", "flashinfer_cutlass", "marlin")  # others widen the band
 _NOTHING = ("no", "0", "0.0", "", "none", "None", "null", "auto", "False", "false", "{}")
 _DEFAULTS = {  # further values that ask for nothing
     "optimization_level": "2",
@@ -239,6 +240,8 @@ def parse_serve_command(
             raise InputError(
                 f"{shown} {value} cannot be simulated", where=WHERE, fix="Only generation is modelled."
             )
+        elif name == "moe_backend" and value not in _MOE_BACKENDS:
+            widening.append(shown)
         elif name == "lora_modules":
             flags[name] = [_adapter(each) for each in (taken or [value or ""])]
         elif name in TAKEN and flag.key:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -12,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,26 @@ def write_scenario(folder: Path, text: str, model: Path, gpu: GPU) -> Path:
     file = folder / "scenario.yaml"
     file.write_text(text)
     return file
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """A metronome's model, where its GPU's peaks would lie, and the profile that was fitted to it.
+
+    disturbed: what says that this machine did not keep time while it was measured.
+    """
+
+    model: Path
+    gpu: GPU
+    profile: Path
+    disturbed: list[str] = field(default_factory=list)
+
+    def scenario(self, folder: Path, text: str) -> Path:
+        """Its scenario's file in a folder, beside model, GPU and profile."""
+        file = write_scenario(folder, text, self.model, self.gpu)
+        if self.profile.exists():
+            shutil.copy(self.profile, folder / "profile.json")
+        return file
 
 
 def metronome(model: Path, law: dict[str, Any]) -> OwnServer:
@@ -214,17 +235,23 @@ def slowed(pid: int, *, stop_s: float = 0.05, go_s: float = 0.1) -> Iterator[Non
 
 
 def starved_python(folder: Path) -> str:
-    """A Python with vLLM that gets no CPU for most of the time once it sends."""
+    """A Python with vLLM that gets no CPU for most of the time from when it has a socket."""
     file = folder / "starved-python"
     file.write_text(
         f"""#!{sys.executable}
-import signal, subprocess, sys, time
+import os, signal, subprocess, sys, time
 process = subprocess.Popen([{PYTHON!r}, *sys.argv[1:]])
+files, sends = f"/proc/{{process.pid}}/fd", False
 while process.poll() is None:
     time.sleep(0.1)
-    process.send_signal(signal.SIGSTOP)
-    time.sleep(0.2)
-    process.send_signal(signal.SIGCONT)
+    try:
+        sends = sends or any("socket" in os.readlink(f"{{files}}/{{each}}") for each in os.listdir(files))
+    except OSError:
+        continue
+    if sends:
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(0.2)
+        process.send_signal(signal.SIGCONT)
 sys.exit(process.returncode)
 """
     )

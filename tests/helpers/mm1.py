@@ -17,7 +17,7 @@ def table(arrival: Any, start: Any, finish: Any) -> pd.DataFrame:
     n = len(arrival)
     return pd.DataFrame(
         {
-            "request_id": range(n),
+            "request_id": np.arange(n),
             "stage": 0,
             "prompt_tokens": 1,
             "arrival": arrival,
@@ -27,16 +27,17 @@ def table(arrival: Any, start: Any, finish: Any) -> pd.DataFrame:
             "first_token": finish,
             "finish": finish,
             "output_tokens": 1,
-            "cached_tokens": pd.array([0] * n, dtype="Int64"),
+            "cached_tokens": pd.arrays.IntegerArray(np.zeros(n, np.int64), np.zeros(n, bool)),
             "preemptions": 0,
-            "status": "finished",
+            "status": pd.Categorical.from_codes(np.zeros(n, np.int8), ["finished"]),
         }
     )
 
 
 def steps_frame(**columns: Any) -> pd.DataFrame:
     size = max(len(column) for column in columns.values())
-    return pd.DataFrame({name: columns.get(name, [0] * size) for name in STEP_COLUMNS}).astype(STEP_COLUMNS)
+    known = {name: np.asarray(columns.get(name, np.zeros(size)), kind) for name, kind in STEP_COLUMNS.items()}
+    return pd.DataFrame(known)
 
 
 def mm1(request_rate: float, seed: int, num_requests: int, service_rate: float = SERVICE_RATE) -> Run:
@@ -49,5 +50,5 @@ def mm1(request_rate: float, seed: int, num_requests: int, service_rate: float =
     finish = done + np.maximum.accumulate(arrival - done + service)
     start = finish - service
     waiting = np.arange(num_requests) - np.searchsorted(finish, arrival)
-    steps = steps_frame(start=start, duration=service, running=[1] * num_requests, waiting=waiting)
+    steps = steps_frame(start=start, duration=service, running=np.ones(num_requests), waiting=waiting)
     return Run(table(arrival, start, finish), steps, pd.DataFrame({"stage": [], "gap": [], "weight": []}))

@@ -13,27 +13,15 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from live_setup import (
-    PYTHON,
-    SCENARIO,
-    calibrate,
-    lost_time,
-    measure_overheads,
-    measure_steps,
-    metronome,
-    slowed,
-    starved_python,
-    write_scenario,
-)
-from metronome_setup import ROOFLINE, metronome_gpu, metronome_model
+from live_setup import PYTHON, SCENARIO, Calibrated, lost_time, metronome, slowed, starved_python
+from metronome_setup import ROOFLINE
+from running import together
 from timing import Machine
 from timing import judge as judge_timing
 
@@ -72,6 +60,7 @@ class Lab:
     """
 
     file: Path
+    model: Path
     replicas: tuple[Started, Started]
     steady: bool
 
@@ -143,25 +132,16 @@ def until_right(run: Callable[[int], tuple[str, bool, bool]]) -> None:
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    folder = tmp_path_factory.mktemp("lab")
-    model = metronome_model(folder / "metronome")
-    gpu = metronome_gpu(ROOFLINE, model)
-    file = write_scenario(folder, SCENARIO, model, gpu)
-    measured = measure_steps(model, folder / "measured", ROOFLINE)
-    engine = load(file, {"profile": None}).engine
-    with ExitStack() as stack, ThreadPoolExecutor(2) as threads:
-        outs = [folder / f"replica-{number}" for number in (0, 1)]
-        for out in outs:
-            out.mkdir()
-        servers = [started(metronome(model, ROOFLINE), engine, {}, out) for out in outs]
-        first, second = threads.map(stack.enter_context, servers)
-        assert first.recording is not None
-        measure_overheads(first.target, first.recording, measured, (2, 12))
-        fit = calibrate(measured, gpu, folder / "profile.json")
-        disturbed = [*fit.summary.reasons, *(note for note in fit.summary.notes if "disturbed" in note)]
-        print(fit.profile.front_end, disturbed)
-        yield Lab(file, (first, second), not disturbed)
+def lab(calibrated: Calibrated, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    folder, model = tmp_path_factory.mktemp("lab"), calibrated.model
+    file = calibrated.scenario(folder, SCENARIO)
+    engine = load(file).engine
+    outs = [folder / f"replica-{number}" for number in (0, 1)]
+    for out in outs:
+        out.mkdir()
+    servers = [started(metronome(model, ROOFLINE), engine, {}, out) for out in outs]
+    with together(servers) as (first, second):
+        yield Lab(file, model, (first, second), not calibrated.disturbed)
 
 
 def rows(load: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -294,7 +274,9 @@ def test_prefix_hits(sweep: Sweep) -> None:
     (shared,) = [each for each in sweep.found["loads"] if each["plan"] == "prefix"]
     hits = rows(shared)["prefix_cache_hit_rate"]
     assert hits["measured"] > 0.4
-    assert abs(hits["error"]) < 0.02
+    # a prefix is hit by those who come when a first one has computed it
+    what = f"the rate of prefix hits is {hits['error']:+.1%} off"
+    judge_timing(what, abs(hits["error"]) < 0.02, quiet=sweep.quiet[shared["name"]])
 
 
 def test_knee_and_largest_rate(sweep: Sweep) -> None:
@@ -326,7 +308,7 @@ def test_kv_pressure(lab: Lab, tmp_path: Path) -> None:
         "workload.prompt_tokens": {"kind": "uniform", "tokens": 60, "range_ratio": 0.5},
         "workload.output_tokens": {"kind": "uniform", "tokens": 200, "range_ratio": 0.4},
     }
-    own = metronome(lab.file.parent / "metronome", ROOFLINE)
+    own = metronome(lab.model, ROOFLINE)
     scenario = load(lab.file, long)
 
     def run(again: int) -> tuple[str, bool, bool]:
@@ -399,26 +381,30 @@ def test_a_client_without_cpu_is_inconclusive(lab: Lab, tmp_path: Path) -> None:
 
 def test_two_routing_policies_on_two_replicas(lab: Lab, tmp_path: Path) -> None:
     """The trace is split beforehand, as each policy would, and one benchmark runs a replica."""
-    split = Split(
-        load(lab.file, SHARED),
-        [replica.target for replica in lab.replicas],
-        ("round_robin", "prefix_affinity"),
-        tmp_path,
-        request_rate=6,
-        num_requests=60,
-        python=PYTHON,
-    )
-    split.run()
-    assert split.finished, split.stopped
-    hits = {
-        side: {router: row[side]["prefix_hit_rate"] for router, row in split.measured.items()}
-        for side in ("predicted", "measured")
-    }
-    print(hits)
-    for router in split.routers:
-        assert abs(hits["predicted"][router] - hits["measured"][router]) < 0.02
-    for rates in hits.values():
-        assert rates["round_robin"] < rates["prefix_affinity"]
+
+    def run(again: int) -> tuple[str, bool, bool]:
+        machine, targets = Machine(), [replica.target for replica in lab.replicas]
+        split = Split(
+            load(lab.file, SHARED),
+            targets,
+            ("round_robin", "prefix_affinity"),
+            tmp_path / str(again),
+            request_rate=6,
+            num_requests=60,
+            python=PYTHON,
+        )
+        split.run()
+        assert split.finished, split.stopped
+        hits = {
+            side: {router: row[side]["prefix_hit_rate"] for router, row in split.measured.items()}
+            for side in ("predicted", "measured")
+        }
+        for rates in hits.values():
+            assert rates["round_robin"] < rates["prefix_affinity"]
+        off = [abs(hits["predicted"][router] - hits["measured"][router]) for router in split.routers]
+        return f"prefix hits of two routers: {hits}", max(off) < 0.02, machine.quiet()
+
+    until_right(run)
 
 
 SHARED = {

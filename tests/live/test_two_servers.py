@@ -2,10 +2,9 @@
 last what a law says. TTFT and TPOT as the client sees them, against a prediction that knows the law, and of
 the proxy and the HTTP servers what single requests took.
 
-Two servers, their workers, the proxy and the client share the cores of one machine. On two quiet ones the
-prediction was 0 to 4 % too short in TTFT and 6 to 7 % in TPOT; beside other work, up to 31 and 9 %. What is
-judged on a quiet one is that it is not far from that, and always that every request's KV cache came from the
-other server.
+Two servers, their workers, the proxy and the client share the cores of one machine, so that times are judged
+where others left it alone, and the load is run again where they did not. Judged always: that the profile's
+steps are the law's, and that every request's KV cache came from the other server.
 """
 
 from __future__ import annotations
@@ -13,20 +12,23 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from urllib.request import Request as Http
 from urllib.request import urlopen
 
 import numpy as np
+import pandas as pd
 import pytest
+from metronome_law import Law
 from metronome_setup import FLAGS, ROOFLINE, metronome_environment, metronome_gpu, metronome_model
+from numpy.typing import NDArray
 from places import HELPERS
-from running import running
+from running import running, together
 from timing import Machine, judge
 
 from servecast.calibrate.measure.vllm.server import HOST, VllmServer, free_port
-from servecast.sim.engine.request import Stage, Stream
+from servecast.sim.engine.request import Request, Stage, Stream
 from servecast.sim.hardware.front_end_costs import FrontEndCosts
 from servecast.sim.hardware.profile import Profile
 from servecast.sim.hardware.step_time.physical import Efficiencies
@@ -37,7 +39,8 @@ from servecast.validate.parity.vllm_process import ENVIRONMENT
 
 pytestmark = pytest.mark.live
 
-TTFT, TPOT = 0.15, 0.15
+TTFT, TPOT = 0.08, 0.03
+AGAIN = 2  # times that the load is run again, if its figures are wrong and this machine was not quiet
 LAW = ROOFLINE | {"kv_request_s": 0.010, "kv_moved_token_s": 1e-4}
 BLOCK, SINGLE = 128, 12
 SCENARIO = """
@@ -91,7 +94,7 @@ def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]
     ]
     url = f"http://{HOST}:{(port := free_port())}"
     command = [str(python), str(HELPERS / "two_servers_proxy.py"), str(port), *(s.base_url for s in servers)]
-    with servers[0], servers[1], running(command, url=f"{url}/health", log=folder / "proxy.log", env={}):
+    with together(servers), running(command, url=f"{url}/health", log=folder / "proxy.log", env={}):
         yield url, folder
 
 
@@ -103,7 +106,7 @@ def scenario(folder: Path, hop: float, front: FrontEndCosts) -> Scenario:
         model="metronome",
         engine_version="0.32.0",
         efficiencies=Efficiencies(
-            compute=0.75, bandwidth=0.9, overlap_exponent=3.0, host_fixed_s=0.018, host_per_seq_s=5e-5
+            compute=0.75, bandwidth=0.9, overlap_exponent=3.0, host_fixed_s=0.0198, host_per_seq_s=5e-5
         ),
         front_end=front,
     ).save(folder / "profile.json")
@@ -145,41 +148,72 @@ def predicted_single(made: Scenario, prompt: int, output: int) -> float:
     return float((requests["first_token"] - requests["sent"]).iloc[0])
 
 
+def beside_the_law(steps: pd.DataFrame) -> float:
+    """By how much the predicted steps differ from the law at most, relative. A step stores the KV of whole
+    blocks of a prompt and computes all of it, or loads it and computes the rest."""
+    law, off = Law(json.dumps(LAW)), 0.0
+    for step in steps[steps["prefill_requests"] <= 1].itertuples():
+        lasts = list[float]()
+        for moved in range(0, 641, BLOCK) if step.prefill_requests else (0,):
+            loaded = moved if step.prefill_tokens <= BLOCK else 0
+            chunks = [(step.prefill_tokens, loaded)] * step.prefill_requests
+            seconds = law.seconds(chunks, step.decodes, step.decode_context)
+            lasts.append(seconds + len(chunks) * (LAW["kv_request_s"] + moved * LAW["kv_moved_token_s"]))
+        off = max(off, min(abs(step.duration / each - 1) for each in lasts))
+    return off
+
+
 def test_ttft_and_tpot_of_two_servers(proxy: tuple[str, Path]) -> None:
     url, folder = proxy
     for number in range(3):
         ask(url, 10_000 + number, 300, 4)  # the first requests start what is started late
-    single = [ask(url, 20_000 + number, 400, 8)[0] for number in range(SINGLE)]
     bare = scenario(folder, 0.0, FrontEndCosts())
-    rest = float(np.median(single)) - predicted_single(bare, 400, 8)
-    print(f"single requests: TTFT {np.median(single):.4f} s, {rest:.4f} s of it outside the engines")
-    made = scenario(folder, rest / 5, FrontEndCosts(latency_s=rest / 5))  # 2 servers, 3 hops: a fifth each
-    stages = draw(made.stages(), 0)
-    requests = list(stages[0].streams[0].requests)
-    predicted = simulate(made, stages=[Stage("all", [Stream("requests", requests)])]).requests
-    found: dict[int, tuple[float, float]] = {}
+    for again in range(1 + AGAIN):
+        machine = Machine()
+        single = [ask(url, 20_000 + 100 * again + number, 400, 8)[0] for number in range(SINGLE)]
+        rest = float(np.median(single)) - predicted_single(bare, 400, 8)
+        print(f"single requests: TTFT {np.median(single):.4f} s, {rest:.4f} s of it outside the engines")
+        made = scenario(
+            folder, rest / 5, FrontEndCosts(latency_s=rest / 5)
+        )  # 2 servers, 3 hops: a fifth each
+        requests = list(draw(made.stages(), again)[0].streams[0].requests)
+        run = simulate(made, stages=[Stage("all", [Stream("requests", requests)])])
+        assert beside_the_law(run.steps) < 0.005
+        found = driven(url, 1000 * again, requests)
+        quiet = machine.quiet()
+        wrong = compared(run.requests, found)
+        if quiet or not wrong:
+            break
+    judge("; ".join(wrong), not wrong, quiet=quiet)
+    said = (folder / "decode.log").read_text()
+    assert said.count("Inject KV cache of") >= len(requests) - 3
 
-    def client(number: int) -> None:
-        asked = requests[number]
+
+def driven(url: str, first: int, requests: Sequence[Request]) -> NDArray[np.float64]:
+    """(n, 2) TTFT and TPOT of requests, sent when they arrive; their prompts are numbered from ``first``."""
+    found, began = np.full((len(requests), 2), np.nan), time.perf_counter() + 1.0
+
+    def client(number: int, asked: Request) -> None:
         time.sleep(max(0.0, began + asked.arrival_s - time.perf_counter()))
-        found[number] = ask(url, number, asked.prompt_tokens, asked.output_tokens)
+        found[number] = ask(url, first + number, asked.prompt_tokens, asked.output_tokens)
 
-    threads = [threading.Thread(target=client, args=(number,)) for number in range(len(requests))]
-    machine, began = Machine(), time.perf_counter() + 1.0
+    threads = [threading.Thread(target=client, args=each) for each in enumerate(requests)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    quiet = machine.quiet()
-    ttft = np.array([found[number][0] for number in range(len(requests))])
-    tpot = np.array([found[number][1] for number in range(len(requests))])
-    foreseen = (predicted["first_token"] - predicted["sent"]).to_numpy()
-    paces = ((predicted["finish"] - predicted["first_token"]) / (predicted["output_tokens"] - 1)).to_numpy()
-    for name, measured, expected, within in (("TTFT", ttft, foreseen, TTFT), ("TPOT", tpot, paces, TPOT)):
+    return found
+
+
+def compared(predicted: pd.DataFrame, found: NDArray[np.float64]) -> list[str]:
+    """What is further off than it may be."""
+    wrong = list[str]()
+    answering = predicted["finish"] - predicted["first_token"]
+    foreseen = predicted["first_token"] - predicted["sent"], answering / (predicted["output_tokens"] - 1)
+    names = ("TTFT", TTFT), ("TPOT", TPOT)
+    for (name, within), measured, expected in zip(names, found.T, foreseen, strict=True):
         for word, statistic in (("mean", np.mean), ("median", np.median)):
             off = float(statistic(expected) / statistic(measured) - 1)
-            what = f"{name} {word}: measured {statistic(measured):.4f} s, {off:+.1%} predicted"
-            print(what)
-            judge(what, abs(off) < within, quiet=quiet)
-    said = (folder / "decode.log").read_text()
-    assert said.count("Inject KV cache of") >= len(requests) - 3
+            print(what := f"{name} {word}: measured {statistic(measured):.4f} s, {off:+.1%} predicted")
+            wrong += [what] if abs(off) >= within else []
+    return wrong

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from recorded_run import recorded_run
+from timing import Machine, judge
 
 from servecast.calibrate.measure.vllm.recording import read_recording
 from servecast.calibrate.measure.vllm.tiny_model import write_tiny_model
@@ -23,7 +24,7 @@ from servecast.validate.parity.scenarios import random_scenarios
 from servecast.validate.parity.vllm_process import ENVIRONMENT, HERE
 
 REQUESTS = 48
-START_UP_S = 180.0
+START_UP_S = 900.0
 
 
 def _free_port() -> int:
@@ -64,7 +65,13 @@ def _send(port: int, prompt: list[int], max_tokens: int, delay: float, leave_aft
 
 
 @pytest.fixture(scope="module")
-def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed() -> list[bool]:
+    """Whether this machine was left alone while it was recorded, once it was."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def recording(tmp_path_factory: pytest.TempPathFactory, undisturbed: list[bool]) -> Path:
     """Prompts with shared prefixes on a pool so small that requests preempt each other; some hang up."""
     folder = tmp_path_factory.mktemp("live")
     model = write_tiny_model(folder / "tiny", max_position_embeddings=512)
@@ -86,6 +93,7 @@ def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
         server = subprocess.Popen(command, env=environment, stdout=out, stderr=out)
         try:
             _wait_until_ready(server, port, log)
+            machine = Machine()
             rng = np.random.default_rng(1)
             shared = rng.integers(0, 256, 256).tolist()
             with ThreadPoolExecutor(REQUESTS) as clients:
@@ -98,6 +106,7 @@ def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
                     sent.append(clients.submit(_send, port, prompt, max_tokens, delay, leave))
                 for client in sent:
                     client.result()
+            undisturbed.append(machine.quiet())
             time.sleep(1.0)  # the recorder flushes when the engine runs empty
         finally:
             server.terminate()
@@ -166,11 +175,12 @@ def test_recording_with_async_scheduling(tmp_path: Path, version: str) -> None:
 
 
 @pytest.mark.vllm
-def test_recording_is_cheap(recording: Path) -> None:
+def test_recording_is_cheap(recording: Path, undisturbed: list[bool]) -> None:
     run = read_recording(recording)
     microseconds = run.cost_ns / len(run.steps) / 1000
-    print(f"recording: {microseconds:.1f} us a step over {len(run.steps)} steps")
-    assert 0 < microseconds < 500
+    assert microseconds > 0
+    what = f"recording took {microseconds:.1f} us a step over {len(run.steps)} steps"
+    judge(what, microseconds < 500, quiet=all(undisturbed))
 
 
 def test_not_a_recording(tmp_path: Path) -> None:

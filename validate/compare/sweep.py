@@ -61,14 +61,14 @@ def compare_loads(
     found = [_closed_loop_knee(loads, tolerances)]
     if len({rate for rate, _ in levels}) > 1:
         rates, asked = [rate for rate, _ in levels], [load for _, load in levels]
-        knees = (bracket(zip(rates, map(sustained, side), strict=True)) for side in _sides(asked))
-        found.insert(0, _compared("knee", "the knee", *knees, searched, tolerances))
+        knees = [bracket(zip(rates, map(sustained, side), strict=True)) for side in _sides(asked)]
+        found.insert(0, _compared("knee", "the knee", knees, searched, tolerances))
         if objectives is not None:
-            most = (
+            most = [
                 _crossing(rates, [judged(runs, objectives).strain for runs in side]) for side in _sides(asked)
-            )
+            ]
             name = "the largest rate at the SLOs"
-            found.append(_compared("max_request_rate", name, *most, searched, tolerances))
+            found.append(_compared("max_request_rate", name, most, searched, tolerances))
     rows = [row for each, _ in found for row in each]
     notes = [note for _, each in found for note in each]
     states: list[tuple[State, str]] = [(row.state, row.reason) for row in rows if row.state is not None]
@@ -143,13 +143,13 @@ def _sides(loads: Sequence[LoadComparison]) -> tuple[list[tuple[Run, ...]], list
 def _compared(
     metric: str,
     name: str,
-    predicted: Interval,
-    measured: Interval,
+    sides: Sequence[Interval],
     searched: Mapping[str, Interval],
     tolerances: Tolerances,
 ) -> tuple[list[Row], list[str]]:
-    """The row of two brackets, and what keeps it from saying more."""
-    predicted = searched.get(metric) or predicted
+    """The row of two brackets, predicted (by a search, if there was one) and measured, and what keeps it from
+    saying more."""
+    predicted, measured = searched.get(metric) or sides[0], sides[1]
     if predicted.high == measured.high == math.inf:
         return [], [f"{name} lies beyond {measured.low:g} requests/s, predicted and measured"]
     if predicted.low == measured.low == 0:

@@ -188,7 +188,9 @@ def model_config(model: Path) -> dict[str, Any]:
             f"cannot be read: {error.strerror}", str(file), "Give a folder with a model's config.json."
         ) from error
     except ValueError as error:
-        raise MeasureError(f"is no model's config ({error})", str(file), "Correct the file.") from error
+        raise MeasureError(
+            f"cannot be read as a model's config ({error})", str(file), "Correct the file."
+        ) from error
     return config
 
 

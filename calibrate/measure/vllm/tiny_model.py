@@ -63,15 +63,8 @@ def write_tokenizer(folder: Path, *, vocab_size: int | None = None, model_max_le
     tokenizer = {
         "version": "1.0",
         "added_tokens": [
-            {
-                "id": number,
-                "content": name,
-                "special": True,
-                "single_word": False,
-                "lstrip": False,
-                "rstrip": False,
-                "normalized": False,
-            }
+            dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+            | {"id": number, "content": name, "special": True}
             for name, number in SPECIAL.items()
         ],
         "decoder": {"type": "Fuse"},

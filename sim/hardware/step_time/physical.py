@@ -58,7 +58,8 @@ class KernelCosts:
             v and o of a prompt chunk are moved.
         mixers: of layers that mix tokens otherwise than by grouped-query attention, by their kind.
         expert_compute, expert_bandwidth: shares of the peaks in routed experts, where reading and multiplying
-            add up. expert_s: their floor in one layer, s. expert_passes: as product_passes.
+            add up, or join by a smooth maximum of ``expert_overlap``. expert_s: their floor in one layer, s.
+            expert_passes: as product_passes.
         all_reduce: one as timed, (bytes, s) rising, in place of ``link`` and ``allreduce_s``.
         all_gather, reduce_scatter: the same, by the bytes of all ranks together.
         exchange_s, exchange_link: floor of a token's way to its experts and back in one layer by DeepEP, s,
@@ -71,6 +72,7 @@ class KernelCosts:
     attention_passes: float
     expert_compute: float = 1.0
     expert_bandwidth: float = 1.0
+    expert_overlap: float = 1.0
     expert_s: float = 0.0
     expert_passes: float = 0.0
     all_reduce: tuple[tuple[int, float], ...] = ()
@@ -307,11 +309,12 @@ class PhysicalStepTime:
 
         Returns:
             What each computes: if there is a graph for all of them, they all run that of the largest, else
-            none does (``dp_utils._synchronize_dp_ranks``). Seconds of the layers of experts, and whether
-            there was a graph.
+            none does (``dp_utils._synchronize_dp_ranks``), and releases of ``padded_alike`` pad all to the
+            largest nevertheless. Seconds of the layers of experts, and whether there was a graph.
         """
         graphed = max(tokens) <= self._graphed
-        computed = [self.shard.padded(max(tokens))] * len(tokens) if graphed else list(tokens)
+        alike = graphed or (self._graphed > 0 and self._spread.padded_alike)
+        computed = [self.shard.padded(max(tokens))] * len(tokens) if alike else list(tokens)
         key = sum(computed), max(computed)
         seconds = self._by_cores.get(key)
         if seconds is None:
@@ -451,10 +454,12 @@ class PhysicalStepTime:
         return sum(self._expert_terms(tokens, costs))
 
     def _expert_terms(self, tokens: int, costs: KernelCosts) -> tuple[float, float]:
-        """Multiplying and reading, which do not overlap; moving activations."""
+        """Multiplying and reading; moving activations."""
         shard, bandwidth = self.shard, self._gpu.bandwidth
-        experts = shard.expert_flops(tokens) / (shard.expert_peak * costs.expert_compute)
-        experts += shard.expert_bytes(tokens) / (bandwidth * costs.expert_bandwidth)
+        compute = shard.expert_flops(tokens) / (shard.expert_peak * costs.expert_compute)
+        read = shard.expert_bytes(tokens) / (bandwidth * costs.expert_bandwidth)
+        overlap = costs.expert_overlap
+        experts = compute + read if overlap == 1.0 else smooth_maximum(compute, read, overlap)
         return experts, shard.expert_moved_bytes(tokens) * costs.expert_passes / bandwidth
 
     def _expert_sides(self, tokens: int) -> tuple[float, float]:

@@ -48,6 +48,7 @@ TRUTH = Efficiencies(
     host_per_seq_s=12e-6,
 )
 REGIONS = {"decode", "decode_ragged", "prefill", "prefill_context", "mixed", "long_run"}
+FEW = steps_of_grid()[::3]  # of every region some: the quicker to fit where it is not asked how well
 # Peaks so high that no part of a step is held up by them that the laws below do not have.
 AMPLE = GPU("ample", H200.memory_bytes, 2e13, 1e16, 1e12, (9, 0))
 
@@ -177,7 +178,7 @@ def test_a_law_that_it_cannot_express_is_refused(tmp_path: Path, law: Law, told:
 
 
 def test_a_refused_fit_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_folder(tmp_path / "bad", {MODEL: lambda step: 0.08 - 2e-4 * step.batch})
+    write_folder(tmp_path / "bad", {MODEL: lambda step: 0.08 - 2e-4 * step.batch}, steps=FEW)
     output = tmp_path / "profile.json"
     assert main(["calibrate", "fit", str(tmp_path / "bad"), "--output", str(output)]) == 1
     assert not output.exists()
@@ -236,7 +237,7 @@ def test_kernels_alone_tell_the_gpu_and_leave_the_host_typical(tmp_path: Path) -
 
 def test_kernels_and_steps_are_fitted_together(tmp_path: Path) -> None:
     found = fit_folder(
-        write_folder(tmp_path, {MODEL: physical_law(MODEL, TRUTH)}, kernels=timed(H200, TRUTH))
+        write_folder(tmp_path, {MODEL: physical_law(MODEL, TRUTH)}, steps=FEW, kernels=timed(H200, TRUTH))
     )
     assert found.good
     origin = {entry.parameter: entry.origin for entry in found.profile.provenance}
@@ -247,7 +248,7 @@ def test_kernels_and_steps_are_fitted_together(tmp_path: Path) -> None:
 def test_kernels_that_contradict_the_steps_are_left_out_and_said(tmp_path: Path) -> None:
     law = {MODEL: physical_law(MODEL, TRUTH)}
     slow = [(row, seconds * (8 if row["row"] == "gemm" else 1)) for row, seconds in timed(H200, TRUTH)]
-    found = fit_folder(write_folder(tmp_path, law, kernels=slow))
+    found = fit_folder(write_folder(tmp_path, law, steps=FEW, kernels=slow))
     assert found.good
     assert "gemm" not in {region.region for region in found.summary.regions}
     assert any("gemm rows are" in note and "left out" in note for note in found.summary.notes)
@@ -274,7 +275,7 @@ def test_a_machine_that_no_catalogue_has_gets_measured_peaks(
     assert gpu.bf16_flops == pytest.approx(TRUTH.compute * H200.bf16_flops, rel=0.1)
     assert gpu.bandwidth == pytest.approx(TRUTH.bandwidth * H200.bandwidth, rel=0.1)
     assert gpu.name == Profile.load(output).gpu == "cpu"
-    write_folder(tmp_path / "steps", {MODEL: physical_law(MODEL, TRUTH)}, facts=facts)
+    write_folder(tmp_path / "steps", {MODEL: physical_law(MODEL, TRUTH)}, steps=FEW, facts=facts)
     with pytest.raises(
         InputError, match=r"'cpu' is not in the catalogue.*no gemm rows with m from 128 on and no copy rows"
     ):
@@ -288,7 +289,9 @@ def test_measured_peaks_need_large_products_and_count_steps(tmp_path: Path) -> N
     slow = replace(own, bandwidth=own.bandwidth / 4, bf16_flops=own.bf16_flops / 2)
     facts, law = {**FACTS, "gpu": "cpu"}, {MODEL: physical_law(MODEL, TRUTH)}
     flags = FLAGS | {"cudagraph_capture_sizes": list(CAPTURED)}
-    found = fit_folder(write_folder(tmp_path, law, kernels=timed(slow, TRUTH), facts=facts, flags=flags))
+    found = fit_folder(
+        write_folder(tmp_path, law, steps=FEW, kernels=timed(slow, TRUTH), facts=facts, flags=flags)
+    )
     assert found.good
     assert found.derived
     assert slow.bandwidth < found.gpu.bandwidth < own.bandwidth
@@ -324,7 +327,7 @@ def test_noise_is_found_from_repeats() -> None:
 
 def test_stalls_do_not_move_the_efficiencies_and_the_mean_is_kept(tmp_path: Path) -> None:
     law = physical_law(MODEL, TRUTH)
-    write_folder(tmp_path, {MODEL: law}, repeats=21)
+    write_folder(tmp_path, {MODEL: law}, steps=FEW, repeats=21)
     file = tmp_path / "engine.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     for row in rows:
@@ -396,7 +399,9 @@ def test_front_end_costs_are_found_from_overheads(tmp_path: Path) -> None:
     assert found.cv == pytest.approx(0.2, rel=0.2)
     assert set(told) == {"request_s", "latency_s", "delivery_s", "token_s", "cv"}
     assert fit_front_end([], 32) == (FrontEndCosts(), ())
-    profile = fit_folder(write_folder(tmp_path, {MODEL: physical_law(MODEL, TRUTH)}, overheads=rows)).profile
+    profile = fit_folder(
+        write_folder(tmp_path, {MODEL: physical_law(MODEL, TRUTH)}, steps=FEW, overheads=rows)
+    ).profile
     assert profile.front_end == found
     origin = {entry.parameter: entry.origin for entry in profile.provenance}
     assert (origin["front_end.cv"], origin["front_end.client_token_s"]) == ("fitted", "assumed")
@@ -409,13 +414,13 @@ def test_a_disturbed_turn_does_not_count(tmp_path: Path) -> None:
     slow = [row | {"times_s": [seconds + 0.07 for seconds in row["times_s"]]} for row in first]
     laws = {MODEL: physical_law(MODEL, TRUTH)}
     found = fit_folder(
-        write_folder(tmp_path / "three", laws, overheads=[*slow, *quiet[0], *quiet[1]])
+        write_folder(tmp_path / "three", laws, steps=FEW, overheads=[*slow, *quiet[0], *quiet[1]])
     ).profile
     for name in ("request_s", "latency_s", "delivery_s", "token_s"):
         assert getattr(found.front_end, name) == pytest.approx(getattr(costs, name), rel=0.1)
     assert found.fit is not None
     assert not any("disturbed" in note for note in found.fit.notes)
-    found = fit_folder(write_folder(tmp_path / "two", laws, overheads=[*slow, *quiet[0]])).profile
+    found = fit_folder(write_folder(tmp_path / "two", laws, steps=FEW, overheads=[*slow, *quiet[0]])).profile
     assert found.front_end.latency_s < 0.01, "the quieter one counts"
     assert found.fit is not None
     assert sum("the quietest is not confirmed" in note for note in found.fit.notes) == 3
@@ -551,7 +556,7 @@ def change(folder: Path, name: str, edit: Callable[[list[str]], list[str]]) -> N
 
 
 def test_a_cut_off_last_line_is_dropped_and_said(tmp_path: Path) -> None:
-    write_folder(tmp_path, {MODEL: physical_law(MODEL, TRUTH)})
+    write_folder(tmp_path, {MODEL: physical_law(MODEL, TRUTH)}, steps=FEW)
     whole = len(read_folder(tmp_path).steps)
     change(tmp_path, "engine.jsonl", lambda lines: [*lines[:-1], lines[-1][:30]])
     found = fit_folder(tmp_path)
@@ -640,6 +645,7 @@ def test_a_version_without_rule_set_is_fitted_and_said(tmp_path: Path) -> None:
     write_folder(
         tmp_path,
         {MODEL: physical_law(MODEL, TRUTH)},
+        steps=FEW,
         facts=FACTS | version,
         flags=FLAGS | {"version": "0.41.0"},
     )
@@ -657,7 +663,7 @@ def test_rows_of_a_later_version_are_left_out_and_said(tmp_path: Path, folder: P
 
 def test_steps_under_the_roofline_question_the_gpu(tmp_path: Path) -> None:
     law = physical_law(MODEL, TRUTH)
-    found = fit_folder(write_folder(tmp_path, {MODEL: lambda step: 0.1 * law(step)}))
+    found = fit_folder(write_folder(tmp_path, {MODEL: lambda step: 0.1 * law(step)}, steps=FEW))
     assert not found.good
     assert any("are its peaks right?" in note for note in found.summary.notes)
 
@@ -667,7 +673,8 @@ def test_two_degrees_of_tensor_parallelism_tell_the_link(tmp_path: Path) -> None
     truth = replace(TRUTH, link=0.4, allreduce_s=40e-6)
     for ranks in (1, 4):
         flags = FLAGS | {"tensor_parallel_size": ranks}
-        write_folder(tmp_path / str(ranks), {LARGER: physical_law(LARGER, truth, ranks=ranks)}, flags=flags)
+        law = {LARGER: physical_law(LARGER, truth, ranks=ranks)}
+        write_folder(tmp_path / str(ranks), law, steps=FEW, flags=flags)
     alone = fit_folder(tmp_path / "4").profile
     assert alone.tensor_parallel_size == 4
     assert "efficiencies.link" not in alone.intervals

@@ -20,7 +20,7 @@ from servecast.sim.engine.drafts import drawn
 from servecast.sim.engine.engine_loop import IDLE, EngineLoop
 from servecast.sim.engine.request import Request, Requests
 from servecast.sim.engine.scheduler import Scheduler
-from servecast.sim.engine.speculation import speculation
+from servecast.sim.engine.speculation import Kinds, speculation
 from servecast.sim.inputs.errors import InputError
 
 # ---- logs of vLLM 0.32: the header says all of a scenario but what its prompts share
@@ -140,7 +140,7 @@ def test_a_logged_scenario(name: str) -> None:
 
 
 def config(*, k: int, acceptance: tuple[float, ...], version: str = "0.32", **options: Any) -> EngineConfig:
-    given = {name: options.pop(name) for name in ("proposed", "seed", "by_batch") if name in options}
+    given = {name: options.pop(name) for name in ("proposed", "seed", "by_batch", "kinds") if name in options}
     method = options.pop("method", "eagle")
     usual: dict[str, Any] = {
         "max_num_seqs": 64,
@@ -232,6 +232,29 @@ def test_a_request_accepts_the_same_whoever_runs_beside_it() -> None:
 
     assert tokens(0) == tokens(20)
     assert tokens(0)[:2] == [31, 31 + 1 + sum(drawn(5, 99, 2) < chance for chance in (0.8, 0.5, 0.3))]
+
+
+@pytest.mark.parametrize("engine", [Scheduler, in_python])
+def test_requests_of_kinds(engine: Any) -> None:
+    """Long outputs accept none of 3 drafts or all of them, those of up to 100 tokens one or two: so many
+    steps for the 200, or 50, tokens after the first. Which of its class a request is, its id draws."""
+    laws = ((1.0, 0.0, 0.0), (1.0, 1.0, 0.0), (0.0,) * 3, (1.0,) * 3)
+    kinds = Kinds(tuple((rates, ()) for rates in laws), (0, 101))
+    scheduler = engine(config(k=3, acceptance=(0.5,) * 3, kinds=kinds, seed=7))
+    lengths = {number: (51, 201)[number % 2] for number in range(40)}
+    for number, output in lengths.items():
+        scheduler.add(Request(number, 0.0, 20, output, output), number)
+    steps = dict.fromkeys(lengths, -1)
+    while scheduler.has_requests:
+        step = scheduler.schedule()
+        for sequence in step.samplers:
+            steps[sequence.request_id] += 1
+        scheduler.complete(step)
+    second = {number: drawn(7, number, 1 << 62) >= 0.5 for number in lengths}
+    assert {number for number in lengths if second[number]} & {0, 1, 2, 3} not in (set(), {0, 1, 2, 3})
+    for number, output in lengths.items():
+        bringing = (4 if second[number] else 1) if output == 201 else (3 if second[number] else 2)
+        assert steps[number] - -(-(output - 1) // bringing) in (0, 1)  # async: one is under way when it ends
 
 
 def test_padding_is_never_accepted() -> None:
@@ -360,6 +383,8 @@ def test_parallel_drafting_adds_slots() -> None:
         ("0.32", "eagle", {"acceptance": (0.5, 0.6)}, "acceptance [0.5, 0.6] of 2 drafts"),
         ("0.32", "eagle", {"acceptance": (0.5,)}, "acceptance [0.5] of 2 drafts"),
         ("0.32", "eagle", {"proposed": (0.5, 0.3, 0.2)}, "that eagle proposes 0 to 2 drafts"),
+        ("0.32", "eagle", {"kinds": Kinds((((0.5, 0.6), ()),))}, "acceptance [0.5, 0.6] of 2 drafts"),
+        ("0.32", "eagle", {"kinds": Kinds((((0.5, 0.4), (0.0, 0.0, 1.0)),))}, "that eagle proposes 0 to 2"),
         ("0.32", "ngram", {"proposed": (0.5, 0.3, 0.1)}, "that ngram proposes 0 to 2 drafts"),
     ],
 )

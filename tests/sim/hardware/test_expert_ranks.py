@@ -12,8 +12,14 @@ from servecast.sim.engine.engine import StepShape
 from servecast.sim.hardware.expert_ranks import ExpertRanks
 from servecast.sim.hardware.expert_use import fullest_rank, largest_of, most_touched, rebalanced
 from servecast.sim.hardware.gpu import find_gpu
-from servecast.sim.hardware.shard import Shard
-from servecast.sim.hardware.step_time.physical import Efficiencies, KernelCosts, PhysicalStepTime
+from servecast.sim.hardware.gpu_constants import DEEP_GEMM
+from servecast.sim.hardware.shard import DEEP_GEMM_COLUMNS, Shard
+from servecast.sim.hardware.step_time.physical import (
+    Efficiencies,
+    KernelCosts,
+    PhysicalStepTime,
+    smooth_maximum,
+)
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.metrics.binding import StepRow
 from servecast.sim.scenario.basis import constants_of
@@ -162,6 +168,16 @@ def test_deepep_takes_what_was_timed(backend: str, tokens: int, seconds: float) 
     assert found == pytest.approx(seconds, rel=0.2)
 
 
+def test_releases_before_0_17_pad_cores_without_a_graph_too() -> None:
+    """allow_dp_padding: a prompt of 100 tokens on one of two cores is 100 on the other, whose graphs end at
+    32; with --enforce-eager there is nothing to pad to."""
+    spread, sizes = ExpertRanks(1, 2, padded_alike=True), (1, 2, 4, 8, 16, 24, 32)
+    padded = PhysicalStepTime(Shard(QWEN, H200, 1, experts=spread, cudagraph_sizes=sizes), Efficiencies())
+    assert padded.in_lockstep([3, 100])[0] == [100, 100]
+    eager = PhysicalStepTime(Shard(QWEN, H200, 1, experts=spread), Efficiencies())
+    assert eager.in_lockstep([3, 100])[0] == [3, 100]
+
+
 def test_exchanges_of_unknown_times_are_refused() -> None:
     shard = Shard(QWEN, H200, 1, experts=ExpertRanks(1, 8, whole=True, backend="deepep_low_latency"))
     with pytest.raises(InputError, match="nothing is known of the times of deepep_low_latency"):
@@ -193,3 +209,82 @@ def test_eplb_costs_its_moves() -> None:
 def test_a_floor_of_an_exchange_is_no_share() -> None:
     with pytest.raises(InputError, match="exchange_s"):
         KernelCosts(product_s=0, product_passes=0, attention_s=0, attention_passes=0, exchange_s=-1.0)
+
+
+@pytest.mark.parametrize(
+    ("groups", "rows", "columns", "inputs", "tera"),
+    [
+        (4, 8192, 4096, 7168, 1297),
+        (4, 8192, 7168, 2048, 1099),
+        (8, 4096, 4096, 7168, 1288),
+        (8, 4096, 7168, 2048, 1093),
+        (1, 1024, 4096, 7168, 1233),
+        (1, 1024, 7168, 2048, 925),
+        (2, 512, 4096, 7168, 1040),
+        (2, 512, 7168, 2048, 916),
+        (4, 256, 4096, 7168, 932),
+        (4, 256, 7168, 2048, 815),
+    ],
+)
+def test_deep_gemm_is_as_fast_as_its_own_table_says(
+    groups: int, rows: int, columns: int, inputs: int, tera: float
+) -> None:
+    """TFLOP/s of grouped products on an H800, whose peak and bandwidth are an H100's (README of DeepGEMM)."""
+    h100, flops = find_gpu("H100"), 2.0 * groups * rows * columns * inputs
+    compute = flops * (1 + DEEP_GEMM_COLUMNS / inputs) / (h100.peak_flops("fp8_block") or 0)
+    read = groups * columns * inputs / h100.bandwidth
+    seconds = smooth_maximum(
+        compute / DEEP_GEMM["expert_compute"],
+        read / DEEP_GEMM["expert_bandwidth"],
+        DEEP_GEMM["expert_overlap"],
+    )
+    assert seconds == pytest.approx(flops / (tera * 1e12), rel=0.09)
+
+
+def test_deep_gemm_computes_a_block_for_every_expert() -> None:
+    """compute_aligned_M: 16 tokens with 8 of 128 experts are 128 choices, and 128 x 127 rows more may be
+    needed: 16,384. Of 64 whole experts on a rank half as many are. The products of 4,096 by 1,536 on two
+    ranks: gate and up are 1,536 columns of them together, down 4,096 of 768."""
+    assert ExpertRanks(2).block_rows(128, 16 * 8) == 128 * 128
+    assert ExpertRanks(2, whole=True).block_rows(128, 16 * 8) == 128 + 64 * 127 + 64  # to a block of 128
+    shard = Shard(load("Qwen3-235B-A22B-FP8"), H200, 2, experts=ExpertRanks(2, kernel="deep_gemm"))
+    less, more = shard.expert_flops(16), shard.expert_flops(1)
+    assert more == less  # 8 choices and 16,256 rows come to as many blocks
+    columns = 1536 * (4096 + DEEP_GEMM_COLUMNS) + 4096 * (768 + DEEP_GEMM_COLUMNS)
+    assert less == pytest.approx(2.0 * 94 * 16384 * columns)
+    assert shard.expert_bytes(1) < shard.expert_bytes(16) / 8  # but reads those with tokens
+
+
+def test_deep_gemm_is_for_fp8_in_blocks_on_hopper() -> None:
+    for model, gpu, kernel in (
+        ("Qwen3-235B-A22B-FP8", "H100", "deep_gemm"),
+        ("Qwen3-235B-A22B-FP8", "B200", "triton"),
+        ("Qwen3-30B-A3B", "H100", "triton"),
+    ):
+        shard = Shard(load(model), find_gpu(gpu), 2, experts=ExpertRanks(2, kernel="deep_gemm"))
+        assert shard.routed_by == kernel
+
+
+def test_marlin_multiplies_four_bits_in_sixteen() -> None:
+    """vLLM pads mxfp4 for it (mxfp4.py, MARLIN) to 128 columns a rank and the hidden size to 256:
+    gpt-oss-120b's 1,440 of 2,880 on two ranks to 1,536 of 3,072, and not to 1,472 of 2,880 as for Triton."""
+    model, h100 = load("gpt-oss-120b"), find_gpu("H100")
+    triton, marlin = (Shard(model, h100, 2, experts=ExpertRanks(2, kernel=by)) for by in ("triton", "marlin"))
+    assert (triton.expert_kernel, marlin.expert_kernel) == ("mxfp4", "int4")
+    assert marlin.expert_peak == h100.bf16_flops
+    assert marlin.expert_bytes(8) / triton.expert_bytes(8) == pytest.approx(1536 * 3072 / (1472 * 2880))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "seconds"), [(2, (473e-6, 571e-6, 2081e-6)), (8, (143e-6, 169e-6, 597e-6))]
+)
+def test_experts_by_cutlass_take_what_was_timed(ranks: int, seconds: tuple[float, ...]) -> None:
+    """NVIDIA's rows of MiniMax-M2.5's experts on an H200 by FlashInfer's CUTLASS, evenly used: 64, 256 and
+    8,192 tokens."""
+    shard = Shard(load("MiniMax-M2.5"), H200, ranks, experts=ExpertRanks(ranks, whole=True, kernel="cutlass"))
+    efficiencies = constants_of(H200).efficiencies(shard)
+    assert efficiencies.by_kernel is not None
+    step = PhysicalStepTime(shard, efficiencies)
+    for tokens, measured in zip((64, 256, 8192), seconds, strict=True):
+        found = step._experts(tokens) / shard.model.moe_layers + efficiencies.by_kernel.expert_s
+        assert found == pytest.approx(measured, rel=0.15)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from model_shapes import load as shape
 
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.metrics.binding import evidence
@@ -12,6 +13,8 @@ from servecast.sim.optimize.candidates import Choices
 from servecast.sim.plan.size import Unit
 from servecast.sim.run.simulation import Simulation, simulate
 from servecast.sim.scenario.deployment import Deployment
+from servecast.sim.scenario.engine_flags import EngineFlags
+from servecast.sim.scenario.ranks import expert_ranks
 from servecast.sim.scenario.scenario import Scenario, load
 
 DENSE = {"engine.version": "0.32"}
@@ -54,6 +57,37 @@ def test_cores_with_experts_step_together() -> None:
     assert found.result["dummy_steps"]["steps"] >= len(steps) - len(both)
     assert evidence(found.run, Deployment.of(of(EXPERTS, data_parallel_size=2)).limits).busy <= 1.0
     assert "each of 2 engine cores" in found.to_text()
+
+
+@pytest.mark.parametrize(
+    ("version", "flags", "kernel"),
+    [
+        # get_fp8_moe_backend and TritonOrDeepGemmExperts.apply of 0.11.0 and 0.12.0
+        ("0.11", {"tensor_parallel_size": 2}, "triton"),
+        ("0.12", {"tensor_parallel_size": 2}, "deep_gemm"),
+        ("0.12", {"tensor_parallel_size": 4, "data_parallel_size": 2}, "triton"),
+        ("0.15", {"tensor_parallel_size": 8, "enable_expert_parallel": True}, "deep_gemm"),
+        # select_fp8_moe_backend of 0.16.0, _get_priority_backends of 0.17.0 and 0.32.0
+        ("0.16", {"tensor_parallel_size": 4}, "cutlass"),
+        ("0.17", {"tensor_parallel_size": 4}, "triton"),
+        ("0.32", {"tensor_parallel_size": 4, "enable_expert_parallel": True}, "cutlass"),
+        (
+            "0.32",
+            {
+                "data_parallel_size": 4,
+                "enable_expert_parallel": True,
+                "all2all_backend": "deepep_low_latency",
+            },
+            "triton",
+        ),
+    ],
+)
+def test_the_kernel_of_fp8_experts_is_that_of_the_release(
+    version: str, flags: dict[str, Any], kernel: str
+) -> None:
+    found = expert_ranks(EngineFlags(version=version, **flags), "0.32", shape("MiniMax-M2.5"), "engine")
+    assert found.kernel == kernel
+    assert found.padded_alike is (version in ("0.11", "0.12", "0.15", "0.16"))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from servecast.calibrate.fit.kernel_timings import (
+from servecast.scenarios.make.kernels.timings import (
     BYTES,
     KV,
     LEAST_ROWS,

@@ -8,8 +8,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from servecast.calibrate.fit.kernel_timings import KernelTables
-from servecast.calibrate.fit.mixer_tables import fit_latents, fit_states
+from servecast.scenarios.make.kernels.mixers import fit_latents, fit_states
+from servecast.scenarios.make.kernels.timings import KernelTables
 from servecast.sim.hardware.gpu import find_gpu
 from servecast.sim.hardware.gpu_constants import Product
 

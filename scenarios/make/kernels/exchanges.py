@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from servecast.calibrate.fit.kernel_timings import KernelTables, Timings, columns, over, parts, times
+from servecast.scenarios.make.kernels.timings import KernelTables, Timings, columns, over, parts, times
 from servecast.sim.hardware.gpu_constants import AllReduce, Exchange
 
 MOST_RANKS = {"L40S": 2}  # its four and eight ranks were timed in a box without peer-to-peer

@@ -8,8 +8,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from servecast.calibrate.fit.exchange_tables import fit_exchanges
-from servecast.calibrate.fit.kernel_timings import KernelTables
+from servecast.scenarios.make.kernels.exchanges import fit_exchanges
+from servecast.scenarios.make.kernels.timings import KernelTables
 from servecast.sim.hardware.gpu import find_gpu
 
 H100 = find_gpu("H100")

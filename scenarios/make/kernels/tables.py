@@ -20,8 +20,9 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from servecast.calibrate.fit.exchange_tables import collectives, fit_exchanges
-from servecast.calibrate.fit.kernel_timings import (
+from servecast.scenarios.make.kernels.exchanges import collectives, fit_exchanges
+from servecast.scenarios.make.kernels.mixers import fit_latents, fit_states
+from servecast.scenarios.make.kernels.timings import (
     BYTES,
     KV,
     LEAST_ROWS,
@@ -35,7 +36,6 @@ from servecast.calibrate.fit.kernel_timings import (
     parts,
     times,
 )
-from servecast.calibrate.fit.mixer_tables import fit_latents, fit_states
 from servecast.sim.hardware.gpu import GPU
 from servecast.sim.hardware.gpu_constants import (
     AllReduce,
@@ -72,6 +72,8 @@ def fit_kernel_tables(folder: str | Path, gpu: GPU) -> GpuConstants:
         "prompts": _prompts(tables),
         "decodes": _decodes(tables),
         "experts": _experts(tables),
+        "cutlass_experts": _experts(tables, "fp8moe_flashinfer_cutlass"),
+        "marlin_experts": _experts(tables, "marlin"),
         "all_reduce": _all_reduce(tables),
     }
     found |= zip(("all_gather", "reduce_scatter", "exchanges"), fit_exchanges(tables), strict=True)
@@ -186,25 +188,41 @@ def _attention(tables: KernelTables, name: str) -> pd.DataFrame:
     return rows[(rows["head_dim"] == 128) & (rows["num_heads"] >= 4)]
 
 
-def _experts(tables: KernelTables) -> dict[Any, Experts]:
+def _experts(tables: KernelTables, kernel: str = "") -> dict[Any, Experts]:
+    """Of experts on one rank. By a kernel whose source is so named: with a floor that grows with the experts.
+    CUTLASS's are whole ones on one of several ranks, evenly used, since chance and skew are counted
+    elsewhere; Marlin's are of four bits, in any format."""
     gpu = tables.gpu
     sizes = ("num_tokens", "hidden_size", "inter_size", "topk", "num_experts", "moe_tp_size", "moe_ep_size")
-    rows = tables.read("moe", "moe_perf", ("moe_dtype", "distribution", *sizes))
-    rows = rows[(rows["distribution"] == "power_law_1.01") & (rows["moe_ep_size"] == 1)]
+    rows = tables.read("moe", "moe_perf", ("moe_dtype", "distribution", *sizes), optional=("kernel_source",))
+    if kernel:
+        rows = rows[rows.get("kernel_source", pd.Series("", rows.index)).str.contains(kernel)]
+    whole, marlin = "cutlass" in kernel, kernel == "marlin"
+    if whole:
+        rows = rows[(rows["distribution"] == "balanced") & (rows["moe_ep_size"] > 1)]
+        rows = rows[rows["num_experts"] >= 8 * rows["moe_ep_size"]]
+    else:
+        rows = rows[(rows["distribution"] == "power_law_1.01") & (rows["moe_ep_size"] == 1)]
+    if marlin:
+        rows = rows.assign(moe_dtype="int4_wo")
     rows = rows[(rows["moe_tp_size"] <= 8) & (rows["num_tokens"] <= 8192)]
     found = {}
     for dtype, part in parts(rows, "moe_dtype", EXPERTS):
         if (peak := gpu.peak_flops(dtype)) is None:
             continue
-        tokens, hidden, width, chosen, experts, ranks, _ = columns(part, *sizes)
-        width = width / ranks
+        tokens, hidden, width, chosen, experts, split, ranks = columns(part, *sizes)
+        width, sent, held = width / split, tokens * chosen / ranks, experts / ranks
         touched = experts * (1 - np.power(1 - chosen / experts, tokens))
+        if whole:
+            touched = np.minimum(held, np.ceil(sent))
+        growth = {"expert_s": times(held, 5e-6, 1e-5)} if kernel else {}
         found[dtype] = Timings.of(part, "num_tokens", 1, 2, 17, 65, 257, 1025, 2049, 8193).sum_of(
             Experts,
-            compute=over(6 * tokens * chosen * hidden * width / peak, 0.5, 0.02),
+            compute=over(6 * sent * hidden * width / peak, 0.5, 0.02),
             bandwidth=over(touched * 3 * hidden * width * BYTES[dtype] / gpu.bandwidth, 0.9),
             floor_s=times(1, 3e-5, 2e-4),
-            activation_passes=times(2 * tokens * chosen * (2 * hidden + 3 * width) / gpu.bandwidth, 1.0, 5),
+            activation_passes=times(2 * sent * (2 * hidden + 3 * width) / gpu.bandwidth, 1.0, 5),
+            **growth,
         )
     return found
 

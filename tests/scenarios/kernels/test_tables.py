@@ -15,9 +15,9 @@ from step_cases import Step, steps
 
 import servecast
 from servecast.__main__ import main
-from servecast.calibrate.fit.kernel_tables import fit_kernel_tables
-from servecast.calibrate.fit.kernel_timings import FOLDERS
 from servecast.scenarios import __file__ as SCENARIOS
+from servecast.scenarios.make.kernels.tables import fit_kernel_tables
+from servecast.scenarios.make.kernels.timings import FOLDERS
 from servecast.sim.hardware.gpu import find_gpu
 from servecast.sim.hardware.gpu_constants import GpuConstants
 from servecast.sim.hardware.shard import Shard

@@ -74,7 +74,8 @@ class Timings:
     @classmethod
     def of(cls, rows: pd.DataFrame, along: str, *edges: float) -> Timings:
         """Rows of a table that grow with one of its columns."""
-        return cls(*columns(rows, "seconds", along), edges)
+        seconds, size = columns(rows, "seconds", along)
+        return cls(seconds, size, edges)
 
     def sum_of(self, kind: type[C], known: Floats | float = 0.0, **terms: Term) -> C:
         """The constants of a kind of kernel whose times are a sum, by their names. known: a part of it that

@@ -1,0 +1,1 @@
+"""The constants of ``scenarios/gpus``, from NVIDIA's timings of vLLM's kernels."""
