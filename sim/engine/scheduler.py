@@ -586,7 +586,7 @@ class Scheduler:
             if sequence.stale_tick == self.tick:  # withdrawn
                 sequence.stale_tick = sequence.previous_tick
         del self.own_runners()[position]
-        sequence.computed = sequence.drafts = 0
+        sequence.computed = 0
         if self.speculates:  # drafts of a step in flight that are rejected count no more
             sequence.placeholders = 0
         sequence.status = PREEMPTED

@@ -27,7 +27,7 @@ from servecast.validate.parity.scenarios import (
 
 VERSIONS = {"0.32": 64, "0.23": 24, "0.33": 32}
 RARE = (389, 1663)  # of 0.32's: an admission that ends at max_model_len; a victim that gives slots back
-BESIDE = 16  # scenarios with a connector, with groups, and by several modules
+BESIDE, GROUPED = 16, 34  # scenarios with a connector or by several modules, and with groups
 MUTATIONS = load_mutations("mutations_drafts.yaml")
 
 
@@ -45,7 +45,7 @@ def recorded() -> dict[str, list[Recorded]]:
             *drafted_scenarios(version, 0, count),
             *(rare(version) if version == "0.32" else ()),
             *drafted_remote_scenarios(version, 0, BESIDE),
-            *drafted_grouped_scenarios(version, 0, 2 * BESIDE),
+            *drafted_grouped_scenarios(version, 0, GROUPED),
             *(modules_scenarios(version, 0, BESIDE) if version != "0.23" else ()),
         ],
     )
