@@ -14,6 +14,7 @@ MODELS = Path(str(files("servecast.scenarios"))) / "models"
 PUBLISHED = {  # billions of parameters, KV bytes a token
     "Qwen2.5-0.5B-Instruct": (0.494, 12_288),
     "Qwen2.5-7B-Instruct": (7.616, 57_344),
+    "Qwen2.5-VL-7B-Instruct": (7.616, 57_344),  # without its vision tower
     "Qwen2.5-32B-Instruct": (32.76, 262_144),
     "Llama-3.2-3B-Instruct": (3.21, 114_688),
     "Llama-3.1-8B-Instruct": (8.03, 131_072),

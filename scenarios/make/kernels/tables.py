@@ -215,7 +215,7 @@ def _experts(tables: KernelTables, kernel: str = "") -> dict[Any, Experts]:
         touched = experts * (1 - np.power(1 - chosen / experts, tokens))
         if whole:
             touched = np.minimum(held, np.ceil(sent))
-        growth = {"expert_s": times(held, 5e-6, 1e-5)} if kernel else {}
+        growth: dict[str, Any] = {"expert_s": times(held, 5e-6, 1e-5)} if kernel else {}
         found[dtype] = Timings.of(part, "num_tokens", 1, 2, 17, 65, 257, 1025, 2049, 8193).sum_of(
             Experts,
             compute=over(6 * sent * hidden * width / peak, 0.5, 0.02),

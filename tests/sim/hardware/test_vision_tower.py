@@ -78,8 +78,8 @@ def qwen25() -> VisionTower:
 
 
 def test_parameters_are_those_of_the_published_towers(qwen25: VisionTower) -> None:
-    """As Transformers' classes count them, built without memory from the published configs; Qwen2.5-VL-7B's to
-    the digit, by its modules."""
+    """As Transformers' classes count them, built without memory from the published configs; that of
+    Qwen2.5-VL-7B to the digit, by its modules."""
     block = 1280 * 3840 + 3840 + 1280 * 1280 + 1280 + 3 * 1280 * 3420 + 2 * 3420 + 1280 + 2 * 1280
     merger = 1280 + 5120 * 5120 + 5120 + 5120 * 3584 + 3584
     assert qwen25.parameters == 32 * block + merger + 3 * 2 * 14 * 14 * 1280 == 676_550_144
@@ -147,5 +147,6 @@ def test_a_model_has_its_tower_or_says_that_it_is_left_out() -> None:
     known = ModelShape.from_config(MODELS / "Qwen2.5-VL-7B-Instruct.json")
     assert known.tower is not None
     assert known.notes == ()
+    assert 2 * (known.parameters + known.tower.parameters) == 16_584_333_312  # bytes of its safetensors
     other = ModelShape.from_config(MODELS / "Kimi-K2.5.json")
     assert other.tower is None
