@@ -32,6 +32,7 @@ class Choices:
         gpus: names of GPUs, or files that describe one, as h100,h200,b200.
         tensor_parallel: GPUs of an engine core, as 1,2,4,8, or of each of its stages.
         pipeline_parallel: pipeline stages of an engine core, as 1,2.
+        decode_context_parallel: of those GPUs the ones that share KV out, as 1,8.
         data_parallel: engine cores of a replica, as 1,2,4.
         expert_parallel: whole experts on each GPU, on,off or one of them.
         replicas: replicas that are simulated, and bought, together behind the router.
@@ -50,6 +51,7 @@ class Choices:
     gpus: str | None = None
     tensor_parallel: str | None = None
     pipeline_parallel: str | None = None
+    decode_context_parallel: str | None = None
     data_parallel: str | None = None
     expert_parallel: str | None = None
     replicas: str | None = None

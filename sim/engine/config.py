@@ -24,6 +24,8 @@ class EngineConfig:
     ``max_loras``: LoRA adapters of one step, at most; 0: none are served.
     ``pipeline_parallel_size``: stages that a step passes one after the other; ``use_v2_model_runner``:
     whether vLLM's workers run Model Runner V2, which decides how asynchronous scheduling goes with stages.
+    ``decode_context_parallel_size``: ranks that a sequence's KV is shared out over; a block has its tokens on
+    all of them, and ``block_size`` counts those together.
     ``max_num_encoder_input_tokens``, ``encoder_cache_size``: embeddings that a step may encode, and that are
     kept; 0: requests carry text alone. ``disable_chunked_mm_input``: no chunk ends within an item.
     ``preparation_round``: requests that the API server in front of the engine prepares together, at most.
@@ -55,6 +57,7 @@ class EngineConfig:
     max_loras: int = 0
     pipeline_parallel_size: int = 1
     use_v2_model_runner: bool = False
+    decode_context_parallel_size: int = 1
     max_num_encoder_input_tokens: int = 0
     encoder_cache_size: int = 0
     disable_chunked_mm_input: bool = False

@@ -67,7 +67,8 @@ class EngineLoop:
         that what ends meanwhile is in the step's report: on a CPU; on a GPU it asks when the step is
         launched. after_step: called with the time when a step has been completed, or None.
         pipeline: the stages that a step passes, or None where it is one.
-        adapter_cache, grammars: what loading LoRA adapters and following grammars takes, or None.
+        adapter_cache, grammars: what loading LoRA adapters, of each stage where there are several, and
+            following grammars takes, or None.
         encode_seconds: called for the seconds that encoding a step's items takes; encoded, encoding_s: how
             many there were so far, and what they took.
         on_first: called with a request's row and the time at which its first token comes, or None.
@@ -478,7 +479,7 @@ class EngineLoop:
                 seconds = self.step_seconds(step)
                 factor = max(factor, cython.cast(cython.double, self.floor(step)) / seconds)
             self.before = self.gpu_free  # steps overlap: a row has the time after the one before
-            self.gpu_free = self.pipeline.run(step, self.now, factor)
+            self.gpu_free = self.pipeline.run(step, self.now, factor, self.adapter_cache)
             return self.note_step(step, in_seconds(step.end - max(self.before, step.start)))
         seconds = self.costs.seconds(step) if self.costs is not None else self.step_seconds(step)
         seconds = seconds * factor

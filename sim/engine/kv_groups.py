@@ -79,8 +79,10 @@ class CacheOptions:
     """What decides beside the layers. Bytes are of a number.
 
     Attributes:
-        release: of vLLM. ranks: of tensor parallelism. kv_bytes: by ``--kv-cache-dtype``. dtype_bytes: of the
-            model, which states have. block_size: ``--block-size``; None: the attention backend's.
+        release: of vLLM. ranks: of tensor parallelism; context_ranks: of those, the ones that share a
+            sequence's tokens out (``--decode-context-parallel-size``). kv_bytes: by ``--kv-cache-dtype``.
+        dtype_bytes: of the model, which states have. block_size: ``--block-size``; None: the attention
+            backend's.
         capability: of the GPU. mamba_block_size, mamba_mode, state_bytes, recurrent_bytes: the flags
             ``--mamba-block-size``, ``--mamba-cache-mode``, ``--mamba-cache-dtype`` and
             ``--mamba-ssm-cache-dtype``. chunk: tokens of a chunk of the model's scan (mode ``all``).
@@ -89,6 +91,7 @@ class CacheOptions:
 
     release: str
     ranks: int = 1
+    context_ranks: int = 1
     kv_bytes: int = 2
     dtype_bytes: int = 2
     block_size: int | None = None
@@ -183,7 +186,7 @@ def specs(layers: Sequence[CacheLayer], options: CacheOptions) -> list[tuple[Cac
         heads = 1 if latent else max(1, layer.kv_heads // options.ranks)
         spec = CacheSpec(
             kind=_GROUP_KINDS[layer.kind],
-            block_size=block_size,
+            block_size=block_size * options.context_ranks,  # a block's tokens on all of them
             page_bytes=token_bytes(layer, options.ranks, options.kv_bytes) * block_size,
             shape=(heads, layer.head_size, layer.value_size, layer.fixed_bytes, latent and layer.kind),
             latent=latent,

@@ -1,6 +1,7 @@
 # What is fixed of lockstep.py where it is compiled.
 cimport cython
 from servecast.sim.engine.engine_loop cimport ABORTS, BUSY, ENDED, IDLE, EngineLoop
+from servecast.sim.engine.sequence cimport Sequence
 from servecast.sim.engine.step cimport Step
 from servecast.sim.engine.step_costs cimport StepCosts
 
@@ -15,6 +16,7 @@ cdef class Lockstep:
     cdef readonly list dummies
     cdef readonly list dummy_s
     cdef object shared
+    cdef tuple passes
     cdef long long interval
     cdef bint sync_first
     cdef long long throttled
@@ -29,8 +31,11 @@ cdef class Lockstep:
 
     cpdef int advance(self, long long until) except? -1
     cdef bint has_work(self) except? -1
+    cdef bint works(self, EngineLoop loop) except? -1
+    cdef bint unfinished(self, EngineLoop loop) except? -1
     cdef long long next_arrival(self) except *
     cdef bint complete(self) except? -1
     cdef bint launch(self) except? -1
     cdef int count(self) except -1
     cdef int execute(self, list steps) except -1
+    cdef double drafting(self, list steps, list tokens) except? -1

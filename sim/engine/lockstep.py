@@ -13,6 +13,7 @@ import cython
 
 from servecast.sim.engine.cadence import CommonCadence
 from servecast.sim.engine.engine_loop import EngineLoop
+from servecast.sim.engine.sequence import Sequence
 from servecast.sim.engine.step import Step
 from servecast.sim.engine.step_costs import StepCosts
 
@@ -30,18 +31,20 @@ class Lockstep:
     """The cores' loops, as one: see ``EngineLoop.advance``.
 
     A wave starts with a request while nobody has work, and ends when the cores find together that nobody has:
-    every ``sync_interval`` steps they ask each other. Until then all run dummy steps.
+    every ``sync_interval`` steps they ask each other. Until then all run dummy steps, as does a core whose
+    requests wait for KV from elsewhere; blocks that it keeps for others are no work.
 
     Args:
-        cores: a ``DataParallel``. shared: ``PhysicalStepTime.in_lockstep``.
+        cores: a ``DataParallel``. shared: ``PhysicalStepTime.in_lockstep``. passes: the same of a drafter's
+            first and later passes, whose layers have experts that the cores share; empty: there are none.
 
     Attributes:
         now, wake: as those of ``EngineLoop``. counter: steps of this wave. running: whether one goes on.
         waves: so many have ended. dummies: dummy steps of each core, and dummy_s: what they took.
     """
 
-    def __init__(self, cores: Any, shared: Any) -> None:
-        self.loops, self.shared = [], shared
+    def __init__(self, cores: Any, shared: Any, passes: tuple[Any, ...] = ()) -> None:
+        self.loops, self.shared, self.passes = [], shared, passes
         self.interval, self.sync_first = cores.sync_interval, cores.sync_first
         self.throttled = cores.prefill_schedule_interval
         self.now = self.wake = self.gpu_free = self.first_end = self.second_end = 0
@@ -100,8 +103,19 @@ class Lockstep:
         loop: EngineLoop
         busy: cython.int = 0
         for loop in self.loops:
-            busy += bool(loop.scheduler.sequences) or loop.scheduler.finished_unsent
+            busy += self.works(loop)
         return busy > 0
+
+    def works(self, loop: EngineLoop) -> cython.bint:
+        """Whether a core has requests, or has to tell of some that ended."""
+        return self.unfinished(loop) or loop.scheduler.finished_unsent
+
+    def unfinished(self, loop: EngineLoop) -> cython.bint:
+        """Whether a core has requests (``has_unfinished_requests``)."""
+        kept: cython.Py_ssize_t = 0
+        if loop.scheduler.remote is not None:
+            kept = loop.scheduler.remote.held
+        return len(loop.scheduler.sequences) > kept
 
     def next_arrival(self) -> cython.longlong:
         """The earliest of all inboxes; -1 if they are empty."""
@@ -118,6 +132,7 @@ class Lockstep:
         loop: EngineLoop
         step: Step
         ended: cython.bint = False
+        sequence: Sequence
         steps: list = self.first
         i: cython.Py_ssize_t
         self.first, self.first_end, self.second = self.second, self.second_end, None
@@ -127,8 +142,16 @@ class Lockstep:
             step = steps[i]
             loop = self.loops[i]
             loop.now = self.now
+            if loop.connector is not None:
+                loop.connector.now = self.now
+                if loop.host_waits:
+                    step.transfers = loop.connector.get_finished(step.end)
             loop.finish(step)
-            if step.leavers and loop.tell_ends:
+            for sequence in step.failed:
+                sequence.ended = self.now
+                loop.book(sequence)
+                loop.lost.append(sequence.row)
+            if (step.leavers or loop.lost) and loop.tell_ends:
                 ended = True
         return ended
 
@@ -140,16 +163,24 @@ class Lockstep:
         worth: cython.bint = False
         self.running = True
         for loop in self.loops:
-            if not (loop.scheduler.sequences or loop.scheduler.finished_unsent):
+            if not self.works(loop):
                 steps.append(None)
                 continue
+            if loop.connector is not None:
+                loop.connector.now = self.now
             if loop.scheduler.cadence is not None:
                 loop.scheduler.cadence.throttled = self.throttled > 1 and self.counter % self.throttled != 0
             step = loop.scheduler.schedule()
             if step.total_tokens:
                 worth = True
+            elif loop.connector is not None:
+                loop.refuse_stuck()
             elif loop.scheduler.num_waiting and not loop.scheduler.runners:
                 loop.refuse()
+            if loop.connector is not None:  # its loads run beside the steps
+                loop.connector.start_load_kv(step.connector_meta, self.now)
+                if not loop.host_waits:
+                    step.transfers = loop.connector.get_finished(self.now)
             steps.append(step)
         self.execute(steps)
         if self.first is None:
@@ -167,7 +198,7 @@ class Lockstep:
         if self.counter % self.interval and not (self.sync_first and self.counter == 1):
             return 0
         for loop in self.loops:
-            if loop.scheduler.sequences or loop.inbox:
+            if self.unfinished(loop) or loop.inbox:
                 return 0
         self.running = False
         self.counter = 0
@@ -203,6 +234,8 @@ class Lockstep:
         seconds = longest + shared
         if not graphed:
             seconds = max(seconds, costs.eager_s)
+        if costs.drafting:
+            seconds += self.drafting(steps, tokens)
         factor = next(loop.noise)
         seconds = seconds * factor
         if factor < 1.0:
@@ -221,3 +254,51 @@ class Lockstep:
             self.dummies[i] += 1
             self.dummy_s[i] += seconds
         return 0
+
+    def drafting(self, steps: list, tokens: list) -> cython.double:
+        """What drafting takes behind a step, which all cores wait for. Where they share a drafter's experts,
+        they run its passes together, with dummies; it makes no drafts where no core has a use for them
+        (``allow_skip_drafts`` of dp_utils), which one with a dummy step does not say."""
+        loop: EngineLoop
+        costs: StepCosts
+        drafter: StepCosts
+        step: Step
+        wanted: list
+        computed: list
+        shared: cython.double
+        graphed: cython.bint
+        total: cython.double = 0.0
+        longest: cython.double
+        length: cython.longlong = 0
+        rows: cython.longlong
+        useless: cython.bint = True
+        number: cython.int
+        i: cython.Py_ssize_t
+        for i in range(len(steps)):
+            step = self.empty if steps[i] is None else steps[i]
+            loop = self.loops[i]
+            length = max(length, self.least - 1 if steps[i] is None else step.draft_length)
+            useless = useless and steps[i] is not None and step.drafters == 0
+            costs = loop.costs
+            if not self.passes and (step.decodes or step.chunks):
+                total = max(total, costs.of_draft(step))
+        if not self.passes:
+            return total
+        if useless and costs.skips:
+            length = 0
+        for number in range(2 if length > 1 else 1):
+            drafter = costs.later if number else costs.first
+            wanted = tokens
+            if number:
+                wanted = [max(1, 0 if step is None else step.decodes + len(step.chunks)) for step in steps]
+            computed, shared, graphed = self.passes[number](wanted)
+            longest = 0.0
+            for i in range(len(steps)):
+                step = self.empty if steps[i] is None else steps[i]
+                rows = max(1, step.decodes + len(step.chunks))
+                longest = max(longest, drafter.pass_at(step, computed[i], rows, number > 0))
+            longest += shared
+            if not graphed:
+                longest = max(longest, drafter.eager_s)
+            total += longest * (length - 1) if number else longest
+        return total

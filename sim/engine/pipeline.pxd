@@ -12,5 +12,5 @@ cdef class Pipeline:
     cdef list ends
     cdef long long last_end
 
-    cdef long long run(self, Step step, long long now, double factor) except *
+    cdef long long run(self, Step step, long long now, double factor, object caches) except *
     cdef int note(self, Step step, long long end) except -1

@@ -33,9 +33,10 @@ class Pipeline:
         self.ends = [0] * (stride + 1)
         self.last_end = 0
 
-    def run(self, step: Step, now: cython.longlong, factor: cython.double) -> cython.longlong:
+    def run(self, step: Step, now: cython.longlong, factor: cython.double, caches: Any) -> cython.longlong:
         """Put a step into the first stage at ``now`` or later, and say in it when it starts there and when it
-        leaves the last. ``factor``: on all times. Returns the latter."""
+        leaves the last. ``factor``: on all times but those in which a stage loads adapters into its own of
+        ``caches``. Returns the latter."""
         at: cython.longlong = max(now, self.free[0])
         stage: cython.Py_ssize_t
         costs: StepCosts
@@ -51,6 +52,9 @@ class Pipeline:
             costs = self.stages[stage]
             seconds = costs.seconds(step)
             at += cython.cast(cython.longlong, rint(seconds * factor * PICOSECONDS))
+            if caches is not None and step.adapters is not None:
+                seconds = caches[stage].load(step.adapters)
+                at += cython.cast(cython.longlong, rint(seconds * PICOSECONDS))
             self.free[stage] = at
         self.note(step, at)
         return step.end

@@ -154,6 +154,16 @@ class Scheduler:
         return kept
 
     @property
+    def adapters(self) -> frozenset[int]:
+        """LoRA adapters of its requests, waiting or running."""
+        sequence: Sequence
+        found: set = set()
+        for sequence in self.sequences.values():
+            if sequence.adapter:
+                found.add(sequence.adapter)
+        return frozenset(found)
+
+    @property
     def connector(self) -> Any:
         return None if self.remote is None else self.remote.connector
 

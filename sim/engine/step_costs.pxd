@@ -22,6 +22,9 @@ cdef class StepCosts:
     cdef object by_tokens
     cdef object by_rows
     cdef object by_uniform
+    cdef object by_exchanged
+    cdef bint exchanges_decodes
+    cdef dict exchanged_s
     cdef long long slots  # tokens more of a request
     cdef dict uniform_s
     cdef bint drafting
@@ -48,6 +51,7 @@ cdef class StepCosts:
     cdef long long reached(self, long long tokens, long long window) noexcept
     cdef long long before(self, long long context, long long window) noexcept
     cdef double of_chunks(self, list chunks) except? -1
+    cdef double of_exchange(self, list chunks, long long decodes) except? -1
     cdef double of_adapters(self, dict adapters) except? -1
     cdef double of_uniform(self, long long tokens, long long requests) except? -1
     cdef double of_draft(self, Step step) except? -1
@@ -62,6 +66,10 @@ cdef class StepCosts:
         long long rows,
         double adapters_s,
     ) except? -1
+    cdef double attending(
+        self, list chunks, long long decodes, long long drafts, long long context, long long windowed
+    ) except? -1
+    cdef double pass_at(self, Step step, long long tokens, long long rows, bint later) except? -1
     cdef double seconds(self, Step step) except? -1
     cdef double least(self, Step step) except? -1
     cdef double at(self, Step step, long long tokens) except? -1

@@ -31,6 +31,9 @@ class StepCosts:
         self.lora_s, self.lora_adapter_s, self.lora_token_s = numbers["lora"]
         self.by_tokens, self.by_rows, self.by_uniform = by_tokens, by_rows, by_uniform
         self.slots = numbers["slots"]
+        self.by_exchanged = numbers.get("exchange")
+        self.exchanges_decodes = numbers.get("exchanges_decodes", True)
+        self.exchanged_s: dict[int, float] = {}
         self.least_tokens, self.least_rows, self.bandwidth = numbers["least"]
         self.least_tokens_s, self.read = array("d", [-1.0]) * 64, array("d", [0.0]) * 64
         self.least_rows_s, self.read_rows = array("d", [-1.0]) * 64, array("d", [0.0]) * 64
@@ -106,6 +109,23 @@ class StepCosts:
             total += max(most, self.before(longest, window) * self.attention[kind, 5])
             total += layers * older * self.attention[kind, 2]
         return total
+
+    def of_exchange(self, chunks: list, decodes: cython.longlong) -> cython.double:
+        """ContextExchange.tokens, and their seconds."""
+        tokens: cython.longlong = decodes
+        seen: cython.bint = decodes > 0
+        i: cython.Py_ssize_t
+        chunk: tuple
+        if not self.exchanges_decodes:
+            for i in range(len(chunks)):
+                chunk = chunks[i]
+                tokens += cython.cast(cython.longlong, chunk[0])
+                seen = seen or cython.cast(cython.longlong, chunk[1]) > 0
+        if not seen:
+            return 0.0
+        if tokens not in self.exchanged_s:
+            self.exchanged_s[tokens] = self.by_exchanged(tokens)
+        return self.exchanged_s[tokens]
 
     def of_adapters(self, adapters: dict) -> cython.double:
         """PhysicalStepTime._lora."""
@@ -194,18 +214,38 @@ class StepCosts:
     ) -> cython.double:
         """Of a step: its tokens, prompt chunks, decodes and their drafts, KV tokens that these read, rows of
         logits, and seconds of its adapters."""
+        total: cython.double
+        requests: cython.longlong = decodes + len(chunks)
+        tokens += self.slots * requests
+        if not requests:
+            return 0.0
+        total = self.attending(chunks, decodes, drafts, context, windowed)
+        if tokens > requests and not chunks:
+            total += self.of_uniform(tokens, requests) + self.of_rows(rows) + requests * self.request_s
+        else:
+            total += self.of_tokens(tokens) + self.of_rows(rows) + requests * self.request_s
+        total += adapters_s
+        if self.by_exchanged is not None:
+            total += self.of_exchange(chunks, decodes)
+        return total if tokens <= self.graphed or total > self.eager_s else self.eager_s
+
+    def attending(
+        self,
+        chunks: list,
+        decodes: cython.longlong,
+        drafts: cython.longlong,
+        context: cython.longlong,
+        windowed: cython.longlong,
+    ) -> cython.double:
+        """Of attention in a step; see ``of``."""
         total: cython.double = 0.0
         decoding: cython.double
         queries: cython.double = 1.0
         each_s: cython.double
-        requests: cython.longlong = decodes + len(chunks)
         seen: cython.longlong
         kind: cython.Py_ssize_t
-        tokens += self.slots * requests
         if chunks:
             total = self.of_chunks(chunks)
-        elif not decodes:
-            return 0.0
         if drafts:
             queries = 1.0 + cython.cast(cython.double, drafts) / decodes
         if decodes:
@@ -219,12 +259,7 @@ class StepCosts:
                     each_s = self.attention[kind, 4 if chunks else 3]
                 decoding += self.shapes[kind, 0] * seen * each_s
             total += decoding
-        if tokens > requests and not chunks:
-            total += self.of_uniform(tokens, requests) + self.of_rows(rows) + requests * self.request_s
-        else:
-            total += self.of_tokens(tokens) + self.of_rows(rows) + requests * self.request_s
-        total += adapters_s
-        return total if tokens <= self.graphed or total > self.eager_s else self.eager_s
+        return total
 
     def least(self, step: Step) -> cython.double:
         """PhysicalStepTime.roofline_seconds, its sums in the same order."""
@@ -274,21 +309,39 @@ class StepCosts:
 
     def at(self, step: Step, tokens: cython.longlong) -> cython.double:
         """The same of one of several engine cores, where so many tokens are computed, without what launches
-        outside graphs take."""
-        total: cython.double = 0.0
-        decoding: cython.double
+        outside graphs take, and without drafting."""
         requests: cython.longlong = step.decodes + len(step.chunks)
-        seen: cython.longlong
-        kind: cython.Py_ssize_t
-        if step.chunks:
-            total = self.of_chunks(step.chunks)
-        if step.decodes:
-            decoding = step.decodes * self.decode_s
-            for kind in range(self.shapes.shape[0]):
-                seen = step.windowed if self.shapes[kind, 1] else step.decode_context
-                decoding += self.shapes[kind, 0] * seen * self.attention[kind, 4 if step.chunks else 3]
-            total += decoding
-        return total + (self.of_tokens(tokens) + self.of_rows(len(step.samplers)) + requests * self.request_s)
+        rows: cython.longlong = len(step.samplers) + step.drafts
+        total: cython.double = self.attending(
+            step.chunks, step.decodes, step.drafts, step.decode_context, step.windowed
+        )
+        total += self.of_tokens(tokens) + self.of_rows(rows) + requests * self.request_s
+        if step.adapters is not None:
+            total += self.of_adapters(step.adapters)
+        if self.by_exchanged is not None:
+            total += self.of_exchange(step.chunks, step.decodes)
+        return total
+
+    def pass_at(
+        self, step: Step, tokens: cython.longlong, rows: cython.longlong, later: cython.bint
+    ) -> cython.double:
+        """A pass of a drafter behind a step of one of several engine cores: the first over its tokens, each
+        later one over a token of each request."""
+        requests: cython.longlong = step.decodes + len(step.chunks)
+        context: cython.longlong = step.decode_context
+        windowed: cython.longlong = min(context, step.decodes * self.window)
+        total: cython.double
+        i: cython.Py_ssize_t
+        chunk: tuple
+        if not later:
+            total = self.attending(step.chunks, step.decodes, step.drafts, context, windowed)
+            return total + self.of_tokens(tokens) + self.of_rows(rows)
+        for i in range(len(step.chunks)):
+            chunk = step.chunks[i]
+            context += cython.cast(cython.longlong, chunk[0]) + cython.cast(cython.longlong, chunk[1])
+        windowed = min(context, requests * self.window)
+        total = self.attending(NOBODY, requests, 0, context, windowed)
+        return total + self.of_tokens(tokens) + self.of_rows(rows)
 
 
 def longer(values: cython.double[::1], least: cython.Py_ssize_t) -> Any:

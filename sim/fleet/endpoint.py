@@ -67,6 +67,7 @@ class Endpoint:
         self.index = replica.index
         self.block_size = replica.config.block_size
         self.num_gpu_blocks = replica.config.num_gpu_blocks
+        self.max_loras = replica.config.max_loras
         self.role = replica.role
         self._board = board
         self._options = options
@@ -162,7 +163,7 @@ class Endpoints(Backends):
         if new:
             for number in new:
                 gauges = self._everyone[number].gauges
-                known.waiting[number], known.running[number], known.kv_usage[number] = gauges
+                known.waiting[number], known.running[number], known.kv_usage[number] = gauges[:3]
             new.clear()
             self._columns = None
         if self._columns is None:

@@ -123,7 +123,7 @@ cdef class Flow:
     cdef int publish(self, Py_ssize_t index) except -1
     cdef int wake_connected(self, Server server) except -1
     cdef int wake(self, Engines engines) except -1
-    cdef int take_lost(self, Engines engines) except -1
+    cdef int take_lost(self, object loop) except -1
     cdef int run_engine(self, Py_ssize_t number) except -1
     cdef int drain(self, Engines engines) except -1
     cdef int take_ended(self, Engines engines) except -1

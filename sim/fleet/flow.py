@@ -544,10 +544,8 @@ class Flow:
     def accept(self, server: Server, row: cython.Py_ssize_t) -> cython.int:
         """A request is on its way to a server."""
         latency: cython.longlong = server.varied(server.latency_s)
-        if server.balance is not None:
-            self.rank[row] = -1
-            if server.spread is not None:
-                self.front[row] = next(server.spread)
+        self.rank[row] = 0 if server.balance is None else -1
+        self.front[row] = 0 if server.spread is None else next(server.spread)
         if latency:
             self.push(self.now + latency, 0, AT_SERVER, row)
             return 0
@@ -733,8 +731,8 @@ class Flow:
         for loop in engines.loops:
             ended = loop.ended
             loop.ended = []
-            if engines.connected():
-                self.take_lost(engines)
+            if getattr(loop, "lost", None):
+                self.take_lost(loop)
             for row in ended:
                 server = self.servers[self.replica[row]]
                 del server.inside[row]
@@ -761,9 +759,8 @@ class Flow:
                     self.done(row)
         return 0
 
-    def take_lost(self, engines: Engines) -> cython.int:
+    def take_lost(self, loop: Any) -> cython.int:
         """Requests that ended with an error."""
-        loop: Any = engines.runner
         lost: list = loop.lost
         loop.lost = []
         for row in lost:

@@ -46,8 +46,8 @@ class Exchange:
     """What connectors of a fleet share: who holds what for whom, and the ports between them.
 
     Args:
-        ports: of the servers. lease_s: how long blocks are kept that nobody asks for. rng: for transfers that
-            fail.
+        ports: of the sites, which are the engine cores of all servers. lease_s: how long blocks are kept that
+            nobody asks for. rng: for transfers that fail.
 
     Attributes:
         held, reads: by request id.
@@ -77,7 +77,7 @@ class Exchange:
         held = self.held.get(request_id)
         if held is not None and not held.gone:
             held.until = time
-            self.wake(held.prefill, time)
+            self.wake(self.ports.servers[held.prefill], time)
 
     def read(self, decode: int, request_id: int, blocks: Sequence[int], now: int) -> Read:
         """A decode server fetches the last blocks of a prompt."""
@@ -102,17 +102,19 @@ class Exchange:
     def fail(self, server: int, now: int) -> None:
         """A server is gone, with the blocks that it held, and those that it beat for go when their lease
         ends."""
-        self._down.add(server)
+        gone = [site for site, of in enumerate(self.ports.servers) if of == server]
+        self._down.update(gone)
         for held in self.held.values():
-            held.gone |= held.prefill == server
+            held.gone |= held.prefill in gone
         for request_id, read in self.reads.items():
-            if read.prefill == server and read.end > now:
+            if read.prefill in gone and read.end > now:
                 read.end, read.failed = now, True
-                self.wake(read.decode, now)
-            elif read.decode == server and read.end > now:
+                self.wake(self.ports.servers[read.decode], now)
+            elif read.decode in gone and read.end > now:
                 self._last_beat(request_id, now)
-        for request_id in self.connectors[server].waiting:
-            self._last_beat(request_id, now)
+        for site in gone:
+            for request_id in self.connectors[site].waiting:
+                self._last_beat(request_id, now)
 
     def _last_beat(self, request_id: int, now: int) -> None:
         """Nobody beats for its blocks from now on."""

@@ -57,13 +57,20 @@ class Ports:
     picoseconds.
 
     Args:
-        sides: of the servers, by number. copies_s_per_byte: through the host, on both sides, where KV is
-            staged there.
+        sides: of the engine cores of all servers, one by one. copies_s_per_byte: through the host, on both
+            sides, where KV is staged there. servers: whose each core is; None: each has one.
     """
 
-    def __init__(self, link: Link, sides: Sequence[KVSide], copies_s_per_byte: float = 0.0) -> None:
+    def __init__(
+        self,
+        link: Link,
+        sides: Sequence[KVSide],
+        copies_s_per_byte: float = 0.0,
+        servers: Sequence[int] | None = None,
+    ) -> None:
         self._link, self._sides, self._copies = link, sides, copies_s_per_byte
-        self._free: dict[tuple[int, int, bool], int] = {}  # (server, rank, whether it leaves) -> free from
+        self.servers = range(len(sides)) if servers is None else servers
+        self._free: dict[tuple[int, int, bool], int] = {}  # (core, rank, whether it leaves) -> free from
         self._posting: dict[tuple[int, int], int] = {}
 
     def send(self, prefill: int, decode: int, blocks: int, descriptors: int, now: int) -> tuple[int, int]:
@@ -83,8 +90,9 @@ class Ports:
             for source in found:
                 part = size // len(found)
                 wire = round(part / link.bandwidth * PICOSECONDS)
-                out = (prefill, 0 if link.per_server else source, True)
-                into = (decode, 0 if link.per_server else rank, False)
+                out, into = (prefill, source, True), (decode, rank, False)
+                if link.per_server:
+                    out, into = (self.servers[prefill], 0, True), (self.servers[decode], 0, False)
                 start = max(posted, self._free.get(out, 0), self._free.get(into, 0))
                 self._free[out] = self._free[into] = start + wire
                 end = max(end, start + wire + to_ps(link.latency_s + part * self._copies))

@@ -112,7 +112,11 @@ class Replica:
         """As a router sees them: requests of all cores, and the mean of their KV caches in use."""
         waiting = sum(engine.num_waiting for engine in self.engines)
         running = sum(engine.num_running for engine in self.engines)
-        return Gauges(waiting, running, sum(engine.kv.usage for engine in self.engines) / len(self.engines))
+        usage = sum(engine.kv.usage for engine in self.engines) / len(self.engines)
+        if not self.config.max_loras:
+            return Gauges(waiting, running, usage)
+        adapters = (engine.adapters for engine in self.engines if isinstance(engine, Scheduler))
+        return Gauges(waiting, running, usage, frozenset().union(*adapters))
 
 
 def lockstep(cores: DataParallel, step_time: StepTime) -> Engines:
@@ -121,13 +125,18 @@ def lockstep(cores: DataParallel, step_time: StepTime) -> Engines:
     Raises:
         InputError: the step times are not such that they tell the layers of experts apart.
     """
-    if type(step_time) is not PhysicalStepTime:
+    target, passes = step_time, list[PhysicalStepTime]()
+    if isinstance(step_time, SpeculativeStepTime):
+        target = step_time.target
+        drafter = (step_time.first, step_time.later)
+        passes = [each for each in drafter if each is not None and each.shard.expert_ranks.data > 1]
+    if type(target) is not PhysicalStepTime:
         raise InputError(
             "the profile's step times do not tell the layers of experts apart, which engine cores share",
             where="profile",
             fix="Use a profile of kind physical, or kernels.",
         )
-    runner = Lockstep(cores, step_time.in_lockstep)
+    runner = Lockstep(cores, target.in_lockstep, tuple(each.in_lockstep for each in passes))
     return Engines(runner, runner.loops)
 
 

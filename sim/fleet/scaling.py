@@ -66,7 +66,7 @@ class Scaling:
             began, before = self._sent[0]
             rate = (self._flow.sent - before) / (now - began) / max(len(self._flow.ready), 1)
             for endpoint in self._flow.ready:
-                waiting, running, usage = map(float, endpoint.replica.gauges())
+                waiting, running, usage = map(float, endpoint.replica.gauges()[:3])
                 pods[endpoint.index] = {
                     "waiting": waiting,
                     "running": running,

@@ -73,13 +73,16 @@ class Drafter:
         """
         if self.shape is None:
             return None
-        whole = target.expert_ranks.whole and bool(self.shape.experts)
+        spread, routed = target.expert_ranks, bool(self.shape.moe_layers)
+        experts = ExpertRanks(self.ranks)
+        if routed:  # shared by engine cores as the target's
+            experts = ExpertRanks(self.ranks, spread.data, whole=spread.whole, backend=spread.backend)
         return Shard(
             self.shape,
             target.gpu,
             self.ranks,
             kv_dtype_bytes=self.kv_bytes or target.kv_dtype_bytes,
-            experts=ExpertRanks(self.ranks, whole=whole),
+            experts=experts,
             cudagraph_sizes=() if self.eager else target.cudagraph_sizes,
         )
 

@@ -357,6 +357,9 @@ class GpuConstants(_Strict):
             if shard.routed_by == "deep_gemm":
                 costs = replace(costs, **DEEP_GEMM)
             costs = self._with_exchange(costs, shard)
+        if shard.context_ranks > 1:
+            gather, scatter = self._collectives(shard.context_ranks, shard.gpu)
+            costs = replace(costs, context_gather=gather, context_scatter=scatter)
         return Efficiencies(
             compute=product.compute,
             bandwidth=product.bandwidth,
@@ -373,14 +376,18 @@ class GpuConstants(_Strict):
     def _with_exchange(self, costs: KernelCosts, shard: Shard) -> KernelCosts:
         """With what takes tokens to experts on other ranks, where cores share them."""
         spread = shard.expert_ranks
-        gather, scatter = (known.get(spread.exchanging) for known in (self.all_gather, self.reduce_scatter))
-        if spread.data > 1 and gather and scatter:
-            sizes = self._by_size(gather, shard.gpu), self._by_size(scatter, shard.gpu)
-            costs = replace(costs, all_gather=sizes[0], reduce_scatter=sizes[1])
+        if spread.data > 1:
+            gather, scatter = self._collectives(spread.exchanging, shard.gpu)
+            costs = replace(costs, all_gather=gather, reduce_scatter=scatter)
         exchange = next((each for name, each in self.exchanges.items() if name == spread.backend), None)
         if exchange is None:
             return costs
         return replace(costs, exchange_s=exchange.floor_s, exchange_link=exchange.link)
+
+    def _collectives(self, ranks: int, gpu: GPU) -> tuple[tuple[tuple[int, float], ...], ...]:
+        """All-gathers and reduce-scatters between so many ranks, by size; empty where not both were timed."""
+        gather, scatter = self.all_gather.get(ranks), self.reduce_scatter.get(ranks)
+        return (self._by_size(gather, gpu), self._by_size(scatter, gpu)) if gather and scatter else ((), ())
 
     def _mixer(self, kind: str, kv: KvDtype) -> MixerCosts:
         """What layers that mix tokens otherwise than by grouped queries cost; see ``stand_ins``."""
@@ -452,6 +459,8 @@ class GpuConstants(_Strict):
             found.append(f"{spread.backend} between {spread.exchanging} ranks as between 8")
         if spread.data > 1 and spread.backend == BACKENDS[0] and spread.exchanging not in self.all_gather:
             found.append(f"all-gathers between {spread.exchanging} ranks by their bytes")
+        elif shard.context_ranks > 1 and shard.context_ranks not in self.all_gather:
+            found.append(f"all-gathers between {shard.context_ranks} ranks by their bytes")
         return found
 
     def _by_size(self, link: AllReduce, gpu: GPU) -> tuple[tuple[int, float], ...]:

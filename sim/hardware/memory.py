@@ -68,7 +68,8 @@ class KVMemory:
 
     Attributes:
         num_gpu_blocks: blocks as vLLM counts them, the null block included.
-        block_size: tokens a block. bytes_per_block: on one rank, all layers.
+        block_size: tokens a block, on all ranks that share them out. bytes_per_block: on one rank, all
+            layers.
         max_model_len: the longest sequence, which vLLM may have fitted to the pool.
         groups: the KV cache groups. sequence_blocks: what one sequence of ``max_model_len`` takes.
         lines: the account. Unless the pool is given, they add up to the bytes that are left for it.
@@ -185,7 +186,12 @@ def kv_memory(
     gpu = shard.gpu
     chunked = any(layer.kind == "chunked" for layer in shard.model.cache_layers)
     cache = cache or CacheOptions(config.version, capability=gpu.capability, hybrid=not chunked)
-    cache = replace(cache, ranks=shard.tensor_parallel_size, kv_bytes=shard.kv_dtype_bytes)
+    cache = replace(
+        cache,
+        ranks=shard.tensor_parallel_size,
+        context_ranks=shard.context_ranks,
+        kv_bytes=shard.kv_dtype_bytes,
+    )
     share, longest = config.gpu_memory_utilization, config.max_model_len
     if not 0.0 < share <= 1.0:
         raise InputError(

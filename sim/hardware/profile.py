@@ -329,6 +329,12 @@ def build_step_time(profile: Profile, shard: Shard) -> StepTime:
             where="profile",
             fix="Use a profile of kind physical, or none.",
         )
+    if shard.context_ranks > 1 and profile.kind != "physical":
+        raise InputError(
+            f"a profile of kind {profile.kind} has no times of decode context parallelism",
+            where="profile",
+            fix="Use a profile of kind physical, or none.",
+        )
     if shard.pipeline:
         if profile.kind != "physical":
             raise InputError(

@@ -40,6 +40,8 @@ class Shard:
         model, gpu: sizes and peaks.
         tensor_parallel_size: ranks that the model is split over. There is no default.
         kv_dtype_bytes: of a number in the KV cache: 2, or 1 for ``--kv-cache-dtype fp8``.
+        context_ranks: of them those that share the tokens of a sequence's KV out between them;
+            context_backend: how they exchange, "ag_rs" or "a2a".
         experts: how the routed experts lie on the ranks; None: split over the tensor-parallel ones. Where
             they are whole the fullest rank is waited for.
         pipeline: layers of each pipeline stage, where there are several; what is counted here is of all of
@@ -63,6 +65,8 @@ class Shard:
     stage: tuple[int, int] = (0, 1)
     stages_per_node: int = 1 << 30
     network: float = 50e9
+    context_ranks: int = 1
+    context_backend: str = "ag_rs"
     lora_rank: int = 0
     lora_slots: int = 0
 

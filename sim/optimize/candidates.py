@@ -16,6 +16,7 @@ from servecast.sim.scenario.scenario import Scenario
 _FIELDS = {
     "tensor_parallel": "engine.tensor_parallel_size",
     "pipeline_parallel": "engine.pipeline_parallel_size",
+    "decode_context_parallel": "engine.decode_context_parallel_size",
     "data_parallel": "engine.data_parallel_size",
     "expert_parallel": "engine.enable_expert_parallel",
     "replicas": "fleet.replicas",
@@ -50,6 +51,7 @@ class Candidate:
     def __str__(self) -> str:
         pools = {"prefill": "{}P", "decode": "{}D", **{f"{pool}_tensor_parallel": "TP{}" for pool in _POOLS}}
         names = {"tensor_parallel": "TP{}", "pipeline_parallel": "PP{}", "data_parallel": "DP{}"}
+        names["decode_context_parallel"] = "DCP{}"
         names |= {**dict.fromkeys(_SHOWN.values(), "{}"), **pools}
         return " ".join(names.get(name, name + "={}").format(value) for name, value in self.label.items())
 
@@ -61,7 +63,8 @@ class Choices:
     Attributes:
         gpus: names of the catalogue, or files that describe one. A single choice need not be in a list.
         tensor_parallel: GPUs of an engine core, or of each of its stages. pipeline_parallel: stages.
-            data_parallel: engine cores of a replica, which then has as many times the GPUs.
+            decode_context_parallel: of the GPUs those that share out KV. data_parallel: engine cores of a
+            replica, which then has as many times the GPUs.
             expert_parallel: "on" and "off".
         replicas: replicas that are simulated together behind the router, and bought together.
         max_num_seqs, max_num_batched_tokens: values of the flags.
@@ -76,6 +79,7 @@ class Choices:
     gpus: str | Sequence[str] = ()
     tensor_parallel: int | Sequence[int] = ()
     pipeline_parallel: int | Sequence[int] = ()
+    decode_context_parallel: int | Sequence[int] = ()
     data_parallel: int | Sequence[int] = ()
     expert_parallel: str | Sequence[str] = ()
     replicas: int | Sequence[int] = ()
@@ -96,7 +100,7 @@ class Choices:
             InputError: a GPU, model config or router is not known, a value does not fit its field, or comes
                 twice.
         """
-        pooled = [field.name for field in fields(self) if field.name.startswith(_POOLS)]
+        pooled = [name for name, at in _FIELDS.items() if at.startswith(("fleet.prefill", "fleet.decode"))]
         if not scenario.fleet.prefill and any(getattr(self, name) for name in pooled):
             where, fix = f"{scenario.source}: fleet", "Add fleet: {prefill: 1, decode: 1}."
             raise InputError("the scenario has no prefill and decode servers to vary", where, fix)

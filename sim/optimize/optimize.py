@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 _SHORT = {  # in the head of a table
     "tensor_parallel": "TP",
     "pipeline_parallel": "PP",
+    "decode_context_parallel": "DCP",
     "data_parallel": "DP",
     "expert_parallel": "EP",
 }
@@ -247,8 +248,8 @@ def optimize(
         effort: how surely and closely to plan.
         workers: where simulations run.
         choices: what to choose from, as in `Choices`: gpus, tensor_parallel, pipeline_parallel,
-            data_parallel, expert_parallel, replicas, max_num_seqs, max_num_batched_tokens,
-            kv_offloading_size, variants, routers.
+            decode_context_parallel, data_parallel, expert_parallel, replicas, max_num_seqs,
+            max_num_batched_tokens, kv_offloading_size, variants, routers.
 
     Raises:
         InputError: a choice is not known or comes twice, a GPU has no price, or a value is out of range.

@@ -18,12 +18,14 @@ class Backend(Protocol):
     Attributes:
         index: its number in the fleet.
         block_size, num_gpu_blocks: of its KV cache (vllm:cache_config_info).
+        max_loras: slots of LoRA adapters; 0: it has none.
         role: prefill or decode, empty where it does both (the label llm-d.ai/role).
     """
 
     index: int
     block_size: int
     num_gpu_blocks: int
+    max_loras: int
     role: str
 
     @property

@@ -10,12 +10,15 @@ class Gauges(NamedTuple):
     """A server's gauges, as of the end of an engine step (vLLM sets them once a step).
 
     waiting: vllm:num_requests_waiting. running: vllm:num_requests_running. kv_usage:
-    vllm:kv_cache_usage_perc, 0..1; cached blocks that no request holds count as free.
+    vllm:kv_cache_usage_perc, 0..1; cached blocks that no request holds count as free. adapters: those of
+    waiting and of running requests, which both lists of vllm:lora_requests_info name
+    (LoRARequestStates.update_scheduler_stats).
     """
 
     waiting: int = 0
     running: int = 0
     kv_usage: float = 0.0
+    adapters: frozenset[int] = frozenset()
 
 
 class Scrape:

@@ -55,25 +55,33 @@ class ServerPools:
         self.sides = [kv_side(each) for each in deployments]
         self._transfers = [self._transfer(index) for index in range(len(deployments))]
         self._agree()
+        parallel = [each.config.data_parallel for each in deployments]
+        self._cores = [1 if cores is None else cores.size for cores in parallel]
         self.link = link_of(scenario, deployments)
         picking, failing = rng.spawn(2)
         way, staged = self._transfers[0].way, any(each.buffer_device == "cpu" for each in self._transfers)
         self._stored: set[int] = set()
         exchange = None
         if way == "pull":
-            ports = Ports(self.link, self.sides, 2 * _HOST_COPY_S_PER_BYTE if staged else 0.0)
+            servers = [index for index, count in enumerate(self._cores) for _ in range(count)]
+            sides, copies = [self.sides[index] for index in servers], 2 * _HOST_COPY_S_PER_BYTE
+            ports = Ports(self.link, sides, copies if staged else 0.0, servers)
             exchange = Exchange(self.link, ports, self._transfers[0].lease_s, failing)
         hop = scenario.fleet.proxy.hop(routed=scenario.fleet.epp is not None)
         self.disaggregation = Disaggregation(splitting_router(scenario, picking, clock), hop, exchange)
 
-    def engine(self, index: int) -> tuple[Scheduler, NixlConnector | ExampleConnector]:
-        """A server's scheduler, with its connector."""
+    def engines(self, index: int) -> list[tuple[Scheduler, NixlConnector | ExampleConnector]]:
+        """The scheduler of each of a server's cores, with its connector."""
+        first = sum(self._cores[:index])
+        return [self._engine(index, first + core) for core in range(self._cores[index])]
+
+    def _engine(self, index: int, core: int) -> tuple[Scheduler, NixlConnector | ExampleConnector]:
         transfer, exchange = self._transfers[index], self.disaggregation.exchange
         prefills, policy = self.roles[index] == "prefill", transfer.load_failure_policy
         role = self._role(index)
         connector: NixlConnector | ExampleConnector
         if exchange is not None:
-            connector = NixlConnector(exchange, index, role, policy, prefills=prefills)
+            connector = NixlConnector(exchange, core, role, policy, prefills=prefills)
         else:
             side = self.sides[index]
             size = side.bytes_per_block * (1 if side.latent else side.ranks) // side.block_size
@@ -169,7 +177,7 @@ def link_of(scenario: Scenario, deployments: Sequence[Deployment]) -> Link:
     if storage != (given.kind == "storage") and (storage or given.kind == "storage"):
         what = "ExampleConnector and kv_link.kind storage go together"
         raise InputError(what, where=f"{where}.kind", fix="Give both or neither.")
-    gpus = sum(each.shard.tensor_parallel_size for each in deployments)
+    gpus = sum(each.scenario.engine.gpus for each in deployments)
     return given.resolved(deployments[-1].gpu, gpus, scenario.gpu.per_node, where=where)
 
 
@@ -207,6 +215,7 @@ def pools_facts(deployment: Deployment) -> dict[str, Any]:
                 "servers": spec.count,
                 "gpu": each.gpu.name,
                 "tensor_parallel_size": each.shard.tensor_parallel_size,
+                "gpus": each.scenario.engine.gpus,
                 "max_num_seqs": each.config.max_num_seqs,
                 "max_num_batched_tokens": each.config.max_num_batched_tokens,
                 "flags": resolved_flags(each),
@@ -224,7 +233,7 @@ def pools_lines(pools: Mapping[str, Any]) -> list[str]:
     for role in ("prefill", "decode"):
         for each in pools[role]:
             size = f"KV cache {each['kv_cache']['tokens']:,} tokens"
-            what = f"{each['servers']} x {each['tensor_parallel_size']} {each['gpu']}"
+            what = f"{each['servers']} x {each['gpus']} {each['gpu']}"
             lines.append(f"{role.capitalize()}: {what}, {size}, {shlex.join(each['flags'])}")
     link = pools["kv_link"]
     port = "server" if link["per_server"] else "GPU"

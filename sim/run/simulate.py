@@ -11,6 +11,7 @@ import numpy as np
 from servecast.sim.engine.engine_loop import EngineLoop
 from servecast.sim.engine.held_costs import MediaProcessor
 from servecast.sim.engine.request import Stage
+from servecast.sim.engine.scheduler import Scheduler
 from servecast.sim.fleet.client import Client
 from servecast.sim.fleet.fleet import NOT_READY, Fleet
 from servecast.sim.fleet.flow import Engines
@@ -28,6 +29,7 @@ from servecast.sim.routing.routers import ROUTERS, Router
 from servecast.sim.run.disaggregated import ServerPools
 from servecast.sim.scenario.deployment import Deployment
 from servecast.sim.scenario.kv_offload import Shared
+from servecast.sim.scenario.kv_pull import pull_settings
 from servecast.sim.scenario.scenario import Scenario
 from servecast.sim.traffic.arrivals import ClosedLoop
 from servecast.sim.traffic.draw import CLOSED_LOOP_REQUESTS, check_requests, draw, with_request_rate
@@ -98,9 +100,9 @@ def _run(
 
     def make_replica(index: int, client: Client) -> Replica:
         its = deployments[min(index, count - 1)]
-        engine, connector, costs, role = None, None, its.front_end, ""
+        connected, costs, role = list[tuple[Scheduler, Any]](), its.front_end, ""
         if pools is not None:
-            (engine, connector), role = pools.engine(index), pools.roles[index]
+            connected, role = pools.engines(index), pools.roles[index]
             costs = pools.front_end(index)
         if index >= len(noise_streams):  # one that an autoscaler started
             noise_streams.extend(noise.spawn(1))
@@ -113,9 +115,8 @@ def _run(
             stepping[index] = together
         made = Replica(
             index,
-            [its.engine(index, shared) for _ in range(1 if cores is None else cores.local)]
-            if engine is None
-            else engine,
+            [engine for engine, _ in connected]
+            or [its.engine(index, shared) for _ in range(1 if cores is None else cores.local)],
             its.step_time,
             its.profile.noise.factors(noise_streams[index]),
             its.step_time.roofline_seconds,
@@ -128,11 +129,11 @@ def _run(
         )
         for loop in made.loops:
             its.equip(loop)
+        for (_, connector), loop in zip(connected, made.loops, strict=False):
+            connector.clock = lambda loop=loop: loop.now
         if (processor := its.processor()) is not None:
             made.server.processor = processor.seconds
             processors.append(processor)
-        if connector is not None:
-            connector.clock = lambda: made.now
         return made
 
     picking, scraping = routing.spawn(2)
@@ -169,9 +170,10 @@ def _run(
         **load,
     }
     counters = [
-        offload_counters(replica.engines[0], its.ranks, replica.now)
+        offload_counters(engine, its.ranks, replica.now)
         for replica in fleet.replicas
         if (its := deployments[min(replica.index, count - 1)].offloading) is not None
+        for engine in replica.engines
     ]
     if counters:
         run.meta |= {"kv_offload": counters, "kv_links": busiest(counters)}
@@ -268,14 +270,21 @@ def _endpoints(deployment: Deployment) -> tuple[list[ReplicaSpec], list[Deployme
         whole = spec.as_in_scenario and not scenario.fleet.prefill
         own = deployment if whole else Deployment.of(scenario.of_replica(spec))
         groups = own.endpoints
-        if own.offloading is not None and own.config.data_parallel is not None:
-            what = "offloading by several engine cores of a server is not modelled"
-            fix = "Leave it out, and give more replicas."
-            raise InputError(what, where=f"{scenario.source}: engine.data_parallel_size", fix=fix)
-        if scenario.fleet.prefill and own.config.data_parallel is not None:
-            what = "prefill and decode servers of several engine cores are not modelled"
-            fix = "Leave it out, and give more servers."
-            raise InputError(what, where=f"{scenario.source}: engine.data_parallel_size", fix=fix)
+        cores = own.config.data_parallel
+        if own.offloading is not None and cores is not None and cores.lockstep:
+            raise InputError(
+                "offloading by engine cores that step together is not modelled",
+                where=f"{scenario.source}: engine.data_parallel_size",
+                fix="Leave it out, and give more replicas.",
+            )
+        way = pull_settings(own.scenario.engine.kv_transfer).way
+        if scenario.fleet.prefill and cores is not None and (groups > 1 or way != "pull"):
+            raise InputError(
+                "prefill and decode servers of several engine cores that are balanced from outside, or pass "
+                "KV on over a file system, are not modelled",
+                where=f"{scenario.source}: engine.data_parallel_size",
+                fix="Let their own API servers balance, and use NixlConnector.",
+            )
         if groups > 1 and scenario.fleet.autoscaler is not None:
             what = "an autoscaler of servers whose ranks are replicas to the router"
             fix = "Leave it out, or let the servers' own API servers balance."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from servecast.sim.engine.held_costs import AdapterCache, GrammarCosts, Grammars
+from servecast.sim.engine.pipeline_rules import loras_of_all_running
 from servecast.sim.hardware.model_shape import ModelShape
 from servecast.sim.hardware.shard import Shard
 from servecast.sim.inputs.errors import InputError
@@ -14,8 +15,8 @@ DISK, COPY = 1e9, 20e9  # bytes/s; assumed
 OPEN_S, TENSOR_S = 0.02, 10e-6  # opening an adapter's files, and copying one of its tensors; assumed
 
 
-def lora(flags: EngineFlags, model: ModelShape, where: str) -> tuple[int, int]:
-    """Rank and number of the slots of adapters, (0, 0) without.
+def lora(flags: EngineFlags, release: str, model: ModelShape, where: str) -> tuple[int, int]:
+    """Rank and number of the slots of adapters, (0, 0) without. release: of ``RELEASES``.
 
     Raises:
         InputError: vLLM refuses the flags, or they are not modelled.
@@ -49,26 +50,35 @@ def lora(flags: EngineFlags, model: ModelShape, where: str) -> tuple[int, int]:
             where=f"{where}.enable_lora",
             fix="Use a dense model.",
         )
-    if flags.pipeline_parallel_size > 1 or flags.data_parallel_size > 1:
+    staged = flags.pipeline_parallel_size > 1 and not loras_of_all_running(release)
+    if staged and (flags.lora_modules is None or len(flags.lora_modules) > slots):
         raise InputError(
-            "LoRA adapters over pipeline stages or data-parallel ranks are not modelled",
-            where=f"{where}.enable_lora",
-            fix="Use tensor_parallel_size and fleet.replicas.",
+            f"with pipeline stages vLLM {release} may put more adapters into a step than max_loras {slots}, "
+            "and ends",
+            where=f"{where}.max_loras",
+            fix="Give lora_modules and a slot for each, or use 0.33.",
         )
     return rank, slots
 
 
-def adapter_cache(flags: EngineFlags, shard: Shard) -> AdapterCache | None:
-    """A server's adapters, None where it serves none. Those of ``lora_modules`` are loaded when it starts;
-    where they are more than ``max_cpu_loras``, what is missing comes from disk."""
+def adapter_cache(flags: EngineFlags, shard: Shard) -> AdapterCache | tuple[AdapterCache, ...] | None:
+    """A server's adapters, None where it serves none; of each pipeline stage, which reads all of a file and
+    keeps its layers. Those of ``lora_modules`` are loaded when it starts; where they are more than
+    ``max_cpu_loras``, what is missing comes from disk."""
     if not shard.lora_slots:
         return None
+    caches = tuple(_adapter_cache(flags, stage, shard.whole.lora_numbers) for stage in shard.stages)
+    return caches if shard.pipeline else caches[0]
+
+
+def _adapter_cache(flags: EngineFlags, shard: Shard, numbers: int) -> AdapterCache:
+    """Of a rank, whose file has so many numbers."""
     slots = shard.lora_slots
     host_slots = flags.max_cpu_loras or slots
     tensors = 2 * sum(count for count, _ in shard.model.linears())
     size = shard.model.dtype_bytes
     known = flags.lora_modules is not None and len(flags.lora_modules) <= host_slots
-    disk_s = 0.0 if known else OPEN_S + shard.whole.lora_numbers * size / DISK
+    disk_s = 0.0 if known else OPEN_S + numbers * size / DISK
     copy_s = tensors * TENSOR_S + shard.lora_numbers * size / COPY
     return AdapterCache(slots, host_slots, disk_s, copy_s)
 

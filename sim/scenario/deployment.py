@@ -112,7 +112,10 @@ class Deployment:
             )
         cores = config.data_parallel
         together = {
-            "drafts": (drafts is not None, "engine.speculative_config"),
+            "drafts in parallel or by batch size": (
+                drafts is not None and not drafts.keeps_pace,
+                "engine.speculative_config",
+            ),
             "structured outputs": (_structured(scenario), "workload.structured_outputs"),
             "images": (bool(media_of(workload)), "workload.media"),
         }

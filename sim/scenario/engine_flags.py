@@ -44,6 +44,16 @@ class EngineFlags(Model):
     """Pipeline stages of one engine core, each with some of the layers and ``tensor_parallel_size`` GPUs."""
     pp_layer_partition: tuple[Count, ...] | None = None
     """Layers of each stage, as the variable VLLM_PP_LAYER_PARTITION. Default, even."""
+    decode_context_parallel_size: Count = 1
+    """Of a core's GPUs those that share the tokens of a sequence's KV out, where all would hold a copy: of
+    latents (MLA), and of fewer KV heads than GPUs."""
+    dcp_comm_backend: Literal["ag_rs", "a2a"] | None = None
+    """How they put attention's outputs together: gathered log-sum-exps and a reduce-scatter, the default, or
+    one all-to-all."""
+    dcp_kv_cache_interleave_size: Count = 1
+    """The older name of ``cp_kv_cache_interleave_size``, which wins if it is above 1."""
+    cp_kv_cache_interleave_size: Count = 1
+    """Tokens in a row on one of them. It has to divide the block; beyond that it is without effect here."""
     data_parallel_size: Count = 1
     """Engine cores of one server, each with a scheduler and a cache; with experts they step together. A
     replica has as many times ``tensor_parallel_size`` GPUs."""

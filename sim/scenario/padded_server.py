@@ -22,6 +22,7 @@ from servecast.sim.scenario.engine_flags import EngineFlags
 _REFUSED = (
     "tensor_parallel_size",
     "data_parallel_size",
+    "decode_context_parallel_size",
     "kv_cache_dtype",
     "speculative_config",
     "kv_transfer_config",

@@ -1,4 +1,5 @@
-"""``vllm serve``'s flags of data and expert parallelism: what they come to, and what vLLM refuses of them."""
+"""``vllm serve``'s flags of data, expert and decode context parallelism: what they come to, and what vLLM
+refuses of them."""
 
 from __future__ import annotations
 
@@ -7,13 +8,19 @@ from typing import Any
 from servecast.sim.engine.data_parallel import DataParallel, balancing_of, sync_interval_of
 from servecast.sim.engine.rules import since
 from servecast.sim.hardware.expert_ranks import BACKENDS, FALLS_BACK, ExpertRanks, Kernel
+from servecast.sim.hardware.gpu import GPU
 from servecast.sim.hardware.model_shape import ModelShape
 from servecast.sim.hardware.shard import release as numbers
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.scenario.engine_flags import EngineFlags
 
+_CONTEXT = "decode_context_parallel_size"
 _EXTERNAL_REFUSED_SINCE = "0.21"  # external balancing of a dense model
 _ASYNC_EPLB_SINCE = "0.23"  # EPLBConfig.use_async by default
+_EIGHT_BIT_LATENTS_SINCE = "0.25"  # MLAAttention.forward_impl: "DCP not support fp8 kvcache now"
+_BLACKWELL_SUMS_SINCE = "0.25"  # FlashInferMLAImpl.can_return_lse_for_decode
+_MIXED_GROUPS_SINCE = "0.26"  # HybridKVCacheCoordinator: "DCP not support hybrid attn now"
+_A2A_FREELY_SINCE = "0.29"  # ParallelConfig: a dcp_comm_backend of its own
 _PADS_BY_STEP_SINCE = (
     0,
     17,
@@ -150,6 +157,65 @@ def expert_ranks(flags: EngineFlags, release: str, model: ModelShape, where: str
     )
 
 
+def context_ranks(flags: EngineFlags, release: str, model: ModelShape, gpu: GPU, where: str) -> int:
+    """Ranks that share a sequence's KV out. Raises as ``data_parallel``."""
+    ranks, size, name = flags.tensor_parallel_size, flags.decode_context_parallel_size, _CONTEXT
+    if size == 1:
+        if flags.dcp_comm_backend == "a2a" and not since(release, _A2A_FREELY_SINCE):
+            raise _refused("dcp_comm_backend a2a of one rank", where, "dcp_comm_backend", "Leave it out")
+        return 1
+    if ranks % size:
+        what = f"a tensor_parallel_size of {ranks} by {size} context-parallel ranks"
+        raise _refused(what, where, name, "Use a size that divides it")
+    kinds = {mixer.kind for mixer in model.layer_kinds}
+    if len(kinds) > 1 or not kinds <= {"full", "mla"}:
+        what, fix = f"context-parallel ranks of {model.name}, whose layers are not all alike", "Leave it out"
+        if kinds & {"sliding", "chunked"} or not since(release, _MIXED_GROUPS_SINCE):
+            raise _refused(what, where, name, fix)
+        raise InputError(f"{what} or of other kinds, is not modelled", where=f"{where}.{name}", fix=f"{fix}.")
+    if kinds == {"full"}:
+        _check_heads(model, ranks, size, where)
+    elif flags.kv_cache_dtype.startswith("fp8") and not since(release, _EIGHT_BIT_LATENTS_SINCE):
+        raise _refused("latents in fp8 over context-parallel ranks", where, "kv_cache_dtype", "Use auto")
+    blackwell = kinds == {"mla"} and gpu.capability[0] == 10 and not since(release, _BLACKWELL_SUMS_SINCE)
+    if gpu.name.lower() == "cpu" or blackwell:
+        what = f"attention on a {gpu.name} without log-sum-exps, which context-parallel ranks need"
+        raise _refused(what, where, name, "Leave it out")
+    if flags.speculative_config is not None or flags.kv_transfer is not None:
+        beside = "drafts" if flags.speculative_config is not None else "KV connectors"
+        raise InputError(
+            f"{beside} with decode context parallelism are not modelled",
+            where=f"{where}.{name}",
+            fix="Use one of the two.",
+        )
+    return size
+
+
+def check_interleaving(flags: EngineFlags, block_size: int, where: str) -> None:
+    """Whether a block, of so many tokens on all ranks, can be dealt out as the flags say. Raises as
+    ``data_parallel``."""
+    older = flags.dcp_kv_cache_interleave_size
+    dealt, own = older if older > 1 else flags.cp_kv_cache_interleave_size, block_size
+    own //= flags.decode_context_parallel_size
+    if flags.decode_context_parallel_size > 1 and own % dealt:
+        what = f"{dealt} tokens in a row of blocks of {own}"
+        raise _refused(what, where, "cp_kv_cache_interleave_size", "Use a number that divides the block")
+
+
+def _check_heads(model: ModelShape, ranks: int, size: int, where: str) -> None:
+    """ModelConfig.verify_with_parallel_config, of grouped-query attention."""
+    keys = model.kv_heads
+    if ranks <= keys:
+        what = f"context-parallel ranks of {model.name}, whose {keys} KV heads {ranks} ranks do not repeat"
+        raise _refused(what, where, _CONTEXT, f"Use a tensor_parallel_size above {keys}, or leave it out")
+    if size > ranks // keys:
+        what = f"{size} context-parallel ranks: {ranks} hold {ranks // keys} copies of each KV head"
+        raise _refused(what, where, _CONTEXT, f"Use at most {ranks // keys}")
+    if model.heads // keys % size:
+        what = f"{model.heads // keys} query heads of a KV head by {size} context-parallel ranks"
+        raise _refused(what, where, _CONTEXT, "Use a size that divides them")
+
+
 def _expert_kernel(flags: EngineFlags, *, whole: bool, ranks: int) -> Kernel:
     """What vLLM's images multiply fp8 experts with scales of blocks by, on Hopper.
 
@@ -177,6 +243,11 @@ def notes(flags: EngineFlags) -> list[str]:
         said.append(f"moe_backend {flags.moe_backend} is for fp8 with scales of blocks on Hopper only")
     if flags.data_parallel_rank is not None or flags.data_parallel_start_rank is not None:
         said.append(f"all {flags.data_parallel_size} data-parallel ranks are simulated, not one node's alone")
+    if flags.decode_context_parallel_size > 1:
+        said.append(
+            "decode context parallelism: what its ranks exchange is timed by collectives, on no server, and "
+            "the error bands are wider for it"
+        )
     if flags.data_parallel_size > 1 and flags.data_parallel_backend == "ray":
         said.append("data_parallel_backend ray is simulated as mp")
     return said

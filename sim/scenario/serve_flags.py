@@ -48,6 +48,7 @@ def resolved_flags(deployment: Deployment) -> list[str]:
     flags, config = deployment.scenario.engine, deployment.config
     told = flags.model_dump() | {name: getattr(config, name, None) for name in (*_RESOLVED, *_SWITCHES)}
     told |= {"tensor_parallel_size": flags.tensor_parallel_size, "kv_cache_dtype": kv_cache_dtype(deployment)}
+    told["block_size"] //= flags.decode_context_parallel_size  # of one rank
     layers = partition(flags)
     return [
         *([f"{PARTITION}={layers}"] if layers else []),

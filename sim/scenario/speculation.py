@@ -50,6 +50,14 @@ class Speculating:
             found = min(drafts, self.config.num_tokens) if requests >= first else found
         return found
 
+    @property
+    def keeps_pace(self) -> bool:
+        """Whether engine cores can draft in lockstep: each the same number of passes, one after the other
+        where they share the drafter's experts."""
+        drafter = self.drafter
+        shared = drafter.shape is not None and drafter.shape.moe_layers > 0
+        return not self.config.by_batch and not (shared and (drafter.slots or drafter.passes != "one by one"))
+
     def facts(self) -> dict[str, Any]:
         """What a result says of it."""
         return {

@@ -67,9 +67,9 @@ def pipeline(flags: EngineFlags, model: ModelShape, where: str) -> tuple[int, ..
             where=f"{where}.pipeline_parallel_size",
             fix="Use fewer: vLLM refuses this.",
         )
-    if flags.data_parallel_size > 1:
+    if flags.data_parallel_size > 1 and model.moe_layers:
         raise InputError(
-            "pipeline stages inside data-parallel engine cores are not modelled",
+            "pipeline stages of engine cores that step together are not modelled",
             where=f"{where}.pipeline_parallel_size",
             fix="Use one of the two.",
         )

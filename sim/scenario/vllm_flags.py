@@ -66,6 +66,10 @@ TAKEN: dict[str, Callable[[str], Any]] = {
     "quantization": str,
     "kv_cache_dtype": str,
     "tensor_parallel_size": int,
+    "decode_context_parallel_size": int,
+    "dcp_kv_cache_interleave_size": int,
+    "cp_kv_cache_interleave_size": int,
+    "dcp_comm_backend": str,
     "pipeline_parallel_size": int,
     "enable_lora": bool,
     "max_loras": int,
@@ -133,8 +137,7 @@ _DRAFTS = {  # flag -> its field of speculative_config (EngineArgs.create_specul
     "spec_tokens": "num_speculative_tokens",
 }
 _REFUSED = {  # flag -> what to do instead
-    "decode_context_parallel_size": "Context parallelism is not modelled.",
-    "prefill_context_parallel_size": "Context parallelism is not modelled.",
+    "prefill_context_parallel_size": "Context parallelism of prompts is not modelled.",
     "max_num_scheduled_tokens": "Give max_num_batched_tokens.",
     "max_num_partial_prefills": "Give long_prefill_token_threshold.",
     "cpu_offload_gb": "Offloading of weights is not modelled.",
@@ -156,6 +159,7 @@ _WIDENING = frozenset(
         "compilation_config",
         "cuda_graph_sizes",
         "cudagraph_capture_sizes",
+        "dcp_q_replicate",
         "disable_custom_all_reduce",
         "disable_frontend_multiprocessing",
         "distributed_executor_backend",

@@ -27,7 +27,7 @@ from servecast.sim.scenario.adapters import lora
 from servecast.sim.scenario.engine_flags import EngineFlags
 from servecast.sim.scenario.kv_pull import pull_settings
 from servecast.sim.scenario.media import run_of
-from servecast.sim.scenario.ranks import data_parallel, expert_ranks
+from servecast.sim.scenario.ranks import check_interleaving, context_ranks, data_parallel, expert_ranks
 from servecast.sim.scenario.stages import asynchronous, pipeline, runs_on_v2
 from servecast.sim.scenario.vllm_flags import FLAG_BAND
 
@@ -173,6 +173,7 @@ class Vllm:
         command = flags.serve_command
         unknown = minor_release(flags.version) not in RELEASES
         others = (len(command.widening) if command else 0) + flags.enable_lora
+        others += flags.decode_context_parallel_size > 1
         return FLAG_BAND * others + UNKNOWN_RELEASE_BAND * unknown
 
     def resolve(
@@ -263,7 +264,7 @@ class Vllm:
             speculation=speculation,
             data_parallel=cores,
             use_v2_model_runner=runs_on_v2(model, release.rules),
-            max_loras=lora(flags, model, where)[1],
+            max_loras=lora(flags, release.rules, model, where)[1],
             **defaults
             | ({} if overlaps is None else {"async_scheduling": overlaps})
             | ({} if alone and _keeps_prefills_apart(release.rules) else {"prefill_schedule_interval": 1}),
@@ -280,7 +281,7 @@ class Vllm:
                 max_capture_size=flags.max_cudagraph_capture_size,
                 drafts=_drafts(config.speculation),
             )
-        rank, slots = lora(flags, model, "engine")
+        rank, slots = lora(flags, config.version, model, "engine")
         asked = {"auto": model.kv_bytes_each, "bfloat16": 2, "float16": 2}
         return Shard(
             model,
@@ -288,6 +289,8 @@ class Vllm:
             flags.tensor_parallel_size,
             kv_dtype_bytes=asked.get(flags.kv_cache_dtype, 1),
             experts=expert_ranks(flags, config.version, model, "engine"),
+            context_ranks=context_ranks(flags, config.version, model, gpu, "engine"),
+            context_backend=flags.dcp_comm_backend or "ag_rs",
             cudagraph_sizes=sizes,
             pipeline=pipeline(flags, model, "engine"),
             lora_rank=rank,
@@ -297,7 +300,7 @@ class Vllm:
     def memory(
         self, flags: EngineFlags, config: EngineConfig, shard: Shard, drafter: Drafter | None = None
     ) -> KVMemory:
-        return kv_memory(
+        memory = kv_memory(
             shard,
             config,
             version=flags.version,
@@ -309,6 +312,8 @@ class Vllm:
             drafter=drafter,
             encoder=run_of(flags, config, shard),
         )
+        check_interleaving(flags, memory.block_size, "engine")
+        return memory
 
     def memory_risk(
         self, config: EngineConfig, shard: Shard, memory: KVMemory, longest_prompt: int

@@ -23,6 +23,7 @@ class CacheModel:
     max_model_len: int
     gib: tuple[float, float, float]
     ranks: int = 1
+    context_ranks: int = 1
     kv_bytes: int = 2
     recurrent_bytes: int | None = None
     block_size: int | None = None
@@ -43,6 +44,7 @@ class CacheModel:
         return {
             "layers": layers,
             "ranks": self.ranks,
+            "context_ranks": self.context_ranks,
             "kv_bytes": self.kv_bytes,
             "recurrent_bytes": self.recurrent_bytes,
             "max_model_len": self.max_model_len,
@@ -207,6 +209,22 @@ MODELS = (
         (4, 8, 40),
         ranks=8,
         kv_bytes=1,
+    ),
+    CacheModel(
+        "deepseek-v3 TP8, DCP8",
+        (CacheLayer(kind="mla", count=61, head_size=576),),
+        131_001,
+        (1, 8, 40),
+        ranks=8,
+        context_ranks=8,
+    ),
+    CacheModel(
+        "qwen3-235b TP8, DCP2",
+        (attention("full", 94, 4, 128),),
+        40_960,
+        (0.5, 8, 40),
+        ranks=8,
+        context_ranks=2,
     ),
     CacheModel(
         "deepseek-v3.2",

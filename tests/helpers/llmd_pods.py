@@ -22,6 +22,7 @@ class Pod:
     outstanding: int = 0
     block_size: int = 16
     num_gpu_blocks: int = 1001
+    max_loras: int = 0
     role: str = ""
     events: list[KVEvent] = field(default_factory=list)
     scraped: bool = False
@@ -49,8 +50,10 @@ class Clock:
         return self.now
 
 
-def request(number: int, tokens: int, *content: tuple[int, int], group: int | None = None) -> Request:
-    return Request(number, 0.0, tokens, 1, 1, tuple(content), group=group)
+def request(
+    number: int, tokens: int, *content: tuple[int, int], group: int | None = None, adapter: int = 0
+) -> Request:
+    return Request(number, 0.0, tokens, 1, 1, tuple(content), group=group, adapter=adapter)
 
 
 def totals(epp: EndpointPicker, backends: Sequence[Pod], asked: Request | None = None) -> list[float]:

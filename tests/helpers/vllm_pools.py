@@ -1,10 +1,10 @@
 """vLLM's own sizes of KV pools, on the CPU: cases as JSON lines on stdin, an answer a line.
 
-Runs under the Python that has vLLM. A case has ``layers`` (CacheLayer's fields), ``ranks``, ``kv_bytes``,
-``recurrent_bytes``, ``max_model_len``, ``budget``, ``asynchronous``, ``block_size`` (an attention block where
-no layer has a state), ``mode`` and ``hybrid``, and ``available``, a list of bytes. The specs are made with
-vLLM's classes from the layers; block sizes beside states come from vLLM's Platform, groups and blocks from
-get_kv_cache_configs.
+Runs under the Python that has vLLM. A case has ``layers`` (CacheLayer's fields), ``ranks`` and
+``context_ranks``, ``kv_bytes``, ``recurrent_bytes``, ``max_model_len``, ``budget``, ``asynchronous``,
+``block_size`` (an attention block where no layer has a state), ``mode`` and ``hybrid``, and ``available``, a
+list of bytes. The specs are made with vLLM's classes from the layers; block sizes beside states come from
+vLLM's Platform, groups and blocks from get_kv_cache_configs.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ def config_of(case: dict[str, Any], model: str) -> Any:
         "prefill_schedule_interval": 1,
     }
     config = _vllm_config(options, model)
+    config.parallel_config.decode_context_parallel_size = case["context_ranks"]
     config.cache_config.mamba_cache_mode = case["mode"]
     config.cache_config.num_gpu_blocks_override = None
     config.scheduler_config.disable_hybrid_kv_cache_manager = not case["hybrid"]

@@ -318,6 +318,15 @@ def draw_staged(pick: Pick, version: str, name: str) -> Scenario:
     return dataclasses.replace(plain, config=config, arrivals=tuple(arrivals), grammars=tuple(grammars))
 
 
+def shared_out_scenarios(version: str, seed: int, count: int) -> Iterator[Scenario]:
+    """As ``random_scenarios``, each with the KV of a sequence shared out over two ranks or four."""
+    for index in range(count):
+        pick = recorded_picks(seed, index)[0]
+        drawn = draw_scenario(pick, version, f"shared-out-{version}-{seed}-{index}")
+        config = dataclasses.replace(drawn.config, decode_context_parallel_size=(2, 4)[pick(0, 1)])
+        yield dataclasses.replace(drawn, config=config)
+
+
 def draw_pictured(pick: Pick, version: str, name: str) -> Scenario:
     """A random scenario whose prompts have images in them, of a few that come again and again, on a small
     encoder budget and cache."""

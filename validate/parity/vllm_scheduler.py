@@ -143,8 +143,10 @@ class VllmEngine:
 
     def __init__(self, config: dict[str, Any], model: str, remote: dict[str, Any] | None = None) -> None:
         vllm_config = _vllm_config(config, model, remote)
-        groups = config["kv_groups"] or [{"kind": "full", "block_size": config["block_size"]}]
-        hash_block = _hash_block(config, groups)
+        ranks = config["decode_context_parallel_size"]  # each has its part of a block
+        own = config["block_size"] // ranks
+        groups = config["kv_groups"] or [{"kind": "full", "block_size": own}]
+        hash_block = _hash_block(config, groups) * ranks
         kv_cache = KVCacheConfig(
             num_blocks=config["num_gpu_blocks"],
             kv_cache_tensors=_tensors(config, groups, remote),
@@ -156,6 +158,8 @@ class VllmEngine:
         )
         scheduler_cls = AsyncScheduler if config["async_scheduling"] else Scheduler
         vllm_config.parallel_config.pipeline_parallel_size = config["pipeline_parallel_size"]
+        vllm_config.parallel_config.decode_context_parallel_size = ranks
+        vllm_config.cache_config.block_size = own
         if config["pipeline_parallel_size"] > 1:  # whether workers run Model Runner V2, which needs a GPU
             runner = property(lambda self: config["use_v2_model_runner"])
             vllm_config.__class__ = type("VllmConfig", (VllmConfig,), {"use_v2_model_runner": runner})
@@ -164,7 +168,7 @@ class VllmEngine:
         self.scheduler = scheduler_cls(
             vllm_config=vllm_config,
             kv_cache_config=kv_cache,
-            **_block_sizes(math.lcm(*(each["block_size"] for each in groups)), hash_block),
+            **_block_sizes(math.lcm(*(each["block_size"] for each in groups)) * ranks, hash_block),
             structured_output_manager=StructuredOutputManager(vllm_config),
             log_stats=True,
         )

@@ -175,10 +175,10 @@ def _attention(mixer: Mixer, costs: MixerCosts, shard: Shard) -> Attention:
     gpu, ranks = shard.gpu, shard.tensor_parallel_size
     rate = gpu.bf16_flops * costs.prompt_compute
     pair, decode = prompt_pair_flops(mixer, ranks), decode_pair_flops(mixer, ranks)
-    kv = kv_numbers(mixer, ranks) * shard.kv_dtype_bytes
+    kv = kv_numbers(mixer, ranks) * shard.kv_dtype_bytes / shard.context_ranks
     block_s = expand_s = 0.0
     if gpu.sms is not None and mixer.attends:
-        block_s = 4.0 * _TILE * mixer.head_dim * mixer.count * gpu.sms / rate
+        block_s = 4.0 * _TILE * mixer.head_dim * mixer.count * gpu.sms / rate / shard.context_ranks
     if mixer.kind == "mla":  # kv_b_proj of all older tokens, in each chunk
         up = mixer.kv_rank * mixer.heads / ranks * (mixer.head_dim - mixer.rope_dim + mixer.value_dim)
         expand_s = 2.0 * up / (shard.linear_peak * costs.prompt_compute)

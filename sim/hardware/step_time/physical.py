@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import ClassVar, Literal, Protocol
 
@@ -14,6 +14,7 @@ from servecast.sim.engine.step_costs import StepCosts
 from servecast.sim.hardware.expert_ranks import BACKENDS, TOP_K_BYTES
 from servecast.sim.hardware.model_shape import KERNELS_DENSE
 from servecast.sim.hardware.shard import Shard
+from servecast.sim.hardware.step_time.context_parallel import ContextExchange
 from servecast.sim.hardware.step_time.mixers import Attention, MixerCosts, mixing_of
 from servecast.sim.inputs.errors import InputError
 
@@ -61,7 +62,8 @@ class KernelCosts:
             add up, or join by a smooth maximum of ``expert_overlap``. expert_s: their floor in one layer, s.
             expert_passes: as product_passes.
         all_reduce: one as timed, (bytes, s) rising, in place of ``link`` and ``allreduce_s``.
-        all_gather, reduce_scatter: the same, by the bytes of all ranks together.
+        all_gather, reduce_scatter: the same, by the bytes of all ranks together. context_gather,
+            context_scatter: between the ranks that share KV out.
         exchange_s, exchange_link: floor of a token's way to its experts and back in one layer by DeepEP, s,
             and the share of the link's bandwidth that it reaches; 0: not timed.
     """
@@ -78,15 +80,17 @@ class KernelCosts:
     all_reduce: tuple[tuple[int, float], ...] = ()
     all_gather: tuple[tuple[int, float], ...] = ()
     reduce_scatter: tuple[tuple[int, float], ...] = ()
+    context_gather: tuple[tuple[int, float], ...] = ()
+    context_scatter: tuple[tuple[int, float], ...] = ()
     exchange_s: float = 0.0
     exchange_link: float = 0.0
     mixers: Mapping[str, MixerCosts] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for entry in fields(self):
-            if entry.name in ("all_reduce", "all_gather", "reduce_scatter", "mixers"):
-                continue
             value = getattr(self, entry.name)
+            if not isinstance(value, int | float):
+                continue
             share = entry.name in ("expert_compute", "expert_bandwidth")
             if not (0.0 < value <= 1.0 if share else 0.0 <= value < math.inf):
                 rule = "above 0 and at most 1" if share else "0 or more"
@@ -200,6 +204,7 @@ class PhysicalStepTime:
     - experts, all_to_all: where engine cores share the layers of experts, those on the tokens of all cores,
       and the exchange before and behind each; one step's own time takes all cores to compute as many tokens
     - rebalancing: EPLB's moves, spread over the steps between them
+    - context_parallel: what ranks exchange that share KV out (``ContextExchange``)
 
     Tokens are padded up to the next CUDA-graph size while there is one, as vLLM pads pure decode steps (full
     graphs) and mixed ones (piecewise graphs).
@@ -247,6 +252,14 @@ class PhysicalStepTime:
         self._by_padded: dict[int, float] = {}
         self._by_rows: dict[int, float] = {}
         self._by_cores: dict[tuple[int, int], float] = {}
+        self._context = ContextExchange.of(shard)
+        if self._context is not None and self._context.older:
+            gather = costs.context_gather if costs is not None else ()
+            large = (1 << 20) * self._context.older  # they come in large pieces, whose latency does not count
+            both = (self._collective(gather, size, shard.context_ranks) for size in (2 * large, large))
+            older_s = (next(both) - next(both)) / (1 << 20)
+            expanding = (replace(each, expand_s=each.expand_s + older_s) for each in self._mixing.attention)
+            self._mixing = replace(self._mixing, attention=tuple(expanding))
 
     def seconds(self, step: StepShape) -> float:
         """Duration of the step in seconds. A step with nothing in it takes no time."""
@@ -269,6 +282,8 @@ class PhysicalStepTime:
         by_rows = self._rows_seconds(step.samples)
         total += by_tokens + by_rows + requests * self.efficiencies.host_per_seq_s
         total += self._lora(step)
+        if self._context is not None:
+            total += self._context_seconds(self._context.tokens(chunks, decodes))
         return total if tokens <= self._graphed or total > self._eager_s else self._eager_s
 
     def costs(self) -> StepCosts:
@@ -296,6 +311,8 @@ class PhysicalStepTime:
             "lora": self._lora_costs,
             "prompt_tile": _PROMPT_TILE if self.efficiencies.by_kernel is not None else 1,
             "slots": self._slots,
+            "exchange": None if self._context is None else self._context_seconds,
+            "exchanges_decodes": self._context is None or self._context.decodes_only,
             "least": (self._least_of_tokens, self._least_of_rows, self._gpu.bandwidth),
         }
         by_tokens = self._tokens_seconds if self._spread.data == 1 else self._own_seconds
@@ -334,6 +351,9 @@ class PhysicalStepTime:
             parts[name] = parts.get(name, 0.0) + seconds
         if lora := self._lora(step):
             parts["lora"] = lora
+        if self._context is not None:
+            exchanged = self._context.tokens(step.chunks, step.decodes)
+            parts["context_parallel"] = self._context_seconds(exchanged)
         if tokens > self._graphed:
             parts["host"] += max(0.0, self._eager_s - sum(parts.values()))
         return parts
@@ -369,7 +389,8 @@ class PhysicalStepTime:
                 compute, memory = sides[name]
                 spent["compute" if compute > memory else "memory_bandwidth"] += seconds
             else:
-                spent["interconnect" if name in ("all_reduce", "all_to_all") else "host"] += seconds
+                linked = name in ("all_reduce", "all_to_all", "context_parallel")
+                spent["interconnect" if linked else "host"] += seconds
         return max(spent, key=lambda side: spent[side])
 
     def roofline_seconds(self, step: StepShape) -> float:
@@ -529,6 +550,24 @@ class PhysicalStepTime:
         """Seconds in which tensor-parallel ranks gather so many bytes of which each has a part."""
         costs = self.efficiencies.by_kernel
         return self._collective(costs.all_gather if costs is not None else (), size, self._ranks)
+
+    def _context_seconds(self, tokens: int) -> float:
+        """Seconds of the exchange between ranks that share KV out, all layers: queries are gathered; then
+        log-sum-exps, and outputs are scattered, or both in one message to each."""
+        each, eff, shard = self._context, self.efficiencies, self.shard
+        if each is None or not tokens:
+            return 0.0
+        costs, ranks = eff.by_kernel, shard.context_ranks
+        gather, scatter = (costs.context_gather, costs.context_scatter) if costs is not None else ((), ())
+        layer = self._collective(gather, tokens * each.query, ranks) + each.kernels * eff.kernel_s
+        if shard.context_backend == "a2a":
+            layer += self._collective(scatter, tokens * (each.output + each.sums / ranks), ranks)
+        else:
+            layer += self._collective(gather, tokens * each.sums, ranks)
+            layer += self._collective(scatter, tokens * each.output, ranks)
+        if each.again and costs is not None:
+            layer += costs.attention_s
+        return self._model.layers * layer
 
     def _lora(self, step: StepShape) -> float:
         """Seconds of the adapters of a step, if it has any."""

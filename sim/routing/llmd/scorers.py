@@ -225,16 +225,29 @@ class NoHitLruScorer:
 
 
 class LoraAffinityScorer:
-    """0 for all: 1 for an active adapter, 0.8 for room for one more and 0.6 for a waiting one do not arise on
-    servers without adapters, which have room for none."""
+    """1 where the request's adapter is active, 0.8 where there is room for one more, else 0.
 
-    by_gauges = True
+    vLLM lists every adapter of its requests as active and as waiting, and both lists count: there is room
+    while twice as many adapters as have requests are fewer than the slots. An adapter that waits is active,
+    so that 0.6 for one that only waits does not arise. Requests to the base model ask for an adapter that
+    nobody has.
+    """
+
+    by_gauges = False
 
     def __init__(self, plugin: Plugin, setting: Setting) -> None:
         pass
 
     def score(self, cycle: Cycle) -> Scores:
-        return np.zeros(len(cycle.known))
+        asked = cycle.request.adapter
+        scores = np.zeros(len(cycle.backends))
+        for position, backend in enumerate(cycle.backends):
+            active = backend.gauges.adapters
+            if asked in active:
+                scores[position] = 1.0
+            elif 2 * len(active) < backend.max_loras:
+                scores[position] = 0.8
+        return scores
 
 
 SCORERS: dict[str, Callable[[Plugin, Setting], Scorer]] = {

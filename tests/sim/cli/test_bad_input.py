@@ -362,9 +362,9 @@ CASES = [
     ),
     command(
         "flag that is not modelled",
-        "vllm serve m --decode-context-parallel-size 2",
-        "--decode-context-parallel-size cannot be simulated",
-        "Context parallelism is not modelled.",
+        "vllm serve m --prefill-context-parallel-size 2",
+        "--prefill-context-parallel-size cannot be simulated",
+        "Context parallelism of prompts is not modelled.",
     ),
     command(
         "another command",

@@ -65,8 +65,8 @@ def test_drafts_bring_an_acceptance_that_is_a_guess(
 
 
 def test_what_cannot_be_simulated_is_said_at_once(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["init", "vllm serve m --decode-context-parallel-size 2"]) == 2
-    assert "Context parallelism is not modelled" in capsys.readouterr().err
+    assert main(["init", "vllm serve m --prefill-context-parallel-size 2"]) == 2
+    assert "Context parallelism of prompts is not modelled" in capsys.readouterr().err
     assert main(["init", "ls -l"]) == 2
     assert "is not a vllm serve command" in capsys.readouterr().err
     assert main(["init", "vllm serve"]) == 2

@@ -32,6 +32,7 @@ def options(model: CacheModel, release: str) -> CacheOptions:
     return CacheOptions(
         release=release,
         ranks=model.ranks,
+        context_ranks=model.context_ranks,
         kv_bytes=model.kv_bytes,
         block_size=model.block_size,
         max_model_len=model.max_model_len,
@@ -55,7 +56,7 @@ def pool(model: CacheModel, release: str, available: int) -> dict[str, Any]:
         return {"refused": needed}
     concurrency = blocks / needed
     return {
-        "groups": [[group.layers, group.spec.block_size] for group in found],
+        "groups": [[group.layers, group.spec.block_size // model.context_ranks] for group in found],
         "blocks": blocks,
         "tokens": int(concurrency * model.max_model_len),
         "concurrency": concurrency,

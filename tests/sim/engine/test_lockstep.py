@@ -17,6 +17,7 @@ from servecast.sim.engine.engine_loop import IDLE, OUTCOMES, EngineLoop
 from servecast.sim.engine.lockstep import Lockstep
 from servecast.sim.engine.request import Request, Requests
 from servecast.sim.engine.scheduler import Scheduler
+from servecast.sim.engine.speculation import speculation
 from servecast.sim.engine.step_costs import StepCosts
 
 S = 10**12
@@ -34,6 +35,8 @@ class Pair:
         first: bool = True,
         cadence: int = 1,
         budget: int = 16,
+        drafts: int = 0,
+        drafter_shared: bool = True,
     ) -> None:
         cores = DataParallel(
             size=2,
@@ -53,6 +56,7 @@ class Pair:
             enable_prefix_caching=False,
             async_scheduling=is_async,
             data_parallel=cores,
+            speculation=speculation("0.32", "mtp", drafts, (1.0,) * drafts) if drafts else None,
         )
         numbers = dict.fromkeys(
             ("decode_s", "chunk_token_s", "chunk_s", "serial_s", "request_s", "eager_s"), 0.0
@@ -67,10 +71,17 @@ class Pair:
             "lora": (0.0, 0.0, 0.0),
             "least": (None, None, 1.0),
         }
-        self.together = Lockstep(cores, lambda tokens: (tokens, float(sum(tokens)), True))
+        shared = (lambda tokens: (tokens, float(sum(tokens)), True),)
+        self.together = Lockstep(cores, *shared, shared * 2 if drafts and drafter_shared else ())
         self.loops = []
         for index in range(2):
-            costs = StepCosts(numbers, float, lambda rows: 0.0, lambda tokens, requests: 0.0)
+            plain, *passes = (
+                StepCosts(numbers, float, lambda rows: 0.0, lambda tokens, requests: float(tokens))
+                for _ in range(3)
+            )
+            lookup = {"skips": True, "infills": False, "at_once": False}
+            lookup |= dict.fromkeys(("step_s", "request_s", "token_s"), 0.0)
+            costs = plain.with_drafts(lookup, *passes) if drafts else plain
             loop = EngineLoop(
                 Scheduler(config), index, costs, None, lambda step: 0.0, repeat(1.0), (0, 0), None
             )
@@ -157,3 +168,27 @@ def test_prompts_start_in_common_steps_of_a_cadence(cadence: int, starts: int) -
     pair = Pair(cadence=cadence, interval=16)
     found = pair.run((0, 0, 1, 9), (0, 1, 2, 1))
     assert found[OUTCOMES.index("scheduled")].tolist() == [0, starts]
+
+
+def test_cores_draft_together() -> None:
+    """Core 0: 4 tokens of prompt and 5 of output, two drafts a step, all accepted. A dummy step of core 1
+    verifies two drafts as well, and both cores run the drafter's two passes, whose layers they share: over
+    the tokens of the step, and over one of each request, a dummy's too.
+
+    start  tokens    step         first pass   second pass
+    0      4 and 3   4 + (4 + 3)  4 + (4 + 3)  1 + (1 + 1)
+    25     3 and 3   3 + (3 + 3)  3 + (3 + 3)  1 + (1 + 1)
+    46     3 and 3   ...
+    """
+    pair = Pair(drafts=2)
+    found = pair.run((0, 0, 4, 5))
+    assert [row[:2] for row in pair.log(0)] == [(0, 25), (25, 21), (46, 21)]
+    assert found[OUTCOMES.index("finish")].tolist() == [67]
+
+
+def test_a_drafter_of_its_own_is_waited_for_by_all() -> None:
+    """Its layers have no experts, so that no core waits inside them: one without requests drafts nothing, and
+    a step lasts as long as the longest of all drafting takes: 4 s and 1 s behind 11 s of both cores."""
+    pair = Pair(drafts=2, drafter_shared=False)
+    pair.run((0, 0, 4, 5))
+    assert [row[:2] for row in pair.log(0)] == [(0, 11 + 4 + 1), (16, 9 + 3 + 1), (29, 9 + 3 + 1)]

@@ -13,6 +13,7 @@ from places import DATA
 
 from servecast.sim.engine.config import EngineConfig
 from servecast.sim.engine.engine_loop import IDLE, EngineLoop
+from servecast.sim.engine.held_costs import AdapterCache
 from servecast.sim.engine.pipeline import Pipeline
 from servecast.sim.engine.pipeline_rules import max_concurrent_batches
 from servecast.sim.engine.request import Request, Requests, content_of_adapter
@@ -176,18 +177,25 @@ def test_adapters_share_no_prefix() -> None:
 SECOND = 10**12
 
 
-def stage(seconds: float) -> StepCosts:
-    """A stage on which any step takes so long."""
+def stage(seconds: float, token_s: float = 0.0) -> StepCosts:
+    """A stage on which any step takes so long, and each of its tokens."""
     numbers: dict[str, Any] = dict.fromkeys(
         ("decode_s", "chunk_token_s", "chunk_s", "serial_s", "request_s", "eager_s"), 0.0
     )
     numbers |= {"attention": [], "window": 0, "chunked": False, "graphed": 0, "prompt_tile": 1}
     numbers |= {"slots": 0, "lora": (0.0, 0.0, 0.0), "least": (None, None, 1.0)}
-    return StepCosts(numbers, lambda tokens: seconds, lambda rows: 0.0, lambda tokens, requests: 0.0)
+    by_tokens = lambda tokens: seconds + token_s * tokens  # noqa: E731
+    return StepCosts(numbers, by_tokens, lambda rows: 0.0, lambda tokens, requests: 0.0)
 
 
 def timed(
-    requests: list[Request], stages: list[float], hand_over: float = 0.0, *, v2: bool = False, **flags: Any
+    requests: list[Request],
+    stages: list[float],
+    hand_over: float = 0.0,
+    *,
+    v2: bool = False,
+    caches: tuple[AdapterCache, ...] | None = None,
+    **flags: Any,
 ) -> tuple[np.ndarray[Any, Any], EngineLoop]:
     """Outcomes (by ``engine_loop.OUTCOMES``) and the loop of requests that all come at once."""
     made = config(
@@ -204,6 +212,7 @@ def timed(
     ways = (lambda tokens: hand_over,) * (len(stages) - 1)
     stride = scheduler.stride if made.async_scheduling else 0
     loop.use(Pipeline(tuple(stage(seconds) for seconds in stages), ways, stride))
+    loop.adapter_cache = caches
     outcomes = np.full((8, len(requests)), -1, np.int64)
     loop.load(Requests.of(requests), outcomes)
     loop.inbox.extend((0, row) for row in range(len(requests)))
@@ -240,6 +249,15 @@ def test_decodes_fill_the_stages_in_turn(stages: tuple[float, ...], v2: bool) ->
     assert np.average(gaps[1], weights=gaps[2]) == pytest.approx(period, rel=0.01)
 
 
+def test_each_stage_loads_its_layers_of_an_adapter_when_its_step_comes() -> None:
+    """Half a second from disk on each stage, an eighth and a quarter into the slot: 0.25 + 0.625, then 0.25 +
+    0.75 for the first token, and half a second for each of two more."""
+    caches = (AdapterCache(1, 1, 0.5, 0.125), AdapterCache(1, 1, 0.5, 0.25))
+    requests = [Request(0, 0.0, 4, 3, 3, adapter=1)]
+    outcomes, _ = timed(requests, [0.25, 0.25], caches=caches, max_loras=1, version="0.33")
+    assert outcomes[4:6, 0].tolist() == [1.875, 2.875]
+
+
 def test_model_runner_v1_overlaps_no_decodes_asynchronously() -> None:
     """Before 0.31 it keeps asynchronous scheduling with stages, where each step has all requests, and its
     first stage waits for the last one's tokens: one step at a time."""
@@ -255,3 +273,84 @@ def test_steps_of_a_pipeline_take_no_more_time_than_passes() -> None:
     start, seconds = (loop.step_columns[row].view(np.float64) for row in (1, 2))
     assert seconds.sum() == pytest.approx(outcomes[5].max())
     assert (start[1:] >= (start + seconds)[:-1] - 1e-9).all()
+
+
+def plain_pipeline(
+    requests: list[Request], stages: list[tuple[float, float]], hand_over: float, engine: Scheduler
+) -> dict[int, tuple[float, float]]:
+    """First and last token of each request, by a loop as short as EngineCore.step_with_batch_queue: decide
+    steps while there is room for one more in flight, else wait for the oldest. A stage takes a + b x tokens,
+    one step at a time. Asynchronously a step with decodes starts when the one ``stride`` before has been
+    sampled, of which its tokens are."""
+    depth, stride = max_concurrent_batches(engine.config), engine.stride
+    coming, flight, found = deque(requests), deque[tuple[Any, float]](), dict[int, list[float]]()
+    free, ends, now = [0.0] * len(stages), list[float](), 0.0
+    while True:
+        while coming and coming[0].arrival_s <= now:
+            request = coming.popleft()
+            engine.add(request, request.request_id)
+        if engine.has_requests:
+            step = engine.schedule()
+            at = now
+            if step.decodes and engine.config.async_scheduling and len(ends) >= stride:
+                at = max(at, ends[len(ends) - stride])
+            for number, (fixed, each) in enumerate(stages if step.total_tokens else ()):
+                free[number] = at = max(at + hand_over * (number > 0), free[number])
+                free[number] = at = at + fixed + each * step.total_tokens
+            ends.append(max([at, *ends[-1:]]))
+            flight.append((step, ends[-1]))
+            if len(flight) < depth and (step.total_tokens or engine.has_requests):
+                continue
+        elif not flight:
+            if not coming:
+                return {number: (times[0], times[-1]) for number, times in found.items()}
+            now = max(now, coming[0].arrival_s)
+            continue
+        step, end = flight.popleft()
+        now = max(now, end)
+        for sequence in step.samplers:
+            times = found.setdefault(sequence.request_id, [])
+            if len(times) < requests[sequence.request_id].output_tokens:
+                times.append(end)
+        engine.complete(step)
+
+
+@pytest.mark.parametrize("v2", [False, True])
+@pytest.mark.parametrize("seed", range(6))
+def test_stages_take_as_long_as_in_a_plain_loop(seed: int, v2: bool) -> None:
+    """Thirty requests at random times, two to four stages of unequal speed: to the picosecond, since times
+    are multiples of 2^-10 s."""
+    rng, ms = np.random.default_rng(seed), 1 / 1024
+    times = np.cumsum(rng.integers(0, 60, 30)) * ms
+    requests = [
+        Request(number, float(at), int(prompt), int(output), int(output))
+        for number, (at, prompt, output) in enumerate(
+            zip(times, rng.integers(1, 90, 30), rng.integers(1, 12, 30), strict=True)
+        )
+    ]
+    stages = [(int(a) * ms, int(b) * ms) for a, b in rng.integers(1, 9, (2 + seed % 3, 2))]
+    made = config(
+        pipeline_parallel_size=len(stages),
+        async_scheduling=v2,
+        use_v2_model_runner=v2,
+        num_gpu_blocks=1000,
+        enable_prefix_caching=False,
+    )
+    expected = plain_pipeline(requests, stages, 3 * ms, Scheduler(made))
+
+    scheduler = Scheduler(made)
+    loop = EngineLoop(
+        scheduler, 0, None, lambda step: 0.0, lambda step: 0.0, iter(lambda: 1.0, 0.0), (0, 0), None
+    )
+    costs = tuple(stage(fixed, each) for fixed, each in stages)
+    loop.use(Pipeline(costs, (lambda tokens: 3 * ms,) * (len(stages) - 1), scheduler.stride if v2 else 0))
+    outcomes = np.full((8, len(requests)), -1, np.int64)
+    loop.load(Requests.of(requests), outcomes)
+    loop.tell_ends = False
+    for row, request in enumerate(requests):
+        if loop.advance(round(request.arrival_s * SECOND)) == IDLE:
+            loop.now = round(request.arrival_s * SECOND)
+        loop.inbox.append((round(request.arrival_s * SECOND), row))
+    assert loop.advance(10**18) == IDLE
+    found = {row: tuple(outcomes[4:6, row] / SECOND) for row in range(len(requests))}
+    assert found == expected

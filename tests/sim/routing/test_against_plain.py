@@ -35,6 +35,7 @@ plugins:
 - {type: kv-cache-utilization-scorer}
 - {type: load-aware-scorer}
 - {type: active-request-scorer}
+- {type: lora-affinity-scorer}
 - type: precise-prefix-cache-scorer
   parameters: {indexerConfig: {tokenProcessorConfig: {blockSize: 16}}}
 - {type: max-score-picker}
@@ -48,6 +49,7 @@ schedulingProfiles:
   - {pluginRef: kv-cache-utilization-scorer, weight: 2}
   - {pluginRef: load-aware-scorer, weight: 1}
   - {pluginRef: active-request-scorer, weight: 1}
+  - {pluginRef: lora-affinity-scorer, weight: 2}
   - pluginRef: max-score-picker
 """
 
@@ -57,7 +59,19 @@ def fewest_best(values: list[int]) -> list[float]:
     return [1.0 if least == most else (most - value) / (most - least) for value in values]
 
 
-def plain_totals(pods: list[Pod], held: dict[int, int], blocks: int, sent: dict[int, int]) -> list[float]:
+def affinity(pod: Pod, adapter: int) -> float:
+    """llm-d's switch, with vLLM's two lists, which both name every adapter of an unfinished request."""
+    active = waiting = pod.gauges.adapters
+    if adapter in active:
+        return 1.0
+    if len(active) + len(waiting) < pod.max_loras:
+        return 0.8
+    return 0.6 if adapter in waiting else 0.0
+
+
+def plain_totals(
+    pods: list[Pod], held: dict[int, int], blocks: int, sent: dict[int, int], adapter: int
+) -> list[float]:
     """The sums of the README of each scorer, in the order of the profile."""
     gauges = [pod.gauges for pod in pods]
     counts = [sent.get(pod.index, 0) for pod in pods]
@@ -69,6 +83,7 @@ def plain_totals(pods: list[Pod], held: dict[int, int], blocks: int, sent: dict[
         (2, [1.0 - each.kv_usage for each in gauges]),
         (1, [0.5 * (1.0 - min(each.waiting, 128) / 128) for each in gauges]),
         (1, [(most - count) / most if count else 1.0 for count in counts]),
+        (2, [affinity(pod, adapter) for pod in pods]),
     )
     totals = [0.0] * len(pods)
     for weight, values in scores:
@@ -85,7 +100,7 @@ def test_the_picker_takes_whom_a_plain_loop_takes(replicas: int) -> None:
     options = RouterOptions()
     parsed = parse_epp(yaml.safe_load(EPP), options.epp_release, source="epp.yaml")
     picker = EndpointPicker(parsed, options, draws, Clock())
-    pods = [Pod(index) for index in range(replicas)]
+    pods = [Pod(index, max_loras=4) for index in range(replicas)]
     picker.connect(pods)
     prefixes = [request(0, 200, (content, 160)) for content in range(8)]
     holders: dict[tuple[int, int], dict[int, None]] = {}  # prefix, block -> the ten that stored it last
@@ -94,7 +109,9 @@ def test_the_picker_takes_whom_a_plain_loop_takes(replicas: int) -> None:
     coming: dict[int, list[tuple[int, int]]] = {}  # replica -> prefixes and blocks that it will tell
     for number in range(400):
         for pod in rng.choice(pods, 2):
-            pod.gauges = Gauges(int(rng.integers(3)), int(rng.integers(3)), float(rng.integers(3)) / 2)
+            adapters = frozenset(int(each) for each in rng.integers(1, 5, rng.integers(4)))
+            usage = float(rng.integers(3)) / 2
+            pod.gauges = Gauges(int(rng.integers(3)), int(rng.integers(3)), usage, adapters)
             content, blocks = int(rng.integers(8)), int(rng.integers(1, 11))
             pod.events.append(stored(prefixes[content], blocks))
             coming.setdefault(pod.index, []).append((content, blocks))
@@ -108,9 +125,10 @@ def test_the_picker_takes_whom_a_plain_loop_takes(replicas: int) -> None:
                         del of[next(iter(of))]
         ready = [pod for pod in pods if rng.random() < 0.9] or pods
         content = int(rng.integers(8))
-        asked = request(number, 200, (content, 160))
+        asked = request(number, 200, (content, 160), adapter=int(rng.integers(5)))
         has = {pod.index: [pod.index in holders.get((content, i), {}) for i in range(11)] for pod in pods}
-        totals = plain_totals(ready, {index: each.index(False) for index, each in has.items()}, 12, sent)
+        known = {index: each.index(False) for index, each in has.items()}
+        totals = plain_totals(ready, known, 12, sent, asked.adapter)
         equals = [position for position, total in enumerate(totals) if total == max(totals)]
         expected = equals[0] if len(equals) == 1 else equals[int(own_draws.integers(len(equals)))]
         picked = picker.pick(asked, ready)

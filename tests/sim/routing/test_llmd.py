@@ -110,8 +110,15 @@ def test_weights_are_not_normalised_and_scores_are_clamped_only_later() -> None:
     assert totals(picker(("kv-cache-scorer", 1), release="v1.0"), pods((0, 1.2))) == [0.0]
 
 
-def test_lora_affinity_without_adapters_is_zero() -> None:
-    assert totals(picker(("lora-affinity-scorer", 1)), pods((0, 0), (0, 0))) == [0.0, 0.0]
+def test_lora_affinity_goes_by_what_vllm_says_of_its_adapters() -> None:
+    """Four slots: an adapter counts in both of vLLM's lists, so that two leave no room (2 + 2 < 4 is false)
+    and one does (1 + 1 < 4); who has the adapter has 1, and without slots there is never room."""
+    epp = picker(("lora-affinity-scorer", 1))
+    active = (frozenset({1}), frozenset({2}), frozenset({2, 3}), frozenset(), frozenset())
+    backends = [Pod(i, Gauges(adapters=each), max_loras=4 * (i < 4)) for i, each in enumerate(active)]
+    assert totals(epp, backends, request(0, 100, adapter=1)) == [1.0, 0.8, 0.0, 0.8, 0.0]
+    assert totals(epp, backends, request(1, 100, adapter=3)) == [0.8, 0.8, 1.0, 0.8, 0.0]
+    assert totals(epp, backends, request(2, 100)) == [0.8, 0.8, 0.0, 0.8, 0.0]  # the base model is no adapter
 
 
 def test_session_affinity_prefers_the_pod_that_answered() -> None:

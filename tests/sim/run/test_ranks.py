@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from model_shapes import load as shape
+from small_epp import EPP
 
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.metrics.binding import evidence
@@ -108,6 +110,74 @@ def test_the_router_balances_what_is_balanced_outside(flags: dict[str, Any], end
     assert len(found.result["fleet_load"]["replicas"]) == endpoints
 
 
+def test_dense_ranks_have_adapters_stages_and_host_memory_of_their_own() -> None:
+    """Each core is an engine: two of them are as two replicas, whatever an engine has."""
+    adapters = {"enable_lora": True, "max_loras": 1, "max_cpu_loras": 4}
+    split = {"workload.lora_traffic_split": {"a": 0.5, "b": 0.5}}
+    for flags, more in (
+        (adapters, split),
+        ({"pipeline_parallel_size": 2}, {}),
+        (adapters | {"pipeline_parallel_size": 2, "version": "0.33"}, split),
+        ({"kv_offloading_size": 4.0, "num_gpu_blocks_override": 400, "max_model_len": 4096}, {}),
+    ):
+        ranks = run(of(DENSE | more, data_parallel_size=2, **flags))
+        replicas = run(of(DENSE | more | {"fleet.replicas": 2, "fleet.router": "least_outstanding"}, **flags))
+        assert ranks.requests["rank"].nunique() == 2
+        for key in ("mean_ttft_ms", "mean_tpot_ms", "request_throughput"):
+            assert ranks.result[key] == pytest.approx(replicas.result[key], rel=0.1), (flags, key)
+        if "kv_offloading_size" in flags:
+            stored = [each.result["kv_offload"]["kv_offload_store_bytes"] for each in (ranks, replicas)]
+            assert stored[0] == pytest.approx(stored[1], rel=0.1)
+
+
+def test_a_router_keeps_adapters_apart(tmp_path: Path) -> None:
+    """Two replicas with a slot each, two adapters: while a replica has requests of one, it has no room for
+    the other (1 + 1 < 1 is false), so that an adapter's requests go where it is, and wait for no slot."""
+    file = tmp_path / "epp.yaml"
+    file.write_text(EPP.replace("PREFIX", "lora-affinity-scorer").replace("weight: 2", "weight: 3"))
+    lora = DENSE | {"workload.lora_traffic_split": {"a": 0.5, "b": 0.5}, "fleet.replicas": 2}
+    ttft = []
+    for router in ("round_robin", str(file)):
+        made = of(lora | {"fleet.router": router}, enable_lora=True, max_loras=1, max_cpu_loras=2)
+        ttft.append(run(made, 8, 200).result["mean_ttft_ms"])
+    assert ttft[1] < 0.1 * ttft[0]
+
+
+def test_cores_with_experts_draft_together() -> None:
+    """Looked-up drafts, nearly all accepted, save steps, and all cores verify as many in dummy steps."""
+    drafts = {"method": "ngram_gpu", "num_speculative_tokens": 3, "prompt_lookup_max": 4}
+    plain = run(of(EXPERTS, data_parallel_size=2, enable_expert_parallel=True))
+    acceptance = EXPERTS | {"acceptance": 0.9, "engine.speculative_config": drafts}
+    found = run(of(acceptance, data_parallel_size=2, enable_expert_parallel=True))
+    assert found.result["mean_tpot_ms"] < 0.6 * plain.result["mean_tpot_ms"]
+    both = found.steps.pivot_table(index="start", columns="rank", values="duration").dropna()
+    assert len(both) > 50
+    assert (both[0] == both[1]).all()
+
+
+def test_cores_of_prefill_and_decode_servers() -> None:
+    """Two cores that share experts in each of two servers: every prompt is computed in one of the first, its
+    blocks go once, and the last token alone is computed again. Behind a slow link a core whose only request
+    waits for its KV runs dummy steps until that is there."""
+    pools = {"fleet.prefill": 1, "fleet.decode": 1, "workload.prompt_tokens": 1000}
+    slow = {"fleet.kv_link": {"kind": "infiniband", "gb_per_s": 0.5}}
+    made = of(EXPERTS | pools | slow, data_parallel_size=2, enable_expert_parallel=True)
+    found = run(made, 4, 40).run
+    requests, steps = found.requests, found.steps
+    assert set(requests["status"]) == {"finished"}
+    sizes = set(requests["kv_transfer_bytes"] // (16 * 98_304))  # blocks of 16 tokens, 98,304 bytes each
+    assert sizes == {64, 65}  # 1000 tokens and the template's 29, of which a core knows the first 16 soon
+    computed = requests["prompt_tokens"] - requests["cached_tokens"]
+    assert steps[steps["replica"] == 0]["prefill_tokens"].sum() == computed.sum()
+    assert steps[steps["replica"] == 1]["prefill_tokens"].sum() == 40
+    assert steps.groupby(["replica", "rank"]).ngroups == 4
+    alone = run(made, 0.01, 1).run
+    moving = (alone.requests["kv_transfer_end"] - alone.requests["kv_transfer_start"]).sum()
+    assert moving == pytest.approx(alone.requests["kv_transfer_bytes"].sum() / 0.5e9, rel=0.01)
+    share = alone.meta["dummy_steps"]["share"]
+    assert share / (1 - share) * alone.steps["duration"].sum() > 2 * moving  # of both cores
+
+
 def test_more_api_servers_balance_worse() -> None:
     """Each sees what it has sent itself; one sees all."""
     spread = []
@@ -126,6 +196,8 @@ def test_what_is_bought_are_the_gpus_of_all_ranks() -> None:
         *("TP2 DP2 expert_parallel=on", "TP2 DP2 expert_parallel=off"),
     ]
     assert [each.scenario.engine.gpus for each in found] == [2, 2, 4, 4]
+    shared = Choices(tensor_parallel=8, decode_context_parallel=(1, 2)).of(scenario)
+    assert [str(each) for each in shared] == ["TP8 DCP1", "TP8 DCP2"]
 
 
 @pytest.mark.parametrize(

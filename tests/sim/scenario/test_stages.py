@@ -22,6 +22,11 @@ from servecast.sim.traffic.draw import draw
 
 MS = 10**9
 NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 4}
+EXPERTS = {
+    "engine.data_parallel_size": 2,
+    "engine.enable_expert_parallel": True,
+    "model.config": "Qwen3-30B-A3B",
+}
 
 
 @pytest.mark.parametrize(
@@ -63,7 +68,10 @@ def test_flags_of_a_command() -> None:
         ({"engine.max_loras": 2}, "max_loras without enable_lora"),
         ({"engine.enable_lora": True, "engine.max_lora_rank": 10}, "max_lora_rank 10"),
         ({"engine.enable_lora": True, "engine.max_loras": 4, "engine.max_cpu_loras": 2}, "max_cpu_loras 2"),
-        ({"engine.enable_lora": True, "engine.pipeline_parallel_size": 2}, "LoRA adapters over pipeline"),
+        (
+            {"engine.enable_lora": True, "engine.pipeline_parallel_size": 2},
+            "may put more adapters into a step",
+        ),
         ({"workload.lora_traffic_split": {"a": 0.5}}, "the server has none"),
         (
             {
@@ -86,27 +94,24 @@ def test_flags_of_a_command() -> None:
                 ({"engine.kv_offloading_size": 8}, "KV connectors"),
             )
         ),
-        ({"engine.pipeline_parallel_size": 2, "engine.data_parallel_size": 2}, "data-parallel engine cores"),
-        ({"engine.enable_lora": True, "engine.data_parallel_size": 2}, "data-parallel ranks"),
+        (
+            EXPERTS | {"engine.pipeline_parallel_size": 2},
+            "pipeline stages of engine cores that step together",
+        ),
         ({"engine.pipeline_parallel_size": 2, "model.config": "gpt-oss-120b"}, "KV cache groups"),
         (
-            {
-                "workload.structured_outputs": {},
-                "engine.data_parallel_size": 2,
-                "engine.enable_expert_parallel": True,
-                "model.config": "Qwen3-30B-A3B",
-            },
+            EXPERTS | {"workload.structured_outputs": {}},
             "structured outputs with engine cores that step together",
         ),
         (
-            {
-                "engine.speculative_config": NGRAM,
+            EXPERTS
+            | {
+                "engine.version": "0.32",
+                "engine.speculative_config": NGRAM
+                | {"num_speculative_tokens_per_batch_size": [[1, 8, 3], [9, 99, 1]]},
                 "acceptance": 0.5,
-                "engine.data_parallel_size": 2,
-                "engine.enable_expert_parallel": True,
-                "model.config": "Qwen3-30B-A3B",
             },
-            "drafts with engine cores that step together",
+            "drafts in parallel or by batch size with engine cores that step together",
         ),
         ({"engine.kv_offloading_size": 8, "engine.policy": "static"}, "not modelled for the policy 'static'"),
     ],
