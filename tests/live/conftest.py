@@ -25,6 +25,7 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Calibrated:
         assert server.recording is not None
         measure_overheads(server.target, server.recording, measured, (2, 12))
     fit = calibrate(measured, found.gpu, found.profile)
-    found.disturbed += [*fit.summary.reasons, *(note for note in fit.summary.notes if "disturbed" in note)]
+    found.disturbed.extend(fit.summary.reasons)
+    found.disturbed.extend(note for note in fit.summary.notes if "disturbed" in note)
     print(fit.profile.front_end, found.disturbed)
     return found
