@@ -129,7 +129,8 @@ def _run(
         for loop in made.loops:
             its.equip(loop)
         if (processor := its.processor()) is not None:
-            made.server.processor = processor.seconds
+            server: Any = made.server
+            server.processor = processor.seconds
             processors.append(processor)
         if connector is not None:
             connector.clock = lambda: made.now
