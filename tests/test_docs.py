@@ -27,8 +27,11 @@ GENERATED = (
     *("scenario.md", "api.md", "command-line.md", "accuracy.md", "how-it-works.md", "memory.md", "live.md"),
     *("speed.md", "README.md"),
 )
-# Plans of many seconds.
-SLOW = {"README.md", "index.md", "calibrate.md", "day.md", "optimize.md", "sessions.md", "tutorial.md"}
+# Plans of many seconds, and a model of 70B under four servers at three rates.
+SLOW = {
+    *("README.md", "index.md", "calibrate.md", "day.md", "four-ways.md", "optimize.md", "sessions.md"),
+    "tutorial.md",
+}
 
 
 @pytest.mark.parametrize(

@@ -309,7 +309,7 @@ def broken(text: str, ending: str, rng: random.Random) -> bytes:
         return "\n".join(lines).encode()
     if ending == "json":
         return json.dumps(spoil(json.loads(text), rng)).encode()
-    return yaml.safe_dump(spoil(yaml.safe_load(text), rng)).encode()
+    return yaml.dump(spoil(yaml.load(text, yaml.CSafeLoader), rng), Dumper=yaml.CSafeDumper).encode()
 
 
 def try_copies(text: str, ending: str, read: Callable[[Path], object], folder: Path, seed: str) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,10 +87,10 @@ def _files(text: str, where: str) -> list[str]:
     return [str(file_or_name(word)) for word in _words(text, where)]
 
 
-def _counts(text: str, where: str) -> list[int]:
+def _counts(text: str, where: str, least: int = 1) -> list[int]:
     words = _words(text, where)
-    if not all(word.isdecimal() and int(word) > 0 for word in words):
-        what = f"{text!r} is no list of numbers above 0"
+    if not all(word.isdecimal() and int(word) >= least for word in words):
+        what = f"{text!r} is no list of numbers {'above 0' if least else 'from 0 on'}"
         raise InputError(what, where=where, fix="Write for example 1,2,4.")
     return [int(word) for word in words]
 
@@ -105,15 +107,8 @@ def _variants(text: str, where: str) -> dict[str, str | dict[str, Any]]:
     return found
 
 
-def _sizes(text: str, where: str) -> list[int]:
-    words = _words(text, where)
-    if not all(word.isdecimal() for word in words):
-        raise InputError(f"{text!r} is no list of GiB", where=where, fix="Write for example 0,128,512.")
-    return [int(word) for word in words]
-
-
-_READERS = {
-    "kv_offloading_size": _sizes,
+_READERS: dict[str, Callable[[str, str], Any]] = {
+    "kv_offloading_size": partial(_counts, least=0),
     "gpus": _files,
     "expert_parallel": _words,
     "routers": _files,

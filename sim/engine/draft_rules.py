@@ -31,6 +31,11 @@ class DraftRules:
         disable_eagle_block_drop: this option.
         hashes_next_token: a block's hash covers the token behind it where the drafter's KV depends on it,
             in place of computing a hit's last block again (VllmConfig.num_hash_lookahead_tokens).
+        flags_mtp_group: of KV cache groups only that of MTP's layers gives up the last block of a hit
+            (_annotate_eagle_groups), else all do.
+        modules_look_ahead: several MTP modules read one prompt token more each: no chunk ends so near the end
+            of a prompt that some are missing (Scheduler._reserve_prefill_lookahead), and what they may write
+            once more is not cached (KVCacheCoordinator.get_num_cacheable_tokens).
         hashes_at_update: without async scheduling, too, blocks get their hash when a step's tokens arrive
             (Scheduler.update_from_output); before, in the next step.
     """
@@ -48,6 +53,8 @@ class DraftRules:
     disable_eagle_block_drop: bool
     hashes_next_token: bool
     hashes_at_update: bool
+    flags_mtp_group: bool
+    modules_look_ahead: bool
 
 
 DRAFT_RULE_IN: dict[str, tuple[str, str | None]] = {
@@ -64,6 +71,8 @@ DRAFT_RULE_IN: dict[str, tuple[str, str | None]] = {
     "disable_eagle_block_drop": ("0.30", None),
     "hashes_next_token": ("0.33", None),
     "hashes_at_update": ("0.33", None),
+    "flags_mtp_group": ("0.31", "0.32"),
+    "modules_look_ahead": ("0.28", None),
 }
 """The first and the last release that has a rule; None is the newest."""
 

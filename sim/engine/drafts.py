@@ -178,6 +178,8 @@ def mixed(bits: cython.ulonglong) -> cython.ulonglong:
 def drawn(seed: cython.ulonglong, request_id: cython.ulonglong, number: cython.ulonglong) -> cython.double:
     """A uniform number in [0, 1) that depends on nothing but these three, all >= 0."""
     bits: cython.ulonglong = mixed(seed)
+    if not cython.compiled:
+        request_id = int(request_id)  # NumPy's would overflow
     bits = mixed(bits ^ mixed(request_id + 1))
     bits = mixed(bits ^ mixed(number + 1))
     return (bits >> 11) * (1.0 / 9007199254740992.0)  # 2**53: the numbers of a double's fraction

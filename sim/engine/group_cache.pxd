@@ -28,6 +28,9 @@ cdef class GroupCache(KVCache):
     cdef bint registers_again
     cdef bint aligns_ends
     cdef bint spares_last
+    cdef bint checks_last_block
+    cdef bint keeps_replays
+    cdef bint drops_somewhere
     cdef int scheduler_block
     cdef int retention
     cdef int largest_chunk
@@ -39,6 +42,7 @@ cdef class GroupCache(KVCache):
     cdef int[::1] ratio  # hashes a block
     cdef int[::1] window
     cdef int[::1] run  # blocks in a row that a hit of a sliding group needs
+    cdef int[::1] drops  # 1 where the last block of a hit is given up
     cdef int[::1] cap  # most blocks at once; 0 is no bound
     cdef int[::1] checkpoint
     cdef int[::1] by_state  # whether blocks go by states: mamba, aligned
@@ -57,7 +61,9 @@ cdef class GroupCache(KVCache):
     cdef long long key(self, Sequence sequence, int group, int index) noexcept
     cdef bint in_all(self, int lookup, Sequence sequence, int slot, int index) except? -1
     cdef int keep_found(self, int lookup, int slot, int nulls, int blocks) noexcept
-    cdef int find(self, int lookup, Sequence sequence, int slot, int limit) except -1
+    cdef int find(self, int lookup, Sequence sequence, int slot, int limit, int drop) except -1
+    cdef int whole_steps(self, int blocks, int b, int step) noexcept
+    cdef int refuse_drafts(self, object speculation, set kinds) except -1
     cdef int skipped(self, int group, int tokens) noexcept
     cdef bint saves_inside(self, Sequence sequence, int group, int at, int start, int end) noexcept
     cdef bint fits_inside(self, int start, int end, int position, int b, int step) noexcept

@@ -34,6 +34,7 @@ class GroupCache(KVCache):
 
     A slot is a running sequence's row; one more row holds what a look-up finds, until it is admitted.
 
+    drops: whether a group gives up the last block of a hit for a drafter.
     held: blocks of a sequence in a group, null ones included. cached: those that were judged for the prefix
     cache. last_state: the block of the state before the newest one. retired: leading blocks that were
     given back. saves: whether the chunk in hand saves a state inside itself. fresh: keys of
@@ -46,14 +47,13 @@ class GroupCache(KVCache):
         super().__init__(config, reuse_unhashed_first, rows)
         rules = group_rules_for(config.version)
         specs = config.kv_groups
-        if config.speculation is not None and (
-            self.drops_block or any(spec.kind not in ("full", "sliding") for spec in specs)
-        ):
-            raise InputError(
-                f"drafts by {config.speculation.method} for layers that do not all keep the same",
-                where="speculative_config",
-                fix="Modelled for full and sliding attention, and drafters without a part in prefix hits.",
-            )
+        if config.speculation is not None:
+            self.refuse_drafts(config.speculation, {spec.kind for spec in specs})
+        kinds = config.speculation.drafter_kinds if config.speculation is not None else ()
+        drops = ints(self.drops_block and (not kinds or spec.kind in kinds) for spec in specs)
+        self.drops, self.drops_somewhere = drops, any(drops)
+        self.checks_last_block = rules.checks_last_block
+        self.keeps_replays = rules.keeps_replays_of_drops
         self.specs, self.count, self.hybrid = specs, len(specs), len(specs) > 1
         self.splits_windows = rules.splits_freed_windows
         self.trims_processed, self.pins_junctions = rules.trims_what_is_processed, rules.pins_junctions
@@ -109,6 +109,20 @@ class GroupCache(KVCache):
         self.last_state = ints([-1]) * lists
         self.freed = none * self.width
         self.fresh = set()
+
+    def refuse_drafts(self, speculation: Any, kinds: set) -> cython.int:
+        """Raises: InputError: vLLM refuses such drafts beside such layers, or they are not modelled."""
+        what: str = ""
+        if "mamba" in kinds:
+            what = "vLLM holds a state for each draft in layers that keep states: not modelled"
+        elif speculation.prompt_lookahead:
+            what = "several MTP modules for layers that do not all keep the same: not modelled"
+        elif self.drops_block and "chunked" in kinds:
+            what = "vLLM's hybrid KV cache is not supported for EAGLE and chunked local attention"
+        if what:
+            fix = "Leave it out, take ngram or suffix, or disable_hybrid_kv_cache_manager."
+            raise InputError(what, where="speculative_config", fix=fix)
+        return 0
 
     def block_ids(self, sequence: Sequence) -> list[Any]:
         """A list a group; 0 where it holds none."""
@@ -175,8 +189,11 @@ class GroupCache(KVCache):
                 self.table[row + j] = 0
         return blocks * self.block[self.member[self.first[lookup]]]
 
-    def find(self, lookup: cython.int, sequence: Sequence, slot: cython.int, limit: cython.int) -> cython.int:
-        """The longest hit up to ``limit`` tokens in the groups of one spec (find_longest_cache_hit)."""
+    def find(
+        self, lookup: cython.int, sequence: Sequence, slot: cython.int, limit: cython.int, drop: cython.int
+    ) -> cython.int:
+        """The longest hit up to ``limit`` tokens in the groups of one spec, ``drop`` of its blocks given up
+        again for a drafter (find_longest_cache_hit)."""
         g: cython.int = self.member[self.first[lookup]]
         b: cython.int = self.block[g]
         step: cython.int = self.scheduler_block if self.hybrid else b
@@ -189,6 +206,7 @@ class GroupCache(KVCache):
         if kind == FULL:
             while n < known and self.in_all(lookup, sequence, slot, n):
                 n += 1
+            n = max(0, n - drop)
             return self.keep_found(lookup, slot, 0, n * b // step * step // b)
         if kind == CHUNKED:
             i = limit // self.window[g] * self.window[g] // b
@@ -198,20 +216,25 @@ class GroupCache(KVCache):
             return self.keep_found(lookup, slot, i, n)
         i = known - 1
         while i >= 0:
-            if run == 0 and (i + 1) * b % step:
+            if run == 0 and (i + 1 - drop) * b % step:
                 pass
             elif not self.in_all(lookup, sequence, slot, i):
                 run = 0
             else:
                 run += 1
-                if kind == MAMBA or run >= self.run[g]:
-                    return self.keep_found(lookup, slot, i, i + run)
+                if kind == MAMBA or run >= self.run[g] + drop:
+                    return self.keep_found(lookup, slot, i, self.whole_steps(i + run - drop, b, step))
             i -= 1
         if kind == MAMBA:
             run = 0
-        while run * b % step:
-            run -= 1
-        return self.keep_found(lookup, slot, 0, run)
+        run = self.whole_steps(run, b, step)
+        return self.keep_found(lookup, slot, 0, self.whole_steps(max(0, run - drop), b, step))
+
+    def whole_steps(self, blocks: cython.int, b: cython.int, step: cython.int) -> cython.int:
+        """As many of these blocks of b tokens as fill whole steps."""
+        while blocks * b % step:
+            blocks -= 1
+        return blocks
 
     def get_computed_blocks(self, sequence: Sequence) -> cython.int:
         """Tokens that are cached in all groups; the last token is always computed. Remembers how far some
@@ -224,6 +247,13 @@ class GroupCache(KVCache):
         g: cython.int
         i: cython.int
         look: cython.int
+        drop: cython.int
+        limit: cython.int
+        before: cython.int
+        proven: cython.int = 0  # bits of the look-ups that gave up a block for this length
+        most: cython.int = sequence.num_tokens - 1
+        if self.checks_last_block:
+            most = (sequence.num_tokens - self.hash_lookahead) // self.hash_block * self.hash_block
         if not self.prefix_caching:
             return 0
         while True:
@@ -236,7 +266,15 @@ class GroupCache(KVCache):
                     else:
                         current = current // self.block[g] * self.block[g]
                     continue
-                current = self.find(look, sequence, slot, current)
+                drop = self.drops[g] if not proven >> look & 1 else 0
+                limit = before = current
+                if drop and self.hybrid:
+                    limit = min(current + self.block[g], most)
+                current = self.find(look, sequence, slot, limit, drop)
+                if drop:
+                    proven |= 1 << look
+                elif current < before:
+                    proven = 0
                 self.found[look] = current
                 longest = max(longest, current)
             if current >= hit:
@@ -557,7 +595,8 @@ class GroupCache(KVCache):
         shared: cython.int = 0
         known: cython.int
         told: list = None
-        tokens = min(tokens, sequence.num_tokens - self.hash_lookahead)
+        computed: cython.int = min(tokens, sequence.num_tokens - self.hash_lookahead)
+        tokens = computed
         if self.prefix_caching:
             if self.hybrid:
                 tokens = tokens // self.scheduler_block * self.scheduler_block
@@ -567,6 +606,8 @@ class GroupCache(KVCache):
                 at = sequence.slot * self.count + g
                 row = at * self.width
                 end = tokens // self.block[g]
+                if self.drops[g] and self.hybrid and tokens > 0:  # the block that proves a hit
+                    end = min(computed, tokens + self.block[g]) // self.block[g]
                 known = FAR if self.kind[g] == MAMBA else self.known(sequence, g)
                 for i in range(self.cached[at], end):
                     block = self.table[row + i]
@@ -603,6 +644,8 @@ class GroupCache(KVCache):
             step = self.scheduler_block if self.hybrid else b
             if self.prefix_caching:
                 least = min(least, (self.cached[at] * b // step + 1) * step)
+                if self.drops[g]:
+                    least = min(least, (self.cached[at] + 1) * b)
             if self.kind[g] == MAMBA:
                 return 0
             gone = self.retired[at]
@@ -639,8 +682,10 @@ class GroupCache(KVCache):
         b: cython.int = self.block[group]
         run: cython.int = 1
         segment: cython.int = self.retention
+        drop: cython.int = self.drops[group]
+        end: cython.int = sequence.prompt_tokens
         if self.kind[group] == SLIDING:
-            run = self.run[group]
+            run = self.run[group] + drop
         elif self.kind[group] != MAMBA or not self.retains_states:
             return True
         if segment == DENSE:
@@ -649,12 +694,16 @@ class GroupCache(KVCache):
             segment = step
         if segment > 0:
             segment = segment // b
-            if run >= segment or index % segment >= segment - run:
+            if run >= segment or (index >= drop and (index - drop) % segment >= segment - run):
                 return True
         if self.retention == DENSE:
             return False
-        return self.ends_at(index, run, (sequence.prompt_tokens - 1) // step * step // b) or (
-            sequence.junction > 0 and self.ends_at(index, run, sequence.junction // step * step // b)
+        if sequence.junction > 0 and self.ends_at(index, run, sequence.junction // step * step // b + drop):
+            return True
+        if not (self.drops_somewhere and self.keeps_replays):
+            return self.ends_at(index, run, (end - 1) // step * step // b + drop)
+        return self.ends_at(index, run, max((end - 1) // step - 1, 0) * step // b + drop) or self.ends_at(
+            index, run, max(end // step - 1, 0) * step // b + drop
         )
 
     def ends_at(self, index: cython.int, run: cython.int, end: cython.int) -> cython.bint:

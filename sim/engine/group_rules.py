@@ -32,6 +32,10 @@ class GroupRules:
         registers_boundary_state: the state at the prompt's last boundary is registered in the step that
             reaches it, even if it was a hit (MambaManager._cache_partial_tail_block);
             registers_boundary_state_again: even where it has its hash.
+        checks_last_block: the block that proves a hit for a drafter may be the prompt's last one
+            (HybridKVCacheCoordinator.find_longest_cache_hit: eagle_margin).
+        keeps_replays_of_drops: what a hit ends at is a block earlier where one is dropped for a drafter
+            (replay_boundaries).
     """
 
     splits_freed_windows: bool
@@ -43,6 +47,8 @@ class GroupRules:
     keeps_last_token_from_states: bool
     registers_boundary_state: bool
     registers_boundary_state_again: bool
+    checks_last_block: bool
+    keeps_replays_of_drops: bool
 
 
 GROUP_RULE_IN: dict[str, tuple[str, str | None]] = {
@@ -55,6 +61,8 @@ GROUP_RULE_IN: dict[str, tuple[str, str | None]] = {
     "keeps_last_token_from_states": ("0.32", None),
     "registers_boundary_state": ("0.32", None),
     "registers_boundary_state_again": ("0.32", "0.32"),
+    "checks_last_block": ("0.32", None),
+    "keeps_replays_of_drops": ("0.30", None),
 }
 """The first and the last release that has a rule; None is the newest."""
 

@@ -16,6 +16,7 @@ cdef class KVCache:
     cdef readonly int lookahead
     cdef int load_lookahead  # of who waits for an asynchronous load
     cdef public int hash_lookahead
+    cdef int rewritten
     cdef public bint drops_block
     cdef bint reserves_at_admission
     cdef int max_model_len

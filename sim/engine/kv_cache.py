@@ -11,6 +11,7 @@ from servecast.sim.engine.block_pool import BlockPool
 from servecast.sim.engine.draft_rules import draft_rules_for
 from servecast.sim.engine.sequence import Sequence
 from servecast.sim.engine.speculation import METHODS
+from servecast.sim.inputs.errors import InputError
 
 if not cython.compiled:
     from servecast.sim.engine.block_pool import BLOCKS_PER_CONTENT, PRIVATE, UNHASHED
@@ -21,7 +22,8 @@ REMEMBERED = cython.declare(cython.int, 4096)  # different shared prefixes whose
 class KVCache:
     """Block tables over a pool, for layers that attend to everything; ``group_cache`` has those of others.
 
-    lookahead, hash_lookahead, drops_block: see ``Speculation``. processed: tick of the last step that is
+    lookahead, hash_lookahead, drops_block: see ``Speculation``. rewritten: of the newest tokens those that
+    MTP modules may write once more. processed: tick of the last step that is
     complete. aligned: chunks end where states are kept.
 
     Args:
@@ -33,10 +35,11 @@ class KVCache:
     def __init__(self, config: Any, reuse_unhashed_first: bool, rows: cython.int) -> None:
         speculation = config.speculation
         self.lookahead = self.hash_lookahead = self.load_lookahead = 0
-        self.drops_block, self.reserves_at_admission = False, True
+        self.drops_block, self.reserves_at_admission, self.rewritten = False, True, 0
         if speculation is not None:
             self.lookahead, self.hash_lookahead = speculation.lookahead, speculation.hash_lookahead
             self.drops_block = speculation.drops_block
+            self.rewritten = max(0, speculation.prompt_lookahead - 1)
             rules = draft_rules_for(config.version)
             self.reserves_at_admission = rules.reserves_at_admission
             if rules.reserves_for_loads and not METHODS[speculation.method].takes_hidden_states:
@@ -44,6 +47,12 @@ class KVCache:
         self.pool = BlockPool(config.num_gpu_blocks)
         self.reuse_unhashed_first = reuse_unhashed_first
         self.prefix_caching = config.enable_prefix_caching
+        if self.prefix_caching and self.drops_block and config.block_size <= self.rewritten:
+            raise InputError(
+                f"{self.rewritten + 1} drafts by several MTP modules, with KV blocks of {config.block_size}",
+                where="speculative_config.num_speculative_tokens",
+                fix="Use larger blocks, or fewer drafts: vLLM's prefix cache wants a block for all of them.",
+            )
         self.full_isl = config.scheduler_reserve_full_isl
         self.block_size = self.hash_block = config.block_size
         self.max_model_len = config.max_model_len
@@ -270,7 +279,8 @@ class KVCache:
         pool: BlockPool = self.pool
         row: cython.Py_ssize_t = sequence.slot * self.width
         index: cython.int = sequence.cached_end // self.block_size
-        end: cython.int = min(tokens, sequence.num_tokens - self.hash_lookahead) // self.block_size
+        known: cython.int = sequence.num_tokens - self.hash_lookahead
+        end: cython.int = min(tokens - self.rewritten, known) // self.block_size
         shared: cython.int = 0
         key: cython.longlong
         told: list = None

@@ -102,6 +102,11 @@ class CacheOptions:
     hybrid: bool = True
 
 
+def group_kind(layer: str) -> GroupKind:
+    """Of the group of a layer's kind (``CacheLayer.kind``)."""
+    return _GROUP_KINDS.get(layer, "mamba")
+
+
 def _ceil(number: int, divisor: int) -> int:
     return -(-number // divisor)
 

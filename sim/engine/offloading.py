@@ -7,9 +7,11 @@ from typing import Protocol
 
 from servecast.sim.engine.chunk_cache import Accesses, ChunkCache, Policy
 from servecast.sim.engine.connector import Ending, FailurePolicy, Role, Transfers
+from servecast.sim.engine.offloading_rules import offloading_rules_for
 from servecast.sim.engine.scheduler import Scheduler
 from servecast.sim.engine.sequence import Sequence
 from servecast.sim.engine.step import Step
+from servecast.sim.inputs.errors import InputError
 
 
 @dataclass(slots=True)
@@ -71,7 +73,7 @@ class OffloadingConnector:
     Args:
         chunks: that fit into host memory. blocks_per_chunk: GPU blocks of one.
         copies: when transfers are done.
-        policy, store_threshold: see ``ChunkCache``.
+        policy, store_threshold, max_tracker_size: see ``ChunkCache``, which ``bind`` makes.
         offload_prompt_only: outputs are not written.
     """
 
@@ -88,8 +90,9 @@ class OffloadingConnector:
         policy: Policy = "lru",
         store_threshold: int = 1,
         offload_prompt_only: bool = True,
+        max_tracker_size: int = 64_000,
     ) -> None:
-        self.cache = ChunkCache(chunks, policy, store_threshold)
+        self._kept = (chunks, policy, store_threshold, max_tracker_size)
         self.copies, self.blocks_per_chunk = copies, blocks_per_chunk
         self.prompt_only = offload_prompt_only
         self._tracked: dict[int, Tracked] = {}
@@ -108,6 +111,9 @@ class OffloadingConnector:
         self._scheduler = scheduler
         self._block_size = scheduler.config.block_size
         self._chunk = self._block_size * self.blocks_per_chunk
+        self.rules = offloading_rules_for(scheduler.config.version)
+        chunks, policy, threshold, tracked = self._kept
+        self.cache = ChunkCache(chunks, policy, self.rules, store_threshold=threshold, tracked=tracked)
         scheduler.watch_allocations()
 
     def on_new_request(self, sequence: Sequence) -> None:
@@ -128,11 +134,14 @@ class OffloadingConnector:
     ) -> tuple[int, bool] | None:
         tracked = self._tracked[sequence.request_id]
         tracked.holds = False
-        if tracked.jobs:
+        if self.rules.offers_again:
+            tracked.next_chunk = 0
+        if tracked.jobs and self.rules.waits_for_own:
             return None
         self._extend_keys(tracked)
         tracked.local = num_computed_tokens
         found = self._lookup(tracked)
+        self.cache.touch(tracked.keys)
         return None if found is None else (found, found > 0)
 
     def _lookup(self, tracked: Tracked) -> int | None:
@@ -159,6 +168,12 @@ class OffloadingConnector:
         if not num_external_tokens:
             return
         tracked = self._tracked[sequence.request_id]
+        if tracked.jobs:
+            raise InputError(
+                f"request {sequence.request_id} is loaded while it is stored, for which vLLM's engine ends",
+                where="engine.kv_offloading_size",
+                fix="Use version 0.24 or newer, or leave async scheduling out.",
+            )
         blocks = self._scheduler.block_ids(sequence.request_id)
         self._given.update(blocks)
         end = tracked.local + num_external_tokens
@@ -184,9 +199,12 @@ class OffloadingConnector:
             self._tracked[sequence.request_id].holds = True
             self._given.update(self._scheduler.block_ids(sequence.request_id))
         self._given.update(self._scheduler.take_allocations())
+        earlier = set(self._jobs)
         stores = [job for tracked in self._to_store(step) if (job := self._store(tracked)) is not None]
         flush = {job for sequence in step.victims for job in self._tracked[sequence.request_id].jobs}
         flush.update(job for block in self._given.intersection(self._fenced) for job in self._fenced[block])
+        if self.rules.flushes_at_the_end and all(tracked.ending for tracked in self._tracked.values()):
+            flush |= earlier
         for request_id in self._ended:
             tracked = self._tracked[request_id]
             tracked.signaled = True
@@ -208,7 +226,8 @@ class OffloadingConnector:
         if not chunks.issuperset(behind) or not self.prompt_only:
             order = [i for i in self._scheduler.running if i in chunks or i in behind]
         self._ended.sort()
-        return [self._tracked[request_id] for request_id in [*order, *self._ended]]
+        ended = self._ended if self.rules.stores_ended else ()
+        return [self._tracked[request_id] for request_id in [*order, *ended]]
 
     def _store(self, tracked: Tracked) -> Job | None:
         """Plan the store of its new whole chunks (_build_store_jobs)."""
@@ -227,6 +246,8 @@ class OffloadingConnector:
         first = tracked.next_chunk
         self._behind.discard(sequence.request_id)
         if end <= first:
+            if self.rules.returns:
+                tracked.next_chunk = end
             return None
         accepted = self.cache.prepare_store(tracked.keys[first:end], tracked.accesses)
         if accepted is None:
@@ -236,6 +257,7 @@ class OffloadingConnector:
         tracked.next_chunk = end
         if not accepted:
             return None
+        self.cache.touch(tracked.keys)
         wanted, source = set(accepted), list[int]()
         for place in range(first, end):
             if tracked.keys[place] in wanted:

@@ -21,6 +21,7 @@ cdef class RemoteKV:
     cdef dict prefills
     cdef set received
     cdef set failed
+    cdef set cut_now
     cdef list deferred
     cdef long long processed
     cdef long long last_step

@@ -25,7 +25,8 @@ class RemoteKV:
     Attributes:
         queries, hits: tokens asked of the connector, and those it had (external_prefix_cache_queries, _hits).
         prefills: who still prefills or loads, for what they still need. received, failed: whose load is over,
-            and went wrong. held: requests that have ended and keep their blocks, how many.
+            and went wrong. cut_now: running ones that lost computed tokens and were not scheduled since.
+        held: requests that have ended and keep their blocks, how many.
         deferred: (tick, holder of blocks) to be freed when the step of that tick is over.
         skewed: somebody's output in flight is counted too high, for a step whose output was void, and what is
         processed counts instead. processed, last_step: ticks of the newest step with tokens that is complete,
@@ -54,7 +55,7 @@ class RemoteKV:
             self.draft_tokens = 1 + drafts.num_tokens + drafts.lookahead
         pending: Any = getattr(connector, "has_pending_push_work", None)
         self.pending_work = pending if rules.goes_on_for_transfers else None
-        self.prefills, self.received, self.failed = {}, set(), set()
+        self.prefills, self.received, self.failed, self.cut_now = {}, set(), set(), set()
         self.deferred = []
         self.processed = self.last_step = -1
         self.held = self.queries = self.hits = 0
@@ -138,6 +139,7 @@ class RemoteKV:
             self.received.discard(sequence)
             self.failed.discard(sequence)
         self.prefills.pop(sequence, None)
+        self.cut_now.discard(sequence)
         sequence.status = FINISHED
         kept: cython.bint = self.connector.request_finished(sequence, ending)
         self.held += kept or loading
@@ -206,6 +208,7 @@ class RemoteKV:
         if self.recomputes:
             self.failed.update(aside)
             self.skewed |= self.caches_processed and len(inside) > 0
+            self.cut_now.update(inside)
             return inside
         for block in evicted:
             self.kv.pool.forget(block)

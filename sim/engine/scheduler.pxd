@@ -48,6 +48,7 @@ cdef class Scheduler:
     cdef bint speculates
     cdef readonly Drafts drafts  # None: one token a step
     cdef int draft_slots  # that each request takes off the budget
+    cdef int prompt_lookahead
     cdef int budget  # tokens of a step
     cdef int max_tokens
     cdef int max_running
@@ -77,8 +78,11 @@ cdef class Scheduler:
     cdef int forget(self, Sequence sequence) except -1
     cpdef Step schedule(self)
     cdef bint somebody_decodes(self) except? -1
+    cdef bint in_prefill(self, Sequence sequence) except -1
+    cdef bint counts_prefills(self, Step step) except -1
     cdef int chunk_limit(self) except -1
     cdef int schedule_running(self, Step step, int threshold, bint defer) except? -1
+    cdef int spare_lookahead(self, Sequence sequence, int computed, int tokens) except -1
     cdef Py_ssize_t pick_victim(self) except? -1
     cdef int withdraw(self, Step step, Sequence victim) except? -1
     cdef int preempt(self, Step step, Sequence sequence, Py_ssize_t position) except -1
@@ -91,7 +95,6 @@ cdef class Scheduler:
     cdef int put_back(self, list passed) except -1
     cdef int count_lookup(self, Sequence sequence, int hit_tokens) except -1
     cdef void advance(self, Step step, Sequence sequence, int tokens, bint padded) noexcept
-    cdef int draft_beside_connector(self) except -1
     cdef int note_drafters(self, Step step) except -1
     cdef int drop_finished(self) except -1
     cdef int complete_drafts(self, Step step, list delivering) except -1

@@ -77,9 +77,10 @@ class Scheduler:
         self.singly = self.notes or self.speculates
         self.max_tokens, self.max_model_len = config.max_num_batched_tokens, config.max_model_len
         self.max_running = min(config.max_num_seqs, config.max_num_active_seqs or config.max_num_seqs)
-        self.budget, self.draft_slots = self.max_tokens, 0
+        self.budget, self.draft_slots, self.prompt_lookahead = self.max_tokens, 0, 0
         if self.speculates:
             self.budget, self.draft_slots = self.drafts.budget, self.drafts.slots
+            self.prompt_lookahead = config.speculation.prompt_lookahead
             self.max_running = min(self.max_running, self.drafts.seats)
         self.long_prefill_threshold = config.long_prefill_token_threshold
         self.watermark = int(config.watermark * config.num_gpu_blocks)
@@ -96,21 +97,9 @@ class Scheduler:
         if connector is not None:
             self.remote = RemoteKV(connector, self.kv, config)
             self.kv.keyed = True
-            if self.speculates:
-                self.draft_beside_connector()
+            if self.kv.hash_lookahead:  # the hashes are the usual ones (num_hash_lookahead_tokens)
+                self.kv.hash_lookahead, self.kv.drops_block = 0, True
             connector.bind(self)
-
-    def draft_beside_connector(self) -> cython.int:
-        """With a connector the hashes are the usual ones (VllmConfig.num_hash_lookahead_tokens)."""
-        if self.kv.hash_lookahead:
-            self.kv.hash_lookahead, self.kv.drops_block = 0, True
-        if self.remote.recomputes:
-            raise InputError(
-                "what a failed load leaves of drafts in flight is not modelled",
-                where="kv_transfer_config.kv_load_failure_policy",
-                fix='Take "fail", or leave speculative decoding out.',
-            )
-        return 0
 
     # ---- what can be read -------------------------------------------------------------------------
 
@@ -377,6 +366,8 @@ class Scheduler:
         if self.remote is not None:
             if step.total_tokens:
                 self.remote.last_step = self.tick
+                if self.remote.cut_now:
+                    self.remote.cut_now.difference_update(step.prefilling)
             step.connector_meta = self.remote.connector.build_connector_meta(step)
         self.tick += 1
         if self.cadence is not None:
@@ -390,8 +381,15 @@ class Scheduler:
         sequence: Sequence
         decoding: cython.int = 0
         for sequence in self.runners:
-            decoding += sequence.computed >= sequence.catch_up
+            decoding += not self.in_prefill(sequence)
         return decoding > 0
+
+    def in_prefill(self, sequence: Sequence) -> cython.bint:
+        """Whether a running request counts as in its prefill (request.is_prefill_chunk): one that lost
+        computed tokens to a failed load does not, until it is scheduled again."""
+        if sequence.computed >= sequence.catch_up:
+            return False
+        return self.remote is None or sequence not in self.remote.cut_now
 
     def chunk_limit(self) -> cython.int:
         """``long_prefill_token_threshold`` in force in this step; 0 is none."""
@@ -462,9 +460,11 @@ class Scheduler:
                 tokens = self.max_model_len - sequence.computed - 1
             if self.kv.aligned:
                 tokens = self.kv.align_chunk(sequence, sequence.computed, tokens)
-            if sequence.media is not None and not (defer and sequence.computed < sequence.catch_up):
+            if sequence.media is not None and not (defer and self.in_prefill(sequence)):
                 tokens = self.encoder.fit(sequence, sequence.computed, tokens)
-            if tokens == 0 or (defer and sequence.computed < sequence.catch_up):
+            if self.prompt_lookahead:
+                tokens = self.spare_lookahead(sequence, sequence.computed, tokens)
+            if tokens == 0 or (defer and self.in_prefill(sequence)):
                 index += 1
                 continue
             if sequence.computed + tokens >= sequence.kv_due:
@@ -491,7 +491,7 @@ class Scheduler:
                     if self.loop_goes_on_after_own_preemption:  # under FCFS it was the last anyway
                         continue  # its place in the list is the next one's now
                     break
-            if self.cadence is not None and sequence.computed < sequence.catch_up:
+            if self.cadence is not None and self.in_prefill(sequence):
                 self.cadence.carries_prefill = True
             if sequence.media is not None:
                 self.encoder.accept(sequence, step)
@@ -505,6 +505,13 @@ class Scheduler:
         step.decodes += decodes
         step.decode_context += context
         return budget
+
+    def spare_lookahead(self, sequence: Sequence, computed: cython.int, tokens: cython.int) -> cython.int:
+        """Tokens of a chunk that leaves MTP modules what they read behind it (_reserve_prefill_lookahead)."""
+        left: cython.int = sequence.num_tokens - computed - tokens
+        if 0 < left < self.prompt_lookahead:
+            tokens -= self.prompt_lookahead - left
+        return max(tokens, 0)
 
     def pick_victim(self) -> cython.Py_ssize_t:
         """Position among the running of the one that is preempted next."""
@@ -557,6 +564,7 @@ class Scheduler:
         else:
             self.remote.free(sequence, self.tick)
             self.remote.prefills.pop(sequence, None)
+            self.remote.cut_now.discard(sequence)
             if self.remote.drops:
                 sequence.drops_before = self.tick
             if self.remote.forgets:
@@ -596,7 +604,7 @@ class Scheduler:
         reserve: cython.int
         padding: cython.int = 0
         together: cython.bint = step.total_tokens > 0
-        prefills: cython.bint = len(step.chunks) > 0  # some running request in its prefill
+        prefills: cython.bint = self.counts_prefills(step)
         loads: cython.bint
         asked: cython.bint
         carries_prefill: cython.bint
@@ -657,6 +665,10 @@ class Scheduler:
                         passed = own(passed)
                         passed.append(queue.pop())
                         continue
+                if self.prompt_lookahead:
+                    tokens = self.spare_lookahead(sequence, computed, tokens)
+                    if tokens == 0:
+                        break
             reserve = self.watermark if self.runners else 0
             if remote is None:
                 if not self.kv.allocate_slots(sequence, tokens, cached, reserve):
@@ -705,6 +717,12 @@ class Scheduler:
         if len(passed):
             self.put_back(passed)
         return 0
+
+    def counts_prefills(self, step: Step) -> cython.bint:
+        """Whether a running request of the step was in its prefill before (request.is_prefill_chunk)."""
+        if self.remote is None or not self.remote.cut_now:
+            return len(step.chunks) > 0
+        return not self.remote.cut_now.issuperset(step.prefilling)
 
     def held_back(self, sequence: Sequence, adapters: Any) -> cython.bint:
         """Whether it cannot go in this step for another reason than room: its grammar is not there, output of
@@ -778,6 +796,7 @@ class Scheduler:
         if self.notes or self.marks:
             self.note_scheduled(step, sequence, tokens)
         sequence.computed += tokens
+        sequence.drafts = 0
         if sequence.computed >= sequence.num_tokens + sequence.placeholders:
             if step.borrowed:
                 step.samplers, step.borrowed = step.samplers[:], False
@@ -785,7 +804,6 @@ class Scheduler:
             step.samplers.append(sequence)
             if self.speculates:  # num_scheduled_spec_tokens
                 drafts = sequence.computed - sequence.num_tokens - sequence.placeholders
-                sequence.drafts = 0
                 step.drafts += drafts
                 step.verified = own(step.verified)
                 step.verified.append(-drafts if padded else drafts)
@@ -947,6 +965,8 @@ class Scheduler:
         accepted: cython.int
         rejected: cython.int
         tokens: cython.int
+        cached: cython.int
+        due: cython.int
         for i in range(len(step.samplers)):
             sequence = cython.cast(Sequence, step.samplers[i])
             if sequence.status == FINISHED:
@@ -955,6 +975,8 @@ class Scheduler:
                 delivering is not step.samplers and sequence not in delivering
             ):
                 sequence.samplings += 1
+                if sequence.status == RUNNING and not self.is_async:
+                    sequence.drafts = drafts.propose(sequence, step.draft_length)
                 continue  # its output is void
             verified = step.verified[i]
             accepted = drafts.accept(sequence, verified)
@@ -978,8 +1000,12 @@ class Scheduler:
                     sequence.placeholders -= rejected + tokens
                 else:
                     sequence.drafts = drafts.propose(sequence, step.draft_length)
-                if (self.is_async or drafts.hashes_at_update) and sequence.num_tokens > sequence.kv_due:
-                    self.kv.cache_blocks(sequence, sequence.num_tokens - 1)
+                due = sequence.kv_due - (self.least == NOBODYS)  # then the newest token may count, too
+                if (self.is_async or drafts.hashes_at_update) and sequence.num_tokens > due:
+                    cached = min(sequence.num_tokens - 1, sequence.computed - sequence.placeholders)
+                    if self.least == NOBODYS:  # without what its end has cut
+                        cached = self.remote.processed_tokens(sequence, tick) + tokens - 1 - accepted
+                    self.kv.cache_blocks(sequence, cached)
             if sequence.num_tokens >= sequence.final_tokens:
                 if sequence.status == RUNNING:
                     left = True

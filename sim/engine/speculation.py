@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from servecast.sim.engine.draft_rules import draft_rules_for
 from servecast.sim.engine.rules import RELEASES, minor_release, since
@@ -84,6 +84,8 @@ class Speculation:
         draft_slots: input slots that the drafter adds to each request of a step.
         drops_block: the last block of a prefix hit is computed again.
         hash_lookahead: tokens behind a block that its hash covers, in place of ``drops_block``.
+        prompt_lookahead: tokens of a prompt behind a chunk that several MTP modules read; 0: there are none.
+        drafter_kinds: of KV cache groups those that drop the block; (): all.
         by_batch: (first number of requests, K) of the dynamic schedule, rising; (): always k.
         acceptance: k probabilities that the first 1, 2, .. k drafts are all accepted, none above the one
             before; 1 + their sum tokens come from a step, on average.
@@ -105,6 +107,8 @@ class Speculation:
     proposed: tuple[float, ...] = ()
     kinds: Kinds | None = None
     seed: int = 0
+    prompt_lookahead: int = 0
+    drafter_kinds: tuple[str, ...] = ()
 
 
 def speculation(
@@ -181,3 +185,12 @@ def speculation(
         kinds=kinds,
         seed=seed,
     )
+
+
+def by_modules(drafts: Speculation, version: str, modules: int) -> Speculation:
+    """The same by so many MTP modules (num_nextn_predict_layers), of which each reads a token further."""
+    several = drafts.method == "mtp" and min(modules, drafts.num_tokens) > 1
+    if not several or not draft_rules_for(version).modules_look_ahead:
+        return drafts
+    k = drafts.num_tokens
+    return replace(drafts, prompt_lookahead=k, hash_lookahead=k if drafts.hash_lookahead else 0)

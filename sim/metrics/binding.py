@@ -153,17 +153,14 @@ def evidence(run: Run, limits: Limits) -> Evidence:
     gap = float(np.average(run.itl["gap"], weights=run.itl["weight"])) if len(run.itl) else math.nan
     behind = float(np.average(time, weights=decodes)) if decodes.any() else math.nan
     return Evidence(
-        max_num_seqs=waited["max_num_seqs"],
-        token_budget=waited["token_budget"],
-        kv_loads=waited["kv_loads"],
-        kv_blocks=waited["kv_blocks"],
-        passed_over=waited["passed_over"],
+        **waited,
         kv_link=max((float(share) for share in run.meta.get("kv_links", {}).values()), default=0.0),
         busy=total / (window * max(engines_of(steps).nunique(), 1)) if window else math.nan,
         front_end=float((requests["queued"] - requests["sent"]).mean() / ttft),
         delivery=gap / (behind * limits.stride),
         steps=(sampled(steps),),
         limits=limits,
+        pool="",
     )
 
 

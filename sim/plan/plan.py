@@ -43,6 +43,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+_SEEN = (  # at a rate, besides the objectives
+    *("output_throughput", "completion_ratio", "saturated", "kv_peak", "max_running", "max_waiting"),
+    "preemptions",
+)
+
+
 @dataclass(frozen=True, slots=True, repr=False)
 class PlanAnswer(Answer):
     """The largest request rate, and what it rests on.
@@ -126,13 +132,7 @@ class PlanAnswer(Answer):
                 "request_rate": probe.rate,
                 "state": probe.state,
                 **{verdict.objective: verdict.value.estimate for verdict in probe.verdicts},
-                "output_throughput": probe.output_throughput,
-                "completion_ratio": probe.completion_ratio,
-                "saturated": probe.saturated,
-                "kv_peak": probe.kv_peak,
-                "max_running": probe.max_running,
-                "max_waiting": probe.max_waiting,
-                "preemptions": probe.preemptions,
+                **{name: getattr(probe, name) for name in _SEEN},
                 "reasons": "; ".join(probe.reasons),
             }
             for probe in self.found.probes

@@ -32,6 +32,8 @@ WARMUP_SHARE = 0.2
 TAIL_SAMPLES = 20
 WINDOW_IN_E2E = 10.0
 HERE = 300_000  # requests that are simulated in this process: a few seconds, as long as others take to start
+_MEANS = ("output_throughput", "e2e_s", "tpot_s")  # of a rate, over its replications
+_PEAKS = ("kv_peak", "max_running", "max_waiting", "preemptions")
 TOO_SHORT = 1.25  # runs are repeated if they needed to be longer than this many times what they were
 
 
@@ -102,6 +104,10 @@ class ProbedRate:
         load = judgement.load
         assert load is not None
         found = [each.evidence for each in replications if each.evidence is not None]
+        over: dict[str, Any] = {
+            **{name: float(np.mean([getattr(each, name) for each in replications])) for name in _MEANS},
+            **{name: max(getattr(each, name) for each in replications) for name in _PEAKS},
+        }
         return cls(
             rate=rate,
             state=judgement.state,
@@ -109,13 +115,7 @@ class ProbedRate:
             reasons=judgement.reasons,
             saturated=load.saturated,
             completion_ratio=load.completion_ratio,
-            output_throughput=float(np.mean([each.output_throughput for each in replications])),
-            e2e_s=float(np.mean([each.e2e_s for each in replications])),
-            tpot_s=float(np.mean([each.tpot_s for each in replications])),
-            kv_peak=max(each.kv_peak for each in replications),
-            max_running=max(each.max_running for each in replications),
-            max_waiting=max(each.max_waiting for each in replications),
-            preemptions=max(each.preemptions for each in replications),
+            **over,
             replications=len(replications),
             num_requests=num_requests,
             evidence=Evidence.mean(found) if found else None,

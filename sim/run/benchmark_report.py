@@ -29,19 +29,8 @@ from servecast.sim.metrics.metrics import (
 from servecast.sim.metrics.records import Run
 
 VERSION = "0.2"
-RANKS = {  # percentiles that a report gives, and their names
-    "p0p1": 0.1,
-    "p1": 1,
-    "p5": 5,
-    "p10": 10,
-    "p25": 25,
-    "p50": 50,
-    "p75": 75,
-    "p90": 90,
-    "p95": 95,
-    "p99": 99,
-    "p99p9": 99.9,
-}
+_RANKS = (0.1, 1, 5, 10, 25, 50, 75, 90, 95, 99, 99.9)
+RANKS = {f"p{rank:g}".replace(".", "p"): rank for rank in _RANKS}  # percentiles that a report gives, by name
 LATENCIES = {  # the report's names, ours, and the unit
     "time_to_first_token": ("ttft", "s"),
     "time_per_output_token": ("tpot", "s/token"),

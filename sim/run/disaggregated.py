@@ -127,7 +127,8 @@ class ServerPools:
                 what = f"KV blocks of {side.block_size} tokens beside some of {self.sides[0].block_size}"
                 raise self._error(index, what, "Give all servers one block_size.")
             for name in ("kv_cache_dtype", *(_HASHED if hashed else ())):
-                if (its := getattr(own, name)) != (theirs := getattr(flags, name)):
+                its, theirs = getattr(own, name), getattr(flags, name)
+                if its != theirs and (name != "version" or _whole(its) != _whole(theirs)):
                     fix = "Give all servers one: vLLM refuses the handshake."
                     raise self._error(index, f"{name} {its} beside {theirs}", fix)
             big, small = max(side.ranks, self.sides[0].ranks), min(side.ranks, self.sides[0].ranks)
@@ -140,6 +141,11 @@ class ServerPools:
 
     def _error(self, index: int, what: str, fix: str) -> InputError:
         return InputError(what, where=f"{self.scenario.source}: fleet.{self.roles[index]}", fix=fix)
+
+
+def _whole(release: str) -> list[str]:
+    """Of three numbers: 0.32 is 0.32.0."""
+    return [*release.removeprefix("v").split("."), "0", "0"][:3]
 
 
 def kv_side(deployment: Deployment) -> KVSide:

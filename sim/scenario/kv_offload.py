@@ -171,9 +171,9 @@ class Offloading:
                 policy=extra.get("eviction_policy", "lru"),
                 store_threshold=int(extra.get("store_threshold", 0)),
                 offload_prompt_only=bool(extra.get("offload_prompt_only", since(self.release, "0.23"))),
+                max_tracker_size=int(extra.get("max_tracker_size", 64_000)),
             )
             made.role, made.load_failure_policy = each.role, each.load_failure_policy
-            made.cache.tracked = int(extra.get("max_tracker_size", 64_000))
             return made
         tokens, chunk_bytes = self.lmcache_chunk
         tiers = Hierarchy(

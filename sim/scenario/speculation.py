@@ -7,8 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from servecast.sim.engine.draft_rules import draft_rules_for
+from servecast.sim.engine.kv_groups import group_kind
 from servecast.sim.engine.rules import minor_release, since
-from servecast.sim.engine.speculation import METHODS, Speculation, speculation
+from servecast.sim.engine.speculation import METHODS, Speculation, by_modules, speculation
 from servecast.sim.hardware.drafter import LOOKUPS, Drafter, Passes, eagle_shape, mtp_shape
 from servecast.sim.hardware.model_shape import ModelShape
 from servecast.sim.inputs.errors import InputError
@@ -94,8 +96,9 @@ def speculating(scenario: Scenario, target: ModelShape) -> Speculating | None:
     given = asked.synthetic_acceptance_length or asked.synthetic_acceptance_rates
     if given is not None and scenario.acceptance is None:
         law = _synthetic(asked, drafts, where)
+    rules = RELEASES[release_of(flags)].rules
     config = speculation(
-        RELEASES[release_of(flags)].rules,
+        rules,
         method,
         drafts,
         law.rates,
@@ -108,6 +111,10 @@ def speculating(scenario: Scenario, target: ModelShape) -> Speculating | None:
         else always_proposed(law.kinds, (law.rates, law.proposed)),
         seed=scenario.seed,
     )
+    config = by_modules(config, rules, target.mtp_layers if asked.model is None else 1)
+    if method == "mtp" and drafter.shape is not None and draft_rules_for(rules).flags_mtp_group:
+        kinds = {group_kind(layer.kind) for layer in drafter.shape.cache_layers}
+        config = replace(config, drafter_kinds=tuple(sorted(kinds)))
     given_shares = scenario.acceptance is not None and scenario.acceptance.proposed is not None
     if given_shares and not METHODS[method].may_miss:
         raise InputError(

@@ -19,7 +19,6 @@ class SwappedEngine(PlainEngine):
 
     def __init__(self, config: EngineConfig) -> None:
         super().__init__(config)
-        self.tick = 0
         self.last_tick: dict[int, int] = {}  # request -> tick of the step that delivered its newest token
 
     @property
@@ -31,9 +30,7 @@ class SwappedEngine(PlainEngine):
         return len(self.waiting_states)
 
     def schedule(self) -> SwappedStep:
-        step = SwappedStep(super().schedule(), self.tick)
-        self.tick += 1
-        return step
+        return SwappedStep(super().schedule())
 
     def complete(self, step: SwappedStep) -> None:  # type: ignore[override]
         takers = [request_id for request_id in step.plain.samplers if request_id in self.requests]
@@ -50,13 +47,12 @@ class SwappedEngine(PlainEngine):
 
 
 class SwappedStep:
-    """A plain step with its tick and the gaps in front of its tokens; see sim.step.Step."""
+    """A plain step with the gaps in front of its tokens; see sim.step.Step."""
 
     idle_s = 0.0
 
-    def __init__(self, plain: PlainStep, tick: int) -> None:
-        self.plain = plain
-        self.tick = tick
+    def __init__(self, plain: PlainStep) -> None:
+        self.plain, self.tick = plain, plain.tick
         self.steady = 0
         self.gaps: list[int] = []
         self.total_tokens = plain.total_tokens

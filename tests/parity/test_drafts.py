@@ -21,12 +21,13 @@ from servecast.validate.parity.scenarios import (
     drafted_grouped_scenarios,
     drafted_scenarios,
     draw_drafted,
+    modules_scenarios,
     recorded_picks,
 )
 
 VERSIONS = {"0.32": 64, "0.23": 24, "0.33": 32}
 RARE = (389, 1663)  # of 0.32's: an admission that ends at max_model_len; a victim that gives slots back
-BESIDE = 10  # scenarios with a connector, and with groups
+BESIDE = 16  # scenarios with a connector, with groups, and by several modules
 MUTATIONS = load_mutations("mutations_drafts.yaml")
 
 
@@ -44,7 +45,8 @@ def recorded() -> dict[str, list[Recorded]]:
             *drafted_scenarios(version, 0, count),
             *(rare(version) if version == "0.32" else ()),
             *drafted_remote_scenarios(version, 0, BESIDE),
-            *drafted_grouped_scenarios(version, 0, BESIDE),
+            *drafted_grouped_scenarios(version, 0, 2 * BESIDE),
+            *(modules_scenarios(version, 0, BESIDE) if version != "0.23" else ()),
         ],
     )
 

@@ -28,6 +28,7 @@ from servecast.validate.parity.vllm_process import VllmProcess, release
 Event = dict[str, Any]  # what engine_core.decisions yields
 MakeScheduler = Callable[..., Any]  # an engine's class, or a mutation of it
 
+ENDS = "vLLM's engine ends"  # what our engine says of a state that vLLM does not survive
 EVENTS_SHOWN = 3  # up to and including the first difference
 
 
@@ -67,9 +68,8 @@ class Recorded:
     answer: str
 
     def events(self) -> list[Event]:
-        """vLLM's decisions; one that is ``{"raised": ...}`` where it refused the scenario."""
-        answer = json.loads(self.answer)
-        events: list[Event] = answer.get("decisions") or [{"raised": answer["error"]}]
+        """vLLM's decisions; the last one is ``{"raised": ...}`` where it ended, or refused the scenario."""
+        events: list[Event] = json.loads(self.answer)
         return events
 
 
@@ -184,7 +184,9 @@ def _first_difference(
             fields = _differences(event, theirs[index])
             if fields:
                 return differ(*fields)
-    except Exception as error:  # whatever breaks in our engine is a difference
+    except Exception as error:  # whatever breaks in our engine is a difference, but where vLLM's ends
+        if ENDS in str(error) and len(ours) < len(theirs) and "raised" in theirs[len(ours)]:
+            return None
         ours.append({"raised": f"{type(error).__name__}: {error}"})
         return differ("raised")
     if len(ours) < len(theirs):

@@ -117,20 +117,14 @@ def remote_scenarios(version: str, seed: int, count: int) -> Iterator[Scenario]:
 
 
 def drafted_remote_scenarios(version: str, seed: int, count: int) -> Iterator[Scenario]:
-    """As ``remote_scenarios``, each with drafts; a failed load ends its request."""
+    """As ``remote_scenarios``, each with drafts."""
     for index in range(count):
         pick = recorded_picks(seed, index)[0]
-        plain = with_drafts(pick, draw_remote(pick, version, f"drafted-remote-{version}-{seed}-{index}"))
-        assert plain.remote is not None
-        yield dataclasses.replace(plain, remote=plain.remote | {"policy": "fail"})
+        yield with_drafts(pick, draw_remote(pick, version, f"drafted-remote-{version}-{seed}-{index}"))
 
 
 def draw_remote(pick: Pick, version: str, name: str) -> Scenario:
-    """A random scenario in which some, or most, requests have KV cache elsewhere or are wanted there.
-
-    With an interval between prefills no synchronous load fails: whether such a request counts as decoding
-    until it is scheduled again is not modelled.
-    """
+    """A random scenario in which some, or most, requests have KV cache elsewhere or are wanted there."""
     plain = draw_scenario(pick, version, name)
     config = plain.config
     role: Role = ("kv_consumer", "kv_both", "kv_producer")[pick(0, 2)]
@@ -143,7 +137,7 @@ def draw_remote(pick: Pick, version: str, name: str) -> Scenario:
         if pick(0, 3) > many + 1:
             continue
         mode = "sync" if pick(0, 3) < modes else "async"
-        fails = pick(0, 5) < failing and not (mode == "sync" and config.prefill_schedule_interval > 1)
+        fails = pick(0, 5) < failing
         remote = request.prompt_tokens if pick(0, 1) else pick(0, request.prompt_tokens)
         plans[str(request.request_id)] = {
             "remote": 0 if role == "kv_producer" and pick(0, 1) else remote,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -27,7 +28,7 @@ from servecast.sim.engine.pipeline_rules import (
 )
 from servecast.sim.engine.request import MediaItem, Request
 from servecast.sim.engine.rules import RELEASES, has_option
-from servecast.sim.engine.speculation import METHODS, Speculation, speculation
+from servecast.sim.engine.speculation import METHODS, Speculation, by_modules, speculation
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.inputs.files import read_text
 
@@ -148,18 +149,33 @@ def drafted_scenarios(version: str, seed: int, count: int) -> Iterator[Scenario]
         yield draw_drafted(pick, version, f"drafted-{version}-{seed}-{index}")
 
 
+def modules_scenarios(version: str, seed: int, count: int) -> Iterator[Scenario]:
+    """Those of ``drafted_scenarios`` in which several MTP modules draft."""
+    found = (
+        draw_drafted(recorded_picks(seed, index)[0], version, f"modules-{version}-{seed}-{index}")
+        for index in itertools.count()
+    )
+    several = (each for each in found if each.config.speculation and each.config.speculation.prompt_lookahead)
+    return itertools.islice(several, count)
+
+
 def drafted_grouped_scenarios(version: str, seed: int, count: int) -> Iterator[Scenario]:
-    """As ``grouped_scenarios``, each with drafts, as far as that is modelled: full and sliding groups, and no
-    drafter that has a part in prefix hits."""
+    """As ``grouped_scenarios``, each with drafts, as far as that is modelled: full and sliding groups, and
+    chunked ones where vLLM takes them."""
     index = found = 0
     while found < count:
         pick = recorded_picks(seed, index)[0]
         drawn = with_drafts(pick, draw_grouped(pick, version, f"drafted-grouped-{version}-{seed}-{index}"))
         config, index = drawn.config, index + 1
         assert config.speculation is not None
-        kinds = {spec.kind for spec in config.kv_groups}
-        if kinds <= {"full", "sliding"} and not config.speculation.drops_block:
-            more = len(kinds) * -(-config.speculation.lookahead // config.block_size) * len(config.kv_groups)
+        kinds, drafts = {spec.kind for spec in config.kv_groups}, config.speculation
+        if drafts.method == "mtp" and drafts.drops_block and pick(0, 1):
+            config = dataclasses.replace(
+                config, speculation=dataclasses.replace(drafts, drafter_kinds=(sorted(kinds)[0],))
+            )
+        beside = {"full", "sliding"} if drafts.drops_block else {"full", "sliding", "chunked"}
+        if kinds <= beside and not drafts.prompt_lookahead:
+            more = len(kinds) * -(-drafts.lookahead // config.block_size) * len(config.kv_groups)
             config = dataclasses.replace(config, num_gpu_blocks=config.num_gpu_blocks + more)
             yield dataclasses.replace(drawn, config=config)
             found += 1
@@ -387,7 +403,7 @@ def with_drafts(pick: Pick, plain: Scenario) -> Scenario:
         by_batch=tuple(by_batch),
         seed=pick(0, 1 << 20),
     )
-    arrivals = []
+    arrivals: list[Arrival] = []
     for arrival in plain.arrivals:
         request = arrival.request
         if pick(0, 2) == 2:  # one token behind whole blocks: all but this can be a hit
@@ -397,6 +413,8 @@ def with_drafts(pick: Pick, plain: Scenario) -> Scenario:
         arrivals.append(dataclasses.replace(arrival, request=request))
     threshold = config.long_prefill_token_threshold
     slots = drafts.draft_slots * (1 if rules.slots_by_request else config.max_num_seqs)
+    if method == "mtp" and k <= config.block_size and pick(0, 2):
+        drafts = by_modules(drafts, version, k)
     return dataclasses.replace(
         plain,
         arrivals=tuple(arrivals),

@@ -2,7 +2,8 @@
 
 Runs under the Python that has vLLM, and imports nothing but it, torch and the standard library (and the
 loop beside this file). Reads scenarios as JSON lines on stdin and answers each with one JSON line on
-stdout: ``{"decisions": [...]}`` or ``{"error": "..."}``. The first line out says which vLLM it is.
+stdout: its decisions, the last one ``{"raised": "..."}`` where it ended. The first line out says which
+vLLM it is.
 
     python validate/parity/vllm_scheduler.py <scenarios.jsonl >decisions.jsonl
 """
@@ -19,6 +20,7 @@ import math
 import random
 import sys
 import tempfile
+import traceback
 from collections import Counter
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -56,6 +58,7 @@ from vllm.v1.kv_cache_interface import (
     KVCacheConfig,
     KVCacheGroupSpec,
     KVCacheSpec,
+    KVCacheTensor,
     MambaSpec,
     SlidingWindowSpec,
 )
@@ -66,10 +69,12 @@ from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
 
 try:
     from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import OffloadingWorkerMetadata
+    from vllm.v1.kv_offload.cpu.spec import CPUOffloadingSpec
 except ImportError:  # older releases have none
-    OffloadingWorkerMetadata = None
+    OffloadingWorkerMetadata = CPUOffloadingSpec = None
 
 LONGEST_MODEL_LEN = 1 << 20
+PAGE = getattr(CPUOffloadingSpec, "BLOCK_SIZE_ALIGNMENT", 1)  # bytes that a chunk fills
 STOP_TOKEN = 7  # no other token is below FIRST_TOKEN
 FIRST_TOKEN = 100
 TOKENS_PER_REQUEST = 1 << 21  # prompt tokens in the lower half, output tokens in the upper
@@ -142,8 +147,11 @@ class VllmEngine:
         hash_block = _hash_block(config, groups)
         kv_cache = KVCacheConfig(
             num_blocks=config["num_gpu_blocks"],
-            kv_cache_tensors=[],
-            kv_cache_groups=[KVCacheGroupSpec([f"layer{i}"], _spec(each)) for i, each in enumerate(groups)],
+            kv_cache_tensors=_tensors(config, groups, remote),
+            kv_cache_groups=[
+                KVCacheGroupSpec([f"layer{i}"], _spec(each), **_drafts_at(config, each))
+                for i, each in enumerate(groups)
+            ],
             **_retention(config),
         )
         scheduler_cls = AsyncScheduler if config["async_scheduling"] else Scheduler
@@ -288,10 +296,7 @@ class VllmEngine:
     def _copy(self, step: Step) -> list[Any]:
         meta = step.output.kv_connector_metadata
         loads, stores = (
-            [
-                [number, int(job.req_id), len(job.src_spec.chunk_ids if reads else job.dst_spec.chunk_ids)]
-                for number, job in jobs.items()
-            ]
+            [[number, int(job.req_id), _chunks(job, reads=reads)] for number, job in jobs.items()]
             for reads, jobs in ((True, meta.load_jobs), (False, meta.store_jobs))
         )
         flush = set(meta.jobs_to_flush or ())
@@ -429,6 +434,13 @@ class _Anything(StructuredOutputGrammar):  # type: ignore[misc]
 _Anything.__abstractmethods__ = frozenset()  # what else a grammar can, the scheduler does not ask for
 
 
+def _chunks(job: Any, *, reads: bool) -> int:
+    """Chunks that a transfer of native offloading moves."""
+    ends = job.transfer_spec if hasattr(job, "transfer_spec") else (job.src_spec, job.dst_spec)
+    host = ends[not reads]
+    return len(host.chunk_ids if hasattr(host, "chunk_ids") else host.block_ids)
+
+
 def _await_grammar(request: Request) -> None:
     """As if a grammar were compiled for it in the background."""
     params = StructuredOutputsParams(regex="a*")
@@ -487,6 +499,12 @@ def _spec(group: dict[str, Any]) -> KVCacheSpec:
     )
 
 
+def _drafts_at(config: dict[str, Any], group: dict[str, Any]) -> dict[str, bool]:
+    """Whether the drafter's layers are in a group, where vLLM knows."""
+    kinds = (config["speculation"] or {}).get("drafter_kinds")
+    return {"is_eagle_group": group["kind"] in kinds} if kinds else {}
+
+
 def _hash_block(config: dict[str, Any], groups: list[dict[str, Any]]) -> int:
     """Tokens a hash (resolve_kv_cache_block_sizes)."""
     sizes = [group["block_size"] for group in groups]
@@ -501,6 +519,20 @@ def _block_sizes(block_size: int, hash_block: int) -> dict[str, int]:
     return {"block_size": block_size} | (
         {"hash_block_size": hash_block} if "hash_block_size" in known else {}
     )
+
+
+def _tensors(
+    config: dict[str, Any], groups: list[dict[str, Any]], remote: dict[str, Any] | None
+) -> list[KVCacheTensor]:
+    """Older releases take the bytes of a block, of which host memory has so many, from the tensors."""
+    if (
+        remote is None
+        or not remote["offload"]
+        or "shared_by" not in inspect.signature(KVCacheTensor).parameters
+    ):
+        return []
+    size = 2 * 4 * 32 * 2 * groups[0]["block_size"] * config["num_gpu_blocks"]
+    return [KVCacheTensor(size=size, shared_by=[f"layer{i}" for i in range(len(groups))])]
 
 
 def _retention(config: dict[str, Any]) -> dict[str, Any]:
@@ -577,7 +609,7 @@ def _offloading(asked: dict[str, Any], block_size: int) -> KVTransferConfig:
         kv_connector="OffloadingConnector",
         kv_role="kv_both",
         kv_connector_extra_config={
-            "cpu_bytes_to_use": asked["chunks"] * -(-chunk // 4096) * 4096,
+            "cpu_bytes_to_use": asked["chunks"] * -(-chunk // PAGE) * PAGE,
             "block_size": block_size * asked["blocks_per_chunk"],
             "eviction_policy": asked["policy"],
             "store_threshold": asked["store_threshold"],
@@ -614,7 +646,8 @@ def _speculate(vllm_config: VllmConfig, asked: dict[str, Any]) -> None:
     speculative.method = asked["method"]
     if asked["method"] in ("dflash", "dspark"):
         speculative.parallel_drafting = True
-    drafter = SimpleNamespace(hf_config=SimpleNamespace(), architectures=())
+    layers = max(1, asked["prompt_lookahead"])
+    drafter = SimpleNamespace(hf_config=SimpleNamespace(num_nextn_predict_layers=layers), architectures=())
     speculative.draft_model_config = drafter
     if asked["by_batch"]:
         firsts = [*(first for first, _ in asked["by_batch"]), 1 << 20]
@@ -653,15 +686,13 @@ def main() -> None:
         Path(model, "config.json").write_text(json.dumps(MODEL))
         for line in sys.stdin:
             scenario = json.loads(line)
+            made: list[dict[str, Any]] = []
             try:
-                answer: dict[str, Any] = {
-                    "decisions": list(
-                        decisions(VllmEngine(scenario["config"], model, scenario["remote"]), scenario)
-                    )
-                }
+                made.extend(decisions(VllmEngine(scenario["config"], model, scenario["remote"]), scenario))
             except Exception as error:
-                answer = {"error": f"{type(error).__name__}: {error}"}
-            print(json.dumps(answer, separators=(",", ":")), file=answers)
+                at = traceback.extract_tb(error.__traceback__)[-1]
+                made.append({"raised": f"{type(error).__name__}: {error} ({at.name}: {at.line})"})
+            print(json.dumps(made, separators=(",", ":")), file=answers)
 
 
 if __name__ == "__main__":

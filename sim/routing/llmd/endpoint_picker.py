@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -57,7 +56,7 @@ class EndpointPicker:
         self._known: Columns | None = None
         self._base: Scores = np.empty(0)  # for ``_known``: the sum of the first scores, which are by gauges
         self._rest: list[tuple[Scorer, float, Scores | None]] = []  # the others, of which some are kept
-        self._pick = partial(PICKERS[config.picker.type], rng=setting.rng)
+        self._picker = PICKERS[config.picker.type]
         producers = [
             *setting.loads.values(),
             *setting.prefixes.values(),
@@ -101,7 +100,7 @@ class EndpointPicker:
             if len(kept) < len(positions):
                 positions = [positions[position] for position in kept]
                 cycle = everyone.of(positions)
-        return positions[self._pick(self.totals(cycle))]
+        return positions[self._picker(self.totals(cycle), self.setting.rng)]
 
     def tell(self, cycle: Cycle, backend: Backend) -> None:
         """A request goes to a server."""

@@ -11,20 +11,23 @@ from pathlib import Path
 
 sys.path += [str(Path(__file__).resolve().parents[up] / name) for up, name in ((0, ""), (2, "helpers"))]
 
+from cores import interpreted
 from engine_log import in_python, installed
 from hypothesis import given, seed, settings
 from plain_engine import PlainEngine
-from test_against_plain import Case, cases, drafting, first_difference, random_cases
+from test_against_plain import Case, cases, connected, drafting, first_difference, random_cases
 
 from servecast.sim.engine.scheduler import Scheduler
+from servecast.validate.parity.parity import compare as first_mismatch
 
 
 def compare(number: int, start: int) -> Counter[str]:
-    """Compare ``number`` cases, a half of them under contention, and count what happened in them."""
+    """Compare ``number`` cases, a half of them under contention and a fourth with a KV connector, and count
+    what happened in them."""
     seen: Counter[str] = Counter()
 
     @seed(start)
-    @settings(random_cases(number), derandomize=False, database=None)
+    @settings(random_cases(number - number // 4), derandomize=False, database=None)
     @given(cases() | cases(contend=True) | drafting())
     def all_decide_alike(case: Case) -> None:
         plain = case.run(PlainEngine(case.config))
@@ -45,6 +48,17 @@ def compare(number: int, start: int) -> Counter[str]:
         assert first_difference(case.run(Scheduler(case.config), trace=False), plain) == "", "not traced"
 
     all_decide_alike()
+    for index in range(number // 4):
+        one = connected(index, start)
+        for make in (Scheduler, interpreted()["scheduler"].Scheduler):
+            mismatch = first_mismatch(one, one.scenario.config.version, make)
+            assert mismatch is None, str(mismatch)
+        seen.update(
+            cases=1,
+            with_connector=1,
+            steps=sum("schedule" in event for event in one.events()),
+            loading=sum(bool(event.get("waiting_blocks")) for event in one.events()),
+        )
     return seen
 
 

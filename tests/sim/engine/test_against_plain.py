@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
@@ -17,6 +19,9 @@ from servecast.sim.engine.draft_rules import draft_rules_for
 from servecast.sim.engine.request import Request
 from servecast.sim.engine.scheduler import Scheduler
 from servecast.sim.engine.speculation import METHODS, speculation
+from servecast.validate.parity.parity import Recorded, compare, our_decisions
+from servecast.validate.parity.remote import draw_remote
+from servecast.validate.parity.scenarios import recorded_picks, with_drafts
 
 
 def first_difference(one: list[StepLog], other: list[StepLog]) -> str:
@@ -177,6 +182,18 @@ def drafting(draw: st.DrawFn) -> Case:
     return replace(case, config=config, told=told)
 
 
+CONNECTED = ("0.33", "0.32", "0.30", "0.27", "0.24", "0.23")
+
+
+def connected(index: int, seed: int = 0) -> Recorded:
+    """A random scenario with a KV connector, one in three with drafts, and what the plain model decides."""
+    version, pick = CONNECTED[index % len(CONNECTED)], recorded_picks(seed, index)[0]
+    scenario = draw_remote(pick, version, f"connected-{version}-{seed}-{index}")
+    if index % 3 == 2:
+        scenario = with_drafts(pick, scenario)
+    return Recorded(scenario, json.dumps(list(our_decisions(scenario, version, PlainEngine))))
+
+
 def random_cases(number: int) -> settings:
     slow = [HealthCheck.too_slow]
     return settings(max_examples=number, deadline=None, derandomize=True, suppress_health_check=slow)
@@ -201,6 +218,18 @@ def test_the_engine_follows_the_plain_model_under_contention(case: Case) -> None
 def test_drafts_follow_the_plain_model(case: Case) -> None:
     plain = case.run(PlainEngine(case.config))
     assert first_difference(case.run(installed(case.config)), plain) == ""
+
+
+def test_connectors_follow_the_plain_model() -> None:
+    """External hits, loads in the step and beside it, held blocks, failed loads under both policies."""
+    seen: Counter[str] = Counter()
+    for one in map(connected, range(48)):
+        mismatch = compare(one, one.scenario.config.version)
+        assert mismatch is None, str(mismatch)
+        for event in one.events():
+            seen["waiting"] += bool(event.get("waiting_blocks"))
+            seen["hits"] += event.get("external", (0, 0))[1] > 0
+    assert min(seen.values()) > 1000
 
 
 @random_cases(60)

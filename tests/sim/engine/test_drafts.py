@@ -18,9 +18,10 @@ from places import DATA
 from servecast.sim.engine.config import EngineConfig
 from servecast.sim.engine.drafts import drawn
 from servecast.sim.engine.engine_loop import IDLE, EngineLoop
+from servecast.sim.engine.kv_groups import CacheSpec
 from servecast.sim.engine.request import Request, Requests
 from servecast.sim.engine.scheduler import Scheduler
-from servecast.sim.engine.speculation import Kinds, speculation
+from servecast.sim.engine.speculation import Kinds, by_modules, speculation
 from servecast.sim.inputs.errors import InputError
 
 # ---- logs of vLLM 0.32: the header says all of a scenario but what its prompts share
@@ -141,16 +142,15 @@ def test_a_logged_scenario(name: str) -> None:
 
 def config(*, k: int, acceptance: tuple[float, ...], version: str = "0.32", **options: Any) -> EngineConfig:
     given = {name: options.pop(name) for name in ("proposed", "seed", "by_batch", "kinds") if name in options}
-    method = options.pop("method", "eagle")
+    method, modules = options.pop("method", "eagle"), options.pop("modules", 1)
     usual: dict[str, Any] = {
         "max_num_seqs": 64,
         "max_num_batched_tokens": 4096,
         "max_model_len": 4096,
         "num_gpu_blocks": 20_000,
     }
-    return EngineConfig(
-        version=version, speculation=speculation(version, method, k, acceptance, **given), **usual | options
-    )
+    drafts = by_modules(speculation(version, method, k, acceptance, **given), version, modules)
+    return EngineConfig(version=version, speculation=drafts, **usual | options)
 
 
 def decoded(engine: Any, requests: int, output: int) -> Any:
@@ -400,3 +400,49 @@ def test_an_admission_that_a_threshold_cuts_is_refused() -> None:
     with pytest.raises(InputError, match="padded to 4 tokens"):
         Scheduler(replace(made, long_prefill_token_threshold=3))
     Scheduler(replace(made, long_prefill_token_threshold=4))
+
+
+FULL = CacheSpec(kind="full", block_size=16, page_bytes=1)
+BESIDE_FULL = {
+    "chunked": CacheSpec(kind="chunked", block_size=16, page_bytes=1, window=64),
+    "sliding": CacheSpec(kind="sliding", block_size=16, page_bytes=1, window=64),
+    "mamba": CacheSpec(kind="mamba", block_size=16, page_bytes=1, mode="align"),
+}
+
+
+@pytest.mark.parametrize(
+    ("beside", "method", "version", "message"),
+    [
+        ("chunked", "eagle", "0.32", "hybrid KV cache is not supported for EAGLE and chunked local"),
+        ("mamba", "ngram", "0.32", "holds a state for each draft"),
+        ("sliding", "mtp", "0.32", "several MTP modules"),
+        ("chunked", "eagle", "0.33", ""),  # whose hashes look ahead, and which gives up no block
+        ("sliding", "mtp", "0.27", ""),  # whose scheduler knows nothing of modules
+        ("sliding", "eagle", "0.32", ""),
+    ],
+)
+def test_what_groups_refuse_of_drafts(beside: str, method: str, version: str, message: str) -> None:
+    """SingleTypeKVCacheManager asserts it of chunked attention where a block is dropped."""
+    made = config(k=3, acceptance=(0.5,) * 3, method=method, version=version, modules=3)
+    made = replace(made, kv_groups=(FULL, BESIDE_FULL[beside]))
+    if not message:
+        Scheduler(made)
+        return
+    with pytest.raises(InputError, match=message):
+        Scheduler(made)
+
+
+def test_several_mtp_modules_read_ahead() -> None:
+    """A prompt of 20 tokens in steps of 18: a chunk of 18 would leave 2, so it is 17 and leaves the 3 that
+    three modules read (_reserve_prefill_lookahead). 0.33 hashes a block with the 3 tokens behind it."""
+    made = config(k=3, acceptance=(0.5,) * 3, method="mtp", modules=3)
+    made = replace(made, max_num_batched_tokens=18, max_num_seqs=4)
+    scheduler = Scheduler(made, trace=True)
+    scheduler.add(Request(0, 0.0, 20, 4, 4), 0)
+    first = scheduler.schedule()
+    scheduler.complete(first)
+    assert (first.scheduled(), scheduler.schedule().scheduled()) == ({0: 17}, {0: 3})
+    one = speculation("0.33", "mtp", 3, (0.5,) * 3)
+    assert (one.hash_lookahead, by_modules(one, "0.33", 3).hash_lookahead) == (1, 3)
+    with pytest.raises(InputError, match="3 drafts by several MTP modules, with KV blocks of 2"):
+        Scheduler(replace(made, block_size=2))

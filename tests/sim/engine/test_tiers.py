@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from servecast.sim.engine.chunk_cache import Accesses, ChunkCache, Policy
+from servecast.sim.engine.offloading_rules import offloading_rules_for
 from servecast.sim.engine.pipe import Pipe
 from servecast.sim.engine.tiers import Hierarchy, Tier
 from servecast.sim.inputs.units import PICOSECONDS, to_ps
@@ -74,7 +75,7 @@ def test_hits_of_zipf_keys_are_those_of_an_lru(policy: Policy) -> None:
     """One request a chunk, one after the other: then vLLM is a plain LRU, and ARC does not fall behind."""
     rng = np.random.default_rng(3)
     keys = (rng.zipf(1.3, 4000) % 400).tolist()
-    cache, hits = ChunkCache(40, policy), 0
+    cache, hits = ChunkCache(40, policy, offloading_rules_for("0.32")), 0
     for key in keys:
         accesses = Accesses({key: 0})
         hits += cache.lookup(key) is True
@@ -90,7 +91,7 @@ def test_hits_of_zipf_keys_are_those_of_an_lru(policy: Policy) -> None:
 def test_a_store_that_finds_no_room_is_dropped_whole() -> None:
     """Two chunks are being loaded and two are free: three do not fit, and none of them is stored."""
     places = {key: key for key in range(10)}
-    cache, accesses = ChunkCache(4), Accesses(places)
+    cache, accesses = ChunkCache(4, "lru", offloading_rules_for("0.32")), Accesses(places)
     cache.complete_store(cache.prepare_store([0, 1], accesses) or [])
     cache.prepare_load([0, 1], accesses)
     assert cache.prepare_store([2, 3, 4], Accesses(places)) is None

@@ -181,6 +181,8 @@ def test_releases_that_differ_are_refused_as_the_handshake_does() -> None:
     old = {"engine": {"version": "0.31"}}
     with pytest.raises(InputError, match=r"version 0\.32 beside 0\.31"):
         run_of(scenario({"prefill": old, "decode": 1}))
+    same = {"prefill": {"engine": {"version": "0.32.0"}}, "decode": 1}
+    assert len(run_of(scenario(same)).requests) == 60
     loose = PULLED | {"kv_connector_extra_config": {"enforce_handshake_compat": False}}
     for config in (loose, PULLED | {"kv_connector": "MooncakeConnector"}):
         engine = {"version": "0.32", "max_model_len": 8192, "kv_transfer_config": config}

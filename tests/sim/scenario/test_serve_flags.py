@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from small_scenarios import scenario_file
@@ -23,7 +23,10 @@ OTHERS: dict[Any, Any] = {int: 7, float: 0.5, str: "other", bool: True}
 
 def another(name: str) -> Any:
     """A value of a flag that is not its default."""
-    default = EngineFlags.model_fields[name].default
+    field = EngineFlags.model_fields[name]
+    default, known = field.default, get_args(field.annotation)
+    if known and all(isinstance(each, str) for each in known):
+        return next(each for each in known if each != default)
     if isinstance(default, bool):
         return not default
     words = {"max_model_len": "4096", "max_num_batched_tokens": "4096", "kv_cache_memory_bytes": "4096"}
