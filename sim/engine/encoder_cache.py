@@ -82,8 +82,9 @@ class EncoderCache:
         self.chosen, self.repeated, self.left = [], [], self.budget
         if tokens == 0:
             return 0
-        for place in range(len(sequence.media)):
-            item: Any = sequence.media[place]
+        media: Any = sequence.media
+        for place in range(len(media)):
+            item: Any = media[place]
             offset, length, size = item.offset, item.length, item.embeds
             if offset >= end:
                 break
@@ -171,10 +172,10 @@ class EncoderCache:
         """Of its items those that it may refer to, in the order of a set of small integers
         (get_cached_input_ids)."""
         if self.refers_by_item:
-            return list(sequence.held)
-        found: set = {
-            place for place in range(len(sequence.media)) if sequence.media[place].content in self.cached
-        }
+            held: Any = sequence.held
+            return list(held)
+        media: Any = sequence.media
+        found: set = {place for place, item in enumerate(media) if item.content in self.cached}
         return list(found)
 
     def release(self, sequence: Sequence, place: cython.int) -> cython.int:

@@ -132,7 +132,8 @@ def _run(
         for (_, connector), loop in zip(connected, made.loops, strict=False):
             connector.clock = lambda loop=loop: loop.now
         if (processor := its.processor()) is not None:
-            made.server.processor = processor.seconds
+            server: Any = made.server
+            server.processor = processor.seconds
             processors.append(processor)
         return made
 

@@ -16,6 +16,7 @@ from servecast.sim.engine.request import Content, MediaItem, Requests, media_col
 from servecast.sim.inputs.schema import Amount, Count, Model, NonNegative, invalid
 from servecast.sim.traffic.content import ContentIds
 
+Kind = Literal["image", "video"]
 Shape = tuple[MediaItem, int, int]  # at offset 0, and the model's marks before and behind it
 
 
@@ -36,7 +37,7 @@ class MediaSize(Model):
     """Of the items that have this size."""
 
     @property
-    def modality(self) -> Literal["image", "video"]:
+    def modality(self) -> Kind:
         return "video" if self.frames > 1 else "image"
 
     @model_validator(mode="after")
@@ -63,6 +64,10 @@ def _buckets(given: Any) -> Any:
     return found
 
 
+def _most() -> dict[Kind, int]:
+    return {"image": 255, "video": 1}
+
+
 class MediaSpec(Model):
     """What prompts carry beside text. The defaults are those of ``vllm bench serve --dataset-name
     random-mm``."""
@@ -76,9 +81,7 @@ class MediaSpec(Model):
     """As ``--random-mm-base-items-per-request``."""
     range_ratio: Annotated[NonNegative, Field(le=1)] = 0.0
     """As ``--random-mm-num-mm-items-range-ratio``: so much fewer or more, evenly."""
-    limit_per_prompt: dict[Literal["image", "video"], Amount] = Field(
-        default_factory=lambda: {"image": 255, "video": 1}
-    )
+    limit_per_prompt: dict[Kind, Amount] = Field(default_factory=_most)
     """As ``--random-mm-limit-mm-per-prompt``."""
     repeat_share: Annotated[NonNegative, Field(lt=1)] = 0.0
     """Of the items that were sent before, each as likely."""

@@ -337,11 +337,11 @@ def draw_pictured(pick: Pick, version: str, name: str) -> Scenario:
     if whole and config.long_prefill_token_threshold:  # else no chunk would ever hold it
         longest = min(longest, config.long_prefill_token_threshold)
     images = []
-    for content in range(1, 1 + pick(1, 7)):
+    for number in range(1, 1 + pick(1, 7)):
         length = pick(1, longest)
         lead = pick(0, min(2, length - 1)) if pick(0, 2) == 2 else 0
         tail = pick(0, min(2, length - 1 - lead)) if pick(0, 2) == 2 else 0
-        images.append(MediaItem(content, 0, length, lead, tail))
+        images.append(MediaItem(number, 0, length, lead, tail))
     chosen: dict[int, list[MediaItem]] = {}  # by shared part, what stands in it
 
     def fill(start: int, end: int) -> list[MediaItem]:
@@ -357,17 +357,18 @@ def draw_pictured(pick: Pick, version: str, name: str) -> Scenario:
 
     arrivals = []
     for arrival in plain.arrivals:
-        request, start, content, media = arrival.request, 0, [], list[MediaItem]()
+        request, start = arrival.request, 0
+        content, shown = list[tuple[int, int]](), list[MediaItem]()
         for part, end in request.content:
             if part not in chosen:
                 chosen[part] = fill(start, end)
             if any(item.offset + item.length > end for item in chosen[part]):
                 break  # it ends within an image: those tokens are its own
-            media += chosen[part]
+            shown += chosen[part]
             content.append((part, end))
             start = end
-        media += fill(start, request.prompt_tokens)
-        request = dataclasses.replace(request, content=tuple(content), media=tuple(media))
+        shown += fill(start, request.prompt_tokens)
+        request = dataclasses.replace(request, content=tuple(content), media=tuple(shown))
         arrivals.append(dataclasses.replace(arrival, request=request))
     most = max(image.embeds for image in images)
     return dataclasses.replace(
