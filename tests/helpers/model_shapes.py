@@ -29,6 +29,7 @@ PUBLISHED = {  # billions of parameters, KV bytes a token
     "Qwen3-32B": (32.76, 262_144),
     "Qwen3-30B-A3B": (30.53, 98_304),
     "Qwen3-235B-A22B": (235.09, 192_512),
+    "Qwen3-235B-A22B-FP8": (235.09, 192_512),
     "MiniMax-M2.5": (228.69, 253_952),
     "gemma-3-1b-it": (1.00, 26_624),
     "gpt-oss-120b": (116.83, 73_728),
