@@ -31,7 +31,7 @@ from servecast.sim.metrics.records import STATUSES, STEP_COLUMNS, Run, requests_
 from servecast.sim.routing.backends import Backend
 from servecast.sim.routing.options import RouterOptions
 from servecast.sim.routing.pools import Splitting
-from servecast.sim.routing.routers import Answered, Informed, Random, RoundRobin, Router
+from servecast.sim.routing.routers import Informed, Random, RoundRobin, Router
 from servecast.sim.traffic.sessions import SessionStream
 
 __all__ = ["NOT_READY", "Fleet"]
@@ -49,31 +49,27 @@ class Fleet:
 
     Args:
         make_replica: called with (index, client) for each replica.
-        count: number of replicas, >= 1.
+        replicas: how many, >= 1, or when each is there; those of the beginning, where an autoscaler decides.
         router: routing policy.
         client: the process that sends and reads. rng: for the order in which it reads.
         options: how late the router knows things. routing: for when it scrapes; without, rng.
-        lives: of each replica; without, all are there all the time.
         detection_s: for so long the router still sends requests to a replica that has failed.
-        autoscaler: what lets replicas come and go; ``lives`` are then those of the first ones.
-        apart: whether replicas that no router looks at may run one after the other.
+        autoscaler: what lets replicas come and go.
         disaggregation: where some of them prefill and others decode; ``router`` is then its own.
     """
 
     def __init__(
         self,
         make_replica: Callable[[int, Client], Replica],
-        count: int,
+        replicas: int | Sequence[Life],
         router: Router | Splitting,
         client: Client,
         rng: np.random.Generator,
         *,
         options: RouterOptions | None = None,
         routing: np.random.Generator | None = None,
-        lives: Sequence[Life] | None = None,
         detection_s: float = 0.0,
         autoscaler: AutoscalerSpec | None = None,
-        apart: bool = True,
         disaggregation: Disaggregation | None = None,
     ) -> None:
         self._env = simpy.Environment()
@@ -87,16 +83,16 @@ class Fleet:
         self._flow: Flow | None = None
         self._finished: list[simpy.Event] = []  # by stream
         self._stage_starts: list[float] = []
-        self._may_be_apart = apart
         self._autoscaler, self._make_replica = autoscaler, make_replica
         self.scaling: Scaling | None = None
         self._condensed_s: float | None = None
         self._condensed: list[dict[str, float]] = []
         self._options, self._routing = options or RouterOptions(), routing or rng
-        self._board = Board(count if autoscaler is None else _MOST_REPLICAS, lambda: self.now)
+        lives = [Life()] * replicas if isinstance(replicas, int) else replicas
+        self._board = Board(len(lives) if autoscaler is None else _MOST_REPLICAS, lambda: self.now)
         self.replicas: list[Replica] = []
         self._endpoints: list[Endpoint] = []
-        for life in lives or [Life()] * count:
+        for life in lives:
             self._endpoint(life)
         ready = [endpoint for endpoint in self._endpoints if not endpoint.life.start_s]
         self._ready = Endpoints(self._endpoints, ready, self._board)
@@ -209,7 +205,7 @@ class Fleet:
             and not (stream.background or stream.until_s or stream.max_concurrency)
             and not isinstance(stream, SessionStream)
             and self._autoscaler is None
-            and (self._may_be_apart or len(self.replicas) == 1)
+            and (len(self.replicas) == 1 or not any(replica.shares for replica in self.replicas))
             and requests.abort_after_s is None
             and not any(replica.server.connected() for replica in self.replicas)
             and (self._client.is_free or len(self.replicas) == 1)
@@ -255,8 +251,6 @@ class Fleet:
             send,
             None if quiet else router,
             self._board.outstanding,
-            ended=router.ended if isinstance(router, Informed) else None,
-            answered=router.answered if isinstance(router, Answered) else None,
             quiet=quiet,
             ordered=ordered,
             legs=self._legs,

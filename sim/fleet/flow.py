@@ -19,7 +19,7 @@ import cython
 import numpy as np
 
 from servecast.sim.engine.engine_loop import OUTCOMES, EngineLoop, writable
-from servecast.sim.routing.routers import LOOKS_AT_NONE
+from servecast.sim.routing.routers import LOOKS_AT_NONE, Answered, Informed
 
 if cython.compiled:
     from cython.cimports.libc.math import rint
@@ -158,8 +158,8 @@ class Flow:
     Args:
         requests: the columns of all. servers: of the replicas, by number.
         send: when a request that the client starts now is on the wire; None: at once.
-        router: picks among ``ready``; None: the first.
-        ended, answered: what the router is told (``Informed``, ``Answered``), or None.
+        router: picks among ``ready``, and is told what it wants to hear (``Informed``, ``Answered``); None:
+            the first.
         quiet: nobody waits for an end: the engines tell none.
         legs: where prompts are computed by servers of their own (``Legs``), or None.
 
@@ -181,8 +181,6 @@ class Flow:
         router: Any,
         outstanding: Any,
         *,
-        ended: Any = None,
-        answered: Any = None,
         quiet: bool = False,
         ordered: bool = False,
         legs: Any = None,
@@ -190,7 +188,9 @@ class Flow:
         n: cython.Py_ssize_t = len(requests)
         server: Server
         self.requests, self.servers, self.ready = requests, servers, ready
-        self.send, self.router, self.ended, self.answered = send, router, ended, answered
+        self.send, self.router = send, router
+        self.ended = router.ended if isinstance(router, Informed) else None
+        self.answered = router.answered if isinstance(router, Answered) else None
         self.quiet, self.ordered, self.legs = quiet, ordered, legs
         self.looks = router is not None and not isinstance(router, LOOKS_AT_NONE)
         self.heap, self.senders, self.finished, self.order = [], [], [], []

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from servecast.sim.engine.data_parallel import DataParallel
-from servecast.sim.engine.engine import Engine, Step
+from servecast.sim.engine.engine import Engine
 from servecast.sim.engine.engine_loop import EngineLoop
 from servecast.sim.engine.lockstep import Lockstep
 from servecast.sim.engine.scheduler import Scheduler
@@ -31,8 +31,7 @@ class Replica:
         index: number of the replica in its fleet.
         engines: fresh ones, as many as there are cores; or one.
         step_time: how long a step takes.
-        noise: factors of mean 1 on the step time, one a step.
-        floor: a step's least duration in seconds, which noise does not undercut (its roofline).
+        noise: factors of mean 1 on the step time, one a step; they leave a step its roofline.
         costs, rng: of the API server in front of the engine. client: the process that reads its tokens.
         cold_start_s: how long the host is busy between deciding the first step and its start on the GPU.
         together: what the cores step with (``lockstep``); None: each by itself.
@@ -41,6 +40,7 @@ class Replica:
         loops: around the engines, by rank.
         role: prefill or decode, in a fleet of such pools. Prompts alone go to a server that prefills, and no
             client reads its tokens.
+        shares: whether it keeps KV where other replicas look for it.
     """
 
     def __init__(
@@ -49,7 +49,6 @@ class Replica:
         engines: Engine | Sequence[Engine],
         step_time: StepTime,
         noise: Iterator[float],
-        floor: Callable[[Step], float],
         costs: FrontEndCosts,
         rng: np.random.Generator,
         client: Client,
@@ -58,7 +57,8 @@ class Replica:
         together: Engines | None = None,
         role: str = "",
     ) -> None:
-        self.index, self.role = index, role
+        self.index, self.role, self.shares = index, role, False
+        floor = step_time.roofline_seconds
         self.engines = engines if isinstance(engines, Sequence) else (engines,)
         self.config = config = self.engines[0].config
         served = to_ps(costs.token_s), to_ps(costs.delivery_s)

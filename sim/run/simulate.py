@@ -119,7 +119,6 @@ def _run(
             or [its.engine(index, shared) for _ in range(1 if cores is None else cores.local)],
             its.step_time,
             its.profile.noise.factors(noise_streams[index]),
-            its.step_time.roofline_seconds,
             costs,
             front_end_streams[index],
             client,
@@ -127,6 +126,7 @@ def _run(
             together=together,
             role=role,
         )
+        made.shares = its.offloading is not None and its.offloading.shares
         for loop in made.loops:
             its.equip(loop)
         for (_, connector), loop in zip(connected, made.loops, strict=False):
@@ -142,16 +142,14 @@ def _run(
     pools = ServerPools(scenario, deployments, picking, clock) if scenario.fleet.prefill else None
     fleet = Fleet(
         make_replica,
-        count,
+        [spec.life for spec in specs],
         router(scenario, picking, clock) if pools is None else pools.disaggregation.router,
         Client(deployment.front_end),
         reading,
         options=scenario.fleet.router_options,
         routing=scraping,
-        lives=[spec.life for spec in specs],
         detection_s=scenario.fleet.failure_detection_s,
         autoscaler=scenario.fleet.autoscaler,
-        apart=not any(each.offloading is not None and each.offloading.shares for each in deployments),
         disaggregation=None if pools is None else pools.disaggregation,
     )
     run = fleet.run(stages, condensed_s=condensed_s)

@@ -57,6 +57,9 @@ class LawTime:
     def seconds(self, step: object) -> float:
         return self._law.seconds(step.chunks, step.decodes, step.decode_context)  # type: ignore[attr-defined]
 
+    def roofline_seconds(self, step: object) -> float:
+        return 0.0
+
 
 def predicted(requests: list[Request], clients: int | None) -> Run:
     config = EngineConfig(
@@ -74,7 +77,7 @@ def predicted(requests: list[Request], clients: int | None) -> Run:
 
     def make(index: int, client: Client) -> Replica:
         engines = [Scheduler(config), Scheduler(config)]
-        return Replica(index, engines, LawTime(), repeat(1.0), lambda _: 0.0, costs, rng, client)
+        return Replica(index, engines, LawTime(), repeat(1.0), costs, rng, client)
 
     router = ROUTERS["round_robin"](RouterOptions(), rng)
     stage = Stage("all", [Stream("all", requests, max_concurrency=clients)])

@@ -101,7 +101,7 @@ def serve_stages(
     def make_replica(index: int, client: Client) -> Replica:
         draws = noise(rng.spawn(1)[0])
         law = step_time or TokenTime()
-        return Replica(index, Scheduler(config), law, draws, lambda _: 0.0, free, rng, client)
+        return Replica(index, Scheduler(config), law, draws, free, rng, client)
 
     return Fleet(make_replica, servers, LeastOutstanding(), Client(free), rng).run(stages)
 

@@ -139,7 +139,7 @@ def test_a_fleet_follows_its_autoscaler() -> None:
 
     def make(index: int, client: Client) -> Replica:
         engine, law = Scheduler(config()), OneSecondSteps()
-        return Replica(index, engine, law, iter(lambda: 1.0, None), lambda _: 0.0, free, rng, client)
+        return Replica(index, engine, law, iter(lambda: 1.0, None), free, rng, client)
 
     scaler = spec("hpa", metric="in_flight", target=5, startup_s=5)
     router = ROUTERS["least_outstanding"](RouterOptions(), rng)

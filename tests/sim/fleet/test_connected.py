@@ -26,7 +26,7 @@ def run(requests: list[Request], store: TimedStore, *, host_waits: bool = False,
 
     def make(index: int, client: Client) -> Replica:
         scheduler = Scheduler(config(**engine), store)
-        replica = Replica(index, scheduler, law, repeat(1.0), law.roofline_seconds, costs, rng, client)
+        replica = Replica(index, scheduler, law, repeat(1.0), costs, rng, client)
         replica.loops[0].host_waits = host_waits  # type: ignore[union-attr]
         return replica
 

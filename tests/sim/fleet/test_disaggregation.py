@@ -65,7 +65,7 @@ def run(
         steps = OneSecondSteps()
         scheduler = Scheduler(config(block_size=BLOCK, **flags), connector)
         made = Replica(
-            index, scheduler, steps, repeat(1.0), steps.roofline_seconds, FrontEndCosts(),
+            index, scheduler, steps, repeat(1.0), FrontEndCosts(),
             np.random.default_rng(0), client, role=role,
         )  # fmt: skip
         connector.clock = lambda: made.now
@@ -73,9 +73,9 @@ def run(
 
     router = Pools(RoundRobin(), RoundRobin(), direct_below)
     fleet = Fleet(
-        make, count, router, Client(FrontEndCosts()), np.random.default_rng(0),
+        make, [(lives or {}).get(index, Life()) for index in range(count)], router,
+        Client(FrontEndCosts()), np.random.default_rng(0),
         disaggregation=Disaggregation(router, hop_s, exchange),
-        lives=[(lives or {}).get(index, Life()) for index in range(count)],
     )  # fmt: skip
     return fleet.run(one_stream(list(requests))), fleet, exchange
 

@@ -47,16 +47,15 @@ def run(
     def make(index: int, client: Client) -> Replica:
         factors = iter(lambda: 1.0, None)
         scheduler = Scheduler(config(**engine))
-        return Replica(index, scheduler, steps, factors, steps.roofline_seconds, costs, rng, client)
+        return Replica(index, scheduler, steps, factors, costs, rng, client)
 
     fleet = Fleet(
         make,
-        len(lives),
+        lives,
         router or ROUTERS["round_robin"](RouterOptions(), rng),
         Client(costs),
         rng,
         options=options,
-        lives=lives,
         detection_s=detection_s,
     )
     return fleet.run(stages), dict(fleet.failures)
@@ -140,10 +139,10 @@ def test_a_request_in_preparation_fails_with_its_server() -> None:
 
     def make(index: int, client: Client) -> Replica:
         factors = iter(lambda: 1.0, None)
-        return Replica(index, Scheduler(config()), steps, factors, steps.roofline_seconds, costs, rng, client)
+        return Replica(index, Scheduler(config()), steps, factors, costs, rng, client)
 
     router = ROUTERS["round_robin"](RouterOptions(), rng)
-    fleet = Fleet(make, 1, router, Client(FrontEndCosts()), rng, lives=[Life(fail_s=0.5)])
+    fleet = Fleet(make, [Life(fail_s=0.5)], router, Client(FrontEndCosts()), rng)
     result = fleet.run(requests(0.0, 1.0))
     assert column(result, "status") == ["failed", "failed"]
     assert len(result.steps) == 0

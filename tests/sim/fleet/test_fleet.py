@@ -37,9 +37,7 @@ def run(
 
     def make(index: int, client: Client) -> Replica:
         factors = noise or repeat(1.0)
-        return Replica(
-            index, Scheduler(engine), step_time, factors, step_time.roofline_seconds, costs, rng, client
-        )
+        return Replica(index, Scheduler(engine), step_time, factors, costs, rng, client)
 
     policy = ROUTERS[router](RouterOptions(), rng)
     return Fleet(make, replicas, policy, Client(costs), rng).run(stages)

@@ -47,10 +47,9 @@ def served(stages: list[Stage], *, lives: list[Life] | None = None, router: Rout
     def replica(index: int, client: Client) -> Replica:
         law, ones = OneSecondSteps(), iter(lambda: 1.0, None)
         engine = Scheduler(config(max_model_len=512, num_gpu_blocks=401))
-        return Replica(index, engine, law, ones, lambda _: 0.0, free, rng, client)
+        return Replica(index, engine, law, ones, free, rng, client)
 
-    count = len(lives or [Life()])
-    fleet = Fleet(replica, count, router or RoundRobin(), Client(free), rng, lives=lives, detection_s=0.5)
+    fleet = Fleet(replica, lives or 1, router or RoundRobin(), Client(free), rng, detection_s=0.5)
     run = fleet.run(stages)
     requests = [each for stage in stages for stream in stage.streams for each in stream.requests]
     known = {each.request_id: each.turn for each in requests if isinstance(each, SessionRequest)}

@@ -214,7 +214,7 @@ def test_what_a_fleet_keeps_is_what_each_replica_says() -> None:
 
     def make(index: int, client: Client) -> Replica:
         engine = Scheduler(config(num_gpu_blocks=40))
-        return Replica(index, engine, steps, iter(lambda: 1.0, None), lambda _: 0.0, costs, rng, client)
+        return Replica(index, engine, steps, iter(lambda: 1.0, None), costs, rng, client)
 
     requests = [
         Request(i, 0.1 * i, 60, 5, 5, ((i % 6, 48),), 0, 3.3 if i % 5 == 0 else None, i % 7)
@@ -222,7 +222,7 @@ def test_what_a_fleet_keeps_is_what_each_replica_says() -> None:
     ]
     lives = [Life(), Life(), Life(start_s=5.0), Life(drain_s=20.0), Life(fail_s=15.0), Life(), Life(), Life()]
     options = RouterOptions(scrape_interval_s=0.3, event_lag_s=0.25)
-    fleet = Fleet(make, 8, nosy, Client(costs), rng, options=options, lives=lives, detection_s=1.0)
+    fleet = Fleet(make, lives, nosy, Client(costs), rng, options=options, detection_s=1.0)
     statuses = set(fleet.run(one_stream(requests)).requests["status"])
     assert statuses == {"finished", "aborted", "failed"}
     assert nosy.picks == 400
