@@ -39,7 +39,7 @@ def recorded_run(file: Path) -> Recorded:
         arrivals.append(Arrival(added.steps, n, request))
     aborts = tuple(Abort(step, n, in_flight=in_flight) for n, step, in_flight in run.aborts)
     scenario = Scenario(file.stem, config, tuple(arrivals), aborts, max_steps=len(run.steps))
-    return Recorded(scenario, json.dumps({"decisions": _decisions(run)}))
+    return Recorded(scenario, json.dumps(_decisions(run)))
 
 
 def _decisions(run: Recording) -> list[dict[str, Any]]:
