@@ -51,6 +51,7 @@ KEY_CHECK_S = 0.3
 BLOCKS, RATE = 64, 4.0
 GPU_USE, GPU_MEMORY_MIB = 37.0, 1234.0
 SCRAPE_S = 1.0  # from scrape to scrape, and what one may take at most
+STEP_S = 0.5  # between the times for which Prometheus is asked
 SCENARIO = f"""
 schema_version: 1
 name: metronome
@@ -230,7 +231,8 @@ def test_prometheus_tells_the_same_as_metrics(engine: str, prometheus: str) -> N
         time.sleep(2 * SCRAPE_S)
         list(clients.map(ask, range(40)))
         wait_for_scrape(prometheus, time.time())
-    frame = Prometheus(prometheus, {"node": "here"}).frame(unix + SCRAPE_S, time.time(), 0.5)
+        time.sleep(2 * STEP_S)  # so that a time that is asked for lies behind that scrape
+    frame = Prometheus(prometheus, {"node": "here"}).frame(unix + SCRAPE_S, time.time(), STEP_S)
     asked = frame.assign(time_s=frame["time_s"] - unix + began)
     seen, quiet = direct.frame(), machine.quiet()
     for column in ("running", "waiting", "kv_usage", "preemptions"):

@@ -39,7 +39,7 @@ from servecast.validate.parity.vllm_process import ENVIRONMENT
 
 pytestmark = pytest.mark.live
 
-TTFT, TPOT = 0.08, 0.03
+TTFT, TPOT = 0.15, 0.08  # twice what a quiet machine of two cores showed: 7.7 and 4.0 % of the means
 AGAIN = 2  # times that the load is run again, if its figures are wrong and this machine was not quiet
 LAW = ROOFLINE | {"kv_request_s": 0.010, "kv_moved_token_s": 1e-4}
 BLOCK, SINGLE = 128, 12
