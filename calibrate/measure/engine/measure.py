@@ -178,7 +178,7 @@ def _add_engine_row(folder: Folder, name: str, model: dict[str, Any], engine: En
 
 def model_config(model: Path) -> dict[str, Any]:
     """The config.json of a model's folder, or that file itself; MeasureError if there is none."""
-    file = model / "config.json" if model.is_dir() else model
+    file = model if model.is_file() or model.suffix == ".json" else model / "config.json"
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(config, dict):
