@@ -108,6 +108,7 @@ cdef class EngineLoop:
     cdef int refuse(self) except -1
     cdef int deliver(self, Step step) except -1
     cdef int book(self, Sequence sequence) except -1
+    cdef int lose(self, Step step) except -1
     cdef int note_seen(self, long long time) except -1
     cdef int note_gap(self, long long gap, long long tokens, double spread) except -1
 

@@ -306,10 +306,7 @@ class EngineLoop:
                 if self.after_step is not None:
                     self.after_step(self.now)
                 self.deliver(step)
-                for sequence in step.failed:
-                    sequence.ended = self.now
-                    self.book(sequence)
-                    self.lost.append(sequence.row)
+                self.lose(step)
                 if self.tell_ends and (step.leavers or self.lost):
                     for sequence in step.leavers:
                         self.ended.append(sequence.row)
@@ -620,6 +617,15 @@ class EngineLoop:
             self.outcomes[6, row] = sequence.cached_tokens
         if sequence.preemptions:
             self.outcomes[7, row] = sequence.preemptions
+        return 0
+
+    def lose(self, step: Step) -> cython.int:
+        """Requests have ended with an error, for their KV cache could not be loaded."""
+        sequence: Sequence
+        for sequence in step.failed:
+            sequence.ended = self.now
+            self.book(sequence)
+            self.lost.append(sequence.row)
         return 0
 
     def note_seen(self, time: cython.longlong) -> cython.int:

@@ -1,7 +1,6 @@
 # What is fixed of lockstep.py where it is compiled.
 cimport cython
 from servecast.sim.engine.engine_loop cimport ABORTS, BUSY, ENDED, IDLE, EngineLoop
-from servecast.sim.engine.sequence cimport Sequence
 from servecast.sim.engine.step cimport Step
 from servecast.sim.engine.step_costs cimport StepCosts
 

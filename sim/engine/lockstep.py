@@ -13,7 +13,6 @@ import cython
 
 from servecast.sim.engine.cadence import CommonCadence
 from servecast.sim.engine.engine_loop import EngineLoop
-from servecast.sim.engine.sequence import Sequence
 from servecast.sim.engine.step import Step
 from servecast.sim.engine.step_costs import StepCosts
 
@@ -132,7 +131,6 @@ class Lockstep:
         loop: EngineLoop
         step: Step
         ended: cython.bint = False
-        sequence: Sequence
         steps: list = self.first
         i: cython.Py_ssize_t
         self.first, self.first_end, self.second = self.second, self.second_end, None
@@ -147,10 +145,7 @@ class Lockstep:
                 if loop.host_waits:
                     step.transfers = loop.connector.get_finished(step.end)
             loop.finish(step)
-            for sequence in step.failed:
-                sequence.ended = self.now
-                loop.book(sequence)
-                loop.lost.append(sequence.row)
+            loop.lose(step)
             if (step.leavers or loop.lost) and loop.tell_ends:
                 ended = True
         return ended

@@ -49,7 +49,6 @@ class PythonLoop:
         engine: Engine,
         index: int,
         step_time: StepTime,
-        floor: Callable[[Step], float],
         noise: Iterator[float],
         served_ps: tuple[int, int],
         read: Callable[[int, int, int, int], tuple[int, int]] | None,
@@ -66,7 +65,8 @@ class PythonLoop:
         self._outcomes: NDArray[np.int64] = np.zeros((0, 0), np.int64)
         self._depth = 2 if engine.config.async_scheduling else 1
         self._index = index
-        self._seconds, self._floor, self._noise = step_time.seconds, floor, noise
+        self._seconds, self._floor = step_time.seconds, step_time.roofline_seconds
+        self._noise = noise
         (self._token_ps, self._delivery_ps), self._read = served_ps, read
         self._cold_start = cold_start_ps
         self._pending: tuple[int, Step] | None = None  # decided, while the host warms up

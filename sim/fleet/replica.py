@@ -78,9 +78,7 @@ class Replica:
                 if together is not None:
                     together.runner.add(loop)
             else:
-                self.loops.append(
-                    PythonLoop(engine, index, step_time, floor, noise, served, read, cold_start)
-                )
+                self.loops.append(PythonLoop(engine, index, step_time, noise, served, read, cold_start))
         stepping = [together or Engines(loop, [loop]) for loop in self.loops]
         costs_s = costs.latency_s, costs.request_s, costs.prompt_token_s
         variation = _gamma_factors(costs.cv, rng) if costs.cv else None

@@ -262,23 +262,30 @@ def _grid(
     )
 
 
+def _even_blocks(vision: Mapping[str, Any], text: int) -> dict[str, Any]:
+    """Of towers whose blocks are all alike and attend to all, under the names of most configs."""
+    return {
+        "hidden_size": vision["hidden_size"],
+        "intermediate_size": vision["intermediate_size"],
+        "layers": vision["num_hidden_layers"],
+        "full_layers": vision["num_hidden_layers"],
+        "heads": vision["num_attention_heads"],
+        "patch": vision["patch_size"],
+        "longest_edge": vision["image_size"],
+        "text_size": text,
+    }
+
+
 def _gemma3(config: Mapping[str, Any], vision: Mapping[str, Any], text: int) -> VisionTower:
     hidden, patch, edge = vision["hidden_size"], vision["patch_size"], vision["image_size"]
     tokens = int(config.get("mm_tokens_per_image", 256))
     return VisionTower(
         rule="fixed",
-        hidden_size=hidden,
-        intermediate_size=vision["intermediate_size"],
-        layers=vision["num_hidden_layers"],
-        heads=vision["num_attention_heads"],
+        **_even_blocks(vision, text),
         mlp_products=2,
-        patch=patch,
         merge=edge // patch // math.isqrt(tokens),
-        text_size=text,
         joining_weights=hidden * text,
         other_weights=(3 * patch**2 + (edge // patch) ** 2) * hidden,
-        full_layers=vision["num_hidden_layers"],
-        longest_edge=edge,
         tokens_per_image=tokens,
     )
 
@@ -288,18 +295,11 @@ def _mistral3(config: Mapping[str, Any], vision: Mapping[str, Any], text: int) -
     merge = int(config.get("spatial_merge_size", 2))
     return VisionTower(
         rule="rows",
-        hidden_size=hidden,
-        intermediate_size=vision["intermediate_size"],
-        layers=vision["num_hidden_layers"],
-        heads=vision["num_attention_heads"],
+        **_even_blocks(vision, text),
         mlp_products=3,
-        patch=patch,
         merge=merge,
-        text_size=text,
         joining_weights=hidden * merge**2 * hidden + hidden * text + text**2,
         other_weights=3 * patch**2 * hidden,
-        full_layers=vision["num_hidden_layers"],
-        longest_edge=vision["image_size"],
     )
 
 

@@ -40,6 +40,7 @@ from servecast.sim.scenario.speculation import Speculating, speculating
 from servecast.sim.scenario.stages import note as stages_note
 from servecast.sim.scenario.stages import over_nodes
 from servecast.sim.scenario.vllm_flags import FLAG_BAND
+from servecast.sim.traffic.spec import Workload
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +84,7 @@ class Deployment:
         workload = scenario.stages()
         check_traffic(flags, workload, scenario.source)
         check_limits(flags, workload, scenario.source)
-        _check_together(whole)
+        _check_together(whole, workload)
         model = _model(scenario)
         gpu = _gpu(scenario, experts=model.moe_layers > 0)
         drafts = speculating(scenario, model)
@@ -116,7 +117,7 @@ class Deployment:
                 drafts is not None and not drafts.keeps_pace,
                 "engine.speculative_config",
             ),
-            "structured outputs": (_structured(scenario), "workload.structured_outputs"),
+            "structured outputs": (_structured(workload), "workload.structured_outputs"),
             "images": (bool(media_of(workload)), "workload.media"),
         }
         for what, (asked, field) in together.items():
@@ -147,7 +148,7 @@ class Deployment:
     @property
     def compiles_grammars(self) -> bool:
         """Whether requests of its workload wait for grammars."""
-        return _structured(self.scenario)
+        return _structured(self.scenario.stages())
 
     @property
     def model(self) -> ModelShape:
@@ -236,7 +237,7 @@ class Deployment:
         """Relative error bands by metric. That of the KV pool is what its account leaves open; of a server
         other than vLLM it is not known."""
         flags, memory = self.scenario.engine, self.memory
-        structured = FLAG_BAND * _structured(self.scenario)
+        structured = FLAG_BAND * _structured(self.scenario.stages())
         more = 0.0 if self.speculating is None else self.speculating.band
         bands = self.transfer.bands.wider(self.scenario.server.extra_error(flags) + more + structured)
         if flags.policy != "vllm":
@@ -259,6 +260,7 @@ class Deployment:
     @property
     def notes(self) -> tuple[str, ...]:
         """What a result should say about the configuration and what it rests on."""
+        flags, workload, source = self.scenario.engine, self.scenario.stages(), self.scenario.source
         notes: list[str | None] = [
             *self.scenario.notes,
             self._other_model,
@@ -269,8 +271,8 @@ class Deployment:
             self._blind_router,
             self._lone_connector,
             stages_note(self.shard, self.scenario.gpu),
-            *check_traffic(self.scenario.engine, self.scenario.stages(), self.scenario.source),
-            *check_limits(self.scenario.engine, self.scenario.stages(), self.scenario.source),
+            *check_traffic(flags, workload, source),
+            *check_limits(flags, workload, source),
             *(each.note for each in self.fitted_profiles),
         ]
         if self.scenario.profile is None and self.transfer.basis == "physics only":
@@ -379,24 +381,23 @@ class Deployment:
         }
 
 
-def _structured(scenario: Scenario) -> bool:
+def _structured(workload: Workload) -> bool:
     """Whether outputs of the workload follow grammars."""
-    streams = [stream for stage in scenario.stages().stages for stream in stage.streams]
+    streams = [stream for stage in workload.stages for stream in stage.streams]
     return any(stream.structured_outputs for stream in streams)
 
 
-def _check_together(scenario: Scenario) -> None:
-    """Refuses stages, adapters and grammars where they are modelled only alone."""
+def _check_together(scenario: Scenario, workload: Workload) -> None:
+    """Refuses stages, adapters, grammars and images where they are modelled only alone."""
     fleet, flags = scenario.fleet, scenario.engine
     servers = [scenario.of_replica(each).engine for each in (*fleet.prefill, *fleet.decode)] or [flags]
-    structured = _structured(scenario)
+    structured, images = _structured(workload), bool(media_of(workload))
     asked = {
         "pipeline stages": ("engine.pipeline_parallel_size", "Use tensor_parallel_size."),
         "LoRA adapters": ("engine.enable_lora", "Use one of the two."),
         "structured outputs": ("workload.structured_outputs", "Use one of the two."),
         "images": ("workload.media", "Remove it."),
     }
-    images = bool(media_of(scenario.stages()))
     for engine in servers:
         if fleet.prefill and engine.kv_transfer is not None and engine.kv_transfer.connector not in WAYS:
             raise InputError(

@@ -150,7 +150,7 @@ def check_limits(flags: EngineFlags, workload: Workload, source: str) -> tuple[s
     for spec in specs:
         for modality in sorted({size.modality for size in spec.items if size.share}):
             most = spec.limit_per_prompt.get(modality, 0)
-            sent = min(most, -int(-spec.items_per_request * (1 + spec.range_ratio) // 1))
+            sent = min(most, spec.most_items)
             if modality in given and sent > given[modality]:
                 raise InputError(
                     f"prompts may carry {sent} items of {modality}, and the server takes {given[modality]}",

@@ -21,10 +21,7 @@ _EIGHT_BIT_LATENTS_SINCE = "0.25"  # MLAAttention.forward_impl: "DCP not support
 _BLACKWELL_SUMS_SINCE = "0.25"  # FlashInferMLAImpl.can_return_lse_for_decode
 _MIXED_GROUPS_SINCE = "0.26"  # HybridKVCacheCoordinator: "DCP not support hybrid attn now"
 _A2A_FREELY_SINCE = "0.29"  # ParallelConfig: a dcp_comm_backend of its own
-_PADS_BY_STEP_SINCE = (
-    0,
-    17,
-)  # before, with CUDA graphs, steps without one are padded, too (allow_dp_padding)
+_PADS_BY_STEP_SINCE = (0, 17)  # before, with CUDA graphs, steps without one are padded, too
 _COMMON_CADENCE_SINCE = "0.24"  # --prefill-schedule-interval of cores in lockstep
 
 
@@ -152,7 +149,7 @@ def expert_ranks(flags: EngineFlags, release: str, model: ModelShape, where: str
         if flags.enable_eplb
         else 0,
         rebalanced_behind=use_async,
-        padded_alike=numbers(flags.version) < _PADS_BY_STEP_SINCE,
+        padded_alike=numbers(flags.version) < _PADS_BY_STEP_SINCE,  # allow_dp_padding
         kernel=_expert_kernel(flags, whole=whole, ranks=ranks),
     )
 

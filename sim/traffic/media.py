@@ -98,6 +98,11 @@ class MediaSpec(Model):
         return known
 
     @property
+    def most_items(self) -> int:
+        """Of one request, before any limit."""
+        return math.ceil(self.items_per_request * (1 + self.range_ratio))
+
+    @property
     def shapes(self) -> tuple[Shape, ...]:
         """What the model makes of each size."""
         assert self._shapes is not None, "the scenario says what its model makes of items"
@@ -113,9 +118,8 @@ def carry(
         behind: tokens at the end of each prompt that stay there.
     """
     rng = np.random.default_rng([seed, zlib.crc32(f"media {stream}".encode())])
-    base, ratio = spec.items_per_request, spec.range_ratio
     most = sum(spec.limit_per_prompt.get(size.modality, 0) for size in _by_modality(spec.items))
-    low, high = math.floor(base * (1 - ratio)), min(math.ceil(base * (1 + ratio)), most)
+    low, high = math.floor(spec.items_per_request * (1 - spec.range_ratio)), min(spec.most_items, most)
     counts = rng.integers(min(low, high), high + 1, len(requests)).tolist()
     first, sent = ids.first("media", stream), list[tuple[int, int]]()  # (content, size) of each item
     chains: dict[tuple[int, ...], int] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 
-from servecast.validate.parity.parity import Recorded, record
+from servecast.validate.parity.parity import Mismatch, Recorded, compare, record
 from servecast.validate.parity.scenarios import Scenario
 from servecast.validate.parity.vllm_process import ENVIRONMENT, VllmProcess
 
@@ -20,3 +20,8 @@ def record_all(
         with process:
             answers[version] = list(record(process, draw(version, count)))
     return answers
+
+
+def mismatches(recorded: Iterable[Recorded], version: str) -> list[Mismatch]:
+    """The first difference of each scenario in which ours, by the rules of a release, decides otherwise."""
+    return [found for one in recorded if (found := compare(one, version)) is not None]

@@ -9,10 +9,10 @@ import pytest
 
 sys.path.append(str(Path(__file__).parent))
 
-from decisions import record_all
+from decisions import mismatches, record_all
 from mutations import Mutation, catch, load_mutations
 
-from servecast.validate.parity.parity import Recorded, compare
+from servecast.validate.parity.parity import Recorded
 from servecast.validate.parity.scenarios import corner_cases, pictured_scenarios
 
 VERSIONS = {"0.20": 4, "0.23": 4, "0.32": 8, "0.33": 4}
@@ -31,8 +31,8 @@ def recorded() -> dict[str, list[Recorded]]:
 @pytest.mark.vllm
 @pytest.mark.parametrize("version", VERSIONS)
 def test_every_step_is_vllms(recorded: dict[str, list[Recorded]], version: str) -> None:
-    mismatches = [found for one in recorded[version] if (found := compare(one, version)) is not None]
-    assert not mismatches, str(mismatches[0])
+    found = mismatches(recorded[version], version)
+    assert not found, str(found[0])
 
 
 def test_the_scenarios_have_what_they_are_for() -> None:

@@ -9,9 +9,9 @@ import pytest
 
 sys.path.append(str(Path(__file__).parent))
 
-from decisions import record_all
+from decisions import mismatches, record_all
 
-from servecast.validate.parity.parity import Recorded, compare
+from servecast.validate.parity.parity import Recorded
 from servecast.validate.parity.scenarios import shared_out_scenarios
 
 VERSIONS = {"0.20": 8, "0.23": 12, "0.32": 20, "0.33": 12}
@@ -26,8 +26,8 @@ def recorded() -> dict[str, list[Recorded]]:
 @pytest.mark.vllm
 @pytest.mark.parametrize("version", VERSIONS)
 def test_every_step_is_vllms(recorded: dict[str, list[Recorded]], version: str) -> None:
-    mismatches = [found for one in recorded[version] if (found := compare(one, version)) is not None]
-    assert not mismatches, str(mismatches[0])
+    found = mismatches(recorded[version], version)
+    assert not found, str(found[0])
 
 
 @pytest.mark.vllm
