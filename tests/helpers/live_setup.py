@@ -35,6 +35,7 @@ FLAGS = (
     *("--worker-cls", "metronome.MetronomeWorker", "--distributed-executor-backend", "uni"),
     *("--load-format", "dummy"),
 )
+LEVELS = (2, 12)  # requests in progress while a front end is measured
 SCENARIO = """
 schema_version: 1
 name: metronome
@@ -64,13 +65,15 @@ def write_scenario(folder: Path, text: str, model: Path, gpu: GPU) -> Path:
 
 @dataclass(frozen=True)
 class Calibrated:
-    """A metronome's model, where its GPU's peaks would lie, and the profile that was fitted to it.
+    """A metronome's model, where its GPU's peaks would lie, its measurements, and the profile that was fitted
+    to these.
 
     disturbed: what says that this machine did not keep time while it was measured.
     """
 
     model: Path
     gpu: GPU
+    measured: Path
     profile: Path
     disturbed: list[str] = field(default_factory=list)
 
@@ -87,14 +90,12 @@ def metronome(model: Path, law: dict[str, Any]) -> OwnServer:
     return OwnServer(model, FLAGS, PYTHON, metronome_environment(law), recorder=True)
 
 
-def measure_steps(model: Path, out: Path, law: dict[str, Any]) -> Path:
-    """Step times of a metronome, by ``calibrate measure engine``."""
+def measure(what: str, model: Path, out: Path, law: dict[str, Any], *flags: str) -> Path:
+    """What ``calibrate measure`` finds of a metronome of the scenario's engine, in a folder."""
     subprocess.run(
         [
-            *(str(Path(sys.executable).with_name("servecast")), "calibrate", "measure", "engine"),
-            *("--python", PYTHON, "--model", str(model), "--out", str(out), "--name", "model"),
-            *("--steps", "5", "--largest", "20000", "--case-seconds", "0.4"),
-            *("--regions", "decode", "prefill", "prefill_context", "mixed", "decode_ragged"),
+            *(str(Path(sys.executable).with_name("servecast")), "calibrate", "measure", what),
+            *("--python", PYTHON, "--model", str(model), "--out", str(out), "--name", "model", *flags),
             *("--enforce-eager", "--max-model-len", "2048"),
             *("--max-num-seqs", "16", "--max-num-batched-tokens", "512", *FLAGS[:4]),
         ],
@@ -103,6 +104,13 @@ def measure_steps(model: Path, out: Path, law: dict[str, Any]) -> Path:
         capture_output=True,
     )
     return out
+
+
+def measure_steps(model: Path, out: Path, law: dict[str, Any]) -> Path:
+    """Step times of a metronome, by ``calibrate measure engine``."""
+    regions = ("--regions", "decode", "prefill", "prefill_context", "mixed", "decode_ragged")
+    few = ("--steps", "5", "--largest", "20000", "--case-seconds", "0.4")
+    return measure("engine", model, out, law, *few, *regions)
 
 
 def measure_overheads(target: Target, recording: Path, out: Path, levels: Sequence[int]) -> int:

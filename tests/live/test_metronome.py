@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from live_setup import LEVELS, Calibrated
 from metronome_law import Law
 from metronome_setup import (
     FLAGS,
@@ -24,7 +25,7 @@ from metronome_setup import (
     metronome_gpu,
     metronome_model,
 )
-from timing import Machine, judge
+from timing import judge
 
 from servecast.__main__ import main
 from servecast.calibrate.fit.folder import fit_folder
@@ -173,24 +174,28 @@ def test_a_law_of_no_machine_is_a_bad_fit(
     assert "decode" in said
 
 
-def test_overheads_of_a_served_model(model: Path, tmp_path: Path) -> None:
-    if not ENVIRONMENT.exists():
-        pytest.skip("needs vLLM: run tools/install_vllm.sh")
-    machine = Machine()
-    rows = read_rows(_run("served", model, tmp_path, ROOFLINE, "--concurrency", "4") / "engine.jsonl")
-    quiet = machine.quiet()
+def test_overheads_of_a_served_model(calibrated: Calibrated) -> None:
+    rows = [row for row in read_rows(calibrated.measured / "engine.jsonl") if row["row"] == "overhead"]
     measured = [Overhead.model_validate(row) for row in rows]
     overheads = [row for row in measured if not row.more_tokens]
-    assert {row.concurrency for row in overheads} == {4}
+    assert {row.concurrency for row in overheads} == set(LEVELS)
     longer = [row for row in measured if row.more_tokens]
     assert {(row.kind, row.concurrency) for row in longer} == {("request_in", 1)}
-    into = [seconds for row in overheads if row.kind == "request_in" for seconds in row.times_s]
-    turns = {row.turn for row in overheads}
-    assert len(into) == 12 * len(turns) >= 24
-    later = [row for row in rows if row["kind"] == "token_out" and not row["first"]]
-    assert max(row["burst"] for row in later) == 4
-    count = sum(len(row["times_s"]) for row in later)  # of streams whose tokens came one by one
-    judge(f"{count} later tokens in {len(turns)} turns", count > 12 * 40 * len(turns), quiet=quiet)
+    for level in LEVELS:
+        requests = max(12, 3 * level)
+        alike = [row for row in overheads if row.concurrency == level]
+        into = [seconds for row in alike if row.kind == "request_in" for seconds in row.times_s]
+        turns = {row.turn for row in alike}
+        assert len(into) == requests * len(turns) >= 2 * requests
+        later = [
+            row
+            for row in rows
+            if row["kind"] == "token_out" and not row["first"] and row["concurrency"] == level
+        ]
+        assert max(row["burst"] for row in later) == level
+        count = sum(len(row["times_s"]) for row in later)  # of streams whose tokens came one by one
+        what = f"{count} later tokens of {level} at once in {len(turns)} turns"
+        judge(what, count > requests * 40 * len(turns), quiet=not calibrated.disturbed)
     costs, told = fit_front_end(measured, preparation_round("0.32"))
-    print(f"request_in {np.median(into):.4f} s, {costs}")
+    print(costs)
     assert "prompt_token_s" in told
