@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from metronome_law import Law
+from metronome_setup import FLAGS as MEASURED_FLAGS
 from metronome_setup import metronome_environment
 
 from servecast.calibrate.fit.folder import FolderFit, fit_folder
@@ -91,13 +92,12 @@ def metronome(model: Path, law: dict[str, Any]) -> OwnServer:
 
 
 def measure(what: str, model: Path, out: Path, law: dict[str, Any], *flags: str) -> Path:
-    """What ``calibrate measure`` finds of a metronome of the scenario's engine, in a folder."""
+    """What ``calibrate measure`` finds of a metronome, in a folder."""
     subprocess.run(
         [
             *(str(Path(sys.executable).with_name("servecast")), "calibrate", "measure", what),
             *("--python", PYTHON, "--model", str(model), "--out", str(out), "--name", "model", *flags),
-            *("--enforce-eager", "--max-model-len", "2048"),
-            *("--max-num-seqs", "16", "--max-num-batched-tokens", "512", *FLAGS[:4]),
+            *MEASURED_FLAGS,
         ],
         env=os.environ | metronome_environment(law),
         check=True,
@@ -106,11 +106,10 @@ def measure(what: str, model: Path, out: Path, law: dict[str, Any], *flags: str)
     return out
 
 
-def measure_steps(model: Path, out: Path, law: dict[str, Any]) -> Path:
-    """Step times of a metronome, by ``calibrate measure engine``."""
-    regions = ("--regions", "decode", "prefill", "prefill_context", "mixed", "decode_ragged")
-    few = ("--steps", "5", "--largest", "20000", "--case-seconds", "0.4")
-    return measure("engine", model, out, law, *few, *regions)
+def measure_steps(model: Path, out: Path, law: dict[str, Any], *regions: str) -> Path:
+    """Step times of a metronome, by ``calibrate measure engine``; all regions if none is named."""
+    few = ("--steps", "5", "--long-run-steps", "80", "--largest", "70000", "--case-seconds", "0.4")
+    return measure("engine", model, out, law, *few, *(("--regions", *regions) if regions else ()))
 
 
 def measure_overheads(target: Target, recording: Path, out: Path, levels: Sequence[int]) -> int:

@@ -3,28 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from live_setup import LEVELS, Calibrated
+from live_setup import LEVELS, Calibrated, measure_steps
 from metronome_law import Law
-from metronome_setup import (
-    FLAGS,
-    NO_MACHINE,
-    ROOFLINE,
-    SIZES,
-    STAIRCASE,
-    metronome_environment,
-    metronome_gpu,
-    metronome_model,
-)
+from metronome_setup import NO_MACHINE, ROOFLINE, SIZES, STAIRCASE, metronome_gpu
 from timing import judge
 
 from servecast.__main__ import main
@@ -34,52 +21,26 @@ from servecast.calibrate.fit.noise import fit_front_end
 from servecast.calibrate.fit.physical import PhysicalFit, joined
 from servecast.calibrate.measure.folder import read_rows
 from servecast.sim.scenario.vllm_server import preparation_round
-from servecast.validate.parity.vllm_process import ENVIRONMENT
 
 pytestmark = pytest.mark.live  # a metronome keeps time where it is not held up
-LAWS = {"roofline": ROOFLINE, "staircase": STAIRCASE, "no machine": NO_MACHINE}
+LAWS = {"roofline": ROOFLINE, "staircase": STAIRCASE}
 WITHIN = 0.05
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return metronome_model(tmp_path_factory.mktemp("metronome") / "model")
-
-
-@pytest.fixture(scope="module")
-def folders(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Law -> measurements; measured side by side, since a metronome mostly sleeps."""
-    if not ENVIRONMENT.exists():
-        pytest.skip("needs vLLM: run tools/install_vllm.sh")
-    out = tmp_path_factory.mktemp("measured")
-    with ThreadPoolExecutor(len(LAWS)) as threads:
-        runs = {name: threads.submit(_measure, model, out / name, law) for name, law in LAWS.items()}
-        return {name: run.result() for name, run in runs.items()}
-
-
-def _run(what: str, model: Path, out: Path, law: dict[str, Any], *flags: str) -> Path:
-    subprocess.run(
-        [
-            *(str(Path(sys.executable).with_name("servecast")), "calibrate", "measure", what),
-            *("--python", str(ENVIRONMENT / "bin" / "python"), "--model", str(model), "--out", str(out)),
-            *(*flags, *FLAGS),
-        ],
-        env=os.environ | metronome_environment(law),
-        check=True,
-        capture_output=True,
-    )
-    return out
-
-
-def _measure(model: Path, out: Path, law: dict[str, Any]) -> Path:
-    regions = ("--regions", "decode", "prefill", "mixed") if law is NO_MACHINE else ()
-    _run("engine", model, out, law, "--steps", "5", "--long-run-steps", "80", "--largest", "70000", *regions)
-    if "sizes" in law:  # a GPU's engine pads to these sizes and says so; one on the CPU has none to say
-        file = out / "engine.jsonl"
-        rows = [json.loads(line) for line in file.read_text().splitlines()]
-        rows[0]["flags"]["cudagraph_capture_sizes"] = SIZES
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return out
+def folders(calibrated: Calibrated, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Law -> measurements; one after the other, since those of long runs want the machine for themselves."""
+    out, model = tmp_path_factory.mktemp("measured"), calibrated.model
+    staircase = measure_steps(model, out / "staircase", STAIRCASE)
+    file = staircase / "engine.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows[0]["flags"]["cudagraph_capture_sizes"] = SIZES  # a GPU's engine says to what it pads, a CPU's not
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {
+        "roofline": calibrated.measured,
+        "staircase": staircase,
+        "no machine": measure_steps(model, out / "none", NO_MACHINE, "decode", "prefill", "mixed"),
+    }
 
 
 def _lasts(law: dict[str, Any], steps: Sequence[Step]) -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -89,9 +50,9 @@ def _lasts(law: dict[str, Any], steps: Sequence[Step]) -> np.ndarray[Any, np.dty
 
 @pytest.mark.parametrize("name", ["roofline", "staircase"])
 def test_the_law_is_recovered_in_every_region_even_if_it_was_not_measured(
-    folders: dict[str, Path], model: Path, name: str
+    folders: dict[str, Path], calibrated: Calibrated, name: str
 ) -> None:
-    law, gpu = LAWS[name], metronome_gpu(LAWS[name], model)
+    law, gpu = LAWS[name], metronome_gpu(LAWS[name], calibrated.model)
     measured = read_folder(folders[name])
     steps = joined(measured.steps)
     regions = {step.region for step in steps}
@@ -114,10 +75,10 @@ def test_the_law_is_recovered_in_every_region_even_if_it_was_not_measured(
 
 @pytest.mark.parametrize("name", ["roofline", "staircase"])
 def test_the_profile_predicts_steps_that_were_never_run(
-    folders: dict[str, Path], model: Path, name: str
+    folders: dict[str, Path], calibrated: Calibrated, name: str
 ) -> None:
     law = LAWS[name]
-    found = fit_folder(folders[name], gpu=metronome_gpu(law, model))
+    found = fit_folder(folders[name], gpu=metronome_gpu(law, calibrated.model))
     measured = read_folder(folders[name])
     quiet = not _lost_time(law, measured.steps)
     judge(f"{name}: a bad fit, {found.summary.reasons}", found.good, quiet=quiet)
@@ -162,10 +123,10 @@ def _random_step(rng: np.random.Generator) -> Step:
 
 
 def test_a_law_of_no_machine_is_a_bad_fit(
-    folders: dict[str, Path], model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folders: dict[str, Path], calibrated: Calibrated, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     gpu, profile = tmp_path / "metronome.yaml", tmp_path / "profile.json"
-    metronome_gpu(ROOFLINE, model).save(gpu)
+    metronome_gpu(ROOFLINE, calibrated.model).save(gpu)
     code = main(["calibrate", "fit", str(folders["no machine"]), "--gpu", str(gpu), "--output", str(profile)])
     assert code == 1
     assert not profile.exists()
