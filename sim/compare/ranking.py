@@ -89,7 +89,7 @@ class Reason:
         return f"{self.label} is behind {self.best}: {what}"
 
 
-def rank(sides: Sequence[Side], *, confidence: float = 0.95) -> list[Ranking]:
+def rank(sides: Sequence[Side]) -> list[Ranking]:
     """Rank sides of which each was simulated with the same seeds, in the whole run and in each stage."""
     found = []
     for stage in _stages(sides):
@@ -97,7 +97,7 @@ def rank(sides: Sequence[Side], *, confidence: float = 0.95) -> list[Ranking]:
         for metric, less in RANKED.items():
             values = {label: of_side[metric] for label, of_side in samples.items() if metric in of_side}
             if len(values) > 1:
-                found.append(Ranking(stage, metric, _places(values, less, confidence)))
+                found.append(Ranking(stage, metric, _places(values, less)))
     return found
 
 
@@ -126,28 +126,28 @@ def _part(document: Document, stage: str | None) -> Document:
     return part
 
 
-def _places(values: Mapping[str, list[float]], less: bool, confidence: float) -> tuple[Place, ...]:
+def _places(values: Mapping[str, list[float]], less: bool) -> tuple[Place, ...]:
     means = {label: math.fsum(of_side) / len(of_side) for label, of_side in values.items()}
     order = sorted(means, key=lambda label: means[label] if less else -means[label])
     places = []
     for label in order:
         better = 0
         for other in order:
-            gap = _difference(values[label], values[other], confidence)
-            worse_by = gap if less else Interval(-gap.estimate, -gap.high, -gap.low, confidence, gap.samples)
+            gap = _difference(values[label], values[other])
+            worse_by = gap if less else _difference(values[other], values[label])
             equal = abs(gap.estimate) <= _EQUAL * max(abs(means[label]), abs(means[other]))
             better += not equal and (worse_by.low > 0 if gap.samples > 1 else worse_by.estimate > 0)
-        behind = _difference(values[label], values[order[0]], confidence)
+        behind = _difference(values[label], values[order[0]])
         shown = behind if label != order[0] and behind.samples > 1 else None
         places.append(Place(label, 1 + better, means[label], shown))
     return tuple(places)
 
 
-def _difference(ours: Sequence[float], base: Sequence[float], confidence: float) -> Interval:
-    return t_interval([a - b for a, b in zip(ours, base, strict=True)], confidence)
+def _difference(ours: Sequence[float], base: Sequence[float]) -> Interval:
+    return t_interval([a - b for a, b in zip(ours, base, strict=True)])
 
 
-def reasons(sides: Sequence[Side], rankings: Sequence[Ranking], *, confidence: float = 0.95) -> list[Reason]:
+def reasons(sides: Sequence[Side], rankings: Sequence[Ranking]) -> list[Reason]:
     """What explains each side that is behind the best one. A cause counts where it is worse by a tenth or
     more, and with several seeds beyond doubt."""
     found = []
@@ -157,22 +157,19 @@ def reasons(sides: Sequence[Side], rankings: Sequence[Ranking], *, confidence: f
         samples, best = _samples(sides, ranking.stage), ranking.places[0].label
         for place in ranking.places[1:]:
             if place.rank > 1:
-                causes = _causes(samples[place.label], samples[best], confidence)
+                causes = _causes(samples[place.label], samples[best])
                 found.append(Reason(ranking.stage, ranking.metric, place.label, best, causes))
     return found
 
 
-def _causes(
-    ours: Mapping[str, Sequence[float]], best: Mapping[str, Sequence[float]], confidence: float
-) -> tuple[str, ...]:
+def _causes(ours: Mapping[str, Sequence[float]], best: Mapping[str, Sequence[float]]) -> tuple[str, ...]:
     found = []
     for metric, words in CAUSES.items():
         if metric not in ours or metric not in best:
             continue
-        gap = _difference(ours[metric], best[metric], confidence)
-        if metric == "prefix_cache_hit_rate":
-            gap = Interval(-gap.estimate, -gap.high, -gap.low, confidence, gap.samples)
-        mine, base = (math.fsum(of_side) / len(of_side) for of_side in (ours[metric], best[metric]))
+        sides = (ours[metric], best[metric])
+        gap = _difference(*(sides[::-1] if metric == "prefix_cache_hit_rate" else sides))
+        mine, base = (math.fsum(of_side) / len(of_side) for of_side in sides)
         relative = gap.estimate / max(abs(mine), abs(base)) if gap.estimate else 0.0
         if relative >= _MATTERS and (gap.samples == 1 or gap.low > 0):
             found.append(f"{words.format(_show(metric, mine))}, not {_show(metric, base)}")

@@ -75,7 +75,10 @@ class SideBySide:
     def to_text(self, *, all_metrics: bool = False) -> str:
         """The metrics, a table a stage; what differs between the runs; and what not all sides state."""
         stages = dict.fromkeys(row.stage for row in self.rows)
-        parts = [self._stage_text(stage, all_metrics=all_metrics) for stage in stages]
+        parts = [
+            table(*self.stage_rows(stage, all_metrics=all_metrics), title=f"\n{stage}" if stage else "")
+            for stage in stages
+        ]
         if self.differences:
             facts = [
                 [each.field, *(cell_text(value) for value in each.values), each.may_explain]
@@ -109,12 +112,8 @@ class SideBySide:
             rows.append(cells)
         return header, rows
 
-    def _stage_text(self, stage: str | None, *, all_metrics: bool) -> str:
-        header, rows = self.stage_rows(stage, all_metrics=all_metrics)
-        return table(header, rows, title=f"\n{stage}" if stage else "")
 
-
-def side_by_side(sides: Sequence[Side], *, stage: str | None = None, confidence: float = 0.95) -> SideBySide:
+def side_by_side(sides: Sequence[Side], *, stage: str | None = None) -> SideBySide:
     """Put results side by side.
 
     Stages of the same name are compared; results without stages as a whole.
@@ -142,7 +141,7 @@ def side_by_side(sides: Sequence[Side], *, stage: str | None = None, confidence:
         for metric in metrics[0][0]:
             if sum(metric in of_side[0] for of_side in metrics) > 1:
                 samples = [[seed.get(metric) for seed in of_side] for of_side in metrics]
-                rows.append(_row(name, metric, samples, paired, confidence))
+                rows.append(_row(name, metric, samples, paired))
     differences, unstated = _context_differences([side.results[0] for side in sides])
     labels = tuple(side.label for side in sides)
     return SideBySide(labels, len(sides[0].results), tuple(rows), differences, unstated)
@@ -158,13 +157,7 @@ def _parts(side: Side, document: Document, stage: str | None) -> dict[str | None
     return {None: stages[stage]}
 
 
-def _row(
-    stage: str | None,
-    metric: str,
-    samples: Sequence[Sequence[float | None]],
-    paired: bool,
-    confidence: float,
-) -> Row:
+def _row(stage: str | None, metric: str, samples: Sequence[Sequence[float | None]], paired: bool) -> Row:
     values = [_mean(of_side) for of_side in samples]
     first = values[0]
     ratios = [value / first if value is not None and first else None for value in values]
@@ -175,7 +168,7 @@ def _row(
             for ours, base in zip(of_side, samples[0], strict=False)
             if ours is not None and base is not None
         ]
-        differences.append(t_interval(pairs, confidence) if paired and len(pairs) > 1 else None)
+        differences.append(t_interval(pairs) if paired and len(pairs) > 1 else None)
     return Row(stage, metric, tuple(values), tuple(ratios), tuple(differences))
 
 
