@@ -135,20 +135,6 @@ def _arrival(step: int, arrival: int, request: dict[str, Any]) -> Arrival:
     return Arrival(step, arrival, Request(**request, content=content, media=media))
 
 
-def grouped_scenarios(version: str, seed: int, count: int) -> Iterator[Scenario]:
-    """As ``random_scenarios``, each with KV cache groups."""
-    for index in range(count):
-        pick = recorded_picks(seed, index)[0]
-        yield draw_grouped(pick, version, f"grouped-{version}-{seed}-{index}")
-
-
-def drafted_scenarios(version: str, seed: int, count: int) -> Iterator[Scenario]:
-    """As ``random_scenarios``, each with speculative decoding."""
-    for index in range(count):
-        pick = recorded_picks(seed, index)[0]
-        yield draw_drafted(pick, version, f"drafted-{version}-{seed}-{index}")
-
-
 def modules_scenarios(version: str, seed: int, count: int) -> Iterator[Scenario]:
     """Those of ``drafted_scenarios`` in which several MTP modules draft."""
     found = (
@@ -181,24 +167,17 @@ def drafted_grouped_scenarios(version: str, seed: int, count: int) -> Iterator[S
             found += 1
 
 
-def random_scenarios(version: str, seed: int, count: int) -> Iterator[Scenario]:
-    """``count`` random scenarios; number i depends on (version, seed, i) alone."""
-    for index in range(count):
-        yield draw_scenario(recorded_picks(seed, index)[0], version, f"random-{version}-{seed}-{index}")
+def of_kind(
+    kind: str, draw: Callable[[Pick, str, str], Scenario]
+) -> Callable[[str, int, int], Iterator[Scenario]]:
+    """What makes ``count`` random scenarios of a kind, of which number i depends on (version, seed, i)
+    alone."""
 
+    def scenarios(version: str, seed: int, count: int) -> Iterator[Scenario]:
+        for index in range(count):
+            yield draw(recorded_picks(seed, index)[0], version, f"{kind}-{version}-{seed}-{index}")
 
-def staged_scenarios(version: str, seed: int, count: int) -> Iterator[Scenario]:
-    """As ``random_scenarios``, each with pipeline stages, LoRA adapters or grammars."""
-    for index in range(count):
-        pick = recorded_picks(seed, index)[0]
-        yield draw_staged(pick, version, f"staged-{version}-{seed}-{index}")
-
-
-def pictured_scenarios(version: str, seed: int, count: int) -> Iterator[Scenario]:
-    """As ``random_scenarios``, each with requests that carry images."""
-    for index in range(count):
-        pick = recorded_picks(seed, index)[0]
-        yield draw_pictured(pick, version, f"pictured-{version}-{seed}-{index}")
+    return scenarios
 
 
 def corner_cases(version: str) -> list[Scenario]:
@@ -318,13 +297,11 @@ def draw_staged(pick: Pick, version: str, name: str) -> Scenario:
     return dataclasses.replace(plain, config=config, arrivals=tuple(arrivals), grammars=tuple(grammars))
 
 
-def shared_out_scenarios(version: str, seed: int, count: int) -> Iterator[Scenario]:
-    """As ``random_scenarios``, each with the KV of a sequence shared out over two ranks or four."""
-    for index in range(count):
-        pick = recorded_picks(seed, index)[0]
-        drawn = draw_scenario(pick, version, f"shared-out-{version}-{seed}-{index}")
-        config = dataclasses.replace(drawn.config, decode_context_parallel_size=(2, 4)[pick(0, 1)])
-        yield dataclasses.replace(drawn, config=config)
+def draw_shared_out(pick: Pick, version: str, name: str) -> Scenario:
+    """A random scenario in which the KV of a sequence is shared out over two ranks or four."""
+    plain = draw_scenario(pick, version, name)
+    config = dataclasses.replace(plain.config, decode_context_parallel_size=(2, 4)[pick(0, 1)])
+    return dataclasses.replace(plain, config=config)
 
 
 def draw_pictured(pick: Pick, version: str, name: str) -> Scenario:
@@ -560,3 +537,11 @@ def read_scenarios(file: Path) -> list[Scenario]:
     """
     lines = read_text(file, where=f"--replay {file}", fix="Give a file that exists.").splitlines()
     return [Scenario.from_json(line, f"{file}:{n}") for n, line in enumerate(lines, 1) if line.strip()]
+
+
+random_scenarios = of_kind("random", draw_scenario)
+drafted_scenarios = of_kind("drafted", draw_drafted)
+grouped_scenarios = of_kind("grouped", draw_grouped)
+pictured_scenarios = of_kind("pictured", draw_pictured)
+shared_out_scenarios = of_kind("shared-out", draw_shared_out)
+staged_scenarios = of_kind("staged", draw_staged)
