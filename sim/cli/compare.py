@@ -44,8 +44,7 @@ def compare(
         json: print one JSON object and nothing else.
     """
     check_jobs(jobs)
-    if report is not None:
-        check_output(report, where="--report")
+    check_output(report, where="--report")
     chosen, labels = [_side(name, what_if) for name in sides], list(sides)
     if routers is None and len(sides) == 1 and what_if.changes() and isinstance(chosen[0], Scenario):
         chosen, labels = [_side(sides[0], WhatIf(seed=what_if.seed)), chosen[0]], [sides[0], "what-if"]

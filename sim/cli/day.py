@@ -41,8 +41,7 @@ def day(
         report: write an HTML page with the plots.
         json: print one JSON object and nothing else.
     """
-    if report is not None:
-        check_output(report, where="--report")
+    check_output(report, where="--report")
     if fleets and what_if.replicas is not None:
         where, fix = "--replicas", f"Give it as one of them: --fleets {what_if.replicas}."
         raise InputError(f"--replicas {what_if.replicas} beside fleets, which say their own", where, fix)

@@ -135,12 +135,12 @@ def assignment(text: str, *, where: str = "--set") -> tuple[str, Any]:
     return field, value if _is_text(field, value) else _read(value, where)
 
 
-def assignments(text: str, *, where: str = "--vary") -> tuple[str, list[Any]]:
-    """The same for the field and the values of "engine.max_num_seqs=64,128"."""
-    field, values = _split(text, where)
+def assignments(text: str) -> tuple[str, list[Any]]:
+    """The same for the field and the values of --vary, as "engine.max_num_seqs=64,128"."""
+    field, values = _split(text, "--vary")
     if _is_text(field, values):
         return field, values.split(",")
-    return field, list(_read(f"[{values}]", where))
+    return field, list(_read(f"[{values}]", "--vary"))
 
 
 def numbers(text: str, *, where: str) -> list[float]:

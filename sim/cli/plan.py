@@ -118,8 +118,7 @@ def plan(
         loaded = loaded.changed(gpu_hour_cost=target.gpu_hour_cost)
     if report is None and not json:
         report = page
-    if report is not None:
-        check_output(report, where="--report")
+    check_output(report, where="--report")
     answer = planner.plan(
         loaded,
         objectives.slo,

@@ -31,8 +31,7 @@ def reproduce(
         json: print one JSON object and nothing else.
     """
     check_jobs(jobs)
-    if output is not None:
-        check_output(output, where="--output")
+    check_output(output, where="--output")
     found = reproduction.reproduce(what_if.load(scenario), jobs=jobs)
     if output is not None:
         write_result(output, found.to_json())

@@ -39,8 +39,7 @@ class Files:
             if path is not None:
                 check_table(path, where=flag)
         for path, flag in ((self.output, "--output"), (self.benchmark_report, "--benchmark-report")):
-            if path is not None:
-                check_output(path, where=flag)
+            check_output(path, where=flag)
 
     def write(self, found: simulation.Simulation) -> list[str]:
         """Write them, and say which."""

@@ -258,14 +258,14 @@ class ModelShape:
         """The dtype of most weights that every token passes, as in ``gpu_constants.WeightDtype``."""
         return self.linear_format or ("fp8" if self.weight_bytes_each == 1 else "bf16")
 
-    def mlp(self, module: str, width: int, inputs: int = 0) -> tuple[Linear, ...]:
-        """The matrices of an MLP of that width on so many inputs, as many as there are hidden states."""
-        inputs = inputs or self.hidden_size
-        gate = (Linear(f"{module}gate_proj", inputs, width, "out"),) if self.mlp_products == 3 else ()
+    def mlp(self, module: str, width: int) -> tuple[Linear, ...]:
+        """The matrices of an MLP of that width on the hidden states."""
+        hidden = self.hidden_size
+        gate = (Linear(f"{module}gate_proj", hidden, width, "out"),) if self.mlp_products == 3 else ()
         return (
             *gate,
-            Linear(f"{module}up_proj", inputs, width, "out", joined=bool(gate)),
-            Linear(f"{module}down_proj", width, inputs, "in"),
+            Linear(f"{module}up_proj", hidden, width, "out", joined=bool(gate)),
+            Linear(f"{module}down_proj", width, hidden, "in"),
         )
 
     def mlps(self) -> tuple[tuple[int, tuple[Linear, ...]], ...]:

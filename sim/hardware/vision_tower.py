@@ -128,7 +128,7 @@ class VisionTower:
             columns = math.ceil(width * scale / unit) * unit
         return rows, columns
 
-    def largest(self, modality: Modality, max_model_len: int, videos: int = 1) -> Picture | None:
+    def largest(self, modality: Modality, max_model_len: int) -> Picture | None:
         """The item of most tokens, as vLLM profiles it; None where the model has none of that kind
         (get_image_size_with_most_features, get_num_frames_with_most_features)."""
         if self.rule == "fixed":
@@ -147,11 +147,9 @@ class VisionTower:
         if modality == "image":
             return self.picture(*size)
         frames = 1
-        while self.picture(*size, frames=frames + 1).embeds <= max_model_len:
+        while frames < _MOST_FRAMES and self.picture(*size, frames=frames + 1).embeds <= max_model_len:
             frames += 1
-            if frames >= _MOST_FRAMES * videos:
-                break
-        return self.picture(*size, frames=max(1, min(frames // max(videos, 1), _MOST_FRAMES)))
+        return self.picture(*size, frames=frames)
 
     def with_kwargs(self, kwargs: Mapping[str, Any]) -> VisionTower:
         """With the bounds of ``--mm-processor-kwargs``.

@@ -292,8 +292,11 @@ def check_table(path: Path, *, where: str) -> None:
     check_output(path, where=where)
 
 
-def check_output(path: Path, *, where: str) -> None:
-    """Refuse, before a long run, a file that could not be written. Missing folders are made later."""
+def check_output(path: Path | None, *, where: str) -> None:
+    """Refuse, before a long run, a file that could not be written, if one is asked for. Missing folders are
+    made later."""
+    if path is None:
+        return
     folder = next(each for each in path.absolute().parents if each.exists())
     taken = path.is_dir() or (path.exists() and not os.access(path, os.W_OK))
     if taken or not folder.is_dir() or not os.access(folder, os.W_OK):

@@ -31,11 +31,7 @@ from servecast.sim.traffic.traces import Trace
 
 
 def with_request_rate(
-    workload: Workload,
-    request_rate: float,
-    *,
-    num_requests: int | None = None,
-    duration_s: float | None = None,
+    workload: Workload, request_rate: float, *, num_requests: int | None = None
 ) -> Workload:
     """The workload at another rate (requests/s over all its foreground streams, in their proportion).
 
@@ -43,7 +39,7 @@ def with_request_rate(
     common random numbers for the probes of a search.
 
     Args:
-        num_requests, duration_s: if either is given, they replace the extent of the foreground streams.
+        num_requests: of all foreground streams, in place of their own extent.
 
     Raises:
         InputError: the workload has several stages, or arrivals without a rate.
@@ -63,15 +59,13 @@ def with_request_rate(
         shares = [rate / sum(rates) for rate in rates]
     scaled = {}
     for stream, share in zip(front, shares, strict=True):
-        more = num_requests is not None or duration_s is not None
         try:
-            changes = stream.at_rate(request_rate * share, repeat=more)
+            changes = stream.at_rate(request_rate * share, repeat=num_requests is not None)
         except PydanticCustomError as error:
             context = error.context or {}
             raise InputError(context["what"], where="workload.arrivals", fix=context["fix"]) from None
-        if more:
-            changes["num_requests"] = None if num_requests is None else max(1, round(num_requests * share))
-            changes["duration_s"] = duration_s
+        if num_requests is not None:
+            changes |= {"num_requests": max(1, round(num_requests * share)), "duration_s": None}
         scaled[stream.name] = stream.model_copy(update=changes)
     streams = tuple(scaled.get(stream.name, stream) for stream in stage.streams)
     return Workload(stages=(stage.model_copy(update={"streams": streams}),))
@@ -165,35 +159,31 @@ def _draw(stream: StreamSpec, rngs: _Generators, closed_loop: int) -> _Drawn:
         draw_it = _draw_recorded_sessions if stream.trace.waits else _draw_trace
         return draw_it(stream, stream.trace, extent, rngs)
     assert stream.arrivals is not None
+    times = stream.arrivals.times(extent, rngs.arrivals) + stream.start_s
     if stream.sessions is not None:
-        times = stream.arrivals.times(extent, rngs.arrivals) + stream.start_s
         which = None
         if isinstance(stream.content, SharedPrefix):
             which = _which_prompt(stream.content, len(times), rngs)
         return _Drawn(times, times[:0].astype(np.int64), times[:0].astype(np.int64), which)
     assert stream.prompt_tokens is not None
     assert stream.output_tokens is not None
-    times = stream.arrivals.times(extent, rngs.arrivals) + stream.start_s
-    n = len(times)
     prompt_rng, output_rng = rngs.prompt, rngs.output
     if isinstance(stream.content, Repeat):
         prompt_rng, output_rng = copy.deepcopy(prompt_rng), copy.deepcopy(output_rng)
     together = stream.length_correlation
     if together == "rows":
         output_rng = copy.deepcopy(prompt_rng)
+    which = group = body = None
     if isinstance(stream.content, SharedPrefix):
-        which = _which_prompt(stream.content, n, rngs)
-        if stream.content.prompts_per_group is not None:
-            distinct = stream.content.groups * stream.content.prompts_per_group
+        which, each = _which_prompt(stream.content, len(times), rngs), stream.content.prompts_per_group
+        group = which // (each or 1)
+        if each is not None:
+            distinct = stream.content.groups * each
             body = stream.prompt_tokens.draw(distinct, copy.deepcopy(prompt_rng))[which]
-        else:
-            body = stream.prompt_tokens.draw(n, prompt_rng)
-        group = which // (stream.content.prompts_per_group or 1)
-        return _Drawn(
-            times, body, draw_outputs(stream.output_tokens, body, together, output_rng), which, group
-        )
-    body = stream.prompt_tokens.draw(n, prompt_rng)
-    return _Drawn(times, body, draw_outputs(stream.output_tokens, body, together, output_rng))
+    if body is None:
+        body = stream.prompt_tokens.draw(len(times), prompt_rng)
+    output = draw_outputs(stream.output_tokens, body, together, output_rng)
+    return _Drawn(times, body, output, which, group)
 
 
 def _which_prompt(content: SharedPrefix, n: int, rngs: _Generators) -> npt.NDArray[np.int64]:

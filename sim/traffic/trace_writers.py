@@ -12,6 +12,8 @@ import numpy as np
 from servecast.sim.engine.request import Request
 from servecast.sim.traffic.traces import HashIds, Trace
 
+_BLOCK_TOKENS = 16  # of a trace that is made here
+
 
 def write_timed_trace(trace: Trace, path: Path) -> None:
     """Write vLLM's timed_trace JSONL, times in seconds.
@@ -32,11 +34,11 @@ def write_timed_trace(trace: Trace, path: Path) -> None:
             file.write(json.dumps(record) + "\n")
 
 
-def from_requests(requests: Iterable[Request], *, block_tokens: int = 16) -> Trace:
+def from_requests(requests: Iterable[Request]) -> Trace:
     """The trace of a stream's requests, so that a live server can be sent the same traffic.
 
-    Blocks of ``block_tokens`` get equal hash ids exactly where the requests' contents are equal up to the
-    block's last token; what belongs to one request alone gets ids of its own.
+    Blocks get equal hash ids exactly where the requests' contents are equal up to the block's last token;
+    what belongs to one request alone gets ids of its own.
     """
     known: dict[tuple[int, int], int] = {}
     fresh = count()
@@ -44,8 +46,8 @@ def from_requests(requests: Iterable[Request], *, block_tokens: int = 16) -> Tra
     requests = list(requests)
     for request in requests:
         parts, ids, part = request.content, [], 0
-        for block in range(-(-request.prompt_tokens // block_tokens)):
-            last = min((block + 1) * block_tokens, request.prompt_tokens)
+        for block in range(-(-request.prompt_tokens // _BLOCK_TOKENS)):
+            last = min((block + 1) * _BLOCK_TOKENS, request.prompt_tokens)
             while part < len(parts) and parts[part][1] < last:
                 part += 1
             if part < len(parts):
@@ -61,5 +63,5 @@ def from_requests(requests: Iterable[Request], *, block_tokens: int = 16) -> Tra
         np.array([r.prompt_tokens for r in requests], dtype=np.int64),
         np.array([r.output_tokens for r in requests], dtype=np.int64),
         hash_ids,
-        block_tokens,
+        _BLOCK_TOKENS,
     )

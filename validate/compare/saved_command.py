@@ -46,8 +46,7 @@ def result(
     """
     if seeds < 1:
         raise InputError(f"{seeds} seeds", where="--seeds", fix="Give at least 1.")
-    if report is not None:
-        check_output(report, where="--report")
+    check_output(report, where="--report")
     limits = Tolerances.load(tolerances)
     readings = read_all(file)
     loaded = what_if.load(scenario)

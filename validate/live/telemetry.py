@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
-from types import TracebackType
 from typing import Any
 from urllib.parse import urlencode, urlsplit
 from urllib.request import Request, urlopen
@@ -137,9 +136,7 @@ class Sampler:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self._over.set()
         self._thread.join(2 * TIMEOUT_S)
 
@@ -153,9 +150,9 @@ def scraper(metrics_url: str, *, interval_s: float = 0.25) -> Sampler:
     return Sampler(lambda: parse_metrics(get(metrics_url)), interval_s)
 
 
-def gpu_sampler(interval_s: float = 1.0) -> Sampler | None:
-    """Samples clocks, power, memory and use, by its driver, of the first GPU that CUDA_VISIBLE_DEVICES leaves
-    to us; None where there is none."""
+def gpu_sampler() -> Sampler | None:
+    """Samples clocks, power, memory and use, by its driver and each second, of the first GPU that
+    CUDA_VISIBLE_DEVICES leaves to us; None where there is none."""
     import pynvml  # only where a server is driven
 
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
@@ -179,7 +176,7 @@ def gpu_sampler(interval_s: float = 1.0) -> Sampler | None:
         except pynvml.NVMLError as error:
             raise OSError(str(error)) from error
 
-    return Sampler(read, interval_s)
+    return Sampler(read, 1.0)
 
 
 class Prometheus:

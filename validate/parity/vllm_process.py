@@ -7,7 +7,6 @@ import os
 import subprocess
 import tempfile
 from pathlib import Path
-from types import TracebackType
 
 from servecast.sim.inputs.errors import InputError
 from servecast.validate.parity.scenarios import Scenario
@@ -108,7 +107,5 @@ class VllmProcess:
     def __enter__(self) -> VllmProcess:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self.close()

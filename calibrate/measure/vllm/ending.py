@@ -35,9 +35,9 @@ def start(command: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
         raise MeasureError(f"cannot start {command[0]}: {error.strerror}", "--python", fix) from error
 
 
-def last_lines(said: bytes | None, count: int = 15) -> str:
+def last_lines(said: bytes | None) -> str:
     """The end of what a process said."""
-    return "\n".join((said or b"").decode(errors="replace").rstrip().splitlines()[-count:])
+    return "\n".join((said or b"").decode(errors="replace").rstrip().splitlines()[-15:])
 
 
 def signal_group(group: int, number: signal.Signals) -> None:

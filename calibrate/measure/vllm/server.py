@@ -11,7 +11,6 @@ import time
 from collections.abc import Mapping, Sequence
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
-from types import TracebackType
 
 from ..errors import MeasureError
 from .ending import group_exists, last_lines, signal_group, start
@@ -123,9 +122,7 @@ class VllmServer:
         signal_group(group, signal.SIGKILL)
         self._process.wait()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self.stop()
 
 
