@@ -94,24 +94,19 @@ def fit_layers(folder: Path, scenario: Scenario, *, kind: Kind = "physical") -> 
         known = sum(value is not None for value in tables.attention)
         points = f"{known:,} of {len(tables.attention):,} points of attention"
         note += f"; {points}, the others put together from them"
-        told = [Provenance(parameter="layers", origin="measured", note=note)]
+        told = Provenance.of(["layers"], "measured", note)
         changes: dict[str, Any] = {"layers": tables}
         assumed = list(_HOST)
     else:
         pool_tokens = (deployment.config.num_gpu_blocks - 1) * deployment.config.block_size
         steps = designed_steps(layered, pool_tokens, _STEPS)
         efficiencies = _fit(layered, steps)
-        told = [
-            Provenance(parameter=f"efficiencies.{name}", origin="fitted", note=f"to {note}")
-            for name in BOUNDS
-        ]
+        told = Provenance.of((f"efficiencies.{name}" for name in BOUNDS), "fitted", f"to {note}")
         changes = {"efficiencies": replace(efficiencies, **{name: getattr(TYPICAL, name) for name in _HOST})}
         changes["fit"] = summary = _summary(layered, steps, efficiencies)
         changes["error_band"] = summary.held_out_p90
         assumed = [name for name in Efficiencies.parameters() if name not in BOUNDS]
-    typical = (
-        Provenance(parameter=f"efficiencies.{name}", origin="assumed", note="typical") for name in assumed
-    )
+    typical = Provenance.of((f"efficiencies.{name}" for name in assumed), "assumed", "typical")
     return profile.model_copy(update={**changes, "provenance": (*told, *typical)})
 
 

@@ -309,8 +309,7 @@ def _profile(base: Deployment, values: dict[str, float]) -> Profile:
         group: {n.split(".")[1]: v for n, v in values.items() if n.startswith(f"{group}.")}
         for group in ("efficiencies", "front_end", "noise")
     }
-    fitted = set(values)
-    typical = [f"efficiencies.{name}" for name in Efficiencies.parameters()]
+    own = [f"efficiencies.{name}" for name in Efficiencies.parameters()]
     return Profile(
         servecast_version=version("servecast"),
         gpu=base.gpu.name,
@@ -324,8 +323,8 @@ def _profile(base: Deployment, values: dict[str, float]) -> Profile:
         noise=StepNoise(**of["noise"]),
         front_end=FrontEndCosts(**of["front_end"]),
         provenance=(
-            *(Provenance(parameter=n, origin="fitted", note="to a report, held by a prior") for n in values),
-            *(Provenance(parameter=n, origin="assumed", note="typical") for n in typical if n not in fitted),
+            *Provenance.of(values, "fitted", "to a report, held by a prior"),
+            *Provenance.of((name for name in own if name not in values), "assumed", "typical"),
         ),
     )
 

@@ -361,25 +361,20 @@ def _tidy(value: float) -> int | float:
 
 
 def _positions(file: ConfigFile) -> dict[str, int | None]:
-    """The longest context: the file's positions, stretched as its RoPE says.
+    """The longest context: the file's positions, if it has some, stretched as its RoPE says.
 
     Under YaRN a file may say the stretched length or the original one: vLLM takes the original times the
     factor, from 0.32 on what max_position_embeddings says. Under LongRoPE the default is the original
     length.
     """
     config = file.config
-    longest = config.get("max_position_embeddings")
-    if longest is None:
-        return {"max_position_embeddings": None, "yarn_positions": None, "default_positions": None}
+    if config.get("max_position_embeddings") is None:
+        return {}
     positions = file.count("max_position_embeddings")
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(rope, Mapping) or not rope:
-        return {"max_position_embeddings": positions, "yarn_positions": None, "default_positions": None}
-    nested = [each for each in rope.values() if isinstance(each, Mapping)]
-    yarn: int | None = None
-    factor = 1.0
-    default: int | None = None
-    for each in nested or [rope]:
+    found: dict[str, int | None] = {"max_position_embeddings": positions}
+    rope = config.get("rope_parameters") or config.get("rope_scaling")
+    rope = rope if isinstance(rope, Mapping) else {}
+    for each in [each for each in rope.values() if isinstance(each, Mapping)] or [rope]:
         kind = each.get("rope_type", each.get("type", "default"))
         stretch = each.get("factor") or 1.0
         if not isinstance(stretch, int | float) or not 0 < stretch < 1e6:
@@ -393,16 +388,12 @@ def _positions(file: ConfigFile) -> dict[str, int | None]:
         )
         original = original if isinstance(original, int) and 0 < original <= LARGEST else None
         if kind == "yarn":
-            yarn = int((original or positions) * stretch)
+            found["yarn_positions"] = int((original or positions) * stretch)
         elif kind == "longrope":
-            default = original
+            found["default_positions"] = original
         elif kind in ("linear", "dynamic") and "gemma3" not in str(config.get("model_type")):
-            factor = float(stretch)
-    return {
-        "max_position_embeddings": int(positions * factor),
-        "yarn_positions": yarn,
-        "default_positions": default,
-    }
+            found["max_position_embeddings"] = int(positions * float(stretch))
+    return found
 
 
 def _check_dtype(config: Mapping[str, Any], where: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -35,6 +35,7 @@ from servecast.sim.inputs.files import write_whole
 SCHEMA_VERSION: Literal[1] = 1
 
 Range = tuple[float, float]
+Origin = Literal["measured", "fitted", "kernels", "assumed", "given", "computed"]
 LINK = ("link", "allreduce_s")  # the efficiencies that tell of all-reduces
 
 
@@ -62,8 +63,13 @@ class Provenance(_Strict):
     """Where one parameter comes from: "efficiencies.compute", "front_end.request_s", ..."""
 
     parameter: str
-    origin: Literal["measured", "fitted", "kernels", "assumed", "given", "computed"]
+    origin: Origin
     note: str = ""
+
+    @classmethod
+    def of(cls, parameters: Iterable[str], origin: Origin, note: str) -> tuple[Provenance, ...]:
+        """Several that come from one place."""
+        return tuple(cls(parameter=name, origin=origin, note=note) for name in parameters)
 
 
 _PARAMETERS: Mapping[str, type[Efficiencies | StepNoise | FrontEndCosts | PaddedCosts]] = {
@@ -149,6 +155,8 @@ class Profile(_Strict):
         link = constants.link_note(shard)
         assumed = [f"efficiencies.{name}" for name in ("host_fixed_s", "host_per_seq_s", "eager_layer_s")]
         assumed += [f"front_end.{field.name}" for field in fields(FrontEndCosts)]
+        links = [f"efficiencies.{name}" for name in LINK if link is not None]
+        own = [f"efficiencies.{name}" for name in (*Efficiencies.parameters(), "by_kernel")]
         return cls(
             servecast_version=version("servecast"),
             gpu=constants.gpu,
@@ -158,17 +166,9 @@ class Profile(_Strict):
             efficiencies=efficiencies,
             front_end=FrontEndCosts.typical(),
             provenance=(
-                *(
-                    Provenance(parameter=f"efficiencies.{name}", origin="kernels", note=note)
-                    for name in (*Efficiencies.parameters(), "by_kernel")
-                    if f"efficiencies.{name}" not in assumed and (name not in LINK or link is None)
-                ),
-                *(
-                    Provenance(parameter=f"efficiencies.{name}", origin="assumed", note=link)
-                    for name in LINK
-                    if link is not None
-                ),
-                *(Provenance(parameter=name, origin="assumed", note="typical value") for name in assumed),
+                *Provenance.of((name for name in own if name not in (*assumed, *links)), "kernels", note),
+                *Provenance.of(links, "assumed", link or ""),
+                *Provenance.of(assumed, "assumed", "typical value"),
             ),
         )
 
@@ -198,9 +198,7 @@ class Profile(_Strict):
             model=model,
             engine_version=engine_version,
             front_end=front_end,
-            provenance=tuple(
-                Provenance(parameter=name, origin="assumed", note="typical value") for name in names
-            ),
+            provenance=Provenance.of(names, "assumed", "typical value"),
         )
 
     def parameters(self) -> tuple[str, ...]:
