@@ -249,7 +249,8 @@ def optimize(
         workers: where simulations run.
         choices: what to choose from, as in `Choices`: gpus, tensor_parallel, pipeline_parallel,
             decode_context_parallel, data_parallel, expert_parallel, replicas, max_num_seqs,
-            max_num_batched_tokens, kv_offloading_size, variants, routers.
+            max_num_batched_tokens, kv_offloading_size, variants, routers, prefill, prefill_tensor_parallel,
+            decode, decode_tensor_parallel.
 
     Raises:
         InputError: a choice is not known or comes twice, a GPU has no price, or a value is out of range.
