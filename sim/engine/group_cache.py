@@ -50,8 +50,10 @@ class GroupCache(KVCache):
         if config.speculation is not None:
             self.refuse_drafts(config.speculation, {spec.kind for spec in specs})
         kinds = config.speculation.drafter_kinds if config.speculation is not None else ()
-        drops = ints(self.drops_block and (not kinds or spec.kind in kinds) for spec in specs)
-        self.drops, self.drops_somewhere = drops, any(drops)
+        self.drafts_at = ints(not kinds or spec.kind in kinds for spec in specs)
+        self.drops = ints(self.drops_block and here for here in self.drafts_at)
+        self.drops_somewhere = any(self.drops)
+        self.loads_in_turn = rules.loads_group_by_group
         self.checks_last_block = rules.checks_last_block
         self.keeps_replays = rules.keeps_replays_of_drops
         self.specs, self.count, self.hybrid = specs, len(specs), len(specs) > 1
@@ -110,6 +112,11 @@ class GroupCache(KVCache):
         self.freed = none * self.width
         self.fresh = set()
 
+    def hash_plainly(self) -> cython.int:
+        self.hash_lookahead, self.drops_block = 0, True
+        self.drops, self.drops_somewhere = self.drafts_at, any(self.drafts_at)
+        return 0
+
     def refuse_drafts(self, speculation: Any, kinds: set) -> cython.int:
         """Raises: InputError: vLLM refuses such drafts beside such layers, or they are not modelled."""
         what: str = ""
@@ -127,6 +134,8 @@ class GroupCache(KVCache):
     def block_ids(self, sequence: Sequence) -> list[Any]:
         """A list a group; 0 where it holds none."""
         slot = sequence.slot
+        if slot < 0:
+            return [[] for _ in self.specs]
         rows = np.asarray(self.table).reshape(-1, self.width)
         return [rows[i, : self.held[i]].tolist() for i in range(slot * self.count, (slot + 1) * self.count)]
 
@@ -414,10 +423,77 @@ class GroupCache(KVCache):
             return False
         if admits:
             sequence.slot = self.slots.pop()
-            self.adopt(slot, computed)
+            self.adopt(slot, computed, 0)
         self.take(slot, end, admits)
         self.cache_blocks(sequence, min(end, sequence.num_tokens))
         return True
+
+    def allocate_remote(
+        self,
+        sequence: Sequence,
+        tokens: cython.int,
+        external: cython.int,
+        cached: cython.int,
+        reserve: cython.int,
+        others: cython.int,
+    ) -> cython.bint:
+        admits: cython.bint = sequence.slot < 0
+        computed: cython.int = sequence.computed + cached + external
+        end: cython.int = computed + tokens
+        slots: cython.int = end if tokens else end + self.load_lookahead - self.ahead(0, admits)
+        slot: cython.int = sequence.slot
+        most: cython.int = min(sequence.num_tokens, self.max_model_len)
+        if admits:
+            if len(self.slots) < 2:
+                self.add_rows()
+            slot = self.slots[len(self.slots) - 1]
+        if self.full_isl:
+            if self.needed(sequence, slot, computed, most, admits, True) + reserve > self.pool.free_blocks:
+                return False
+        if not admits:
+            self.trim(sequence)
+        reserve += others
+        if self.needed(sequence, slot, computed, slots, admits, False) + reserve > self.pool.free_blocks:
+            return False
+        if admits:
+            sequence.slot = self.slots.pop()
+            self.adopt(slot, computed, external)
+        self.take(slot, slots, admits)
+        if tokens:
+            self.cache_blocks(sequence, min(end, sequence.num_tokens))
+        return True
+
+    def add_rows(self) -> cython.int:
+        lists: cython.Py_ssize_t = len(self.held)
+        rows: cython.Py_ssize_t = lists // self.count
+        none: Any = ints([0]) * lists
+        self.table = np.concatenate((np.asarray(self.table), np.zeros_like(np.asarray(self.table))))
+        self.held, self.cached = ints(self.held) + none, ints(self.cached) + none
+        self.saves, self.retired = ints(self.saves) + none, ints(self.retired) + none
+        self.last_state = ints(self.last_state) + ints([-1]) * lists
+        self.slots = [*range(rows, 2 * rows), *self.slots]
+        return 0
+
+    def blocks_of(self, tokens: cython.int) -> cython.int:
+        g: cython.int
+        total: cython.int = 0
+        for g in range(self.count):
+            total += (tokens + self.block[g] - 1) // self.block[g]
+        return total
+
+    def missing_blocks(self, sequence: Sequence, drafts: cython.int) -> cython.int:
+        g: cython.int
+        need: cython.int
+        total: cython.int = 0
+        tokens: cython.int = min(sequence.num_tokens, self.max_model_len) + drafts
+        for g in range(self.count):
+            need = (tokens + self.block[g] - 1) // self.block[g]
+            if self.cap[g]:
+                need = min(need, self.cap[g])
+            if sequence.slot >= 0:
+                need -= self.held[sequence.slot * self.count + g]
+            total += max(need, 0)
+        return total
 
     def ahead(self, end: cython.int, admits: cython.bint) -> cython.int:
         """Tokens up to which slots are reserved where a step computes up to ``end``."""
@@ -488,8 +564,9 @@ class GroupCache(KVCache):
                     pool.prepend(block)
         return 0
 
-    def adopt(self, slot: cython.int, hit: cython.int) -> cython.int:
-        """What a look-up found becomes the sequence's (allocate_new_computed_blocks)."""
+    def adopt(self, slot: cython.int, hit: cython.int, external: cython.int) -> cython.int:
+        """What a look-up found becomes the sequence's, and it gets blocks for the ``external`` tokens among
+        ``hit`` (allocate_new_computed_blocks)."""
         pool: BlockPool = self.pool
         g: cython.int
         i: cython.int
@@ -511,6 +588,21 @@ class GroupCache(KVCache):
                         pool.unlink(block)
                     pool.ref[block] += 1
             self.held[at] = self.cached[at] = max(gone, self.held[at])
+            if external and self.loads_in_turn:
+                self.take_loaded(g, at, hit)
+        if external and not self.loads_in_turn:
+            for g in range(self.count):
+                self.take_loaded(g, slot * self.count + g, hit)
+        return 0
+
+    def take_loaded(self, group: cython.int, at: cython.int, tokens: cython.int) -> cython.int:
+        """Blocks for what is loaded, up to ``tokens`` (allocate_external_computed_blocks)."""
+        b: cython.int = self.block[group]
+        if self.kind[group] == CHUNKED and tokens % self.window[group] == 0:
+            return 0  # all of it is out of the window
+        while self.held[at] < (tokens + b - 1) // b:
+            self.table[at * self.width + self.held[at]] = self.pool.take()
+            self.held[at] += 1
         return 0
 
     def take(self, slot: cython.int, end: cython.int, admits: cython.bint) -> cython.int:

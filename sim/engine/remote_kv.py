@@ -34,12 +34,13 @@ class RemoteKV:
     """
 
     def __init__(self, connector: Any, kv: KVCache, config: Any) -> None:
-        if config.kv_groups:
+        if any(spec.kind == "mamba" for spec in config.kv_groups):
             raise InputError(
-                "a KV connector is modelled for layers that all keep the same",
+                "a KV connector for layers that keep states is not modelled",
                 where="kv_transfer_config",
-                fix="Take a model with one KV cache group, or leave the connector out.",
+                fix="Leave it out, or take a model without them.",
             )
+        self.lists = len(config.kv_groups)
         rules: Any = remote_rules_for(config.version)
         self.connector, self.kv = connector, kv
         self.recomputes = connector.load_failure_policy == "recompute"
@@ -78,7 +79,7 @@ class RemoteKV:
     def reserved_blocks(self) -> cython.int:
         """Blocks that those who prefill or load still need (_inflight_prefill_reserved_blocks)."""
         sequence: Sequence
-        blocks: cython.int = (self.draft_tokens + self.kv.block_size - 1) // self.kv.block_size
+        blocks: cython.int = self.kv.blocks_of(self.draft_tokens)
         if self.reserves:
             for sequence in self.prefills:
                 blocks += max(0, self.kv.missing_blocks(sequence, self.draft_tokens))
@@ -140,6 +141,8 @@ class RemoteKV:
             self.failed.discard(sequence)
         self.prefills.pop(sequence, None)
         self.cut_now.discard(sequence)
+        if sequence.slot >= 0:
+            self.kv.trim(sequence)
         sequence.status = FINISHED
         kept: cython.bint = self.connector.request_finished(sequence, ending)
         self.held += kept or loading
@@ -168,6 +171,8 @@ class RemoteKV:
             elif sequence.previous_tick == tick:
                 before -= sequence.previous_tokens
             blocks: list = self.kv.block_ids(sequence)
+            if self.lists:
+                blocks = blocks[0]
             affected: cython.bint = False
             cut: cython.bint = False
             for i in range(min((before + self.kv.block_size - 1) // self.kv.block_size, len(blocks))):
@@ -203,6 +208,12 @@ class RemoteKV:
                 sequence.computed = 0
                 self.failed.add(sequence)
         if transfers.invalid_block_ids:
+            if self.lists > 1:
+                raise InputError(
+                    "blocks failed to load, which vLLM's engine does not survive with several KV cache groups",
+                    where="kv_transfer_config",
+                    fix="Set disable_hybrid_kv_cache_manager.",
+                )
             aside = self.cut(loads, transfers.invalid_block_ids, tick, None)
             inside = self.cut(running, transfers.invalid_block_ids, tick, evicted)
         if self.recomputes:

@@ -97,8 +97,8 @@ class Scheduler:
         if connector is not None:
             self.remote = RemoteKV(connector, self.kv, config)
             self.kv.keyed = True
-            if self.kv.hash_lookahead:  # the hashes are the usual ones (num_hash_lookahead_tokens)
-                self.kv.hash_lookahead, self.kv.drops_block = 0, True
+            if self.kv.hash_lookahead:  # not with connectors (num_hash_lookahead_tokens)
+                self.kv.hash_plainly()
             connector.bind(self)
 
     # ---- what can be read -------------------------------------------------------------------------
@@ -687,7 +687,7 @@ class Scheduler:
                     break
             else:
                 others: cython.int = remote.reserved_blocks() if loads else 0
-                if not self.kv.allocate_remote(sequence, external + tokens, cached, reserve, others, loads):
+                if not self.kv.allocate_remote(sequence, tokens, external, cached, reserve, others):
                     break
                 remote.allocated(sequence, asked, cached, external)
             queue.pop()
@@ -886,6 +886,7 @@ class Scheduler:
         i: cython.Py_ssize_t
         tokens: cython.int
         samplers: list = step.samplers
+        self.kv.processed = tick
         if step.looking:
             self.encoder.step_done(step)
         if self.remote is not None:
@@ -942,7 +943,6 @@ class Scheduler:
                 step.leavers.append(sequence)
         step.emitted = step.outputs = emitted + steady
         step.steady = steady
-        self.kv.processed = tick
         if left:
             self.drop_finished()
         if self.remote is not None:
@@ -1024,7 +1024,6 @@ class Scheduler:
                 self.end(sequence, "finished")
                 step.leavers = own(step.leavers)
                 step.leavers.append(sequence)
-        self.kv.processed = tick
         if left:
             self.drop_finished()
         return 0

@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any, Protocol
 
-FREE_LIST_HEAD = 16  # blocks of the free list that are compared
+FREE_LIST_HEAD = 900  # blocks of the free list that are compared
 
 
 class Step(Protocol):
@@ -198,7 +198,7 @@ def _state(engine: Engine, counted: bool, remote: bool) -> dict[str, Any]:
     }
     if remote:
         held = [[request_id, engine.block_ids(request_id)] for request_id in engine.waiting]
-        state["waiting_blocks"] = [[request_id, blocks] for request_id, blocks in held if blocks]
+        state["waiting_blocks"] = [[request_id, blocks] for request_id, blocks in held if any(blocks)]
     if engine.encoder is not None:
         state["encoder"] = engine.encoder.state
     if counted:

@@ -437,11 +437,12 @@ def with_drafts(pick: Pick, plain: Scenario) -> Scenario:
     )
 
 
-def draw_grouped(pick: Pick, version: str, name: str) -> Scenario:
-    """A random scenario whose layers do not all keep the same: one to four groups of two or three kinds."""
+def draw_grouped(pick: Pick, version: str, name: str, *, states: bool = True) -> Scenario:
+    """A random scenario whose layers do not all keep the same: one to four groups of two or three kinds,
+    with ``states`` some of them of Mamba."""
     plain = draw_scenario(pick, version, name)
     config = plain.config
-    groups, retention = _draw_groups(pick, config)
+    groups, retention = _draw_groups(pick, config, states=states)
     longest = max(
         min(a.request.prompt_tokens + a.request.output_tokens, config.max_model_len) for a in plain.arrivals
     )
@@ -462,10 +463,12 @@ def draw_grouped(pick: Pick, version: str, name: str) -> Scenario:
     )
 
 
-def _draw_groups(pick: Pick, config: EngineConfig) -> tuple[tuple[CacheSpec, ...], int | None]:
+def _draw_groups(
+    pick: Pick, config: EngineConfig, *, states: bool
+) -> tuple[tuple[CacheSpec, ...], int | None]:
     """Groups and the retention interval of what they keep for others."""
     block, caching = config.block_size, config.enable_prefix_caching
-    made = pick(0, 9)
+    made = pick(0, 9 if states else 6)
     rules = group_rules_for(config.version)
 
     def spec(kind: GroupKind, size: int = block, window: int = 0) -> CacheSpec:
