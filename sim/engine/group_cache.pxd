@@ -74,6 +74,7 @@ cdef class GroupCache(KVCache):
     cdef int publish_block(self, Sequence sequence, int group, int index) noexcept
     cdef int give_back(self, int count, bint split) noexcept
     cdef int adopt(self, int slot, int hit, int external) except -1
+    cdef int collect(self, int at, int n) noexcept
     cdef int take_loaded(self, int group, int at, int tokens) except -1
     cdef int ahead(self, int end, bint admits) noexcept
     cdef int take(self, int slot, int end, bint admits) except -1

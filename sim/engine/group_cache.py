@@ -109,7 +109,7 @@ class GroupCache(KVCache):
         self.table = np.zeros(lists * self.width, np.int32)
         self.held, self.cached, self.saves, self.retired = (none * lists for _ in range(4))
         self.last_state = ints([-1]) * lists
-        self.freed = none * self.width
+        self.freed = none * (self.width * self.count)
         self.fresh = set()
 
     def hash_plainly(self) -> cython.int:
@@ -653,24 +653,38 @@ class GroupCache(KVCache):
     def free(self, sequence: Sequence) -> cython.int:
         """Give everything back, group by group, last blocks first."""
         g: cython.int
-        i: cython.int
-        n: cython.int
-        at: cython.int
-        row: cython.Py_ssize_t
         for g in range(self.count):
-            at = sequence.slot * self.count + g
-            row = at * self.width
-            n = 0
-            for i in range(self.held[at] - 1, -1, -1):
-                if self.table[row + i]:
-                    self.freed[n] = self.table[row + i]
-                    n += 1
-            self.give_back(n, self.reuse_unhashed_first or (self.splits_windows and self.kind[g] == SLIDING))
-            self.held[at] = self.cached[at] = self.retired[at] = self.saves[at] = 0
-            self.last_state[at] = -1
+            self.give_back(
+                self.collect(sequence.slot * self.count + g, 0),
+                self.reuse_unhashed_first or (self.splits_windows and self.kind[g] == SLIDING),
+            )
         self.slots.append(sequence.slot)
         sequence.slot = -1
         return 0
+
+    def free_later(self, sequence: Sequence) -> cython.int:
+        """All groups at once, the last of them first."""
+        g: cython.int
+        n: cython.int = 0
+        for g in range(self.count - 1, -1, -1):
+            n = self.collect(sequence.slot * self.count + g, n)
+        self.give_back(n, self.reuse_unhashed_first)
+        self.slots.append(sequence.slot)
+        sequence.slot = -1
+        return 0
+
+    def collect(self, at: cython.int, n: cython.int) -> cython.int:
+        """Its blocks in a group go behind the first ``n`` of ``freed``, last ones first. Returns how many there
+        are."""
+        i: cython.int
+        row: cython.Py_ssize_t = at * self.width
+        for i in range(self.held[at] - 1, -1, -1):
+            if self.table[row + i]:
+                self.freed[n] = self.table[row + i]
+                n += 1
+        self.held[at] = self.cached[at] = self.retired[at] = self.saves[at] = 0
+        self.last_state[at] = -1
+        return n
 
     # ---- which blocks are kept for others ---------------------------------------------------------
 

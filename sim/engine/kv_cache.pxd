@@ -41,6 +41,7 @@ cdef class KVCache:
     cdef int hash_plainly(self) except -1
     cdef int touch(self, Sequence sequence, int hits) except -1
     cdef int free(self, Sequence sequence) except -1
+    cdef int free_later(self, Sequence sequence) except -1
     cdef int cache_blocks(self, Sequence sequence, int tokens) except -1
     cdef long long private_key(self, Sequence sequence) noexcept
     cdef long long block_key(self, Sequence sequence, int index) except *

@@ -284,6 +284,10 @@ class KVCache:
         sequence.blocks_end = sequence.cached_end = 0
         return 0
 
+    def free_later(self, sequence: Sequence) -> cython.int:
+        """``free`` of blocks that a step in flight could write (_drain_deferred_frees)."""
+        return self.free(sequence)
+
     # ---- what can be found ------------------------------------------------------------------------
 
     def cache_blocks(self, sequence: Sequence, tokens: cython.int) -> cython.int:

@@ -130,7 +130,7 @@ class RemoteKV:
         """A step with tokens is over, and no longer writes."""
         self.processed = tick
         while self.deferred and self.deferred[0][0] <= tick:
-            self.kv.free(self.deferred.pop(0)[1])
+            self.kv.free_later(self.deferred.pop(0)[1])
 
     def keeps(self, sequence: Sequence, ending: Any) -> cython.bint:
         """A request ends: whether its blocks are kept for now (Scheduler._free_request)."""
