@@ -598,7 +598,8 @@ class GroupCache(KVCache):
     def take_loaded(self, group: cython.int, at: cython.int, tokens: cython.int) -> cython.int:
         """Blocks for what is loaded, up to ``tokens`` (allocate_external_computed_blocks)."""
         b: cython.int = self.block[group]
-        if self.kind[group] == CHUNKED and tokens % self.window[group] == 0:
+        w: cython.int = self.window[group]
+        if (self.kind[group] == SLIDING and w == 1) or (self.kind[group] == CHUNKED and tokens % w == 0):
             return 0  # all of it is out of the window
         while self.held[at] < (tokens + b - 1) // b:
             self.table[at * self.width + self.held[at]] = self.pool.take()
