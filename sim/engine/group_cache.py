@@ -511,7 +511,10 @@ class GroupCache(KVCache):
         slot: cython.int = sequence.slot
         tokens: cython.int = sequence.computed
         if self.trims_processed and sequence.scheduled_tick > self.processed:
-            tokens = max(0, tokens - sequence.scheduled_tokens)  # its step is in flight
+            tokens -= sequence.scheduled_tokens  # its step is in flight
+            if sequence.previous_tick > self.processed:
+                tokens -= sequence.previous_tokens
+            tokens = max(0, tokens)
         for g in range(self.count):
             if self.kind[g] == FULL:
                 continue
@@ -599,8 +602,9 @@ class GroupCache(KVCache):
         """Blocks for what is loaded, up to ``tokens`` (allocate_external_computed_blocks)."""
         b: cython.int = self.block[group]
         w: cython.int = self.window[group]
-        if (self.kind[group] == SLIDING and w == 1) or (self.kind[group] == CHUNKED and tokens % w == 0):
-            return 0  # all of it is out of the window
+        out: cython.bint = w == 1 if self.kind[group] == SLIDING else self.kind[group] == CHUNKED and tokens % w == 0
+        if out and (tokens >= b or not self.loads_in_turn):
+            return 0  # nobody reads it any more
         while self.held[at] < (tokens + b - 1) // b:
             self.table[at * self.width + self.held[at]] = self.pool.take()
             self.held[at] += 1

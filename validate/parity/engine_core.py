@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any, Protocol
 
-FREE_LIST_HEAD = 40  # blocks of the free list that are compared
+FREE_LIST_HEAD = 16
 
 
 class Step(Protocol):
