@@ -1019,6 +1019,8 @@ class Scheduler:
             if sequence.num_tokens >= sequence.final_tokens:
                 if sequence.status == RUNNING:
                     left = True
+                    if drafts.uncounts_cut:
+                        sequence.computed -= 1 + accepted - tokens
                 else:
                     self.unqueue(sequence)
                 self.end(sequence, "finished")

@@ -18,6 +18,7 @@ from servecast.validate.parity.scenarios import (
     Scenario,
     draw_grouped,
     draw_scenario,
+    drafted_grouped_scenarios,
     recorded_picks,
     with_drafts,
 )
@@ -126,7 +127,17 @@ def grouped_remote_scenarios(version: str, seed: int, count: int) -> Iterator[Sc
     """As ``remote_scenarios``, each with KV cache groups."""
     for index in range(count):
         pick, name = recorded_picks(seed, index)[0], f"grouped-remote-{version}-{seed}-{index}"
-        yield draw_remote(pick, version, name, draw_grouped(pick, version, name, states=False))
+        yield draw_grouped_remote(pick, version, name)
+
+
+def drafted_grouped_remote_scenarios(version: str, seed: int, count: int) -> Iterator[Scenario]:
+    """As ``grouped_remote_scenarios``, each with drafts."""
+    return drafted_grouped_scenarios(version, seed, count, draw_grouped_remote)
+
+
+def draw_grouped_remote(pick: Pick, version: str, name: str) -> Scenario:
+    """``draw_remote`` on KV cache groups."""
+    return draw_remote(pick, version, name, draw_grouped(pick, version, name, states=False))
 
 
 def drafted_remote_scenarios(version: str, seed: int, count: int) -> Iterator[Scenario]:

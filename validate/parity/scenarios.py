@@ -159,13 +159,16 @@ def modules_scenarios(version: str, seed: int, count: int) -> Iterator[Scenario]
     return itertools.islice(several, count)
 
 
-def drafted_grouped_scenarios(version: str, seed: int, count: int) -> Iterator[Scenario]:
+def drafted_grouped_scenarios(
+    version: str, seed: int, count: int, draw: Callable[[Pick, str, str], Scenario] | None = None
+) -> Iterator[Scenario]:
     """As ``grouped_scenarios``, each with drafts, as far as that is modelled: full and sliding groups, and
-    chunked ones where vLLM takes them."""
+    chunked ones where vLLM takes them. draw: instead of ``draw_grouped``."""
     index = found = 0
+    draw = draw or draw_grouped
     while found < count:
         pick = recorded_picks(seed, index)[0]
-        drawn = with_drafts(pick, draw_grouped(pick, version, f"drafted-grouped-{version}-{seed}-{index}"))
+        drawn = with_drafts(pick, draw(pick, version, f"drafted-grouped-{version}-{seed}-{index}"))
         config, index = drawn.config, index + 1
         assert config.speculation is not None
         kinds, drafts = {spec.kind for spec in config.kv_groups}, config.speculation
