@@ -447,9 +447,9 @@ class GroupCache(KVCache):
             if len(self.slots) < 2:
                 self.add_rows()
             slot = self.slots[len(self.slots) - 1]
-        if self.full_isl:
-            if self.needed(sequence, slot, computed, most, admits, True) + reserve > self.pool.free_blocks:
-                return False
+        free: cython.int = self.pool.free_blocks
+        if self.full_isl and self.needed(sequence, slot, computed, most, admits, True) + reserve > free:
+            return False
         if not admits:
             self.trim(sequence)
         reserve += others
@@ -602,7 +602,9 @@ class GroupCache(KVCache):
         """Blocks for what is loaded, up to ``tokens`` (allocate_external_computed_blocks)."""
         b: cython.int = self.block[group]
         w: cython.int = self.window[group]
-        out: cython.bint = w == 1 if self.kind[group] == SLIDING else self.kind[group] == CHUNKED and tokens % w == 0
+        out: cython.bint = (
+            w == 1 if self.kind[group] == SLIDING else self.kind[group] == CHUNKED and tokens % w == 0
+        )
         if out and (tokens >= b or not self.loads_in_turn):
             return 0  # nobody reads it any more
         while self.held[at] < (tokens + b - 1) // b:
@@ -679,8 +681,8 @@ class GroupCache(KVCache):
         return 0
 
     def collect(self, at: cython.int, n: cython.int) -> cython.int:
-        """Its blocks in a group go behind the first ``n`` of ``freed``, last ones first. Returns how many there
-        are."""
+        """Its blocks in a group go behind the first ``n`` of ``freed``, last ones first; returns how many
+        these are."""
         i: cython.int
         row: cython.Py_ssize_t = at * self.width
         for i in range(self.held[at] - 1, -1, -1):

@@ -7,7 +7,7 @@ from typing import Any
 import cython
 
 from servecast.sim.engine.kv_cache import KVCache
-from servecast.sim.engine.remote_rules import remote_rules_for
+from servecast.sim.engine.remote_rules import refuse_groups, remote_rules_for
 from servecast.sim.engine.sequence import Sequence
 from servecast.sim.inputs.errors import InputError
 
@@ -34,12 +34,7 @@ class RemoteKV:
     """
 
     def __init__(self, connector: Any, kv: KVCache, config: Any) -> None:
-        if any(spec.kind == "mamba" for spec in config.kv_groups):
-            raise InputError(
-                "a KV connector for layers that keep states is not modelled",
-                where="kv_transfer_config",
-                fix="Leave it out, or take a model without them.",
-            )
+        refuse_groups(config)
         self.lists = len(config.kv_groups)
         rules: Any = remote_rules_for(config.version)
         self.connector, self.kv = connector, kv
@@ -210,7 +205,7 @@ class RemoteKV:
         if transfers.invalid_block_ids:
             if self.lists > 1:
                 raise InputError(
-                    "blocks failed to load, which vLLM's engine does not survive with several KV cache groups",
+                    "blocks failed to load, for which vLLM's engine ends with several KV cache groups",
                     where="kv_transfer_config",
                     fix="Set disable_hybrid_kv_cache_manager.",
                 )

@@ -148,10 +148,12 @@ class Scheduler:
         kept: list = []
         for sequence in self.sequences.values():
             if sequence.status == FINISHED:
-                kept += self.kv.block_ids(sequence)
+                kept.append(self.kv.block_ids(sequence))
         for entry in self.remote.deferred:
-            kept += self.kv.block_ids(entry[1])
-        return kept
+            kept.append(self.kv.block_ids(entry[1]))
+        if self.config.kv_groups:
+            kept = [blocks for groups in kept for blocks in groups]
+        return [block for blocks in kept for block in blocks if block]
 
     @property
     def adapters(self) -> frozenset[int]:

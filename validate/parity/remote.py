@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from servecast.sim.engine.connector import NEVER, Ending, FailurePolicy, Role, Transfers
 from servecast.sim.engine.offloading import Job, Jobs, OffloadingConnector
+from servecast.sim.engine.remote_rules import WHOLE_LOADS_FAIL_SINCE
 from servecast.sim.engine.rules import since
 from servecast.sim.engine.scheduler import Scheduler
 from servecast.sim.engine.sequence import Sequence
@@ -16,15 +17,14 @@ from servecast.validate.parity.fake_store import FakeCopies, FakeStore
 from servecast.validate.parity.scenarios import (
     Pick,
     Scenario,
+    drafted_grouped_scenarios,
     draw_grouped,
     draw_scenario,
-    drafted_grouped_scenarios,
     recorded_picks,
     with_drafts,
 )
 
 MAX_STEPS = 600
-WHOLE_LOADS_FAIL_SINCE = "0.30"  # KVConnectorOutput.failed_recving
 
 
 class StoreConnector:
