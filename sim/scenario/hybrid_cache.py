@@ -97,6 +97,6 @@ def note(
         what = _without_groups(transfer, cache.release) or f"a KV connector in vLLM {cache.release}"
     return (
         f"{what} turns the hybrid KV cache manager off: sliding windows are kept, and move, as full "
-        f"attention, so that the KV cache holds {memory.logged_tokens:,} tokens a rank in sequences of "
+        f"attention, so that the KV cache holds {memory.logged_tokens:,} tokens in sequences of "
         f"{memory.max_model_len:,}, where it could hold {tokens:,}"
     )

@@ -18,7 +18,8 @@ class FakeStore:
         plans: by request id (as text): ``remote``: prompt tokens that it has; ``mode``: async or sync;
             ``steps``: until an asynchronous load is over; ``later``: look-ups that it puts off; ``again``: a
             preempted request finds them again; ``fail``: block of the load, counted from its first, that goes
-            wrong, or None, and with it the whole load where there are several KV cache groups; ``hold``: steps for which blocks are kept when it has ended, 0 is none.
+            wrong, or None, and with it the whole load where there are several cache groups; ``hold``: steps
+            for which blocks are kept when it has ended, 0 is none.
     """
 
     def __init__(self, plans: dict[str, dict[str, Any]]) -> None:
