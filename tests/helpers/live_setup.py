@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from metronome_law import Law
+from metronome_setup import FLAGS as MEASURED_FLAGS
 from metronome_setup import metronome_environment
 
 from servecast.calibrate.fit.folder import FolderFit, fit_folder
@@ -35,6 +36,7 @@ FLAGS = (
     *("--worker-cls", "metronome.MetronomeWorker", "--distributed-executor-backend", "uni"),
     *("--load-format", "dummy"),
 )
+LEVELS = (2, 12)  # requests in progress while a front end is measured
 SCENARIO = """
 schema_version: 1
 name: metronome
@@ -64,13 +66,15 @@ def write_scenario(folder: Path, text: str, model: Path, gpu: GPU) -> Path:
 
 @dataclass(frozen=True)
 class Calibrated:
-    """A metronome's model, where its GPU's peaks would lie, and the profile that was fitted to it.
+    """A metronome's model, where its GPU's peaks would lie, its measurements, and the profile that was fitted
+    to these.
 
     disturbed: what says that this machine did not keep time while it was measured.
     """
 
     model: Path
     gpu: GPU
+    measured: Path
     profile: Path
     disturbed: list[str] = field(default_factory=list)
 
@@ -87,22 +91,25 @@ def metronome(model: Path, law: dict[str, Any]) -> OwnServer:
     return OwnServer(model, FLAGS, PYTHON, metronome_environment(law), recorder=True)
 
 
-def measure_steps(model: Path, out: Path, law: dict[str, Any]) -> Path:
-    """Step times of a metronome, by ``calibrate measure engine``."""
+def measure(what: str, model: Path, out: Path, law: dict[str, Any], *flags: str) -> Path:
+    """What ``calibrate measure`` finds of a metronome, in a folder."""
     subprocess.run(
         [
-            *(str(Path(sys.executable).with_name("servecast")), "calibrate", "measure", "engine"),
-            *("--python", PYTHON, "--model", str(model), "--out", str(out), "--name", "model"),
-            *("--steps", "5", "--largest", "20000", "--case-seconds", "0.4"),
-            *("--regions", "decode", "prefill", "prefill_context", "mixed", "decode_ragged"),
-            *("--enforce-eager", "--max-model-len", "2048"),
-            *("--max-num-seqs", "16", "--max-num-batched-tokens", "512", *FLAGS[:4]),
+            *(str(Path(sys.executable).with_name("servecast")), "calibrate", "measure", what),
+            *("--python", PYTHON, "--model", str(model), "--out", str(out), "--name", "model", *flags),
+            *MEASURED_FLAGS,
         ],
         env=os.environ | metronome_environment(law),
         check=True,
         capture_output=True,
     )
     return out
+
+
+def measure_steps(model: Path, out: Path, law: dict[str, Any], *regions: str) -> Path:
+    """Step times of a metronome, by ``calibrate measure engine``; all regions if none is named."""
+    few = ("--steps", "5", "--long-run-steps", "80", "--largest", "70000", "--case-seconds", "0.4")
+    return measure("engine", model, out, law, *few, *(("--regions", *regions) if regions else ()))
 
 
 def measure_overheads(target: Target, recording: Path, out: Path, levels: Sequence[int]) -> int:

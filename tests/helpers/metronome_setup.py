@@ -14,6 +14,7 @@ from servecast.sim.hardware.model_shape import ModelShape
 from servecast.sim.hardware.shard import Shard
 
 TESTS = Path(__file__).resolve().parent
+LATE_S = 0.002  # as in metronome.py, which runs where this can't be imported
 FLAGS = (
     *(
         "--worker-cls",
@@ -53,8 +54,8 @@ def metronome_model(folder: Path) -> Path:
     return write_tiny_model(folder, layers=2, hidden_size=1024, intermediate_size=4096, heads=16, kv_heads=1)
 
 
-def metronome_environment(law: dict[str, Any]) -> dict[str, str]:
-    """Variables of a vLLM process that keeps that law."""
+def metronome_environment(law: dict[str, Any], late: Path | None = None) -> dict[str, str]:
+    """Variables of a vLLM process that keeps that law, and tells in a folder how late its steps were."""
     path = [str(TESTS), os.environ.get("PYTHONPATH", "")]
     return {
         "METRONOME_LAW": json.dumps(law),
@@ -62,7 +63,20 @@ def metronome_environment(law: dict[str, Any]) -> dict[str, str]:
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "OMP_NUM_THREADS": "1",
+        **({} if late is None else {"METRONOME_LATE": str(late)}),
     }
+
+
+def share_late(folder: Path, began: float, ended: float) -> float:
+    """The share of a span of time (``time.monotonic``) by which a server's steps were longer than their law,
+    of the process with most: what this machine took from it, since the law is all that a step computes. Less
+    than ``LATE_S`` is made up for by the step after it."""
+    shares = [0.0]
+    for file in folder.iterdir():
+        steps = [list(map(float, line.split())) for line in file.read_text().splitlines()]
+        beyond = [max(0.0, late - LATE_S) for end, late in steps if began <= end <= ended]
+        shares.append(sum(beyond) / (ended - began))
+    return max(shares)
 
 
 def metronome_gpu(law: dict[str, Any], model: Path) -> GPU:

@@ -1,17 +1,24 @@
 """Timing verdicts of tests: right ones pass anywhere, wrong ones fail where this machine kept time.
 
 Where it was held up a wrong one says nothing. It is counted, and pytest's summary tells (see conftest), so
-that it is neither a failure nor passed over in silence.
+that it is neither a failure nor passed over in silence. What is wrong by chance or for once is right when it
+is run again; a wrong model is wrong each time.
 """
 
 from __future__ import annotations
 
 import os
+import statistics
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 inconclusive: list[str] = []  # of this session
 MOST_OTHERS = 0.1  # of this machine's CPUs, that others may take
+MOST_SLOWER = 1.2  # times that the same work may take as long as at best: a neighbour slows CPUs unseen
+AGAIN = 2  # times that a load is run again, if its figures are wrong
+_paces: list[float] = []  # of this session
 
 
 def judge(what: str, right: bool, *, quiet: bool) -> None:
@@ -23,11 +30,29 @@ def judge(what: str, right: bool, *, quiet: bool) -> None:
         inconclusive.append(what)
 
 
+def until_right(run: Callable[[int], tuple[str, bool, bool]]) -> None:
+    """Judge what a load shows: run again, ``AGAIN`` times at most, where it is wrong. It fails if it was
+    wrong each time, on a machine that kept time.
+
+    Args:
+        run: a load's number, from 0 -> what it shows, whether that is right, and whether it was quiet.
+    """
+    calm = True
+    for again in range(1 + AGAIN):
+        what, right, quiet = run(again)
+        calm &= quiet
+        if right:
+            break
+        print(f"wrong in try {again + 1}: {what}")
+    judge(what, right, quiet=calm)
+
+
 class Machine:
     """What others than this process, and what it started, take of this machine's CPUs from now on. What the
-    machine's host takes from it is theirs, too."""
+    machine's host takes from it is theirs, too; so is what makes the CPUs slower than they were."""
 
     def __init__(self) -> None:
+        _pace()
         self._began = _used()
 
     def others(self) -> float:
@@ -39,9 +64,27 @@ class Machine:
 
     def quiet(self) -> bool:
         """Whether these left this machine alone since the last time that this was asked."""
-        share = self.others()
-        print(f"others took {share:.0%} of the CPUs")
-        return share < MOST_OTHERS
+        share, before = self.others(), _paces[-1]
+        slower = max(before, _pace()) / min(_paces)
+        print(f"others took {share:.0%} of the CPUs, which were {slower:.2f} times slower than at best")
+        return share < MOST_OTHERS and slower < MOST_SLOWER
+
+
+def _pace() -> float:
+    """How long the same work takes now, in s. A slow second does not count, a slow minute does."""
+    for _ in range(5):
+        _paces.append(statistics.median(_work() for _ in range(25)))
+        if _paces[-1] < MOST_SLOWER * min(_paces):
+            break
+        time.sleep(0.3)
+    return _paces[-1]
+
+
+def _work() -> float:
+    """How long a few milliseconds of work take, in s."""
+    began = time.perf_counter()
+    sum(range(200_000))
+    return time.perf_counter() - began
 
 
 def _used() -> tuple[int, int, int]:

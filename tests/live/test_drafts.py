@@ -3,14 +3,13 @@ load came to, request by request, and the same load is predicted with it."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from live_setup import PYTHON, SCENARIO, Calibrated, metronome
 from metronome_setup import ROOFLINE, metronome_model
-from timing import Machine, judge
+from timing import Machine, until_right
 
 from servecast.sim.scenario.acceptance import read_counts
 from servecast.sim.scenario.deployment import Deployment
@@ -31,7 +30,6 @@ LEVEL = 12  # clients: with more, what they and the API server take of this mach
 BENCH = f"first/concurrency-{LEVEL}/bench.json"
 # Looking drafts up and verifying them on a CPU takes some of what no law knows, on each machine another part.
 WITHIN = {"output_throughput": 0.12, "mean_itl_ms": 0.12, "mean_tpot_ms": 0.12}
-AGAIN = 2  # times that loads are run again, if their figures are wrong and this machine was not quiet
 
 
 def test_throughput_and_token_times_with_the_servers_own_acceptance(
@@ -65,23 +63,18 @@ def test_throughput_and_token_times_with_the_servers_own_acceptance(
         assert law.kinds is not None
         print(law.note, law.mean, law.kinds.from_tokens)
         assert 0.1 * counts.draft_tokens < counts.accepted < 0.9 * counts.draft_tokens
-        for again in range(1 + AGAIN):
+
+        def serve(again: int) -> tuple[str, bool, bool]:
             machine, out = Machine(), tmp_path / f"second-{again}"
             second = Session(
                 scenario, server.target, out, kinds=("concurrency",), concurrency=(LEVEL,), python=PYTHON
             )
             second.run()
             quiet = machine.quiet() and not calibrated.disturbed
-            found = document(second, judge_loads(second, limits), tolerances=limits)
-            wrong = [
-                f"{each['name']}: {row['metric']} is {row['error']:+.1%} off"
-                for each in found["loads"]
-                for row in each["rows"]
-                if abs(row["error"]) >= WITHIN.get(row["metric"], math.inf)
-            ]
-            for row in found["loads"][0]["rows"]:
-                if row["metric"] in WITHIN:
-                    print(row["metric"], row["predicted"], row["measured"], f"{row['error']:+.1%}")
-            if quiet or not wrong:
-                break
-    judge("; ".join(wrong), not wrong, quiet=quiet)
+            (found,) = document(second, judge_loads(second, limits), tolerances=limits)["loads"]
+            errors = {row["metric"]: row["error"] for row in found["rows"] if row["metric"] in WITHIN}
+            print(what := ", ".join(f"{metric} is {error:+.1%} off" for metric, error in errors.items()))
+            right = all(abs(error) < WITHIN[metric] for metric, error in errors.items())
+            return what, right and len(errors) == len(WITHIN), quiet
+
+        until_right(serve)

@@ -3,28 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from live_setup import LEVELS, Calibrated, measure_steps
 from metronome_law import Law
-from metronome_setup import (
-    FLAGS,
-    NO_MACHINE,
-    ROOFLINE,
-    SIZES,
-    STAIRCASE,
-    metronome_environment,
-    metronome_gpu,
-    metronome_model,
-)
-from timing import Machine, judge
+from metronome_setup import NO_MACHINE, ROOFLINE, SIZES, STAIRCASE, metronome_gpu
+from timing import judge
 
 from servecast.__main__ import main
 from servecast.calibrate.fit.folder import fit_folder
@@ -33,52 +21,26 @@ from servecast.calibrate.fit.noise import fit_front_end
 from servecast.calibrate.fit.physical import PhysicalFit, joined
 from servecast.calibrate.measure.folder import read_rows
 from servecast.sim.scenario.vllm_server import preparation_round
-from servecast.validate.parity.vllm_process import ENVIRONMENT
 
 pytestmark = pytest.mark.live  # a metronome keeps time where it is not held up
-LAWS = {"roofline": ROOFLINE, "staircase": STAIRCASE, "no machine": NO_MACHINE}
+LAWS = {"roofline": ROOFLINE, "staircase": STAIRCASE}
 WITHIN = 0.05
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return metronome_model(tmp_path_factory.mktemp("metronome") / "model")
-
-
-@pytest.fixture(scope="module")
-def folders(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Law -> measurements; measured side by side, since a metronome mostly sleeps."""
-    if not ENVIRONMENT.exists():
-        pytest.skip("needs vLLM: run tools/install_vllm.sh")
-    out = tmp_path_factory.mktemp("measured")
-    with ThreadPoolExecutor(len(LAWS)) as threads:
-        runs = {name: threads.submit(_measure, model, out / name, law) for name, law in LAWS.items()}
-        return {name: run.result() for name, run in runs.items()}
-
-
-def _run(what: str, model: Path, out: Path, law: dict[str, Any], *flags: str) -> Path:
-    subprocess.run(
-        [
-            *(str(Path(sys.executable).with_name("servecast")), "calibrate", "measure", what),
-            *("--python", str(ENVIRONMENT / "bin" / "python"), "--model", str(model), "--out", str(out)),
-            *(*flags, *FLAGS),
-        ],
-        env=os.environ | metronome_environment(law),
-        check=True,
-        capture_output=True,
-    )
-    return out
-
-
-def _measure(model: Path, out: Path, law: dict[str, Any]) -> Path:
-    regions = ("--regions", "decode", "prefill", "mixed") if law is NO_MACHINE else ()
-    _run("engine", model, out, law, "--steps", "5", "--long-run-steps", "80", "--largest", "70000", *regions)
-    if "sizes" in law:  # a GPU's engine pads to these sizes and says so; one on the CPU has none to say
-        file = out / "engine.jsonl"
-        rows = [json.loads(line) for line in file.read_text().splitlines()]
-        rows[0]["flags"]["cudagraph_capture_sizes"] = SIZES
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return out
+def folders(calibrated: Calibrated, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Law -> measurements; one after the other, since those of long runs want the machine for themselves."""
+    out, model = tmp_path_factory.mktemp("measured"), calibrated.model
+    staircase = measure_steps(model, out / "staircase", STAIRCASE)
+    file = staircase / "engine.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows[0]["flags"]["cudagraph_capture_sizes"] = SIZES  # a GPU's engine says to what it pads, a CPU's not
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {
+        "roofline": calibrated.measured,
+        "staircase": staircase,
+        "no machine": measure_steps(model, out / "none", NO_MACHINE, "decode", "prefill", "mixed"),
+    }
 
 
 def _lasts(law: dict[str, Any], steps: Sequence[Step]) -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -88,9 +50,9 @@ def _lasts(law: dict[str, Any], steps: Sequence[Step]) -> np.ndarray[Any, np.dty
 
 @pytest.mark.parametrize("name", ["roofline", "staircase"])
 def test_the_law_is_recovered_in_every_region_even_if_it_was_not_measured(
-    folders: dict[str, Path], model: Path, name: str
+    folders: dict[str, Path], calibrated: Calibrated, name: str
 ) -> None:
-    law, gpu = LAWS[name], metronome_gpu(LAWS[name], model)
+    law, gpu = LAWS[name], metronome_gpu(LAWS[name], calibrated.model)
     measured = read_folder(folders[name])
     steps = joined(measured.steps)
     regions = {step.region for step in steps}
@@ -113,10 +75,10 @@ def test_the_law_is_recovered_in_every_region_even_if_it_was_not_measured(
 
 @pytest.mark.parametrize("name", ["roofline", "staircase"])
 def test_the_profile_predicts_steps_that_were_never_run(
-    folders: dict[str, Path], model: Path, name: str
+    folders: dict[str, Path], calibrated: Calibrated, name: str
 ) -> None:
     law = LAWS[name]
-    found = fit_folder(folders[name], gpu=metronome_gpu(law, model))
+    found = fit_folder(folders[name], gpu=metronome_gpu(law, calibrated.model))
     measured = read_folder(folders[name])
     quiet = not _lost_time(law, measured.steps)
     judge(f"{name}: a bad fit, {found.summary.reasons}", found.good, quiet=quiet)
@@ -161,10 +123,10 @@ def _random_step(rng: np.random.Generator) -> Step:
 
 
 def test_a_law_of_no_machine_is_a_bad_fit(
-    folders: dict[str, Path], model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folders: dict[str, Path], calibrated: Calibrated, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     gpu, profile = tmp_path / "metronome.yaml", tmp_path / "profile.json"
-    metronome_gpu(ROOFLINE, model).save(gpu)
+    metronome_gpu(ROOFLINE, calibrated.model).save(gpu)
     code = main(["calibrate", "fit", str(folders["no machine"]), "--gpu", str(gpu), "--output", str(profile)])
     assert code == 1
     assert not profile.exists()
@@ -173,24 +135,28 @@ def test_a_law_of_no_machine_is_a_bad_fit(
     assert "decode" in said
 
 
-def test_overheads_of_a_served_model(model: Path, tmp_path: Path) -> None:
-    if not ENVIRONMENT.exists():
-        pytest.skip("needs vLLM: run tools/install_vllm.sh")
-    machine = Machine()
-    rows = read_rows(_run("served", model, tmp_path, ROOFLINE, "--concurrency", "4") / "engine.jsonl")
-    quiet = machine.quiet()
+def test_overheads_of_a_served_model(calibrated: Calibrated) -> None:
+    rows = [row for row in read_rows(calibrated.measured / "engine.jsonl") if row["row"] == "overhead"]
     measured = [Overhead.model_validate(row) for row in rows]
     overheads = [row for row in measured if not row.more_tokens]
-    assert {row.concurrency for row in overheads} == {4}
+    assert {row.concurrency for row in overheads} == set(LEVELS)
     longer = [row for row in measured if row.more_tokens]
     assert {(row.kind, row.concurrency) for row in longer} == {("request_in", 1)}
-    into = [seconds for row in overheads if row.kind == "request_in" for seconds in row.times_s]
-    turns = {row.turn for row in overheads}
-    assert len(into) == 12 * len(turns) >= 24
-    later = [row for row in rows if row["kind"] == "token_out" and not row["first"]]
-    assert max(row["burst"] for row in later) == 4
-    count = sum(len(row["times_s"]) for row in later)  # of streams whose tokens came one by one
-    judge(f"{count} later tokens in {len(turns)} turns", count > 12 * 40 * len(turns), quiet=quiet)
+    for level in LEVELS:
+        requests = max(12, 3 * level)
+        alike = [row for row in overheads if row.concurrency == level]
+        into = [seconds for row in alike if row.kind == "request_in" for seconds in row.times_s]
+        turns = {row.turn for row in alike}
+        assert len(into) == requests * len(turns) >= 2 * requests
+        later = [
+            row
+            for row in rows
+            if row["kind"] == "token_out" and not row["first"] and row["concurrency"] == level
+        ]
+        assert max(row["burst"] for row in later) == level
+        count = sum(len(row["times_s"]) for row in later)  # of streams whose tokens came one by one
+        what = f"{count} later tokens of {level} at once in {len(turns)} turns"
+        judge(what, count > requests * 40 * len(turns), quiet=not calibrated.disturbed)
     costs, told = fit_front_end(measured, preparation_round("0.32"))
-    print(f"request_in {np.median(into):.4f} s, {costs}")
+    print(costs)
     assert "prompt_token_s" in told

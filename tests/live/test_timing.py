@@ -50,3 +50,26 @@ def test_children_are_ours_and_what_was_here_before_is_others() -> None:
     after, own_after, _ = timing._used()
     assert (after - everything) - (own_after - own) > at_least
     assert 0 <= timing.Machine().others() <= 1
+
+
+def test_what_is_wrong_once_is_run_again_and_what_is_wrong_each_time_fails() -> None:
+    tries = iter([False, True])
+    timing.until_right(lambda again: (f"try {again}", next(tries), True))
+    assert not list(tries)
+    with pytest.raises(AssertionError, match="try 2"):
+        timing.until_right(lambda again: (f"try {again}", False, True))
+
+
+def test_wrong_each_time_says_nothing_where_one_was_disturbed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "inconclusive", told := [])
+    timing.until_right(lambda again: (f"try {again}", False, again != 1))
+    assert told == ["try 2"]
+
+
+def test_a_machine_whose_cpus_became_slower_is_not_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "_paces", [1e-9])
+    monkeypatch.setattr(timing.Machine, "others", lambda _: 0.0)
+    assert not timing.Machine().quiet()
+    monkeypatch.setattr(timing, "_paces", [1e9])
+    monkeypatch.setattr(timing, "_pace", lambda: 1e9)
+    assert timing.Machine().quiet()

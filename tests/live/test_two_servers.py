@@ -25,7 +25,7 @@ from metronome_setup import FLAGS, ROOFLINE, metronome_environment, metronome_gp
 from numpy.typing import NDArray
 from places import HELPERS
 from running import running, together
-from timing import Machine, judge
+from timing import Machine, until_right
 
 from servecast.calibrate.measure.vllm.server import HOST, VllmServer, free_port
 from servecast.sim.engine.request import Request, Stage, Stream
@@ -40,7 +40,6 @@ from servecast.validate.parity.vllm_process import ENVIRONMENT
 pytestmark = pytest.mark.live
 
 TTFT, TPOT = 0.15, 0.08  # twice what a quiet machine of two cores showed: 7.7 and 4.0 % of the means
-AGAIN = 2  # times that the load is run again, if its figures are wrong and this machine was not quiet
 LAW = ROOFLINE | {"kv_request_s": 0.010, "kv_moved_token_s": 1e-4}
 BLOCK, SINGLE = 128, 12
 SCENARIO = """
@@ -168,25 +167,23 @@ def test_ttft_and_tpot_of_two_servers(proxy: tuple[str, Path]) -> None:
     for number in range(3):
         ask(url, 10_000 + number, 300, 4)  # the first requests start what is started late
     bare = scenario(folder, 0.0, FrontEndCosts())
-    for again in range(1 + AGAIN):
+
+    def serve(again: int) -> tuple[str, bool, bool]:
         machine = Machine()
         single = [ask(url, 20_000 + 100 * again + number, 400, 8)[0] for number in range(SINGLE)]
         rest = float(np.median(single)) - predicted_single(bare, 400, 8)
         print(f"single requests: TTFT {np.median(single):.4f} s, {rest:.4f} s of it outside the engines")
-        made = scenario(
-            folder, rest / 5, FrontEndCosts(latency_s=rest / 5)
-        )  # 2 servers, 3 hops: a fifth each
+        hop = rest / 5  # 2 servers, 3 hops: a fifth each
+        made = scenario(folder, hop, FrontEndCosts(latency_s=hop))
         requests = list(draw(made.stages(), again)[0].streams[0].requests)
         run = simulate(made, stages=[Stage("all", [Stream("requests", requests)])])
         assert beside_the_law(run.steps) < 0.005
-        found = driven(url, 1000 * again, requests)
-        quiet = machine.quiet()
-        wrong = compared(run.requests, found)
-        if quiet or not wrong:
-            break
-    judge("; ".join(wrong), not wrong, quiet=quiet)
+        wrong = compared(run.requests, driven(url, 1000 * again, requests))
+        return "; ".join(wrong), not wrong, machine.quiet()
+
+    until_right(serve)
     said = (folder / "decode.log").read_text()
-    assert said.count("Inject KV cache of") >= len(requests) - 3
+    assert said.count("Inject KV cache of") >= bare.workload.num_requests - 3
 
 
 def driven(url: str, first: int, requests: Sequence[Request]) -> NDArray[np.float64]:
