@@ -72,13 +72,14 @@ any length and after any number of steps, look-ups that are put off, loads that 
 blocks that are kept at the end, aborts while loading. The same store serves models with full, sliding and
 chunked groups, with drafts and without; there whole loads fail, from 0.30 on, as vLLM has it. Native
 offloading runs against the scheduler halves of vLLM 0.23, 0.32 and 0.33, with LRU and ARC, chunks of one to
-three blocks, little and much host memory: every job, flush and hit must be the same, and where vLLM's engine ends (0.23, which loads a request while it
-still stores it), ours says so in that step. Its rules by release are those of
-`sim/engine/offloading_rules.py`. All are broken once each (`tests/parity/mutations_remote.yaml`,
-`mutations_offloading.yaml`). In longer runs, 420 scenarios with the fake store under 0.32, 93,102 steps, and
-480 with offloading, 46,915, 47,157 and 47,589 steps of 0.23, 0.32 and 0.33, gave no difference, nor did 200
-with groups on each of 0.23, 0.32 and 0.33, 43,932, 42,137 and 42,028 steps. Where vLLM walks over a set of strings, the requests that fail together and those that have ended, both take them in the
-order of their ids.
+three blocks, little and much host memory: every job, flush and hit must be the same, and where vLLM's
+engine ends (0.23, which loads a request while it still stores it), ours says so in that step. Its rules by
+release are those of `sim/engine/offloading_rules.py`. All are broken once each
+(`tests/parity/mutations_remote.yaml`, `mutations_offloading.yaml`). In longer runs, 420 scenarios with the
+fake store under 0.32, 93,102 steps, and 480 with offloading, 46,915, 47,157 and 47,589 steps of 0.23, 0.32
+and 0.33, gave no difference, nor did 200 with groups on each of 0.23, 0.32 and 0.33, 43,932, 42,137 and
+42,028 steps. Where vLLM walks over a set of strings, the requests that fail together and those that have
+ended, both take them in the order of their ids.
 
 Speculative decoding is held against 0.32, 0.23 and 0.33 by `tests/parity/test_drafts.py`: every method of
 `sim/engine/speculation.py`, one to five drafts, a number of drafts by batch size, none, some or all of them
