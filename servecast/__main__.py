@@ -106,6 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _import(names: Sequence[str]) -> None:
     """What the commands need, without looking through it for garbage, now or later: a tenth of the start."""
+    os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "16")  # 2**16 cycles: idle threads burn 2**26 without
     gc.disable()
     for name in names:
         if name in COMMANDS:

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from joblib import Parallel, delayed
+from joblib import delayed
 
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.optimize.candidates import Candidate
@@ -173,9 +173,8 @@ def planned(scenario: Scenario, objectives: Objectives, effort: Effort) -> Docum
 def challenge(scenario: Scenario, objectives: Objectives, effort: Effort, rate: float) -> Document:
     """Whether a scenario serves a rate (requests/s)."""
     probe = RateProbe(scenario)
-    with Parallel(n_jobs=effort.jobs) as pool:
-        prober = Prober(probe, objectives, None, scenario.seed, effort, pool)
-        found = prober.at(rate)
+    prober = Prober(probe, objectives, None, scenario.seed, effort)
+    found = prober.at(rate)
     return {"state": found.state, "reasons": "; ".join(found.reasons), "simulated": prober.simulated}
 
 

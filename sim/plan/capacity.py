@@ -6,8 +6,6 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from joblib import Parallel
-
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.metrics.binding import Binding, Limits, binding_limit
 from servecast.sim.metrics.knee import open_loop_knee
@@ -119,9 +117,8 @@ def plan(
         if not 0 < value < math.inf:
             what = f"{value:g} is not positive and finite"
             raise InputError(what, where=name, fix="Give a positive number.")
-    with Parallel(n_jobs=effort.jobs) as pool:
-        prober = Prober(probe, objectives, limits, seed, effort, pool)
-        Boundaries(prober, max_rate, progress).find(start_rate, knee=knee)
+    prober = Prober(probe, objectives, limits, seed, effort)
+    Boundaries(prober, max_rate, progress).find(start_rate, knee=knee)
     probes, found = prober.probes, Found.of(prober.probes)
     best, miss, fail = found.best, found.miss, found.fail
     rate = best.rate if best is not None else None

@@ -7,8 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from joblib import Parallel
-
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.plan.effort import Effort
 from servecast.sim.plan.judge import Objectives
@@ -126,8 +124,7 @@ def size_fleet(
         fleet = scenario.fleet.model_copy(update={"replicas": count})
         probe = RateProbe(scenario.model_copy(update={"fleet": fleet}))
         limits = probe.deployment.limits
-        return Prober(probe, objectives, limits, scenario.seed, effort, pool).at(request_rate)
+        return Prober(probe, objectives, limits, scenario.seed, effort).at(request_rate)
 
-    with Parallel(n_jobs=effort.jobs) as pool:
-        found = fleet_size(at, request_rate, start=scenario.fleet.replicas)
+    found = fleet_size(at, request_rate, start=scenario.fleet.replicas)
     return replace(found, divided=None if divided is None else divided * scenario.fleet.replicas)

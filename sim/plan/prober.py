@@ -186,8 +186,8 @@ def _evidence(part: Run, limits: Limits) -> Evidence:
 class Prober:
     """Runs replications at a rate until it is decided, and remembers what it found.
 
-    pool: joblib's Parallel, over which replications run once it pays; results do not depend on it. found:
-    what is known, by rate. simulated: requests so far. The others are those of `capacity.plan`.
+    Replications run over processes once it pays, which results do not depend on. found: what is known, by
+    rate. simulated: requests so far. The others are those of `capacity.plan`.
     """
 
     probe: Probe
@@ -195,7 +195,6 @@ class Prober:
     limits: Limits | None
     seed: int
     effort: Effort
-    pool: Parallel
     found: dict[float, ProbedRate] = field(default_factory=dict)
     simulated: int = 0
     _e2e: tuple[float, float] | None = None  # largest sustained rate so far, its mean latency in s
@@ -247,5 +246,6 @@ class Prober:
         if self.simulated <= HERE:
             return [replicate(self.probe, rate, seed, *rest) for seed in seeds]
         task = delayed(replicate)
-        found: list[Replication] = self.pool(task(self.probe, rate, seed, *rest) for seed in seeds)
+        pool = Parallel(n_jobs=self.effort.jobs)
+        found: list[Replication] = pool(task(self.probe, rate, seed, *rest) for seed in seeds)
         return found
