@@ -78,10 +78,10 @@ order of their ids.
 Speculative decoding is held against 0.32, 0.23 and 0.33 by `tests/parity/test_drafts.py`: every method of
 `sim/engine/speculation.py`, one to five drafts, a number of drafts by batch size, none, some or all of them
 accepted, alone, beside a KV connector whose loads fail under both policies, with full, sliding and chunked
-groups of which all or some give up the last block of a hit, and by several MTP modules. Both schedulers are
-told how many drafts are proposed and accepted; drafts in every step, places in flight, blocks and vLLM's four
+groups of which all or some give up the last block of a hit, with groups that keep states, of which each
+draft has one, and by several MTP modules. Both schedulers are told how many drafts are proposed and accepted; drafts in every step, places in flight, blocks and vLLM's four
 counters of drafts must be equal, too. Its rules are those of `sim/engine/draft_rules.py`, each broken once
-(`tests/parity/mutations_drafts.yaml`), and sixteen logs of vLLM's scheduler are repeated line by line
+(`tests/parity/mutations_drafts.yaml`, `mutations_states.yaml`), and sixteen logs of vLLM's scheduler are repeated line by line
 (`tests/sim/engine/test_drafts.py`). A longer run, `servecast validate parity --drafts
 --seed 1` with 620 scenarios of the three releases, 117,182 steps, gave no difference.
 
@@ -101,7 +101,8 @@ LIMITS = """\
 
 - Not compared, because not modelled: LoRA, audio, pipeline and data parallelism, pause states, structured
   output; images beside drafts, connectors and KV cache groups; of KV cache groups `--prefix-match-unit` and
-  KV connectors; of drafts those with Mamba groups, and several MTP modules with groups. EAGLE with chunked
+  KV connectors; of drafts several MTP modules with groups. Where a chunk can save a
+  state inside itself (Mamba2, KDA), drafts are refused: vLLM's engine ends. EAGLE with chunked
   groups vLLM refuses itself. Of offloading the releases from 0.24 to 0.30, where chunks become the ones used
   last in the order of a set.
 - With groups of different block sizes the number of cached hashes is not compared: vLLM gives the prompt's

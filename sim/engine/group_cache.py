@@ -115,16 +115,15 @@ class GroupCache(KVCache):
     def refuse_drafts(self, version: str, speculation: Any, kinds: set) -> cython.int:
         """Raises: InputError: vLLM refuses such drafts beside such layers, or they are not modelled."""
         what: str = ""
+        fix: str = "Leave it out, take ngram or suffix, or disable_hybrid_kv_cache_manager."
         if any([spec.checkpoint for spec in self.specs]):
-            what = f"vLLM {version} ends where drafts cross a block and a chunk can save a state inside itself"
+            what = f"vLLM {version} ends where drafts cross a block and a chunk can save a state in itself"
+            fix = "Leave it out, or turn prefix caching off."
         elif speculation.prompt_lookahead:
             what = "several MTP modules for layers that do not all keep the same: not modelled"
         elif self.drops_block and "chunked" in kinds:
             what = "vLLM's hybrid KV cache is not supported for EAGLE and chunked local attention"
         if what:
-            fix = "Leave it out, or turn prefix caching off."
-            if not any([spec.checkpoint for spec in self.specs]):
-                fix = "Leave it out, take ngram or suffix, or disable_hybrid_kv_cache_manager."
             raise InputError(what, where="speculative_config", fix=fix)
         return 0
 
@@ -388,8 +387,7 @@ class GroupCache(KVCache):
                 if not gate:
                     self.saves[at] = saves
                 need = (end + b - 1) // b + self.spare[g] - self.held[at]
-                if need > 1 + saves:
-                    need = min(need, 1 + saves + (self.spare[g] if admits else 0))
+                need = min(need, 1 + saves + (self.spare[g] if admits else 0))
             else:
                 need = (slots + b - 1) // b + self.spare[g]
                 if gate and self.cap[g]:

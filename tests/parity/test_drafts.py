@@ -28,7 +28,7 @@ from servecast.validate.parity.scenarios import (
 VERSIONS = {"0.32": 64, "0.23": 24, "0.33": 32}
 RARE = (389, 1663)  # of 0.32's: an admission that ends at max_model_len; a victim that gives slots back
 BESIDE, GROUPED = 16, 34  # scenarios with a connector or by several modules, and with groups
-STATES = {"0.23": 32, "0.32": 80, "0.33": 80}  # and with groups that keep states
+STATES = {"0.23": 50, "0.32": 60, "0.33": 50}  # and with groups that keep states
 MUTATIONS = load_mutations("mutations_drafts.yaml")
 OF_STATES = load_mutations("mutations_states.yaml")
 
