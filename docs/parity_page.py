@@ -62,27 +62,34 @@ full, sliding, chunked and Mamba groups, one to five in a scenario, with retenti
 inside chunks, holds them against 0.23, 0.32 and 0.33, and breaks each of their rules once
 (`tests/parity/mutations_groups.yaml`).
 
+Pipeline stages, LoRA slots and grammars are held against 0.20, 0.23, 0.32 and 0.33 by
+`tests/parity/test_stages.py`, each of their rules broken once (`tests/parity/mutations_stages.yaml`), blocks
+whose tokens several ranks share out by `tests/parity/test_shared_out.py`.
+
 KV connectors are held against 0.23, 0.32 and 0.33 by `tests/parity/test_remote.py`, which gives vLLM's
 scheduler and ours the same fake store: producers, consumers and both, loads in the step or beside it, of
 any length and after any number of steps, look-ups that are put off, loads that fail under both policies,
-blocks that are kept at the end, aborts while loading. Native offloading runs against the scheduler halves
-of vLLM 0.23, 0.32 and 0.33, with LRU and ARC, chunks of one to three blocks, little and much host memory:
-every job, flush and hit must be the same, and where vLLM's engine ends (0.23, which loads a request while it
-still stores it), ours says so in that step. Its rules by release are those of
-`sim/engine/offloading_rules.py`. All are broken once each (`tests/parity/mutations_remote.yaml`,
-`mutations_offloading.yaml`). In longer runs, 420 scenarios with the fake store under 0.32, 93,102 steps, and
-480 with offloading, 46,915, 47,157 and 47,589 steps of 0.23, 0.32 and 0.33, gave no difference. Where vLLM
-walks over a set of strings, the requests that fail together and those that have ended, both take them in the
-order of their ids.
+blocks that are kept at the end, aborts while loading. The same store serves models with full, sliding and
+chunked groups, with drafts and without; there whole loads fail, from 0.30 on, as vLLM has it. Native
+offloading runs against the scheduler halves of vLLM 0.23, 0.32 and 0.33, with LRU and ARC, chunks of one to
+three blocks, little and much host memory: every job, flush and hit must be the same, and where vLLM's
+engine ends (0.23, which loads a request while it still stores it), ours says so in that step. Its rules by
+release are those of `sim/engine/offloading_rules.py`. All are broken once each
+(`tests/parity/mutations_remote.yaml`, `mutations_offloading.yaml`). In longer runs, 420 scenarios with the
+fake store under 0.32, 93,102 steps, and 480 with offloading, 46,915, 47,157 and 47,589 steps of 0.23, 0.32
+and 0.33, gave no difference, nor did 200 with groups on each of 0.23, 0.32 and 0.33, 43,932, 42,137 and
+42,028 steps. Where vLLM walks over a set of strings, the requests that fail together and those that have
+ended, both take them in the order of their ids.
 
 Speculative decoding is held against 0.32, 0.23 and 0.33 by `tests/parity/test_drafts.py`: every method of
 `sim/engine/speculation.py`, one to five drafts, a number of drafts by batch size, none, some or all of them
 accepted, alone, beside a KV connector whose loads fail under both policies, with full, sliding and chunked
 groups of which all or some give up the last block of a hit, with groups that keep states, of which each
-draft has one, and by several MTP modules. Both schedulers are told how many drafts are proposed and accepted; drafts in every step, places in flight, blocks and vLLM's four
-counters of drafts must be equal, too. Its rules are those of `sim/engine/draft_rules.py`, each broken once
-(`tests/parity/mutations_drafts.yaml`, `mutations_states.yaml`), and sixteen logs of vLLM's scheduler are repeated line by line
-(`tests/sim/engine/test_drafts.py`). A longer run, `servecast validate parity --drafts
+draft has one, and by several MTP modules. Both schedulers are told how many drafts are proposed and
+accepted; drafts in every step, places in flight, blocks and vLLM's four counters of drafts must be equal,
+too. Its rules are those of `sim/engine/draft_rules.py`, each broken once
+(`tests/parity/mutations_drafts.yaml`, `mutations_states.yaml`), and sixteen logs of vLLM's scheduler are
+repeated line by line (`tests/sim/engine/test_drafts.py`). A longer run, `servecast validate parity --drafts
 --seed 1` with 620 scenarios of the three releases, 117,182 steps, gave no difference.
 
 The encoder's budget and cache are held against 0.20, 0.23, 0.32 and 0.33 by `tests/parity/test_images.py`:
@@ -99,12 +106,12 @@ A scenario that differs is shrunk, printed with both sides' state around the fir
 LIMITS = """\
 ## What this does not show
 
-- Not compared, because not modelled: LoRA, audio, pipeline and data parallelism, pause states, structured
-  output; images beside drafts, connectors and KV cache groups; of KV cache groups `--prefix-match-unit` and
-  KV connectors; of drafts several MTP modules with groups. Where a chunk can save a
-  state inside itself (Mamba2, KDA), drafts are refused: vLLM's engine ends. EAGLE with chunked
-  groups vLLM refuses itself. Of offloading the releases from 0.24 to 0.30, where chunks become the ones used
-  last in the order of a set.
+- Not compared, because not modelled: audio, pause states; images beside drafts, connectors and KV cache
+  groups; of KV cache groups `--prefix-match-unit`, connectors on states, and both before 0.23; of drafts
+  several MTP modules with groups. EAGLE with chunked groups vLLM refuses itself; drafts where a chunk can
+  save a state inside itself (Mamba2, KDA) are refused, for vLLM's engine may end at an assertion. Of data
+  parallelism only the scheduler of one engine core is compared. Of offloading the releases from 0.24 to
+  0.30, where chunks become the ones used last in the order of a set.
 - With groups of different block sizes the number of cached hashes is not compared: vLLM gives the prompt's
   last block of full attention a second hash there, which no look-up asks for.
 - Rules that cannot be told apart from outside, so that no scenario can test them: that a look-up stops at

@@ -38,6 +38,8 @@ class DraftRules:
             once more is not cached (KVCacheCoordinator.get_num_cacheable_tokens).
         hashes_at_update: without async scheduling, too, blocks get their hash when a step's tokens arrive
             (Scheduler.update_from_output); before, in the next step.
+        uncounts_what_ends_cut: tokens that a request's end has cut count no more as computed
+            (_update_request_with_output).
     """
 
     reserves_at_admission: bool
@@ -53,6 +55,7 @@ class DraftRules:
     disable_eagle_block_drop: bool
     hashes_next_token: bool
     hashes_at_update: bool
+    uncounts_what_ends_cut: bool
     flags_mtp_group: bool
     modules_look_ahead: bool
 
@@ -71,6 +74,7 @@ DRAFT_RULE_IN: dict[str, tuple[str, str | None]] = {
     "disable_eagle_block_drop": ("0.30", None),
     "hashes_next_token": ("0.33", None),
     "hashes_at_update": ("0.33", None),
+    "uncounts_what_ends_cut": ("0.33", None),
     "flags_mtp_group": ("0.31", "0.32"),
     "modules_look_ahead": ("0.28", None),
 }

@@ -9,6 +9,7 @@ cdef class Drafts:
     cdef readonly int slots  # input slots that come off a step's budget with each request
     cdef readonly int budget  # tokens of a step, the first request's slots taken off
     cdef readonly bint hashes_at_update
+    cdef readonly bint uncounts_cut
     cdef bint is_async
     cdef int max_model_len
     cdef bint pads

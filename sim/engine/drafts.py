@@ -39,6 +39,7 @@ class Drafts:
         self.pads = rules.pads_admissions and not speculation.by_batch
         self.pads_the_first, self.waits_at_the_end = rules.pads_the_first, rules.waits_at_the_end
         self.hashes_at_update = rules.hashes_at_update
+        self.uncounts_cut = rules.uncounts_what_ends_cut
         self.seats = config.max_num_seqs
         if rules.own_pass and METHODS[speculation.method].parallel:
             self.seats = config.max_num_batched_tokens // speculation.lookahead

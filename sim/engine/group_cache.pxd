@@ -33,6 +33,8 @@ cdef class GroupCache(KVCache):
     cdef bint drops_somewhere
     cdef bint doubts_drafts
     cdef bint proves_states
+    cdef int[::1] drafts_at  # 1 where a drafter has layers
+    cdef bint loads_in_turn
     cdef int scheduler_block
     cdef int retention
     cdef int largest_chunk
@@ -73,10 +75,11 @@ cdef class GroupCache(KVCache):
     cdef int boundary(self, int tokens, int size) noexcept
     cdef int prefill_end(self, Sequence sequence) noexcept
     cdef int needed(self, Sequence sequence, int slot, int computed, int end, bint admits, bint gate) except? -1
-    cdef int trim(self, Sequence sequence) except -1
     cdef int publish_block(self, Sequence sequence, int group, int index) noexcept
     cdef int give_back(self, int count, bint split) noexcept
-    cdef int adopt(self, int slot, int hit) except -1
+    cdef int adopt(self, int slot, int hit, int external) except -1
+    cdef int collect(self, int at, int n) noexcept
+    cdef int take_loaded(self, int group, int at, int tokens) except -1
     cdef int ahead(self, int end, bint admits) noexcept
     cdef int take(self, int slot, int end, bint admits) except -1
     cdef int due(self, Sequence sequence) noexcept

@@ -51,8 +51,10 @@ class GroupCache(KVCache):
         if config.speculation is not None:
             self.refuse_drafts(config.version, config.speculation, {spec.kind for spec in specs})
         kinds = config.speculation.drafter_kinds if config.speculation is not None else ()
-        drops = ints(self.drops_block and (not kinds or spec.kind in kinds) for spec in specs)
-        self.drops, self.drops_somewhere = drops, any(drops)
+        self.drafts_at = ints(not kinds or spec.kind in kinds for spec in specs)
+        self.drops = ints(self.drops_block and here for here in self.drafts_at)
+        self.drops_somewhere = any(self.drops)
+        self.loads_in_turn = rules.loads_group_by_group
         self.checks_last_block = rules.checks_last_block
         self.keeps_replays = rules.keeps_replays_of_drops
         self.doubts_drafts, self.proves_states = rules.doubts_drafts, rules.looks_past_states
@@ -109,8 +111,13 @@ class GroupCache(KVCache):
         self.table = np.zeros(lists * self.width, np.int32)
         self.held, self.cached, self.saves, self.retired = (none * lists for _ in range(4))
         self.last_state = ints([-1]) * lists
-        self.freed = none * self.width
+        self.freed = none * (self.width * self.count)
         self.fresh = set()
+
+    def hash_plainly(self) -> cython.int:
+        self.hash_lookahead, self.drops_block = 0, True
+        self.drops, self.drops_somewhere = self.drafts_at, any(self.drafts_at)
+        return 0
 
     def refuse_drafts(self, version: str, speculation: Any, kinds: set) -> cython.int:
         """Raises: InputError: vLLM refuses such drafts beside such layers, or they are not modelled."""
@@ -130,6 +137,8 @@ class GroupCache(KVCache):
     def block_ids(self, sequence: Sequence) -> list[Any]:
         """A list a group; 0 where it holds none."""
         slot = sequence.slot
+        if slot < 0:
+            return [[] for _ in self.specs]
         rows = np.asarray(self.table).reshape(-1, self.width)
         return [rows[i, : self.held[i]].tolist() for i in range(slot * self.count, (slot + 1) * self.count)]
 
@@ -423,10 +432,77 @@ class GroupCache(KVCache):
             return False
         if admits:
             sequence.slot = self.slots.pop()
-            self.adopt(slot, computed)
+            self.adopt(slot, computed, 0)
         self.take(slot, end, admits)
         self.cache_blocks(sequence, min(end, sequence.num_tokens))
         return True
+
+    def allocate_remote(
+        self,
+        sequence: Sequence,
+        tokens: cython.int,
+        external: cython.int,
+        cached: cython.int,
+        reserve: cython.int,
+        others: cython.int,
+    ) -> cython.bint:
+        admits: cython.bint = sequence.slot < 0
+        computed: cython.int = sequence.computed + cached + external
+        end: cython.int = computed + tokens
+        slots: cython.int = end if tokens else end + self.load_lookahead - self.ahead(0, admits)
+        slot: cython.int = sequence.slot
+        most: cython.int = min(sequence.num_tokens, self.max_model_len)
+        if admits:
+            if len(self.slots) < 2:
+                self.add_rows()
+            slot = self.slots[len(self.slots) - 1]
+        free: cython.int = self.pool.free_blocks
+        if self.full_isl and self.needed(sequence, slot, computed, most, admits, True) + reserve > free:
+            return False
+        if not admits:
+            self.trim(sequence)
+        reserve += others
+        if self.needed(sequence, slot, computed, slots, admits, False) + reserve > self.pool.free_blocks:
+            return False
+        if admits:
+            sequence.slot = self.slots.pop()
+            self.adopt(slot, computed, external)
+        self.take(slot, slots, admits)
+        if tokens:
+            self.cache_blocks(sequence, min(end, sequence.num_tokens))
+        return True
+
+    def add_rows(self) -> cython.int:
+        lists: cython.Py_ssize_t = len(self.held)
+        rows: cython.Py_ssize_t = lists // self.count
+        none: Any = ints([0]) * lists
+        self.table = np.concatenate((np.asarray(self.table), np.zeros_like(np.asarray(self.table))))
+        self.held, self.cached = ints(self.held) + none, ints(self.cached) + none
+        self.saves, self.retired = ints(self.saves) + none, ints(self.retired) + none
+        self.last_state = ints(self.last_state) + ints([-1]) * lists
+        self.slots = [*range(rows, 2 * rows), *self.slots]
+        return 0
+
+    def blocks_of(self, tokens: cython.int) -> cython.int:
+        g: cython.int
+        total: cython.int = 0
+        for g in range(self.count):
+            total += (tokens + self.block[g] - 1) // self.block[g]
+        return total
+
+    def missing_blocks(self, sequence: Sequence, drafts: cython.int) -> cython.int:
+        g: cython.int
+        need: cython.int
+        total: cython.int = 0
+        tokens: cython.int = min(sequence.num_tokens, self.max_model_len) + drafts
+        for g in range(self.count):
+            need = (tokens + self.block[g] - 1) // self.block[g]
+            if self.cap[g]:
+                need = min(need, self.cap[g])
+            if sequence.slot >= 0:
+                need -= self.held[sequence.slot * self.count + g]
+            total += max(need, 0)
+        return total
 
     def ahead(self, end: cython.int, admits: cython.bint) -> cython.int:
         """Tokens up to which slots are reserved where a step computes up to ``end``."""
@@ -445,7 +521,10 @@ class GroupCache(KVCache):
         slot: cython.int = sequence.slot
         tokens: cython.int = sequence.computed
         if self.trims_processed and sequence.scheduled_tick > self.processed:
-            tokens = max(0, tokens - sequence.scheduled_tokens)  # its step is in flight
+            tokens -= sequence.scheduled_tokens  # its step is in flight
+            if sequence.previous_tick > self.processed:
+                tokens -= sequence.previous_tokens
+            tokens = max(0, tokens)
         told = tokens
         for g in range(self.count):
             if self.kind[g] == FULL:
@@ -501,8 +580,9 @@ class GroupCache(KVCache):
                     pool.prepend(block)
         return 0
 
-    def adopt(self, slot: cython.int, hit: cython.int) -> cython.int:
-        """What a look-up found becomes the sequence's (allocate_new_computed_blocks)."""
+    def adopt(self, slot: cython.int, hit: cython.int, external: cython.int) -> cython.int:
+        """What a look-up found becomes the sequence's, and it gets blocks for the ``external`` tokens among
+        ``hit`` (allocate_new_computed_blocks)."""
         pool: BlockPool = self.pool
         g: cython.int
         i: cython.int
@@ -524,6 +604,25 @@ class GroupCache(KVCache):
                         pool.unlink(block)
                     pool.ref[block] += 1
             self.held[at] = self.cached[at] = max(gone, self.held[at])
+            if external and self.loads_in_turn:
+                self.take_loaded(g, at, hit)
+        if external and not self.loads_in_turn:
+            for g in range(self.count):
+                self.take_loaded(g, slot * self.count + g, hit)
+        return 0
+
+    def take_loaded(self, group: cython.int, at: cython.int, tokens: cython.int) -> cython.int:
+        """Blocks for what is loaded, up to ``tokens`` (allocate_external_computed_blocks)."""
+        b: cython.int = self.block[group]
+        w: cython.int = self.window[group]
+        out: cython.bint = (
+            w == 1 if self.kind[group] == SLIDING else self.kind[group] == CHUNKED and tokens % w == 0
+        )
+        if out and (tokens >= b or not self.loads_in_turn):
+            return 0  # nobody reads it any more
+        while self.held[at] < (tokens + b - 1) // b:
+            self.table[at * self.width + self.held[at]] = self.pool.take()
+            self.held[at] += 1
         return 0
 
     def take(self, slot: cython.int, end: cython.int, admits: cython.bint) -> cython.int:
@@ -583,24 +682,38 @@ class GroupCache(KVCache):
     def free(self, sequence: Sequence) -> cython.int:
         """Give everything back, group by group, last blocks first."""
         g: cython.int
-        i: cython.int
-        n: cython.int
-        at: cython.int
-        row: cython.Py_ssize_t
         for g in range(self.count):
-            at = sequence.slot * self.count + g
-            row = at * self.width
-            n = 0
-            for i in range(self.held[at] - 1, -1, -1):
-                if self.table[row + i]:
-                    self.freed[n] = self.table[row + i]
-                    n += 1
-            self.give_back(n, self.reuse_unhashed_first or (self.splits_windows and self.kind[g] == SLIDING))
-            self.held[at] = self.cached[at] = self.retired[at] = self.saves[at] = 0
-            self.last_state[at] = -1
+            self.give_back(
+                self.collect(sequence.slot * self.count + g, 0),
+                self.reuse_unhashed_first or (self.splits_windows and self.kind[g] == SLIDING),
+            )
         self.slots.append(sequence.slot)
         sequence.slot = -1
         return 0
+
+    def free_later(self, sequence: Sequence) -> cython.int:
+        """All groups at once, the last of them first."""
+        g: cython.int
+        n: cython.int = 0
+        for g in range(self.count - 1, -1, -1):
+            n = self.collect(sequence.slot * self.count + g, n)
+        self.give_back(n, self.reuse_unhashed_first)
+        self.slots.append(sequence.slot)
+        sequence.slot = -1
+        return 0
+
+    def collect(self, at: cython.int, n: cython.int) -> cython.int:
+        """Its blocks in a group go behind the first ``n`` of ``freed``, last ones first; returns how many
+        these are."""
+        i: cython.int
+        row: cython.Py_ssize_t = at * self.width
+        for i in range(self.held[at] - 1, -1, -1):
+            if self.table[row + i]:
+                self.freed[n] = self.table[row + i]
+                n += 1
+        self.held[at] = self.cached[at] = self.retired[at] = self.saves[at] = 0
+        self.last_state[at] = -1
+        return n
 
     # ---- which blocks are kept for others ---------------------------------------------------------
 

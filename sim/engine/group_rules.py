@@ -17,6 +17,8 @@ class GroupRules:
     """Rules of KV cache groups that changed between releases.
 
     Attributes:
+        loads_group_by_group: each group takes its hits and then blocks for what a connector loads, before the
+            next one does; a hit may be given away (allocate_new_computed_blocks). Else all hits come first.
         splits_freed_windows: blocks without a hash go to the head of the free list where they leave a window
             or are a sliding window's, to its tail otherwise (free_blocks(prepend=True)).
         trims_what_is_processed: blocks leave the window by the tokens of finished steps, not of scheduled
@@ -42,6 +44,7 @@ class GroupRules:
             although none of them is (HybridKVCacheCoordinator.find_longest_cache_hit).
     """
 
+    loads_group_by_group: bool
     splits_freed_windows: bool
     trims_what_is_processed: bool
     pins_junctions: bool
@@ -58,6 +61,7 @@ class GroupRules:
 
 
 GROUP_RULE_IN: dict[str, tuple[str, str | None]] = {
+    "loads_group_by_group": ("0.20", "0.23"),
     "splits_freed_windows": ("0.23", "0.23"),
     "trims_what_is_processed": ("0.26", None),
     "pins_junctions": ("0.26", None),

@@ -32,12 +32,16 @@ cdef class KVCache:
     cdef int get_computed_blocks(self, Sequence sequence) except -1
     cdef bint allocate_slots(self, Sequence sequence, int tokens, int cached, int reserve) except? -1
     cdef bint allocate_remote(
-        self, Sequence sequence, int tokens, int cached, int reserve, int others, bint delay
+        self, Sequence sequence, int tokens, int external, int cached, int reserve, int others
     ) except? -1
     cdef int add_rows(self) except -1
+    cdef int blocks_of(self, int tokens) noexcept
     cdef int missing_blocks(self, Sequence sequence, int drafts) except? -1
+    cdef int trim(self, Sequence sequence) except -1
+    cdef int hash_plainly(self) except -1
     cdef int touch(self, Sequence sequence, int hits) except -1
     cdef int free(self, Sequence sequence) except -1
+    cdef int free_later(self, Sequence sequence) except -1
     cdef int cache_blocks(self, Sequence sequence, int tokens) except -1
     cdef long long private_key(self, Sequence sequence) noexcept
     cdef long long block_key(self, Sequence sequence, int index) except *

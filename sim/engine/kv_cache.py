@@ -74,6 +74,11 @@ class KVCache:
         first: cython.Py_ssize_t = sequence.slot * self.width
         return [int(self.table[first + i]) for i in range(sequence.blocks_end // self.block_size)]
 
+    def hash_plainly(self) -> cython.int:
+        """Hashes are the usual ones, and drafters give up the last block of a hit instead."""
+        self.hash_lookahead, self.drops_block = 0, True
+        return 0
+
     def shared_keys(self, content: tuple[tuple[int, int], ...]) -> Any:
         """Keys of the leading blocks that another request may have, too; None where there are none."""
         if not content or not (self.prefix_caching or self.keyed):
@@ -179,22 +184,22 @@ class KVCache:
         self,
         sequence: Sequence,
         tokens: cython.int,
+        external: cython.int,
         cached: cython.int,
         reserve: cython.int,
         others: cython.int,
-        delay: cython.bint,
     ) -> cython.bint:
         """``allocate_slots`` for one that waits, where there is a connector: it may hold blocks already, and
-        ``tokens`` counts those that are loaded, too. ``others`` more blocks must stay free beside those of
-        now; with ``delay`` nothing of it can be found yet."""
+        ``external`` tokens behind those that are cached are loaded. ``others`` more blocks must stay free
+        beside those of now. Without ``tokens`` they are loaded aside, and nothing of it can be found yet."""
         hits: cython.int = cached // self.block_size
-        end: cython.int = sequence.computed + cached + tokens
+        end: cython.int = sequence.computed + cached + external + tokens
         held: cython.int = sequence.blocks_end // self.block_size + hits
         ahead: cython.int = 0
         need: cython.int
         at: cython.Py_ssize_t
         i: cython.int
-        if delay:
+        if not tokens:
             ahead = self.load_lookahead
         elif self.reserves_at_admission or sequence.computed > 0:
             ahead = self.lookahead
@@ -219,7 +224,7 @@ class KVCache:
         for i in range(need):
             self.table[at + i] = self.pool.take()
         sequence.blocks_end += need * self.block_size
-        if not delay:
+        if tokens:
             self.cache_blocks(sequence, min(end, sequence.num_tokens))
         return True
 
@@ -230,10 +235,18 @@ class KVCache:
         self.slots = [*range(rows, 2 * rows), *self.slots]
         return 0
 
+    def blocks_of(self, tokens: cython.int) -> cython.int:
+        """Blocks that so many tokens fill, all groups."""
+        return (tokens + self.block_size - 1) // self.block_size
+
     def missing_blocks(self, sequence: Sequence, drafts: cython.int) -> cython.int:
         """What it still needs for all its tokens and so many of drafts."""
         tokens: cython.int = min(sequence.num_tokens, self.max_model_len) + drafts
         return (tokens + self.block_size - 1) // self.block_size - sequence.blocks_end // self.block_size
+
+    def trim(self, sequence: Sequence) -> cython.int:
+        """Give back what nobody reads any more (remove_skipped_blocks)."""
+        return 0
 
     def touch(self, sequence: Sequence, hits: cython.int) -> cython.int:
         """Hold cached blocks, too (BlockPool.touch)."""
@@ -270,6 +283,10 @@ class KVCache:
         sequence.slot = -1
         sequence.blocks_end = sequence.cached_end = 0
         return 0
+
+    def free_later(self, sequence: Sequence) -> cython.int:
+        """``free`` of blocks that a step in flight could write (_drain_deferred_frees)."""
+        return self.free(sequence)
 
     # ---- what can be found ------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ from servecast.sim.engine.sequence cimport FINISHED, LOADING, PREEMPTED, WAITING
 cdef class RemoteKV:
     cdef readonly object connector
     cdef KVCache kv
+    cdef int lists  # of blocks a sequence, where layers do not all keep the same; else 0
     cdef bint recomputes  # a failed load; else its request ends
     cdef bint defers
     cdef bint spares

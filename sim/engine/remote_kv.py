@@ -7,7 +7,7 @@ from typing import Any
 import cython
 
 from servecast.sim.engine.kv_cache import KVCache
-from servecast.sim.engine.remote_rules import remote_rules_for
+from servecast.sim.engine.remote_rules import refuse_groups, remote_rules_for
 from servecast.sim.engine.sequence import Sequence
 from servecast.sim.inputs.errors import InputError
 
@@ -34,12 +34,8 @@ class RemoteKV:
     """
 
     def __init__(self, connector: Any, kv: KVCache, config: Any) -> None:
-        if config.kv_groups:
-            raise InputError(
-                "a KV connector is modelled for layers that all keep the same",
-                where="kv_transfer_config",
-                fix="Take a model with one KV cache group, or leave the connector out.",
-            )
+        refuse_groups(config)
+        self.lists = len(config.kv_groups)
         rules: Any = remote_rules_for(config.version)
         self.connector, self.kv = connector, kv
         self.recomputes = connector.load_failure_policy == "recompute"
@@ -78,7 +74,7 @@ class RemoteKV:
     def reserved_blocks(self) -> cython.int:
         """Blocks that those who prefill or load still need (_inflight_prefill_reserved_blocks)."""
         sequence: Sequence
-        blocks: cython.int = (self.draft_tokens + self.kv.block_size - 1) // self.kv.block_size
+        blocks: cython.int = self.kv.blocks_of(self.draft_tokens)
         if self.reserves:
             for sequence in self.prefills:
                 blocks += max(0, self.kv.missing_blocks(sequence, self.draft_tokens))
@@ -129,7 +125,7 @@ class RemoteKV:
         """A step with tokens is over, and no longer writes."""
         self.processed = tick
         while self.deferred and self.deferred[0][0] <= tick:
-            self.kv.free(self.deferred.pop(0)[1])
+            self.kv.free_later(self.deferred.pop(0)[1])
 
     def keeps(self, sequence: Sequence, ending: Any) -> cython.bint:
         """A request ends: whether its blocks are kept for now (Scheduler._free_request)."""
@@ -140,6 +136,8 @@ class RemoteKV:
             self.failed.discard(sequence)
         self.prefills.pop(sequence, None)
         self.cut_now.discard(sequence)
+        if sequence.slot >= 0:
+            self.kv.trim(sequence)
         sequence.status = FINISHED
         kept: cython.bint = self.connector.request_finished(sequence, ending)
         self.held += kept or loading
@@ -168,6 +166,8 @@ class RemoteKV:
             elif sequence.previous_tick == tick:
                 before -= sequence.previous_tokens
             blocks: list = self.kv.block_ids(sequence)
+            if self.lists:
+                blocks = blocks[0]
             affected: cython.bint = False
             cut: cython.bint = False
             for i in range(min((before + self.kv.block_size - 1) // self.kv.block_size, len(blocks))):
@@ -203,6 +203,12 @@ class RemoteKV:
                 sequence.computed = 0
                 self.failed.add(sequence)
         if transfers.invalid_block_ids:
+            if self.lists > 1:
+                raise InputError(
+                    "blocks failed to load, for which vLLM's engine ends with several KV cache groups",
+                    where="kv_transfer_config",
+                    fix="Set disable_hybrid_kv_cache_manager.",
+                )
             aside = self.cut(loads, transfers.invalid_block_ids, tick, None)
             inside = self.cut(running, transfers.invalid_block_ids, tick, evicted)
         if self.recomputes:

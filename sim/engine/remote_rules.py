@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from servecast.sim.engine.rules import since
+from servecast.sim.inputs.errors import InputError
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,27 @@ REMOTE_RULE_SINCE = {
     "caches_processed": "0.33",
 }
 """The first release that has a rule."""
+
+
+GROUPS_SINCE = "0.23"
+"""From when on connectors on KV cache groups are step-exact."""
+
+WHOLE_LOADS_FAIL_SINCE = "0.30"
+"""From when on a connector can say that all of a load failed (KVConnectorOutput.failed_recving)."""
+
+
+def refuse_groups(config: Any) -> None:
+    """Raises: InputError: no KV connector is modelled beside the KV cache groups of an engine."""
+    states = any(spec.kind == "mamba" for spec in config.kv_groups)
+    if states or (config.kv_groups and not since(config.version, GROUPS_SINCE)):
+        off = "set disable_hybrid_kv_cache_manager"
+        raise InputError(
+            "KV connectors for layers that keep states (Mamba, linear attention) are not modelled"
+            if states
+            else f"KV connectors on several KV cache groups are modelled from vLLM {GROUPS_SINCE} on",
+            where="engine.kv_transfer_config",
+            fix="Leave the connector and the pools out." if states else f"Take a newer release, or {off}.",
+        )
 
 
 def remote_rules_for(version: str) -> RemoteRules:

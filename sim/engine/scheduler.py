@@ -97,8 +97,8 @@ class Scheduler:
         if connector is not None:
             self.remote = RemoteKV(connector, self.kv, config)
             self.kv.keyed = True
-            if self.kv.hash_lookahead:  # the hashes are the usual ones (num_hash_lookahead_tokens)
-                self.kv.hash_lookahead, self.kv.drops_block = 0, True
+            if self.kv.hash_lookahead:  # not with connectors (num_hash_lookahead_tokens)
+                self.kv.hash_plainly()
             connector.bind(self)
 
     # ---- what can be read -------------------------------------------------------------------------
@@ -148,10 +148,12 @@ class Scheduler:
         kept: list = []
         for sequence in self.sequences.values():
             if sequence.status == FINISHED:
-                kept += self.kv.block_ids(sequence)
+                kept.append(self.kv.block_ids(sequence))
         for entry in self.remote.deferred:
-            kept += self.kv.block_ids(entry[1])
-        return kept
+            kept.append(self.kv.block_ids(entry[1]))
+        if self.config.kv_groups:
+            kept = [blocks for groups in kept for blocks in groups]
+        return [block for blocks in kept for block in blocks if block]
 
     @property
     def adapters(self) -> frozenset[int]:
@@ -687,7 +689,7 @@ class Scheduler:
                     break
             else:
                 others: cython.int = remote.reserved_blocks() if loads else 0
-                if not self.kv.allocate_remote(sequence, external + tokens, cached, reserve, others, loads):
+                if not self.kv.allocate_remote(sequence, tokens, external, cached, reserve, others):
                     break
                 remote.allocated(sequence, asked, cached, external)
             queue.pop()
@@ -886,6 +888,7 @@ class Scheduler:
         i: cython.Py_ssize_t
         tokens: cython.int
         samplers: list = step.samplers
+        self.kv.processed = tick
         if step.looking:
             self.encoder.step_done(step)
         if self.remote is not None:
@@ -942,7 +945,6 @@ class Scheduler:
                 step.leavers.append(sequence)
         step.emitted = step.outputs = emitted + steady
         step.steady = steady
-        self.kv.processed = tick
         if left:
             self.drop_finished()
         if self.remote is not None:
@@ -1019,12 +1021,13 @@ class Scheduler:
             if sequence.num_tokens >= sequence.final_tokens:
                 if sequence.status == RUNNING:
                     left = True
+                    if drafts.uncounts_cut:
+                        sequence.computed -= 1 + accepted - tokens
                 else:
                     self.unqueue(sequence)
                 self.end(sequence, "finished")
                 step.leavers = own(step.leavers)
                 step.leavers.append(sequence)
-        self.kv.processed = tick
         if left:
             self.drop_finished()
         return 0

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 
 from servecast.sim.engine.connector import NEVER, Ending, FailurePolicy, Role, Transfers
+from servecast.sim.engine.remote_rules import WHOLE_LOADS_FAIL_SINCE
+from servecast.sim.engine.rules import since
 from servecast.sim.fleet.disaggregation import Link
 from servecast.sim.fleet.kv_ports import Ports, runs
 from servecast.sim.inputs.units import to_ps
@@ -19,11 +21,11 @@ _EXTENDS, _BEATS = 2 / 3, 6  # of a lease: what a heartbeat extends it by, and h
 
 @dataclass(slots=True)
 class Held:
-    """KV blocks of a computed prompt. until: from when they may go, NEVER while somebody beats for them.
-    gone: with their server, or freed, so that a read of them fails."""
+    """KV blocks of a computed prompt, by KV cache group. until: from when they may go, NEVER while somebody
+    beats for them. gone: with their server, or freed, so that a read of them fails."""
 
     prefill: int
-    blocks: Sequence[int]
+    blocks: Sequence[Sequence[int]]
     since: int
     until: int
     received: int = -1
@@ -79,18 +81,20 @@ class Exchange:
             held.until = time
             self.wake(self.ports.servers[held.prefill], time)
 
-    def read(self, decode: int, request_id: int, blocks: Sequence[int], now: int) -> Read:
-        """A decode server fetches the last blocks of a prompt."""
+    def read(self, decode: int, request_id: int, blocks: Sequence[Sequence[int]], now: int) -> Read:
+        """A decode server fetches the last blocks of a prompt, of each KV cache group."""
         held = self.held[request_id]
         pair = held.prefill, decode
         start = max(now, self._met.setdefault(pair, now + to_ps(self.link.handshake_s)))
-        there = held.blocks[len(held.blocks) - len(blocks) :]
+        here = [block for group in blocks for block in group]
         fails = held.gone or held.prefill in self._down
         fails = fails or (self.link.failure_share > 0 and self._rng.random() < self.link.failure_share)
         if held.gone or held.prefill in self._down:
             found = Read(*pair, start, start + to_ps(self.link.latency_s), 0, True)
         else:
-            end, size = self.ports.send(*pair, len(blocks), runs(blocks, there), start)
+            pairs = zip(held.blocks, blocks, strict=True)
+            there = [block for its, own in pairs for block in its[max(0, len(its) - len(own)) :]]
+            end, size = self.ports.send(*pair, len(here), runs(here, there), start)
             found = Read(*pair, start, end, size, fails)
             if fails:  # nobody says that it was read
                 self._last_beat(request_id, end)
@@ -144,8 +148,8 @@ class NixlConnector:
         self._exchange, self._index, self._prefills = exchange, index, prefills
         self._scheduler: Any = None
         self._held: dict[int, Held] = {}
-        self._asked: list[tuple[int, list[int]]] = []
-        self._loads: dict[int, tuple[Read, list[int]]] = {}
+        self._asked: list[tuple[int, list[list[int]]]] = []
+        self._loads: dict[int, tuple[Read, list[list[int]]]] = {}
         exchange.connectors[index] = self
 
     def bind(self, scheduler: Any) -> None:
@@ -161,16 +165,28 @@ class NixlConnector:
         return (count, True) if sequence.request_id in self.waiting and count > 0 else (0, False)
 
     def update_state_after_alloc(self, sequence: Any, num_external_tokens: int) -> None:
-        request_id, block_size = sequence.request_id, self._scheduler.config.block_size
+        request_id = sequence.request_id
         if request_id not in self.waiting:
             return
         if num_external_tokens:
-            first = (sequence.prompt_tokens - num_external_tokens) // block_size
-            last = -(-sequence.prompt_tokens // block_size)
             del self.waiting[request_id]
-            self._asked.append((request_id, self._scheduler.block_ids(request_id)[first:last]))
+            local = sequence.prompt_tokens - num_external_tokens
+            self._asked.append((request_id, self._moving(request_id, local, sequence.prompt_tokens)))
         else:
             self._give_back(request_id)
+
+    def _moving(self, request_id: int, first: int, last: int) -> list[list[int]]:
+        """Blocks with tokens from ``first`` to ``last``, of each KV cache group; of a sliding window no more
+        than it reaches, and one (get_exchange_clipped_blocks)."""
+        config, blocks = self._scheduler.config, self._scheduler.block_ids(request_id)
+        if not config.kv_groups:
+            return [blocks[first // config.block_size : -(-last // config.block_size)]]
+        found = []
+        for spec, held in zip(config.kv_groups, blocks, strict=True):
+            most = -(-spec.window // spec.block_size) + 1 if spec.kind == "sliding" else len(held)
+            part = held[first // spec.block_size : -(-last // spec.block_size)]
+            found.append([block for block in part if block][-most:])
+        return found
 
     def _give_back(self, request_id: int) -> None:
         """Nothing is to be read: the prefill server hears of it."""
@@ -192,7 +208,7 @@ class NixlConnector:
             self._give_back(request_id)
         if not self._prefills or ending != "finished":
             return False
-        now, blocks = self.clock(), self._scheduler.block_ids(request_id)
+        now, blocks = self.clock(), self._moving(request_id, 0, sequence.prompt_tokens)
         held = Held(self._index, blocks, now, now + self._exchange.lease)
         self._held[request_id] = self._exchange.held[request_id] = held
         return True
@@ -210,8 +226,16 @@ class NixlConnector:
             del self._loads[request_id]
         if not sent and not over:
             return None
-        failed = frozenset(block for _, read, blocks in over if read.failed for block in blocks)
-        return Transfers(tuple(request_id for request_id, _, _ in over), sent, failed)
+        received, failed = (
+            tuple(request_id for request_id, _, _ in over),
+            [each for each in over if each[1].failed],
+        )
+        config = self._scheduler.config
+        if not config.kv_groups:
+            return Transfers(received, sent, frozenset(block for *_, groups in failed for block in groups[0]))
+        if not since(config.version, WHOLE_LOADS_FAIL_SINCE):  # before, the request goes on as if it had them
+            return Transfers(received, sent)
+        return Transfers(received, sent, failed_recving=tuple(request_id for request_id, *_ in failed))
 
     def next_event(self, now: int) -> int:
         times = [held.until for held in self._held.values()] + [read.end for read, _ in self._loads.values()]

@@ -15,8 +15,8 @@ class KVSide:
 
     Attributes:
         ranks: of tensor parallelism. heads: KV heads of the whole model; 1 where every rank has the whole
-            cache (latents). block_size: tokens a block. bytes_per_block: on one rank, of all layers. tensors:
-            in which a block has a part each: keys and values, or latents, of every layer.
+            cache (latents). block_size: tokens a block. bytes_per_block: on one rank, of all layers that a
+            block holds. tensors: in which it has a part each: keys and values, or latents, of each of them.
     """
 
     ranks: int

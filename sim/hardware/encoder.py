@@ -114,9 +114,8 @@ class EncoderTime:
         self._tower, self._ranks, self._whole = tower, ranks, whole
         model = _as_model(tower, shard.model)
         self._time = PhysicalStepTime(Shard(model, shard.gpu, 1 if whole else ranks), profile.efficiencies)
-        self._joining = 1 + tower.joining_weights / (
-            tower.layers * tower.layer_weights * (1 if tower.rule == "fixed" else tower.merge**2)
-        )
+        layers = tower.layers * tower.layer_weights * (1 if tower.rule == "fixed" else tower.merge**2)
+        self._joining = tower.joining_weights / layers  # its products' share of those of the layers
         self._known: dict[tuple[tuple[int, int], ...], float] = {}
 
     def seconds(self, items: Iterable[MediaItem]) -> float:
@@ -148,7 +147,7 @@ class EncoderTime:
         parts = dict(self._time.breakdown(step))
         efficiencies = self._time.efficiencies
         host = efficiencies.host_fixed_s + len(chunks) * efficiencies.host_per_seq_s
-        return sum(parts.values()) - min(host, parts["host"]) + parts["linear"] * (self._joining - 1)
+        return sum(parts.values()) - min(host, parts["host"]) + parts["linear"] * self._joining
 
 
 def _as_model(tower: VisionTower, text: ModelShape) -> ModelShape:

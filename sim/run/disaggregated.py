@@ -25,11 +25,11 @@ from servecast.sim.routing.llmd.disaggregated import DisaggregatedPicker
 from servecast.sim.routing.pools import Pools, Splitting
 from servecast.sim.routing.routers import ROUTERS
 from servecast.sim.scenario.deployment import Deployment
+from servecast.sim.scenario.hybrid_cache import by_kind
 from servecast.sim.scenario.kv_pull import PullSettings, pull_settings
 from servecast.sim.scenario.scenario import Scenario
 from servecast.sim.scenario.serve_flags import resolved_flags
 
-_HASHED = ("version", "disable_hybrid_kv_cache_manager")  # by compute_nixl_compatibility_hash, 0.20 to 0.33
 _HOST_COPY_S_PER_BYTE = 1 / 25e9  # assumed: PCIe 4 x16, each side one copy
 
 
@@ -134,11 +134,15 @@ class ServerPools:
             if side.block_size != self.sides[0].block_size:
                 what = f"KV blocks of {side.block_size} tokens beside some of {self.sides[0].block_size}"
                 raise self._error(index, what, "Give all servers one block_size.")
-            for name in ("kv_cache_dtype", *(_HASHED if hashed else ())):
+            for name in ("kv_cache_dtype", "version")[: 1 + hashed]:  # compute_nixl_compatibility_hash
                 its, theirs = getattr(own, name), getattr(flags, name)
                 if its != theirs and (name != "version" or _whole(its) != _whole(theirs)):
                     fix = "Give all servers one: vLLM refuses the handshake."
                     raise self._error(index, f"{name} {its} beside {theirs}", fix)
+            ours, others = (_by_kind(self.deployments[i]) for i in (index, 0))
+            if hashed and ours != others:  # of the hash, too
+                what = f"disable_hybrid_kv_cache_manager {not ours} beside {not others}"
+                raise self._error(index, what, "Give all servers one: vLLM refuses the handshake.")
             big, small = max(side.ranks, self.sides[0].ranks), min(side.ranks, self.sides[0].ranks)
             if big % small:
                 what = f"{big} ranks beside {small}"
@@ -149,6 +153,11 @@ class ServerPools:
 
     def _error(self, index: int, what: str, fix: str) -> InputError:
         return InputError(what, where=f"{self.scenario.source}: fleet.{self.roles[index]}", fix=fix)
+
+
+def _by_kind(deployment: Deployment) -> bool:
+    kinds = {layer.kind for layer in deployment.model.cache_layers}
+    return by_kind(deployment.scenario.engine, kinds, deployment.config.version)
 
 
 def _whole(release: str) -> list[str]:
@@ -166,7 +175,7 @@ def kv_side(deployment: Deployment) -> KVSide:
         heads,
         deployment.config.block_size,
         deployment.memory.bytes_per_block,
-        sum(layer.count for layer in layers) * (1 if latent else 2),
+        max(group.layers for group in deployment.memory.groups) * (1 if latent else 2),
     )
 
 

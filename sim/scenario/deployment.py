@@ -11,7 +11,9 @@ from servecast.sim.engine.config import EngineConfig
 from servecast.sim.engine.engine import Engine
 from servecast.sim.engine.group_rules import STATES_IN, WINDOWS_SINCE
 from servecast.sim.engine.held_costs import MediaProcessor
+from servecast.sim.engine.kv_groups import in_flight_tokens
 from servecast.sim.engine.pipeline_rules import decode_stride
+from servecast.sim.engine.remote_rules import refuse_groups
 from servecast.sim.engine.rules import since
 from servecast.sim.engine.scheduler import Scheduler
 from servecast.sim.fleet.spec import GpuSpec
@@ -32,6 +34,7 @@ from servecast.sim.routing.llmd.config import read_epp
 from servecast.sim.scenario.adapters import adapter_cache, check_traffic, grammars
 from servecast.sim.scenario.basis import Fitted, fitted_profiles, profile_of, why_typical
 from servecast.sim.scenario.engine_flags import EngineFlags
+from servecast.sim.scenario.hybrid_cache import note as hybrid_note
 from servecast.sim.scenario.kv_offload import Offloading, Shared, check_host_memory, offloading_of
 from servecast.sim.scenario.kv_pull import WAYS
 from servecast.sim.scenario.media import budget_of, check_limits, media_of, processor, tower_of
@@ -40,6 +43,7 @@ from servecast.sim.scenario.speculation import Speculating, speculating
 from servecast.sim.scenario.stages import note as stages_note
 from servecast.sim.scenario.stages import over_nodes
 from servecast.sim.scenario.vllm_flags import FLAG_BAND
+from servecast.sim.scenario.vllm_server import cache_options
 from servecast.sim.traffic.spec import Workload
 
 
@@ -111,6 +115,8 @@ class Deployment:
                 where=f"{where}: engine.pipeline_parallel_size",
                 fix="Use tensor_parallel_size.",
             )
+        if whole.fleet.prefill:
+            refuse_groups(config)
         cores = config.data_parallel
         together = {
             "drafts in parallel or by batch size": (
@@ -268,6 +274,7 @@ class Deployment:
             *(() if self.speculating is None else self.speculating.notes),
             self.memory.warning,
             self._near_groups,
+            self._hybrid_cache,
             self._blind_router,
             self._lone_connector,
             stages_note(self.shard, self.scenario.gpu),
@@ -301,6 +308,21 @@ class Deployment:
             if kinds and not since(version, WINDOWS_SINCE):
                 return f"KV cache groups are step-exact from vLLM {WINDOWS_SINCE} on, in {version} only near"
         return None
+
+    @property
+    def _hybrid_cache(self) -> str | None:
+        """Said where a KV connector is there, and layers have windows."""
+        fleet = self.scenario.fleet
+        flags = (self.scenario.of_replica(fleet.decode[0]) if fleet.decode else self.scenario).engine
+        if flags.policy != "vllm" or (flags.kv_transfer is None and not fleet.prefill):
+            return None
+        config, shard = self.config, self.shard
+        in_flight = in_flight_tokens(
+            config.version, config.max_num_batched_tokens, async_scheduling=config.async_scheduling
+        )
+        drafter = None if self.speculating is None else self.speculating.drafter
+        cache = replace(cache_options(flags, config, shard), hybrid=True)
+        return hybrid_note(flags, self.memory, shard, drafter, cache, in_flight)
 
     @property
     def _blind_router(self) -> str | None:

@@ -137,8 +137,9 @@ class EngineFlags(Model):
     block_size: Count | None = None
     """Tokens of a KV block. Default, what the attention backend prefers: 16, of latents (MLA) 16 to 64.
     Beside layers with states it is raised until a block holds a state, as vLLM does."""
-    disable_hybrid_kv_cache_manager: Flag = False
-    """Manage sliding-window layers as full ones, as vLLM does with chunked ones in any case."""
+    disable_hybrid_kv_cache_manager: Flag | None = None
+    """Manage sliding-window layers as full ones, as vLLM does with chunked ones in any case. Default,
+    beside a KV connector that takes layers of one kind only, until 0.22 beside any."""
     mamba_cache_mode: Literal["none", "align", "all"] | None = None
     """When layers with states (Mamba, linear attention) keep them for others; ``all`` until 0.31. Default,
     ``align`` with prefix caching, else ``none``."""

@@ -325,9 +325,9 @@ def offloading_of(
             )
     if memory.kv_groups:
         raise InputError(
-            "KV connectors are modelled for layers that all keep every token",
+            "offloading is modelled where all layers are managed as one kind, and these are by kind",
             where=where,
-            fix="Leave it out, or disable_hybrid_kv_cache_manager where layers have windows.",
+            fix="Set disable_hybrid_kv_cache_manager where layers have windows, or leave it out.",
         )
     link = host_link(shard.gpu)
     if spec.host_gb_per_s is not None:

@@ -25,6 +25,7 @@ from servecast.sim.inputs.schema import invalid, within
 from servecast.sim.scenario import ranks
 from servecast.sim.scenario.adapters import lora
 from servecast.sim.scenario.engine_flags import EngineFlags
+from servecast.sim.scenario.hybrid_cache import by_kind
 from servecast.sim.scenario.kv_pull import pull_settings
 from servecast.sim.scenario.media import run_of
 from servecast.sim.scenario.ranks import check_interleaving, context_ranks, data_parallel, expert_ranks
@@ -304,7 +305,7 @@ class Vllm:
             shard,
             config,
             version=flags.version,
-            cache=_cache_options(flags, config, shard),
+            cache=cache_options(flags, config, shard),
             fit_max_model_len=flags.fits_max_model_len,
             compile_cache=flags.compile_cache,
             kv_cache_memory_bytes=flags.kv_cache_memory_bytes,
@@ -329,7 +330,7 @@ KERNEL_BLOCK = 16  # tokens: what get_supported_kernel_block_sizes of each atten
 _BYTES = {"auto": None, "float16": 2, "bfloat16": 2, "float32": 4}
 
 
-def _cache_options(flags: EngineFlags, config: EngineConfig, shard: Shard) -> CacheOptions:
+def cache_options(flags: EngineFlags, config: EngineConfig, shard: Shard) -> CacheOptions:
     """What decides about KV cache groups.
 
     Raises:
@@ -342,8 +343,6 @@ def _cache_options(flags: EngineFlags, config: EngineConfig, shard: Shard) -> Ca
             fix=f"Give a multiple of {KERNEL_BLOCK}, or leave it out.",
         )
     kinds = {layer.kind for layer in shard.model.cache_layers}
-    transfer = flags.kv_transfer  # which turns the hybrid manager off unless it supports it (SupportsHMA)
-    plain = transfer is not None and any(each.connector.startswith("LMCache") for each in transfer.all())
     mode: CacheMode = "none"
     if config.enable_prefix_caching:
         mode = flags.mamba_cache_mode or "align"
@@ -377,7 +376,7 @@ def _cache_options(flags: EngineFlags, config: EngineConfig, shard: Shard) -> Ca
         mamba_block_size=flags.mamba_block_size,
         state_bytes=_BYTES[flags.mamba_cache_dtype],
         recurrent_bytes=_BYTES[flags.mamba_ssm_cache_dtype],
-        hybrid=not (flags.disable_hybrid_kv_cache_manager or "chunked" in kinds or plain),
+        hybrid=by_kind(flags, kinds, config.version),
     )
 
 

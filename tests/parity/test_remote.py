@@ -1,4 +1,5 @@
-"""KV connectors decide as in vLLM's scheduler, step by step: a fake one, and native offloading."""
+"""KV connectors decide as in vLLM's scheduler, step by step: a fake one, also on KV cache groups, and native
+offloading."""
 
 from __future__ import annotations
 
@@ -18,10 +19,16 @@ from mutations import Mutation, catch, load_mutations
 from servecast.sim.engine import chunk_cache, offloading
 from servecast.validate.parity import remote
 from servecast.validate.parity.parity import Recorded, compare
-from servecast.validate.parity.remote import offloading_scenarios, remote_scenarios
+from servecast.validate.parity.remote import (
+    drafted_grouped_remote_scenarios,
+    grouped_remote_scenarios,
+    offloading_scenarios,
+    remote_scenarios,
+)
 from servecast.validate.parity.scenarios import Scenario
 
 VERSIONS = {"0.23": 25, "0.32": 45, "0.33": 25}
+GROUPED = {"0.23": 8, "0.32": 24, "0.33": 8}
 OFFLOADING = {"0.23": 30, "0.32": 20, "0.33": 20}
 MUTATIONS = load_mutations("mutations_remote.yaml")
 OF_OFFLOADING = load_mutations("mutations_offloading.yaml")
@@ -33,6 +40,8 @@ def recorded() -> dict[str, list[Recorded]]:
     return record_all(
         VERSIONS,
         lambda version, count: [
+            *grouped_remote_scenarios(version, 0, GROUPED[version]),
+            *drafted_grouped_remote_scenarios(version, 0, GROUPED[version] // 4),
             *remote_scenarios(version, 0, count),
             *offloading_scenarios(version, 0, OFFLOADING[version]),
         ],
@@ -82,7 +91,7 @@ def test_what_the_scenarios_cover(recorded: dict[str, list[Recorded]]) -> None:
 
 @pytest.mark.vllm
 def test_rules_of_another_version_differ(recorded: dict[str, list[Recorded]]) -> None:
-    fakes = recorded["0.23"][: VERSIONS["0.23"]]
+    fakes = [one for one in recorded["0.23"] if one.scenario.name.startswith("remote-")]
     assert sum(compare(one, "0.32") is not None for one in fakes) >= 20
 
 

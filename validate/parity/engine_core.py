@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any, Protocol
 
-FREE_LIST_HEAD = 16  # blocks of the free list that are compared
+FREE_LIST_HEAD = 16
 
 
 class Step(Protocol):
@@ -72,7 +72,7 @@ class Engine(Protocol):
     def external_hits(self) -> int: ...
 
     def free_list(self, limit: int) -> list[int]: ...
-    def block_ids(self, request_id: int) -> list[int]: ...
+    def block_ids(self, request_id: int) -> list[Any]: ...
     def add(self, request: Any, arrival: int) -> None: ...
     def abort(self, request_id: int) -> None: ...
     def grammar_ready(self, request_id: int) -> None: ...
@@ -197,8 +197,8 @@ def _state(engine: Engine, counted: bool, remote: bool) -> dict[str, Any]:
         "free_list": engine.free_list(FREE_LIST_HEAD),
     }
     if remote:
-        held = [[request_id, engine.block_ids(request_id)] for request_id in engine.waiting]
-        state["waiting_blocks"] = [[request_id, blocks] for request_id, blocks in held if blocks]
+        held = [(request_id, engine.block_ids(request_id)) for request_id in engine.waiting]
+        state["waiting_blocks"] = [[request_id, blocks] for request_id, blocks in held if any(blocks)]
     if engine.encoder is not None:
         state["encoder"] = engine.encoder.state
     if counted:

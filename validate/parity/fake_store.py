@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+LOST = -1  # stands for all blocks of a load
+
 
 class FakeStore:
     """Loads, failures and kept blocks by plan.
@@ -16,7 +18,8 @@ class FakeStore:
         plans: by request id (as text): ``remote``: prompt tokens that it has; ``mode``: async or sync;
             ``steps``: until an asynchronous load is over; ``later``: look-ups that it puts off; ``again``: a
             preempted request finds them again; ``fail``: block of the load, counted from its first, that goes
-            wrong, or None; ``hold``: steps for which blocks are kept when it has ended, 0 is none.
+            wrong, or None, and with it the whole load where there are several cache groups; ``hold``: steps
+            for which blocks are kept when it has ended, 0 is none.
     """
 
     def __init__(self, plans: dict[str, dict[str, Any]]) -> None:
@@ -46,8 +49,8 @@ class FakeStore:
         count = min(plan["remote"], prompt, most) - local
         return (count, asynchronous) if count > 0 else (0, False)
 
-    def allocated(self, request_id: int, blocks: list[int], external: int, block: int) -> None:
-        """``update_state_after_alloc``."""
+    def allocated(self, request_id: int, blocks: list[Any], external: int, block: int) -> None:
+        """``update_state_after_alloc``; blocks: a list of them, or one a group."""
         if external <= 0:
             return
         plan = self.plans[str(request_id)]
@@ -55,7 +58,8 @@ class FakeStore:
         first = self.local[request_id]
         last = first + -(-external // block)
         if plan["fail"] is not None and request_id not in self.loaded and first + plan["fail"] < last:
-            failed = [blocks[first + plan["fail"]]]
+            failed = [LOST] if isinstance(blocks[0], list) else [blocks[first + plan["fail"]]]
+            failed = [block for block in failed if block]  # none where it is out of a window
         self.loaded.add(request_id)
         if plan["mode"] == "async":
             self.due.append((self.clock + plan["steps"], "received", request_id, failed))
@@ -78,7 +82,8 @@ class FakeStore:
         return {
             "received": [request for _, kind, request, _ in ready if kind == "received"],
             "sent": [request for _, kind, request, _ in ready if kind == "sent"],
-            "invalid": sorted({*invalid, *(block for *_, failed in ready for block in failed)}),
+            "invalid": sorted({*invalid, *(block for *_, failed in ready for block in failed)} - {LOST}),
+            "lost": [request for *_, request, failed in ready if LOST in failed],
         }
 
 

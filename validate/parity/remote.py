@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from servecast.sim.engine.connector import NEVER, Ending, FailurePolicy, Role, Transfers
 from servecast.sim.engine.offloading import Job, Jobs, OffloadingConnector
+from servecast.sim.engine.remote_rules import WHOLE_LOADS_FAIL_SINCE
+from servecast.sim.engine.rules import since
 from servecast.sim.engine.scheduler import Scheduler
 from servecast.sim.engine.sequence import Sequence
 from servecast.sim.engine.step import Step
@@ -15,6 +17,8 @@ from servecast.validate.parity.fake_store import FakeCopies, FakeStore
 from servecast.validate.parity.scenarios import (
     Pick,
     Scenario,
+    drafted_grouped_scenarios,
+    draw_grouped,
     draw_scenario,
     recorded_picks,
     with_drafts,
@@ -50,7 +54,9 @@ class StoreConnector:
         )
 
     def update_state_after_alloc(self, sequence: Sequence, num_external_tokens: int) -> None:
-        blocks = self._scheduler.block_ids(sequence.request_id)
+        blocks: list[Any] = self._scheduler.block_ids(sequence.request_id)
+        if len(self._scheduler.config.kv_groups) == 1:
+            blocks = blocks[0]
         self.store.allocated(sequence.request_id, blocks, num_external_tokens, self._block)
 
     def build_connector_meta(self, step: Step) -> None:
@@ -71,6 +77,7 @@ class StoreConnector:
             finished_recving=tuple(report["received"]),
             finished_sending=tuple(report["sent"]),
             invalid_block_ids=frozenset(report["invalid"]),
+            failed_recving=tuple(report["lost"]),
         )
 
     def next_event(self, now: int) -> int:
@@ -116,6 +123,23 @@ def remote_scenarios(version: str, seed: int, count: int) -> Iterator[Scenario]:
         yield draw_remote(recorded_picks(seed, index)[0], version, f"remote-{version}-{seed}-{index}")
 
 
+def grouped_remote_scenarios(version: str, seed: int, count: int) -> Iterator[Scenario]:
+    """As ``remote_scenarios``, each with KV cache groups."""
+    for index in range(count):
+        pick, name = recorded_picks(seed, index)[0], f"grouped-remote-{version}-{seed}-{index}"
+        yield draw_grouped_remote(pick, version, name)
+
+
+def drafted_grouped_remote_scenarios(version: str, seed: int, count: int) -> Iterator[Scenario]:
+    """As ``grouped_remote_scenarios``, each with drafts."""
+    return drafted_grouped_scenarios(version, seed, count, draw_grouped_remote)
+
+
+def draw_grouped_remote(pick: Pick, version: str, name: str) -> Scenario:
+    """``draw_remote`` on KV cache groups."""
+    return draw_remote(pick, version, name, draw_grouped(pick, version, name, states=False))
+
+
 def drafted_remote_scenarios(version: str, seed: int, count: int) -> Iterator[Scenario]:
     """As ``remote_scenarios``, each with drafts."""
     for index in range(count):
@@ -123,10 +147,12 @@ def drafted_remote_scenarios(version: str, seed: int, count: int) -> Iterator[Sc
         yield with_drafts(pick, draw_remote(pick, version, f"drafted-remote-{version}-{seed}-{index}"))
 
 
-def draw_remote(pick: Pick, version: str, name: str) -> Scenario:
-    """A random scenario in which some, or most, requests have KV cache elsewhere or are wanted there."""
-    plain = draw_scenario(pick, version, name)
+def draw_remote(pick: Pick, version: str, name: str, plain: Scenario | None = None) -> Scenario:
+    """A random scenario in which some, or most, requests have KV cache elsewhere or are wanted there. With
+    groups only a whole load can fail, where vLLM's connectors can say so."""
+    plain = plain or draw_scenario(pick, version, name)
     config = plain.config
+    whole = since(version, WHOLE_LOADS_FAIL_SINCE)
     role: Role = ("kv_consumer", "kv_both", "kv_producer")[pick(0, 2)]
     policy: Literal["fail", "recompute"] = ("recompute", "fail")[pick(0, 1)]
     many, failing = pick(0, 2), pick(0, 3)
@@ -137,7 +163,7 @@ def draw_remote(pick: Pick, version: str, name: str) -> Scenario:
         if pick(0, 3) > many + 1:
             continue
         mode = "sync" if pick(0, 3) < modes else "async"
-        fails = pick(0, 5) < failing
+        fails = pick(0, 5) < failing and (len(config.kv_groups) < 2 or (whole and mode == "async"))
         remote = request.prompt_tokens if pick(0, 1) else pick(0, request.prompt_tokens)
         plans[str(request.request_id)] = {
             "remote": 0 if role == "kv_producer" and pick(0, 1) else remote,

@@ -160,15 +160,22 @@ def modules_scenarios(version: str, seed: int, count: int) -> Iterator[Scenario]
 
 
 def drafted_grouped_scenarios(
-    version: str, seed: int, count: int, *, states: bool = False
+    version: str,
+    seed: int,
+    count: int,
+    draw: Callable[[Pick, str, str], Scenario] | None = None,
+    *,
+    states: bool = False,
 ) -> Iterator[Scenario]:
     """As ``grouped_scenarios``, each with drafts, as far as that is modelled: full and sliding groups, and
-    chunked ones where vLLM takes them; ``states``: and groups that keep states, in each."""
+    chunked ones where vLLM takes them. draw: instead of ``draw_grouped``. states: each has groups that keep
+    states, too."""
     name = f"drafted-{'states' if states else 'grouped'}-{version}-{seed}"
     index = found = 0
+    draw = draw or draw_grouped
     while found < count:
         pick = recorded_picks(seed, index)[0]
-        drawn = with_drafts(pick, draw_grouped(pick, version, f"{name}-{index}"))
+        drawn = with_drafts(pick, draw(pick, version, f"{name}-{index}"))
         config, index = drawn.config, index + 1
         assert config.speculation is not None
         kinds, drafts = {spec.kind for spec in config.kv_groups}, config.speculation
@@ -451,11 +458,12 @@ def with_drafts(pick: Pick, plain: Scenario) -> Scenario:
     )
 
 
-def draw_grouped(pick: Pick, version: str, name: str) -> Scenario:
-    """A random scenario whose layers do not all keep the same: one to four groups of two or three kinds."""
+def draw_grouped(pick: Pick, version: str, name: str, *, states: bool = True) -> Scenario:
+    """A random scenario whose layers do not all keep the same: one to four groups of two or three kinds,
+    with ``states`` some of them of Mamba."""
     plain = draw_scenario(pick, version, name)
     config = plain.config
-    groups, retention = _draw_groups(pick, config)
+    groups, retention = _draw_groups(pick, config, states=states)
     longest = max(
         min(a.request.prompt_tokens + a.request.output_tokens, config.max_model_len) for a in plain.arrivals
     )
@@ -476,10 +484,12 @@ def draw_grouped(pick: Pick, version: str, name: str) -> Scenario:
     )
 
 
-def _draw_groups(pick: Pick, config: EngineConfig) -> tuple[tuple[CacheSpec, ...], int | None]:
+def _draw_groups(
+    pick: Pick, config: EngineConfig, *, states: bool
+) -> tuple[tuple[CacheSpec, ...], int | None]:
     """Groups and the retention interval of what they keep for others."""
     block, caching = config.block_size, config.enable_prefix_caching
-    made = pick(0, 9)
+    made = pick(0, 9 if states else 6)
     rules = group_rules_for(config.version)
 
     def spec(kind: GroupKind, size: int = block, window: int = 0) -> CacheSpec:

@@ -8,7 +8,7 @@ import vllm.distributed.kv_transfer.kv_connector.v1.base as base
 from fake_store import FakeStore  # type: ignore[import-not-found]
 
 
-class FakeConnector(base.KVConnectorBase_V1):  # type: ignore[misc]
+class FakeConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignore[misc]
     """The scheduler's half; the store stands in for the workers'."""
 
     def __init__(self, vllm_config: Any, role: Any, *rest: Any, **options: Any) -> None:
@@ -27,13 +27,16 @@ class FakeConnector(base.KVConnectorBase_V1):  # type: ignore[misc]
         return (None, False) if answer is None else answer
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
-        held = blocks.get_block_ids()[0]
-        self.store.allocated(int(request.request_id), held, num_external_tokens, self.block_size)
+        held = [list(group) for group in blocks.get_block_ids()]
+        own = held if len(held) > 1 else held[0]
+        self.store.allocated(int(request.request_id), own, num_external_tokens, self.block_size)
 
     def build_connector_meta(self, scheduler_output: Any) -> Any:
         return base.KVConnectorMetadata()
 
-    def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, None]:
+    def request_finished_all_groups(
+        self, request: Any, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, None]:
         ended = request.status.name in ("FINISHED_STOPPED", "FINISHED_LENGTH_CAPPED")
         return self.store.finished(int(request.request_id), ended), None
 

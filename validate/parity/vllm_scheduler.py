@@ -294,6 +294,7 @@ class VllmEngine:
             finished_recving=[_name(request_id) for request_id in report["received"]],
             finished_sending=[_name(request_id) for request_id in report["sent"]],
             invalid_block_ids=set(report["invalid"]),
+            **({"failed_recving": {_name(lost) for lost in report["lost"]}} if report["lost"] else {}),
         )
         return []
 

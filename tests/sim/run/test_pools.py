@@ -57,6 +57,17 @@ def served(role: str, *flags: str) -> dict[str, Any]:
     return {"engine": {"command": " ".join(command)}}
 
 
+def test_a_window_moves_no_more_than_itself() -> None:
+    """gpt-oss-120b, 18 layers with a window of 128 tokens and 18 without, 8 KV heads of 64 in bf16: blocks of
+    16 tokens have 589,824 bytes in 18 layers; of 1000 tokens 63 move, and of the window its 8 blocks and one
+    (get_exchange_clipped_blocks). Kept whole, 63 of all 36 layers."""
+    fleet, model = {"prefill": 1, "decode": 1}, {"config": "gpt-oss-120b"}
+    for whole, expected in ((False, (63 + 9) * 589_824), (True, 63 * 2 * 589_824)):
+        engine = {"version": "0.32", "max_model_len": 8192, "disable_hybrid_kv_cache_manager": whole}
+        found = run_of(scenario(fleet, model=model, engine=engine, gpu={"name": "h200"}))
+        assert set(found.requests["kv_transfer_bytes"]) == {expected}
+
+
 def test_two_numbers_are_a_fleet() -> None:
     found = run_of(scenario({"prefill": 2, "decode": 1}))
     assert found.meta["roles"] == ["prefill", "prefill", "decode"]
