@@ -27,7 +27,8 @@ class CacheLayer:
         state: whose state a mamba layer keeps.
         conv: numbers of the convolution's state, (kernel - 1) x channels, which ranks divide. group_conv:
             those of one group of Mamba2, (kernel - 1) x 2 x state size, left out of ``conv``. groups: of
-            those; ranks that they do not divide by hold copies.
+            those; ranks that they do not divide by hold copies. conv_rows: kernel - 1; each draft of a step
+            adds one.
         recurrent: numbers of the recurrent state. recurrent_bytes: of one of them where the model says it;
             None: as the convolution's.
     """
@@ -43,5 +44,6 @@ class CacheLayer:
     conv: int = 0
     group_conv: int = 0
     groups: int = 0
+    conv_rows: int = 0
     recurrent: int = 0
     recurrent_bytes: int | None = None

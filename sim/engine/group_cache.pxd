@@ -31,6 +31,8 @@ cdef class GroupCache(KVCache):
     cdef bint checks_last_block
     cdef bint keeps_replays
     cdef bint drops_somewhere
+    cdef bint doubts_drafts
+    cdef bint proves_states
     cdef int[::1] drafts_at  # 1 where a drafter has layers
     cdef bint loads_in_turn
     cdef int scheduler_block
@@ -47,6 +49,7 @@ cdef class GroupCache(KVCache):
     cdef int[::1] drops  # 1 where the last block of a hit is given up
     cdef int[::1] cap  # most blocks at once; 0 is no bound
     cdef int[::1] checkpoint
+    cdef int[::1] spare  # blocks for the states of drafts
     cdef int[::1] by_state  # whether blocks go by states: mamba, aligned
     cdef int[::1] first  # of a look-up: where its groups begin in member
     cdef int[::1] member
@@ -65,10 +68,11 @@ cdef class GroupCache(KVCache):
     cdef int keep_found(self, int lookup, int slot, int nulls, int blocks) noexcept
     cdef int find(self, int lookup, Sequence sequence, int slot, int limit, int drop) except -1
     cdef int whole_steps(self, int blocks, int b, int step) noexcept
-    cdef int refuse_drafts(self, object speculation, set kinds) except -1
+    cdef int refuse_drafts(self, str version, object speculation, set kinds) except -1
     cdef int skipped(self, int group, int tokens) noexcept
     cdef bint saves_inside(self, Sequence sequence, int group, int at, int start, int end) noexcept
     cdef bint fits_inside(self, int start, int end, int position, int b, int step) noexcept
+    cdef int boundary(self, int tokens, int size) noexcept
     cdef int prefill_end(self, Sequence sequence) noexcept
     cdef int needed(self, Sequence sequence, int slot, int computed, int end, bint admits, bint gate) except? -1
     cdef int publish_block(self, Sequence sequence, int group, int index) noexcept

@@ -47,8 +47,9 @@ class GroupCache(KVCache):
         super().__init__(config, reuse_unhashed_first, rows)
         rules = group_rules_for(config.version)
         specs = config.kv_groups
+        self.specs, self.count, self.hybrid = specs, len(specs), len(specs) > 1
         if config.speculation is not None:
-            self.refuse_drafts(config.speculation, {spec.kind for spec in specs})
+            self.refuse_drafts(config.version, config.speculation, {spec.kind for spec in specs})
         kinds = config.speculation.drafter_kinds if config.speculation is not None else ()
         self.drafts_at = ints(not kinds or spec.kind in kinds for spec in specs)
         self.drops = ints(self.drops_block and here for here in self.drafts_at)
@@ -56,7 +57,7 @@ class GroupCache(KVCache):
         self.loads_in_turn = rules.loads_group_by_group
         self.checks_last_block = rules.checks_last_block
         self.keeps_replays = rules.keeps_replays_of_drops
-        self.specs, self.count, self.hybrid = specs, len(specs), len(specs) > 1
+        self.doubts_drafts, self.proves_states = rules.doubts_drafts, rules.looks_past_states
         self.splits_windows = rules.splits_freed_windows
         self.trims_processed, self.pins_junctions = rules.trims_what_is_processed, rules.pins_junctions
         self.retains_states, self.retires_states = rules.retains_states, rules.retires_all_states
@@ -87,6 +88,7 @@ class GroupCache(KVCache):
             for spec in specs
         )
         self.checkpoint = ints(spec.checkpoint for spec in specs)
+        self.spare = ints(spec.drafts for spec in specs)
         self.by_state = ints(spec.kind == "mamba" and spec.mode == "align" for spec in specs)
         self.aligned = any(self.by_state)
         together: list[list[int]] = []
@@ -102,7 +104,7 @@ class GroupCache(KVCache):
         starts = [sum(map(len, together[:i])) for i in range(self.lookups + 1)]
         self.first, self.member = ints(starts), ints(g for members in together for g in members)
         self.found = ints(0 for _ in together)
-        self.width = -(-self.max_model_len // self.block_size) + 2
+        self.width = -(-self.max_model_len // self.block_size) + 2 + max(self.spare)
         self.told = next((g for g, spec in enumerate(specs) if spec.kind == "full"), -1)
         self.code = ints(0 if g == self.told else g + 1 for g in range(self.count))
         none, lists = ints([0]), (rows + 1) * self.count
@@ -117,17 +119,18 @@ class GroupCache(KVCache):
         self.drops, self.drops_somewhere = self.drafts_at, any(self.drafts_at)
         return 0
 
-    def refuse_drafts(self, speculation: Any, kinds: set) -> cython.int:
+    def refuse_drafts(self, version: str, speculation: Any, kinds: set) -> cython.int:
         """Raises: InputError: vLLM refuses such drafts beside such layers, or they are not modelled."""
         what: str = ""
-        if "mamba" in kinds:
-            what = "vLLM holds a state for each draft in layers that keep states: not modelled"
+        fix: str = "Leave it out, take ngram or suffix, or disable_hybrid_kv_cache_manager."
+        if any([spec.checkpoint for spec in self.specs]):
+            what = f"vLLM {version} ends where drafts cross a block and a chunk can save a state in itself"
+            fix = "Leave it out, or turn prefix caching off."
         elif speculation.prompt_lookahead:
             what = "several MTP modules for layers that do not all keep the same: not modelled"
         elif self.drops_block and "chunked" in kinds:
             what = "vLLM's hybrid KV cache is not supported for EAGLE and chunked local attention"
         if what:
-            fix = "Leave it out, take ngram or suffix, or disable_hybrid_kv_cache_manager."
             raise InputError(what, where="speculative_config", fix=fix)
         return 0
 
@@ -277,9 +280,9 @@ class GroupCache(KVCache):
                     continue
                 drop = self.drops[g] if not proven >> look & 1 else 0
                 limit = before = current
-                if drop and self.hybrid:
+                if drop and self.hybrid and (self.kind[g] != MAMBA or self.proves_states):
                     limit = min(current + self.block[g], most)
-                current = self.find(look, sequence, slot, limit, drop)
+                current = self.find(look, sequence, slot, limit, drop if self.kind[g] != MAMBA else 0)
                 if drop:
                     proven |= 1 << look
                 elif current < before:
@@ -319,7 +322,7 @@ class GroupCache(KVCache):
         """Whether a chunk that ends a prefill saves a state before its end (_needs_internal_checkpoint).
         at: of the blocks that the sequence holds; -1: none yet."""
         b: cython.int = self.block[group]
-        position: cython.int = (end - 1) // self.scheduler_block * self.scheduler_block
+        position: cython.int = self.boundary(end, self.scheduler_block)
         column: cython.int = (end + b - 1) // b - 2
         if not self.checkpoint[group]:
             return False
@@ -343,6 +346,13 @@ class GroupCache(KVCache):
             and position < end
             and (position - start) % step == 0
         )
+
+    def boundary(self, tokens: cython.int, size: cython.int) -> cython.int:
+        """Where the last state of so many tokens is kept that a hit may end with
+        (get_mamba_prefill_checkpoint_position)."""
+        if self.drops_block:
+            return max(tokens // size - 1, 0) * size
+        return max(tokens - max(self.spares_last, self.hash_lookahead), 0) // size * size
 
     def prefill_end(self, sequence: Sequence) -> cython.int:
         return max(sequence.prompt_tokens, sequence.num_tokens - 1)
@@ -385,11 +395,10 @@ class GroupCache(KVCache):
                 saves = self.saves_inside(sequence, g, -1 if admits else at, computed, end)
                 if not gate:
                     self.saves[at] = saves
-                need = (end + b - 1) // b - self.held[at]
-                if need > 1 + saves:
-                    need = 1 + saves
+                need = (end + b - 1) // b + self.spare[g] - self.held[at]
+                need = min(need, 1 + saves + (self.spare[g] if admits else 0))
             else:
-                need = (slots + b - 1) // b
+                need = (slots + b - 1) // b + self.spare[g]
                 if gate and self.cap[g]:
                     need = min(need, self.cap[g])
                 if admits:
@@ -508,6 +517,7 @@ class GroupCache(KVCache):
         first: cython.int
         end: cython.int
         row: cython.Py_ssize_t
+        told: cython.int
         slot: cython.int = sequence.slot
         tokens: cython.int = sequence.computed
         if self.trims_processed and sequence.scheduled_tick > self.processed:
@@ -515,11 +525,14 @@ class GroupCache(KVCache):
             if sequence.previous_tick > self.processed:
                 tokens -= sequence.previous_tokens
             tokens = max(0, tokens)
+        told = tokens
         for g in range(self.count):
             if self.kind[g] == FULL:
                 continue
             at = slot * self.count + g
             row = at * self.width
+            if self.doubts_drafts:  # all in flight may be rejected
+                tokens = max(0, told - self.spare[g])
             end = min(self.skipped(g, tokens), self.held[at])
             n = 0
             if self.by_state[g] and self.retires_states:
@@ -617,24 +630,33 @@ class GroupCache(KVCache):
         g: cython.int
         at: cython.int
         b: cython.int
+        i: cython.int
         need: cython.int
         nulls: cython.int
+        spare: cython.int
+        before: cython.int
         row: cython.Py_ssize_t
         slots: cython.int = min(self.ahead(end, admits), self.max_model_len)
         for g in range(self.count):
             at = slot * self.count + g
             row = at * self.width
             b = self.block[g]
-            need = (slots + b - 1) // b
+            spare = self.spare[g]
+            need = (slots + b - 1) // b + spare
             if self.by_state[g]:
-                need = (end + b - 1) // b
-                if need <= self.held[at] and not self.saves[at]:
+                need = (end + b - 1) // b + spare
+                before = self.held[at]
+                if need <= before and not self.saves[at]:
                     continue
-                if self.held[at]:
-                    self.last_state[at] = self.held[at] - 1
-                nulls = need - 1 - self.saves[at]
+                if before:
+                    self.last_state[at] = before - 1 - (0 if admits else spare)
+                nulls = need - spare - 1 - self.saves[at]
                 while self.held[at] < nulls:
                     self.table[row + self.held[at]] = 0
+                    self.held[at] += 1
+                for i in range(before if admits else before - spare, min(before, nulls)):
+                    self.table[row + self.held[at]] = self.table[row + i]  # those of drafts move along
+                    self.table[row + i] = 0
                     self.held[at] += 1
             while self.held[at] < need:
                 self.table[row + self.held[at]] = self.pool.take()
@@ -707,6 +729,7 @@ class GroupCache(KVCache):
         row: cython.Py_ssize_t
         shared: cython.int = 0
         known: cython.int
+        reached: cython.int
         told: list = None
         computed: cython.int = min(tokens, sequence.num_tokens - self.hash_lookahead)
         tokens = computed
@@ -718,9 +741,10 @@ class GroupCache(KVCache):
             for g in range(self.count):
                 at = sequence.slot * self.count + g
                 row = at * self.width
-                end = tokens // self.block[g]
+                reached = tokens
                 if self.drops[g] and self.hybrid and tokens > 0:  # the block that proves a hit
-                    end = min(computed, tokens + self.block[g]) // self.block[g]
+                    reached = min(computed, tokens + self.block[g])
+                end = reached // self.block[g]
                 known = FAR if self.kind[g] == MAMBA else self.known(sequence, g)
                 for i in range(self.cached[at], end):
                     block = self.table[row + i]
@@ -736,7 +760,7 @@ class GroupCache(KVCache):
                             told.append(self.pool.public_key(key))
                 self.cached[at] = max(end, self.cached[at])
                 if self.by_state[g] and self.registers_tail and not self.saves[at]:
-                    self.register_boundary(sequence, g, at, tokens)
+                    self.register_boundary(sequence, g, at, reached)
             if told:
                 self.pool.on_store(told)
         sequence.kv_due = self.due(sequence)
@@ -775,7 +799,7 @@ class GroupCache(KVCache):
         index: cython.int = tokens // self.block[group] - 1
         block: cython.int
         key: cython.longlong
-        boundary: cython.int = (sequence.prompt_tokens - 1) // self.hash_block * self.hash_block
+        boundary: cython.int = self.boundary(sequence.prompt_tokens, self.hash_block)
         if tokens <= 0 or tokens != boundary or index >= self.held[at]:
             return 0
         block = self.table[at * self.width + index]
@@ -795,7 +819,7 @@ class GroupCache(KVCache):
         b: cython.int = self.block[group]
         run: cython.int = 1
         segment: cython.int = self.retention
-        drop: cython.int = self.drops[group]
+        drop: cython.int = self.drops[group] if self.kind[group] != MAMBA else 0
         end: cython.int = sequence.prompt_tokens
         if self.kind[group] == SLIDING:
             run = self.run[group] + drop
@@ -836,7 +860,7 @@ class GroupCache(KVCache):
         inside: cython.bint
         if start >= prefill_end or tokens <= 0:
             return tokens
-        last = (sequence.num_tokens - self.spares_last) // b * b
+        last = self.boundary(sequence.num_tokens, b)
         if not self.aligns_ends:
             if end < last:
                 return tokens // b * b
@@ -865,7 +889,7 @@ class GroupCache(KVCache):
         """Whether the states of all groups can be saved inside the last chunk of a prefill."""
         g: cython.int
         step: cython.int = 0
-        position: cython.int = (prefill_end - 1) // self.scheduler_block * self.scheduler_block
+        position: cython.int = self.boundary(prefill_end, self.scheduler_block)
         for g in range(self.count):
             if self.kind[g] == MAMBA:
                 if not self.checkpoint[g]:

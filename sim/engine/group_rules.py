@@ -38,6 +38,10 @@ class GroupRules:
             (HybridKVCacheCoordinator.find_longest_cache_hit: eagle_margin).
         keeps_replays_of_drops: what a hit ends at is a block earlier where one is dropped for a drafter
             (replay_boundaries).
+        doubts_drafts: states are given back as if all drafts in flight were rejected
+            (MambaManager.remove_skipped_blocks).
+        looks_past_states: a look-up of states, too, goes a block further where one is dropped for a drafter,
+            although none of them is (HybridKVCacheCoordinator.find_longest_cache_hit).
     """
 
     loads_group_by_group: bool
@@ -52,6 +56,8 @@ class GroupRules:
     registers_boundary_state_again: bool
     checks_last_block: bool
     keeps_replays_of_drops: bool
+    doubts_drafts: bool
+    looks_past_states: bool
 
 
 GROUP_RULE_IN: dict[str, tuple[str, str | None]] = {
@@ -67,6 +73,8 @@ GROUP_RULE_IN: dict[str, tuple[str, str | None]] = {
     "registers_boundary_state_again": ("0.32", "0.32"),
     "checks_last_block": ("0.32", None),
     "keeps_replays_of_drops": ("0.30", None),
+    "doubts_drafts": ("0.20", "0.25"),
+    "looks_past_states": ("0.20", "0.25"),
 }
 """The first and the last release that has a rule; None is the newest."""
 

@@ -43,6 +43,7 @@ class CacheSpec:
         window: tokens of the sliding window or of a chunk.
         mode: when a mamba layer keeps states. checkpoint: it can save a state inside a chunk, at multiples
             of this many tokens from its start; 0: it cannot.
+        drafts: states that a mamba layer holds for the drafts of a step, a block each.
         noted_window: of a layer that is managed as full although it slides.
     """
 
@@ -54,6 +55,7 @@ class CacheSpec:
     window: int = 0
     mode: CacheMode = "none"
     checkpoint: int = 0
+    drafts: int = 0
     noted_window: int = 0
 
 
@@ -86,6 +88,7 @@ class CacheOptions:
         capability: of the GPU. mamba_block_size, mamba_mode, state_bytes, recurrent_bytes: the flags
             ``--mamba-block-size``, ``--mamba-cache-mode``, ``--mamba-cache-dtype`` and
             ``--mamba-ssm-cache-dtype``. chunk: tokens of a chunk of the model's scan (mode ``all``).
+        drafts: tokens that are drafted a step: a state each.
         hybrid: whether layers are managed by kind; ``--disable-hybrid-kv-cache-manager``.
     """
 
@@ -102,6 +105,7 @@ class CacheOptions:
     state_bytes: int | None = None
     recurrent_bytes: int | None = None
     chunk: int = 256
+    drafts: int = 0
     hybrid: bool = True
 
 
@@ -150,6 +154,8 @@ def state_bytes(layer: CacheLayer, options: CacheOptions) -> int:
     if groups % options.ranks:
         groups = options.ranks  # copies (extra_groups_for_head_shards)
     conv = (layer.conv + groups * layer.group_conv) // options.ranks
+    if layer.conv_rows:
+        conv += conv // layer.conv_rows * options.drafts
     return conv * each + layer.recurrent // options.ranks * recurrent
 
 
@@ -212,6 +218,7 @@ def _state_spec(
         shape=(layer.state, layer.conv, layer.group_conv, layer.groups, layer.recurrent, state),
         mode=options.mamba_mode,
         checkpoint=1 if saves else 0,
+        drafts=options.drafts,
     )
 
 
@@ -357,8 +364,8 @@ def most_blocks(spec: CacheSpec, max_model_len: int, in_flight: int) -> int:
     if spec.kind == "chunked":
         return _ceil(min(spec.window + in_flight, max_model_len), block)
     if spec.kind == "mamba" and spec.mode != "all":
-        return 1 if spec.mode == "none" else 2 + (spec.checkpoint > 0)
-    return _ceil(max_model_len, block)
+        return spec.drafts + (1 if spec.mode == "none" else 2 + (spec.checkpoint > 0))
+    return _ceil(max_model_len, block) + spec.drafts
 
 
 def blocks_per_sequence(groups: Sequence[KVGroup], max_model_len: int, in_flight: int) -> int:

@@ -152,6 +152,7 @@ class Mixer:
                     conv=(self.conv - 1) * self.conv_channels - self.kv_heads * group_conv,
                     group_conv=group_conv,
                     groups=self.kv_heads if group_conv else 0,
+                    conv_rows=self.conv - 1,
                     recurrent=self.heads * self.value_dim * self.head_dim,
                     recurrent_bytes=self.state_bytes,
                 ),

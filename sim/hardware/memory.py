@@ -191,6 +191,7 @@ def kv_memory(
         ranks=shard.tensor_parallel_size,
         context_ranks=shard.context_ranks,
         kv_bytes=shard.kv_dtype_bytes,
+        drafts=0 if config.speculation is None else config.speculation.num_tokens,
     )
     share, longest = config.gpu_memory_utilization, config.max_model_len
     if not 0.0 < share <= 1.0:

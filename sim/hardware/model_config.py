@@ -76,7 +76,11 @@ def shape_fields(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         **_mixers(plan),
         "order": _order(plan, set(with_experts), set(dense)),
         "mlp_layers": None if len(dense) + len(with_experts) == layers else len(dense),
-        "mtp_layers": file.amount("num_nextn_predict_layers", "mtp_num_hidden_layers"),
+        "mtp_layers": file.amount(
+            "num_nextn_predict_layers",
+            "mtp_num_hidden_layers",
+            default=model_type == "qwen3_next",  # Qwen3NextMultiTokenPredictor
+        ),
         "model_type": model_type,
         "tower": tower,
         **_positions(file),

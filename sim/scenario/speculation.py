@@ -85,12 +85,6 @@ def speculating(scenario: Scenario, target: ModelShape) -> Speculating | None:
             fix = "Leave it out, or give engine.speculative_config."
             raise InputError("nothing is drafted", where=f"{scenario.source}: acceptance", fix=fix)
         return None
-    if target.keeps_states:
-        raise InputError(
-            f"{target.name} keeps states, of which vLLM holds one for each draft: that is not modelled",
-            where=where,
-            fix="Leave speculative_config out, or use a model whose layers attend.",
-        )
     method, notes = asked.kind, list[str]()
     if method in ("medusa", "mlp_speculator"):
         raise InputError(

@@ -31,6 +31,7 @@ class CacheModel:
     hybrid: bool = True
     asynchronous: bool = True
     budget: int = 8192
+    drafts: int = 0
     sizes: tuple[dict[str, int], ...] = ()
     only_since: str = "0.23"  # older releases refuse it, or have states there that are not modelled
 
@@ -52,6 +53,7 @@ class CacheModel:
             "asynchronous": self.asynchronous,
             "block_size": self.block_size or default_block,
             "mode": self.mode,
+            "drafts": self.drafts,
             "hybrid": self.hybrid,
             "saves_inside": release >= "0.32",
             "available": [int(gib * GIB) for gib in self.gib],
@@ -68,6 +70,7 @@ def gdn(count: int, key_heads: int, value_heads: int, size: int = 128, kernel: i
         count=count,
         state="gdn",
         conv=(kernel - 1) * size * (2 * key_heads + value_heads),
+        conv_rows=kernel - 1,
         recurrent=value_heads * size * size,
     )
 
@@ -86,6 +89,7 @@ def mamba2(count: int, sizes: dict[str, int], recurrent_bytes: int | None = None
         conv=rows * sizes["intermediate_size"],
         group_conv=rows * 2 * sizes["state_size"],
         groups=sizes["n_groups"],
+        conv_rows=rows,
         recurrent=sizes["num_heads"] * sizes["head_dim"] * sizes["state_size"],
         recurrent_bytes=recurrent_bytes,
     )
@@ -151,6 +155,25 @@ MODELS = (
         sizes=(gdn_sizes(16, 32),),
     ),
     CacheModel(
+        "qwen3-next-80b, 2 drafts",
+        QWEN_NEXT,
+        262_144,
+        (2, 20, 100),
+        ranks=4,
+        drafts=2,
+        sizes=(gdn_sizes(16, 32),),
+    ),
+    CacheModel(
+        "qwen3-next-80b, 3 drafts, no caching",
+        QWEN_NEXT,
+        262_144,
+        (2, 20, 100),
+        ranks=4,
+        mode="none",
+        drafts=3,
+        sizes=(gdn_sizes(16, 32),),
+    ),
+    CacheModel(
         "granite-4.0-h-small",
         (mamba2(36, GRANITE), attention("full", 4, 8, 128)),
         131_072,
@@ -181,6 +204,7 @@ MODELS = (
                 count=20,
                 state="kda",
                 conv=3 * 3 * 32 * 128,
+                conv_rows=3,
                 recurrent=32 * 128 * 128,
                 recurrent_bytes=4,
             ),

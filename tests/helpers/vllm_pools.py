@@ -2,9 +2,9 @@
 
 Runs under the Python that has vLLM. A case has ``layers`` (CacheLayer's fields), ``ranks`` and
 ``context_ranks``, ``kv_bytes``, ``recurrent_bytes``, ``max_model_len``, ``budget``, ``asynchronous``,
-``block_size`` (an attention block where no layer has a state), ``mode`` and ``hybrid``, and ``available``, a
-list of bytes. The specs are made with vLLM's classes from the layers; block sizes beside states come from
-vLLM's Platform, groups and blocks from get_kv_cache_configs.
+``block_size`` (an attention block where no layer has a state), ``mode``, ``drafts`` and ``hybrid``, and
+``available``, a list of bytes. The specs are made with vLLM's classes from the layers; block sizes beside
+states come from vLLM's Platform, groups and blocks from get_kv_cache_configs.
 """
 
 from __future__ import annotations
@@ -108,9 +108,9 @@ def attention_spec(layer: dict[str, Any], case: dict[str, Any], block_size: int)
     return interface.ChunkedLocalAttentionSpec(**common, attention_chunk_size=layer["window"])
 
 
-def state_shapes(layer: dict[str, Any], ranks: int) -> tuple[tuple[int, ...], ...]:
+def state_shapes(layer: dict[str, Any], ranks: int, drafts: int) -> tuple[tuple[int, ...], ...]:
     """By vLLM's calculators, from the sizes of the model that ``state`` names."""
-    sizes = layer["sizes"]
+    sizes = layer["sizes"] | ({"num_spec": drafts} if drafts else {})
     calculators = {
         "gdn": Shapes.gated_delta_net_state_shape,
         "kda": Shapes.kda_state_shape,
@@ -151,7 +151,7 @@ def aligned(
     case: dict[str, Any], config: Any, states: list[dict[str, Any]], attention: dict[str, Any]
 ) -> tuple[int, int]:
     """Block size and page beside states, as the platform decides them."""
-    shapes = [state_shapes(layer, case["ranks"]) for layer in states]
+    shapes = [state_shapes(layer, case["ranks"], case["drafts"]) for layer in states]
     dtypes = [state_dtypes(layer, case, len(shape)) for layer, shape in zip(states, shapes, strict=True)]
     model_class = SimpleNamespace(
         get_mamba_state_shape_from_config=lambda _: shapes[0],
@@ -204,7 +204,7 @@ class _nothing:
 
 
 def state_spec(layer: dict[str, Any], case: dict[str, Any], config: Any, padded: int | None) -> Any:
-    shapes = state_shapes(layer, case["ranks"])
+    shapes = state_shapes(layer, case["ranks"], case["drafts"])
     block_size = config.cache_config.block_size if case["mode"] != "none" else case["max_model_len"]
     options: dict[str, Any] = {}
     known = {field.name for field in dataclasses.fields(interface.MambaSpec)}
@@ -217,6 +217,7 @@ def state_spec(layer: dict[str, Any], case: dict[str, Any], config: Any, padded:
         dtypes=state_dtypes(layer, case, len(shapes)),
         page_size_padded=padded,
         mamba_cache_mode=case["mode"],
+        num_speculative_blocks=case["drafts"],
         **options,
     )
 

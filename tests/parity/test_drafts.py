@@ -28,7 +28,9 @@ from servecast.validate.parity.scenarios import (
 VERSIONS = {"0.32": 64, "0.23": 24, "0.33": 32}
 RARE = (389, 1663)  # of 0.32's: an admission that ends at max_model_len; a victim that gives slots back
 BESIDE, GROUPED = 16, 34  # scenarios with a connector or by several modules, and with groups
+STATES = {"0.23": 50, "0.32": 60, "0.33": 50}  # and with groups that keep states
 MUTATIONS = load_mutations("mutations_drafts.yaml")
+OF_STATES = load_mutations("mutations_states.yaml")
 
 
 def rare(version: str) -> list[Scenario]:
@@ -62,6 +64,35 @@ def test_every_decision_is_vllms(recorded: dict[str, list[Recorded]], version: s
     assert len(schedules) > {"0.32": 10_000, "0.23": 4_000, "0.33": 5_000}[version]
     assert sum(event["drafts"] for event in schedules) > 10_000
     assert sum(len(event["preempted"]) for event in schedules) > 100
+
+
+@pytest.fixture(scope="module")
+def with_states() -> dict[str, list[Recorded]]:
+    """vLLM's decisions where some groups keep states, by release."""
+    return record_all(
+        STATES, lambda version, count: drafted_grouped_scenarios(version, 0, count, states=True)
+    )
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("version", STATES)
+def test_states_of_drafts_are_vllms(with_states: dict[str, list[Recorded]], version: str) -> None:
+    schedules = []
+    for one in with_states[version]:
+        mismatch = compare(one, version)
+        assert mismatch is None, str(mismatch)
+        schedules += [event for event in one.events() if "schedule" in event]
+    assert len(schedules) > 10_000
+    assert sum(event["drafts"] for event in schedules) > 10_000
+    assert sum(len(event["preempted"]) for event in schedules) > 100
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("mutation", OF_STATES, ids=[mutation.rule for mutation in OF_STATES])
+def test_a_broken_rule_of_states_is_caught(
+    with_states: dict[str, list[Recorded]], mutation: Mutation
+) -> None:
+    assert catch(mutation, with_states[mutation.version]) is not None, mutation.changed_line()
 
 
 @pytest.mark.vllm

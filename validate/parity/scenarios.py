@@ -146,15 +146,22 @@ def modules_scenarios(version: str, seed: int, count: int) -> Iterator[Scenario]
 
 
 def drafted_grouped_scenarios(
-    version: str, seed: int, count: int, draw: Callable[[Pick, str, str], Scenario] | None = None
+    version: str,
+    seed: int,
+    count: int,
+    draw: Callable[[Pick, str, str], Scenario] | None = None,
+    *,
+    states: bool = False,
 ) -> Iterator[Scenario]:
     """As ``grouped_scenarios``, each with drafts, as far as that is modelled: full and sliding groups, and
-    chunked ones where vLLM takes them. draw: instead of ``draw_grouped``."""
+    chunked ones where vLLM takes them. draw: instead of ``draw_grouped``. states: each has groups that keep
+    states, too."""
+    name = f"drafted-{'states' if states else 'grouped'}-{version}-{seed}"
     index = found = 0
     draw = draw or draw_grouped
     while found < count:
         pick = recorded_picks(seed, index)[0]
-        drawn = with_drafts(pick, draw(pick, version, f"drafted-grouped-{version}-{seed}-{index}"))
+        drawn = with_drafts(pick, draw(pick, version, f"{name}-{index}"))
         config, index = drawn.config, index + 1
         assert config.speculation is not None
         kinds, drafts = {spec.kind for spec in config.kv_groups}, config.speculation
@@ -163,11 +170,22 @@ def drafted_grouped_scenarios(
                 config, speculation=dataclasses.replace(drafts, drafter_kinds=(sorted(kinds)[0],))
             )
         beside = {"full", "sliding"} if drafts.drops_block else {"full", "sliding", "chunked"}
-        if kinds <= beside and not drafts.prompt_lookahead:
+        if ("mamba" in kinds) == states and kinds - {"mamba"} <= beside and not drafts.prompt_lookahead:
+            groups = tuple(_with_states(spec, drafts) for spec in config.kv_groups)
             more = len(kinds) * -(-drafts.lookahead // config.block_size) * len(config.kv_groups)
-            config = dataclasses.replace(config, num_gpu_blocks=config.num_gpu_blocks + more)
+            more += sum(spec.drafts for spec in groups)
+            config = dataclasses.replace(
+                config, kv_groups=groups, num_gpu_blocks=config.num_gpu_blocks + more
+            )
             yield dataclasses.replace(drawn, config=config)
             found += 1
+
+
+def _with_states(spec: CacheSpec, drafts: Speculation) -> CacheSpec:
+    """A group with a state for each draft, if it keeps states, and none that a chunk saves inside itself."""
+    if spec.kind != "mamba":
+        return spec
+    return dataclasses.replace(spec, drafts=drafts.num_tokens, checkpoint=0)
 
 
 def of_kind(

@@ -500,6 +500,7 @@ def _spec(group: dict[str, Any]) -> KVCacheSpec:
         dtypes=(torch.float32,),
         page_size_padded=4096 * block_size,
         mamba_cache_mode=group["mode"],
+        num_speculative_blocks=group["drafts"],
         **options,
     )
 

@@ -406,7 +406,8 @@ FULL = CacheSpec(kind="full", block_size=16, page_bytes=1)
 BESIDE_FULL = {
     "chunked": CacheSpec(kind="chunked", block_size=16, page_bytes=1, window=64),
     "sliding": CacheSpec(kind="sliding", block_size=16, page_bytes=1, window=64),
-    "mamba": CacheSpec(kind="mamba", block_size=16, page_bytes=1, mode="align"),
+    "mamba": CacheSpec(kind="mamba", block_size=16, page_bytes=1, mode="align", drafts=3),
+    "saving": CacheSpec(kind="mamba", block_size=16, page_bytes=1, mode="align", drafts=3, checkpoint=1),
 }
 
 
@@ -414,7 +415,8 @@ BESIDE_FULL = {
     ("beside", "method", "version", "message"),
     [
         ("chunked", "eagle", "0.32", "hybrid KV cache is not supported for EAGLE and chunked local"),
-        ("mamba", "ngram", "0.32", "holds a state for each draft"),
+        ("saving", "ngram", "0.32", "0.32 ends where drafts cross a block"),
+        ("mamba", "mtp", "0.23", ""),
         ("sliding", "mtp", "0.32", "several MTP modules"),
         ("chunked", "eagle", "0.33", ""),  # whose hashes look ahead, and which gives up no block
         ("sliding", "mtp", "0.27", ""),  # whose scheduler knows nothing of modules

@@ -38,6 +38,7 @@ def options(model: CacheModel, release: str) -> CacheOptions:
         max_model_len=model.max_model_len,
         mamba_mode=model.mode,  # type: ignore[arg-type]
         recurrent_bytes=model.recurrent_bytes,
+        drafts=model.drafts,
     )
 
 
