@@ -60,7 +60,7 @@ def select(run: Run, *, stage: int | str | None = None, warmup: Warmup | None = 
     end = math.inf
     if stage is not None:
         index = _stage_index(run, stage)
-        requests, itl = requests[requests["stage"] == index], itl[itl["stage"] == index]
+        requests, itl = _where(requests, requests["stage"] == index), _where(itl, itl["stage"] == index)
         starts = run.meta.get("stage_starts_s")
         start = float(starts[index] if starts else requests["arrival"].min())
         if starts and index + 1 < len(starts):
@@ -77,8 +77,13 @@ def select(run: Run, *, stage: int | str | None = None, warmup: Warmup | None = 
     steps = run.steps
     if (stage is not None or warmup is not None) and len(steps):
         begins = steps["start"]
-        steps = steps[(begins >= start) & (begins <= requests["finish"].max()) & (begins < end)]
+        steps = _where(steps, (begins >= start) & (begins <= requests["finish"].max()) & (begins < end))
     return replace(run, requests=requests, steps=steps, itl=itl, meta={**run.meta, "start_s": start})
+
+
+def _where(table: pd.DataFrame, kept: pd.Series[bool]) -> pd.DataFrame:
+    """Those rows; the table itself, and no copy of it, where that is all of them."""
+    return table if kept.all() else table[kept]
 
 
 def part_of(run: Run, first: int, end: int) -> Run:

@@ -164,13 +164,13 @@ def _saturated_notes(run: Run, workload: Workload) -> list[str]:
     """Open loops that send more than is served: their latencies grow with the length of the run."""
     notes = []
     for index, stage in enumerate(workload.stages):
-        requests = run.requests[run.requests["stage"] == index]
+        arrivals = run.requests["arrival"][run.requests["stage"] == index]
         if any(isinstance(stream.arrivals, ClosedLoop) or stream.max_concurrency for stream in stage.streams):
             continue
-        if requests["arrival"].nunique() < 2:
+        if not arrivals.min() < arrivals.max():
             continue
         part = select(run, stage=index)
-        load = saturation(part, start_s=float(requests["arrival"].min()))
+        load = saturation(part, start_s=float(arrivals.min()))
         if load.saturated and lasts(part):
             of = f" of stage {run.stages[index]}" if len(run.stages) > 1 else ""
             notes.append(
