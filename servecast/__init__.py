@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from servecast.sim.hardware.profile import Profile
     from servecast.sim.inputs.errors import InputError
     from servecast.sim.metrics.records import Run
+    from servecast.sim.optimize.candidates import Choices
     from servecast.sim.optimize.optimize import optimize
     from servecast.sim.plan.day import day
     from servecast.sim.plan.effort import Effort
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Answer",
+    "Choices",
     "Effort",
     "InputError",
     "Profile",
@@ -59,6 +61,7 @@ __all__ = [
 
 _MODULES = {  # of the public names: imported when they are asked for, so that the command starts at once
     "Answer": "sim.report.answer",
+    "Choices": "sim.optimize.candidates",
     "Effort": "sim.plan.effort",
     "InputError": "sim.inputs.errors",
     "Profile": "sim.hardware.profile",

@@ -49,6 +49,7 @@ def test_exported_names() -> None:
     assert set(servecast.__all__) == {*servecast._MODULES}
     assert set(servecast.__all__) == {
         "Answer",
+        "Choices",
         "Effort",
         "InputError",
         "Profile",

@@ -18,6 +18,7 @@ from servecast.sim.cli.sweep import WorkersFlags
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.inputs.files import file_or_name
 from servecast.sim.optimize import optimize as optimizing
+from servecast.sim.optimize.candidates import Choices as Chosen
 from servecast.sim.plan.judge import Objectives as Judged
 from servecast.sim.run.results import check_output
 from servecast.sim.run.workers import Workers
@@ -169,14 +170,13 @@ def optimize(
         loaded,
         Judged.asked(loaded, objectives.slo, good, objectives.attainment),
         target_rate=money.target_rate,
+        choices=Chosen(**choices.read(), prices=money.prices),
         margin=money.margin,
-        prices=money.prices,
         out=out,
         resume=resume,
         progress=sys.stderr.isatty(),
         effort=certainty.effort,
         workers=workers,
-        **choices.read(),
     )
     found.to_html(page, date=today())
     files = [page, *found.write_files(page.parent)]

@@ -6,6 +6,7 @@ import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from servecast.sim.hardware.gpu import GPU, find_gpu
@@ -74,6 +75,7 @@ class Choices:
         routers: policies by name, or files of an EndpointPickerConfig.
         prefill, decode: servers of each pool, of a scenario that has pools. prefill_tensor_parallel,
             decode_tensor_parallel: GPUs of one of their servers.
+        prices: file of what GPUs cost, instead of the one that is shipped.
     """
 
     gpus: str | Sequence[str] = ()
@@ -92,6 +94,7 @@ class Choices:
     prefill_tensor_parallel: int | Sequence[int] = ()
     decode: int | Sequence[int] = ()
     decode_tensor_parallel: int | Sequence[int] = ()
+    prices: Path | str | None = None
 
     def of(self, scenario: Scenario) -> list[Candidate]:
         """Every combination, the first kind of choice changing slowest.
@@ -104,7 +107,8 @@ class Choices:
         if not scenario.fleet.prefill and any(getattr(self, name) for name in pooled):
             where, fix = f"{scenario.source}: fleet", "Add fleet: {prefill: 1, decode: 1}."
             raise InputError("the scenario has no prefill and decode servers to vary", where, fix)
-        axes = [self._axis(field.name, scenario) for field in fields(self) if getattr(self, field.name)]
+        kinds = [field.name for field in fields(self) if field.name != "prices" and getattr(self, field.name)]
+        axes = [self._axis(kind, scenario) for kind in kinds]
         found = []
         for picked in itertools.product(*axes):
             label = {name: value for name, value, _ in picked}

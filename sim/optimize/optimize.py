@@ -222,14 +222,13 @@ def optimize(
     slo: str | Sequence[str] | Objectives | None = None,
     *,
     target_rate: float,
+    choices: Choices | None = None,
     margin: float = 0.1,
-    prices: Path | str | None = None,
     out: Path | str = "out/optimize",
     resume: bool = False,
     progress: bool = False,
     effort: Effort | None = None,
     workers: Workers | None = None,
-    **choices: Any,
 ) -> Optimum:
     """Find the cheapest deployment that serves a rate within its objectives.
 
@@ -240,17 +239,13 @@ def optimize(
         slo: latency:statistic:milliseconds, as "ttft:p95:500", several of them, or `Objectives`; without it
             the scenario's own.
         target_rate: requests/s to serve.
+        choices: what to choose from, and what GPUs cost.
         margin: share of the target rate to keep in hand.
-        prices: file of what GPUs cost, instead of the one that is shipped.
         out: folder of the results.
         resume: take the results that are there.
         progress: show how far it is.
         effort: how surely and closely to plan.
         workers: where simulations run.
-        choices: what to choose from, as in `Choices`: gpus, tensor_parallel, pipeline_parallel,
-            decode_context_parallel, data_parallel, expert_parallel, replicas, max_num_seqs,
-            max_num_batched_tokens, kv_offloading_size, variants, routers, prefill, prefill_tensor_parallel,
-            decode, decode_tensor_parallel.
 
     Raises:
         InputError: a choice is not known or comes twice, a GPU has no price, or a value is out of range.
@@ -260,7 +255,8 @@ def optimize(
     if not isinstance(scenario.fleet.replicas, int):
         what = "a list of replicas has no number to choose"
         raise InputError(what, where=f"{scenario.source}: fleet.replicas", fix="Give their number.")
-    candidates = Choices(**choices).of(scenario)
+    choices = choices or Choices()
+    candidates, prices = choices.of(scenario), choices.prices
     listed, source = read_prices(Path(prices) if prices is not None else None)
     own = scenario.gpu_price if prices is None else None  # which holds for the scenario's own GPU
     costs = [

@@ -414,12 +414,6 @@ def _check_together(scenario: Scenario, workload: Workload) -> None:
     fleet, flags = scenario.fleet, scenario.engine
     servers = [scenario.of_replica(each).engine for each in (*fleet.prefill, *fleet.decode)] or [flags]
     structured, images = _structured(workload), bool(media_of(workload))
-    asked = {
-        "pipeline stages": ("engine.pipeline_parallel_size", "Use tensor_parallel_size."),
-        "LoRA adapters": ("engine.enable_lora", "Use one of the two."),
-        "structured outputs": ("workload.structured_outputs", "Use one of the two."),
-        "images": ("workload.media", "Remove it."),
-    }
     for engine in servers:
         if fleet.prefill and engine.kv_transfer is not None and engine.kv_transfer.connector not in WAYS:
             raise InputError(
@@ -427,21 +421,23 @@ def _check_together(scenario: Scenario, workload: Workload) -> None:
                 where=f"{scenario.source}: engine.kv_transfer_config",
                 fix="Leave it and kv_offloading_size out, or fleet.prefill.",
             )
-        of_engine = (engine.pipeline_parallel_size > 1, engine.enable_lora, structured, images)
-        if images and engine.pipeline_parallel_size > 1:
-            raise InputError(
-                "images with pipeline stages are not modelled",
-                where=f"{scenario.source}: workload.media",
-                fix="Use tensor_parallel_size.",
-            )
+        stages = engine.pipeline_parallel_size > 1
         others = {
             "prefill and decode servers": bool(fleet.prefill),
             "KV connectors": engine.kv_transfer is not None,
             "drafts": engine.speculative_config is not None,
             f"the policy {engine.policy!r}": engine.policy != "vllm",
         }
-        for (what, (where, fix)), wanted in zip(asked.items(), of_engine, strict=True):
-            for other, there in others.items():
+        ranks, one = "Use tensor_parallel_size.", "Use one of the two."
+        alone = (  # what, whether it is asked for, where, what to do, and beside what it is refused
+            ("images", images, "workload.media", ranks, {"pipeline stages": stages}),
+            ("pipeline stages", stages, "engine.pipeline_parallel_size", ranks, others),
+            ("LoRA adapters", engine.enable_lora, "engine.enable_lora", one, others),
+            ("structured outputs", structured, "workload.structured_outputs", one, others),
+            ("images", images, "workload.media", "Remove it.", others),
+        )
+        for what, wanted, where, fix, refused in alone:
+            for other, there in refused.items():
                 if wanted and there:
                     raise InputError(
                         f"{what} with {other} are not modelled", where=f"{scenario.source}: {where}", fix=fix

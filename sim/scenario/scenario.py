@@ -7,7 +7,8 @@ schema of the file, for editors: ``python -m servecast.sim.scenario.scenario``.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -58,17 +59,10 @@ def shipped_scenarios() -> list[str]:
     return sorted(path.stem for path in shipped_folder().glob("*.yaml"))
 
 
-def _slo(text: str) -> str:
+def _readable(parse: Callable[[str], object], text: str) -> str:
+    """A text that ``parse`` takes."""
     try:
-        objectives.SLO.parse(text)
-    except InputError as error:
-        raise invalid(error.what, error.fix) from None
-    return text
-
-
-def _goodput(text: str) -> str:
-    try:
-        objectives.Goodput.parse(text)
+        parse(text)
     except InputError as error:
         raise invalid(error.what, error.fix) from None
     return text
@@ -183,9 +177,9 @@ class Scenario(Model):
     """Levels of the workload's stream, run one after the other."""
     plan: PlanSpec | None = None
     """The open-loop traffic that ``plan`` probes, where it differs from the workload."""
-    slo: tuple[Annotated[str, AfterValidator(_slo)], ...] = ()
+    slo: tuple[Annotated[str, AfterValidator(partial(_readable, objectives.SLO.parse))], ...] = ()
     """Objectives such as ``ttft:p95:500``, in milliseconds."""
-    goodput: Annotated[str, AfterValidator(_goodput)] | None = None
+    goodput: Annotated[str, AfterValidator(partial(_readable, objectives.Goodput.parse))] | None = None
     """What a good request meets, such as ``ttft:500 tpot:50``, in milliseconds."""
     gpu_hour_cost: NonNegative | None = None
     """Price of one GPU for an hour, in your currency."""

@@ -97,11 +97,10 @@ def test_the_cheapest_is_the_one_that_theory_gives(
         "ttft:p95:1000",
         target_rate=target,
         margin=0.0,
-        prices=prices,
+        choices=Choices(**CHOICES, prices=prices),
         out=tmp_path / "out",
         effort=EFFORT,
         workers=ONE,
-        **CHOICES,
     )
     assert found.best is not None
     assert tuple(found.best.candidate.label.values()) == label
@@ -119,11 +118,10 @@ def test_it_finds_what_planning_all_finds_with_a_third_of_the_work(tmp_path: Pat
         scenario,
         objectives,
         target_rate=50.0,
-        prices=prices,
+        choices=Choices(**choices, prices=prices),
         out=tmp_path / "out",
         effort=EFFORT,
         workers=ONE,
-        **choices,
     )
     offers, work = brute_force(scenario, objectives, found, choices, EFFORT)
     assert found.best is not None
@@ -140,7 +138,12 @@ def test_so_it_does_with_simulated_servers(tmp_path: Path) -> None:
     choices = {"gpus": ["l40s", "a100", "h100"], "tensor_parallel": [1, 2], "max_num_seqs": [8, 64]}
     effort = Effort(tolerance=0.1, replications=(4, 8), max_requests=1000)
     found = servecast.optimize(
-        scenario, target_rate=60, out=tmp_path / "out", effort=effort, workers=ONE, **choices
+        scenario,
+        target_rate=60,
+        choices=Choices(**choices),
+        out=tmp_path / "out",
+        effort=effort,
+        workers=ONE,
     )
     objectives = Objectives.of(scenario)
     assert objectives is not None
@@ -183,12 +186,10 @@ def test_the_files_run_what_was_found(tmp_path: Path, prices: Path) -> None:
         scenario,
         "ttft:p95:1000",
         target_rate=20.0,
-        prices=prices,
+        choices=Choices(gpus=["l40s"], tensor_parallel=[2], prices=prices),
         out=tmp_path / "out",
         effort=EFFORT,
         workers=ONE,
-        gpus=["l40s"],
-        tensor_parallel=[2],
     )
     serve, deployment, values = (path.read_text() for path in found.write_files(tmp_path / "best"))
     line = "--tensor-parallel-size 2 --max-num-seqs 32 --enforce-eager --port 8001 --served-model-name m"
