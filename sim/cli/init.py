@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
 
 from servecast.sim.inputs.errors import InputError
 from servecast.sim.inputs.files import write_whole
 from servecast.sim.scenario.starter import starter
 
 
-def init(command: str, /, *, gpu: str = "H100", output: Path | None = None) -> None:
+def init(
+    command: Annotated[str, Parameter(allow_leading_hyphen=True)],  # a dash is no option
+    /,
+    *,
+    gpu: str = "H100",
+    output: Path | None = None,
+) -> None:
     """Write a commented scenario to begin with, from a pasted command.
 
     Args:

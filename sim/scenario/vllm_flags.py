@@ -201,6 +201,12 @@ _DEFAULTS = {  # further values that ask for nothing
 }
 _POOLING = {"task": ("auto", "generate"), "runner": ("auto", "generate"), "convert": ("auto", "none")}
 PARTITION = "VLLM_PP_LAYER_PARTITION"
+_DEFAULT_VARIABLES = {  # what vllm/envs.py has without them, 0.20 to 0.33
+    "VLLM_USE_DEEP_GEMM": "1",
+    "VLLM_SKIP_P2P_CHECK": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+    "VLLM_ROCM_USE_AITER": "0",
+}
 _HARMLESS_VARIABLES = re.compile(
     r"VLLM_(LOG\w*|CONFIGURE_LOGGING|API_KEY|\w*CACHE_ROOT|\w*CACHE_DIR|\w*PORT|HOST_IP|NO_USAGE_STATS|PLUGINS|"
     r"DO_NOT_TRACK|USAGE\w*|WORKER_MULTIPROC_METHOD|ALLOW_\w+|\w*TIMEOUT\w*|USE_MODELSCOPE|SERVER_DEV_MODE)"
@@ -336,6 +342,7 @@ def _widens(variable: str, value: str) -> bool:
             fix="The native OffloadingConnector is modelled: paste it without.",
         )
     widens = variable.startswith("VLLM_") and variable not in ("VLLM_USE_V1", PARTITION)
+    widens = widens and value != _DEFAULT_VARIABLES.get(variable)
     return widens and _HARMLESS_VARIABLES.fullmatch(variable) is None
 
 

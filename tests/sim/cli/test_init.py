@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from pathlib import Path
@@ -32,6 +33,17 @@ def test_a_pasted_command_becomes_a_scenario_that_runs(
     assert path.read_text().count("# <--") == 4
     assert main([*words, "--output", str(path)]) == 2  # nothing is overwritten
     assert "is there. Give another path." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["init", "-", "--gpu", "l40s"], ["init", "--gpu", "l40s", "-"]])
+def test_a_dash_reads_the_command_from_standard_input(
+    words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("vllm serve Qwen/Qwen3-8B \\\n  -tp 2\n"))
+    assert main(words) == 0
+    shown = capsys.readouterr().out
+    assert 'gpu: {name: "L40S"}' in shown
+    assert "vllm serve Qwen/Qwen3-8B" in shown
 
 
 def test_what_the_command_says_is_taken_from_it() -> None:

@@ -210,6 +210,12 @@ def test_the_v0_engine_is_refused() -> None:
     assert parse_serve_command("VLLM_USE_V1=1 vllm serve m").widening == ()
 
 
+def test_a_variable_that_asks_for_the_default_widens_nothing() -> None:
+    """VLLM_USE_DEEP_GEMM is 1 without it (vllm/envs.py, 0.20 to 0.33)."""
+    assert parse_serve_command("VLLM_USE_DEEP_GEMM=1 vllm serve m").widening == ()
+    assert parse_serve_command("VLLM_USE_DEEP_GEMM=0 vllm serve m").widening == ("VLLM_USE_DEEP_GEMM=0",)
+
+
 @pytest.mark.parametrize(
     ("served", "said"),
     [
