@@ -125,8 +125,9 @@ class Vllm:
                 flags.speculative_config.check(release)
             asked, usual = flags.async_scheduling, RELEASES[release_of(flags)].async_scheduling
             flags.speculative_config.runs_async(release, asked, usual)
+        transfer = flags.kv_transfer  # whose errors name the field themselves
         with within("kv_transfer_config"):
-            pull_settings(flags.kv_transfer)
+            pull_settings(transfer)
         for name, since in OPTION_SINCE.items():
             given = getattr(flags, name) != EngineFlags.model_fields[name].default
             if given and not has_option(release, name) and name != "prefill_schedule_interval":

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from pydantic_core import PydanticCustomError
 from small_scenarios import TINY, small
 
 from servecast.sim.inputs.errors import InputError
@@ -238,3 +239,13 @@ def test_the_release_of_the_image_is_held_against_the_scenarios() -> None:
     assert Vllm().notes(engine) == ("the command's image is vLLM 0.10.2, engine.version says 0.32",)
     same = parse(EngineFlags, {"version": "0.10", "command": text}, source="test")
     assert "image" not in " ".join(Vllm().notes(same))
+
+
+def test_a_connector_that_is_not_modelled_is_refused_with_its_field_said_once() -> None:
+    """The recipe of vLLM's store on Mooncake, as its guide has it."""
+    given = '{"kv_connector":"MooncakeStoreConnector","kv_role":"kv_both"}'
+    command = f"vllm serve Qwen/Qwen3-8B --kv-transfer-config '{given}'"
+    flags = EngineFlags(version="0.32", **parse_serve_command(command).flags)
+    with pytest.raises(PydanticCustomError) as caught:
+        Vllm().check(flags)
+    assert (caught.value.context or {})["at"] == "kv_transfer_config"
