@@ -476,7 +476,8 @@ class Scheduler:
                 tokens = self.encoder.fit(sequence, sequence.computed, tokens)
             if self.prompt_lookahead:
                 tokens = self.spare_lookahead(sequence, sequence.computed, tokens)
-            if tokens == 0 or (defer and self.in_prefill(sequence)):
+            # below 0 behind drafts that reach max_model_len; vLLM before 0.28 ends there
+            if tokens <= 0 or (defer and self.in_prefill(sequence)):
                 index += 1
                 continue
             if sequence.computed + tokens >= sequence.kv_due:

@@ -448,3 +448,29 @@ def test_several_mtp_modules_read_ahead() -> None:
     assert (one.hash_lookahead, by_modules(one, "0.33", 3).hash_lookahead) == (1, 3)
     with pytest.raises(InputError, match="3 drafts by several MTP modules, with KV blocks of 2"):
         Scheduler(replace(made, block_size=2))
+
+
+@pytest.mark.parametrize("version", ["0.23", "0.28", "0.30", "0.33"])
+def test_drafts_that_reach_the_models_length_leave_a_request_nothing_to_schedule(version: str) -> None:
+    """Three drafts in flight behind one token of four: vLLM 0.28 passes such a request over in its fourth
+    step (_reserve_prefill_lookahead returns no less than 0), where the difference to max_model_len is -1."""
+    drafts = speculation(version, "eagle", 3, (0.0,) * 3)
+    config = EngineConfig(
+        version=version,
+        max_num_seqs=3,
+        max_num_batched_tokens=6 + 4 * drafts.draft_slots,
+        max_model_len=4,
+        num_gpu_blocks=3,
+        block_size=4,
+        async_scheduling=True,
+        scheduler_reserve_full_isl=False,
+        speculation=drafts,
+    )
+    outputs = [2, 1, 2, 2, 1, 1]
+    requests = [Request(number, 0.0, 1, output, output) for number, output in enumerate(outputs)]
+    engine = in_python(config)
+    assert engine.drafts is not None
+    engine.drafts.told = {number: ([0], [3]) for number in range(len(outputs))}
+    log = run(engine, requests, [0] * len(outputs), [], async_scheduling=True)
+    assert min(tokens for step in log for _, tokens in step.scheduled) > 0
+    assert version != "0.28" or log[4].scheduled == []
