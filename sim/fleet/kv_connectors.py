@@ -226,10 +226,8 @@ class NixlConnector:
             del self._loads[request_id]
         if not sent and not over:
             return None
-        received, failed = (
-            tuple(request_id for request_id, _, _ in over),
-            [each for each in over if each[1].failed],
-        )
+        received = tuple(request_id for request_id, *_ in over)
+        failed = [each for each in over if each[1].failed]
         config = self._scheduler.config
         if not config.kv_groups:
             return Transfers(received, sent, frozenset(block for *_, groups in failed for block in groups[0]))

@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any, Protocol
 
-FREE_LIST_HEAD = 16
+FREE_LIST_HEAD = 16  # blocks of the free list that are compared
 
 
 class Step(Protocol):

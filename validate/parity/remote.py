@@ -20,6 +20,7 @@ from servecast.validate.parity.scenarios import (
     drafted_grouped_scenarios,
     draw_grouped,
     draw_scenario,
+    of_kind,
     recorded_picks,
     with_drafts,
 )
@@ -117,21 +118,8 @@ def offloading(asked: dict[str, Any]) -> OffloadingConnector:
     )
 
 
-def remote_scenarios(version: str, seed: int, count: int) -> Iterator[Scenario]:
-    """As ``random_scenarios``, each with a connector."""
-    for index in range(count):
-        yield draw_remote(recorded_picks(seed, index)[0], version, f"remote-{version}-{seed}-{index}")
-
-
-def grouped_remote_scenarios(version: str, seed: int, count: int) -> Iterator[Scenario]:
-    """As ``remote_scenarios``, each with KV cache groups."""
-    for index in range(count):
-        pick, name = recorded_picks(seed, index)[0], f"grouped-remote-{version}-{seed}-{index}"
-        yield draw_grouped_remote(pick, version, name)
-
-
 def drafted_grouped_remote_scenarios(version: str, seed: int, count: int) -> Iterator[Scenario]:
-    """As ``grouped_remote_scenarios``, each with drafts."""
+    """As those of ``draw_grouped_remote``, each with drafts."""
     return drafted_grouped_scenarios(version, seed, count, draw_grouped_remote)
 
 
@@ -140,11 +128,9 @@ def draw_grouped_remote(pick: Pick, version: str, name: str) -> Scenario:
     return draw_remote(pick, version, name, draw_grouped(pick, version, name, states=False))
 
 
-def drafted_remote_scenarios(version: str, seed: int, count: int) -> Iterator[Scenario]:
-    """As ``remote_scenarios``, each with drafts."""
-    for index in range(count):
-        pick = recorded_picks(seed, index)[0]
-        yield with_drafts(pick, draw_remote(pick, version, f"drafted-remote-{version}-{seed}-{index}"))
+def draw_drafted_remote(pick: Pick, version: str, name: str) -> Scenario:
+    """``draw_remote`` with drafts."""
+    return with_drafts(pick, draw_remote(pick, version, name))
 
 
 def draw_remote(pick: Pick, version: str, name: str, plain: Scenario | None = None) -> Scenario:
@@ -239,3 +225,8 @@ class Connected:
             for jobs in (meta.loads, meta.stores)
         )
         return [loads, stores, sorted(meta.flush)]
+
+
+remote_scenarios = of_kind("remote", draw_remote)
+grouped_remote_scenarios = of_kind("grouped-remote", draw_grouped_remote)
+drafted_remote_scenarios = of_kind("drafted-remote", draw_drafted_remote)
